@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Install Detectron2 into the environment of the Python that runs this script.
+
+A Detectron2 that can be imported (0.6 or newer, from any source) is used as it is. Otherwise its
+pure-Python part is installed: no compiler, no GPU and no git are needed. Detectron2 has no release
+on PyPI under its own name, so the Python files come from ``sal-detectron2``, a wheel built from
+upstream's main branch (commit a59f0563, 2024-04-17) with three harmless differences. Its compiled
+``_C`` fits one Python and one torch only and is left out. Mask R-CNN takes NMS and ROIAlign from
+torchvision; what does need ``_C`` is rotated boxes, modulated deformable convolution, deformable
+convolution on a GPU, and the fast COCO evaluation (which falls back to pycocotools' own).
+
+``--from-source`` builds upstream with its C++/CUDA operators instead (needs git, a compiler and,
+for CUDA, the toolkit that the installed torch was built with).
+"""
+
+import argparse
+import hashlib
+import importlib
+import subprocess
+import sys
+import tempfile
+from email import message_from_string
+from pathlib import Path
+
+MIN_VERSION = (0, 6)
+SOURCE = "sal-detectron2==0.7.2"
+SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
+UPSTREAM = "git+https://github.com/facebookresearch/detectron2.git"
+# Upstream has released no 0.7: it calls this commit 0.6, and so does what we install.
+VERSION = "0.6+a59f0563"
+
+# numpy<2 was for _C; black is optional (LazyConfig prints prettier with it).
+DROPPED_REQUIREMENTS = ("numpy<2", "black")
+# setuptools: model_zoo imports pkg_resources, which later releases no longer have.
+ADDED_REQUIREMENTS = ("numpy", "fvcore<0.1.6,>=0.1.5", "iopath>=0.1.7", "setuptools<81")
+
+
+def installed_version():
+    """Return the version of the Detectron2 that can be imported, or None where there is none.
+
+    Raises:
+        SystemExit: torch or torchvision is missing, or the Detectron2 is older than 0.6 or broken.
+    """
+    for name in ("torch", "torchvision"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            sys.exit(
+                f"{sys.executable} cannot import {name}: {error}\nDetectron2 stands on it: install "
+                "torch and torchvision first (`make install` does), then run this again."
+            )
+    try:
+        detectron2 = importlib.import_module("detectron2")
+    except ModuleNotFoundError as error:
+        if error.name == "detectron2":
+            return None
+        sys.exit(f"detectron2 is there but needs {error.name}: run `pip install {error.name}`.")
+    version = detectron2.__version__
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < MIN_VERSION:
+        sys.exit(
+            f"detectron2 {version} ({detectron2.__file__}) is too old, 0.6 or newer is needed: "
+            "run `pip uninstall detectron2`, then this again."
+        )
+    return version
+
+
+def verify(wheel):
+    """Exit unless the file ``wheel`` (Path) has the SHA-256 that was looked at and pinned."""
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != SHA256:
+        sys.exit(
+            f"{wheel.name} has SHA-256 {found}, expected {SHA256}: not the file this script was "
+            "written for, so it is not installed. Empty pip's cache (`pip cache purge`) and try "
+            "another index, or use --from-source."
+        )
+
+
+def make_pure(tree):
+    """Turn an unpacked ``sal-detectron2`` wheel into one of pure-Python ``detectron2``.
+
+    Args:
+        tree (Path): folder made by ``wheel unpack``; changed in place.
+    """
+    for compiled in tree.glob("detectron2/_C.*"):
+        compiled.unlink()
+    for script in tree.glob("tools/*"):  # would be importable as a top-level package `tools`
+        script.unlink()
+    (tree / "tools").rmdir()
+
+    init = tree / "detectron2" / "__init__.py"
+    init.write_text(
+        init.read_text().replace(
+            '__version__ = "0.7.2"',
+            f'__version__ = "{VERSION}"  # changed by IMR-CNN\'s tools/install_detectron2.py',
+        )
+    )
+
+    (info,) = tree.glob("*.dist-info")
+    (info / "top_level.txt").write_text("detectron2\n")
+    write_metadata(info / "METADATA")
+    wheel_file = message_from_string((info / "WHEEL").read_text())
+    wheel_file.replace_header("Root-Is-Purelib", "true")
+    wheel_file.replace_header("Tag", "py3-none-any")
+    (info / "WHEEL").write_text(str(wheel_file))
+    info.rename(tree / f"detectron2-{VERSION}.dist-info")
+
+
+def write_metadata(path):
+    """Correct name, version, summary and requirements in the METADATA file at ``path`` (Path)."""
+    metadata = message_from_string(path.read_text())
+    requirements = metadata.get_all("Requires-Dist")
+    missing = set(DROPPED_REQUIREMENTS) - set(requirements)
+    if missing:
+        sys.exit(f"{path} does not require {sorted(missing)}, so it is not the file expected.")
+    metadata.replace_header("Name", "detectron2")
+    metadata.replace_header("Version", VERSION)
+    metadata.replace_header(
+        "Summary",
+        "Detectron2 (main of 2024-04-17) without its compiled operators, repacked from " + SOURCE,
+    )
+    del metadata["Requires-Dist"]
+    kept = [line for line in requirements if line not in DROPPED_REQUIREMENTS]
+    for line in [*ADDED_REQUIREMENTS, *kept]:
+        metadata["Requires-Dist"] = line
+    path.write_text(str(metadata))
+
+
+def run(*arguments):
+    """Run a module of this Python; raise CalledProcessError if it fails."""
+    subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True)
+
+
+def build_wheel(folder, index):
+    """Fetch, verify and repack; return the path of the pure wheel, written to ``folder`` (Path).
+
+    Args:
+        index (list[str]): options for pip that say where packages come from.
+    """
+    run("pip", "install", "--quiet", *index, "wheel")
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        # A cp310 wheel; what is left of it after make_pure fits every Python from 3.8 on.
+        python310 = ("--python-version", "3.10", "--only-binary=:all:")
+        run("pip", "download", *index, "--no-deps", *python310, "--dest", temporary, SOURCE)
+        (original,) = temporary.glob("*.whl")
+        verify(original)
+        run("wheel", "unpack", "--dest", temporary, original)
+        (tree,) = (path for path in temporary.iterdir() if path.is_dir())
+        make_pure(tree)
+        run("wheel", "pack", "--dest-dir", folder, tree)
+    return folder / f"detectron2-{VERSION}-py3-none-any.whl"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--constraint", metavar="FILE", help="passed on to pip install")
+    parser.add_argument(
+        "--offline",
+        metavar="DIR",
+        help=f"take every package, {SOURCE} too, from the wheels in DIR and ask no index",
+    )
+    parser.add_argument("--from-source", action="store_true", help="build upstream from git")
+    arguments = parser.parse_args()
+
+    version = installed_version()
+    if version:
+        print(f"detectron2 {version} is installed and used as it is.")
+        return
+    index = ["--no-index", "--find-links", arguments.offline] if arguments.offline else []
+    constraint = ["--constraint", arguments.constraint] if arguments.constraint else []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if arguments.from_source:
+                # Its setup.py imports torch, which an isolated build would not see.
+                package = ["--no-build-isolation", f"detectron2 @ {UPSTREAM}"]
+            else:
+                package = [build_wheel(Path(folder), index)]
+            run("pip", "install", *index, *constraint, *package)
+        # In a new process: this one has looked for the module before it was there.
+        subprocess.run([sys.executable, "-c", "import detectron2.model_zoo"], check=True)
+    except subprocess.CalledProcessError as error:
+        sys.exit(
+            f"Installing Detectron2 failed at: {' '.join(map(str, error.cmd))}\n"
+            "The lines above say why. Without a network, fill a folder on a connected machine with "
+            "`make wheels OFFLINE=DIR` and give it by --offline DIR."
+        )
+    print(f"detectron2 {VERSION if not arguments.from_source else 'from source'} is installed.")
+
+
+if __name__ == "__main__":
+    main()
