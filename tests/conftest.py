@@ -1,7 +1,7 @@
 """Fixtures that find the real images, which are not part of this repository.
 
-They lie in the folder that IMRCNN_TEST_DATA names. Tests that need them are skipped where the variable
-is unset or the folder missing, and fail instead under IMRCNN_REQUIRE_TEST_DATA=1.
+They lie in the folder that IMRCNN_TEST_DATA names. Tests that need them are skipped where the
+variable is unset or the folder missing, and fail instead under IMRCNN_REQUIRE_TEST_DATA=1.
 """
 
 import os

@@ -16,6 +16,7 @@ for CUDA, the toolkit that the installed torch was built with).
 import argparse
 import hashlib
 import importlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,7 @@ def installed_version():
     for name in ("torch", "torchvision"):
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: a shared library of torch is missing
             sys.exit(
                 f"{sys.executable} cannot import {name}: {error}\nDetectron2 stands on it: install "
                 "torch and torchvision first (`make install` does), then run this again."
@@ -56,7 +57,7 @@ def installed_version():
             return None
         sys.exit(f"detectron2 is there but needs {error.name}: run `pip install {error.name}`.")
     version = detectron2.__version__
-    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < MIN_VERSION:
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < MIN_VERSION:
         sys.exit(
             f"detectron2 {version} ({detectron2.__file__}) is too old, 0.6 or newer is needed: "
             "run `pip uninstall detectron2`, then this again."
@@ -130,63 +131,82 @@ def run(*arguments):
     subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True)
 
 
-def build_wheel(folder, index):
-    """Fetch, verify and repack; return the path of the pure wheel, written to ``folder`` (Path).
+def fetch(folder, index):
+    """Download the ``sal-detectron2`` wheel to ``folder`` (Path), verify it, return its path.
 
     Args:
         index (list[str]): options for pip that say where packages come from.
     """
-    run("pip", "install", "--quiet", *index, "wheel")
+    # A cp310 wheel; what is left of it after make_pure fits every Python from 3.8 on.
+    python310 = ("--python-version", "3.10", "--only-binary=:all:")
+    run("pip", "download", *index, "--no-deps", *python310, "--dest", folder, SOURCE)
+    (wheel,) = folder.glob("sal_detectron2-*.whl")
+    verify(wheel)
+    return wheel
+
+
+def repack(original, folder):
+    """Write the pure wheel made of the wheel ``original`` to ``folder`` (Paths); return its path."""
     with tempfile.TemporaryDirectory() as temporary:
-        temporary = Path(temporary)
-        # A cp310 wheel; what is left of it after make_pure fits every Python from 3.8 on.
-        python310 = ("--python-version", "3.10", "--only-binary=:all:")
-        run("pip", "download", *index, "--no-deps", *python310, "--dest", temporary, SOURCE)
-        (original,) = temporary.glob("*.whl")
-        verify(original)
         run("wheel", "unpack", "--dest", temporary, original)
-        (tree,) = (path for path in temporary.iterdir() if path.is_dir())
+        (tree,) = Path(temporary).iterdir()
         make_pure(tree)
         run("wheel", "pack", "--dest-dir", folder, tree)
     return folder / f"detectron2-{VERSION}-py3-none-any.whl"
+
+
+def install(index, constraint, from_source):
+    """Install Detectron2 and what it requires.
+
+    Args:
+        index (list[str]): options for pip that say where packages come from.
+        constraint (list[str]): options for pip that say which versions.
+        from_source (bool): build upstream from git instead.
+    """
+    # Without build isolation: upstream's setup.py imports torch, and the releases of fvcore and
+    # iopath are sources, which would fetch a setuptools of their own.
+    run("pip", "install", *index, *constraint, "setuptools<81", "wheel")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        package = (
+            f"detectron2 @ {UPSTREAM}" if from_source else repack(fetch(folder, index), folder)
+        )
+        run("pip", "install", "--no-build-isolation", *index, *constraint, package)
+    # In a new process: this one has looked for the module before it was there.
+    check = "import detectron2.model_zoo; print('Installed detectron2', detectron2.__version__)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", check], check=True)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--constraint", metavar="FILE", help="passed on to pip install")
+    parser.add_argument("--constraint", metavar="FILE", help="constraints file for pip")
     parser.add_argument(
         "--offline",
         metavar="DIR",
         help=f"take every package, {SOURCE} too, from the wheels in DIR and ask no index",
     )
     parser.add_argument("--from-source", action="store_true", help="build upstream from git")
+    parser.add_argument(
+        "--fetch", metavar="DIR", help=f"only put the wheel of {SOURCE} into DIR, for --offline"
+    )
     arguments = parser.parse_args()
-
-    version = installed_version()
-    if version:
-        print(f"detectron2 {version} is installed and used as it is.")
-        return
     index = ["--no-index", "--find-links", arguments.offline] if arguments.offline else []
     constraint = ["--constraint", arguments.constraint] if arguments.constraint else []
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            if arguments.from_source:
-                # Its setup.py imports torch, which an isolated build would not see.
-                package = ["--no-build-isolation", f"detectron2 @ {UPSTREAM}"]
-            else:
-                package = [build_wheel(Path(folder), index)]
-            run("pip", "install", *index, *constraint, *package)
-        # In a new process: this one has looked for the module before it was there.
-        subprocess.run([sys.executable, "-c", "import detectron2.model_zoo"], check=True)
+        if arguments.fetch:
+            fetch(Path(arguments.fetch), index)
+        elif version := installed_version():
+            print(f"detectron2 {version} is there and used as it is.")
+        else:
+            install(index, constraint, arguments.from_source)
     except subprocess.CalledProcessError as error:
         sys.exit(
-            f"Installing Detectron2 failed at: {' '.join(map(str, error.cmd))}\n"
-            "The lines above say why. Without a network, fill a folder on a connected machine with "
-            "`make wheels OFFLINE=DIR` and give it by --offline DIR."
+            f"Failed: {' '.join(map(str, error.cmd))}\nThe lines above say why. Without a network, "
+            "fill a folder by `make wheels WHEELS=DIR` on a connected machine and give it by "
+            "--offline DIR."
         )
-    print(f"detectron2 {VERSION if not arguments.from_source else 'from source'} is installed.")
 
 
 if __name__ == "__main__":

