@@ -1,0 +1,120 @@
+"""The figures of a lesion detector, as one of Detectron2's evaluators."""
+
+import itertools
+import json
+import logging
+from collections import OrderedDict
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.utils import comm
+
+from .files import write_atomically, write_results
+from .lesions import evaluate_lesions
+
+__all__ = ["LesionEvaluator"]
+
+logger = logging.getLogger(__name__)
+
+
+class LesionEvaluator(DatasetEvaluator):
+    """
+    Evaluate instance segmentation, or detection, of lesions: COCO's figures, and those that
+    clinical readers expect at a score threshold. See :func:`evaluate_lesions` for what they mean.
+
+    Works for any data set that COCOEvaluator works for. Like it, it collects the predictions of
+    all processes on the main one; the others return ``{}``.
+    """
+
+    def __init__(self, dataset_name, *, tau=0.7, output_dir=None, distributed=True):
+        """
+        Args:
+            dataset_name (str): a registered data set, in COCO's format or in Detectron2's.
+            tau (float): score from which on a detection counts (MODEL.IMRCNN.SCORE_THRESH).
+            output_dir (str or None): where ``metrics.json``, ``per_image.csv``, ``pr_curve.csv``
+                and the predictions (``coco_instances_results.json``) go. None writes nothing, and
+                is refused for data sets in Detectron2's own format, which are converted there.
+            distributed (bool): collect from all processes, else evaluate this one's predictions.
+        """
+        metadata = MetadataCatalog.get(dataset_name)
+        set_by_loader = ("json_file", "thing_dataset_id_to_contiguous_id")
+        if not all(hasattr(metadata, key) for key in set_by_loader):
+            DatasetCatalog.get(dataset_name)
+        self._dataset_name = dataset_name
+        self._tau = tau
+        self._output_dir = output_dir
+        self._distributed = distributed
+        # It brings foreign data sets into COCO's format and turns Instances into COCO records. Its
+        # evaluate() is not called: it keeps to itself what it collected from the processes, and
+        # gives no figures for a model that detects nothing.
+        self._coco = COCOEvaluator(
+            dataset_name,
+            distributed=False,
+            output_dir=output_dir,
+            use_fast_impl=False,
+            allow_cached_coco=False,  # a stale cache would be scored against without notice
+        )
+        self._class_to_id = {
+            index: id_
+            for id_, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()
+        }
+
+    def reset(self):
+        self._coco.reset()
+
+    def process(self, inputs, outputs):
+        """As COCOEvaluator: ``inputs`` with "image_id", ``outputs`` with "instances"."""
+        self._coco.process(inputs, outputs)
+
+    def evaluate(self):
+        """
+        Returns:
+            OrderedDict[str, dict[str, float]]: "bbox", "segm", "lesion", "image" and, where the
+            data set knows patients, "patient". Empty for a data set without annotations, and in
+            all processes but the main one.
+        """
+        predictions = self._coco._predictions
+        if self._distributed:
+            comm.synchronize()
+            predictions = list(itertools.chain(*comm.gather(predictions, dst=0)))
+            if not comm.is_main_process():
+                return OrderedDict()
+        # A sampler that pads the last batch hands out some images twice.
+        once = {}
+        for prediction in predictions:
+            once.setdefault(prediction["image_id"], prediction)
+        results = [
+            {**result, "category_id": self._category_id(result["category_id"])}
+            for prediction in once.values()
+            for result in prediction["instances"]
+        ]
+        if self._output_dir:
+            write_atomically(
+                Path(self._output_dir) / "coco_instances_results.json", json.dumps(results)
+            )
+        dataset = self._coco._coco_api.dataset
+        if "annotations" not in dataset:
+            logger.info(f"{self._dataset_name} has no annotations: predictions are not scored.")
+            return OrderedDict()
+        absent = len({image["id"] for image in dataset["images"]} - set(once))
+        if absent:
+            logger.warning(
+                f"{absent} of the {len(dataset['images'])} images of {self._dataset_name} were not "
+                "evaluated: they count as images without a detection."
+            )
+        scored = evaluate_lesions(dataset, results, tau=self._tau)
+        if self._output_dir:
+            write_results(scored, self._output_dir, dataset=self._dataset_name)
+        return OrderedDict(scored.groups())
+
+    def _category_id(self, index):
+        """The data set's id of a model's class."""
+        if not self._class_to_id:  # ids and classes are the same, as in convert_to_coco_json
+            return index
+        if index not in self._class_to_id:
+            raise ValueError(
+                f"The model predicts class {index}, but {self._dataset_name} has only "
+                f"{len(self._class_to_id)}: set MODEL.ROI_HEADS.NUM_CLASSES to that."
+            )
+        return self._class_to_id[index]

@@ -1,0 +1,276 @@
+"""COCO ground truth and COCO results, checked and turned into parallel arrays.
+
+Everything downstream (matching, counts, curves, COCO's AP) reads these arrays, so whatever is
+accepted as input is decided here, once.
+"""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pycocotools.mask as mask_util
+
+__all__ = ["Detections", "GroundTruth", "Regions", "read_ground_truth", "read_results"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """
+    N regions of a data set, by ascending image id and in file order within an image.
+
+    Attributes:
+        image (np.ndarray): (N,) int, position in ``GroundTruth.images``.
+        category (np.ndarray): (N,) int, position in ``GroundTruth.categories``.
+        boxes (np.ndarray): (N, 4) float, XYWH in pixels.
+        masks (list[dict] or None): N compressed RLEs; None where the file gives boxes only.
+    """
+
+    image: np.ndarray
+    category: np.ndarray
+    boxes: np.ndarray
+    masks: list | None
+
+    def __len__(self):
+        return len(self.image)
+
+
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """
+    Attributes:
+        images (list[dict]): the COCO image records, by ascending id, with all their fields.
+        categories (list[dict]): the COCO category records, by ascending id.
+        regions (Regions): the N annotations.
+        crowd (np.ndarray): (N,) bool, COCO's ``iscrowd``.
+        area (np.ndarray): (N,) float in pixels, COCO's ``area``: decides small, medium or large.
+    """
+
+    images: list
+    categories: list
+    regions: Regions
+    crowd: np.ndarray
+    area: np.ndarray
+
+    @property
+    def lesions(self):
+        """np.ndarray: (number of images,) int, lesions in each image; crowds are none."""
+        return np.bincount(self.regions.image[~self.crowd], minlength=len(self.images))
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """
+    Attributes:
+        regions (Regions): the N detections.
+        score (np.ndarray): (N,) float, finite and not negative.
+    """
+
+    regions: Regions
+    score: np.ndarray
+
+
+def read_ground_truth(gt):
+    """
+    Args:
+        gt (dict, pycocotools.coco.COCO, str or Path): COCO instance annotations. Masks are RLE
+            (compressed or not) or polygons. ``iscrowd``, ``area`` and one of ``bbox`` and
+            ``segmentation`` may be missing.
+
+    Returns:
+        GroundTruth: its ``regions.masks`` is None unless every annotation has a mask.
+
+    Raises:
+        ValueError: on doubled image or category ids, annotations for an unknown image or category,
+            masks of another size than their image, and annotations with neither box nor mask.
+    """
+    dataset = _load(gt)
+    for key in ("images", "categories", "annotations"):
+        if key not in dataset:
+            raise ValueError(f"The ground truth has no '{key}': it must be a COCO instance file.")
+    images = sorted(dataset["images"], key=lambda image: image["id"])
+    categories = sorted(dataset["categories"], key=lambda category: category["id"])
+    for what, items in (("image", images), ("category", categories)):
+        for one, two in zip(items, items[1:], strict=False):
+            if one["id"] == two["id"]:
+                raise ValueError(f"The ground truth has two {what} records with id {one['id']}.")
+    annotations, regions = _read_regions(dataset["annotations"], images, categories, "annotation")
+    crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
+    outline = regions.boxes[:, 2] * regions.boxes[:, 3]
+    if regions.masks:
+        outline = mask_util.area(regions.masks)
+    area = np.array([a.get("area", o) for a, o in zip(annotations, outline, strict=True)], float)
+    return GroundTruth(images, categories, regions, crowd, area)
+
+
+def read_results(results, gt):
+    """
+    Args:
+        results (list[dict], dict, str or Path): a COCO results list (``image_id``,
+            ``category_id``, ``score`` and ``bbox``, ``segmentation`` or both), or a COCO dict whose
+            ``annotations`` carry a ``score``, as ``tools/predict.py`` writes. The latter's own
+            ``images`` and ``categories`` are matched with those of the ground truth by
+            ``file_name`` and ``name``, since its ids may have been given independently.
+        gt (GroundTruth): what the results are for.
+
+    Returns:
+        Detections: its ``regions.masks`` is None unless every result has a mask.
+
+    Raises:
+        ValueError: on results for an unknown image or category, a missing, NaN, infinite or
+            negative score, masks of another size than their image, and results with neither box
+            nor mask.
+    """
+    results = _load(results)
+    if isinstance(results, dict):
+        if "annotations" not in results:
+            raise ValueError(
+                "The results are a dict without 'annotations': give a COCO results list."
+            )
+        results = _with_ids_of(gt, results)
+    for number, result in enumerate(results):
+        score = result.get("score")
+        if not isinstance(score, int | float | np.number) or not math.isfinite(score) or score < 0:
+            raise ValueError(
+                f"Result {number} (image {result.get('image_id')}) has the score {score!r}: "
+                "every result needs a finite score that is not negative."
+            )
+    results, regions = _read_regions(results, gt.images, gt.categories, "result")
+    return Detections(regions, np.array([result["score"] for result in results], float))
+
+
+def _load(source):
+    if isinstance(source, str | Path):
+        return json.loads(Path(source).read_text(encoding="utf-8"))
+    return getattr(source, "dataset", source)  # pycocotools' COCO keeps the JSON there
+
+
+def _with_ids_of(gt, results):
+    """The annotations of a COCO dict, with the ground truth's image and category ids."""
+    image_ids = _translation(results.get("images", ()), gt.images, "file_name", "image")
+    if any(id_ is None for id_ in image_ids.values()):  # written with or without folders
+        image_ids = _translation(
+            results["images"], gt.images, "file_name", "image", lambda n: PurePosixPath(n).name
+        )
+    category_ids = _translation(results.get("categories", ()), gt.categories, "name", "category")
+    translated = []
+    for annotation in results["annotations"]:
+        image, category = annotation["image_id"], annotation["category_id"]
+        for what, id_, known in (
+            ("image", image, image_ids),
+            ("category", category, category_ids),
+        ):
+            if known.get(id_, id_) is None:
+                raise ValueError(
+                    f"The results have detections for {what} {id_}, which the ground truth lacks: "
+                    f"no {what} record there has its name. Score them on the data they are for."
+                )
+        translated.append(
+            {
+                **annotation,
+                "image_id": image_ids.get(image, image),
+                "category_id": category_ids.get(category, category),
+            }
+        )
+    return translated
+
+
+def _translation(records, targets, field, what, simplify=lambda name: name):
+    """{id in the results: id in the ground truth, or None} for the records that have a name."""
+    ids = {}
+    for target in targets:
+        if field in target:
+            ids.setdefault(simplify(target[field]), []).append(target["id"])
+    translation = {}
+    for record in records:
+        if field in record:
+            found = ids.get(simplify(record[field]), [None])
+            if len(found) > 1:
+                raise ValueError(
+                    f"The {what} '{record[field]}' of the results could be any of the ground "
+                    f"truth's ids {found}: give it the same {field} there and here."
+                )
+            translation[record["id"]] = found[0]
+    return translation
+
+
+def _read_regions(records, images, categories, what):
+    """The records as (records by image, Regions)."""
+    image_at = {image["id"]: position for position, image in enumerate(images)}
+    category_at = {category["id"]: position for position, category in enumerate(categories)}
+    for number, record in enumerate(records):
+        for key, known in (("image_id", image_at), ("category_id", category_at)):
+            if record.get(key) not in known:
+                raise ValueError(
+                    f"{what.capitalize()} {number} has the {key} {record.get(key)!r}, "
+                    "which the ground truth does not list."
+                )
+    records = sorted(records, key=lambda record: image_at[record["image_id"]])  # a stable sort
+    with_mask = [bool(record.get("segmentation")) for record in records]
+    masks = None
+    if all(with_mask):
+        masks = [_to_rle(record, images[image_at[record["image_id"]]], what) for record in records]
+    elif any(with_mask):
+        logger.warning(
+            f"{len(records) - sum(with_mask)} of {len(records)} {what}s have no segmentation (the "
+            f"first is for image {records[with_mask.index(False)]['image_id']}), so that figures "
+            "of masks are undefined."
+        )
+    boxes = np.zeros((len(records), 4))
+    for row, record in enumerate(records):
+        if record.get("bbox"):
+            boxes[row] = record["bbox"]
+        elif with_mask[row]:
+            rle = (
+                masks[row] if masks else _to_rle(record, images[image_at[record["image_id"]]], what)
+            )
+            boxes[row] = mask_util.toBbox(rle)
+        else:
+            raise ValueError(
+                f"One {what} for image {record['image_id']} has neither bbox nor segmentation."
+            )
+    if not np.isfinite(boxes).all():
+        row = int(np.argmin(np.isfinite(boxes).all(axis=1)))
+        raise ValueError(
+            f"The {what} for image {records[row]['image_id']} has the box {boxes[row].tolist()}: "
+            "all four numbers must be finite."
+        )
+    image = np.array([image_at[record["image_id"]] for record in records], dtype=np.int64)
+    category = np.array([category_at[r["category_id"]] for r in records], dtype=np.int64)
+    return records, Regions(image, category, boxes, masks)
+
+
+def _to_rle(record, image, what):
+    """The record's segmentation as compressed RLE of its image's size."""
+    segmentation = record["segmentation"]
+    if isinstance(segmentation, dict):
+        size = list(segmentation["size"])
+        expected = [image.get("height", size[0]), image.get("width", size[1])]
+        if size != expected:
+            raise ValueError(
+                f"The mask of one {what} for image {image['id']} ({image.get('file_name')}) is "
+                f"{size} (height, width), but the image is {expected}."
+            )
+        if isinstance(segmentation["counts"], list):
+            if sum(segmentation["counts"]) != size[0] * size[1]:
+                raise ValueError(
+                    f"The runs of the mask of one {what} for image {image['id']} add up to "
+                    f"{sum(segmentation['counts'])} pixels, but its size {size} has "
+                    f"{size[0] * size[1]}."
+                )
+            return mask_util.frPyObjects(segmentation, *size)
+        return segmentation
+    if "height" not in image or "width" not in image:
+        raise ValueError(
+            f"Image {image['id']} has no height and width, which its polygons need to become masks."
+        )
+    if any(len(polygon) < 6 for polygon in segmentation):
+        raise ValueError(
+            f"One {what} for image {image['id']} ({image.get('file_name')}) has a polygon of fewer "
+            "than three points."
+        )
+    return mask_util.merge(mask_util.frPyObjects(segmentation, image["height"], image["width"]))
