@@ -1,0 +1,154 @@
+"""Validation, the best checkpoint, and sample predictions for TensorBoard."""
+
+import logging
+import math
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from detectron2.utils.visualizer import Visualizer
+
+__all__ = ["BestCheckpointer", "EvalHook", "SamplePredictions"]
+
+logger = logging.getLogger(__name__)
+
+
+def _is_due(trainer, period):
+    next_iter = trainer.iter + 1
+    return next_iter == trainer.max_iter or (period > 0 and next_iter % period == 0)
+
+
+class EvalHook(hooks.EvalHook):
+    """
+    Evaluate every ``eval_period`` iterations and after the last one.
+
+    Detectron2's own evaluates the last iteration after the training loop, too late for the final
+    checkpoint to know the result.
+    """
+
+    def after_step(self):
+        if _is_due(self.trainer, self._period):
+            self._do_eval()
+
+    def after_train(self):
+        # The function is a closure that holds the trainer: break the circle.
+        del self._func
+
+
+class BestCheckpointer(HookBase):
+    """
+    Save ``model_best.pth`` when validation improves: weights, iteration and score.
+
+    Unlike Detectron2's it remembers the best over a resume, never changes ``last_checkpoint``, and
+    looks only at figures of this iteration. Put it behind :class:`EvalHook` and before the periodic
+    checkpoint, on every rank (only the main process writes).
+    """
+
+    FILE_STEM = "model_best"
+
+    def __init__(self, model, save_dir, eval_period, metric="lesion/selection"):
+        """
+        Args:
+            model (nn.Module): whose weights are saved.
+            save_dir (str): folder of the checkpoint.
+            eval_period (int): of the evaluation hook.
+            metric (str): name of a figure, larger is better; the mean where several validation sets
+                give one each.
+        """
+        self._checkpointer = _UntaggedCheckpointer(model, save_dir)
+        self._period = eval_period
+        self._metric = metric
+        self.best_score = None
+        self.best_iter = None
+
+    def after_step(self):
+        if not _is_due(self.trainer, self._period) or not comm.is_main_process():
+            return
+        scores = [
+            value
+            for name, (value, iteration) in self.trainer.storage.latest().items()
+            if name.endswith(self._metric) and iteration == self.trainer.iter
+        ]
+        if not scores:
+            return
+        score = float(np.mean(scores))
+        if math.isnan(score):
+            logger.warning("%s is undefined on the validation set: no best checkpoint", self._metric)
+            return
+        if self.best_score is not None and score <= self.best_score:
+            logger.info(
+                "%s %.3f: the best stays %.3f of iteration %d",
+                self._metric,
+                score,
+                self.best_score,
+                self.best_iter,
+            )
+            return
+        self.best_score, self.best_iter = score, self.trainer.iter
+        self._checkpointer.save(self.FILE_STEM, **self.state_dict())
+        logger.info("%s %.3f is the best so far: saved %s.pth", self._metric, score, self.FILE_STEM)
+
+    def state_dict(self):
+        return {"best_score": self.best_score, "best_iter": self.best_iter}
+
+    def load_state_dict(self, state_dict):
+        self.best_score, self.best_iter = state_dict["best_score"], state_dict["best_iter"]
+
+
+class _UntaggedCheckpointer(DetectionCheckpointer):
+    def tag_last_checkpoint(self, last_filename_basename):
+        """The best checkpoint is not the one to resume from."""
+
+
+class SamplePredictions(HookBase):
+    """
+    Ground truth and prediction side by side on a few validation images, as TensorBoard pictures.
+    """
+
+    def __init__(self, model, data_loader, dataset_name, period, score_thresh, num_images=4):
+        """
+        Args:
+            model (nn.Module): a detector.
+            data_loader (DataLoader): of the validation set, one image a batch.
+            dataset_name (str): of the validation set.
+            period (int): iterations between pictures; they are made after the last one too.
+            score_thresh (float): detections below it are not drawn.
+            num_images (int): how many images, spread evenly over the set.
+        """
+        dataset = data_loader.dataset
+        picks = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int)
+        self._inputs = [dataset[int(i)] for i in picks]
+        self._model = model
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._annotations = _annotations_by_image(dataset_name)
+        self._period = period
+        self._score_thresh = score_thresh
+
+    def after_step(self):
+        if _is_due(self.trainer, self._period) and comm.is_main_process():
+            was_training = self._model.training
+            self._model.eval()
+            with torch.no_grad():
+                for sample in self._inputs:
+                    self._put_picture(sample)
+            self._model.train(was_training)
+
+    def _put_picture(self, sample):
+        image = detection_utils.read_image(sample["file_name"], "RGB")
+        instances = self._model([sample])[0]["instances"].to("cpu")
+        kept = instances[instances.scores >= self._score_thresh]
+        truth = {"annotations": self._annotations[sample["image_id"]]}
+        pictures = [
+            Visualizer(image, self._metadata).draw_dataset_dict(truth).get_image(),
+            Visualizer(image, self._metadata).draw_instance_predictions(kept).get_image(),
+        ]
+        side_by_side = np.concatenate(pictures, axis=1).transpose(2, 0, 1)
+        name = f"ground truth | prediction, image {sample['image_id']}"
+        self.trainer.storage.put_image(name, np.ascontiguousarray(side_by_side))
+
+
+def _annotations_by_image(dataset_name):
+    return {d["image_id"]: d.get("annotations", []) for d in DatasetCatalog.get(dataset_name)}

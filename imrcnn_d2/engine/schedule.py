@@ -1,0 +1,114 @@
+"""Epochs into iterations, and the optimizer."""
+
+import logging
+import math
+import re
+
+import torch
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+
+__all__ = ["build_optimizer", "is_new_layer", "resolve_epochs"]
+
+logger = logging.getLogger(__name__)
+
+_NEW_LAYER = re.compile(r"(^|\.)(pan_|cbam)|box_predictor\.|mask_head\.predictor\.|\.cls_score\.")
+
+
+def resolve_epochs(cfg):
+    """
+    Turn a schedule in epochs into one in iterations.
+
+    With SOLVER.MAX_EPOCHS above 0, MAX_ITER becomes ceil(epochs * images / IMS_PER_BATCH), and
+    SOLVER.STEPS, SOLVER.WARMUP_ITERS, SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD, given in epochs,
+    become iterations in the same way.
+
+    Args:
+        cfg (CfgNode): not changed.
+
+    Returns:
+        CfgNode: ``cfg`` itself where MAX_EPOCHS is 0, else a copy with MAX_EPOCHS 0.
+    """
+    if cfg.SOLVER.MAX_EPOCHS <= 0:
+        return cfg
+    images = len(
+        get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+    )
+
+    def iterations(epochs):
+        return math.ceil(epochs * images / cfg.SOLVER.IMS_PER_BATCH)
+
+    frozen, cfg = cfg.is_frozen(), cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.MAX_ITER = iterations(cfg.SOLVER.MAX_EPOCHS)
+    cfg.SOLVER.STEPS = tuple(iterations(s) for s in cfg.SOLVER.STEPS)
+    cfg.SOLVER.WARMUP_ITERS = iterations(cfg.SOLVER.WARMUP_ITERS)
+    cfg.SOLVER.CHECKPOINT_PERIOD = iterations(cfg.SOLVER.CHECKPOINT_PERIOD)
+    cfg.TEST.EVAL_PERIOD = iterations(cfg.TEST.EVAL_PERIOD)
+    logger.info(
+        "%d epochs of %d images in batches of %d: %d iterations, steps at %s, warm-up %d, "
+        "a checkpoint every %d, validation every %d",
+        cfg.SOLVER.MAX_EPOCHS,
+        images,
+        cfg.SOLVER.IMS_PER_BATCH,
+        cfg.SOLVER.MAX_ITER,
+        cfg.SOLVER.STEPS,
+        cfg.SOLVER.WARMUP_ITERS,
+        cfg.SOLVER.CHECKPOINT_PERIOD,
+        cfg.TEST.EVAL_PERIOD,
+    )
+    cfg.SOLVER.MAX_EPOCHS = 0
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def is_new_layer(name):
+    """
+    Whether a parameter belongs to the layers that no Mask R-CNN checkpoint brings along.
+
+    Args:
+        name (str): of the parameter in the model.
+
+    Returns:
+        bool: True for pan_*, cbam* and the class predictors of the box, mask and one-stage heads.
+    """
+    return _NEW_LAYER.search(name) is not None
+
+
+def build_optimizer(cfg, model):
+    """
+    SGD or AdamW with Detectron2's parameter groups and SOLVER.NEW_LAYER_LR_FACTOR.
+
+    Args:
+        cfg (CfgNode): SOLVER is read.
+        model (nn.Module): parameters that need no gradient are left out.
+
+    Returns:
+        torch.optim.Optimizer: clips gradients where SOLVER.CLIP_GRADIENTS is enabled.
+
+    Raises:
+        ValueError: for an unknown SOLVER.OPTIMIZER.
+    """
+    solver = cfg.SOLVER
+    params = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factor_func=lambda name: solver.NEW_LAYER_LR_FACTOR if is_new_layer(name) else 1.0,
+    )
+    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    if solver.OPTIMIZER == "SGD":
+        optimizer = torch.optim.SGD(
+            params, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **common
+        )
+    elif solver.OPTIMIZER == "ADAMW":
+        optimizer = torch.optim.AdamW(params, **common)
+    else:
+        raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; use 'SGD' or 'ADAMW'")
+    return maybe_add_gradient_clipping(cfg, optimizer)
