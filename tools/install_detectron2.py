@@ -146,7 +146,7 @@ def fetch(folder, index):
 
 
 def repack(original, folder):
-    """Write the pure wheel made of the wheel ``original`` to ``folder`` (Paths); return its path."""
+    """Write the pure wheel made of ``original`` (Path) to ``folder`` (Path); return its path."""
     with tempfile.TemporaryDirectory() as temporary:
         run("wheel", "unpack", "--dest", temporary, original)
         (tree,) = Path(temporary).iterdir()
