@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 
 import numpy as np
 import torch
@@ -90,6 +91,14 @@ class BestCheckpointer(HookBase):
         self.best_score, self.best_iter = score, self.trainer.iter
         self._checkpointer.save(self.FILE_STEM, **self.state_dict())
         logger.info("%s %.3f is the best so far: saved %s.pth", self._metric, score, self.FILE_STEM)
+
+    def load_best(self):
+        """
+        Load the best weights of this run into the model, on every rank; nothing where none were
+        saved (a file of an earlier run in the same folder is not this run's).
+        """
+        if comm.all_gather(self.best_iter is not None)[0]:  # only the main process knows
+            self._checkpointer.load(os.path.join(self._checkpointer.save_dir, f"{self.FILE_STEM}.pth"))
 
     def state_dict(self):
         return {"best_score": self.best_score, "best_iter": self.best_iter}

@@ -9,7 +9,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 
-__all__ = ["build_optimizer", "is_new_layer", "resolve_epochs"]
+__all__ = ["build_optimizer", "new_layer_lr_factor", "resolve_epochs"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +66,19 @@ def resolve_epochs(cfg):
     return cfg
 
 
-def is_new_layer(name):
+def new_layer_lr_factor(factor):
     """
-    Whether a parameter belongs to the layers that no Mask R-CNN checkpoint brings along.
+    The ``lr_factor_func`` of Detectron2's ``get_default_optimizer_params`` for the layers that no
+    Mask R-CNN checkpoint brings along.
 
     Args:
-        name (str): of the parameter in the model.
+        factor (float): SOLVER.NEW_LAYER_LR_FACTOR.
 
     Returns:
-        bool: True for pan_*, cbam* and the class predictors of the box, mask and one-stage heads.
+        callable: parameter name -> ``factor`` for pan_*, cbam* and the class predictors of the box,
+            mask and one-stage heads, 1 for all others.
     """
-    return _NEW_LAYER.search(name) is not None
+    return lambda name: factor if _NEW_LAYER.search(name) else 1.0
 
 
 def build_optimizer(cfg, model):
@@ -100,7 +102,7 @@ def build_optimizer(cfg, model):
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=lambda name: solver.NEW_LAYER_LR_FACTOR if is_new_layer(name) else 1.0,
+        lr_factor_func=new_layer_lr_factor(solver.NEW_LAYER_LR_FACTOR),
     )
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZER == "SGD":

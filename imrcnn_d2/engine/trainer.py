@@ -12,16 +12,16 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, hooks
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from imrcnn_d2.data.mappers import LesionMapper
 from imrcnn_d2.evaluation.lesion_evaluator import LesionEvaluator
 
-from .amp import AMPTrainer
 from .hooks import BestCheckpointer, EvalHook, SamplePredictions
 from .schedule import build_optimizer, resolve_epochs
+from .train_step import build_train_step, distribute
 
 __all__ = ["Trainer"]
 
@@ -50,16 +50,9 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        device = torch.device(cfg.MODEL.DEVICE)
-        # DDP takes its device from the model's parameters on a CPU, and refuses device_ids there.
-        on_card = {} if device.type == "cuda" else {"device_ids": None}
-        model = create_ddp_model(model, broadcast_buffers=False, **on_card)
-        if cfg.SOLVER.AMP.ENABLED:
-            self._trainer = AMPTrainer(
-                model, data_loader, optimizer, device.type, cfg.SOLVER.AMP.PRECISION
-            )
-        else:
-            self._trainer = SimpleTrainer(model, data_loader, optimizer)
+        model = distribute(model)
+        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else ""
+        self._trainer = build_train_step(model, data_loader, optimizer, precision)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DetectionCheckpointer(
             model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
@@ -113,11 +106,9 @@ class Trainer(DefaultTrainer):
             dict: the results on DATASETS.TEST; {} on other than the main process.
         """
         super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
-        # Only the main process knows; and a file of an earlier run in the same folder is not ours.
-        found_best = [h.best_iter is not None for h in self._hooks if isinstance(h, BestCheckpointer)]
-        if any(comm.all_gather(found_best)[0]):
-            best = os.path.join(self.cfg.OUTPUT_DIR, f"{BestCheckpointer.FILE_STEM}.pth")
-            DetectionCheckpointer(self.model).load(best)
+        for hook in self._hooks:
+            if isinstance(hook, BestCheckpointer):
+                hook.load_best()
         results = self.test(self.cfg, self.model)
         if comm.is_main_process():
             verify_results(self.cfg, results)

@@ -1,11 +1,42 @@
-"""Mixed precision on any device; Detectron2's AMPTrainer asserts CUDA."""
+"""One training step on any device; Detectron2's DDP and AMPTrainer need CUDA."""
 
 import time
 
 import torch
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import SimpleTrainer, create_ddp_model
 
-__all__ = ["AMPTrainer", "amp_dtype"]
+__all__ = ["AMPTrainer", "amp_dtype", "build_train_step", "distribute"]
+
+
+def distribute(model, **kwargs):
+    """
+    Detectron2's ``create_ddp_model`` for models on any device.
+
+    Args:
+        model (nn.Module): with its parameters on the device it trains on.
+        kwargs: of ``create_ddp_model``.
+
+    Returns:
+        nn.Module: ``model`` itself in a single process, else wrapped.
+    """
+    if next(model.parameters()).device.type != "cuda":
+        kwargs["device_ids"] = None  # DDP refuses device_ids for a model on the CPU
+    return create_ddp_model(model, broadcast_buffers=False, **kwargs)
+
+
+def build_train_step(model, data_loader, optimizer, precision=""):
+    """
+    Args:
+        model, data_loader, optimizer: as in :class:`SimpleTrainer`.
+        precision (str): "" for fp32, else see :class:`AMPTrainer`.
+
+    Returns:
+        SimpleTrainer
+    """
+    if not precision:
+        return SimpleTrainer(model, data_loader, optimizer)
+    device_type = next(model.parameters()).device.type
+    return AMPTrainer(model, data_loader, optimizer, device_type, precision)
 
 
 def amp_dtype(precision, device_type):

@@ -1,0 +1,92 @@
+"""Data, optimizer and schedule of the LazyConfigs: Base-RCNN.yaml in Python."""
+
+import detectron2.data.transforms as T
+import torch
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.solver import WarmupParamScheduler, get_default_optimizer_params
+from fvcore.common.param_scheduler import CosineParamScheduler
+from omegaconf import OmegaConf
+
+from imrcnn_d2.data.mappers import LesionMapper
+from imrcnn_d2.engine.schedule import new_layer_lr_factor
+from imrcnn_d2.evaluation.lesion_evaluator import LesionEvaluator
+
+dataset = "kvasir_seg"
+
+
+def _test_loader(split):
+    return L(build_detection_test_loader)(
+        dataset=L(get_detection_dataset_dicts)(names=f"{dataset}_{split}", filter_empty=False),
+        mapper=L(LesionMapper)(
+            is_train=False,
+            augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
+            image_format="${dataloader.train.mapper.image_format}",
+        ),
+        num_workers=2,
+    )
+
+
+dataloader = OmegaConf.create()
+dataloader.train = L(build_detection_train_loader)(
+    dataset=L(get_detection_dataset_dicts)(names=f"{dataset}_train", filter_empty=False),
+    mapper=L(LesionMapper)(
+        is_train=True,
+        augmentations=[
+            L(T.ResizeShortestEdge)(
+                short_edge_length=(640, 672, 704, 736, 768, 800),
+                sample_style="choice",
+                max_size=1333,
+            ),
+            L(T.RandomFlip)(horizontal=True),
+            L(T.RandomFlip)(horizontal=False, vertical=True),
+            L(T.RandomRotation)(angle=[0, 90, 180, 270], sample_style="choice"),
+            L(T.RandomBrightness)(intensity_min=0.8, intensity_max=1.2),
+            L(T.RandomContrast)(intensity_min=0.8, intensity_max=1.2),
+            L(T.RandomSaturation)(intensity_min=0.8, intensity_max=1.2),
+        ],
+        image_format="BGR",
+        use_instance_mask=True,
+        instance_mask_format="bitmask",
+    ),
+    total_batch_size=4,
+    num_workers=2,
+    aspect_ratio_grouping=False,
+)
+dataloader.val = _test_loader("val")
+dataloader.test = _test_loader("test")
+dataloader.val_evaluator = L(LesionEvaluator)(dataset_name=f"{dataset}_val", tau=0.7)
+dataloader.test_evaluator = L(LesionEvaluator)(dataset_name=f"{dataset}_test", tau=0.7)
+
+optimizer = L(torch.optim.SGD)(
+    params=L(get_default_optimizer_params)(
+        # params.model is set by the trainer
+        base_lr="${..lr}",
+        weight_decay_norm=0.0,
+        lr_factor_func=L(new_layer_lr_factor)(factor=4.0),
+    ),
+    lr=0.0025,
+    momentum=0.9,
+    weight_decay=1e-4,
+)
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
+    warmup_length=200 / 3000,
+    warmup_method="linear",
+    warmup_factor=0.001,
+)
+
+train = model_zoo.get_config("common/train.py").train
+train.device = ""  # tools/lazyconfig_train_net.py chooses; name one to insist
+train.max_iter = 3000
+train.eval_period = 300
+train.log_period = 10
+train.checkpointer.period = 300
+train.amp.precision = "bf16"
+train.channels_last = False
+train.seed = 0
