@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,9 +85,7 @@ def make_pure(tree):
     """
     for compiled in tree.glob("detectron2/_C.*"):
         compiled.unlink()
-    for script in tree.glob("tools/*"):  # would be importable as a top-level package `tools`
-        script.unlink()
-    (tree / "tools").rmdir()
+    shutil.rmtree(tree / "tools")  # would be importable as a top-level package
 
     init = tree / "detectron2" / "__init__.py"
     init.write_text(
