@@ -21,7 +21,7 @@ def distribute(model, **kwargs):
     """
     if next(model.parameters()).device.type != "cuda":
         kwargs["device_ids"] = None  # DDP refuses device_ids for a model on the CPU
-    return create_ddp_model(model, broadcast_buffers=False, **kwargs)
+    return create_ddp_model(model, **{"broadcast_buffers": False, **kwargs})
 
 
 def build_train_step(model, data_loader, optimizer, precision=""):

@@ -1,0 +1,92 @@
+"""A data set of a few small images and a config that trains on it in seconds."""
+
+import json
+import uuid
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from pycocotools import mask as mask_util
+
+from imrcnn_d2.data.register import register_lesion_dataset
+from imrcnn_d2.engine import load_config
+
+SIZE = 96
+
+
+def write_dataset(folder, num_images):
+    """Write images with one bright disc each, every third without, and their COCO JSON."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(num_images)
+    images, annotations = [], []
+    for i in range(1, num_images + 1):
+        image = rng.integers(40, 80, (SIZE, SIZE, 3), dtype=np.uint8)
+        images.append({"id": i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE})
+        if i % 3:
+            centre, radius = rng.integers(30, 66, 2).tolist(), int(rng.integers(12, 26))
+            cv2.circle(image, centre, radius, (60, 90, 230), -1)
+            mask = cv2.circle(np.zeros((SIZE, SIZE), np.uint8), centre, radius, 1, -1)
+            rle = mask_util.encode(np.asfortranarray(mask))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "area": float(mask_util.area(rle)),
+                    "bbox": mask_util.toBbox(rle).tolist(),
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                }
+            )
+        cv2.imwrite(str(folder / f"{i}.png"), image)
+    categories = [{"id": 1, "name": "lesion"}]
+    coco = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    (folder / "coco.json").write_text(json.dumps(coco))
+    return folder / "coco.json"
+
+
+@pytest.fixture(scope="session")
+def tiny_datasets(tmp_path_factory):
+    """Names of a train, a val and a test set with 6, 4 and 5 images."""
+    root, prefix = tmp_path_factory.mktemp("tiny"), uuid.uuid4().hex
+    names = {}
+    for split, num_images in (("train", 6), ("val", 4), ("test", 5)):
+        json_file = write_dataset(root / split, num_images)
+        names[split] = f"{prefix}_{split}"
+        register_lesion_dataset(names[split], json_file, json_file.parent)
+    yield names
+    for name in names.values():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def tiny_opts(tiny_datasets, tmp_path):
+    """Overrides that make any light config train on the tiny data set, a few iterations."""
+    return [
+        *("DATASETS.TRAIN", (tiny_datasets["train"],)),
+        *("DATASETS.VAL", (tiny_datasets["val"],)),
+        *("DATASETS.TEST", (tiny_datasets["test"],)),
+        *("DATALOADER.NUM_WORKERS", 0),
+        *("INPUT.MIN_SIZE_TRAIN", (SIZE,)),
+        *("INPUT.MIN_SIZE_TEST", SIZE),
+        *("MODEL.DEVICE", "cpu"),
+        *("MODEL.TIMM.WEIGHTS", ""),
+        *("MODEL.FPN.OUT_CHANNELS", 32),
+        *("MODEL.ROI_BOX_HEAD.FC_DIM", 32),
+        *("MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
+        *("MODEL.RPN.POST_NMS_TOPK_TEST", 20),
+        *("SOLVER.IMS_PER_BATCH", 2),
+        *("SOLVER.MAX_ITER", 4),
+        *("SOLVER.CHECKPOINT_PERIOD", 2),
+        *("SOLVER.WARMUP_ITERS", 1),
+        *("TEST.EVAL_PERIOD", 2),
+        *("OUTPUT_DIR", str(tmp_path / "output")),
+    ]
+
+
+@pytest.fixture
+def tiny_cfg(tiny_opts):
+    """The light IMR-CNN on the tiny data set."""
+    return load_config("configs/synthetic/imrcnn_lite.yaml", tiny_opts)

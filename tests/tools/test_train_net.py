@@ -1,0 +1,120 @@
+"""The training scripts as a user starts them, on a prepared data set."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from detectron2.engine.launch import _find_free_port
+
+SMALL = [
+    *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96"),
+    *("DATALOADER.NUM_WORKERS", "0"),
+    *("MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""),
+    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "1"),
+]
+YAML = "configs/synthetic/imrcnn_lite.yaml"
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    """An environment in which the prepared data sets are found."""
+    folder = tmp_path_factory.mktemp("datasets")
+    prepare = ["tools/prepare_dataset.py", "synthetic", "--out", str(folder / "synthetic")]
+    subprocess.run(
+        [sys.executable, *prepare, "--num-images", "20", "--size", "96"], check=True, timeout=120
+    )
+    return {**os.environ, "IMRCNN_DATASETS": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def start(env, *command):
+    return subprocess.run(
+        [sys.executable, *command], env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def figures(log):
+    """The lines in which Detectron2 prints results, without their time stamps."""
+    return re.findall(r"copypaste: .*", log)
+
+
+@pytest.fixture(scope="module")
+def trained(env, tmp_path_factory):
+    """The output folder and the log of a training run."""
+    output = tmp_path_factory.mktemp("run")
+    done = start(env, "tools/train_net.py", "--config-file", YAML, *SMALL, "OUTPUT_DIR", str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done.stdout
+
+
+def test_training_writes_what_it_found(trained):
+    output, log = trained
+    test = output / "inference" / "synthetic_test"
+    metrics = json.loads((test / "metrics.json").read_text())
+    assert metrics["image"]["TN"] + metrics["image"]["FP"] == 1, "one of 5 test images is healthy"
+    assert (output / "model_best.pth").is_file() and (output / "model_final.pth").is_file()
+    assert "eta:" in log or "total_loss" in log
+
+
+def evaluate(trained, env, *opts):
+    output, _ = trained
+    weights = ("MODEL.WEIGHTS", str(output / "model_best.pth"))
+    again = ("OUTPUT_DIR", str(output / "again"))
+    command = ("tools/train_net.py", "--config-file", YAML, "--eval-only")
+    return start(env, *command, *SMALL, *weights, *again, *opts)
+
+
+def test_eval_only_repeats_the_figures(trained, env):
+    done = evaluate(trained, env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = figures(done.stdout)
+    assert len(lines) >= 12  # 4 groups of 3 lines
+    assert lines == figures(trained[1])[-len(lines) :]
+
+
+def test_expected_results_are_verified(trained, env):
+    impossible = ("TEST.EXPECTED_RESULTS", "[['lesion', 'fp_per_image', -5.0, 0.1]]")
+    done = evaluate(trained, env, *impossible)
+    assert done.returncode != 0
+    assert "Result verification failed" in done.stdout
+
+
+def test_two_processes_train_and_evaluate(trained, env, tmp_path):
+    url = f"tcp://127.0.0.1:{_find_free_port()}"
+    command = ("tools/train_net.py", "--num-gpus", "2", "--dist-url", url, "--config-file", YAML)
+    done = start(env, *command, *SMALL, "OUTPUT_DIR", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "inference/synthetic_test/metrics.json").read_text())
+    image = metrics["image"]
+    assert image["TP"] + image["FP"] + image["FN"] + image["TN"] == 5, "each image counts once"
+
+
+def test_a_missing_data_set_names_the_command_that_makes_it(env, tmp_path):
+    nowhere = {**env, "IMRCNN_DATASETS": str(tmp_path)}
+    done = start(nowhere, "tools/train_net.py", "--config-file", YAML, *SMALL)
+    assert done.returncode != 0
+    assert str(tmp_path) in done.stderr and "prepare_dataset.py synthetic" in done.stderr
+
+
+def test_the_lazy_script_trains(env, tmp_path):
+    overrides = [
+        "train.max_iter=1",
+        f"train.output_dir={tmp_path}",
+        "train.device=cpu",
+        "model.backbone.bottom_up.weights=''",
+        "dataloader.train.num_workers=0",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.mapper.augmentations.0.short_edge_length=[96]",
+    ]
+    for split in ("train", "val", "test"):
+        overrides.append(f"dataloader.{split}.dataset.names=synthetic_{split}")
+    for split in ("val", "test"):
+        overrides.append(f"dataloader.{split}.num_workers=0")
+        overrides.append(f"dataloader.{split}.mapper.augmentations.0.short_edge_length=96")
+        overrides.append(f"dataloader.{split}_evaluator.dataset_name=synthetic_{split}")
+    config = ("--config-file", "configs/lazy/imrcnn_lite.py")
+    done = start(env, "tools/lazyconfig_train_net.py", *config, *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "inference/synthetic_test/metrics.json").is_file()
