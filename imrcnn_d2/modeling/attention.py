@@ -18,7 +18,7 @@ def _gate_scale(gate):
 
 class ChannelGate(nn.Module):
     """
-    Weigh the channels: ``x * s * sigmoid(MLP(avgpool x) + MLP(maxpool x))`` (eq. 2), s from ``gate``.
+    A weight for each channel: ``s * sigmoid(MLP(avgpool x) + MLP(maxpool x))`` (eq. 2).
     """
 
     def __init__(self, channels, reduction=16, gate="double_sigmoid"):
@@ -45,15 +45,15 @@ class ChannelGate(nn.Module):
             x (Tensor): (N, C, H, W).
 
         Returns:
-            Tensor: (N, C, H, W).
+            Tensor: (N, C, 1, 1), from 0 to s.
         """
         logits = self.mlp(x.mean(dim=(2, 3))) + self.mlp(x.amax(dim=(2, 3)))
-        return x * (self.scale * torch.sigmoid(logits))[:, :, None, None]
+        return (self.scale * torch.sigmoid(logits))[:, :, None, None]
 
 
 class SpatialGate(nn.Module):
     """
-    Weigh the positions: ``x * s * sigmoid(conv([mean_c x ; max_c x]))`` (eq. 3), s from ``gate``.
+    A weight for each position: ``s * sigmoid(conv([mean_c x ; max_c x]))`` (eq. 3).
     """
 
     def __init__(self, kernel_size=7, gate="double_sigmoid"):
@@ -74,15 +74,15 @@ class SpatialGate(nn.Module):
             x (Tensor): (N, C, H, W).
 
         Returns:
-            Tensor: (N, C, H, W).
+            Tensor: (N, 1, H, W), from 0 to s.
         """
         pooled = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
-        return x * (self.scale * torch.sigmoid(self.conv(pooled)))
+        return self.scale * torch.sigmoid(self.conv(pooled))
 
 
 class CBAM(nn.Module):
     """
-    Channel gate, then spatial gate (section 3 of the paper: sequential, channel first).
+    Multiply by the channel gate, then by the spatial gate of the product (eq. 1).
     """
 
     def __init__(self, channels, reduction=16, kernel_size=7, gate="double_sigmoid"):
@@ -102,7 +102,7 @@ class CBAM(nn.Module):
 
     def init_identity(self):
         """
-        Zero the last layer of each gate: with gate "double_sigmoid" the module is then the identity.
+        Zero the last layer of each gate: with gate "double_sigmoid" this is then the identity.
         """
         nn.init.zeros_(self.channel.mlp[-1].weight)
         nn.init.zeros_(self.spatial.conv.weight)
@@ -115,4 +115,8 @@ class CBAM(nn.Module):
         Returns:
             Tensor: (N, C, H, W).
         """
-        return self.spatial(self.channel(x))
+        x = x * self.channel(x)
+        gate = self.spatial(x)
+        # By now x is our own. Fresh memory for another map of its size would cost more than the
+        # product; only autograd needs both.
+        return x * gate if torch.is_grad_enabled() else x.mul_(gate)

@@ -28,8 +28,8 @@ class PAFPN(FPN):
         M_l     = act(pan_down{l-1}(N_{l-1})) + A_l        3x3, stride 2
         N_l     = act(pan_output{l}(M_l))                  3x3, for l > first
 
-    and p{l} = N_l. It is a subclass of FPN, so every key of an FPN checkpoint keeps its name; the new
-    ones are ``pan_down{l}``, ``pan_output{l}`` and ``cbam{l}``.
+    and p{l} = N_l. It is a subclass of FPN, so every key of an FPN checkpoint keeps its name; the
+    new ones are ``pan_down{l}``, ``pan_output{l}`` and ``cbam{l}``.
     """
 
     @configurable

