@@ -1,0 +1,1 @@
+"""Data sets: formats in, COCO out; catalog names; mappers."""

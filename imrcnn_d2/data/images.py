@@ -1,0 +1,189 @@
+"""Reading, checking and normalising one image file.
+
+Detectron2 reads images with Pillow: it applies the EXIF orientation and then ``convert("RGB")``,
+which clips 16-bit values, drops an alpha channel and ignores a CMYK profile. Files in such modes
+are converted here.
+"""
+
+import hashlib
+import io
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps
+
+from imrcnn_d2.data.rejects import BadInputError
+
+__all__ = [
+    "SourceImage",
+    "drawn_on_stored_pixels",
+    "inspect_image",
+    "install_image",
+    "list_files",
+    "orient",
+    "read_mask",
+]
+
+_READ_RIGHTLY = ("1", "L", "RGB")
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """An image file that was decoded whole without an error.
+
+    Attributes:
+        path: the file.
+        width, height: pixels as Detectron2 reads it, EXIF orientation applied.
+        orientation: EXIF orientation, 1 (upright) to 8.
+        mode: Pillow's mode, e.g. "RGB", "I;16", "CMYK".
+        sha256: of the file's bytes.
+    """
+
+    path: Path
+    width: int
+    height: int
+    orientation: int
+    mode: str
+    sha256: str
+
+    @property
+    def needs_conversion(self) -> bool:
+        """Whether Detectron2 could misread the file."""
+        return self.mode not in _READ_RIGHTLY
+
+
+def list_files(folder: Path) -> list[Path]:
+    """All files under `folder`, hidden ones and those in hidden folders left out, in sorted order.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    )
+
+
+def inspect_image(path: Path) -> SourceImage:
+    """Decodes an image whole, so that a truncated file is found now and not while training.
+
+    Raises:
+        BadInputError: missing, unreadable, truncated, or without a clear meaning as RGB.
+    """
+    image, orientation, sha256 = _decode(path)
+    if image.mode not in _READ_RIGHTLY:
+        _to_rgb(image, path)
+    width, height = image.size
+    if orientation in _SIDEWAYS:
+        width, height = height, width
+    return SourceImage(path, width, height, orientation, image.mode, sha256)
+
+
+def install_image(image: SourceImage, folder: Path, file_name: str) -> None:
+    """Puts `image` at `folder` / `file_name`: a hard link, else a copy; a PNG if converted."""
+    target = folder / file_name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if image.needs_conversion:
+        rgb = _to_rgb(_decode(image.path)[0], image.path)
+        _turn(rgb, image.orientation).save(target)
+        return
+    source = image.path.resolve()
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Reads a mask image as shown, its EXIF orientation applied.
+
+    Returns:
+        (H, W) bool, true where the gray value is at least 128: JPEG masks are not binary.
+
+    Raises:
+        BadInputError: missing, unreadable or truncated.
+    """
+    image, orientation, _ = _decode(path)
+    if image.mode not in _READ_RIGHTLY:
+        image = _to_rgb(image, path)
+    return np.asarray(_turn(image.convert("L"), orientation)) >= 128
+
+
+def drawn_on_stored_pixels(image: SourceImage, width: int, height: int) -> bool:
+    """Whether annotations of a `width` x `height` frame need `orient` to fit the image as read.
+
+    Where both frames of an EXIF-rotated image have that size, they are taken to be drawn on what is
+    shown.
+
+    Raises:
+        BadInputError: the size fits neither frame.
+    """
+    if (width, height) == (image.width, image.height):
+        return False
+    if image.orientation in _SIDEWAYS and (height, width) == (image.width, image.height):
+        return True
+    raise BadInputError(
+        image.path, f"is {image.width}x{image.height}, but its annotation says {width}x{height}"
+    )
+
+
+def orient(mask: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns an (H, W) bool mask, drawn on the stored pixels, as EXIF orientation 1..8 shows it."""
+    return np.asarray(_turn(Image.fromarray(mask.astype(np.uint8)), orientation)).astype(bool)
+
+
+def _decode(path: Path) -> tuple[Image.Image, int, str]:
+    """The image as stored, its EXIF orientation, and the sha256 of the file's bytes."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise BadInputError(path, f"is no readable image ({error})") from error
+    return image, orientation, hashlib.sha256(data).hexdigest()
+
+
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
+    """Applies an EXIF orientation; the result carries none."""
+    upright = Image.fromarray(np.asarray(image))
+    upright.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(upright)
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    """8-bit RGB: 16 bit scaled by 1/257, transparency laid on black, CMYK by its profile."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise BadInputError(
+                path,
+                f"pixels of mode {image.mode!r} have no fixed range; save it with 8 bits a channel",
+            )
+        if 0 < values.max() < 4096:
+            raise BadInputError(
+                path,
+                f"16-bit image with values up to {values.max()} only, so nearly black: probably "
+                "fewer bits in a 16-bit file; rescale it to 8 bits a channel",
+            )
+        gray = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return Image.fromarray(gray).convert("RGB")
+    if image.mode == "CMYK" and "icc_profile" in image.info:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        return ImageCms.profileToProfile(
+            image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,160 @@
+"""Kvasir-SEG, and any data in its layout: images/NAME.jpg with masks/NAME.jpg.
+
+Jha et al., "Kvasir-SEG: A Segmented Polyp Dataset", MMM 2020, https://datasets.simula.no/kvasir-seg/
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+from tqdm import tqdm
+
+from imrcnn_d2.data.images import (
+    SourceImage,
+    drawn_on_stored_pixels,
+    inspect_image,
+    list_files,
+    orient,
+    read_mask,
+)
+from imrcnn_d2.data.masks import annotation_from_mask, components
+from imrcnn_d2.data.prepare import Sample, Source
+from imrcnn_d2.data.rejects import BadInputError, Rejects
+
+__all__ = ["MIN_AREA", "read_kvasir_seg"]
+
+# in pixels; JPEG leaves specks of 1 in Kvasir-SEG's masks, its smallest polyps have over 200
+MIN_AREA = 16
+# published boxes come from the same masks, so less overlap than this means an error
+_MIN_BOX_IOU = 0.9
+
+
+def read_kvasir_seg(
+    root: Path, rejects: Rejects, negatives: Path | None = None, min_area: int = MIN_AREA
+) -> Source:
+    """Reads images and masks; one instance per connected component of a mask.
+
+    Args:
+        root: has images/, masks/ and perhaps the bounding-box JSON, then compared with the masks.
+        rejects: takes bad input.
+        negatives: a folder of images without a lesion.
+        min_area: smaller components, in pixels, are dropped and counted.
+
+    Raises:
+        FileNotFoundError: a folder is missing (when the samples are read).
+    """
+    notes: list[str] = []
+    return Source(
+        samples=_samples(root, rejects, negatives, min_area, notes),
+        categories=[{"id": 1, "name": "polyp", "supercategory": "lesion"}],
+        info={"description": "from masks: one instance per connected component"},
+        notes=notes,
+    )
+
+
+def _samples(
+    root: Path, rejects: Rejects, negatives: Path | None, min_area: int, notes: list[str]
+) -> Iterator[Sample]:
+    images = _by_stem(root / "images", rejects)
+    masks = _by_stem(root / "masks", rejects)
+    healthy = [] if negatives is None else list_files(negatives)
+    for stem in sorted(masks.keys() - images.keys()):
+        with rejects.catch():
+            raise BadInputError(masks[stem], f"mask without an image in {root / 'images'}")
+
+    boxes = _read_boxes(root, rejects)
+    num_specks = num_compared = 0
+    with tqdm(total=len(images) + len(healthy), desc="Reading images", unit="image") as progress:
+        for stem, path in images.items():
+            progress.update()
+            with rejects.catch():
+                image = inspect_image(path)
+                if stem not in masks:
+                    raise BadInputError(path, f"has no mask in {root / 'masks'}")
+                annotations, specks = _annotations(image, masks[stem], min_area, notes)
+                num_specks += specks
+                if stem in boxes:
+                    num_compared += 1
+                    notes += _compare_boxes(image, annotations, boxes[stem])
+                yield Sample(str(path.relative_to(root / "images").as_posix()), image, annotations)
+        for path in healthy:
+            progress.update()
+            with rejects.catch():
+                yield Sample(str(path.relative_to(negatives).as_posix()), inspect_image(path), [])
+    notes.append(f"{num_specks} specks of fewer than {min_area} pixels left out of the masks")
+    if boxes:
+        notes.append(f"{num_compared} images compared with the bounding-box file")
+
+
+def _by_stem(folder: Path, rejects: Rejects) -> dict[str, Path]:
+    """Files by their path in `folder` without suffix, since image and mask may differ in it."""
+    files: dict[str, Path] = {}
+    for path in list_files(folder):
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        with rejects.catch():
+            if stem in files:
+                raise BadInputError(
+                    path, f"duplicate: same name as {files[stem]} but for the suffix"
+                )
+            files[stem] = path
+    return files
+
+
+def _annotations(
+    image: SourceImage, path: Path, min_area: int, notes: list[str]
+) -> tuple[list[dict], int]:
+    mask = read_mask(path)
+    if drawn_on_stored_pixels(image, mask.shape[1], mask.shape[0]):
+        mask = orient(mask, image.orientation)
+    elif image.orientation != 1:
+        notes.append(f"{path}: EXIF-rotated image, mask taken as drawn on what is shown")
+    lesions, specks = components(mask, min_area)
+    if not lesions:
+        raise BadInputError(
+            path,
+            f"empty mask: nothing of at least {min_area} pixels is 128 or brighter; lesion-free "
+            "images belong in the folder given as --negatives",
+        )
+    return [annotation_from_mask(lesion) for lesion in lesions], specks
+
+
+def _read_boxes(root: Path, rejects: Rejects) -> dict[str, dict]:
+    """The published boxes by image name; the file is called kavsir_bboxes.json in one release."""
+    for path in sorted(root.glob("*box*.json")):
+        with rejects.catch():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                for entry in content.values():
+                    entry["bbox"] = [
+                        [
+                            box["xmin"],
+                            box["ymin"],
+                            box["xmax"] - box["xmin"],
+                            box["ymax"] - box["ymin"],
+                        ]
+                        for box in entry["bbox"]
+                    ]
+                return content
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BadInputError(
+                    path, f"is no bounding-box file of Kvasir-SEG ({error!r})"
+                ) from error
+    return {}
+
+
+def _compare_boxes(image: SourceImage, annotations: list[dict], entry: dict) -> list[str]:
+    """What is wrong between the boxes of the masks and the published ones; empty if nothing."""
+    published = np.array(entry["bbox"], dtype=float).reshape(-1, 4)
+    size = entry.get("width", image.width), entry.get("height", image.height)
+    if size != (image.width, image.height):
+        return [f"{image.path}: bounding-box file says {size[0]}x{size[1]}"]
+    ours = np.array([annotation["bbox"] for annotation in annotations], dtype=float)
+    if len(ours) != len(published):
+        return [f"{image.path}: {len(ours)} lesions in the mask, {len(published)} published boxes"]
+    overlaps = mask_util.iou(ours, published, np.zeros(len(published), np.uint8))
+    worst = min(overlaps.max(axis=0).min(), overlaps.max(axis=1).min())
+    if worst < _MIN_BOX_IOU:
+        return [f"{image.path}: a published box overlaps the mask's box by only {worst:.2f} (IoU)"]
+    return []

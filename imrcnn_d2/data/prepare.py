@@ -1,0 +1,224 @@
+"""Writes a prepared data set: images/, annotations/{train,val,test}.json and splits.json."""
+
+import contextlib
+import filecmp
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from imrcnn_d2.data import splits as splitting
+from imrcnn_d2.data.images import SourceImage, install_image
+from imrcnn_d2.data.rejects import BadInputError, Rejects
+
+__all__ = ["Prepared", "Sample", "Source", "SplitOptions", "prepare_dataset"]
+
+
+@dataclass
+class Sample:
+    """One checked image with its annotations.
+
+    Attributes:
+        file_name: relative to the prepared images/.
+        image: the file to install there.
+        annotations: COCO annotations without ``id`` and ``image_id``.
+        fields: further COCO image fields, e.g. ``patient_id``.
+    """
+
+    file_name: str
+    image: SourceImage
+    annotations: list[dict]
+    fields: dict = field(default_factory=dict)
+
+
+@dataclass
+class Source:
+    """Where a data set comes from.
+
+    Attributes:
+        samples: yields every sample once.
+        categories: COCO categories.
+        info: COCO ``info``, or empty.
+        notes: what to tell the user, may grow while `samples` is consumed.
+        extra: further top-level COCO fields, passed through, e.g. ``licenses``.
+    """
+
+    samples: Iterable[Sample]
+    categories: list[dict]
+    info: dict
+    notes: list[str] = field(default_factory=list)
+    extra: dict = field(default_factory=dict)
+
+
+@dataclass
+class SplitOptions:
+    """As for `imrcnn_d2.data.splits.make_splits`; `folds` of 0 writes no cross-validation."""
+
+    ratio: Sequence[int] = (12, 3, 5)
+    seed: int = 0
+    by_patient: bool = True
+    earlier: Mapping[str, Sequence[str]] | None = None
+    folds: int = 0
+
+
+@dataclass
+class Prepared:
+    """What `prepare_dataset` made: COCO contents by split, and what to tell the user."""
+
+    out: Path
+    coco: dict[str, dict]
+    notes: list[str]
+    unchanged: bool
+
+
+def prepare_dataset(source: Source, out: Path, options: SplitOptions, rejects: Rejects) -> Prepared:
+    """Installs the images, splits them and writes the annotations.
+
+    The folder is built beside `out` and renamed at the end, so a failed run leaves nothing behind.
+    If `out` holds exactly what would be written it stays as it is; nothing else is overwritten.
+
+    Raises:
+        FileExistsError: `out` holds something else.
+        BadInputError: bad input under ``on_error="raise"``, or no image was left.
+    """
+    _check_free(out)
+    with _staged(out) as stage:
+        samples = _install(source.samples, stage / "images", rejects, source.notes)
+        if not samples:
+            raise BadInputError(out, "no usable image was found, nothing to write")
+        samples.sort(key=lambda sample: sample.file_name)
+        items = [
+            splitting.Item(s.file_name, bool(s.annotations), s.fields.get("patient_id"))
+            for s in samples
+        ]
+        splits = splitting.make_splits(
+            items, options.ratio, options.seed, options.by_patient, options.earlier
+        )
+        coco = _coco_by_split(samples, splits, source)
+        for split, content in coco.items():
+            _write_json(stage / "annotations" / f"{split}.json", content)
+        by_patient = options.by_patient and any(item.patient is not None for item in items)
+        settings = {"seed": options.seed, "split_by": "patient" if by_patient else "image"}
+        _write_splits(stage / "splits.json", splits, {**settings, "ratio": list(options.ratio)})
+        if options.folds:
+            folds = splitting.make_folds(items, options.folds, options.seed, by_patient)
+            for i, fold in enumerate(folds):
+                path = stage / "folds" / f"fold{i}.json"
+                _write_splits(path, fold, {**settings, "fold": i, "folds": options.folds})
+        if rejects.on_error == "reject":
+            rejects.write_csv(stage / "rejected.csv")
+        if out.exists() and not _is_empty(out):
+            _check_same(stage, out)
+            return Prepared(out, coco, source.notes, unchanged=True)
+        os.replace(stage, out)  # also onto an empty folder
+    return Prepared(out, coco, source.notes, unchanged=False)
+
+
+def _install(
+    samples: Iterable[Sample], folder: Path, rejects: Rejects, notes: list[str]
+) -> list[Sample]:
+    """Puts the images in place; of two with one name or the same bytes, the second is bad input."""
+    folder.mkdir()
+    kept: list[Sample] = []
+    by_name: dict[str, Path] = {}
+    by_content: dict[str, Path] = {}
+    for sample in samples:
+        with rejects.catch():
+            image = sample.image
+            if image.needs_conversion:
+                sample.file_name = str(PurePosixPath(sample.file_name).with_suffix(".png"))
+            if sample.file_name in by_name:
+                other = by_name[sample.file_name]
+                raise BadInputError(
+                    image.path, f"duplicate: {sample.file_name} was already made from {other}"
+                )
+            if image.sha256 in by_content:
+                raise BadInputError(
+                    image.path, f"duplicate: same content as {by_content[image.sha256]}"
+                )
+            install_image(image, folder, sample.file_name)
+            by_name[sample.file_name] = by_content[image.sha256] = image.path
+            if image.needs_conversion:
+                notes.append(f"{image.path}: {image.mode} converted to 8-bit RGB PNG")
+            kept.append(sample)
+    return kept
+
+
+def _coco_by_split(
+    samples: list[Sample], splits: Mapping[str, Sequence[str]], source: Source
+) -> dict[str, dict]:
+    """COCO contents by split; ids count from 1 over all splits, in the order of `samples`."""
+    split_of = {name: split for split, names in splits.items() for name in names}
+    coco = {
+        split: {
+            **source.extra,
+            "info": source.info,
+            "categories": source.categories,
+            "images": [],
+            "annotations": [],
+        }
+        for split in splits
+    }
+    annotation_id = 0
+    for image_id, sample in enumerate(samples, start=1):
+        content = coco[split_of[sample.file_name]]
+        size = {"width": sample.image.width, "height": sample.image.height}
+        content["images"].append(
+            {**sample.fields, "id": image_id, "file_name": sample.file_name, **size}
+        )
+        for annotation in sample.annotations:
+            annotation_id += 1
+            content["annotations"].append({**annotation, "id": annotation_id, "image_id": image_id})
+    return coco
+
+
+def _write_splits(path: Path, splits: Mapping[str, Sequence[str]], settings: dict) -> None:
+    _write_json(path, {**splits, **settings, "sha256": splitting.sha256(splits)}, indent=1)
+
+
+def _write_json(path: Path, content: dict, indent: int | None = None) -> None:
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps(content, sort_keys=True, allow_nan=False, indent=indent)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, removed at the end unless it was renamed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    stage.chmod(0o755)  # mkdtemp's is private
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and not _is_empty(out) and not (out / "splits.json").is_file():
+        raise FileExistsError(f"{out}: exists and is no prepared data set; choose another --out")
+
+
+def _check_same(stage: Path, out: Path) -> None:
+    """Raises FileExistsError, naming a file that differs, unless both hold the same files."""
+    files = {
+        str(path.relative_to(folder))
+        for folder in (stage, out)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    for name in sorted(files):
+        pair = stage / name, out / name
+        if not all(path.is_file() for path in pair) or not filecmp.cmp(*pair, shallow=False):
+            raise FileExistsError(
+                f"{out}: holds a data set made from other data or with other settings ({name} "
+                "would change). Choose another --out or remove it first; "
+                f"--splits {out / 'splits.json'} keeps its assignments in a new one."
+            )

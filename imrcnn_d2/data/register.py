@@ -1,0 +1,124 @@
+"""The lesion data sets in Detectron2's catalogs.
+
+Importing this module registers ``{kvasir_seg,egc,synthetic}_{train,val,test}`` and touches no disk.
+What ``tools/prepare_dataset.py`` wrote is found under ``$IMRCNN_DATASETS`` (default ``datasets/``)
+when a data set is loaded. `register_lesion_dataset` gives any other COCO file a name.
+"""
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+__all__ = ["DATASET_CLASSES", "SPLITS", "register_lesion_dataset"]
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+DATASET_CLASSES = {
+    "kvasir_seg": ["polyp"],
+    "egc": ["early gastric cancer"],
+    "synthetic": ["lesion"],
+}
+_PREPARE = {
+    "kvasir_seg": "kvasir-seg --root DIR",
+    "egc": "coco --annotations FILE --images DIR",
+    "synthetic": "synthetic --num-images 160 --size 256",
+}
+# what loading sets; Detectron2's Metadata refuses to change a value, so these are cleared first
+_SET_ON_LOADING = ("thing_classes", "thing_dataset_id_to_contiguous_id", "json_file", "image_root")
+
+
+def register_lesion_dataset(
+    name: str,
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    thing_classes: list[str] | None = None,
+) -> None:
+    """Registers a COCO instance file under `name`, read when the data set is loaded.
+
+    Args:
+        name: the name for ``DATASETS.{TRAIN,VAL,TEST}``.
+        json_file: COCO instance JSON; what `tools/prepare_dataset.py coco` writes, or any other.
+        image_root: the folder that each ``file_name`` is relative to.
+        thing_classes: class names to know before loading; the file's categories, by rising id,
+            replace them.
+
+    Raises:
+        AssertionError: the name is taken (Detectron2's own check).
+    """
+    paths = Path(json_file), Path(image_root)
+    _register(name, lambda: paths, f"Check the path given for data set {name!r}.", thing_classes)
+
+
+def _register(
+    name: str,
+    locate: Callable[[], tuple[Path, Path]],
+    remedy: str,
+    thing_classes: list[str] | None,
+) -> None:
+    DatasetCatalog.register(name, lambda: _load(name, locate, remedy))
+    metadata = MetadataCatalog.get(name)
+    metadata.evaluator_type = "lesion"
+    if thing_classes is not None:
+        metadata.thing_classes = list(thing_classes)
+
+
+def _load(name: str, locate: Callable[[], tuple[Path, Path]], remedy: str) -> list[dict]:
+    """Detectron2's dataset dicts, with ``lesion_id`` and further image fields (``patient_id``)."""
+    json_file, image_root = locate()
+    if not json_file.is_file():
+        raise FileNotFoundError(f"{json_file}: no such file. {remedy}")
+    if not image_root.is_dir():
+        raise FileNotFoundError(f"{image_root}: no such folder. {remedy}")
+
+    metadata = MetadataCatalog.get(name)
+    known = metadata.get("thing_classes")
+    for key in _SET_ON_LOADING:
+        vars(metadata).pop(key, None)
+    records = load_coco_json(str(json_file), str(image_root), name, ["lesion_id"])
+    metadata.set(json_file=str(json_file), image_root=str(image_root))
+    if known is not None and known != metadata.thing_classes:
+        logger.warning(
+            "Classes of %s are %s (from %s), not %s: MODEL.ROI_HEADS.NUM_CLASSES must be %d.",
+            name,
+            metadata.thing_classes,
+            json_file,
+            known,
+            len(metadata.thing_classes),
+        )
+
+    with open(json_file, encoding="utf-8") as file:
+        images = {image["id"]: image for image in json.load(file)["images"]}
+    for record in records:
+        for key, value in images[record["image_id"]].items():
+            if key != "id":
+                record.setdefault(key, value)
+    return records
+
+
+def _locate_prepared(dataset: str, split: str) -> tuple[Path, Path]:
+    root = Path(os.environ.get("IMRCNN_DATASETS", "datasets")) / dataset
+    return root / "annotations" / f"{split}.json", root / "images"
+
+
+def _register_prepared() -> None:
+    for dataset, classes in DATASET_CLASSES.items():
+        remedy = (
+            f"Make it with: python tools/prepare_dataset.py {_PREPARE[dataset]} --out "
+            f"$IMRCNN_DATASETS/{dataset} (datasets/{dataset} where the variable is unset)."
+        )
+        for split in SPLITS:
+            name = f"{dataset}_{split}"
+            if name not in DatasetCatalog:
+                _register(
+                    name, functools.partial(_locate_prepared, dataset, split), remedy, classes
+                )
+
+
+_register_prepared()

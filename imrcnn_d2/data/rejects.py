@@ -1,0 +1,52 @@
+"""What happens to bad input: an error at once, or a list of rejects."""
+
+import contextlib
+import csv
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["BadInputError", "Rejects"]
+
+logger = logging.getLogger(__name__)
+
+
+class BadInputError(ValueError):
+    """An image, mask or annotation that cannot be used; names the file and the reason."""
+
+    def __init__(self, file: str | Path, reason: str):
+        super().__init__(f"{file}: {reason}")
+        self.file = str(file)
+        self.reason = reason
+
+
+class Rejects:
+    """Collects bad input under ``on_error="reject"``; under "raise" the first one stops the run.
+
+    Args:
+        on_error: "raise" or "reject".
+    """
+
+    def __init__(self, on_error: str = "raise"):
+        if on_error not in ("raise", "reject"):
+            raise ValueError(f"on_error is {on_error!r}; choose 'raise' or 'reject'")
+        self.on_error = on_error
+        self.errors: list[BadInputError] = []
+
+    @contextlib.contextmanager
+    def catch(self) -> Iterator[None]:
+        """Ends the block at a `BadInputError`; if rejecting, lists it and goes on after it."""
+        try:
+            yield
+        except BadInputError as error:
+            if self.on_error == "raise":
+                raise
+            logger.warning("Rejected %s", error)
+            self.errors.append(error)
+
+    def write_csv(self, path: Path) -> None:
+        """Writes columns ``file, reason``, one row a reject, in the order met."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["file", "reason"])
+            writer.writerows([error.file, error.reason] for error in self.errors)

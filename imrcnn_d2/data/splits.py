@@ -1,0 +1,245 @@
+"""Train, validation and test splits: seeded, exact, stratified, patients kept together.
+
+The order of files comes from a hash of seed and name, so a split depends on neither the order of a
+folder's listing nor the version of a random generator.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+__all__ = [
+    "SPLITS",
+    "Item",
+    "largest_remainder",
+    "make_folds",
+    "make_splits",
+    "parse_ratio",
+    "read_splits",
+    "sha256",
+]
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to assign: its file name, whether it shows a lesion, and its patient if known."""
+
+    name: str
+    has_lesion: bool
+    patient: str | int | None = None
+
+
+def parse_ratio(text: str) -> tuple[int, ...]:
+    """Reads train:val:test, e.g. "12:3:5".
+
+    Raises:
+        ValueError: not three whole numbers of which none is negative and the first is positive.
+    """
+    parts = text.split(":")
+    if (
+        len(parts) != len(SPLITS)
+        or not all(part.isdecimal() for part in parts)
+        or int(parts[0]) == 0
+    ):
+        raise ValueError(f"ratio {text!r}: give train:val:test as whole numbers, e.g. 12:3:5")
+    return tuple(int(part) for part in parts)
+
+
+def largest_remainder(total: int, ratio: Sequence[int]) -> list[int]:
+    """Shares `total` by `ratio` in whole numbers that add up; earlier parts win ties."""
+    shares = [divmod(total * part, sum(ratio)) for part in ratio]
+    counts = [whole for whole, _ in shares]
+    by_remainder = sorted(range(len(ratio)), key=lambda i: -shares[i][1])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def make_splits(
+    items: Iterable[Item],
+    ratio: Sequence[int] = (12, 3, 5),
+    seed: int = 0,
+    by_patient: bool = True,
+    earlier: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, list[str]]:
+    """Assigns images to train, val and test.
+
+    Sizes are exact by largest remainder, images with and without a lesion shared alike. Images of
+    one patient stay together under `by_patient`; sizes are then as near as the patients allow.
+
+    Args:
+        items: the images; names must be unique.
+        ratio: train : val : test.
+        seed: another seed gives another assignment.
+        by_patient: keep the images of a patient together. Images of unknown patients are free.
+        earlier: file names by split; these stay where they were, and so do their patients.
+
+    Returns:
+        sorted file names by split.
+
+    Raises:
+        ValueError: `earlier` has a patient in two splits and `by_patient` is set.
+    """
+    split_of = {
+        name: i for i, split in enumerate(SPLITS) for name in (earlier or {}).get(split, ())
+    }
+    parts = _partition(list(items), ratio, seed, by_patient, split_of)
+    return dict(zip(SPLITS, parts, strict=True))
+
+
+def make_folds(
+    items: Iterable[Item], count: int, seed: int = 0, by_patient: bool = True
+) -> list[dict[str, list[str]]]:
+    """Cross-validation: every image is in one fold's test part; the rest is train and val, 4:1.
+
+    Args: as for `make_splits`; `count` folds, at least 2.
+
+    Returns:
+        sorted file names by split, one mapping a fold.
+    """
+    items = list(items)
+    folds = []
+    for test in _partition(items, [1] * count, seed, by_patient, {}):
+        rest = [item for item in items if item.name not in set(test)]
+        train, val = _partition(rest, (4, 1), seed, by_patient, {})
+        folds.append({"train": train, "val": val, "test": test})
+    return folds
+
+
+def sha256(splits: Mapping[str, Sequence[str]]) -> str:
+    """Hash of the three lists of file names; equal for equal splits."""
+    lists = json.dumps([sorted(splits[split]) for split in SPLITS])
+    return hashlib.sha256(lists.encode()).hexdigest()
+
+
+def read_splits(path: Path) -> dict[str, list[str]]:
+    """Reads file names by split from a splits.json, ours or one written by hand.
+
+    Raises:
+        ValueError: no such lists, a name listed twice, or a list edited after its hash was written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        splits = {split: [str(name) for name in content[split]] for split in SPLITS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: no JSON object with lists train, val and test ({error!r})"
+        ) from error
+    twice = [name for name, n in Counter(sum(splits.values(), [])).items() if n > 1]
+    if twice:
+        raise ValueError(f"{path}: {twice[0]} is listed more than once")
+    if content.get("sha256", sha256(splits)) != sha256(splits):
+        raise ValueError(
+            f"{path}: the lists were edited after their hash was written; remove sha256 if meant"
+        )
+    return splits
+
+
+def _partition(
+    items: list[Item],
+    ratio: Sequence[int],
+    seed: int,
+    by_patient: bool,
+    part_of: Mapping[str, int],
+) -> list[list[str]]:
+    """Shares items over len(ratio) parts; `part_of` fixes those it names."""
+    groups: dict[tuple, list[Item]] = {}
+    for item in items:
+        grouped = by_patient and item.patient is not None
+        groups.setdefault(
+            ("patient", str(item.patient)) if grouped else ("", item.name), []
+        ).append(item)
+    # the largest groups first, so that small ones are left to fill the gaps
+    keys = sorted(groups, key=lambda key: (-len(groups[key]), _rank(seed, key)))
+    # images without and with a lesion, (G, 2)
+    sizes = np.array([_count(groups[key]) for key in keys], dtype=int).reshape(-1, 2)
+    targets = _targets(sizes.sum(axis=0), ratio)
+
+    parts = np.full(len(keys), -1)
+    for g, key in enumerate(keys):
+        fixed = {part_of[item.name] for item in groups[key] if item.name in part_of}
+        if len(fixed) > 1:
+            raise ValueError(
+                f"the given splits have patient {key[1]} in more than one part; split by image "
+                "(--split-by image) to keep them so"
+            )
+        if fixed:
+            parts[g] = fixed.pop()
+    is_free = parts < 0
+
+    missing = targets.copy()  # (S, 2), images that each part still needs
+    np.subtract.at(missing, parts[~is_free], sizes[~is_free])
+    for g in np.flatnonzero(is_free):
+        # relative need, so that large and small patients go to every part alike
+        need = (missing / np.maximum(targets, 1)) @ sizes[g]
+        parts[g] = int(np.argmax(np.where(np.array(ratio) > 0, need, -np.inf)))
+        missing[parts[g]] -= sizes[g]
+    _improve(parts, is_free, sizes, missing)
+    return [
+        sorted(item.name for g in np.flatnonzero(parts == part) for item in groups[keys[g]])
+        for part in range(len(ratio))
+    ]
+
+
+def _rank(seed: int, key: tuple) -> bytes:
+    return hashlib.sha256(json.dumps([seed, *key]).encode()).digest()
+
+
+def _count(group: list[Item]) -> tuple[int, int]:
+    lesions = sum(item.has_lesion for item in group)
+    return len(group) - lesions, lesions
+
+
+def _targets(counts: np.ndarray, ratio: Sequence[int]) -> np.ndarray:
+    """Images without and with a lesion wanted in each part, (S, 2).
+
+    The parts' sizes and the rarer kind are exact by largest remainder, the other kind is the rest.
+    """
+    targets = np.empty((len(ratio), 2), dtype=int)
+    rare = int(np.argmin(counts))
+    targets[:, rare] = largest_remainder(int(counts[rare]), ratio)
+    targets[:, 1 - rare] = largest_remainder(int(counts.sum()), ratio) - targets[:, rare]
+    return targets
+
+
+def _improve(
+    parts: np.ndarray, is_free: np.ndarray, sizes: np.ndarray, missing: np.ndarray
+) -> None:
+    """Moves or swaps free groups while that brings sizes nearer; changes `parts` and `missing`."""
+
+    def distance(gap: np.ndarray) -> np.ndarray:  # of each kind, and of the whole
+        return np.abs(gap).sum(axis=-1) + np.abs(gap.sum(axis=-1))
+
+    while distance(missing).any():
+        best_gain, best = 0, None
+        for a, b in combinations(range(len(missing)), 2):
+            from_a, from_b = (_kinds(np.flatnonzero(is_free & (parts == p)), sizes) for p in (a, b))
+            net = from_a[1][:, None] - from_b[1][None, :]
+            before = distance(missing[a]) + distance(missing[b])
+            gain = before - distance(missing[a] + net) - distance(missing[b] - net)
+            i, j = np.unravel_index(np.argmax(gain), gain.shape)
+            if gain[i, j] > best_gain:
+                best_gain, best = gain[i, j], (a, b, from_a[0][i], from_b[0][j], net[i, j])
+        if best is None:
+            return
+        a, b, group_a, group_b, net = best
+        missing[a] += net
+        missing[b] -= net
+        if group_a >= 0:
+            parts[group_a] = b
+        if group_b >= 0:
+            parts[group_b] = a
+
+
+def _kinds(groups: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One group of each size, and -1 with size (0, 0) for none at all."""
+    kinds, first = np.unique(sizes[groups], axis=0, return_index=True)
+    return np.append(groups[first], -1), np.vstack([kinds.reshape(-1, 2), np.zeros((1, 2), int)])

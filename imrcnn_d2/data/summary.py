@@ -1,0 +1,95 @@
+"""What a prepared data set holds, as text."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from imrcnn_d2.data.rejects import BadInputError
+
+__all__ = ["summarise"]
+
+_EDGES = (0, 1, 2, 5, 10, 20, 50, 100)  # share of the image in percent
+_MOST_LISTED = 20
+_BAR = 40
+
+
+def summarise(
+    coco: Mapping[str, dict],
+    ratio: Sequence[int],
+    notes: Sequence[str],
+    rejects: Sequence[BadInputError],
+) -> str:
+    """Counts by split, difference to the ratio, size histograms, notes and rejects.
+
+    Args:
+        coco: COCO contents by split.
+        ratio: what was asked for, in the order of `coco`.
+        notes: lines to repeat, the first few of them.
+        rejects: what was left out, and why.
+    """
+    return "\n".join(
+        [
+            *_counts(coco, ratio),
+            "",
+            *_image_sizes(coco),
+            "",
+            *_lesion_sizes(coco),
+            *_listed("Notes", notes),
+            *_listed("Rejected", [str(error) for error in rejects]),
+        ]
+    )
+
+
+def _counts(coco: Mapping[str, dict], ratio: Sequence[int]) -> list[str]:
+    total = sum(len(content["images"]) for content in coco.values())
+    lines = ["split   images  instances  lesion-free  patients  images wanted by ratio"]
+    for (split, content), part in zip(coco.items(), ratio, strict=True):
+        images, annotations = content["images"], content["annotations"]
+        with_lesion = {annotation["image_id"] for annotation in annotations}
+        patients = {i["patient_id"] for i in images if i.get("patient_id") is not None}
+        wanted = total * part / sum(ratio)
+        lines.append(
+            f"{split:6} {len(images):7} {len(annotations):10} {len(images) - len(with_lesion):12} "
+            f"{len(patients) or '-':>9}  {wanted:.1f} ({len(images) - wanted:+.1f})"
+        )
+    return lines
+
+
+def _image_sizes(coco: Mapping[str, dict]) -> list[str]:
+    sizes = Counter(
+        f"{image['width']}x{image['height']}"
+        for content in coco.values()
+        for image in content["images"]
+    )
+    ranked = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    lines = ["Image sizes in pixels:"] + _bars(ranked[:8])
+    if len(ranked) > 8:
+        lines.append(f"  and {len(ranked) - 8} more sizes, {sum(n for _, n in ranked[8:])} images")
+    return lines
+
+
+def _lesion_sizes(coco: Mapping[str, dict]) -> list[str]:
+    shares = []
+    for content in coco.values():
+        areas = {image["id"]: image["width"] * image["height"] for image in content["images"]}
+        shares += [100 * a["area"] / areas[a["image_id"]] for a in content["annotations"]]
+    counts = np.histogram(shares, bins=_EDGES)[0]
+    rows = [
+        (f"{low}-{high} %", int(n))
+        for low, high, n in zip(_EDGES[:-1], _EDGES[1:], counts, strict=True)
+    ]
+    return ["Instances by share of the image's area:"] + _bars(rows)
+
+
+def _bars(rows: Sequence[tuple[str, int]]) -> list[str]:
+    most = max(n for _, n in rows)
+    width = max(len(label) for label, _ in rows)
+    return [f"  {label:>{width}} {n:6} {'#' * round(_BAR * n / max(most, 1))}" for label, n in rows]
+
+
+def _listed(title: str, lines: Sequence[str]) -> list[str]:
+    if not lines:
+        return []
+    more = [f"  and {len(lines) - _MOST_LISTED} more"] if len(lines) > _MOST_LISTED else []
+    return ["", f"{title} ({len(lines)}):", *(f"  {line}" for line in lines[:_MOST_LISTED]), *more]
