@@ -79,7 +79,7 @@ class TimmBackbone(Backbone):
 
     def _try_out(self, name, in_channels):
         """The maps of an empty image, with autograd graph, if a pyramid can be built on them."""
-        size = 8 * self._strides[-1]
+        size = 4 * self._strides[-1]
         image = next(self.body.parameters()).new_zeros(1, in_channels, size, size)
         remedy = "choose another, such as tf_efficientnet_lite0, resnet50 or convnext_tiny"
         self.body.eval()
@@ -91,7 +91,7 @@ class TimmBackbone(Backbone):
             ) from error
         self.body.train()
         shapes = [tuple(m.shape[1:]) for m in maps]
-        sides = [8 * 2**k for k in reversed(range(len(maps)))]
+        sides = [4 * 2**k for k in reversed(range(len(maps)))]
         if shapes != [(c, side, side) for c, side in zip(self._channels, sides, strict=True)]:
             raise ValueError(
                 f"MODEL.TIMM.NAME {name!r} gives maps of {shapes} (channels, height, width) for an "
