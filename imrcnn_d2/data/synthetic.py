@@ -4,6 +4,7 @@ An image is a relief (folds, bumps, lesions) lit by a lamp beside the camera, se
 aperture. Nothing in it comes from a patient.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = ["draw_view", "generate"]
 
 HEALTHY = (1, 7)  # one image in eight shows no lesion, as in the paper's data
 MAX_VIEWS = 5
+_BLOOD = np.array([0.25, 1.0, 0.9], np.float32)  # what it absorbs of red, green and blue
 
 
 def generate(folder: Path, num_images: int, size: int, seed: int = 0) -> Source:
@@ -62,7 +64,7 @@ def draw_view(
     masks = [] if healthy else _add_lesions(u, v, look, rng, height, albedo, aperture > 0.5)
     image = _light(u, v, height, albedo, rng) * aperture[..., None]
     image = cv2.GaussianBlur(image, (0, 0), size * rng.uniform(0.0008, 0.002))
-    image += rng.normal(0, 0.008, image.shape) * (0.3 + 0.7 * aperture[..., None])
+    image += 0.008 * rng.standard_normal(image.shape, dtype=np.float32) * aperture[..., None]
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), masks
 
 
@@ -84,26 +86,22 @@ class _Look:
 
     @classmethod
     def of_patient(cls, rng: np.random.Generator) -> "_Look":
-        reddish = np.array([1.10, 0.62, 0.58])
-        whitish = np.array([1.12, 1.32, 1.22])
-        brownish = np.array([0.74, 0.60, 0.62])
-        tint = [reddish, whitish, brownish][rng.integers(3)]
+        reddish, whitish, brownish = (1.05, 0.55, 0.60), (1.10, 1.38, 1.45), (0.74, 0.60, 0.62)
+        tint = np.array((reddish, whitish, brownish)[rng.integers(3)], np.float32)
         waves = np.arange(2, 9)
         return cls(
-            mucosa=np.array(
-                [rng.uniform(0.72, 0.86), rng.uniform(0.40, 0.52), rng.uniform(0.30, 0.42)]
-            ),
-            folds=rng.uniform(0.03, 0.08),
-            fold_frequency=rng.uniform(4, 8),
+            mucosa=rng.uniform((0.82, 0.34, 0.22), (0.98, 0.46, 0.34)).astype(np.float32),
+            folds=rng.uniform(0.02, 0.075),
+            fold_frequency=rng.uniform(4, 9),
             concentric=bool(rng.random() < 0.5),
-            vessels=rng.uniform(0.05, 0.22),
+            vessels=rng.uniform(0.1, 0.5),
             lesion=1 + (tint - 1) * rng.uniform(0.75, 1.1),
             radius=rng.uniform(0.17, 0.36),
             outline=np.stack(
-                [rng.normal(0, 0.30, len(waves)) / waves, rng.uniform(0, 2 * np.pi, len(waves))],
+                [rng.normal(0, 0.24, len(waves)) / waves, rng.uniform(0, 2 * np.pi, len(waves))],
                 axis=1,
-            ),
-            elevation=rng.choice([0.20, 0.12, -0.05]) * rng.uniform(0.7, 1.2),
+            ).astype(np.float32),
+            elevation=(0.20, 0.12, -0.05)[rng.integers(3)] * rng.uniform(0.7, 1.2),
             grain=rng.uniform(0.06, 0.14),
             border=rng.uniform(0.06, 0.16),
         )
@@ -122,27 +120,27 @@ def _mucosa(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Relief (H, W) and colour (H, W, 3) of healthy mucosa."""
     size = len(u)
-    warp = 0.35 * _noise(rng, size, 3, 2)
+    warp = _noise(rng, size, 2, 2)
+    cavity = np.zeros_like(u)
     if look.concentric:
-        cu, cv = rng.uniform(-0.6, 0.6, 2)
-        distance = np.hypot(u - cu, v - cv)
-        along = distance + 0.5 * warp
-        depth = 0.9 * np.exp(-((distance / 0.38) ** 2))
+        distance = np.hypot(u - rng.uniform(-0.5, 0.5), v - rng.uniform(-0.5, 0.5))
+        along = distance + 0.12 * warp
+        cavity = np.exp(-((distance / rng.uniform(0.18, 0.3)) ** 2))
     else:
-        angle = rng.uniform(0, np.pi)
-        along = u * np.cos(angle) + v * np.sin(angle) + warp
-        depth = 0.15 * _noise(rng, size, 2, 1)
-    folds = np.abs(np.sin(along * look.fold_frequency)) ** 0.7
-    height = look.folds * folds + 0.035 * _noise(rng, size, 4, 3) - depth
+        along = math.cos(angle := rng.uniform(0, np.pi)) * u + math.sin(angle) * v + 0.22 * warp
+    # rounded ridges, narrow valleys between them
+    folds = np.sqrt(np.sin(along * look.fold_frequency + rng.uniform(0, np.pi)) ** 2 + 0.02)
+    folds *= np.clip(0.75 + 0.5 * _noise(rng, size, 2, 1), 0.1, 1.3)
+    fine = _noise(rng, size, 28, 2)
+    height = look.folds * folds + 0.03 * _noise(rng, size, 3, 2) + 0.0012 * fine - 0.3 * cavity
 
-    albedo = np.ones((size, size, 3), np.float32) * look.mucosa
-    albedo *= 1 + 0.05 * _noise(rng, size, 5, 3)[..., None]
-    flush = np.clip(_noise(rng, size, 3, 2) - 0.6, 0, 1)  # diffuse redness, no lesion
-    albedo *= 1 - flush[..., None] * np.array([0.02, 0.16, 0.14])
-    network = _noise(rng, size, 5, 2)
-    vessels = np.exp(-((network / 0.05) ** 2)) * np.clip(0.6 + 0.6 * _noise(rng, size, 3, 1), 0, 1)
-    albedo *= 1 - look.vessels * vessels[..., None] * np.array([0.45, 1.0, 0.9])
-    return height, albedo
+    flush = np.clip(_noise(rng, size, 3, 2) - 0.5, 0, 1)  # diffuse redness, no lesion
+    branches = [np.exp(-((_noise(rng, size, n, 2) / w) ** 2)) for n, w in ((3, 0.035), (6, 0.05))]
+    vessels = (branches[0] + 0.7 * branches[1]) * np.clip(0.4 + _noise(rng, size, 3, 1), 0, 1)
+    pallor = 1 + 0.06 * _noise(rng, size, 4, 3) + 0.03 * fine
+    tint = flush * 0.25 + look.vessels * vessels  # blood takes green and blue away
+    albedo = look.mucosa * pallor[..., None] * np.exp(-tint[..., None] * _BLOOD)
+    return height, albedo * (1 - 0.9 * cavity[..., None])
 
 
 def _add_lesions(
@@ -162,9 +160,9 @@ def _add_lesions(
     for distance in distances:
         radius = look.radius * rng.uniform(0.85, 1.2) * (1 if len(distances) == 1 else 0.75)
         turn, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.0)
-        du, dv = u - distance * np.cos(bearing), v - distance * np.sin(bearing)
-        x = (du * np.cos(turn) + dv * np.sin(turn)) / radius
-        y = (dv * np.cos(turn) - du * np.sin(turn)) / (radius * squeeze)
+        du, dv = u - distance * math.cos(bearing), v - distance * math.sin(bearing)
+        x = (du * math.cos(turn) + dv * math.sin(turn)) / radius
+        y = (dv * math.cos(turn) - du * math.sin(turn)) / (radius * squeeze)
         angle = np.arctan2(y, x)
         edge = 1 + sum(a * np.cos(k * angle + p) for k, (a, p) in enumerate(look.outline, start=2))
         r = np.hypot(x, y) / np.maximum(edge, 0.35) + 0.05 * _noise(rng, size, 10, 2)
@@ -184,7 +182,7 @@ def _add_lesions(
         colour = look.lesion * (1 + grain[..., None])
         rim = np.exp(-(((r - 1.02) / 0.09) ** 2))  # reddened margin
         albedo *= 1 + cover[..., None] * (colour - 1)
-        albedo *= 1 - 0.10 * rim[..., None] * np.array([0.3, 1.0, 1.0])
+        albedo *= 1 - 0.10 * rim[..., None] * _BLOOD
         height += 0.02 * cover * grain / look.grain * radius
     return masks
 
@@ -194,26 +192,27 @@ def _light(
 ) -> np.ndarray:
     """Shades the relief: a lamp off the axis, light falling off with distance, wet highlights."""
     size = len(u)
-    dv, du = np.gradient(height, 2 / size)
-    normal = np.stack([-du, -dv, np.ones_like(du)], axis=-1)
-    normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
-    lamp_u, lamp_v = rng.uniform(-0.35, 0.35, 2)
-    to_lamp = np.stack([lamp_u - u, lamp_v - v, 1.1 - height], axis=-1)
-    distance = np.linalg.norm(to_lamp, axis=-1)
-    to_lamp /= distance[..., None]
-    diffuse = np.clip((normal * to_lamp).sum(-1), 0, 1)
-    light = rng.uniform(1.15, 1.4) * (0.12 + diffuse) / (0.35 + 0.65 * distance**2)
+    slope_v, slope_u = np.gradient(height, np.float32(2 / size))
+    lamp_u, lamp_v = rng.uniform(-0.4, 0.4, 2).astype(np.float32)
+    lamp = _unit(lamp_u - u, lamp_v - v, 1.0 - height)
+    normal = _unit(-slope_u, -slope_v, np.ones_like(u))
+    diffuse = np.clip((normal * lamp).sum(0), 0, 1)
+    fall_off = 1 / (0.4 + (lamp_u - u) ** 2 + (lamp_v - v) ** 2 + (0.75 - height) ** 2)
+    light = np.float32(rng.uniform(1.5, 2.0)) * (0.25 + 0.75 * diffuse) * fall_off
+    tone = 1 - np.exp(-albedo * light[..., None])  # the camera's shoulder
 
-    half = to_lamp + np.array([0, 0, 1])
-    half /= np.linalg.norm(half, axis=-1, keepdims=True)
-    wet = normal.copy()
-    wet[..., :2] += 0.10 * np.stack([_noise(rng, size, 22, 2), _noise(rng, size, 22, 2)], axis=-1)
-    wet /= np.linalg.norm(wet, axis=-1, keepdims=True)
-    shine = np.clip((wet * half).sum(-1), 0, 1) ** 220
-    shine = _step(0.55, 0.95, shine) * np.clip(0.5 + _noise(rng, size, 6, 1), 0, 1)
-    tone = np.clip(albedo * light[..., None], 0, None)
-    tone = 1 - np.exp(-1.6 * tone)  # the camera's shoulder
+    ripple_u, ripple_v = (0.1 * _noise(rng, size, 20, 2) for _ in range(2))
+    wet = _unit(ripple_u - slope_u, ripple_v - slope_v, np.ones_like(u))
+    halfway = _unit(lamp[0], lamp[1], lamp[2] + 1)
+    shine = np.clip((wet * halfway).sum(0), 0, 1) ** 200
+    shine = _step(0.65, 0.95, shine) * np.clip(0.3 + _noise(rng, size, 6, 1), 0, 1)
+    shine *= np.clip(2 * tone[..., 0], 0, 1)  # none from the depth
     return tone + shine[..., None] * (1 - tone)
+
+
+def _unit(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Vectors of length 1, (3, H, W)."""
+    return np.stack([x, y, z]) / np.sqrt(x * x + y * y + z * z)
 
 
 def _step(low: float | np.ndarray, high: float | np.ndarray, x: np.ndarray) -> np.ndarray:
