@@ -3,9 +3,10 @@
 import contextlib
 import io
 
-import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from .records import mask_areas
 
 __all__ = ["coco_average_precision"]
 
@@ -31,7 +32,7 @@ def coco_average_precision(gt, detections, iou_type):
         return dict.fromkeys(STATS, float("nan"))
     truth = _coco(gt, gt.regions, iou_type, area=gt.area, iscrowd=gt.crowd.astype(int))
     if iou_type == "segm":
-        area = mask_util.area(detections.regions.masks) if len(detections.regions) else []
+        area = mask_areas(detections.regions.masks)
     else:
         area = detections.regions.boxes[:, 2] * detections.regions.boxes[:, 3]
     found = _coco(gt, detections.regions, iou_type, area=area, score=detections.score)

@@ -63,18 +63,18 @@ def write_results(results, folder, **meta):
     return paths
 
 
-def write_atomically(path, text):
+def write_atomically(path, content):
     """
     Write a file that replaces its predecessor at once, or not at all.
 
     Args:
         path (str or Path): its folder is made if it does not exist.
-        text (str):
+        content (str or bytes): text is written as UTF-8.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8", newline="")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, path)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from .coco_ap import coco_average_precision
 from .counting import UnitCounts, count_images, union_overlaps
 from .curves import pr_curve
-from .matching import match, overlaps
+from .matching import Matching, match, overlaps
 from .metrics import lesion_figures, unit_figures
-from .records import read_ground_truth, read_results
+from .records import Detections, GroundTruth, read_ground_truth, read_results
 from .selection import selection_score
 
 __all__ = ["LesionResults", "evaluate_lesions"]
@@ -37,6 +37,9 @@ class LesionResults:
             at IoU 0.5 of each class.
         counts (UnitCounts): per image, what ``lesion`` and ``image`` are made of.
         meta (dict): the settings, and the size of the data set.
+        ground_truth (GroundTruth), detections (Detections): what was scored; N detections.
+        matching (Matching): of the N detections.
+        counted (np.ndarray): (N,) bool, the detections that count at the threshold.
 
     All figures are in percent but for counts and fp_per_image; undefined ones are NaN.
     """
@@ -50,6 +53,10 @@ class LesionResults:
     curves: list
     counts: UnitCounts
     meta: dict
+    ground_truth: GroundTruth
+    detections: Detections
+    matching: Matching
+    counted: np.ndarray
 
     def groups(self):
         """dict[str, dict[str, float]]: the groups of figures, in the order of a report."""
@@ -150,6 +157,10 @@ def evaluate_lesions(gt, results, *, tau=0.7, iou_threshold=0.5, iou_type="segm"
             "classes": [category["name"] for category in gt.categories],
             "patients": len(set(patients)) if known else None,
         },
+        ground_truth=gt,
+        detections=detections,
+        matching=matching,
+        counted=counted,
     )
 
 
@@ -170,8 +181,8 @@ def _mean_percent(values):
 
 
 def _patient_figures(counts, patients):
-    _, unit = np.unique([str(patient) for patient in patients], return_inverse=True)
-    return unit_figures(counts.merged(unit))
+    number = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
+    return unit_figures(counts.merged(np.array([number[patient] for patient in patients])))
 
 
 def _rows(gt, counts, union):

@@ -13,7 +13,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pycocotools.mask as mask_util
 
-__all__ = ["Detections", "GroundTruth", "Regions", "read_ground_truth", "read_results"]
+__all__ = [
+    "Detections",
+    "GroundTruth",
+    "Regions",
+    "mask_areas",
+    "read_ground_truth",
+    "read_results",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +81,18 @@ class Detections:
     score: np.ndarray
 
 
+def mask_areas(masks):
+    """
+    Args:
+        masks (list[dict]): compressed RLEs.
+
+    Returns:
+        np.ndarray: (N,) float, pixels.
+    """
+    # One at a time: under numpy 2, pycocotools 2.0.11 overflows on more than 255 masks.
+    return np.array([mask_util.area(mask) for mask in masks], dtype=float)
+
+
 def read_ground_truth(gt):
     """
     Args:
@@ -102,7 +121,7 @@ def read_ground_truth(gt):
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
     outline = regions.boxes[:, 2] * regions.boxes[:, 3]
     if regions.masks:
-        outline = mask_util.area(regions.masks)
+        outline = mask_areas(regions.masks)
     area = np.array([a.get("area", o) for a, o in zip(annotations, outline, strict=True)], float)
     return GroundTruth(images, categories, regions, crowd, area)
 
@@ -145,7 +164,10 @@ def read_results(results, gt):
 
 def _load(source):
     if isinstance(source, str | Path):
-        return json.loads(Path(source).read_text(encoding="utf-8"))
+        try:
+            return json.loads(Path(source).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{source} is not a JSON file: {error}") from error
     return getattr(source, "dataset", source)  # pycocotools' COCO keeps the JSON there
 
 

@@ -1,0 +1,102 @@
+"""Precision-recall curves as a picture: one model's, or those of several in one."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..evaluation.curves import PRCurve
+from .style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, save_figure
+
+__all__ = ["draw_pr_curves", "read_pr_curves"]
+
+STYLES = [
+    (BLUE, "-"),
+    (VERMILION, "--"),
+    (GREEN, "-."),
+    (PURPLE, ":"),
+    (ORANGE, (0, (7, 2, 1, 2, 1, 2))),
+    (SKY, (0, (1, 1))),
+    (BLACK, (0, (9, 3))),
+]
+
+
+def read_pr_curves(path, iou_type="segm"):
+    """
+    Args:
+        path (str or Path): a ``pr_curve.csv`` of :func:`imrcnn_d2.evaluation.files.write_results`.
+        iou_type (str): "segm" or "bbox".
+
+    Returns:
+        dict[str, PRCurve]: by class name. Classes without ground truth, and without a detection,
+        have no curve.
+    """
+    rows = {}
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["iou_type"] == iou_type and int(row["n_gt"]):
+                rows.setdefault(row["class"], []).append(row)
+    return {
+        name: PRCurve(
+            score=np.array([float(row["score"]) for row in own]),
+            tp=np.array([int(row["tp"]) for row in own]),
+            fp=np.array([int(row["fp"]) for row in own]),
+            num_gt=int(own[0]["n_gt"]),
+        )
+        for name, own in rows.items()
+    }
+
+
+def draw_pr_curves(curves, path, *, tau=0.7):
+    """
+    Draw each curve as it is (thin) and its envelope, whose area is AP50_voc, with the operating
+    point at ``tau`` (dot) and the break-even point, on the diagonal (diamond).
+
+    Args:
+        curves (dict[str, PRCurve]): by the name in the legend: classes of a run, or runs.
+        path (str or Path): .png, .svg or .pdf.
+        tau (float): score threshold of the operating point.
+    """
+    figure = Figure(figsize=(6, 6.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
+    for number, (name, curve) in enumerate(curves.items()):
+        colour, style = STYLES[number % len(STYLES)]
+        _draw(axes, name, curve, tau, colour, style)
+    if not curves:
+        axes.text(50, 50, "No detections", ha="center", va="center", fontsize=12)
+    dot = dict(linestyle="none", markeredgecolor="0.2", markersize=7)
+    axes.plot([], [], marker="o", color="0.6", label=f"operating point, score ≥ {tau:g}", **dot)
+    axes.plot([], [], marker="D", color="white", label="break-even point (BEP)", **dot)
+    axes.set(
+        xlabel="Recall (%)",
+        ylabel="Precision (%)",
+        xlim=(0, 101),
+        ylim=(0, 101),
+        aspect="equal",
+        title="Precision and recall at IoU 0.5",
+    )
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", fontsize=8.5, framealpha=0.95, handlelength=3.2)
+    save_figure(figure, path, dpi=200)
+
+
+def _draw(axes, name, curve, tau, colour, style):
+    label = f"{name}: AP50_voc {100 * curve.area:.1f}, BEP {100 * curve.break_even_point:.1f}"
+    recall, precision, envelope = (
+        100 * values for values in (curve.recall, curve.precision, curve.envelope)
+    )
+    # The envelope holds up to each recall from the one before: steps that fall at its end.
+    x = np.concatenate([[0], recall, recall[-1:]])
+    y = np.concatenate([envelope[:1], envelope, [0]])
+    axes.step(x, y, where="pre", color=colour, linestyle=style, linewidth=1.8, label=label)
+    axes.plot(recall, precision, color=colour, linewidth=0.7, alpha=0.45)
+    mark = dict(markersize=8, markeredgewidth=1.3, zorder=4)
+    at_tau = np.flatnonzero(curve.score >= tau)[-1:]
+    axes.plot(recall[at_tau], precision[at_tau], "o", color=colour, markeredgecolor="white", **mark)
+    if np.isfinite(curve.break_even_point):
+        even = [100 * curve.break_even_point]
+        axes.plot(even, even, "D", color="white", markeredgecolor=colour, **mark)
