@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from imrcnn_d2.data import kvasir_seg, synthetic
-from imrcnn_d2.data.prepare import SplitOptions, prepare_dataset
+from imrcnn_d2.data import coco, kvasir_seg, synthetic
+from imrcnn_d2.data.prepare import Source, SplitOptions, prepare_dataset
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 from imrcnn_d2.data.splits import parse_ratio, read_splits
 from imrcnn_d2.data.summary import summarise
@@ -64,6 +64,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="smaller parts of a mask, in pixels, are dropped as specks (default %(default)s)",
     )
 
+    own = commands.add_parser(
+        "coco", parents=[common], help="own data: a COCO instance JSON and a folder of images"
+    )
+    own.add_argument("--annotations", type=Path, required=True, help="COCO instance JSON")
+    own.add_argument("--images", type=Path, required=True, help="folder of the file_name entries")
+
     drawn = commands.add_parser("synthetic", parents=[common], help="draw the embedded data set")
     drawn.add_argument("--num-images", type=int, required=True)
     drawn.add_argument("--size", type=int, required=True, help="width and height in pixels")
@@ -88,9 +94,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{args.out}: {'already there, unchanged' if prepared.unchanged else 'written'}")
 
 
-def _read(args: argparse.Namespace, rejects: Rejects, scratch: Path):
+def _read(args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
     if args.command == "kvasir-seg":
         return kvasir_seg.read_kvasir_seg(args.root, rejects, args.negatives, args.min_area)
+    if args.command == "coco":
+        return coco.read_coco(args.annotations, args.images, rejects)
     return synthetic.generate(scratch, args.num_images, args.size, args.seed)
 
 

@@ -33,6 +33,11 @@ class Sample:
     annotations: list[dict]
     fields: dict = field(default_factory=dict)
 
+    @property
+    def has_lesion(self) -> bool:
+        """Whether there is an annotation other than of a crowd region."""
+        return any(not annotation["iscrowd"] for annotation in self.annotations)
+
 
 @dataclass
 class Source:
@@ -90,24 +95,7 @@ def prepare_dataset(source: Source, out: Path, options: SplitOptions, rejects: R
         if not samples:
             raise BadInputError(out, "no usable image was found, nothing to write")
         samples.sort(key=lambda sample: sample.file_name)
-        items = [
-            splitting.Item(s.file_name, bool(s.annotations), s.fields.get("patient_id"))
-            for s in samples
-        ]
-        splits = splitting.make_splits(
-            items, options.ratio, options.seed, options.by_patient, options.earlier
-        )
-        coco = _coco_by_split(samples, splits, source)
-        for split, content in coco.items():
-            _write_json(stage / "annotations" / f"{split}.json", content)
-        by_patient = options.by_patient and any(item.patient is not None for item in items)
-        settings = {"seed": options.seed, "split_by": "patient" if by_patient else "image"}
-        _write_splits(stage / "splits.json", splits, {**settings, "ratio": list(options.ratio)})
-        if options.folds:
-            folds = splitting.make_folds(items, options.folds, options.seed, by_patient)
-            for i, fold in enumerate(folds):
-                path = stage / "folds" / f"fold{i}.json"
-                _write_splits(path, fold, {**settings, "fold": i, "folds": options.folds})
+        coco = _write_splits_and_annotations(stage, samples, source, options)
         if rejects.on_error == "reject":
             rejects.write_csv(stage / "rejected.csv")
         if out.exists() and not _is_empty(out):
@@ -145,6 +133,32 @@ def _install(
                 notes.append(f"{image.path}: {image.mode} converted to 8-bit RGB PNG")
             kept.append(sample)
     return kept
+
+
+def _write_splits_and_annotations(
+    stage: Path, samples: list[Sample], source: Source, options: SplitOptions
+) -> dict[str, dict]:
+    """Writes everything but the images; returns the COCO contents by split."""
+    items = [splitting.Item(s.file_name, s.has_lesion, s.fields.get("patient_id")) for s in samples]
+    by_patient = options.by_patient and any(item.patient is not None for item in items)
+    earlier = options.earlier or {}
+    gone = sorted({name for part in earlier.values() for name in part} - {i.name for i in items})
+    if gone:
+        source.notes.append(f"{len(gone)} files of the given splits are gone: {', '.join(gone)}")
+
+    splits = splitting.make_splits(items, options.ratio, options.seed, by_patient, earlier)
+    settings = {"seed": options.seed, "split_by": "patient" if by_patient else "image"}
+    _write_splits(stage / "splits.json", splits, {**settings, "ratio": list(options.ratio)})
+    if options.folds:
+        folds = splitting.make_folds(items, options.folds, options.seed, by_patient)
+        for i, fold in enumerate(folds):
+            path = stage / "folds" / f"fold{i}.json"
+            _write_splits(path, fold, {**settings, "fold": i, "folds": options.folds})
+
+    coco = _coco_by_split(samples, splits, source)
+    for split, content in coco.items():
+        _write_json(stage / "annotations" / f"{split}.json", content)
+    return coco
 
 
 def _coco_by_split(

@@ -15,11 +15,12 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-__all__ = ["DATASET_CLASSES", "SPLITS", "register_lesion_dataset"]
+from imrcnn_d2.data.splits import SPLITS
+
+__all__ = ["DATASET_CLASSES", "register_lesion_dataset"]
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
 DATASET_CLASSES = {
     "kvasir_seg": ["polyp"],
     "egc": ["early gastric cancer"],

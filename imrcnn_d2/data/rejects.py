@@ -2,13 +2,10 @@
 
 import contextlib
 import csv
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["BadInputError", "Rejects"]
-
-logger = logging.getLogger(__name__)
 
 
 class BadInputError(ValueError):
@@ -41,7 +38,6 @@ class Rejects:
         except BadInputError as error:
             if self.on_error == "raise":
                 raise
-            logger.warning("Rejected %s", error)
             self.errors.append(error)
 
     def write_csv(self, path: Path) -> None:

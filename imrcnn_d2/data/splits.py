@@ -104,7 +104,12 @@ def make_folds(
 
     Returns:
         sorted file names by split, one mapping a fold.
+
+    Raises:
+        ValueError: fewer than 2 folds.
     """
+    if count < 2:
+        raise ValueError(f"{count} folds: cross-validation needs at least 2")
     items = list(items)
     folds = []
     for test in _partition(items, [1] * count, seed, by_patient, {}):

@@ -10,7 +10,6 @@ from imrcnn_d2.data.rejects import BadInputError
 __all__ = ["summarise"]
 
 _EDGES = (0, 1, 2, 5, 10, 20, 50, 100)  # share of the image in percent
-_MOST_LISTED = 20
 _BAR = 40
 
 
@@ -25,7 +24,7 @@ def summarise(
     Args:
         coco: COCO contents by split.
         ratio: what was asked for, in the order of `coco`.
-        notes: lines to repeat, the first few of them.
+        notes: lines to repeat.
         rejects: what was left out, and why.
     """
     return "\n".join(
@@ -46,7 +45,7 @@ def _counts(coco: Mapping[str, dict], ratio: Sequence[int]) -> list[str]:
     lines = ["split   images  instances  lesion-free  patients  images wanted by ratio"]
     for (split, content), part in zip(coco.items(), ratio, strict=True):
         images, annotations = content["images"], content["annotations"]
-        with_lesion = {annotation["image_id"] for annotation in annotations}
+        with_lesion = {a["image_id"] for a in annotations if not a["iscrowd"]}
         patients = {i["patient_id"] for i in images if i.get("patient_id") is not None}
         wanted = total * part / sum(ratio)
         lines.append(
@@ -91,5 +90,4 @@ def _bars(rows: Sequence[tuple[str, int]]) -> list[str]:
 def _listed(title: str, lines: Sequence[str]) -> list[str]:
     if not lines:
         return []
-    more = [f"  and {len(lines) - _MOST_LISTED} more"] if len(lines) > _MOST_LISTED else []
-    return ["", f"{title} ({len(lines)}):", *(f"  {line}" for line in lines[:_MOST_LISTED]), *more]
+    return ["", f"{title} ({len(lines)}):", *(f"  {line}" for line in lines)]
