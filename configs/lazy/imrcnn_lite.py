@@ -1,5 +1,6 @@
 """The light IMR-CNN: the model of kvasir_seg/imrcnn_lite.yaml."""
 
+import torch
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 
@@ -38,9 +39,9 @@ dataloader.train.mapper.augmentations[0].update(
 for split in ("val", "test"):
     dataloader[split].mapper.augmentations[0].update(short_edge_length=352, max_size=640)
 
-optimizer.lr = 0.01
+optimizer = L(torch.optim.AdamW)(params=optimizer.params, lr=0.0005, weight_decay=0.01)
 optimizer.params.lr_factor_func.factor = 1.0
-lr_multiplier.warmup_length = 100 / 1000
+lr_multiplier.warmup_length = 50 / 1000
 
 train.output_dir = "output/kvasir_seg/imrcnn_lite_lazy"
 train.init_checkpoint = ""

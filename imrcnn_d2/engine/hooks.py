@@ -41,7 +41,7 @@ class EvalHook(hooks.EvalHook):
 
 class BestCheckpointer(HookBase):
     """
-    Save ``model_best.pth`` when validation improves: weights, iteration and score.
+    Save ``model_best.pth`` when validation is as good as ever: weights, iteration and score.
 
     Unlike Detectron2's it remembers the best over a resume, never changes ``last_checkpoint``, and
     looks only at figures of this iteration. Put it behind :class:`EvalHook` and before the periodic
@@ -79,7 +79,8 @@ class BestCheckpointer(HookBase):
         if math.isnan(score):
             logger.warning("%s is undefined on the validation set: no best checkpoint", self._metric)
             return
-        if self.best_score is not None and score <= self.best_score:
+        # Of equals the later one: early in training nothing reaches the threshold at all.
+        if self.best_score is not None and score < self.best_score:
             logger.info(
                 "%s %.3f: the best stays %.3f of iteration %d",
                 self._metric,
