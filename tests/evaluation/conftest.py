@@ -1,0 +1,86 @@
+"""COCO data of rectangles, on which overlaps can be worked out by hand."""
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+
+HEIGHT, WIDTH = 40, 50
+
+
+def make_region(image_id, x, y, width, height, category_id=1, **fields):
+    """A rectangle as a COCO annotation, or with a ``score`` as a COCO result."""
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    mask[y : y + height, x : x + width] = 1
+    rle = mask_util.encode(np.asfortranarray(mask))
+    return {
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [x, y, width, height],
+        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+        **fields,
+    }
+
+
+def make_dataset(num_images, annotations=(), classes=("lesion",), patients=None):
+    """A COCO dict with images 1, 2, ... and classes 1, 2, ..."""
+    images = [
+        {"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH}
+        for i in range(1, num_images + 1)
+    ]
+    for image, patient in zip(images, patients or [], strict=False):
+        image["patient_id"] = patient
+    return {
+        "images": images,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
+        "annotations": [
+            {
+                "id": number,
+                "iscrowd": 0,
+                "area": float(annotation["bbox"][2] * annotation["bbox"][3]),
+                **annotation,
+            }
+            for number, annotation in enumerate(annotations, 1)
+        ],
+    }
+
+
+def make_random(seed, scores="tied", num_images=6, num_classes=2):
+    """
+    A crowded data set and results for it, as (dataset, results): several classes, crowds,
+    lesion-free images, near misses and equal overlaps; scores that tie or "distinct" ones.
+    """
+    rng = np.random.default_rng(seed)
+
+    def rectangle(image_id, **fields):
+        x, y = rng.integers(0, 5, 2) * 4
+        width, height = rng.integers(2, 6, 2) * 4
+        category = int(rng.integers(1, num_classes + 1))
+        return make_region(
+            image_id, int(x), int(y), int(width), int(height), category_id=category, **fields
+        )
+
+    annotations, results = [], []
+    for image_id in range(1, num_images + 1):
+        for _ in range(rng.integers(0, 4)):
+            annotations.append(rectangle(image_id, iscrowd=int(rng.random() < 0.2)))
+        for _ in range(rng.integers(0, 7)):
+            score = rng.integers(0, 11) / 10 if scores == "tied" else rng.random()
+            results.append(rectangle(image_id, score=float(score)))
+    rng.shuffle(results)
+    classes = [f"class {i}" for i in range(num_classes)]
+    return make_dataset(num_images, annotations, classes), results
+
+
+@pytest.fixture(scope="session")
+def region():
+    return make_region
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    return make_dataset
+
+
+@pytest.fixture(scope="session")
+def random_case():
+    return make_random
