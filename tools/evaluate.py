@@ -38,9 +38,12 @@ def main(argv=None):
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     args = parser.parse_args(argv)
 
-    results = evaluate_lesions(
-        args.gt, args.dt, tau=args.tau, iou_threshold=args.iou, iou_type=args.iou_type
-    )
+    try:
+        results = evaluate_lesions(
+            args.gt, args.dt, tau=args.tau, iou_threshold=args.iou, iou_type=args.iou_type
+        )
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     paths = write_results(results, args.output, gt=str(args.gt), dt=str(args.dt))
     picture = args.output / "pr_curve.png"
     curves = read_pr_curves(paths["pr_curve.csv"], results.meta["iou_type"])

@@ -44,11 +44,18 @@ def draw_contact_sheet(gt, results, image_root, path, *, tau=0.7, max_images=16)
         path (str or Path): the picture to write, .png, .jpg or .pdf.
         tau (float): score from which on a detection is shown.
         max_images (int): tiles at most.
+
+    Returns:
+        matplotlib.figure.Figure: what was saved.
+
+    Raises:
+        FileNotFoundError: if one of the images is not there.
+        ValueError: on bad input, see :func:`evaluate_lesions`.
     """
     scored = evaluate_lesions(gt, results, tau=tau)
     chosen = _choose(scored.per_image, max_images)
     columns = min(COLUMNS, max(len(chosen), 1))
-    rows = math.ceil(len(chosen) / columns)
+    rows = max(math.ceil(len(chosen) / columns), 1)
     figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.36) + 0.7), layout="constrained")
     figure.suptitle(
         f"{len(chosen)} of {len(scored.per_image)} images, worst first; "
@@ -65,6 +72,7 @@ def draw_contact_sheet(gt, results, image_root, path, *, tau=0.7, max_images=16)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     save_figure(figure, path)
+    return figure
 
 
 def _choose(rows, number):
@@ -87,21 +95,8 @@ def _draw_tile(axes, scored, position, image_root):
     record, row = scored.ground_truth.images[position], scored.per_image[position]
     with Image.open(image_root / record["file_name"]) as image:
         axes.imshow(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
-    truth, found = scored.ground_truth.regions, scored.detections.regions
-    in_image = scored.counted & (found.image == position)
-    hit = scored.matching.gt[in_image & scored.matching.hit]
-    for kind, regions, chosen in (
-        ("ground truth", truth, hit),
-        (
-            "missed lesion",
-            truth,
-            np.setdiff1d(
-                np.flatnonzero((truth.image == position) & ~scored.ground_truth.crowd), hit
-            ),
-        ),
-        ("hit", found, np.flatnonzero(in_image & scored.matching.hit)),
-        ("false alarm", found, np.flatnonzero(in_image & ~scored.matching.hit)),
-    ):
+    axes.autoscale(False)  # a box may lead out of the image
+    for kind, regions, chosen in _by_kind(scored, position):
         for region in chosen:
             for outline in _outlines(regions, region):
                 axes.plot(*outline.T, path_effects=HALO, **OUTLINES[kind])
@@ -109,6 +104,20 @@ def _draw_tile(axes, scored, position, image_root):
     if len(name) > NAME_LENGTH:
         name = f"{name[: NAME_LENGTH // 2]}…{name[-NAME_LENGTH // 2 + 1 :]}"
     axes.set_title(f"{name}\n{_summary(row)}", fontsize=7.5)
+
+
+def _by_kind(scored, position):
+    """[(key of OUTLINES, Regions, which of them)] of one image, in the order of drawing."""
+    truth, found = scored.ground_truth.regions, scored.detections.regions
+    lesions = np.flatnonzero((truth.image == position) & ~scored.ground_truth.crowd)
+    shown = np.flatnonzero(scored.counted & (found.image == position))
+    matched = scored.matching.gt[shown]
+    return [
+        ("ground truth", truth, np.intersect1d(lesions, matched)),
+        ("missed lesion", truth, np.setdiff1d(lesions, matched)),
+        ("hit", found, shown[matched >= 0]),
+        ("false alarm", found, shown[matched < 0]),
+    ]
 
 
 def _summary(row):

@@ -57,8 +57,11 @@ def draw_pr_curves(curves, path, *, tau=0.7):
         curves (dict[str, PRCurve]): by the name in the legend: classes of a run, or runs.
         path (str or Path): .png, .svg or .pdf.
         tau (float): score threshold of the operating point.
+
+    Returns:
+        matplotlib.figure.Figure: what was saved.
     """
-    figure = Figure(figsize=(6, 6.4), layout="constrained")
+    figure = Figure(figsize=(6, 6.1), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
     for number, (name, curve) in enumerate(curves.items()):
@@ -82,10 +85,13 @@ def draw_pr_curves(curves, path, *, tau=0.7):
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", fontsize=8.5, framealpha=0.95, handlelength=3.2)
     save_figure(figure, path, dpi=200)
+    return figure
 
 
 def _draw(axes, name, curve, tau, colour, style):
-    label = f"{name}: AP50_voc {100 * curve.area:.1f}, BEP {100 * curve.break_even_point:.1f}"
+    even = 100 * curve.break_even_point
+    label = f"{name}: AP50_voc {100 * curve.area:.1f}, "
+    label += "BEP n/a" if np.isnan(even) else f"BEP {even:.1f}"
     recall, precision, envelope = (
         100 * values for values in (curve.recall, curve.precision, curve.envelope)
     )
