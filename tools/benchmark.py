@@ -1,0 +1,205 @@
+#!/usr/bin/env python
+"""Time parts of the models.
+
+    tools/benchmark.py neck [--case light_352] [--output neck.json]
+
+neck runs PAFPN + CBAM and the plain FPN in turns on the same features, and compares how much longer
+the former takes with what its extra multiply-adds predict. Exit status 1: over 1.15 times that.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from fvcore.nn import FlopCountAnalysis
+from tqdm import tqdm
+
+from imrcnn_d2.engine.device import choose_device
+from imrcnn_d2.evaluation.files import write_atomically
+from imrcnn_d2.modeling import PAFPN
+from imrcnn_d2.report.tables import figures_table
+
+# Time over FPN's time may exceed multiply-adds over FPN's by this factor.
+BOUND = 1.15
+
+# Channels of res2 to res5, channels of the pyramid, size of the image, memory format: the shipped
+# models at the sizes they run at.
+NECKS = {
+    "light_352": ((24, 40, 112, 320), 128, 352, True),
+    "R_50_352": ((256, 512, 1024, 2048), 256, 352, False),
+    "R_50_800": ((256, 512, 1024, 2048), 256, 800, False),
+}
+
+
+class GivenFeatures(Backbone):
+    """Stands below a neck and hands on the features that it is given."""
+
+    def __init__(self, channels):
+        """
+        Args:
+            channels (tuple[int]): of res2, res3, ...
+        """
+        super().__init__()
+        self._shapes = {
+            f"res{k}": ShapeSpec(channels=c, stride=2**k) for k, c in enumerate(channels, start=2)
+        }
+
+    def forward(self, features):
+        """
+        Args:
+            features (list[Tensor]): one for each level.
+
+        Returns:
+            dict[str, Tensor]
+        """
+        return dict(zip(self._shapes, features, strict=True))
+
+    def output_shape(self):
+        return self._shapes
+
+
+def time_in_turns(calls, runs, synchronize):
+    """
+    Run A B A B ..., so that whatever else the machine does falls on both alike.
+
+    Args:
+        calls (list[callable]): what to time; each is called twice beforehand to warm up.
+        runs (int): times of each.
+        synchronize (callable): waits for the device.
+
+    Returns:
+        list[list[float]]: milliseconds, for each call.
+    """
+    times = [[] for _ in calls]
+    for run in tqdm(range(-2, runs), leave=False):
+        for call, milliseconds in zip(calls, times, strict=True):
+            synchronize()
+            start = time.perf_counter()
+            call()
+            synchronize()
+            if run >= 0:
+                milliseconds.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def count_multiply_adds(model, features):
+    """
+    Args:
+        model (nn.Module):
+        features (list[Tensor]): its input.
+
+    Returns:
+        int: of convolutions and linear layers; one for each value of an upsampled map.
+    """
+    analysis = FlopCountAnalysis(model, (features,))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return analysis.total()
+
+
+def compare_necks(channels, out_channels, size, channels_last, device, runs):
+    """
+    Args:
+        channels (tuple[int]): of the features below the neck, from stride 4 on.
+        out_channels (int): of the pyramid.
+        size (int): side of the image in pixels.
+        channels_last (bool): memory format.
+        device (str):
+        runs (int): times of each neck.
+
+    Returns:
+        dict[str, float]: milliseconds (medians), multiply-adds in 10^9, the ratios of both (that of
+            the times is the median over pairs of runs) and the quotient of the two.
+    """
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = [
+        torch.randn(1, c, size // 2**k, size // 2**k, generator=generator)
+        .to(device)
+        .to(memory_format=layout)
+        for k, c in enumerate(channels, start=2)
+    ]
+    names = [f"res{k}" for k, _ in enumerate(channels, start=2)]
+    necks = [
+        cls(GivenFeatures(channels), names, out_channels, top_block=LastLevelMaxPool(), **options)
+        .eval()
+        .to(device)
+        .to(memory_format=layout)
+        for cls, options in ((FPN, {}), (PAFPN, {"attention": "cbam"}))
+    ]
+    fpn_adds, pafpn_adds = (count_multiply_adds(neck, features) for neck in necks)
+    synchronize = torch.cuda.synchronize if features[0].is_cuda else lambda: None
+    with torch.no_grad():
+        fpn, pafpn = time_in_turns([lambda n=n: n(features) for n in necks], runs, synchronize)
+    ratio = statistics.median(b / a for a, b in zip(fpn, pafpn, strict=True))
+    return {
+        "FPN, ms": statistics.median(fpn),
+        "PAFPN + CBAM, ms": statistics.median(pafpn),
+        "FPN, 10^9 multiply-adds": fpn_adds / 1e9,
+        "PAFPN + CBAM, 10^9 multiply-adds": pafpn_adds / 1e9,
+        "times longer": ratio,
+        "times more multiply-adds": pafpn_adds / fpn_adds,
+        "measured / predicted": ratio / (pafpn_adds / fpn_adds),
+    }
+
+
+def neck(args):
+    torch.set_num_threads(args.threads)
+    device = args.device or choose_device()
+    results = {}
+    for name in args.case or NECKS:
+        channels, out_channels, size, channels_last = NECKS[name]
+        if args.channels_last is not None:
+            channels_last = args.channels_last
+        results[name] = compare_necks(
+            channels, out_channels, size, channels_last, device, args.runs
+        )
+        results[name]["channels last"] = float(channels_last)
+    print(figures_table(results))
+    worst = max(figures["measured / predicted"] for figures in results.values())
+    print(f"\nMeasured / predicted is at most {worst:.2f}; the bound is {BOUND}.")
+    if args.output:
+        machine = {"device": device, "threads": args.threads, "torch": torch.__version__}
+        document = {"necks": results, "bound": BOUND, "runs": args.runs, **machine}
+        write_atomically(args.output, json.dumps(document, indent=2) + "\n")
+        print(f"Written: {args.output}")
+    return int(worst > BOUND)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", help="default: the CUDA device if there is one, else cpu")
+    common.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="on the CPU (1: threads that wait for each other on a busy machine spoil the times)",
+    )
+    common.add_argument("--runs", type=int, default=25, help="times of each (25)")
+    common.add_argument("--output", type=Path, help="JSON file for the figures")
+
+    command = commands.add_parser("neck", parents=[common], help="PAFPN + CBAM against FPN")
+    command.add_argument("--case", nargs="+", choices=NECKS, help="default: all")
+    command.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        help="default: as the model's config has it",
+    )
+    command.set_defaults(run=neck)
+
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
