@@ -14,6 +14,10 @@
 ##                       TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
 ##   OFFLINE=DIR         install from the wheels in DIR (see `make wheels`) and ask no index
 
+# Threads that wait by spinning take the cores from the ones they wait for: on two busy cores a
+# training step takes four times as long.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed

@@ -167,3 +167,18 @@ def test_a_wrong_number_of_classes_is_named(tiny_cfg, tiny_datasets):
     tiny_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     with pytest.raises(ValueError, match="has 1 classes .*NUM_CLASSES is 80; set it to 1"):
         Trainer(tiny_cfg)
+
+
+def test_resuming_a_finished_run_evaluates_it_again(tiny_cfg):
+    results = Trainer(tiny_cfg).train()
+    trainer = Trainer(tiny_cfg)
+    trainer.resume_or_load(resume=True)
+    again = trainer.train()
+    for group, figures in results.items():
+        assert again[group] == pytest.approx(figures, nan_ok=True), group
+
+
+def test_of_equal_validations_the_later_is_kept(tiny_cfg, tmp_path):
+    scripted_trainer(tiny_cfg, [25.0, 25.0]).train()
+    output = tmp_path / "output"
+    assert equal(weights(output / "model_best.pth"), weights(output / "model_final.pth"))
