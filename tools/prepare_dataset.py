@@ -7,7 +7,6 @@ python tools/prepare_dataset.py synthetic --num-images 160 --size 256 --out data
 """
 
 import argparse
-import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -78,18 +77,22 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     rejects = Rejects(args.on_error)
-    with tempfile.TemporaryDirectory() as scratch:
-        source = _read(args, rejects, Path(scratch))
-        options = SplitOptions(
-            ratio=args.ratio,
-            seed=args.seed,
-            by_patient=args.split_by == "patient",
-            earlier=None if args.splits is None else read_splits(args.splits),
-            folds=args.folds,
-        )
-        prepared = prepare_dataset(source, args.out, options, rejects)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            source = _read(args, rejects, Path(scratch))
+            options = SplitOptions(
+                ratio=args.ratio,
+                seed=args.seed,
+                by_patient=args.split_by == "patient",
+                earlier=None if args.splits is None else read_splits(args.splits),
+                folds=args.folds,
+            )
+            prepared = prepare_dataset(source, args.out, options, rejects)
+    except BadInputError as error:
+        sys.exit(f"{error}\nCorrect it, or list such files and go on with --on-error reject.")
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     print(summarise(prepared.coco, args.ratio, prepared.notes, rejects.errors))
     print(f"\n{args.out}: {'already there, unchanged' if prepared.unchanged else 'written'}")
 
@@ -110,7 +113,4 @@ def _ratio(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInputError, OSError, ValueError) as error:
-        sys.exit(f"prepare_dataset.py: {error}")
+    main()

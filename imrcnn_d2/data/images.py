@@ -179,10 +179,12 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
         gray = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
         return Image.fromarray(gray).convert("RGB")
     if image.mode == "CMYK" and "icc_profile" in image.info:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        return ImageCms.profileToProfile(
-            image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError) as error:
+            raise BadInputError(path, f"its CMYK profile cannot be used ({error})") from error
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")

@@ -185,7 +185,9 @@ def _partition(
     for g in np.flatnonzero(is_free):
         # relative need, so that large and small patients go to every part alike
         need = (missing / np.maximum(targets, 1)) @ sizes[g]
-        parts[g] = int(np.argmax(np.where(np.array(ratio) > 0, need, -np.inf)))
+        fits = (missing >= sizes[g]).all(axis=1)
+        wanted = np.array(ratio) > 0
+        parts[g] = max(range(len(ratio)), key=lambda i: (wanted[i], fits[i], need[i]))
         missing[parts[g]] -= sizes[g]
     _improve(parts, is_free, sizes, missing)
     return [
@@ -220,8 +222,8 @@ def _improve(
 ) -> None:
     """Moves or swaps free groups while that brings sizes nearer; changes `parts` and `missing`."""
 
-    def distance(gap: np.ndarray) -> np.ndarray:  # of each kind, and of the whole
-        return np.abs(gap).sum(axis=-1) + np.abs(gap.sum(axis=-1))
+    def distance(gap: np.ndarray) -> np.ndarray:  # of each kind, and twice as much of the whole
+        return np.abs(gap).sum(axis=-1) + 2 * np.abs(gap.sum(axis=-1))
 
     while distance(missing).any():
         best_gain, best = 0, None

@@ -95,7 +95,7 @@ class _Look:
             fold_frequency=rng.uniform(4, 9),
             concentric=bool(rng.random() < 0.5),
             vessels=rng.uniform(0.1, 0.5),
-            lesion=1 + (tint - 1) * rng.uniform(0.75, 1.1),
+            lesion=1 + (tint - 1) * rng.uniform(0.85, 1.15),
             radius=rng.uniform(0.17, 0.36),
             outline=np.stack(
                 [rng.normal(0, 0.24, len(waves)) / waves, rng.uniform(0, 2 * np.pi, len(waves))],

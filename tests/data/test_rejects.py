@@ -1,0 +1,33 @@
+import csv
+
+import pytest
+
+from imrcnn_d2.data.rejects import BadInputError, Rejects
+
+
+def test_raise_stops_at_the_first():
+    rejects = Rejects("raise")
+    with pytest.raises(BadInputError, match="^a.jpg: is cut$"), rejects.catch():
+        raise BadInputError("a.jpg", "is cut")
+    assert rejects.errors == []
+
+
+def test_reject_lists_and_goes_on(tmp_path):
+    rejects = Rejects("reject")
+    for name in ("a.jpg", "b, c.jpg"):
+        with rejects.catch():
+            raise BadInputError(name, 'says "no"')
+    rejects.write_csv(tmp_path / "rejected.csv")
+    with open(tmp_path / "rejected.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [["file", "reason"], ["a.jpg", 'says "no"'], ["b, c.jpg", 'says "no"']]
+
+
+def test_other_errors_are_never_swallowed():
+    with pytest.raises(ZeroDivisionError), Rejects("reject").catch():
+        1 / 0  # noqa: B018
+
+
+def test_unknown_policy():
+    with pytest.raises(ValueError, match="'ignore'; choose 'raise' or 'reject'"):
+        Rejects("ignore")

@@ -1,0 +1,102 @@
+"""The command as users give it, from arguments to printed counts and exit status."""
+
+import json
+
+import prepare_dataset
+import pytest
+from PIL import Image
+
+
+def run(capsys, *args):
+    prepare_dataset.main([str(arg) for arg in args])
+    return capsys.readouterr().out
+
+
+def num_images(out):
+    splits = json.loads((out / "splits.json").read_text())
+    return [len(splits[split]) for split in ("train", "val", "test")]
+
+
+def test_kvasir_seg(capsys, tmp_path, kvasir_original, no_polyp):
+    out = tmp_path / "out"
+    args = ("kvasir-seg", "--root", kvasir_original, "--negatives", no_polyp, "--out", out)
+    printed = run(capsys, *args, "--seed", 3, "--folds", 5, "--min-area", 1)
+    assert num_images(out) == [9, 2, 4]
+    assert json.loads((out / "splits.json").read_text())["seed"] == 3
+    assert len(list((out / "folds").iterdir())) == 5
+    assert "0 specks of fewer than 1 pixels" in printed
+    assert printed.splitlines()[1].split()[:4] == [
+        "train",
+        "9",
+        *printed.splitlines()[1].split()[2:4],
+    ]
+    assert printed.endswith(f"{out}: written\n")
+    assert run(capsys, *args, "--seed", 3, "--folds", 5, "--min-area", 1).endswith("unchanged\n")
+
+
+def test_synthetic(capsys, tmp_path):
+    out = tmp_path / "out"
+    printed = run(capsys, "synthetic", "--out", out, "--num-images", 24, "--size", 64)
+    assert sum(num_images(out)) == 24
+    assert "64x64     24 " in printed
+    sizes = {Image.open(path).size for path in (out / "images").iterdir()}
+    assert sizes == {(64, 64)}
+    # by patient: the views of one are in one split only
+    splits = json.loads((out / "splits.json").read_text())
+    patients = [{name.split("_")[0] for name in splits[s]} for s in ("train", "val", "test")]
+    assert sum(map(len, patients)) == len(set.union(*patients))
+
+
+def test_synthetic_is_deterministic(capsys, tmp_path):
+    contents = []
+    for name in ("a", "b"):
+        out = tmp_path / name
+        run(capsys, "synthetic", "--out", out, "--num-images", 6, "--size", 64)
+        files = [path for path in out.rglob("*") if path.is_file()]
+        contents.append({path.relative_to(out): path.read_bytes() for path in files})
+    assert contents[0] == contents[1]
+    assert len(contents[0]) == 6 + 3 + 1
+
+
+def test_coco(capsys, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    polygon = [[5, 5, 20, 5, 20, 20]]
+    coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cancer"}]}
+    for i in (1, 2, 3):
+        Image.new("RGB", (30, 30), (40 * i, 0, 0)).save(images / f"{i}.png")
+        coco["images"].append({"id": i, "file_name": f"{i}.png"})
+        coco["annotations"].append(
+            {"id": i, "image_id": i, "category_id": 5 if i == 2 else 1, "segmentation": polygon}
+        )
+    (tmp_path / "own.json").write_text(json.dumps(coco))
+    args = ("coco", "--annotations", tmp_path / "own.json", "--images", images)
+    args += ("--out", tmp_path / "out")
+    with pytest.raises(SystemExit) as error:
+        run(capsys, *args)
+    assert "2.png: annotation 2: there is no category with id 5" in error.value.code
+    assert "--on-error reject" in error.value.code
+    assert not (tmp_path / "out").exists()
+    printed = run(capsys, *args, "--on-error", "reject", "--ratio", "1:0:1", "--split-by", "image")
+    assert num_images(tmp_path / "out") == [1, 0, 1]
+    assert f"  {images}/2.png: annotation 2: there is no category with id 5" in printed
+    assert "2.png" in (tmp_path / "out" / "rejected.csv").read_text()
+
+
+def test_splits_are_kept(capsys, tmp_path, kvasir_original):
+    names = sorted(path.name for path in (kvasir_original / "images").iterdir())
+    earlier = {"train": names[:1], "val": names[1:4], "test": names[4:]}
+    (tmp_path / "splits.json").write_text(json.dumps(earlier))
+    out = tmp_path / "out"
+    args = ("--root", kvasir_original, "--out", out, "--splits", tmp_path / "splits.json")
+    run(capsys, "kvasir-seg", *args)
+    assert num_images(out) == [1, 3, 1]
+
+
+def test_errors_end_the_command_without_a_traceback(capsys, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        run(capsys, "kvasir-seg", "--root", tmp_path / "none", "--out", tmp_path / "out")
+    assert error.value.code == f"{tmp_path}/none/images: no such folder"
+    with pytest.raises(SystemExit):
+        run(capsys, "synthetic", "--out", "x", "--num-images", 1, "--size", 64, "--ratio", "3:1")
+    assert "give train:val:test as whole numbers, e.g. 12:3:5" in capsys.readouterr().err
