@@ -16,14 +16,18 @@ from .style import PURPLE, SKY, VERMILION, YELLOW, save_figure
 
 __all__ = ["draw_contact_sheet"]
 
+# Halos set the lines off from mucosa, which comes in all lightnesses and is orange itself.
+DARK = [patheffects.withStroke(linewidth=3.8, foreground="black", alpha=0.5)]
+LIGHT = [patheffects.withStroke(linewidth=4.2, foreground="white", alpha=0.9)]
 # Sky blue and purple are the truth, yellow and vermilion the model's word.
 OUTLINES = {
-    "ground truth": dict(color=SKY, linestyle="-", linewidth=1.6),
-    "hit": dict(color=YELLOW, linestyle=(0, (4, 2)), linewidth=1.6),
-    "missed lesion": dict(color=PURPLE, linestyle=(0, (1, 1)), linewidth=2.8),
-    "false alarm": dict(color=VERMILION, linestyle=(0, (6, 1.5, 1, 1.5)), linewidth=2.0),
+    "ground truth": dict(color=SKY, linestyle="-", linewidth=1.6, path_effects=DARK),
+    "hit": dict(color=YELLOW, linestyle=(0, (4, 2)), linewidth=1.6, path_effects=DARK),
+    "missed lesion": dict(color=PURPLE, linestyle=(0, (1, 1)), linewidth=2.8, path_effects=DARK),
+    "false alarm": dict(
+        color=VERMILION, linestyle=(0, (5, 1.2, 1, 1.2)), linewidth=2.2, path_effects=LIGHT
+    ),
 }
-HALO = [patheffects.withStroke(linewidth=3.8, foreground="black", alpha=0.5)]
 COLUMNS = 4
 TILE = 2.4  # inches
 NAME_LENGTH = 30
@@ -67,9 +71,7 @@ def draw_contact_sheet(gt, results, image_root, path, *, tau=0.7, max_images=16)
         axes.axis("off")
     for axes, position in zip(grid.flat, chosen, strict=False):
         _draw_tile(axes, scored, position, Path(image_root))
-    handles = [
-        Line2D([], [], label=name, path_effects=HALO, **line) for name, line in OUTLINES.items()
-    ]
+    handles = [Line2D([], [], label=name, **line) for name, line in OUTLINES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     save_figure(figure, path)
     return figure
@@ -99,7 +101,7 @@ def _draw_tile(axes, scored, position, image_root):
     for kind, regions, chosen in _by_kind(scored, position):
         for region in chosen:
             for outline in _outlines(regions, region):
-                axes.plot(*outline.T, path_effects=HALO, **OUTLINES[kind])
+                axes.plot(*outline.T, **OUTLINES[kind])
     name = Path(record["file_name"]).name
     if len(name) > NAME_LENGTH:
         name = f"{name[: NAME_LENGTH // 2]}…{name[-NAME_LENGTH // 2 + 1 :]}"
