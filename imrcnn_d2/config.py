@@ -52,8 +52,9 @@ def add_imrcnn_config(cfg):
 
     # ---- Evaluation.
     cfg.MODEL.IMRCNN = CN()
-    # Operating point: score at and above which a detection counts, in [0, 1]. Used by the evaluator,
-    # never by the model: MODEL.ROI_HEADS.SCORE_THRESH_TEST stays low so that AP sees all scores.
+    # Operating point: score at and above which a detection counts, in [0, 1]. Used by the
+    # evaluator, never by the model: MODEL.ROI_HEADS.SCORE_THRESH_TEST stays low, so that AP sees
+    # all scores.
     cfg.MODEL.IMRCNN.SCORE_THRESH = 0.7
 
     # Data sets that EvalHook and the best checkpoint look at. DATASETS.TEST is for the end.

@@ -12,12 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from imrcnn_d2.report.contact_sheet import draw_contact_sheet
-from imrcnn_d2.report.pr_curve import draw_pr_curves, read_pr_curves
-
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/synthetic/imrcnn_lite_demo.yaml"
-TAU = 0.7
 
 
 def run(command, env):
@@ -36,23 +32,15 @@ def main():
     prepare = ["tools/prepare_dataset.py", "synthetic", "--out", str(data)]
     run([*prepare, "--num-images", "160", "--size", "256"], env)
     train = ["tools/train_net.py", "--config-file", CONFIG, "--resume"]
-    run([*train, "OUTPUT_DIR", str(output), "MODEL.IMRCNN.SCORE_THRESH", str(TAU)], env)
+    run([*train, "OUTPUT_DIR", str(output)], env)
 
     results = output / "inference" / "synthetic_test"
-    curves = read_pr_curves(results / "pr_curve.csv")
-    draw_pr_curves(curves, results / "pr_curve.png", tau=TAU)
-    draw_contact_sheet(
-        data / "annotations" / "test.json",
-        results / "coco_instances_results.json",
-        data / "images",
-        results / "contact_sheet.png",
-        tau=TAU,
-    )
     metrics = json.loads((results / "metrics.json").read_text())
     segm, lesion = metrics["segm"], metrics["lesion"]
     print(
         f"\nOn the test images, masks: AP50 {segm['AP50']:.1f}, matched IoU {lesion['iou']:.1f}; "
-        f"at score {TAU}: precision {lesion['precision']:.1f}, recall {lesion['recall']:.1f}\n"
+        f"at score {metrics['meta']['tau']}: precision {lesion['precision']:.1f}, "
+        f"recall {lesion['recall']:.1f}\n"
     )
     for name in ("metrics.json", "per_image.csv", "pr_curve.png", "contact_sheet.png"):
         print(results / name)

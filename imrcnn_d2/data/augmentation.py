@@ -32,5 +32,9 @@ def build_augmentation(cfg, is_train):
         augmentations.append(T.RandomRotation([0, 90, 180, 270], sample_style="choice"))
     if aug.COLOR > 0:
         span = (1 - aug.COLOR, 1 + aug.COLOR)
-        augmentations += [T.RandomBrightness(*span), T.RandomContrast(*span), T.RandomSaturation(*span)]
+        augmentations += [
+            T.RandomBrightness(*span),
+            T.RandomContrast(*span),
+            T.RandomSaturation(*span),
+        ]
     return augmentations

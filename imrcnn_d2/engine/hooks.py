@@ -77,7 +77,9 @@ class BestCheckpointer(HookBase):
             return
         score = float(np.mean(scores))
         if math.isnan(score):
-            logger.warning("%s is undefined on the validation set: no best checkpoint", self._metric)
+            logger.warning(
+                "%s is undefined on the validation set: no best checkpoint", self._metric
+            )
             return
         # Of equals the later one: early in training nothing reaches the threshold at all.
         if self.best_score is not None and score < self.best_score:
@@ -99,7 +101,9 @@ class BestCheckpointer(HookBase):
         saved (a file of an earlier run in the same folder is not this run's).
         """
         if comm.all_gather(self.best_iter is not None)[0]:  # only the main process knows
-            self._checkpointer.load(os.path.join(self._checkpointer.save_dir, f"{self.FILE_STEM}.pth"))
+            self._checkpointer.load(
+                os.path.join(self._checkpointer.save_dir, f"{self.FILE_STEM}.pth")
+            )
 
     def state_dict(self):
         return {"best_score": self.best_score, "best_iter": self.best_iter}

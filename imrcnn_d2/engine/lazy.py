@@ -21,7 +21,7 @@ def build_lazy_model(cfg):
         cfg (DictConfig): ``model`` and ``train`` are read.
 
     Returns:
-        nn.Module: on ``train.device``, in channels-last format where ``train.channels_last`` says so.
+        nn.Module: on ``train.device``, in channels-last format if ``train.channels_last``.
     """
     model = instantiate(cfg.model).to(cfg.train.device)
     if cfg.train.channels_last:
@@ -94,8 +94,8 @@ class LazyTrainer(TrainerBase):
     def resume_or_load(self, resume):
         """
         Args:
-            resume (bool): go on from the last checkpoint in ``train.output_dir`` where there is one,
-                else load ``train.init_checkpoint``.
+            resume (bool): go on from the last checkpoint in ``train.output_dir`` where there is
+                one, else load ``train.init_checkpoint``.
         """
         self.checkpointer.resume_or_load(self.cfg.train.init_checkpoint, resume=resume)
         if resume and self.checkpointer.has_checkpoint():

@@ -21,8 +21,8 @@ def resolve_epochs(cfg):
     Turn a schedule in epochs into one in iterations.
 
     With SOLVER.MAX_EPOCHS above 0, MAX_ITER becomes ceil(epochs * images / IMS_PER_BATCH), and
-    SOLVER.STEPS, SOLVER.WARMUP_ITERS, SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD, given in epochs,
-    become iterations in the same way.
+    SOLVER.STEPS, SOLVER.WARMUP_ITERS, SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD, given in
+    epochs, become iterations in the same way.
 
     Args:
         cfg (CfgNode): not changed.

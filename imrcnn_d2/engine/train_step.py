@@ -61,7 +61,7 @@ def amp_dtype(precision, device_type):
 
 class AMPTrainer(SimpleTrainer):
     """
-    :class:`SimpleTrainer` under autocast; gradients are scaled for fp16 only, bf16 needs no scaling.
+    :class:`SimpleTrainer` under autocast; gradients are scaled for fp16, bf16 needs no scaling.
     """
 
     def __init__(self, model, data_loader, optimizer, device_type, precision):

@@ -13,7 +13,6 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, hooks
-from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from imrcnn_d2.data.mappers import LesionMapper
@@ -34,8 +33,8 @@ class Trainer(DefaultTrainer):
 
     - runs on any device, alone or in several processes, with or without mixed precision;
     - schedules in epochs (:func:`resolve_epochs`), SGD or AdamW (:func:`build_optimizer`);
-    - validates on DATASETS.VAL and keeps the best weights there; after training these are loaded and
-      DATASETS.TEST is evaluated once.
+    - validates on DATASETS.VAL and keeps the best weights there; after training these are loaded
+      and DATASETS.TEST is evaluated once.
     """
 
     def __init__(self, cfg):
@@ -109,10 +108,7 @@ class Trainer(DefaultTrainer):
         for hook in self._hooks:
             if isinstance(hook, BestCheckpointer):
                 hook.load_best()
-        results = self.test(self.cfg, self.model)
-        if comm.is_main_process():
-            verify_results(self.cfg, results)
-        return results
+        return self.test(self.cfg, self.model)
 
     def validate(self):
         """

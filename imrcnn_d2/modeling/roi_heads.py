@@ -41,7 +41,7 @@ class FP32ROIPooler(nn.Module):
 class AMPSafeROIHeads(StandardROIHeads):
     """:class:`StandardROIHeads`, built from a config with poolers that run in fp32."""
 
-    # For scripting: code of heads that are off is not compiled. Detectron2 says so of its own class.
+    # For scripting: heads that are off are not compiled. Detectron2 does so for its own class.
     mask_on: torch.jit.Final[bool]
     keypoint_on: torch.jit.Final[bool]
 

@@ -39,7 +39,12 @@ def sample(tmp_path):
 
 
 def load(**keys):
-    opts = {"MODEL.DEVICE": "cpu", "INPUT.MIN_SIZE_TRAIN": (HEIGHT,), "INPUT.AUG.COLOR": 0.0, **keys}
+    opts = {
+        "MODEL.DEVICE": "cpu",
+        "INPUT.MIN_SIZE_TRAIN": (HEIGHT,),
+        "INPUT.AUG.COLOR": 0.0,
+        **keys,
+    }
     return load_config("configs/synthetic/imrcnn_lite.yaml", [x for kv in opts.items() for x in kv])
 
 
@@ -54,7 +59,9 @@ def test_the_mask_follows_the_image(sample, seed):
     overlap = (bright & mask).sum() / (bright | mask).sum()
     assert overlap > 0.9
     box = instances.gt_boxes.tensor[0]
-    torch.testing.assert_close(box, BitMasks(bright[None]).get_bounding_boxes().tensor[0], atol=1.5, rtol=0)
+    torch.testing.assert_close(
+        box, BitMasks(bright[None]).get_bounding_boxes().tensor[0], atol=1.5, rtol=0
+    )
 
 
 def test_quarter_turns_lose_no_pixel():
@@ -90,7 +97,9 @@ def test_each_step_has_its_switch():
 
 
 @pytest.mark.parametrize("crop", [False, True])
-@pytest.mark.parametrize(("mask_format", "kind"), [("bitmask", BitMasks), ("polygon", PolygonMasks)])
+@pytest.mark.parametrize(
+    ("mask_format", "kind"), [("bitmask", BitMasks), ("polygon", PolygonMasks)]
+)
 def test_a_lesion_free_image_has_empty_masks(sample, crop, mask_format, kind):
     sample["annotations"] = []
     cfg = load(**{"INPUT.CROP.ENABLED": crop, "INPUT.MASK_FORMAT": mask_format})

@@ -58,7 +58,9 @@ def test_bf16_runs_on_the_cpu_and_agrees_with_fp32():
 def test_fp16_scaling_leaves_the_gradient_true(monkeypatch):
     # GradScaler works on the CPU too; only our refusal of fp16 there has to be stepped around.
     model = Regression()
-    trainer = AMPTrainer(model, batches(), torch.optim.SGD(model.parameters(), lr=0.0), "cpu", "bf16")
+    trainer = AMPTrainer(
+        model, batches(), torch.optim.SGD(model.parameters(), lr=0.0), "cpu", "bf16"
+    )
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     seen = []
     trainer.after_backward = lambda: seen.append(model.linear.weight.grad.clone())

@@ -44,7 +44,9 @@ def figures(log):
 def trained(env, tmp_path_factory):
     """The output folder and the log of a training run."""
     output = tmp_path_factory.mktemp("run")
-    done = start(env, "tools/train_net.py", "--config-file", YAML, *SMALL, "OUTPUT_DIR", str(output))
+    done = start(
+        env, "tools/train_net.py", "--config-file", YAML, *SMALL, "OUTPUT_DIR", str(output)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done.stdout
 
@@ -54,6 +56,8 @@ def test_training_writes_what_it_found(trained):
     test = output / "inference" / "synthetic_test"
     metrics = json.loads((test / "metrics.json").read_text())
     assert metrics["image"]["TN"] + metrics["image"]["FP"] == 1, "one of 5 test images is healthy"
+    for name in ("per_image.csv", "pr_curve.png", "contact_sheet.png"):
+        assert (test / name).stat().st_size > 0, name
     assert (output / "model_best.pth").is_file() and (output / "model_final.pth").is_file()
     assert "eta:" in log or "total_loss" in log
 
