@@ -86,7 +86,7 @@ class _Look:
 
     @classmethod
     def of_patient(cls, rng: np.random.Generator) -> "_Look":
-        reddish, whitish, brownish = (1.05, 0.55, 0.60), (1.10, 1.38, 1.45), (0.74, 0.60, 0.62)
+        reddish, whitish, brownish = (1.03, 0.64, 0.67), (1.10, 1.38, 1.45), (0.74, 0.60, 0.62)
         tint = np.array((reddish, whitish, brownish)[rng.integers(3)], np.float32)
         waves = np.arange(2, 9)
         return cls(
@@ -179,9 +179,9 @@ def _add_lesions(
         relief = np.clip(1.15 - r, 0, 1) ** 0.6
         height += look.elevation * radius / 0.25 * relief * cover
         grain = look.grain * _noise(rng, size, 24, 2) + 0.06 * _noise(rng, size, 7, 1)
-        colour = look.lesion * (1 + grain[..., None])
+        colour = look.mucosa * look.lesion * (1 + grain[..., None])
         rim = np.exp(-(((r - 1.02) / 0.09) ** 2))  # reddened margin
-        albedo *= 1 + cover[..., None] * (colour - 1)
+        albedo += cover[..., None] * (colour - albedo)  # vessels are lost under it
         albedo *= 1 - 0.10 * rim[..., None] * _BLOOD
         height += 0.02 * cover * grain / look.grain * radius
     return masks
