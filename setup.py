@@ -26,7 +26,7 @@ setup(
         "opencv-python-headless>=4.8",
         "pillow>=10.0",
         "pycocotools>=2.0.7",
-        "scikit-learn>=1.3",
+        "scikit-learn>=1.4",
         "scipy>=1.11",
         "setuptools>=70.1,<81",  # detectron2.model_zoo imports pkg_resources
         "tensorboard>=2.17",
