@@ -40,6 +40,7 @@ class SourceImage:
         width, height: pixels as Detectron2 reads it, EXIF orientation applied.
         orientation: EXIF orientation, 1 (upright) to 8.
         mode: Pillow's mode, e.g. "RGB", "I;16", "CMYK".
+        needs_conversion: whether Detectron2 could misread the file.
         sha256: of the file's bytes.
     """
 
@@ -48,12 +49,8 @@ class SourceImage:
     height: int
     orientation: int
     mode: str
+    needs_conversion: bool
     sha256: str
-
-    @property
-    def needs_conversion(self) -> bool:
-        """Whether Detectron2 could misread the file."""
-        return self.mode not in _READ_RIGHTLY
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -78,12 +75,13 @@ def inspect_image(path: Path) -> SourceImage:
         BadInputError: missing, unreadable, truncated, or without a clear meaning as RGB.
     """
     image, orientation, sha256 = _decode(path)
-    if image.mode not in _READ_RIGHTLY:
-        _to_rgb(image, path)
+    needs_conversion = image.mode not in _READ_RIGHTLY or image.has_transparency_data
+    if needs_conversion:
+        _to_rgb(image, path)  # to fail now if at all
     width, height = image.size
     if orientation in _SIDEWAYS:
         width, height = height, width
-    return SourceImage(path, width, height, orientation, image.mode, sha256)
+    return SourceImage(path, width, height, orientation, image.mode, needs_conversion, sha256)
 
 
 def install_image(image: SourceImage, folder: Path, file_name: str) -> None:

@@ -118,6 +118,15 @@ def test_transparency_lies_on_black(tmp_path, picture, as_trained_on):
     assert np.array_equal(array[:, 10:], rgba[:, 10:, :3])
 
 
+def test_a_transparent_colour_is_black(tmp_path, picture, as_trained_on):
+    rgb = picture(20, 30)
+    rgb[0, 0] = rgb[5, 5] = (1, 255, 3)
+    Image.fromarray(rgb).save(tmp_path / "rgb.png", transparency=(1, 255, 3))
+    array = as_trained_on(tmp_path / "rgb.png")
+    assert array[0, 0].tolist() == array[5, 5].tolist() == [0, 0, 0]
+    assert np.array_equal(array[10:], rgb[10:])
+
+
 def test_palette(tmp_path, as_trained_on):
     image = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30).astype(np.uint8) % 4)
     image = image.convert("P")
