@@ -24,7 +24,7 @@ setup(
         "omegaconf>=2.3",
         # Headless: the other build needs libGL and X11, which servers and containers lack.
         "opencv-python-headless>=4.8",
-        "pillow>=10.0",
+        "pillow>=10.1",
         "pycocotools>=2.0.7",
         "scikit-learn>=1.4",
         "scipy>=1.11",
