@@ -59,13 +59,27 @@ def make_random(seed, scores="tied", num_images=6, num_classes=2):
             image_id, int(x), int(y), int(width), int(height), category_id=category, **fields
         )
 
+    def near(annotation, **fields):
+        x, y, width, height = annotation["bbox"]
+        right, down = rng.integers(0, 3, 2).tolist()
+        return make_region(x=x + right, y=y + down, width=width, height=height, **fields)
+
     annotations, results = [], []
     for image_id in range(1, num_images + 1):
+        own = []
         for _ in range(rng.integers(0, 4)):
-            annotations.append(rectangle(image_id, iscrowd=int(rng.random() < 0.2)))
+            own.append(rectangle(image_id, iscrowd=int(rng.random() < 0.2)))
+            if rng.random() < 0.2:
+                own.append(dict(own[-1]))
+        annotations += own
         for _ in range(rng.integers(0, 7)):
-            score = rng.integers(0, 11) / 10 if scores == "tied" else rng.random()
-            results.append(rectangle(image_id, score=float(score)))
+            score = float(rng.integers(0, 11) / 10 if scores == "tied" else rng.random())
+            if own and rng.random() < 0.7:
+                target = own[rng.integers(len(own))]
+                keys = {key: target[key] for key in ("image_id", "category_id")}
+                results.append(near(target, score=score, **keys))
+            else:
+                results.append(rectangle(image_id, score=score))
     rng.shuffle(results)
     classes = [f"class {i}" for i in range(num_classes)]
     return make_dataset(num_images, annotations, classes), results

@@ -77,3 +77,12 @@ def test_more_detections_than_fit_a_byte(dataset, region):
     results = [region(1 + i % 3, 0, 0, 10, 10, score=0.5 + i / 1000) for i in range(300)]
     truth = dataset(3, [region(i, 0, 0, 10, 10) for i in (1, 2, 3)])
     assert figures(truth, results)["AP"] == pytest.approx(100)
+
+
+def test_size_of_a_detection_is_that_of_its_mask(dataset, region):
+    """A false alarm that is medium by its box but small by its mask does not touch APm."""
+    truth = dataset(1, [region(1, 0, 0, 40, 30)])
+    hit = region(1, 0, 0, 40, 30, score=0.5)
+    alarm = region(1, 45, 0, 5, 10, score=0.9) | {"bbox": [0, 0, 40, 30]}
+    assert figures(truth, [alarm, hit], "segm")["APm"] == pytest.approx(100)
+    assert figures(truth, [alarm, hit], "segm")["AP"] == pytest.approx(50)

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -268,6 +269,7 @@ def test_ap50_of_coco_can_be_read_off_the_curves(random_case, seed, num_classes)
     """COCO's AP50 samples the same curves at 101 recalls, AP50_voc at every one."""
     dataset, results = random_case(seed, num_classes=num_classes)
     scored = evaluate_lesions(dataset, results)
+    grid = np.linspace(0, 1, 101)
     for kind in ("bbox", "segm"):
         sampled = []
         for curve in (curve for own, _, curve in scored.curves if own == kind and curve.num_gt):

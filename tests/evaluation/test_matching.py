@@ -32,6 +32,8 @@ def matched(dataset, results, iou_type="segm", threshold=0.5):
         ([[0.5, 0.6], [0.0, 1.0]], NO_CROWD, [1, -1]),
         # 0.5 is enough, just below is not.
         ([[0.5, 0.0], [0.0, 0.4999]], NO_CROWD, [0, -1]),
+        # Of equal overlaps the last is taken, which leaves the first to who needs it.
+        ([[0.8, 0.8], [0.7, 0.0]], NO_CROWD, [1, 0]),
         # A ground truth comes before a crowd that is overlapped more.
         ([[0.5, 1.0]], np.array([False, True]), [0]),
         # A crowd takes any number, also the second hit of a lesion inside it.
