@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from detectron2.engine.launch import _find_free_port
@@ -51,11 +52,15 @@ def trained(env, tmp_path_factory):
     return output, done.stdout
 
 
-def test_training_writes_what_it_found(trained):
+def test_training_writes_what_it_found(trained, env):
     output, log = trained
+    truth = json.loads(Path(env["IMRCNN_DATASETS"], "synthetic/annotations/test.json").read_text())
+    with_lesion = {a["image_id"] for a in truth["annotations"]}
     test = output / "inference" / "synthetic_test"
     metrics = json.loads((test / "metrics.json").read_text())
-    assert metrics["image"]["TN"] + metrics["image"]["FP"] == 1, "one of 5 test images is healthy"
+    assert metrics["image"]["TP"] + metrics["image"]["FN"] == len(with_lesion)
+    assert metrics["meta"]["images"] == len(truth["images"]) == 5
+    assert metrics["lesion"]["TP"] + metrics["lesion"]["FN"] == len(truth["annotations"])
     for name in ("per_image.csv", "pr_curve.png", "contact_sheet.png"):
         assert (test / name).stat().st_size > 0, name
     assert (output / "model_best.pth").is_file() and (output / "model_final.pth").is_file()
