@@ -273,7 +273,6 @@ def test_ap50_of_coco_can_be_read_off_the_curves(random_case, seed, num_classes)
     for kind in ("bbox", "segm"):
         sampled = []
         for curve in (curve for own, _, curve in scored.curves if own == kind and curve.num_gt):
-            grid = [i / 100 for i in range(101)]
             reached = [curve.precision[curve.recall >= recall].max(initial=0) for recall in grid]
             sampled.append(sum(reached) / len(grid))
         expected = 100 * sum(sampled) / len(sampled) if sampled else float("nan")
