@@ -65,14 +65,34 @@ class GivenFeatures(Backbone):
         return self._shapes
 
 
-def time_in_turns(calls, runs, synchronize):
+def choose_clock(device, threads):
     """
-    Run A B A B ..., so that whatever else the machine does falls on both alike.
+    Args:
+        device (str):
+        threads (int): on the CPU.
+
+    Returns:
+        callable: gives seconds. For one thread those that it ran itself, whatever else the machine
+            does; else those that passed, with all work on the device done.
+    """
+    if torch.device(device).type == "cuda":
+
+        def clock():
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return clock
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def time_in_turns(calls, runs, clock):
+    """
+    Run A B A B ..., so that what else the machine does falls on both alike.
 
     Args:
         calls (list[callable]): what to time; each is called twice beforehand to warm up.
         runs (int): times of each.
-        synchronize (callable): waits for the device.
+        clock (callable): gives seconds.
 
     Returns:
         list[list[float]]: milliseconds, for each call.
@@ -80,12 +100,11 @@ def time_in_turns(calls, runs, synchronize):
     times = [[] for _ in calls]
     for run in tqdm(range(-2, runs), leave=False):
         for call, milliseconds in zip(calls, times, strict=True):
-            synchronize()
-            start = time.perf_counter()
+            start = clock()
             call()
-            synchronize()
+            end = clock()
             if run >= 0:
-                milliseconds.append(1000 * (time.perf_counter() - start))
+                milliseconds.append(1000 * (end - start))
     return times
 
 
@@ -103,7 +122,7 @@ def count_multiply_adds(model, features):
     return analysis.total()
 
 
-def compare_necks(channels, out_channels, size, channels_last, device, runs):
+def compare_necks(channels, out_channels, size, channels_last, device, runs, clock):
     """
     Args:
         channels (tuple[int]): of the features below the neck, from stride 4 on.
@@ -112,6 +131,7 @@ def compare_necks(channels, out_channels, size, channels_last, device, runs):
         channels_last (bool): memory format.
         device (str):
         runs (int): times of each neck.
+        clock (callable): gives seconds.
 
     Returns:
         dict[str, float]: milliseconds (medians), multiply-adds in 10^9, the ratios of both (that of
@@ -134,9 +154,8 @@ def compare_necks(channels, out_channels, size, channels_last, device, runs):
         for cls, options in ((FPN, {}), (PAFPN, {"attention": "cbam"}))
     ]
     fpn_adds, pafpn_adds = (count_multiply_adds(neck, features) for neck in necks)
-    synchronize = torch.cuda.synchronize if features[0].is_cuda else lambda: None
     with torch.no_grad():
-        fpn, pafpn = time_in_turns([lambda n=n: n(features) for n in necks], runs, synchronize)
+        fpn, pafpn = time_in_turns([lambda n=n: n(features) for n in necks], runs, clock)
     ratio = statistics.median(b / a for a, b in zip(fpn, pafpn, strict=True))
     return {
         "FPN, ms": statistics.median(fpn),
@@ -152,13 +171,14 @@ def compare_necks(channels, out_channels, size, channels_last, device, runs):
 def neck(args):
     torch.set_num_threads(args.threads)
     device = args.device or choose_device()
+    clock = choose_clock(device, args.threads)
     results = {}
     for name in args.case or NECKS:
         channels, out_channels, size, channels_last = NECKS[name]
         if args.channels_last is not None:
             channels_last = args.channels_last
         results[name] = compare_necks(
-            channels, out_channels, size, channels_last, device, args.runs
+            channels, out_channels, size, channels_last, device, args.runs, clock
         )
         results[name]["channels last"] = float(channels_last)
     print(figures_table(results))
@@ -183,7 +203,7 @@ def main(argv=None):
         "--threads",
         type=int,
         default=1,
-        help="on the CPU (1: threads that wait for each other on a busy machine spoil the times)",
+        help="on the CPU (1, and processor time is measured, which a busy machine leaves alone)",
     )
     common.add_argument("--runs", type=int, default=25, help="times of each (25)")
     common.add_argument("--output", type=Path, help="JSON file for the figures")

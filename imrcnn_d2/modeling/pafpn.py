@@ -4,6 +4,7 @@ import copy
 import math
 
 import fvcore.nn.weight_init as weight_init
+import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, get_norm
@@ -162,20 +163,7 @@ class PAFPN(FPN):
             dict[str, Tensor]: "p{l}" -> (N, out_channels, H / 2^l, W / 2^l), in order of l.
         """
         bottom_up_features = self.bottom_up(x)
-
-        # Top-down path, from low to high resolution: P_l in `results`.
-        prev_features = self.lateral_convs[0](bottom_up_features[self.in_features[-1]])
-        results = [self.output_convs[0](prev_features)]
-        for idx, (lateral_conv, output_conv) in enumerate(
-            zip(self.lateral_convs, self.output_convs)  # noqa: B905 (TorchScript has no strict)
-        ):
-            if idx > 0:
-                features = bottom_up_features[self.in_features[-idx - 1]]
-                top_down_features = F.interpolate(prev_features, scale_factor=2.0, mode="nearest")
-                prev_features = lateral_conv(features) + top_down_features
-                if self._fuse_type == "avg":
-                    prev_features /= 2
-                results.insert(0, output_conv(prev_features))
+        results = self._top_down(bottom_up_features)  # P_l
 
         # Purification: A_l in `results`. Without attention `cbams` is empty.
         for idx, cbam in enumerate(self.cbams):
@@ -196,6 +184,26 @@ class PAFPN(FPN):
             results.extend(self.top_block(top_block_in_feature))
         assert len(self._out_features) == len(results)
         return {f: res for f, res in zip(self._out_features, results)}  # noqa: B905
+
+    def _top_down(self, bottom_up_features: dict[str, torch.Tensor]):
+        """
+        The outputs of the FPN, (N, out_channels, H / 2^l, W / 2^l) each, in order of l.
+
+        A method of its own so that what it holds is free when the next path needs memory.
+        """
+        prev_features = self.lateral_convs[0](bottom_up_features[self.in_features[-1]])
+        results = [self.output_convs[0](prev_features)]
+        for idx, (lateral_conv, output_conv) in enumerate(
+            zip(self.lateral_convs, self.output_convs)  # noqa: B905 (TorchScript has no strict)
+        ):
+            if idx > 0:
+                features = bottom_up_features[self.in_features[-idx - 1]]
+                top_down_features = F.interpolate(prev_features, scale_factor=2.0, mode="nearest")
+                prev_features = lateral_conv(features) + top_down_features
+                if self._fuse_type == "avg":
+                    prev_features /= 2
+                results.insert(0, output_conv(prev_features))
+        return results
 
     def _act(self, x):
         return F.relu(x) if self._activation == "relu" else x
