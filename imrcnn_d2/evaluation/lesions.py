@@ -206,7 +206,8 @@ def _rows(gt, counts, union):
             "union_iou": 100 * float(union["iou"][i]),
             "union_dice": 100 * float(union["dice"][i]),
         }
-        passed = {("image_id" if key == "id" else key): value for key, value in record.items()}
+        passed = {"image_id": record["id"], "file_name": record.get("file_name"), **record}
+        del passed["id"]
         # Fields of the data set that have the name of a figure keep both.
         passed = {(f"images.{k}" if k in figures else k): value for k, value in passed.items()}
         rows.append({**passed, **figures})

@@ -117,8 +117,8 @@ def _by_kind(scored, position):
     return [
         ("ground truth", truth, np.intersect1d(lesions, matched)),
         ("missed lesion", truth, np.setdiff1d(lesions, matched)),
-        ("hit", found, shown[matched >= 0]),
         ("false alarm", found, shown[matched < 0]),
+        ("hit", found, shown[matched >= 0]),
     ]
 
 

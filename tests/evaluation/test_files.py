@@ -15,6 +15,7 @@ def refuse(constant):
 @pytest.fixture(scope="module")
 def scored(dataset, region):
     data = dataset(3, [region(1, 0, 0, 10, 10), region(2, 0, 0, 10, 10)], patients=["a", "a", "b"])
+    data["images"][0] = dict(reversed(data["images"][0].items()))
     data["images"][1]["centre"] = 'a, "b" ü'  # only one image has the field
     results = [
         region(1, 0, 0, 10, 10, score=0.9),
@@ -46,6 +47,7 @@ def test_metrics_are_strict_json(scored, paths):
 def test_per_image_has_a_row_an_image(paths):
     with paths["per_image.csv"].open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    assert list(rows[0])[:2] == ["image_id", "file_name"]
     assert [row["file_name"] for row in rows] == ["1.png", "2.png", "3.png"]
     assert [row["patient_id"] for row in rows] == ["a", "a", "b"]
     assert [row["centre"] for row in rows] == ["", 'a, "b" ü', ""]

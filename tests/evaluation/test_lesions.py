@@ -263,7 +263,7 @@ def test_wrong_settings(dataset, wrong):
         evaluate_lesions(dataset(1), [], **wrong)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 10**6), num_classes=st.integers(1, 3))
 def test_ap50_of_coco_can_be_read_off_the_curves(random_case, seed, num_classes):
     """COCO's AP50 samples the same curves at 101 recalls, AP50_voc at every one."""
@@ -279,7 +279,7 @@ def test_ap50_of_coco_can_be_read_off_the_curves(random_case, seed, num_classes)
         assert scored.groups()[kind]["AP50"] == pytest.approx(expected, nan_ok=True)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 10**6), shuffle=st.randoms())
 def test_order_of_images_does_not_matter(random_case, seed, shuffle):
     dataset, results = random_case(seed, scores="distinct")
