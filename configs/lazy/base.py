@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from imrcnn_d2.data.mappers import LesionMapper
 from imrcnn_d2.engine.schedule import new_layer_lr_factor
-from imrcnn_d2.evaluation.lesion_evaluator import LesionEvaluator
+from imrcnn_d2.evaluation import LesionEvaluator
 
 dataset = "kvasir_seg"
 

@@ -16,7 +16,7 @@ from detectron2.engine import DefaultTrainer, hooks
 from detectron2.utils import comm
 
 from imrcnn_d2.data.mappers import LesionMapper
-from imrcnn_d2.evaluation.lesion_evaluator import LesionEvaluator
+from imrcnn_d2.evaluation import LesionEvaluator
 
 from .hooks import BestCheckpointer, EvalHook, SamplePredictions
 from .schedule import build_optimizer, resolve_epochs
