@@ -2,7 +2,7 @@
 # docker run --rm --gpus all --shm-size 2g imrcnn-d2                    the demo
 # docker run --rm -it -v "$PWD/datasets:/home/imrcnn/app/datasets" imrcnn-d2 bash
 #
-# For a machine without a GPU, a third of the size:
+# For a machine without a GPU:
 # docker build -t imrcnn-d2:cpu --build-arg BASE_IMAGE=debian:12-slim \
 #     --build-arg TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu" .
 

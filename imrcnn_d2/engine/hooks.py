@@ -120,6 +120,7 @@ class _UntaggedCheckpointer(DetectionCheckpointer):
 class SamplePredictions(HookBase):
     """
     Ground truth and prediction side by side on a few validation images, as TensorBoard pictures.
+    For the main process alone.
     """
 
     def __init__(self, model, data_loader, dataset_name, period, score_thresh, num_images=4):
@@ -142,7 +143,7 @@ class SamplePredictions(HookBase):
         self._score_thresh = score_thresh
 
     def after_step(self):
-        if _is_due(self.trainer, self._period) and comm.is_main_process():
+        if _is_due(self.trainer, self._period):
             was_training = self._model.training
             self._model.eval()
             with torch.no_grad():
