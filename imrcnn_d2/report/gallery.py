@@ -1,0 +1,120 @@
+"""The data of the page's gallery: test images, what is in them and what each model found."""
+
+import base64
+import io
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from .outlines import choose_images, outlines, regions_by_kind
+
+__all__ = ["gallery_data"]
+
+LONG_SIDE = 512  # pixels of an embedded picture
+QUALITY = 82  # of its JPEG
+CLOSENESS = 0.5  # pixels of the embedded picture that a drawn outline may be off
+
+
+def gallery_data(runs, max_images=300):
+    """
+    Args:
+        runs (list[Run]): of one test set.
+        max_images (int): if the test set is larger, a choice as that of :func:`choose_images`.
+
+    Returns:
+        dict: JSON values.
+
+        - ``runs`` (list[str]): names of the models.
+        - ``total`` (int): images in the test set.
+        - ``overlap`` (str): "IoU", or "box IoU" where a model gives no masks.
+        - ``images`` (list[dict]): ``name``, ``patient`` (str or None), ``width`` and ``height`` (of
+          the original, in pixels), ``jpeg`` (base64), ``truth`` (list of SVG paths, a lesion each)
+          and ``runs``, for each model ``tp``, ``fp``, ``fn`` (lesions and detections), ``score``,
+          ``iou`` (of all that is outlined with all lesions, in percent, or None), ``missed``
+          (positions in ``truth``), ``hits`` and ``alarms`` (SVG paths).
+
+        In the paths, whole numbers are the centres of the original's pixels.
+
+    Raises:
+        FileNotFoundError: if one of the images is not there.
+    """
+    scored = [run.results for run in runs]
+    truth = scored[0].ground_truth
+    rows = list(zip(*(results.per_image for results in scored), strict=True))
+    overlap = "union_iou" if all(results.meta["iou_type"] == "segm" for results in scored) else None
+    root = Path(runs[0].image_root)
+    images = []
+    for position in tqdm(sorted(choose_images(rows, max_images)), desc="Gallery", delay=2):
+        record = truth.images[position]
+        picture, (width, height), scale = _embed(root / record["file_name"])
+        outlined = _outlined(truth, position, scale)
+        images.append(
+            {
+                "name": record["file_name"],
+                "patient": None if record.get("patient_id") is None else str(record["patient_id"]),
+                "width": width,
+                "height": height,
+                "jpeg": picture,
+                "truth": list(outlined.values()),
+                "runs": [
+                    _found(results, row, position, list(outlined), scale, overlap or "iou_box")
+                    for results, row in zip(scored, rows[position], strict=True)
+                ],
+            }
+        )
+    return {
+        "runs": [run.name for run in runs],
+        "total": len(truth.images),
+        "overlap": "IoU" if overlap else "box IoU",
+        "images": images,
+    }
+
+
+def _embed(path):
+    """(base64 of a JPEG as it is to be seen, original (width, height), original pixels in one)."""
+    with Image.open(path) as file:
+        # Before anything else: masks are of the image as it is seen.
+        image = ImageOps.exif_transpose(file).convert("RGB")
+    size = image.size
+    image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, format="JPEG", quality=QUALITY, optimize=True)
+    return base64.b64encode(stream.getvalue()).decode(), size, max(size) / max(image.size)
+
+
+def _outlined(truth, position, scale):
+    """{position of a lesion in the ground truth: its SVG path}."""
+    lesions = np.flatnonzero((truth.regions.image == position) & ~truth.crowd)
+    return {int(lesion): _path(truth.regions, [lesion], scale) for lesion in lesions}
+
+
+def _found(results, row, position, lesions, scale, overlap):
+    """What one model found in an image."""
+    chosen = {kind: (regions, own) for kind, regions, own in regions_by_kind(results, position)}
+    iou = row[overlap]
+    return {
+        "tp": row["TP"],
+        "fp": row["FP"],
+        "fn": row["FN"],
+        "score": round(row["score"], 4),
+        "iou": None if math.isnan(iou) else round(iou, 2),
+        "missed": [lesions.index(int(lesion)) for lesion in chosen["missed lesion"][1]],
+        "hits": _path(*chosen["hit"], scale),
+        "alarms": _path(*chosen["false alarm"], scale),
+    }
+
+
+def _path(regions, chosen, scale):
+    """One SVG path around the chosen regions."""
+    parts = []
+    for region in chosen:
+        for line in outlines(regions, region):
+            corners = line[:-1].astype(np.float32)
+            kept = cv2.approxPolyDP(corners[:, None], CLOSENESS * scale, closed=True)[:, 0]
+            points = "L".join(f"{x:.4g},{y:.4g}" for x, y in kept.tolist())
+            parts.append(f"M{points}Z")
+    return "".join(parts)
