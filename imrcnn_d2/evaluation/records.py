@@ -8,10 +8,13 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
+
+from .mask_folder import read_mask_folder
+from .translation import with_ids_of
 
 __all__ = [
     "Detections",
@@ -75,10 +78,13 @@ class Detections:
     Attributes:
         regions (Regions): the N detections.
         score (np.ndarray): (N,) float, finite and not negative.
+        scored (bool): False if the results know no scores (a folder of masks): ``score`` is then 1
+            throughout, and whatever ranks detections or units by score is undefined.
     """
 
     regions: Regions
     score: np.ndarray
+    scored: bool = True
 
 
 def mask_areas(masks):
@@ -133,7 +139,8 @@ def read_results(results, gt):
             ``category_id``, ``score`` and ``bbox``, ``segmentation`` or both), or a COCO dict whose
             ``annotations`` carry a ``score``, as ``tools/predict.py`` writes. The latter's own
             ``images`` and ``categories`` are matched with those of the ground truth by
-            ``file_name`` and ``name``, since its ids may have been given independently.
+            ``file_name`` and ``name``, since its ids may have been given independently. Or a folder
+            of masks, see :func:`read_mask_folder`.
         gt (GroundTruth): what the results are for.
 
     Returns:
@@ -144,13 +151,14 @@ def read_results(results, gt):
             negative score, masks of another size than their image, and results with neither box
             nor mask.
     """
-    results = _load(results)
+    scored = not (isinstance(results, str | Path) and Path(results).is_dir())
+    results = _load(results) if scored else read_mask_folder(results, gt)
     if isinstance(results, dict):
         if "annotations" not in results:
             raise ValueError(
                 "The results are a dict without 'annotations': give a COCO results list."
             )
-        results = _with_ids_of(gt, results)
+        results = with_ids_of(gt, results)
     for number, result in enumerate(results):
         score = result.get("score")
         if not isinstance(score, int | float | np.number) or not math.isfinite(score) or score < 0:
@@ -159,7 +167,8 @@ def read_results(results, gt):
                 "every result needs a finite score that is not negative."
             )
     results, regions = _read_regions(results, gt.images, gt.categories, "result")
-    return Detections(regions, np.array([result["score"] for result in results], float))
+    score = np.array([result["score"] for result in results], float)
+    return Detections(regions, score, scored)
 
 
 def _load(source):
@@ -169,55 +178,6 @@ def _load(source):
         except ValueError as error:
             raise ValueError(f"{source} is not a JSON file: {error}") from error
     return getattr(source, "dataset", source)  # pycocotools' COCO keeps the JSON there
-
-
-def _with_ids_of(gt, results):
-    """The annotations of a COCO dict, with the ground truth's image and category ids."""
-    image_ids = _translation(results.get("images", ()), gt.images, "file_name", "image")
-    if any(id_ is None for id_ in image_ids.values()):  # written with or without folders
-        image_ids = _translation(
-            results["images"], gt.images, "file_name", "image", lambda n: PurePosixPath(n).name
-        )
-    category_ids = _translation(results.get("categories", ()), gt.categories, "name", "category")
-    translated = []
-    for annotation in results["annotations"]:
-        image, category = annotation["image_id"], annotation["category_id"]
-        for what, id_, known in (
-            ("image", image, image_ids),
-            ("category", category, category_ids),
-        ):
-            if known.get(id_, id_) is None:
-                raise ValueError(
-                    f"The results have detections for {what} {id_}, which the ground truth lacks: "
-                    f"no {what} record there has its name. Score them on the data they are for."
-                )
-        translated.append(
-            {
-                **annotation,
-                "image_id": image_ids.get(image, image),
-                "category_id": category_ids.get(category, category),
-            }
-        )
-    return translated
-
-
-def _translation(records, targets, field, what, simplify=lambda name: name):
-    """{id in the results: id in the ground truth, or None} for the records that have a name."""
-    ids = {}
-    for target in targets:
-        if field in target:
-            ids.setdefault(simplify(target[field]), []).append(target["id"])
-    translation = {}
-    for record in records:
-        if field in record:
-            found = ids.get(simplify(record[field]), [None])
-            if len(found) > 1:
-                raise ValueError(
-                    f"The {what} '{record[field]}' of the results could be any of the ground "
-                    f"truth's ids {found}: give it the same {field} there and here."
-                )
-            translation[record["id"]] = found[0]
-    return translation
 
 
 def _read_regions(records, images, categories, what):

@@ -1,0 +1,106 @@
+"""Does a score mean what it says: of detections scored 0.8, do 80 % hit a lesion?"""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["BINS", "Calibration"]
+
+logger = logging.getLogger(__name__)
+
+# Bins of equal width between 0 and 1.
+BINS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """
+    The scores of all detections that count, whatever the threshold, as probabilities of a hit.
+
+    Attributes:
+        score (np.ndarray): (N,) float in [0, 1].
+        hit (np.ndarray): (N,) bool.
+        image (np.ndarray): (N,) int in [0, I), the image of each.
+        num_images (int): I.
+    """
+
+    score: np.ndarray
+    hit: np.ndarray
+    image: np.ndarray
+    num_images: int
+
+    @classmethod
+    def of(cls, gt, detections, matching):
+        """
+        Args:
+            gt (GroundTruth):
+            detections (Detections): if they know no scores, or have some above 1 (which is logged),
+                none is taken: scores that are no probabilities are not calibrated.
+            matching (Matching): of these two.
+        """
+        taken = matching.counts & detections.scored
+        if (detections.score[taken] > 1).any():
+            logger.warning("There are scores above 1: their calibration is undefined.")
+            taken = np.zeros_like(taken)
+        return cls(
+            detections.score[taken],
+            matching.hit[taken],
+            detections.regions.image[taken],
+            len(gt.images),
+        )
+
+    def diagram(self):
+        """
+        The reliability diagram.
+
+        Returns:
+            dict[str, np.ndarray]: (BINS,) each, by rising score: "lower" and "upper" (a score on an
+            edge belongs to the bin below it, as in scikit-learn), "detections", "hits",
+            "mean_score" and "hit_rate" in percent, NaN in bins without a detection.
+        """
+        _, sums, hits, detections = self._columns().sum(axis=0).reshape(4, BINS)
+        edges = np.linspace(0, 1, BINS + 1)
+        filled = np.where(detections, detections, np.nan)
+        return {
+            "lower": edges[:-1],
+            "upper": edges[1:],
+            "detections": detections.astype(int),
+            "hits": hits.astype(int),
+            "mean_score": 100 * sums / filled,
+            "hit_rate": 100 * hits / filled,
+        }
+
+    def figures(self, weights=None):
+        """
+        Args:
+            weights (np.ndarray or None): (B, I) how often each image is taken; None is once each.
+
+        Returns:
+            dict[str, float or np.ndarray]: in percent "ece" (expected calibration error: the
+            difference of mean score and hit rate in a bin, averaged over detections) and "brier"
+            (mean squared difference of score and hit), "mean_score" and "hit_rate"; "detections".
+            (B,) arrays if weights were given. NaN without a detection, but for "detections".
+        """
+        columns = self._columns()
+        total = columns.sum(axis=0) if weights is None else weights @ columns
+        squared, score, hits, detections = (total[..., i * BINS : (i + 1) * BINS] for i in range(4))
+        number = detections.sum(axis=-1)
+        filled = np.where(number, number, np.nan) / 100
+        figures = {
+            "ece": np.abs(score - hits).sum(axis=-1) / filled,
+            "brier": squared.sum(axis=-1) / filled,
+            "mean_score": score.sum(axis=-1) / filled,
+            "hit_rate": hits.sum(axis=-1) / filled,
+            "detections": number,
+        }
+        return {k: float(v) for k, v in figures.items()} if weights is None else figures
+
+    def _columns(self):
+        """(I, 4 * BINS): sums over each image and bin of squared error, score, hits, detections."""
+        inner = np.linspace(0, 1, BINS + 1)[1:-1]
+        cell = self.image * BINS + np.searchsorted(inner, self.score)
+        parts = ((self.score - self.hit) ** 2, self.score, self.hit, np.ones(len(cell)))
+        size = self.num_images * BINS
+        sums = [np.bincount(cell, part, minlength=size).reshape(-1, BINS) for part in parts]
+        return np.concatenate(sums, axis=1)
