@@ -1,7 +1,7 @@
 """What happened in each image: counts and overlaps, from which every figure at a threshold is made.
 
-A unit is an image or a patient. Figures are made of sums over units, so that to resample units is
-to reweigh their counts.
+A unit is an image or a patient. Figures are formulas over sums of columns that have a value a unit,
+so that to resample units is to reweigh their rows: a matrix product.
 """
 
 from dataclasses import dataclass, fields
@@ -9,7 +9,26 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pycocotools.mask as mask_util
 
-__all__ = ["UnitCounts", "count_images", "union_overlaps"]
+__all__ = ["COLUMNS", "UnitCounts", "add_up", "count_images", "named", "union_overlaps"]
+
+# The columns of which every figure at a threshold is made (see UnitCounts.columns).
+COLUMNS = (
+    "units",
+    "tp",
+    "fp",
+    "fn",
+    "free",
+    "free_silent",
+    "free_fp",
+    "positive",
+    "positive_called",
+    "positive_hit",
+    "iou",
+    "dice",
+    "iou_box",
+    "union_iou",
+    "union_dice",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +43,9 @@ class UnitCounts:
         score (float): highest score of any detection that counts, at any threshold; 0 without one.
         iou, dice, iou_box (float): sums over the hits of their overlaps in [0, 1]: masks, masks,
             boxes. NaN where there are no masks.
+        union_iou, union_dice (float): overlap in [0, 1] of all that is detected in an image with
+            all lesions in it, 0 for images without a lesion; of larger units sums over images. NaN
+            where there are no masks.
     """
 
     lesions: np.ndarray
@@ -33,6 +55,8 @@ class UnitCounts:
     iou: np.ndarray
     dice: np.ndarray
     iou_box: np.ndarray
+    union_iou: np.ndarray
+    union_dice: np.ndarray
 
     @property
     def fn(self):
@@ -48,6 +72,40 @@ class UnitCounts:
     def called(self):
         """(U,) bool, there is a detection at the threshold, wherever it is."""
         return self.tp + self.fp > 0
+
+    def columns(self):
+        """
+        Returns:
+            np.ndarray: (U, K) float, a column for each name in COLUMNS: 1 (the unit itself), hits,
+            false alarms, missed lesions; is it lesion-free, and silent too, false alarms if it is;
+            has it a lesion, and is it called too, and a lesion hit; sums of overlaps.
+        """
+        free, positive = ~self.positive, self.positive
+        columns = (
+            np.ones(len(self.tp)),
+            self.tp,
+            self.fp,
+            self.fn,
+            free,
+            free & ~self.called,
+            self.fp * free,
+            positive,
+            positive & self.called,
+            positive & (self.tp > 0),
+            self.iou,
+            self.dice,
+            self.iou_box,
+            self.union_iou,
+            self.union_dice,
+        )
+        return np.stack(columns, axis=1).astype(float)
+
+    def sums(self):
+        """
+        Returns:
+            dict[str, np.float64]: what :mod:`.metrics` makes figures of, every unit counted once.
+        """
+        return named(self.columns().sum(axis=0))
 
     def merged(self, unit):
         """
@@ -66,6 +124,32 @@ class UnitCounts:
             combine = np.maximum if name == "score" else np.add
             combine.at(merged[name], unit, values)
         return UnitCounts(**merged)
+
+
+def named(sums):
+    """
+    Args:
+        sums (np.ndarray): (..., K) sums of the columns.
+
+    Returns:
+        dict[str, np.ndarray or np.float64]: (...,) by the names of COLUMNS.
+    """
+    return dict(zip(COLUMNS, np.moveaxis(sums, -1, 0), strict=True))
+
+
+def add_up(columns, unit, number):
+    """
+    Args:
+        columns (np.ndarray): (U, K) float.
+        unit (np.ndarray): (U,) int in [0, number), the larger unit that each row belongs to.
+        number (int): of larger units.
+
+    Returns:
+        np.ndarray: (number, K) float, sums over the rows of each larger unit.
+    """
+    total = np.zeros((number, columns.shape[1]))
+    np.add.at(total, unit, columns)
+    return total
 
 
 def count_images(gt, detections, groups, matching, counted):
@@ -94,6 +178,7 @@ def count_images(gt, detections, groups, matching, counted):
         of_masks = {"iou": total(hit, iou), "dice": total(hit, 2 * iou / (1 + iou))}
     else:
         of_masks = dict.fromkeys(("iou", "dice"), np.full(number, np.nan))
+    union = union_overlaps(gt, detections, counted)
     return UnitCounts(
         lesions=gt.lesions,
         tp=total(hit),
@@ -101,6 +186,8 @@ def count_images(gt, detections, groups, matching, counted):
         score=score,
         iou_box=total(hit, _overlap_of_hits(groups["bbox"], matching)),
         **of_masks,
+        union_iou=union,
+        union_dice=2 * union / (1 + union),
     )
 
 
@@ -124,18 +211,18 @@ def union_overlaps(gt, detections, counted):
         counted (np.ndarray): (N,) bool, those that count and reach the threshold.
 
     Returns:
-        dict[str, np.ndarray]: "iou" and "dice", (number of images,) in [0, 1]. NaN for images
-        without a lesion, and throughout where there are no masks.
+        np.ndarray: (number of images,) IoU in [0, 1]; 0 for images without a lesion. NaN
+        throughout where there are no masks.
     """
-    iou = np.full(len(gt.images), np.nan)
-    if gt.regions.masks is not None and detections.regions.masks is not None:
-        found = _by_image(detections.regions, counted)
-        for position, outlines in _by_image(gt.regions, ~gt.crowd).items():
-            iou[position] = 0.0
-            if position in found:
-                unions = mask_util.merge(found[position]), mask_util.merge(outlines)
-                iou[position] = mask_util.iou([unions[0]], [unions[1]], [False])[0, 0]
-    return {"iou": iou, "dice": 2 * iou / (1 + iou)}
+    if gt.regions.masks is None or detections.regions.masks is None:
+        return np.full(len(gt.images), np.nan)
+    iou = np.zeros(len(gt.images))
+    found = _by_image(detections.regions, counted)
+    for position, outlines in _by_image(gt.regions, ~gt.crowd).items():
+        if position in found:
+            unions = mask_util.merge(found[position]), mask_util.merge(outlines)
+            iou[position] = mask_util.iou([unions[0]], [unions[1]], [False])[0, 0]
+    return iou
 
 
 def _by_image(regions, chosen):

@@ -43,7 +43,8 @@ def write_results(results, folder, **meta):
         dict[str, Path]: file name -> path.
     """
     folder = Path(folder)
-    document = {**results.groups(), "meta": {**meta, **results.meta, "versions": _versions()}}
+    document = _document(results)
+    document["meta"] = {**meta, **results.meta, "versions": _versions()}
     curve_rows = []
     for iou_type, name, curve in results.curves:
         columns = (curve.precision, curve.recall, curve.envelope)
@@ -61,6 +62,29 @@ def write_results(results, folder, **meta):
     for name, path in paths.items():
         write_atomically(path, texts[name])
     return paths
+
+
+def _document(results):
+    """What metrics.json holds, but for ``meta``."""
+    intervals = results.intervals
+
+    def with_intervals(figures, group):
+        beside = {}
+        for name, figure in figures.items():
+            beside[name] = figure
+            if name in intervals.get(group, ()):
+                beside[f"{name}_ci"] = list(intervals[group][name])
+        return beside
+
+    document = {name: with_intervals(figures, name) for name, figures in results.groups().items()}
+    if results.tau_val is not None:
+        document["tau_val"] = {
+            key: with_intervals(value, f"tau_val.{key}") if isinstance(value, dict) else value
+            for key, value in results.tau_val.items()
+        }
+    document["froc"] = with_intervals(results.froc, "froc")
+    document["undefined_shares"] = results.undefined_shares
+    return document
 
 
 def write_atomically(path, content):

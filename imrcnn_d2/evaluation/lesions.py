@@ -1,15 +1,17 @@
 """Score COCO results against COCO ground truth, without a model."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from .coco_ap import coco_average_precision
-from .counting import UnitCounts, count_images, union_overlaps
+from .counting import UnitCounts, count_images
 from .curves import pr_curve
+from .intervals import confidence_intervals
 from .matching import Matching, match, overlaps
-from .metrics import lesion_figures, unit_figures
+from .measures import Measures
+from .metrics import divide
 from .records import Detections, GroundTruth, read_ground_truth, read_results
 from .selection import selection_score
 
@@ -32,14 +34,26 @@ class LesionResults:
             localised_recall miou mdice.
         patient (dict[str, float] or None): as ``image``, without the last two. None unless every
             image record has a ``patient_id``.
+        froc (dict[str, float]): sensitivity_at_0.125 ... sensitivity_at_8 and mean: the largest
+            recall with at most so many false alarms per image (of all images), at any threshold.
+        tau_val (dict or None): figures at the operating point: its tau, rule and dataset, and
+            ``lesion``, ``image`` and, where patients are known, ``patient``, without ``selection``
+            and ``auroc``. None without an operating point.
         per_image (list[dict]): a row an image by ascending id, with the fields of its record.
         curves (list[tuple[str, str, PRCurve]]): IoU type ("segm" or "bbox"), class name and curve
-            at IoU 0.5 of each class.
+            at IoU 0.5 of each class. Empty for results without scores.
         counts (UnitCounts): per image, what ``lesion`` and ``image`` are made of.
         meta (dict): the settings, and the size of the data set.
         ground_truth (GroundTruth), detections (Detections): what was scored; N detections.
+        overlaps (dict[str, list[Overlap]]): by "bbox" and, where there are masks, by "segm".
         matching (Matching): of the N detections.
         counted (np.ndarray): (N,) bool, the detections that count at the threshold.
+        measures (Measures): the figures as functions of how often each unit counts.
+        intervals (dict[str, dict[str, tuple[float, float]]]): group -> figure -> (low, high), see
+            :func:`confidence_intervals`; empty without a bootstrap. Groups as in :meth:`groups`,
+            "froc", "tau_val.lesion", "tau_val.image" and "tau_val.patient".
+        undefined_shares (dict[str, float]): "group.figure" -> share in (0, 1] of the resamples in
+            which it is undefined, where there are any.
 
     All figures are in percent but for counts and fp_per_image; undefined ones are NaN.
     """
@@ -49,14 +63,20 @@ class LesionResults:
     lesion: dict
     image: dict
     patient: dict | None
+    froc: dict
+    tau_val: dict | None
     per_image: list
     curves: list
     counts: UnitCounts
     meta: dict
     ground_truth: GroundTruth
     detections: Detections
+    overlaps: dict
     matching: Matching
     counted: np.ndarray
+    measures: Measures
+    intervals: dict = field(default_factory=dict)
+    undefined_shares: dict = field(default_factory=dict)
 
     def groups(self):
         """dict[str, dict[str, float]]: the groups of figures, in the order of a report."""
@@ -65,8 +85,29 @@ class LesionResults:
             groups["patient"] = self.patient
         return groups
 
+    def counts_at(self, tau):
+        """
+        Args:
+            tau (float): score from which on a detection counts.
 
-def evaluate_lesions(gt, results, *, tau=0.7, iou_threshold=0.5, iou_type="segm"):
+        Returns:
+            UnitCounts: per image, as ``counts`` at another threshold; the matching is reused.
+        """
+        gt, detections = self.ground_truth, self.detections
+        counted = self.matching.counts & (detections.score >= tau)
+        return count_images(gt, detections, self.overlaps, self.matching, counted)
+
+
+def evaluate_lesions(
+    gt,
+    results,
+    *,
+    tau=0.7,
+    operating_point=None,
+    iou_threshold=0.5,
+    iou_type="segm",
+    bootstrap=None,
+):
     """
     Compute every figure for a data set and a model's detections in it.
 
@@ -79,11 +120,14 @@ def evaluate_lesions(gt, results, *, tau=0.7, iou_threshold=0.5, iou_type="segm"
         results (list[dict], dict, str or Path): see :func:`read_results`.
         tau (float): score from which on a detection counts in ``lesion``, ``image`` and
             ``patient``. It plays no part in AP, the curves, BEP and AUROC.
+        operating_point (OperatingPoint or None): a second threshold, chosen on another data set,
+            whose figures go to ``tau_val``.
         iou_threshold (float): least overlap of a hit, in (0, 1]. AP50_voc, BEP and the curves
             stay at 0.5.
         iou_type (str): overlap of masks ("segm") or of boxes ("bbox") in matching. Where the
             ground truth or the results have boxes only, boxes are used and a warning is logged;
             iou, iou_all, dice, miou and mdice, which are always of masks, are then NaN.
+        bootstrap (Bootstrap or None): how to resample for ``intervals``; None for none.
 
     Returns:
         LesionResults:
@@ -95,8 +139,12 @@ def evaluate_lesions(gt, results, *, tau=0.7, iou_threshold=0.5, iou_type="segm"
         raise ValueError(f"iou_type is {iou_type!r}; it must be 'segm' or 'bbox'.")
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold is {iou_threshold}; it must lie in (0, 1].")
-    if not tau >= 0:
-        raise ValueError(f"tau is {tau}; it must be a number that is not negative.")
+    thresholds = {"": tau}
+    if operating_point is not None:
+        thresholds["tau_val."] = operating_point.tau
+    for threshold in thresholds.values():
+        if not threshold >= 0:
+            raise ValueError(f"tau is {threshold}; it must be a number that is not negative.")
     gt = read_ground_truth(gt)
     detections = read_results(results, gt)
     has_masks = gt.regions.masks is not None and detections.regions.masks is not None
@@ -108,107 +156,106 @@ def evaluate_lesions(gt, results, *, tau=0.7, iou_threshold=0.5, iou_type="segm"
     groups = {"bbox": overlaps(gt, detections, "bbox")}
     if has_masks:
         groups["segm"] = overlaps(gt, detections, "segm")
-    figures = {}
-    curves = []
+    curve_matchings = {kind: match(gt, detections, groups[kind], CURVE_IOU) for kind in groups}
+    matching = curve_matchings[iou_type]
+    if iou_threshold != CURVE_IOU:
+        matching = match(gt, detections, groups[iou_type], iou_threshold)
+    counted = {
+        prefix: matching.counts & (detections.score >= threshold)
+        for prefix, threshold in thresholds.items()
+    }
+    counts = {
+        prefix: count_images(gt, detections, groups, matching, chosen)
+        for prefix, chosen in counted.items()
+    }
+    measures = Measures(gt, detections, curve_matchings, matching, counts)
+    figures = measures.once()
     for kind in ("bbox", "segm"):
-        own = _curves(gt, detections, groups[kind]) if kind in groups else []
-        curves += [(kind, category["name"], curve) for category, curve in own]
-        defined = [curve for _, curve in own if curve.num_gt]
-        figures[kind] = {
-            **coco_average_precision(gt, detections, kind),
-            "AP50_voc": _mean_percent([curve.area for curve in defined]),
-            "BEP": _mean_percent([curve.break_even_point for curve in defined]),
-        }
-
-    matching = match(gt, detections, groups[iou_type], iou_threshold)
-    counted = matching.counts & (detections.score >= tau)
-    counts = count_images(gt, detections, groups, matching, counted)
-    lesion, image = lesion_figures(counts), unit_figures(counts)
-    positive = counts.positive
-    lesion["selection"] = selection_score(
-        lesion,
-        image,
+        coco = coco_average_precision(gt, detections, kind)
+        figures[kind] = {**coco, **{name: figures[kind][name] for name in ("AP50_voc", "BEP")}}
+    positive = counts[""].positive
+    figures["lesion"]["selection"] = selection_score(
+        figures["lesion"],
+        figures["image"],
         has_lesions=bool(positive.any()),
         has_lesion_free_images=bool((~positive).any()),
     )
-    union = union_overlaps(gt, detections, counted)
-    for name, overlap in union.items():
-        image[f"m{name}"] = _mean_percent(overlap[positive])
-
-    patients = [record.get("patient_id") for record in gt.images]
-    known = bool(patients) and None not in patients
-    return LesionResults(
-        **figures,
-        lesion=lesion,
-        image=image,
-        patient=_patient_figures(counts, patients) if known else None,
-        per_image=_rows(gt, counts, union),
-        curves=curves,
-        counts=counts,
+    tau_val = None
+    if operating_point is not None:
+        tau_val = {key: getattr(operating_point, key) for key in ("tau", "rule", "dataset")}
+        for group in ("lesion", "image", "patient"):
+            if f"tau_val.{group}" in figures:
+                tau_val[group] = figures[f"tau_val.{group}"]
+    scored = LesionResults(
+        **{group: figures[group] for group in ("bbox", "segm", "lesion", "image", "froc")},
+        patient=figures.get("patient"),
+        tau_val=tau_val,
+        per_image=_rows(gt, counts[""]),
+        curves=_curves(gt, detections, curve_matchings),
+        counts=counts[""],
         meta={
             "tau": tau,
             "iou_threshold": iou_threshold,
             "iou_type": iou_type,
             "images": len(gt.images),
             "lesion_free_images": int((~positive).sum()),
-            "lesions": int(counts.lesions.sum()),
+            "lesions": int(counts[""].lesions.sum()),
             "crowds": int(gt.crowd.sum()),
             "detections": len(detections.regions),
             "classes": [category["name"] for category in gt.categories],
-            "patients": len(set(patients)) if known else None,
+            "patients": measures.num_units if measures.unit == "patient" else None,
+            "bootstrap": bootstrap and {**asdict(bootstrap), "unit": measures.unit},
         },
         ground_truth=gt,
         detections=detections,
+        overlaps=groups,
         matching=matching,
-        counted=counted,
+        counted=counted[""],
+        measures=measures,
     )
+    if bootstrap is None:
+        return scored
+    intervals, undefined_shares = confidence_intervals(scored, bootstrap)
+    return replace(scored, intervals=intervals, undefined_shares=undefined_shares)
 
 
-def _curves(gt, detections, groups):
-    """[(category, PRCurve)] at IoU 0.5."""
-    matching = match(gt, detections, groups, CURVE_IOU)
+def _curves(gt, detections, matchings):
+    """[(kind, class name, PRCurve)] at IoU 0.5."""
+    if not detections.scored:
+        return []
     num_gt = np.bincount(gt.regions.category[~gt.crowd], minlength=len(gt.categories))
     curves = []
-    for position, category in enumerate(gt.categories):
-        own = matching.counts & (detections.regions.category == position)
-        curve = pr_curve(detections.score[own], matching.hit[own], num_gt[position])
-        curves.append((category, curve))
+    for kind, matching in matchings.items():
+        for position, category in enumerate(gt.categories):
+            own = matching.counts & (detections.regions.category == position)
+            curve = pr_curve(detections.score[own], matching.hit[own], num_gt[position])
+            curves.append((kind, category["name"], curve))
     return curves
 
 
-def _mean_percent(values):
-    return 100 * float(np.mean(values)) if len(values) else float("nan")
-
-
-def _patient_figures(counts, patients):
-    number = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
-    return unit_figures(counts.merged(np.array([number[patient] for patient in patients])))
-
-
-def _rows(gt, counts, union):
+def _rows(gt, counts):
     """One dict an image for per_image.csv."""
     positive, called = counts.positive, counts.called
     outcome = np.where(positive, np.where(called, "TP", "FN"), np.where(called, "FP", "TN"))
+    columns = {
+        "n_gt": counts.lesions,
+        "n_det": counts.tp + counts.fp,
+        "TP": counts.tp,
+        "FP": counts.fp,
+        "FN": counts.fn,
+        "image_outcome": outcome,
+        "score": counts.score,
+        "iou": 100 * divide(counts.iou, counts.tp),
+        "dice": 100 * divide(counts.dice, counts.tp),
+        "iou_box": 100 * divide(counts.iou_box, counts.tp),
+        "union_iou": np.where(positive, 100 * counts.union_iou, np.nan),
+        "union_dice": np.where(positive, 100 * counts.union_dice, np.nan),
+    }
     rows = []
-    for i, record in enumerate(gt.images):
-        tp = int(counts.tp[i])
-        figures = {
-            "n_gt": int(counts.lesions[i]),
-            "n_det": tp + int(counts.fp[i]),
-            "TP": tp,
-            "FP": int(counts.fp[i]),
-            "FN": int(counts.fn[i]),
-            "image_outcome": str(outcome[i]),
-            "score": float(counts.score[i]),
-            "iou": _mean_percent([counts.iou[i] / tp] if tp else []),
-            "dice": _mean_percent([counts.dice[i] / tp] if tp else []),
-            "iou_box": _mean_percent([counts.iou_box[i] / tp] if tp else []),
-            "union_iou": 100 * float(union["iou"][i]),
-            "union_dice": 100 * float(union["dice"][i]),
-        }
+    for record, *values in zip(gt.images, *(c.tolist() for c in columns.values()), strict=True):
         passed = {"image_id": record["id"], "file_name": record.get("file_name"), **record}
         del passed["id"]
         # Fields of the data set that have the name of a figure keep both.
-        passed = {(f"images.{k}" if k in figures else k): value for k, value in passed.items()}
-        rows.append({**passed, **figures})
+        passed = {(f"images.{k}" if k in columns else k): value for k, value in passed.items()}
+        rows.append({**passed, **dict(zip(columns, values, strict=True))})
     return rows

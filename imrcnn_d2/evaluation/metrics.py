@@ -1,13 +1,36 @@
-"""The figures at a score threshold, made of the counts per image or patient.
+"""The figures at a score threshold: formulas over sums of the columns of UnitCounts.
 
-They are in percent but for counts and fp_per_image; undefined ones are NaN.
+They broadcast: of the sums over all units they make the figures, of (B,) sums over B resamples the
+B resampled figures. In percent but for counts and fp_per_image; undefined ones are NaN.
 """
 
-from sklearn.metrics import roc_auc_score
+import numpy as np
 
-__all__ = ["lesion_figures", "ratios", "unit_figures"]
+__all__ = [
+    "COUNTS",
+    "divide",
+    "image_figures",
+    "lesion_figures",
+    "lesion_proportions",
+    "ratios",
+    "unit_figures",
+    "unit_proportions",
+]
 
-NAN = float("nan")
+# Figures that are counts.
+COUNTS = ("TP", "FP", "FN", "TN")
+
+
+def divide(part, whole):
+    """
+    Args:
+        part, whole (np.ndarray): of one shape, or scalars.
+
+    Returns:
+        np.ndarray or np.float64: part / whole, NaN where ``whole`` is 0.
+    """
+    part, whole = np.asarray(part, dtype=float), np.asarray(whole, dtype=float)
+    return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole != 0)[()]
 
 
 def ratios(tp, fp, fn, tn):
@@ -15,21 +38,43 @@ def ratios(tp, fp, fn, tn):
     The five figures of a two-by-two table.
 
     Args:
-        tp, fp, fn, tn (int): counts.
+        tp, fp, fn, tn (int or np.ndarray): counts, of one shape.
 
     Returns:
-        dict[str, float]: precision, recall (sensitivity), specificity, accuracy, f1 in percent.
+        dict[str, np.ndarray]: precision, recall (sensitivity), specificity, accuracy, f1 in
+        percent.
     """
+    shares = _table_proportions(tp, fp, fn, tn)
+    figures = {name: 100 * divide(part, whole) for name, (part, whole) in shares.items()}
+    return {**figures, "f1": 100 * divide(2 * tp, 2 * tp + fp + fn)}
+
+
+def _table_proportions(tp, fp, fn, tn):
+    """As :func:`lesion_proportions`."""
     return {
-        "precision": _percent(tp, tp + fp),
-        "recall": _percent(tp, tp + fn),
-        "specificity": _percent(tn, tn + fp),
-        "accuracy": _percent(tp + tn, tp + fp + fn + tn),
-        "f1": _percent(2 * tp, 2 * tp + fp + fn),
+        "precision": (tp, tp + fp),
+        "recall": (tp, tp + fn),
+        "specificity": (tn, tn + fp),
+        "accuracy": (tp + tn, tp + fp + fn + tn),
+        "f1": (tp, tp + fp + fn),
     }
 
 
-def lesion_figures(images):
+def _lesion_table(sums):
+    return sums["tp"], sums["fp"], sums["fn"], sums["free_silent"]
+
+
+def _unit_table(sums):
+    """Counts of units: called and positive, called and not, missed, rightly silent."""
+    return (
+        sums["positive_called"],
+        sums["free"] - sums["free_silent"],
+        sums["positive"] - sums["positive_called"],
+        sums["free_silent"],
+    )
+
+
+def lesion_figures(sums):
     """
     Figures where each lesion and each detection is a case.
 
@@ -37,57 +82,78 @@ def lesion_figures(images):
     positives); they are there for comparison with publications that do so.
 
     Args:
-        images (UnitCounts): per image.
+        sums (dict[str, np.ndarray]): (...,) sums over images, see ``UnitCounts.columns``.
 
     Returns:
-        dict[str, float]: TP FP FN TN precision recall specificity accuracy f1 iou iou_box iou_all
-        dice fp_per_image fp_per_lesion_free_image.
+        dict[str, np.ndarray]: (...,) TP FP FN TN precision recall specificity accuracy f1 iou
+        iou_box dice iou_all fp_per_image fp_per_lesion_free_image.
     """
-    tp, fp, fn = int(images.tp.sum()), int(images.fp.sum()), int(images.fn.sum())
-    free = ~images.positive
-    tn = int((free & ~images.called).sum())
-    figures = {"TP": float(tp), "FP": float(fp), "FN": float(fn), "TN": float(tn)}
-    figures.update(ratios(tp, fp, fn, tn))
-    if not free.any():  # otherwise 0 as soon as there is a false alarm, and NaN until then
-        figures["specificity"] = NAN
+    tp, fp, fn, _ = table = _lesion_table(sums)
+    figures = {**dict(zip(COUNTS, table, strict=True)), **ratios(*table)}
+    # Decided from the ground truth: else it is 0 as soon as there is a false alarm, NaN until then.
+    figures["specificity"] = np.where(sums["free"] > 0, figures["specificity"], np.nan)[()]
     for name in ("iou", "iou_box", "dice"):
-        figures[name] = _percent(getattr(images, name).sum(), tp)
-    figures["iou_all"] = _percent(images.iou.sum(), tp + fn)
-    figures["fp_per_image"] = _divide(fp, len(images.fp))
-    figures["fp_per_lesion_free_image"] = _divide(images.fp[free].sum(), free.sum())
+        figures[name] = 100 * divide(sums[name], tp)
+    figures["iou_all"] = 100 * divide(sums["iou"], tp + fn)
+    figures["fp_per_image"] = divide(fp, sums["units"])
+    figures["fp_per_lesion_free_image"] = divide(sums["free_fp"], sums["free"])
     return figures
 
 
-def unit_figures(units):
+def unit_figures(sums):
     """
     Figures where each image, or each patient, is a case: positive if it has a lesion, called
     positive by a detection at the threshold anywhere in it.
 
     Args:
-        units (UnitCounts): per image or per patient.
+        sums (dict[str, np.ndarray]): (...,) sums over images or patients, see
+            ``UnitCounts.columns``.
 
     Returns:
-        dict[str, float]: TP FP FN TN precision recall specificity accuracy f1 auroc
+        dict[str, np.ndarray]: (...,) TP FP FN TN precision recall specificity accuracy f1
         localised_recall. The last is the share of positive units in which a lesion is hit.
     """
-    positive, called = units.positive, units.called
-    counts = {
-        "TP": int((positive & called).sum()),
-        "FP": int((~positive & called).sum()),
-        "FN": int((positive & ~called).sum()),
-        "TN": int((~positive & ~called).sum()),
+    table = _unit_table(sums)
+    return {
+        **dict(zip(COUNTS, table, strict=True)),
+        **ratios(*table),
+        "localised_recall": 100 * divide(sums["positive_hit"], sums["positive"]),
     }
-    figures = {name: float(count) for name, count in counts.items()}
-    figures.update(ratios(*counts.values()))
-    both = positive.any() and not positive.all()
-    figures["auroc"] = 100 * float(roc_auc_score(positive, units.score)) if both else NAN
-    figures["localised_recall"] = _percent((units.tp > 0).sum(), positive.sum())
-    return figures
 
 
-def _percent(part, whole):
-    return 100 * _divide(part, whole)
+def image_figures(sums):
+    """
+    Args:
+        sums (dict[str, np.ndarray]): (...,) sums over images, see ``UnitCounts.columns``.
+
+    Returns:
+        dict[str, np.ndarray]: (...,) as :func:`unit_figures`, and miou and mdice: means over the
+        images with a lesion.
+    """
+    return {
+        **unit_figures(sums),
+        "miou": 100 * divide(sums["union_iou"], sums["positive"]),
+        "mdice": 100 * divide(sums["union_dice"], sums["positive"]),
+    }
 
 
-def _divide(part, whole):
-    return float(part) / float(whole) if whole else NAN
+def lesion_proportions(sums):
+    """
+    The figures that are a share of a whole number of cases, for exact binomial intervals.
+
+    Args:
+        sums (dict[str, np.ndarray]): (...,) sums over images, see ``UnitCounts.columns``.
+
+    Returns:
+        dict[str, tuple]: figure -> (cases that have it, cases), each (...,). For f1 it is
+        s = TP / (TP + FP + FN), of which F1 = 2s / (1 + s) is a monotone function.
+    """
+    return _table_proportions(*_lesion_table(sums))
+
+
+def unit_proportions(sums):
+    """As :func:`lesion_proportions`, where each image, or each patient, is a case."""
+    return {
+        **_table_proportions(*_unit_table(sums)),
+        "localised_recall": (sums["positive_hit"], sums["positive"]),
+    }

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imrcnn_d2.evaluation.counting import UnitCounts, count_images, union_overlaps
+from imrcnn_d2.evaluation.counting import UnitCounts, count_images
 from imrcnn_d2.evaluation.matching import match, overlaps
 from imrcnn_d2.evaluation.records import read_ground_truth, read_results
 
@@ -47,9 +47,8 @@ def test_by_hand(dataset, region):
     assert counts.iou_box == pytest.approx([0.8, 0, 0])
     assert counts.dice == pytest.approx([1.6 / 1.8, 0, 0])
     # Image 1: 80 pixels in common, of 200 outlined and 80 + 25 detected.
-    union = union_overlaps(gt, detections, chosen)
-    assert union["iou"] == pytest.approx([80 / 225, np.nan, np.nan], nan_ok=True)
-    assert union["dice"] == pytest.approx([160 / 305, np.nan, np.nan], nan_ok=True)
+    assert counts.union_iou == pytest.approx([80 / 225, 0, 0])
+    assert counts.union_dice == pytest.approx([160 / 305, 0, 0])
 
 
 def test_masks_matched_by_boxes(dataset, region):
@@ -65,7 +64,8 @@ def test_masks_matched_by_boxes(dataset, region):
 def test_merged_into_patients():
     columns = [np.array(values) for values in ([1, 0, 2], [1, 0, 0], [0, 1, 2])]
     shares = [np.array(values) for values in ([0.5, 0.9, 0.2], [0.6, 0, 0], [0.7, 0, 0])]
-    counts = UnitCounts(*columns, *shares, iou_box=np.array([0.8, 0, 0]))
+    of_images = [np.array(values) for values in ([0.8, 0, 0], [0.3, 0, 0.1], [0.4, 0, 0.2])]
+    counts = UnitCounts(*columns, *shares, *of_images)
     merged = counts.merged(np.array([1, 0, 1]))
     assert merged.lesions.tolist() == [0, 3]
     assert merged.tp.tolist() == [0, 1]
@@ -73,6 +73,7 @@ def test_merged_into_patients():
     assert merged.fn.tolist() == [0, 2]
     assert merged.score.tolist() == [0.9, 0.5]
     assert merged.iou.tolist() == [0, 0.6]
+    assert merged.union_iou == pytest.approx([0, 0.4])
 
 
 @settings(deadline=None, max_examples=40)
@@ -80,7 +81,6 @@ def test_merged_into_patients():
 def test_agrees_with_pixels_and_plain_loops(random_case, seed, tau):
     dataset, results = random_case(seed)
     gt, detections, chosen, counts = counted_at(dataset, results, tau)
-    union = union_overlaps(gt, detections, chosen)
 
     def pixels(record):
         return mask_util.decode(record["segmentation"]).astype(bool)
@@ -123,8 +123,8 @@ def test_agrees_with_pixels_and_plain_loops(random_case, seed, tau):
         if lesions:
             outlined = np.any([pixels(a) for a in lesions], axis=0)
             both = (found & outlined).sum()
-            assert union["iou"][position] == pytest.approx(both / (found | outlined).sum())
+            assert counts.union_iou[position] == pytest.approx(both / (found | outlined).sum())
             expected = 2 * both / (found.sum() + outlined.sum())
-            assert union["dice"][position] == pytest.approx(expected)
+            assert counts.union_dice[position] == pytest.approx(expected)
         else:
-            assert np.isnan(union["iou"][position])
+            assert counts.union_iou[position] == 0

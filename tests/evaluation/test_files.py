@@ -32,7 +32,7 @@ def paths(scored, tmp_path_factory):
 
 def test_metrics_are_strict_json(scored, paths):
     written = json.loads(paths["metrics.json"].read_text(), parse_constant=refuse)
-    assert list(written) == ["bbox", "segm", "lesion", "image", "patient", "meta"]
+    assert list(written)[:5] == ["bbox", "segm", "lesion", "image", "patient"]
     for group, figures in scored.groups().items():
         for name, figure in figures.items():
             expected = None if math.isnan(figure) else figure

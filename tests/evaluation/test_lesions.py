@@ -10,7 +10,7 @@ from imrcnn_d2.evaluation import evaluate_lesions
 COCO_KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AP50_voc", "BEP"]
 COUNT_KEYS = ["TP", "FP", "FN", "TN", "precision", "recall", "specificity", "accuracy", "f1"]
 LESION_KEYS = [*COUNT_KEYS, "iou", "iou_box", "iou_all", "dice", "fp_per_image", "selection"]
-IMAGE_KEYS = [*COUNT_KEYS, "auroc", "localised_recall", "miou", "mdice"]
+IMAGE_KEYS = [*COUNT_KEYS, "localised_recall", "miou", "mdice", "auroc"]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -7,15 +8,23 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import confusion_matrix, f1_score, precision_score, recall_score
 
-from imrcnn_d2.evaluation.counting import UnitCounts
-from imrcnn_d2.evaluation.metrics import lesion_figures, ratios, unit_figures
+from imrcnn_d2.evaluation.counting import UnitCounts, named
+from imrcnn_d2.evaluation.metrics import (
+    image_figures,
+    lesion_figures,
+    lesion_proportions,
+    ratios,
+    unit_figures,
+    unit_proportions,
+)
 
 
-def units(lesions, tp, fp, score=None, iou=0.8):
-    """Counts of units whose every hit has the same overlaps."""
+def units(lesions, tp, fp, iou=0.8):
+    """Counts of units whose every hit has the same overlaps, as has the union."""
     lesions, tp, fp = (np.array(values) for values in (lesions, tp, fp))
-    score = np.zeros(len(tp)) if score is None else np.array(score, float)
-    return UnitCounts(lesions, tp, fp, score, tp * iou, tp * 2 * iou / (1 + iou), tp * (iou + 0.1))
+    dice = 2 * iou / (1 + iou)
+    overlaps = (tp * iou, tp * dice, tp * (iou + 0.1), (tp > 0) * iou, (tp > 0) * dice)
+    return UnitCounts(lesions, tp, fp, np.zeros(len(tp)), *overlaps)
 
 
 def test_ratios_by_hand():
@@ -35,7 +44,7 @@ def test_undefined_ratios_are_nan():
 
 def test_lesion_figures_by_hand():
     # Two of three lesions hit and a false alarm; a miss; a silent and a noisy lesion-free image.
-    figures = lesion_figures(units([3, 1, 0, 0], [2, 0, 0, 0], [1, 0, 0, 3]))
+    figures = lesion_figures(units([3, 1, 0, 0], [2, 0, 0, 0], [1, 0, 0, 3]).sums())
     assert figures == pytest.approx(
         {
             "TP": 2,
@@ -59,52 +68,74 @@ def test_lesion_figures_by_hand():
 
 @pytest.mark.parametrize("fp", [0, 2])
 def test_specificity_is_decided_from_the_ground_truth(fp):
-    counts = units([1, 2], [1, 1], [fp, 0])
-    assert math.isnan(lesion_figures(counts)["specificity"])
-    assert math.isnan(lesion_figures(counts)["fp_per_lesion_free_image"])
-    assert math.isnan(unit_figures(counts)["specificity"])
+    sums = units([1, 2], [1, 1], [fp, 0]).sums()
+    assert math.isnan(lesion_figures(sums)["specificity"])
+    assert math.isnan(lesion_figures(sums)["fp_per_lesion_free_image"])
+    assert math.isnan(unit_figures(sums)["specificity"])
 
 
 def test_without_a_hit_only_the_overlap_of_hits_is_undefined():
-    figures = lesion_figures(units([1], [0], [1]))
+    figures = lesion_figures(units([1], [0], [1]).sums())
     assert all(math.isnan(figures[name]) for name in ("iou", "iou_box", "dice"))
     assert figures["iou_all"] == 0
 
 
 def test_without_masks():
     counts = units([1, 1], [1, 0], [0, 0], iou=np.nan)
-    figures = lesion_figures(counts)
+    figures = lesion_figures(counts.sums())
     assert all(math.isnan(figures[name]) for name in ("iou", "dice", "iou_all"))
     assert figures["TP"] == 1
 
 
 def test_unit_figures_by_hand():
-    # Hit; called by a false alarm only; missed; called; silent.
-    figures = unit_figures(
-        units([2, 1, 1, 0, 0], [2, 0, 0, 0, 0], [0, 1, 0, 2, 0], [0.9, 0.8, 0.1, 0.8, 0])
-    )
-    auroc = (2 + 1.5 + 1) / 6  # pairs won by the positive image, ties half
-    assert figures == pytest.approx(
-        {
-            "TP": 2,
-            "FP": 1,
-            "FN": 1,
-            "TN": 1,
-            "precision": 200 / 3,
-            "recall": 200 / 3,
-            "specificity": 50,
-            "accuracy": 60,
-            "f1": 200 / 3,
-            "auroc": 100 * auroc,
-            "localised_recall": 100 / 3,
-        }
-    )
+    # Hit; called by a false alarm only; missed; called; silent. Every hit image has a union of 0.8.
+    counts = units([2, 1, 1, 0, 0], [2, 0, 0, 0, 0], [0, 1, 0, 2, 0])
+    expected = {
+        "TP": 2,
+        "FP": 1,
+        "FN": 1,
+        "TN": 1,
+        "precision": 200 / 3,
+        "recall": 200 / 3,
+        "specificity": 50,
+        "accuracy": 60,
+        "f1": 200 / 3,
+        "localised_recall": 100 / 3,
+    }
+    assert unit_figures(counts.sums()) == pytest.approx(expected)
+    expected |= {"miou": 80 / 3, "mdice": 100 * 1.6 / 1.8 / 3}
+    assert image_figures(counts.sums()) == pytest.approx(expected)
 
 
-def test_auroc_needs_both_kinds_of_images():
-    assert math.isnan(unit_figures(units([1, 1], [1, 0], [0, 0], [0.9, 0.1]))["auroc"])
-    assert math.isnan(unit_figures(units([0, 0], [0, 0], [1, 0], [0.9, 0.1]))["auroc"])
-    assert math.isnan(unit_figures(units([0, 0], [0, 0], [1, 0]))["localised_recall"])
+def test_localised_recall_needs_a_positive_image():
+    assert math.isnan(unit_figures(units([0, 0], [0, 0], [1, 0]).sums())["localised_recall"])
+
+
+def test_figures_of_resamples_are_those_of_the_units_drawn():
+    """Sums of (B, K) give (B,) figures: each resample's own."""
+    counts = units([3, 1, 0, 0, 2], [2, 0, 0, 0, 1], [1, 0, 0, 3, 0])
+    draws = np.array([[0, 0, 1, 2, 3], [4, 4, 4, 4, 4], [2, 2, 2, 2, 2]])
+    weights = np.array([np.bincount(draw, minlength=5) for draw in draws])
+    sums = named(weights @ counts.columns())
+    for figures in (lesion_figures, image_figures):
+        resampled = figures(sums)
+        for b, draw in enumerate(draws):
+            taken = UnitCounts(*(getattr(counts, f.name)[draw] for f in fields(counts)))
+            expected = figures(taken.sums())
+            assert {k: v[b] for k, v in resampled.items()} == pytest.approx(expected, nan_ok=True)
+
+
+def test_proportions_are_what_the_figures_are_made_of():
+    sums = units([3, 1, 0, 0], [2, 0, 0, 0], [1, 0, 0, 3]).sums()
+    for figures, proportions in (
+        (lesion_figures, lesion_proportions),
+        (unit_figures, unit_proportions),
+    ):
+        own = figures(sums)
+        shares = {k: part / whole for k, (part, whole) in proportions(sums).items()}
+        f1 = shares.pop("f1")
+        assert own["f1"] == pytest.approx(100 * 2 * f1 / (1 + f1))
+        assert {k: own[k] for k in shares} == pytest.approx({k: 100 * s for k, s in shares.items()})
 
 
 small = arrays(np.int64, 12, elements=st.integers(0, 3))
@@ -115,11 +146,10 @@ small = arrays(np.int64, 12, elements=st.integers(0, 3))
     lesions=small,
     hits=small,
     fp=small,
-    score=arrays(float, 12, elements=st.sampled_from([0, 0.2, 0.5, 0.9])),
 )
-def test_unit_figures_agree_with_others(lesions, hits, fp, score):
-    counts = units(lesions, np.minimum(hits, lesions), fp, score)
-    figures = unit_figures(counts)
+def test_unit_figures_agree_with_others(lesions, hits, fp):
+    counts = units(lesions, np.minimum(hits, lesions), fp)
+    figures = unit_figures(counts.sums())
     truth, said = lesions > 0, (counts.tp + fp) > 0
     tn, false, missed, tp = confusion_matrix(truth, said, labels=[False, True]).ravel()
     assert [figures[key] for key in ("TP", "FP", "FN", "TN")] == [tp, false, missed, tn]
@@ -130,6 +160,3 @@ def test_unit_figures_agree_with_others(lesions, hits, fp, score):
     ):
         expected = 100 * function(truth, said, zero_division=np.nan)
         assert figures[name] == pytest.approx(expected, nan_ok=True)
-    won = [float(p > n) + 0.5 * float(p == n) for p in score[truth] for n in score[~truth]]
-    expected = 100 * np.mean(won) if won else np.nan
-    assert figures["auroc"] == pytest.approx(expected, nan_ok=True)

@@ -1,0 +1,92 @@
+"""Intervals of all figures, from resampled data sets."""
+
+import logging
+from collections import defaultdict
+
+import numpy as np
+from tqdm import tqdm
+
+from .bootstrap import CHUNK, clopper_pearson, percentile_interval
+from .metrics import COUNTS
+
+__all__ = ["confidence_intervals", "resampled_figures"]
+
+logger = logging.getLogger(__name__)
+
+
+def resampled_figures(results, bootstrap):
+    """
+    Every figure in every resample. Two models scored on the same units with the same bootstrap see
+    the same resamples in the same order, so that figures can be subtracted (a paired comparison).
+
+    Args:
+        results (LesionResults):
+        bootstrap (Bootstrap):
+
+    Returns:
+        dict[str, dict[str, np.ndarray]]: group -> figure -> (B,), in the units of the figures and
+        NaN where undefined. Groups as in :meth:`LesionResults.groups`, and "froc" and, with a
+        second threshold, "tau_val.lesion", "tau_val.image", "tau_val.patient". Of COCO's figures
+        AP50, the others only with ``bootstrap.all_coco``.
+    """
+    measures = results.measures
+    rows = max(1, CHUNK // measures.width)
+    parts = defaultdict(lambda: defaultdict(list))
+    with tqdm(total=bootstrap.resamples, desc="Resamples", delay=2) as bar:
+        for weights in bootstrap.weights(measures.num_units, chunk=rows):
+            for group, figures in measures(weights, all_coco=bootstrap.all_coco).items():
+                for name, values in figures.items():
+                    parts[group][name].append(values)
+            bar.update(len(weights))
+    return {
+        group: {name: np.concatenate(values) for name, values in figures.items()}
+        for group, figures in parts.items()
+    }
+
+
+def confidence_intervals(results, bootstrap):
+    """
+    95 % intervals of all figures but counts: percentiles of the resampled figures. Resamples in
+    which a figure is undefined are left out.
+
+    Where a proportion is exactly 0 or 100 %, all resamples agree and say nothing; its interval is
+    then Clopper and Pearson's for independent cases, F1's by way of TP / (TP + FP + FN). Other
+    figures of which the resamples agree (such as an AUROC of 100 %) have no interval: NaN.
+
+    Args:
+        results (LesionResults):
+        bootstrap (Bootstrap):
+
+    Returns:
+        tuple: intervals, dict[str, dict[str, tuple[float, float]]]: group -> figure -> (low, high),
+        NaN where undefined; and the shares in (0, 1] of resamples in which a figure that the data
+        set defines is undefined, dict[str, float] by "group.figure".
+    """
+    resampled = resampled_figures(results, bootstrap)
+    once = results.measures.once(all_coco=bootstrap.all_coco)
+    proportions = results.measures.proportions()
+    intervals, undefined = {}, {}
+    for group, figures in resampled.items():
+        intervals[group] = {}
+        for name, samples in figures.items():
+            if name in COUNTS:
+                continue
+            figure = once[group][name]
+            share = float(np.isnan(samples).mean())
+            if np.isnan(figure):
+                intervals[group][name] = (float("nan"), float("nan"))
+                continue
+            if share:
+                undefined[f"{group}.{name}"] = share
+            exact = proportions.get(group, {}).get(name)
+            if exact and figure in (0, 100):
+                intervals[group][name] = _exact(name, *exact)
+            else:
+                low, high = percentile_interval(samples)
+                intervals[group][name] = (low, high) if low < high else (float("nan"),) * 2
+    return intervals, undefined
+
+
+def _exact(name, part, whole):
+    interval = clopper_pearson(round(part), round(whole))
+    return tuple(100 * (2 * s / (1 + s) if name == "f1" else s) for s in interval)

@@ -1,0 +1,246 @@
+"""Every figure as a function of how often each unit counts.
+
+With each unit counted once that gives the figures of the data set, with the weights of bootstrap
+resamples those of the resamples: one implementation for both.
+"""
+
+from functools import cached_property
+
+import numpy as np
+
+from .coco_ap import ranked_by_coco
+from .counting import add_up, named
+from .metrics import (
+    divide,
+    image_figures,
+    lesion_figures,
+    lesion_proportions,
+    unit_figures,
+    unit_proportions,
+)
+from .ranking import RankedDetections, weighted_auroc
+
+__all__ = ["FROC_RATES", "Measures"]
+
+# False alarms per image at which the free-response ROC curve is read off.
+FROC_RATES = (0.125, 0.25, 0.5, 1, 2, 4, 8)
+
+
+class Measures:
+    """
+    The figures of a data set under weights of its units: patients where every image has a
+    ``patient_id``, else images.
+
+    Attributes:
+        unit (str): "patient" or "image".
+        unit_of_image (np.ndarray): (number of images,) int in [0, num_units).
+        num_units (int):
+    """
+
+    def __init__(self, gt, detections, curve_matchings, matching, counts):
+        """
+        Args:
+            gt (GroundTruth):
+            detections (Detections): N of them. Without scores (``scored`` False), figures that
+                depend on the order of scores are NaN.
+            curve_matchings (dict[str, Matching]): at IoU 0.5 by "bbox" and, where there are masks,
+                by "segm": for AP and the break-even point.
+            matching (Matching): at the IoU and by the masks or boxes asked for: for FROC.
+            counts (dict[str, UnitCounts]): per image at each threshold, by a prefix of its groups
+                of figures: "" and, with a second threshold, "tau_val.".
+        """
+        self.gt, self.detections = gt, detections
+        self.curve_matchings, self.matching, self.counts = curve_matchings, matching, counts
+        patients = [record.get("patient_id") for record in gt.images]
+        known = bool(patients) and None not in patients
+        self.unit = "patient" if known else "image"
+        number = {unit: i for i, unit in enumerate(dict.fromkeys(patients if known else ()))}
+        self.unit_of_image = (
+            np.array([number[patient] for patient in patients])
+            if known
+            else np.arange(len(gt.images))
+        )
+        self.num_units = len(number) if known else len(gt.images)
+
+    def __call__(self, weights, *, all_coco=False):
+        """
+        Args:
+            weights (np.ndarray): (B, num_units) int, how often each of B resamples holds each unit.
+            all_coco (bool): COCO's AP, AP75, APs, APm and APl too.
+
+        Returns:
+            dict[str, dict[str, np.ndarray]]: group -> figure -> (B,), as in LesionResults. Means
+            over classes are over those that a resample has ground truth of.
+        """
+        figures = {}
+        for kind in ("bbox", "segm"):
+            figures[kind] = self._curve_figures(kind, weights)
+            if all_coco and kind in self.curve_matchings:
+                figures[kind].update(self._coco_figures(kind, weights))
+        for prefix, groups in self._columns.items():
+            for group, (columns, formulas, _) in groups.items():
+                figures[prefix + group] = formulas(named(weights @ columns))
+        for group, counts, unit in self._score_groups:
+            auroc = np.full(len(weights), np.nan)
+            if self.detections.scored:
+                auroc = 100 * weighted_auroc(counts.positive, counts.score, unit, weights)
+            figures[group]["auroc"] = auroc
+        figures["froc"] = self._froc(weights)
+        return figures
+
+    def once(self, *, all_coco=False):
+        """
+        Args:
+            all_coco (bool): as above.
+
+        Returns:
+            dict[str, dict[str, float]]: the figures of the data set itself.
+        """
+        figures = self(np.ones((1, self.num_units), dtype=np.int32), all_coco=all_coco)
+        return {
+            group: {name: float(value[0]) for name, value in of_group.items()}
+            for group, of_group in figures.items()
+        }
+
+    def proportions(self):
+        """
+        Returns:
+            dict[str, dict[str, tuple]]: group -> figure -> (cases that have it, cases), of the
+            figures that are a share of a whole number of cases; see ``lesion_proportions``.
+        """
+        shares = {}
+        for prefix, groups in self._columns.items():
+            for group, (columns, _, proportions) in groups.items():
+                shares[prefix + group] = proportions(named(columns.sum(axis=0)))
+        lesions = int(self.gt.lesions.sum())
+        froc = self.once()["froc"]
+        del froc["mean"]
+        shares["froc"] = {name: (share * lesions / 100, lesions) for name, share in froc.items()}
+        return shares
+
+    @cached_property
+    def width(self):
+        """int: numbers that a resample takes, to size chunks by."""
+        return max(self.num_units, len(self.detections.score), 1)
+
+    @cached_property
+    def _columns(self):
+        """{prefix: {group: ((num_units, K) columns, formulas, proportions)}}."""
+        groups = {}
+        for prefix, counts in self.counts.items():
+            columns = add_up(counts.columns(), self.unit_of_image, self.num_units)
+            groups[prefix] = {
+                "lesion": (columns, lesion_figures, lesion_proportions),
+                "image": (columns, image_figures, unit_proportions),
+            }
+            if self.unit == "patient":
+                merged = counts.merged(self.unit_of_image).columns()
+                groups[prefix]["patient"] = (merged, unit_figures, unit_proportions)
+        return groups
+
+    @cached_property
+    def _score_groups(self):
+        """[(group, UnitCounts, (cases,) unit of each case)]: where there is an AUROC."""
+        counts = self.counts[""]
+        groups = [("image", counts, self.unit_of_image)]
+        if self.unit == "patient":
+            merged = counts.merged(self.unit_of_image)
+            groups.append(("patient", merged, np.arange(self.num_units)))
+        return groups
+
+    def _ranked(self, matching, of_class=None):
+        """RankedDetections of one class, or of all."""
+        regions, truth = self.detections.regions, self.gt.regions
+        own, lesions = matching.counts, ~self.gt.crowd
+        if of_class is not None:
+            own = own & (regions.category == of_class)
+            lesions = lesions & (truth.category == of_class)
+        return RankedDetections(
+            self.detections.score[own],
+            matching.hit[own],
+            self.unit_of_image[regions.image[own]],
+            np.bincount(self.unit_of_image[truth.image[lesions]], minlength=self.num_units),
+        )
+
+    @cached_property
+    def _curves(self):
+        """{kind: [RankedDetections]}, one for each class that has ground truth."""
+        truth = self.gt.regions
+        classes = np.unique(truth.category[~self.gt.crowd])
+        return {
+            kind: [self._ranked(matching, of_class) for of_class in classes]
+            for kind, matching in self.curve_matchings.items()
+        }
+
+    def _curve_figures(self, kind, weights):
+        if kind not in self._curves or not self.detections.scored:
+            return {name: np.full(len(weights), np.nan) for name in ("AP50", "AP50_voc", "BEP")}
+        figures = {"AP50": [], "AP50_voc": [], "BEP": []}
+        present = []
+        for ranked in self._curves[kind]:
+            curve = ranked.weigh(weights)
+            present.append(curve.num_gt > 0)
+            figures["AP50"].append(curve.sampled_area)
+            figures["AP50_voc"].append(curve.area)
+            figures["BEP"].append(curve.break_even_point)
+        return {
+            name: 100 * mean_where(values, present, len(weights))
+            for name, values in figures.items()
+        }
+
+    def _coco_figures(self, kind, weights):
+        """{AP, AP75, APs, APm, APl: (B,)}."""
+        if not self.detections.scored:
+            return {}
+        figures = {}
+        for name, curves in self._coco_curves[kind].items():
+            values, present = [], []
+            for ranked in curves:
+                curve = ranked.weigh(weights)
+                present.append(curve.num_gt > 0)
+                values.append(curve.sampled_area)
+            figures[name] = 100 * mean_where(values, present, len(weights))
+        return figures
+
+    @cached_property
+    def _coco_curves(self):
+        return {
+            kind: ranked_by_coco(self.gt, self.detections, kind, self.unit_of_image, self.num_units)
+            for kind in self.curve_matchings
+        }
+
+    @cached_property
+    def _all_ranked(self):
+        return self._ranked(self.matching)
+
+    @cached_property
+    def _images(self):
+        """(num_units,) int, images of each unit."""
+        return np.bincount(self.unit_of_image, minlength=self.num_units)
+
+    def _froc(self, weights):
+        names = [f"sensitivity_at_{rate:g}" for rate in FROC_RATES]
+        if self.detections.scored:
+            accepted = (weights @ self._images)[:, None] * np.array(FROC_RATES)
+            values = 100 * self._all_ranked.weigh(weights).sensitivity(accepted)
+        else:
+            values = np.full((len(weights), len(names)), np.nan)
+        return {**dict(zip(names, values.T, strict=True)), "mean": values.mean(axis=1)}
+
+
+def mean_where(values, present, number):
+    """
+    Args:
+        values (list[np.ndarray]): (B,) of each class.
+        present (list[np.ndarray]): (B,) bool, the class takes part.
+        number (int): B.
+
+    Returns:
+        np.ndarray: (B,) mean over the classes that take part; NaN without one, or if one of
+        theirs is.
+    """
+    total, taking_part = np.zeros(number), np.zeros(number)
+    for value, there in zip(values, present, strict=True):
+        total += np.where(there, value, 0)
+        taking_part += there
+    return divide(total, taking_part)
