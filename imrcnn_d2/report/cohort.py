@@ -1,0 +1,117 @@
+"""Who was in: patients, images and lesions of each split, and what was left out."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import PurePath
+
+__all__ = ["cohort"]
+
+SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
+
+
+def cohort(run):
+    """
+    Count what a run's prepared data set holds, as STARD's flow of participants asks.
+
+    Args:
+        run (Run):
+
+    Returns:
+        dict: ``splits`` (list of dicts with name, tested, images, lesion_free, lesions and
+        patients, None where they are not known), ``images`` and ``patients`` (over all splits),
+        ``offered`` and ``excluded`` (images; None where only the test set is there), ``reasons``
+        (list of (reason, count)), ``rejected`` (list of (file, reason)), ``settings`` (dict, how
+        the split was made), ``caption`` (str) and ``notes`` (list[str], what is missing).
+    """
+    tested = run.gt_path
+    root = tested.parent.parent
+    record = root / "splits.json"
+    prepared = tested.parent.name == "annotations" and record.is_file()
+    files = [root / "annotations" / f"{name}.json" for name in SPLITS] if prepared else [tested]
+    contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    splits = [
+        {"name": SPLITS.get(path.stem, path.stem), "tested": path == tested, **_count(content)}
+        for path, content in contents.items()
+    ]
+    if not prepared:
+        return {
+            "splits": splits,
+            **{"images": splits[0]["images"], "patients": splits[0]["patients"]},
+            **{"offered": None, "excluded": None, "reasons": [], "rejected": [], "settings": {}},
+            "caption": "The images that were evaluated.",
+            "notes": [
+                f"Only these are known: {tested.name} does not lie in a prepared data set, so "
+                "there is no record of training images, or of what was excluded."
+            ],
+        }
+    patients = {patient for content in contents.values() for patient in _patients(content)}
+    rejected = _rejected(root / "rejected.csv")
+    reasons = Counter(reason.partition(":")[0] for _, reason in rejected)
+    images = sum(split["images"] for split in splits)
+    settings = {
+        key: value
+        for key, value in json.loads(record.read_text(encoding="utf-8")).items()
+        if key not in SPLITS
+    }
+    return {
+        "splits": splits,
+        "images": images,
+        "patients": len(patients) or None,
+        "offered": images + len(rejected),
+        "excluded": len(rejected),
+        "reasons": reasons.most_common(),
+        "rejected": rejected,
+        "settings": settings,
+        "caption": _caption(settings, bool(patients), contents[tested]),
+        "notes": _overlap_note(contents),
+    }
+
+
+def _count(content):
+    lesions = [a for a in content.get("annotations", ()) if not a.get("iscrowd")]
+    images = content["images"]
+    return {
+        "images": len(images),
+        "lesion_free": len(images) - len({a["image_id"] for a in lesions}),
+        "lesions": len(lesions),
+        "patients": len(_patients(content)) or None,
+    }
+
+
+def _patients(content):
+    return {i["patient_id"] for i in content["images"] if i.get("patient_id") is not None}
+
+
+def _rejected(path):
+    """[(file name, reason)]; no file where nothing was rejected."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [(PurePath(row["file"]).name, row["reason"]) for row in csv.DictReader(file)]
+
+
+def _caption(settings, patients_known, tested):
+    ratio = ":".join(str(part) for part in settings.get("ratio", ()))
+    if "fold" in settings:
+        how = f"Fold {settings['fold']} of {settings.get('folds', '?')}"
+    else:
+        how = f"Split at random{f' {ratio}' if ratio else ''}"
+    how += f", seed {settings.get('seed', 'not recorded')}"
+    if settings.get("split_by") == "patient":
+        how += "; images of one patient are in one split."
+    else:
+        how += "; image by image" + (
+            ", so that one patient’s images can be in several splits." if patients_known else "."
+        )
+    description = (tested.get("info") or {}).get("description")
+    return f"{how} Annotations {description}." if description else how
+
+
+def _overlap_note(contents):
+    """What to say if patients, where known, are in several splits."""
+    own = [_patients(content) for content in contents.values()]
+    shared = sum(len(patients) for patients in own) - len(set().union(*own))
+    if not shared:
+        return []
+    return [f"Patients are in more than one split ({shared} times): figures may be too good."]

@@ -1,0 +1,269 @@
+"""The tables of the page: figures with their intervals, model by model."""
+
+import math
+
+from .predictive_values import predictive_values
+
+__all__ = [
+    "cell",
+    "confusions",
+    "figure_tables",
+    "key_figures",
+    "patient_table",
+    "screening",
+    "size_tables",
+]
+
+COUNTS = ("TP", "FP", "FN", "TN", "n")
+NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image")
+
+# (figure, label, hint)
+CURVE_FIGURES = (
+    ("AP50_voc", "AP50_voc", "area under the precision-recall curve at IoU 0.5"),
+    ("BEP", "BEP", "where precision equals recall"),
+    ("AP50", "AP50", "COCO, at IoU 0.5"),
+    ("AP75", "AP75", "COCO, at IoU 0.75"),
+    ("AP", "AP", "COCO, mean over IoU 0.5 to 0.95"),
+)
+LESION_FIGURES = (
+    ("recall", "sensitivity (recall)", "lesions that were found"),
+    ("precision", "precision", "detections that are a lesion"),
+    ("f1", "F1", ""),
+    ("iou", "IoU", "of the lesions found"),
+    ("dice", "Dice", "of the lesions found"),
+    ("iou_all", "IoU, all lesions", "a missed one counts 0"),
+    ("fp_per_image", "false alarms per image", ""),
+    ("TP", "hits", ""),
+    ("FP", "false alarms", ""),
+    ("FN", "missed lesions", ""),
+)
+IMAGE_FIGURES = (
+    ("recall", "sensitivity", ""),
+    ("specificity", "specificity", ""),
+    ("precision", "precision", "at the test set’s own prevalence"),
+    ("f1", "F1", ""),
+    ("accuracy", "accuracy", ""),
+    ("auroc", "AUROC", ""),
+    ("localised_recall", "localised sensitivity", "a detection hits the lesion"),
+    ("miou", "mIoU", "all that is outlined against all lesions"),
+    ("mdice", "mDice", "likewise"),
+)
+UNIT_TITLES = {"lesion": "Lesions", "image": "Images", "patient": "Patients"}
+KEY_FIGURES = (
+    ("curve", "AP50_voc", "Average precision", "area under the precision-recall curve at IoU 0.5"),
+    ("lesion", "recall", "Sensitivity", "share of the lesions that were found"),
+    ("lesion", "precision", "Precision", "share of the detections that are a lesion"),
+    ("lesion", "iou", "IoU", "overlap of outline and lesion where one was found"),
+)
+
+
+def cell(figures, name):
+    """
+    Args:
+        figures (dict): a group of metrics.json, or part of one.
+        name (str): of a figure.
+
+    Returns:
+        dict: ``text``, ``interval`` ("" where there is none) and ``bar``, None or the figure and
+        the ends of its interval, if it is a share in percent.
+    """
+    value, interval = figures.get(name), figures.get(f"{name}_ci")
+    if name in COUNTS:
+        return {"text": "n/a" if value is None else f"{value:,.0f}", "interval": "", "bar": None}
+    return _cell(value, interval, digits=2 if name in NOT_PERCENT else 1)
+
+
+def _cell(value, interval=None, digits=1):
+    if value is None or math.isnan(value):
+        return {"text": "n/a", "interval": "", "bar": None}
+    known = interval and None not in interval and not any(map(math.isnan, interval))
+    low, high = interval if known else (value, value)
+    return {
+        "text": f"{value:.{digits}f}",
+        "interval": f"[{low:.{digits}f}, {high:.{digits}f}]" if known else "",
+        "bar": [round(number, 2) for number in (value, low, high)] if digits == 1 else None,
+    }
+
+
+def key_figures(runs):
+    """list[dict]: title, hint and cells [(run's name, cell)] of the four figures on top."""
+    cards = []
+    for group, name, title, hint in KEY_FIGURES:
+        cells = []
+        for run in runs:
+            figures = _curve_group(run)[1] if group == "curve" else run.metrics[group]
+            shown = "iou_box" if name == "iou" and figures.get("iou") is None else name
+            cells.append((run.name, cell(figures, shown)))
+        tau = "" if group == "curve" else f", {_at(runs)}"
+        cards.append({"title": title, "hint": f"{hint}{tau}", "cells": cells})
+    return cards
+
+
+def _at(runs):
+    taus = sorted({run.metrics["meta"]["tau"] for run in runs})
+    return "score ≥ " + ", ".join(f"{tau:g}" for tau in taus)
+
+
+def _curve_group(run):
+    """("mask" or "box", its figures)."""
+    segm = run.metrics.get("segm") or {}
+    if segm.get("AP50_voc") is not None:
+        return "mask", segm
+    return "box", run.metrics.get("bbox") or {}
+
+
+def figure_tables(runs):
+    """list[dict]: title, caption and rows (label, hint and a cell for each run)."""
+    kinds = " and ".join(dict.fromkeys(_curve_group(run)[0] for run in runs))
+    curve = [_curve_group(run)[1] for run in runs]
+    tables = [
+        {
+            "title": "Detection, over all scores",
+            "caption": f"Overlap of {kinds}s",
+            "rows": _rows(CURVE_FIGURES, curve),
+        }
+    ]
+    for unit, title in UNIT_TITLES.items():
+        if not any(run.metrics.get(unit) for run in runs):
+            continue
+        wanted = LESION_FIGURES if unit == "lesion" else IMAGE_FIGURES
+        groups = [run.metrics.get(unit) or {} for run in runs]
+        tables.append({"title": title, "caption": _at(runs), "rows": _rows(wanted, groups)})
+        chosen = [run.metrics.get("tau_val") or {} for run in runs]
+        if not any(chosen):
+            continue
+        rows = _rows(wanted, [own.get(unit) or {} for own in chosen])
+        thresholds = [{"text": f"{own['tau']:.3g}"} if own else {"text": "n/a"} for own in chosen]
+        rules = ", ".join(sorted({str(own.get("rule")) for own in chosen if own}))
+        label = {"label": "score threshold", "hint": f"rule: {rules}", "cells": thresholds}
+        caption = "At the threshold that was chosen on validation data"
+        tables.append({"title": f"{title}, τ_val", "caption": caption, "rows": [label, *rows]})
+    return tables
+
+
+def _rows(wanted, groups):
+    """Rows of the figures that some group has."""
+    return [
+        {"label": label, "hint": hint, "cells": [cell(group, name) for group in groups]}
+        for name, label, hint in wanted
+        if any(name in group for group in groups)
+    ]
+
+
+def confusions(runs):
+    """list[dict]: name, tau, classes and rows [(class, [(count, share of the row)])]."""
+    tables = []
+    for run in runs:
+        matrix = run.metrics.get("confusion_matrix")
+        if not matrix:
+            continue
+        rows = []
+        for name, counts in zip(matrix["classes"], matrix["counts"], strict=True):
+            total = sum(count for count in counts if count) or 1
+            shares = [("–", 0) if n is None else (f"{n:,}", round(n / total, 3)) for n in counts]
+            rows.append((name, shares))
+        tau = f"{run.metrics['meta']['tau']:g}"
+        tables.append({"name": run.name, "tau": tau, "classes": matrix["classes"], "rows": rows})
+    return tables
+
+
+def size_tables(runs):
+    """list[dict]: caption, columns and rows, for shares of the image and for COCO's sizes."""
+    captions = {
+        "share_of_image": f"Sensitivity and IoU by share of the image’s area, {_at(runs)}",
+        "coco": f"By COCO’s sizes (below 32², below 96² pixels, larger), {_at(runs)}",
+    }
+    known = [run for run in runs if run.metrics.get("by_size")]
+    tables = []
+    for key, caption in captions.items():
+        own = [run for run in known if run.metrics["by_size"].get(key)]
+        if not own:
+            continue
+        first = own[0].metrics["by_size"][key]
+        columns = ["size", "lesions"]
+        columns += [f"{run.name}: {name}" for run in own for name in ("sensitivity", "IoU")]
+        rows = []
+        for size, figures in first.items():
+            groups = [run.metrics["by_size"][key][size] for run in own]
+            cells = [cell(group, name) for group in groups for name in ("recall", "iou")]
+            rows.append({"label": size, "cells": [cell(figures, "n"), *cells]})
+        tables.append({"caption": caption, "columns": columns, "rows": rows})
+    return tables
+
+
+def patient_table(runs, most=50):
+    """dict: caption, columns, rows (patients with most errors first, at most ``most``), notes."""
+    scored = [run.results for run in runs]
+    images = scored[0].ground_truth.images
+    if not images or any(record.get("patient_id") is None for record in images):
+        note = "Patients are not known: the images have no patient_id, so that intervals and "
+        return {"rows": [], "notes": [note + "figures take each image as a patient of its own."]}
+    patients = {}
+    for position, record in enumerate(images):
+        patients.setdefault(str(record["patient_id"]), []).append(position)
+    keys = ("TP", "FP", "FN")
+    sums = {
+        patient: [[sum(own.per_image[p][k] for p in at) for k in keys] for own in scored]
+        for patient, at in patients.items()
+    }
+    ranked = sorted(sums, key=lambda patient: -sum(own[1] + own[2] for own in sums[patient]))
+    rows = []
+    for patient in ranked[:most]:
+        at = patients[patient]
+        lesions = sum(scored[0].per_image[p]["n_gt"] for p in at)
+        rows.append([patient, len(at), lesions, *(" / ".join(map(str, s)) for s in sums[patient])])
+    columns = ["patient", "images", "lesions"]
+    columns += [f"{run.name}: hits / false alarms / missed" for run in runs]
+    caption = f"{len(rows)} of {len(patients)} patients, most errors first, {_at(runs)}"
+    return {"rows": rows, "columns": columns, "caption": caption, "notes": []}
+
+
+def screening(runs, prevalences):
+    """dict: caption, rows, sentences and missing (list[str])."""
+    rows, sentences, missing = [], [], []
+    for run in runs:
+        if run.metrics["image"].get("specificity") is None:
+            missing.append(
+                f"{run.name}: PPV and NPV are undefined. The test set has no image without a "
+                "lesion, so it cannot tell how often the model raises a false alarm on one "
+                "(specificity)."
+            )
+    if len(missing) == len(runs):
+        return {"rows": [], "sentences": [], "missing": missing}
+    for prevalence in prevalences:
+        cells = [[_predicted(run, prevalence, which) for run in runs] for which in (0, 1)]
+        for label, own in zip(("PPV", "NPV"), cells, strict=True):
+            rows.append({"label": f"{label} at {100 * prevalence:g} %", "cells": own})
+        for run in runs:
+            sentences += _in_natural_frequencies(run, prevalence)
+    caption = (
+        f"Images, {_at(runs)}. In brackets: with sensitivity and specificity both at the lower and "
+        "both at the upper end of their 95 % intervals, so wider than a 95 % interval"
+    )
+    return {"rows": rows, "caption": caption, "sentences": sentences, "missing": missing}
+
+
+def _predicted(run, prevalence, which):
+    """The cell of PPV (0) or NPV (1)."""
+    image = run.metrics["image"]
+    if image.get("specificity") is None or image.get("recall") is None:
+        return _cell(None)
+    value = predictive_values(image["recall"], image["specificity"], prevalence)[which]
+    limits = image.get("recall_ci"), image.get("specificity_ci")
+    interval = None
+    if all(limits) and None not in (*limits[0], *limits[1]):
+        ends = zip(*limits, strict=True)
+        interval = [predictive_values(*end, prevalence)[which] for end in ends]
+    return _cell(value, interval)
+
+
+def _in_natural_frequencies(run, prevalence):
+    image = run.metrics["image"]
+    if image.get("specificity") is None or image.get("recall") is None:
+        return []
+    ill = 1000 * prevalence
+    hits, alarms = ill * image["recall"] / 100, (1000 - ill) * (1 - image["specificity"] / 100)
+    return [
+        f"{run.name}: of 1,000 images of which {ill:g} show a lesion, {hits + alarms:.0f} raise an "
+        f"alarm, {hits:.1f} of them rightly; {ill - hits:.1f} lesions stay unseen."
+    ]

@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Write one HTML page about a run, or about several on the same test set.
+
+    tools/report.py output/imrcnn --output report.html
+    tools/report.py MR-CNN=output/mrcnn IMR-CNN=output/imrcnn --output report.html --card card.md
+
+RUN is the OUTPUT_DIR of a training, or a folder that tools/evaluate.py wrote. The page holds all it
+needs, the images among it: pass it on only as the data set's terms allow.
+"""
+
+import argparse
+from pathlib import Path
+
+from imrcnn_d2.report.page import render_report
+from imrcnn_d2.report.runs import load_run
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="what to report on")
+    parser.add_argument("--output", required=True, type=Path, help="the page to write")
+    parser.add_argument(
+        "--prevalence",
+        nargs="+",
+        type=float,
+        default=[0.005, 0.05],
+        metavar="P",
+        help="shares of images with a lesion, at which PPV and NPV are given (0.005 0.05)",
+    )
+    parser.add_argument(
+        "--max-images", type=int, default=300, metavar="N", help="images in the gallery (300)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        runs = [load_run(run) for run in args.runs]
+        render_report(runs, args.output, prevalences=args.prevalence, max_images=args.max_images)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(f"Written: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
