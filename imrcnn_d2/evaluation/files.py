@@ -8,7 +8,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["write_atomically", "write_results"]
+__all__ = ["strict_json", "write_atomically", "write_results"]
 
 PACKAGES = ("imrcnn-d2", "detectron2", "torch", "torchvision", "pycocotools", "numpy")
 CURVE_COLUMNS = (
@@ -54,7 +54,7 @@ def write_results(results, folder, **meta):
             values += [100 * float(share) for share in shares]
             curve_rows.append(dict(zip(CURVE_COLUMNS, values, strict=True)))
     texts = {
-        "metrics.json": json.dumps(_nan_to_null(document), indent=2, allow_nan=False) + "\n",
+        "metrics.json": strict_json(document),
         "per_image.csv": _csv(results.per_image, _columns(results.per_image)),
         "pr_curve.csv": _csv(curve_rows, CURVE_COLUMNS),
     }
@@ -100,6 +100,17 @@ def write_atomically(path, content):
     beside = path.with_name(path.name + ".tmp")
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, path)
+
+
+def strict_json(document):
+    """
+    Args:
+        document (dict): of JSON values; floats that are not finite become null.
+
+    Returns:
+        str: indented JSON that every reader takes.
+    """
+    return json.dumps(_nan_to_null(document), indent=2, allow_nan=False) + "\n"
 
 
 def _versions():

@@ -77,9 +77,8 @@ class Measures:
             figures[kind] = self._curve_figures(kind, weights)
             if all_coco and kind in self.curve_matchings:
                 figures[kind].update(self._coco_figures(kind, weights))
-        for prefix, groups in self._columns.items():
-            for group, (columns, formulas, _) in groups.items():
-                figures[prefix + group] = formulas(named(weights @ columns))
+        for group, (columns, formulas, _) in self.columns.items():
+            figures[group] = formulas(named(weights @ columns))
         for group, counts, unit in self._score_groups:
             auroc = np.full(len(weights), np.nan)
             if self.detections.scored:
@@ -108,10 +107,10 @@ class Measures:
             dict[str, dict[str, tuple]]: group -> figure -> (cases that have it, cases), of the
             figures that are a share of a whole number of cases; see ``lesion_proportions``.
         """
-        shares = {}
-        for prefix, groups in self._columns.items():
-            for group, (columns, _, proportions) in groups.items():
-                shares[prefix + group] = proportions(named(columns.sum(axis=0)))
+        shares = {
+            group: proportions(named(columns.sum(axis=0)))
+            for group, (columns, _, proportions) in self.columns.items()
+        }
         lesions = int(self.gt.lesions.sum())
         froc = self.once()["froc"]
         del froc["mean"]
@@ -124,18 +123,19 @@ class Measures:
         return max(self.num_units, len(self.detections.score), 1)
 
     @cached_property
-    def _columns(self):
-        """{prefix: {group: ((num_units, K) columns, formulas, proportions)}}."""
+    def columns(self):
+        """
+        dict[str, tuple]: what the figures at a threshold are made of, by group: columns
+        (num_units, K) whose sums they are formulas over, the formulas, and the proportions.
+        """
         groups = {}
         for prefix, counts in self.counts.items():
             columns = add_up(counts.columns(), self.unit_of_image, self.num_units)
-            groups[prefix] = {
-                "lesion": (columns, lesion_figures, lesion_proportions),
-                "image": (columns, image_figures, unit_proportions),
-            }
+            groups[f"{prefix}lesion"] = (columns, lesion_figures, lesion_proportions)
+            groups[f"{prefix}image"] = (columns, image_figures, unit_proportions)
             if self.unit == "patient":
                 merged = counts.merged(self.unit_of_image).columns()
-                groups[prefix]["patient"] = (merged, unit_figures, unit_proportions)
+                groups[f"{prefix}patient"] = (merged, unit_figures, unit_proportions)
         return groups
 
     @cached_property
