@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from ..evaluation.curves import PRCurve
 from .style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, save_figure
 
-__all__ = ["draw_pr_curves", "read_pr_curves"]
+__all__ = ["draw_pr_curves", "draw_pr_panels", "read_pr_curves"]
 
 STYLES = [
     (BLUE, "-"),
@@ -61,8 +61,37 @@ def draw_pr_curves(curves, path, *, tau=0.7):
     Returns:
         matplotlib.figure.Figure: what was saved.
     """
-    figure = Figure(figsize=(6, 6.1), layout="constrained")
-    axes = figure.add_subplot()
+    title = "Precision and recall at IoU 0.5"
+    return draw_pr_panels({title: curves}, [path], tau=tau)
+
+
+def draw_pr_panels(panels, paths, *, tau=0.7):
+    """
+    Draw several pictures as those of :func:`draw_pr_curves` side by side, such as one a class with
+    the curves of all models.
+
+    Args:
+        panels (dict[str, dict[str, PRCurve]]): by title.
+        paths (list[str or Path]): where to save it, .png, .svg or .pdf.
+        tau (float): score threshold of the operating point.
+
+    Returns:
+        matplotlib.figure.Figure: what was saved.
+    """
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6 * columns, 6.1 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, curves) in zip(grid, panels.items(), strict=False):
+        _draw_panel(axes, title, curves, tau)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for path in paths:
+        save_figure(figure, path, dpi=200)
+    return figure
+
+
+def _draw_panel(axes, title, curves, tau):
     axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
     for number, (name, curve) in enumerate(curves.items()):
         colour, style = STYLES[number % len(STYLES)]
@@ -78,14 +107,12 @@ def draw_pr_curves(curves, path, *, tau=0.7):
         xlim=(0, 101),
         ylim=(0, 101),
         aspect="equal",
-        title="Precision and recall at IoU 0.5",
+        title=title,
     )
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", fontsize=8.5, framealpha=0.95, handlelength=3.2)
-    save_figure(figure, path, dpi=200)
-    return figure
 
 
 def _draw(axes, name, curve, tau, colour, style):

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from ..evaluation import evaluate_lesions
+from ..evaluation.operating_point import OperatingPoint
 
 __all__ = ["Run", "load_run"]
 
@@ -34,6 +35,7 @@ class Run:
         metrics (dict): metrics.json; undefined figures are None.
         run (dict or None): run.json; None for runs older than that file.
         config (dict or None): config.yaml.
+        labelled (bool): the name was given, and is not the folder's.
     """
 
     name: str
@@ -43,10 +45,11 @@ class Run:
     metrics: dict
     run: dict | None
     config: dict | None
+    labelled: bool = False
 
     @property
     def model(self):
-        """str: such as "IMR-CNN"; the run's name where no run.json tells."""
+        """str: such as "IMR-CNN"; the run's name where no run.json tells it."""
         return (self.run or {}).get("model") or self.name
 
     @property
@@ -134,7 +137,10 @@ class Run:
                 "--eval-only), or its results (tools/evaluate.py)."
             )
         settings = {key: meta[key] for key in ("tau", "iou_threshold", "iou_type")}
-        return evaluate_lesions(self.gt_path, detections, **settings)
+        chosen = self.metrics.get("tau_val")
+        if chosen:
+            chosen = OperatingPoint(*(chosen[key] for key in ("tau", "rule", "dataset")))
+        return evaluate_lesions(self.gt_path, detections, operating_point=chosen, **settings)
 
     def _prepared(self):
         """[(folder of the prepared data set, split)], by the data set's name; at most one."""
@@ -194,6 +200,7 @@ def load_run(path, name=None, dataset=None):
         metrics=metrics,
         run=run,
         config=config,
+        labelled=name is not None,
     )
 
 

@@ -1,39 +1,170 @@
-"""Figures as text."""
+"""Figures as tables: Markdown, CSV and LaTeX."""
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["figures_table"]
+import pandas as pd
 
-COUNTS = ("TP", "FP", "FN", "TN")
+from ..evaluation.files import write_atomically
+from ..evaluation.metrics import COUNTS
+
+__all__ = ["Table", "figures_table", "format_figure", "markdown_table", "write_table"]
+
+# What pdflatex does not know as a character.
+LATEX = {
+    "±": r"$\pm$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "τ": r"$\tau$",
+    "†": r"\dag{}",
+    "−": "$-$",
+    "–": "--",
+    "<": "$<$",
+}
 
 
-def figures_table(groups):
+@dataclass(frozen=True, eq=False)
+class Table:
+    """
+    Attributes:
+        stem (str): file name without suffix.
+        title (str): one line.
+        cells (pd.DataFrame): what readers see, all strings.
+        data (pd.DataFrame): the same and more at full precision, for the CSV; NaN is undefined.
+        notes (tuple[str, ...]): sentences below the table.
+        text_columns (int): how many columns, from the left, hold words and not figures.
+    """
+
+    stem: str
+    title: str
+    cells: pd.DataFrame
+    data: pd.DataFrame
+    notes: tuple = ()
+    text_columns: int = 1
+
+    def markdown(self):
+        """
+        Returns:
+            str: title, table and notes.
+        """
+        notes = [f"- {note}" for note in self.notes]
+        table = markdown_table(self.cells, self.text_columns)
+        return "\n".join([f"**{self.title}**", "", table, *([""] if notes else []), *notes, ""])
+
+    def latex(self):
+        """
+        Returns:
+            str: a table environment for the packages booktabs and adjustbox.
+        """
+        columns = self.cells.shape[1]
+        layout = "l" * self.text_columns + "r" * (columns - self.text_columns)
+        tabular = self.cells.to_latex(index=False, escape=True, column_format=layout)
+        lines = [
+            r"% \usepackage{booktabs,adjustbox}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_escape(self.title)}}}",
+            rf"\label{{tab:{self.stem}}}",
+            r"\begin{adjustbox}{max width=\textwidth}",
+            tabular.strip(),
+            r"\end{adjustbox}",
+        ]
+        lines += [rf"\par\footnotesize {_escape(note)}" for note in self.notes]
+        return _characters("\n".join([*lines, r"\end{table}", ""]))
+
+
+def write_table(table, folder):
+    """
+    Write a table as Markdown, CSV and LaTeX.
+
+    Args:
+        table (Table):
+        folder (str or Path):
+
+    Returns:
+        list[Path]: the files.
+    """
+    texts = {
+        ".md": table.markdown(),
+        ".csv": table.data.to_csv(index=False, lineterminator="\n"),
+        ".tex": table.latex(),
+    }
+    paths = [Path(folder) / f"{table.stem}{suffix}" for suffix in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        write_atomically(path, text)
+    return paths
+
+
+def markdown_table(cells, text_columns=1):
+    """
+    Args:
+        cells (pd.DataFrame): strings.
+        text_columns (int): how many columns, from the left, are not flush right.
+
+    Returns:
+        str: a Markdown table.
+    """
+    align = ["left"] * text_columns + ["right"] * (cells.shape[1] - text_columns)
+    escaped = cells.map(lambda cell: cell.replace("|", r"\|"))
+    return escaped.to_markdown(index=False, colalign=align, disable_numparse=True)
+
+
+def figures_table(groups, intervals=None):
     """
     Args:
         groups (dict[str, dict[str, float]]): columns, each with its figures by name.
+        intervals (dict[str, dict[str, tuple[float, float]]] or None): beside the figures.
 
     Returns:
         str: a Markdown table with a row for every figure that some group has. Undefined figures
         are given as n/a; cells of figures that a group does not have are empty.
     """
     names = list(dict.fromkeys(name for figures in groups.values() for name in figures))
-    rows = [["", *groups], None]
-    rows += [[name, *(_cell(name, figures) for figures in groups.values())] for name in names]
-    widths = [max(len(row[i]) for row in rows if row) for i in range(len(groups) + 1)]
-    lines = []
-    for row in rows:
-        if row is None:
-            cells = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        else:
-            cells = [row[0].ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    columns = {"": names}
+    for group, figures in groups.items():
+        of_group = (intervals or {}).get(group, {})
+        columns[group] = [
+            format_figure(name, figures[name], of_group.get(name), decimals=2)
+            if name in figures
+            else ""
+            for name in names
+        ]
+    return markdown_table(pd.DataFrame(columns))
 
 
-def _cell(name, figures):
-    if name not in figures:
-        return ""
-    if math.isnan(figures[name]):
+def format_figure(name, value, interval=None, *, sd=None, decimals=1):
+    """
+    Args:
+        name (str): of the figure; counts are given without decimals where they are whole.
+        value (float): NaN is undefined.
+        interval (tuple[float, float] or None): left out where it is undefined.
+        sd (float or None): left out where it is undefined.
+        decimals (int):
+
+    Returns:
+        str: such as "87.7 ± 0.4 [83.0, 91.5]".
+    """
+    if math.isnan(value):
         return "n/a"
-    return f"{figures[name]:.0f}" if name in COUNTS else f"{figures[name]:.2f}"
+    if name in COUNTS and value == round(value):
+        return f"{value:.0f}"
+    text = f"{value:.{decimals}f}"
+    if sd is not None and not math.isnan(sd):
+        text += f" ± {sd:.{decimals}f}"
+    if interval is not None and not any(map(math.isnan, interval)):
+        text += f" [{interval[0]:.{decimals}f}, {interval[1]:.{decimals}f}]"
+    return text
+
+
+def _escape(text):
+    """A sentence for LaTeX."""
+    for character in "&%$#_{}":
+        text = text.replace(character, rf"\{character}")
+    return text
+
+
+def _characters(text):
+    for character, command in LATEX.items():
+        text = text.replace(character, command)
+    return text
