@@ -6,11 +6,13 @@ Train or evaluate a model described by a LazyConfig, a Python file. Overrides in
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_setup
+from detectron2.utils import comm
 
 import imrcnn_d2  # noqa: F401  (registers data sets)
-from imrcnn_d2.engine import choose_device
+from imrcnn_d2.engine import choose_device, launch_script, load_weights
 from imrcnn_d2.engine.lazy import LazyTrainer, build_lazy_model, evaluate
+from imrcnn_d2.report.final_pictures import draw_test_pictures
 
 
 def main(args):
@@ -21,20 +23,17 @@ def main(args):
     default_setup(cfg, args)
     if args.eval_only:
         model = build_lazy_model(cfg)
-        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
-        return evaluate(cfg, model, "test")
-    trainer = LazyTrainer(cfg)
-    trainer.resume_or_load(args.resume)
-    return trainer.train()
+        weights = load_weights(DetectionCheckpointer(model), cfg.train.init_checkpoint)
+        results = evaluate(cfg, model, "test", weights)
+    else:
+        trainer = LazyTrainer(cfg)
+        trainer.resume_or_load(args.resume)
+        results = trainer.train()
+    if comm.is_main_process():
+        evaluator = cfg.dataloader.test_evaluator
+        draw_test_pictures(cfg.train.output_dir, [evaluator.dataset_name], tau=evaluator.tau)
+    return results
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch_script(main)

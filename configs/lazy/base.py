@@ -60,7 +60,11 @@ dataloader.train = L(build_detection_train_loader)(
 )
 dataloader.val = _test_loader("val")
 dataloader.test = _test_loader("test")
-dataloader.val_evaluator = L(LesionEvaluator)(dataset_name=f"{dataset}_val", tau=0.7)
+dataloader.val_evaluator = L(LesionEvaluator)(
+    dataset_name=f"{dataset}_val",
+    tau=0.7,
+    tau_rule="f1",  # as MODEL.IMRCNN.TAU_RULE
+)
 dataloader.test_evaluator = L(LesionEvaluator)(dataset_name=f"{dataset}_test", tau=0.7)
 
 optimizer = L(torch.optim.SGD)(

@@ -16,6 +16,9 @@ from imrcnn_d2.data.rejects import BadInputError, Rejects
 
 __all__ = ["Prepared", "Sample", "Source", "SplitOptions", "prepare_dataset"]
 
+# Grows beside a data set with every evaluation of its test part (evaluation/test_log.py).
+_TEST_LOG = "test_evaluations.csv"
+
 
 @dataclass
 class Sample:
@@ -226,7 +229,7 @@ def _check_same(stage: Path, out: Path) -> None:
         str(path.relative_to(folder))
         for folder in (stage, out)
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != _TEST_LOG
     }
     for name in sorted(files):
         pair = stage / name, out / name

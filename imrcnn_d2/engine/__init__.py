@@ -1,5 +1,7 @@
 from .config import load_config
 from .device import choose_device
+from .launch import launch_script
 from .trainer import Trainer
+from .weights import load_weights
 
-__all__ = ["Trainer", "choose_device", "load_config"]
+__all__ = ["Trainer", "choose_device", "launch_script", "load_config", "load_weights"]

@@ -12,7 +12,9 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.visualizer import Visualizer
 
-__all__ = ["BestCheckpointer", "EvalHook", "SamplePredictions"]
+from .weights import load_weights
+
+__all__ = ["BestCheckpointer", "EvalHook", "SamplePredictions", "assemble_hooks"]
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,45 @@ logger = logging.getLogger(__name__)
 def _is_due(trainer, period):
     next_iter = trainer.iter + 1
     return next_iter == trainer.max_iter or (period > 0 and next_iter % period == 0)
+
+
+def assemble_hooks(
+    *,
+    record,
+    lr_scheduler,
+    validation,
+    make_samples,
+    checkpointer,
+    checkpoint_period,
+    make_writers,
+    log_period,
+):
+    """
+    The hooks of a training in their order: validation and the best checkpoint come before the
+    periodic checkpoint, so that this one carries their state.
+
+    Args:
+        record (RunRecord):
+        lr_scheduler (LRScheduler):
+        validation (list[HookBase]): :class:`EvalHook` and :class:`BestCheckpointer`, or nothing.
+        make_samples (callable or None): () -> SamplePredictions; main process only.
+        checkpointer (Checkpointer): of the whole training.
+        checkpoint_period (dict): the other arguments of ``PeriodicCheckpointer``.
+        make_writers (callable): () -> list[EventWriter]; main process only.
+        log_period (int): iterations between what the writers write.
+
+    Returns:
+        list[HookBase]:
+    """
+    ret = [hooks.IterationTimer(), lr_scheduler, record, *validation]
+    if comm.is_main_process():
+        if make_samples is not None:
+            ret.append(make_samples())
+        ret += [
+            hooks.PeriodicCheckpointer(checkpointer, **checkpoint_period),
+            hooks.PeriodicWriter(make_writers(), period=log_period),
+        ]
+    return ret
 
 
 class EvalHook(hooks.EvalHook):
@@ -41,7 +82,8 @@ class EvalHook(hooks.EvalHook):
 
 class BestCheckpointer(HookBase):
     """
-    Save ``model_best.pth`` when validation is as good as ever: weights, iteration and score.
+    Save ``model_best.pth`` when validation is as good as ever: weights, iteration, score and the
+    operating point that this validation gave.
 
     Unlike Detectron2's it remembers the best over a resume, never changes ``last_checkpoint``, and
     looks only at figures of this iteration. Put it behind :class:`EvalHook` and before the periodic
@@ -50,17 +92,31 @@ class BestCheckpointer(HookBase):
 
     FILE_STEM = "model_best"
 
-    def __init__(self, model, save_dir, eval_period, metric="lesion/selection"):
+    def __init__(
+        self,
+        model,
+        save_dir,
+        eval_period,
+        *,
+        tau_rule=None,
+        dataset=None,
+        metric="lesion/selection",
+    ):
         """
         Args:
             model (nn.Module): whose weights are saved.
             save_dir (str): folder of the checkpoint.
             eval_period (int): of the evaluation hook.
+            tau_rule (str or None): MODEL.IMRCNN.TAU_RULE, by which the evaluator chose the figure
+                ``lesion/tau_val``; None stores no operating point.
+            dataset (str or None): the validation set whose ``tau_val`` is stored. A threshold is
+                chosen on one set: the mean of two sets' thresholds would be neither's.
             metric (str): name of a figure, larger is better; the mean where several validation sets
                 give one each.
         """
         self._checkpointer = _UntaggedCheckpointer(model, save_dir)
         self._period = eval_period
+        self._tau_rule, self._dataset = tau_rule, dataset
         self._metric = metric
         self.best_score = None
         self.best_iter = None
@@ -68,11 +124,12 @@ class BestCheckpointer(HookBase):
     def after_step(self):
         if not _is_due(self.trainer, self._period) or not comm.is_main_process():
             return
-        scores = [
-            value
+        figures = {
+            name: value
             for name, (value, iteration) in self.trainer.storage.latest().items()
-            if name.endswith(self._metric) and iteration == self.trainer.iter
-        ]
+            if iteration == self.trainer.iter
+        }
+        scores = [value for name, value in figures.items() if name.endswith(self._metric)]
         if not scores:
             return
         score = float(np.mean(scores))
@@ -92,18 +149,38 @@ class BestCheckpointer(HookBase):
             )
             return
         self.best_score, self.best_iter = score, self.trainer.iter
-        self._checkpointer.save(self.FILE_STEM, **self.state_dict())
+        self._save(**self.state_dict(), operating_point=self._operating_point(figures))
         logger.info("%s %.3f is the best so far: saved %s.pth", self._metric, score, self.FILE_STEM)
+
+    def _operating_point(self, figures):
+        # Detectron2 puts the data set's name before figures where there are several sets.
+        tau = figures.get(f"{self._dataset}/lesion/tau_val", figures.get("lesion/tau_val"))
+        if self._tau_rule is None or tau is None or math.isnan(tau):
+            return None
+        return {"tau": tau, "rule": self._tau_rule, "dataset": self._dataset}
+
+    def _save(self, **extra):
+        """An interruption leaves the former best whole."""
+        beside = f"{self.FILE_STEM}.tmp"
+        self._checkpointer.save(beside, **extra)
+        folder = self._checkpointer.save_dir
+        os.replace(os.path.join(folder, f"{beside}.pth"), self._path)
+
+    @property
+    def _path(self):
+        return os.path.join(self._checkpointer.save_dir, f"{self.FILE_STEM}.pth")
 
     def load_best(self):
         """
-        Load the best weights of this run into the model, on every rank; nothing where none were
-        saved (a file of an earlier run in the same folder is not this run's).
+        Load the best weights of this run into the model, on every rank.
+
+        Returns:
+            Weights or None: None where none were saved (a file of an earlier run in the same folder
+                is not this run's); the model is then left as it is.
         """
-        if comm.all_gather(self.best_iter is not None)[0]:  # only the main process knows
-            self._checkpointer.load(
-                os.path.join(self._checkpointer.save_dir, f"{self.FILE_STEM}.pth")
-            )
+        if not comm.all_gather(self.best_iter is not None)[0]:  # only the main process knows
+            return None
+        return load_weights(self._checkpointer, self._path)
 
     def state_dict(self):
         return {"best_score": self.best_score, "best_iter": self.best_iter}

@@ -1,16 +1,19 @@
 """Training from a LazyConfig: what Trainer does for YAML files."""
 
+import hashlib
 import os
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import TrainerBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
-from .hooks import BestCheckpointer, EvalHook
+from .hooks import BestCheckpointer, EvalHook, SamplePredictions, assemble_hooks
+from .provenance import RunRecord
 from .train_step import build_train_step, distribute
+from .weights import last_weights, log_test_evaluations
 
 __all__ = ["LazyTrainer", "build_lazy_model", "evaluate"]
 
@@ -29,21 +32,27 @@ def build_lazy_model(cfg):
     return model
 
 
-def evaluate(cfg, model, split):
+def evaluate(cfg, model, split, weights=None):
     """
     Args:
         cfg (DictConfig): ``dataloader.<split>`` and ``train.output_dir`` are read.
         model (nn.Module): to evaluate.
         split (str): "val" or "test".
+        weights (Weights or None): what a final evaluation is of; it then has intervals and is noted
+            beside the data set.
 
     Returns:
         dict: as of ``LesionEvaluator``.
     """
     loader_cfg = cfg.dataloader[split]
-    evaluator_cfg = cfg.dataloader[f"{split}_evaluator"]
+    evaluator_cfg = cfg.dataloader[f"{split}_evaluator"].copy()
     name = evaluator_cfg.dataset_name
     evaluator_cfg.output_dir = os.path.join(cfg.train.output_dir, "inference", name)
+    if weights is not None:
+        evaluator_cfg.update(weights.evaluator_arguments())
     results = inference_on_dataset(model, instantiate(loader_cfg), instantiate(evaluator_cfg))
+    if weights is not None:
+        log_test_evaluations([name], cfg.train.output_dir, weights)
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -65,31 +74,35 @@ class LazyTrainer(TrainerBase):
         self.cfg = cfg
         self.start_iter, self.max_iter = 0, cfg.train.max_iter
         model = build_lazy_model(cfg)
+        self._record = _run_record(cfg, model)
         cfg.optimizer.params.model = model
         optimizer = instantiate(cfg.optimizer)
+        bare_model = model
         model = distribute(model, **cfg.train.ddp)
         loader = instantiate(cfg.dataloader.train)
         precision = cfg.train.amp.precision if cfg.train.amp.enabled else ""
         self._trainer = build_train_step(model, loader, optimizer, precision)
         self.model, self.optimizer = model, optimizer
         self.checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=self)
-        self.best = BestCheckpointer(model, cfg.train.output_dir, cfg.train.eval_period)
-        self.register_hooks(
-            [
-                hooks.IterationTimer(),
-                hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-                EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model, "val")),
-                self.best,
-            ]
+        period, output_dir = cfg.train.eval_period, cfg.train.output_dir
+        evaluator = cfg.dataloader.val_evaluator
+        name = evaluator.dataset_name
+        self.best = BestCheckpointer(
+            model, output_dir, period, tau_rule=evaluator.get("tau_rule"), dataset=name
         )
-        if comm.is_main_process():
-            writers = default_writers(cfg.train.output_dir, self.max_iter)
-            self.register_hooks(
-                [
-                    hooks.PeriodicCheckpointer(self.checkpointer, **cfg.train.checkpointer),
-                    hooks.PeriodicWriter(writers, period=cfg.train.log_period),
-                ]
-            )
+        hook_list = assemble_hooks(
+            record=self._record,
+            lr_scheduler=hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            validation=[EvalHook(period, lambda: evaluate(cfg, model, "val")), self.best],
+            make_samples=lambda: SamplePredictions(
+                bare_model, instantiate(cfg.dataloader.val), name, period, evaluator.tau
+            ),
+            checkpointer=self.checkpointer,
+            checkpoint_period=cfg.train.checkpointer,
+            make_writers=lambda: default_writers(output_dir, self.max_iter),
+            log_period=cfg.train.log_period,
+        )
+        self.register_hooks(hook_list)
 
     def resume_or_load(self, resume):
         """
@@ -107,8 +120,10 @@ class LazyTrainer(TrainerBase):
             dict: the results on ``dataloader.test``.
         """
         super().train(self.start_iter, self.max_iter)
-        self.best.load_best()
-        return evaluate(self.cfg, self.model, "test")
+        weights = self.best.load_best() or last_weights(self.checkpointer)
+        results = evaluate(self.cfg, self.model, "test", weights)
+        self._record.finish()
+        return results
 
     def run_step(self):
         self._trainer.iter = self.iter
@@ -120,3 +135,20 @@ class LazyTrainer(TrainerBase):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+
+
+def _run_record(cfg, model):
+    names = cfg.dataloader.train.dataset.names
+    evaluators = (cfg.dataloader.val_evaluator, cfg.dataloader.test_evaluator)
+    hashed = cfg.copy()
+    del hashed.train["output_dir"], hashed.train["device"]
+    return RunRecord(
+        cfg.train.output_dir,
+        model=model,
+        seed=cfg.train.get("seed", -1),
+        config_hash=hashlib.sha256(LazyConfig.to_py(hashed).encode()).hexdigest(),
+        datasets=[
+            *([names] if isinstance(names, str) else names),
+            *(evaluator.dataset_name for evaluator in evaluators),
+        ],
+    )

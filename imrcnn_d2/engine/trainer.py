@@ -18,9 +18,11 @@ from detectron2.utils import comm
 from imrcnn_d2.data.mappers import LesionMapper
 from imrcnn_d2.evaluation import LesionEvaluator
 
-from .hooks import BestCheckpointer, EvalHook, SamplePredictions
+from .hooks import BestCheckpointer, EvalHook, SamplePredictions, assemble_hooks
+from .provenance import RunRecord, config_sha256
 from .schedule import build_optimizer, resolve_epochs
 from .train_step import build_train_step, distribute
+from .weights import last_weights, log_test_evaluations
 
 __all__ = ["Trainer"]
 
@@ -33,8 +35,11 @@ class Trainer(DefaultTrainer):
 
     - runs on any device, alone or in several processes, with or without mixed precision;
     - schedules in epochs (:func:`resolve_epochs`), SGD or AdamW (:func:`build_optimizer`);
-    - validates on DATASETS.VAL and keeps the best weights there; after training these are loaded
-      and DATASETS.TEST is evaluated once.
+    - validates on DATASETS.VAL, keeps the best weights there and the operating point chosen on the
+      first of these sets; after training both are loaded and DATASETS.TEST is evaluated once, with
+      confidence intervals;
+    - leaves ``run.json``, see :class:`RunRecord`, and notes each final evaluation beside the data
+      set, see :func:`log_test_evaluation`.
     """
 
     def __init__(self, cfg):
@@ -44,6 +49,7 @@ class Trainer(DefaultTrainer):
         """
         # Not DefaultTrainer.__init__: its DDP and AMP need CUDA. The order of building is its.
         super(DefaultTrainer, self).__init__()
+        self._config_hash = config_sha256(cfg)
         cfg = resolve_epochs(self.auto_scale_workers(cfg, comm.get_world_size()))
         _check_classes(cfg)
         model = self.build_model(cfg)
@@ -64,33 +70,46 @@ class Trainer(DefaultTrainer):
     def build_hooks(self):
         """
         Returns:
-            list[HookBase]: validation and the best checkpoint come before the periodic checkpoint,
-                so that this one carries their state.
+            list[HookBase]: see :func:`assemble_hooks`.
         """
         cfg = self.cfg
         period = cfg.TEST.EVAL_PERIOD
-        ret = [hooks.IterationTimer(), hooks.LRScheduler()]
+        validation, make_samples = [], None
         if cfg.DATASETS.VAL:
-            ret += [
-                EvalHook(period, self.validate),
-                BestCheckpointer(self.model, cfg.OUTPUT_DIR, period),
-            ]
-        if comm.is_main_process():
-            if cfg.DATASETS.VAL:
-                ret.append(
-                    SamplePredictions(
-                        self._bare_model,
-                        self.build_test_loader(cfg, cfg.DATASETS.VAL[0]),
-                        cfg.DATASETS.VAL[0],
-                        period,
-                        cfg.MODEL.IMRCNN.SCORE_THRESH,
-                    )
-                )
-            ret += [
-                hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
-                hooks.PeriodicWriter(self.build_writers(), period=10),
-            ]
-        return ret
+            best = BestCheckpointer(
+                self.model,
+                cfg.OUTPUT_DIR,
+                period,
+                tau_rule=cfg.MODEL.IMRCNN.TAU_RULE,
+                dataset=cfg.DATASETS.VAL[0],
+            )
+            validation = [EvalHook(period, self.validate), best]
+            make_samples = self._sample_predictions
+        self._best = validation[-1] if validation else None
+        self._record = RunRecord(
+            cfg.OUTPUT_DIR,
+            model=self.model,
+            seed=cfg.SEED,
+            config_hash=self._config_hash,
+            datasets=[*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL, *cfg.DATASETS.TEST],
+        )
+        return assemble_hooks(
+            record=self._record,
+            lr_scheduler=hooks.LRScheduler(),
+            validation=validation,
+            make_samples=make_samples,
+            checkpointer=self.checkpointer,
+            checkpoint_period={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
+            make_writers=self.build_writers,
+            log_period=10,
+        )
+
+    def _sample_predictions(self):
+        cfg = self.cfg
+        name = cfg.DATASETS.VAL[0]
+        loader = self.build_test_loader(cfg, name)
+        tau = cfg.MODEL.IMRCNN.SCORE_THRESH
+        return SamplePredictions(self._bare_model, loader, name, cfg.TEST.EVAL_PERIOD, tau)
 
     @property
     def _bare_model(self):
@@ -105,10 +124,10 @@ class Trainer(DefaultTrainer):
             dict: the results on DATASETS.TEST; {} on other than the main process.
         """
         super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
-        for hook in self._hooks:
-            if isinstance(hook, BestCheckpointer):
-                hook.load_best()
-        return self.test(self.cfg, self.model)
+        weights = (self._best and self._best.load_best()) or last_weights(self.checkpointer)
+        results = self.final_test(self.cfg, self.model, weights)
+        self._record.finish()
+        return results
 
     def validate(self):
         """
@@ -119,6 +138,25 @@ class Trainer(DefaultTrainer):
         cfg.defrost()
         cfg.DATASETS.TEST = cfg.DATASETS.VAL
         return self.test(cfg, self.model)
+
+    @classmethod
+    def final_test(cls, cfg, model, weights):
+        """
+        Evaluate DATASETS.TEST with intervals and, where the weights have one, at their operating
+        point; each evaluation is noted beside its data set.
+
+        Args:
+            cfg (CfgNode):
+            model (nn.Module): with ``weights`` loaded.
+            weights (Weights): see :func:`load_weights`.
+
+        Returns:
+            dict: as :meth:`test`.
+        """
+        names = cfg.DATASETS.TEST
+        results = cls.test(cfg, model, [cls.build_evaluator(cfg, name, weights) for name in names])
+        log_test_evaluations(names, cfg.OUTPUT_DIR, weights)
+        return results
 
     @classmethod
     def build_model(cls, cfg):
@@ -141,11 +179,27 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
+    def build_evaluator(cls, cfg, dataset_name, weights=None):
+        """
+        Args:
+            cfg (CfgNode):
+            dataset_name (str):
+            weights (Weights or None): what a final evaluation is of. None during training, where an
+                operating point is chosen on the sets of DATASETS.VAL, and never on others.
+
+        Returns:
+            LesionEvaluator:
+        """
+        node = cfg.MODEL.IMRCNN
+        if weights is not None:
+            arguments = weights.evaluator_arguments()
+        else:
+            arguments = {"tau_rule": node.TAU_RULE if dataset_name in cfg.DATASETS.VAL else None}
         return LesionEvaluator(
             dataset_name,
-            tau=cfg.MODEL.IMRCNN.SCORE_THRESH,
+            tau=node.SCORE_THRESH,
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+            **arguments,
         )
 
 

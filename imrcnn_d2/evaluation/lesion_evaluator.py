@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 from collections import OrderedDict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from detectron2.utils import comm
 
 from .files import write_atomically, write_results
 from .lesions import evaluate_lesions
+from .operating_point import choose_operating_point
 
 __all__ = ["LesionEvaluator"]
 
@@ -27,7 +29,18 @@ class LesionEvaluator(DatasetEvaluator):
     all processes on the main one; the others return ``{}``.
     """
 
-    def __init__(self, dataset_name, *, tau=0.7, output_dir=None, distributed=True):
+    def __init__(
+        self,
+        dataset_name,
+        *,
+        tau=0.7,
+        output_dir=None,
+        distributed=True,
+        tau_rule=None,
+        operating_point=None,
+        bootstrap=None,
+        meta=None,
+    ):
         """
         Args:
             dataset_name (str): a registered data set, in COCO's format or in Detectron2's.
@@ -36,6 +49,12 @@ class LesionEvaluator(DatasetEvaluator):
                 and the predictions (``coco_instances_results.json``) go. None writes nothing, and
                 is refused for data sets in Detectron2's own format, which are converted there.
             distributed (bool): collect from all processes, else evaluate this one's predictions.
+            tau_rule (str or None): for validation sets only: choose a threshold by this rule of
+                :func:`choose_operating_point` and return it as the figure ``lesion/tau_val``, NaN
+                where there is no lesion or no detection.
+            operating_point (OperatingPoint or None), bootstrap (Bootstrap or None): see
+                :func:`evaluate_lesions`. For the final evaluation.
+            meta (dict or None): what else to note under ``meta`` in metrics.json.
         """
         metadata = MetadataCatalog.get(dataset_name)
         set_by_loader = ("json_file", "thing_dataset_id_to_contiguous_id")
@@ -45,6 +64,10 @@ class LesionEvaluator(DatasetEvaluator):
         self._tau = tau
         self._output_dir = output_dir
         self._distributed = distributed
+        self._tau_rule = tau_rule
+        self._operating_point = operating_point
+        self._bootstrap = bootstrap
+        self._meta = meta or {}
         # It brings foreign data sets into COCO's format and turns Instances into COCO records. Its
         # evaluate() is not called: it keeps to itself what it collected from the processes, and
         # gives no figures for a model that detects nothing.
@@ -103,10 +126,24 @@ class LesionEvaluator(DatasetEvaluator):
                 f"{absent} of the {len(dataset['images'])} images of {self._dataset_name} were not "
                 "evaluated: they count as images without a detection."
             )
-        scored = evaluate_lesions(dataset, results, tau=self._tau)
+        scored = evaluate_lesions(
+            dataset,
+            results,
+            tau=self._tau,
+            operating_point=self._operating_point,
+            bootstrap=self._bootstrap,
+        )
         if self._output_dir:
-            write_results(scored, self._output_dir, dataset=self._dataset_name)
-        return OrderedDict(scored.groups())
+            write_results(scored, self._output_dir, dataset=self._dataset_name, **self._meta)
+        figures = OrderedDict(scored.groups())
+        if self._tau_rule is not None:
+            figures["lesion"] = {**figures["lesion"], "tau_val": self._choose_tau(scored)}
+        return figures
+
+    def _choose_tau(self, scored):
+        if not scored.ground_truth.lesions.any() or not scored.matching.counts.any():
+            return math.nan
+        return choose_operating_point(scored, self._tau_rule, self._dataset_name).tau
 
     def _category_id(self, index):
         """The data set's id of a model's class."""

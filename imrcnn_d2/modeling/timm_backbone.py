@@ -46,6 +46,7 @@ class TimmBackbone(Backbone):
         super().__init__()
         if norm not in ("FrozenBN", "BN"):
             raise ValueError(f"MODEL.TIMM.NORM is {norm!r}; use 'FrozenBN' or 'BN'")
+        self.name = name
         source = {}
         if weights not in ("", "timm"):
             source["pretrained_cfg_overlay"] = {"state_dict": load_timm_weights(name, weights)}

@@ -41,7 +41,7 @@ def scripted_trainer(cfg, scores):
 
     class ScriptedTrainer(Trainer):
         @classmethod
-        def build_evaluator(cls, cfg, dataset_name):
+        def build_evaluator(cls, cfg, dataset_name, weights=None):
             return ScriptedEvaluator(scores if dataset_name in cfg.DATASETS.VAL else [0.0])
 
     return ScriptedTrainer(cfg)

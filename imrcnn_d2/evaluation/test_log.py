@@ -1,0 +1,76 @@
+"""How often a test set was looked at: a line for each evaluation, beside the data set."""
+
+import csv
+import io
+import logging
+from datetime import datetime, timezone
+from pathlib import Path
+
+__all__ = ["TEST_LOG", "log_test_evaluation", "read_test_log"]
+
+logger = logging.getLogger(__name__)
+
+TEST_LOG = "test_evaluations.csv"
+COLUMNS = ("date", "what", "sha256", "output")
+
+
+def log_test_evaluation(gt_path, *, what, sha256, output):
+    """
+    Note that a test set was evaluated. Every look at it is a chance to choose what does well on it,
+    so reports say how many there were.
+
+    Appends a line to ``test_evaluations.csv`` beside ``splits.json`` where ``gt_path`` is the
+    ``annotations/test.json`` of a prepared data set, and does nothing for any other file. A folder
+    that cannot be written to is warned of, not fatal.
+
+    Args:
+        gt_path (str or Path or None): ground truth of the evaluation.
+        what (str or Path): the checkpoint, or the results, that was evaluated.
+        sha256 (str or None): of that file.
+        output (str or Path): where the figures went.
+    """
+    path = _log_of(gt_path)
+    if path is None:
+        return
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    row = _line((date, Path(what).absolute(), sha256 or "", Path(output).absolute()))
+    try:
+        with open(path, "ab", buffering=0) as file:
+            # One write, at the end of the file: lines of evaluations at the same time stay whole.
+            file.write(row if file.tell() else _line(COLUMNS) + row)
+    except OSError as error:
+        logger.warning(f"{path}: this evaluation of the test set could not be noted ({error}).")
+
+
+def read_test_log(gt_path):
+    """
+    Args:
+        gt_path (str or Path): as of :func:`log_test_evaluation`.
+
+    Returns:
+        list[dict[str, str]]: date (UTC, ISO 8601), what, sha256 and output of each evaluation, in
+            the order of time; empty if none was noted.
+    """
+    path = _log_of(gt_path)
+    if path is None or not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    # Two first evaluations at once may both have written the header.
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows if tuple(row) != COLUMNS]
+
+
+def _log_of(gt_path):
+    """Path of the log, or None if this is not the test set of a prepared data set."""
+    if gt_path is None:
+        return None
+    path = Path(gt_path).absolute()
+    root = path.parent.parent
+    is_test = (path.parent.name, path.name) == ("annotations", "test.json")
+    return root / TEST_LOG if is_test and (root / "splits.json").is_file() else None
+
+
+def _line(values):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue().encode()
