@@ -59,8 +59,11 @@ class Calibration:
             edge belongs to the bin below it, as in scikit-learn), "detections", "hits",
             "mean_score" and "hit_rate" in percent, NaN in bins without a detection.
         """
-        _, sums, hits, detections = self._columns().sum(axis=0).reshape(4, BINS)
         edges = np.linspace(0, 1, BINS + 1)
+        sums, hits, detections = (
+            np.bincount(self._bin(), part, minlength=BINS)
+            for part in (self.score, self.hit, np.ones(len(self.hit)))
+        )
         filled = np.where(detections, detections, np.nan)
         return {
             "lower": edges[:-1],
@@ -79,28 +82,31 @@ class Calibration:
         Returns:
             dict[str, float or np.ndarray]: in percent "ece" (expected calibration error: the
             difference of mean score and hit rate in a bin, averaged over detections) and "brier"
-            (mean squared difference of score and hit), "mean_score" and "hit_rate"; "detections".
-            (B,) arrays if weights were given. NaN without a detection, but for "detections".
+            (mean squared difference of score and hit), "mean_score", "hit_rate"; "n" (detections).
+            (B,) arrays if weights were given. All but "n" are NaN without a detection.
         """
         columns = self._columns()
         total = columns.sum(axis=0) if weights is None else weights @ columns
-        squared, score, hits, detections = (total[..., i * BINS : (i + 1) * BINS] for i in range(4))
-        number = detections.sum(axis=-1)
+        number, squared, score, hits = (total[..., i] for i in range(4))
         filled = np.where(number, number, np.nan) / 100
         figures = {
-            "ece": np.abs(score - hits).sum(axis=-1) / filled,
-            "brier": squared.sum(axis=-1) / filled,
-            "mean_score": score.sum(axis=-1) / filled,
-            "hit_rate": hits.sum(axis=-1) / filled,
-            "detections": number,
+            "n": number,
+            "ece": np.abs(total[..., 4:]).sum(axis=-1) / filled,
+            "brier": squared / filled,
+            "mean_score": score / filled,
+            "hit_rate": hits / filled,
         }
         return {k: float(v) for k, v in figures.items()} if weights is None else figures
 
     def _columns(self):
-        """(I, 4 * BINS): sums over each image and bin of squared error, score, hits, detections."""
-        inner = np.linspace(0, 1, BINS + 1)[1:-1]
-        cell = self.image * BINS + np.searchsorted(inner, self.score)
-        parts = ((self.score - self.hit) ** 2, self.score, self.hit, np.ones(len(cell)))
-        size = self.num_images * BINS
-        sums = [np.bincount(cell, part, minlength=size).reshape(-1, BINS) for part in parts]
-        return np.concatenate(sums, axis=1)
+        """(I, 4 + BINS): sums of 1, squared error, score, hit; in each bin of score minus hit."""
+        excess = self.score - self.hit
+        columns = np.zeros((self.num_images, 4 + BINS))
+        for k, part in enumerate((np.ones(len(excess)), excess**2, self.score, self.hit)):
+            columns[:, k] = np.bincount(self.image, part, minlength=self.num_images)
+        np.add.at(columns, (self.image, 4 + self._bin()), excess)
+        return columns
+
+    def _bin(self):
+        """(N,) int in [0, BINS)."""
+        return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], self.score)

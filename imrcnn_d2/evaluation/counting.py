@@ -9,7 +9,15 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pycocotools.mask as mask_util
 
-__all__ = ["COLUMNS", "UnitCounts", "add_up", "count_images", "named", "union_overlaps"]
+__all__ = [
+    "COLUMNS",
+    "UnitCounts",
+    "add_up",
+    "count_images",
+    "named",
+    "overlap_of_hits",
+    "union_overlaps",
+]
 
 # The columns of which every figure at a threshold is made (see UnitCounts.columns).
 COLUMNS = (
@@ -174,7 +182,7 @@ def count_images(gt, detections, groups, matching, counted):
     score = np.zeros(number)
     np.maximum.at(score, image[matching.counts], detections.score[matching.counts])
     if "segm" in groups:
-        iou = _overlap_of_hits(groups["segm"], matching)
+        iou = overlap_of_hits(groups["segm"], matching)
         of_masks = {"iou": total(hit, iou), "dice": total(hit, 2 * iou / (1 + iou))}
     else:
         of_masks = dict.fromkeys(("iou", "dice"), np.full(number, np.nan))
@@ -184,15 +192,22 @@ def count_images(gt, detections, groups, matching, counted):
         tp=total(hit),
         fp=total(counted & ~matching.hit),
         score=score,
-        iou_box=total(hit, _overlap_of_hits(groups["bbox"], matching)),
+        iou_box=total(hit, overlap_of_hits(groups["bbox"], matching)),
         **of_masks,
         union_iou=union,
         union_dice=2 * union / (1 + union),
     )
 
 
-def _overlap_of_hits(groups, matching):
-    """(N,) IoU of each detection with the ground truth it hits, NaN where it hits none."""
+def overlap_of_hits(groups, matching):
+    """
+    Args:
+        groups (list[Overlap]): of masks or of boxes.
+        matching (Matching): of N detections.
+
+    Returns:
+        np.ndarray: (N,) IoU in [0, 1] of each with the ground truth it hits, NaN where it has none.
+    """
     iou = np.full(len(matching.gt), np.nan)
     for group in groups:
         rows = np.flatnonzero(matching.hit[group.dt])

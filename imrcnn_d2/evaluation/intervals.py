@@ -25,7 +25,8 @@ def resampled_figures(results, bootstrap):
 
     Returns:
         dict[str, dict[str, np.ndarray]]: group -> figure -> (B,), in the units of the figures and
-        NaN where undefined. Groups as in :meth:`LesionResults.groups`, and "froc" and, with a
+        NaN where undefined. Groups as in :meth:`LesionResults.groups`, "froc", "calibration",
+        "by_size.share_of_image.<1 %" and so on, "by_class.NAME" with several classes and, with a
         second threshold, "tau_val.lesion", "tau_val.image", "tau_val.patient". Of COCO's figures
         AP50, the others only with ``bootstrap.all_coco``.
     """
@@ -69,7 +70,7 @@ def confidence_intervals(results, bootstrap):
     for group, figures in resampled.items():
         intervals[group] = {}
         for name, samples in figures.items():
-            if name in COUNTS:
+            if name in COUNTS or name == "n":
                 continue
             figure = once[group][name]
             share = float(np.isnan(samples).mean())

@@ -6,14 +6,16 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from .coco_ap import coco_average_precision
+from .confusion import ConfusionMatrix, confusion_matrix
 from .counting import UnitCounts, count_images
 from .curves import pr_curve
 from .intervals import confidence_intervals
 from .matching import Matching, match, overlaps
 from .measures import Measures
-from .metrics import divide
 from .records import Detections, GroundTruth, read_ground_truth, read_results
+from .rows import image_rows
 from .selection import selection_score
+from .strata import by_class, by_size
 
 __all__ = ["LesionResults", "evaluate_lesions"]
 
@@ -35,7 +37,17 @@ class LesionResults:
         patient (dict[str, float] or None): as ``image``, without the last two. None unless every
             image record has a ``patient_id``.
         froc (dict[str, float]): sensitivity_at_0.125 ... sensitivity_at_8 and mean: the largest
-            recall with at most so many false alarms per image (of all images), at any threshold.
+            recall with at most so many false alarms per image (of all images), at any threshold;
+            the curve is ``measures.froc``.
+        calibration (dict[str, float]): n, ece, brier, mean_score, hit_rate of the scores of all
+            detections that count, as probabilities of a hit; the diagram is
+            ``measures.calibration``.
+        by_size (dict[str, dict[str, dict[str, float]]]): "share_of_image" and "coco" -> stratum ->
+            n recall iou iou_box iou_all dice. The former is left out where the size of an image is
+            unknown.
+        by_class (dict[str, dict[str, float]]): class name -> as ``lesion``, without ``selection``.
+            Empty for a single class.
+        confusion (ConfusionMatrix): at the threshold.
         tau_val (dict or None): figures at the operating point: its tau, rule and dataset, and
             ``lesion``, ``image`` and, where patients are known, ``patient``, without ``selection``
             and ``auroc``. None without an operating point.
@@ -51,7 +63,8 @@ class LesionResults:
         measures (Measures): the figures as functions of how often each unit counts.
         intervals (dict[str, dict[str, tuple[float, float]]]): group -> figure -> (low, high), see
             :func:`confidence_intervals`; empty without a bootstrap. Groups as in :meth:`groups`,
-            "froc", "tau_val.lesion", "tau_val.image" and "tau_val.patient".
+            "froc", "calibration", "by_size.SCALE.STRATUM", "by_class.NAME", "tau_val.lesion",
+            "tau_val.image" and "tau_val.patient".
         undefined_shares (dict[str, float]): "group.figure" -> share in (0, 1] of the resamples in
             which it is undefined, where there are any.
 
@@ -64,6 +77,10 @@ class LesionResults:
     image: dict
     patient: dict | None
     froc: dict
+    calibration: dict
+    by_size: dict
+    by_class: dict
+    confusion: ConfusionMatrix
     tau_val: dict | None
     per_image: list
     curves: list
@@ -168,7 +185,11 @@ def evaluate_lesions(
         prefix: count_images(gt, detections, groups, matching, chosen)
         for prefix, chosen in counted.items()
     }
-    measures = Measures(gt, detections, curve_matchings, matching, counts)
+    sizes = by_size(gt, detections, groups, matching, counted[""])
+    classes = {}
+    if len(gt.categories) > 1:
+        classes = by_class(gt, detections, groups, matching, counted[""])
+    measures = Measures(gt, detections, curve_matchings, matching, counts, sizes, classes)
     figures = measures.once()
     for kind in ("bbox", "segm"):
         coco = coco_average_precision(gt, detections, kind)
@@ -190,7 +211,16 @@ def evaluate_lesions(
         **{group: figures[group] for group in ("bbox", "segm", "lesion", "image", "froc")},
         patient=figures.get("patient"),
         tau_val=tau_val,
-        per_image=_rows(gt, counts[""]),
+        calibration=figures["calibration"],
+        by_size={
+            scale: {name: figures[f"by_size.{scale}.{name}"] for name in strata}
+            for scale, strata in sizes.items()
+        },
+        by_class={name: figures[f"by_class.{name}"] for name in classes},
+        confusion=confusion_matrix(
+            gt, detections, matching, tau=tau, iou_threshold=iou_threshold, iou_type=iou_type
+        ),
+        per_image=image_rows(gt, counts[""], detections.scored),
         curves=_curves(gt, detections, curve_matchings),
         counts=counts[""],
         meta={
@@ -202,6 +232,7 @@ def evaluate_lesions(
             "lesions": int(counts[""].lesions.sum()),
             "crowds": int(gt.crowd.sum()),
             "detections": len(detections.regions),
+            "scored": detections.scored,
             "classes": [category["name"] for category in gt.categories],
             "patients": measures.num_units if measures.unit == "patient" else None,
             "bootstrap": bootstrap and {**asdict(bootstrap), "unit": measures.unit},
@@ -231,31 +262,3 @@ def _curves(gt, detections, matchings):
             curve = pr_curve(detections.score[own], matching.hit[own], num_gt[position])
             curves.append((kind, category["name"], curve))
     return curves
-
-
-def _rows(gt, counts):
-    """One dict an image for per_image.csv."""
-    positive, called = counts.positive, counts.called
-    outcome = np.where(positive, np.where(called, "TP", "FN"), np.where(called, "FP", "TN"))
-    columns = {
-        "n_gt": counts.lesions,
-        "n_det": counts.tp + counts.fp,
-        "TP": counts.tp,
-        "FP": counts.fp,
-        "FN": counts.fn,
-        "image_outcome": outcome,
-        "score": counts.score,
-        "iou": 100 * divide(counts.iou, counts.tp),
-        "dice": 100 * divide(counts.dice, counts.tp),
-        "iou_box": 100 * divide(counts.iou_box, counts.tp),
-        "union_iou": np.where(positive, 100 * counts.union_iou, np.nan),
-        "union_dice": np.where(positive, 100 * counts.union_dice, np.nan),
-    }
-    rows = []
-    for record, *values in zip(gt.images, *(c.tolist() for c in columns.values()), strict=True):
-        passed = {"image_id": record["id"], "file_name": record.get("file_name"), **record}
-        del passed["id"]
-        # Fields of the data set that have the name of a figure keep both.
-        passed = {(f"images.{k}" if k in columns else k): value for k, value in passed.items()}
-        rows.append({**passed, **dict(zip(columns, values, strict=True))})
-    return rows

@@ -8,8 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
+from .calibration import Calibration
 from .coco_ap import ranked_by_coco
 from .counting import add_up, named
+from .froc import FROC
 from .metrics import (
     divide,
     image_figures,
@@ -19,11 +21,9 @@ from .metrics import (
     unit_proportions,
 )
 from .ranking import RankedDetections, weighted_auroc
+from .strata import size_figures, size_proportions
 
-__all__ = ["FROC_RATES", "Measures"]
-
-# False alarms per image at which the free-response ROC curve is read off.
-FROC_RATES = (0.125, 0.25, 0.5, 1, 2, 4, 8)
+__all__ = ["Measures"]
 
 
 class Measures:
@@ -35,9 +35,10 @@ class Measures:
         unit (str): "patient" or "image".
         unit_of_image (np.ndarray): (number of images,) int in [0, num_units).
         num_units (int):
+        froc (FROC), calibration (Calibration): of all detections that count.
     """
 
-    def __init__(self, gt, detections, curve_matchings, matching, counts):
+    def __init__(self, gt, detections, curve_matchings, matching, counts, sizes, classes):
         """
         Args:
             gt (GroundTruth):
@@ -45,12 +46,18 @@ class Measures:
                 depend on the order of scores are NaN.
             curve_matchings (dict[str, Matching]): at IoU 0.5 by "bbox" and, where there are masks,
                 by "segm": for AP and the break-even point.
-            matching (Matching): at the IoU and by the masks or boxes asked for: for FROC.
+            matching (Matching): at the IoU and by the masks or boxes asked for.
             counts (dict[str, UnitCounts]): per image at each threshold, by a prefix of its groups
                 of figures: "" and, with a second threshold, "tau_val.".
+            sizes (dict[str, dict[str, UnitCounts]]): per image, of lesions by size, see
+                :func:`by_size`.
+            classes (dict[str, UnitCounts]): per image, of each class; empty for a single one.
         """
         self.gt, self.detections = gt, detections
-        self.curve_matchings, self.matching, self.counts = curve_matchings, matching, counts
+        self.curve_matchings, self.counts = curve_matchings, counts
+        self.sizes, self.classes = sizes, classes
+        self.froc = FROC.of(gt, detections, matching)
+        self.calibration = Calibration.of(gt, detections, matching)
         patients = [record.get("patient_id") for record in gt.images]
         known = bool(patients) and None not in patients
         self.unit = "patient" if known else "image"
@@ -84,7 +91,9 @@ class Measures:
             if self.detections.scored:
                 auroc = 100 * weighted_auroc(counts.positive, counts.score, unit, weights)
             figures[group]["auroc"] = auroc
-        figures["froc"] = self._froc(weights)
+        of_image = np.take(weights, self.unit_of_image, axis=1)
+        figures["froc"] = self.froc.figures(of_image)
+        figures["calibration"] = self.calibration.figures(of_image)
         return figures
 
     def once(self, *, all_coco=False):
@@ -136,6 +145,16 @@ class Measures:
             if self.unit == "patient":
                 merged = counts.merged(self.unit_of_image).columns()
                 groups[f"{prefix}patient"] = (merged, unit_figures, unit_proportions)
+        subsets = {
+            f"by_size.{scale}.{name}": (counts, size_figures, size_proportions)
+            for scale, strata in self.sizes.items()
+            for name, counts in strata.items()
+        }
+        for name, counts in self.classes.items():
+            subsets[f"by_class.{name}"] = (counts, lesion_figures, lesion_proportions)
+        for group, (counts, *formulas) in subsets.items():
+            columns = add_up(counts.columns(), self.unit_of_image, self.num_units)
+            groups[group] = (columns, *formulas)
         return groups
 
     @cached_property
@@ -148,13 +167,11 @@ class Measures:
             groups.append(("patient", merged, np.arange(self.num_units)))
         return groups
 
-    def _ranked(self, matching, of_class=None):
-        """RankedDetections of one class, or of all."""
+    def _ranked(self, matching, of_class):
+        """RankedDetections of one class."""
         regions, truth = self.detections.regions, self.gt.regions
-        own, lesions = matching.counts, ~self.gt.crowd
-        if of_class is not None:
-            own = own & (regions.category == of_class)
-            lesions = lesions & (truth.category == of_class)
+        own = matching.counts & (regions.category == of_class)
+        lesions = ~self.gt.crowd & (truth.category == of_class)
         return RankedDetections(
             self.detections.score[own],
             matching.hit[own],
@@ -208,24 +225,6 @@ class Measures:
             kind: ranked_by_coco(self.gt, self.detections, kind, self.unit_of_image, self.num_units)
             for kind in self.curve_matchings
         }
-
-    @cached_property
-    def _all_ranked(self):
-        return self._ranked(self.matching)
-
-    @cached_property
-    def _images(self):
-        """(num_units,) int, images of each unit."""
-        return np.bincount(self.unit_of_image, minlength=self.num_units)
-
-    def _froc(self, weights):
-        names = [f"sensitivity_at_{rate:g}" for rate in FROC_RATES]
-        if self.detections.scored:
-            accepted = (weights @ self._images)[:, None] * np.array(FROC_RATES)
-            values = 100 * self._all_ranked.weigh(weights).sensitivity(accepted)
-        else:
-            values = np.full((len(weights), len(names)), np.nan)
-        return {**dict(zip(names, values.T, strict=True)), "mean": values.mean(axis=1)}
 
 
 def mean_where(values, present, number):

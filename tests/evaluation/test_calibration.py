@@ -48,7 +48,7 @@ def test_worked_by_hand(dataset, region):
     assert figures["brier"] == pytest.approx(100 * (0.05**2 + 0.35**2 + 0.61**2) / 3)
     assert figures["mean_score"] == pytest.approx((95 + 65 + 61) / 3)
     assert figures["hit_rate"] == pytest.approx(200 / 3)
-    assert figures["detections"] == 3
+    assert figures["n"] == 3
 
 
 @settings(deadline=None, max_examples=60)
@@ -99,5 +99,5 @@ def test_scores_that_are_no_probabilities(dataset, region, caplog):
         calibration = calibration_of(data, [region(1, 0, 0, 10, 10, score=87.0)])
     assert "above 1" in caplog.text
     assert np.isnan(calibration.figures()["ece"])
-    assert calibration.figures()["detections"] == 0
+    assert calibration.figures()["n"] == 0
     assert np.isnan(calibration_of(data, []).figures()["brier"])

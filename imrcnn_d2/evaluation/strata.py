@@ -1,0 +1,115 @@
+"""Counts of some of the lesions: by size, and by class."""
+
+import numpy as np
+
+from .counting import UnitCounts, overlap_of_hits
+from .metrics import lesion_figures, lesion_proportions
+
+__all__ = ["SHARES", "SIZES", "by_class", "by_size", "size_figures", "size_proportions"]
+
+# Name and lower limit of each stratum; the next one's is the upper limit, and not in it.
+# Share of the image in percent:
+SHARES = {"<1 %": 0.0, "1-5 %": 1.0, "5-15 %": 5.0, "15-30 %": 15.0, ">=30 %": 30.0}
+# COCO's sizes, in pixels.
+SIZES = {"small": 0.0, "medium": 32.0**2, "large": 96.0**2}
+
+
+def by_size(gt, detections, groups, matching, counted):
+    """
+    Lesions by size, with the detections that hit them. False alarms are left out: they are of no
+    lesion, so that there is no precision by size.
+
+    Args:
+        gt (GroundTruth): its ``area`` is what counts.
+        detections (Detections): N of them.
+        groups (dict[str, list[Overlap]]): overlaps by "bbox" and, where there are masks, by "segm".
+        matching (Matching): of the N detections.
+        counted (np.ndarray): (N,) bool, those that count and reach the threshold.
+
+    Returns:
+        dict[str, dict[str, UnitCounts]]: per image, by the names of SHARES under "share_of_image"
+        and by those of SIZES under "coco". The former is left out where the height and width of an
+        image with lesions are unknown.
+    """
+    pixels = np.array([i.get("height", np.nan) * i.get("width", np.nan) for i in gt.images], float)
+    share = 100 * gt.area / pixels[gt.regions.image]
+    scales = {"share_of_image": (share, SHARES), "coco": (gt.area, SIZES)}
+    if np.isnan(share[~gt.crowd]).any():
+        del scales["share_of_image"]
+    count = _counter(gt, detections, groups, matching)
+    strata = {}
+    for scale, (size, limits) in scales.items():
+        stratum = np.searchsorted(list(limits.values()), size, side="right") - 1
+        strata[scale] = {}
+        for number, name in enumerate(limits):
+            lesions = ~gt.crowd & (stratum == number)
+            hits = counted & matching.hit & np.append(lesions, False)[matching.gt]
+            strata[scale][name] = count(lesions, hits)
+    return strata
+
+
+def by_class(gt, detections, groups, matching, counted):
+    """
+    Args:
+        gt, detections, groups, matching, counted: as of :func:`by_size`.
+
+    Returns:
+        dict[str, UnitCounts]: per image, the lesions and detections of each class by its name.
+    """
+    count = _counter(gt, detections, groups, matching)
+    return {
+        category["name"]: count(
+            ~gt.crowd & (gt.regions.category == position),
+            counted & (detections.regions.category == position),
+        )
+        for position, category in enumerate(gt.categories)
+    }
+
+
+def size_figures(sums):
+    """
+    Args:
+        sums (dict[str, np.ndarray]): (...,) sums over the images of a stratum of :func:`by_size`.
+
+    Returns:
+        dict[str, np.ndarray]: (...,) "n" (lesions), and in percent recall, iou, iou_box, iou_all,
+        dice, as in :func:`lesion_figures`.
+    """
+    figures = lesion_figures(sums)
+    names = ("recall", "iou", "iou_box", "iou_all", "dice")
+    return {"n": sums["tp"] + sums["fn"], **{name: figures[name] for name in names}}
+
+
+def size_proportions(sums):
+    """As :func:`lesion_proportions`, of the figures by size."""
+    return {"recall": lesion_proportions(sums)["recall"]}
+
+
+def _counter(gt, detections, groups, matching):
+    """A function of (R,) lesions and (N,) detections to be counted that makes UnitCounts."""
+    number = len(gt.images)
+    nothing = np.zeros(number)
+    unknown = np.full(number, np.nan)
+    iou = {kind: overlap_of_hits(own, matching) for kind, own in groups.items()}
+
+    def count(lesions, taken):
+        hit = taken & matching.hit
+
+        def total(of, values=None):
+            image = detections.regions.image[of]
+            return np.bincount(image, values if values is None else values[of], minlength=number)
+
+        masks = iou.get("segm")
+        return UnitCounts(
+            lesions=np.bincount(gt.regions.image[lesions], minlength=number),
+            tp=total(hit),
+            fp=total(taken & ~matching.hit),
+            score=nothing,
+            iou=unknown if masks is None else total(hit, masks),
+            dice=unknown if masks is None else total(hit, 2 * masks / (1 + masks)),
+            iou_box=total(hit, iou["bbox"]),
+            union_iou=unknown,
+            union_dice=unknown,
+        )
+
+    return count
