@@ -35,6 +35,7 @@ class AveragedMeasures:
         """
         self.measures = measures
         self.unit, self.num_units = measures[0].unit, measures[0].num_units
+        self.unit_of_image = measures[0].unit_of_image
         self.width = max(one.width for one in measures)
 
     def __call__(self, weights, *, all_coco=False):
@@ -91,14 +92,18 @@ class ModelFigures:
         runs (list[dict[str, dict[str, float]]]): the same for each run.
         resampled (dict[str, dict[str, np.ndarray]]): (B,) each, as :func:`resampled_figures`.
         intervals (dict[str, dict[str, tuple[float, float]]]): as :func:`confidence_intervals`.
+        measures (AveragedMeasures): what ``figures`` and ``resampled`` were computed with.
+        taus (list[float or None]): the operating point of each run, None where it has none.
 
-    Both are empty without a bootstrap.
+    ``resampled`` and ``intervals`` are empty without a bootstrap.
     """
 
     figures: dict
     runs: list
     resampled: dict
     intervals: dict
+    measures: AveragedMeasures
+    taus: list
 
     def sd(self, group, figure, *, sample=False):
         """
@@ -126,16 +131,17 @@ def model_figures(results, bootstrap=None):
     measures = AveragedMeasures([one.measures for one in results])
     runs = [_all_figures(one) for one in results]
     figures = _mean(runs)
-    for group, of_group in measures.once().items():
-        # Not AP50, which COCOeval has computed as well.
-        figures[group].update((k, v) for k, v in of_group.items() if group not in ("bbox", "segm"))
+    once = measures.once()
+    for group in figures.keys() & measures.columns.keys():
+        figures[group].update(once[group])
     figures = {group: {k: float(v) for k, v in of.items()} for group, of in figures.items()}
     resampled, intervals = {}, {}
     if bootstrap is not None:
         averaged = SimpleNamespace(measures=measures)
         resampled = resampled_figures(averaged, bootstrap)
         intervals, _ = confidence_intervals(averaged, bootstrap)
-    return ModelFigures(figures, runs, resampled, intervals)
+    taus = [one.tau_val and one.tau_val["tau"] for one in results]
+    return ModelFigures(figures, runs, resampled, intervals, measures, taus)
 
 
 def _all_figures(results):

@@ -1,10 +1,11 @@
 """Which runs belong together: seeds of a model, folds of a cross-validation, models on a split."""
 
 import hashlib
+import json
 import logging
 from dataclasses import dataclass
 
-__all__ = ["Gathered", "gather"]
+__all__ = ["Gathered", "gather", "training_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,25 @@ def gather(runs):
     _check_folds(folds)
     remarks = [remark for label, own in models.items() for remark in _config_remarks(label, own)]
     return Gathered(split, folds, remarks)
+
+
+def training_images(run):
+    """
+    Args:
+        run (Run):
+
+    Returns:
+        int or None: images that it was trained on, those for validation left out, from run.json or
+        else from the train.json beside the test set. None where neither tells.
+    """
+    facts = list(((run.run or {}).get("datasets") or {}).items())
+    if facts:
+        names = ((run.config or {}).get("DATASETS") or {}).get("TRAIN") or [facts[0][0]]
+        return sum(about["images"] for name, about in facts if name in names)
+    beside = run.gt_path.with_name("train.json")
+    if beside.is_file() and beside != run.gt_path:
+        return len(json.loads(beside.read_text(encoding="utf-8"))["images"])
+    return None
 
 
 def _where(run):
