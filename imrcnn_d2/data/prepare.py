@@ -14,7 +14,17 @@ from imrcnn_d2.data import splits as splitting
 from imrcnn_d2.data.images import SourceImage, install_image
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 
-__all__ = ["Prepared", "Sample", "Source", "SplitOptions", "prepare_dataset"]
+__all__ = [
+    "Prepared",
+    "Sample",
+    "Source",
+    "SplitOptions",
+    "first_difference",
+    "prepare_dataset",
+    "staged",
+    "write_json",
+    "write_splits",
+]
 
 # Grows beside a data set with every evaluation of its test part (evaluation/test_log.py).
 _TEST_LOG = "test_evaluations.csv"
@@ -93,7 +103,7 @@ def prepare_dataset(source: Source, out: Path, options: SplitOptions, rejects: R
         BadInputError: bad input under ``on_error="raise"``, or no image was left.
     """
     _check_free(out)
-    with _staged(out) as stage:
+    with staged(out) as stage:
         samples = _install(source.samples, stage / "images", rejects, source.notes)
         if not samples:
             raise BadInputError(out, "no usable image was found, nothing to write")
@@ -151,16 +161,16 @@ def _write_splits_and_annotations(
 
     splits = splitting.make_splits(items, options.ratio, options.seed, by_patient, earlier)
     settings = {"seed": options.seed, "split_by": "patient" if by_patient else "image"}
-    _write_splits(stage / "splits.json", splits, {**settings, "ratio": list(options.ratio)})
+    write_splits(stage / "splits.json", splits, {**settings, "ratio": list(options.ratio)})
     if options.folds:
         folds = splitting.make_folds(items, options.folds, options.seed, by_patient)
         for i, fold in enumerate(folds):
             path = stage / "folds" / f"fold{i}.json"
-            _write_splits(path, fold, {**settings, "fold": i, "folds": options.folds})
+            write_splits(path, fold, {**settings, "fold": i, "folds": options.folds})
 
     coco = _coco_by_split(samples, splits, source)
     for split, content in coco.items():
-        _write_json(stage / "annotations" / f"{split}.json", content)
+        write_json(stage / "annotations" / f"{split}.json", content)
     return coco
 
 
@@ -192,19 +202,21 @@ def _coco_by_split(
     return coco
 
 
-def _write_splits(path: Path, splits: Mapping[str, Sequence[str]], settings: dict) -> None:
-    _write_json(path, {**splits, **settings, "sha256": splitting.sha256(splits)}, indent=1)
+def write_splits(path: Path, splits: Mapping[str, Sequence[str]], settings: dict) -> None:
+    """Writes a splits.json: the lists, how they came about, and their hash."""
+    write_json(path, {**splits, **settings, "sha256": splitting.sha256(splits)}, indent=1)
 
 
-def _write_json(path: Path, content: dict, indent: int | None = None) -> None:
+def write_json(path: Path, content: dict, indent: int | None = None) -> None:
+    """Writes strict JSON that is the same byte for byte for the same content; makes the folder."""
     path.parent.mkdir(exist_ok=True)
     text = json.dumps(content, sort_keys=True, allow_nan=False, indent=indent)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, removed at the end unless it was renamed."""
+def staged(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` to be renamed to it when complete; removed if it was not."""
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     stage.chmod(0o755)  # mkdtemp's is private
@@ -225,17 +237,25 @@ def _check_free(out: Path) -> None:
 
 def _check_same(stage: Path, out: Path) -> None:
     """Raises FileExistsError, naming a file that differs, unless both hold the same files."""
+    name = first_difference(stage, out)
+    if name is not None:
+        raise FileExistsError(
+            f"{out}: holds a data set made from other data or with other settings ({name} "
+            "would change). Choose another --out or remove it first; "
+            f"--splits {out / 'splits.json'} keeps its assignments in a new one."
+        )
+
+
+def first_difference(a: Path, b: Path) -> str | None:
+    """The first file, by name, that only one of two folders has or whose content differs."""
     files = {
         str(path.relative_to(folder))
-        for folder in (stage, out)
+        for folder in (a, b)
         for path in folder.rglob("*")
         if path.is_file() and path.name != _TEST_LOG
     }
     for name in sorted(files):
-        pair = stage / name, out / name
+        pair = a / name, b / name
         if not all(path.is_file() for path in pair) or not filecmp.cmp(*pair, shallow=False):
-            raise FileExistsError(
-                f"{out}: holds a data set made from other data or with other settings ({name} "
-                "would change). Choose another --out or remove it first; "
-                f"--splits {out / 'splits.json'} keeps its assignments in a new one."
-            )
+            return name
+    return None

@@ -1,14 +1,16 @@
 """Training from a LazyConfig: what Trainer does for YAML files."""
 
 import hashlib
+import json
 import os
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.engine import TrainerBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from omegaconf import OmegaConf
 
 from .hooks import BestCheckpointer, EvalHook, SamplePredictions, assemble_hooks
 from .provenance import RunRecord
@@ -140,13 +142,16 @@ class LazyTrainer(TrainerBase):
 def _run_record(cfg, model):
     names = cfg.dataloader.train.dataset.names
     evaluators = (cfg.dataloader.val_evaluator, cfg.dataloader.test_evaluator)
-    hashed = cfg.copy()
-    del hashed.train["output_dir"], hashed.train["device"]
+    hashed = OmegaConf.to_container(cfg)
+    for key in ("output_dir", "device"):
+        del hashed["train"][key]
+    # Classes and functions by name: the place of a function in memory changes from run to run.
+    text = json.dumps(hashed, default=lambda value: getattr(value, "__qualname__", repr(value)))
     return RunRecord(
         cfg.train.output_dir,
         model=model,
         seed=cfg.train.get("seed", -1),
-        config_hash=hashlib.sha256(LazyConfig.to_py(hashed).encode()).hexdigest(),
+        config_hash=hashlib.sha256(text.encode()).hexdigest(),
         datasets=[
             *([names] if isinstance(names, str) else names),
             *(evaluator.dataset_name for evaluator in evaluators),

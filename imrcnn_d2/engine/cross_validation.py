@@ -1,0 +1,317 @@
+"""One training of a cross-validation, and what became of all of them."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from tabulate import tabulate
+from tqdm import tqdm
+
+import imrcnn_d2
+from imrcnn_d2.data.folds import write_folds
+
+from .config import load_config
+from .provenance import RunRecord, config_sha256, file_sha256
+
+__all__ = ["FoldRun", "describe_runs", "prepare_folds"]
+
+logger = logging.getLogger(__name__)
+
+# The training script and the configs lie in the checkout, not in the package.
+ROOT = Path(imrcnn_d2.__file__).resolve().parents[1]
+FIGURES = {  # column -> group and name in metrics.json
+    "AP50 (all-point)": ("segm", "AP50_voc"),
+    "IoU": ("lesion", "iou"),
+    "F1": ("lesion", "f1"),
+}
+TAIL = 10  # lines of a broken run's log that are shown
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class FoldRun:
+    """
+    One model, data set, seed and fold.
+
+    Attributes:
+        dataset (str): "kvasir_seg", "egc" or "synthetic".
+        config_file (Path): of the model; its stem is the model's name.
+        seed (int), fold (int), folds (int):
+        output (Path): of the whole cross-validation.
+        datasets (Path): folder of the prepared data sets.
+        opts (tuple[str]): KEY VALUE ..., for every run.
+        num_gpus (int): processes of one training, as train_net.py's ``--num-gpus``.
+    """
+
+    dataset: str
+    config_file: Path
+    seed: int
+    fold: int
+    folds: int
+    output: Path
+    datasets: Path
+    opts: tuple
+    num_gpus: int
+
+    @classmethod
+    def from_config(cls, cfg):
+        """
+        Args:
+            cfg (DictConfig): configs/cross_validation/sweep.yaml for one run.
+
+        Raises:
+            FileNotFoundError: there is no config for that model and data set.
+            ValueError: there is no such fold.
+        """
+        path = Path(cfg.model) if str(cfg.model).endswith(".yaml") else None
+        folder = ROOT / "configs" / str(cfg.dataset)
+        path = path or folder / f"{cfg.model}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "nothing"
+            raise FileNotFoundError(
+                f"{path}: no such config. For dataset={cfg.dataset} there are {known}; a path that "
+                "ends in .yaml names any other."
+            )
+        if not 0 <= cfg.fold < cfg.folds:
+            raise ValueError(f"fold={cfg.fold}: with folds={cfg.folds} they are 0..{cfg.folds - 1}")
+        return cls(
+            dataset=cfg.dataset,
+            config_file=path.resolve(),
+            seed=cfg.seed,
+            fold=cfg.fold,
+            folds=cfg.folds,
+            output=Path(cfg.output).resolve(),
+            datasets=Path(cfg.datasets).resolve(),
+            opts=tuple(str(value) for value in OmegaConf.to_container(cfg.opts)),
+            num_gpus=cfg.num_gpus,
+        )
+
+    @property
+    def name(self):
+        """str: the run's folder in ``output``."""
+        return f"{self.dataset}/{self.config_file.stem}/seed{self.seed}/fold{self.fold}"
+
+    @property
+    def folder(self):
+        """Path: OUTPUT_DIR."""
+        return self.output / self.name
+
+    @property
+    def log(self):
+        """Path: all that the training printed; of a resumed run, one part after the other."""
+        return self.folder / "console.log"
+
+    @property
+    def metrics_file(self):
+        """Path: of the test set."""
+        return self.folder / "inference" / f"{self.dataset}_test" / "metrics.json"
+
+    @property
+    def fold_datasets(self):
+        """Path: what the training sees as $IMRCNN_DATASETS."""
+        return self.datasets / f"{self.dataset}.folds{self.folds}" / f"fold{self.fold}"
+
+    def state(self):
+        """
+        Returns:
+            str: "finished" (trained and evaluated with these settings on this fold), "running",
+                "broken" (begun, but neither of these) or "not started".
+        """
+        if not self.log.is_file():
+            return "not started"
+        with self._lock() as lock:
+            if lock is None:
+                return "running"
+            try:
+                return "finished" if self._is_finished() else "broken"
+            except (OSError, ValueError, KeyError):  # the log says it
+                return "broken"
+
+    def train(self):
+        """
+        Train and evaluate, from the last checkpoint where there is one; nothing if that is done.
+
+        A run that breaks raises nothing, so that those behind it go on: it is named with the last
+        lines of its log.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock() as lock:
+            if lock is None:
+                logger.warning(f"{self.name}: another process trains it, so it is left alone.")
+                return
+            try:
+                if self._is_finished():
+                    logger.info(f"{self.name}: finished before, not run again.")
+                    return
+                code = self._run(lock)
+                problem = f"exit code {code}" if code else None
+            except (OSError, ValueError, KeyError) as error:
+                problem = f"{type(error).__name__}"
+                with open(self.log, "a", encoding="utf-8") as log:
+                    log.write(f"{type(error).__name__}: {error}\n")
+            if problem is None and not self._is_finished():
+                problem = f"{RunRecord.FILE} or {self.metrics_file.name} is missing"
+        if problem is None:
+            logger.info(f"{self.name}: finished.")
+        else:
+            logger.error(f"{self.name}: broken ({problem}). {self.tail()}")
+
+    def tail(self):
+        """str: the name of the log and its last lines."""
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            lines = "".join(deque(log, TAIL))
+        return f"The last lines of {self.log}:\n{lines}"
+
+    def figures(self):
+        """dict[str, float or None]: the headline figures of a finished run."""
+        metrics = json.loads(self.metrics_file.read_text(encoding="utf-8"))
+        return {column: metrics[group][name] for column, (group, name) in FIGURES.items()}
+
+    @contextlib.contextmanager
+    def _lock(self):
+        """
+        Yields an open file, or None if another process trains this run. The training inherits it,
+        so that the run counts as running even if the process that started it was killed.
+        """
+        with open(self.folder / "training.lock", "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            except OSError as error:
+                logger.warning(f"{lock.name}: no lock ({error}); see that no two sweeps run here.")
+            yield lock
+
+    def _is_finished(self):
+        """
+        Raises:
+            ValueError: the folder holds a run with other settings or on other data.
+        """
+        path = self.folder / RunRecord.FILE
+        if not path.is_file():
+            return False
+        record = json.loads(path.read_text(encoding="utf-8"))
+        cfg = load_config(str(self.config_file), [*self._overrides(), "MODEL.DEVICE", "cpu"])
+        same = record["config_sha256"] == config_sha256(cfg)
+        for name, data in record["datasets"].items():
+            split = name.removeprefix(f"{self.dataset}_")
+            gt = self.fold_datasets / self.dataset / "annotations" / f"{split}.json"
+            same = same and gt.is_file() and data["gt_sha256"] == file_sha256(gt)
+        if not same:
+            raise ValueError(
+                f"{self.folder} was trained with other settings or on other data (see its "
+                "config.yaml and run.json). Give another output=, or remove it to train it anew."
+            )
+        return bool(record["finished"]) and self.metrics_file.is_file()
+
+    def _overrides(self):
+        return [*self.opts, "SEED", str(self.seed), "OUTPUT_DIR", str(self.folder)]
+
+    def _run(self, lock):
+        """Runs train_net.py to its end; returns its exit code."""
+        command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--resume"]
+        command += ["--config-file", str(self.config_file), "--num-gpus", str(self.num_gpus)]
+        command += self._overrides()
+        logger.info(f"{self.name}: training, log in {self.log}")
+        with open(self.log, "a", encoding="utf-8") as log:
+            log.write(f"$ IMRCNN_DATASETS={self.fold_datasets} {shlex.join(command)}\n")
+            log.flush()
+            with subprocess.Popen(
+                command,
+                env={**os.environ, "IMRCNN_DATASETS": str(self.fold_datasets)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock.fileno(),),
+            ) as process:
+                try:
+                    self._watch(process)
+                finally:
+                    process.kill()  # on Ctrl-C and the like; else it has ended
+            if process.returncode:
+                log.write(f"Exit code {process.returncode}.\n")
+        return process.returncode
+
+    def _watch(self, process):
+        """Shows how far the training is, until it ends."""
+        with tqdm(desc=self.name, unit="iteration") as bar:
+            while True:
+                try:
+                    process.wait(POLL_SECONDS)
+                    return
+                except subprocess.TimeoutExpired:
+                    iteration, loss = _last_logged(self.folder / "metrics.json")
+                if iteration is not None:
+                    bar.initial = bar.initial or iteration
+                    bar.total = _iterations(self.folder / RunRecord.FILE)
+                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    bar.update(iteration - bar.n)
+
+
+def _last_logged(path):
+    """Iteration and loss of the last line of Detectron2's log that has them, else (None, None)."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 20_000))
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError, KeyError):  # a line half written
+                entry = json.loads(line)
+                return entry["iteration"] + 1, entry["total_loss"]
+    return None, None
+
+
+def _iterations(path):
+    return json.loads(path.read_text(encoding="utf-8"))["iterations"] if path.is_file() else None
+
+
+def prepare_folds(runs):
+    """
+    Write the fold data sets that some runs need; see :func:`imrcnn_d2.data.folds.write_folds`.
+
+    Args:
+        runs (list[FoldRun]):
+    """
+    for root, count in dict.fromkeys((run.datasets / run.dataset, run.folds) for run in runs):
+        folds = write_folds(root, count)
+        logger.info(f"{count} folds of {root}: {folds[0].parent}")
+
+
+def describe_runs(runs):
+    """
+    Args:
+        runs (list[FoldRun]):
+
+    Returns:
+        tuple[str, bool]: a table of the runs with their states and figures, the logs of the broken
+            ones, and the command that compares what is finished; whether all are finished.
+    """
+    states = {run: run.state() for run in runs}
+    rows = [
+        {"run": run.name, "state": state, **(run.figures() if state == "finished" else {})}
+        for run, state in states.items()
+    ]
+    parts = [tabulate(rows, headers="keys", floatfmt=".1f", missingval="n/a")]
+    parts += [f"{run.name}: {run.tail()}" for run, state in states.items() if state == "broken"]
+    finished = [run for run, state in states.items() if state == "finished"]
+    if len(finished) < len(runs):
+        parts.append(
+            f"{len(runs) - len(finished)} of {len(runs)} runs are not finished: the same "
+            "command goes on with them."
+        )
+    for dataset in dict.fromkeys(run.dataset for run in finished):
+        folders = [str(run.folder) for run in finished if run.dataset == dataset]
+        output = str(finished[0].output / dataset / "comparison")
+        command = shlex.join(["python", "tools/compare.py", *folders, "--output", output])
+        parts.append(f"Table 4 and its companions:\n{command}")
+    return "\n\n".join(parts), len(finished) == len(runs)
