@@ -165,7 +165,7 @@ def count_images(gt, detections, groups, matching, counted):
     Args:
         gt (GroundTruth):
         detections (Detections): N of them.
-        groups (dict[str, list[Overlap]]): overlaps by "bbox" and, where there are masks, by "segm".
+        groups (dict[str, Overlaps]): overlaps by "bbox" and, where there are masks, by "segm".
         matching (Matching): of the N detections.
         counted (np.ndarray): (N,) bool, those that count and reach the threshold.
 
@@ -199,20 +199,18 @@ def count_images(gt, detections, groups, matching, counted):
     )
 
 
-def overlap_of_hits(groups, matching):
+def overlap_of_hits(overlaps, matching):
     """
     Args:
-        groups (list[Overlap]): of masks or of boxes.
+        overlaps (Overlaps): of masks or of boxes, whichever the matching was made of.
         matching (Matching): of N detections.
 
     Returns:
         np.ndarray: (N,) IoU in [0, 1] of each with the ground truth it hits, NaN where it has none.
     """
     iou = np.full(len(matching.gt), np.nan)
-    for group in groups:
-        rows = np.flatnonzero(matching.hit[group.dt])
-        columns = np.searchsorted(group.gt, matching.gt[group.dt[rows]])
-        iou[group.dt[rows]] = group.iou[rows, columns]
+    pairs = matching.gt[overlaps.dt] == overlaps.gt
+    iou[overlaps.dt[pairs]] = overlaps.iou[pairs]
     return iou
 
 
@@ -235,14 +233,18 @@ def union_overlaps(gt, detections, counted):
     found = _by_image(detections.regions, counted)
     for position, outlines in _by_image(gt.regions, ~gt.crowd).items():
         if position in found:
-            unions = mask_util.merge(found[position]), mask_util.merge(outlines)
-            iou[position] = mask_util.iou([unions[0]], [unions[1]], [False])[0, 0]
+            union, outline = (
+                masks if len(masks) == 1 else [mask_util.merge(masks)]
+                for masks in (found[position], outlines)
+            )
+            iou[position] = mask_util.iou(union, outline, [False])[0, 0]
     return iou
 
 
 def _by_image(regions, chosen):
     """{image position: masks of the chosen regions}."""
     masks = {}
-    for row in np.flatnonzero(chosen):
-        masks.setdefault(int(regions.image[row]), []).append(regions.masks[row])
+    rows = np.flatnonzero(chosen)
+    for row, image in zip(rows.tolist(), regions.image[rows].tolist(), strict=True):
+        masks.setdefault(image, []).append(regions.masks[row])
     return masks

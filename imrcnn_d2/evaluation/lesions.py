@@ -57,7 +57,7 @@ class LesionResults:
         counts (UnitCounts): per image, what ``lesion`` and ``image`` are made of.
         meta (dict): the settings, and the size of the data set.
         ground_truth (GroundTruth), detections (Detections): what was scored; N detections.
-        overlaps (dict[str, list[Overlap]]): by "bbox" and, where there are masks, by "segm".
+        overlaps (dict[str, Overlaps]): by "bbox" and, where there are masks, by "segm".
         matching (Matching): of the N detections.
         counted (np.ndarray): (N,) bool, the detections that count at the threshold.
         measures (Measures): the figures as functions of how often each unit counts.

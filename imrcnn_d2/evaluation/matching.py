@@ -7,36 +7,37 @@ is made once and every threshold read off it.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
-__all__ = ["MAX_DETECTIONS", "Matching", "Overlap", "match", "match_group", "overlaps"]
+__all__ = ["MAX_DETECTIONS", "Matching", "Overlaps", "match", "overlaps"]
 
 # Detections considered per image and class, as in COCO.
 MAX_DETECTIONS = 100
 
-# What a detection can match besides a ground truth's index.
-NOTHING = -1
-CROWD = -2
-
 
 @dataclass(frozen=True, eq=False)
-class Overlap:
+class Overlaps:
     """
-    Overlaps in one image, for one class.
+    Overlaps of the P pairs of a detection and a ground truth of the same image and class: by image,
+    then class, then falling score, then the ground truths' file order.
 
     Attributes:
-        dt (np.ndarray): (D,) int, positions in ``Detections``, by falling score.
-        gt (np.ndarray): (G,) int, positions in ``GroundTruth.regions``, in file order.
-        iou (np.ndarray): (D, G) float in [0, 1]; for a crowd the intersection over the detection's
+        dt (np.ndarray): (P,) int, positions in ``Detections``.
+        gt (np.ndarray): (P,) int, positions in ``GroundTruth.regions``.
+        iou (np.ndarray): (P,) float in [0, 1]; for a crowd the intersection over the detection's
             own area, as in COCO.
+        rank (np.ndarray): (number of detections,) int, place of each by falling score in its image
+            and class, from 0. From MAX_DETECTIONS on they are in no pair.
     """
 
     dt: np.ndarray
     gt: np.ndarray
     iou: np.ndarray
+    rank: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,90 +69,94 @@ def overlaps(gt, detections, iou_type):
         iou_type (str): "segm" (both must have masks) or "bbox".
 
     Returns:
-        list[Overlap]: one for each image and class with detections, by image, then class.
+        Overlaps:
     """
     size = len(gt.categories)
-    in_group = _by_image_and_class(gt.regions, size)
-    nothing = np.zeros(0, dtype=np.int64)
-    result = []
-    groups = _by_image_and_class(detections.regions, size)
-    for key, dt in tqdm(groups.items(), desc=f"Overlaps ({iou_type})", delay=2):
-        dt = dt[np.argsort(-detections.score[dt], kind="stable")][:MAX_DETECTIONS]
-        objects = in_group.get(key, nothing)
-        iou = np.zeros((len(dt), len(objects)))
-        if len(objects):
-            crowd = gt.crowd[objects].tolist()
-            if iou_type == "segm":
-                ours = [detections.regions.masks[i] for i in dt]
-                theirs = [gt.regions.masks[i] for i in objects]
-            else:
-                ours, theirs = detections.regions.boxes[dt], gt.regions.boxes[objects]
-            iou = mask_util.iou(ours, theirs, crowd)
-        result.append(Overlap(dt, objects, iou))
-    return result
+    key, truth_key = (
+        regions.image * size + regions.category for regions in (detections.regions, gt.regions)
+    )
+    order = np.lexsort((-detections.score, key))  # stable: ties stay in file order
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order)) - np.searchsorted(key[order], key[order])
+    truths = np.argsort(truth_key, kind="stable")
+    # Each detection with all the ground truths of its group.
+    dt = order[rank[order] < MAX_DETECTIONS]
+    first, last = (np.searchsorted(truth_key[truths], key[dt], side) for side in ("left", "right"))
+    number = last - first
+    ends = np.cumsum(number)
+    pairs = np.arange(number.sum()) - np.repeat(ends - number - first, number)
+    dt, truth = np.repeat(dt, number), truths[pairs]
+    if iou_type == "bbox":
+        iou = _box_overlaps(detections.regions.boxes[dt], gt.regions.boxes[truth], gt.crowd[truth])
+    else:
+        iou = _mask_overlaps(detections.regions, gt, dt, truth, key[dt])
+    return Overlaps(dt, truth, iou, rank)
 
 
-def _by_image_and_class(regions, num_categories):
-    """{image * num_categories + class: (K,) positions in file order}, by ascending key."""
-    key = regions.image * num_categories + regions.category
-    order = np.argsort(key, kind="stable")
-    keys, starts = np.unique(key[order], return_index=True)
-    parts = np.split(order, starts[1:]) if len(keys) else []
-    return dict(zip(keys.tolist(), parts, strict=True))
+def _box_overlaps(boxes, truths, crowd):
+    """(P,) overlaps of (P, 4) XYWH boxes, as pycocotools'."""
+    low = np.maximum(boxes[:, :2], truths[:, :2])
+    high = np.minimum(boxes[:, :2] + boxes[:, 2:], truths[:, :2] + truths[:, 2:])
+    both = np.prod(np.maximum(high - low, 0), axis=1)
+    own, theirs = boxes[:, 2] * boxes[:, 3], truths[:, 2] * truths[:, 3]
+    whole = np.where(crowd, own, own + theirs - both)
+    return np.divide(both, whole, out=np.zeros(len(both)), where=both > 0)
 
 
-def match_group(iou, crowd, threshold):
+def _mask_overlaps(regions, gt, dt, truth, key):
+    """(P,) overlaps of masks: group by group, all of a group's detections and ground truths."""
+    iou = np.zeros(len(dt))
+    limits = np.flatnonzero(np.diff(key, prepend=-1, append=-1)).tolist()
+    dt, truth, crowd = dt.tolist(), truth.tolist(), gt.crowd.tolist()
+    for start, end in tqdm([*pairwise(limits)], desc="Overlaps of masks", delay=2):
+        columns = 1  # ground truths of the group: the pairs of its first detection
+        while start + columns < end and dt[start + columns] == dt[start]:
+            columns += 1
+        theirs = truth[start : start + columns]
+        ours = [regions.masks[d] for d in dt[start:end:columns]]
+        outlines = [gt.regions.masks[g] for g in theirs]
+        iou[start:end] = mask_util.iou(ours, outlines, [crowd[g] for g in theirs]).ravel()
+    return iou
+
+
+def match(gt, detections, overlaps, threshold):
     """
-    Match the detections of one image and class.
-
-    Args:
-        iou (np.ndarray): (D, G), detections by falling score.
-        crowd (np.ndarray): (G,) bool.
-        threshold (float): least IoU of a match, in (0, 1].
-
-    Returns:
-        np.ndarray: (D,) int, for each detection the index of its ground truth, -1 where it has
-        none and -2 where only a crowd overlaps it enough. A ground truth is taken once, a crowd any
-        number of times. Of equal overlaps the last in file order is taken, as in pycocotools.
-    """
-    matched = np.full(len(iou), NOTHING, dtype=np.int64)
-    if not iou.size:
-        return matched
-    # pycocotools' own slack, so that an IoU of 1 meets a threshold of 1.
-    enough = iou >= min(threshold, 1 - 1e-10)
-    free = ~crowd
-    for d in np.flatnonzero(enough.any(axis=1)):
-        candidates = np.flatnonzero(enough[d] & free)
-        if len(candidates):
-            best = candidates[::-1][np.argmax(iou[d, candidates[::-1]])]
-            matched[d] = best
-            free[best] = False
-        elif (enough[d] & crowd).any():
-            matched[d] = CROWD
-    return matched
-
-
-def match(gt, detections, groups, threshold):
-    """
-    Match all detections of a data set.
+    Match all detections of a data set. A ground truth is taken once, a crowd any number of times,
+    and only by a detection that finds no free ground truth. Of equal overlaps the last in file
+    order is taken, as in pycocotools.
 
     Args:
         gt (GroundTruth):
         detections (Detections): N of them.
-        groups (list[Overlap]): from :func:`overlaps` of these two.
+        overlaps (Overlaps): from :func:`overlaps` of these two.
         threshold (float): least IoU of a match, in (0, 1].
 
     Returns:
         Matching: of N detections.
     """
-    number = len(detections.score)
-    hit = np.full(number, NOTHING, dtype=np.int64)
-    iou = np.full(number, np.nan)
-    counts = np.zeros(number, dtype=bool)
-    for group in groups:
-        matched = match_group(group.iou, gt.crowd[group.gt], threshold)
-        counts[group.dt] = matched != CROWD
-        rows = np.flatnonzero(matched >= 0)
-        hit[group.dt[rows]] = group.gt[matched[rows]]
-        iou[group.dt[rows]] = group.iou[rows, matched[rows]]
+    hit = np.full(len(detections.score), -1, dtype=np.int64)
+    iou = np.full(len(hit), np.nan)
+    # pycocotools' own slack, so that an IoU of 1 meets a threshold of 1.
+    enough = np.flatnonzero(overlaps.iou >= min(threshold, 1 - 1e-10))
+    crowd = gt.crowd[overlaps.gt[enough]]
+    crowded, enough = enough[crowd], enough[~crowd]
+    taken = np.zeros(len(gt.crowd), dtype=bool)
+    # One rank at a time: that is at most one detection of each image and class.
+    rank = overlaps.rank[overlaps.dt[enough]]
+    for pairs in _split(enough, rank):
+        pairs = pairs[~taken[overlaps.gt[pairs]]]
+        pairs = pairs[np.lexsort((overlaps.iou[pairs], overlaps.dt[pairs]))]
+        best = pairs[np.append(np.diff(overlaps.dt[pairs]) != 0, True)] if len(pairs) else pairs
+        hit[overlaps.dt[best]] = overlaps.gt[best]
+        iou[overlaps.dt[best]] = overlaps.iou[best]
+        taken[overlaps.gt[best]] = True
+    counts = overlaps.rank < MAX_DETECTIONS
+    in_crowd = overlaps.dt[crowded]
+    counts[in_crowd[hit[in_crowd] < 0]] = False
     return Matching(hit, iou, counts)
+
+
+def _split(values, key):
+    """The values by ascending key, an array for each key there is."""
+    order = np.argsort(key, kind="stable")
+    return np.split(values[order], np.flatnonzero(np.diff(key[order])) + 1)

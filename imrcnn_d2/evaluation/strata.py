@@ -22,7 +22,7 @@ def by_size(gt, detections, groups, matching, counted):
     Args:
         gt (GroundTruth): its ``area`` is what counts.
         detections (Detections): N of them.
-        groups (dict[str, list[Overlap]]): overlaps by "bbox" and, where there are masks, by "segm".
+        groups (dict[str, Overlaps]): overlaps by "bbox" and, where there are masks, by "segm".
         matching (Matching): of the N detections.
         counted (np.ndarray): (N,) bool, those that count and reach the threshold.
 

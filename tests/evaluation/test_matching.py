@@ -8,8 +8,14 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from imrcnn_d2.evaluation.matching import match, match_group, overlaps
-from imrcnn_d2.evaluation.records import read_ground_truth, read_results
+from imrcnn_d2.evaluation.matching import Overlaps, match, overlaps
+from imrcnn_d2.evaluation.records import (
+    Detections,
+    GroundTruth,
+    Regions,
+    read_ground_truth,
+    read_results,
+)
 
 NO_CROWD = np.array([False, False])
 
@@ -19,6 +25,20 @@ def matched(dataset, results, iou_type="segm", threshold=0.5):
     detections = read_results(results, gt)
     matching = match(gt, detections, overlaps(gt, detections, iou_type), threshold)
     return gt, detections, matching
+
+
+def matched_overlaps(iou, crowd, threshold):
+    """Detections by falling score, in rows, and ground truths of one image, in columns."""
+
+    def regions(number):
+        return Regions(*(np.zeros(number, int) for _ in "ab"), np.zeros((number, 4)), None)
+
+    rows, columns = np.shape(iou)
+    gt = GroundTruth([], [], regions(columns), crowd, np.zeros(columns))
+    detections = Detections(regions(rows), np.zeros(rows))
+    dt, truth = (index.ravel() for index in np.indices((rows, columns)))
+    pairs = Overlaps(dt, truth, np.ravel(iou), np.arange(rows))
+    return match(gt, detections, pairs, threshold)
 
 
 @pytest.mark.parametrize(
@@ -41,12 +61,13 @@ def matched(dataset, results, iou_type="segm", threshold=0.5):
         ([[0.1, 0.4]], np.array([False, True]), [-1]),
     ],
 )
-def test_match_group_by_hand(iou, crowd, expected):
-    assert match_group(np.array(iou), crowd, 0.5).tolist() == expected
+def test_one_image_by_hand(iou, crowd, expected):
+    matching = matched_overlaps(iou, crowd, 0.5)
+    assert np.where(matching.counts, matching.gt, -2).tolist() == expected
 
 
 def test_a_perfect_overlap_meets_a_threshold_of_one():
-    assert match_group(np.array([[1.0, 0.0]]), NO_CROWD, 1.0).tolist() == [0]
+    assert matched_overlaps([[1.0, 0.0]], NO_CROWD, 1.0).gt.tolist() == [0]
 
 
 def test_falling_score_then_file_order(dataset, region):
