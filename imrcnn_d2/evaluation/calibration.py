@@ -59,7 +59,7 @@ class Calibration:
             edge belongs to the bin below it, as in scikit-learn), "detections", "hits",
             "mean_score" and "hit_rate" in percent, NaN in bins without a detection.
         """
-        edges = np.linspace(0, 1, BINS + 1)
+        edges = np.arange(BINS + 1) / BINS
         sums, hits, detections = (
             np.bincount(self._bin(), part, minlength=BINS)
             for part in (self.score, self.hit, np.ones(len(self.hit)))
@@ -109,4 +109,4 @@ class Calibration:
 
     def _bin(self):
         """(N,) int in [0, BINS)."""
-        return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], self.score)
+        return np.searchsorted(np.arange(1, BINS) / BINS, self.score)

@@ -118,7 +118,8 @@ def _side(gt, regions, iou_type, **columns):
     key, shapes = shape[iou_type]
     coco = COCO()
     coco.dataset = {
-        "images": gt.images,
+        # faster-coco-eval wants sizes, which it then has no use for: masks bring their own.
+        "images": [{"height": 0, "width": 0, **image} for image in gt.images],
         "categories": gt.categories,
         "annotations": [
             {

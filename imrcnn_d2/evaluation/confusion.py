@@ -6,16 +6,15 @@ import numpy as np
 
 from .matching import match, overlaps
 
-__all__ = ["BACKGROUND", "ConfusionMatrix", "confusion_matrix"]
-
-BACKGROUND = "background"
+__all__ = ["ConfusionMatrix", "confusion_matrix"]
 
 
 @dataclass(frozen=True, eq=False)
 class ConfusionMatrix:
     """
     Attributes:
-        classes (list[str]): the k classes by ascending id, then "background".
+        classes (list[str]): the k classes by ascending id, then "background" ("no lesion" if one of
+            the classes is called that).
         counts (np.ndarray): (k+1, k+1) float, rows by truth, columns by prediction. In the last
             column are the lesions that no detection hits, in the last row the false alarms; NaN in
             the corner, since background that is rightly left alone can't be counted.
@@ -62,7 +61,9 @@ def confusion_matrix(gt, detections, matching, *, tau, iou_threshold, iou_type):
     np.add.at(counts, (truth, detections.regions.category[counted]), 1)
     np.add.at(counts, (gt.regions.category[missed], k), 1)
     counts[k, k] = np.nan
-    return ConfusionMatrix([*(c["name"] for c in gt.categories), BACKGROUND], counts)
+    names = [category["name"] for category in gt.categories]
+    names.append("no lesion" if "background" in names else "background")
+    return ConfusionMatrix(names, counts)
 
 
 def _of_one_class(regions):

@@ -1,16 +1,21 @@
-"""The files an evaluation leaves: metrics.json, per_image.csv and pr_curve.csv."""
+"""The files an evaluation leaves: metrics.json, and tables as CSV."""
 
 import csv
+import hashlib
 import io
 import json
 import math
 import os
-from importlib import metadata
 from pathlib import Path
 
-__all__ = ["strict_json", "write_atomically", "write_results"]
+from ..versions import package_versions
+from .rows import patient_rows, threshold_table
 
-PACKAGES = ("imrcnn-d2", "detectron2", "torch", "torchvision", "pycocotools", "numpy")
+__all__ = ["RESULTS", "sources", "strict_json", "write_atomically", "write_results"]
+
+# The scored detections, as COCOEvaluator names them.
+RESULTS = "coco_instances_results.json"
+
 CURVE_COLUMNS = (
     "iou_type",
     "class",
@@ -26,13 +31,19 @@ CURVE_COLUMNS = (
 
 def write_results(results, folder, **meta):
     """
-    Write the three files; each replaces its predecessor at once, or not at all.
+    Write the files of an evaluation; each replaces its predecessor at once, or not at all. What is
+    undefined is null in JSON and empty in CSV; shares are in percent.
 
-    - ``metrics.json``: the groups of figures and ``meta``; strict JSON, undefined is null.
-    - ``per_image.csv``: a row an image; undefined figures are empty.
+    - ``metrics.json``: all figures, each with its interval ``<key>_ci`` if there is one; ``meta``.
+    - ``per_image.csv``: a row an image, and ``per_patient.csv``: a row a patient, where known.
     - ``pr_curve.csv``: a row for each detection let through, by IoU type and class, from the
       highest score down: hits and false alarms so far, precision, recall and the best precision
-      at this recall or a higher one, in percent.
+      at this recall or a higher one.
+    - ``froc.csv``: a row a score, from the highest down: hits and false alarms so far, sensitivity
+      and false alarms per image.
+    - ``calibration.csv``: a row for each bin of scores.
+    - ``thresholds.csv``: a row for each threshold from 0.05 to 0.95: figures of lesions and images.
+    - ``by_size.csv``: a row a stratum, with intervals; ``confusion_matrix.csv``: rows are truth.
 
     Args:
         results (LesionResults):
@@ -44,20 +55,22 @@ def write_results(results, folder, **meta):
     """
     folder = Path(folder)
     document = _document(results)
-    document["meta"] = {**meta, **results.meta, "versions": _versions()}
-    curve_rows = []
-    for iou_type, name, curve in results.curves:
-        columns = (curve.precision, curve.recall, curve.envelope)
-        points = zip(curve.score, curve.tp, curve.fp, *columns, strict=True)
-        for score, tp, fp, *shares in points:
-            values = [iou_type, name, float(score), int(tp), int(fp), curve.num_gt]
-            values += [100 * float(share) for share in shares]
-            curve_rows.append(dict(zip(CURVE_COLUMNS, values, strict=True)))
-    texts = {
-        "metrics.json": strict_json(document),
-        "per_image.csv": _csv(results.per_image, _columns(results.per_image)),
-        "pr_curve.csv": _csv(curve_rows, CURVE_COLUMNS),
+    document["meta"] = {**meta, **results.meta, "versions": package_versions()}
+    gt, measures = results.ground_truth, results.measures
+    tables = {
+        "per_image.csv": (results.per_image, ["image_id"]),
+        "pr_curve.csv": (_curve_rows(results.curves), CURVE_COLUMNS),
+        "froc.csv": _transposed(measures.froc.curve()),
+        "calibration.csv": _transposed(measures.calibration.diagram()),
+        "thresholds.csv": (threshold_table(results), ["tau"]),
+        "by_size.csv": (_size_rows(results), ["scale", "size"]),
+        "confusion_matrix.csv": (_confusion_rows(results.confusion), ["truth"]),
     }
+    if measures.unit == "patient":
+        rows = patient_rows(gt, results.counts, results.detections.scored)
+        tables["per_patient.csv"] = (rows, ["patient_id"])
+    texts = {"metrics.json": strict_json(document)}
+    texts.update({name: _csv(*table) for name, table in tables.items()})
     paths = {name: folder / name for name in texts}
     for name, path in paths.items():
         write_atomically(path, texts[name])
@@ -83,8 +96,89 @@ def _document(results):
             for key, value in results.tau_val.items()
         }
     document["froc"] = with_intervals(results.froc, "froc")
+    document["calibration"] = with_intervals(results.calibration, "calibration")
+    document["confusion_matrix"] = {
+        "classes": results.confusion.classes,
+        "counts": results.confusion.rows(),
+    }
+    document["by_size"] = {
+        scale: {
+            name: with_intervals(figures, f"by_size.{scale}.{name}")
+            for name, figures in strata.items()
+        }
+        for scale, strata in results.by_size.items()
+    }
+    if results.by_class:
+        document["by_class"] = {
+            name: with_intervals(figures, f"by_class.{name}")
+            for name, figures in results.by_class.items()
+        }
     document["undefined_shares"] = results.undefined_shares
     return document
+
+
+def _curve_rows(curves):
+    rows = []
+    for iou_type, name, curve in curves:
+        columns = (curve.precision, curve.recall, curve.envelope)
+        points = zip(curve.score, curve.tp, curve.fp, *columns, strict=True)
+        for score, tp, fp, *shares in points:
+            values = [iou_type, name, float(score), int(tp), int(fp), curve.num_gt]
+            values += [100 * float(share) for share in shares]
+            rows.append(dict(zip(CURVE_COLUMNS, values, strict=True)))
+    return rows
+
+
+def _size_rows(results):
+    rows = []
+    for scale, strata in results.by_size.items():
+        for size, figures in strata.items():
+            row = {"scale": scale, "size": size}
+            intervals = results.intervals.get(f"by_size.{scale}.{size}", {})
+            for name, figure in figures.items():
+                row[name] = figure
+                if name in intervals:
+                    row[f"{name}_low"], row[f"{name}_high"] = intervals[name]
+            rows.append(row)
+    return rows
+
+
+def _confusion_rows(confusion):
+    return [
+        {"truth": truth, **dict(zip(confusion.classes, counts, strict=True))}
+        for truth, counts in zip(confusion.classes, confusion.rows(), strict=True)
+    ]
+
+
+def _transposed(columns):
+    """(rows, names) of a dict of arrays."""
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in values], list(columns)
+
+
+def sources(gt, dt, image_root, **others):
+    """
+    What the figures are of, for ``meta`` of :func:`write_results`.
+
+    Args:
+        gt, dt (str or Path): ground truth and detections.
+        image_root (str, Path or None): folder that ``file_name`` is relative to.
+        **others: what else is known: checkpoint, checkpoint_sha256, and more.
+
+    Returns:
+        dict: gt, dt and image_root as absolute paths, gt_sha256 of the file's bytes, checkpoint and
+        checkpoint_sha256; None where unknown.
+    """
+    gt = Path(gt).absolute()
+    return {
+        "gt": str(gt),
+        "gt_sha256": hashlib.sha256(gt.read_bytes()).hexdigest(),
+        "image_root": None if image_root is None else str(Path(image_root).absolute()),
+        "dt": str(Path(dt).absolute()),
+        "checkpoint": None,
+        "checkpoint_sha256": None,
+        **others,
+    }
 
 
 def write_atomically(path, content):
@@ -113,16 +207,6 @@ def strict_json(document):
     return json.dumps(_nan_to_null(document), indent=2, allow_nan=False) + "\n"
 
 
-def _versions():
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
-
-
 def _nan_to_null(value):
     if isinstance(value, dict):
         return {key: _nan_to_null(item) for key, item in value.items()}
@@ -131,12 +215,9 @@ def _nan_to_null(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _columns(rows):
-    """All keys, in the order of their first appearance; the figures come last in every row."""
-    return list(dict.fromkeys(key for row in rows for key in row)) or ["image_id"]
-
-
 def _csv(rows, columns):
+    """The rows under all their keys, in the order of their first appearance; else ``columns``."""
+    columns = list(dict.fromkeys(key for row in rows for key in row)) or columns
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

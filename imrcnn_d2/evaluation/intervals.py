@@ -84,7 +84,8 @@ def confidence_intervals(results, bootstrap):
                 intervals[group][name] = _exact(name, *exact)
             else:
                 low, high = percentile_interval(samples)
-                intervals[group][name] = (low, high) if low < high else (float("nan"),) * 2
+                agree = np.isclose(low, high, rtol=1e-9)
+                intervals[group][name] = (float("nan"),) * 2 if agree else (low, high)
     return intervals, undefined
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
-from .files import write_atomically, write_results
+from .files import RESULTS, sources, write_atomically, write_results
 from .lesions import evaluate_lesions
 from .operating_point import choose_operating_point
 
@@ -45,8 +46,8 @@ class LesionEvaluator(DatasetEvaluator):
         Args:
             dataset_name (str): a registered data set, in COCO's format or in Detectron2's.
             tau (float): score from which on a detection counts (MODEL.IMRCNN.SCORE_THRESH).
-            output_dir (str or None): where ``metrics.json``, ``per_image.csv``, ``pr_curve.csv``
-                and the predictions (``coco_instances_results.json``) go. None writes nothing, and
+            output_dir (str or None): where the files of :func:`write_results` and the predictions
+                (``coco_instances_results.json``) go. None writes nothing, and
                 is refused for data sets in Detectron2's own format, which are converted there.
             distributed (bool): collect from all processes, else evaluate this one's predictions.
             tau_rule (str or None): for validation sets only: choose a threshold by this rule of
@@ -113,9 +114,7 @@ class LesionEvaluator(DatasetEvaluator):
             for result in prediction["instances"]
         ]
         if self._output_dir:
-            write_atomically(
-                Path(self._output_dir) / "coco_instances_results.json", json.dumps(results)
-            )
+            write_atomically(Path(self._output_dir) / RESULTS, json.dumps(results))
         dataset = self._coco._coco_api.dataset
         if "annotations" not in dataset:
             logger.info(f"{self._dataset_name} has no annotations: predictions are not scored.")
@@ -134,7 +133,14 @@ class LesionEvaluator(DatasetEvaluator):
             bootstrap=self._bootstrap,
         )
         if self._output_dir:
-            write_results(scored, self._output_dir, dataset=self._dataset_name, **self._meta)
+            metadata = MetadataCatalog.get(self._dataset_name)
+            known = sources(
+                PathManager.get_local_path(metadata.json_file),
+                Path(self._output_dir) / RESULTS,
+                metadata.get("image_root"),
+                **self._meta,
+            )
+            write_results(scored, self._output_dir, dataset=self._dataset_name, **known)
         figures = OrderedDict(scored.groups())
         if self._tau_rule is not None:
             figures["lesion"] = {**figures["lesion"], "tau_val": self._choose_tau(scored)}

@@ -110,8 +110,9 @@ def read_ground_truth(gt):
         GroundTruth: its ``regions.masks`` is None unless every annotation has a mask.
 
     Raises:
-        ValueError: on doubled image or category ids, annotations for an unknown image or category,
-            masks of another size than their image, and annotations with neither box nor mask.
+        ValueError: on doubled image or category ids, doubled category names, annotations for an
+            unknown image or category, masks of another size than their image, and annotations with
+            neither box nor mask.
     """
     dataset = _load(gt)
     for key in ("images", "categories", "annotations"):
@@ -123,6 +124,12 @@ def read_ground_truth(gt):
         for one, two in zip(items, items[1:], strict=False):
             if one["id"] == two["id"]:
                 raise ValueError(f"The ground truth has two {what} records with id {one['id']}.")
+    names = [category["name"] for category in categories]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"The ground truth has several categories {name!r}: rename them."
+            )
     annotations, regions = _read_regions(dataset["annotations"], images, categories, "annotation")
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
     outline = regions.boxes[:, 2] * regions.boxes[:, 3]

@@ -5,7 +5,9 @@ import math
 import pytest
 
 from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.files import write_atomically, write_results
+from imrcnn_d2.evaluation.bootstrap import Bootstrap
+from imrcnn_d2.evaluation.files import sources, write_atomically, write_results
+from imrcnn_d2.evaluation.operating_point import OperatingPoint
 
 
 def refuse(constant):
@@ -74,9 +76,101 @@ def test_pr_curve_has_a_row_a_detection(paths):
     assert [float(row["recall"]) for row in rows] == pytest.approx([50, 50, 100])
 
 
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_other_tables(paths):
+    first, second = rows_of(paths["per_patient.csv"])
+    assert (first["patient_id"], first["images"], first["n_gt"], first["TP"]) == (
+        "a",
+        "2",
+        "2",
+        "1",
+    )
+    assert (second["patient_id"], second["patient_outcome"], second["iou"]) == ("b", "TN", "")
+    froc = rows_of(paths["froc.csv"])
+    assert [(row["score"], row["tp"], row["fp"]) for row in froc] == [
+        ("0.9", "1", "0"),
+        ("0.8", "1", "1"),
+        ("0.25", "2", "1"),
+    ]
+    assert [float(row["sensitivity"]) for row in froc] == [50, 50, 100]
+    assert [float(row["fp_per_image"]) for row in froc] == pytest.approx([0, 1 / 3, 1 / 3])
+    bins = rows_of(paths["calibration.csv"])
+    assert [row["lower"] for row in bins[:4]] == ["0.0", "0.1", "0.2", "0.3"]
+    assert [row["detections"] for row in bins] == list("0010000110")
+    assert (bins[2]["hit_rate"], bins[0]["hit_rate"]) == ("100.0", "")
+    thresholds = {row["tau"]: row for row in rows_of(paths["thresholds.csv"])}
+    assert len(thresholds) == 19
+    assert [thresholds[tau]["lesion_TP"] for tau in ("0.05", "0.25", "0.3", "0.95")] == [
+        "2.0",
+        "2.0",
+        "1.0",
+        "0.0",
+    ]
+    sizes = {(row["scale"], row["size"]): row for row in rows_of(paths["by_size.csv"])}
+    assert sizes["coco", "small"]["n"] == "2.0"
+    assert sizes["share_of_image", "5-15 %"]["recall"] == "50.0"
+    assert rows_of(paths["confusion_matrix.csv"]) == [
+        {"truth": "lesion", "lesion": "1", "background": "1"},
+        {"truth": "background", "lesion": "1", "background": ""},
+    ]
+
+
+def test_intervals_stand_beside_their_figures(dataset, region, tmp_path):
+    data = dataset(
+        4,
+        [region(i, 0, 0, 10, 10, category_id=1 + i % 2) for i in (1, 2, 3)],
+        classes=("a", "b"),
+    )
+    results = [region(i, 0, 0, 10, 7 + i, category_id=1 + i % 2, score=1 - i / 10) for i in (1, 2)]
+    point = OperatingPoint(0.8, "f1", "val")
+    scored = evaluate_lesions(data, results, operating_point=point, bootstrap=Bootstrap(50))
+    paths = write_results(scored, tmp_path)
+    assert "per_patient.csv" not in paths
+    written = json.loads(paths["metrics.json"].read_text(), parse_constant=refuse)
+    assert {key: written["tau_val"][key] for key in ("tau", "rule", "dataset")} == {
+        "tau": 0.8,
+        "rule": "f1",
+        "dataset": "val",
+    }
+    assert written["confusion_matrix"] == {
+        "classes": ["a", "b", "background"],
+        "counts": [[1, 0, 0], [0, 1, 1], [0, 0, None]],
+    }
+    assert list(written["by_class"]) == ["a", "b"]
+    small = written["by_size"]["coco"]["small"]
+    groups = (written["lesion"], written["tau_val"]["image"], written["by_class"]["b"], small)
+    for group in groups:
+        low, high = group["recall_ci"]
+        assert low <= group["recall"] <= high
+    assert "n_ci" not in small and "n_ci" not in written["calibration"]
+    assert written["by_class"]["a"]["recall_ci"][1] == 100
+    assert written["froc"]["mean_ci"][0] < written["froc"]["mean"]
+    assert written["calibration"]["brier_ci"][0] <= written["calibration"]["brier"]
+    row = next(row for row in rows_of(paths["by_size.csv"]) if row["size"] == "small")
+    assert float(row["recall_low"]) == small["recall_ci"][0]
+
+
+def test_sources(tmp_path, monkeypatch):
+    (tmp_path / "gt.json").write_bytes(b"{}\n")
+    monkeypatch.chdir(tmp_path)
+    assert sources("gt.json", "dt.json", None, checkpoint="c") == {
+        "gt": str(tmp_path / "gt.json"),
+        # sha256sum's
+        "gt_sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356",
+        "image_root": None,
+        "dt": str(tmp_path / "dt.json"),
+        "checkpoint": "c",
+        "checkpoint_sha256": None,
+    }
+
+
 def test_nothing_is_left_beside_the_files(paths):
     names = {path.name for path in paths["metrics.json"].parent.iterdir()}
-    assert names == {"metrics.json", "per_image.csv", "pr_curve.csv"}
+    assert names == set(paths)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
