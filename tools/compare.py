@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 from imrcnn_d2.evaluation.bootstrap import Bootstrap
-from imrcnn_d2.report.compare import PRIMARY, compare
+from imrcnn_d2.report.compare import compare
+from imrcnn_d2.report.compare_differences import PRIMARY
 from imrcnn_d2.report.compare_files import write_comparison
 from imrcnn_d2.report.compare_runs import gather
 from imrcnn_d2.report.runs import load_run

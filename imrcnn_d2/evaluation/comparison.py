@@ -215,7 +215,9 @@ def check_same_units(first, second, names=("the first", "the second")):
     same = [c["name"] for c in one.categories] == [c["name"] for c in two.categories]
     for field in ("image", "category", "boxes"):
         same = same and np.array_equal(getattr(one.regions, field), getattr(two.regions, field))
-    if not same or not np.array_equal(one.crowd, two.crowd):
+    for field in ("crowd", "area"):
+        same = same and np.array_equal(getattr(one, field), getattr(two, field))
+    if not same:
         raise ValueError(
             f"The test sets of {of} have the same images but different lesions or classes: only "
             "models scored against the same ground truth can be compared."

@@ -2,79 +2,18 @@
 
 import logging
 import math
-from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from ..evaluation.comparison import (
-    ModelFigures,
-    check_same_units,
-    image_level_test,
-    model_figures,
-    paired_difference,
-)
-from ..evaluation.significance import corrected_resampled_t_test, holm
+from ..evaluation.comparison import ModelFigures, check_same_units, model_figures
+from .compare_differences import PRIMARY, bootstrap_tests, fold_tests
 from .compare_runs import Gathered, training_images
 
-__all__ = ["ENDPOINTS", "Comparison", "Test", "compare"]
+__all__ = ["Comparison", "compare"]
 
 logger = logging.getLogger(__name__)
-
-PRIMARY = "segm/AP50_voc"
-# What is tested, fixed before any figure is seen: the more tests, the weaker each. As
-# group/figure; those that a comparison does not have are left out.
-ENDPOINTS = (
-    "segm/AP50_voc",
-    "bbox/AP50_voc",
-    "segm/AP",
-    "bbox/AP",
-    "lesion/iou",
-    "lesion/iou_box",
-    "lesion/precision",
-    "lesion/recall",
-    "lesion/f1",
-    "tau_val.lesion/precision",
-    "tau_val.lesion/recall",
-    "tau_val.lesion/f1",
-    "image/recall",
-    "image/specificity",
-    "image/auroc",
-    "image/miou",
-    "patient/recall",
-    "patient/specificity",
-    "patient/auroc",
-)
-
-
-@dataclass(frozen=True)
-class Test:
-    """
-    One difference between two models.
-
-    Attributes:
-        first, second (str): labels of the models.
-        endpoint (str): group/figure.
-        estimate, low, high (float): first minus second, with its 95 % interval.
-        p (float): two-sided.
-        p_holm (float): adjusted by Holm's method; NaN for the primary endpoint.
-        primary (bool): the one endpoint that is not adjusted.
-        test (str): its name.
-        undefined_share (float): of the resamples, left out.
-    """
-
-    first: str
-    second: str
-    endpoint: str
-    estimate: float
-    low: float
-    high: float
-    p: float
-    p_holm: float
-    primary: bool
-    test: str
-    undefined_share: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,101 +118,19 @@ def compare(gathered, bootstrap, *, primary=PRIMARY, baseline=None):
         settings["unit"] = next(iter(models.values())).measures.unit
     every = runs + [run for own in gathered.folds.values() for seeds in own for run in seeds]
     remarks = [*gathered.remarks, *(remark for run in every for remark in _stale(run))]
+    remarks += _gaps(models, folds, primary)
     return Comparison(
         gathered,
         models,
         folds,
-        _bootstrap_tests(gathered.split, models, primary, baseline),
-        _fold_tests(folds, n_train, n_test, primary, baseline) if n_train else [],
+        bootstrap_tests(gathered.split, models, primary, baseline),
+        fold_tests(folds, n_train, n_test, primary, baseline) if n_train else [],
         n_train,
         n_test,
         primary,
         settings,
         remarks,
     )
-
-
-def _pairs(labels, baseline):
-    """The pairs to compare: the later one given is the first, being the newer model."""
-    if baseline is None or baseline not in labels:
-        return [(b, a) for a, b in combinations(labels, 2)]
-    return [(label, baseline) for label in labels if label != baseline]
-
-
-def _endpoints(primary, has):
-    """The primary endpoint and those of ENDPOINTS for which ``has(group, figure)``."""
-    chosen = dict.fromkeys([primary, *ENDPOINTS])
-    return [endpoint for endpoint in chosen if has(*endpoint.split("/"))]
-
-
-def _bootstrap_tests(split, models, primary, baseline):
-    tests = []
-    for first, second in _pairs(list(models), baseline):
-        pair = models[first], models[second]
-
-        def has(group, figure, pair=pair):
-            return all(
-                figure in model.resampled.get(group, ())
-                and not math.isnan(model.figures[group][figure])
-                for model in pair
-            )
-
-        for endpoint in _endpoints(primary, has):
-            difference = paired_difference(*pair, *endpoint.split("/"))
-            tests.append(_test(first, second, endpoint, difference, "paired bootstrap", primary))
-        results = [[run.results for run in split[label]] for label in (first, second)]
-        for prefix in ("", "tau_val."):
-            outcome = image_level_test(*results, tau_val=bool(prefix))
-            if outcome is not None:
-                endpoint = f"{prefix}image/accuracy"
-                difference = paired_difference(*pair, *endpoint.split("/"))
-                name = f"McNemar's exact, {outcome.only_first} : {outcome.only_second}"
-                test = _test(first, second, endpoint, difference, name, primary)
-                tests.append(replace(test, p=outcome.p))
-    return _adjusted(tests)
-
-
-def _fold_tests(folds, n_train, n_test, primary, baseline):
-    tests = []
-    for first, second in _pairs(list(folds), baseline):
-
-        def of_folds(group, figure, pair=(first, second)):
-            """(2, k) figures of the two models; NaN where a fold has none."""
-            return np.array(
-                [
-                    [one.figures.get(group, {}).get(figure, np.nan) for one in folds[label]]
-                    for label in pair
-                ]
-            )
-
-        def has(group, figure, of_folds=of_folds):
-            return np.isfinite(of_folds(group, figure)).all()
-
-        for endpoint in _endpoints(primary, has):
-            one, two = of_folds(*endpoint.split("/"))
-            difference = corrected_resampled_t_test(one - two, n_train, n_test)
-            name = "corrected resampled t-test"
-            tests.append(_test(first, second, endpoint, difference, name, primary))
-    return _adjusted(tests)
-
-
-def _test(first, second, endpoint, difference, name, primary):
-    return Test(
-        first=first,
-        second=second,
-        endpoint=endpoint,
-        **asdict(difference),
-        p_holm=math.nan,
-        primary=endpoint == primary,
-        test=name,
-    )
-
-
-def _adjusted(tests):
-    """All but those of the primary endpoint are one family of tests."""
-    family = [test for test in tests if not test.primary]
-    adjusted = iter(holm([test.p for test in family]))
-    return [test if test.primary else replace(test, p_holm=float(next(adjusted))) for test in tests]
 
 
 def _sizes(folds):
@@ -284,6 +141,24 @@ def _sizes(folds):
     n_train = [training_images(run) for run in runs]
     n_test = float(np.mean([run.results.meta["images"] for run in runs]))
     return (None if None in n_train else float(np.mean(n_train))), n_test
+
+
+def _gaps(models, folds, primary):
+    """[a remark for each model that lacks what others have, or what is to be tested]."""
+    remarks = []
+    group, _, figure = primary.partition("/")
+    for label, own in [*((k, [v]) for k, v in models.items()), *folds.items()]:
+        if any(math.isnan(one.figures[group][figure]) for one in own):
+            remarks.append(
+                f"The primary endpoint {primary} is undefined for {label}: choose another, such as "
+                "--primary bbox/AP50_voc where there are boxes only."
+            )
+        if any(None in one.taus for one in own):
+            remarks.append(
+                f"{label} has no operating point of its own (tau_val): evaluate it again with "
+                "tools/train_net.py --eval-only, or with tools/evaluate.py --tau-from."
+            )
+    return list(dict.fromkeys(remarks))
 
 
 def _stale(run):

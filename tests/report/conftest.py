@@ -1,0 +1,124 @@
+"""Simulated runs: folders as a training leaves them, scored on images of rectangles."""
+
+import hashlib
+import json
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+
+from imrcnn_d2.evaluation import evaluate_lesions
+from imrcnn_d2.evaluation.files import write_results
+from imrcnn_d2.evaluation.operating_point import OperatingPoint
+
+SIZE = 60
+
+
+def rectangle(image_id, x, y, width, height, category_id=1, **fields):
+    """A COCO annotation; with a ``score`` a COCO result."""
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[y : y + height, x : x + width] = 1
+    rle = mask_util.encode(np.asfortranarray(mask))
+    return {
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [x, y, width, height],
+        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+        **fields,
+    }
+
+
+def ground_truth(path, images=24, first=1, classes=("polyp",), per_patient=None):
+    """Write a COCO file of images with 0, 1, 2, 0, 1, ... lesions; returns its path."""
+    rng = np.random.default_rng(first)
+    records, annotations = [], []
+    for number in range(first, first + images):
+        record = {"id": number, "file_name": f"{number}.png", "height": SIZE, "width": SIZE}
+        if per_patient:
+            record["patient_id"] = f"p{number // per_patient}"
+        records.append(record)
+        for lesion in range(number % 3):
+            x, y = 2 + 30 * lesion, int(rng.integers(2, 30))
+            box = x, y, *rng.integers(12, 24, 2).tolist()
+            category = int(rng.integers(1, len(classes) + 1))
+            annotations.append(rectangle(number, *box, category, id=len(annotations) + 1))
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps({"images": records, "annotations": annotations, "categories": categories})
+    )
+    return path
+
+
+def detections(gt, skill, seed):
+    """Most lesions, moved by a pixel or two, and false alarms: the fewer the higher the skill."""
+    rng = np.random.default_rng(seed)
+    content = json.loads(gt.read_text())
+    found = []
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        if rng.random() < skill:
+            box = x + int(rng.integers(0, 3)), y + int(rng.integers(0, 3)), width, height
+            score = float(rng.uniform(0.5, 1))
+            found.append(
+                rectangle(annotation["image_id"], *box, annotation["category_id"], score=score)
+            )
+    for image in content["images"]:
+        if rng.random() > skill:
+            category = int(rng.integers(1, len(content["categories"]) + 1))
+            score = float(rng.uniform(0.1, 0.9))
+            found.append(rectangle(image["id"], 40, 45, 15, 12, category, score=score))
+    return found
+
+
+@pytest.fixture(scope="session")
+def write_gt():
+    return ground_truth
+
+
+@pytest.fixture(scope="session")
+def make_detections():
+    return detections
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """
+    A function that writes an OUTPUT_DIR with its evaluation on a ground truth, as simulated
+    detections have it, and with run.json and config.yaml; returns the folder.
+    """
+
+    def do(
+        name,
+        gt,
+        *,
+        skill=0.8,
+        seed=0,
+        model="IMR-CNN",
+        backbone="R-50",
+        fold=None,
+        tau=0.7,
+        tau_val=None,
+        dataset="kvasir_seg_test",
+        lr=0.001,
+        run_json=True,
+        dt=None,
+    ):
+        output = tmp_path / "runs" / name
+        folder = output / "inference" / dataset
+        dt = detections(gt, skill, seed + 100) if dt is None else dt
+        point = None if tau_val is None else OperatingPoint(tau_val, "f1", "kvasir_seg_val")
+        results = evaluate_lesions(gt, dt, tau=tau, operating_point=point)
+        sha256 = hashlib.sha256(gt.read_bytes()).hexdigest()
+        write_results(results, folder, dataset=dataset, gt=str(gt), gt_sha256=sha256)
+        (folder / "coco_instances_results.json").write_text(json.dumps(dt))
+        config = f"DATASETS:\n  TEST: [{dataset}]\n  TRAIN: [train]\nSEED: {seed}\n"
+        (output / "config.yaml").write_text(config + f"SOLVER:\n  BASE_LR: {lr}\n")
+        if run_json:
+            record = {"model": model, "backbone": backbone, "seed": seed, "finished": "2026"}
+            record["fold"] = None if fold is None else {"index": fold[0], "of": fold[1]}
+            record["datasets"] = {"train": {"images": 64}, "val": {"images": 16}}
+            (output / "run.json").write_text(json.dumps(record))
+        return output
+
+    return do
