@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write one HTML page about a run, or about several on the same test set.
 
-    tools/report.py output/imrcnn --output report.html
-    tools/report.py MR-CNN=output/mrcnn IMR-CNN=output/imrcnn --output report.html --card card.md
+    tools/report.py output/imrcnn --output report.html --card model_card.md
+    tools/report.py MR-CNN=output/mrcnn IMR-CNN=output/imrcnn --output report.html
 
 RUN is the OUTPUT_DIR of a training, or a folder that tools/evaluate.py wrote. The page holds all it
 needs, the images among it: pass it on only as the data set's terms allow.
@@ -11,6 +11,7 @@ needs, the images among it: pass it on only as the data set's terms allow.
 import argparse
 from pathlib import Path
 
+from imrcnn_d2.report.model_card import write_model_card
 from imrcnn_d2.report.page import render_report
 from imrcnn_d2.report.runs import load_run
 
@@ -32,13 +33,21 @@ def main(argv=None):
     parser.add_argument(
         "--max-images", type=int, default=300, metavar="N", help="images in the gallery (300)"
     )
+    parser.add_argument(
+        "--card", type=Path, metavar="FILE", help="write a model card, in Markdown, of the one RUN"
+    )
     args = parser.parse_args(argv)
+    if args.card and len(args.runs) > 1:
+        parser.error("--card is of one model: give it with one RUN")
     try:
         runs = [load_run(run) for run in args.runs]
         render_report(runs, args.output, prevalences=args.prevalence, max_images=args.max_images)
+        written = [args.output]
+        if args.card:
+            written.append(write_model_card(runs[0], args.card))
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    print(f"Written: {args.output}")
+    print(f"Written: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

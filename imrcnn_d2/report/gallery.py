@@ -33,9 +33,9 @@ def gallery_data(runs, max_images=300):
         - ``overlap`` (str): "IoU", or "box IoU" where a model gives no masks.
         - ``images`` (list[dict]): ``name``, ``patient`` (str or None), ``width`` and ``height`` (of
           the original, in pixels), ``jpeg`` (base64), ``truth`` (list of SVG paths, a lesion each)
-          and ``runs``, for each model ``tp``, ``fp``, ``fn`` (lesions and detections), ``score``,
-          ``iou`` (of all that is outlined with all lesions, in percent, or None), ``missed``
-          (positions in ``truth``), ``hits`` and ``alarms`` (SVG paths).
+          and ``runs``, for each model ``tp``, ``fp``, ``fn`` (lesions and detections), ``score``
+          (or None), ``iou`` (of all that is outlined with all lesions, in percent, or None),
+          ``missed`` (positions in ``truth``), ``hits`` and ``alarms`` (SVG paths).
 
         In the paths, whole numbers are the centres of the original's pixels.
 
@@ -100,7 +100,7 @@ def _found(results, row, position, lesions, scale, overlap):
         "tp": row["TP"],
         "fp": row["FP"],
         "fn": row["FN"],
-        "score": round(row["score"], 4),
+        "score": None if math.isnan(row["score"]) else round(row["score"], 4),
         "iou": None if math.isnan(iou) else round(iou, 2),
         "missed": [lesions.index(int(lesion)) for lesion in chosen["missed lesion"][1]],
         "hits": _path(*chosen["hit"], scale),

@@ -14,6 +14,7 @@ from ..evaluation.files import write_atomically
 from .cohort import cohort
 from .gallery import gallery_data
 from .outlines import STYLES
+from .page_comparison import differences
 from .page_facts import config_differences, configs, facts
 from .page_pictures import pictures
 from .page_tables import (
@@ -81,19 +82,16 @@ def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
         key_figures=key_figures(runs),
         uncertainty=_uncertainty(runs),
         notes=_notes(runs),
-        comparison=None,
+        comparison=differences(runs),
         facts=facts(runs, people["settings"]),
         config_differences=config_differences(runs),
         configs=configs(runs),
         cohort=people,
         figure_tables=figure_tables(runs),
-        figures_missing=_without(runs, "tau_val", "a threshold chosen on validation data was"),
         pictures=drawn,
         pictures_missing=undrawn,
         confusions=confusions(runs),
-        confusions_missing=_without(runs, "confusion_matrix", "the confusion matrix was"),
         size_tables=size_tables(runs),
-        sizes_missing=_without(runs, "by_size", "figures by lesion size were"),
         patients=patient_table(runs),
         screening=screening(runs, prevalences),
         gallery=gallery,
@@ -132,7 +130,7 @@ def _check(runs):
 def _hash(script):
     """The page runs this script and no other, whatever its data say."""
     digest = hashlib.sha256(script.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def _lines():
@@ -167,22 +165,25 @@ def _uncertainty(runs):
 
 
 def _notes(runs):
-    """What older runs lack."""
-    notes = []
+    """What older runs lack, and what must be known of the intervals."""
+    without = [run.name for run in runs if run.run is None]
+    notes = _said(without, "no run.json was found, so its training is not documented.")
+    without = [run.name for run in runs if not run.metrics["meta"].get("bootstrap")]
+    notes += _said(without, "evaluated without intervals.")
+    without = [run.name for run in runs if not run.metrics.get("tau_val")]
+    notes += _said(without, "no threshold chosen on validation data (τ_val) was recorded.")
     for run in runs:
-        if run.run is None:
-            notes.append(f"{run.name}: no run.json was found, so its training is not documented.")
-        if not run.metrics["meta"].get("bootstrap"):
-            notes.append(f"{run.name}: evaluated without intervals.")
         shares = run.metrics.get("undefined_shares") or {}
         if shares:
-            listed = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
-            notes.append(f"{run.name}: undefined in a share of the resamples, left out: {listed}.")
+            listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
+            notes.append(
+                f"{run.name}: resamples in which a figure is undefined, left out: {listed}."
+            )
     return notes
 
 
-def _without(runs, key, what):
-    return [f"{run.name}: {what} not recorded." for run in runs if not run.metrics.get(key)]
+def _said(names, text):
+    return [f"{', '.join(names)}: {text}"] if names else []
 
 
 def _gallery(runs, max_images):

@@ -3,7 +3,7 @@
 import pandas
 import yaml
 
-__all__ = ["config_differences", "configs", "facts"]
+__all__ = ["UNKNOWN", "config_differences", "configs", "facts"]
 
 UNKNOWN = "not recorded"
 # These differ between any two runs.
@@ -17,11 +17,10 @@ def facts(runs, settings):
         settings (dict): of the split, from :func:`imrcnn_d2.report.cohort.cohort`.
 
     Returns:
-        list[tuple[str, list[str]]]: label, and a text for each run. What no run has is
-        "not recorded" in all.
+        list[list[str]]: label, and a text for each run. What is not known is "not recorded".
     """
     columns = [_facts_of(run, settings) for run in runs]
-    return [(label, [column[label] for column in columns]) for label in columns[0]]
+    return [[label, *(column[label] for column in columns)] for label in columns[0]]
 
 
 def _facts_of(run, settings):
@@ -80,9 +79,9 @@ def _max_iter(run):
 
 
 def _training(record):
-    if record.get("hours") is None:
+    if not record.get("finished"):
         return f"started {record['started']}, not finished" if record.get("started") else None
-    return f"{record['hours']:.1f} h, until {record.get('finished', 'a time not recorded')}"
+    return f"{record['hours']:.2f} h, finished {record['finished']}"
 
 
 def _short(sha256):
@@ -94,13 +93,13 @@ def _regions(meta):
 
 
 def config_differences(runs):
-    """list[tuple[str, list[str]]]: key and its values, where not all configurations agree."""
+    """list[list[str]]: key and its values, where not all configurations agree."""
     if any(run.config is None for run in runs):
         return []
     flat = [pandas.json_normalize(run.config).iloc[0].to_dict() for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config if key not in PLACES)
-    rows = [(key, [str(config.get(key, "not set")) for config in flat]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+    rows = [[key, *(str(config.get(key, "not set")) for config in flat)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def configs(runs):

@@ -1,17 +1,22 @@
-"""The page's curves, drawn by the modules that draw them for the disk, as data in the page."""
+"""The page's curves, drawn by the functions that draw them for the disk, as data in the page."""
 
 import base64
+import math
 import tempfile
 from pathlib import Path
 
 from matplotlib import rc_context
 
+from ..evaluation.rows import threshold_table
+from .calibration import draw_calibration
+from .froc import draw_froc
 from .pr_curve import draw_pr_curves
 from .roc_curve import draw_roc_curves
+from .thresholds import draw_thresholds
 
 __all__ = ["pictures"]
 
-POINTS_TO_PIXELS = 96 / 72
+PIXELS = 96  # CSS's in an inch
 
 
 def pictures(runs):
@@ -23,49 +28,86 @@ def pictures(runs):
         tuple[list[dict], list[str]]: pictures, with title, caption, alt, source (a data URL), width
         and height in pixels; and why some are missing.
     """
-    tau = runs[0].metrics["meta"]["tau"]
-    drawn, missing = [], []
-    curves = _pr_curves(runs)
-    said = "; ".join(f"{name}: {100 * curve.area:.1f}" for name, curve in curves.items())
-    drawn.append(
-        {
-            "title": "Precision and recall",
-            "caption": "Thick: the envelope, whose area is AP50_voc. Diamond: break-even point.",
-            "alt": f"Precision-recall curves at IoU 0.5. Area in percent: {said or 'no curve'}.",
-            **_as_data(draw_pr_curves, curves, tau=tau),
-        }
-    )
-    counts = {run.name: run.results.counts for run in runs}
+    missing = [
+        f"{run.name} gives no scores, so it has no curves."
+        for run in runs
+        if not run.results.detections.scored
+    ]
+    results = {run.name: run.results for run in runs if run.results.detections.scored}
+    if not results:
+        return [], missing
+    tau = {"tau": runs[0].metrics["meta"]["tau"]}
+    measures = {name: own.measures for name, own in results.items()}
+    drawn = [
+        _picture(
+            "Precision and recall",
+            "Thick: the envelope, whose area is AP50_voc. Diamond: break-even point.",
+            {name: 100 * curve.area for name, curve in _pr_curves(results).items()},
+            "area under the precision-recall curve in percent",
+            _as_data(draw_pr_curves, _pr_curves(results), **tau),
+        ),
+        _picture(
+            "Free-response ROC",
+            "Lesions found against false alarms an image. Mean: of the seven marked rates.",
+            {name: own.froc["mean"] for name, own in results.items()},
+            "mean sensitivity in percent",
+            _as_data(draw_froc, {name: own.froc for name, own in measures.items()}, **tau),
+        ),
+    ]
+    counts = {name: own.counts for name, own in results.items()}
     positive = runs[0].results.counts.positive
     if positive.any() and not positive.all():
-        areas = [(run.name, run.metrics["image"].get("auroc")) for run in runs]
-        said = "; ".join(f"{name}: {area:.1f}" for name, area in areas if area is not None)
         drawn.append(
-            {
-                "title": "Receiver operating characteristic of images",
-                "caption": "An image’s score is that of its highest detection, 0 without one.",
-                "alt": f"ROC curves. Area in percent: {said}.",
-                **_as_data(draw_roc_curves, counts, tau=tau),
-            }
+            _picture(
+                "ROC of images",
+                "An image’s score is that of its highest detection, 0 without one.",
+                {name: own.image["auroc"] for name, own in results.items()},
+                "area under the ROC curve in percent",
+                _as_data(draw_roc_curves, counts, **tau),
+            )
         )
     else:
         kind = "without" if positive.any() else "with"
-        missing.append(
-            f"No ROC curve: the test set has no image {kind} a lesion, so specificity or "
-            "sensitivity is undefined."
-        )
+        missing.append(f"No ROC curve: the test set has no image {kind} a lesion.")
+    drawn += [
+        _picture(
+            "Calibration",
+            "Do 80 % of the detections scored 0.8 hit a lesion? Below: how many there are.",
+            {name: own.calibration["ece"] for name, own in results.items()},
+            "expected calibration error in percent",
+            _as_data(draw_calibration, {name: own.calibration for name, own in measures.items()}),
+        ),
+        _picture(
+            "Figures over the threshold",
+            "To look at. A threshold that is chosen here is no longer tested by these data.",
+            {},
+            "precision, recall, F1 and specificity at score thresholds from 0.05 to 0.95",
+            _as_data(
+                draw_thresholds,
+                {name: threshold_table(own) for name, own in results.items()},
+                **tau,
+            ),
+        ),
+    ]
     return drawn, missing
 
 
-def _pr_curves(runs):
+def _picture(title, caption, values, what, data):
+    known = {name: value for name, value in values.items() if not math.isnan(value)}
+    said = "; ".join(f"{name}: {value:.1f}" for name, value in known.items())
+    alt = f"{title}: {what}{f'. {said}' if said else ''}."
+    return {"title": title, "caption": caption, "alt": alt, **data}
+
+
+def _pr_curves(results):
     """{name: PRCurve}: one a run, or one for each of its classes."""
     curves = {}
-    for run in runs:
-        kind = "segm" if any(kind == "segm" for kind, _, _ in run.results.curves) else "bbox"
-        own = [(name, curve) for of, name, curve in run.results.curves if of == kind]
-        for name, curve in own:
+    for run, own in results.items():
+        kind = "segm" if any(kind == "segm" for kind, _, _ in own.curves) else "bbox"
+        of_run = [(name, curve) for of, name, curve in own.curves if of == kind]
+        for name, curve in of_run:
             if curve.num_gt and len(curve.score):
-                curves[run.name if len(own) == 1 else f"{run.name}, {name}"] = curve
+                curves[run if len(of_run) == 1 else f"{run}, {name}"] = curve
     return curves
 
 
@@ -76,9 +118,5 @@ def _as_data(draw, *args, **kwargs):
         path = Path(folder) / "picture.svg"
         figure = draw(*args, path, **kwargs)
         content = base64.b64encode(path.read_bytes()).decode()
-    width, height = (round(inches * 72 * POINTS_TO_PIXELS) for inches in figure.get_size_inches())
-    return {
-        "source": f"data:image/svg+xml;base64,{content}",
-        "width": width,
-        "height": height,
-    }
+    width, height = (round(PIXELS * inches) for inches in figure.get_size_inches())
+    return {"source": f"data:image/svg+xml;base64,{content}", "width": width, "height": height}

@@ -1,7 +1,9 @@
 """The tables of the page: figures with their intervals, model by model."""
 
+import itertools
 import math
 
+from ..evaluation.rows import patient_rows
 from .predictive_values import predictive_values
 
 __all__ = [
@@ -69,13 +71,13 @@ def cell(figures, name):
     """
     value, interval = figures.get(name), figures.get(f"{name}_ci")
     if name in COUNTS:
-        return {"text": "n/a" if value is None else f"{value:,.0f}", "interval": "", "bar": None}
+        return _text("n/a" if value is None else f"{value:,.0f}")
     return _cell(value, interval, digits=2 if name in NOT_PERCENT else 1)
 
 
 def _cell(value, interval=None, digits=1):
     if value is None or math.isnan(value):
-        return {"text": "n/a", "interval": "", "bar": None}
+        return _text("n/a")
     known = interval and None not in interval and not any(map(math.isnan, interval))
     low, high = interval if known else (value, value)
     return {
@@ -83,6 +85,10 @@ def _cell(value, interval=None, digits=1):
         "interval": f"[{low:.{digits}f}, {high:.{digits}f}]" if known else "",
         "bar": [round(number, 2) for number in (value, low, high)] if digits == 1 else None,
     }
+
+
+def _text(text):
+    return {"text": text, "interval": "", "bar": None}
 
 
 def key_figures(runs):
@@ -133,7 +139,7 @@ def figure_tables(runs):
         if not any(chosen):
             continue
         rows = _rows(wanted, [own.get(unit) or {} for own in chosen])
-        thresholds = [{"text": f"{own['tau']:.3g}"} if own else {"text": "n/a"} for own in chosen]
+        thresholds = [_text(f"{own['tau']:.3g}" if own else "n/a") for own in chosen]
         rules = ", ".join(sorted({str(own.get("rule")) for own in chosen if own}))
         label = {"label": "score threshold", "hint": f"rule: {rules}", "cells": thresholds}
         caption = "At the threshold that was chosen on validation data"
@@ -154,16 +160,16 @@ def confusions(runs):
     """list[dict]: name, tau, classes and rows [(class, [(count, share of the row)])]."""
     tables = []
     for run in runs:
-        matrix = run.metrics.get("confusion_matrix")
-        if not matrix:
-            continue
+        matrix = run.results.confusion
         rows = []
-        for name, counts in zip(matrix["classes"], matrix["counts"], strict=True):
+        for name, counts in zip(matrix.classes, matrix.rows(), strict=True):
             total = sum(count for count in counts if count) or 1
-            shares = [("–", 0) if n is None else (f"{n:,}", round(n / total, 3)) for n in counts]
-            rows.append((name, shares))
+            # False alarms are a share of nothing that can be counted.
+            shaded = name != matrix.classes[-1]
+            shares = [(f"{n:,}", round(n / total, 3) * shaded) for n in counts if n is not None]
+            rows.append((name, shares + [("–", 0)] * (len(counts) - len(shares))))
         tau = f"{run.metrics['meta']['tau']:g}"
-        tables.append({"name": run.name, "tau": tau, "classes": matrix["classes"], "rows": rows})
+        tables.append({"name": run.name, "tau": tau, "classes": matrix.classes, "rows": rows})
     return tables
 
 
@@ -173,20 +179,18 @@ def size_tables(runs):
         "share_of_image": f"Sensitivity and IoU by share of the image’s area, {_at(runs)}",
         "coco": f"By COCO’s sizes (below 32², below 96² pixels, larger), {_at(runs)}",
     }
-    known = [run for run in runs if run.metrics.get("by_size")]
+    # Runs older than these figures have no record of them; the detections tell them anyway.
+    known = [run.metrics.get("by_size") or run.results.by_size for run in runs]
     tables = []
     for key, caption in captions.items():
-        own = [run for run in known if run.metrics["by_size"].get(key)]
-        if not own:
+        if not all(key in sizes for sizes in known):
             continue
-        first = own[0].metrics["by_size"][key]
         columns = ["size", "lesions"]
-        columns += [f"{run.name}: {name}" for run in own for name in ("sensitivity", "IoU")]
+        columns += [f"{run.name}: {name}" for run in runs for name in ("sensitivity", "IoU")]
         rows = []
-        for size, figures in first.items():
-            groups = [run.metrics["by_size"][key][size] for run in own]
-            cells = [cell(group, name) for group in groups for name in ("recall", "iou")]
-            rows.append({"label": size, "cells": [cell(figures, "n"), *cells]})
+        for size, figures in known[0][key].items():
+            cells = [cell(own[key][size], name) for own in known for name in ("recall", "iou")]
+            rows.append({"label": size, "hint": "", "cells": [cell(figures, "n"), *cells]})
         tables.append({"caption": caption, "columns": columns, "rows": rows})
     return tables
 
@@ -198,20 +202,15 @@ def patient_table(runs, most=50):
     if not images or any(record.get("patient_id") is None for record in images):
         note = "Patients are not known: the images have no patient_id, so that intervals and "
         return {"rows": [], "notes": [note + "figures take each image as a patient of its own."]}
-    patients = {}
-    for position, record in enumerate(images):
-        patients.setdefault(str(record["patient_id"]), []).append(position)
-    keys = ("TP", "FP", "FN")
-    sums = {
-        patient: [[sum(own.per_image[p][k] for p in at) for k in keys] for own in scored]
-        for patient, at in patients.items()
-    }
-    ranked = sorted(sums, key=lambda patient: -sum(own[1] + own[2] for own in sums[patient]))
-    rows = []
-    for patient in ranked[:most]:
-        at = patients[patient]
-        lesions = sum(scored[0].per_image[p]["n_gt"] for p in at)
-        rows.append([patient, len(at), lesions, *(" / ".join(map(str, s)) for s in sums[patient])])
+    own = [patient_rows(one.ground_truth, one.counts, one.detections.scored) for one in scored]
+    patients = sorted(
+        zip(*own, strict=True), key=lambda of: -sum(row["FP"] + row["FN"] for row in of)
+    )
+    rows = [
+        [str(of[0]["patient_id"]), of[0]["images"], of[0]["n_gt"]]
+        + [f"{row['TP']} / {row['FP']} / {row['FN']}" for row in of]
+        for of in patients[:most]
+    ]
     columns = ["patient", "images", "lesions"]
     columns += [f"{run.name}: hits / false alarms / missed" for run in runs]
     caption = f"{len(rows)} of {len(patients)} patients, most errors first, {_at(runs)}"
@@ -220,33 +219,37 @@ def patient_table(runs, most=50):
 
 def screening(runs, prevalences):
     """dict: caption, rows, sentences and missing (list[str])."""
-    rows, sentences, missing = [], [], []
-    for run in runs:
-        if run.metrics["image"].get("specificity") is None:
-            missing.append(
-                f"{run.name}: PPV and NPV are undefined. The test set has no image without a "
-                "lesion, so it cannot tell how often the model raises a false alarm on one "
-                "(specificity)."
-            )
-    if len(missing) == len(runs):
-        return {"rows": [], "sentences": [], "missing": missing}
-    for prevalence in prevalences:
-        cells = [[_predicted(run, prevalence, which) for run in runs] for which in (0, 1)]
-        for label, own in zip(("PPV", "NPV"), cells, strict=True):
-            rows.append({"label": f"{label} at {100 * prevalence:g} %", "cells": own})
-        for run in runs:
-            sentences += _in_natural_frequencies(run, prevalence)
+    for prevalence in prevalences:  # a wrong one is an error whatever the data
+        predictive_values(100, 100, prevalence)
+    if not runs[0].results.meta["lesion_free_images"]:
+        text = (
+            "PPV and NPV are undefined: the test set has no image without a lesion, so it cannot "
+            "tell how often a model raises a false alarm on one (specificity is undefined)."
+        )
+        return {"rows": [], "sentences": [], "missing": [text]}
+    points = {_at(runs): [run.metrics["image"] for run in runs]}
+    chosen = [(run.metrics.get("tau_val") or {}).get("image") for run in runs]
+    if all(chosen):
+        points["τ_val"] = chosen
+    rows, sentences = [], []
+    for at, images in points.items():
+        for prevalence in prevalences:
+            for which, label in enumerate(("PPV", "NPV")):
+                cells = [_predicted(image, prevalence, which) for image in images]
+                label = f"{label} at {100 * prevalence:g} %"
+                rows.append({"label": label, "hint": at, "cells": cells})
+    for run, prevalence in itertools.product(runs, prevalences):
+        sentences.append(_in_natural_frequencies(run, prevalence))
     caption = (
-        f"Images, {_at(runs)}. In brackets: with sensitivity and specificity both at the lower and "
-        "both at the upper end of their 95 % intervals, so wider than a 95 % interval"
+        "In brackets: with sensitivity and specificity both at the lower and both at the upper end "
+        "of their 95 % intervals, so wider than a 95 % interval"
     )
-    return {"rows": rows, "caption": caption, "sentences": sentences, "missing": missing}
+    return {"rows": rows, "caption": caption, "sentences": sentences, "missing": []}
 
 
-def _predicted(run, prevalence, which):
-    """The cell of PPV (0) or NPV (1)."""
-    image = run.metrics["image"]
-    if image.get("specificity") is None or image.get("recall") is None:
+def _predicted(image, prevalence, which):
+    """The cell of PPV (0) or NPV (1), of the figures of images."""
+    if image["specificity"] is None or image["recall"] is None:
         return _cell(None)
     value = predictive_values(image["recall"], image["specificity"], prevalence)[which]
     limits = image.get("recall_ci"), image.get("specificity_ci")
@@ -258,12 +261,12 @@ def _predicted(run, prevalence, which):
 
 
 def _in_natural_frequencies(run, prevalence):
-    image = run.metrics["image"]
-    if image.get("specificity") is None or image.get("recall") is None:
-        return []
-    ill = 1000 * prevalence
+    image, ill = run.metrics["image"], 1000 * prevalence
+    if image["recall"] is None:
+        return f"{run.name}: sensitivity is undefined, as no image shows a lesion."
     hits, alarms = ill * image["recall"] / 100, (1000 - ill) * (1 - image["specificity"] / 100)
-    return [
-        f"{run.name}: of 1,000 images of which {ill:g} show a lesion, {hits + alarms:.0f} raise an "
-        f"alarm, {hits:.1f} of them rightly; {ill - hits:.1f} lesions stay unseen."
-    ]
+    return (
+        f"{run.name}, {_at([run])}: of 1,000 images of which {ill:g} show a lesion, "
+        f"{hits + alarms:.0f} raise an alarm, {hits:.1f} of them rightly; {ill - hits:.1f} with a "
+        "lesion raise none."
+    )

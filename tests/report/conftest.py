@@ -6,8 +6,14 @@ import json
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+import yaml
+from PIL import Image
 
+from imrcnn_d2.data.prepare import SplitOptions, prepare_dataset
+from imrcnn_d2.data.rejects import BadInputError, Rejects
+from imrcnn_d2.data.synthetic import generate
 from imrcnn_d2.evaluation import evaluate_lesions
+from imrcnn_d2.evaluation.bootstrap import Bootstrap
 from imrcnn_d2.evaluation.files import write_results
 from imrcnn_d2.evaluation.operating_point import OperatingPoint
 
@@ -122,3 +128,89 @@ def write_run(tmp_path):
         return output
 
     return do
+
+
+# The names of two files of the study: markup if they were not escaped.
+STUDY_MODELS = {"MR-CNN": 0.6, "IBMR-CNN": 0.75, "IMR-CNN": 0.9}
+HOSTILE_NAMES = ("<img src=x onerror=hacked=1>.jpg", "</script><script>hacked=1</script>.jpg")
+
+
+def found_in(coco, skill, seed):
+    """Most lesions, their masks moved by some pixels, and false alarms: few at a high skill."""
+    rng = np.random.default_rng(seed)
+    found = []
+
+    def add(image_id, mask, score):
+        rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+        counts = {"size": rle["size"], "counts": rle["counts"].decode()}
+        bbox = mask_util.toBbox(rle).tolist()
+        found.append(
+            {"image_id": image_id, "category_id": 1, "score": float(score), "bbox": bbox}
+            | {"segmentation": counts}
+        )
+
+    for annotation in coco["annotations"]:
+        if rng.random() < skill + 0.1:
+            mask = mask_util.decode(annotation["segmentation"])
+            moved = np.roll(mask, rng.integers(-6, 7, 2), (0, 1))
+            add(annotation["image_id"], moved, rng.uniform(0.45, 1))
+    for image in coco["images"]:
+        if rng.random() > skill:
+            y, x = np.mgrid[: image["height"], : image["width"]]
+            centre, radius = rng.uniform(0.2, 0.8, 2), rng.uniform(0.04, 0.12) * image["width"]
+            round_ = np.hypot(y - centre[0] * len(y), x - centre[1] * len(y)) < radius
+            add(image["id"], round_, rng.uniform(0.2, 0.95))
+    return found
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """
+    A folder with a prepared data set, ``datasets/study``, of drawn images with patients, and three
+    trained models, ``runs/<name of STUDY_MODELS>``. Among the test images are one that EXIF turns
+    and two with HOSTILE_NAMES.
+    """
+    root = tmp_path_factory.mktemp("study")
+    data, drawn = root / "datasets" / "study", root / "drawn"
+    drawn.mkdir()
+    rejects = Rejects("reject")
+    for reason in ("mask is empty", "mask is empty", "duplicate: same content as a.jpg"):
+        rejects.errors.append(BadInputError(f"scans/{len(rejects.errors)}.jpg", reason))
+    options = SplitOptions(ratio=(1, 1, 3))
+    prepare_dataset(generate(drawn, 40, 96), data, options, rejects)
+    gt = data / "annotations" / "test.json"
+    coco = json.loads(gt.read_text())
+    for image, name in zip(coco["images"], HOSTILE_NAMES, strict=False):
+        path = data / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (data / "images" / image["file_name"]).rename(path)
+        image["file_name"] = name
+    turned = data / "images" / coco["images"][2]["file_name"]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    with Image.open(turned) as image:
+        stored = image.transpose(Image.Transpose.ROTATE_90)
+    turned.unlink()  # it is a hard link
+    stored.save(turned, exif=exif, quality=95)
+    gt.write_text(json.dumps(coco))
+    for number, (name, skill) in enumerate(STUDY_MODELS.items()):
+        write_study_run(root / "runs" / name, name, gt, found_in(coco, skill, number))
+    return root
+
+
+def write_study_run(output, name, gt, dt):
+    folder = output / "inference" / "study_test"
+    point = OperatingPoint(0.62, "f1", "study_val")
+    results = evaluate_lesions(gt, dt, operating_point=point, bootstrap=Bootstrap(60))
+    sha256 = hashlib.sha256(gt.read_bytes()).hexdigest()
+    meta = {"dataset": "study_test", "gt": str(gt), "gt_sha256": sha256}
+    write_results(results, folder, checkpoint_sha256="c" * 64, **meta)
+    (folder / "coco_instances_results.json").write_text(json.dumps(dt))
+    config = {"MODEL": {"WEIGHTS": "", "PAFPN": {"ATTENTION": "cbam" if name == "IMR-CNN" else ""}}}
+    config |= {"DATASETS": {"TEST": ["study_test"]}, "SEED": 3, "OUTPUT_DIR": str(output)}
+    (output / "config.yaml").write_text(yaml.safe_dump(config))
+    record = {"model": name, "backbone": "tf_efficientnet_lite0", "seed": 3, "iterations": 300}
+    record |= {"git": {"revision": "0123abc", "dirty": True}, "device": "cpu", "hours": 0.25}
+    record |= {"started": "2026-01-01T10:00:00", "finished": "2026-01-01T10:15:00"}
+    record |= {"config_sha256": "d" * 64, "command": "tools/train_net.py", "fold": None}
+    (output / "run.json").write_text(json.dumps(record | {"datasets": {}, "splits_sha256": None}))

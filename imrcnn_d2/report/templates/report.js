@@ -30,7 +30,7 @@
     if (run.fp) said.push(number(run.fp, "false alarm", "false alarms"));
     if (run.fn) said.push(number(run.fn, "missed lesion", "missed lesions"));
     if (!said.length) said.push("rightly nothing found");
-    said.push(`score ${run.score.toFixed(2)}`);
+    if (run.score !== null) said.push(`score ${run.score.toFixed(2)}`);
     if (run.iou !== null) said.push(`${data.overlap} ${run.iou.toFixed(0)} %`);
     return said.join(", ");
   };
@@ -78,7 +78,8 @@
   const caption = (image, i) => {
     if (i < 0) return [element("b", {}, "Ground truth"), element("span", {}, lesions(image))];
     const run = image.runs[i];
-    const figures = [`score ${run.score.toFixed(2)}`];
+    const figures = [];
+    if (run.score !== null) figures.push(`score ${run.score.toFixed(2)}`);
     if (run.iou !== null) figures.push(`${data.overlap} ${run.iou.toFixed(0)}`);
     return [
       element("b", {}, data.runs[i]),
@@ -135,7 +136,7 @@
   };
 
   const errors = (image) => judged(image).reduce((sum, run) => sum + run.fp + run.fn, 0);
-  const score = (image) => Math.max(...judged(image).map((run) => run.score));
+  const score = (image) => Math.max(...judged(image).map((run) => run.score ?? 0));
   const overlap = (image, undefinedIs) => {
     const known = judged(image).map((run) => run.iou).filter((iou) => iou !== null);
     return known.length ? known.reduce((sum, iou) => sum + iou, 0) / known.length : undefinedIs;

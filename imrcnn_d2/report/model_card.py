@@ -1,0 +1,228 @@
+"""A model card in Markdown: what a run itself can say about its model."""
+
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import jinja2
+
+from ..evaluation.files import write_atomically
+from ..evaluation.test_log import read_test_log
+from .checklists import CLAIM, TRIPOD_AI
+from .cohort import cohort
+from .page_facts import UNKNOWN, facts
+from .page_tables import CURVE_FIGURES, IMAGE_FIGURES, LESION_FIGURES, UNIT_TITLES, cell
+
+__all__ = ["write_model_card"]
+
+CLAIM_SOURCE = (
+    "Checklist for Artificial Intelligence in Medical Imaging, 2024 update "
+    "([doi 10.1148/ryai.240300](https://doi.org/10.1148/ryai.240300))."
+)
+TRIPOD_SOURCE = (
+    "Collins et al., BMJ 2024 ([doi 10.1136/bmj-2023-078378]"
+    "(https://doi.org/10.1136/bmj-2023-078378)), items shortened."
+)
+
+
+def write_model_card(run, path):
+    """
+    Args:
+        run (Run):
+        path (str or Path): the Markdown file; replaced at once, or not at all.
+
+    Returns:
+        Path: the file.
+
+    Raises:
+        FileNotFoundError: the ground truth is gone.
+    """
+    people, log = cohort(run), read_test_log(run.gt_path)
+    known = {row[0]: row[1] for row in facts([run], people["settings"])}
+    answers = _answers(run, people, known)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("imrcnn_d2.report"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # it is no HTML; see _plain
+    )
+    environment.filters["plain"] = _plain
+    card = environment.get_template("model_card.md").render(
+        name=run.name,
+        dataset=run.dataset or run.gt_path.name,
+        folder=run.folder,
+        facts=known.items(),
+        cohort=people,
+        groups=_groups(run),
+        intervals=_intervals(run),
+        limits=_limits(run, people),
+        log=log,
+        looks=_looks(log),
+        checklists=[
+            (title, source, [(item, text, answers[title].get(item)) for item, text in of.items()])
+            for title, source, of in (
+                ("CLAIM", CLAIM_SOURCE, CLAIM),
+                ("TRIPOD+AI", TRIPOD_SOURCE, TRIPOD_AI),
+            )
+        ],
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        version=metadata.version("imrcnn-d2"),
+    )
+    write_atomically(path, card)
+    return Path(path)
+
+
+def _plain(text):
+    """Text of data as it is to be read: no markup of its own, and in one cell of a table."""
+    text = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _groups(run):
+    curve = run.metrics.get("segm") or {}
+    if curve.get("AP50_voc") is None:
+        curve = run.metrics.get("bbox") or {}
+    tau, chosen = run.metrics["meta"]["tau"], run.metrics.get("tau_val")
+    columns = [f"score ≥ {tau:g}"]
+    columns += [f"score ≥ {chosen['tau']:.3g} (τ_val)"] if chosen else []
+    groups = [{"title": "Over all scores", "columns": [""], "rows": _rows(CURVE_FIGURES, [curve])}]
+    for unit, title in UNIT_TITLES.items():
+        if run.metrics.get(unit):
+            wanted = LESION_FIGURES if unit == "lesion" else IMAGE_FIGURES
+            figures = [run.metrics[unit], *([chosen.get(unit) or {}] if chosen else [])]
+            groups.append({"title": title, "columns": columns, "rows": _rows(wanted, figures)})
+    return groups
+
+
+def _rows(wanted, groups):
+    rows = []
+    for name, label, hint in wanted:
+        if name in groups[0]:
+            cells = [cell(group, name) if name in group else None for group in groups]
+            texts = [f"{c['text']} {c['interval']}".strip() if c else "" for c in cells]
+            rows.append((f"{label}: {hint}" if hint else label, texts))
+    return rows
+
+
+def _intervals(run):
+    bootstrap = run.metrics["meta"].get("bootstrap")
+    if not bootstrap:
+        return "This evaluation recorded no intervals."
+    return f"Bootstrap: {bootstrap['resamples']:,} resamples of {bootstrap['unit']}s."
+
+
+def _limits(run, people):
+    meta = run.metrics["meta"]
+    limits = ["One test set, drawn from the same source as the training data, not an external one."]
+    if not meta["lesion_free_images"]:
+        limits.append(
+            "The test set has no image without a lesion: specificity, and with it PPV and NPV, are "
+            "undefined, and precision says nothing about healthy mucosa."
+        )
+    if meta.get("patients") is None:
+        limits.append(
+            "Patients are not known: one patient’s images may be in training and test data, and "
+            "intervals take images as independent, so both may be too good."
+        )
+    limits += people["notes"]
+    limits.append(
+        "Intervals are for another sample of such images, not for another training of the model."
+    )
+    if not run.metrics.get("tau_val"):
+        limits.append("No threshold was chosen on validation data; only the fixed one is given.")
+    if run.run is None:
+        limits.append("There is no record of the training (run.json).")
+    return limits
+
+
+def _looks(log):
+    if not log:
+        return "No evaluation of this test set is on record beside the data set."
+    times = "Once" if len(log) == 1 else f"{len(log)} times"
+    return (
+        f"{times} on record: each look is a chance to choose what does well on just these images."
+    )
+
+
+def _answers(run, people, known):
+    """{"CLAIM": {item: answer}, "TRIPOD+AI": {...}}: what the run and its files tell."""
+
+    def told(text):
+        """The text with facts filled in; None, so open, if one of them was not recorded."""
+        return (
+            None
+            if any(known[k] == UNKNOWN and f"{{{k}}}" in text for k in known)
+            else (text.format(**known))
+        )
+
+    meta, prepared = run.metrics["meta"], people["excluded"] is not None
+    flow = "; ".join(
+        f"{split['name'].lower()} {split['images']} images with {split['lesions']} lesions"
+        + (f" of {split['patients']} patients" if split["patients"] else "")
+        for split in people["splits"]
+    )
+    if prepared:
+        flow = f"{people['offered']} images offered, {people['excluded']} excluded; {flow}"
+    thresholds = told("fixed at {Score threshold τ}")
+    if run.metrics.get("tau_val"):
+        thresholds += told("; chosen on validation data: {τ chosen on validation}")
+    metrics = (
+        "AP (COCO’s, and all-point at IoU 0.5), sensitivity, precision, F1, IoU and Dice of "
+        "lesions; sensitivity, specificity, AUROC, mIoU and mDice of images; FROC, calibration."
+    )
+    claim = {
+        "22": told("{Model}, backbone {Backbone}; everything else: config.yaml."),
+        "23": told("{Versions}"),
+        "28": metrics,
+        "29": _intervals(run) if meta.get("bootstrap") else None,
+        "35": f"{flow}.",
+        "37": "See Results.",
+        "38": "See Results.",
+        "39": "The report’s gallery: images by outcome and by model, worst first.",
+        "40": "See Limits; the authors may know more.",
+        "42": told("Code revision {Code revision}; config sha256 {Config, sha256}."),
+    }
+    tripod = {
+        "12e": metrics,
+        "12g": told("By the code at revision {Code revision}, weights {Weights, sha256}."),
+        "15": f"Outlines with scores in [0, 1]. Score thresholds: {thresholds}.",
+        "20a": f"{flow}.",
+        "21": f"{flow}.",
+        "22": told("Weights, sha256 {Weights, sha256}; config.yaml."),
+        "23a": "See Results; by lesion size: the report.",
+        "26": "See Limits; the authors may know more.",
+    }
+    if prepared:
+        by_patient = people["settings"].get("split_by") == "patient"
+        same = "Patient." if by_patient else "Image: one patient’s images may be in several."
+        checked = "Files are decoded and checked, turned as EXIF says and made 8-bit RGB."
+        rejected = "Unusable images and annotations are left out and listed; nothing is filled in."
+        claim |= {"9": checked, "12": rejected, "19": people["caption"], "20": same}
+        claim["32"] = f"{run.dataset or run.gt_path.name} is a split of the same data."
+        tripod |= {"7": checked, "11": rejected, "12a": people["caption"]}
+    if run.run is not None:
+        training = told(
+            "{Iterations} iterations, seed {Seed}, on {Device}; optimizer, augmentation and all "
+            "other settings: config.yaml."
+        )
+        selected = (
+            "Largest mean of lesion-level precision, recall, F1 and image-level specificity on "
+            "validation data, of those that they define."
+        )
+        claim |= {"1": "Deep learning: instance segmentation.", "25": training, "26": selected}
+        claim |= {"24": _initial(run), "27": "None."}
+        tripod["12c"] = claim["22"] and training and f"{claim['22']} {training} {selected}"
+        tripod |= {"12f": "None.", "24": "None."}
+    return {"CLAIM": claim, "TRIPOD+AI": tripod}
+
+
+def _initial(run):
+    """Where training started from."""
+    model = (run.config or {}).get("MODEL") or {}
+    weights = model.get("WEIGHTS") or (model.get("TIMM") or {}).get("WEIGHTS")
+    return (
+        f"From {weights}; layers it lacks: as config.yaml says, else at random."
+        if weights
+        else None
+    )
