@@ -151,7 +151,7 @@ def _gaps(models, folds, primary):
         if any(math.isnan(one.figures[group][figure]) for one in own):
             remarks.append(
                 f"The primary endpoint {primary} is undefined for {label}: choose another, such as "
-                "--primary bbox/AP50_voc where there are boxes only."
+                "--primary bbox/AP50_voc where there are boxes only, lesion/iou without scores."
             )
         if any(None in one.taus for one in own):
             remarks.append(

@@ -42,7 +42,8 @@ DEFINITIONS = {
     "McNemar": "exact test of which images are called rightly at the threshold; given are how many "
     "images the first and the second model alone has right.",
     "Folds": "corrected resampled t-test (Nadeau and Bengio 2003): the variance of the mean of k "
-    "folds is (1 / k + n_test / n_train) s^2, since their training sets overlap.",
+    "folds is (1 / k + n_test / n_train) s^2, since their training sets overlap; n/a where all "
+    "folds differ by the same amount.",
     "Holm": "p-values but those of the primary endpoint are adjusted together, within each table. "
     "The primary endpoint is not adjusted: with several pairs of models, judge the one pair that "
     "was meant beforehand (--baseline).",
@@ -120,8 +121,9 @@ def _curves(comparison, kind):
                     for own_kind, name, curve in seeds[0].results.curves
                     if (own_kind, name) == (kind, category) and curve.num_gt
                 ]
+                seed = f", seed {folds[0][0].seed}" if len(folds[0]) > 1 else ""
                 if curves:
-                    own[f"{label} ({len(folds)} folds pooled)"] = _pooled(curves)
+                    own[f"{label} ({len(folds)} folds pooled{seed})"] = _pooled(curves)
     return {name: own for name, own in panels.items() if own}
 
 
@@ -233,7 +235,9 @@ def _page(comparison, tables, pictures, definitions):
             lines += [f"![Precision-recall curves]({path.name})", ""]
     lines += [
         "Thin: the curve; thick: its envelope, whose area is AP50_voc. Diamonds: break-even "
-        "points, where precision equals recall.",
+        "points, where precision equals recall."
+        if pictures
+        else "No curves: the results know no scores, or there is no lesion.",
         "",
     ]
     lines += ["## How each number is defined", ""]

@@ -67,6 +67,7 @@ def _published_row(value, **more):
     return {
         "model": value.model,
         "source": "published",
+        "runs": "",
         "figure": value.figure,
         **more,
         "value": value.value,

@@ -11,13 +11,13 @@ from pathlib import Path
 import yaml
 
 from ..evaluation import evaluate_lesions
+from ..evaluation.files import RESULTS
 from ..evaluation.operating_point import OperatingPoint
 
 __all__ = ["Run", "load_run"]
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "coco_instances_results.json"
 SPLITS = ("train", "val", "test")
 
 
@@ -129,12 +129,15 @@ class Run:
             ValueError: they are not what was scored.
         """
         meta = self.metrics["meta"]
-        places = [self.folder / RESULTS, *([Path(meta["dt"])] if meta.get("dt") else [])]
-        detections = next((place for place in places if place.is_file()), None)
+        places = [Path(meta["dt"])] if meta.get("dt") else []
+        if meta.get("scored", True):  # a folder of masks has no scores, its copy here has
+            places.insert(0, self.folder / RESULTS)
+        detections = next((place for place in places if place.exists()), None)
         if detections is None:
             raise FileNotFoundError(
-                f"{self.folder} has no {RESULTS}: evaluate the model again (tools/train_net.py "
-                "--eval-only), or its results (tools/evaluate.py)."
+                f"{self.folder}: its detections are not there "
+                f"({', '.join(map(str, places)) or 'unknown'}). Evaluate the model again "
+                "(tools/train_net.py --eval-only), or its results (tools/evaluate.py)."
             )
         settings = {key: meta[key] for key in ("tau", "iou_threshold", "iou_type")}
         chosen = self.metrics.get("tau_val")

@@ -21,6 +21,8 @@ LATEX = {
     "−": "$-$",
     "–": "--",
     "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
 }
 
 
@@ -70,7 +72,9 @@ class Table:
             tabular.strip(),
             r"\end{adjustbox}",
         ]
-        lines += [rf"\par\footnotesize {_escape(note)}" for note in self.notes]
+        if self.notes:
+            lines.append(r"\footnotesize\raggedright")
+        lines += [rf"\par {_escape(note)}" for note in self.notes]
         return _characters("\n".join([*lines, r"\end{table}", ""]))
 
 
@@ -145,16 +149,21 @@ def format_figure(name, value, interval=None, *, sd=None, decimals=1):
     Returns:
         str: such as "87.7 ± 0.4 [83.0, 91.5]".
     """
+
+    def text(number):
+        # No minus before zero; elsewhere a real one, not a hyphen.
+        return f"{round(number, decimals) + 0.0:.{decimals}f}".replace("-", "−")
+
     if math.isnan(value):
         return "n/a"
     if name in COUNTS and value == round(value):
         return f"{value:.0f}"
-    text = f"{value:.{decimals}f}"
+    cell = text(value)
     if sd is not None and not math.isnan(sd):
-        text += f" ± {sd:.{decimals}f}"
+        cell += f" ± {text(sd)}"
     if interval is not None and not any(map(math.isnan, interval)):
-        text += f" [{interval[0]:.{decimals}f}, {interval[1]:.{decimals}f}]"
-    return text
+        cell += f" [{', '.join(map(text, interval))}]"
+    return cell
 
 
 def _escape(text):

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from PIL import Image
 
 from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.files import write_results
@@ -158,7 +159,7 @@ def test_the_recorded_ground_truth(trained, prepared, tmp_path):
 def test_detections_that_are_gone(trained):
     output = trained("kvasir_seg_test")
     (output / "inference" / "kvasir_seg_test" / "coco_instances_results.json").unlink()
-    with pytest.raises(FileNotFoundError, match="has no coco_instances_results.json"):
+    with pytest.raises(FileNotFoundError, match="not there .*coco_instances_results.json"):
         _ = load_run(output).results
 
 
@@ -175,6 +176,35 @@ def test_results_scored_without_a_training(prepared, tmp_path):
     (prepared / "images").rmdir()
     with pytest.raises(FileNotFoundError, match="images are not there"):
         _ = load_run(tmp_path / "scores").image_root
+
+
+def test_a_folder_of_masks_is_scored_as_one(prepared, tmp_path):
+    """The detections beside the figures are given scores of 1, which nobody predicted."""
+    gt = prepared / "annotations" / "test.json"
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    outline = np.zeros((40, 50), np.uint8)
+    outline[:10, :10] = 255
+    for name in ("1.png", "2.png"):
+        Image.fromarray(outline).save(masks / name)
+    write_results(evaluate_lesions(gt, masks), tmp_path / "scores", gt=str(gt), dt=str(masks))
+    (tmp_path / "scores" / "coco_instances_results.json").write_text("[]")
+    results = load_run(tmp_path / "scores").results
+    assert results.lesion["TP"] == 2 and np.isnan(results.segm["AP50_voc"])
+    masks.rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="detections are not there .*masks"):
+        _ = load_run(tmp_path / "scores").results
+
+
+def test_the_recorded_operating_point(trained):
+    output = trained("kvasir_seg_test")
+    path = output / "inference" / "kvasir_seg_test" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    path.write_text(json.dumps(metrics | {"tau_val": {"tau": 0.61, "rule": "f1", "dataset": "v"}}))
+    results = load_run(output).results
+    assert results.tau_val["tau"] == 0.61 and results.tau_val["dataset"] == "v"
+    assert results.tau_val["lesion"]["TP"] == 0 and results.lesion["TP"] == 1
+    assert load_run(trained("kvasir_seg_test")).results.tau_val is None
 
 
 def test_a_training_that_goes_on(trained, caplog):
