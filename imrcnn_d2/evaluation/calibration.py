@@ -85,21 +85,35 @@ class Calibration:
             (mean squared difference of score and hit), "mean_score", "hit_rate"; "n" (detections).
             (B,) arrays if weights were given. All but "n" are NaN without a detection.
         """
-        columns = self._columns()
-        total = columns.sum(axis=0) if weights is None else weights @ columns
+        columns = self.columns()
+        if weights is not None:
+            return self.formulas(weights @ columns)
+        return {name: float(figure) for name, figure in self.formulas(columns.sum(axis=0)).items()}
+
+    @staticmethod
+    def formulas(total):
+        """
+        Args:
+            total (np.ndarray): (..., 4 + BINS) sums of :meth:`columns`.
+
+        Returns:
+            dict[str, np.ndarray]: (...,) each, as :meth:`figures`.
+        """
         number, squared, score, hits = (total[..., i] for i in range(4))
         filled = np.where(number, number, np.nan) / 100
-        figures = {
+        return {
             "n": number,
             "ece": np.abs(total[..., 4:]).sum(axis=-1) / filled,
             "brier": squared / filled,
             "mean_score": score / filled,
             "hit_rate": hits / filled,
         }
-        return {k: float(v) for k, v in figures.items()} if weights is None else figures
 
-    def _columns(self):
-        """(I, 4 + BINS): sums of 1, squared error, score, hit; in each bin of score minus hit."""
+    def columns(self):
+        """
+        np.ndarray: (I, 4 + BINS) sums over the detections of each image of 1, squared error, score
+        and hit, and in each bin of score minus hit.
+        """
         excess = self.score - self.hit
         columns = np.zeros((self.num_images, 4 + BINS))
         for k, part in enumerate((np.ones(len(excess)), excess**2, self.score, self.hit)):

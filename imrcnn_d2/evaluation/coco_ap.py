@@ -8,7 +8,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools.cocoeval import COCOeval
 
-from .ranking import RankedDetections
+from .ranking import RankedDetections, Ranking
 from .records import mask_areas
 
 __all__ = ["coco_average_precision", "ranked_by_coco"]
@@ -105,7 +105,8 @@ def ranked_by_coco(gt, detections, overlaps, iou_type, unit_of_image, num_units)
         lesions = np.bincount(units, truths, minlength=num_units).astype(int)
         for t in range(len(hit)):
             own = ~ignored[t]
-            ranked[k, a, t] = RankedDetections(score[own], hit[t, own], unit[own], lesions)
+            ranking = Ranking(score[own], unit[own])
+            ranked[k, a, t] = RankedDetections(ranking, hit[t, own], lesions)
     return {
         name: [curve for (_, a, t), curve in ranked.items() if a == area and t in thresholds]
         for name, (thresholds, area) in PARTS.items()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .metrics import divide
+from .ranking import RankedDetections, Ranking
 
 __all__ = ["RATES", "FROC"]
 
@@ -84,20 +84,23 @@ class FROC:
             results that know no scores.
         """
         rows = np.ones((1, len(self.lesions)), int) if weights is None else weights
-        hits, alarms = (np.cumsum(rows[:, self.image[of]], axis=1) for of in (self.hit, ~self.hit))
-        hits = np.pad(hits, ((0, 0), (1, 0)))
-        # Hits that are let through before each false alarm is, and without a limit.
-        score = -self.score  # rising
-        before = np.searchsorted(score[self.hit], score[~self.hit], side="left")
-        before = np.append(before, self.hit.sum())
-        tp = np.zeros((len(rows), len(RATES)))
-        for b, images in enumerate(rows.sum(axis=1)):
-            first_refused = np.searchsorted(alarms[b], np.multiply(RATES, images), side="right")
-            tp[b] = hits[b, before[first_refused]]
-        lesions = np.where(self.scored, rows @ self.lesions, 0)
-        sensitivity = 100 * divide(tp, np.broadcast_to(lesions[:, None], tp.shape))
-        figures = {f"sensitivity_at_{rate:g}": sensitivity[:, i] for i, rate in enumerate(RATES)}
-        figures["mean"] = sensitivity.mean(axis=1)
+        ranked = RankedDetections(Ranking(self.score, self.image), self.hit, self.lesions)
+        figures = self.read_off(ranked.weigh(rows), rows.sum(axis=1))
         if weights is None:
             return {name: float(values[0]) for name, values in figures.items()}
         return figures
+
+    def read_off(self, curve, images):
+        """
+        Args:
+            curve (WeightedCurve): of these detections in B resamples.
+            images (np.ndarray): (B,) int, images in each.
+
+        Returns:
+            dict[str, np.ndarray]: (B,) each, as :meth:`figures`.
+        """
+        sensitivity = 100 * curve.sensitivity(np.multiply.outer(images, RATES))
+        if not self.scored:
+            sensitivity[:] = np.nan
+        figures = {f"sensitivity_at_{rate:g}": sensitivity[:, i] for i, rate in enumerate(RATES)}
+        return {**figures, "mean": sensitivity.mean(axis=1)}

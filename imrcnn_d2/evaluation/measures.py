@@ -5,6 +5,7 @@ resamples those of the resamples: one implementation for both.
 """
 
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from .metrics import (
     unit_figures,
     unit_proportions,
 )
-from .ranking import RankedDetections, weighted_auroc
+from .ranking import RankedDetections, Ranking, weighted_auroc
 from .strata import size_figures, size_proportions
 
 __all__ = ["Measures"]
@@ -69,6 +70,14 @@ class Measures:
             else np.arange(len(gt.images))
         )
         self.num_units = len(number) if known else len(gt.images)
+        self._images = np.bincount(self.unit_of_image, minlength=self.num_units)
+        self._rankings = {}
+        classes = np.unique(gt.regions.category[~gt.crowd])
+        self._curves = {
+            kind: [self._ranked(of_kind, [of_class]) for of_class in classes]
+            for kind, of_kind in curve_matchings.items()
+        }
+        self._all = self._ranked(matching, range(len(gt.categories)))
 
     def __call__(self, weights, *, all_coco=False):
         """
@@ -81,20 +90,24 @@ class Measures:
             over classes are over those that a resample has ground truth of.
         """
         figures = {}
+        drawn = {id(ranking): ranking.draw(weights) for ranking in self._rankings.values()}
         for kind in ("bbox", "segm"):
-            figures[kind] = self._curve_figures(kind, weights)
+            figures[kind] = self._curve_figures(kind, weights, drawn)
             if all_coco and kind in self.curve_matchings:
                 figures[kind].update(self._coco_figures(kind, weights))
-        for group, (columns, formulas, _) in self.columns.items():
-            figures[group] = formulas(named(weights @ columns))
+        sums = weights.astype(float) @ self._distinct[0]
+        for group, (_, formulas, _) in self.columns.items():
+            figures[group] = formulas(named(sums[:, self._distinct[1][group]]))
         for group, counts, unit in self._score_groups:
             auroc = np.full(len(weights), np.nan)
             if self.detections.scored:
                 auroc = 100 * weighted_auroc(counts.positive, counts.score, unit, weights)
             figures[group]["auroc"] = auroc
-        of_image = np.take(weights, self.unit_of_image, axis=1)
-        figures["froc"] = self.froc.figures(of_image)
-        figures["calibration"] = self.calibration.figures(of_image)
+        curve = self._all.weigh(weights, drawn[id(self._all.ranking)])
+        figures["froc"] = self.froc.read_off(curve, weights @ self._images)
+        figures["calibration"] = self.calibration.formulas(
+            sums[:, self._distinct[1]["calibration"]]
+        )
         return figures
 
     def once(self, *, all_coco=False):
@@ -159,6 +172,26 @@ class Measures:
         return groups
 
     @cached_property
+    def _distinct(self):
+        """
+        (num_units, D) the columns that differ from each other, and for each group (and
+        "calibration") where its own are among them: a sum that several need is made once.
+        """
+        columns = {group: own for group, (own, *_) in self.columns.items()}
+        columns["calibration"] = add_up(
+            self.calibration.columns(), self.unit_of_image, self.num_units
+        )
+        distinct, places, where = [], {}, {}
+        for group, own in columns.items():
+            where[group] = []
+            for column in own.T:
+                place = places.setdefault(blake2b(column.tobytes()).digest(), len(distinct))
+                if place == len(distinct):
+                    distinct.append(column)
+                where[group].append(place)
+        return np.stack(distinct, axis=1), where
+
+    @cached_property
     def _score_groups(self):
         """[(group, UnitCounts, (cases,) unit of each case)]: where there is an AUROC."""
         counts = self.counts[""]
@@ -168,35 +201,28 @@ class Measures:
             groups.append(("patient", merged, np.arange(self.num_units)))
         return groups
 
-    def _ranked(self, matching, of_class):
-        """RankedDetections of one class."""
+    def _ranked(self, matching, classes):
+        """RankedDetections of some classes."""
         regions, truth = self.detections.regions, self.gt.regions
-        own = matching.counts & (regions.category == of_class)
-        lesions = ~self.gt.crowd & (truth.category == of_class)
+        own = matching.counts & np.isin(regions.category, classes)
+        lesions = ~self.gt.crowd & np.isin(truth.category, classes)
+        key = own.tobytes()
+        if key not in self._rankings:  # boxes and masks mostly count the same detections
+            unit = self.unit_of_image[regions.image[own]]
+            self._rankings[key] = Ranking(self.detections.score[own], unit)
         return RankedDetections(
-            self.detections.score[own],
+            self._rankings[key],
             matching.hit[own],
-            self.unit_of_image[regions.image[own]],
             np.bincount(self.unit_of_image[truth.image[lesions]], minlength=self.num_units),
         )
 
-    @cached_property
-    def _curves(self):
-        """{kind: [RankedDetections]}, one for each class that has ground truth."""
-        truth = self.gt.regions
-        classes = np.unique(truth.category[~self.gt.crowd])
-        return {
-            kind: [self._ranked(matching, of_class) for of_class in classes]
-            for kind, matching in self.curve_matchings.items()
-        }
-
-    def _curve_figures(self, kind, weights):
+    def _curve_figures(self, kind, weights, drawn):
         if kind not in self._curves or not self.detections.scored:
             return {name: np.full(len(weights), np.nan) for name in ("AP50", "AP50_voc", "BEP")}
         figures = {"AP50": [], "AP50_voc": [], "BEP": []}
         present = []
         for ranked in self._curves[kind]:
-            curve = ranked.weigh(weights)
+            curve = ranked.weigh(weights, drawn[id(ranked.ranking)])
             present.append(curve.num_gt > 0)
             figures["AP50"].append(curve.sampled_area)
             figures["AP50_voc"].append(curve.area)

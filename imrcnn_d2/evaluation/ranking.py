@@ -14,45 +14,75 @@ import numpy as np
 
 from .metrics import divide
 
-__all__ = ["RECALLS", "RankedDetections", "WeightedCurve", "weighted_auroc"]
+__all__ = ["RECALLS", "RankedDetections", "Ranking", "WeightedCurve", "weighted_auroc"]
 
 # Recalls at which COCO samples the precision-recall curve.
 RECALLS = np.linspace(0, 1, 101)
 
 
-class RankedDetections:
-    """The detections of one class, or of all, from the highest score down."""
+class Ranking:
+    """
+    Detections from the highest score down.
 
-    def __init__(self, score, hit, unit, lesions):
+    Attributes:
+        order (np.ndarray): (N,) int, their positions; ties stay in order.
+        unit (np.ndarray): (N,) int in [0, U), the unit that each belongs to.
+        ends (np.ndarray): (N,) int, place in the ranking of the last that has the score of each.
+    """
+
+    def __init__(self, score, unit):
         """
         Args:
-            score (np.ndarray): (N,) float, the detections that count, by image id and file order.
-            hit (np.ndarray): (N,) bool.
+            score (np.ndarray): (N,) float, by image id and file order.
             unit (np.ndarray): (N,) int in [0, U), the unit that each belongs to.
-            lesions (np.ndarray): (U,) int, ground truths of each unit, crowds left out.
         """
-        order = np.argsort(-score, kind="stable")
-        self.unit = unit[order]
-        self.hits = np.flatnonzero(hit[order])
-        score = -score[order]
-        self.ends = np.searchsorted(score, score[self.hits], side="right") - 1
-        self.lesions = lesions
+        self.order = np.argsort(-score, kind="stable")
+        falling = -score[self.order]
+        self.unit = unit[self.order]
+        self.ends = np.searchsorted(falling, falling, side="right") - 1
 
-    def weigh(self, weights):
+    def draw(self, weights):
         """
         Args:
             weights (np.ndarray): (B, U) int, how often each resample holds each unit.
 
         Returns:
+            tuple: (B, N) int each, copies of each detection and copies of all up to and with it.
+        """
+        copies = np.take(weights, self.unit, axis=1)
+        return copies, np.cumsum(copies, axis=1, dtype=np.int32)
+
+
+class RankedDetections:
+    """The detections of one class, or of all, with the ground truth that there is of it."""
+
+    def __init__(self, ranking, hit, lesions):
+        """
+        Args:
+            ranking (Ranking): of N detections, those that count.
+            hit (np.ndarray): (N,) bool, in their original order.
+            lesions (np.ndarray): (U,) int, ground truths of each unit, crowds left out.
+        """
+        self.ranking = ranking
+        self.hits = np.flatnonzero(hit[ranking.order])
+        self.lesions = lesions
+
+    def weigh(self, weights, drawn=None):
+        """
+        Args:
+            weights (np.ndarray): (B, U) int, how often each resample holds each unit.
+            drawn (tuple or None): what the ranking's ``draw`` gives for them, if it is known.
+
+        Returns:
             WeightedCurve: of B resamples.
         """
-        drawn = np.take(weights, self.unit, axis=1)
+        copies, through = drawn or self.ranking.draw(weights)
         return WeightedCurve(
             self.hits,
-            self.ends,
-            through=np.cumsum(drawn, axis=1, dtype=np.int32),
-            copies=np.take(drawn, self.hits, axis=1),
-            num_gt=weights @ self.lesions,
+            self.ranking.ends[self.hits],
+            through,
+            np.take(copies, self.hits, axis=1),
+            weights @ self.lesions,
         )
 
 
