@@ -87,11 +87,10 @@ def make_detections():
     return detections
 
 
-@pytest.fixture
-def write_run(tmp_path):
+def run_in(root):
     """
-    A function that writes an OUTPUT_DIR with its evaluation on a ground truth, as simulated
-    detections have it, and with run.json and config.yaml; returns the folder.
+    A function that writes an OUTPUT_DIR into a folder, with its evaluation on a ground truth, as
+    simulated detections have it, and with run.json and config.yaml; returns its path.
     """
 
     def do(
@@ -110,7 +109,7 @@ def write_run(tmp_path):
         run_json=True,
         dt=None,
     ):
-        output = tmp_path / "runs" / name
+        output = root / "runs" / name
         folder = output / "inference" / dataset
         dt = detections(gt, skill, seed + 100) if dt is None else dt
         point = None if tau_val is None else OperatingPoint(tau_val, "f1", "kvasir_seg_val")
@@ -214,3 +213,13 @@ def write_study_run(output, name, gt, dt):
     record |= {"started": "2026-01-01T10:00:00", "finished": "2026-01-01T10:15:00"}
     record |= {"config_sha256": "d" * 64, "command": "tools/train_net.py", "fold": None}
     (output / "run.json").write_text(json.dumps(record | {"datasets": {}, "splits_sha256": None}))
+
+
+@pytest.fixture(scope="session")
+def write_run_in():
+    return run_in
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    return run_in(tmp_path)

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from imrcnn_d2.evaluation.curves import pr_curve
-from imrcnn_d2.report.pr_curve import draw_pr_curves, read_pr_curves
+from imrcnn_d2.report.pr_curve import draw_pr_curves, draw_pr_panels, read_pr_curves
 
 HEADER = "iou_type,class,score,tp,fp,n_gt,precision,recall,precision_envelope"
 
@@ -63,6 +63,20 @@ def test_several_runs_differ_in_colour_and_style(curve, tmp_path):
     assert len({str(line.get_linestyle()) for line in steps}) == 3
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert [text.split(":")[0] for text in legend[:3]] == names
+
+
+def test_panels(curve, tmp_path):
+    """One a class, four of them in rows of three; the same figure in two formats."""
+    panels = {f"class {i}": {"one": curve, "two": curve} for i in range(4)}
+    paths = [tmp_path / "pr.png", tmp_path / "pr.svg"]
+    figure = draw_pr_panels(panels, paths, tau=0.7)
+    assert [axes.get_title() for axes in figure.axes] == list(panels)
+    for axes in figure.axes:
+        steps = [line for line in axes.lines if line.get_drawstyle() == "steps-pre"]
+        assert [line.get_label()[:3] for line in steps] == ["one", "two"]
+    with Image.open(paths[0]) as image:
+        assert image.size == (3 * 1200, 2 * 1220)
+    assert "<svg" in paths[1].read_text()
 
 
 def test_no_point_where_there_is_none(curve, tmp_path):
