@@ -12,6 +12,8 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.visualizer import Visualizer
 
+from imrcnn_d2.evaluation.operating_point import check_rule
+
 from .weights import load_weights
 
 __all__ = ["BestCheckpointer", "EvalHook", "SamplePredictions", "assemble_hooks"]
@@ -116,6 +118,8 @@ class BestCheckpointer(HookBase):
         """
         self._checkpointer = _UntaggedCheckpointer(model, save_dir)
         self._period = eval_period
+        if tau_rule is not None:
+            check_rule(tau_rule)  # before the training, not at its first validation
         self._tau_rule, self._dataset = tau_rule, dataset
         self._metric = metric
         self.best_score = None

@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from .files import RESULTS, sources, write_atomically, write_results
 from .lesions import evaluate_lesions
-from .operating_point import choose_operating_point
+from .operating_point import check_rule, choose_operating_point
 
 __all__ = ["LesionEvaluator"]
 
@@ -65,6 +65,8 @@ class LesionEvaluator(DatasetEvaluator):
         self._tau = tau
         self._output_dir = output_dir
         self._distributed = distributed
+        if tau_rule is not None:
+            check_rule(tau_rule)
         self._tau_rule = tau_rule
         self._operating_point = operating_point
         self._bootstrap = bootstrap

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["OperatingPoint", "choose_operating_point"]
+__all__ = ["OperatingPoint", "check_rule", "choose_operating_point"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,26 @@ class OperatingPoint:
     tau: float
     rule: str
     dataset: str | None = None
+
+
+def check_rule(rule):
+    """
+    Args:
+        rule (str): see :func:`choose_operating_point`.
+
+    Returns:
+        float or None: the wished recall in percent; None for "f1".
+
+    Raises:
+        ValueError: for another rule.
+    """
+    wished = re.fullmatch(r"recall>=(\d+(?:\.\d+)?)", rule)
+    if rule != "f1" and not (wished and 0 < float(wished[1]) <= 100):
+        raise ValueError(
+            f"The rule for the threshold is {rule!r}; it must be 'f1' or 'recall>=95', for a "
+            "sensitivity of 95 %."
+        )
+    return float(wished[1]) if wished else None
 
 
 def choose_operating_point(results, rule="f1", dataset=None):
@@ -44,12 +64,7 @@ def choose_operating_point(results, rule="f1", dataset=None):
         ValueError: for another rule, without a lesion, without a detection, and for results that
             know no scores.
     """
-    wished = re.fullmatch(r"recall>=(\d+(?:\.\d+)?)", rule)
-    if rule != "f1" and not (wished and 0 < float(wished[1]) <= 100):
-        raise ValueError(
-            f"The rule for the threshold is {rule!r}; it must be 'f1' or 'recall>=95', for a "
-            "sensitivity of 95 %."
-        )
+    wished = check_rule(rule)
     detections, matching = results.detections, results.matching
     lesions = int(results.ground_truth.lesions.sum())
     of = f" of {dataset}" if dataset else ""
@@ -66,7 +81,7 @@ def choose_operating_point(results, rule="f1", dataset=None):
         best = int(np.argmax(2 * tp / (called + lesions)))  # the first, so the highest threshold
     else:
         # In whole numbers of lesions where that is exact: 95 % of 20 are 19.
-        enough = 100 * tp >= float(wished[1]) * lesions
+        enough = 100 * tp >= wished * lesions
         best = int(np.argmax(enough if enough.any() else tp))
         if not enough.any():
             logger.warning(
