@@ -105,7 +105,7 @@ def _caption(settings, patients_known, tested):
             ", so that one patient’s images can be in several splits." if patients_known else "."
         )
     description = (tested.get("info") or {}).get("description")
-    return f"{how} Annotations {description}." if description else how
+    return f"{how} Annotations: {description}." if description else how
 
 
 def _overlap_note(contents):

@@ -73,7 +73,7 @@ def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
     results = runs[0].results
     page = environment.get_template("report.html").render(
         title=runs[0].dataset or runs[0].name,
-        lead=_lead(runs, results),
+        lead=_lead(runs, results.meta),
         css=Markup(sources["report.css"]),
         script=script,
         script_hash=_hash(script),
@@ -88,6 +88,7 @@ def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
         configs=configs(runs),
         cohort=people,
         figure_tables=figure_tables(runs),
+        undefined=_undefined(runs),
         pictures=drawn,
         pictures_missing=undrawn,
         confusions=confusions(runs),
@@ -146,14 +147,17 @@ def _lines():
     return lines
 
 
-def _lead(runs, results):
-    meta = results.meta
-    models = "One model" if len(runs) == 1 else f"{len(runs)} models"
-    free = f", {meta['lesion_free_images']} of them without" if meta["lesion_free_images"] else ""
-    return (
-        f"{models} on {meta['images']:,} images with {meta['lesions']:,} "
-        f"{'lesion' if meta['lesions'] == 1 else 'lesions'}{free}."
-    )
+def _lead(runs, meta):
+    def number(count, noun):
+        return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+    lead = f"{number(len(runs), 'model')} on {number(meta['images'], 'image')} with "
+    lead += number(meta["lesions"], "lesion")
+    if meta["patients"]:
+        lead += f" of {number(meta['patients'], 'patient')}"
+    if meta["lesion_free_images"]:
+        lead += f"; {number(meta['lesion_free_images'], 'image')} without a lesion"
+    return f"{lead}."
 
 
 def _uncertainty(runs):
@@ -165,21 +169,21 @@ def _uncertainty(runs):
 
 
 def _notes(runs):
-    """What older runs lack, and what must be known of the intervals."""
+    """What older runs lack."""
     without = [run.name for run in runs if run.run is None]
     notes = _said(without, "no run.json was found, so its training is not documented.")
     without = [run.name for run in runs if not run.metrics["meta"].get("bootstrap")]
     notes += _said(without, "evaluated without intervals.")
     without = [run.name for run in runs if not run.metrics.get("tau_val")]
     notes += _said(without, "no threshold chosen on validation data (τ_val) was recorded.")
-    for run in runs:
-        shares = run.metrics.get("undefined_shares") or {}
-        if shares:
-            listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
-            notes.append(
-                f"{run.name}: resamples in which a figure is undefined, left out: {listed}."
-            )
     return notes
+
+
+def _undefined(runs):
+    """Rows: figure, and for each run the share of the resamples in which it is undefined."""
+    shares = [run.metrics.get("undefined_shares") or {} for run in runs]
+    figures = dict.fromkeys(figure for own in shares for figure in own)
+    return [[name, *(f"{100 * own.get(name, 0):.1f}" for own in shares)] for name in figures]
 
 
 def _said(names, text):

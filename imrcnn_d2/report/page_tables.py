@@ -55,7 +55,7 @@ KEY_FIGURES = (
     ("curve", "AP50_voc", "Average precision", "area under the precision-recall curve at IoU 0.5"),
     ("lesion", "recall", "Sensitivity", "share of the lesions that were found"),
     ("lesion", "precision", "Precision", "share of the detections that are a lesion"),
-    ("lesion", "iou", "IoU", "overlap of outline and lesion where one was found"),
+    ("lesion", "iou", "IoU", "overlap with the lesion where one was found"),
 )
 
 
@@ -267,6 +267,6 @@ def _in_natural_frequencies(run, prevalence):
     hits, alarms = ill * image["recall"] / 100, (1000 - ill) * (1 - image["specificity"] / 100)
     return (
         f"{run.name}, {_at([run])}: of 1,000 images of which {ill:g} show a lesion, "
-        f"{hits + alarms:.0f} raise an alarm, {hits:.1f} of them rightly; {ill - hits:.1f} with a "
+        f"{hits + alarms:.1f} raise an alarm, {hits:.1f} of them rightly; {ill - hits:.1f} with a "
         "lesion raise none."
     )
