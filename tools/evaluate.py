@@ -1,22 +1,65 @@
 #!/usr/bin/env python
-"""Score COCO results against COCO ground truth: no model needed.
+"""Score COCO results, or a folder of masks, against COCO ground truth: no model needed.
 
     tools/evaluate.py --gt annotations/test.json --dt predictions.json --output scores/
+    tools/evaluate.py --gt test.json --dt test_dt.json --tau-from val.json val_dt.json --output ...
 
-writes metrics.json, per_image.csv, pr_curve.csv and pr_curve.png and prints the figures, in percent
-but for counts and fp_per_image; n/a is undefined.
+prints the figures with their 95 % intervals, in percent but for counts and fp_per_image (n/a is
+undefined), and writes metrics.json, tables (CSV) and pictures (PNG). Masks are PNGs named as their
+images: 0 is background, and what is not is the lesion; with several classes, 1, 2, ... are the
+categories by ascending id. They have no scores, so that figures made of scores are undefined.
 """
 
 import argparse
+import json
 from pathlib import Path
 
-from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.files import write_results
-from imrcnn_d2.report.pr_curve import draw_pr_curves, read_pr_curves
+from imrcnn_d2.engine.provenance import file_sha256
+from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
+from imrcnn_d2.evaluation.files import (
+    RESULTS,
+    coco_results,
+    sources,
+    write_atomically,
+    write_results,
+)
+from imrcnn_d2.evaluation.operating_point import choose_operating_point
+from imrcnn_d2.evaluation.test_log import log_test_evaluation
+from imrcnn_d2.report.contact_sheet import draw_contact_sheet
+from imrcnn_d2.report.figures import draw_figures
 from imrcnn_d2.report.tables import figures_table
 
 
 def main(argv=None):
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    how = {"iou_threshold": args.iou, "iou_type": args.iou_type}
+    try:
+        known = sources(args.gt, args.dt, args.images)
+        point = operating_point(args, how, known["gt_sha256"]) if args.tau_from else None
+        bootstrap = None
+        if args.resamples:
+            bootstrap = Bootstrap(args.resamples, args.seed, all_coco=args.ci_all)
+        results = evaluate_lesions(
+            args.gt, args.dt, tau=args.tau, operating_point=point, bootstrap=bootstrap, **how
+        )
+        detections = coco_results(results.detections, results.ground_truth)
+        write_atomically(args.output / RESULTS, json.dumps(detections))
+        paths = [*write_results(results, args.output, **known).values(), args.output / RESULTS]
+        sha256 = file_sha256(args.dt) if args.dt.is_file() else None
+        log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
+        paths += draw_figures(results, args.output)
+        if args.images:
+            sheet = args.output / "contact_sheet.png"
+            draw_contact_sheet(args.gt, args.output / RESULTS, args.images, sheet, tau=args.tau)
+            paths.append(sheet)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    report(results)
+    print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
+
+
+def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,9 +68,22 @@ def main(argv=None):
         "--dt",
         required=True,
         type=Path,
-        help="COCO results: a list, or a COCO file whose annotations have a score",
+        help="COCO results: a list, or a COCO file whose annotations have a score; or a folder of "
+        "masks, one PNG for each image",
     )
     parser.add_argument("--tau", type=float, default=0.7, help="score threshold (0.7)")
+    parser.add_argument(
+        "--tau-from",
+        nargs=2,
+        type=Path,
+        metavar=("VAL_GT", "VAL_DT"),
+        help="choose a second threshold on a validation set; its figures are called tau_val",
+    )
+    parser.add_argument(
+        "--tau-rule",
+        default="f1",
+        help="how --tau-from chooses: f1 (default), or a wished recall such as 'recall>=95'",
+    )
     parser.add_argument("--iou", type=float, default=0.5, help="least overlap of a hit (0.5)")
     parser.add_argument(
         "--iou-type",
@@ -35,24 +91,49 @@ def main(argv=None):
         default="segm",
         help="match lesions by masks (default) or by boxes",
     )
+    parser.add_argument(
+        "--resamples", type=int, default=2000, help="of the bootstrap (2000); 0: no intervals"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    parser.add_argument(
+        "--ci-all", action="store_true", help="intervals of COCO's AP, AP75, APs, APm, APl too"
+    )
+    parser.add_argument(
+        "--images", type=Path, help="folder that file_name is relative to, for a contact sheet"
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
-    args = parser.parse_args(argv)
+    return parser
 
-    try:
-        results = evaluate_lesions(
-            args.gt, args.dt, tau=args.tau, iou_threshold=args.iou, iou_type=args.iou_type
+
+def operating_point(args, how, gt_sha256):
+    """The threshold chosen on the validation set of --tau-from."""
+    gt, dt = args.tau_from
+    if sources(gt, dt, None)["gt_sha256"] == gt_sha256:
+        raise ValueError(
+            f"--tau-from {gt} is the ground truth to be scored: a threshold is never chosen on a "
+            "test set. Give a validation set."
         )
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    paths = write_results(results, args.output, gt=str(args.gt), dt=str(args.dt))
-    picture = args.output / "pr_curve.png"
-    curves = read_pr_curves(paths["pr_curve.csv"], results.meta["iou_type"])
-    draw_pr_curves(curves, picture, tau=args.tau)
+    return choose_operating_point(evaluate_lesions(gt, dt, **how), args.tau_rule, str(gt))
 
+
+def report(results):
+    """Print the figures."""
     groups = results.groups()
-    print(figures_table({name: groups.pop(name) for name in ("bbox", "segm")}), end="\n\n")
-    print(figures_table(groups), end="\n\n")
-    print(f"Written: {', '.join(str(path) for path in (*paths.values(), picture))}")
+    curves = {name: groups.pop(name) for name in ("bbox", "segm")}
+    print(figures_table(curves, results.intervals), end="\n\n")
+    scored = results.detections.scored
+    print(f"Score ≥ {results.meta['tau']:g}:" if scored else "Of all masks, which have no scores:")
+    print(figures_table(groups, results.intervals), end="\n\n")
+    if results.tau_val:
+        names = [name for name in groups if name in results.tau_val]
+        intervals = {name: results.intervals.get(f"tau_val.{name}") for name in names}
+        print("Score ≥ {tau:g} (tau_val), chosen on {dataset} by {rule}:".format(**results.tau_val))
+        print(figures_table({name: results.tau_val[name] for name in names}, intervals), end="\n\n")
+    if not scored:
+        return
+    calibration = {name: results.calibration[name] for name in ("ece", "brier")}
+    others = {"froc": results.froc, "calibration": calibration}
+    print(figures_table(others, results.intervals), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..versions import package_versions
 from .rows import patient_rows, threshold_table
 
-__all__ = ["RESULTS", "sources", "strict_json", "write_atomically", "write_results"]
+__all__ = ["RESULTS", "coco_results", "sources", "strict_json", "write_atomically", "write_results"]
 
 # The scored detections, as COCOEvaluator names them.
 RESULTS = "coco_instances_results.json"
@@ -179,6 +179,32 @@ def sources(gt, dt, image_root, **others):
         "checkpoint_sha256": None,
         **others,
     }
+
+
+def coco_results(detections, gt):
+    """
+    Args:
+        detections (Detections):
+        gt (GroundTruth): what they are for.
+
+    Returns:
+        list[dict]: a COCO results list; ``score`` is None where they know no scores.
+    """
+    regions = detections.regions
+    records = []
+    for row, box in enumerate(regions.boxes.tolist()):
+        record = {
+            "image_id": gt.images[regions.image[row]]["id"],
+            "category_id": gt.categories[regions.category[row]]["id"],
+            "bbox": box,
+            "score": float(detections.score[row]) if detections.scored else None,
+        }
+        if regions.masks is not None:
+            size, counts = regions.masks[row]["size"], regions.masks[row]["counts"]
+            text = counts if isinstance(counts, str) else counts.decode()
+            record["segmentation"] = {"size": list(size), "counts": text}
+        records.append(record)
+    return records
 
 
 def write_atomically(path, content):

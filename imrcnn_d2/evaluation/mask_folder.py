@@ -32,7 +32,7 @@ def read_mask_folder(folder, gt):
         gt (GroundTruth): what the masks are for. A mask has the size of its image.
 
     Returns:
-        list[dict]: COCO results with ``segmentation`` and ``bbox``. Their ``score`` is 1.
+        list[dict]: COCO results with ``segmentation`` and ``bbox``, without a ``score``.
 
     Raises:
         ValueError: naming the file and the remedy, if masks are missing or to spare, if two images
@@ -46,7 +46,7 @@ def read_mask_folder(folder, gt):
         _check_values(mask, path, gt.categories)
         for value, category in enumerate(gt.categories, 1):
             of_class = mask != 0 if len(gt.categories) == 1 else mask == value
-            record = {"image_id": image["id"], "category_id": category["id"], "score": 1.0}
+            record = {"image_id": image["id"], "category_id": category["id"]}
             found = _components(of_class)
             if len(found) > MAX_DETECTIONS:
                 logger.warning(

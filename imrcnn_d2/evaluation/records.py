@@ -127,9 +127,7 @@ def read_ground_truth(gt):
     names = [category["name"] for category in categories]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(
-                f"The ground truth has several categories {name!r}: rename them."
-            )
+            raise ValueError(f"The ground truth has several categories {name!r}: rename them.")
     annotations, regions = _read_regions(dataset["annotations"], images, categories, "annotation")
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
     outline = regions.boxes[:, 2] * regions.boxes[:, 3]
@@ -147,7 +145,8 @@ def read_results(results, gt):
             ``annotations`` carry a ``score``, as ``tools/predict.py`` writes. The latter's own
             ``images`` and ``categories`` are matched with those of the ground truth by
             ``file_name`` and ``name``, since its ids may have been given independently. Or a folder
-            of masks, see :func:`read_mask_folder`.
+            of masks, see :func:`read_mask_folder`. Where every ``score`` is null, as
+            :func:`coco_results` has it for such a folder, the results know no scores.
         gt (GroundTruth): what the results are for.
 
     Returns:
@@ -158,15 +157,16 @@ def read_results(results, gt):
             negative score, masks of another size than their image, and results with neither box
             nor mask.
     """
-    scored = not (isinstance(results, str | Path) and Path(results).is_dir())
-    results = _load(results) if scored else read_mask_folder(results, gt)
+    is_folder = isinstance(results, str | Path) and Path(results).is_dir()
+    results = read_mask_folder(results, gt) if is_folder else _load(results)
     if isinstance(results, dict):
         if "annotations" not in results:
             raise ValueError(
                 "The results are a dict without 'annotations': give a COCO results list."
             )
         results = with_ids_of(gt, results)
-    for number, result in enumerate(results):
+    unscored = is_folder or bool(results) and all(r.get("score", 0) is None for r in results)
+    for number, result in enumerate([] if unscored else results):
         score = result.get("score")
         if not isinstance(score, int | float | np.number) or not math.isfinite(score) or score < 0:
             raise ValueError(
@@ -174,8 +174,8 @@ def read_results(results, gt):
                 "every result needs a finite score that is not negative."
             )
     results, regions = _read_regions(results, gt.images, gt.categories, "result")
-    score = np.array([result["score"] for result in results], float)
-    return Detections(regions, score, scored)
+    score = np.array([1 if unscored else result["score"] for result in results], float)
+    return Detections(regions, score, scored=not unscored)
 
 
 def _load(source):

@@ -27,7 +27,8 @@ def draw_froc(curves, path, *, tau=0.7):
         matplotlib.figure.Figure: what was saved.
     """
     figure = Figure(figsize=(6, 4.8), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlim=(LEAST, RATES[-1]))
+    axes.set_xscale("log", base=2)
     for number, (name, froc) in enumerate(curves.items()):
         colour, style = STYLES[number % len(STYLES)]
         curve = froc.curve()
@@ -53,12 +54,10 @@ def draw_froc(curves, path, *, tau=0.7):
         )
     dot = dict(linestyle="none", markeredgecolor="0.2", markersize=7)
     axes.plot([], [], marker="o", color="0.6", label=f"operating point, score ≥ {tau:g}", **dot)
-    axes.set_xscale("log", base=2)
     ticks = [LEAST, LEAST * 2, *RATES]
     axes.set(
         xlabel="False alarms per image (mean)",
         ylabel="Sensitivity for lesions (%)",
-        xlim=(LEAST, RATES[-1]),
         ylim=(-1, 101),
         title="Lesions found against false alarms",
     )

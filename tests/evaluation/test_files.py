@@ -1,13 +1,15 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.bootstrap import Bootstrap
-from imrcnn_d2.evaluation.files import sources, write_atomically, write_results
+from imrcnn_d2.evaluation.files import coco_results, sources, write_atomically, write_results
 from imrcnn_d2.evaluation.operating_point import OperatingPoint
+from imrcnn_d2.evaluation.records import mask_areas, read_results
 
 
 def refuse(constant):
@@ -152,6 +154,17 @@ def test_intervals_stand_beside_their_figures(dataset, region, tmp_path):
     assert written["calibration"]["brier_ci"][0] <= written["calibration"]["brier"]
     row = next(row for row in rows_of(paths["by_size.csv"]) if row["size"] == "small")
     assert float(row["recall_low"]) == small["recall_ci"][0]
+
+
+def test_coco_results_are_what_was_read(scored):
+    gt, detections = scored.ground_truth, scored.detections
+    again = read_results(json.loads(json.dumps(coco_results(detections, gt))), gt)
+    assert again.scored and again.score.tolist() == detections.score.tolist()
+    assert again.regions.boxes.tolist() == detections.regions.boxes.tolist()
+    assert mask_areas(again.regions.masks).tolist() == [100, 100, 80]
+    unscored = replace(detections, scored=False)
+    again = read_results(json.loads(json.dumps(coco_results(unscored, gt))), gt)
+    assert not again.scored and again.score.tolist() == [1, 1, 1]
 
 
 def test_sources(tmp_path, monkeypatch):

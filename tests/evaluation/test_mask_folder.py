@@ -49,7 +49,7 @@ def test_one_detection_per_component(dataset, folder, value):
     detections = read_results(str(masks), gt)
     assert not detections.scored
     assert detections.score.tolist() == [1, 1]
-    assert read_results([large, small], gt).scored
+    assert read_results([{**large, "score": 1.0}], gt).scored
 
 
 def test_classes_by_category_order(dataset, folder):

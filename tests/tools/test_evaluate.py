@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import evaluate
@@ -5,6 +6,25 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
+
+from imrcnn_d2.evaluation.test_log import read_test_log
+
+RESULTS = "coco_instances_results.json"
+TABLES = [
+    f"{name}.csv"
+    for name in (
+        "per_image",
+        "pr_curve",
+        "froc",
+        "calibration",
+        "thresholds",
+        "by_size",
+        "confusion_matrix",
+    )
+]
+PICTURES = [
+    f"{name}.png" for name in ("pr_curve", "froc", "calibration", "thresholds", "confusion_matrix")
+]
 
 
 def refuse(constant):
@@ -38,7 +58,8 @@ def case(tmp_path):
 
 def run(gt, dt, output, *options):
     """The metrics that the tool writes."""
-    evaluate.main(["--gt", str(gt), "--dt", str(dt), "--output", str(output), *options])
+    arguments = ["--gt", gt, "--dt", dt, "--output", output, "--resamples", 100, *options]
+    evaluate.main([str(argument) for argument in arguments])
     return json.loads((output / "metrics.json").read_text(), parse_constant=refuse)
 
 
@@ -51,14 +72,25 @@ def test_scores_results(case, tmp_path, capsys):
     assert metrics["bbox"]["AP50_voc"] == pytest.approx(50)
     assert metrics["segm"]["APl"] is None
     assert metrics["meta"]["dt"] == str(case[1])
-    for name in ("per_image.csv", "pr_curve.csv"):
-        assert (tmp_path / "out" / name).stat().st_size
-    with Image.open(tmp_path / "out" / "pr_curve.png") as image:
-        image.load()
+    assert metrics["meta"]["gt"] == str(case[0])
+    digest = hashlib.sha256(case[0].read_bytes()).hexdigest()
+    assert metrics["meta"]["gt_sha256"] == digest
+    assert metrics["meta"]["bootstrap"]["resamples"] == 100
+    low, high = metrics["lesion"]["recall_ci"]
+    assert low < 50 < high
+    assert "AP_ci" not in metrics["segm"]
     printed = capsys.readouterr().out
-    assert "| AP50_voc | 50.00 | 50.00 |" in printed
-    assert "| localised_recall" in printed
-    assert str(tmp_path / "out" / "pr_curve.png") in printed
+    for name in TABLES:
+        assert (tmp_path / "out" / name).stat().st_size
+        assert name in printed
+    for name in PICTURES:
+        with Image.open(tmp_path / "out" / name) as image:
+            image.load()
+        assert name in printed
+    row = next(line for line in printed.splitlines() if line.startswith("| recall"))
+    assert row.split("|")[2].strip() == f"50.00 [{low:.2f}, {high:.2f}]"
+    assert "| localised_recall" in printed and "| sensitivity_at_0.125" in printed
+    assert json.loads((tmp_path / "out" / RESULTS).read_text()) == json.loads(case[1].read_text())
 
 
 def test_options(case, tmp_path):
@@ -82,6 +114,98 @@ def test_a_coco_file_with_scores(case, tmp_path):
     renumbered = run(gt, dt, tmp_path / "renumbered")
     for group in ("bbox", "segm", "lesion", "image"):
         assert renumbered[group] == plain[group]
+
+
+def test_intervals(case, tmp_path):
+    assert "recall_ci" not in run(*case, tmp_path / "none", "--resamples", 0)["lesion"]
+    every = run(*case, tmp_path / "all", "--ci-all", "--seed", 3)
+    assert len(every["segm"]["AP_ci"]) == 2
+    assert every["meta"]["bootstrap"] == {
+        "resamples": 100,
+        "seed": 3,
+        "all_coco": True,
+        "unit": "image",
+    }
+
+
+def test_a_threshold_from_a_validation_set(case, tmp_path, capsys):
+    """There the hit has 0.6 and a false alarm 0.3; here 0.6 is a false alarm."""
+    gt, dt = case
+    validation = json.loads(gt.read_text()) | {"annotations": [region(1, 0)]}
+    (tmp_path / "val.json").write_text(json.dumps(validation))
+    found = [region(1, 0, score=0.6), region(2, 0, score=0.3)]
+    (tmp_path / "val_dt.json").write_text(json.dumps(found))
+    chosen = ("--tau-from", tmp_path / "val.json", tmp_path / "val_dt.json")
+    metrics = run(gt, dt, tmp_path / "out", *chosen)
+    assert metrics["lesion"]["FP"] == 0
+    assert (metrics["tau_val"]["tau"], metrics["tau_val"]["rule"]) == (0.6, "f1")
+    assert metrics["tau_val"]["dataset"] == str(tmp_path / "val.json")
+    assert metrics["tau_val"]["lesion"]["FP"] == 1
+    assert len(metrics["tau_val"]["image"]["recall_ci"]) == 2
+    assert "Score ≥ 0.6 (tau_val)" in capsys.readouterr().out
+    metrics = run(gt, dt, tmp_path / "out", *chosen, "--tau-rule", "recall>=90")
+    assert metrics["tau_val"]["rule"] == "recall>=90"
+    for options, message in (
+        ((*chosen, "--tau-rule", "best"), "'best'; it must be 'f1'"),
+        (("--tau-from", gt, dt), "never chosen on a test set"),
+    ):
+        with pytest.raises(SystemExit):
+            run(gt, dt, tmp_path / "refused", *options)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_folder_of_masks(case, tmp_path, capsys):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name, width in (("1", 8), ("2", 0), ("3", 10)):
+        mask = np.zeros((40, 50), np.uint8)
+        mask[:10, :width] = 255
+        Image.fromarray(mask).save(masks / f"{name}.png")
+    metrics = run(case[0], masks, tmp_path / "out")
+    assert [metrics["lesion"][key] for key in ("TP", "FP", "FN", "TN")] == [1, 1, 1, 0]
+    assert metrics["lesion"]["iou"] == pytest.approx(80)
+    assert metrics["segm"]["AP50"] is None and metrics["froc"]["mean"] is None
+    assert metrics["meta"]["scored"] is False
+    assert not (tmp_path / "out" / "pr_curve.png").exists()
+    assert (tmp_path / "out" / "confusion_matrix.png").exists()
+    assert "Of all masks" in capsys.readouterr().out
+    # The results written there are what the masks are.
+    again = run(case[0], tmp_path / "out" / RESULTS, tmp_path / "again")
+    for key in ("segm", "lesion", "image", "froc"):
+        assert again[key] == metrics[key]
+    (masks / "2.png").unlink()
+    with pytest.raises(SystemExit):
+        run(case[0], masks, tmp_path / "out")
+    assert "lacks the masks of 1 of 3 images: 2.png" in capsys.readouterr().err
+
+
+def test_boxes_alone(case, tmp_path):
+    gt, dt = case
+    bare = [{k: v for k, v in r.items() if k != "segmentation"} for r in json.loads(dt.read_text())]
+    dt.write_text(json.dumps(bare))
+    metrics = run(gt, dt, tmp_path / "out")
+    assert metrics["lesion"]["iou"] is None and metrics["image"]["miou"] is None
+    assert metrics["lesion"]["iou_box"] == pytest.approx(80)
+    assert "segmentation" not in json.loads((tmp_path / "out" / RESULTS).read_text())[0]
+
+
+def test_images_and_the_log_of_test_sets(case, tmp_path):
+    """In a prepared data set each look at the test set is noted."""
+    root = tmp_path / "polyps"
+    (root / "annotations").mkdir(parents=True)
+    (root / "images").mkdir()
+    (root / "splits.json").write_text("{}")
+    gt = case[0].rename(root / "annotations" / "test.json")
+    for name in "123":
+        Image.new("RGB", (50, 40)).save(root / "images" / f"{name}.png")
+    metrics = run(gt, case[1], tmp_path / "out", "--images", root / "images")
+    assert metrics["meta"]["image_root"] == str(root / "images")
+    with Image.open(tmp_path / "out" / "contact_sheet.png") as image:
+        image.load()
+    (row,) = read_test_log(gt)
+    assert row["what"] == str(case[1]) and row["output"] == str(tmp_path / "out")
+    assert row["sha256"] == hashlib.sha256(case[1].read_bytes()).hexdigest()
 
 
 def test_no_results(case, tmp_path):
