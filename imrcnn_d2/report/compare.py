@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..evaluation.comparison import ModelFigures, check_same_units, model_figures
-from .compare_differences import PRIMARY, bootstrap_tests, fold_tests
+from .compare_differences import ENDPOINTS, PRIMARY, bootstrap_tests, fold_tests
 from .compare_runs import Gathered, training_images
 
 __all__ = ["Comparison", "compare"]
@@ -99,37 +99,43 @@ def compare(gathered, bootstrap, *, primary=PRIMARY, baseline=None):
         ]
         for label, own in gathered.folds.items()
     }
-    available = [model.resampled for model in models.values()]
-    available += [one.figures for own in folds.values() for one in own]
-    group, _, figure = primary.partition("/")
-    if not all(figure in figures.get(group, ()) for figures in available):
-        known = dict.fromkeys(
-            f"{g}/{f}" for figures in available for g in figures for f in figures[g]
-        )
-        raise ValueError(
-            f"The primary endpoint {primary!r} is not among the figures that are resampled: "
-            f"{', '.join(known)}. COCO's AP, AP75, APs, APm and APl are with --ci-all."
-        )
+    _check_primary(primary, models, folds)
     n_train, n_test = _sizes(gathered.folds)
-    meta = (runs or [next(iter(gathered.folds.values()))[0][0]])[0].results.meta
+    every = runs + [run for own in gathered.folds.values() for seeds in own for run in seeds]
+    meta = every[0].results.meta
     settings = {key: meta[key] for key in ("tau", "iou_threshold", "iou_type", "classes")}
     settings.update(asdict(bootstrap), primary=primary, baseline=baseline)
     if models:
         settings["unit"] = next(iter(models.values())).measures.unit
-    every = runs + [run for own in gathered.folds.values() for seeds in own for run in seeds]
-    remarks = [*gathered.remarks, *(remark for run in every for remark in _stale(run))]
-    remarks += _gaps(models, folds, primary)
     return Comparison(
-        gathered,
-        models,
-        folds,
-        bootstrap_tests(gathered.split, models, primary, baseline),
-        fold_tests(folds, n_train, n_test, primary, baseline) if n_train else [],
-        n_train,
-        n_test,
-        primary,
-        settings,
-        remarks,
+        gathered=gathered,
+        models=models,
+        folds=folds,
+        tests=bootstrap_tests(gathered.split, models, primary, baseline),
+        fold_tests=fold_tests(folds, n_train, n_test, primary, baseline) if n_train else [],
+        n_train=n_train,
+        n_test=n_test,
+        primary=primary,
+        settings=settings,
+        remarks=[
+            *gathered.remarks,
+            *(remark for run in every for remark in _stale(run)),
+            *_gaps(models, folds, primary),
+            *_unknown(every, bool(folds) and n_train is None),
+        ],
+    )
+
+
+def _check_primary(primary, models, folds):
+    group, _, figure = primary.partition("/")
+    available = [model.resampled for model in models.values()]
+    available += [one.figures for own in folds.values() for one in own]
+    if all(figure in figures.get(group, ()) for figures in available):
+        return
+    raise ValueError(
+        f"The primary endpoint {primary!r} is not among the figures that are resampled. Give "
+        f"GROUP/FIGURE as metrics.json has them, such as {', '.join(ENDPOINTS)}; COCO's AP, AP75, "
+        "APs, APm and APl need --ci-all."
     )
 
 
@@ -159,6 +165,23 @@ def _gaps(models, folds, primary):
                 "tools/train_net.py --eval-only, or with tools/evaluate.py --tau-from."
             )
     return list(dict.fromkeys(remarks))
+
+
+def _unknown(runs, sizes):
+    """[remarks on what no file tells]; ``sizes``: those of the folds' training sets are missing."""
+    remarks = []
+    old = [str(run.run_folder or run.folder) for run in runs if run.run is None]
+    if old:
+        remarks.append(
+            f"Without run.json, so of unknown model, seed and fold: {', '.join(old)}. They go by "
+            "the name given (NAME=PATH) or the folder's."
+        )
+    if sizes:
+        remarks.append(
+            "How many images the folds' models were trained on is not known (no run.json, no "
+            "train.json beside the test set): the differences over folds are not tested."
+        )
+    return remarks
 
 
 def _stale(run):

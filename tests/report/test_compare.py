@@ -11,7 +11,7 @@ from imrcnn_d2.report.compare import compare
 from imrcnn_d2.report.compare_runs import gather
 from imrcnn_d2.report.runs import load_run
 
-BOOTSTRAP = Bootstrap(100)
+BOOTSTRAP = Bootstrap(60)
 
 
 @pytest.fixture
@@ -108,6 +108,20 @@ def test_folds(tmp_path, write_gt, write_run):
     assert test.p == pytest.approx(2 * stats.t.sf(abs(differences.mean()) / error, 2))
 
 
+def test_folds_of_unknown_size_are_not_tested(tmp_path, write_gt, write_run):
+    runs = []
+    for fold in range(2):
+        gt = write_gt(tmp_path / f"{fold}" / "test.json", images=6, first=1 + 6 * fold)
+        for model in ("a", "b"):
+            path = write_run(f"{model}{fold}", gt, model=model, fold=(fold, 2), seed=fold)
+            record = json.loads((path / "run.json").read_text())
+            (path / "run.json").write_text(json.dumps(record | {"datasets": {}}))
+            runs.append(load_run(path))
+    found = compare(gather(runs), BOOTSTRAP)
+    assert not found.fold_tests
+    assert any("not tested" in remark for remark in found.remarks)
+
+
 def test_endpoints_that_there_are_not(three):
     with pytest.raises(ValueError, match="'segm/AP' is not among .*--ci-all"):
         compare(gather(three), BOOTSTRAP, primary="segm/AP")
@@ -140,9 +154,10 @@ def test_old_runs_say_how_to_renew_them(gt, write_run, caplog):
     path.write_text(json.dumps(metrics))
     with caplog.at_level(logging.WARNING):
         remarks = compare(gather([load_run(folder)]), BOOTSTRAP).remarks
-    assert len(remarks) == 2
+    assert len(remarks) == 3
     assert "(lesion/TP): those here were scored again" in remarks[0]
     assert "old has no operating point of its own" in remarks[1] and "--eval-only" in remarks[1]
+    assert f"Without run.json, so of unknown model, seed and fold: {folder}" in remarks[2]
     assert remarks[0] in caplog.text
 
 
