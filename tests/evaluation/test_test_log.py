@@ -1,0 +1,48 @@
+"""A line for each look at a test set."""
+
+import csv
+import hashlib
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from imrcnn_d2.evaluation.test_log import log_test_evaluation, read_test_log
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A prepared data set, as far as the log sees it."""
+    (tmp_path / "set" / "annotations").mkdir(parents=True)
+    (tmp_path / "set" / "splits.json").write_text("{}")
+    return tmp_path / "set"
+
+
+def test_each_evaluation_is_a_line(root, tmp_path):
+    gt = root / "annotations" / "test.json"
+    digests = [hashlib.sha256(bytes([i])).hexdigest() for i in range(2)]
+    for digest in digests:
+        log_test_evaluation(gt, what="a, b.pth", sha256=digest, output=tmp_path / "out")
+    log_test_evaluation(str(gt), what="masks", sha256=None, output="out")
+    with open(root / "test_evaluations.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sha256"] for row in rows] == [*digests, ""]
+    assert read_test_log(gt) == rows
+    assert rows[0]["what"].endswith("/a, b.pth") and rows[0]["output"] == str(tmp_path / "out")
+    date = datetime.fromisoformat(rows[-1]["date"])
+    assert abs(datetime.now(timezone.utc) - date) < timedelta(minutes=1)
+
+
+def test_only_the_test_part_of_a_prepared_data_set_is_logged(root, tmp_path):
+    foreign = tmp_path / "annotations" / "test.json"
+    for gt in (root / "annotations" / "val.json", root / "test.json", foreign, None):
+        log_test_evaluation(gt, what="x", sha256="y", output="z")
+        assert read_test_log(gt) == []
+    assert not list(tmp_path.rglob("test_evaluations.csv"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_warned_of(root, caplog):
+    gt = root / "annotations" / "test.json"
+    (root / "test_evaluations.csv").mkdir()  # also root cannot append to a folder
+    log_test_evaluation(gt, what="x", sha256="y", output="z")
+    assert str(root / "test_evaluations.csv") in caplog.text
+    assert caplog.records[0].levelname == "WARNING"
