@@ -51,7 +51,7 @@ def test_worked_by_hand(dataset, region):
     assert figures["n"] == 3
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10**6), scores=st.sampled_from(["tied", "distinct"]))
 def test_against_scikit_learn(random_case, seed, scores):
     """Scores on the bins' edges, which "tied" ones all are, too; several classes and crowds."""

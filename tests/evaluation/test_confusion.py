@@ -55,7 +55,7 @@ def test_of_equal_scores_the_first_in_the_file_takes_the_lesion(dataset, region)
     assert matrix_of(data, both)[0].rows() == [[0, 1, 0], [0, 0, 0], [1, 0, None]]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10**6), classes=st.integers(1, 3))
 def test_sums_and_one_class(random_case, seed, classes):
     data, results = random_case(seed, num_classes=classes)

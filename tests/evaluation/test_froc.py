@@ -92,7 +92,7 @@ def brute_force(froc, rate):
     return 100 * best
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10**6), scores=st.sampled_from(["tied", "distinct"]))
 def test_against_brute_force_and_copies_of_images(random_case, seed, scores):
     froc = froc_of(*random_case(seed, scores))

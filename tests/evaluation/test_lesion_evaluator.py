@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import math
@@ -17,8 +18,9 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
-from imrcnn_d2.evaluation import evaluate_lesions
+from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
 from imrcnn_d2.evaluation.lesion_evaluator import LesionEvaluator
+from imrcnn_d2.evaluation.operating_point import OperatingPoint, choose_operating_point
 
 SIZE = (40, 50)
 
@@ -107,6 +109,44 @@ def test_agrees_with_detectron2_and_with_scoring_the_files(case, register, tmp_p
     assert metrics["lesion"]["TP"] == own["lesion"]["TP"]
     assert (tmp_path / "out" / "per_image.csv").exists()
     assert (tmp_path / "out" / "pr_curve.csv").exists()
+
+
+def test_a_final_evaluation_says_what_it_is_of(case, register, tmp_path):
+    dataset, results = case
+    name = register(dataset)
+    evaluator = LesionEvaluator(
+        name,
+        output_dir=str(tmp_path / "out"),
+        operating_point=OperatingPoint(0.35, "f1", "val"),
+        bootstrap=Bootstrap(20),
+        meta={"checkpoint": "model_best.pth", "checkpoint_sha256": "ab"},
+    )
+    own = run(evaluator, to_outputs(dataset, results))
+    assert list(own) == ["bbox", "segm", "lesion", "image", "patient"]  # floats only, for hooks
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    gt = tmp_path / f"{name}.json"
+    meta = metrics["meta"]
+    assert (meta["gt"], meta["image_root"]) == (str(gt), str(tmp_path))
+    assert meta["gt_sha256"] == hashlib.sha256(gt.read_bytes()).hexdigest()
+    assert meta["dt"] == str(tmp_path / "out" / "coco_instances_results.json")
+    assert (meta["checkpoint"], meta["checkpoint_sha256"]) == ("model_best.pth", "ab")
+    assert meta["bootstrap"]["unit"] == "patient"
+    at = evaluate_lesions(dataset, results, tau=0.35)
+    assert metrics["tau_val"]["lesion"]["TP"] == at.lesion["TP"] != own["lesion"]["TP"]
+    assert "recall_ci" in metrics["lesion"] and "recall_ci" in metrics["tau_val"]["patient"]
+    assert (tmp_path / "out" / "per_patient.csv").exists()
+
+
+def test_a_validation_chooses_a_threshold(case, register):
+    dataset, results = case
+    name = register(dataset)
+    pairs = to_outputs(dataset, results)
+    chosen = choose_operating_point(evaluate_lesions(dataset, results))
+    own = run(LesionEvaluator(name, tau_rule="f1"), pairs)
+    assert own["lesion"]["tau_val"] == chosen.tau
+    assert "tau_val" not in run(LesionEvaluator(name), pairs)["lesion"]
+    nothing = run(LesionEvaluator(name, tau_rule="f1"), to_outputs(dataset, []))
+    assert math.isnan(nothing["lesion"]["tau_val"])
 
 
 def test_detectron2_accepts_the_figures(case, register, caplog):

@@ -73,7 +73,7 @@ def test_what_cannot_be_chosen(validation, dataset):
         choose_operating_point(evaluate_lesions(dataset(4, classes=("a", "b")), results))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 10**6), scores=st.sampled_from(["tied", "distinct"]))
 def test_against_scoring_at_every_threshold(random_case, seed, scores):
     data, found = random_case(seed, scores, num_images=3)

@@ -106,7 +106,7 @@ def test_by_class(dataset, region):
     assert not evaluate_lesions(dataset(1), []).by_class
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6))
 def test_against_counting_lesion_by_lesion(random_case, seed):
     """Strata partition the lesions; every figure by a plain loop over them."""
