@@ -25,4 +25,4 @@ def draw_test_pictures(output_dir, dataset_names, *, tau):
         data = MetadataCatalog.get(name)
         folder = os.path.join(output_dir, "inference", name)
         pictures = draw_pictures(folder, data.json_file, data.get("image_root", ""), tau=tau)
-        logger.info("Pictures: %s and %s", *pictures)
+        logger.info("Pictures in %s: %s", folder, ", ".join(path.name for path in pictures))
