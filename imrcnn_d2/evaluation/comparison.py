@@ -139,7 +139,7 @@ def model_figures(results, bootstrap=None):
     if bootstrap is not None:
         averaged = SimpleNamespace(measures=measures)
         resampled = resampled_figures(averaged, bootstrap)
-        intervals, _ = confidence_intervals(averaged, bootstrap)
+        intervals, _ = confidence_intervals(averaged, bootstrap, resampled)
     taus = [one.tau_val and one.tau_val["tau"] for one in results]
     return ModelFigures(figures, runs, resampled, intervals, measures, taus)
 

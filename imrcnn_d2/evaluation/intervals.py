@@ -45,7 +45,7 @@ def resampled_figures(results, bootstrap):
     }
 
 
-def confidence_intervals(results, bootstrap):
+def confidence_intervals(results, bootstrap, resampled=None):
     """
     95 % intervals of all figures but counts: percentiles of the resampled figures. Resamples in
     which a figure is undefined are left out.
@@ -57,13 +57,15 @@ def confidence_intervals(results, bootstrap):
     Args:
         results (LesionResults):
         bootstrap (Bootstrap):
+        resampled (dict or None): :func:`resampled_figures` of these, where they are at hand.
 
     Returns:
         tuple: intervals, dict[str, dict[str, tuple[float, float]]]: group -> figure -> (low, high),
         NaN where undefined; and the shares in (0, 1] of resamples in which a figure that the data
         set defines is undefined, dict[str, float] by "group.figure".
     """
-    resampled = resampled_figures(results, bootstrap)
+    if resampled is None:
+        resampled = resampled_figures(results, bootstrap)
     once = results.measures.once(all_coco=bootstrap.all_coco)
     proportions = results.measures.proportions()
     intervals, undefined = {}, {}

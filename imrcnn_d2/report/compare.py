@@ -150,21 +150,27 @@ def _sizes(folds):
 
 
 def _gaps(models, folds, primary):
-    """[a remark for each model that lacks what others have, or what is to be tested]."""
-    remarks = []
+    """[remarks on models that lack what is to be tested, or what others have]."""
     group, _, figure = primary.partition("/")
-    for label, own in [*((k, [v]) for k, v in models.items()), *folds.items()]:
-        if any(math.isnan(one.figures[group][figure]) for one in own):
-            remarks.append(
-                f"The primary endpoint {primary} is undefined for {label}: choose another, such as "
-                "--primary bbox/AP50_voc where there are boxes only, lesion/iou without scores."
-            )
-        if any(None in one.taus for one in own):
-            remarks.append(
-                f"{label} has no operating point of its own (tau_val): evaluate it again with "
-                "tools/train_net.py --eval-only, or with tools/evaluate.py --tau-from."
-            )
-    return list(dict.fromkeys(remarks))
+    every = [*((label, [model]) for label, model in models.items()), *folds.items()]
+    undefined = [k for k, own in every if any(math.isnan(m.figures[group][figure]) for m in own)]
+    without_point = [k for k, own in every if any(None in m.taus for m in own)]
+    remarks = []
+    if undefined:
+        remarks.append(
+            f"The primary endpoint {primary} is undefined for {_listed(undefined)}: choose another, "
+            "such as --primary bbox/AP50_voc where there are boxes only, lesion/iou without scores."
+        )
+    if without_point:
+        remarks.append(
+            f"No operating point of its own (tau_val): {_listed(without_point)}. Evaluate again "
+            "with tools/train_net.py --eval-only, or with tools/evaluate.py --tau-from."
+        )
+    return remarks
+
+
+def _listed(labels):
+    return ", ".join(dict.fromkeys(labels))
 
 
 def _unknown(runs, sizes):

@@ -156,7 +156,7 @@ def test_old_runs_say_how_to_renew_them(gt, write_run, caplog):
         remarks = compare(gather([load_run(folder)]), BOOTSTRAP).remarks
     assert len(remarks) == 3
     assert "(lesion/TP): those here were scored again" in remarks[0]
-    assert "old has no operating point of its own" in remarks[1] and "--eval-only" in remarks[1]
+    assert "No operating point of its own (tau_val): old." in remarks[1]
     assert f"Without run.json, so of unknown model, seed and fold: {folder}" in remarks[2]
     assert remarks[0] in caplog.text
 
