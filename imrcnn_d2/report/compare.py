@@ -158,8 +158,8 @@ def _gaps(models, folds, primary):
     remarks = []
     if undefined:
         remarks.append(
-            f"The primary endpoint {primary} is undefined for {_listed(undefined)}: choose another, "
-            "such as --primary bbox/AP50_voc where there are boxes only, lesion/iou without scores."
+            f"The primary endpoint {primary} is undefined for {_listed(undefined)}: choose "
+            "--primary bbox/AP50_voc where there are boxes only, or lesion/iou without scores."
         )
     if without_point:
         remarks.append(
