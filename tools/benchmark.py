@@ -1,10 +1,15 @@
 #!/usr/bin/env python
-"""Time parts of the models.
+"""Time parts of the models, and the evaluation.
 
     tools/benchmark.py neck [--case light_352] [--output neck.json]
+    tools/benchmark.py evaluate [--images 1000 10000] [--runs 3] [--output evaluate.json]
 
 neck runs PAFPN + CBAM and the plain FPN in turns on the same features, and compares how much longer
 the former takes with what its extra multiply-adds predict. Exit status 1: over 1.15 times that.
+
+evaluate runs our evaluation with its default intervals, reading included, and pycocotools' COCOeval
+(masks; evaluate and accumulate) in turns on synthesised data with five detections an image. Exit
+status 1: ours takes longer at 10,000 images.
 """
 
 import argparse
@@ -18,6 +23,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from evaluation_benchmark import compare_evaluations
 from fvcore.nn import FlopCountAnalysis
 from tqdm import tqdm
 
@@ -25,6 +31,9 @@ from imrcnn_d2.engine.device import choose_device
 from imrcnn_d2.evaluation.files import write_atomically
 from imrcnn_d2.modeling import PAFPN
 from imrcnn_d2.report.tables import figures_table
+
+# Our evaluation's time over COCOeval's, at so many images.
+EVALUATION_BOUND, BOUND_IMAGES = 1.0, 10_000
 
 # Time over FPN's time may exceed multiply-adds over FPN's by this factor.
 BOUND = 1.15
@@ -192,6 +201,17 @@ def neck(args):
     return int(worst > BOUND)
 
 
+def evaluate(args):
+    results = {f"{n} images": compare_evaluations(n, args.runs) for n in args.images}
+    print(figures_table(results))
+    if args.output:
+        document = {"evaluate": results, "bound": EVALUATION_BOUND, "runs": args.runs}
+        write_atomically(args.output, json.dumps(document, indent=2) + "\n")
+        print(f"Written: {args.output}")
+    bounded = results.get(f"{BOUND_IMAGES} images")
+    return int(bounded is not None and bounded["ratio"] > EVALUATION_BOUND)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -216,6 +236,18 @@ def main(argv=None):
         help="default: as the model's config has it",
     )
     command.set_defaults(run=neck)
+
+    command = commands.add_parser("evaluate", help="the evaluation against COCOeval")
+    command.add_argument(
+        "--images",
+        nargs="+",
+        type=int,
+        default=[1000, 10_000],
+        help="sizes of the data set (1000 10000)",
+    )
+    command.add_argument("--runs", type=int, default=3, help="times of each (3)")
+    command.add_argument("--output", type=Path, help="JSON file for the figures")
+    command.set_defaults(run=evaluate)
 
     args = parser.parse_args(argv)
     return args.run(args)

@@ -30,7 +30,7 @@ PARTS = {
 class _OverlapsGiven:
     """Spares either COCOeval the overlaps, and so what they would be computed from."""
 
-    def computeIoU(self, image_id, category_id):  # noqa: N802  (overridden)
+    def computeIoU(self, image_id, category_id):
         """(D, G) array, detections by falling score and ground truths in file order; [] if none."""
         return self.given.get((image_id, category_id), [])
 

@@ -3,6 +3,8 @@ import time
 from pathlib import Path
 
 import benchmark
+import evaluation_benchmark
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -11,6 +13,7 @@ from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import FPN
 
 from imrcnn_d2 import add_imrcnn_config
+from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.modeling import PAFPN
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -97,3 +100,29 @@ def test_the_cases_are_the_shapes_of_the_shipped_models():
         assert cfg.MODEL.FPN.OUT_CHANNELS == out_channels
         assert cfg.MODEL.CHANNELS_LAST == channels_last
         assert size == int(side)
+
+
+def test_synthesised_data_are_as_stated():
+    truth, results = evaluation_benchmark.synthesise(200)
+    assert len(truth["images"]) == 200
+    assert np.bincount([r["image_id"] for r in results])[1:].tolist() == [5] * 200
+    lesions = np.bincount([a["image_id"] for a in truth["annotations"]], minlength=201)[1:]
+    assert set(lesions) == {0, 1, 2}
+    assert np.mean(lesions == 0) == pytest.approx(0.1, abs=0.06)
+    scored = evaluate_lesions(truth, results)
+    assert 60 < scored.segm["AP50_voc"] < 99
+    assert 30 < scored.segm["AP"] < 80
+
+
+def test_evaluate_writes_its_figures_and_exits_by_the_bound(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "BOUND_IMAGES", 20)
+    monkeypatch.setattr(benchmark, "EVALUATION_BOUND", 0.0)
+    file = tmp_path / "evaluate.json"
+    command = ["evaluate", "--images", "20", "--runs", "1", "--output", str(file)]
+    assert benchmark.main(command) == 1
+    figures = json.loads(file.read_text())["evaluate"]["20 images"]
+    assert figures["ratio"] == pytest.approx(figures["ours, s"] / figures["COCOeval, s"])
+    for side in ("ours", "COCOeval"):
+        assert figures[f"{side}, s"] > 0
+        assert 50 < figures[f"{side}, MiB"] < 5000  # Python with torch and more, not kilobytes
+    assert "20 images" in capsys.readouterr().out
