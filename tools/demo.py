@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """
-From nothing to a trained and evaluated IMR-CNN with its pictures, on generated images: the commands
+From nothing to a trained and evaluated IMR-CNN with its report, on generated images: the commands
 that a user would give, one after the other. An interrupted demo goes on where it stopped.
 """
 
@@ -34,6 +34,9 @@ def main():
     train = ["tools/train_net.py", "--config-file", CONFIG, "--resume"]
     run([*train, "OUTPUT_DIR", str(output)], env)
 
+    report, card = output / "report.html", output / "model_card.md"
+    run(["tools/report.py", str(output), "--output", str(report), "--card", str(card)], env)
+
     results = output / "inference" / "synthetic_test"
     metrics = json.loads((results / "metrics.json").read_text())
     segm, lesion = metrics["segm"], metrics["lesion"]
@@ -45,6 +48,8 @@ def main():
     for name in ("metrics.json", "per_image.csv", "pr_curve.png", "contact_sheet.png"):
         print(results / name)
     print(output / "model_best.pth")
+    print(card)
+    print(f"\nThe report, to open in a browser: {report}")
 
 
 if __name__ == "__main__":

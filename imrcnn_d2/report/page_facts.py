@@ -81,7 +81,8 @@ def _max_iter(run):
 def _training(record):
     if not record.get("finished"):
         return f"started {record['started']}, not finished" if record.get("started") else None
-    return f"{record['hours']:.2f} h, finished {record['finished']}"
+    hours = record.get("hours")
+    return ("" if hours is None else f"{hours:.2f} h, ") + f"finished {record['finished']}"
 
 
 def _short(sha256):

@@ -95,7 +95,7 @@
       panels.append(element("span", { class: "panel" }, frame, ...caption(image, i)));
     }
     const name = element("span", { class: "name" }, image.name);
-    if (image.patient !== null) name.append(element("span", {}, ` patient ${image.patient}`));
+    if (image.patient !== null) name.append(element("span", {}, ` · patient ${image.patient}`));
     const button = element("button", { type: "button", "aria-label": describe(image), "data-position": position }, panels, name);
     image.tile = element("li", {}, button);
     image.button = button;
