@@ -160,7 +160,7 @@ def add_up(columns, unit, number):
     return total
 
 
-def count_images(gt, detections, groups, matching, counted):
+def count_images(gt, detections, groups, matching, counted, other=None):
     """
     Args:
         gt (GroundTruth):
@@ -168,6 +168,8 @@ def count_images(gt, detections, groups, matching, counted):
         groups (dict[str, Overlaps]): overlaps by "bbox" and, where there are masks, by "segm".
         matching (Matching): of the N detections.
         counted (np.ndarray): (N,) bool, those that count and reach the threshold.
+        other (UnitCounts or None): the same at another threshold. Where an image has as many
+            detections at both, they are the same ones, and their union is not made again.
 
     Returns:
         UnitCounts: of all images.
@@ -186,11 +188,17 @@ def count_images(gt, detections, groups, matching, counted):
         of_masks = {"iou": total(hit, iou), "dice": total(hit, 2 * iou / (1 + iou))}
     else:
         of_masks = dict.fromkeys(("iou", "dice"), np.full(number, np.nan))
-    union = union_overlaps(gt, detections, counted)
+    tp, fp = total(hit), total(counted & ~matching.hit)
+    if other is None:
+        union = union_overlaps(gt, detections, counted)
+    else:
+        same = tp + fp == other.tp + other.fp
+        union = union_overlaps(gt, detections, counted & ~same[image])
+        union = np.where(same, other.union_iou, union)
     return UnitCounts(
         lesions=gt.lesions,
-        tp=total(hit),
-        fp=total(counted & ~matching.hit),
+        tp=tp,
+        fp=fp,
         score=score,
         iou_box=total(hit, overlap_of_hits(groups["bbox"], matching)),
         **of_masks,

@@ -102,17 +102,18 @@ class LesionResults:
             groups["patient"] = self.patient
         return groups
 
-    def counts_at(self, tau):
+    def counts_at(self, tau, other=None):
         """
         Args:
             tau (float): score from which on a detection counts.
+            other (UnitCounts or None): the same at another threshold, which saves time.
 
         Returns:
             UnitCounts: per image, as ``counts`` at another threshold; the matching is reused.
         """
         gt, detections = self.ground_truth, self.detections
         counted = self.matching.counts & (detections.score >= tau)
-        return count_images(gt, detections, self.overlaps, self.matching, counted)
+        return count_images(gt, detections, self.overlaps, self.matching, counted, other)
 
 
 def evaluate_lesions(

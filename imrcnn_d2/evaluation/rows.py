@@ -89,8 +89,10 @@ def threshold_table(results):
     if not results.detections.scored:
         return []
     rows = []
+    counts = None
     for tau in THRESHOLDS:
-        sums = results.counts_at(tau).sums()
+        counts = results.counts_at(tau, counts)
+        sums = counts.sums()
         groups = {"lesion": lesion_figures(sums), "image": image_figures(sums)}
         row = {f"{group}_{k}": float(v) for group, own in groups.items() for k, v in own.items()}
         rows.append({"tau": tau, **row})
