@@ -73,6 +73,7 @@ def main():
         application(train)()
     except SystemExit:
         # A launcher gives up on all jobs when one of them was killed; the others still run.
+        logging.getLogger(__name__).error("The launcher gave up; waiting for what still runs.")
         while any(run.state() == "running" for run in runs):
             time.sleep(WAIT_SECONDS)
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
     Raises:
         FileNotFoundError: no prepared data set.
         FileExistsError: other folds are there, e.g. of an earlier state of the data.
-        ValueError: fewer than 2 folds, or more than images.
+        ValueError: fewer than 2 folds, or so many that one has no image to train, validate or test.
     """
     if not (prepared / "splits.json").is_file():
         raise FileNotFoundError(
@@ -43,9 +43,13 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
     annotations = sorted((a for part in parts for a in part["annotations"]), key=lambda a: a["id"])
     with_lesion = {a["image_id"] for a in annotations if not a["iscrowd"]}
     items = [Item(i["file_name"], i["id"] in with_lesion, i.get("patient_id")) for i in images]
-    if count > len(items):
-        raise ValueError(f"{count} folds of {len(items)} images: take fewer folds")
     folds = make_folds(items, count, settings["seed"], settings["split_by"] == "patient")
+    empty = [f"fold {i}'s {s}" for i, fold in enumerate(folds) for s in SPLITS if not fold[s]]
+    if empty:
+        raise ValueError(
+            f"{count} folds of {prepared} ({len(items)} images, kept together by "
+            f"{settings['split_by']}) leave nothing for {', '.join(empty)}: take fewer folds"
+        )
 
     out = prepared.with_name(f"{prepared.name}.folds{count}")
     with staged(out) as stage:

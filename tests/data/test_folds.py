@@ -112,8 +112,10 @@ def test_no_prepared_data_set(tmp_path):
         write_folds(tmp_path / "kvasir_seg", 5)
 
 
-@pytest.mark.parametrize("count", [1, 25])
-def test_impossible_numbers_of_folds(prepared, count):
-    with pytest.raises(ValueError, match=f"{count} folds"):
+@pytest.mark.parametrize(
+    ("count", "named"), [(1, "at least 2"), (25, "nothing for fold .*'s test")]
+)
+def test_impossible_numbers_of_folds(prepared, count, named):
+    with pytest.raises(ValueError, match=f"{count} folds.*{named}"):
         write_folds(prepared, count)
     assert not Path(f"{prepared}.folds{count}").exists()
