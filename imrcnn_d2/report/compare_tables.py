@@ -17,6 +17,7 @@ REGIONS = {"masks": ("segm", "iou"), "boxes": ("bbox", "iou_box")}
 TABLE_3 = ("AP50_voc", "AP50", "AP", "IoU")
 TABLE_4 = ("segm/AP50_voc", "bbox/AP50_voc", "segm/AP", "lesion/iou", "lesion/iou_box")
 FIVE = ("precision", "recall", "accuracy", "specificity", "f1")
+NAMES = {"f1": "F1", "auroc": "AUROC", "miou": "mIoU", "mdice": "mDice"}
 LEVELS = {"lesion": "lesions", "image": "images", "patient": "patients"}
 INTERVALS = "In brackets: 95 % intervals."
 SEEDS = (
@@ -40,7 +41,7 @@ def figure_name(endpoint):
     if figure in ("iou", "iou_box"):
         return f"IoU ({'boxes' if figure == 'iou_box' else 'masks'}){at}"
     of = {"segm": "masks", "bbox": "boxes", **LEVELS}.get(group, group)
-    return f"{'F1' if figure == 'f1' else figure} ({of}){at}"
+    return f"{NAMES.get(figure, figure)} ({of}){at}"
 
 
 def _row(label, model, group, figure, **more):
@@ -231,7 +232,7 @@ def table_5(comparison):
     ]
     for text in _remarks(published):
         notes.append(text.replace("Published: Not comparable", "† Published, not comparable"))
-    frame = pd.DataFrame(cells).rename(columns={"f1": "F1"})
+    frame = pd.DataFrame(cells).rename(columns=NAMES)
     title = "Table 5: counts, and figures in percent, at the operating points"
     return Table("table_5", title, frame, pd.DataFrame(data), tuple(notes), text_columns=3)
 

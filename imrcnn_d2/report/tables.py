@@ -156,10 +156,11 @@ def format_figure(name, value, interval=None, *, sd=None, decimals=1):
 
     if math.isnan(value):
         return "n/a"
-    if name in COUNTS and value == round(value):
+    varies = sd is not None and not math.isnan(sd)
+    if name in COUNTS and value == round(value) and not varies:
         return f"{value:.0f}"
     cell = text(value)
-    if sd is not None and not math.isnan(sd):
+    if varies:
         cell += f" ± {text(sd)}"
     if interval is not None and not any(map(math.isnan, interval)):
         cell += f" [{', '.join(map(text, interval))}]"

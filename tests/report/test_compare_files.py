@@ -12,6 +12,7 @@ from imrcnn_d2.evaluation.curves import pr_curve
 from imrcnn_d2.report.compare import compare
 from imrcnn_d2.report.compare_files import write_comparison
 from imrcnn_d2.report.compare_runs import gather
+from imrcnn_d2.report.compare_tables import figure_name
 from imrcnn_d2.report.runs import load_run
 
 MODELS = {"MR-CNN": 0.6, "IMR-CNN": 0.9}
@@ -74,6 +75,22 @@ def folds(tmp_path_factory, write_gt, write_run_in):
             options = dict(model=model, skill=skill, fold=(fold, 3), seed=fold)
             paths.append(write_run(f"{model}{fold}", gt, dataset="egc_test", **options))
     return paths, *write_in(root, paths)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "name"),
+    [
+        ("segm/AP50_voc", "AP50_voc (masks)"),
+        ("bbox/AP", "AP (boxes)"),
+        ("lesion/iou", "IoU (masks)"),
+        ("lesion/iou_box", "IoU (boxes)"),
+        ("tau_val.lesion/f1", "F1 (lesions) at tau_val"),
+        ("image/auroc", "AUROC (images)"),
+        ("patient/recall", "recall (patients)"),
+    ],
+)
+def test_names(endpoint, name):
+    assert figure_name(endpoint) == name
 
 
 def test_all_files_of_one_split(split):

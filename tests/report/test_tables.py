@@ -44,6 +44,8 @@ def test_figures(arguments, text):
 def test_standard_deviations():
     assert format_figure("iou", 87.66, (83, 91), sd=0.44) == "87.7 ± 0.4 [83.0, 91.0]"
     assert format_figure("iou", 87.66, sd=NAN) == "87.7"
+    assert format_figure("TP", 8.0, sd=NAN) == "8"
+    assert format_figure("TP", 8.0, sd=1.5) == "8.0 ± 1.5"
 
 
 @pytest.fixture
