@@ -10,16 +10,22 @@ from matplotlib.lines import Line2D
 from PIL import Image, ImageOps
 
 from ..evaluation import evaluate_lesions
-from .outlines import STYLES, choose_images, outlines, regions_by_kind
+from .outlines import (
+    HALO_WIDTH,
+    LIGHT_HALO,
+    STYLES,
+    choose_images,
+    outlines,
+    regions_by_kind,
+)
 from .style import save_figure
 
 __all__ = ["draw_contact_sheet"]
 
-# Halos set the lines off from mucosa, which comes in all lightnesses and is orange itself.
-DARK = [patheffects.withStroke(linewidth=3.8, foreground="black", alpha=0.5)]
-LIGHT = [patheffects.withStroke(linewidth=4.2, foreground="white", alpha=0.9)]
+DARK = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black", alpha=0.5)]
+LIGHT = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="white", alpha=0.9)]
 OUTLINES = {
-    kind: {**line, "path_effects": LIGHT if kind == "false alarm" else DARK}
+    kind: {**line, "path_effects": LIGHT if kind in LIGHT_HALO else DARK}
     for kind, line in STYLES.items()
 }
 COLUMNS = 4

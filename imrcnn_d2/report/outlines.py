@@ -8,7 +8,14 @@ import pycocotools.mask as mask_util
 
 from .style import PURPLE, SKY, VERMILION, YELLOW
 
-__all__ = ["STYLES", "choose_images", "outlines", "regions_by_kind"]
+__all__ = [
+    "HALO_WIDTH",
+    "LIGHT_HALO",
+    "STYLES",
+    "choose_images",
+    "outlines",
+    "regions_by_kind",
+]
 
 # Sky blue and purple are the truth, yellow and vermilion the model's word.
 STYLES = {
@@ -17,6 +24,10 @@ STYLES = {
     "missed lesion": dict(color=PURPLE, linestyle=(0, (1, 1)), linewidth=2.8),
     "false alarm": dict(color=VERMILION, linestyle=(0, (5, 1.2, 1, 1.2)), linewidth=2.2),
 }
+# Halos set the lines off from mucosa, which comes in all lightnesses and is orange itself: what
+# went wrong in white, the rest in black.
+LIGHT_HALO = ("missed lesion", "false alarm")
+HALO_WIDTH = 4.2
 
 
 def regions_by_kind(scored, position):

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..evaluation.files import write_atomically
 from .cohort import cohort
 from .gallery import gallery_data
-from .outlines import STYLES
+from .outlines import HALO_WIDTH, LIGHT_HALO, STYLES
 from .page_comparison import differences
 from .page_facts import config_differences, configs, facts
 from .page_pictures import pictures
@@ -135,15 +135,21 @@ def _hash(script):
 
 
 def _lines():
-    """{class: label, colour, width and dashes in CSS} of the outlines."""
+    """{class: label, and how it is drawn, in CSS} of the outlines."""
     lines = {}
     for name, (kind, label) in OUTLINES.items():
         style = STYLES[kind]
         dash = "none"
         if style["linestyle"] != "-":  # matplotlib's dashes are in line widths
             dash = " ".join(f"{part * style['linewidth']:.1f}" for part in style["linestyle"][1])
-        width = f"{style['linewidth']}px"
-        lines[name] = {"label": label, "color": style["color"], "width": width, "dash": dash}
+        lines[name] = {
+            "label": label,
+            "color": style["color"],
+            "width": f"{style['linewidth']}px",
+            "dash": dash,
+            "light": kind in LIGHT_HALO,
+            "halo": f"{HALO_WIDTH}px",
+        }
     return lines
 
 

@@ -16,6 +16,7 @@ from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.bootstrap import Bootstrap
 from imrcnn_d2.evaluation.files import write_results
 from imrcnn_d2.evaluation.operating_point import OperatingPoint
+from imrcnn_d2.report.runs import load_run
 
 SIZE = 60
 
@@ -195,6 +196,12 @@ def study(tmp_path_factory):
     for number, (name, skill) in enumerate(STUDY_MODELS.items()):
         write_study_run(root / "runs" / name, name, gt, found_in(coco, skill, number))
     return root
+
+
+@pytest.fixture(scope="session")
+def study_runs(study):
+    """dict[str, Run]: the study's models by name, each scored once for all tests."""
+    return {name: load_run(f"{name}={study / 'runs' / name}") for name in STUDY_MODELS}
 
 
 def write_study_run(output, name, gt, dt):

@@ -5,9 +5,9 @@ from imrcnn_d2.report.cohort import cohort
 from imrcnn_d2.report.runs import load_run
 
 
-def test_what_a_prepared_data_set_holds(study):
+def test_what_a_prepared_data_set_holds(study, study_runs):
     data = study / "datasets" / "study"
-    found = cohort(load_run(study / "runs" / "MR-CNN"))
+    found = cohort(study_runs["MR-CNN"])
     assert [split["name"] for split in found["splits"]] == ["Training", "Validation", "Test"]
     assert [split["tested"] for split in found["splits"]] == [False, False, True]
     people, images = set(), 0
@@ -64,7 +64,7 @@ def test_a_patient_in_two_splits_is_pointed_out(study, tmp_path):
     assert note.startswith("Patients are in more than one split (1 times)")
 
 
-def test_crowds_are_no_lesions(study, tmp_path):
+def test_crowds_are_no_lesions(study, study_runs, tmp_path):
     def change(data):
         test = data / "annotations" / "test.json"
         coco = json.loads(test.read_text())
@@ -72,5 +72,5 @@ def test_crowds_are_no_lesions(study, tmp_path):
         test.write_text(json.dumps(coco))
         return test
 
-    before = cohort(load_run(study / "runs" / "MR-CNN"))["splits"][2]["lesions"]
+    before = cohort(study_runs["MR-CNN"])["splits"][2]["lesions"]
     assert cohort(move(study, tmp_path, change))["splits"][2]["lesions"] == before - 1

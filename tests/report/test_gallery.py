@@ -13,13 +13,9 @@ from imrcnn_d2.report.outlines import outlines
 from imrcnn_d2.report.runs import load_run
 
 
-def load(study, *names):
-    return [load_run(f"{name}={study / 'runs' / name}") for name in names]
-
-
 @pytest.fixture(scope="module")
-def runs(study):
-    return load(study, "MR-CNN", "IMR-CNN")
+def runs(study_runs):
+    return [study_runs["MR-CNN"], study_runs["IMR-CNN"]]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +91,7 @@ def test_pictures_are_turned_and_without_metadata(study, data):
 
 def write_large(study, folder):
     """The study's first run with images twelve times as wide and six times as high."""
-    run = load(study, "MR-CNN")[0]
+    run = load_run(study / "runs" / "MR-CNN")
     root = folder / "images"
     for image in run.results.ground_truth.images:
         path = root / image["file_name"]
@@ -145,7 +141,7 @@ def test_boxes_alone(write_gt, make_detections, write_run, tmp_path):
 
 
 def test_an_image_that_is_not_there(study, tmp_path):
-    run = load(study, "MR-CNN")[0]
+    run = load_run(study / "runs" / "MR-CNN")
     run.__dict__["image_root"] = tmp_path
     with pytest.raises(FileNotFoundError, match="hacked"):
         gallery_data([run])

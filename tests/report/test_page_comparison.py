@@ -5,19 +5,17 @@ from imrcnn_d2.report.runs import load_run
 
 
 @pytest.fixture(scope="module")
-def found(study):
-    names = ("MR-CNN", "IBMR-CNN", "IMR-CNN")
-    return differences([load_run(f"{name}={study / 'runs' / name}") for name in names])
+def found(study_runs):
+    return differences(list(study_runs.values()))
 
 
-def test_differences_of_the_recorded_figures(found, study):
-    runs = {name: load_run(study / "runs" / name) for name in ("MR-CNN", "IBMR-CNN", "IMR-CNN")}
+def test_differences_of_the_recorded_figures(found, study_runs):
     labels = {"AP50_voc, masks (primary)": ("segm", "AP50_voc"), "IoU, lesions": ("lesion", "iou")}
     checked = 0
     for models, figure, difference, interval, *_ in found["rows"]:
         if figure in labels:
             group, key = labels[figure]
-            one, two = (runs[name].metrics[group][key] for name in models.split(" − "))
+            one, two = (study_runs[name].metrics[group][key] for name in models.split(" − "))
             assert difference == f"{one - two:+.1f}".replace("-", "−")
             low, high = (float(v.replace("−", "-")) for v in interval.strip("[]").split(", "))
             assert low <= float(difference.replace("−", "-")) <= high
@@ -28,8 +26,8 @@ def test_differences_of_the_recorded_figures(found, study):
     assert found["note"].startswith("60 paired resamples of patients.")
 
 
-def test_one_model_has_none(study):
-    assert differences([load_run(study / "runs" / "MR-CNN")]) is None
+def test_one_model_has_none(study_runs):
+    assert differences([study_runs["MR-CNN"]]) is None
 
 
 def test_seeds_are_one_model(write_gt, write_run, tmp_path):

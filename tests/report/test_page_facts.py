@@ -3,12 +3,11 @@ import dataclasses
 import pytest
 
 from imrcnn_d2.report.page_facts import UNKNOWN, config_differences, configs, facts
-from imrcnn_d2.report.runs import load_run
 
 
 @pytest.fixture(scope="module")
-def runs(study):
-    return [load_run(f"{name}={study / 'runs' / name}") for name in ("MR-CNN", "IMR-CNN")]
+def runs(study_runs):
+    return [study_runs["MR-CNN"], study_runs["IMR-CNN"]]
 
 
 def test_what_is_recorded(runs):

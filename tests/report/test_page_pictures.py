@@ -10,8 +10,8 @@ PREFIX = "data:image/svg+xml;base64,"
 
 
 @pytest.fixture(scope="module")
-def runs(study):
-    return [load_run(f"{name}={study / 'runs' / name}") for name in ("MR-CNN", "IMR-CNN")]
+def runs(study_runs):
+    return [study_runs["MR-CNN"], study_runs["IMR-CNN"]]
 
 
 def words(picture):

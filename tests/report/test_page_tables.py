@@ -18,8 +18,8 @@ MODELS = ("MR-CNN", "IBMR-CNN", "IMR-CNN")
 
 
 @pytest.fixture(scope="module")
-def runs(study):
-    return [load_run(f"{name}={study / 'runs' / name}") for name in MODELS]
+def runs(study_runs):
+    return list(study_runs.values())
 
 
 @pytest.fixture

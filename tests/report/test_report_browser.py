@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from imrcnn_d2.report.page import render_report
-from imrcnn_d2.report.runs import load_run
 
 MODELS = ("MR-CNN", "IBMR-CNN", "IMR-CNN")
 
@@ -25,8 +24,8 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def report(study, tmp_path_factory):
-    runs = [load_run(f"{name}={study / 'runs' / name}") for name in MODELS]
+def report(study_runs, tmp_path_factory):
+    runs = [study_runs[name] for name in MODELS]
     return render_report(runs, tmp_path_factory.mktemp("page") / "report.html")
 
 
@@ -158,7 +157,7 @@ def test_the_gallery_and_the_dialog_by_keyboard_alone(page):
     assert name.inner_text() == order[-1]
     page.keyboard.press("Escape")
     assert dialog.get_attribute("open") is None
-    assert page.evaluate(focused) == order[-1]
+    page.wait_for_function(f"last => {focused} === last", arg=order[-1])
     page.keyboard.press("Shift+Tab")  # the gallery is one stop
     assert page.evaluate("document.activeElement.name") == "outlines"
 
@@ -204,7 +203,7 @@ def test_tiles_are_drawn_when_they_come_near(page):
     assert last.evaluate(loaded) == [96] * 4
 
 
-def test_an_outline_lies_on_its_lesion(page, study):
+def test_an_outline_lies_on_its_lesion(page, study_runs):
     """Filled, and half a pixel wider, outlines cover what the masks do."""
     counts = page.evaluate(
         """() => {
@@ -220,7 +219,7 @@ def test_an_outline_lies_on_its_lesion(page, study):
           }));
         }"""
     )
-    truth = load_run(study / "runs" / MODELS[0]).results.ground_truth
+    truth = study_runs[MODELS[0]].results.ground_truth
     areas = [[] for _ in truth.images]
     for image, area in zip(truth.regions.image, truth.area, strict=True):
         areas[image].append(area)

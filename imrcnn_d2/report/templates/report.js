@@ -56,7 +56,7 @@
     const group = svg("g", { class: "outlines", transform: "translate(.5 .5)" });
     const add = (kind, d) => {
       if (!d) return;
-      group.append(svg("path", { class: kind === "alarm" ? "halo light" : "halo", d }), svg("path", { class: kind, d }));
+      group.append(svg("path", { class: `halo halo-${kind}`, d }), svg("path", { class: kind, d }));
     };
     const missed = new Set(run ? run.missed : []);
     image.truth.forEach((d, i) => add(missed.has(i) ? "missed" : "truth", d));
@@ -79,8 +79,8 @@
     if (i < 0) return [element("b", {}, "Ground truth"), element("span", {}, lesions(image))];
     const run = image.runs[i];
     const figures = [];
-    if (run.score !== null) figures.push(`score ${run.score.toFixed(2)}`);
-    if (run.iou !== null) figures.push(`${data.overlap} ${run.iou.toFixed(0)}`);
+    if (run.score !== null) figures.push(`score\u00a0${run.score.toFixed(2)}`);
+    if (run.iou !== null) figures.push(`${data.overlap}\u00a0${run.iou.toFixed(0)}`);
     return [
       element("b", {}, data.runs[i]),
       element("span", { class: "badges" }, ...badges(run)),
