@@ -82,7 +82,7 @@ def sweep(env, tmp_path_factory):
 
     broken = output / "broken.yaml"
     broken.write_text('MODEL:\n  BACKBONE:\n    NAME: "build_no_such_backbone"\n')
-    return output, start(env, output, f"{broken},{MODEL}"), killed
+    return output, start(env, output, f"{broken},{MODEL}", "fold=0"), killed
 
 
 def fold_run(output, env, fold, opts=OPTS):
@@ -107,12 +107,12 @@ def test_the_broken_runs_are_named_and_the_others_go_on(sweep):
     output, done, _ = sweep
     assert done.returncode == 1, done.stdout + done.stderr
     assert states(done.stdout) == {
-        **{f"synthetic/{MODEL}/seed0/fold{i}": "finished" for i in (0, 1)},
-        **{f"synthetic/broken/seed0/fold{i}": "broken" for i in (0, 1)},
+        "synthetic/broken/seed0/fold0": "broken",
+        f"synthetic/{MODEL}/seed0/fold0": "finished",
     }, done.stdout + done.stderr
-    log = output / "synthetic" / "broken" / "seed0" / "fold1" / "console.log"
+    log = output / "synthetic" / "broken" / "seed0" / "fold0" / "console.log"
     assert str(log) in done.stdout and "build_no_such_backbone" in done.stdout
-    assert "2 of 4 runs are not finished" in done.stdout
+    assert "1 of 2 runs are not finished" in done.stdout
     assert f"tools/compare.py {output / 'synthetic' / MODEL / 'seed0' / 'fold0'}" in done.stdout
 
 
@@ -141,8 +141,7 @@ def test_each_run_sees_its_fold(sweep, env):
 
 
 def test_finished_runs_are_not_run_again(sweep, env, caplog):
-    output, done, _ = sweep
-    assert done.stdout.count("finished before, not run again") == 1
+    output, _, _ = sweep
     run = fold_run(output, env, 1)
     assert run.log.read_text().count("$ IMRCNN_DATASETS=") == 1
     before = modified(run.folder)
