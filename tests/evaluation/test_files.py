@@ -148,6 +148,7 @@ def test_intervals_stand_beside_their_figures(dataset, region, tmp_path):
     for group in groups:
         low, high = group["recall_ci"]
         assert low <= group["recall"] <= high
+    assert written["by_size"]["coco"]["large"]["recall_ci"] == [None, None]  # there is none
     assert "n_ci" not in small and "n_ci" not in written["calibration"]
     assert written["by_class"]["a"]["recall_ci"][1] == 100
     assert written["froc"]["mean_ci"][0] < written["froc"]["mean"]

@@ -17,6 +17,7 @@ def test_steps_and_operating_point(froc, tmp_path):
     figure = draw_froc({"polyp": froc}, tmp_path / "froc.png", tau=0.7)
     (axes,) = figure.axes
     steps, beyond, point, *_ = axes.lines
+    assert steps.get_drawstyle() == "steps-post"  # up at a hit, never on a slope
     x, y = steps.get_data()
     assert x == pytest.approx([0, 0, 0.5, 0.5, 1])
     assert y == pytest.approx([0, 100 / 3, 100 / 3, 200 / 3, 200 / 3])
