@@ -117,7 +117,6 @@ def test_a_coco_file_with_scores(case, tmp_path):
 
 
 def test_intervals(case, tmp_path):
-    assert "recall_ci" not in run(*case, tmp_path / "none", "--resamples", 0)["lesion"]
     every = run(*case, tmp_path / "all", "--ci-all", "--seed", 3)
     assert len(every["segm"]["AP_ci"]) == 2
     assert every["meta"]["bootstrap"] == {
@@ -136,15 +135,13 @@ def test_a_threshold_from_a_validation_set(case, tmp_path, capsys):
     found = [region(1, 0, score=0.6), region(2, 0, score=0.3)]
     (tmp_path / "val_dt.json").write_text(json.dumps(found))
     chosen = ("--tau-from", tmp_path / "val.json", tmp_path / "val_dt.json")
-    metrics = run(gt, dt, tmp_path / "out", *chosen)
+    metrics = run(gt, dt, tmp_path / "out", *chosen, "--tau-rule", "recall>=90")
     assert metrics["lesion"]["FP"] == 0
-    assert (metrics["tau_val"]["tau"], metrics["tau_val"]["rule"]) == (0.6, "f1")
+    assert (metrics["tau_val"]["tau"], metrics["tau_val"]["rule"]) == (0.6, "recall>=90")
     assert metrics["tau_val"]["dataset"] == str(tmp_path / "val.json")
     assert metrics["tau_val"]["lesion"]["FP"] == 1
     assert len(metrics["tau_val"]["image"]["recall_ci"]) == 2
     assert "Score ≥ 0.6 (tau_val)" in capsys.readouterr().out
-    metrics = run(gt, dt, tmp_path / "out", *chosen, "--tau-rule", "recall>=90")
-    assert metrics["tau_val"]["rule"] == "recall>=90"
     for options, message in (
         ((*chosen, "--tau-rule", "best"), "'best'; it must be 'f1'"),
         (("--tau-from", gt, dt), "never chosen on a test set"),
@@ -184,7 +181,8 @@ def test_boxes_alone(case, tmp_path):
     gt, dt = case
     bare = [{k: v for k, v in r.items() if k != "segmentation"} for r in json.loads(dt.read_text())]
     dt.write_text(json.dumps(bare))
-    metrics = run(gt, dt, tmp_path / "out")
+    metrics = run(gt, dt, tmp_path / "out", "--resamples", 0)
+    assert "recall_ci" not in metrics["lesion"] and metrics["meta"]["bootstrap"] is None
     assert metrics["lesion"]["iou"] is None and metrics["image"]["miou"] is None
     assert metrics["lesion"]["iou_box"] == pytest.approx(80)
     assert "segmentation" not in json.loads((tmp_path / "out" / RESULTS).read_text())[0]
