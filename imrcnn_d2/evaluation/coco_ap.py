@@ -2,10 +2,11 @@
 
 import contextlib
 import io
+from collections import defaultdict
 from itertools import product
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval import COCOeval_faster
 from pycocotools.cocoeval import COCOeval
 
 from .ranking import RankedDetections, Ranking
@@ -28,19 +29,32 @@ PARTS = {
 
 
 class _OverlapsGiven:
-    """Spares either COCOeval the overlaps, and so what they would be computed from."""
+    """
+    Spares either COCOeval the overlaps, and so the masks, and an index of what is in order already.
+    Images and classes go by their positions.
+    """
 
-    def computeIoU(self, image_id, category_id):
+    def computeIoU(self, image, category):
         """(D, G) array, detections by falling score and ground truths in file order; [] if none."""
-        return self.given.get((image_id, category_id), [])
+        return self.overlaps.get((image, category), [])
 
 
 class _Fast(_OverlapsGiven, COCOeval_faster):
-    pass
+    def _prepare(self):
+        for side, records in ((self.gt_dataset, self.truth), (self.dt_dataset, self.found)):
+            for record in records:
+                side.append_ref(record["image_id"], record["category_id"], record)
+        self._nonempty_iou_pairs = self.overlaps.keys()
 
 
 class _Readable(_OverlapsGiven, COCOeval):
     """pycocotools' own, which hands out what it matched."""
+
+    def _prepare(self):
+        self._gts, self._dts = defaultdict(list), defaultdict(list)
+        for side, records in ((self._gts, self.truth), (self._dts, self.found)):
+            for record in records:
+                side[record["image_id"], record["category_id"]].append(record)
 
 
 def coco_average_precision(gt, detections, overlaps, iou_type):
@@ -88,7 +102,6 @@ def ranked_by_coco(gt, detections, overlaps, iou_type, unit_of_image, num_units)
         threshold, over whose ``sampled_area`` the figure is a mean.
     """
     evaluation = _evaluate(_Readable, gt, detections, overlaps, iou_type)
-    position = {image["id"]: i for i, image in enumerate(gt.images)}
     images = len(gt.images)
     ranked = {}
     for k, a in product(range(len(gt.categories)), range(4)):
@@ -96,7 +109,7 @@ def ranked_by_coco(gt, detections, overlaps, iou_type, unit_of_image, num_units)
         parts = [part for part in evaluation.evalImgs[start : start + images] if part]
         if not parts:
             continue
-        units = unit_of_image[[position[part["image_id"]] for part in parts]]
+        units = unit_of_image[[part["image_id"] for part in parts]]
         unit = np.repeat(units, [len(part["dtIds"]) for part in parts])
         score = np.concatenate([part["dtScores"] for part in parts])
         hit = np.concatenate([part["dtMatches"] for part in parts], axis=1) > 0
@@ -119,52 +132,35 @@ def _evaluate(cls, gt, detections, overlaps, iou_type):
         area = mask_areas(detections.regions.masks)
     else:
         area = detections.regions.boxes[:, 2] * detections.regions.boxes[:, 3]
-    truth = _side(gt, gt.regions, area=gt.area, iscrowd=gt.crowd.astype(int))
-    found = _side(gt, detections.regions, area=area, score=detections.score)
-    evaluation = cls(truth, found, "bbox")  # "segm" would decode all masks
-    evaluation.given = _dense(gt, detections, overlaps)
+    evaluation = cls(iouType="bbox")  # "segm" would decode all masks
+    evaluation.params.imgIds = list(range(len(gt.images)))
+    evaluation.params.catIds = list(range(len(gt.categories)))
+    crowd = gt.crowd.astype(int)
+    evaluation.truth = _records(gt.regions, area=gt.area, iscrowd=crowd, ignore=crowd)
+    evaluation.found = _records(detections.regions, area=area, score=detections.score)
+    evaluation.overlaps = _dense(detections.regions, len(gt.categories), overlaps)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
     return evaluation
 
 
-def _dense(gt, detections, overlaps):
-    """{(image id, category id): (D, G) overlaps} where there are both."""
-    regions = detections.regions
-    key = (regions.image * len(gt.categories) + regions.category)[overlaps.dt]
+def _dense(regions, num_categories, overlaps):
+    """{(image, category): (D, G) overlaps} where there are both."""
+    key = (regions.image * num_categories + regions.category)[overlaps.dt]
     limits = np.flatnonzero(np.diff(key, prepend=-1, append=-1))
     last = overlaps.dt[limits[1:] - 1]
-    parts = np.split(overlaps.iou, limits[1:-1])
+    parts = np.split(overlaps.iou, limits[1:-1])[: len(last)]
+    columns = (values[last].tolist() for values in (regions.image, regions.category, overlaps.rank))
     return {
-        (gt.images[image]["id"], gt.categories[category]["id"]): part.reshape(rank + 1, -1)
-        for image, category, rank, part in zip(
-            regions.image[last].tolist(),
-            regions.category[last].tolist(),
-            overlaps.rank[last].tolist(),
-            parts[: len(last)],
-            strict=True,
-        )
+        (image, category): part.reshape(rank + 1, -1)
+        for image, category, rank, part in zip(*columns, parts, strict=True)
     }
 
 
-def _side(gt, regions, **columns):
-    """Regions as a COCO, each with the value that every column has for it."""
-    columns["image_id"] = np.array([image["id"] for image in gt.images], dtype=object)[
-        regions.image
-    ]
-    columns["category_id"] = np.array([c["id"] for c in gt.categories], dtype=object)[
-        regions.category
-    ]
+def _records(regions, **columns):
+    """Regions as COCO annotations, each with the value that every column has for it."""
+    columns |= {"image_id": regions.image, "category_id": regions.category}
     # From 1: COCOeval takes a match with the ground truth of id 0 for none.
     columns["id"] = np.arange(1, len(regions) + 1)
-    names = list(columns)
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
-    coco = COCO()
-    coco.dataset = {
-        "images": gt.images,
-        "categories": gt.categories,
-        "annotations": [dict(zip(names, row, strict=True)) for row in rows],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
+    return [dict(zip(columns, row, strict=True)) for row in rows]

@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .bootstrap import CHUNK, clopper_pearson, percentile_interval
@@ -33,7 +34,11 @@ def resampled_figures(results, bootstrap):
     measures = results.measures
     rows = max(1, CHUNK // measures.width)
     parts = defaultdict(lambda: defaultdict(list))
-    with tqdm(total=bootstrap.resamples, desc="Resamples", delay=2) as bar:
+    # The products are small: several threads would mostly wait for each other.
+    with (
+        threadpool_limits(1, user_api="blas"),
+        tqdm(total=bootstrap.resamples, desc="Resamples", delay=2) as bar,
+    ):
         for weights in bootstrap.weights(measures.num_units, chunk=rows):
             for group, figures in measures(weights, all_coco=bootstrap.all_coco).items():
                 for name, values in figures.items():
