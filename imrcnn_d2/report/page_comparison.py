@@ -57,7 +57,7 @@ def differences(runs):
 
 def _row(test):
     p = test.p if test.primary else test.p_holm
-    interval = f"[{_signed(test.low)}, {_signed(test.high)}]"
+    interval = f"[{_signed(test.low)},\u00a0{_signed(test.high)}]"
     return [
         f"{test.first} − {test.second}",
         _name(test.endpoint) + (" (primary)" if test.primary else ""),

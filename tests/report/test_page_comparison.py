@@ -17,7 +17,7 @@ def test_differences_of_the_recorded_figures(found, study_runs):
             group, key = labels[figure]
             one, two = (study_runs[name].metrics[group][key] for name in models.split(" − "))
             assert difference == f"{one - two:+.1f}".replace("-", "−")
-            low, high = (float(v.replace("−", "-")) for v in interval.strip("[]").split(", "))
+            low, high = (float(v.replace("−", "-")) for v in interval.strip("[]").split(","))
             assert low <= float(difference.replace("−", "-")) <= high
             checked += 1
     assert checked == 6

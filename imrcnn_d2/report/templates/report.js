@@ -96,8 +96,8 @@
     }
     const name = element("span", { class: "name" }, image.name);
     if (image.patient !== null) name.append(element("span", {}, ` · patient ${image.patient}`));
-    const button = element("button", { type: "button", "aria-label": describe(image), "data-position": position }, panels, name);
-    image.tile = element("li", {}, button);
+    const button = element("button", { type: "button", "aria-label": describe(image) }, panels, name);
+    image.tile = element("li", { "data-position": position }, button);
     image.button = button;
   };
   const fill = (image) => {
@@ -117,7 +117,7 @@
     },
     { rootMargin: "600px" },
   );
-  data.images.forEach((image) => near.observe(image.button));
+  data.images.forEach((image) => near.observe(image.tile));
 
   // ---- Filter and sort
 
