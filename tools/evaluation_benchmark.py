@@ -6,6 +6,7 @@ Run as a script, it is the process that one of the two is timed in.
 import contextlib
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -185,7 +186,9 @@ def compare_evaluations(num_images, runs):
 
 def _child(*args):
     command = [sys.executable, __file__, *map(str, args)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    # One thread: what waits for others, on a busy machine, would count as processor time.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
 
 
 if __name__ == "__main__":
