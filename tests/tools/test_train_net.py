@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from detectron2.engine.launch import _find_free_port
 
+from imrcnn_d2.evaluation.test_log import read_test_log
+
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96"),
     *("DATALOADER.NUM_WORKERS", "0"),
@@ -82,6 +84,18 @@ def test_eval_only_repeats_the_figures(trained, env):
     assert len(lines) >= 12  # 4 groups of 3 lines
     assert lines == figures(trained[1])[-len(lines) :]
 
+    before, after = (
+        json.loads((folder / "inference/synthetic_test/metrics.json").read_text())
+        for folder in (trained[0], trained[0] / "again")
+    )
+    assert before["tau_val"]["dataset"] == "synthetic_val"
+    assert before["tau_val"] == after["tau_val"]
+    assert after["meta"]["checkpoint"] == str(trained[0] / "model_best.pth")
+    log = read_test_log(Path(env["IMRCNN_DATASETS"], "synthetic/annotations/test.json"))
+    assert log[-1]["sha256"] == after["meta"]["checkpoint_sha256"]
+    assert log[-1]["output"] == str(trained[0] / "again/inference/synthetic_test")
+    assert not (trained[0] / "again" / "run.json").exists(), "nothing was trained"
+
 
 def test_expected_results_are_verified(trained, env):
     impossible = ("TEST.EXPECTED_RESULTS", "[['lesion', 'fp_per_image', -5.0, 0.1]]")
@@ -126,4 +140,12 @@ def test_the_lazy_script_trains(env, tmp_path):
     config = ("--config-file", "configs/lazy/imrcnn_lite.py")
     done = start(env, "tools/lazyconfig_train_net.py", *config, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "inference/synthetic_test/metrics.json").is_file()
+    for name in ("metrics.json", "pr_curve.png", "contact_sheet.png"):
+        assert (tmp_path / "inference/synthetic_test" / name).is_file(), name
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["model"], run["backbone"]) == ("IMR-CNN", "tf_efficientnet_lite0")
+    assert (
+        run["finished"]
+        and run["device"] == "cpu"
+        and run["datasets"].keys() == {f"synthetic_{split}" for split in ("train", "val", "test")}
+    )
