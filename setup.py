@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["imrcnn_d2", "imrcnn_d2.*"]),
+    package_data={"imrcnn_d2.report": ["templates/*"]},
     install_requires=[
         # Not on PyPI under this name: tools/install_detectron2.py installs it.
         "detectron2>=0.6",
@@ -35,6 +36,7 @@ setup(
         "statsmodels>=0.14.2",
         "tabulate>=0.9",
         "tensorboard>=2.17",
+        "threadpoolctl>=3.1",
         "timm>=1.0.3",
         "torch>=2.6",
         "torchvision>=0.21",
@@ -46,6 +48,7 @@ setup(
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "ray": ["hydra-ray-launcher>=1.2"],
         "dev": [
+            "html5lib>=1.1",
             "hydra-submitit-launcher>=1.2",
             "hypothesis>=6.100",
             "playwright>=1.45",
