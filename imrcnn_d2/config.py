@@ -57,9 +57,9 @@ def add_imrcnn_config(cfg):
     # all scores.
     cfg.MODEL.IMRCNN.SCORE_THRESH = 0.7
 
-    # How a second operating point is chosen at each validation, on the first of DATASETS.VAL; it goes
-    # into model_best.pth, and the final test gives its figures as "tau_val". "f1": the largest
-    # lesion-level F1; "recall>=95": the highest threshold with at least that sensitivity in percent.
+    # How a second operating point is chosen at each validation, on the first of DATASETS.VAL; it
+    # goes into model_best.pth, and the final test gives its figures as "tau_val". "f1": the largest
+    # lesion-level F1; "recall>=95": the highest threshold with at least that sensitivity, percent.
     cfg.MODEL.IMRCNN.TAU_RULE = "f1"
 
     # Data sets that EvalHook and the best checkpoint look at. DATASETS.TEST is for the end.

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import logging
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +59,7 @@ def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
             (0, 1).
     """
     _check(runs)
+    runs = _named(runs)
     drawn, undrawn = pictures(runs)
     people = cohort(runs[0])
     gallery, gallery_missing = _gallery(runs, max_images)
@@ -105,6 +107,14 @@ def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
     )
     write_atomically(output, page)
     return Path(output)
+
+
+def _named(runs):
+    """The runs under their models' names, as in a comparison, where these tell them apart."""
+    models = [run.model for run in runs]
+    if any(run.labelled for run in runs) or len(set(models)) < len(models):
+        return runs
+    return [replace(run, name=run.model) for run in runs]
 
 
 def _check(runs):
