@@ -17,7 +17,7 @@ setup(
     install_requires=[
         # Not on PyPI under this name: tools/install_detectron2.py installs it.
         "detectron2>=0.6",
-        "faster-coco-eval>=1.6.5",
+        "faster-coco-eval>=1.8,<1.9",  # evaluation/coco_ap.py hands its internals the overlaps
         "fvcore>=0.1.5.post20221221",
         "hydra-core>=1.3",
         "iopath>=0.1.9",
