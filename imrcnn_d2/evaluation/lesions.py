@@ -45,8 +45,9 @@ class LesionResults:
         by_size (dict[str, dict[str, dict[str, float]]]): "share_of_image" and "coco" -> stratum ->
             n recall iou iou_box iou_all dice. The former is left out where the size of an image is
             unknown.
-        by_class (dict[str, dict[str, float]]): class name -> as ``lesion``, without ``selection``.
-            Empty for a single class.
+        by_class (dict[str, dict[str, float]]): class name -> as ``lesion``, without ``selection``,
+            and AP50, AP50_voc and BEP of masks, of boxes where there are none. Empty for a single
+            class.
         confusion (ConfusionMatrix): at the threshold.
         tau_val (dict or None): figures at the operating point: its tau, rule and dataset, and
             ``lesion``, ``image`` and, where patients are known, ``patient``, without ``selection``

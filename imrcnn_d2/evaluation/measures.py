@@ -26,6 +26,9 @@ from .strata import size_figures, size_proportions
 
 __all__ = ["Measures"]
 
+# Read off the precision-recall curve of a class.
+CURVE_FIGURES = ("AP50", "AP50_voc", "BEP")
+
 
 class Measures:
     """
@@ -74,7 +77,7 @@ class Measures:
         self._rankings = {}
         classes = np.unique(gt.regions.category[~gt.crowd])
         self._curves = {
-            kind: [self._ranked(of_kind, [of_class]) for of_class in classes]
+            kind: {gt.categories[c]["name"]: self._ranked(of_kind, [c]) for c in classes}
             for kind, of_kind in curve_matchings.items()
         }
         self._all = self._ranked(matching, range(len(gt.categories)))
@@ -89,15 +92,26 @@ class Measures:
             dict[str, dict[str, np.ndarray]]: group -> figure -> (B,), as in LesionResults. Means
             over classes are over those that a resample has ground truth of.
         """
-        figures = {}
+        figures, curves = {}, {}
         drawn = {id(ranking): ranking.draw(weights) for ranking in self._rankings.values()}
         for kind in ("bbox", "segm"):
-            figures[kind] = self._curve_figures(kind, weights, drawn)
+            curves[kind] = self._class_curves(kind, weights, drawn)
+            present, of_class = (
+                zip(*curves[kind].values(), strict=True) if curves[kind] else ((), ())
+            )
+            figures[kind] = {
+                name: mean_where([each[name] for each in of_class], present, len(weights))
+                for name in CURVE_FIGURES
+            }
             if all_coco and kind in self.curve_matchings:
                 figures[kind].update(self._coco_figures(kind, weights))
         sums = weights.astype(float) @ self._distinct[0]
         for group, (_, formulas, _) in self.columns.items():
             figures[group] = formulas(named(sums[:, self._distinct[1][group]]))
+        nothing = dict.fromkeys(CURVE_FIGURES, np.full(len(weights), np.nan))
+        for name in self.classes:
+            _, of_class = (curves["segm"] or curves["bbox"]).get(name, (None, nothing))
+            figures[f"by_class.{name}"].update(of_class)
         for group, counts, unit in self._score_groups:
             auroc = np.full(len(weights), np.nan)
             if self.detections.scored:
@@ -216,21 +230,17 @@ class Measures:
             np.bincount(self.unit_of_image[truth.image[lesions]], minlength=self.num_units),
         )
 
-    def _curve_figures(self, kind, weights, drawn):
-        if kind not in self._curves or not self.detections.scored:
-            return {name: np.full(len(weights), np.nan) for name in ("AP50", "AP50_voc", "BEP")}
-        figures = {"AP50": [], "AP50_voc": [], "BEP": []}
-        present = []
-        for ranked in self._curves[kind]:
+    def _class_curves(self, kind, weights, drawn):
+        """{class name: ((B,) bool, there is ground truth; {AP50, AP50_voc, BEP: (B,)})}."""
+        if not self.detections.scored:
+            return {}
+        figures = {}
+        for name, ranked in self._curves.get(kind, {}).items():
             curve = ranked.weigh(weights, drawn[id(ranked.ranking)])
-            present.append(curve.num_gt > 0)
-            figures["AP50"].append(curve.sampled_area)
-            figures["AP50_voc"].append(curve.area)
-            figures["BEP"].append(curve.break_even_point)
-        return {
-            name: 100 * mean_where(values, present, len(weights))
-            for name, values in figures.items()
-        }
+            values = curve.sampled_area, curve.area, curve.break_even_point
+            of_class = dict(zip(CURVE_FIGURES, (100 * value for value in values), strict=True))
+            figures[name] = (curve.num_gt > 0, of_class)
+        return figures
 
     def _coco_figures(self, kind, weights):
         """{AP, AP75, APs, APm, APl: (B,)}."""

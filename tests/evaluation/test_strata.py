@@ -103,6 +103,9 @@ def test_by_class(dataset, region):
     assert a["iou"] == pytest.approx(80) and b["iou"] == pytest.approx(100)
     assert (a["precision"], b["precision"]) == (50, 100)
     assert (a["fp_per_image"], b["recall"]) == (0.5, 50)
+    assert (a["AP50_voc"], a["BEP"], b["AP50_voc"]) == (100, 100, 50)
+    assert b["AP50"] == pytest.approx(100 * 51 / 101)  # COCO's recalls 0, 0.01, ... 0.5
+    assert np.isnan(b["BEP"])  # one detection, two lesions
     assert not evaluate_lesions(dataset(1), []).by_class
 
 
@@ -132,6 +135,9 @@ def test_against_counting_lesion_by_lesion(random_case, seed):
     for figure in ("TP", "FP", "FN"):
         total = sum(figures[figure] for figures in scored.by_class.values())
         assert total == scored.lesion[figure]
+    areas = {name: 100 * curve.area for kind, name, curve in scored.curves if kind == "segm"}
+    for name, figures in scored.by_class.items():
+        assert figures["AP50_voc"] == pytest.approx(areas[name], nan_ok=True)
 
 
 def test_intervals(worked):
