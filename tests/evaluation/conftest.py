@@ -1,24 +1,10 @@
 """COCO data of rectangles, on which overlaps can be worked out by hand."""
 
 import numpy as np
-import pycocotools.mask as mask_util
 import pytest
+from rectangles import rectangle
 
 HEIGHT, WIDTH = 40, 50
-
-
-def make_region(image_id, x, y, width, height, category_id=1, **fields):
-    """A rectangle as a COCO annotation, or with a ``score`` as a COCO result."""
-    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-    mask[y : y + height, x : x + width] = 1
-    rle = mask_util.encode(np.asfortranarray(mask))
-    return {
-        "image_id": image_id,
-        "category_id": category_id,
-        "bbox": [x, y, width, height],
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-        **fields,
-    }
 
 
 def make_dataset(num_images, annotations=(), classes=("lesion",), patients=None):
@@ -51,24 +37,24 @@ def make_random(seed, scores="tied", num_images=6, num_classes=2):
     """
     rng = np.random.default_rng(seed)
 
-    def rectangle(image_id, **fields):
+    def anywhere(image_id, **fields):
         x, y = rng.integers(0, 5, 2) * 4
         width, height = rng.integers(2, 6, 2) * 4
         category = int(rng.integers(1, num_classes + 1))
-        return make_region(
+        return rectangle(
             image_id, int(x), int(y), int(width), int(height), category_id=category, **fields
         )
 
     def near(annotation, **fields):
         x, y, width, height = annotation["bbox"]
         right, down = rng.integers(0, 3, 2).tolist()
-        return make_region(x=x + right, y=y + down, width=width, height=height, **fields)
+        return rectangle(x=x + right, y=y + down, width=width, height=height, **fields)
 
     annotations, results = [], []
     for image_id in range(1, num_images + 1):
         own = []
         for _ in range(rng.integers(0, 4)):
-            own.append(rectangle(image_id, iscrowd=int(rng.random() < 0.2)))
+            own.append(anywhere(image_id, iscrowd=int(rng.random() < 0.2)))
             if rng.random() < 0.2:
                 own.append(dict(own[-1]))
         annotations += own
@@ -79,7 +65,7 @@ def make_random(seed, scores="tied", num_images=6, num_classes=2):
                 keys = {key: target[key] for key in ("image_id", "category_id")}
                 results.append(near(target, score=score, **keys))
             else:
-                results.append(rectangle(image_id, score=score))
+                results.append(anywhere(image_id, score=score))
     rng.shuffle(results)
     classes = [f"class {i}" for i in range(num_classes)]
     return make_dataset(num_images, annotations, classes), results
@@ -87,7 +73,7 @@ def make_random(seed, scores="tied", num_images=6, num_classes=2):
 
 @pytest.fixture(scope="session")
 def region():
-    return make_region
+    return rectangle
 
 
 @pytest.fixture(scope="session")

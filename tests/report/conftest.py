@@ -8,6 +8,7 @@ import pycocotools.mask as mask_util
 import pytest
 import yaml
 from PIL import Image
+from rectangles import rectangle
 
 from imrcnn_d2.data.prepare import SplitOptions, prepare_dataset
 from imrcnn_d2.data.rejects import BadInputError, Rejects
@@ -19,20 +20,6 @@ from imrcnn_d2.evaluation.operating_point import OperatingPoint
 from imrcnn_d2.report.runs import load_run
 
 SIZE = 60
-
-
-def rectangle(image_id, x, y, width, height, category_id=1, **fields):
-    """A COCO annotation; with a ``score`` a COCO result."""
-    mask = np.zeros((SIZE, SIZE), np.uint8)
-    mask[y : y + height, x : x + width] = 1
-    rle = mask_util.encode(np.asfortranarray(mask))
-    return {
-        "image_id": image_id,
-        "category_id": category_id,
-        "bbox": [x, y, width, height],
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-        **fields,
-    }
 
 
 def ground_truth(path, images=24, first=1, classes=("polyp",), per_patient=None):
@@ -48,7 +35,9 @@ def ground_truth(path, images=24, first=1, classes=("polyp",), per_patient=None)
             x, y = 2 + 30 * lesion, int(rng.integers(2, 30))
             box = x, y, *rng.integers(12, 24, 2).tolist()
             category = int(rng.integers(1, len(classes) + 1))
-            annotations.append(rectangle(number, *box, category, id=len(annotations) + 1))
+            annotations.append(
+                rectangle(number, *box, category, size=(SIZE, SIZE), id=len(annotations) + 1)
+            )
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
@@ -67,14 +56,14 @@ def detections(gt, skill, seed):
         if rng.random() < skill:
             box = x + int(rng.integers(0, 3)), y + int(rng.integers(0, 3)), width, height
             score = float(rng.uniform(0.5, 1))
-            found.append(
-                rectangle(annotation["image_id"], *box, annotation["category_id"], score=score)
-            )
+            where = annotation["image_id"], *box, annotation["category_id"]
+            found.append(rectangle(*where, size=(SIZE, SIZE), score=score))
     for image in content["images"]:
         if rng.random() > skill:
             category = int(rng.integers(1, len(content["categories"]) + 1))
             score = float(rng.uniform(0.1, 0.9))
-            found.append(rectangle(image["id"], 40, 45, 15, 12, category, score=score))
+            where = image["id"], 40, 45, 15, 12, category
+            found.append(rectangle(*where, size=(SIZE, SIZE), score=score))
     return found
 
 

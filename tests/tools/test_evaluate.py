@@ -3,9 +3,9 @@ import json
 
 import evaluate
 import numpy as np
-import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
+from rectangles import rectangle
 
 from imrcnn_d2.evaluation.test_log import read_test_log
 
@@ -32,16 +32,7 @@ def refuse(constant):
 
 
 def region(image_id, x, width=10, **fields):
-    mask = np.zeros((40, 50), np.uint8)
-    mask[:10, x : x + width] = 1
-    rle = mask_util.encode(np.asfortranarray(mask))
-    return {
-        "image_id": image_id,
-        "category_id": 1,
-        "bbox": [x, 0, width, 10],
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-        **fields,
-    }
+    return rectangle(image_id, x, 0, width, 10, **fields)
 
 
 @pytest.fixture
