@@ -17,7 +17,12 @@ from imrcnn_d2.config import get_node
 from imrcnn_d2.modeling import PAFPN
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHIPPED = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
+# Detectron2's: cross_validation/ has Hydra's.
+SHIPPED = sorted(
+    str(p.relative_to(CONFIGS))
+    for p in CONFIGS.rglob("*.yaml")
+    if p.parent.name != "cross_validation"
+)
 SOURCES = "".join((CONFIGS / name).read_text() for name in SHIPPED)
 RUNNABLE = [name for name in SHIPPED if not name.startswith("Base-")]
 

@@ -77,6 +77,7 @@ def tiny_opts(tiny_datasets, tmp_path):
         *("MODEL.ROI_BOX_HEAD.FC_DIM", 32),
         *("MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
         *("MODEL.RPN.POST_NMS_TOPK_TEST", 20),
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),  # so that a random model detects something
         *("SOLVER.IMS_PER_BATCH", 2),
         *("SOLVER.MAX_ITER", 4),
         *("SOLVER.CHECKPOINT_PERIOD", 2),
