@@ -14,11 +14,11 @@ import argparse
 import json
 from pathlib import Path
 
-from imrcnn_d2.engine.provenance import file_sha256
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
 from imrcnn_d2.evaluation.files import (
     RESULTS,
     coco_results,
+    file_sha256,
     sources,
     write_atomically,
     write_results,

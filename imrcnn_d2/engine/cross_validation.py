@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import imrcnn_d2
 from imrcnn_d2.data.folds import write_folds
+from imrcnn_d2.evaluation.files import file_sha256
 
 from .config import load_config
-from .provenance import RunRecord, config_sha256, file_sha256
+from .provenance import RunRecord, config_sha256
 
 __all__ = ["FoldRun", "describe_runs", "prepare_folds"]
 

@@ -17,11 +17,11 @@ from detectron2.modeling import FPN, ResNet
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.utils import comm
 
-from imrcnn_d2.evaluation.files import write_atomically
+from imrcnn_d2.evaluation.files import file_sha256, write_atomically
 from imrcnn_d2.modeling import PAFPN, TimmBackbone
 from imrcnn_d2.versions import package_versions
 
-__all__ = ["RunRecord", "config_sha256", "describe_model", "file_sha256", "git_state"]
+__all__ = ["RunRecord", "config_sha256", "describe_model", "git_state"]
 
 
 class RunRecord(HookBase):
@@ -150,15 +150,6 @@ def config_sha256(cfg):
     cfg.defrost()
     del cfg["OUTPUT_DIR"], cfg.MODEL["DEVICE"]
     return hashlib.sha256(cfg.dump().encode()).hexdigest()
-
-
-def file_sha256(path):
-    """str: sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def git_state():

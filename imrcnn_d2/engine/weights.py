@@ -8,10 +8,9 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from imrcnn_d2.evaluation.bootstrap import Bootstrap
+from imrcnn_d2.evaluation.files import file_sha256
 from imrcnn_d2.evaluation.operating_point import OperatingPoint
 from imrcnn_d2.evaluation.test_log import log_test_evaluation
-
-from .provenance import file_sha256
 
 __all__ = ["Weights", "last_weights", "load_weights", "log_test_evaluations"]
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from .counting import named
 from .intervals import confidence_intervals, resampled_figures
+from .measures import Measures
 from .significance import bootstrap_difference, mcnemar_exact
 
 __all__ = [
@@ -44,12 +45,7 @@ class AveragedMeasures:
             figures[group].update(formulas(named(weights @ columns)))
         return figures
 
-    def once(self, *, all_coco=False):
-        figures = self(np.ones((1, self.num_units), dtype=np.int32), all_coco=all_coco)
-        return {
-            group: {name: float(value[0]) for name, value in of_group.items()}
-            for group, of_group in figures.items()
-        }
+    once = Measures.once
 
     def proportions(self):
         shares = _mean([one.proportions() for one in self.measures])

@@ -4,7 +4,7 @@ A unit is an image or a patient. Figures are formulas over sums of columns that 
 so that to resample units is to reweigh their rows: a matrix product.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -174,37 +174,57 @@ def count_images(gt, detections, groups, matching, counted, other=None):
     Returns:
         UnitCounts: of all images.
     """
-    number = len(gt.images)
+    score = np.zeros(len(gt.images))
     image = detections.regions.image
-    hit = counted & matching.hit
-
-    def total(of, values=None):
-        return np.bincount(image[of], values if values is None else values[of], minlength=number)
-
-    score = np.zeros(number)
     np.maximum.at(score, image[matching.counts], detections.score[matching.counts])
-    if "segm" in groups:
-        iou = overlap_of_hits(groups["segm"], matching)
-        of_masks = {"iou": total(hit, iou), "dice": total(hit, 2 * iou / (1 + iou))}
-    else:
-        of_masks = dict.fromkeys(("iou", "dice"), np.full(number, np.nan))
-    tp, fp = total(hit), total(counted & ~matching.hit)
+    counts = counter(gt, detections, groups, matching)(~gt.crowd, counted)
     if other is None:
         union = union_overlaps(gt, detections, counted)
     else:
-        same = tp + fp == other.tp + other.fp
+        same = counts.tp + counts.fp == other.tp + other.fp
         union = union_overlaps(gt, detections, counted & ~same[image])
         union = np.where(same, other.union_iou, union)
-    return UnitCounts(
-        lesions=gt.lesions,
-        tp=tp,
-        fp=fp,
-        score=score,
-        iou_box=total(hit, overlap_of_hits(groups["bbox"], matching)),
-        **of_masks,
-        union_iou=union,
-        union_dice=2 * union / (1 + union),
-    )
+    return replace(counts, score=score, union_iou=union, union_dice=2 * union / (1 + union))
+
+
+def counter(gt, detections, groups, matching):
+    """
+    Args:
+        gt (GroundTruth): R regions.
+        detections (Detections): N of them.
+        groups (dict[str, Overlaps]): overlaps by "bbox" and, where there are masks, by "segm".
+        matching (Matching): of the N detections.
+
+    Returns:
+        callable: of (R,) bool, the lesions to count, and (N,) bool, the detections; gives the
+        UnitCounts of all images, with ``score`` 0 and the unions NaN.
+    """
+    number = len(gt.images)
+    nothing = np.zeros(number)
+    unknown = np.full(number, np.nan)
+    iou = {kind: overlap_of_hits(own, matching) for kind, own in groups.items()}
+
+    def count(lesions, taken):
+        hit = taken & matching.hit
+
+        def total(of, values=None):
+            image = detections.regions.image[of]
+            return np.bincount(image, values if values is None else values[of], minlength=number)
+
+        masks = iou.get("segm")
+        return UnitCounts(
+            lesions=np.bincount(gt.regions.image[lesions], minlength=number),
+            tp=total(hit),
+            fp=total(taken & ~matching.hit),
+            score=nothing,
+            iou=unknown if masks is None else total(hit, masks),
+            dice=unknown if masks is None else total(hit, 2 * masks / (1 + masks)),
+            iou_box=total(hit, iou["bbox"]),
+            union_iou=unknown,
+            union_dice=unknown,
+        )
+
+    return count
 
 
 def overlap_of_hits(overlaps, matching):

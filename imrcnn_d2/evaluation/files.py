@@ -9,9 +9,17 @@ import os
 from pathlib import Path
 
 from ..versions import package_versions
-from .rows import patient_rows, threshold_table
+from .rows import patient_rows
 
-__all__ = ["RESULTS", "coco_results", "sources", "strict_json", "write_atomically", "write_results"]
+__all__ = [
+    "RESULTS",
+    "coco_results",
+    "file_sha256",
+    "sources",
+    "strict_json",
+    "write_atomically",
+    "write_results",
+]
 
 # The scored detections, as COCOEvaluator names them.
 RESULTS = "coco_instances_results.json"
@@ -62,7 +70,7 @@ def write_results(results, folder, **meta):
         "pr_curve.csv": (_curve_rows(results.curves), CURVE_COLUMNS),
         "froc.csv": _transposed(measures.froc.curve()),
         "calibration.csv": _transposed(measures.calibration.diagram()),
-        "thresholds.csv": (threshold_table(results), ["tau"]),
+        "thresholds.csv": (results.thresholds, ["tau"]),
         "by_size.csv": (_size_rows(results), ["scale", "size"]),
         "confusion_matrix.csv": (_confusion_rows(results.confusion), ["truth"]),
     }
@@ -172,7 +180,7 @@ def sources(gt, dt, image_root, **others):
     gt = Path(gt).absolute()
     return {
         "gt": str(gt),
-        "gt_sha256": hashlib.sha256(gt.read_bytes()).hexdigest(),
+        "gt_sha256": file_sha256(gt),
         "image_root": None if image_root is None else str(Path(image_root).absolute()),
         "dt": str(Path(dt).absolute()),
         "checkpoint": None,
@@ -205,6 +213,15 @@ def coco_results(detections, gt):
             record["segmentation"] = {"size": list(size), "counts": text}
         records.append(record)
     return records
+
+
+def file_sha256(path):
+    """str: sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_atomically(path, content):

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from .intervals import confidence_intervals
 from .matching import Matching, match, overlaps
 from .measures import Measures
 from .records import Detections, GroundTruth, read_ground_truth, read_results
-from .rows import image_rows
+from .rows import image_rows, threshold_table
 from .selection import selection_score
 from .strata import by_class, by_size
 
@@ -102,6 +103,11 @@ class LesionResults:
         if self.patient is not None:
             groups["patient"] = self.patient
         return groups
+
+    @cached_property
+    def thresholds(self):
+        """list[dict]: see :func:`threshold_table`."""
+        return threshold_table(self)
 
     def counts_at(self, tau, other=None):
         """

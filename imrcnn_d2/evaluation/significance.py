@@ -7,6 +7,8 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
+from .bootstrap import percentile_interval
+
 __all__ = [
     "Difference",
     "McNemar",
@@ -69,10 +71,10 @@ def bootstrap_difference(estimate, first, second):
     undefined = 1 - len(defined) / len(differences) if len(differences) else NAN
     if not len(defined) or not np.isfinite(estimate):
         return Difference(float(estimate), NAN, NAN, NAN, float(undefined))
-    low, high = np.percentile(defined, [2.5, 97.5])
+    low, high = percentile_interval(defined)
     p = 2 * min(np.mean(defined <= 0), np.mean(defined >= 0))
     p = min(1.0, max(p, 1 / (len(defined) + 1)))
-    return Difference(float(estimate), float(low), float(high), float(p), float(undefined))
+    return Difference(float(estimate), low, high, float(p), float(undefined))
 
 
 def mcnemar_exact(first_right, second_right):

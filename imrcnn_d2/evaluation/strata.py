@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .counting import UnitCounts, overlap_of_hits
+from .counting import counter
 from .metrics import lesion_figures, lesion_proportions
 
 __all__ = ["SHARES", "SIZES", "by_class", "by_size", "size_figures", "size_proportions"]
@@ -36,7 +36,7 @@ def by_size(gt, detections, groups, matching, counted):
     scales = {"share_of_image": (share, SHARES), "coco": (gt.area, SIZES)}
     if np.isnan(share[~gt.crowd]).any():
         del scales["share_of_image"]
-    count = _counter(gt, detections, groups, matching)
+    count = counter(gt, detections, groups, matching)
     strata = {}
     for scale, (size, limits) in scales.items():
         stratum = np.searchsorted(list(limits.values()), size, side="right") - 1
@@ -56,7 +56,7 @@ def by_class(gt, detections, groups, matching, counted):
     Returns:
         dict[str, UnitCounts]: per image, the lesions and detections of each class by its name.
     """
-    count = _counter(gt, detections, groups, matching)
+    count = counter(gt, detections, groups, matching)
     return {
         category["name"]: count(
             ~gt.crowd & (gt.regions.category == position),
@@ -83,33 +83,3 @@ def size_figures(sums):
 def size_proportions(sums):
     """As :func:`lesion_proportions`, of the figures by size."""
     return {"recall": lesion_proportions(sums)["recall"]}
-
-
-def _counter(gt, detections, groups, matching):
-    """A function of (R,) lesions and (N,) detections to be counted that makes UnitCounts."""
-    number = len(gt.images)
-    nothing = np.zeros(number)
-    unknown = np.full(number, np.nan)
-    iou = {kind: overlap_of_hits(own, matching) for kind, own in groups.items()}
-
-    def count(lesions, taken):
-        hit = taken & matching.hit
-
-        def total(of, values=None):
-            image = detections.regions.image[of]
-            return np.bincount(image, values if values is None else values[of], minlength=number)
-
-        masks = iou.get("segm")
-        return UnitCounts(
-            lesions=np.bincount(gt.regions.image[lesions], minlength=number),
-            tp=total(hit),
-            fp=total(taken & ~matching.hit),
-            score=nothing,
-            iou=unknown if masks is None else total(hit, masks),
-            dice=unknown if masks is None else total(hit, 2 * masks / (1 + masks)),
-            iou_box=total(hit, iou["bbox"]),
-            union_iou=unknown,
-            union_dice=unknown,
-        )
-
-    return count

@@ -4,8 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.bootstrap import clopper_pearson
-from .pr_curve import STYLES
-from .style import save_figure
+from .style import STYLES, save_figure, tidy
 
 __all__ = ["draw_calibration"]
 
@@ -71,9 +70,7 @@ def draw_calibration(calibrations, path):
     bottom.margins(y=0.18)
     bottom.set_ylim(bottom=0)
     for axes in (top, bottom):
-        axes.grid(color="0.92", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     top.legend(loc="upper left", fontsize=8.5, framealpha=0.95, handlelength=3.2)
     save_figure(figure, path, dpi=200)
     return figure

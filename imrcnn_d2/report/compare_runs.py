@@ -1,9 +1,10 @@
 """Which runs belong together: seeds of a model, folds of a cross-validation, models on a split."""
 
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
+
+from ..evaluation.files import file_sha256
 
 __all__ = ["Gathered", "gather", "training_images"]
 
@@ -149,9 +150,7 @@ def _check_settings(runs):
 
 
 def _sha256(run):
-    return (
-        run.metrics["meta"].get("gt_sha256") or hashlib.sha256(run.gt_path.read_bytes()).hexdigest()
-    )
+    return run.metrics["meta"].get("gt_sha256") or file_sha256(run.gt_path)
 
 
 def _check_test_sets(runs):

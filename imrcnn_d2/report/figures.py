@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ..evaluation.rows import threshold_table
 from .calibration import draw_calibration
 from .confusion_matrix import draw_confusion_matrix
 from .froc import draw_froc
@@ -40,7 +39,7 @@ def draw_figures(results, folder):
         draw_pr_curves(curves, folder / "pr_curve.png", tau=tau)
         draw_froc({name: results.measures.froc}, folder / "froc.png", tau=tau)
         draw_calibration({name: results.measures.calibration}, folder / "calibration.png")
-        draw_thresholds({name: threshold_table(results)}, folder / "thresholds.png", tau=tau)
+        draw_thresholds({name: results.thresholds}, folder / "thresholds.png", tau=tau)
         paths += [folder / f"{name}.png" for name in ("pr_curve", "froc", "calibration")]
         paths.append(folder / "thresholds.png")
     draw_confusion_matrix(matrix, paths[0])

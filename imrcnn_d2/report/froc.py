@@ -4,8 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.froc import RATES
-from .pr_curve import STYLES
-from .style import save_figure
+from .style import STYLES, label_operating_point, save_figure, tidy
 
 __all__ = ["draw_froc"]
 
@@ -52,8 +51,7 @@ def draw_froc(curves, path, *, tau=0.7):
             zorder=4,
             clip_on=False,
         )
-    dot = dict(linestyle="none", markeredgecolor="0.2", markersize=7)
-    axes.plot([], [], marker="o", color="0.6", label=f"operating point, score ≥ {tau:g}", **dot)
+    label_operating_point(axes, tau)
     ticks = [LEAST, LEAST * 2, *RATES]
     axes.set(
         xlabel="False alarms per image (mean)",
@@ -62,9 +60,7 @@ def draw_froc(curves, path, *, tau=0.7):
         title="Lesions found against false alarms",
     )
     axes.set_xticks(ticks, [f"1/{1 / t:.0f}" if t < 1 else f"{t:g}" for t in ticks])
-    axes.grid(color="0.92", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(loc="lower right", fontsize=8.5, framealpha=0.95, handlelength=3.2)
     save_figure(figure, path, dpi=200)
     return figure

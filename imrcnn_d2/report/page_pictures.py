@@ -7,7 +7,6 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from ..evaluation.rows import threshold_table
 from .calibration import draw_calibration
 from .froc import draw_froc
 from .pr_curve import draw_pr_curves
@@ -84,7 +83,7 @@ def pictures(runs):
             "precision, recall, F1 and specificity at score thresholds from 0.05 to 0.95",
             _as_data(
                 draw_thresholds,
-                {name: threshold_table(own) for name, own in results.items()},
+                {name: own.thresholds for name, own in results.items()},
                 **tau,
             ),
         ),

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+from ..evaluation import metrics
 from ..evaluation.rows import patient_rows
 from .predictive_values import predictive_values
 
@@ -16,7 +17,7 @@ __all__ = [
     "size_tables",
 ]
 
-COUNTS = ("TP", "FP", "FN", "TN", "n")
+COUNTS = (*metrics.COUNTS, "n")
 NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image")
 
 # (figure, label, hint)
@@ -198,8 +199,7 @@ def size_tables(runs):
 def patient_table(runs, most=50):
     """dict: caption, columns, rows (patients with most errors first, at most ``most``), notes."""
     scored = [run.results for run in runs]
-    images = scored[0].ground_truth.images
-    if not images or any(record.get("patient_id") is None for record in images):
+    if scored[0].measures.unit != "patient":
         note = "Patients are not known: the images have no patient_id, so that intervals and "
         return {"rows": [], "notes": [note + "figures take each image as a patient of its own."]}
     own = [patient_rows(one.ground_truth, one.counts, one.detections.scored) for one in scored]

@@ -7,19 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.curves import PRCurve
-from .style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, save_figure
+from .style import STYLES, label_operating_point, save_figure, tidy
 
 __all__ = ["draw_pr_curves", "draw_pr_panels", "read_pr_curves"]
-
-STYLES = [
-    (BLUE, "-"),
-    (VERMILION, "--"),
-    (GREEN, "-."),
-    (PURPLE, ":"),
-    (ORANGE, (0, (7, 2, 1, 2, 1, 2))),
-    (SKY, (0, (1, 1))),
-    (BLACK, (0, (9, 3))),
-]
 
 
 def read_pr_curves(path, iou_type="segm"):
@@ -98,8 +88,7 @@ def _draw_panel(axes, title, curves, tau):
         _draw(axes, name, curve, tau, colour, style)
     if not curves:
         axes.text(50, 50, "No detections", ha="center", va="center", fontsize=12)
-    dot = dict(linestyle="none", markeredgecolor="0.2", markersize=7)
-    axes.plot([], [], marker="o", color="0.6", label=f"operating point, score ≥ {tau:g}", **dot)
+    dot = label_operating_point(axes, tau)
     axes.plot([], [], marker="D", color="white", label="break-even point (BEP)", **dot)
     axes.set(
         xlabel="Recall (%)",
@@ -109,9 +98,7 @@ def _draw_panel(axes, title, curves, tau):
         aspect="equal",
         title=title,
     )
-    axes.grid(color="0.92", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(loc="lower left", fontsize=8.5, framealpha=0.95, handlelength=3.2)
 
 

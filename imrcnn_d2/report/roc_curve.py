@@ -4,8 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from .pr_curve import STYLES
-from .style import save_figure
+from .style import STYLES, label_operating_point, save_figure, tidy
 
 __all__ = ["draw_roc_curves"]
 
@@ -36,8 +35,7 @@ def draw_roc_curves(counts, path, *, tau=0.7):
         at_tau = np.flatnonzero(threshold >= tau)[-1]
         mark = dict(markersize=8, markeredgewidth=1.3, markeredgecolor="white", zorder=4)
         axes.plot(100 * false[at_tau], 100 * true[at_tau], "o", color=colour, **mark)
-    dot = dict(linestyle="none", markeredgecolor="0.2", markersize=7)
-    axes.plot([], [], marker="o", color="0.6", label=f"operating point, score ≥ {tau:g}", **dot)
+    label_operating_point(axes, tau)
     axes.set(
         xlabel="1 − specificity (%)",
         ylabel="Sensitivity (%)",
@@ -46,9 +44,7 @@ def draw_roc_curves(counts, path, *, tau=0.7):
         aspect="equal",
         title="Is there a lesion in this image?",
     )
-    axes.grid(color="0.92", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(loc="lower right", fontsize=8.5, framealpha=0.95, handlelength=3.2)
     save_figure(figure, path)
     return figure

@@ -1,7 +1,6 @@
 """A run as reports and comparisons see it: what was evaluated, and what of."""
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from ..evaluation import evaluate_lesions
-from ..evaluation.files import RESULTS
+from ..evaluation.files import RESULTS, file_sha256
 from ..evaluation.operating_point import OperatingPoint
 
 __all__ = ["Run", "load_run"]
@@ -91,7 +90,7 @@ class Run:
         if not recorded:
             return found[0]
         for place in found:
-            if hashlib.sha256(place.read_bytes()).hexdigest() == recorded:
+            if file_sha256(place) == recorded:
                 return place
         raise ValueError(
             f"{self.folder}: {found[0]} is not the ground truth that was scored (its sha256 is not "

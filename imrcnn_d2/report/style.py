@@ -12,15 +12,57 @@ __all__ = [
     "ORANGE",
     "PURPLE",
     "SKY",
+    "STYLES",
     "VERMILION",
     "YELLOW",
+    "label_operating_point",
     "save_figure",
+    "tidy",
 ]
 
 # Okabe and Ito's palette, told apart with every common colour blindness
 # (https://jfly.uni-koeln.de/color/). Line styles differ as well, for print in grey.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+
+
+# Line colours and styles of models in one picture, in their order.
+STYLES = [
+    (BLUE, "-"),
+    (VERMILION, "--"),
+    (GREEN, "-."),
+    (PURPLE, ":"),
+    (ORANGE, (0, (7, 2, 1, 2, 1, 2))),
+    (SKY, (0, (1, 1))),
+    (BLACK, (0, (9, 3))),
+]
+
+
+def tidy(axes):
+    """
+    Args:
+        axes (matplotlib.axes.Axes): gets a faint grid behind what is drawn, and no frame above and
+            to the right.
+    """
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def label_operating_point(axes, tau):
+    """
+    Say in the legend what the dots on curves are.
+
+    Args:
+        axes (matplotlib.axes.Axes):
+        tau (float): score threshold of the dots.
+
+    Returns:
+        dict: style of a marker in the legend.
+    """
+    mark = dict(linestyle="none", markeredgecolor="0.2", markersize=7)
+    axes.plot([], [], marker="o", color="0.6", label=f"operating point, score ≥ {tau:g}", **mark)
+    return mark
 
 
 def save_figure(figure, path, dpi=150):

@@ -4,8 +4,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from .pr_curve import STYLES
-from .style import save_figure
+from .style import STYLES, save_figure, tidy
 
 __all__ = ["draw_thresholds"]
 
@@ -59,9 +58,7 @@ def draw_thresholds(tables, path, *, tau=0.7):
     for axes in dict.fromkeys(panels):
         axes.axvline(tau, color="0.55", linewidth=0.9, zorder=1, label=f"threshold {tau:g}")
         axes.set(xlim=(0, 1), ylim=(-1, 101))
-        axes.grid(color="0.92", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     figure.supxlabel("Score threshold", fontsize=10)
     figure.supylabel("%", fontsize=10)
     panels[0].legend(loc="best", fontsize=8.5, framealpha=0.95, handlelength=3.2)

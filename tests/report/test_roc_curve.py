@@ -4,7 +4,7 @@ from matplotlib.colors import to_rgb
 from sklearn.metrics import auc
 
 from imrcnn_d2.evaluation.counting import UnitCounts
-from imrcnn_d2.report.pr_curve import STYLES
+from imrcnn_d2.report.style import STYLES
 from imrcnn_d2.report.roc_curve import draw_roc_curves
 
 
