@@ -85,7 +85,7 @@ class RunRecord(HookBase):
     def finish(self):
         """To be called when the final test is done."""
         if comm.is_main_process():
-            self._content.update(finished=_now(), hours=round(self._hours(), 4))
+            self._content.update(finished=_now(), hours=self._hours())
             self._write()
 
     def state_dict(self):
