@@ -4,8 +4,8 @@ from matplotlib.colors import to_rgb
 from sklearn.metrics import auc
 
 from imrcnn_d2.evaluation.counting import UnitCounts
-from imrcnn_d2.report.style import STYLES
 from imrcnn_d2.report.roc_curve import draw_roc_curves
+from imrcnn_d2.report.style import STYLES
 
 
 def counts(lesions, score):
