@@ -4,7 +4,7 @@
 ##   make test      install, then lint and run the test suite
 ##   make demo      install, then train, evaluate and report on generated images
 ##   make lint      install, then ruff alone
-##   make wheels    fill the folder WHEELS=DIR with wheels of all that .venv holds
+##   make bundle    fill the folder BUNDLE=DIR with all that OFFLINE=DIR needs elsewhere
 ##   make clean     remove .venv and caches
 ##
 ## Variables:
@@ -12,7 +12,9 @@
 ##   PYTHON=python3.12   the Python (3.10 or newer) that .venv is made with
 ##   TORCH="..."         another torch build, in pip's words, remembered for later runs, e.g.
 ##                       TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
-##   OFFLINE=DIR         install from the wheels in DIR (see `make wheels`) and ask no index
+##   OFFLINE=DIR         install from the bundle DIR (see `make bundle`) and ask no index
+##   WEIGHTS="URL ..."   pretrained weights that `make bundle` takes along, each URL as a config's
+##                       MODEL.WEIGHTS has it, with #sha256=HEX behind it where that is known
 
 # Threads that wait by spinning take the cores from the ones they wait for: on two busy cores a
 # training step takes four times as long.
@@ -23,16 +25,23 @@ VENV := .venv
 STAMP := $(VENV)/installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-INDEX := $(if $(OFFLINE),--no-index --find-links "$(OFFLINE)")
+ifdef OFFLINE
+INDEX := --no-index --find-links "$(OFFLINE)/wheels"
+# Nor what pip's own settings name.
+export PIP_CONFIG_FILE := /dev/null
+export PIP_FIND_LINKS :=
+export PIP_CONSTRAINT :=
+endif
 
 # The torch that .venv was once asked for stays until another one is asked for.
 TORCH_THERE := $(shell cat $(VENV)/torch.txt 2>/dev/null)
-export TORCH_BUILD := $(or $(TORCH),$(TORCH_THERE),torch torchvision -c constraints.txt)
+DEFAULT_TORCH := torch torchvision$(if $(OFFLINE),, -c constraints.txt)
+export TORCH_BUILD := $(or $(TORCH),$(if $(OFFLINE),,$(TORCH_THERE)),$(DEFAULT_TORCH))
 ifneq ($(TORCH_BUILD),$(TORCH_THERE))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help install test demo lint wheels clean
+.PHONY: help install test demo lint bundle clean
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -45,20 +54,26 @@ $(VENV)/bin/pip:
 	and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 
-$(STAMP): setup.py constraints.txt tools/install_detectron2.py | $(VENV)/bin/pip
+# What torch asks for is its own affair: the pins above that line hold for every build.
+$(VENV)/constraints.txt: constraints.txt | $(VENV)/bin/pip
+	sed '/^# torch/,$$d' constraints.txt > $@
+
+$(STAMP): setup.py $(VENV)/constraints.txt tools/install_detectron2.py | $(VENV)/bin/pip
 	rm -f $@
+	$(if $(OFFLINE),$(VENV)/bin/python tools/bundle.py check "$(OFFLINE)")
 ifneq ($(TORCH_BUILD),$(TORCH_THERE))
 	$(if $(TORCH_THERE),$(PIP) uninstall --yes torch torchvision)
 endif
 	$(PIP) install $(INDEX) $(TORCH_BUILD)
 	@printf '%s\n' "$$TORCH_BUILD" > $(VENV)/torch.txt
-	@# What torch asks for is its own affair: the pins above that line hold for every build.
-	sed '/^# torch/,$$d' constraints.txt > $(VENV)/constraints.txt
 	$(VENV)/bin/python tools/install_detectron2.py --constraint $(VENV)/constraints.txt \
-		$(if $(OFFLINE),--offline "$(OFFLINE)")
+		$(if $(OFFLINE),--offline "$(OFFLINE)/wheels")
 	$(PIP) install $(INDEX) --constraint $(VENV)/constraints.txt --no-build-isolation \
 		--editable '.[dev,lite]'
 	$(PIP) check
+	@# Detectron2 looks for its downloads there.
+	@if [ -d "$(OFFLINE)/weights" ]; then cache="$${FVCORE_CACHE:-$$HOME/.torch/iopath_cache}"; \
+		mkdir -p "$$cache" && cp -R "$(OFFLINE)/weights/." "$$cache/"; fi
 	@touch $@
 
 test: lint
@@ -71,14 +86,11 @@ lint: install
 demo: install
 	$(VENV)/bin/python tools/demo.py
 
-wheels: install
-	@test -n "$(WHEELS)" || { echo "Which folder? make wheels WHEELS=DIR" >&2; exit 1; }
-	mkdir -p "$(WHEELS)"
-	$(PIP) wheel --wheel-dir "$(WHEELS)" $(TORCH_BUILD)
-	$(PIP) freeze --all --exclude-editable --exclude detectron2 > $(VENV)/frozen.txt
-	$(PIP) wheel --wheel-dir "$(WHEELS)" --find-links "$(WHEELS)" --no-build-isolation --no-deps \
-		--requirement $(VENV)/frozen.txt
-	$(VENV)/bin/python tools/install_detectron2.py --fetch "$(WHEELS)"
+bundle: $(VENV)/constraints.txt
+	@test -n "$(BUNDLE)" || { echo "Which folder? make bundle BUNDLE=DIR" >&2; exit 1; }
+	$(PIP) install --constraint $(VENV)/constraints.txt setuptools wheel
+	$(VENV)/bin/python tools/bundle.py collect "$(BUNDLE)" --torch "$$TORCH_BUILD" \
+		--constraint $(VENV)/constraints.txt --weights "$(WEIGHTS)"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -167,9 +167,12 @@ def install(index, constraint, from_source):
     run("pip", "install", *index, *constraint, "setuptools<81", "wheel")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        package = (
-            f"detectron2 @ {UPSTREAM}" if from_source else repack(fetch(folder, index), folder)
-        )
+        if from_source:
+            package = f"detectron2 @ {UPSTREAM}"
+        elif "--no-index" in index:
+            package = f"detectron2=={VERSION}"
+        else:
+            package = repack(fetch(folder, index), folder)
         run("pip", "install", "--no-build-isolation", *index, *constraint, package)
     # In a new process: this one has looked for the module before it was there.
     check = "import detectron2.model_zoo; print('Installed detectron2', detectron2.__version__)"
@@ -184,18 +187,21 @@ def main():
     parser.add_argument(
         "--offline",
         metavar="DIR",
-        help=f"take every package, {SOURCE} too, from the wheels in DIR and ask no index",
+        help="take every package, Detectron2 too, from the wheels in DIR and ask no index",
     )
     parser.add_argument("--from-source", action="store_true", help="build upstream from git")
     parser.add_argument(
-        "--fetch", metavar="DIR", help=f"only put the wheel of {SOURCE} into DIR, for --offline"
+        "--fetch",
+        metavar="DIR",
+        help="only put the repacked wheel into DIR, for --offline",
     )
     arguments = parser.parse_args()
     index = ["--no-index", "--find-links", arguments.offline] if arguments.offline else []
     constraint = ["--constraint", arguments.constraint] if arguments.constraint else []
     try:
         if arguments.fetch:
-            fetch(Path(arguments.fetch), index)
+            with tempfile.TemporaryDirectory() as folder:
+                repack(fetch(Path(folder), index), arguments.fetch)
         elif version := installed_version():
             print(f"detectron2 {version} is there and used as it is.")
         else:
@@ -203,8 +209,8 @@ def main():
     except subprocess.CalledProcessError as error:
         sys.exit(
             f"Failed: {' '.join(map(str, error.cmd))}\nThe lines above say why. Without a network, "
-            "fill a folder by `make wheels WHEELS=DIR` on a connected machine and give it by "
-            "--offline DIR."
+            "make a bundle by `make bundle BUNDLE=DIR` on a connected machine and give its wheels "
+            "by --offline DIR/wheels."
         )
 
 
