@@ -86,6 +86,13 @@ def add_imrcnn_config(cfg):
     cfg.SOLVER.NEW_LAYER_LR_FACTOR = 1.0
     # Precision under SOLVER.AMP.ENABLED: "bf16" (CPU and CUDA) or "fp16" (CUDA only).
     cfg.SOLVER.AMP.PRECISION = "bf16"
+    # Exponential moving average of the weights, which is then validated, kept as the best and
+    # tested instead: share of the past that each iteration keeps, such as 0.999. 0: off.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # Batches whose loss is not finite that may be left out before the training stops.
+    cfg.SOLVER.MAX_SKIPPED_BATCHES = 0
+    # Checkpoints of single iterations that are kept, the latest; model_best.pth is kept besides.
+    cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
 
 
 def get_node(cfg, path):

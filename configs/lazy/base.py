@@ -6,13 +6,13 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.data import (
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.solver import WarmupParamScheduler, get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler
 from omegaconf import OmegaConf
 
+from imrcnn_d2.data.loader import build_train_loader
 from imrcnn_d2.data.mappers import LesionMapper
 from imrcnn_d2.engine.schedule import new_layer_lr_factor
 from imrcnn_d2.evaluation import LesionEvaluator
@@ -33,7 +33,7 @@ def _test_loader(split):
 
 
 dataloader = OmegaConf.create()
-dataloader.train = L(build_detection_train_loader)(
+dataloader.train = L(build_train_loader)(
     dataset=L(get_detection_dataset_dicts)(names=f"{dataset}_train", filter_empty=False),
     mapper=L(LesionMapper)(
         is_train=True,
@@ -56,7 +56,6 @@ dataloader.train = L(build_detection_train_loader)(
     ),
     total_batch_size=4,
     num_workers=2,
-    aspect_ratio_grouping=False,
 )
 dataloader.val = _test_loader("val")
 dataloader.test = _test_loader("test")
@@ -91,6 +90,9 @@ train.max_iter = 3000
 train.eval_period = 300
 train.log_period = 10
 train.checkpointer.period = 300
+train.checkpointer.max_to_keep = 2  # as SOLVER.CHECKPOINTS_TO_KEEP
 train.amp.precision = "bf16"
 train.channels_last = False
+train.ema_decay = 0.0  # as SOLVER.EMA_DECAY
+train.max_skipped_batches = 0  # as SOLVER.MAX_SKIPPED_BATCHES
 train.seed = 0

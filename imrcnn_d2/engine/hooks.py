@@ -6,7 +6,6 @@ import os
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -14,6 +13,8 @@ from detectron2.utils.visualizer import Visualizer
 
 from imrcnn_d2.evaluation.operating_point import check_rule
 
+from .checkpoint import Checkpointer
+from .interruption import Interruption
 from .weights import load_weights
 
 __all__ = ["BestCheckpointer", "EvalHook", "SamplePredictions", "assemble_hooks"]
@@ -30,6 +31,7 @@ def assemble_hooks(
     *,
     record,
     lr_scheduler,
+    ema,
     validation,
     make_samples,
     checkpointer,
@@ -44,25 +46,27 @@ def assemble_hooks(
     Args:
         record (RunRecord):
         lr_scheduler (LRScheduler):
+        ema (EMA or None):
         validation (list[HookBase]): :class:`EvalHook` and :class:`BestCheckpointer`, or nothing.
         make_samples (callable or None): () -> SamplePredictions; main process only.
         checkpointer (Checkpointer): of the whole training.
-        checkpoint_period (dict): the other arguments of ``PeriodicCheckpointer``.
+        checkpoint_period (int): iterations between checkpoints.
         make_writers (callable): () -> list[EventWriter]; main process only.
         log_period (int): iterations between what the writers write.
 
     Returns:
         list[HookBase]:
     """
-    ret = [hooks.IterationTimer(), lr_scheduler, record, *validation]
+    ret = [hooks.IterationTimer(), lr_scheduler, ema, record, *validation]
     if comm.is_main_process():
         if make_samples is not None:
             ret.append(make_samples())
         ret += [
-            hooks.PeriodicCheckpointer(checkpointer, **checkpoint_period),
+            hooks.PeriodicCheckpointer(checkpointer, checkpoint_period),
             hooks.PeriodicWriter(make_writers(), period=log_period),
         ]
-    return ret
+    ret.append(Interruption(checkpointer))
+    return [hook for hook in ret if hook is not None]
 
 
 class EvalHook(hooks.EvalHook):
@@ -116,7 +120,7 @@ class BestCheckpointer(HookBase):
             metric (str): name of a figure, larger is better; the mean where several validation sets
                 give one each.
         """
-        self._checkpointer = _UntaggedCheckpointer(model, save_dir)
+        self._checkpointer = Checkpointer(model, save_dir)
         self._period = eval_period
         if tau_rule is not None:
             check_rule(tau_rule)  # before the training, not at its first validation
@@ -153,7 +157,8 @@ class BestCheckpointer(HookBase):
             )
             return
         self.best_score, self.best_iter = score, self.trainer.iter
-        self._save(**self.state_dict(), operating_point=self._operating_point(figures))
+        point = self._operating_point(figures)
+        self._checkpointer.write(self.FILE_STEM, **self.state_dict(), operating_point=point)
         logger.info("%s %.3f is the best so far: saved %s.pth", self._metric, score, self.FILE_STEM)
 
     def _operating_point(self, figures):
@@ -162,13 +167,6 @@ class BestCheckpointer(HookBase):
         if self._tau_rule is None or tau is None or math.isnan(tau):
             return None
         return {"tau": tau, "rule": self._tau_rule, "dataset": self._dataset}
-
-    def _save(self, **extra):
-        """An interruption leaves the former best whole."""
-        beside = f"{self.FILE_STEM}.tmp"
-        self._checkpointer.save(beside, **extra)
-        folder = self._checkpointer.save_dir
-        os.replace(os.path.join(folder, f"{beside}.pth"), self._path)
 
     @property
     def _path(self):
@@ -191,11 +189,6 @@ class BestCheckpointer(HookBase):
 
     def load_state_dict(self, state_dict):
         self.best_score, self.best_iter = state_dict["best_score"], state_dict["best_iter"]
-
-
-class _UntaggedCheckpointer(DetectionCheckpointer):
-    def tag_last_checkpoint(self, last_filename_basename):
-        """The best checkpoint is not the one to resume from."""
 
 
 class SamplePredictions(HookBase):

@@ -5,16 +5,17 @@ import json
 import os
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.engine import TrainerBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import OmegaConf
 
+from .checkpoint import Checkpointer
+from .ema import EMA
 from .hooks import BestCheckpointer, EvalHook, SamplePredictions, assemble_hooks
 from .provenance import RunRecord
-from .train_step import build_train_step, distribute
+from .train_step import TrainStep, distribute, training_seed
 from .weights import last_weights, log_test_evaluations
 
 __all__ = ["LazyTrainer", "build_lazy_model", "evaluate"]
@@ -79,28 +80,37 @@ class LazyTrainer(TrainerBase):
         self._record = _run_record(cfg, model)
         cfg.optimizer.params.model = model
         optimizer = instantiate(cfg.optimizer)
-        bare_model = model
+        self._ema = EMA(model, cfg.train.ema_decay) if cfg.train.ema_decay else None
+        self._evaluated_model = evaluated = self._ema.model if self._ema else model
         model = distribute(model, **cfg.train.ddp)
-        loader = instantiate(cfg.dataloader.train)
-        precision = cfg.train.amp.precision if cfg.train.amp.enabled else ""
-        self._trainer = build_train_step(model, loader, optimizer, precision)
+        self._trainer = TrainStep(
+            model,
+            instantiate(cfg.dataloader.train),
+            optimizer,
+            seed=training_seed(cfg.train.seed),
+            precision=cfg.train.amp.precision if cfg.train.amp.enabled else "",
+            max_skipped=cfg.train.max_skipped_batches,
+        )
         self.model, self.optimizer = model, optimizer
-        self.checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=self)
         period, output_dir = cfg.train.eval_period, cfg.train.output_dir
+        self.checkpointer = Checkpointer(
+            model, output_dir, keep=cfg.train.checkpointer.max_to_keep, trainer=self
+        )
         evaluator = cfg.dataloader.val_evaluator
         name = evaluator.dataset_name
         self.best = BestCheckpointer(
-            model, output_dir, period, tau_rule=evaluator.get("tau_rule"), dataset=name
+            evaluated, output_dir, period, tau_rule=evaluator.get("tau_rule"), dataset=name
         )
         hook_list = assemble_hooks(
             record=self._record,
             lr_scheduler=hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            validation=[EvalHook(period, lambda: evaluate(cfg, model, "val")), self.best],
+            ema=self._ema,
+            validation=[EvalHook(period, lambda: evaluate(cfg, evaluated, "val")), self.best],
             make_samples=lambda: SamplePredictions(
-                bare_model, instantiate(cfg.dataloader.val), name, period, evaluator.tau
+                evaluated, instantiate(cfg.dataloader.val), name, period, evaluator.tau
             ),
             checkpointer=self.checkpointer,
-            checkpoint_period=cfg.train.checkpointer,
+            checkpoint_period=cfg.train.checkpointer.period,
             make_writers=lambda: default_writers(output_dir, self.max_iter),
             log_period=cfg.train.log_period,
         )
@@ -122,8 +132,8 @@ class LazyTrainer(TrainerBase):
             dict: the results on ``dataloader.test``.
         """
         super().train(self.start_iter, self.max_iter)
-        weights = self.best.load_best() or last_weights(self.checkpointer)
-        results = evaluate(self.cfg, self.model, "test", weights)
+        weights = self.best.load_best() or last_weights(self.checkpointer, self._ema)
+        results = evaluate(self.cfg, self._evaluated_model, "test", weights)
         self._record.finish()
         return results
 
@@ -150,7 +160,7 @@ def _run_record(cfg, model):
     return RunRecord(
         cfg.train.output_dir,
         model=model,
-        seed=cfg.train.get("seed", -1),
+        seed=cfg.train.seed,
         config_hash=hashlib.sha256(text.encode()).hexdigest(),
         datasets=[
             *([names] if isinstance(names, str) else names),

@@ -1,11 +1,22 @@
-"""One training step on any device; Detectron2's DDP and AMPTrainer need CUDA."""
+"""
+One training step on any device; Detectron2's DDP and AMPTrainer need CUDA, and its step cannot be
+repeated.
+"""
 
+import contextlib
+import logging
 import time
 
 import torch
 from detectron2.engine import SimpleTrainer, create_ddp_model
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 
-__all__ = ["AMPTrainer", "amp_dtype", "build_train_step", "distribute"]
+from imrcnn_d2.data.sampler import ResumableBatchSampler, seed_generators
+
+__all__ = ["TrainStep", "amp_dtype", "distribute", "training_seed"]
+
+logger = logging.getLogger(__name__)
 
 
 def distribute(model, **kwargs):
@@ -22,21 +33,6 @@ def distribute(model, **kwargs):
     if next(model.parameters()).device.type != "cuda":
         kwargs["device_ids"] = None  # DDP refuses device_ids for a model on the CPU
     return create_ddp_model(model, **{"broadcast_buffers": False, **kwargs})
-
-
-def build_train_step(model, data_loader, optimizer, precision=""):
-    """
-    Args:
-        model, data_loader, optimizer: as in :class:`SimpleTrainer`.
-        precision (str): "" for fp32, else see :class:`AMPTrainer`.
-
-    Returns:
-        SimpleTrainer
-    """
-    if not precision:
-        return SimpleTrainer(model, data_loader, optimizer)
-    device_type = next(model.parameters()).device.type
-    return AMPTrainer(model, data_loader, optimizer, device_type, precision)
 
 
 def amp_dtype(precision, device_type):
@@ -59,22 +55,58 @@ def amp_dtype(precision, device_type):
     return dtypes[precision]
 
 
-class AMPTrainer(SimpleTrainer):
+def training_seed(seed):
     """
-    :class:`SimpleTrainer` under autocast; gradients are scaled for fp16, bf16 needs no scaling.
+    Args:
+        seed (int): SEED of the config.
+
+    Returns:
+        int: ``seed``; where that is negative, one that is drawn and the same in all processes.
+    """
+    if seed < 0:
+        seed = comm.shared_random_seed()
+        logger.info("SEED is not set: training with seed %d", seed)
+    return seed
+
+
+class TrainStep(SimpleTrainer):
+    """
+    :class:`SimpleTrainer` in any precision, whose step is a function of the weights, the optimizer,
+    the seed and the iteration alone: a training resumed from its checkpoint goes on exactly.
+
+    A loss that is not finite stops the training before it reaches the weights, or is skipped.
     """
 
-    def __init__(self, model, data_loader, optimizer, device_type, precision):
+    def __init__(self, model, data_loader, optimizer, *, seed, precision="", max_skipped=0):
         """
         Args:
-            model, data_loader, optimizer: as in :class:`SimpleTrainer`.
-            device_type (str): "cpu" or "cuda".
-            precision (str): "bf16" or, on CUDA, "fp16".
+            model, optimizer: as in :class:`SimpleTrainer`.
+            data_loader (iterable): of batches; :func:`build_train_loader`'s is resumed exactly.
+            seed (int): >= 0, of the whole training.
+            precision (str): "" for fp32, "bf16" or, on CUDA, "fp16", whose gradients are scaled.
+            max_skipped (int): batches whose loss is not finite to leave out before the training
+                stops.
         """
         super().__init__(model, data_loader, optimizer)
-        self.device_type = device_type
-        self.dtype = amp_dtype(precision, device_type)
-        self.grad_scaler = torch.amp.GradScaler(device_type, enabled=self.dtype == torch.float16)
+        self.seed = seed
+        self.skipped = 0
+        self._max_skipped = max_skipped
+        self._device_type = next(model.parameters()).device.type
+        self._dtype = amp_dtype(precision, self._device_type) if precision else None
+        self.grad_scaler = torch.amp.GradScaler(
+            self._device_type, enabled=self._dtype == torch.float16
+        )
+
+    @property
+    def _data_loader_iter(self):
+        if self._data_loader_iter_obj is None:
+            sampler = getattr(self.data_loader, "batch_sampler", None)
+            if isinstance(sampler, ResumableBatchSampler):
+                sampler.start_at(self.seed, self.iter)
+            elif self.iter > 0:
+                logger.warning("This data loader starts anew: the training is not resumed exactly")
+            self._data_loader_iter_obj = iter(self.data_loader)
+        return self._data_loader_iter_obj
 
     def run_step(self):
         assert self.model.training, "the model was changed to eval mode"
@@ -82,11 +114,15 @@ class AMPTrainer(SimpleTrainer):
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
 
-        with torch.autocast(self.device_type, dtype=self.dtype):
-            loss_dict = self.model(data)
-            losses = sum(loss_dict.values())
-        self.optimizer.zero_grad()
-        self.grad_scaler.scale(losses).backward()
+        seed_generators(self.seed, 1, self.iter, comm.get_rank())
+        with _advice_if_out_of_memory():
+            with self._autocast():
+                loss_dict = self.model(data)
+                losses = sum(loss_dict.values())
+            if not self._all_finite(losses, loss_dict, data):
+                return
+            self.optimizer.zero_grad()
+            self.grad_scaler.scale(losses).backward()
         # Clipping happens inside optimizer.step(): it must see true gradients.
         self.grad_scaler.unscale_(self.optimizer)
         self.after_backward()
@@ -94,9 +130,64 @@ class AMPTrainer(SimpleTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
+    def _autocast(self):
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device_type, dtype=self._dtype)
+
+    def _all_finite(self, losses, loss_dict, data):
+        """Whether to go on with this batch; all processes decide alike."""
+        mine = None
+        if not torch.isfinite(losses):
+            values = {name: value.item() for name, value in loss_dict.items()}
+            mine = f"images {[sample.get('file_name') for sample in data]}, losses {values}"
+        found = [text for text in comm.all_gather(mine) if text is not None]
+        if not found:
+            return True
+        where = f"Loss is not finite at iteration {self.iter}: " + "; ".join(found)
+        if self.skipped >= self._max_skipped:
+            raise FloatingPointError(
+                f"{where}. Weights and checkpoints are as before this batch. Look at these images "
+                "and their annotations, lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, enable "
+                "SOLVER.CLIP_GRADIENTS, or leave out such batches: SOLVER.MAX_SKIPPED_BATCHES "
+                f"(now {self._max_skipped}, all used)"
+            )
+        self.skipped += 1
+        get_event_storage().put_scalar("skipped_batches", self.skipped)
+        logger.warning(
+            "%s. Left out; %d of at most %d such batches", where, self.skipped, self._max_skipped
+        )
+        return False
+
     def state_dict(self):
-        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+        return {
+            **super().state_dict(),
+            "seed": self.seed,
+            "skipped": self.skipped,
+            "grad_scaler": self.grad_scaler.state_dict(),
+        }
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if state_dict.get("seed", self.seed) != self.seed:
+            logger.warning(
+                "The training goes on with the seed it began with, %d, not %d",
+                state_dict["seed"],
+                self.seed,
+            )
+        self.seed = state_dict.get("seed", self.seed)
+        self.skipped = state_dict.get("skipped", 0)
+        self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
+
+
+@contextlib.contextmanager
+def _advice_if_out_of_memory():
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"{error}\nThe GPU's memory does not suffice. In the order of what it costs: "
+            "SOLVER.AMP.ENABLED True, a smaller SOLVER.IMS_PER_BATCH (and SOLVER.BASE_LR in "
+            "proportion), smaller INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN, fewer "
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE; or more GPUs: --num-gpus"
+        ) from error

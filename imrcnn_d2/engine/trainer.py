@@ -5,23 +5,24 @@ import os
 import weakref
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import (
     DatasetCatalog,
     MetadataCatalog,
     build_detection_test_loader,
-    build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.utils import comm
 
+from imrcnn_d2.data.loader import build_train_loader
 from imrcnn_d2.data.mappers import LesionMapper
 from imrcnn_d2.evaluation import LesionEvaluator
 
+from .checkpoint import Checkpointer
+from .ema import EMA
 from .hooks import BestCheckpointer, EvalHook, SamplePredictions, assemble_hooks
 from .provenance import RunRecord, config_sha256
 from .schedule import build_optimizer, resolve_epochs
-from .train_step import build_train_step, distribute
+from .train_step import TrainStep, distribute, training_seed
 from .weights import last_weights, log_test_evaluations
 
 __all__ = ["Trainer"]
@@ -55,12 +56,23 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        self._ema = EMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
+        self._evaluated_model = self._ema.model if self._ema else model
         model = distribute(model)
-        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else ""
-        self._trainer = build_train_step(model, data_loader, optimizer, precision)
+        self._trainer = TrainStep(
+            model,
+            data_loader,
+            optimizer,
+            seed=training_seed(cfg.SEED),
+            precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
+            max_skipped=cfg.SOLVER.MAX_SKIPPED_BATCHES,
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        self.checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
+            trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -77,7 +89,7 @@ class Trainer(DefaultTrainer):
         validation, make_samples = [], None
         if cfg.DATASETS.VAL:
             best = BestCheckpointer(
-                self.model,
+                self._evaluated_model,
                 cfg.OUTPUT_DIR,
                 period,
                 tau_rule=cfg.MODEL.IMRCNN.TAU_RULE,
@@ -96,10 +108,11 @@ class Trainer(DefaultTrainer):
         return assemble_hooks(
             record=self._record,
             lr_scheduler=hooks.LRScheduler(),
+            ema=self._ema,
             validation=validation,
             make_samples=make_samples,
             checkpointer=self.checkpointer,
-            checkpoint_period={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
             make_writers=self.build_writers,
             log_period=10,
         )
@@ -109,12 +122,7 @@ class Trainer(DefaultTrainer):
         name = cfg.DATASETS.VAL[0]
         loader = self.build_test_loader(cfg, name)
         tau = cfg.MODEL.IMRCNN.SCORE_THRESH
-        return SamplePredictions(self._bare_model, loader, name, cfg.TEST.EVAL_PERIOD, tau)
-
-    @property
-    def _bare_model(self):
-        ddp = isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
-        return self.model.module if ddp else self.model
+        return SamplePredictions(self._evaluated_model, loader, name, cfg.TEST.EVAL_PERIOD, tau)
 
     def train(self):
         """
@@ -124,8 +132,10 @@ class Trainer(DefaultTrainer):
             dict: the results on DATASETS.TEST; {} on other than the main process.
         """
         super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
-        weights = (self._best and self._best.load_best()) or last_weights(self.checkpointer)
-        results = self.final_test(self.cfg, self.model, weights)
+        weights = (self._best and self._best.load_best()) or last_weights(
+            self.checkpointer, self._ema
+        )
+        results = self.final_test(self.cfg, self._evaluated_model, weights)
         self._record.finish()
         return results
 
@@ -137,7 +147,7 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATASETS.TEST = cfg.DATASETS.VAL
-        return self.test(cfg, self.model)
+        return self.test(cfg, self._evaluated_model)
 
     @classmethod
     def final_test(cls, cfg, model, weights):
@@ -171,7 +181,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=LesionMapper(cfg, is_train=True))
+        return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):

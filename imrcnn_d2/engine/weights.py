@@ -12,6 +12,8 @@ from imrcnn_d2.evaluation.files import file_sha256
 from imrcnn_d2.evaluation.operating_point import OperatingPoint
 from imrcnn_d2.evaluation.test_log import log_test_evaluation
 
+from .checkpoint import Checkpointer
+
 __all__ = ["Weights", "last_weights", "load_weights", "log_test_evaluations"]
 
 
@@ -58,17 +60,21 @@ def load_weights(checkpointer, path):
     return _weights(path, point)
 
 
-def last_weights(checkpointer):
+def last_weights(checkpointer, ema=None):
     """
     Args:
         checkpointer (Checkpointer): of a training that has just ended.
+        ema (EMA or None): whose averaged weights are the training's result where there is one;
+            they are written to ``model_ema.pth``.
 
     Returns:
         Weights: those of the last iteration, which the model has; without an operating point.
     """
-    return (
-        _weights(checkpointer.get_checkpoint_file()) if checkpointer.has_checkpoint() else Weights()
-    )
+    if ema is not None:
+        Checkpointer(ema.model, checkpointer.save_dir).write("model_ema")
+    comm.synchronize()  # the main process has written
+    path = os.path.join(checkpointer.save_dir, "model_ema.pth" if ema else "model_final.pth")
+    return _weights(path) if os.path.isfile(path) else Weights()
 
 
 def _weights(path, operating_point=None):

@@ -1,5 +1,6 @@
 """The files an evaluation leaves: metrics.json, and tables as CSV."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -13,6 +14,7 @@ from .rows import patient_rows
 
 __all__ = [
     "RESULTS",
+    "atomic_file",
     "coco_results",
     "file_sha256",
     "sources",
@@ -224,19 +226,42 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def atomic_file(path):
+    """
+    Open a file for writing that replaces its predecessor at once, or not at all: it is written
+    beside, reaches the disk, and takes the name when the block ends without an error.
+
+    Args:
+        path (str or Path): its folder is made if it does not exist.
+
+    Yields:
+        BinaryIO
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def write_atomically(path, content):
     """
-    Write a file that replaces its predecessor at once, or not at all.
+    Write a whole file through :func:`atomic_file`.
 
     Args:
         path (str or Path): its folder is made if it does not exist.
         content (str or bytes): text is written as UTF-8.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(beside, path)
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def strict_json(document):

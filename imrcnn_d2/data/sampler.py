@@ -1,0 +1,115 @@
+"""The order of training images, and all randomness of training, as functions of the seed."""
+
+import itertools
+import random
+
+import numpy as np
+import torch
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import Sampler
+
+__all__ = ["ResumableBatchSampler", "balanced_epochs", "seed_generators", "shuffled_epochs"]
+
+
+def seed_generators(*entropy):
+    """
+    Seed the generators of ``random``, NumPy and torch (on every device).
+
+    Args:
+        entropy (int): one or more numbers >= 0. Other numbers, or the same in another order, give
+            unrelated streams.
+    """
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
+def shuffled_epochs(size):
+    """
+    Args:
+        size (int): images in the training set.
+
+    Returns:
+        callable: (torch.Generator) -> (size,) LongTensor, each image once an epoch; the
+            ``epoch_indices`` of :class:`ResumableBatchSampler`.
+    """
+    return lambda generator: torch.randperm(size, generator=generator)
+
+
+def balanced_epochs(repeat_factors):
+    """
+    Images of rare classes repeated, as in Detectron2's ``RepeatFactorTrainingSampler``.
+
+    Args:
+        repeat_factors (Tensor): (N,) float, how often each image comes in an epoch, on average.
+
+    Returns:
+        callable: (torch.Generator) -> LongTensor, an epoch; its length varies.
+    """
+    sampler = RepeatFactorTrainingSampler(repeat_factors, seed=0)
+
+    def epoch_indices(generator):
+        indices = sampler._get_epoch_indices(generator)
+        return indices[torch.randperm(len(indices), generator=generator)]
+
+    return epoch_indices
+
+
+class ResumableBatchSampler(Sampler):
+    """
+    Endless batches of ``(seed, position, index)`` from any iteration on.
+
+    ``position`` counts the samples of the whole training over all processes: place k of the batch
+    of iteration i is ``i * total_batch_size + k``, and of W processes the one with rank r takes the
+    places from ``r * total_batch_size / W`` on. Which image a position has depends on the seed and
+    the position alone, so that a training that is stopped and resumed sees the same images as one
+    that is not, and two processes the same as one with their batches together.
+    """
+
+    def __init__(self, epoch_indices, total_batch_size, seed=0):
+        """
+        Args:
+            epoch_indices (callable): (torch.Generator) -> LongTensor, the order of one epoch.
+            total_batch_size (int): SOLVER.IMS_PER_BATCH, images of all processes together.
+            seed (int): >= 0; see :meth:`start_at`.
+
+        Raises:
+            ValueError: if the processes cannot share the batch evenly.
+        """
+        self._rank, world_size = comm.get_rank(), comm.get_world_size()
+        if total_batch_size <= 0 or total_batch_size % world_size:
+            raise ValueError(
+                f"A batch of {total_batch_size} images cannot be shared by {world_size} processes: "
+                f"make SOLVER.IMS_PER_BATCH a multiple of {world_size}"
+            )
+        self._epoch_indices = epoch_indices
+        self._total = total_batch_size
+        self._share = total_batch_size // world_size
+        self._seed, self._iteration = seed, 0
+
+    def start_at(self, seed, iteration):
+        """
+        Args:
+            seed (int): >= 0, of the whole training.
+            iteration (int): whose batch comes first when iteration over this object begins.
+        """
+        self._seed, self._iteration = seed, iteration
+
+    def __iter__(self):
+        first = self._iteration * self._total
+        samples = self._samples(first)
+        while True:
+            batch = list(itertools.islice(samples, self._total))
+            yield batch[self._rank * self._share : (self._rank + 1) * self._share]
+
+    def _samples(self, first):
+        generator = torch.Generator()
+        position = 0
+        for epoch in itertools.count():
+            words = np.random.SeedSequence((self._seed, epoch)).generate_state(1)
+            indices = self._epoch_indices(generator.manual_seed(int(words[0])))
+            for place in range(max(first - position, 0), len(indices)):
+                yield self._seed, position + place, int(indices[place])
+            position += len(indices)
