@@ -120,6 +120,8 @@ def collect_wheels(wheels, torch, constraint):
         torch (str): what to install torch from, in pip's words.
         constraint (str): constraints file for everything else.
     """
+    detectron2 = ROOT / "tools" / "install_detectron2.py"
+    subprocess.run([sys.executable, detectron2, "--fetch", wheels], check=True)
     pip_wheel(wheels, *shlex.split(torch))
     # The other packages must be chosen to go with this torch, not with the index's newest.
     pins = [
@@ -127,8 +129,6 @@ def collect_wheels(wheels, torch, constraint):
         for name in ("torch", "torchvision")
         for path in wheels.glob(f"{name}-*.whl")
     ]
-    detectron2 = ROOT / "tools" / "install_detectron2.py"
-    subprocess.run([sys.executable, detectron2, "--fetch", wheels], check=True)
     # Without build isolation: some releases are sources and need the constraints' setuptools.
     options = ("--find-links", wheels, "--constraint", constraint, "--no-build-isolation")
     pip_wheel(wheels, *options, "pip", "setuptools", "wheel", ".[dev,lite]", *pins)
@@ -172,9 +172,9 @@ def collect(folder, torch, constraint, weights):
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "wheels").mkdir(parents=True)
-        collect_wheels(partial / "wheels", torch, constraint)
         for url in weights:
             fetch_weights(url, partial / "weights")
+        collect_wheels(partial / "wheels", torch, constraint)
         description = {**this_python(), "torch": torch, "weights": weights}
         (partial / "bundle.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
         write_sums(partial)

@@ -154,10 +154,19 @@ def repack(original, folder):
     return folder / f"detectron2-{VERSION}-py3-none-any.whl"
 
 
-def install(index, constraint, from_source):
+def find_wheel(folder):
+    """Path of the repacked wheel in ``folder`` (str); exit where there is none."""
+    wheel = Path(folder) / f"detectron2-{VERSION}-py3-none-any.whl"
+    if not wheel.is_file():
+        sys.exit(f"{wheel} is missing: `make bundle BUNDLE=DIR` makes it, in DIR/wheels.")
+    return wheel
+
+
+def install(offline, index, constraint, from_source):
     """Install Detectron2 and what it requires.
 
     Args:
+        offline (str or None): folder of wheels that has Detectron2's.
         index (list[str]): options for pip that say where packages come from.
         constraint (list[str]): options for pip that say which versions.
         from_source (bool): build upstream from git instead.
@@ -169,8 +178,8 @@ def install(index, constraint, from_source):
         folder = Path(folder)
         if from_source:
             package = f"detectron2 @ {UPSTREAM}"
-        elif "--no-index" in index:
-            package = f"detectron2=={VERSION}"
+        elif offline:
+            package = find_wheel(offline)
         else:
             package = repack(fetch(folder, index), folder)
         run("pip", "install", "--no-build-isolation", *index, *constraint, package)
@@ -201,11 +210,11 @@ def main():
     try:
         if arguments.fetch:
             with tempfile.TemporaryDirectory() as folder:
-                repack(fetch(Path(folder), index), arguments.fetch)
+                repack(fetch(Path(folder), index), Path(arguments.fetch))
         elif version := installed_version():
             print(f"detectron2 {version} is there and used as it is.")
         else:
-            install(index, constraint, arguments.from_source)
+            install(arguments.offline, index, constraint, arguments.from_source)
     except subprocess.CalledProcessError as error:
         sys.exit(
             f"Failed: {' '.join(map(str, error.cmd))}\nThe lines above say why. Without a network, "
