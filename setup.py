@@ -20,6 +20,7 @@ setup(
         "faster-coco-eval>=1.8,<1.9",  # evaluation/coco_ap.py hands its internals the overlaps
         "fvcore>=0.1.5.post20221221",
         "hydra-core>=1.3",
+        "ijson>=3.2",
         "iopath>=0.1.9",
         "jinja2>=3.1",
         "matplotlib>=3.7",

@@ -5,19 +5,22 @@ What ``tools/prepare_dataset.py`` wrote is found under ``$IMRCNN_DATASETS`` (def
 when a data set is loaded. `register_lesion_dataset` gives any other COCO file a name.
 """
 
+import contextlib
 import functools
-import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data.detection_utils import check_metadata_consistency
+from torch.utils.data import ConcatDataset, Dataset
 
+from imrcnn_d2.data.catalogue import Catalogue, load_catalogue
 from imrcnn_d2.data.splits import SPLITS
 
-__all__ = ["DATASET_CLASSES", "register_lesion_dataset"]
+__all__ = ["DATASET_CLASSES", "load_datasets", "register_lesion_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,37 +73,66 @@ def _register(
         metadata.thing_classes = list(thing_classes)
 
 
-def _load(name: str, locate: Callable[[], tuple[Path, Path]], remedy: str) -> list[dict]:
-    """Detectron2's dataset dicts, with ``lesion_id`` and further image fields (``patient_id``)."""
+def _load(name: str, locate: Callable[[], tuple[Path, Path]], remedy: str) -> Catalogue:
     json_file, image_root = locate()
     if not json_file.is_file():
         raise FileNotFoundError(f"{json_file}: no such file. {remedy}")
     if not image_root.is_dir():
         raise FileNotFoundError(f"{image_root}: no such folder. {remedy}")
 
+    catalogue = load_catalogue(json_file, image_root)
+    classes = list(catalogue.categories.values())
     metadata = MetadataCatalog.get(name)
     known = metadata.get("thing_classes")
     for key in _SET_ON_LOADING:
         vars(metadata).pop(key, None)
-    records = load_coco_json(str(json_file), str(image_root), name, ["lesion_id"])
-    metadata.set(json_file=str(json_file), image_root=str(image_root))
-    if known is not None and known != metadata.thing_classes:
+    metadata.set(
+        thing_classes=classes,
+        thing_dataset_id_to_contiguous_id={id_: i for i, id_ in enumerate(catalogue.categories)},
+        json_file=str(json_file),
+        image_root=str(image_root),
+    )
+    if known is not None and known != classes:
         logger.warning(
             "Classes of %s are %s (from %s), not %s: MODEL.ROI_HEADS.NUM_CLASSES must be %d.",
             name,
-            metadata.thing_classes,
+            classes,
             json_file,
             known,
-            len(metadata.thing_classes),
+            len(classes),
         )
+    return catalogue
 
-    with open(json_file, encoding="utf-8") as file:
-        images = {image["id"]: image for image in json.load(file)["images"]}
-    for record in records:
-        for key, value in images[record["image_id"]].items():
-            if key != "id":
-                record.setdefault(key, value)
-    return records
+
+def load_datasets(names: Sequence[str], filter_empty: bool = False) -> Dataset:
+    """One data set of dataset dicts out of those with these names, ours or others.
+
+    It is Detectron2's ``get_detection_dataset_dicts`` for a `Catalogue`, which that function
+    neither filters nor counts.
+
+    Args:
+        names: as in ``DATASETS.TRAIN``.
+        filter_empty: leave out images without lesions (``DATALOADER.FILTER_EMPTY_ANNOTATIONS``).
+
+    Raises:
+        ValueError: one of them holds no images, or their classes differ.
+    """
+    datasets = [_load_dataset(name, filter_empty) for name in names]
+    with contextlib.suppress(AttributeError):  # a foreign data set need not name its classes
+        check_metadata_consistency("thing_classes", names)
+    return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+
+
+def _load_dataset(name: str, filter_empty: bool) -> Dataset:
+    dataset = DatasetCatalog.get(name)
+    if filter_empty:
+        if isinstance(dataset, Catalogue):
+            dataset = dataset.with_lesions()
+        elif not isinstance(dataset, Dataset):
+            dataset = filter_images_with_only_crowd_annotations(dataset)
+    if not len(dataset):
+        raise ValueError(f"Data set {name} holds no images{' with lesions' * filter_empty}")
+    return dataset if isinstance(dataset, Dataset) else DatasetFromList(dataset)
 
 
 def _locate_prepared(dataset: str, split: str) -> tuple[Path, Path]:

@@ -8,7 +8,13 @@ import sys
 
 import pycocotools.mask as mask_util
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.config import get_cfg
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 
 from imrcnn_d2.data import register
 from imrcnn_d2.data.coco import read_coco
@@ -158,3 +164,49 @@ def test_own_name_with_missing_files(coco_folder, tmp_path, scratch_name):
     register.register_lesion_dataset(scratch_name, json_file, tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder. Check the path"):
         DatasetCatalog.get(scratch_name)
+
+
+@pytest.fixture
+def three_kinds(coco_folder, scratch_name):
+    """Names: ours with two lesions and a lesion-free image, a list alike, a list of one image."""
+    json_file, images = coco_folder()
+    register.register_lesion_dataset(scratch_name, json_file, images)
+    records = list(DatasetCatalog.get(scratch_name))
+    others = {"scratch_list": records, "scratch_lesion_free": records[2:]}
+    for name, content in others.items():
+        DatasetCatalog.register(name, lambda content=content: content)
+        MetadataCatalog.get(name).thing_classes = ["early gastric cancer"]
+    yield scratch_name, *others
+    for name in others:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_data_sets_are_joined_and_filtered(three_kinds):
+    ours, theirs, lesion_free = three_kinds
+    records = DatasetCatalog.get(ours)
+    assert register.load_datasets([ours]) is records
+    for names in ([ours, theirs], [theirs, ours]):
+        assert list(register.load_datasets(names)) == [*records, *records]
+        assert list(register.load_datasets(names, filter_empty=True)) == 2 * records[:2]
+    with pytest.raises(ValueError, match=f"{lesion_free} holds no images with lesions"):
+        register.load_datasets([ours, lesion_free], filter_empty=True)
+
+
+def test_data_sets_that_are_joined_have_the_same_classes(three_kinds):
+    MetadataCatalog.get("scratch_list").thing_classes.append("ulcer")
+    with pytest.raises(ValueError, match="thing_classes"):
+        register.load_datasets(three_kinds[:2])
+
+
+def test_stock_loaders_take_a_registered_data_set(three_kinds):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (three_kinds[0],), (three_kinds[0],)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 2, 1
+    cfg.INPUT.MIN_SIZE_TRAIN = (40,)
+    batch = next(iter(build_detection_train_loader(cfg)))
+    assert [sample["image"].shape[-2:] for sample in batch] == [(40, 60)] * 2
+    evaluated = [
+        sample["image_id"] for (sample,) in build_detection_test_loader(cfg, three_kinds[0])
+    ]
+    assert evaluated == [1, 2, 3]
