@@ -4,18 +4,22 @@ Train or evaluate a model described by a LazyConfig, a Python file. Overrides in
 ``train.max_iter=20``. A LazyConfig runs as Python code: load only files that you trust.
 """
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 
 import imrcnn_d2  # noqa: F401  (registers data sets)
 from imrcnn_d2.engine import choose_device, launch_script, load_weights
+from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.engine.lazy import LazyTrainer, build_lazy_model, evaluate
 from imrcnn_d2.report.final_pictures import draw_test_pictures
 
 
 def main(args):
+    if not args.config_file.endswith(".py"):  # Detectron2 would run what a YAML file's tags name
+        raise ValueError(
+            f"{args.config_file!r}: a LazyConfig is a .py file; YAML goes to tools/train_net.py"
+        )
     cfg = LazyConfig.load(args.config_file)
     if not cfg.train.device and not any(o.startswith("train.device=") for o in args.opts):
         cfg.train.device = choose_device()
@@ -23,7 +27,7 @@ def main(args):
     default_setup(cfg, args)
     if args.eval_only:
         model = build_lazy_model(cfg)
-        weights = load_weights(DetectionCheckpointer(model), cfg.train.init_checkpoint)
+        weights = load_weights(Checkpointer(model), cfg.train.init_checkpoint)
         results = evaluate(cfg, model, "test", weights)
     else:
         trainer = LazyTrainer(cfg)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Train or evaluate a detector: Detectron2's training script with our trainer."""
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 import imrcnn_d2  # noqa: F401  (registers models and data sets)
 from imrcnn_d2.engine import Trainer, launch_script, load_config, load_weights
+from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.report.final_pictures import draw_test_pictures
 
 
@@ -24,7 +24,7 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
         resumed = args.resume and checkpointer.has_checkpoint()
         path = checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
         results = Trainer.final_test(cfg, model, load_weights(checkpointer, path))

