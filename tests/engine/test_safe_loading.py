@@ -1,0 +1,227 @@
+"""Checkpoints of every format; Python's own unpickler, on harmless files, is the reference."""
+
+import collections
+import os
+import pickle
+import types
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from safetensors.torch import save_file
+
+from imrcnn_d2.engine.safe_loading import UnsafeFileError, load_checkpoint_file, load_pickle
+
+PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
+ARRAYS = {
+    "matrix": np.arange(6.0).reshape(2, 3),
+    "columns first": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+    "another machine's": np.arange(6, dtype=">f4"),
+    "empty": np.zeros((0, 3), np.float16),
+    "no axis": np.array(3),
+    "axes moved": np.arange(24, dtype=np.uint8).reshape(2, 3, 4).transpose(2, 0, 1),
+    "every other": np.arange(8)[::2],
+    "booleans": np.array([True, False]),
+    "complex": np.array([1 + 2j]),
+    "texts": np.array(["ab", "c"]),
+    "bytes": np.array([b"ab", b"c"]),
+}
+
+
+class Calls:
+    """Pickled as a call of any function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Changes(Calls):
+    """Pickled as a call whose result is then given a state."""
+
+    def __init__(self, function, arguments, state):
+        self.call = function, arguments, state
+
+
+def dump(folder, content, protocol=2, name="model.pkl"):
+    (folder / name).write_bytes(pickle.dumps(content, protocol))
+    return folder / name
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_pickled_data_are_as_pickle_reads_them(tmp_path, protocol):
+    content = {
+        "arrays": ARRAYS,
+        "scalars": [value.flat[0] for value in ARRAYS.values() if value.size],
+        "dtype": np.dtype(">f4"),
+        "containers": [(1, 2.5), {3}, frozenset({4}), collections.OrderedDict(a=None, b=True)],
+        "numbers": [1 << 80, 2 + 1j],
+        "bytes": [b"", b"\xff\x00", bytearray(b"abc")],
+    }
+    file = dump(tmp_path, content, protocol)
+    ours, reference = load_pickle(file), pickle.loads(file.read_bytes())
+    for name, expected in reference["arrays"].items():
+        assert ours["arrays"][name].dtype == expected.dtype, name
+        np.testing.assert_array_equal(ours["arrays"][name], expected, err_msg=name, strict=True)
+    for value, expected in zip(ours["scalars"], reference["scalars"], strict=True):
+        assert type(value) is type(expected) and value == expected
+    assert np.dtype(ours["dtype"].dtype) == reference["dtype"]
+    for name in ("containers", "numbers", "bytes"):
+        assert ours[name] == reference[name]
+        assert list(map(type, ours[name])) == list(map(type, reference[name]))
+
+
+def test_a_pickle_of_python_2(tmp_path):
+    # conv1 as Python 2 wrote it: its bytes are a string, here of all 256 values.
+    raw = bytes(range(256))
+    string = "".join(f"\\x{byte:02x}" for byte in raw)
+    data = (
+        "(dp0\nS'blobs'\np1\n(dp2\nS'conv1_w'\np3\n"
+        "cnumpy.core.multiarray\n_reconstruct\np4\n(cnumpy\nndarray\np5\n(I0\ntp6\nS'b'\np7\n"
+        "tp8\nRp9\n(I1\n(I8\nI8\ntp10\ncnumpy\ndtype\np11\n(S'f4'\np12\nI0\nI1\ntp13\nRp14\n"
+        "(I3\nS'<'\np15\nNNNI-1\nI-1\nI0\ntp16\nbI00\n"
+        f"S'{string}'\np17\ntp18\nbsS'conv1_w_momentum'\np19\nI1\nss."
+    )
+    file = tmp_path / "R-50.pkl"
+    file.write_bytes(data.encode("ascii"))
+    expected = pickle.loads(file.read_bytes(), encoding="latin1")["blobs"]["conv1_w"]
+    loaded = load_checkpoint_file(file)
+    assert loaded["__author__"] == "Caffe2" and loaded["matching_heuristics"] is True
+    assert list(loaded["model"]) == ["conv1_w"], "momentum is no weight"
+    assert loaded["model"]["conv1_w"].tobytes() == expected.tobytes() == raw
+    assert loaded["model"]["conv1_w"].shape == (8, 8)
+
+
+@pytest.mark.parametrize("content", [{"w": ARRAYS["matrix"]}, {"blobs": {"w": ARRAYS["matrix"]}}])
+def test_caffe2_with_and_without_blobs(tmp_path, content):
+    loaded = load_checkpoint_file(dump(tmp_path, content))
+    np.testing.assert_array_equal(loaded["model"]["w"], ARRAYS["matrix"])
+    assert loaded["matching_heuristics"] is True
+
+
+def test_every_format_is_loaded_into_a_model(tmp_path):
+    """Detectron2's own checkpointer, with the files that it reads itself, is the reference."""
+    source = torch.nn.Linear(3, 2)
+    state = source.state_dict()
+    arrays = {name: value.numpy() for name, value in state.items()}
+    point = {"tau": 0.4, "rule": "f1", "dataset": "val"}
+    torch.save({"model": state, "iteration": 7}, tmp_path / "a.pth")
+    torch.save(state, tmp_path / "bare.pth")
+    torch.save({"model_state": {**state, "bn.num_batches_tracked": 3}}, tmp_path / "a.pyth")
+    dump(tmp_path, {"model": arrays, "__author__": "Detectron2 Model Zoo"}, name="a.pkl")
+    metadata = {"operating_point": '{"tau": 0.4, "rule": "f1", "dataset": "val"}', "format": "pt"}
+    save_file(state, tmp_path / "a.safetensors", metadata=metadata)
+    loaded = {p.name: load_checkpoint_file(p) for p in sorted(tmp_path.iterdir())}
+    assert loaded["a.pth"]["iteration"] == 7
+    assert loaded["a.safetensors"]["operating_point"] == point
+    assert loaded["a.safetensors"]["format"] == "pt"
+    assert loaded["a.pyth"]["matching_heuristics"] is True
+    for name in ("a.pkl", "a.pth"):
+        reference = DetectionCheckpointer(torch.nn.Linear(3, 2)).load(str(tmp_path / name))
+        assert {k: v for k, v in loaded[name].items() if k != "model"} == reference, name
+    for name, checkpoint in loaded.items():
+        assert checkpoint["model"].keys() == state.keys(), name
+        for key, value in checkpoint["model"].items():
+            assert torch.equal(torch.as_tensor(value), state[key]), (name, key)
+
+
+def test_a_model_among_the_metadata_does_not_replace_the_tensors(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors", metadata={"model": '{"w": 0}'})
+    loaded = load_checkpoint_file(tmp_path / "a.safetensors")
+    assert torch.equal(loaded["model"]["w"], torch.ones(2))
+
+
+REFUSED = {
+    "posix.mkdir": lambda marker: Calls(os.mkdir, marker),
+    "builtins.eval": lambda marker: Calls(eval, f"__import__('os').mkdir({marker!r})"),
+    "types.SimpleNamespace": lambda marker: types.SimpleNamespace(a=1),
+    "torch._utils._rebuild_tensor_v2": lambda marker: torch.ones(2),
+    "numpy.dtype('O8')": lambda marker: np.array([None]),
+    "numpy.dtype('V8')": lambda marker: np.zeros(1, [("a", "f8")]),
+    "numpy.dtype('M8')": lambda marker: np.array("2020", "datetime64[s]"),
+    "numpy.matrix": lambda marker: np.matrix([[1.0]]),
+    "numpy.random._pickle.__generator_ctor": lambda marker: np.random.default_rng(0),
+    "'rot13'": lambda marker: Calls(__import__("_codecs").encode, "abc", "rot13"),
+}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("what", REFUSED)
+def test_anything_else_is_refused_by_name(tmp_path, what, protocol):
+    marker = tmp_path / "marker"
+    file = dump(tmp_path, {"model": {"w": REFUSED[what](str(marker))}}, protocol)
+    names = {what, what.replace("builtins", "__builtin__"), what.replace("_generator", "generator")}
+    with pytest.raises(UnsafeFileError) as error:
+        load_checkpoint_file(file)
+    assert str(file) in str(error.value) and "safetensors" in str(error.value)
+    assert any(name in str(error.value) for name in names), error.value
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("save", [torch.save, None])
+@pytest.mark.parametrize("suffix", [".pth", ".pyth", ".pt"])
+def test_torch_files_are_refused_by_name_too(tmp_path, suffix, save, protocol):
+    marker, file = tmp_path / "marker", tmp_path / f"model{suffix}"
+    content = {"model": {"w": Calls(os.mkdir, str(marker))}}
+    if save:
+        save(content, file, pickle_protocol=protocol)
+    else:
+        dump(tmp_path, content, protocol, file.name)
+    with pytest.raises(UnsafeFileError, match=r"posix\.mkdir.*could run any code.*safetensors"):
+        load_checkpoint_file(file)
+    assert not marker.exists()
+    assert "weights_only" not in str(pytest.raises(ValueError, load_checkpoint_file, file).value)
+
+
+def test_a_forged_dtype_is_refused(tmp_path):
+    # numpy's own dtype accepts these flags; an "array of objects" then holds any addresses.
+    forged = Changes(np.dtype, ("f8", False, True), (3, "|", None, ("a",), {"a": 1}, 8, 8, 0))
+    with pytest.raises(UnsafeFileError, match="dtype with fields"):
+        load_pickle(dump(tmp_path, forged))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        (1, (3,), np.dtype("f8"), False, b"\0" * 16),  # too few bytes
+        (1, (-1, -2), np.dtype("f8"), False, b"\0" * 16),
+        (1, (2,), np.dtype("f8"), False, [1, 2]),
+        (1, (2,), None, False, b"\0" * 16),
+    ],
+)
+def test_a_forged_array_is_refused(tmp_path, state):
+    reconstruct = np.zeros(1).__reduce__()[0]
+    forged = Changes(reconstruct, (np.ndarray, (0,), b"b"), state)
+    with pytest.raises(ValueError, match="cannot be read as a pickle of weights"):
+        load_pickle(dump(tmp_path, forged))
+
+
+def test_what_a_pickle_gets_for_a_function_cannot_be_changed(tmp_path):
+    # BUILD on numpy's _reconstruct: (None, {name: value}) sets attributes of anything.
+    data = b"cnumpy.core.multiarray\n_reconstruct\n(N}U\x09_functionK\x01stb."
+    (tmp_path / "a.pkl").write_bytes(data)
+    with pytest.raises(UnsafeFileError, match="change of a function"):
+        load_pickle(tmp_path / "a.pkl")
+    assert load_pickle(dump(tmp_path, np.ones(2))).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pyth", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04 half a zip"])
+def test_a_damaged_file_is_named(tmp_path, suffix, content):
+    file = tmp_path / f"damaged{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"damaged{suffix} .*(damaged|refused)"):
+        load_checkpoint_file(file)
+
+
+def test_what_holds_no_weights(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"model": {}}, tmp_path / "other.pyth")
+    with pytest.raises(ValueError, match="list.pth holds a list"):
+        load_checkpoint_file(tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="other.pyth has no 'model_state'"):
+        load_checkpoint_file(tmp_path / "other.pyth")
