@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from imrcnn_d2.engine.launch import leave_process_groups
 from imrcnn_d2.engine.train_step import TrainStep, amp_dtype, distribute, training_seed
 
 
@@ -102,7 +103,7 @@ def _train_half(rank, port, precision, state, result):
     run_steps(distribute(spoilt), 4, max_skipped=1, data=data)
     weights = comm.all_gather(spoilt.linear.weight.detach())
     assert torch.equal(*weights) and torch.isfinite(weights[0]).all()
-    torch.distributed.destroy_process_group()
+    leave_process_groups()
 
 
 @pytest.mark.parametrize("precision", ["", "bf16"])

@@ -18,6 +18,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
+from imrcnn_d2.engine.launch import leave_process_groups
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
 from imrcnn_d2.evaluation.lesion_evaluator import LesionEvaluator
 from imrcnn_d2.evaluation.operating_point import OperatingPoint, choose_operating_point
@@ -277,7 +278,7 @@ def _evaluate_half(rank, port, json_file, pairs, folder):
     half = pairs[5:] if rank == 0 else pairs[:6]
     results = run(LesionEvaluator("halves", output_dir=f"{folder}/{rank}"), half)
     torch.save(dict(results), f"{folder}/{rank}.pth")
-    torch.distributed.destroy_process_group()
+    leave_process_groups()
 
 
 def test_two_processes_give_what_one_gives(case, register, tmp_path):
