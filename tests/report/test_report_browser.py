@@ -1,9 +1,9 @@
 """The page in a real browser, as a reader opens it: from the disk."""
 
 import csv
-import shutil
 
 import pytest
+from chromium import chromium
 
 from imrcnn_d2.report.page import render_report
 
@@ -12,15 +12,8 @@ MODELS = ("MR-CNN", "IBMR-CNN", "IMR-CNN")
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's chromium, driven by playwright; nothing is downloaded."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium on the PATH (apt-get install chromium)")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

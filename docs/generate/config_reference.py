@@ -1,0 +1,112 @@
+"""The page of config keys, read off the source of ``add_imrcnn_config``: nothing is imported."""
+
+import ast
+import io
+import re
+import tokenize
+from dataclasses import dataclass
+
+__all__ = ["Key", "config_page", "read_keys"]
+
+FUNCTION = "add_imrcnn_config"
+INTRODUCTION = """# Config keys
+
+`imrcnn_d2.add_imrcnn_config(cfg)` adds these to Detectron2's, with these defaults; all others are
+[Detectron2's own](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references).
+In a project that does not call it the backbones run with these defaults. A config file changes
+them, and so does the end of a command: `KEY VALUE KEY VALUE …`.
+"""
+# Names of keys and modules, and quoted values.
+CODE = re.compile(
+    r'"[^"\s]*"|(?<![\w"])(?:[A-Z]+(?:\.[A-Z0-9_]+)+|[A-Z]+_[A-Z0-9_]+|[a-z]+_[a-z]*\*?|[a-z]+\*|'
+    r"\w+\{\w\})"
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """
+    Attributes:
+        name (str): dotted, such as "MODEL.PAFPN.INIT".
+        default (str): Python source.
+        comment (str): what stands above it, as one paragraph.
+        section (str): title of the part of the file it is in.
+    """
+
+    name: str
+    default: str
+    comment: str
+    section: str
+
+
+def read_keys(source):
+    """
+    Args:
+        source (str): of the module that defines ``add_imrcnn_config``.
+
+    Returns:
+        list[Key]: in the order of the file.
+    """
+    comments = {
+        token.start[0]: token.string.removeprefix("#").strip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    (function,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == FUNCTION
+    )
+    sections = {}
+    for line, text in comments.items():
+        if text.startswith("---- "):
+            end = line
+            while not text.endswith("."):
+                end += 1
+                text += " " + comments[end]
+            sections[line] = (end, text.removeprefix("---- ").rstrip("."))
+    keys = []
+    for node in function.body:
+        if not isinstance(node, ast.Assign) or isinstance(node.value, ast.Call):
+            continue  # the docstring, and nodes: cfg.MODEL.PAFPN = CN()
+        above = [line for line in sections if line < node.lineno]
+        end, section = sections[above[-1]] if above else (0, "General")
+        first = node.lineno
+        while first - 1 in comments and first - 1 > end:
+            first -= 1
+        name = ast.unparse(node.targets[0]).removeprefix("cfg.")
+        comment = " ".join(comments[line] for line in range(first, node.lineno))
+        keys.append(Key(name, ast.get_source_segment(source, node.value), comment, section))
+    return keys
+
+
+def config_page(source):
+    """
+    Args:
+        source (str): as of :func:`read_keys`.
+
+    Returns:
+        str: the page, in Markdown; each key has the anchor of its name in lower case with dashes.
+    """
+    parts, section = [INTRODUCTION], None
+    for key in read_keys(source):
+        if key.section != section:
+            section = key.section
+            parts.append(f"## {_markdown(section)}\n")
+        anchor = re.sub("[._]", "-", key.name.lower())
+        parts.append(f"### `{key.name}` {{ #{anchor} }}\n\nDefault: `{key.default}`\n")
+        parts.append(_markdown(key.comment) + "\n")
+    return "\n".join(parts)
+
+
+def _markdown(comment):
+    """Names as code, everything else as the characters it is."""
+    done, at = "", 0
+    for match in CODE.finditer(comment):
+        done += _plain(comment[at : match.start()]) + f"`{match[0]}`"
+        at = match.end()
+    return done + _plain(comment[at:])
+
+
+def _plain(text):
+    return re.sub(r"([*_`<\[\]])", r"\\\1", text)

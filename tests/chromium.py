@@ -1,0 +1,21 @@
+"""Pages in a real browser, as a reader opens them."""
+
+import contextlib
+import shutil
+
+import pytest
+
+__all__ = ["chromium"]
+
+
+@contextlib.contextmanager
+def chromium():
+    """Debian's chromium, driven by playwright; nothing is downloaded. Skips where it is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium on the PATH (apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
