@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Of the documentation site, which the tests build. MkDocs 2 has no plugins.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings-python>=2.0"]
+
 setup(
     name="imrcnn-d2",
     version="0.1.0",
@@ -48,12 +51,15 @@ setup(
         # Launchers of tools/cross_validate.py: hydra/launcher=submitit_slurm, hydra/launcher=ray.
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "ray": ["hydra-ray-launcher>=1.2"],
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "html5lib>=1.1",
             "hydra-submitit-launcher>=1.2",
             "hypothesis>=6.100",
             "playwright>=1.45",
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "wheel>=0.40",
         ],
