@@ -2,6 +2,7 @@
 ##
 ##   make install   .venv with torch, Detectron2, this package and its tools
 ##   make test      install, then lint and run the test suite
+##   make test-fast install, then run the tests that train nothing and start no browser
 ##   make demo      install, then train, evaluate and report on generated images
 ##   make lint      install, then ruff alone
 ##   make bundle    fill the folder BUNDLE=DIR with all that OFFLINE=DIR needs elsewhere
@@ -23,6 +24,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed
+PACKAGE := .[dev,lite]
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 ifdef OFFLINE
@@ -41,7 +43,7 @@ ifneq ($(TORCH_BUILD),$(TORCH_THERE))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help install test demo lint bundle clean
+.PHONY: help install test test-fast demo lint bundle clean
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -69,15 +71,21 @@ endif
 	$(VENV)/bin/python tools/install_detectron2.py --constraint $(VENV)/constraints.txt \
 		$(if $(OFFLINE),--offline "$(OFFLINE)/wheels")
 	$(PIP) install $(INDEX) --constraint $(VENV)/constraints.txt --no-build-isolation \
-		--editable '.[dev,lite]'
+		--editable "$(PACKAGE)"
 	$(PIP) check
 	@# Detectron2 looks for its downloads there.
 	@if [ -d "$(OFFLINE)/weights" ]; then cache="$${FVCORE_CACHE:-$$HOME/.torch/iopath_cache}"; \
 		mkdir -p "$$cache" && cp -R "$(OFFLINE)/weights/." "$$cache/"; fi
 	@touch $@
 
+# A worker a core (tests/conftest.py), each file on one of them, for the fixtures its tests share.
+PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
+
+test-fast: install
+	$(PYTEST) -m "not slow"
 
 lint: install
 	$(VENV)/bin/python -m ruff check .
@@ -90,7 +98,7 @@ bundle: $(VENV)/constraints.txt
 	@test -n "$(BUNDLE)" || { echo "Which folder? make bundle BUNDLE=DIR" >&2; exit 1; }
 	$(PIP) install --constraint $(VENV)/constraints.txt setuptools wheel
 	$(VENV)/bin/python tools/bundle.py collect "$(BUNDLE)" --torch "$$TORCH_BUILD" \
-		--constraint $(VENV)/constraints.txt --weights "$(WEIGHTS)"
+		--package "$(PACKAGE)" --constraint $(VENV)/constraints.txt --weights "$(WEIGHTS)"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -113,12 +113,13 @@ def pip_wheel(wheels, *arguments):
     subprocess.run([*command, "--wheel-dir", wheels, *arguments], check=True, cwd=ROOT)
 
 
-def collect_wheels(wheels, torch, constraint):
+def collect_wheels(wheels, torch, package, constraint):
     """Fill the folder ``wheels`` (Path).
 
     Args:
         torch (str): what to install torch from, in pip's words.
-        constraint (str): constraints file for everything else.
+        package (str): this package with the extras that are to be installable.
+        constraint (str): constraints file for everything but torch.
     """
     detectron2 = ROOT / "tools" / "install_detectron2.py"
     subprocess.run([sys.executable, detectron2, "--fetch", wheels], check=True)
@@ -131,7 +132,7 @@ def collect_wheels(wheels, torch, constraint):
     ]
     # Without build isolation: some releases are sources and need the constraints' setuptools.
     options = ("--find-links", wheels, "--constraint", constraint, "--no-build-isolation")
-    pip_wheel(wheels, *options, "pip", "setuptools", "wheel", ".[dev,lite]", *pins)
+    pip_wheel(wheels, *options, "pip", "setuptools", "wheel", package, *pins)
     for own in wheels.glob("imrcnn_d2-*.whl"):
         own.unlink()  # it is installed from its sources
 
@@ -163,8 +164,8 @@ def fetch_weights(url, folder):
         sys.exit(f"{address} has SHA-256 {found}, expected {expected}: not the file you asked for.")
 
 
-def collect(folder, torch, constraint, weights):
-    """Make the bundle ``folder`` (Path): whole, or not at all."""
+def collect(folder, torch, package, constraint, weights):
+    """Make the bundle ``folder`` (Path): whole, or not at all. For the rest see collect_wheels."""
     folder = folder.absolute()
     if folder.exists() and not (folder / SUMS).is_file():
         sys.exit(f"{folder} is there and is no bundle: name another folder.")
@@ -174,7 +175,7 @@ def collect(folder, torch, constraint, weights):
         (partial / "wheels").mkdir(parents=True)
         for url in weights:
             fetch_weights(url, partial / "weights")
-        collect_wheels(partial / "wheels", torch, constraint)
+        collect_wheels(partial / "wheels", torch, package, constraint)
         description = {**this_python(), "torch": torch, "weights": weights}
         (partial / "bundle.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
         write_sums(partial)
@@ -196,6 +197,7 @@ def main():
     command = commands.add_parser("collect", help="make a bundle")
     command.add_argument("folder", metavar="DIR", type=Path)
     command.add_argument("--torch", required=True, help="torch and torchvision, in pip's words")
+    command.add_argument("--package", required=True, help="this package, such as .[dev,lite]")
     command.add_argument("--constraint", required=True, metavar="FILE", help="for the rest")
     command.add_argument(
         "--weights", default="", metavar="URLS", help="URL or URL#sha256=HEX, separated by blanks"
@@ -206,9 +208,14 @@ def main():
     if arguments.command == "check":
         check(arguments.folder)
         return
-    weights = arguments.weights.split()
     try:
-        collect(arguments.folder, arguments.torch, arguments.constraint, weights)
+        collect(
+            arguments.folder,
+            arguments.torch,
+            arguments.package,
+            arguments.constraint,
+            arguments.weights.split(),
+        )
     except subprocess.CalledProcessError as error:
         sys.exit(
             f"Failed: {' '.join(map(str, error.cmd))}\nThe lines above say why. No bundle made."

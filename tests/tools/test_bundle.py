@@ -170,7 +170,7 @@ def test_broken_run_leaves_no_bundle(folder, tmp_path):
     weights = (tmp_path / "absent.pkl").as_uri()
     for target in (tmp_path / "new", folder):
         with pytest.raises(SystemExit, match="absent.pkl cannot be fetched"):
-            bundle.collect(target, "torch", "constraints.txt", [weights])
+            bundle.collect(target, "torch", ".", "constraints.txt", [weights])
     assert not (tmp_path / "new").exists()
     assert bundle.files_below(folder) == before and bundle.find_faults(folder) == []
     assert not list(tmp_path.glob("*.partial"))
@@ -180,5 +180,5 @@ def test_a_folder_that_is_no_bundle_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(SystemExit, match="is no bundle: name another folder"):
-        bundle.collect(tmp_path / "mine", "torch", "constraints.txt", [])
+        bundle.collect(tmp_path / "mine", "torch", ".", "constraints.txt", [])
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
