@@ -1,13 +1,45 @@
-"""Fixtures that find the real images, which are not part of this repository.
+"""How the tests share a machine, and fixtures that find the real images.
 
-They lie in the folder that IMRCNN_TEST_DATA names. Tests that need them are skipped where the
-variable is unset or the folder missing, and fail instead under IMRCNN_REQUIRE_TEST_DATA=1.
+The images are not part of this repository. They lie in the folder that IMRCNN_TEST_DATA names.
+Tests that need them are skipped where the variable is unset or the folder missing, and fail instead
+under IMRCNN_REQUIRE_TEST_DATA=1.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+# One thread in each process, the ones that tests start included: several workers share the cores.
+# Set before torch, OpenCV and numpy are imported.
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+
+WORKER_GIB = 3  # a worker with the processes that its tests start
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Workers of ``-n auto``: one a core, as far as memory goes; more than 8 have nothing to do."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return int(os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"])
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)), int(memory / WORKER_GIB), 8))
+
+
+def pytest_configure():
+    from hypothesis import settings
+
+    # A busy machine is no failure. In CI the same examples every time.
+    settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
+    settings.load_profile("ours")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first, so that no worker is left with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # stable
 
 
 def real_data(name):

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 __all__ = ["LEVEL", "Bootstrap", "clopper_pearson", "percentile_interval"]
 
@@ -87,5 +86,7 @@ def clopper_pearson(part, whole):
     Returns:
         tuple[float, float]: in [0, 1].
     """
+    from scipy.stats import binomtest  # two seconds, which no start of a training should take
+
     interval = binomtest(int(part), int(whole)).proportion_ci(LEVEL, method="exact")
     return float(interval.low), float(interval.high)

@@ -2,7 +2,6 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from .style import STYLES, label_operating_point, save_figure, tidy
 
@@ -23,6 +22,8 @@ def draw_roc_curves(counts, path, *, tau=0.7):
     Returns:
         matplotlib.figure.Figure: what was saved.
     """
+    from sklearn.metrics import roc_auc_score, roc_curve  # three seconds
+
     figure = Figure(figsize=(6, 6.1), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
