@@ -10,7 +10,7 @@
 # SUITE       Debian release, by default bookworm (Python 3.11)
 # STORAGE_DRIVER  of buildah, by default overlay
 # IMRCNN_TEST_DATA  folder of real images for the tests, if there is one
-# KEEP=1      keep the image in WORK/storage
+# KEEP=1      keep base and image in WORK/storage; the next run takes the base that it finds there
 #
 # WORK needs about 30 GB; 17 GB where it compresses (btrfs, compress=zstd:1). It is emptied in the end.
 set -euo pipefail
@@ -37,20 +37,24 @@ clean() {
     b rm --all > /dev/null || true
     if [ -z "${KEEP:-}" ]; then
         b rmi --all --force > /dev/null || true
-        rm -rf "$work/root" "$work/storage" "$work/run" "$work/data" "$work/outputs" "$TMPDIR"
+        rm -rf "$work/storage" "$work/run"
     fi
+    rm -rf "$work/root" "$work/data" "$work/outputs" "$TMPDIR"
 }
 trap clean EXIT
 
 step "Base: ${SUITE:=bookworm}"
-packages=python3
-[ -z "$bundle" ] || packages=ca-certificates,make,python3-venv,tini
-debootstrap --variant=minbase --include="$packages" "$SUITE" "$work/root" "$MIRROR" \
-    > "$work/debootstrap.log"
-ctr="$(b from scratch)"
-b add -q "$ctr" "$work/root" / > /dev/null
-b commit -q --rm "$ctr" imrcnn-base > /dev/null
-rm -rf "$work/root"
+if ! b inspect --type image imrcnn-base > /dev/null 2>&1; then
+    packages=python3
+    [ -z "$bundle" ] || packages=ca-certificates,make,python3-venv,tini
+    rm -rf "$work/root"
+    debootstrap --variant=minbase --include="$packages" "$SUITE" "$work/root" "$MIRROR" \
+        > "$work/debootstrap.log" || fail "debootstrap, see $work/debootstrap.log"
+    ctr="$(b from scratch)"
+    b add -q "$ctr" "$work/root" / > /dev/null
+    b commit -q --rm "$ctr" imrcnn-base > /dev/null
+    rm -rf "$work/root"
+fi
 
 step "Build, ${bundle:+only from $bundle, without a network}"
 offline=()

@@ -105,6 +105,11 @@ def check(folder):
             f"Python {here['python']} on {here['platform']}: name that Python (make install "
             f"PYTHON=python{made_for['python']}), or make a bundle with this one."
         )
+    if made_for["setup.py"] != sha256(ROOT / "setup.py"):
+        print(
+            f"{folder} was made for another setup.py. If pip finds no distribution of something "
+            "below, make the bundle again, from this checkout."
+        )
 
 
 def pip_wheel(wheels, *arguments):
@@ -176,7 +181,12 @@ def collect(folder, torch, package, constraint, weights):
         for url in weights:
             fetch_weights(url, partial / "weights")
         collect_wheels(partial / "wheels", torch, package, constraint)
-        description = {**this_python(), "torch": torch, "weights": weights}
+        description = {
+            **this_python(),
+            "torch": torch,
+            "weights": weights,
+            "setup.py": sha256(ROOT / "setup.py"),
+        }
         (partial / "bundle.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
         write_sums(partial)
         if folder.exists():

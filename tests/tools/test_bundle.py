@@ -14,6 +14,12 @@ from iopath.common.file_io import HTTPURLHandler
 ROOT = Path(bundle.__file__).parent.parent
 
 
+def describe(folder, **changes):
+    description = {**bundle.this_python(), "setup.py": bundle.sha256(ROOT / "setup.py"), **changes}
+    (folder / "bundle.json").write_text(json.dumps(description))
+    bundle.write_sums(folder)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A whole bundle (Path) of two files and its description."""
@@ -22,8 +28,7 @@ def folder(tmp_path):
     (folder / "weights").mkdir()
     (folder / "wheels" / "thing-1.0-py3-none-any.whl").write_bytes(b"wheel")
     (folder / "weights" / "model.pkl").write_bytes(b"weights")
-    (folder / "bundle.json").write_text(json.dumps(bundle.this_python()))
-    bundle.write_sums(folder)
+    describe(folder)
     return folder
 
 
@@ -34,9 +39,16 @@ def test_sums_are_those_of_sha256sum(folder):
     assert len((folder / bundle.SUMS).read_text().splitlines()) == 3
 
 
-def test_whole_bundle(folder):
+def test_whole_bundle(folder, capsys):
     assert bundle.find_faults(folder) == []
     bundle.check(folder)
+    assert "another setup.py" not in capsys.readouterr().out
+
+
+def test_bundle_of_other_requirements_is_tried_with_a_word(folder, capsys):
+    describe(folder, **{"setup.py": "0" * 64})
+    bundle.check(folder)
+    assert "another setup.py" in capsys.readouterr().out
 
 
 def flip(path):
@@ -86,8 +98,7 @@ def test_folder_without_sums(folder):
 
 @pytest.mark.parametrize(("key", "value"), [("python", "3.99"), ("platform", "linux-riscv64")])
 def test_bundle_for_another_python(folder, key, value):
-    (folder / "bundle.json").write_text(json.dumps({**bundle.this_python(), key: value}))
-    bundle.write_sums(folder)
+    describe(folder, **{key: value})
     with pytest.raises(SystemExit, match=f"{value}.*PYTHON=python"):
         bundle.check(folder)
 
