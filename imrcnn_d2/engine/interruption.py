@@ -59,6 +59,8 @@ class Interruption(HookBase):
             iteration,
             EXIT_INTERRUPTED,
         )
+        # As at the end of the loop; Detectron2's printer divides by the iterations since it wrote.
+        self.trainer.iter += 1
         raise SystemExit(EXIT_INTERRUPTED)
 
     def after_train(self):

@@ -119,10 +119,11 @@ class TrainStep(SimpleTrainer):
             with self._autocast():
                 loss_dict = self.model(data)
                 losses = sum(loss_dict.values())
-            if not self._all_finite(losses, loss_dict, data):
-                return
             self.optimizer.zero_grad()
             self.grad_scaler.scale(losses).backward()
+        # Not before: a GPU would wait for the answer with nothing to do.
+        if not self._all_finite(losses, loss_dict, data):
+            return
         # Clipping happens inside optimizer.step(): it must see true gradients.
         self.grad_scaler.unscale_(self.optimizer)
         self.after_backward()

@@ -182,3 +182,27 @@ def test_of_equal_validations_the_later_is_kept(tiny_cfg, tmp_path):
     scripted_trainer(tiny_cfg, [25.0, 25.0]).train()
     output = tmp_path / "output"
     assert equal(weights(output / "model_best.pth"), weights(output / "model_final.pth"))
+
+
+def test_the_average_of_the_weights_is_validated_kept_and_tested(tiny_cfg, tmp_path):
+    tiny_cfg.SOLVER.EMA_DECAY = 0.5
+    trainer = scripted_trainer(tiny_cfg, [40.0, 50.0])
+    start = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.train()
+    output = tmp_path / "output"
+    live, averaged = weights(output / "model_final.pth"), weights(output / "model_best.pth")
+    moved = [k for k in live if not torch.equal(live[k], start[k])]
+    assert moved and all(not torch.equal(averaged[k], live[k]) for k in moved)
+    state = torch.load(output / "model_final.pth", weights_only=True)["trainer"]["hooks"]["EMA"]
+    assert equal(averaged, {k: state[f"module.{k}"] for k in averaged})
+    assert not (output / "model_ema.pth").exists()
+
+
+def test_without_validation_the_average_is_left_as_a_file(tiny_cfg, tmp_path):
+    tiny_cfg.SOLVER.EMA_DECAY = 0.5
+    tiny_cfg.DATASETS.VAL = ()
+    Trainer(tiny_cfg).train()
+    output = tmp_path / "output"
+    assert not equal(weights(output / "model_ema.pth"), weights(output / "model_final.pth"))
+    notes = list(output.glob("inference/*/metrics.json"))
+    assert json.loads(notes[0].read_text())["meta"]["checkpoint"].endswith("model_ema.pth")
