@@ -53,6 +53,7 @@ def flat(cfg, prefix=""):
             yield prefix + key, value
 
 
+@pytest.mark.slow
 def test_the_page_of_keys_has_every_key_with_its_default(site):
     cfg, stock = get_cfg(), dict(flat(get_cfg()))
     add_imrcnn_config(cfg)
@@ -95,6 +96,7 @@ def other():
     assert "### `A.C_D` { #a-c-d }\n\nDefault: `-1.0`" in reference.config_page(source)
 
 
+@pytest.mark.slow
 def test_everything_public_is_in_the_reference(site):
     for package in ("modeling", "data", "evaluation", "engine", "report"):
         page = (site / "reference" / f"{package}.html").read_text()
@@ -109,6 +111,7 @@ def test_everything_public_is_in_the_reference(site):
                         assert f'id="{anchor}"' in page, f"{anchor} has no docstring"
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched(site):
     for page in site.rglob("*.html"):
         tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page.read_text())
@@ -156,6 +159,7 @@ def test_what_is_written_names_only_what_exists(path):
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.slow
 def test_it_opens_from_the_disk_and_can_be_searched(site):
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 400, "height": 800})

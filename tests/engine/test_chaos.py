@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_training_that_is_stopped_again_and_again(tmp_path):
     script = Path(__file__).with_name("chaos.py")
     ran = subprocess.run(

@@ -106,6 +106,7 @@ def _train_half(rank, port, precision, state, result):
     leave_process_groups()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["", "bf16"])
 def test_two_processes_train_as_one_with_the_double_batch(precision, tmp_path):
     torch.manual_seed(1)

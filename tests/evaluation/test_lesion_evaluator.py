@@ -281,6 +281,7 @@ def _evaluate_half(rank, port, json_file, pairs, folder):
     leave_process_groups()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(case, register, tmp_path):
     dataset, results = case
     name = register(dataset)

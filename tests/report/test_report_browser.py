@@ -7,6 +7,8 @@ from chromium import chromium
 
 from imrcnn_d2.report.page import render_report
 
+pytestmark = pytest.mark.slow
+
 MODELS = ("MR-CNN", "IBMR-CNN", "IMR-CNN")
 
 

@@ -70,6 +70,7 @@ def test_one_thread_is_timed_by_the_time_it_runs():
     assert waited[0] < 0.04 < waited[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound, status", [(0.0, 1), (1000.0, 0)])
 def test_neck_writes_its_figures_and_exits_by_the_bound(
     tmp_path, monkeypatch, capsys, bound, status
@@ -114,6 +115,7 @@ def test_synthesised_data_are_as_stated():
     assert 30 < scored.segm["AP"] < 80
 
 
+@pytest.mark.slow
 def test_evaluate_writes_its_figures_and_exits_by_the_bound(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "BOUND_IMAGES", 20)
     monkeypatch.setattr(benchmark, "EVALUATION_BOUND", 0.0)

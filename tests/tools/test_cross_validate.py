@@ -17,6 +17,8 @@ from imrcnn_d2.engine import load_config
 from imrcnn_d2.engine.cross_validation import FoldRun
 from imrcnn_d2.evaluation.test_log import read_test_log
 
+pytestmark = pytest.mark.slow
+
 SUBMITIT = importlib.util.find_spec("submitit") is not None
 MODEL = "imrcnn_lite"
 OPTS = [

@@ -12,6 +12,8 @@ from detectron2.engine.launch import _find_free_port
 
 from imrcnn_d2.evaluation.test_log import read_test_log
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96"),
     *("DATALOADER.NUM_WORKERS", "0"),
