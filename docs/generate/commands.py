@@ -1,6 +1,7 @@
 """The page of commands, read off the source of the scripts in tools/: nothing is imported."""
 
 import ast
+import textwrap
 from pathlib import Path
 
 __all__ = ["commands_page"]
@@ -22,6 +23,7 @@ ORDER = (
     "demo",
     "benchmark",
     "install_detectron2",
+    "bundle",
 )
 
 
@@ -31,10 +33,15 @@ def commands_page(tools):
         tools (Path): folder of the scripts.
 
     Returns:
-        str: the page, in Markdown. Scripts are files that can be started: with ``__main__``.
+        str: the page, in Markdown. Files that cannot be started, for lack of a ``__main__``, and
+        the parts of benchmark.py are left out.
     """
     scripts = {path.stem: path.read_text(encoding="utf-8") for path in Path(tools).glob("*.py")}
-    scripts = {name: text for name, text in scripts.items() if '"__main__"' in text}
+    scripts = {
+        name: text
+        for name, text in scripts.items()
+        if '"__main__"' in text and not name.endswith("_benchmark")
+    }
     names = sorted(scripts, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
     return "\n".join([INTRODUCTION, *(_section(name, scripts[name]) for name in names)])
 
@@ -44,33 +51,54 @@ def _section(name, source):
     first, *rest = ast.get_docstring(tree).split("\n\n")
     parts = [f"## {name}.py\n", _text(first)]
     for paragraph in rest:
-        is_command = "tools/" in paragraph and paragraph.lstrip().startswith(("tools/", "python "))
-        parts.append(f"```\n{_unindent(paragraph)}\n```" if is_command else _text(paragraph))
-    arguments = [_argument(node) for node in ast.walk(tree) if _is_argument(node)]
-    if arguments:
-        parts.append("\n".join(arguments))
+        literal = paragraph.startswith(("    ", "python ", "tools/"))
+        parts.append(f"```\n{textwrap.dedent(paragraph)}\n```" if literal else _text(paragraph))
+    for heading, arguments in _groups(tree).items():
+        parts += [heading, "\n".join(arguments)] if heading else ["\n".join(arguments)]
     return "\n\n".join(parts) + "\n"
+
+
+def _groups(tree):
+    """{heading: definitions of the arguments below it}; subcommands have a heading each."""
+    subcommands, sharing, groups = {}, {}, {}
+    nodes = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+        if isinstance(node, ast.Assign) and _calls(node.value, "add_parser"):
+            options = _options(node.value)
+            name = ast.literal_eval(node.value.args[0])
+            heading = f"**{name}**: {ast.literal_eval(options['help'])}"
+            subcommands[node.targets[0].id] = heading
+            for parent in options["parents"].elts if "parents" in options else ():
+                sharing.setdefault(parent.id, []).append(f"**{name}**")
+        elif _calls(node, "add_argument"):
+            parser = ast.unparse(node.func.value)
+            heading = subcommands.get(parser, parser)
+            groups.setdefault(heading, []).append(_argument(node))
+    return {
+        heading if heading.startswith("**") else ", ".join(sharing.get(heading, ())): arguments
+        for heading, arguments in groups.items()
+    }
+
+
+def _calls(node, method):
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == method
+    )
+
+
+def _options(call):
+    return {keyword.arg: keyword.value for keyword in call.keywords}
 
 
 def _text(paragraph):
     return " ".join(line.strip() for line in paragraph.splitlines())
 
 
-def _unindent(paragraph):
-    return "\n".join(line.strip() for line in paragraph.splitlines())
-
-
-def _is_argument(node):
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "add_argument"
-    )
-
-
 def _argument(node):
     """A definition of one argument, with its help text."""
-    options = {keyword.arg: keyword.value for keyword in node.keywords}
+    options = _options(node)
     flags = ", ".join(ast.literal_eval(flag) for flag in node.args)
     values = ""
     if "choices" in options:
@@ -78,6 +106,9 @@ def _argument(node):
             values = " {" + ",".join(map(str, ast.literal_eval(options["choices"]))) + "}"
         except ValueError:  # a name of something in the package
             values = ""
+    elif "metavar" in options:
+        names = ast.literal_eval(options["metavar"])
+        values = " " + (names if isinstance(names, str) else " ".join(names))
     try:
         text = ast.literal_eval(options["help"]) if "help" in options else ""
     except ValueError:  # an f-string

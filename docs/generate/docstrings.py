@@ -5,7 +5,7 @@ from functools import partial
 
 import griffe
 
-ROLE = re.compile(r":(func|class|meth|mod):`~?\.?([\w.]+)`")
+ROLE = re.compile(r":(func|class|meth|mod|attr|data):`~?\.?([\w.]+)`")
 # "...::" and an indented block, as reStructuredText wants it.
 BLOCK = re.compile(r"::$", re.MULTILINE)
 
@@ -29,7 +29,7 @@ class Roles(griffe.Extension):
 def _objects(obj):
     yield obj
     for member in obj.members.values():
-        if not member.is_alias and (not member.name.startswith("_") or member.name == "__init__"):
+        if not member.is_alias:
             yield from _objects(member)
 
 

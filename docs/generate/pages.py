@@ -50,7 +50,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **kwargs):
-    return markdown.replace("<!-- neck figure -->", neck_figure())
+    drawing = f'<div class="scrolls">\n{neck_figure()}\n</div>'
+    return markdown.replace("<!-- neck figure -->", drawing)
 
 
 def relink(text, source, page):
