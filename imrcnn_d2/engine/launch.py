@@ -1,35 +1,70 @@
-"""How a training script starts: its arguments, and its processes."""
+"""How a training script starts: its arguments, and its processes on one machine or on several."""
 
 import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing import connection
 
+import torch
 import torch.distributed as dist
-from detectron2.engine import default_argument_parser, launch
+import torch.multiprocessing as mp
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
+from .interruption import EXIT_INTERRUPTED, Interruption
+
 __all__ = ["launch_script", "leave_process_groups"]
+
+logger = logging.getLogger(__name__)
+
+# Of one collective: the others wait in it while the main process computes confidence intervals.
+TIMEOUT = timedelta(minutes=30)
+CONNECT_TIMEOUT = timedelta(minutes=10)  # machines of a cluster do not start at once
+GRACE = 10  # seconds to end by itself after SIGTERM, before SIGKILL
+
+_TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def launch_script(main):
     """
     Read Detectron2's usual arguments and run ``main(args)`` in as many processes as they ask for.
 
+    ``--num-gpus`` is the number of processes on this machine: one on each card, or on the CPU where
+    there is no card. With ``--num-machines`` the same command is given on every machine, with its
+    ``--machine-rank`` and the address of machine 0 as ``--dist-url``. Under ``torchrun`` the
+    process joins those that ``torchrun`` started, and a restart by it implies ``--resume``.
+
+    When a process dies, all others of the job are ended within seconds, on all machines, and each
+    machine says which it was. SIGTERM and SIGINT are passed on to the processes.
+
     Args:
         main (callable): defined at the top level of a module.
+
+    Raises:
+        SystemExit: with ``EXIT_INTERRUPTED`` if the training was interrupted and saved, else with
+            the code of the process that failed (128 + the signal's number if one killed it), or 1.
+        ValueError: for arguments that do not fit this machine.
     """
-    args = default_argument_parser().parse_args()
-    launch(
-        _run,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(main, args),
-    )
-
-
-def _run(main, args):
-    main(args)
-    leave_process_groups()
+    parser = default_argument_parser()
+    args = parser.parse_args()
+    if _TORCHRUN <= os.environ.keys():
+        args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        _join(main, args, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    elif args.num_gpus * args.num_machines > 1:
+        if args.num_machines > 1 and args.dist_url == parser.get_default("dist_url"):
+            raise ValueError(
+                f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT, the same "
+                "on all machines: a name or address of machine 0 and a free port there"
+            )
+        _Machine(main, args).run()
+    else:
+        main(args)
 
 
 def leave_process_groups():
@@ -41,11 +76,183 @@ def leave_process_groups():
     go of a tensor while the interpreter shuts down aborts the process ("terminate called without an
     active exception").
     """
-    if not dist.is_initialized():
-        return
-    comm.synchronize()  # the first process serves the store that the others may still ask
+    comm.synchronize()  # nobody leaves, and is missed, while the main process still saves
     comm._LOCAL_PROCESS_GROUP = None
     comm.create_local_process_group.cache_clear()
     comm._get_global_gloo_group.cache_clear()
     gc.collect()
     dist.destroy_process_group()
+
+
+def _join(main, args, local_rank, local_size, **init):
+    """Run ``main(args)`` as one process of a job; ``init`` as of ``init_process_group``."""
+    backend = "gloo"
+    if torch.cuda.is_available():
+        _check_cards(local_size)
+        torch.cuda.set_device(local_rank)  # "cuda" means this card from here on
+        backend = "cpu:gloo,cuda:nccl"  # MODEL.DEVICE may be "cpu" all the same
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
+    dist.init_process_group(backend, timeout=TIMEOUT, **init)
+    comm.create_local_process_group(local_size)
+    try:
+        main(args)
+    except SystemExit as end:
+        if end.code != EXIT_INTERRUPTED:
+            raise
+        leave_process_groups()
+        raise
+    leave_process_groups()
+
+
+def _check_cards(wanted):
+    cards = torch.cuda.device_count()
+    if wanted > cards:
+        raise ValueError(
+            f"{wanted} processes were asked for on a machine with {cards} usable cards: use "
+            f"--num-gpus {cards} (torchrun: --nproc-per-node {cards}), or hide the cards to run on "
+            "the CPU: CUDA_VISIBLE_DEVICES="
+        )
+
+
+def _worker(local_rank, main, args, host, port):
+    os.setsid()  # Ctrl-C reaches the parent alone, which passes it on: once, not twice
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+        _join(
+            main,
+            args,
+            local_rank,
+            args.num_gpus,
+            store=dist.PrefixStore("processes", store),
+            rank=args.machine_rank * args.num_gpus + local_rank,
+            world_size=args.num_machines * args.num_gpus,
+        )
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+class _Machine:
+    """
+    The processes of one machine, and what it shares with the other machines of the job: a store,
+    which the parent process on machine 0 serves, so that it outlives all who ask it.
+    """
+
+    def __init__(self, main, args):
+        self._args = args
+        if torch.cuda.is_available():
+            _check_cards(args.num_gpus)
+        host, port = self._address()
+        try:
+            self._store = dist.TCPStore(
+                host,
+                port,
+                is_master=args.machine_rank == 0,
+                wait_for_workers=False,
+                timeout=CONNECT_TIMEOUT,
+            )
+        except dist.DistError as error:
+            raise RuntimeError(
+                f"No connection through {host}:{port} ({error}). Machine {args.machine_rank} is "
+                "to serve it if it is machine 0, else to reach it: --dist-url names machine 0 "
+                "and a port that is free there and open to the others"
+            ) from error
+        self._processes = mp.start_processes(
+            _worker, (main, args, host, self._store.port), nprocs=args.num_gpus, join=False
+        ).processes
+
+    def _address(self):
+        if self._args.num_machines == 1:
+            return "127.0.0.1", 0  # any free port
+        host, _, port = self._args.dist_url.removeprefix("tcp://").rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(
+                f"--dist-url {self._args.dist_url}: with several machines use tcp://HOST:PORT"
+            )
+        return host, int(port)
+
+    def run(self):
+        """Wait for the end of the job and leave with its exit code."""
+        for number in Interruption.SIGNALS:
+            signal.signal(number, self._pass_on)
+        failure = self._wait()
+        if failure:
+            self._end_processes()
+        self._wait_for_machines()
+        if failure:
+            text, code = failure
+            logger.error(text)
+            sys.exit(code)
+        codes = {process.exitcode for process in self._processes}
+        sys.exit(max(codes))  # 0 or EXIT_INTERRUPTED
+
+    def _pass_on(self, number, frame):
+        for process in self._processes:
+            if process.exitcode is None:
+                os.kill(process.pid, number)
+
+    def _wait(self):
+        """
+        Returns:
+            (str, int) or None: what failed first in the whole job, and this machine's exit code;
+                None once all processes of this machine ended well.
+        """
+        while True:
+            codes = [process.exitcode for process in self._processes]
+            failed = [c for c in codes if c not in (None, 0, EXIT_INTERRUPTED)]
+            if failed:
+                code = min(failed)  # a kill, less than 0, is a cause; an exception may follow it
+                if code > 0:
+                    time.sleep(1)  # lest this machine be the first to report what it suffers from
+                text = self._store.compare_set(
+                    "failed", "", self._describe(codes.index(code), code)
+                )
+                return text.decode(), code if code > 0 else 128 - code
+            if None not in codes:
+                return None
+            try:
+                if self._store.check(["failed"]):
+                    return self._store.get("failed").decode(), 1
+            except dist.DistError:
+                return f"Machine 0 ({self._args.dist_url}) cannot be reached any more", 1
+            running = [process.sentinel for process in self._processes if process.exitcode is None]
+            connection.wait(running, timeout=1)
+
+    def _describe(self, local_rank, code):
+        rank = self._args.machine_rank * self._args.num_gpus + local_rank
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed"
+        hint = {
+            -signal.SIGKILL: "The system kills so when memory runs out: see dmesg. ",
+            -signal.SIGTERM: "",
+        }.get(code, "Its own message stands above, in the output of that machine. ")
+        return (
+            f"Process {rank} of {self._args.num_machines * self._args.num_gpus} (machine "
+            f"{self._args.machine_rank}, {socket.gethostname()}) {end}, and the job was ended. "
+            f"{hint}The same command with --resume goes on from the last checkpoint"
+        )
+
+    def _end_processes(self):
+        for process in self._processes:
+            process.terminate()
+        deadline = time.monotonic() + GRACE
+        for process in self._processes:
+            process.join(max(0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+
+    def _wait_for_machines(self):
+        """The store goes with machine 0's parent process: it is the last to leave."""
+        try:
+            self._store.add("left", 1)
+            deadline = time.monotonic() + 2 * GRACE
+            while (
+                self._args.machine_rank == 0
+                and self._store.add("left", 0) < self._args.num_machines
+                and time.monotonic() < deadline
+            ):
+                time.sleep(0.1)
+        except dist.DistError:
+            pass  # machine 0 is gone, and nobody waits
