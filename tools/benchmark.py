@@ -3,6 +3,9 @@
 
     tools/benchmark.py neck [--case light_352] [--output neck.json]
     tools/benchmark.py evaluate [--images 1000 10000] [--runs 3] [--output evaluate.json]
+    tools/benchmark.py catalogue [--images 10000 100000 1000000] [--output catalogue.json]
+    tools/benchmark.py train [--iterations 30] [--picture losses.png] [--output train.json]
+                             [KEY VALUE ...]
 
 neck runs PAFPN + CBAM and the plain FPN in turns on the same features, and compares how much longer
 the former takes with what its extra multiply-adds predict. Exit status 1: over 1.15 times that.
@@ -10,30 +13,48 @@ the former takes with what its extra multiply-adds predict. Exit status 1: over 
 evaluate runs our evaluation with its default intervals, reading included, and pycocotools' COCOeval
 (masks; evaluate and accumulate) in turns on synthesised data with five detections an image. Exit
 status 1: ours takes longer at 10,000 images.
+
+catalogue loads synthesised data sets, ours and Detectron2's way (load_coco_json, DatasetFromList),
+each in a process of its own with two workers that read. Exit status 1: ours adds more than 1 GB.
+
+train trains a model, ours as its config has it and of Detectron2's own parts in fp32, from the same
+weights on the same batches in turns. Exit status 1: ours is less than 1.7 times as fast.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from catalogue_benchmark import compare_catalogues
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from evaluation_benchmark import compare_evaluations
 from fvcore.nn import FlopCountAnalysis
 from tqdm import tqdm
+from train_benchmark import compare_steps, draw_losses, native_precision
 
+from imrcnn_d2.engine import load_config
 from imrcnn_d2.engine.device import choose_device
 from imrcnn_d2.evaluation.files import write_atomically
 from imrcnn_d2.modeling import PAFPN
 from imrcnn_d2.report.tables import figures_table
 
+CONFIG = Path(__file__).parents[1] / "configs" / "kvasir_seg" / "imrcnn_lite.yaml"
+
 # Our evaluation's time over COCOeval's, at so many images.
 EVALUATION_BOUND, BOUND_IMAGES = 1.0, 10_000
+
+# MiB that a data set may add to a process, reading included: 1 GB.
+CATALOGUE_BOUND = 1e9 / 2**20
+
+# Detectron2's training step over ours, in time.
+TRAIN_BOUND = 1.7
 
 # Time over FPN's time may exceed multiply-adds over FPN's by this factor.
 BOUND = 1.15
@@ -212,6 +233,42 @@ def evaluate(args):
     return int(bounded is not None and bounded["ratio"] > EVALUATION_BOUND)
 
 
+def catalogue(args):
+    results = {}
+    for n in args.images:
+        results[f"{n} images"] = compare_catalogues(n, n <= args.baseline_up_to)
+    # Figures that one data set lacks are shown as missing.
+    names = list(dict.fromkeys(name for figures in results.values() for name in figures))
+    table = {
+        size: {name: figures.get(name, math.nan) for name in names}
+        for size, figures in results.items()
+    }
+    print(figures_table(table))
+    if args.output:
+        document = {"catalogue": results, "bound": CATALOGUE_BOUND}
+        write_atomically(args.output, json.dumps(document, indent=2) + "\n")
+        print(f"Written: {args.output}")
+    return int(max(f["ours, MiB more, peak"] for f in results.values()) > CATALOGUE_BOUND)
+
+
+def train(args):
+    torch.set_num_threads(args.threads)
+    opts = ["MODEL.DEVICE", args.device or choose_device(), *args.opts]
+    cfg = load_config(str(args.config_file), opts)
+    precision = {None: native_precision(), "fp32": "", "bf16": "bf16"}[args.precision]
+    figures, ours, theirs = compare_steps(cfg, args.iterations, precision)
+    print(figures_table({f"{precision or 'fp32'}, {args.threads} threads": figures}))
+    if args.picture:
+        draw_losses(ours, theirs, args.picture)
+    if args.output:
+        document = {"train": figures, "losses": {"ours": ours, "Detectron2": theirs}}
+        machine = {"threads": args.threads, "torch": torch.__version__, "precision": precision}
+        document |= {"bound": TRAIN_BOUND, "config": str(args.config_file), **machine}
+        write_atomically(args.output, json.dumps(document, indent=2) + "\n")
+        print(f"Written: {args.output}")
+    return int(figures["times as fast"] < TRAIN_BOUND)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -248,6 +305,40 @@ def main(argv=None):
     command.add_argument("--runs", type=int, default=3, help="times of each (3)")
     command.add_argument("--output", type=Path, help="JSON file for the figures")
     command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("catalogue", help="memory and time of a data set's records")
+    command.add_argument(
+        "--images",
+        nargs="+",
+        type=int,
+        default=[10_000, 100_000, 1_000_000],
+        help="sizes of the data set (10000 100000 1000000)",
+    )
+    command.add_argument(
+        "--baseline-up-to",
+        type=int,
+        default=100_000,
+        help="largest size that Detectron2's side is measured at (100000); a million takes 10 GiB",
+    )
+    command.add_argument("--output", type=Path, help="JSON file for the figures")
+    command.set_defaults(run=catalogue)
+
+    command = commands.add_parser("train", help="the training step against Detectron2's")
+    command.add_argument(
+        "--config-file", type=Path, default=CONFIG, help="default: IMR-CNN light on Kvasir-SEG"
+    )
+    command.add_argument("--device", help="default: the CUDA device if there is one, else cpu")
+    command.add_argument("--threads", type=int, default=2, help="on the CPU (2)")
+    command.add_argument("--iterations", type=int, default=30, help="steps of each (30)")
+    command.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        help="ours; default: bf16 where the processor has instructions for it, else fp32",
+    )
+    command.add_argument("--picture", type=Path, help="PNG or SVG file for the loss curves")
+    command.add_argument("--output", type=Path, help="JSON file for the figures")
+    command.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
+    command.set_defaults(run=train)
 
     args = parser.parse_args(argv)
     return args.run(args)

@@ -18,7 +18,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
-__all__ = ["SIDES", "compare_evaluations", "synthesise"]
+__all__ = ["SIDES", "SIZE", "compare_evaluations", "outlines", "synthesise"]
 
 SIZE = 352
 
@@ -29,10 +29,17 @@ DETECTIONS = 5
 OUTLINES, VERSIONS = 60, 4
 
 
-def _outlines(rng):
-    """(OUTLINES, 1 + VERSIONS) masks as (COCO segmentation, box): wavy ellipses, as lesions are."""
+def outlines(rng):
+    """
+    Args:
+        rng (np.random.Generator):
+
+    Returns:
+        list[list[tuple]]: (OUTLINES, 1 + VERSIONS) masks as (COCO segmentation, box): wavy
+        ellipses, as lesions are.
+    """
     y, x = np.mgrid[:SIZE, :SIZE]
-    outlines = []
+    drawn = []
     for _ in range(OUTLINES):
         center, radius = rng.uniform(80, SIZE - 80, 2), rng.uniform(25, 80, 2)
         waves, phase = rng.integers(3, 9), rng.uniform(0, 2 * np.pi)
@@ -45,8 +52,8 @@ def _outlines(rng):
             rle = mask_util.encode(np.asfortranarray(inside, dtype=np.uint8))
             box = mask_util.toBbox(rle).tolist()
             versions.append(({"size": [SIZE, SIZE], "counts": rle["counts"].decode()}, box))
-        outlines.append(versions)
-    return outlines
+        drawn.append(versions)
+    return drawn
 
 
 def synthesise(num_images, seed=0):
@@ -63,14 +70,14 @@ def synthesise(num_images, seed=0):
         tuple: COCO ground truth (dict) and COCO results (list[dict]).
     """
     rng = np.random.default_rng(seed)
-    outlines = _outlines(rng)
+    masks = outlines(rng)
     images, annotations, results = [], [], []
     for image_id in range(1, num_images + 1):
         name = f"{image_id:06d}.png"
         images.append({"id": image_id, "file_name": name, "height": SIZE, "width": SIZE})
         lesions = rng.integers(OUTLINES, size=rng.choice(3, p=(0.1, 0.81, 0.09)))
         for lesion in lesions:
-            mask, box = outlines[lesion][0]
+            mask, box = masks[lesion][0]
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -85,7 +92,7 @@ def synthesise(num_images, seed=0):
         for number in range(DETECTIONS):
             aims = number < len(lesions)
             outline = lesions[number] if aims else rng.integers(OUTLINES)
-            mask, box = outlines[outline][rng.integers(1, 1 + VERSIONS)]
+            mask, box = masks[outline][rng.integers(1, 1 + VERSIONS)]
             score = rng.beta(5, 1.5) if aims else rng.beta(1, 5)
             results.append(
                 {

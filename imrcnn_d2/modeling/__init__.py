@@ -7,6 +7,7 @@ from .backbones import (
     build_timm_fpn_backbone,
     build_timm_pafpn_backbone,
 )
+from .cpu_gradients import SeparableGradientROIAlign, SparseGradientRPNHead
 from .pafpn import PAFPN
 from .roi_heads import AMPSafeMaskHead, AMPSafeROIHeads, FP32ROIPooler
 from .timm_backbone import TimmBackbone
@@ -17,6 +18,8 @@ __all__ = [
     "CBAM",
     "FP32ROIPooler",
     "PAFPN",
+    "SeparableGradientROIAlign",
+    "SparseGradientRPNHead",
     "TimmBackbone",
     "build_resnet_pafpn_backbone",
     "build_retinanet_resnet_pafpn_backbone",

@@ -1,10 +1,13 @@
 """ROI pooling and mask prediction that stay exact under mixed precision."""
 
 import torch
+from detectron2.layers import ROIAlign
 from detectron2.modeling import ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead, StandardROIHeads
 from detectron2.structures import Boxes
 from torch import nn
+
+from .cpu_gradients import SeparableGradientROIAlign
 
 __all__ = ["AMPSafeMaskHead", "AMPSafeROIHeads", "FP32ROIPooler"]
 
@@ -24,6 +27,11 @@ class FP32ROIPooler(nn.Module):
         """
         super().__init__()
         self.pooler = pooler
+        for level, pool in enumerate(pooler.level_poolers):
+            if type(pool) is ROIAlign:
+                pooler.level_poolers[level] = SeparableGradientROIAlign(
+                    pool.output_size, pool.spatial_scale, pool.sampling_ratio, pool.aligned
+                )
 
     def forward(self, x: list[torch.Tensor], box_lists: list[Boxes]):
         """
