@@ -47,7 +47,8 @@ def add_imrcnn_config(cfg):
     # package of that name, no download) or a file (.pth or .safetensors with timm's key names).
     cfg.MODEL.TIMM.WEIGHTS = ""
 
-    # Run the model in channels-last memory format: faster convolutions on current CPUs and GPUs.
+    # Channels-last memory format, faster convolutions: of the whole model on a GPU, of what lies
+    # below the pyramid on a CPU.
     cfg.MODEL.CHANNELS_LAST = False
 
     # ---- Evaluation.

@@ -68,7 +68,7 @@ def _register(
 ) -> None:
     DatasetCatalog.register(name, lambda: _load(name, locate, remedy))
     metadata = MetadataCatalog.get(name)
-    metadata.evaluator_type = "lesion"
+    metadata.evaluator_type = "coco"  # Detectron2's own scripts choose their evaluator by it
     if thing_classes is not None:
         metadata.thing_classes = list(thing_classes)
 
@@ -104,19 +104,20 @@ def _load(name: str, locate: Callable[[], tuple[Path, Path]], remedy: str) -> Ca
     return catalogue
 
 
-def load_datasets(names: Sequence[str], filter_empty: bool = False) -> Dataset:
+def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> Dataset:
     """One data set of dataset dicts out of those with these names, ours or others.
 
     It is Detectron2's ``get_detection_dataset_dicts`` for a `Catalogue`, which that function
     neither filters nor counts.
 
     Args:
-        names: as in ``DATASETS.TRAIN``.
+        names: as in ``DATASETS.TRAIN``, or a single one.
         filter_empty: leave out images without lesions (``DATALOADER.FILTER_EMPTY_ANNOTATIONS``).
 
     Raises:
         ValueError: one of them holds no images, or their classes differ.
     """
+    names = [names] if isinstance(names, str) else names
     datasets = [_load_dataset(name, filter_empty) for name in names]
     with contextlib.suppress(AttributeError):  # a foreign data set need not name its classes
         check_metadata_consistency("thing_classes", names)

