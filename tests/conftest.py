@@ -5,11 +5,13 @@ Tests that need them are skipped where the variable is unset or the folder missi
 under IMRCNN_REQUIRE_TEST_DATA=1.
 """
 
+import multiprocessing
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from processes import PRELOAD
 
 # One thread in each process, the ones that tests start included: several workers share the cores.
 # Set before torch, OpenCV and numpy are imported.
@@ -33,6 +35,7 @@ def pytest_configure():
     # A busy machine is no failure. In CI the same examples every time.
     settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
     settings.load_profile("ours")
+    multiprocessing.set_forkserver_preload(PRELOAD)
 
 
 @pytest.hookimpl(tryfirst=True)

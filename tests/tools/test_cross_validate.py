@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import cross_validate
+import prepare_dataset
 import pytest
+from processes import run_script
 
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.engine.cross_validation import FoldRun
@@ -34,23 +36,20 @@ OPTS = [
 def env(tmp_path_factory):
     """An environment in which a small prepared data set is found."""
     folder = tmp_path_factory.mktemp("datasets")
-    prepare = ["tools/prepare_dataset.py", "synthetic", "--out", str(folder / "synthetic")]
-    prepare += ["--num-images", "24", "--size", "64"]
-    subprocess.run([sys.executable, *prepare], check=True, timeout=120)
+    prepare = ["synthetic", "--out", str(folder / "synthetic"), "--num-images", "24"]
+    prepare_dataset.main([*prepare, "--size", "64"])
     return {**os.environ, "IMRCNN_DATASETS": str(folder), "OMP_NUM_THREADS": "1"}
 
 
 def command(output, models, *overrides, opts=OPTS):
     return [
-        *(sys.executable, "tools/cross_validate.py", f"model={models}", "dataset=synthetic"),
-        *("folds=2", f"output={output}", f"opts=[{','.join(opts)}]", *overrides),
+        *("tools/cross_validate.py", f"model={models}", "dataset=synthetic", "folds=2"),
+        *(f"output={output}", f"opts=[{','.join(opts)}]", *overrides),
     ]
 
 
 def start(env, *args, **kwargs):
-    return subprocess.run(
-        command(*args, **kwargs), env=env, capture_output=True, text=True, timeout=300
-    )
+    return run_script(*command(*args, **kwargs), env=env)
 
 
 def states(text):
@@ -73,9 +72,12 @@ def sweep(env, tmp_path_factory):
 
     fold = output / "synthetic" / MODEL / "seed0" / "fold0"
     process = subprocess.Popen(
-        command(output, MODEL, "fold=0"), env=env, stdout=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, *command(output, MODEL, "fold=0")],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (fold / "last_checkpoint").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, 9)

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prepare_dataset
 import pytest
 from detectron2.engine.launch import _find_free_port
+from processes import run_script
 
 from imrcnn_d2.evaluation.test_log import read_test_log
 
@@ -27,17 +29,13 @@ YAML = "configs/synthetic/imrcnn_lite.yaml"
 def env(tmp_path_factory):
     """An environment in which the prepared data sets are found."""
     folder = tmp_path_factory.mktemp("datasets")
-    prepare = ["tools/prepare_dataset.py", "synthetic", "--out", str(folder / "synthetic")]
-    subprocess.run(
-        [sys.executable, *prepare, "--num-images", "20", "--size", "96"], check=True, timeout=120
-    )
+    prepare = ["synthetic", "--out", str(folder / "synthetic"), "--num-images", "20"]
+    prepare_dataset.main([*prepare, "--size", "96"])
     return {**os.environ, "IMRCNN_DATASETS": str(folder), "OMP_NUM_THREADS": "1"}
 
 
 def start(env, *command):
-    return subprocess.run(
-        [sys.executable, *command], env=env, capture_output=True, text=True, timeout=300
-    )
+    return run_script(*command, env=env)
 
 
 def figures(log):
@@ -49,9 +47,9 @@ def figures(log):
 def trained(env, tmp_path_factory):
     """The output folder and the log of a training run."""
     output = tmp_path_factory.mktemp("run")
-    done = start(
-        env, "tools/train_net.py", "--config-file", YAML, *SMALL, "OUTPUT_DIR", str(output)
-    )
+    command = [sys.executable, "tools/train_net.py", "--config-file", YAML, *SMALL]
+    command += ["OUTPUT_DIR", str(output)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done.stdout
 
