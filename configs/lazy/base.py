@@ -4,16 +4,14 @@ import detectron2.data.transforms as T
 import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
-from detectron2.data import (
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import build_detection_test_loader
 from detectron2.solver import WarmupParamScheduler, get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler
 from omegaconf import OmegaConf
 
 from imrcnn_d2.data.loader import build_train_loader
 from imrcnn_d2.data.mappers import LesionMapper
+from imrcnn_d2.data.register import load_datasets
 from imrcnn_d2.engine.schedule import new_layer_lr_factor
 from imrcnn_d2.evaluation import LesionEvaluator
 
@@ -22,7 +20,7 @@ dataset = "kvasir_seg"
 
 def _test_loader(split):
     return L(build_detection_test_loader)(
-        dataset=L(get_detection_dataset_dicts)(names=f"{dataset}_{split}", filter_empty=False),
+        dataset=L(load_datasets)(names=f"{dataset}_{split}"),
         mapper=L(LesionMapper)(
             is_train=False,
             augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
@@ -34,7 +32,7 @@ def _test_loader(split):
 
 dataloader = OmegaConf.create()
 dataloader.train = L(build_train_loader)(
-    dataset=L(get_detection_dataset_dicts)(names=f"{dataset}_train", filter_empty=False),
+    dataset=L(load_datasets)(names=f"{dataset}_train"),
     mapper=L(LesionMapper)(
         is_train=True,
         augmentations=[

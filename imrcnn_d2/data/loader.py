@@ -1,12 +1,12 @@
 """Training batches that depend on the seed and the iteration alone."""
 
 from detectron2.config import configurable
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
 from .mappers import LesionMapper
+from .register import load_datasets
 from .sampler import ResumableBatchSampler, balanced_epochs, seed_generators, shuffled_epochs
 
 __all__ = ["SeededDataset", "build_train_loader"]
@@ -39,9 +39,7 @@ class SeededDataset(Dataset):
 
 
 def _from_config(cfg):
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
+    records = load_datasets(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     return {
         "dataset": records,
         "mapper": LesionMapper(cfg, is_train=True),

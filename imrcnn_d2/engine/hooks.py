@@ -207,12 +207,12 @@ class SamplePredictions(HookBase):
             score_thresh (float): detections below it are not drawn.
             num_images (int): how many images, spread evenly over the set.
         """
-        dataset = data_loader.dataset
-        picks = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int)
-        self._inputs = [dataset[int(i)] for i in picks]
+        dataset, records = data_loader.dataset, DatasetCatalog.get(dataset_name)
+        picks = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int).tolist()
+        self._inputs = [dataset[i] for i in picks]
+        self._annotations = [records[i].get("annotations", []) for i in picks]
         self._model = model
         self._metadata = MetadataCatalog.get(dataset_name)
-        self._annotations = _annotations_by_image(dataset_name)
         self._period = period
         self._score_thresh = score_thresh
 
@@ -221,23 +221,20 @@ class SamplePredictions(HookBase):
             was_training = self._model.training
             self._model.eval()
             with torch.no_grad():
-                for sample in self._inputs:
-                    self._put_picture(sample)
+                for sample, annotations in zip(self._inputs, self._annotations, strict=True):
+                    self._put_picture(sample, annotations)
             self._model.train(was_training)
 
-    def _put_picture(self, sample):
+    def _put_picture(self, sample, annotations):
         image = detection_utils.read_image(sample["file_name"], "RGB")
         instances = self._model([sample])[0]["instances"].to("cpu")
         kept = instances[instances.scores >= self._score_thresh]
-        truth = {"annotations": self._annotations[sample["image_id"]]}
         pictures = [
-            Visualizer(image, self._metadata).draw_dataset_dict(truth).get_image(),
+            Visualizer(image, self._metadata)
+            .draw_dataset_dict({"annotations": annotations})
+            .get_image(),
             Visualizer(image, self._metadata).draw_instance_predictions(kept).get_image(),
         ]
         side_by_side = np.concatenate(pictures, axis=1).transpose(2, 0, 1)
         name = f"ground truth | prediction, image {sample['image_id']}"
         self.trainer.storage.put_image(name, np.ascontiguousarray(side_by_side))
-
-
-def _annotations_by_image(dataset_name):
-    return {d["image_id"]: d.get("annotations", []) for d in DatasetCatalog.get(dataset_name)}

@@ -5,9 +5,10 @@ import math
 import re
 
 import torch
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
+
+from imrcnn_d2.data.register import load_datasets
 
 __all__ = ["build_optimizer", "new_layer_lr_factor", "resolve_epochs"]
 
@@ -32,11 +33,7 @@ def resolve_epochs(cfg):
     """
     if cfg.SOLVER.MAX_EPOCHS <= 0:
         return cfg
-    images = len(
-        get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
-    )
+    images = len(load_datasets(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS))
 
     def iterations(epochs):
         return math.ceil(epochs * images / cfg.SOLVER.IMS_PER_BATCH)
