@@ -12,7 +12,7 @@ def add_imrcnn_config(cfg):
     Args:
         cfg (CfgNode): Detectron2's defaults (``detectron2.config.get_cfg()``); changed in place.
     """
-    # ---- The path-aggregation neck (PAFPN): DESIGN "M_l, N_l", after PANet (Liu et al., 2018).
+    # ---- The path-aggregation neck (PAFPN), after PANet (Liu et al., 2018).
     cfg.MODEL.PAFPN = CN()
     # Norm of pan_down* and pan_output*: "" (none), "BN", "SyncBN", "GN", "FrozenBN".
     cfg.MODEL.PAFPN.NORM = ""
@@ -47,6 +47,7 @@ def add_imrcnn_config(cfg):
     # package of that name, no download) or a file (.pth or .safetensors with timm's key names).
     cfg.MODEL.TIMM.WEIGHTS = ""
 
+    # ---- Memory layout.
     # Channels-last memory format, faster convolutions: of the whole model on a GPU, of what lies
     # below the pyramid on a CPU.
     cfg.MODEL.CHANNELS_LAST = False
