@@ -92,7 +92,10 @@ def config_page(source):
     for key in read_keys(source):
         if key.section != section:
             section = key.section
-            parts.append(f"## {_markdown(section)}\n")
+            title = re.split(r" \(|,|:", section)[0]
+            parts.append(f"## {title}\n")
+            if title != section:
+                parts.append(_markdown(section) + ".\n")
         anchor = re.sub("[._]", "-", key.name.lower())
         parts.append(f"### `{key.name}` {{ #{anchor} }}\n\nDefault: `{key.default}`\n")
         parts.append(_markdown(key.comment) + "\n")
