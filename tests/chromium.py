@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
-__all__ = ["chromium"]
+__all__ = ["TIMEOUT", "chromium"]
+
+TIMEOUT = 300_000  # milliseconds: on a busy machine all takes longer
 
 
 @contextlib.contextmanager
@@ -16,6 +18,8 @@ def chromium():
     if path is None:
         pytest.skip("no chromium on the PATH (apt-get install chromium)")
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = started.chromium.launch(
+            executable_path=path, args=["--no-sandbox"], timeout=TIMEOUT
+        )
         yield browser
         browser.close()

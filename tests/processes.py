@@ -35,7 +35,8 @@ def _run(argv, env, out, err):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
-    sys.argv, sys.path[0] = argv, os.path.dirname(argv[0])
+    sys.argv = argv
+    sys.path.insert(0, os.path.dirname(argv[0]))
     runpy.run_path(argv[0], run_name="__main__")
 
 

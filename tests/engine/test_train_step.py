@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 import torch.multiprocessing as mp
-from detectron2.engine.launch import _find_free_port
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -84,10 +83,10 @@ def test_precisions_that_cannot_work_are_refused():
     assert amp_dtype("fp16", "cuda") is torch.float16
 
 
-def _train_half(rank, port, precision, state, result):
+def _train_half(rank, store, precision, state, result):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
     comm.create_local_process_group(2)
     model = Regression()
@@ -113,7 +112,12 @@ def test_two_processes_train_as_one_with_the_double_batch(precision, tmp_path):
     single = Regression()
     state = {k: v.clone() for k, v in single.state_dict().items()}
     result = tmp_path / "model.pth"
-    mp.spawn(_train_half, (_find_free_port(), precision, state, str(result)), nprocs=2)
+    mp.start_processes(
+        _train_half,
+        (str(tmp_path / "store"), precision, state, str(result)),
+        nprocs=2,
+        start_method="forkserver",
+    )
     train(single, precision, steps=5)
     tolerance = 1e-2 if precision else 1e-6
     for name, value in torch.load(result).items():

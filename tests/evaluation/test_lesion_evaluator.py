@@ -12,7 +12,6 @@ import torch.multiprocessing as mp
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine.launch import _find_free_port
 from detectron2.evaluation import COCOEvaluator, print_csv_format, verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, BoxMode, Instances
@@ -267,10 +266,10 @@ def test_a_class_that_the_data_set_lacks(case, register):
         run(LesionEvaluator(register(dataset)), pairs)
 
 
-def _evaluate_half(rank, port, json_file, pairs, folder):
+def _evaluate_half(rank, store, json_file, pairs, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
     comm.create_local_process_group(2)
     register_coco_instances("halves", {}, json_file, folder)
@@ -288,8 +287,8 @@ def test_two_processes_give_what_one_gives(case, register, tmp_path):
     pairs = to_outputs(dataset, results)
     alone = run(LesionEvaluator(name), pairs)
     json_file = MetadataCatalog.get(name).json_file
-    args = (_find_free_port(), json_file, pairs, str(tmp_path))
-    mp.spawn(_evaluate_half, args, nprocs=2)
+    args = (str(tmp_path / "store"), json_file, pairs, str(tmp_path))
+    mp.start_processes(_evaluate_half, args, nprocs=2, start_method="forkserver")
     main, other = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
     assert other == {}
     assert not (tmp_path / "1").exists()

@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from chromium import chromium
+from chromium import TIMEOUT, chromium
 
 from imrcnn_d2.report.page import render_report
 
@@ -29,6 +29,7 @@ def page(browser, report):
     """The opened page; fails if it logs an error or asks for anything but itself."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
+    page.set_default_timeout(TIMEOUT)
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))

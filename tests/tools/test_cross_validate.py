@@ -65,7 +65,7 @@ def sweep(env, tmp_path_factory):
     job where submitit is installed, and another was killed: folder, process, the killed run.json.
     """
     output = tmp_path_factory.mktemp("cv")
-    jobs = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5") if SUBMITIT else ()
+    jobs = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60") if SUBMITIT else ()
     done = start(env, output, MODEL, "fold=1", *jobs)
     assert done.returncode == 0, done.stdout + done.stderr
     assert states(done.stdout) == {f"synthetic/{MODEL}/seed0/fold1": "finished"}
