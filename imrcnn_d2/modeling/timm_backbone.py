@@ -108,10 +108,9 @@ class TimmBackbone(Backbone):
         """No gradients, and batch norm by running statistics, in all that makes ``maps``."""
         if not maps:
             return
-        parameters = list(self.body.parameters())
-        gradients = torch.autograd.grad(sum(m.sum() for m in maps), parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.requires_grad = gradient is None
+        used = _leaves(maps)
+        for parameter in self.body.parameters():
+            parameter.requires_grad = id(parameter) not in used
         for name, module in list(self.body.named_modules()):
             if isinstance(module, _BATCH_NORMS) and not module.weight.requires_grad:
                 # Unlike FrozenBatchNorm2d.convert_frozen_batchnorm this keeps the activation that
@@ -134,6 +133,19 @@ class TimmBackbone(Backbone):
             f: ShapeSpec(channels=c, stride=s)
             for f, c, s in zip(self._features, self._channels, self._strides, strict=True)
         }
+
+
+def _leaves(tensors):
+    """The ids of the parameters that some tensors were made by, from their autograd graph."""
+    found, seen, nodes = set(), set(), [tensor.grad_fn for tensor in tensors]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                found.add(id(node.variable))
+            nodes.extend(parent for parent, _ in node.next_functions)
+    return found
 
 
 def load_timm_weights(name, weights):
