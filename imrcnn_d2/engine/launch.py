@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 import traceback
+import uuid
 from datetime import timedelta
 from multiprocessing import connection
 
@@ -55,7 +56,16 @@ def launch_script(main):
     args = parser.parse_args()
     if _TORCHRUN <= os.environ.keys():
         args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        _join(main, args, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=CONNECT_TIMEOUT))
+        _join(
+            main,
+            args,
+            int(os.environ["LOCAL_RANK"]),
+            int(os.environ["LOCAL_WORLD_SIZE"]),
+            store=_part_of_this_attempt(store, rank, world_size),
+            rank=rank,
+            world_size=world_size,
+        )
     elif args.num_gpus * args.num_machines > 1:
         if args.num_machines > 1 and args.dist_url == parser.get_default("dist_url"):
             raise ValueError(
@@ -103,6 +113,31 @@ def _join(main, args, local_rank, local_size, **init):
         leave_process_groups()
         raise
     leave_process_groups()
+
+
+def _part_of_this_attempt(store, rank, world_size):
+    """
+    torchrun keeps one store over its restarts (seen in torch 2.14), and a process that finds there
+    where a dead one listened waits for it in vain. The number of restarts may differ between
+    machines. So process 0 offers a new name for a part of the store, and the others take it once it
+    has seen them, and not their predecessors, by their own new names.
+
+    Returns:
+        PrefixStore: which holds nothing from before.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("offer", own)
+        names = [store.get(f"{own}/{other}") for other in range(1, world_size)]
+        store.set(f"{own}/names", b" ".join(names))
+        return dist.PrefixStore(own, store)
+    while True:
+        offer = store.get("offer").decode()
+        store.set(f"{offer}/{rank}", own)
+        names = f"{offer}/names"
+        if store.check([names]) and own in store.get(names).decode().split():
+            return dist.PrefixStore(offer, store)
+        time.sleep(0.1)
 
 
 def _check_cards(wanted):
