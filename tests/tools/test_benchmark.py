@@ -3,16 +3,24 @@ import time
 from pathlib import Path
 
 import benchmark
+import catalogue_benchmark
 import evaluation_benchmark
 import numpy as np
+import prepare_dataset
 import pytest
 import torch
+import train_benchmark
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.backbone import FPN
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
+from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead, StandardROIHeads
 
 from imrcnn_d2 import add_imrcnn_config
+from imrcnn_d2.data.catalogue import load_catalogue
+from imrcnn_d2.engine import load_config
 from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.modeling import PAFPN
 
@@ -128,3 +136,69 @@ def test_evaluate_writes_its_figures_and_exits_by_the_bound(tmp_path, monkeypatc
         assert figures[f"{side}, s"] > 0
         assert 50 < figures[f"{side}, MiB"] < 5000  # Python with torch and more, not kilobytes
     assert "20 images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_catalogue_writes_its_figures_and_exits_by_the_bound(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CATALOGUE_BOUND", -1.0)
+    file = tmp_path / "catalogue.json"
+    command = ["catalogue", "--images", "300", "--baseline-up-to", "300", "--output", str(file)]
+    assert benchmark.main(command) == 1
+    figures = json.loads(file.read_text())["catalogue"]["300 images"]
+    for side in ("ours", "Detectron2"):
+        assert figures[f"{side}, s"] > 0
+        assert 50 < figures[f"{side}, MiB before"] <= figures[f"{side}, peak MiB"] < 5000
+        assert 0 <= figures[f"{side}, MiB more, peak"] < 200
+        # Two workers that were forked share nearly all pages.
+        assert figures[f"{side}, MiB of all, PSS"] < 1.5 * figures[f"{side}, peak MiB"]
+    assert "300 images" in capsys.readouterr().out
+
+
+def test_synthesised_files_are_as_stated(tmp_path):
+    catalogue_benchmark.write_coco(200, tmp_path / "coco.json")
+    counts = load_catalogue(tmp_path / "coco.json", "images").lesion_counts
+    assert len(counts) == 200 and set(counts) == {0, 1, 2}
+    assert np.mean(counts == 0) == pytest.approx(0.1, abs=0.06)
+
+
+@pytest.fixture
+def tiny_training(tmp_path, monkeypatch):
+    """Arguments of the training benchmark for eight drawn images."""
+    out = tmp_path / "datasets" / "synthetic"
+    prepare = ["synthetic", "--out", str(out), "--num-images", "8", "--size", "96"]
+    prepare_dataset.main([*prepare, "--ratio", "1:0:0"])
+    monkeypatch.setenv("IMRCNN_DATASETS", str(out.parent))
+    return [
+        *("--config-file", f"{CONFIGS}/synthetic/imrcnn_lite.yaml", "--device", "cpu"),
+        *("--iterations", "3", "--precision", "fp32", "--threads", "1"),
+        *("MODEL.TIMM.WEIGHTS", "", "INPUT.MIN_SIZE_TRAIN", "(96,)", "SOLVER.IMS_PER_BATCH", "2"),
+        *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
+    ]
+
+
+def test_train_compares_the_same_training(tiny_training, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "TRAIN_BOUND", 1000.0)
+    file, picture = tmp_path / "train.json", tmp_path / "losses.png"
+    command = ["train", "--output", str(file), "--picture", str(picture), *tiny_training]
+    assert benchmark.main(command) == 1
+    document = json.loads(file.read_text())
+    figures = document["train"]
+    assert figures["ours, s"] > 0 and figures["Detectron2, processor s"] > 0
+    # The same weights, batches and draws: only rounding differs.
+    assert figures["first loss, relative difference"] < 1e-4
+    assert document["losses"]["ours"] == pytest.approx(document["losses"]["Detectron2"], rel=0.02)
+    assert len(document["losses"]["ours"]) == 4
+    assert 0 <= figures["data time, % of ours"] < 100
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "times as fast" in capsys.readouterr().out
+
+
+def test_the_other_side_is_of_detectron2s_own_parts():
+    cfg = load_config(f"{CONFIGS}/synthetic/imrcnn_lite.yaml", ["MODEL.TIMM.WEIGHTS", ""])
+    cfg.MODEL.DEVICE = "meta"
+    model = build_model(train_benchmark.stock_config(cfg))
+    assert type(model.roi_heads) is StandardROIHeads
+    assert type(model.roi_heads.mask_head) is MaskRCNNConvUpsampleHead
+    assert type(model.roi_heads.box_pooler) is ROIPooler
+    assert type(model.proposal_generator.rpn_head) is StandardRPNHead
+    assert model.state_dict().keys() == build_model(cfg).state_dict().keys()
