@@ -13,6 +13,7 @@ anything. Both run before any package is there, on Python's standard library alo
 import argparse
 import hashlib
 import json
+import platform
 import re
 import shlex
 import shutil
@@ -105,10 +106,17 @@ def check(folder):
             f"Python {here['python']} on {here['platform']}: name that Python (make install "
             f"PYTHON=python{made_for['python']}), or make a bundle with this one."
         )
+    # Neither need matter. Some releases ask for, say, Python 3.11.5.
+    differences = []
     if made_for["setup.py"] != sha256(ROOT / "setup.py"):
+        differences.append("for another setup.py")
+    if made_for["release"] != platform.python_version():
+        differences.append(f"by Python {made_for['release']}, not {platform.python_version()}")
+    if differences:
         print(
-            f"{folder} was made for another setup.py. If pip finds no distribution of something "
-            "below, make the bundle again, from this checkout."
+            f"Note: {folder} was made {' and '.join(differences)}. Should pip find no distribution "
+            "of something, or go through versions without end, make the bundle again, from this "
+            "checkout and by this Python."
         )
 
 
@@ -183,6 +191,7 @@ def collect(folder, torch, package, constraint, weights):
         collect_wheels(partial / "wheels", torch, package, constraint)
         description = {
             **this_python(),
+            "release": platform.python_version(),
             "torch": torch,
             "weights": weights,
             "setup.py": sha256(ROOT / "setup.py"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,13 @@ ROOT = Path(bundle.__file__).parent.parent
 
 
 def describe(folder, **changes):
-    description = {**bundle.this_python(), "setup.py": bundle.sha256(ROOT / "setup.py"), **changes}
+    """Write the description of a bundle that was made here, but for ``changes``."""
+    description = {
+        **bundle.this_python(),
+        "release": platform.python_version(),
+        "setup.py": bundle.sha256(ROOT / "setup.py"),
+        **changes,
+    }
     (folder / "bundle.json").write_text(json.dumps(description))
     bundle.write_sums(folder)
 
@@ -42,13 +49,17 @@ def test_sums_are_those_of_sha256sum(folder):
 def test_whole_bundle(folder, capsys):
     assert bundle.find_faults(folder) == []
     bundle.check(folder)
-    assert "another setup.py" not in capsys.readouterr().out
+    assert "Note" not in capsys.readouterr().out
 
 
-def test_bundle_of_other_requirements_is_tried_with_a_word(folder, capsys):
-    describe(folder, **{"setup.py": "0" * 64})
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"setup.py": "0" * 64}, "another setup.py"), ({"release": "3.11.99"}, "by Python 3.11.99")],
+)
+def test_what_may_matter_is_said(folder, change, word, capsys):
+    describe(folder, **change)
     bundle.check(folder)
-    assert "another setup.py" in capsys.readouterr().out
+    assert word in capsys.readouterr().out
 
 
 def flip(path):
