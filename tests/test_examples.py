@@ -75,6 +75,7 @@ def test_detectron2_s_training_script_trains_a_retinanet_with_our_backbone(
     trunk, registered, tmp_path
 ):
     script = example("retinanet/train_net.py")
+    assert script.imrcnn_d2  # the one line: here others have imported it before
     data = ["DATASETS.TRAIN", (registered["train"],), "DATASETS.TEST", (registered["val"],)]
     name = f"build_retinanet_{trunk}_pafpn_backbone"
     low = ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]  # so that a random model detects something
