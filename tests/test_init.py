@@ -1,7 +1,6 @@
 import os
-import subprocess
-import sys
-from pathlib import Path
+
+from processes import run_script
 
 # Prints each file under the data folder that is looked into, each file that is written, and each
 # connection, while the package is imported.
@@ -28,21 +27,11 @@ assert "kvasir_seg_train" in DatasetCatalog.list()
 
 
 def test_import_registers_data_sets_and_touches_no_disk(tmp_path):
-    annotations = tmp_path / "kvasir_seg" / "annotations"
+    annotations = tmp_path / "datasets" / "kvasir_seg" / "annotations"
     annotations.mkdir(parents=True)
     (annotations / "train.json").write_text("{}")
-    root = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "IMRCNN_DATASETS": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    script = tmp_path / "watch.py"
+    script.write_text(SCRIPT)
+    done = run_script(script, env={**os.environ, "IMRCNN_DATASETS": str(tmp_path / "datasets")})
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""

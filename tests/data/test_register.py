@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 
 import pycocotools.mask as mask_util
 import pytest
@@ -15,6 +13,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
+from processes import run_script
 
 from imrcnn_d2.data import register
 from imrcnn_d2.data.coco import read_coco
@@ -49,16 +48,16 @@ def scratch_name():
 
 
 def test_import_registers_and_touches_no_disk(tmp_path):
-    code = (
-        "import sys, imrcnn_d2\n"
+    script = tmp_path / "names.py"
+    script.write_text(
+        "import imrcnn_d2\n"
         "from detectron2.data import DatasetCatalog, MetadataCatalog\n"
         f"for name in {NAMES}:\n"
         "    assert name in DatasetCatalog\n"
         "    print(name, MetadataCatalog.get(name).thing_classes, "
         "MetadataCatalog.get(name).evaluator_type)\n"
     )
-    env = {**os.environ, "IMRCNN_DATASETS": str(tmp_path / "none")}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    run = run_script(script, env={**os.environ, "IMRCNN_DATASETS": str(tmp_path / "none")})
     assert run.returncode == 0, run.stderr
     classes = {"kvasir": "['polyp']", "egc": "['early gastric cancer']", "synthetic": "['lesion']"}
     expected = [f"{name} {classes[name.split('_')[0]]} coco" for name in NAMES]

@@ -98,6 +98,7 @@ def test_a_run_leaves_its_record(tiny_cfg, tiny_datasets, tmp_path):
     assert run["splits_sha256"] is None and run["fold"] is None
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_start_and_adds_its_hours(tiny_cfg, tmp_path):
     tiny_cfg.SOLVER.MAX_ITER = 2
     Trainer(tiny_cfg).train()

@@ -84,6 +84,7 @@ def test_the_best_weights_are_those_of_the_best_validation(tiny_cfg, tmp_path):
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
 
 
+@pytest.mark.slow
 def test_the_last_iteration_can_be_the_best(tiny_cfg, tmp_path):
     scripted_trainer(tiny_cfg, [40.0, 50.0]).train()
     output = tmp_path / "output"
@@ -92,6 +93,7 @@ def test_the_last_iteration_can_be_the_best(tiny_cfg, tmp_path):
     assert state["BestCheckpointer"] == {"best_score": 50.0, "best_iter": 3}
 
 
+@pytest.mark.slow
 def test_the_best_survives_a_resume(tiny_cfg, tmp_path):
     tiny_cfg.SOLVER.MAX_ITER = 2
     scripted_trainer(tiny_cfg, [50.0]).train()
@@ -107,6 +109,7 @@ def test_the_best_survives_a_resume(tiny_cfg, tmp_path):
     assert equal(first, trainer.model.state_dict())
 
 
+@pytest.mark.slow
 def test_another_runs_best_weights_are_not_taken(tiny_cfg, tmp_path):
     output = tmp_path / "output"
     output.mkdir()
@@ -123,6 +126,7 @@ def test_validation_comes_before_the_checkpoint(tiny_cfg):
     assert [h for h in order if h in expected] == expected
 
 
+@pytest.mark.slow
 def test_the_test_set_is_not_touched_before_the_end(tiny_cfg, tiny_datasets):
     seen = []
 
@@ -137,6 +141,7 @@ def test_the_test_set_is_not_touched_before_the_end(tiny_cfg, tiny_datasets):
     assert seen[-1] == tiny_datasets["test"]
 
 
+@pytest.mark.slow
 def test_without_a_validation_set_the_last_weights_are_tested(tiny_cfg, tmp_path):
     tiny_cfg.DATASETS.VAL = ()
     results = Trainer(tiny_cfg).train()
@@ -170,6 +175,7 @@ def test_a_wrong_number_of_classes_is_named(tiny_cfg, tiny_datasets):
         Trainer(tiny_cfg)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_evaluates_it_again(tiny_cfg):
     results = Trainer(tiny_cfg).train()
     trainer = Trainer(tiny_cfg)
@@ -179,6 +185,7 @@ def test_resuming_a_finished_run_evaluates_it_again(tiny_cfg):
         assert again[group] == pytest.approx(figures, nan_ok=True), group
 
 
+@pytest.mark.slow
 def test_of_equal_validations_the_later_is_kept(tiny_cfg, tmp_path):
     scripted_trainer(tiny_cfg, [25.0, 25.0]).train()
     output = tmp_path / "output"

@@ -51,6 +51,7 @@ def test_the_operating_point_chosen_on_validation_is_that_of_the_test(
     assert "tau_val" not in results["lesion"], "no threshold is chosen on the test set"
 
 
+@pytest.mark.slow
 def test_of_several_validation_sets_the_first_gives_the_operating_point(
     tiny_cfg, tiny_datasets, tmp_path
 ):
@@ -65,6 +66,7 @@ def test_of_several_validation_sets_the_first_gives_the_operating_point(
     assert point["tau"] == taus[f"{tiny_datasets['val']}/lesion/tau_val"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_operating_point_gives_no_tau_val(tiny_cfg, tiny_datasets, tmp_path):
     tiny_cfg.DATASETS.VAL = ()
     Trainer(tiny_cfg).train()

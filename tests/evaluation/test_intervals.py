@@ -179,6 +179,7 @@ def simulate(rng, patients, box):
     return {"images": images, "categories": categories, "annotations": annotations}, results
 
 
+@pytest.mark.slow
 def test_coverage():
     """
     Of 150 studies of 60 patients each, about 95 % of the intervals hold the truth, which is what a

@@ -192,6 +192,7 @@ def test_json(split):
     assert document["settings"]["resamples"] == 50
 
 
+@pytest.mark.slow
 def test_table_4(folds):
     paths, folder, comparison = folds
     values = [load_run(path).results.segm["AP50_voc"] for path in paths[1::2]]
@@ -242,6 +243,7 @@ def test_folds_alone_are_pooled(folds):
     assert not (folder / "table_3.md").exists()
 
 
+@pytest.mark.slow
 def test_several_classes(tmp_path, write_gt, write_run, write):
     gt = write_gt(tmp_path / "gt.json", images=40, classes=("cancer", "ulcer"), per_patient=4)
     paths = [
