@@ -79,7 +79,8 @@ endif
 	@touch $@
 
 # A worker a core (tests/conftest.py), each file on one of them, for the fixtures its tests share.
-PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	--durations 15
 
 test: lint
 	$(PYTEST)
