@@ -79,19 +79,18 @@ class _SparseGradientHead(torch.autograd.Function):
         grad = grad_logits @ logits_weight.flatten(1) + grad_deltas @ deltas_weight.flatten(1)
         grad *= hidden > 0
 
-        # The 9 neighbours of a position, as rows of a map with a border of one.
-        channels, height, width = x.shape[1:]
-        rows = ((n * (height + 2) + i) * (width + 2) + j)[:, None]
-        offsets = torch.arange(3)[:, None] * (width + 2) + torch.arange(3)
-        rows = (rows + offsets.flatten()).flatten()
-        padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
-        bordered = padded.shape
-        neighbours = padded.reshape(-1, channels)[rows].view(len(n), 9 * channels)
+        # The 9 neighbours of each position; those beyond the border are zeros.
+        height, width = x.shape[2:]
+        offsets = torch.arange(9)
+        i, j = i[:, None] + offsets // 3 - 1, j[:, None] + offsets % 3 - 1
+        inside = ((i >= 0) & (i < height) & (j >= 0) & (j < width))[..., None]
+        places = n[:, None], i.clamp(0, height - 1), j.clamp(0, width - 1)
         kernel = weight.permute(0, 2, 3, 1)
-        grad_weight = (grad.T @ neighbours).view(kernel.shape).permute(0, 3, 1, 2)
-        grad_x = x.new_zeros(bordered).view(-1, channels)
-        grad_x.index_add_(0, rows, (grad @ kernel.flatten(1)).view(-1, channels))
-        grad_x = grad_x.view(bordered)[:, 1:-1, 1:-1].permute(0, 3, 1, 2).contiguous()
+        neighbours = x.permute(0, 2, 3, 1)[places] * inside  # (K, 9, C)
+        grad_weight = (grad.T @ neighbours.flatten(1)).view(kernel.shape).permute(0, 3, 1, 2)
+        grad_x = torch.zeros_like(x)
+        shares = (grad @ kernel.flatten(1)).view_as(neighbours) * inside
+        grad_x.permute(0, 2, 3, 1).index_put_(places, shares, accumulate=True)
         return (
             grad_x,
             grad_weight.contiguous(),
