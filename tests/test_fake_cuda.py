@@ -124,7 +124,7 @@ def check_inference(model):
     return results
 
 
-@pytest.mark.parametrize("backbone", ["lite", "R_50"])
+@pytest.mark.parametrize("backbone", ["lite", pytest.param("R_50", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("system", ["MRCNN", "IBMRCNN", "IMRCNN"])
 def test_a_detector_trains_and_detects(system, backbone):
     cfg = config(f"Base-{system}-{backbone}")

@@ -124,6 +124,7 @@ def test_weights_to_evaluate_of_a_lazy_config(train_lazily, plant):
         train_lazily("--eval-only", overrides=[f"train.init_checkpoint={plant('model.pth')}"])
 
 
+@pytest.mark.slow
 def test_weights_to_start_from(train, train_lazily, plant):
     with pytest.raises(ValueError, match=r"posix\.mkdir"):
         train(opts=["MODEL.WEIGHTS", plant("model.pkl")])
@@ -131,6 +132,7 @@ def test_weights_to_start_from(train, train_lazily, plant):
         train_lazily(overrides=[f"train.init_checkpoint={plant('model.pth')}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--resume"], ["--resume", "--eval-only"]])
 def test_a_checkpoint_to_resume_from(train, train_lazily, plant, tmp_path, arguments):
     plant("output/model_0000001.pth")
