@@ -71,7 +71,7 @@ endif
 	$(VENV)/bin/python tools/install_detectron2.py --constraint $(VENV)/constraints.txt \
 		$(if $(OFFLINE),--offline "$(OFFLINE)/wheels")
 	$(PIP) install $(INDEX) --constraint $(VENV)/constraints.txt --no-build-isolation \
-		--editable "$(PACKAGE)"
+		--use-pep517 --editable "$(PACKAGE)"
 	$(PIP) check
 	@# Detectron2 looks for its downloads there.
 	@if [ -d "$(OFFLINE)/weights" ]; then cache="$${FVCORE_CACHE:-$$HOME/.torch/iopath_cache}"; \
