@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-__all__ = ["PRELOAD", "run_script"]
+__all__ = ["PRELOAD", "ROOT", "run_script"]
 
 ROOT = Path(__file__).parents[1]
 PRELOAD = [
@@ -40,7 +40,7 @@ def _run(argv, env, out, err):
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def run_script(script, *arguments, env=None, timeout=600):
+def run_script(script, *arguments, env=None, timeout=1800):
     """
     Run a Python script as ``python script arguments`` in the root of the repository does.
 

@@ -77,7 +77,7 @@ def sweep(env, tmp_path_factory):
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 1800
     while not (fold / "last_checkpoint").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, 9)

@@ -49,7 +49,7 @@ def trained(env, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
     command = [sys.executable, "tools/train_net.py", "--config-file", YAML, *SMALL]
     command += ["OUTPUT_DIR", str(output)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done.stdout
 
