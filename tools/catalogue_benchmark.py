@@ -130,7 +130,7 @@ def compare_catalogues(num_images, baseline):
 
     Args:
         num_images (int):
-        baseline (bool): Detectron2's side too; a million images take some 10 GiB there.
+        baseline (bool): Detectron2's side too; a million images take some 4 GiB there.
 
     Returns:
         dict[str, float]: seconds (processor and elapsed), MiB before and more, and of two workers.
