@@ -318,7 +318,7 @@ def main(argv=None):
         "--baseline-up-to",
         type=int,
         default=100_000,
-        help="largest size that Detectron2's side is measured at (100000); a million takes some 4 GiB",
+        help="largest size for Detectron2's side (100000); a million takes some 4 GiB",
     )
     command.add_argument("--output", type=Path, help="JSON file for the figures")
     command.set_defaults(run=catalogue)
