@@ -50,6 +50,7 @@ if ! b inspect --type image imrcnn-base > /dev/null 2>&1; then
     rm -rf "$work/root"
     debootstrap --variant=minbase --include="$packages" "$SUITE" "$work/root" "$MIRROR" \
         > "$work/debootstrap.log" || fail "debootstrap, see $work/debootstrap.log"
+    rm -rf "$work/root"/var/cache/apt/archives/*.deb "$work/root"/var/lib/apt/lists/*
     ctr="$(b from scratch)"
     b add -q "$ctr" "$work/root" / > /dev/null
     b commit -q --rm "$ctr" imrcnn-base > /dev/null
