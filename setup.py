@@ -34,6 +34,7 @@ setup(
         "pandas>=2.2",
         "pillow>=10.1",
         "pycocotools>=2.0.7",
+        "safetensors>=0.4",
         "scikit-learn>=1.4",
         "scipy>=1.11",
         "setuptools>=70.1,<81",  # detectron2.model_zoo imports pkg_resources
@@ -41,7 +42,7 @@ setup(
         "tabulate>=0.9",
         "tensorboard>=2.17",
         "threadpoolctl>=3.1",
-        "timm>=1.0.3",
+        "timm>=1.0.26",  # older ones load files named by a config as pickles
         "torch>=2.6",
         "torchvision>=0.21",
         "tqdm>=4.66",

@@ -45,7 +45,7 @@ def load_weights(checkpointer, path):
     Load a checkpoint's weights into the model to be evaluated.
 
     Args:
-        checkpointer (DetectionCheckpointer): of the model.
+        checkpointer (Checkpointer): of the model.
         path (str): a file, or a URL that Detectron2 knows; "" leaves the model as it is.
 
     Returns:
