@@ -5,6 +5,7 @@
 ##   make test-fast install, then run the tests that train nothing and start no browser
 ##   make demo      install, then train, evaluate and report on generated images
 ##   make lint      install, then ruff alone
+##   make docs      install, then write the documentation to site/
 ##   make bundle    fill the folder BUNDLE=DIR with all that OFFLINE=DIR needs elsewhere
 ##   make clean     remove .venv and caches
 ##
@@ -43,7 +44,7 @@ ifneq ($(TORCH_BUILD),$(TORCH_THERE))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help install test test-fast demo lint bundle clean
+.PHONY: help install test test-fast demo lint docs bundle clean
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -92,6 +93,9 @@ lint: install
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
 demo: install
 	$(VENV)/bin/python tools/demo.py
 
@@ -102,4 +106,4 @@ bundle: $(VENV)/constraints.txt
 		--package "$(PACKAGE)" --constraint $(VENV)/constraints.txt --weights "$(WEIGHTS)"
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .hypothesis
