@@ -27,6 +27,7 @@ from imrcnn_d2.engine.interruption import Interruption
 
 def gradients(cfg):
     """Of the first training step, name -> tensor."""
+    torch.manual_seed(0)
     trainer = Trainer(cfg)
     with EventStorage():
         trainer._trainer.iter = 0
@@ -54,6 +55,7 @@ class Kill(HookBase):
 
 def train(cfg, folder, resume):
     """A whole training; where ``kill`` lies in the folder, with :class:`Kill`."""
+    torch.manual_seed(0)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume)
     if (folder / "kill").exists():
