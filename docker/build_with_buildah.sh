@@ -69,7 +69,11 @@ build=(buildah --root "$work/storage" --runroot "$work/run"
     || { tail -n 30 "$work/build.log" >&2; fail "the build, see $work/build.log"; }
 b images --format '{{.Name}} {{.Size}}'
 
+[ "$(b inspect --type image --format '{{.OCIv1.Config.Volumes}}' imrcnn-d2)" \
+    = 'map[/data:map[] /outputs:map[]]' ] || fail "its volumes are not /data and /outputs"
 ctr="$(b from imrcnn-d2)"
+# buildah run would mount volumes of its own in place of those that are given to it.
+b config --volume /data- --volume /outputs- "$ctr"
 mapfile -t entrypoint < <(b inspect --type image --format \
     '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}' imrcnn-d2 | sed '/^$/d')
 chown $uid:$gid "$work/data" "$work/outputs"
