@@ -70,7 +70,7 @@ build=(buildah --root "$work/storage" --runroot "$work/run"
 b images --format '{{.Name}} {{.Size}}'
 
 [ "$(b inspect --type image --format '{{.OCIv1.Config.Volumes}}' imrcnn-d2)" \
-    = 'map[/data:map[] /outputs:map[]]' ] || fail "its volumes are not /data and /outputs"
+    = 'map[/data:{} /outputs:{}]' ] || fail "its volumes are not /data and /outputs"
 ctr="$(b from imrcnn-d2)"
 # buildah run would mount volumes of its own in place of those that are given to it.
 b config --volume /data- --volume /outputs- "$ctr"
