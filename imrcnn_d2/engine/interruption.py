@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+import time
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -18,12 +19,15 @@ EXIT_INTERRUPTED = 75
 class Interruption(HookBase):
     """
     On SIGTERM or SIGINT (Ctrl-C) to any process of the training: finish the iteration, save a
-    checkpoint, and exit with :data:`EXIT_INTERRUPTED`. A second signal ends the process at once.
+    checkpoint, and exit with :data:`EXIT_INTERRUPTED`. A signal that comes more than
+    ``SAME_REQUEST`` seconds after the first ends the process at once.
 
     Put it last, on every rank: the checkpoint then has all that the iteration's other hooks did.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    # Slurm, and launchers that pass signals on, may deliver one request twice.
+    SAME_REQUEST = 5.0
 
     def __init__(self, checkpointer):
         """
@@ -31,7 +35,7 @@ class Interruption(HookBase):
             checkpointer (Checkpointer): of the whole training.
         """
         self._checkpointer = checkpointer
-        self._received = None
+        self._received, self._since = None, None
         self._former = {}
 
     def before_train(self):
@@ -39,8 +43,11 @@ class Interruption(HookBase):
             self._former = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
 
     def _receive(self, number, frame):
-        self._received = signal.Signals(number).name
-        self._restore()
+        if self._received is None:
+            self._received, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() > self._since + self.SAME_REQUEST:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self):
         for number, handler in self._former.items():

@@ -151,7 +151,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    iterations = 3 * args.stops + 6
+    iterations = 4 * args.stops + 6
     log = args.folder / "log.txt"
     os.environ["IMRCNN_DATASETS"] = str(args.folder)
     undisturbed, disturbed = args.folder / "undisturbed", args.folder / "disturbed"

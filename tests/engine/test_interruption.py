@@ -45,10 +45,21 @@ def test_it_finishes_the_iteration_saves_and_leaves(tiny_cfg, tmp_path, number):
     assert "lesion" in again.train()
 
 
-def test_the_second_signal_is_not_caught(tiny_cfg):
+def test_a_second_request_ends_the_process_at_once(monkeypatch):
+    def end(number, frame):
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in Interruption.SIGNALS}
     hook = Interruption(checkpointer=None)
-    before = [signal.getsignal(number) for number in Interruption.SIGNALS]
     hook.before_train()
-    assert signal.getsignal(signal.SIGTERM) == hook._receive
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert [signal.getsignal(number) for number in Interruption.SIGNALS] == before
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same request, delivered twice
+        monkeypatch.setattr(hook, "SAME_REQUEST", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        hook.after_train()
+        assert all(signal.getsignal(number) is end for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
