@@ -43,8 +43,8 @@ setup(
         "tensorboard>=2.17",
         "threadpoolctl>=3.1",
         "timm>=1.0.26",  # older ones load files named by a config as pickles
-        "torch>=2.6",
-        "torchvision>=0.21",
+        "torch>=2.9.1",
+        "torchvision>=0.24.1",
         "tqdm>=4.66",
     ],
     extras_require={
