@@ -5,6 +5,7 @@ from pathlib import Path
 import benchmark
 import catalogue_benchmark
 import evaluation_benchmark
+import neck_benchmark
 import numpy as np
 import prepare_dataset
 import pytest
@@ -40,16 +41,16 @@ def features(channels, size):
 
 def test_multiply_adds_are_those_counted_by_hand():
     channels, out, size = (4, 6), 8, 32
-    args = (benchmark.GivenFeatures(channels), ["res2", "res3"], out)
+    args = (neck_benchmark.GivenFeatures(channels), ["res2", "res3"], out)
     first, second = 8 * 8, 4 * 4  # positions at strides 4 and 8
     fpn = (4 * first + 6 * second) * out + (first + second) * out * out * 9
     fpn += first * out  # upsampled from the level above
-    assert benchmark.count_multiply_adds(FPN(*args), features(channels, size)) == fpn
+    assert neck_benchmark.count_multiply_adds(FPN(*args), features(channels, size)) == fpn
     down_and_output = 2 * second * out * out * 9
     cbam = 2 * 2 * (out * 2 + 2 * out)  # two levels, two pools, two layers by way of 2 units
     cbam += (first + second) * 2 * 49  # two maps into one, 7x7
     neck = PAFPN(*args, attention="cbam", cbam_reduction=4)
-    total = benchmark.count_multiply_adds(neck, features(channels, size))
+    total = neck_benchmark.count_multiply_adds(neck, features(channels, size))
     assert total == fpn + down_and_output + cbam
 
 
@@ -60,7 +61,7 @@ def test_calls_take_turns_after_a_warm_up():
         order.append("slow")
         time.sleep(0.02)
 
-    slow_times, fast_times = benchmark.time_in_turns(
+    slow_times, fast_times = neck_benchmark.time_in_turns(
         [slow, lambda: order.append("fast")], runs=3, clock=time.perf_counter
     )
     assert order == ["slow", "fast"] * 5
@@ -69,7 +70,7 @@ def test_calls_take_turns_after_a_warm_up():
 
 
 def test_one_thread_is_timed_by_the_time_it_runs():
-    one, two = (benchmark.choose_clock("cpu", threads) for threads in (1, 2))
+    one, two = (neck_benchmark.choose_clock("cpu", threads) for threads in (1, 2))
     waited = []
     for clock in (one, two):
         start = clock()
@@ -83,7 +84,7 @@ def test_one_thread_is_timed_by_the_time_it_runs():
 def test_neck_writes_its_figures_and_exits_by_the_bound(
     tmp_path, monkeypatch, capsys, bound, status
 ):
-    monkeypatch.setattr(benchmark, "BOUND", bound)
+    monkeypatch.setattr(benchmark, "NECK_BOUND", bound)
     file = tmp_path / "neck.json"
     command = ["neck", "--case", "light_352", "--runs", "2", "--device", "cpu"]
     assert benchmark.main([*command, "--output", str(file)]) == status
@@ -96,7 +97,7 @@ def test_neck_writes_its_figures_and_exits_by_the_bound(
 
 
 def test_the_cases_are_the_shapes_of_the_shipped_models():
-    for name, (channels, out_channels, size, channels_last) in benchmark.NECKS.items():
+    for name, (channels, out_channels, size, channels_last) in neck_benchmark.NECKS.items():
         model, side = name.rsplit("_", 1)
         cfg = get_cfg()
         add_imrcnn_config(cfg)
