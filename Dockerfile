@@ -25,7 +25,8 @@ WORKDIR /app
 # What is installed depends on these files alone: after other changes these layers are used again.
 COPY Makefile constraints.txt setup.py ./
 COPY tools/bundle.py tools/install_detectron2.py tools/
-RUN touch README.md
+# The package is to be found where it will be, when its place is noted.
+RUN touch README.md && mkdir imrcnn_d2 && touch imrcnn_d2/__init__.py
 
 # Collects the wheels, with a compiler for what has none for this platform, and the weights.
 FROM base AS collect
