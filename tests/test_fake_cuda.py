@@ -13,6 +13,7 @@ from detectron2 import model_zoo
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from packaging.version import Version
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -21,6 +22,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imrcnn_d2.engine import load_config
+
+pytestmark = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.10"),
+    reason="seen in torch 2.9: a fake tensor is filled with random numbers on a real card",
+)
 
 aten = torch.ops.aten
 SIDE = 128  # of the padded images
