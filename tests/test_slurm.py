@@ -16,7 +16,7 @@ COMMAND = """#!/bin/bash
 echo "$(basename "$0") $*" >> "$NOTES"
 case "$(basename "$0") $*" in
     "scontrol show"*) echo node7; echo node8 ;;
-    scancel*) kill -TERM "$(cat "$NOTES.pid")" ;;
+    scancel*) kill -TERM "$(cat "$NOTES.pid")"; sleep 0.3 ;;  # the training ends before it does
     *train_net*)
         [ -n "$CODE" ] && exit "$CODE"
         trap 'exit 75' TERM

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -55,6 +56,7 @@ def git(folder, *arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_the_state_of_the_checkout(tmp_path, monkeypatch):
     package = tmp_path / "imrcnn_d2"
     (package / "engine").mkdir(parents=True)
