@@ -71,7 +71,7 @@ def started(settings, folder, *commands, **env):
 
 def outputs(processes):
     """[(exit code, output)]"""
-    texts = [process.communicate(timeout=540)[0] for process in processes]
+    texts = [process.communicate(timeout=1800)[0] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
 
 
