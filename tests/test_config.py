@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from config_keys import flat
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
@@ -25,15 +26,6 @@ SHIPPED = sorted(
 )
 SOURCES = "".join((CONFIGS / name).read_text() for name in SHIPPED)
 RUNNABLE = [name for name in SHIPPED if not name.startswith("Base-")]
-
-
-def flat(cfg, prefix=""):
-    """("MODEL.PAFPN.INIT", "identity") and so on."""
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def load(name):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from chromium import chromium
-from detectron2.config import CfgNode, get_cfg
+from config_keys import flat
+from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser
 
 from imrcnn_d2 import add_imrcnn_config
@@ -43,14 +44,6 @@ def site(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
-
-
-def flat(cfg, prefix=""):
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 @pytest.mark.slow
