@@ -76,6 +76,14 @@ def add_imrcnn_config(cfg):
     cfg.INPUT.AUG.ROT90 = False
     # Brightness, contrast and saturation are each scaled by a factor from [1 - x, 1 + x]; 0: off.
     cfg.INPUT.AUG.COLOR = 0.0
+    # Hue is shifted by up to this share of the colour circle, either way; 0: off.
+    cfg.INPUT.AUG.HUE = 0.0
+    # Probability of a Gaussian blur (sigma up to 2 pixels): a lens out of focus, a moving tip.
+    cfg.INPUT.AUG.BLUR_PROB = 0.0
+    # Probability of JPEG compression at a quality from 30 to 95.
+    cfg.INPUT.AUG.JPEG_PROB = 0.0
+    # Probability that another image's lesions are pasted in (Ghiasi et al., 2021).
+    cfg.INPUT.AUG.COPY_PASTE_PROB = 0.0
 
     # ---- Training.
     # Epochs over DATASETS.TRAIN. 0: SOLVER.MAX_ITER counts, as in Detectron2. Otherwise MAX_ITER

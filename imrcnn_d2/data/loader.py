@@ -5,6 +5,9 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
+from imrcnn_d2.config import get_node
+
+from .copy_paste import CopyPaste
 from .mappers import LesionMapper
 from .register import load_datasets
 from .sampler import ResumableBatchSampler, balanced_epochs, seed_generators, shuffled_epochs
@@ -42,11 +45,17 @@ def _from_config(cfg):
     records = load_datasets(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     return {
         "dataset": records,
-        "mapper": LesionMapper(cfg, is_train=True),
+        "mapper": _mapper(cfg, records),
         "epoch_indices": _epoch_indices(cfg, records),
         "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
     }
+
+
+def _mapper(cfg, records):
+    mapper = LesionMapper(cfg, is_train=True)
+    probability = get_node(cfg, "INPUT.AUG").COPY_PASTE_PROB
+    return CopyPaste(mapper, records, probability) if probability > 0 else mapper
 
 
 def _epoch_indices(cfg, records):
