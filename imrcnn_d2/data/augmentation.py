@@ -59,7 +59,8 @@ class RandomHue(T.Augmentation):
         self.span = span
 
     def get_transform(self, image):
-        shift = round(float(self._rand_range(-self.span, self.span)) * 180)  # OpenCV's hue: 0 to 179
+        # OpenCV has hues from 0 to 179.
+        shift = round(float(self._rand_range(-self.span, self.span)) * 180)
 
         def shift_hue(image):
             hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
