@@ -47,6 +47,22 @@ def add_imrcnn_config(cfg):
     # package of that name, no download) or a file (.pth or .safetensors with timm's key names).
     cfg.MODEL.TIMM.WEIGHTS = ""
 
+    # ---- Image classification: MODEL.META_ARCHITECTURE "ImageClassifier" on MODEL.TIMM.
+    cfg.MODEL.CLASSIFIER = CN()
+    # Classes of the data set.
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 3
+    # Share of each training target that is spread evenly over all classes, in [0, 1).
+    cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
+    # Weights of the classes in the loss: None (all alike), "balanced" (inversely proportional to
+    # their numbers in DATASETS.TRAIN) or a list with one number a class.
+    cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS = None
+    # Probability with which each pooled feature is zeroed in training.
+    cfg.MODEL.CLASSIFIER.DROPOUT = 0.0
+    # Side in pixels of the square that a classifier's images are resized to; 0: what timm's data
+    # config says for MODEL.TIMM.NAME, such as 224, or 299 for inception_v3. Colour order, mean and
+    # standard deviation always come from there.
+    cfg.INPUT.SIZE = 0
+
     # ---- Memory layout.
     # Channels-last memory format, faster convolutions: of the whole model on a GPU, of what lies
     # below the pyramid on a CPU.
@@ -90,6 +106,12 @@ def add_imrcnn_config(cfg):
     # becomes ceil(epochs * images / IMS_PER_BATCH), and SOLVER.STEPS, SOLVER.WARMUP_ITERS,
     # SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD are read as epochs as well.
     cfg.SOLVER.MAX_EPOCHS = 0
+    # Training in steps, for classifiers and detectors: a list of {name, epochs, lr, trainable}, one
+    # after the other, each with warm-up and schedule of its own; [] is one step of MAX_EPOCHS or
+    # MAX_ITER at BASE_LR, which a list replaces. trainable: "head" (all but the backbone), "stages
+    # from k" (besides, what makes the backbone's maps of stride 2^k and more) or "all". What is not
+    # trained keeps its batch-norm statistics too.
+    cfg.SOLVER.PHASES = []
     # "SGD" or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Learning rate of pan_*, cbam* and the class predictors, as a multiple of BASE_LR.
