@@ -1,5 +1,7 @@
 """Training batches that depend on the seed and the iteration alone."""
 
+import signal
+
 from detectron2.config import configurable
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler
@@ -97,4 +99,12 @@ def build_train_loader(dataset, *, mapper, total_batch_size, epoch_indices=None,
         batch_sampler=ResumableBatchSampler(epoch_indices, total_batch_size),
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
+        worker_init_fn=_leave_signals_to_the_training,
     )
+
+
+def _leave_signals_to_the_training(worker_id):
+    # Ctrl-C and many a scheduler signal the whole process group. The training finishes its
+    # iteration and saves then, for which it needs its workers; they end when it does.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

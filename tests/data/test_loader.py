@@ -1,6 +1,8 @@
 """Training batches do not depend on how they were loaded."""
 
 import itertools
+import os
+import signal
 
 import pytest
 import torch
@@ -93,3 +95,22 @@ def test_a_sampler_that_cannot_be_resumed_is_refused(cfg):
         build_train_loader(cfg)
     cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
     assert len(load(cfg, 1)[0]) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_outlive_a_signal_to_the_process_group(cfg, number):
+    cfg.DATALOADER.NUM_WORKERS = 2
+    loader = build_train_loader(cfg)
+    loader.batch_sampler.start_at(5, 0)
+    batches = iter(loader)
+    found = [next(batches)]
+    for worker in batches._workers:
+        os.kill(worker.pid, number)
+    found += itertools.islice(batches, 7)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    assert contents(found) == contents(load(cfg, 8))
+    workers = batches._workers
+    del batches
+    for worker in workers:
+        worker.join(20)
+        assert worker.exitcode == 0
