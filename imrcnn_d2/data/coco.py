@@ -8,13 +8,13 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
-from imrcnn_d2.data.images import drawn_on_stored_pixels, inspect_image, orient
+from imrcnn_d2.data.images import drawn_on_stored_pixels, inspect_image, orient, path_inside
 from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.rejects import BadInputError, Rejects
@@ -103,7 +103,7 @@ def _samples(
     num_moved = 0
     for record in tqdm(records, desc="Reading images", unit="image"):
         with rejects.catch():
-            path = _safe_path(json_file, image_root, record["file_name"])
+            path = path_inside(image_root, record["file_name"], json_file)
             # which annotations belong to which of the two cannot be known
             for key, counts in (("id", ids), ("file_name", names)):
                 if counts[record[key]] > 1:
@@ -147,16 +147,6 @@ def _is_same(a: dict, b: dict) -> bool:
 
 def _called(annotation: dict) -> str:
     return f"annotation {annotation['id']}" if "id" in annotation else "an annotation without id"
-
-
-def _safe_path(json_file: Path, image_root: Path, file_name: object) -> Path:
-    """`image_root` / `file_name`, refused if that leads outside the folder."""
-    if not isinstance(file_name, str) or not file_name:
-        raise BadInputError(json_file, f"file_name {file_name!r} is no file name")
-    relative = PurePosixPath(file_name)
-    if relative.is_absolute() or ".." in relative.parts or Path(file_name).drive:
-        raise BadInputError(json_file, f"file_name {file_name!r} leads outside {image_root}")
-    return image_root / relative
 
 
 def _check(annotation: dict, height: int, width: int, category_ids: set) -> tuple[dict, bool]:

@@ -41,8 +41,13 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
     parts = [_read(prepared / "annotations" / f"{split}.json") for split in SPLITS]
     images = sorted((i for part in parts for i in part["images"]), key=lambda i: i["file_name"])
     annotations = sorted((a for part in parts for a in part["annotations"]), key=lambda a: a["id"])
-    with_lesion = {a["image_id"] for a in annotations if not a["iscrowd"]}
-    items = [Item(i["file_name"], i["id"] in with_lesion, i.get("patient_id")) for i in images]
+    # Of classified images, which have no boxes, the class; else whether there is a lesion.
+    strata = {
+        a["image_id"]: True if "bbox" in a else a["category_id"]
+        for a in annotations
+        if not a.get("iscrowd")
+    }
+    items = [Item(i["file_name"], strata.get(i["id"], False), i.get("patient_id")) for i in images]
     folds = make_folds(items, count, settings["seed"], settings["split_by"] == "patient")
     empty = [f"fold {i}'s {s}" for i, fold in enumerate(folds) for s in SPLITS if not fold[s]]
     if empty:

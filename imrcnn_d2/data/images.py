@@ -10,7 +10,7 @@ import io
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -24,6 +24,7 @@ __all__ = [
     "install_image",
     "list_files",
     "orient",
+    "path_inside",
     "read_mask",
 ]
 
@@ -68,6 +69,20 @@ def list_files(folder: Path) -> list[Path]:
     )
 
 
+def path_inside(folder: Path, file_name: object, source: Path) -> Path:
+    """`folder` / `file_name`, refused if that leads outside the folder.
+
+    Raises:
+        BadInputError: it does, or is no name at all; `source`, which names the file, is blamed.
+    """
+    if not isinstance(file_name, str) or not file_name:
+        raise BadInputError(source, f"file_name {file_name!r} is no file name")
+    relative = PurePosixPath(file_name)
+    if relative.is_absolute() or ".." in relative.parts or Path(file_name).drive:
+        raise BadInputError(source, f"file_name {file_name!r} leads outside {folder}")
+    return folder / relative
+
+
 def inspect_image(path: Path) -> SourceImage:
     """Decodes an image whole, so that a truncated file is found now and not while training.
 
@@ -97,6 +112,25 @@ def install_image(image: SourceImage, folder: Path, file_name: str) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads an image as shown: EXIF orientation applied, 8-bit RGB whatever the file's mode.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        BadInputError: missing, unreadable, truncated, several images in one file (an animation, a
+            stack of pages), or without a clear meaning as RGB.
+    """
+    image, orientation, _ = _decode(path)
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera's photograph and previews of it
+        raise BadInputError(path, f"holds {frames} images; save each in a file, or all as a video")
+    if image.mode not in _READ_RIGHTLY or image.has_transparency_data:
+        image = _to_rgb(image, path)
+    return np.asarray(_turn(image.convert("RGB"), orientation))
 
 
 def read_mask(path: Path) -> np.ndarray:

@@ -7,7 +7,7 @@ folder's listing nor the version of a random generator.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 
 __all__ = [
     "SPLITS",
+    "FixedTest",
     "Item",
     "largest_remainder",
     "make_folds",
@@ -30,11 +31,40 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Item:
-    """One image to assign: its file name, whether it shows a lesion, and its patient if known."""
+    """One image to assign.
+
+    Attributes:
+        name: its file name.
+        stratum: what all splits get their share of: whether it shows a lesion, or its class.
+        patient: None if not known.
+    """
 
     name: str
-    has_lesion: bool
+    stratum: Hashable
     patient: str | int | None = None
+
+
+@dataclass(frozen=True)
+class FixedTest:
+    """A test set of fixed size; validation images come out of the rest.
+
+    Attributes:
+        per_stratum: test images of each stratum.
+        val_percent: share of the others for validation, in (0, 100).
+    """
+
+    per_stratum: int
+    val_percent: int = 10
+
+    def targets(self, counts: np.ndarray) -> np.ndarray:
+        """As `_targets`, from the (K,) images of each stratum."""
+        if counts.size and counts.min() <= self.per_stratum:
+            raise ValueError(
+                f"a test set of {self.per_stratum} images of each class leaves nothing for "
+                f"training: a class has only {counts.min()} images"
+            )
+        rest = _targets(counts - self.per_stratum, (100 - self.val_percent, self.val_percent))
+        return np.vstack([rest, np.full(len(counts), self.per_stratum)])
 
 
 def parse_ratio(text: str) -> tuple[int, ...]:
@@ -65,19 +95,19 @@ def largest_remainder(total: int, ratio: Sequence[int]) -> list[int]:
 
 def make_splits(
     items: Iterable[Item],
-    ratio: Sequence[int] = (12, 3, 5),
+    ratio: Sequence[int] | FixedTest = (12, 3, 5),
     seed: int = 0,
     by_patient: bool = True,
     earlier: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[str]]:
     """Assigns images to train, val and test.
 
-    Sizes are exact by largest remainder, images with and without a lesion shared alike. Images of
-    one patient stay together under `by_patient`; sizes are then as near as the patients allow.
+    Sizes are exact by largest remainder, images of each stratum shared alike. Images of one patient
+    stay together under `by_patient`; sizes are then as near as the patients allow.
 
     Args:
         items: the images; names must be unique.
-        ratio: train : val : test.
+        ratio: train : val : test, or a test set of fixed size.
         seed: another seed gives another assignment.
         by_patient: keep the images of a patient together. Images of unknown patients are free.
         earlier: file names by split; these stay where they were, and so do their patients.
@@ -86,7 +116,8 @@ def make_splits(
         sorted file names by split.
 
     Raises:
-        ValueError: `earlier` has a patient in two splits and `by_patient` is set.
+        ValueError: `earlier` has a patient in two splits and `by_patient` is set; a stratum is too
+            small for a test set of fixed size.
     """
     split_of = {
         name: i for i, split in enumerate(SPLITS) for name in (earlier or {}).get(split, ())
@@ -150,12 +181,12 @@ def read_splits(path: Path) -> dict[str, list[str]]:
 
 def _partition(
     items: list[Item],
-    ratio: Sequence[int],
+    ratio: Sequence[int] | FixedTest,
     seed: int,
     by_patient: bool,
     part_of: Mapping[str, int],
 ) -> list[list[str]]:
-    """Shares items over len(ratio) parts; `part_of` fixes those it names."""
+    """Shares items over the parts of `ratio`; `part_of` fixes those it names."""
     groups: dict[tuple, list[Item]] = {}
     for item in items:
         grouped = by_patient and item.patient is not None
@@ -164,9 +195,17 @@ def _partition(
         ).append(item)
     # the largest groups first, so that small ones are left to fill the gaps
     keys = sorted(groups, key=lambda key: (-len(groups[key]), _rank(seed, key)))
-    # images without and with a lesion, (G, 2)
-    sizes = np.array([_count(groups[key]) for key in keys], dtype=int).reshape(-1, 2)
-    targets = _targets(sizes.sum(axis=0), ratio)
+    strata = sorted({item.stratum for item in items})
+    counts = [Counter(item.stratum for item in groups[key]) for key in keys]
+    # images of each stratum, (G, K)
+    sizes = np.array([[c[s] for s in strata] for c in counts], dtype=int)
+    sizes = sizes.reshape(len(keys), len(strata))
+    if isinstance(ratio, FixedTest):
+        targets = ratio.targets(sizes.sum(axis=0))
+        wanted = np.full(len(targets), True)
+    else:
+        targets = _targets(sizes.sum(axis=0), ratio)
+        wanted = np.array(ratio) > 0
 
     parts = np.full(len(keys), -1)
     for g, key in enumerate(keys):
@@ -180,19 +219,18 @@ def _partition(
             parts[g] = fixed.pop()
     is_free = parts < 0
 
-    missing = targets.copy()  # (S, 2), images that each part still needs
+    missing = targets.copy()  # (S, K), images that each part still needs
     np.subtract.at(missing, parts[~is_free], sizes[~is_free])
     for g in np.flatnonzero(is_free):
         # relative need, so that large and small patients go to every part alike
         need = (missing / np.maximum(targets, 1)) @ sizes[g]
         fits = (missing >= sizes[g]).all(axis=1)
-        wanted = np.array(ratio) > 0
-        parts[g] = max(range(len(ratio)), key=lambda i: (wanted[i], fits[i], need[i]))
+        parts[g] = max(range(len(wanted)), key=lambda i: (wanted[i], fits[i], need[i]))
         missing[parts[g]] -= sizes[g]
     _improve(parts, is_free, sizes, missing)
     return [
         sorted(item.name for g in np.flatnonzero(parts == part) for item in groups[keys[g]])
-        for part in range(len(ratio))
+        for part in range(len(wanted))
     ]
 
 
@@ -200,20 +238,19 @@ def _rank(seed: int, key: tuple) -> bytes:
     return hashlib.sha256(json.dumps([seed, *key]).encode()).digest()
 
 
-def _count(group: list[Item]) -> tuple[int, int]:
-    lesions = sum(item.has_lesion for item in group)
-    return len(group) - lesions, lesions
-
-
 def _targets(counts: np.ndarray, ratio: Sequence[int]) -> np.ndarray:
-    """Images without and with a lesion wanted in each part, (S, 2).
+    """Images of each of K strata wanted in each of S parts, (S, K), from the (K,) there are.
 
-    The parts' sizes and the rarer kind are exact by largest remainder, the other kind is the rest.
+    The parts' sizes and the rarest stratum are exact by largest remainder. So are the rarest ones
+    taken together, two, three and so on: what rounding leaves over falls to the frequent ones.
     """
-    targets = np.empty((len(ratio), 2), dtype=int)
-    rare = int(np.argmin(counts))
-    targets[:, rare] = largest_remainder(int(counts[rare]), ratio)
-    targets[:, 1 - rare] = largest_remainder(int(counts.sum()), ratio) - targets[:, rare]
+    targets = np.empty((len(ratio), len(counts)), dtype=int)
+    before, total = np.zeros(len(ratio), dtype=int), 0
+    for k in np.argsort(counts, kind="stable"):
+        total += int(counts[k])
+        through = np.array(largest_remainder(total, ratio))
+        targets[:, k] = through - before
+        before = through
     return targets
 
 
@@ -249,4 +286,4 @@ def _improve(
 def _kinds(groups: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One group of each size, and -1 with size (0, 0) for none at all."""
     kinds, first = np.unique(sizes[groups], axis=0, return_index=True)
-    return np.append(groups[first], -1), np.vstack([kinds.reshape(-1, 2), np.zeros((1, 2), int)])
+    return np.append(groups[first], -1), np.pad(kinds, ((0, 1), (0, 0)))

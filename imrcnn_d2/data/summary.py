@@ -7,7 +7,7 @@ import numpy as np
 
 from imrcnn_d2.data.rejects import BadInputError
 
-__all__ = ["summarise"]
+__all__ = ["summarise", "summarise_classes"]
 
 _EDGES = (0, 1, 2, 5, 10, 20, 50, 100)  # share of the image in percent
 _BAR = 40
@@ -40,17 +40,49 @@ def summarise(
     )
 
 
+def summarise_classes(
+    coco: Mapping[str, dict], notes: Sequence[str], rejects: Sequence[BadInputError]
+) -> str:
+    """As `summarise`, for images with a class each: images of each class by split."""
+    categories = next(iter(coco.values()))["categories"]
+    widths = [max(len(category["name"]), 7) for category in categories]
+    names = [category["name"].rjust(w) for category, w in zip(categories, widths, strict=True)]
+    lines = [f"split   images  patients  {'  '.join(names)}"]
+    for split, content in coco.items():
+        labels = Counter(annotation["category_id"] for annotation in content["annotations"])
+        counts = [
+            f"{labels[category['id']]:{width}}"
+            for category, width in zip(categories, widths, strict=True)
+        ]
+        images = content["images"]
+        lines.append(
+            f"{split:6} {len(images):7} {_patients(images) or '-':>9}  {'  '.join(counts)}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *_image_sizes(coco),
+            *_listed("Notes", notes),
+            *_listed("Rejected", [str(error) for error in rejects]),
+        ]
+    )
+
+
+def _patients(images: Sequence[dict]) -> int:
+    return len({i["patient_id"] for i in images if i.get("patient_id") is not None})
+
+
 def _counts(coco: Mapping[str, dict], ratio: Sequence[int]) -> list[str]:
     total = sum(len(content["images"]) for content in coco.values())
     lines = ["split   images  instances  lesion-free  patients  images wanted by ratio"]
     for (split, content), part in zip(coco.items(), ratio, strict=True):
         images, annotations = content["images"], content["annotations"]
         with_lesion = {a["image_id"] for a in annotations if not a["iscrowd"]}
-        patients = {i["patient_id"] for i in images if i.get("patient_id") is not None}
         wanted = total * part / sum(ratio)
         lines.append(
             f"{split:6} {len(images):7} {len(annotations):10} {len(images) - len(with_lesion):12} "
-            f"{len(patients) or '-':>9}  {wanted:.1f} ({len(images) - wanted:+.1f})"
+            f"{_patients(images) or '-':>9}  {wanted:.1f} ({len(images) - wanted:+.1f})"
         )
     return lines
 

@@ -56,7 +56,7 @@ def test_sizes_of_the_paper():
     assert sizes(make_splits(kvasir)) == [600, 150, 250]
     splits = make_splits(egc)
     assert sizes(splits) == [672, 168, 280]
-    healthy = {item.name for item in egc if not item.has_lesion}
+    healthy = {item.name for item in egc if not item.stratum}
     assert [len(healthy & set(splits[s])) for s in splits] == [84, 21, 35]
 
 
@@ -66,7 +66,7 @@ def test_by_image_exact_and_stratified(images, ratio, seed):
     assert names(splits) == sorted(item.name for item in images)
     assert sizes(splits) == largest_remainder(len(images), ratio)
     for kind in (True, False):
-        of_kind = {item.name for item in images if item.has_lesion is kind}
+        of_kind = {item.name for item in images if item.stratum is kind}
         for split, part in zip(splits, ratio, strict=True):
             share = Fraction(len(of_kind) * part, sum(ratio))
             assert abs(len(of_kind & set(splits[split])) - share) < 2
