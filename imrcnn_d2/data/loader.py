@@ -9,10 +9,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from imrcnn_d2.config import get_node
 
+from .classification_catalogue import labels_of
+from .classification_mapper import ClassificationMapper
 from .copy_paste import CopyPaste
 from .mappers import LesionMapper
 from .register import load_datasets
-from .sampler import ResumableBatchSampler, balanced_epochs, seed_generators, shuffled_epochs
+from .sampler import (
+    ResumableBatchSampler,
+    balanced_epochs,
+    class_balanced_epochs,
+    seed_generators,
+    shuffled_epochs,
+)
 
 __all__ = ["SeededDataset", "build_train_loader"]
 
@@ -55,6 +63,8 @@ def _from_config(cfg):
 
 
 def _mapper(cfg, records):
+    if "label" in records[0]:
+        return ClassificationMapper(cfg, is_train=True)
     mapper = LesionMapper(cfg, is_train=True)
     probability = get_node(cfg, "INPUT.AUG").COPY_PASTE_PROB
     return CopyPaste(mapper, records, probability) if probability > 0 else mapper
@@ -69,9 +79,12 @@ def _epoch_indices(cfg, records):
             records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
         return balanced_epochs(factors)
+    if name == "ClassBalancedSampler":
+        return class_balanced_epochs(labels_of(records))
     raise ValueError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; a training that can be resumed exactly takes "
-        "'TrainingSampler' or 'RepeatFactorTrainingSampler'"
+        "'TrainingSampler', 'RepeatFactorTrainingSampler' or, for images with a class each, "
+        "'ClassBalancedSampler'"
     )
 
 

@@ -1,8 +1,9 @@
-"""The lesion data sets in Detectron2's catalogs.
+"""The data sets in Detectron2's catalogs.
 
-Importing this module registers ``{kvasir_seg,egc,synthetic}_{train,val,test}`` and touches no disk.
-What ``tools/prepare_dataset.py`` wrote is found under ``$IMRCNN_DATASETS`` (default ``datasets/``)
-when a data set is loaded. `register_lesion_dataset` gives any other COCO file a name.
+Importing this module registers ``{kvasir_seg,egc,synthetic,gastric_recognition}_{train,val,test}``
+and touches no disk. What ``tools/prepare_dataset.py`` wrote is found under ``$IMRCNN_DATASETS``
+(default ``datasets/``) when a data set is loaded. `register_lesion_dataset` gives any other COCO
+file a name, `register_classification_dataset` any other file of images with a class each.
 """
 
 import contextlib
@@ -18,9 +19,15 @@ from detectron2.data.detection_utils import check_metadata_consistency
 from torch.utils.data import ConcatDataset, Dataset
 
 from imrcnn_d2.data.catalogue import Catalogue, load_catalogue
+from imrcnn_d2.data.classification_catalogue import LabelledCatalogue, load_labelled_catalogue
 from imrcnn_d2.data.splits import SPLITS
 
-__all__ = ["DATASET_CLASSES", "load_datasets", "register_lesion_dataset"]
+__all__ = [
+    "DATASET_CLASSES",
+    "load_datasets",
+    "register_classification_dataset",
+    "register_lesion_dataset",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +40,7 @@ _PREPARE = {
     "kvasir_seg": "kvasir-seg --root DIR",
     "egc": "coco --annotations FILE --images DIR",
     "synthetic": "synthetic --num-images 160 --size 256",
+    "gastric_recognition": "classification --root DIR",
 }
 # what loading sets; Detectron2's Metadata refuses to change a value, so these are cleared first
 _SET_ON_LOADING = ("thing_classes", "thing_dataset_id_to_contiguous_id", "json_file", "image_root")
@@ -60,27 +68,55 @@ def register_lesion_dataset(
     _register(name, lambda: paths, f"Check the path given for data set {name!r}.", thing_classes)
 
 
+def register_classification_dataset(
+    name: str, json_file: str | os.PathLike, image_root: str | os.PathLike
+) -> None:
+    """Registers a COCO image-classification file under `name`, read when the data set is loaded.
+
+    Its dataset dicts have ``label``, the place of the class in the metadata's ``thing_classes``.
+
+    Args:
+        name: the name for ``DATASETS.{TRAIN,VAL,TEST}``.
+        json_file: COCO JSON with one annotation an image; what `tools/prepare_dataset.py
+            classification` writes, or any other.
+        image_root: the folder that each ``file_name`` is relative to.
+
+    Raises:
+        AssertionError: the name is taken (Detectron2's own check).
+    """
+    paths = Path(json_file), Path(image_root)
+    remedy = f"Check the path given for data set {name!r}."
+    _register(name, lambda: paths, remedy, None, load_labelled_catalogue)
+
+
 def _register(
     name: str,
     locate: Callable[[], tuple[Path, Path]],
     remedy: str,
     thing_classes: list[str] | None,
+    read: Callable[[Path, Path], Catalogue | LabelledCatalogue] = load_catalogue,
 ) -> None:
-    DatasetCatalog.register(name, lambda: _load(name, locate, remedy))
+    DatasetCatalog.register(name, lambda: _load(name, locate, remedy, read))
     metadata = MetadataCatalog.get(name)
-    metadata.evaluator_type = "coco"  # Detectron2's own scripts choose their evaluator by it
+    # Detectron2's own scripts choose their evaluator by it.
+    metadata.evaluator_type = "coco" if read is load_catalogue else "recognition"
     if thing_classes is not None:
         metadata.thing_classes = list(thing_classes)
 
 
-def _load(name: str, locate: Callable[[], tuple[Path, Path]], remedy: str) -> Catalogue:
+def _load(
+    name: str,
+    locate: Callable[[], tuple[Path, Path]],
+    remedy: str,
+    read: Callable[[Path, Path], Catalogue | LabelledCatalogue],
+) -> Catalogue | LabelledCatalogue:
     json_file, image_root = locate()
     if not json_file.is_file():
         raise FileNotFoundError(f"{json_file}: no such file. {remedy}")
     if not image_root.is_dir():
         raise FileNotFoundError(f"{image_root}: no such folder. {remedy}")
 
-    catalogue = load_catalogue(json_file, image_root)
+    catalogue = read(json_file, image_root)
     classes = list(catalogue.categories.values())
     metadata = MetadataCatalog.get(name)
     known = metadata.get("thing_classes")
@@ -142,17 +178,18 @@ def _locate_prepared(dataset: str, split: str) -> tuple[Path, Path]:
 
 
 def _register_prepared() -> None:
-    for dataset, classes in DATASET_CLASSES.items():
+    for dataset, command in _PREPARE.items():
         remedy = (
-            f"Make it with: python tools/prepare_dataset.py {_PREPARE[dataset]} --out "
+            f"Make it with: python tools/prepare_dataset.py {command} --out "
             f"$IMRCNN_DATASETS/{dataset} (datasets/{dataset} where the variable is unset)."
         )
+        classes = DATASET_CLASSES.get(dataset)  # of classified images the user's own
+        read = load_catalogue if classes else load_labelled_catalogue
         for split in SPLITS:
             name = f"{dataset}_{split}"
             if name not in DatasetCatalog:
-                _register(
-                    name, functools.partial(_locate_prepared, dataset, split), remedy, classes
-                )
+                locate = functools.partial(_locate_prepared, dataset, split)
+                _register(name, locate, remedy, classes, read)
 
 
 _register_prepared()

@@ -9,7 +9,13 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
-__all__ = ["ResumableBatchSampler", "balanced_epochs", "seed_generators", "shuffled_epochs"]
+__all__ = [
+    "ResumableBatchSampler",
+    "balanced_epochs",
+    "class_balanced_epochs",
+    "seed_generators",
+    "shuffled_epochs",
+]
 
 
 def seed_generators(*entropy):
@@ -52,6 +58,36 @@ def balanced_epochs(repeat_factors):
 
     def epoch_indices(generator):
         indices = sampler._get_epoch_indices(generator)
+        return indices[torch.randperm(len(indices), generator=generator)]
+
+    return epoch_indices
+
+
+def class_balanced_epochs(labels):
+    """
+    As many images of each class, in an epoch as long as the data set: of a class with too few all
+    are repeated alike, of one with too many a choice is taken, another in each epoch.
+
+    Args:
+        labels (np.ndarray): (N,) int, the class of each image.
+
+    Returns:
+        callable: (torch.Generator) -> (N,) LongTensor, an epoch. Classes differ by one image at
+            most.
+    """
+    images_of = [torch.from_numpy(np.flatnonzero(labels == k)) for k in np.unique(labels)]
+    share, left_over = divmod(len(labels), len(images_of))
+
+    def epoch_indices(generator):
+        # Those that get one more are others in each epoch.
+        lucky = torch.randperm(len(images_of), generator=generator)[:left_over].tolist()
+        chosen = []
+        for k, images in enumerate(images_of):
+            wanted = share + (k in lucky)
+            rounds = -(-wanted // len(images))
+            orders = [torch.randperm(len(images), generator=generator) for _ in range(rounds)]
+            chosen.append(images[torch.cat(orders)[:wanted]])
+        indices = torch.cat(chosen)
         return indices[torch.randperm(len(indices), generator=generator)]
 
     return epoch_indices

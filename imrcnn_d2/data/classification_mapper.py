@@ -1,0 +1,65 @@
+"""From the dataset dict of an image with a class to what a classifier takes."""
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+
+from .augmentation import build_augmentation
+
+__all__ = ["ClassificationMapper"]
+
+
+class ClassificationMapper:
+    """
+    Reads an image, squeezes the whole of it into a square and, in training, augments it as
+    INPUT.AUG says. Nothing is cut off, since a lesion may lie at the rim; in training INPUT.CROP
+    cuts before the resize, which varies scale and shape.
+    """
+
+    @configurable
+    def __init__(self, *, augmentations, image_format):
+        """
+        Args:
+            augmentations (list[Augmentation]): the last image must have the wanted size.
+            image_format (str): as of ``detection_utils.read_image``.
+        """
+        self._augmentations = T.AugmentationList(augmentations)
+        self._image_format = image_format
+
+    @classmethod
+    def from_config(cls, cfg, is_train=True):
+        """
+        Args:
+            cfg (CfgNode): INPUT is read.
+            is_train (bool): whether to augment.
+
+        Raises:
+            ValueError: INPUT.SIZE is not known.
+        """
+        size = cfg.INPUT.SIZE
+        if size <= 0:
+            raise ValueError(
+                f"INPUT.SIZE is {size}: give the side in pixels that images are resized to"
+            )
+        # The first resizes, for detectors.
+        augmentations = [T.Resize((size, size)), *build_augmentation(cfg, is_train)[1:]]
+        if is_train and cfg.INPUT.CROP.ENABLED:
+            augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+        return {"augmentations": augmentations, "image_format": cfg.INPUT.FORMAT}
+
+    def __call__(self, record):
+        """
+        Args:
+            record (dict): with ``file_name``.
+
+        Returns:
+            dict: the record with "image": (3, H, W) uint8 tensor.
+        """
+        image = detection_utils.read_image(record["file_name"], self._image_format)
+        detection_utils.check_image_size(record, image)
+        sample = T.AugInput(image)
+        self._augmentations(sample)
+        pixels = np.ascontiguousarray(sample.image.transpose(2, 0, 1))
+        return {**record, "image": torch.as_tensor(pixels)}
