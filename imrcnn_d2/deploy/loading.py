@@ -1,0 +1,191 @@
+"""From a file of weights to the model it belongs to, whole or not at all."""
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from imrcnn_d2.engine.checkpoint import Checkpointer
+from imrcnn_d2.engine.config import load_config
+from imrcnn_d2.engine.device import choose_device
+from imrcnn_d2.engine.weights import Weights, load_weights
+from imrcnn_d2.modeling.weight_files import load_safetensors
+
+__all__ = ["ARTIFACT_VERSION", "LoadedModel", "is_classifier", "load_model", "pretrained"]
+
+logger = logging.getLogger(__name__)
+
+# Of the metadata that tools/export.py writes; a larger one is of a later version of this package.
+ARTIFACT_VERSION = 1
+NAMED_AT_MOST = 3
+_PACKAGED = resources.files("imrcnn_d2") / "weights"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """
+    Attributes:
+        model (nn.Module): on its device, in evaluation mode.
+        cfg (CfgNode): frozen.
+        weights (Weights): the file, its hash and its operating point.
+        classes (list[str]): names, by the model's class index.
+    """
+
+    model: nn.Module
+    cfg: CfgNode
+    weights: Weights
+    classes: list
+
+    @property
+    def tau(self):
+        """float: the operating point chosen on validation data, else MODEL.IMRCNN.SCORE_THRESH."""
+        point = self.weights.operating_point
+        return self.cfg.MODEL.IMRCNN.SCORE_THRESH if point is None else point.tau
+
+
+def is_classifier(cfg):
+    """bool: whether the config is of a recognition model, which names an image's class."""
+    return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+
+
+def pretrained(name, folder=_PACKAGED):
+    """
+    Args:
+        name (str): of weights that come with the package, such as "demo".
+        folder (Path): where they lie.
+
+    Returns:
+        Path: the file; ``<name>.md`` beside it is its model card.
+
+    Raises:
+        FileNotFoundError: there are no such weights; the error names those there are.
+    """
+    there = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    for path in there:
+        if path.stem == name:
+            return path
+    names = ", ".join(path.stem for path in there) or "none"
+    raise FileNotFoundError(f"The package has no weights named {name!r}; it has: {names}")
+
+
+def load_model(config, weights, *, device=None):
+    """
+    Build a model and load its weights, of which none may be missing, too many or of another shape.
+
+    Args:
+        config (CfgNode, str, Path or None): the config or its file; None for the one that the
+            weights bring along (``tools/export.py``), else ``config.yaml`` in their folder, where
+            training leaves it.
+        weights (str or Path): any file, or URL, that MODEL.WEIGHTS takes.
+        device (str or None): None for a usable GPU, else the CPU, whatever the config says: it is
+            of the machine that the model was trained on.
+
+    Returns:
+        LoadedModel:
+
+    Raises:
+        FileNotFoundError: there are no such weights, or no config.
+        ValueError: the weights are not this config's, damaged, or of a later version.
+    """
+    path = Path(PathManager.get_local_path(str(weights)))
+    if not path.is_file():
+        raise FileNotFoundError(f"{weights}: no such file of weights")
+    metadata = load_safetensors(path)[1] if path.suffix == ".safetensors" else {}
+    if metadata.get("artifact", 0) > ARTIFACT_VERSION:
+        raise ValueError(
+            f"{weights} was written by a later version, imrcnn-d2 {metadata.get('version')}: "
+            "upgrade this one to load it"
+        )
+    cfg = _config(config, path, metadata.get("config"))
+    cfg.MODEL.DEVICE = device or choose_device()
+    cfg.MODEL.WEIGHTS = cfg.MODEL.TIMM.WEIGHTS = ""  # these are the weights of the whole model
+    cfg.MODEL.CHANNELS_LAST = False  # the runtime's affair
+    cfg.freeze()
+    model = build_model(cfg).eval()
+    loaded = load_weights(_WholeCheckpointer(model), str(path))
+    return LoadedModel(model, cfg, loaded, metadata.get("classes") or _classes(cfg))
+
+
+def _config(config, weights, carried):
+    if isinstance(config, CfgNode):
+        cfg = config.clone()
+        cfg.defrost()
+        return cfg
+    if config is None and carried is not None:
+        return _carried_config(carried, weights)
+    if config is None:
+        config = weights.parent / "config.yaml"
+        if not config.is_file():
+            raise FileNotFoundError(
+                f"{weights} brings no config along and {config} does not exist: name the config "
+                "that the weights were trained with (--config-file)"
+            )
+    # The placeholder is replaced; a device that is not there would be refused.
+    return load_config(str(config), ["MODEL.DEVICE", "cpu"])
+
+
+def _carried_config(text, weights):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        try:
+            return load_config(str(path), ["MODEL.DEVICE", "cpu"])
+        except (KeyError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"{weights}: the config that it brings along is of another version or damaged "
+                f"({error}); name one that fits (--config-file)"
+            ) from error
+
+
+class _WholeCheckpointer(Checkpointer):
+    """Refuses what DetectionCheckpointer only warns of: a model with some layers left at random."""
+
+    def _load_model(self, checkpoint):
+        incompatible = super()._load_model(checkpoint)
+        wrong = {
+            "missing": incompatible.missing_keys,
+            "not this model's": incompatible.unexpected_keys,
+            "of another shape": [key for key, *_ in incompatible.incorrect_shapes],
+        }
+        # Detectron2 lists those of another shape among the missing as well.
+        wrong["missing"] = [k for k in wrong["missing"] if k not in wrong["of another shape"]]
+        if any(wrong.values()):
+            counts = "; ".join(
+                f"{len(keys)} {what}, such as {', '.join(sorted(keys)[:NAMED_AT_MOST])}"
+                for what, keys in wrong.items()
+                if keys
+            )
+            raise ValueError(
+                f"The weights are of another architecture than the config: {counts}. Give the "
+                "config that they were trained with (--config-file)"
+            )
+        return incompatible
+
+
+def _classes(cfg):
+    """Class names of the config's data sets; made up where none of them is at hand."""
+    number = (
+        cfg.MODEL.CLASSIFIER.NUM_CLASSES if is_classifier(cfg) else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    )
+    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.get("VAL", ()), *cfg.DATASETS.TRAIN]
+    names = [name for name in names if name in DatasetCatalog]
+    for load in (False, True):  # the files are read only if need be
+        for name in names:
+            try:
+                if load:
+                    DatasetCatalog.get(name)
+            except (OSError, ValueError):
+                continue
+            classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
+            if len(classes) == number:
+                return classes
+    logger.warning("The names of the model's %d classes are not known here", number)
+    return ["lesion"] if number == 1 else [f"class {i + 1}" for i in range(number)]

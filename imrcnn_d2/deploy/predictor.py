@@ -1,0 +1,186 @@
+"""Images in, lesions out."""
+
+import logging
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from detectron2.modeling.postprocessing import detector_postprocess
+
+from imrcnn_d2.data.augmentation import build_augmentation
+from imrcnn_d2.data.images import read_image
+from imrcnn_d2.engine.provenance import config_sha256, describe_model
+
+from .loading import is_classifier, load_model, pretrained
+from .runtimes import build_runtime
+
+__all__ = ["Predictor"]
+
+logger = logging.getLogger(__name__)
+
+
+class Predictor:
+    """
+    A trained model, ready for images.
+
+    .. code-block:: python
+
+        predictor = Predictor("config.yaml", "model_best.pth")
+        instances = predictor("image.jpg")
+        lesions = instances[instances.scores >= predictor.tau]
+
+    Attributes:
+        tau (float): score from which on a detection counts.
+        classes (list[str]): names, by class index.
+        is_classifier (bool): whether it names an image's class and outlines nothing.
+        about (dict): what a prediction is by: model, backbone, version, weights_sha256,
+            config_sha256, tau and runtime.
+    """
+
+    def __init__(self, config, weights, *, runtime="torch", tau=None, device=None):
+        """
+        Args:
+            config, weights, device: see :func:`load_model`.
+            runtime (str): see :func:`build_runtime`.
+            tau (float or None): None for the operating point that was chosen on validation data
+                when the weights were saved, else MODEL.IMRCNN.SCORE_THRESH.
+
+        Raises:
+            FileNotFoundError, ValueError: see :func:`load_model`; or no such runtime.
+        """
+        loaded = load_model(config, weights, device=device)
+        cfg = loaded.cfg
+        self.classes = loaded.classes
+        self.is_classifier = is_classifier(cfg)
+        self.tau = loaded.tau if tau is None else tau
+        self._augmentation = T.AugmentationList(build_augmentation(cfg, is_train=False))
+        self._format = cfg.INPUT.FORMAT
+        side = cfg.INPUT.MIN_SIZE_TEST or 512
+        example = self.prepare(np.full((side, side, 3), 128, np.uint8))
+        chosen, self._runtime = build_runtime(runtime, loaded.model, example)
+        model, backbone = describe_model(loaded.model)
+        self.about = {
+            "model": model,
+            "backbone": backbone,
+            "version": metadata.version("imrcnn-d2"),
+            "weights_sha256": loaded.weights.sha256,
+            "config_sha256": config_sha256(cfg),
+            "tau": self.tau,
+            "runtime": chosen,
+        }
+
+    @classmethod
+    def from_pretrained(cls, name, **kwargs):
+        """
+        Args:
+            name (str): of weights that come with the package: "demo" finds polyps of the colon.
+            **kwargs: of the constructor.
+
+        Returns:
+            Predictor:
+        """
+        return cls(None, pretrained(name), **kwargs)
+
+    def __call__(self, images, batch_size=1):
+        """
+        Args:
+            images (str, Path, np.ndarray, or a list of these): files, or RGB images (H, W, 3),
+                uint8.
+            batch_size (int): images that the network sees at once, as far as they follow each other
+                and are of one size to it; it does not change the result.
+
+        Returns:
+            Instances, or a list of them for a list: ``pred_boxes`` (N, 4) xyxy in pixels,
+            ``scores`` (N,), ``pred_classes`` (N,) and ``pred_masks`` (N, H, W) bool, by falling
+            score, down to MODEL.ROI_HEADS.SCORE_THRESH_TEST: which of them count is for ``tau`` to
+            say. Of a recognition model, the classes' probabilities (K,).
+
+        Raises:
+            BadInputError: a file cannot be read.
+            ValueError: an array is no RGB image.
+        """
+        if isinstance(images, str | Path) or getattr(images, "ndim", 0) == 3:
+            return self([images])[0]
+        ret = []
+        for batch in in_batches(map(self._load, images), batch_size):
+            outputs = self.forward([prepared for _, prepared in batch])
+            ret += [
+                self.finish(output, *size) for (size, _), output in zip(batch, outputs, strict=True)
+            ]
+        return ret
+
+    def _load(self, image):
+        array = read_image(Path(image)) if isinstance(image, str | Path) else image
+        return array.shape[:2], self.prepare(array)
+
+    def prepare(self, image):
+        """
+        Args:
+            image (np.ndarray): (H, W, 3) RGB, uint8.
+
+        Returns:
+            Tensor: what the network sees, (3, h, w) uint8, resized and in INPUT.FORMAT.
+
+        Raises:
+            ValueError: it is no such image, or a strip too thin to be resized.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(
+                f"An image is {image.dtype} of shape {image.shape}, but RGB is uint8 of (H, W, 3)"
+            )
+        if not image.size:
+            raise ValueError(f"An image of {image.shape[1]}x{image.shape[0]} pixels is empty")
+        if self._format == "BGR":
+            image = image[:, :, ::-1]
+        data = T.AugInput(np.ascontiguousarray(image))
+        try:
+            self._augmentation(data)
+        except ValueError as error:  # Pillow's, on a side of no pixels
+            height, width = image.shape[:2]
+            raise ValueError(f"An image of {width}x{height} is too thin ({error})") from error
+        return torch.as_tensor(np.ascontiguousarray(data.image.transpose(2, 0, 1)))
+
+    def forward(self, prepared):
+        """
+        Args:
+            prepared (list[Tensor]): of one size, see :meth:`prepare`.
+
+        Returns:
+            list: what the runtime gives, see :class:`TorchRuntime`.
+        """
+        return self._runtime(prepared)
+
+    def finish(self, output, height, width):
+        """
+        Args:
+            output (Instances or Tensor): one of what :meth:`forward` gave; used up.
+            height, width (int): of the original image.
+
+        Returns:
+            Instances or Tensor: scaled to the original; see :meth:`__call__`.
+        """
+        if self.is_classifier:
+            return output
+        return detector_postprocess(output, height, width)
+
+
+def in_batches(items, batch_size):
+    """
+    Args:
+        items (iterable): tuples that end with a prepared image.
+        batch_size (int): at most so many in a batch.
+
+    Yields:
+        list: items that follow each other and whose images are of one size: padding one to
+        another's would change what is predicted in it.
+    """
+    batch = []
+    for item in items:
+        if batch and (len(batch) == batch_size or batch[0][-1].shape != item[-1].shape):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
