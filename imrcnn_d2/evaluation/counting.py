@@ -15,6 +15,7 @@ __all__ = [
     "add_up",
     "count_images",
     "named",
+    "number_units",
     "overlap_of_hits",
     "union_overlaps",
 ]
@@ -143,6 +144,22 @@ def named(sums):
         dict[str, np.ndarray or np.float64]: (...,) by the names of COLUMNS.
     """
     return dict(zip(COLUMNS, np.moveaxis(sums, -1, 0), strict=True))
+
+
+def number_units(images):
+    """
+    Args:
+        images (list[dict]): records; patients are known where all have a ``patient_id``.
+
+    Returns:
+        tuple: "patient" where they are known, else "image"; (I,) int, the number of the unit that
+        each image belongs to; and how many units there are.
+    """
+    patients = [record.get("patient_id") for record in images]
+    if not patients or None in patients:
+        return "image", np.arange(len(images)), len(images)
+    number = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
+    return "patient", np.array([number[patient] for patient in patients]), len(number)
 
 
 def add_up(columns, unit, number):

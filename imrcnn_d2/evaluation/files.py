@@ -16,9 +16,13 @@ __all__ = [
     "RESULTS",
     "atomic_file",
     "coco_results",
+    "confusion_rows",
+    "csv_text",
     "file_sha256",
     "sources",
     "strict_json",
+    "transposed",
+    "with_intervals",
     "write_atomically",
     "write_results",
 ]
@@ -70,17 +74,17 @@ def write_results(results, folder, **meta):
     tables = {
         "per_image.csv": (results.per_image, ["image_id"]),
         "pr_curve.csv": (_curve_rows(results.curves), CURVE_COLUMNS),
-        "froc.csv": _transposed(measures.froc.curve()),
-        "calibration.csv": _transposed(measures.calibration.diagram()),
+        "froc.csv": transposed(measures.froc.curve()),
+        "calibration.csv": transposed(measures.calibration.diagram()),
         "thresholds.csv": (results.thresholds, ["tau"]),
         "by_size.csv": (_size_rows(results), ["scale", "size"]),
-        "confusion_matrix.csv": (_confusion_rows(results.confusion), ["truth"]),
+        "confusion_matrix.csv": (confusion_rows(results.confusion), ["truth"]),
     }
     if measures.unit == "patient":
         rows = patient_rows(gt, results.counts, results.detections.scored)
         tables["per_patient.csv"] = (rows, ["patient_id"])
     texts = {"metrics.json": strict_json(document)}
-    texts.update({name: _csv(*table) for name, table in tables.items()})
+    texts.update({name: csv_text(*table) for name, table in tables.items()})
     paths = {name: folder / name for name in texts}
     for name, path in paths.items():
         write_atomically(path, texts[name])
@@ -89,42 +93,49 @@ def write_results(results, folder, **meta):
 
 def _document(results):
     """What metrics.json holds, but for ``meta``."""
-    intervals = results.intervals
 
-    def with_intervals(figures, group):
-        beside = {}
-        for name, figure in figures.items():
-            beside[name] = figure
-            if name in intervals.get(group, ()):
-                beside[f"{name}_ci"] = list(intervals[group][name])
-        return beside
+    def own(figures, group):
+        return with_intervals(figures, results.intervals.get(group, {}))
 
-    document = {name: with_intervals(figures, name) for name, figures in results.groups().items()}
+    document = {name: own(figures, name) for name, figures in results.groups().items()}
     if results.tau_val is not None:
         document["tau_val"] = {
-            key: with_intervals(value, f"tau_val.{key}") if isinstance(value, dict) else value
+            key: own(value, f"tau_val.{key}") if isinstance(value, dict) else value
             for key, value in results.tau_val.items()
         }
-    document["froc"] = with_intervals(results.froc, "froc")
-    document["calibration"] = with_intervals(results.calibration, "calibration")
+    document["froc"] = own(results.froc, "froc")
+    document["calibration"] = own(results.calibration, "calibration")
     document["confusion_matrix"] = {
         "classes": results.confusion.classes,
         "counts": results.confusion.rows(),
     }
     document["by_size"] = {
-        scale: {
-            name: with_intervals(figures, f"by_size.{scale}.{name}")
-            for name, figures in strata.items()
-        }
+        scale: {name: own(figures, f"by_size.{scale}.{name}") for name, figures in strata.items()}
         for scale, strata in results.by_size.items()
     }
     if results.by_class:
         document["by_class"] = {
-            name: with_intervals(figures, f"by_class.{name}")
-            for name, figures in results.by_class.items()
+            name: own(figures, f"by_class.{name}") for name, figures in results.by_class.items()
         }
     document["undefined_shares"] = results.undefined_shares
     return document
+
+
+def with_intervals(figures, intervals):
+    """
+    Args:
+        figures (dict[str, float]): by name.
+        intervals (dict[str, tuple[float, float]]): of those that have one.
+
+    Returns:
+        dict: the figures, each with its interval behind it as ``<name>_ci``.
+    """
+    beside = {}
+    for name, figure in figures.items():
+        beside[name] = figure
+        if name in intervals:
+            beside[f"{name}_ci"] = list(intervals[name])
+    return beside
 
 
 def _curve_rows(curves):
@@ -153,15 +164,16 @@ def _size_rows(results):
     return rows
 
 
-def _confusion_rows(confusion):
+def confusion_rows(confusion):
+    """list[dict]: rows of a ConfusionMatrix, by class, with the class under "truth"."""
     return [
         {"truth": truth, **dict(zip(confusion.classes, counts, strict=True))}
         for truth, counts in zip(confusion.classes, confusion.rows(), strict=True)
     ]
 
 
-def _transposed(columns):
-    """(rows, names) of a dict of arrays."""
+def transposed(columns):
+    """tuple[list[dict], list[str]]: rows and their names, of a dict of arrays."""
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in values], list(columns)
 
@@ -283,8 +295,9 @@ def _nan_to_null(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _csv(rows, columns):
-    """The rows under all their keys, in the order of their first appearance; else ``columns``."""
+def csv_text(rows, columns):
+    """str: the rows under all their keys, in the order of their first appearance; without a row
+    ``columns`` alone. NaN is empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row)) or columns
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

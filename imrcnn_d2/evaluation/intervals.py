@@ -98,4 +98,4 @@ def confidence_intervals(results, bootstrap, resampled=None):
 
 def _exact(name, part, whole):
     interval = clopper_pearson(round(part), round(whole))
-    return tuple(100 * (2 * s / (1 + s) if name == "f1" else s) for s in interval)
+    return tuple(100 * (2 * s / (1 + s) if name.startswith("f1") else s) for s in interval)

@@ -11,7 +11,7 @@ import numpy as np
 
 from .calibration import Calibration
 from .coco_ap import ranked_by_coco
-from .counting import add_up, named
+from .counting import add_up, named, number_units
 from .froc import FROC
 from .metrics import (
     divide,
@@ -63,16 +63,7 @@ class Measures:
         self.sizes, self.classes = sizes, classes
         self.froc = FROC.of(gt, detections, matching)
         self.calibration = Calibration.of(gt, detections, matching)
-        patients = [record.get("patient_id") for record in gt.images]
-        known = bool(patients) and None not in patients
-        self.unit = "patient" if known else "image"
-        number = {unit: i for i, unit in enumerate(dict.fromkeys(patients if known else ()))}
-        self.unit_of_image = (
-            np.array([number[patient] for patient in patients])
-            if known
-            else np.arange(len(gt.images))
-        )
-        self.num_units = len(number) if known else len(gt.images)
+        self.unit, self.unit_of_image, self.num_units = number_units(gt.images)
         self._images = np.bincount(self.unit_of_image, minlength=self.num_units)
         self._rankings = {}
         classes = np.unique(gt.regions.category[~gt.crowd])

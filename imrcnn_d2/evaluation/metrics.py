@@ -13,6 +13,7 @@ __all__ = [
     "lesion_figures",
     "lesion_proportions",
     "ratios",
+    "table_proportions",
     "unit_figures",
     "unit_proportions",
 ]
@@ -44,13 +45,13 @@ def ratios(tp, fp, fn, tn):
         dict[str, np.ndarray]: precision, recall (sensitivity), specificity, accuracy, f1 in
         percent.
     """
-    shares = _table_proportions(tp, fp, fn, tn)
+    shares = table_proportions(tp, fp, fn, tn)
     figures = {name: 100 * divide(part, whole) for name, (part, whole) in shares.items()}
     return {**figures, "f1": 100 * divide(2 * tp, 2 * tp + fp + fn)}
 
 
-def _table_proportions(tp, fp, fn, tn):
-    """As :func:`lesion_proportions`."""
+def table_proportions(tp, fp, fn, tn):
+    """As :func:`lesion_proportions`, of a two-by-two table."""
     return {
         "precision": (tp, tp + fp),
         "recall": (tp, tp + fn),
@@ -148,12 +149,12 @@ def lesion_proportions(sums):
         dict[str, tuple]: figure -> (cases that have it, cases), each (...,). For f1 it is
         s = TP / (TP + FP + FN), of which F1 = 2s / (1 + s) is a monotone function.
     """
-    return _table_proportions(*_lesion_table(sums))
+    return table_proportions(*_lesion_table(sums))
 
 
 def unit_proportions(sums):
     """As :func:`lesion_proportions`, where each image, or each patient, is a case."""
     return {
-        **_table_proportions(*_unit_table(sums)),
+        **table_proportions(*_unit_table(sums)),
         "localised_recall": (sums["positive_hit"], sums["positive"]),
     }

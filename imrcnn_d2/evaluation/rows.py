@@ -4,7 +4,7 @@ import numpy as np
 
 from .metrics import divide, image_figures, lesion_figures
 
-__all__ = ["THRESHOLDS", "image_rows", "patient_rows", "threshold_table"]
+__all__ = ["THRESHOLDS", "beside_records", "image_rows", "patient_rows", "threshold_table"]
 
 # 0.05, 0.10 ... 0.95
 THRESHOLDS = tuple(n / 20 for n in range(1, 20))
@@ -24,8 +24,21 @@ def image_rows(gt, counts, scored):
     columns = _columns(counts, scored, "image_outcome")
     columns["union_iou"] = np.where(counts.positive, 100 * counts.union_iou, np.nan)
     columns["union_dice"] = np.where(counts.positive, 100 * counts.union_dice, np.nan)
+    return beside_records(gt.images, columns)
+
+
+def beside_records(images, columns):
+    """
+    Args:
+        images (list[dict]): COCO image records.
+        columns (dict[str, np.ndarray]): (I,) each, what happened in them.
+
+    Returns:
+        list[dict]: a row an image: image_id and file_name, the other fields of its record, and the
+        columns.
+    """
     rows = []
-    for record, *values in zip(gt.images, *(c.tolist() for c in columns.values()), strict=True):
+    for record, *values in zip(images, *(c.tolist() for c in columns.values()), strict=True):
         passed = {"image_id": record["id"], "file_name": record.get("file_name"), **record}
         del passed["id"]
         # Fields of the data set that have the name of a figure keep both.

@@ -1,0 +1,132 @@
+"""Images with a class each and the probabilities a model gives them, checked and as arrays."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["LabelledImages", "read_labels", "read_probabilities"]
+
+# Of a sum of probabilities: half-precision softmax is off by less.
+SUM_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """
+    Attributes:
+        images (list[dict]): the COCO image records, by ascending id, with all their fields.
+        categories (list[dict]): the COCO category records, by ascending id; K of them.
+        label (np.ndarray): (N,) int in [0, K), the class of each image.
+        cancer (np.ndarray or None): (K,) bool, classes whose ``supercategory`` is "cancer". None
+            where there is no such class, or no other.
+    """
+
+    images: list
+    categories: list
+    label: np.ndarray
+    cancer: np.ndarray | None
+
+    @property
+    def classes(self):
+        """list[str]: K names."""
+        return [category["name"] for category in self.categories]
+
+
+def read_labels(gt):
+    """
+    Args:
+        gt (dict, str or Path): COCO image classification: images, categories and an annotation
+            {id, image_id, category_id} for each image.
+
+    Returns:
+        LabelledImages:
+
+    Raises:
+        ValueError: on anything else, saying which record is wrong and why.
+    """
+    where = "The ground truth"
+    if isinstance(gt, (str, Path)):
+        where, gt = str(gt), json.loads(Path(gt).read_text(encoding="utf-8"))
+    for key in ("images", "categories", "annotations"):
+        if not isinstance(gt.get(key), list) or not gt[key]:
+            raise ValueError(f"{where} has no {key}: it must be COCO image classification.")
+    images = sorted(gt["images"], key=lambda image: image["id"])
+    categories = sorted(gt["categories"], key=lambda category: category["id"])
+    for what, records in (("images", images), ("categories", categories)):
+        id_, count = Counter(record["id"] for record in records).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{where} has {count} {what} with id {id_}.")
+    if len(categories) < 2:
+        raise ValueError(f"{where} has one class, {categories[0]['name']}: nothing to tell apart.")
+    position = {category["id"]: k for k, category in enumerate(categories)}
+    known = {image["id"] for image in images}
+    label = {}
+    for annotation in gt["annotations"]:
+        image, category = annotation["image_id"], annotation["category_id"]
+        if image not in known:
+            raise ValueError(f"{where} gives a class to image {image}, which it does not have.")
+        if category not in position:
+            raise ValueError(
+                f"{where}: unknown label {category} of image {image}; there are {list(position)}."
+            )
+        if image in label:
+            raise ValueError(f"{where} gives several classes to image {image}: one is needed.")
+        label[image] = position[category]
+    for image in images:
+        if image["id"] not in label:
+            name = image.get("file_name", image["id"])
+            raise ValueError(f"{where} gives no class to image {image['id']} ({name}).")
+    cancer = np.array([category.get("supercategory") == "cancer" for category in categories])
+    return LabelledImages(
+        images,
+        categories,
+        np.array([label[image["id"]] for image in images]),
+        cancer if cancer.any() and not cancer.all() else None,
+    )
+
+
+def read_probabilities(results, truth):
+    """
+    Args:
+        results (list[dict], str or Path): {image_id, scores} for each image; ``scores`` are K
+            probabilities, of the classes by ascending category id.
+        truth (LabelledImages): of N images.
+
+    Returns:
+        np.ndarray: (N, K) float, in the order of ``truth.images``.
+
+    Raises:
+        ValueError: images missing, unknown or given twice; scores that are no K probabilities.
+    """
+    where = "The results"
+    if isinstance(results, (str, Path)):
+        where, results = str(results), json.loads(Path(results).read_text(encoding="utf-8"))
+    k, ids = len(truth.categories), {image["id"] for image in truth.images}
+    scores = {}
+    for result in results:
+        image, own = result["image_id"], np.asarray(result["scores"], dtype=float)
+        if image not in ids:
+            raise ValueError(f"{where} have image {image}, which the ground truth lacks.")
+        if image in scores:
+            raise ValueError(f"{where} have image {image} twice.")
+        if own.shape != (k,):
+            raise ValueError(
+                f"{where} give image {image} {own.size} scores, but there are {k} classes "
+                f"({', '.join(truth.classes)}): set MODEL.CLASSIFIER.NUM_CLASSES to that."
+            )
+        if not (own >= 0).all() or not abs(own.sum() - 1) <= SUM_TOLERANCE:
+            raise ValueError(
+                f"{where} give image {image} the scores {own.tolist()}, which are no probabilities "
+                "that sum to 1."
+            )
+        scores[image] = own
+    missing = [image for image in truth.images if image["id"] not in scores]
+    if missing:
+        name = missing[0].get("file_name", missing[0]["id"])
+        raise ValueError(
+            f"{where} lack {len(missing)} of the {len(ids)} images, such as {name}: score all."
+        )
+    return np.array([scores[image["id"]] for image in truth.images])
