@@ -1,0 +1,114 @@
+"""What to predict on: images, videos and DICOM files, out of paths, folders and patterns."""
+
+import glob
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from imrcnn_d2.data.images import list_files, read_image
+
+from .dicom import is_dicom, read_dicom
+from .video import Frame, decode_video
+
+__all__ = ["Source", "find_inputs", "read_frames"]
+
+logger = logging.getLogger(__name__)
+
+IMAGES = (
+    *(".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
+VIDEOS = (
+    *(".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"),
+    *(".ts", ".webm", ".wmv"),
+)
+DICOM = (".dcm", ".dicom")
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    Attributes:
+        path (Path): the file.
+        name (str): relative to the folder that all inputs share, with "/".
+        kind (str): "image", "video" or "dicom".
+    """
+
+    path: Path
+    name: str
+    kind: str
+
+
+def find_inputs(inputs):
+    """
+    Args:
+        inputs (list[str or Path]): files, folders and glob patterns ("**" for any folders). A
+            folder gives all images, videos and DICOM files under it; other files there, and
+            hidden ones, are left out. A file that is named is taken whatever its suffix, as an
+            image if no other.
+
+    Returns:
+        tuple[Path, list[Source]]: the folder that all inputs share, and each file once, by name.
+
+    Raises:
+        FileNotFoundError: an input does not exist, or nothing at all is found.
+    """
+    found, roots = {}, []
+    for given in map(os.fspath, inputs):
+        path = Path(given)
+        if path.is_dir():
+            files = list_files(path)
+            known = [(file, _kind(file)) for file in files]
+            known = {file: kind for file, kind in known if kind}
+            if len(known) < len(files):
+                logger.info("%s: %d other files left out", path, len(files) - len(known))
+            roots.append(path.resolve())
+        else:
+            files = [path] if path.exists() else map(Path, glob.glob(given, recursive=True))
+            known = {file: _kind(file) or "image" for file in files if not file.is_dir()}
+            if not known:
+                raise FileNotFoundError(f"{given}: no such file, folder or pattern with a match")
+            roots += [file.resolve().parent for file in known]
+        found.update((file.resolve(), kind) for file, kind in known.items())
+    if not found:
+        raise FileNotFoundError(
+            f"No image, video or DICOM file under {', '.join(map(str, inputs))}"
+        )
+    root = Path(os.path.commonpath(roots))
+    sources = [Source(path, _relative(path, root), kind) for path, kind in found.items()]
+    return root, sorted(sources, key=lambda source: source.name)
+
+
+def read_frames(source):
+    """
+    Args:
+        source (Source):
+
+    Yields:
+        Frame: one of an image, those of a video or DICOM file in turn.
+
+    Raises:
+        BadInputError: it cannot be read, or not to its end.
+    """
+    if source.kind == "video":
+        yield from decode_video(source.path, source.path)
+    elif source.kind == "dicom":
+        yield from read_dicom(source.path)
+    else:
+        yield Frame(read_image(source.path))
+
+
+def _relative(path, root):
+    # A link inside the folder may lead out of it.
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def _kind(path):
+    """ "image", "video" or "dicom"; None for another file."""
+    suffix = path.suffix.lower()
+    if suffix in VIDEOS:
+        return "video"
+    if suffix in DICOM or is_dicom(path):
+        return "dicom"
+    return "image" if suffix in IMAGES else None

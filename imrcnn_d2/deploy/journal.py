@@ -1,0 +1,274 @@
+"""What a prediction run has done so far, line by line on disk, to go on from after a kill."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+
+from imrcnn_d2.evaluation.files import atomic_file
+
+from .records import counted
+
+__all__ = ["FAILED", "PREDICTIONS", "TABLE", "Journal", "signature"]
+
+PREDICTIONS, TABLE, FAILED = "predictions.json", "predictions.csv", "failed.csv"
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One that was done: its lines in the file are from byte ``start`` to ``end``."""
+
+    name: str
+    signature: list | None
+    start: int
+    end: int
+    frames: int
+    error: str | None
+
+
+class Journal:
+    """
+    ``progress.jsonl``: a line that says what the run is, then for each input a line a frame and one
+    that says it is done. A kill costs the input at work, never more: what follows the last input
+    that is done is cut off when the file is opened again.
+
+    The tables of all results are made from it, a line in memory at a time.
+    """
+
+    FILE = "progress.jsonl"
+
+    def __init__(self, folder, run):
+        """
+        Args:
+            folder (Path): of the outputs; made if it does not exist.
+            run (dict): what all results in the folder share, such as the hash of the weights.
+
+        Raises:
+            ValueError: the folder has the results of another run.
+        """
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.run = json.loads(json.dumps(run))  # as it is read back
+        self._path = self.folder / self.FILE
+        self._done = {}
+        self._file = open(self._path, "a+b")  # noqa: SIM115  (closed by close)
+        self._read()
+        if not self._file.tell():
+            self._append({"run": self.run})
+            self._sync()
+        self._start = self._file.tell()
+
+    def _read(self):
+        """Index what is there; the file is then cut and stands at its end."""
+        self._file.seek(0)
+        whole = start = 0
+        for line in self._file:
+            try:
+                content = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                content = None
+            if content is None:  # cut off by a kill
+                break
+            end = start + len(line)
+            if "run" in content:
+                self._check(content["run"])
+                whole = end
+            elif "done" in content:
+                done = content["done"]
+                key = done.pop("key")
+                self._done[key] = _Input(**done, start=whole, end=end)
+                whole = end
+            start = end
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    def _check(self, run):
+        differing = [key for key in {**run, **self.run} if run.get(key) != self.run.get(key)]
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds the predictions of another run: it differs in "
+                + ", ".join(f"{k} ({run.get(k)}, now {self.run.get(k)})" for k in sorted(differing))
+                + ". Choose another --output, or remove that folder"
+            )
+
+    def is_done(self, source):
+        """
+        Args:
+            source (Source):
+
+        Returns:
+            bool: whether it was done without an error and has not been changed since.
+        """
+        done = self._done.get(_key(source.name))
+        return done is not None and done.error is None and done.signature == signature(source)
+
+    def add(self, record, annotations):
+        """
+        Args:
+            record (dict): COCO image record of a frame, without its id.
+            annotations (list[dict]): what was found in it.
+        """
+        self._append({"image": record, "annotations": annotations})
+
+    def finish(self, source, name, signature, frames, error=None):
+        """
+        Note that an input is done: it and its frames are now on disk.
+
+        Args:
+            source (Source):
+            name (str): what outputs call it.
+            signature (list or None): of the file as it was read, see :func:`signature`.
+            frames (int): that were predicted.
+            error (str or None): why it, or the rest of it, could not be.
+        """
+        key = _key(source.name)
+        done = dict(name=name, signature=signature, frames=frames, error=error)
+        self._append({"done": {"key": key, **done}})
+        self._sync()
+        end = self._file.tell()
+        self._done[key] = _Input(**done, start=self._start, end=end)
+        self._start = end
+
+    def _append(self, content):
+        self._file.write(json.dumps(content, separators=(",", ":")).encode() + b"\n")
+
+    def _sync(self):
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self):
+        """Close the file."""
+        self._file.close()
+
+    def frames(self):
+        """
+        Yields:
+            tuple[dict, list[dict]]: image record with its ``id``, and the annotations, of all
+            inputs by name.
+        """
+        number = 0
+        with open(self._path, "rb") as file:
+            for done in self._by_name():
+                file.seek(done.start)
+                for _ in range(done.frames):
+                    line = json.loads(file.readline())
+                    number += 1
+                    yield {"id": number, **line["image"]}, line["annotations"]
+
+    def _by_name(self):
+        return sorted(self._done.values(), key=lambda done: done.name)
+
+    def failed(self):
+        """
+        Returns:
+            list[tuple[str, str]]: name and reason of each input that was not, or not wholly, read.
+        """
+        return [(done.name, done.error) for done in self._by_name() if done.error is not None]
+
+    def write_tables(self, about, classes):
+        """
+        Write ``predictions.json``, ``predictions.csv`` and, if there are any, ``failed.csv``.
+
+        Args:
+            about (dict): of the :class:`Predictor`.
+            classes (list[str]):
+        """
+        self._write_coco(about, classes)
+        rows = (_row(image, found, about, classes) for image, found in self.frames())
+        self._write_csv(TABLE, rows)
+        failed = [{"file": name, "reason": reason} for name, reason in self.failed()]
+        if failed:
+            self._write_csv(FAILED, failed)
+        else:
+            (self.folder / FAILED).unlink(missing_ok=True)
+
+    def _write_coco(self, about, classes):
+        head = {
+            "info": {
+                "description": "Predictions of research software, not for diagnosis. All "
+                "detections are listed; those with a score of at least tau count.",
+                **about,
+            },
+            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(classes)],
+        }
+        with atomic_file(self.folder / PREDICTIONS) as file:
+            file.write(json.dumps(head)[:-1].encode() + b',\n"images": [')
+            _write_list(file, (image for image, _ in self.frames()))
+            file.write(b'],\n"annotations": [')
+            _write_list(
+                file,
+                (
+                    {"image_id": image["id"], **annotation}
+                    for image, annotations in self.frames()
+                    for annotation in annotations
+                ),
+                numbered=True,
+            )
+            file.write(b"]}\n")
+
+    def _write_csv(self, file_name, rows):
+        with atomic_file(self.folder / file_name) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+            writer = None
+            for row in rows:
+                if writer is None:
+                    writer = csv.DictWriter(text, list(row), lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow(row)
+            text.detach()
+
+
+def _key(name):
+    # The name itself may be a patient's.
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def signature(source):
+    """
+    Args:
+        source (Source):
+
+    Returns:
+        list[int] or None: what changes when the file does; None where it is gone.
+    """
+    try:
+        status = source.path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _write_list(file, records, numbered=False):
+    for number, record in enumerate(records, 1):
+        record = {"id": number, **record} if numbered else record
+        file.write((b",\n" if number > 1 else b"\n") + json.dumps(record).encode())
+
+
+def _row(image, annotations, about, classes):
+    """What predictions.csv says of an image."""
+    row = {key: image.get(key) for key in ("file_name", "frame", "time", "width", "height")}
+    if annotations and "probabilities" in annotations[0]:
+        best = annotations[0]
+        row |= {"class": classes[best["category_id"] - 1], "score": best["score"]}
+        row |= dict(zip((f"probability {c}" for c in classes), best["probabilities"], strict=True))
+    else:
+        shown = counted(annotations, about["tau"])
+        row |= {"lesions": len(shown), "score": max((a["score"] for a in annotations), default=0)}
+        row |= {"area_percent": _area_percent(shown, image)}
+    return row | {key: about[key] for key in ("tau", "weights_sha256", "version")}
+
+
+def _area_percent(annotations, image):
+    """Of the image, what is outlined; of boxes where there are no masks."""
+    size = image["height"], image["width"]
+    masks = [a["segmentation"] for a in annotations if "segmentation" in a] or [
+        mask_util.frPyObjects([a["bbox"]], *size)[0] for a in annotations
+    ]
+    area = float(mask_util.area(mask_util.merge(masks))) if masks else 0.0
+    return round(100 * area / np.prod(size), 4)

@@ -1,0 +1,199 @@
+"""The pictures and files that are made of one input: overlays, masks, LabelMe."""
+
+import io
+import json
+import os
+from collections import Counter
+from pathlib import PurePosixPath
+
+import cv2
+import pycocotools.mask as mask_util
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from imrcnn_d2.evaluation.files import write_atomically
+
+from .overlay import draw_overlay
+from .records import counted, label_map
+from .video import VideoWriter
+
+__all__ = ["OUTPUTS", "InputOutputs", "OutputFolder", "footer"]
+
+OUTPUTS = ("overlays", "masks", "labelme")
+JPEG_QUALITY = 92
+LABELME_VERSION = "5.5.0"  # of the format
+CLOSENESS = 0.7  # pixels that a LabelMe polygon may be off: fewer points to move by hand
+
+
+def footer(about):
+    """
+    Args:
+        about (dict): of a :class:`Predictor`.
+
+    Returns:
+        str: the line that every picture has at its bottom.
+    """
+    weights = (about["weights_sha256"] or "none")[:8]
+    return f"Research use only, not for diagnosis · weights {weights} · τ {about['tau']:.3g}"
+
+
+class OutputFolder:
+    """
+    Where the files of each input go.
+
+    An input ``a/b.jpg`` gives ``overlays/a/b.jpg``, ``masks/a/b.png`` and ``labelme/a/b.json``; a
+    video ``v.mp4`` gives ``overlays/v.mp4``, and for each frame ``masks/v/000000.png``. Where two
+    inputs differ in nothing but their suffix, it is kept: ``masks/a/b.jpg.png``.
+    """
+
+    def __init__(self, folder, wanted, about, classes, names):
+        """
+        Args:
+            folder (Path):
+            wanted (iterable of str): of ``OUTPUTS``.
+            about (dict), classes (list[str]): of the :class:`Predictor`.
+            names (iterable of str): of all inputs.
+        """
+        self.wanted, self.about, self.classes = tuple(wanted), about, classes
+        self.comment = json.dumps({"software": "imrcnn-d2, research use only", **about})
+        self._folder = folder
+        self._stems = Counter(map(_stem, names))
+
+    def path(self, kind, name, suffix, frame=None):
+        """
+        Args:
+            kind (str): of ``OUTPUTS``.
+            name (str): of the input.
+            suffix (str): of the file.
+            frame (int or None): number, for a file of a single frame.
+
+        Returns:
+            Path: never outside the folder.
+        """
+        stem = _stem(name) if self._stems[_stem(name)] < 2 else name
+        end = suffix if frame is None else f"/{frame:06d}{suffix}"
+        return self._folder / kind / f"{stem}{end}"
+
+
+def _stem(name):
+    return PurePosixPath(name).with_suffix("").as_posix()
+
+
+class InputOutputs:
+    """
+    The files of one input, each written whole or not at all.
+
+    Use as a context manager: leaving it by an error deletes the video it was writing.
+    """
+
+    def __init__(self, to, source, name, *, pictures=True):
+        """
+        Args:
+            to (OutputFolder):
+            source (Source):
+            name (str): what outputs call it.
+            pictures (bool): False if its pixels must not reach an output.
+        """
+        self._to, self._source, self._name = to, source, name
+        self._wanted = to.wanted if pictures else set(to.wanted) & {"masks"}
+        self._video = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self._video is not None:
+            self._video.__exit__(*error)
+
+    def add(self, frame, annotations):
+        """
+        Args:
+            frame (Frame):
+            annotations (list[dict]): what was found in it.
+        """
+        shown = counted(annotations, self._to.about["tau"])
+        if "overlays" in self._wanted:
+            self._add_overlay(frame, shown)
+        if "masks" in self._wanted:
+            self._add_mask(frame, shown)
+        # Of a video only frames in which there is something: each is a file of its own.
+        if "labelme" in self._wanted and (shown or frame.number is None):
+            self._add_labelme(frame, shown)
+
+    def _add_overlay(self, frame, shown):
+        to = self._to
+        picture = draw_overlay(frame.image, shown, to.classes, footer(to.about))
+        if frame.time is None:
+            path = to.path("overlays", self._name, ".jpg", frame.number)
+            options = {"quality": JPEG_QUALITY, "comment": to.comment.encode()}
+            write_atomically(path, _encoded(picture, "JPEG", **options))
+            return
+        if self._video is None:
+            path = to.path("overlays", self._name, ".mp4")
+            self._video = VideoWriter(path, time_base=frame.time_base, comment=to.comment)
+        self._video.write(picture, frame.time)
+
+    def _add_mask(self, frame, shown):
+        mask = label_map(shown, *frame.image.shape[:2])
+        if len(self._to.classes) == 1:
+            mask *= 255  # to be seen
+        path = self._to.path("masks", self._name, ".png", frame.number)
+        write_atomically(path, self._png(mask))
+
+    def _add_labelme(self, frame, shown):
+        to = self._to
+        path = to.path("labelme", self._name, ".json", frame.number)
+        if self._source.kind == "image":
+            image_path = os.path.relpath(self._source.path, path.parent.resolve())
+        else:
+            write_atomically(path.with_suffix(".png"), self._png(frame.image))
+            image_path = path.with_suffix(".png").name
+        height, width = frame.image.shape[:2]
+        flags = {to.classes[a["category_id"] - 1]: True for a in shown if "probabilities" in a}
+        document = {
+            "version": LABELME_VERSION,
+            "flags": flags,
+            "shapes": [shape for a in shown for shape in _shapes(a, to.classes)],
+            "imagePath": image_path,
+            "imageData": None,
+            "imageHeight": height,
+            "imageWidth": width,
+            "predicted_by": to.about,
+        }
+        write_atomically(path, json.dumps(document, indent=2) + "\n")
+
+    def _png(self, image):
+        info = PngInfo()
+        info.add_text("Comment", self._to.comment)
+        return _encoded(image, "PNG", pnginfo=info)
+
+
+def _encoded(image, image_format, **options):
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, image_format, **options)
+    return stream.getvalue()
+
+
+def _shapes(annotation, classes):
+    """
+    Polygons of a detection; of a recognition model's class none. Holes are filled, as LabelMe knows
+    none.
+    """
+    if "segmentation" not in annotation:
+        return
+    mask = mask_util.decode(annotation["segmentation"])
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    for contour in contours:
+        points = cv2.approxPolyDP(contour, CLOSENESS, closed=True)[:, 0]
+        if len(points) < 3:  # LabelMe draws no lines
+            x, y = contour[:, 0].min(axis=0)
+            right, bottom = contour[:, 0].max(axis=0) + 1
+            points = [(x, y), (right, y), (right, bottom), (x, bottom)]
+        yield {
+            "label": classes[annotation["category_id"] - 1],
+            "points": [[float(x), float(y)] for x, y in points],
+            "group_id": None,
+            "description": f"score {annotation['score']:.4f}",
+            "shape_type": "polygon",
+            "flags": {},
+        }

@@ -1,0 +1,117 @@
+#!/usr/bin/env python
+"""Find lesions in images, videos and DICOM files.
+
+    tools/predict.py --weights output/imrcnn/model_best.pth --input images --output found --overlays
+    tools/predict.py --weights demo --input 'clips/*.mp4' scan.dcm --output found --overlays --masks
+
+writes predictions.json (COCO: all detections with their scores), predictions.csv (a row an image)
+and what else is asked for; failed.csv lists what could not be read. Pictures, masks, LabelMe files
+and the CSV take the detections with a score of at least τ: the operating point that was chosen on
+validation data and is in the weights, else MODEL.IMRCNN.SCORE_THRESH.
+
+The same command again goes on after an interruption, and does only what is new. Research use only,
+not for diagnosis.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+
+from imrcnn_d2.deploy import Predictor
+from imrcnn_d2.deploy.batch import predict_files
+from imrcnn_d2.deploy.journal import FAILED
+from imrcnn_d2.deploy.loading import pretrained
+from imrcnn_d2.deploy.outputs import OUTPUTS
+from imrcnn_d2.deploy.runtimes import RUNTIMES
+
+
+def main(argv=None):
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
+    save = [kind for kind in OUTPUTS if getattr(args, kind)]
+    try:
+        predictor = Predictor(
+            args.config_file, find_weights(args.weights), runtime=args.runtime, tau=args.tau
+        )
+        done = predict_files(
+            predictor, args.input, args.output, save=save, batch_size=args.batch_size
+        )
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "Interrupted: the same command goes on where this one was\n")
+    report(done, args.output)
+    if done.failed and not done.images and not done.skipped:
+        parser.exit(1)
+
+
+def argument_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file",
+        type=Path,
+        help="what the weights were trained with; not needed for files of tools/export.py, nor "
+        "where training left its config.yaml beside them",
+    )
+    parser.add_argument(
+        "--weights", required=True, help="file, URL, or demo: the ones that come along"
+    )
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="images, videos, DICOM files, folders of these, patterns such as 'clips/*.mp4'",
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder for the results")
+    parser.add_argument(
+        "--overlays", action="store_true", help="pictures with outlines; of a video, a video"
+    )
+    parser.add_argument(
+        "--masks",
+        action="store_true",
+        help="PNGs: 0 is background; one class is 255, several 1, 2, ...",
+    )
+    parser.add_argument(
+        "--labelme",
+        action="store_true",
+        help="LabelMe files, to correct by hand; of a video, of frames in which there is something",
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=(*RUNTIMES, "auto"),
+        default="torch",
+        help="what runs the network (%(default)s); auto takes what is fastest here",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        help="images that the network sees at once (%(default)s)",
+    )
+    parser.add_argument("--tau", type=float, help="another score from which on detections count")
+    return parser
+
+
+def find_weights(name):
+    """The file, or the URL; a bare word that is no file is a name of weights in the package."""
+    return pretrained(name) if name.isidentifier() and not Path(name).is_file() else name
+
+
+def report(done, output):
+    """Say what was done."""
+    parts = [f"{done.images} images predicted"]
+    if done.skipped:
+        parts.append(f"{done.skipped} inputs were done before")
+    if done.failed:
+        parts.append(f"{len(done.failed)} inputs could not be read to their end: {FAILED}")
+    print(f"{'; '.join(parts)}. Written to {output}")
+
+
+if __name__ == "__main__":
+    main()
