@@ -1,0 +1,72 @@
+"""Models as one file that brings along what is needed to use them."""
+
+import json
+from importlib import metadata
+
+import safetensors.torch
+import torch
+
+from imrcnn_d2.engine.provenance import config_sha256, describe_model
+from imrcnn_d2.evaluation.files import write_atomically
+
+from .loading import ARTIFACT_VERSION
+
+__all__ = ["PRECISIONS", "write_safetensors"]
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def write_safetensors(loaded, path, *, precision="fp32"):
+    """
+    Write a model's weights as a safetensors file, which MODEL.WEIGHTS takes wherever it is read and
+    a :class:`Predictor` takes without a config.
+
+    Its metadata are JSON texts: ``config`` (YAML), ``classes``, ``operating_point``, ``tau``,
+    ``model``, ``backbone``, ``precision``, ``version``, ``config_sha256``, ``weights_sha256`` (of
+    the file that the weights are from) and ``artifact`` (the format's version).
+
+    Args:
+        loaded (LoadedModel):
+        path (Path): ends with .safetensors; replaced at once, or not at all.
+        precision (str): "fp32", or "fp16" for half the size: kernels and matrices are rounded,
+            vectors such as the statistics of a norm are not.
+
+    Raises:
+        ValueError: a weight is too large for fp16; the error names it.
+    """
+    cfg = loaded.cfg.clone()
+    cfg.defrost()
+    # Of the machine that it was trained on.
+    cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = "./output", "cpu"
+    model, backbone = describe_model(loaded.model)
+    point = loaded.weights.operating_point
+    about = {
+        "artifact": ARTIFACT_VERSION,
+        "version": metadata.version("imrcnn-d2"),
+        "model": model,
+        "backbone": backbone,
+        "classes": loaded.classes,
+        "tau": loaded.tau,
+        "operating_point": point and vars(point),
+        "precision": precision,
+        "weights_sha256": loaded.weights.sha256,
+        "config_sha256": config_sha256(cfg),
+        "config": cfg.dump(),
+    }
+    tensors = {
+        name: _rounded(name, tensor, PRECISIONS[precision])
+        for name, tensor in loaded.model.state_dict().items()
+    }
+    texts = {key: json.dumps(value) for key, value in about.items()}
+    write_atomically(path, safetensors.torch.save(tensors, {"format": "pt", **texts}))
+
+
+def _rounded(name, tensor, dtype):
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype != torch.float32 or tensor.ndim < 2:
+        return tensor.clone()
+    rounded = tensor.to(dtype)
+    if not torch.isfinite(rounded).all():
+        largest = tensor.abs().max().item()
+        raise ValueError(f"{name} has values up to {largest:g}, too large for fp16; take fp32")
+    return rounded.clone()
