@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare models: the paper's Tables 3, 4 and 5 and its Figure 4 for your own runs.
+"""Compare models: the paper's Tables 3, 4 and 5 and its Figure 4 for your own runs; classifiers.
 
     tools/compare.py output/mrcnn output/ibmrcnn output/imrcnn --output comparison/
     tools/compare.py "MR-CNN=old/mrcnn" "IMR-CNN=old/imrcnn" --baseline MR-CNN --output comparison/
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from imrcnn_d2.evaluation.bootstrap import Bootstrap
 from imrcnn_d2.report.compare import compare
-from imrcnn_d2.report.compare_differences import PRIMARY
 from imrcnn_d2.report.compare_files import write_comparison
 from imrcnn_d2.report.compare_runs import gather
+from imrcnn_d2.report.recognition_compare import write_recognition_comparison
 from imrcnn_d2.report.runs import load_run
 
 
@@ -28,9 +28,9 @@ def main(argv=None):
     parser.add_argument("--output", required=True, type=Path, help="folder for the files")
     parser.add_argument(
         "--primary",
-        default=PRIMARY,
         metavar="GROUP/FIGURE",
-        help=f"the one endpoint whose p-values are not adjusted ({PRIMARY})",
+        help="the one endpoint whose p-values are not adjusted (segm/AP50_voc; of classifiers "
+        "recognition/balanced_accuracy)",
     )
     parser.add_argument("--baseline", metavar="NAME", help="compare with this model only")
     parser.add_argument("--dataset", help="which evaluation, where a run has several")
@@ -47,7 +47,9 @@ def main(argv=None):
         comparison = compare(gather(runs), bootstrap, primary=args.primary, baseline=args.baseline)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    page, *files = write_comparison(comparison, args.output)
+    recognised = comparison.task == "recognition"
+    write = write_recognition_comparison if recognised else write_comparison
+    page, *files = write(comparison, args.output)
     print(page.read_text(encoding="utf-8"))
     print(f"Written: {', '.join(str(path) for path in (page, *files))}")
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .counting import named
 from .intervals import confidence_intervals, resampled_figures
 from .measures import Measures
 from .significance import bootstrap_difference, mcnemar_exact
@@ -41,6 +40,7 @@ class AveragedMeasures:
 
     def __call__(self, weights, *, all_coco=False):
         figures = _mean([one(weights, all_coco=all_coco) for one in self.measures])
+        named = self.measures[0].named
         for group, (columns, formulas, _) in self.columns.items():
             figures[group].update(formulas(named(weights @ columns)))
         return figures
@@ -118,14 +118,15 @@ class ModelFigures:
 def model_figures(results, bootstrap=None):
     """
     Args:
-        results (list[LesionResults]): of runs that differ by seed, on the same test set.
+        results (list[LesionResults] or list[RecognitionResults]): of runs that differ by seed, on
+            the same test set.
         bootstrap (Bootstrap or None): how to resample; None for no intervals.
 
     Returns:
         ModelFigures:
     """
     measures = AveragedMeasures([one.measures for one in results])
-    runs = [_all_figures(one) for one in results]
+    runs = [one.compared() for one in results]
     figures = _mean(runs)
     once = measures.once()
     for group in figures.keys() & measures.columns.keys():
@@ -136,16 +137,8 @@ def model_figures(results, bootstrap=None):
         averaged = SimpleNamespace(measures=measures)
         resampled = resampled_figures(averaged, bootstrap)
         intervals, _ = confidence_intervals(averaged, bootstrap, resampled)
-    taus = [one.tau_val and one.tau_val["tau"] for one in results]
+    taus = [one.own_tau for one in results]
     return ModelFigures(figures, runs, resampled, intervals, measures, taus)
-
-
-def _all_figures(results):
-    figures = {**results.groups(), "froc": results.froc}
-    for group in ("lesion", "image", "patient"):
-        if results.tau_val and group in results.tau_val:
-            figures[f"tau_val.{group}"] = results.tau_val[group]
-    return figures
 
 
 def paired_difference(first, second, group, figure):
@@ -169,25 +162,22 @@ def paired_difference(first, second, group, figure):
 
 def image_level_test(first, second, tau_val=False):
     """
-    McNemar's exact test of which images are called rightly: positive where there is a lesion,
-    negative where there is none.
+    McNemar's exact test of which images are called rightly: positive where there is a lesion and
+    negative where there is none, or their class.
 
     Args:
-        first, second (list[LesionResults]): of two models on the same images.
+        first, second (list[LesionResults] or list[RecognitionResults]): of two models on the same
+            images.
         tau_val (bool): at each model's operating point instead of the common threshold.
 
     Returns:
         McNemar or None: None for several runs of a model, whose outcomes are not one, and for
         results without an operating point where that is asked for.
     """
-    prefix = "tau_val." if tau_val else ""
-    right = []
-    for results in (first, second):
-        if len(results) > 1 or prefix not in results[0].measures.counts:
-            return None
-        counts = results[0].measures.counts[prefix]
-        right.append(counts.called == counts.positive)
-    return mcnemar_exact(*right)
+    if len(first) > 1 or len(second) > 1:
+        return None
+    right = [results[0].right(tau_val) for results in (first, second)]
+    return None if any(own is None for own in right) else mcnemar_exact(*right)
 
 
 def check_same_units(first, second, names=("the first", "the second")):

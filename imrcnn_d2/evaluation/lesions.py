@@ -104,6 +104,32 @@ class LesionResults:
             groups["patient"] = self.patient
         return groups
 
+    def compared(self):
+        """dict[str, dict[str, float]]: what models are compared by: :meth:`groups`, "froc" and,
+        with an operating point, "tau_val.lesion" and so on."""
+        figures = {**self.groups(), "froc": self.froc}
+        for group in ("lesion", "image", "patient"):
+            if self.tau_val and group in self.tau_val:
+                figures[f"tau_val.{group}"] = self.tau_val[group]
+        return figures
+
+    @property
+    def own_tau(self):
+        """float or None: the operating point."""
+        return self.tau_val and self.tau_val["tau"]
+
+    def right(self, tau_val=False):
+        """
+        Args:
+            tau_val (bool): at the operating point instead of the threshold.
+
+        Returns:
+            np.ndarray or None: (I,) bool, the images that are called what they are, with a lesion
+            or without; None without an operating point where that is asked for.
+        """
+        counts = self.measures.counts.get("tau_val." if tau_val else "")
+        return None if counts is None else counts.called == counts.positive
+
     @cached_property
     def thresholds(self):
         """list[dict]: see :func:`threshold_table`."""

@@ -129,6 +129,8 @@ class Measures:
             for group, of_group in figures.items()
         }
 
+    named = staticmethod(named)  # sums of columns as the formulas take them
+
     def proportions(self):
         """
         Returns:

@@ -10,7 +10,7 @@ from .recognition_measures import RecognitionMeasures
 from .recognition_records import LabelledImages, read_labels, read_probabilities
 from .rows import beside_records
 
-__all__ = ["RecognitionResults", "evaluate_recognition"]
+__all__ = ["RecognitionResults", "check_same_images", "evaluate_recognition"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,30 @@ class RecognitionResults:
         if self.cancer is not None:
             groups["cancer"] = self.cancer
         return groups
+
+    compared = groups
+    own_tau = None  # there is no threshold
+
+    def right(self, tau_val=False):
+        """(N,) bool array, the images that are called what they are; None at a ``tau_val``."""
+        return None if tau_val else self.measures.called == self.ground_truth.label
+
+
+def check_same_images(first, second, names=("the first", "the second")):
+    """
+    Raises:
+        ValueError: two RecognitionResults are not of the same images and classes.
+    """
+    one, two = first.ground_truth, second.ground_truth
+    same = one.classes == two.classes and np.array_equal(one.label, two.label)
+    for field_ in ("id", "file_name", "patient_id"):
+        same = same and [i.get(field_) for i in one.images] == [i.get(field_) for i in two.images]
+    if not same:
+        raise ValueError(
+            f"The test sets of {names[0]} and {names[1]} differ in images or classes "
+            f"({len(one.images)} images of {', '.join(one.classes)}; {len(two.images)} of "
+            f"{', '.join(two.classes)}): only models on the same test set can be compared."
+        )
 
 
 def evaluate_recognition(gt, results, *, bootstrap=None):
@@ -109,10 +133,10 @@ def evaluate_recognition(gt, results, *, bootstrap=None):
 def _image_rows(truth, probability, called):
     names = np.array(truth.classes, dtype=object)
     columns = {
-        "truth": names[truth.label],
-        "called": names[called],
+        "label": names[truth.label],
+        "predicted": names[called],
         "outcome": np.where(called == truth.label, "right", "wrong"),
         "score": probability.max(axis=1),
-        **{f"p_{name}": probability[:, k] for k, name in enumerate(truth.classes)},
+        **{f"score_{name}": probability[:, k] for k, name in enumerate(truth.classes)},
     }
     return beside_records(truth.images, columns)

@@ -24,7 +24,7 @@ def write_recognition(results, folder, **meta):
     undefined is null in JSON and empty in CSV; shares are in percent, but probabilities in [0, 1].
 
     - ``metrics.json``: all figures, each with its interval ``<key>_ci`` if there is one; ``meta``.
-    - ``per_image.csv``: a row an image: truth, class called, right or wrong, probabilities.
+    - ``per_image.csv``: a row an image: label, class predicted, right or wrong, probabilities.
     - ``confusion_matrix.csv``: rows are truth; ``calibration.csv``: a row for each bin of scores.
 
     Args:

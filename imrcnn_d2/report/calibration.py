@@ -11,7 +11,7 @@ __all__ = ["draw_calibration"]
 MARKERS = "osD^vPX"
 
 
-def draw_calibration(calibrations, path):
+def draw_calibration(calibrations, path, *, of=("Hits", "Detections")):
     """
     Draw the share of hits against the mean score of each bin, with exact 95 % intervals, and below
     it the number of detections in each.
@@ -19,6 +19,7 @@ def draw_calibration(calibrations, path):
     Args:
         calibrations (dict[str, Calibration]): by the name in the legend.
         path (str or Path): .png, .svg or .pdf.
+        of (tuple[str, str]): what the two axes count: what is right, and what there is.
 
     Returns:
         matplotlib.figure.Figure: what was saved.
@@ -65,8 +66,8 @@ def draw_calibration(calibrations, path):
                     ha="center",
                     fontsize=7.5,
                 )
-    top.set(ylabel="Hits (%)", ylim=(-1, 101), title="Do scores mean what they say?")
-    bottom.set(xlabel="Score (%)", ylabel="Detections", xlim=(0, 101))
+    top.set(ylabel=f"{of[0]} (%)", ylim=(-1, 101), title="Do scores mean what they say?")
+    bottom.set(xlabel="Score (%)", ylabel=of[1], xlim=(0, 101))
     bottom.margins(y=0.18)
     bottom.set_ylim(bottom=0)
     for axes in (top, bottom):

@@ -8,7 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..evaluation.comparison import ModelFigures, check_same_units, model_figures
-from .compare_differences import ENDPOINTS, PRIMARY, bootstrap_tests, fold_tests
+from ..evaluation.recognition import check_same_images
+from .compare_differences import PRIMARY, bootstrap_tests, endpoints_of, fold_tests
 from .compare_runs import Gathered, training_images
 
 __all__ = ["Comparison", "compare"]
@@ -59,20 +60,25 @@ class Comparison:
         return self.runs[0][1].dataset
 
     @property
+    def task(self):
+        """str: "lesions" or "recognition"."""
+        return self.runs[0][1].task
+
+    @property
     def clustered(self):
         """bool: some patient has several images."""
         measures = next(iter(self.models.values())).measures
         return measures.unit == "patient" and measures.num_units < len(measures.unit_of_image)
 
 
-def compare(gathered, bootstrap, *, primary=PRIMARY, baseline=None):
+def compare(gathered, bootstrap, *, primary=None, baseline=None):
     """
     Score all runs again, resample and test.
 
     Args:
         gathered (Gathered):
         bootstrap (Bootstrap):
-        primary (str): the primary endpoint, group/figure.
+        primary (str or None): the primary endpoint, group/figure; None for that of PRIMARY.
         baseline (str or None): label of the model that all others are compared with; None for all
             pairs.
 
@@ -86,8 +92,11 @@ def compare(gathered, bootstrap, *, primary=PRIMARY, baseline=None):
     if baseline is not None and baseline not in labels:
         raise ValueError(f"There is no model {baseline!r} among {', '.join(labels)}.")
     runs = [run for seeds in gathered.split.values() for run in seeds]
+    every = runs + [run for own in gathered.folds.values() for seeds in own for run in seeds]
+    task, meta = every[0].task, every[0].results.meta
+    check = check_same_units if task == "lesions" else check_same_images
     for run in tqdm(runs, desc="Scoring", delay=2):
-        check_same_units(runs[0].results, run.results, (str(runs[0].folder), str(run.folder)))
+        check(runs[0].results, run.results, (str(runs[0].folder), str(run.folder)))
     models = {
         label: model_figures([run.results for run in seeds], bootstrap)
         for label, seeds in gathered.split.items()
@@ -99,11 +108,12 @@ def compare(gathered, bootstrap, *, primary=PRIMARY, baseline=None):
         ]
         for label, own in gathered.folds.items()
     }
-    _check_primary(primary, models, folds)
+    endpoints = endpoints_of(task, meta["classes"])
+    primary = primary or PRIMARY[task]
+    _check_primary(primary, models, folds, endpoints)
     n_train, n_test = _sizes(gathered.folds)
-    every = runs + [run for own in gathered.folds.values() for seeds in own for run in seeds]
-    meta = every[0].results.meta
-    settings = {key: meta[key] for key in ("tau", "iou_threshold", "iou_type", "classes")}
+    about = ("tau", "iou_threshold", "iou_type", "classes", "cancer_classes")
+    settings = {key: meta[key] for key in about if key in meta}
     settings.update(asdict(bootstrap), primary=primary, baseline=baseline)
     if models:
         settings["unit"] = next(iter(models.values())).measures.unit
@@ -111,8 +121,10 @@ def compare(gathered, bootstrap, *, primary=PRIMARY, baseline=None):
         gathered=gathered,
         models=models,
         folds=folds,
-        tests=bootstrap_tests(gathered.split, models, primary, baseline),
-        fold_tests=fold_tests(folds, n_train, n_test, primary, baseline) if n_train else [],
+        tests=bootstrap_tests(gathered.split, models, primary, baseline, endpoints),
+        fold_tests=(
+            fold_tests(folds, n_train, n_test, primary, baseline, endpoints) if n_train else []
+        ),
         n_train=n_train,
         n_test=n_test,
         primary=primary,
@@ -120,13 +132,13 @@ def compare(gathered, bootstrap, *, primary=PRIMARY, baseline=None):
         remarks=[
             *gathered.remarks,
             *(remark for run in every for remark in _stale(run)),
-            *_gaps(models, folds, primary),
+            *(_gaps(models, folds, primary) if task == "lesions" else []),
             *_unknown(every, bool(folds) and n_train is None),
         ],
     )
 
 
-def _check_primary(primary, models, folds):
+def _check_primary(primary, models, folds, endpoints):
     group, _, figure = primary.partition("/")
     available = [model.resampled for model in models.values()]
     available += [one.figures for own in folds.values() for one in own]
@@ -134,7 +146,7 @@ def _check_primary(primary, models, folds):
         return
     raise ValueError(
         f"The primary endpoint {primary!r} is not among the figures that are resampled. Give "
-        f"GROUP/FIGURE as metrics.json has them, such as {', '.join(ENDPOINTS)}; COCO's AP, AP75, "
+        f"GROUP/FIGURE as metrics.json has them, such as {', '.join(endpoints)}; COCO's AP, AP75, "
         "APs, APm and APl need --ci-all."
     )
 

@@ -9,9 +9,10 @@ import numpy as np
 from ..evaluation.comparison import image_level_test, paired_difference
 from ..evaluation.significance import corrected_resampled_t_test, holm
 
-__all__ = ["ENDPOINTS", "PRIMARY", "Test", "bootstrap_tests", "fold_tests"]
+__all__ = ["ENDPOINTS", "PRIMARY", "Test", "bootstrap_tests", "endpoints_of", "fold_tests"]
 
-PRIMARY = "segm/AP50_voc"
+# By task.
+PRIMARY = {"lesions": "segm/AP50_voc", "recognition": "recognition/balanced_accuracy"}
 # What is tested, fixed before any figure is seen: the more tests, the weaker each. As
 # group/figure; those that a comparison does not have are left out.
 ENDPOINTS = (
@@ -35,6 +36,24 @@ ENDPOINTS = (
     "patient/specificity",
     "patient/auroc",
 )
+
+
+def endpoints_of(task, classes):
+    """
+    Args:
+        task (str): "lesions" or "recognition".
+        classes (list[str]): of the data set.
+
+    Returns:
+        tuple[str, ...]: what is tested, group/figure.
+    """
+    if task == "lesions":
+        return ENDPOINTS
+    return (
+        *("recognition/balanced_accuracy", "recognition/top1", "recognition/auroc"),
+        *(f"recognition/accuracy_{name}" for name in classes),
+        *(f"cancer/{figure}" for figure in ("recall", "specificity", "auroc")),
+    )
 
 
 @dataclass(frozen=True)
@@ -73,13 +92,13 @@ def _pairs(labels, baseline):
     return [(label, baseline) for label in labels if label != baseline]
 
 
-def _endpoints(primary, has):
-    """The primary endpoint and those of ENDPOINTS for which ``has(group, figure)``."""
-    chosen = dict.fromkeys([primary, *ENDPOINTS])
-    return [endpoint for endpoint in chosen if has(*endpoint.split("/"))]
+def _endpoints(primary, endpoints, has):
+    """The primary endpoint and those of ``endpoints`` for which ``has(group, figure)``."""
+    chosen = dict.fromkeys([primary, *endpoints])
+    return [endpoint for endpoint in chosen if has(*endpoint.split("/", 1))]
 
 
-def bootstrap_tests(split, models, primary, baseline):
+def bootstrap_tests(split, models, primary, baseline, endpoints=ENDPOINTS):
     """
     Paired bootstrap of the endpoints, and McNemar's test at image level, for each pair of models.
 
@@ -88,6 +107,7 @@ def bootstrap_tests(split, models, primary, baseline):
         models (dict[str, ModelFigures]): their figures.
         primary (str): the primary endpoint, group/figure.
         baseline (str or None): as for :func:`imrcnn_d2.report.compare.compare`.
+        endpoints (tuple[str, ...]): see :func:`endpoints_of`.
 
     Returns:
         list[Test]:
@@ -103,29 +123,31 @@ def bootstrap_tests(split, models, primary, baseline):
                 for model in pair
             )
 
-        for endpoint in _endpoints(primary, has):
-            difference = paired_difference(*pair, *endpoint.split("/"))
+        for endpoint in _endpoints(primary, endpoints, has):
+            difference = paired_difference(*pair, *endpoint.split("/", 1))
             tests.append(_test(first, second, endpoint, difference, "paired bootstrap", primary))
         results = [[run.results for run in split[label]] for label in (first, second)]
         for prefix in ("", "tau_val."):
             outcome = image_level_test(*results, tau_val=bool(prefix))
             if outcome is not None:
-                endpoint = f"{prefix}image/accuracy"
-                difference = paired_difference(*pair, *endpoint.split("/"))
+                recognised = "recognition" in pair[0].figures
+                endpoint = "recognition/top1" if recognised else f"{prefix}image/accuracy"
+                difference = paired_difference(*pair, *endpoint.split("/", 1))
                 name = f"McNemar's exact, {outcome.only_first} : {outcome.only_second}"
                 test = _test(first, second, endpoint, difference, name, primary)
                 tests.append(replace(test, p=outcome.p))
     return _adjusted(tests)
 
 
-def fold_tests(folds, n_train, n_test, primary, baseline):
+def fold_tests(folds, n_train, n_test, primary, baseline, endpoints=ENDPOINTS):
     """
     Corrected resampled t-test of the endpoints for each pair of models.
 
     Args:
         folds (dict[str, list[ModelFigures]]): by label, a fold each.
         n_train, n_test (float): images of a fold for training and for testing.
-        primary (str), baseline (str or None): as for :func:`bootstrap_tests`.
+        primary (str), baseline (str or None), endpoints (tuple[str, ...]): as for
+            :func:`bootstrap_tests`.
 
     Returns:
         list[Test]: of the endpoints that are defined in every fold.
@@ -145,8 +167,8 @@ def fold_tests(folds, n_train, n_test, primary, baseline):
         def has(group, figure, of_folds=of_folds):
             return np.isfinite(of_folds(group, figure)).all()
 
-        for endpoint in _endpoints(primary, has):
-            one, two = of_folds(*endpoint.split("/"))
+        for endpoint in _endpoints(primary, endpoints, has):
+            one, two = of_folds(*endpoint.split("/", 1))
             difference = corrected_resampled_t_test(one - two, n_train, n_test)
             name = "corrected resampled t-test"
             tests.append(_test(first, second, endpoint, difference, name, primary))

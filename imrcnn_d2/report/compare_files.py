@@ -13,7 +13,7 @@ from .pr_curve import draw_pr_panels
 from .published import CITATION, PAPER_DATA, published_values
 from .tables import markdown_table, write_table
 
-__all__ = ["DEFINITIONS", "write_comparison"]
+__all__ = ["DEFINITIONS", "about_run", "runs_table", "write_comparison"]
 
 DEFINITIONS = {
     "AP50_voc": "area under the all-point precision-recall curve (its envelope) at IoU 0.5, mean "
@@ -173,7 +173,7 @@ def _document(comparison):
         }
     return {
         "settings": comparison.settings,
-        "runs": [_about(label, run) for label, run in comparison.runs],
+        "runs": [about_run(label, run) for label, run in comparison.runs],
         "models": models,
         "folds": {label: [one.figures for one in own] for label, own in comparison.folds.items()},
         "n_train": comparison.n_train,
@@ -188,7 +188,8 @@ def _document(comparison):
     }
 
 
-def _about(label, run):
+def about_run(label, run):
+    """dict: where a run (Run) of a model is, and what of."""
     meta, record = run.metrics["meta"], run.run or {}
     return {
         "model": label,
@@ -244,9 +245,15 @@ def _page(comparison, tables, pictures, definitions):
     lines += [f"- **{name}**: {text}" for name, text in definitions.items()]
     if any((comparison.dataset or "").startswith(f"{data}_") for data in PAPER_DATA):
         lines += ["", f"Published values: {CITATION}."]
+    lines += ["", "## Runs", "", runs_table(comparison), ""]
+    return "\n".join(lines)
+
+
+def runs_table(comparison):
+    """str: a Markdown table of the runs of a Comparison."""
     rows = []
     for label, run in comparison.runs:
-        about = _about(label, run)
+        about = about_run(label, run)
         fold = f"{run.fold['index']} of {run.fold['of']}" if run.fold else ""
         git = about["git"] or {}
         rows.append(
@@ -261,5 +268,4 @@ def _page(comparison, tables, pictures, definitions):
                 "folder": about["folder"],
             }
         )
-    lines += ["", "## Runs", "", markdown_table(pd.DataFrame(rows), 7), ""]
-    return "\n".join(lines)
+    return markdown_table(pd.DataFrame(rows), 7)

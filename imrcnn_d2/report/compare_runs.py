@@ -52,6 +52,7 @@ def gather(runs):
             split[label] = _seeds(label, single)
         if len(single) < len(own):
             folds[label] = _folds(label, [run for run in own if run.fold is not None])
+    _check_tasks(runs)
     _check_settings(runs)
     _check_test_sets(run for own in split.values() for run in own)
     _check_folds(folds)
@@ -136,6 +137,15 @@ def _folds(label, runs):
             f"{', '.join(map(str, sorted(by_index)))}): train it, or leave {label} out."
         )
     return [_seeds(label, by_index[index]) for index in sorted(by_index)]
+
+
+def _check_tasks(runs):
+    for run in runs[1:]:
+        if run.task != runs[0].task:
+            raise ValueError(
+                f"{_where(runs[0])} is of {runs[0].task}, {_where(run)} of {run.task}: these have "
+                "no figures in common."
+            )
 
 
 def _check_settings(runs):

@@ -7,18 +7,24 @@ import pandas as pd
 
 from ..evaluation.counting import named
 from ..evaluation.metrics import COUNTS
+from .figure_names import LEVELS, NAMES, figure_name
 from .published import published_values
 from .tables import Table, format_figure
 
-__all__ = ["figure_name", "table_3", "table_4", "table_5", "table_of_tests"]
+__all__ = [
+    "figure_cell",
+    "figure_row",
+    "table_3",
+    "table_4",
+    "table_5",
+    "table_of_tests",
+]
 
 NAN = math.nan
 REGIONS = {"masks": ("segm", "iou"), "boxes": ("bbox", "iou_box")}
 TABLE_3 = ("AP50_voc", "AP50", "AP", "IoU")
 TABLE_4 = ("segm/AP50_voc", "bbox/AP50_voc", "segm/AP", "lesion/iou", "lesion/iou_box")
 FIVE = ("precision", "recall", "accuracy", "specificity", "f1")
-NAMES = {"f1": "F1", "auroc": "AUROC", "miou": "mIoU", "mdice": "mDice"}
-LEVELS = {"lesion": "lesions", "image": "images", "patient": "patients"}
 INTERVALS = "In brackets: 95 % intervals."
 SEEDS = (
     "Several runs of a model differ by seed: what happened in each image is averaged over them "
@@ -27,25 +33,16 @@ SEEDS = (
 )
 
 
-def figure_name(endpoint):
+def figure_row(label, model, group, figure, **more):
     """
     Args:
-        endpoint (str): group/figure.
+        label (str), model (ModelFigures): the model.
+        group (str), figure (str): such as "segm", "AP50_voc".
+        **more: further columns.
 
     Returns:
-        str: for readers, such as "IoU (masks)".
+        dict: a row of a CSV in long form.
     """
-    group, _, figure = endpoint.partition("/")
-    at = " at tau_val" if group.startswith("tau_val.") else ""
-    group = group.removeprefix("tau_val.")
-    if figure in ("iou", "iou_box"):
-        return f"IoU ({'boxes' if figure == 'iou_box' else 'masks'}){at}"
-    of = {"segm": "masks", "bbox": "boxes", **LEVELS}.get(group, group)
-    return f"{NAMES.get(figure, figure)} ({of}){at}"
-
-
-def _row(label, model, group, figure, **more):
-    """A row of a CSV in long form: one figure of one model."""
     value = model.figures.get(group, {}).get(figure, NAN)
     low, high = model.intervals.get(group, {}).get(figure, (NAN, NAN))
     return {
@@ -78,7 +75,8 @@ def _published_row(value, **more):
     }
 
 
-def _cell(row):
+def figure_cell(row):
+    """str: a row of :func:`figure_row` as readers see it, with its interval."""
     interval = (row["ci_low"], row["ci_high"])
     name = row["figure"].partition("/")[2]
     return format_figure(name, row["value"], interval, sd=row["sd_population"])
@@ -106,11 +104,11 @@ def table_3(comparison):
         for regions, (group, iou) in REGIONS.items():
             keys = {"IoU": ("lesion", iou)}
             rows = [
-                _row(label, model, *keys.get(name, (group, name)), regions=regions)
+                figure_row(label, model, *keys.get(name, (group, name)), regions=regions)
                 for name in TABLE_3
             ]
             data += rows
-            texts = dict(zip(TABLE_3, map(_cell, rows), strict=True))
+            texts = dict(zip(TABLE_3, map(figure_cell, rows), strict=True))
             cells.append({"model": label, "regions": regions, **texts})
     published = published_values(comparison.dataset, "3")
     by_model = {}
@@ -206,11 +204,11 @@ def table_5(comparison):
                 if prefix + level not in model.figures:
                     continue
                 rows = [
-                    _row(label, model, prefix + level, figure, threshold=threshold)
+                    figure_row(label, model, prefix + level, figure, threshold=threshold)
                     for figure in (*COUNTS, *FIVE)
                 ]
                 data += rows
-                texts = dict(zip((*COUNTS, *FIVE), map(_cell, rows), strict=True))
+                texts = dict(zip((*COUNTS, *FIVE), map(figure_cell, rows), strict=True))
                 cells.append({"model": label, "threshold": threshold, "cases": name, **texts})
     notes = list(_notes(comparison)) if comparison.models else [_Pooled.NOTE]
     published = published_values(comparison.dataset, "5")

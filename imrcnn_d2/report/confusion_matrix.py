@@ -11,7 +11,8 @@ __all__ = ["draw_confusion_matrix"]
 
 def draw_confusion_matrix(matrices, path):
     """
-    Draw counts and, in the rows of classes, their share of the row, by which cells are shaded.
+    Draw counts and, in the rows of classes, their share of the row, by which cells are shaded; the
+    last row of a detector's is background.
 
     Args:
         matrices (dict[str, ConfusionMatrix]): by the name above each; all of the same classes.
@@ -25,10 +26,11 @@ def draw_confusion_matrix(matrices, path):
     figure = Figure(figsize=(max(width * len(matrices), 3.6), width + 0.5), layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
     for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
-        lesions = np.nansum(matrix.counts[:-1], axis=1, keepdims=True)
-        share = matrix.counts[:-1] / np.where(lesions, lesions, np.nan)
         # False alarms are a share of nothing that can be counted: they stay unshaded.
-        shade = np.vstack([np.nan_to_num(share), np.zeros(size)])
+        rows = size - int(np.isnan(matrix.counts[-1, -1]))
+        cases = np.nansum(matrix.counts[:rows], axis=1, keepdims=True)
+        share = matrix.counts[:rows] / np.where(cases, cases, np.nan)
+        shade = np.vstack([np.nan_to_num(share), np.zeros((size - rows, size))])
         axes.imshow(shade, cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(matrix.counts):
             if np.isnan(count):
@@ -37,7 +39,7 @@ def draw_confusion_matrix(matrices, path):
                 )
                 continue
             text = f"{count:.0f}"
-            if row < size - 1 and count:
+            if row < rows and count:
                 text += f"\n{100 * share[row, column]:.1f} %"
             dark = shade[row, column] > 0.55
             axes.text(column, row, text, ha="center", va="center", color="w" if dark else "k")

@@ -5,6 +5,7 @@ import math
 from ..evaluation.bootstrap import Bootstrap
 from .compare import compare
 from .compare_runs import gather
+from .figure_names import figure_name
 
 __all__ = ["differences"]
 
@@ -19,7 +20,10 @@ GROUPS = {
     "tau_val.patient": "patients, τ_val",
 }
 FIGURES = {"recall": "sensitivity", "iou": "IoU", "iou_box": "IoU", "miou": "mIoU", "f1": "F1"}
-AT_A_GLANCE = ("lesion/recall", "lesion/precision", "lesion/iou")
+AT_A_GLANCE = (
+    *("lesion/recall", "lesion/precision", "lesion/iou"),
+    *("recognition/top1", "recognition/auroc", "cancer/recall", "cancer/specificity"),
+)
 
 
 def differences(runs):
@@ -70,6 +74,8 @@ def _row(test):
 
 def _name(endpoint):
     group, _, figure = endpoint.partition("/")
+    if group in ("recognition", "cancer"):
+        return figure_name(endpoint)
     return f"{FIGURES.get(figure, figure)}, {GROUPS.get(group, group)}"
 
 

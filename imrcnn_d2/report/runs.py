@@ -9,15 +9,18 @@ from pathlib import Path
 
 import yaml
 
-from ..evaluation import evaluate_lesions
+from ..evaluation import evaluate_lesions, evaluate_recognition
 from ..evaluation.files import RESULTS, file_sha256
 from ..evaluation.operating_point import OperatingPoint
+from ..evaluation.recognition_files import RECOGNITION_RESULTS
 
 __all__ = ["Run", "load_run"]
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+# As their publications write them; classifiers are told apart by their backbones.
+BACKBONES = {"vgg19": "VGG19", "resnet50": "ResNet50", "inception_v3": "Inception-V3"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +50,18 @@ class Run:
     labelled: bool = False
 
     @property
+    def task(self):
+        """str: "lesions", or "recognition" where whole images were classified."""
+        return self.metrics["meta"].get("task", "lesions")
+
+    @property
     def model(self):
-        """str: such as "IMR-CNN"; the run's name where no run.json tells it."""
+        """
+        str: such as "IMR-CNN", of a classifier its backbone, such as "ResNet50"; the run's name
+        where no run.json tells it.
+        """
+        if self.task == "recognition" and self.backbone:
+            return BACKBONES.get(self.backbone.partition(".")[0], self.backbone)
         return (self.run or {}).get("model") or self.name
 
     @property
@@ -121,7 +134,8 @@ class Run:
     @functools.cached_property
     def results(self):
         """
-        LesionResults: the recorded detections, scored again with the recorded settings.
+        LesionResults or RecognitionResults: the recorded predictions, scored again with the
+        recorded settings.
 
         Raises:
             FileNotFoundError: ground truth or detections are gone.
@@ -129,15 +143,19 @@ class Run:
         """
         meta = self.metrics["meta"]
         places = [Path(meta["dt"])] if meta.get("dt") else []
-        if meta.get("scored", True):  # a folder of masks has no scores, its copy here has
+        if self.task == "recognition":
+            places.insert(0, self.folder / RECOGNITION_RESULTS)
+        elif meta.get("scored", True):  # a folder of masks has no scores, its copy here has
             places.insert(0, self.folder / RESULTS)
         detections = next((place for place in places if place.exists()), None)
         if detections is None:
             raise FileNotFoundError(
-                f"{self.folder}: its detections are not there "
+                f"{self.folder}: its predictions are not there "
                 f"({', '.join(map(str, places)) or 'unknown'}). Evaluate the model again "
                 "(tools/train_net.py --eval-only), or its results (tools/evaluate.py)."
             )
+        if self.task == "recognition":
+            return evaluate_recognition(self.gt_path, detections)
         settings = {key: meta[key] for key in ("tau", "iou_threshold", "iou_type")}
         chosen = self.metrics.get("tau_val")
         if chosen:
@@ -188,7 +206,7 @@ def load_run(path, name=None, dataset=None):
         )
     metrics = _read_json(folder / "metrics.json")
     missing = {"lesion", "image", "meta"} - metrics.keys()
-    if missing:
+    if missing and not {"recognition", "meta"} <= metrics.keys():
         raise ValueError(f"{folder / 'metrics.json'} lacks {sorted(missing)}: evaluate it again.")
     record = run_folder / "run.json" if run_folder else None
     run = _read_json(record) if record and record.is_file() else None

@@ -126,8 +126,8 @@ def test_a_case_worked_out_by_hand():
     ece = (1 * 0.5 + 2 * (0.7 - 0.5) + 2 * (1 - 0.8) + 1 * (1 - 0.9)) / 6
     assert scored.calibration["ece"] == pytest.approx(100 * ece)
     row = scored.per_image[3]
-    assert (row["image_id"], row["truth"], row["called"]) == (4, "ulcer", "gastric cancer")
-    assert (row["outcome"], row["score"], row["p_gastritis"]) == ("wrong", 0.5, 0)
+    assert (row["image_id"], row["label"], row["predicted"]) == (4, "ulcer", "gastric cancer")
+    assert (row["outcome"], row["score"], row["score_gastritis"]) == ("wrong", 0.5, 0)
 
 
 def test_intervals_are_those_of_resampled_data_sets():

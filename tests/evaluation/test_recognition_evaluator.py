@@ -86,7 +86,7 @@ def test_files_and_figures(gt, probability, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["image_id"] for row in rows] == [str(i) for i in range(1, 9)]
     assert {row["centre"] for row in rows} == {"A"}
-    right = sum(row["truth"] == row["called"] for row in rows)
+    right = sum(row["label"] == row["predicted"] for row in rows)
     assert right == sum(row["outcome"] == "right" for row in rows)
     assert figures["recognition"]["top1"] == 100 * right / 8
     with open(out / "confusion_matrix.csv", newline="") as file:

@@ -12,7 +12,7 @@ from imrcnn_d2.evaluation.curves import pr_curve
 from imrcnn_d2.report.compare import compare
 from imrcnn_d2.report.compare_files import write_comparison
 from imrcnn_d2.report.compare_runs import gather
-from imrcnn_d2.report.compare_tables import figure_name
+from imrcnn_d2.report.figure_names import figure_name
 from imrcnn_d2.report.runs import load_run
 
 MODELS = {"MR-CNN": 0.6, "IMR-CNN": 0.9}

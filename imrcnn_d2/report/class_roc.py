@@ -1,0 +1,50 @@
+"""ROC curves of image classification: each class against all others, a panel a class."""
+
+from matplotlib.figure import Figure
+
+from .style import STYLES, save_figure, tidy
+
+__all__ = ["draw_class_roc"]
+
+
+def draw_class_roc(results, paths):
+    """
+    Draw sensitivity against false alarms as the threshold on the probability of a class falls. The
+    dot is what the highest probability decides.
+
+    Args:
+        results (dict[str, RecognitionResults]): by the name in the legend; of the same classes.
+        paths (list[str or Path]): .png, .svg or .pdf.
+
+    Returns:
+        matplotlib.figure.Figure: what was saved.
+    """
+    from sklearn.metrics import roc_curve  # three seconds
+
+    classes = next(iter(results.values())).ground_truth.classes
+    figure = Figure(figsize=(4.4 * len(classes) + 0.4, 5), layout="constrained")
+    panels = figure.subplots(1, len(classes), sharey=True)
+    for k, (axes, name) in enumerate(zip(panels, classes, strict=True)):
+        axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
+        for number, (label, own) in enumerate(results.items()):
+            colour, style = STYLES[number % len(STYLES)]
+            positive, score = own.ground_truth.label == k, own.probability[:, k]
+            area = own.recognition[f"auroc_{name}"]
+            if not positive.any() or positive.all():
+                axes.plot([], [], color=colour, linestyle=style, label=f"{label}: n/a")
+                continue
+            false, true, _ = roc_curve(positive, score, drop_intermediate=False)
+            line = dict(color=colour, linestyle=style, linewidth=1.8)
+            axes.plot(100 * false, 100 * true, label=f"{label}: AUROC {area:.1f}", **line)
+            called = own.measures.called == k
+            point = 100 * called[~positive].mean(), 100 * called[positive].mean()
+            mark = dict(markersize=8, markeredgewidth=1.3, markeredgecolor="white", zorder=4)
+            axes.plot(*point, "o", color=colour, **mark)
+        axes.set(xlabel="1 − specificity (%)", xlim=(-1, 101), ylim=(0, 101), aspect="equal")
+        axes.set_title(f"{name} against all others", fontsize=11)
+        tidy(axes)
+        axes.legend(loc="lower right", fontsize=8.5, framealpha=0.95, handlelength=3.2)
+    panels[0].set_ylabel("Sensitivity (%)")
+    for path in paths:
+        save_figure(figure, path)
+    return figure

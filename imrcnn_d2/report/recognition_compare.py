@@ -1,0 +1,234 @@
+"""A comparison of image classifiers as files: tables, pictures, one Markdown page and one JSON."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..evaluation.confusion import ConfusionMatrix
+from ..evaluation.files import strict_json, write_atomically
+from .calibration import draw_calibration
+from .class_roc import draw_class_roc
+from .compare_files import DEFINITIONS as OF_TESTS
+from .compare_files import about_run, runs_table
+from .compare_tables import SEEDS, figure_cell, figure_row, table_of_tests
+from .confusion_matrix import draw_confusion_matrix
+from .figure_names import figure_name
+from .recognition_published import CITATION, MODEL, REMARKS, published_accuracy
+from .tables import Table, format_figure, write_table
+
+__all__ = ["class_table", "fold_table", "write_recognition_comparison"]
+
+OVERALL = ("balanced_accuracy", "top1", "auroc")
+OF_CANCER = ("recall", "specificity", "auroc")
+DEFINITIONS = {
+    "Accuracy of a class": "share of its images that are called it, as the published table means "
+    "accuracy; also its recall. Called is the class of the highest probability.",
+    "Balanced accuracy": "mean of the classes' accuracies.",
+    "Top-1 accuracy": "share of all images that are called what they are.",
+    "AUROC": "of the probability of a class, against all other classes; the mean of the classes.",
+    "Cancer against benign": "an image called any cancer class is called cancer; AUROC of the "
+    "probability of all cancer classes together.",
+    "Calibration": "ECE and Brier score of the probability of the class called, as that of being "
+    "right.",
+    **{name: OF_TESTS[name] for name in ("Intervals", "Differences")},
+    "McNemar": "exact test of which images are called rightly; given are how many images the first "
+    "and the second model alone has right.",
+    **{name: OF_TESTS[name] for name in ("Folds", "Holm")},
+}
+
+
+def write_recognition_comparison(comparison, folder):
+    """
+    Write comparison.md, comparison.json, each table as .md, .csv and .tex, and as .png and .svg the
+    confusion matrices, ROC curves and calibration of the models. Files of the same names are
+    replaced.
+
+    Args:
+        comparison (Comparison): of classifiers.
+        folder (str or Path): made if it does not exist.
+
+    Returns:
+        list[Path]: the files; the first is comparison.md.
+    """
+    folder = Path(folder)
+    tables = _tables(comparison)
+    files = [path for table in tables for path in write_table(table, folder)]
+    pictures = _pictures(comparison, folder)
+    settings = {"unit": "image", **comparison.settings}
+    definitions = {name: text.format(**settings) for name, text in DEFINITIONS.items()}
+    page = _page(comparison, tables, pictures, definitions)
+    document = {
+        "settings": comparison.settings,
+        "runs": [about_run(label, run) for label, run in comparison.runs],
+        "models": {
+            label: {"figures": m.figures, "intervals": m.intervals, "runs": m.runs}
+            for label, m in comparison.models.items()
+        },
+        "folds": {label: [one.figures for one in own] for label, own in comparison.folds.items()},
+        "tests": [asdict(test) for test in comparison.tests],
+        "fold_tests": [asdict(test) for test in comparison.fold_tests],
+        "published": published_accuracy(comparison.dataset, comparison.settings["classes"]),
+        "remarks": comparison.remarks,
+        "definitions": definitions,
+    }
+    write_atomically(folder / "comparison.md", page)
+    write_atomically(folder / "comparison.json", strict_json(document))
+    return [folder / "comparison.md", folder / "comparison.json", *files, *pictures]
+
+
+def class_table(comparison):
+    """
+    Args:
+        comparison (Comparison): with models on one split.
+
+    Returns:
+        Table: the accuracy of each class, the figures of all classes, and those of cancer against
+        benign, with intervals; published values below.
+    """
+    classes = comparison.settings["classes"]
+    columns = {name: ("recognition", f"accuracy_{name}") for name in classes}
+    columns |= {figure_name(f"recognition/{key}"): ("recognition", key) for key in OVERALL}
+    if comparison.settings["cancer_classes"]:
+        columns |= {
+            f"cancer: {'sensitivity' if key == 'recall' else key}": ("cancer", key)
+            for key in OF_CANCER
+        }
+    data, cells = [], []
+    for label, model in comparison.models.items():
+        rows = [figure_row(label, model, *place) for place in columns.values()]
+        data += rows
+        cells.append({"model": label, **dict(zip(columns, map(figure_cell, rows), strict=True))})
+    published = published_accuracy(comparison.dataset, classes)
+    notes = ["The columns named as a class: accuracy of the class. In brackets: 95 % intervals."]
+    if any(len(model.runs) > 1 for model in comparison.models.values()):
+        notes.append(SEEDS)
+    if published:
+        texts = {name: format_figure("", value) for name, value in published.items()}
+        blank = dict.fromkeys(columns, "")
+        cells.append({"model": f"{MODEL}, published", **blank, **texts})
+        data += [
+            {"model": MODEL, "source": "published", "figure": f"recognition/accuracy_{name}"}
+            | {"value": value, "remarks": " ".join(REMARKS)}
+            for name, value in published.items()
+        ]
+        notes += [f"Published: {text}" for text in REMARKS]
+    title = f"Accuracy of each class, in percent, on {comparison.dataset}"
+    return Table("classes", title, pd.DataFrame(cells), pd.DataFrame(data), tuple(notes))
+
+
+def fold_table(comparison):
+    """
+    Args:
+        comparison (Comparison): with folds.
+
+    Returns:
+        Table: each fold, mean and standard deviation.
+    """
+    data, cells = [], []
+    endpoints = [f"recognition/accuracy_{name}" for name in comparison.settings["classes"]]
+    endpoints += [f"recognition/{figure}" for figure in OVERALL]
+    for label, folds in comparison.folds.items():
+        for endpoint in endpoints:
+            group, figure = endpoint.split("/", 1)
+            values = np.array([one.figures[group].get(figure, math.nan) for one in folds])
+            mean, sd = float(values.mean()), float(values.std())
+            row = {"model": label, "figure": endpoint}
+            row |= {f"fold_{index}": value for index, value in enumerate(values)}
+            data.append(
+                row | {"mean": mean, "sd_population": sd, "sd_sample": float(values.std(ddof=1))}
+            )
+            texts = {f"fold {i}": format_figure("", value) for i, value in enumerate(values)}
+            texts["mean ± sd"] = format_figure("", mean, sd=sd)
+            cells.append({"model": label, "figure": figure_name(endpoint), **texts})
+    notes = ("± is the population standard deviation over folds; the sample's is in the CSV.",)
+    number = len(next(iter(comparison.folds.values())))
+    title = f"{number}-fold cross-validation, in percent"
+    return Table("folds", title, pd.DataFrame(cells), pd.DataFrame(data), notes, text_columns=2)
+
+
+def _tables(comparison):
+    tables = [class_table(comparison)] if comparison.models else []
+    if comparison.tests:
+        notes = ["Later model given minus earlier one, or model minus baseline; percentage points."]
+        if comparison.clustered:
+            notes.append(
+                "Patients have several images each: McNemar's test takes images for independent "
+                "and is too sure; the bootstrap resamples patients."
+            )
+        title = "Differences between models on the same test images"
+        tables.append(table_of_tests(comparison, comparison.tests, "differences", title, *notes))
+    if comparison.folds:
+        tables.append(fold_table(comparison))
+    if comparison.fold_tests:
+        title = "Differences between models over the folds"
+        tables.append(table_of_tests(comparison, comparison.fold_tests, "fold_tests", title))
+    return tables
+
+
+def _shown(comparison):
+    """{name: RecognitionResults}: a run a model, of several seeds that of median accuracy."""
+    shown = {}
+    for label, runs in comparison.gathered.split.items():
+        order = sorted(runs, key=lambda run: run.results.recognition["balanced_accuracy"])
+        name = f"{label} (median of {len(runs)} runs)" if len(runs) > 1 else label
+        shown[name] = order[(len(order) - 1) // 2].results
+    return shown
+
+
+def _pictures(comparison, folder):
+    shown = _shown(comparison)
+    matrices = {name: results.confusion for name, results in shown.items()}
+    if not shown:  # each image of a cross-validation was tested once, whatever the seed
+        matrices = {
+            f"{label} ({len(folds)} folds)": ConfusionMatrix(
+                comparison.settings["classes"],
+                sum(seeds[0].results.confusion.counts for seeds in folds),
+            )
+            for label, folds in comparison.gathered.folds.items()
+        }
+    paths = [folder / f"confusion.{suffix}" for suffix in ("png", "svg")]
+    for path in paths:
+        draw_confusion_matrix(matrices, path)
+    if shown:
+        paths += [folder / f"roc.{suffix}" for suffix in ("png", "svg")]
+        draw_class_roc(shown, paths[-2:])
+        calibrations = {name: results.measures.calibration for name, results in shown.items()}
+        for suffix in ("png", "svg"):
+            paths.append(folder / f"calibration.{suffix}")
+            draw_calibration(calibrations, paths[-1], of=("Right", "Images"))
+    return paths
+
+
+def _page(comparison, tables, pictures, definitions):
+    meta = comparison.runs[0][1].results.meta
+    labels = list(dict.fromkeys(label for label, _ in comparison.runs))
+    sizes = zip(meta["classes"], meta["images_of_class"], strict=True)
+    size = f"{meta['images']} images ({', '.join(f'{n} {name}' for name, n in sizes)})"
+    if meta["patients"]:
+        size += f", {meta['patients']} patients"
+    lines = [
+        f"# {', '.join(labels)}",
+        "",
+        f"Test set: {comparison.dataset or 'not named'}, {size}"
+        f"{'' if comparison.models else ' in the first fold'}. "
+        f"Primary endpoint: {comparison.primary}.",
+        "",
+    ]
+    if comparison.remarks:
+        lines += ["**Read first**", "", *(f"- {remark}" for remark in comparison.remarks), ""]
+    lines += ["## Tables", ""]
+    for table in tables:
+        lines += [table.markdown(), ""]
+    lines += ["## Pictures", ""]
+    for path in pictures:
+        if path.suffix == ".png":
+            lines += [f"![{path.stem}]({path.name})", ""]
+    lines += ["## How each number is defined", ""]
+    lines += [f"- **{name}**: {text}" for name, text in definitions.items()]
+    if published_accuracy(comparison.dataset, comparison.settings["classes"]):
+        lines += ["", f"Published values: {CITATION}."]
+    lines += ["", "## Runs", "", runs_table(comparison), ""]
+    return "\n".join(lines)
