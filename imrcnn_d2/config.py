@@ -106,11 +106,11 @@ def add_imrcnn_config(cfg):
     # becomes ceil(epochs * images / IMS_PER_BATCH), and SOLVER.STEPS, SOLVER.WARMUP_ITERS,
     # SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD are read as epochs as well.
     cfg.SOLVER.MAX_EPOCHS = 0
-    # Training in steps, for classifiers and detectors: a list of {name, epochs, lr, trainable}, one
-    # after the other, each with warm-up and schedule of its own; [] is one step of MAX_EPOCHS or
-    # MAX_ITER at BASE_LR, which a list replaces. trainable: "head" (all but the backbone), "stages
-    # from k" (besides, what makes the backbone's maps of stride 2^k and more) or "all". What is not
-    # trained keeps its batch-norm statistics too.
+    # Training in steps, for classifiers and detectors: a list of {name, epochs, lr, trainable} (or
+    # iterations in place of epochs), one after the other, each with warm-up and schedule of its
+    # own. It replaces MAX_EPOCHS, MAX_ITER and BASE_LR; [] is off. trainable: "head" (all but the
+    # backbone), "stages from k" (besides, what makes the backbone's maps of stride 2^k and more) or
+    # "all". What is not trained keeps its batch-norm statistics too.
     cfg.SOLVER.PHASES = []
     # "SGD" or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"

@@ -26,6 +26,7 @@ SHIPPED = sorted(
 )
 SOURCES = "".join((CONFIGS / name).read_text() for name in SHIPPED)
 RUNNABLE = [name for name in SHIPPED if not name.startswith("Base-")]
+RECOGNITION = [name for name in SHIPPED if "recognition" in name.lower()]
 
 
 def load(name):
@@ -84,7 +85,9 @@ def structure():
     return build
 
 
-@pytest.mark.parametrize("name", [n for n in SHIPPED if n != "Base-RCNN.yaml"])
+@pytest.mark.parametrize(
+    "name", [n for n in SHIPPED if n != "Base-RCNN.yaml" and n not in RECOGNITION]
+)
 def test_every_shipped_config_builds_the_model_it_is_named_after(name, structure):
     cfg = load(name)
     # "kvasir_seg/imrcnn_R_50_paper.yaml" or "Base-IMRCNN-R_50.yaml"
@@ -104,6 +107,18 @@ def test_every_shipped_config_builds_the_model_it_is_named_after(name, structure
         assert "conv_stem" in dict(backbone.bottom_up.body.named_children())
     assert model.roi_heads.num_classes == 1
     assert list(backbone.output_shape()) == cfg.MODEL.RPN.IN_FEATURES
+
+
+@pytest.mark.parametrize("name", [n for n in RECOGNITION if n in RUNNABLE])
+def test_every_classifier_is_of_the_backbone_it_is_named_after(name, structure):
+    cfg = load(name)
+    stem = Path(name).stem
+    assert cfg.MODEL.TIMM.NAME == ("tf_efficientnet_lite0" if stem == "lite" else stem)
+    model = structure(cfg)
+    assert type(model).__name__ == "ImageClassifier"
+    assert model.head.out_features == 3
+    assert [phase["trainable"] for phase in cfg.SOLVER.PHASES] == ["head", "all"]
+    assert cfg.SOLVER.PHASES[0]["lr"] > cfg.SOLVER.PHASES[1]["lr"]
 
 
 @pytest.mark.parametrize("depth", [50, 101])
@@ -130,13 +145,16 @@ def test_mr_cnn_is_the_zoo_s_mask_rcnn(depth, structure):
 def test_every_config_to_run_says_where_data_and_results_are(name):
     cfg = load(name)
     folder, stem = Path(name).parent.name, Path(name).stem
+    dataset = "gastric_recognition" if name in RECOGNITION else folder
     for split in ("TRAIN", "VAL", "TEST"):
-        assert cfg.DATASETS[split] == (f"{folder}_{split.lower()}",)
+        assert cfg.DATASETS[split] == (f"{dataset}_{split.lower()}",)
     assert cfg.OUTPUT_DIR.startswith("output/")
     # Named once among all: two configs never write to one folder.
     assert SOURCES.count(f'OUTPUT_DIR: "{cfg.OUTPUT_DIR}"\n') == 1
-    assert cfg.INPUT.MASK_FORMAT == "bitmask"
     assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    if name in RECOGNITION:
+        return
+    assert cfg.INPUT.MASK_FORMAT == "bitmask"
     assert cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 0.05
     assert cfg.MODEL.IMRCNN.SCORE_THRESH == 0.7
     if stem.endswith("_paper"):

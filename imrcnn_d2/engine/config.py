@@ -6,6 +6,7 @@ from detectron2.config import get_cfg
 from imrcnn_d2.config import add_imrcnn_config
 
 from .device import choose_device
+from .recognition import resolve_input
 
 __all__ = ["load_config"]
 
@@ -18,7 +19,8 @@ def load_config(config_file="", opts=()):
 
     Returns:
         CfgNode: Detectron2's defaults and ours, the file and the overrides; MODEL.DEVICE is what
-            these name, else the result of :func:`choose_device`. Not frozen.
+            these name, else the result of :func:`choose_device`; what images a classifier takes is
+            resolved, see :func:`resolve_input`. Not frozen.
 
     Raises:
         ValueError: the file, or one that it is based on, is no plain YAML: Detectron2 would run
@@ -45,6 +47,7 @@ def load_config(config_file="", opts=()):
             "whatever they hold when Detectron2 loads them. Set it to False: the models here make "
             "their own proposals."
         )
+    resolve_input(cfg)
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = choose_device()
     return cfg

@@ -38,6 +38,7 @@ def assemble_hooks(
     checkpoint_period,
     make_writers,
     log_period,
+    phases=None,
 ):
     """
     The hooks of a training in their order: validation and the best checkpoint come before the
@@ -53,11 +54,12 @@ def assemble_hooks(
         checkpoint_period (int): iterations between checkpoints.
         make_writers (callable): () -> list[EventWriter]; main process only.
         log_period (int): iterations between what the writers write.
+        phases (Phases or None):
 
     Returns:
         list[HookBase]:
     """
-    ret = [hooks.IterationTimer(), lr_scheduler, ema, record, *validation]
+    ret = [hooks.IterationTimer(), phases, lr_scheduler, ema, record, *validation]
     if comm.is_main_process():
         if make_samples is not None:
             ret.append(make_samples())

@@ -10,6 +10,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
@@ -17,8 +18,9 @@ from detectron2.modeling import FPN, ResNet
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.utils import comm
 
+from imrcnn_d2.data.classification_catalogue import labels_of
 from imrcnn_d2.evaluation.files import file_sha256, write_atomically
-from imrcnn_d2.modeling import PAFPN, TimmBackbone
+from imrcnn_d2.modeling import PAFPN, ImageClassifier, TimmBackbone
 from imrcnn_d2.versions import package_versions
 
 __all__ = ["RunRecord", "config_sha256", "describe_model", "git_state"]
@@ -37,7 +39,7 @@ class RunRecord(HookBase):
 
     FILE = "run.json"
 
-    def __init__(self, output_dir, *, model, seed, config_hash, datasets):
+    def __init__(self, output_dir, *, model, seed, config_hash, datasets, phases=None):
         """
         Args:
             output_dir (str): folder of the file.
@@ -46,8 +48,10 @@ class RunRecord(HookBase):
             config_hash (str): see :func:`config_sha256`.
             datasets (list[str]): names of the sets for training, validation and test, in that
                 order.
+            phases (list[dict] or None): see :meth:`Phases.describe`.
         """
         self._path = Path(output_dir) / self.FILE
+        self._phases = phases
         self._about = (model, seed, config_hash, list(dict.fromkeys(datasets)))
         self._started, self._hours_before = None, 0.0
         self._since = None
@@ -63,6 +67,7 @@ class RunRecord(HookBase):
         self._content = {
             "model": name,
             "backbone": backbone,
+            "input": _input_facts(model),
             "seed": seed if seed >= 0 else None,
             "command": shlex.join(["python", *sys.argv]),
             "git": git_state(),
@@ -74,6 +79,7 @@ class RunRecord(HookBase):
             "finished": None,
             "hours": self._hours_before,
             "iterations": self.trainer.max_iter,
+            "phases": self._phases,
             "datasets": {name: _dataset_facts(name) for name in datasets},
             **split,
         }
@@ -115,6 +121,8 @@ def describe_model(model):
     model = getattr(model, "module", model)
     backbone = getattr(model, "backbone", None)
     name = type(model).__name__
+    if isinstance(model, ImageClassifier):
+        return name, model.name
     if isinstance(model, GeneralizedRCNN) and getattr(model.roi_heads, "mask_on", False):
         if isinstance(backbone, PAFPN):
             name = "IMR-CNN" if backbone.cbams else "IBMR-CNN"
@@ -184,19 +192,36 @@ def _device(model):
     return device.type
 
 
+def _input_facts(model):
+    """Colour order, mean and standard deviation of the images, and a classifier's image size."""
+    model = getattr(model, "module", model)
+    facts = {"format": getattr(model, "input_format", None)}
+    for key in ("pixel_mean", "pixel_std"):
+        values = getattr(model, key, None)
+        facts[key] = None if values is None else values.flatten().tolist()
+    if isinstance(model, ImageClassifier):
+        facts["size"] = model.input_size
+    return facts
+
+
 def _dataset_facts(name):
     records = DatasetCatalog.get(name)
-    lesions = [sum(not a.get("iscrowd", 0) for a in r.get("annotations", ())) for r in records]
     patients = {r["patient_id"] for r in records if r.get("patient_id") is not None}
-    json_file = MetadataCatalog.get(name).get("json_file")
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") == "recognition":
+        counts = np.bincount(labels_of(records), minlength=len(metadata.thing_classes)).tolist()
+        content = {"classes": dict(zip(metadata.thing_classes, counts, strict=True))}
+    else:
+        lesions = [sum(not a.get("iscrowd", 0) for a in r.get("annotations", ())) for r in records]
+        content = {"lesion_free_images": lesions.count(0), "lesions": sum(lesions)}
+    json_file = metadata.get("json_file")
     gt = Path(json_file).absolute() if json_file else None
     rejected = gt.parent.parent / "rejected.csv" if gt else None
     return {
         "gt": str(gt) if gt else None,
         "gt_sha256": file_sha256(gt) if gt else None,
         "images": len(records),
-        "lesion_free_images": lesions.count(0),
-        "lesions": sum(lesions),
+        **content,
         "patients": len(patients) or None,
         # Of the whole prepared data set: what was left out belongs to no split.
         "rejected": _count_rows(rejected) if rejected and rejected.is_file() else None,

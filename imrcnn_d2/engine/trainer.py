@@ -9,19 +9,23 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
 )
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 
+from imrcnn_d2.data.classification_mapper import ClassificationMapper
 from imrcnn_d2.data.loader import build_train_loader
 from imrcnn_d2.data.mappers import LesionMapper
 from imrcnn_d2.evaluation import LesionEvaluator
+from imrcnn_d2.evaluation.recognition_evaluator import RecognitionEvaluator
 from imrcnn_d2.modeling.memory_format import use_channels_last
 
 from .checkpoint import Checkpointer
 from .ema import EMA
 from .hooks import BestCheckpointer, EvalHook, SamplePredictions, assemble_hooks
+from .phases import LRScheduler, Phases, read_phases
 from .provenance import RunRecord, config_sha256
-from .schedule import build_optimizer, resolve_epochs
+from .recognition import is_classifier, resolve_class_weights
+from .schedule import build_optimizer, phase_solver, resolve_epochs
 from .train_step import TrainStep, distribute, training_seed
 from .weights import last_weights, log_test_evaluations
 
@@ -32,10 +36,11 @@ logger = logging.getLogger(__name__)
 
 class Trainer(DefaultTrainer):
     """
-    Detectron2's DefaultTrainer with what lesion detection needs besides.
+    Detectron2's DefaultTrainer with what lesion detection and image recognition need besides.
 
     - runs on any device, alone or in several processes, with or without mixed precision;
-    - schedules in epochs (:func:`resolve_epochs`), SGD or AdamW (:func:`build_optimizer`);
+    - schedules in epochs (:func:`resolve_epochs`) and phases (:class:`Phases`), SGD or AdamW
+      (:func:`build_optimizer`);
     - validates on DATASETS.VAL, keeps the best weights there and the operating point chosen on the
       first of these sets; after training both are loaded and DATASETS.TEST is evaluated once, with
       confidence intervals;
@@ -51,10 +56,22 @@ class Trainer(DefaultTrainer):
         # Not DefaultTrainer.__init__: its DDP and AMP need CUDA. The order of building is its.
         super(DefaultTrainer, self).__init__()
         self._config_hash = config_sha256(cfg)
-        cfg = resolve_epochs(self.auto_scale_workers(cfg, comm.get_world_size()))
+        scaled = self.auto_scale_workers(cfg, comm.get_world_size())
+        if cfg.SOLVER.PHASES and scaled is not cfg:
+            raise ValueError(
+                f"SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE}, but the "
+                "learning rates in SOLVER.PHASES are not scaled: set it to 0"
+            )
+        cfg = resolve_epochs(scaled)
+        cfg = resolve_class_weights(cfg)
         _check_classes(cfg)
         model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
+        self._phases = self._build_phases(cfg, model)
+        if self._phases:
+            optimizer, scheduler = self._phases.optimizer, self._phases.scheduler
+        else:
+            optimizer = self.build_optimizer(cfg, model)
+            scheduler = self.build_lr_scheduler(cfg, optimizer)
         data_loader = self.build_train_loader(cfg)
         self._ema = EMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
         self._evaluated_model = self._ema.model if self._ema else model
@@ -67,7 +84,7 @@ class Trainer(DefaultTrainer):
             precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
             max_skipped=cfg.SOLVER.MAX_SKIPPED_BATCHES,
         )
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.scheduler = scheduler
         self.checkpointer = Checkpointer(
             model,
             cfg.OUTPUT_DIR,
@@ -79,6 +96,19 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    @classmethod
+    def _build_phases(cls, cfg, model):
+        phases = read_phases(cfg.SOLVER.PHASES)
+        if not phases:
+            return None
+
+        def build_solver(phase):
+            own = phase_solver(cfg, phase)
+            optimizer = cls.build_optimizer(own, model)
+            return optimizer, cls.build_lr_scheduler(own, optimizer)
+
+        return Phases(phases, model, build_solver)
+
     def build_hooks(self):
         """
         Returns:
@@ -88,15 +118,16 @@ class Trainer(DefaultTrainer):
         period = cfg.TEST.EVAL_PERIOD
         validation, make_samples = [], None
         if cfg.DATASETS.VAL:
-            best = BestCheckpointer(
-                self._evaluated_model,
-                cfg.OUTPUT_DIR,
-                period,
-                tau_rule=cfg.MODEL.IMRCNN.TAU_RULE,
-                dataset=cfg.DATASETS.VAL[0],
-            )
+            if is_classifier(cfg):
+                criterion = {"metric": "recognition/balanced_accuracy"}
+            else:
+                criterion = {
+                    "tau_rule": cfg.MODEL.IMRCNN.TAU_RULE,
+                    "dataset": cfg.DATASETS.VAL[0],
+                }
+                make_samples = self._sample_predictions
+            best = BestCheckpointer(self._evaluated_model, cfg.OUTPUT_DIR, period, **criterion)
             validation = [EvalHook(period, self.validate), best]
-            make_samples = self._sample_predictions
         self._best = validation[-1] if validation else None
         self._record = RunRecord(
             cfg.OUTPUT_DIR,
@@ -104,10 +135,12 @@ class Trainer(DefaultTrainer):
             seed=cfg.SEED,
             config_hash=self._config_hash,
             datasets=[*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL, *cfg.DATASETS.TEST],
+            phases=self._phases.describe() if self._phases else None,
         )
         return assemble_hooks(
+            phases=self._phases,
             record=self._record,
-            lr_scheduler=hooks.LRScheduler(),
+            lr_scheduler=LRScheduler(),
             ema=self._ema,
             validation=validation,
             make_samples=make_samples,
@@ -123,6 +156,11 @@ class Trainer(DefaultTrainer):
         loader = self.build_test_loader(cfg, name)
         tau = cfg.MODEL.IMRCNN.SCORE_THRESH
         return SamplePredictions(self._evaluated_model, loader, name, cfg.TEST.EVAL_PERIOD, tau)
+
+    def load_state_dict(self, state_dict):
+        if self._phases:  # the optimizer's state is that of the phase it was saved in
+            self._phases.start_at(state_dict["iteration"])
+        super().load_state_dict(state_dict)
 
     def train(self):
         """
@@ -183,7 +221,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        mapper = LesionMapper(cfg, is_train=False)
+        mapper = (ClassificationMapper if is_classifier(cfg) else LesionMapper)(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
@@ -196,9 +234,13 @@ class Trainer(DefaultTrainer):
                 operating point is chosen on the sets of DATASETS.VAL, and never on others.
 
         Returns:
-            LesionEvaluator:
+            LesionEvaluator, or RecognitionEvaluator for a classifier:
         """
         node = cfg.MODEL.IMRCNN
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        if is_classifier(cfg):
+            arguments = weights.recognition_arguments() if weights is not None else {}
+            return RecognitionEvaluator(dataset_name, output_dir=output_dir, **arguments)
         if weights is not None:
             arguments = weights.evaluator_arguments()
         else:
@@ -206,20 +248,23 @@ class Trainer(DefaultTrainer):
         return LesionEvaluator(
             dataset_name,
             tau=node.SCORE_THRESH,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+            output_dir=output_dir,
             **arguments,
         )
 
 
 def _check_classes(cfg):
-    if not cfg.MODEL.META_ARCHITECTURE.endswith("RCNN"):
+    if is_classifier(cfg):
+        key, wanted = "MODEL.CLASSIFIER.NUM_CLASSES", cfg.MODEL.CLASSIFIER.NUM_CLASSES
+    elif cfg.MODEL.META_ARCHITECTURE.endswith("RCNN"):
+        key, wanted = "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    else:
         return
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL):
         DatasetCatalog.get(name)  # class names are known once the file was read
         classes = MetadataCatalog.get(name).get("thing_classes", [])
-        if len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        if len(classes) != wanted:
             raise ValueError(
-                f"Data set {name} has {len(classes)} classes {classes}, but "
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}; "
+                f"Data set {name} has {len(classes)} classes {classes}, but {key} is {wanted}; "
                 f"set it to {len(classes)}"
             )

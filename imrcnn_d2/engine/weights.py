@@ -33,8 +33,11 @@ class Weights:
 
     def evaluator_arguments(self):
         """dict: what ``LesionEvaluator`` takes for a final evaluation: figures with intervals."""
+        return {"operating_point": self.operating_point, **self.recognition_arguments()}
+
+    def recognition_arguments(self):
+        """dict: what ``RecognitionEvaluator`` takes for a final evaluation."""
         return {
-            "operating_point": self.operating_point,
             "bootstrap": Bootstrap(),
             "meta": {"checkpoint": self.path, "checkpoint_sha256": self.sha256},
         }

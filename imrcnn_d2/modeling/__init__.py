@@ -7,6 +7,7 @@ from .backbones import (
     build_timm_fpn_backbone,
     build_timm_pafpn_backbone,
 )
+from .classifier import ImageClassifier
 from .cpu_gradients import SeparableGradientROIAlign, SparseGradientRPNHead
 from .pafpn import PAFPN
 from .roi_heads import AMPSafeMaskHead, AMPSafeROIHeads, FP32ROIPooler
@@ -17,6 +18,7 @@ __all__ = [
     "AMPSafeROIHeads",
     "CBAM",
     "FP32ROIPooler",
+    "ImageClassifier",
     "PAFPN",
     "SeparableGradientROIAlign",
     "SparseGradientRPNHead",

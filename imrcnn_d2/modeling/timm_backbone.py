@@ -17,7 +17,13 @@ from imrcnn_d2.config import get_node
 
 from .weight_files import load_safetensors, load_torch_file
 
-__all__ = ["TimmBackbone", "load_timm_weights"]
+__all__ = [
+    "TimmBackbone",
+    "create_timm_model",
+    "freeze_timm_layers",
+    "graph_leaves",
+    "load_timm_weights",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +56,16 @@ class TimmBackbone(Backbone):
         if norm not in ("FrozenBN", "BN"):
             raise ValueError(f"MODEL.TIMM.NORM is {norm!r}; use 'FrozenBN' or 'BN'")
         self.name = name
-        source = {}
-        if weights not in ("", "timm"):
-            source["pretrained_cfg_overlay"] = {"state_dict": load_timm_weights(name, weights)}
-        self.body = timm.create_model(
-            name, features_only=True, pretrained=bool(weights), in_chans=in_channels, **source
-        )
+        self.body = create_timm_model(name, weights, features_only=True, in_chans=in_channels)
         info = self.body.feature_info
         self._channels, self._strides = info.channels(), info.reduction()
         self._features = [f"res{int(math.log2(s))}" for s in self._strides]
         maps = self._try_out(name, in_channels)
         if freeze_at > 0:
-            self._freeze([m for m, s in zip(maps, self._strides, strict=True) if s <= 2**freeze_at])
+            freeze_timm_layers(
+                self.body,
+                [m for m, s in zip(maps, self._strides, strict=True) if s <= 2**freeze_at],
+            )
         if norm == "FrozenBN":
             self.body = freeze_batch_norm_2d(self.body)
 
@@ -104,20 +108,6 @@ class TimmBackbone(Backbone):
             )
         return maps
 
-    def _freeze(self, maps):
-        """No gradients, and batch norm by running statistics, in all that makes ``maps``."""
-        if not maps:
-            return
-        used = _leaves(maps)
-        for parameter in self.body.parameters():
-            parameter.requires_grad = id(parameter) not in used
-        for name, module in list(self.body.named_modules()):
-            if isinstance(module, _BATCH_NORMS) and not module.weight.requires_grad:
-                # Unlike FrozenBatchNorm2d.convert_frozen_batchnorm this keeps the activation that
-                # timm fuses into its batch norms.
-                parent, _, child = name.rpartition(".")
-                setattr(self.body.get_submodule(parent), child, freeze_batch_norm_2d(module))
-
     def forward(self, x):
         """
         Args:
@@ -135,8 +125,51 @@ class TimmBackbone(Backbone):
         }
 
 
-def _leaves(tensors):
-    """The ids of the parameters that some tensors were made by, from their autograd graph."""
+def create_timm_model(name, weights, **kwargs):
+    """
+    Args:
+        name (str): a timm model name.
+        weights (str): MODEL.TIMM.WEIGHTS: "" (random), "timm" (timm's own download), or see
+            :func:`load_timm_weights`.
+        kwargs: of ``timm.create_model``.
+
+    Returns:
+        nn.Module:
+    """
+    if weights not in ("", "timm"):
+        kwargs["pretrained_cfg_overlay"] = {"state_dict": load_timm_weights(name, weights)}
+    return timm.create_model(name, pretrained=bool(weights), **kwargs)
+
+
+def freeze_timm_layers(body, maps):
+    """
+    No gradients, and batch norm by running statistics, in all that makes some feature maps.
+
+    Args:
+        body (nn.Module): a timm model; changed in place.
+        maps (list[Tensor]): made by it, with autograd graph.
+    """
+    if not maps:
+        return
+    used = graph_leaves(maps)
+    for parameter in body.parameters():
+        parameter.requires_grad = id(parameter) not in used
+    for name, module in list(body.named_modules()):
+        if isinstance(module, _BATCH_NORMS) and not module.weight.requires_grad:
+            # Unlike FrozenBatchNorm2d.convert_frozen_batchnorm this keeps the activation that
+            # timm fuses into its batch norms.
+            parent, _, child = name.rpartition(".")
+            setattr(body.get_submodule(parent), child, freeze_batch_norm_2d(module))
+
+
+def graph_leaves(tensors):
+    """
+    Args:
+        tensors (iterable of Tensor): with autograd graph.
+
+    Returns:
+        set[int]: the ids of the parameters that they were made by.
+    """
     found, seen, nodes = set(), set(), [tensor.grad_fn for tensor in tensors]
     while nodes:
         node = nodes.pop()

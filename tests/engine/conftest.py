@@ -9,7 +9,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as mask_util
 
-from imrcnn_d2.data.register import register_lesion_dataset
+from imrcnn_d2.data.register import register_classification_dataset, register_lesion_dataset
 from imrcnn_d2.engine import load_config
 
 SIZE = 96
@@ -91,3 +91,73 @@ def tiny_opts(tiny_datasets, tmp_path):
 def tiny_cfg(tiny_opts):
     """The light IMR-CNN on the tiny data set."""
     return load_config("configs/synthetic/imrcnn_lite.yaml", tiny_opts)
+
+
+CLASSES = ("cancer", "ulcer", "gastritis")
+
+
+def write_classes(folder, counts):
+    """Write small noisy images, each with a patch in its class's colour, and their COCO JSON."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(sum(counts))
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    images, annotations = [], []
+    for i, label in enumerate(labels, 1):
+        image = rng.integers(60, 120, (40, 40, 3), dtype=np.uint8)
+        x, y = rng.integers(0, 20, 2)
+        image[y : y + 20, x : x + 20, label] += 120
+        images.append({"id": i, "file_name": f"{i}.png", "height": 40, "width": 40})
+        annotations.append({"id": i, "image_id": i, "category_id": label + 1})
+        cv2.imwrite(str(folder / f"{i}.png"), image)
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
+    coco = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    (folder / "coco.json").write_text(json.dumps(coco))
+    return folder / "coco.json"
+
+
+@pytest.fixture(scope="session")
+def tiny_class_datasets(tmp_path_factory):
+    """Names of a train, a val and a test set with 8, 6 and 3 images of three classes."""
+    root, prefix = tmp_path_factory.mktemp("classes"), uuid.uuid4().hex
+    names = {}
+    for split, counts in (("train", (4, 2, 2)), ("val", (2, 2, 2)), ("test", (1, 1, 1))):
+        json_file = write_classes(root / split, counts)
+        names[split] = f"{prefix}_{split}"
+        register_classification_dataset(names[split], json_file, json_file.parent)
+    yield names
+    for name in names.values():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def tiny_classifier_opts(tiny_class_datasets, tmp_path):
+    """Overrides that make any recognition config train on the tiny data set: two phases of 3."""
+    return [
+        *("DATASETS.TRAIN", (tiny_class_datasets["train"],)),
+        *("DATASETS.VAL", (tiny_class_datasets["val"],)),
+        *("DATASETS.TEST", (tiny_class_datasets["test"],)),
+        *("DATALOADER.NUM_WORKERS", 0),
+        *("INPUT.SIZE", 32),
+        *("MODEL.DEVICE", "cpu"),
+        *("MODEL.TIMM.WEIGHTS", ""),
+        *("SOLVER.IMS_PER_BATCH", 4),
+        *("SOLVER.CHECKPOINT_PERIOD", 1),
+        *("SOLVER.WARMUP_ITERS", 1),
+        *("SOLVER.CHECKPOINTS_TO_KEEP", 9),
+        *(
+            "SOLVER.PHASES",
+            [
+                {"name": "one", "iterations": 3, "lr": 0.01, "trainable": "head"},
+                {"name": "two", "iterations": 3, "lr": 0.001, "trainable": "stages from 4"},
+            ],
+        ),
+        *("TEST.EVAL_PERIOD", 0),
+        *("OUTPUT_DIR", str(tmp_path / "output")),
+    ]
+
+
+@pytest.fixture
+def tiny_classifier_cfg(tiny_classifier_opts):
+    """The light classifier on the tiny data set."""
+    return load_config("configs/recognition/lite.yaml", tiny_classifier_opts)
