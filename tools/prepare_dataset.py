@@ -3,19 +3,21 @@
 
 python tools/prepare_dataset.py kvasir-seg --root DIR --out datasets/kvasir_seg
 python tools/prepare_dataset.py coco --annotations FILE --images DIR --out datasets/egc
+python tools/prepare_dataset.py classification --root DIR --out datasets/gastric_recognition
 python tools/prepare_dataset.py synthetic --num-images 160 --size 256 --out datasets/synthetic
 """
 
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from imrcnn_d2.data import coco, kvasir_seg, synthetic
-from imrcnn_d2.data.prepare import Source, SplitOptions, prepare_dataset
+from imrcnn_d2.data import classification, coco, kvasir_seg, synthetic
+from imrcnn_d2.data.prepare import SPLIT_BY, Source, SplitOptions, prepare_dataset
 from imrcnn_d2.data.rejects import BadInputError, Rejects
-from imrcnn_d2.data.splits import parse_ratio, read_splits
-from imrcnn_d2.data.summary import summarise
+from imrcnn_d2.data.splits import FixedTest, parse_ratio, read_splits
+from imrcnn_d2.data.summary import summarise, summarise_classes
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -32,9 +34,11 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_argument("--seed", type=int, default=0, help="of the splits and of drawing (0)")
     common.add_argument(
         "--split-by",
-        choices=("patient", "image"),
+        choices=SPLIT_BY,
         default="patient",
-        help="patient (default): images of one patient stay in one split, where patients are known",
+        help="patient (default): images of one patient stay in one split, where patients are known;"
+        " group: near-duplicates do as well, found by comparing all images; image: each image for "
+        "itself; prefix: as file names state (train_, val_ or valid_, test_)",
     )
     common.add_argument(
         "--splits",
@@ -69,6 +73,43 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--annotations", type=Path, required=True, help="COCO instance JSON")
     own.add_argument("--images", type=Path, required=True, help="folder of the file_name entries")
 
+    labelled = commands.add_parser(
+        "classification", parents=[common], help="images with a class each: folders or a CSV"
+    )
+    labelled.add_argument(
+        "--root", type=Path, required=True, help="has one folder a class, or the files of --csv"
+    )
+    labelled.add_argument(
+        "--csv",
+        type=Path,
+        help="table with the columns file (relative to --root), label and, if known, patient_id "
+        "and split (train, val, test or empty)",
+    )
+    labelled.add_argument(
+        "--classes", nargs="+", help="the classes in their order (default: those found, sorted)"
+    )
+    labelled.add_argument(
+        "--cancer",
+        nargs="+",
+        metavar="CLASS",
+        help="classes that are cancer, for the two-class table of cancer against benign (default: "
+        "those with cancer or carcinoma in their name)",
+    )
+    labelled.add_argument(
+        "--test-per-class",
+        type=int,
+        metavar="N",
+        help="a test set of N images of each class instead of --ratio; 150 as published",
+    )
+    labelled.add_argument(
+        "--val-percent",
+        type=int,
+        default=10,
+        metavar="P",
+        help="validation images in percent of those not for testing, with --test-per-class or "
+        "where the table has training and no validation images (default %(default)s)",
+    )
+
     drawn = commands.add_parser("synthetic", parents=[common], help="draw the embedded data set")
     drawn.add_argument("--num-images", type=int, required=True)
     drawn.add_argument("--size", type=int, required=True, help="width and height in pixels")
@@ -80,20 +121,26 @@ def main(argv: list[str] | None = None) -> None:
     rejects = Rejects(args.on_error)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            source = _read(args, rejects, Path(scratch))
             options = SplitOptions(
                 ratio=args.ratio,
                 seed=args.seed,
-                by_patient=args.split_by == "patient",
+                split_by=args.split_by,
                 earlier=None if args.splits is None else read_splits(args.splits),
                 folds=args.folds,
             )
+            if args.command == "classification":
+                source, options = _read_classification(args, rejects, options)
+            else:
+                source = _read(args, rejects, Path(scratch))
             prepared = prepare_dataset(source, args.out, options, rejects)
     except BadInputError as error:
         sys.exit(f"{error}\nCorrect it, or list such files and go on with --on-error reject.")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    print(summarise(prepared.coco, args.ratio, prepared.notes, rejects.errors))
+    if args.command == "classification":
+        print(summarise_classes(prepared.coco, prepared.notes, rejects.errors))
+    else:
+        print(summarise(prepared.coco, options.sizes.get("ratio"), prepared.notes, rejects.errors))
     print(f"\n{args.out}: {'already there, unchanged' if prepared.unchanged else 'written'}")
 
 
@@ -103,6 +150,25 @@ def _read(args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
     if args.command == "coco":
         return coco.read_coco(args.annotations, args.images, rejects)
     return synthetic.generate(scratch, args.num_images, args.size, args.seed)
+
+
+def _read_classification(
+    args: argparse.Namespace, rejects: Rejects, options: SplitOptions
+) -> tuple[Source, SplitOptions]:
+    """The data set, and the options with the splits that its table gives."""
+    chosen = rejects, args.classes, args.cancer
+    if args.csv is None:
+        source, given = classification.read_class_folders(args.root, *chosen)
+    else:
+        source, given = classification.read_label_csv(args.csv, args.root, *chosen)
+    if given and options.earlier:
+        raise ValueError(f"{args.csv} has a split column: leave it empty, or leave out --splits")
+    if given:
+        how = args.val_percent, options.seed, args.split_by != "image"
+        options = replace(options, earlier=classification.carve_validation(source, given, *how))
+    if args.test_per_class is not None:
+        options = replace(options, ratio=FixedTest(args.test_per_class, args.val_percent))
+    return source, options
 
 
 def _ratio(text: str) -> tuple[int, ...]:

@@ -5,7 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
-from imrcnn_d2.data.prepare import first_difference, staged, write_json, write_splits
+from imrcnn_d2.data.prepare import (
+    KEPT_TOGETHER,
+    first_difference,
+    staged,
+    write_json,
+    write_splits,
+)
 from imrcnn_d2.data.splits import SPLITS, Item, make_folds
 
 __all__ = ["write_folds"]
@@ -47,8 +53,9 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
         for a in annotations
         if not a.get("iscrowd")
     }
-    items = [Item(i["file_name"], strata.get(i["id"], False), i.get("patient_id")) for i in images]
-    folds = make_folds(items, count, settings["seed"], settings["split_by"] == "patient")
+    unit = KEPT_TOGETHER.get(settings["split_by"])
+    items = [Item(i["file_name"], strata.get(i["id"], False), i.get(unit)) for i in images]
+    folds = make_folds(items, count, settings["seed"])
     empty = [f"fold {i}'s {s}" for i, fold in enumerate(folds) for s in SPLITS if not fold[s]]
     if empty:
         raise ValueError(

@@ -11,10 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from imrcnn_d2.data import splits as splitting
+from imrcnn_d2.data.grouping import group_images
 from imrcnn_d2.data.images import SourceImage, install_image
 from imrcnn_d2.data.rejects import BadInputError, Rejects
+from imrcnn_d2.data.stated_splits import splits_from_prefixes
 
 __all__ = [
+    "KEPT_TOGETHER",
+    "SPLIT_BY",
     "Prepared",
     "Sample",
     "Source",
@@ -25,6 +29,10 @@ __all__ = [
     "write_json",
     "write_splits",
 ]
+
+SPLIT_BY = ("patient", "group", "image", "prefix")
+# the field of COCO images by which they stay in one split, where they have it
+KEPT_TOGETHER = {"patient": "patient_id", "group": "group_id"}
 
 # Grows beside a data set with every evaluation of its test part (evaluation/test_log.py).
 _TEST_LOG = "test_evaluations.csv"
@@ -39,17 +47,25 @@ class Sample:
         image: the file to install there.
         annotations: COCO annotations without ``id`` and ``image_id``.
         fields: further COCO image fields, e.g. ``patient_id``.
+        label: id of the image's class where whole images are classified; its one annotation then
+            is {"category_id": label}.
     """
 
     file_name: str
     image: SourceImage
     annotations: list[dict]
     fields: dict = field(default_factory=dict)
+    label: int | None = None
 
     @property
     def has_lesion(self) -> bool:
         """Whether there is an annotation other than of a crowd region."""
         return any(not annotation["iscrowd"] for annotation in self.annotations)
+
+    @property
+    def stratum(self) -> bool | int:
+        """What all splits get their share of."""
+        return self.has_lesion if self.label is None else self.label
 
 
 @dataclass
@@ -73,13 +89,33 @@ class Source:
 
 @dataclass
 class SplitOptions:
-    """As for `imrcnn_d2.data.splits.make_splits`; `folds` of 0 writes no cross-validation."""
+    """How to split, see `imrcnn_d2.data.splits.make_splits`.
 
-    ratio: Sequence[int] = (12, 3, 5)
+    Attributes:
+        ratio: train : val : test, or a test set of fixed size.
+        seed: of the assignment.
+        split_by: one of `SPLIT_BY`. "patient": a patient's images stay together; "group": those of
+            a patient and near-duplicates do; "image": every image for itself; "prefix": as the
+            file names state.
+        earlier: file names by split that stay as they were.
+        folds: of cross-validation, 0 for none.
+    """
+
+    ratio: Sequence[int] | splitting.FixedTest = (12, 3, 5)
     seed: int = 0
-    by_patient: bool = True
+    split_by: str = "patient"
     earlier: Mapping[str, Sequence[str]] | None = None
     folds: int = 0
+
+    @property
+    def sizes(self) -> dict:
+        """How large the splits should be, for splits.json."""
+        if self.split_by == "prefix":
+            return {}
+        if isinstance(self.ratio, splitting.FixedTest):
+            of_class, percent = self.ratio.per_stratum, self.ratio.val_percent
+            return {"test_per_class": of_class, "val_percent": percent}
+        return {"ratio": list(self.ratio)}
 
 
 @dataclass
@@ -152,18 +188,29 @@ def _write_splits_and_annotations(
     stage: Path, samples: list[Sample], source: Source, options: SplitOptions
 ) -> dict[str, dict]:
     """Writes everything but the images; returns the COCO contents by split."""
-    items = [splitting.Item(s.file_name, s.has_lesion, s.fields.get("patient_id")) for s in samples]
-    by_patient = options.by_patient and any(item.patient is not None for item in items)
-    earlier = options.earlier or {}
+    split_by, earlier = options.split_by, options.earlier or {}
+    if split_by == "prefix":
+        if earlier:
+            raise ValueError("file names cannot state the splits where earlier ones are given")
+        earlier = splits_from_prefixes(sample.file_name for sample in samples)
+    elif split_by == "group":
+        _group(stage, samples, source.notes)
+    elif split_by == "patient" and all(
+        sample.fields.get("patient_id") is None for sample in samples
+    ):
+        split_by = "image"
+    unit = KEPT_TOGETHER.get(split_by)
+    items = [splitting.Item(s.file_name, s.stratum, s.fields.get(unit)) for s in samples]
     gone = sorted({name for part in earlier.values() for name in part} - {i.name for i in items})
     if gone:
         source.notes.append(f"{len(gone)} files of the given splits are gone: {', '.join(gone)}")
 
-    splits = splitting.make_splits(items, options.ratio, options.seed, by_patient, earlier)
-    settings = {"seed": options.seed, "split_by": "patient" if by_patient else "image"}
-    write_splits(stage / "splits.json", splits, {**settings, "ratio": list(options.ratio)})
+    splits = splitting.make_splits(items, options.ratio, options.seed, earlier=earlier)
+    _check_classes(samples, splits, source.categories)
+    settings = {"seed": options.seed, "split_by": split_by}
+    write_splits(stage / "splits.json", splits, {**settings, **options.sizes})
     if options.folds:
-        folds = splitting.make_folds(items, options.folds, options.seed, by_patient)
+        folds = splitting.make_folds(items, options.folds, options.seed)
         for i, fold in enumerate(folds):
             path = stage / "folds" / f"fold{i}.json"
             write_splits(path, fold, {**settings, "fold": i, "folds": options.folds})
@@ -172,6 +219,41 @@ def _write_splits_and_annotations(
     for split, content in coco.items():
         write_json(stage / "annotations" / f"{split}.json", content)
     return coco
+
+
+def _group(stage: Path, samples: list[Sample], notes: list[str]) -> None:
+    """Sets ``group_id`` of images that have a near-duplicate; lists them in a file."""
+    groups, listed = group_images(
+        stage / "images",
+        [sample.file_name for sample in samples],
+        [sample.fields.get("patient_id") for sample in samples],
+    )
+    for sample in samples:
+        if sample.file_name in groups:
+            sample.fields["group_id"] = groups[sample.file_name]
+    write_json(stage / "near_duplicates.json", listed, indent=1)
+    notes.append(
+        f"{len(listed['pairs'])} pairs of near-duplicates; {len(groups)} images in "
+        f"{len(listed['groups'])} groups that stay together, see near_duplicates.json"
+    )
+
+
+def _check_classes(
+    samples: list[Sample], splits: Mapping[str, Sequence[str]], categories: list[dict]
+) -> None:
+    """Where whole images are classified, a split without a class could teach or tell nothing."""
+    label_of = {sample.file_name: sample.label for sample in samples}
+    if None in label_of.values():
+        return
+    for split, names in splits.items():
+        there = {label_of[name] for name in names}
+        missing = [c["name"] for c in categories if c["id"] not in there]
+        if missing and names:
+            raise ValueError(
+                f"{split} has no image of {', '.join(missing)}: every split needs all "
+                f"{len(categories)} classes. Add images, change the ratio, or correct the split "
+                "column."
+            )
 
 
 def _coco_by_split(

@@ -15,7 +15,7 @@ _BAR = 40
 
 def summarise(
     coco: Mapping[str, dict],
-    ratio: Sequence[int],
+    ratio: Sequence[int] | None,
     notes: Sequence[str],
     rejects: Sequence[BadInputError],
 ) -> str:
@@ -23,7 +23,7 @@ def summarise(
 
     Args:
         coco: COCO contents by split.
-        ratio: what was asked for, in the order of `coco`.
+        ratio: what was asked for, in the order of `coco`; None where file names state the splits.
         notes: lines to repeat.
         rejects: what was left out, and why.
     """
@@ -73,17 +73,20 @@ def _patients(images: Sequence[dict]) -> int:
     return len({i["patient_id"] for i in images if i.get("patient_id") is not None})
 
 
-def _counts(coco: Mapping[str, dict], ratio: Sequence[int]) -> list[str]:
+def _counts(coco: Mapping[str, dict], ratio: Sequence[int] | None) -> list[str]:
     total = sum(len(content["images"]) for content in coco.values())
-    lines = ["split   images  instances  lesion-free  patients  images wanted by ratio"]
-    for (split, content), part in zip(coco.items(), ratio, strict=True):
+    wanted_title = "" if ratio is None else "  images wanted by ratio"
+    lines = [f"split   images  instances  lesion-free  patients{wanted_title}"]
+    for i, (split, content) in enumerate(coco.items()):
         images, annotations = content["images"], content["annotations"]
         with_lesion = {a["image_id"] for a in annotations if not a["iscrowd"]}
-        wanted = total * part / sum(ratio)
         lines.append(
             f"{split:6} {len(images):7} {len(annotations):10} {len(images) - len(with_lesion):12} "
-            f"{_patients(images) or '-':>9}  {wanted:.1f} ({len(images) - wanted:+.1f})"
+            f"{_patients(images) or '-':>9}"
         )
+        if ratio is not None:
+            wanted = total * ratio[i] / sum(ratio)
+            lines[-1] += f"  {wanted:.1f} ({len(images) - wanted:+.1f})"
     return lines
 
 

@@ -247,6 +247,6 @@ def test_patients_of_own_data(coco_folder, tmp_path):
 
 
 def test_own_data_by_image(coco_folder, tmp_path):
-    prepared = own_data(coco_folder, tmp_path, ratio=(1, 1, 1), by_patient=False)
+    prepared = own_data(coco_folder, tmp_path, ratio=(1, 1, 1), split_by="image")
     assert [len(coco["images"]) for coco in prepared.coco.values()] == [1, 1, 1]
     assert read_json(Path(tmp_path / "out" / "splits.json"))["split_by"] == "image"
