@@ -13,6 +13,7 @@ from pathlib import Path
 
 from imrcnn_d2.report.model_card import write_model_card
 from imrcnn_d2.report.page import render_report
+from imrcnn_d2.report.recognition_page import render_recognition_report
 from imrcnn_d2.report.runs import load_run
 
 
@@ -41,7 +42,13 @@ def main(argv=None):
         parser.error("--card is of one model: give it with one RUN")
     try:
         runs = [load_run(run) for run in args.runs]
-        render_report(runs, args.output, prevalences=args.prevalence, max_images=args.max_images)
+        if runs[0].task == "recognition":
+            if args.card:
+                raise ValueError("--card: there are no model cards of classifiers yet")
+            render_recognition_report(runs, args.output, max_images=args.max_images)
+        else:
+            how = {"prevalences": args.prevalence, "max_images": args.max_images}
+            render_report(runs, args.output, **how)
         written = [args.output]
         if args.card:
             written.append(write_model_card(runs[0], args.card))

@@ -7,14 +7,14 @@ from .style import STYLES, save_figure, tidy
 __all__ = ["draw_class_roc"]
 
 
-def draw_class_roc(results, paths):
+def draw_class_roc(results, path):
     """
     Draw sensitivity against false alarms as the threshold on the probability of a class falls. The
     dot is what the highest probability decides.
 
     Args:
         results (dict[str, RecognitionResults]): by the name in the legend; of the same classes.
-        paths (list[str or Path]): .png, .svg or .pdf.
+        path (str or Path): .png, .svg or .pdf.
 
     Returns:
         matplotlib.figure.Figure: what was saved.
@@ -45,6 +45,5 @@ def draw_class_roc(results, paths):
         tidy(axes)
         axes.legend(loc="lower right", fontsize=8.5, framealpha=0.95, handlelength=3.2)
     panels[0].set_ylabel("Sensitivity (%)")
-    for path in paths:
-        save_figure(figure, path)
+    save_figure(figure, path)
     return figure

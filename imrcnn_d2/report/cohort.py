@@ -18,11 +18,12 @@ def cohort(run):
         run (Run):
 
     Returns:
-        dict: ``splits`` (list of dicts with name, tested, images, lesion_free, lesions and
-        patients, None where they are not known), ``images`` and ``patients`` (over all splits),
-        ``offered`` and ``excluded`` (images; None where only the test set is there), ``reasons``
-        (list of (reason, count)), ``rejected`` (list of (file, reason)), ``settings`` (dict, how
-        the split was made), ``caption`` (str) and ``notes`` (list[str], what is missing).
+        dict: ``splits`` (list of dicts with name, tested, images, lesion_free, lesions, classes
+        (how many of each) and patients, None where they are not known), ``images`` and
+        ``patients`` (over all splits), ``offered`` and ``excluded`` (images; None where only the
+        test set is there), ``reasons`` (list of (reason, count)), ``rejected`` (list of (file,
+        reason)), ``settings`` (dict, how the split was made), ``caption`` (str) and ``notes``
+        (list[str], what is missing).
     """
     tested = run.gt_path
     root = tested.parent.parent
@@ -75,6 +76,10 @@ def _count(content):
         "images": len(images),
         "lesion_free": len(images) - len({a["image_id"] for a in lesions}),
         "lesions": len(lesions),
+        "classes": {
+            category["name"]: sum(a["category_id"] == category["id"] for a in lesions)
+            for category in content.get("categories", ())
+        },
         "patients": len(_patients(content)) or None,
     }
 
@@ -97,6 +102,8 @@ def _caption(settings, patients_known, tested):
         how = f"Fold {settings['fold']} of {settings.get('folds', '?')}"
     else:
         how = f"Split at random{f' {ratio}' if ratio else ''}"
+        if "test_per_class" in settings:
+            how += f", {settings['test_per_class']} test images of each class"
     how += f", seed {settings.get('seed', 'not recorded')}"
     if settings.get("split_by") == "patient":
         how += "; images of one patient are in one split."

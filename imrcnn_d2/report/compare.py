@@ -108,7 +108,7 @@ def compare(gathered, bootstrap, *, primary=None, baseline=None):
         ]
         for label, own in gathered.folds.items()
     }
-    endpoints = endpoints_of(task, meta["classes"])
+    endpoints = endpoints_of(task, meta["classes"], meta.get("cancer_classes", ()))
     primary = primary or PRIMARY[task]
     _check_primary(primary, models, folds, endpoints)
     n_train, n_test = _sizes(gathered.folds)

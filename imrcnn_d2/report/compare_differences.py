@@ -38,11 +38,11 @@ ENDPOINTS = (
 )
 
 
-def endpoints_of(task, classes):
+def endpoints_of(task, classes=(), cancer_classes=()):
     """
     Args:
         task (str): "lesions" or "recognition".
-        classes (list[str]): of the data set.
+        classes (list[str]), cancer_classes (list[str]): of a recognition data set.
 
     Returns:
         tuple[str, ...]: what is tested, group/figure.
@@ -52,7 +52,9 @@ def endpoints_of(task, classes):
     return (
         *("recognition/balanced_accuracy", "recognition/top1", "recognition/auroc"),
         *(f"recognition/accuracy_{name}" for name in classes),
-        *(f"cancer/{figure}" for figure in ("recall", "specificity", "auroc")),
+        # Of a single cancer class sensitivity is its accuracy: no reason to test it twice.
+        *(["cancer/recall"] if len(cancer_classes) > 1 else []),
+        *("cancer/specificity", "cancer/auroc"),
     )
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .outlines import choose_images, outlines, regions_by_kind
 
-__all__ = ["gallery_data"]
+__all__ = ["embed", "gallery_data"]
 
 LONG_SIDE = 512  # pixels of an embedded picture
 QUALITY = 82  # of its JPEG
@@ -50,7 +50,7 @@ def gallery_data(runs, max_images=300):
     images = []
     for position in tqdm(sorted(choose_images(rows, max_images)), desc="Gallery", delay=2):
         record = truth.images[position]
-        picture, (width, height), scale = _embed(root / record["file_name"])
+        picture, (width, height), scale = embed(root / record["file_name"])
         outlined = _outlined(truth, position, scale)
         images.append(
             {
@@ -74,8 +74,15 @@ def gallery_data(runs, max_images=300):
     }
 
 
-def _embed(path):
-    """(base64 of a JPEG as it is to be seen, original (width, height), original pixels in one)."""
+def embed(path):
+    """
+    Args:
+        path (Path): of an image.
+
+    Returns:
+        tuple[str, tuple[int, int], float]: base64 of a JPEG as it is to be seen, width and height
+        of the original, and original pixels in one of the JPEG.
+    """
     with Image.open(path) as file:
         # Before anything else: masks are of the image as it is seen.
         image = ImageOps.exif_transpose(file).convert("RGB")

@@ -1,22 +1,13 @@
 """The report: one HTML page that needs nothing else, from one run or several."""
 
-import base64
-import hashlib
 import logging
 from dataclasses import replace
-from datetime import datetime, timezone
-from importlib import metadata
-from pathlib import Path
 
-import jinja2
-from markupsafe import Markup
-
-from ..evaluation.files import write_atomically
 from .cohort import cohort
 from .gallery import gallery_data
+from .html import write_page
 from .outlines import HALO_WIDTH, LIGHT_HALO, STYLES
 from .page_comparison import differences
-from .page_facts import config_differences, configs, facts
 from .page_pictures import pictures
 from .page_tables import (
     confusions,
@@ -27,7 +18,7 @@ from .page_tables import (
     size_tables,
 )
 
-__all__ = ["render_report"]
+__all__ = ["check_runs", "named_runs", "render_report", "said", "uncertainty", "undefined_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +29,6 @@ OUTLINES = {
     "missed": ("missed lesion", "missed lesion"),
     "alarm": ("false alarm", "false alarm"),
 }
-INLINED = ("report.css", "report.js")
 
 
 def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
@@ -58,39 +48,25 @@ def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
         ValueError: different test sets or settings, two runs of one name, a prevalence outside
             (0, 1).
     """
-    _check(runs)
-    runs = _named(runs)
+    check_runs(runs)
+    runs = named_runs(runs)
     drawn, undrawn = pictures(runs)
     people = cohort(runs[0])
     gallery, gallery_missing = _gallery(runs, max_images)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("imrcnn_d2.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    sources = {name: environment.loader.get_source(environment, name)[0] for name in INLINED}
-    script = Markup(sources["report.js"])
     results = runs[0].results
-    page = environment.get_template("report.html").render(
-        title=runs[0].dataset or runs[0].name,
+    return write_page(
+        "report",
+        runs,
+        output,
         lead=_lead(runs, results.meta),
-        css=Markup(sources["report.css"]),
-        script=script,
-        script_hash=_hash(script),
         lines=_lines(),
-        run_names=[run.name for run in runs],
         key_figures=key_figures(runs),
-        uncertainty=_uncertainty(runs),
+        uncertainty=uncertainty(runs),
         notes=_notes(runs),
         comparison=differences(runs),
-        facts=facts(runs, people["settings"]),
-        config_differences=config_differences(runs),
-        configs=configs(runs),
         cohort=people,
         figure_tables=figure_tables(runs),
-        undefined=_undefined(runs),
+        undefined=undefined_rows(runs),
         pictures=drawn,
         pictures_missing=undrawn,
         confusions=confusions(runs),
@@ -101,23 +77,22 @@ def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
         gallery_missing=gallery_missing,
         gallery_lead=_gallery_lead(runs, gallery),
         lesion_free_images=results.meta["lesion_free_images"],
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        version=metadata.version("imrcnn-d2"),
-        sources=", ".join(str(run.folder) for run in runs),
     )
-    write_atomically(output, page)
-    return Path(output)
 
 
-def _named(runs):
-    """The runs under their models' names, as in a comparison, where these tell them apart."""
+def named_runs(runs):
+    """list[Run]: under their models' names, as in a comparison, where these tell them apart."""
     models = [run.model for run in runs]
     if any(run.labelled for run in runs) or len(set(models)) < len(models):
         return runs
     return [replace(run, name=run.model) for run in runs]
 
 
-def _check(runs):
+def check_runs(runs):
+    """
+    Raises:
+        ValueError: runs that cannot be on one page.
+    """
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
@@ -129,19 +104,13 @@ def _check(runs):
                 f"{first.folder} and {run.folder} were evaluated on different test sets "
                 f"({first.gt_path}, {run.gt_path}): one report shows one test set."
             )
-        for key in ("tau", "iou_threshold", "iou_type"):
-            ours, theirs = first.metrics["meta"][key], run.metrics["meta"][key]
+        for key in ("task", "tau", "iou_threshold", "iou_type"):
+            ours, theirs = first.metrics["meta"].get(key), run.metrics["meta"].get(key)
             if ours != theirs:
                 raise ValueError(
                     f"{first.folder} was evaluated with {key} {ours}, {run.folder} with {theirs}: "
                     "evaluate one of them again."
                 )
-
-
-def _hash(script):
-    """The page runs this script and no other, whatever its data say."""
-    digest = hashlib.sha256(script.encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def _lines():
@@ -176,7 +145,8 @@ def _lead(runs, meta):
     return f"{lead}."
 
 
-def _uncertainty(runs):
+def uncertainty(runs):
+    """str: what the brackets are."""
     bootstraps = [run.metrics["meta"].get("bootstrap") for run in runs]
     known = [bootstrap for bootstrap in bootstraps if bootstrap]
     if not known:
@@ -187,22 +157,23 @@ def _uncertainty(runs):
 def _notes(runs):
     """What older runs lack."""
     without = [run.name for run in runs if run.run is None]
-    notes = _said(without, "no run.json was found, so its training is not documented.")
+    notes = said(without, "no run.json was found, so its training is not documented.")
     without = [run.name for run in runs if not run.metrics["meta"].get("bootstrap")]
-    notes += _said(without, "evaluated without intervals.")
+    notes += said(without, "evaluated without intervals.")
     without = [run.name for run in runs if not run.metrics.get("tau_val")]
-    notes += _said(without, "no threshold chosen on validation data (τ_val) was recorded.")
+    notes += said(without, "no threshold chosen on validation data (τ_val) was recorded.")
     return notes
 
 
-def _undefined(runs):
-    """Rows: figure, and for each run the share of the resamples in which it is undefined."""
+def undefined_rows(runs):
+    """list[list[str]]: figure, and the share of each run's resamples in which it is undefined."""
     shares = [run.metrics.get("undefined_shares") or {} for run in runs]
     figures = dict.fromkeys(figure for own in shares for figure in own)
     return [[name, *(f"{100 * own.get(name, 0):.1f}" for own in shares)] for name in figures]
 
 
-def _said(names, text):
+def said(names, text):
+    """list[str]: a note on some runs, none without one."""
     return [f"{', '.join(names)}: {text}"] if names else []
 
 

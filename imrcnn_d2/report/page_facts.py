@@ -46,13 +46,7 @@ def _facts_of(run, settings):
         "Data set": meta.get("dataset"),
         "Ground truth, sha256": _short(meta.get("gt_sha256")),
         "Split, sha256": _short(record.get("splits_sha256") or settings.get("sha256")),
-        "Score threshold τ": f"{meta['tau']:g}",
-        "τ chosen on validation": (
-            f"{chosen['tau']:.3g} ({chosen.get('rule')}, on {chosen.get('dataset')})"
-            if chosen
-            else None
-        ),
-        "Hit": f"IoU ≥ {meta['iou_threshold']:g} of {_regions(meta)}",
+        **_thresholds(meta, chosen),
         "Intervals": (
             f"{bootstrap['resamples']:,} resamples of {bootstrap['unit']}s, seed "
             f"{bootstrap['seed']}"
@@ -62,6 +56,20 @@ def _facts_of(run, settings):
         "Versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
     }
     return {label: UNKNOWN if text in (None, "") else str(text) for label, text in texts.items()}
+
+
+def _thresholds(meta, chosen):
+    """What decides, where detections are scored: classes of images need no threshold."""
+    if "tau" not in meta:
+        return {}
+    point = None
+    if chosen:
+        point = f"{chosen['tau']:.3g} ({chosen.get('rule')}, on {chosen.get('dataset')})"
+    return {
+        "Score threshold τ": f"{meta['tau']:g}",
+        "τ chosen on validation": point,
+        "Hit": f"IoU ≥ {meta['iou_threshold']:g} of {_regions(meta)}",
+    }
 
 
 def _of_config(run):

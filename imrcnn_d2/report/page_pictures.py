@@ -13,7 +13,7 @@ from .pr_curve import draw_pr_curves
 from .roc_curve import draw_roc_curves
 from .thresholds import draw_thresholds
 
-__all__ = ["pictures"]
+__all__ = ["as_data", "picture", "pictures"]
 
 PIXELS = 96  # CSS's in an inch
 
@@ -38,50 +38,50 @@ def pictures(runs):
     tau = {"tau": runs[0].metrics["meta"]["tau"]}
     measures = {name: own.measures for name, own in results.items()}
     drawn = [
-        _picture(
+        picture(
             "Precision and recall",
             "Thick: the envelope, whose area is AP50_voc. Diamond: break-even point.",
             {name: 100 * curve.area for name, curve in _pr_curves(results).items()},
             "area under the precision-recall curve in percent",
-            _as_data(draw_pr_curves, _pr_curves(results), **tau),
+            as_data(draw_pr_curves, _pr_curves(results), **tau),
         ),
-        _picture(
+        picture(
             "Free-response ROC",
             "Lesions found against false alarms an image. Mean: of the seven marked rates.",
             {name: own.froc["mean"] for name, own in results.items()},
             "mean sensitivity in percent",
-            _as_data(draw_froc, {name: own.froc for name, own in measures.items()}, **tau),
+            as_data(draw_froc, {name: own.froc for name, own in measures.items()}, **tau),
         ),
     ]
     counts = {name: own.counts for name, own in results.items()}
     positive = runs[0].results.counts.positive
     if positive.any() and not positive.all():
         drawn.append(
-            _picture(
+            picture(
                 "ROC of images",
                 "An image’s score is that of its highest detection, 0 without one.",
                 {name: own.image["auroc"] for name, own in results.items()},
                 "area under the ROC curve in percent",
-                _as_data(draw_roc_curves, counts, **tau),
+                as_data(draw_roc_curves, counts, **tau),
             )
         )
     else:
         kind = "without" if positive.any() else "with"
         missing.append(f"No ROC curve: the test set has no image {kind} a lesion.")
     drawn += [
-        _picture(
+        picture(
             "Calibration",
             "Do 80 % of the detections scored 0.8 hit a lesion? Below: how many there are.",
             {name: own.calibration["ece"] for name, own in results.items()},
             "expected calibration error in percent",
-            _as_data(draw_calibration, {name: own.calibration for name, own in measures.items()}),
+            as_data(draw_calibration, {name: own.calibration for name, own in measures.items()}),
         ),
-        _picture(
+        picture(
             "Figures over the threshold",
             "To look at. A threshold that is chosen here is no longer tested by these data.",
             {},
             "precision, recall, F1 and specificity at score thresholds from 0.05 to 0.95",
-            _as_data(
+            as_data(
                 draw_thresholds,
                 {name: own.thresholds for name, own in results.items()},
                 **tau,
@@ -91,7 +91,16 @@ def pictures(runs):
     return drawn, missing
 
 
-def _picture(title, caption, values, what, data):
+def picture(title, caption, values, what, data):
+    """
+    Args:
+        title (str), caption (str):
+        values (dict[str, float]), what (str): for who cannot see it: figures by model, and of what.
+        data (dict): of :func:`as_data`.
+
+    Returns:
+        dict: as of :func:`pictures`.
+    """
     known = {name: value for name, value in values.items() if not math.isnan(value)}
     said = "; ".join(f"{name}: {value:.1f}" for name, value in known.items())
     alt = f"{title}: {what}{f'. {said}' if said else ''}."
@@ -110,8 +119,8 @@ def _pr_curves(results):
     return curves
 
 
-def _as_data(draw, *args, **kwargs):
-    """What a function that writes a picture to a path would write, as a data URL."""
+def as_data(draw, *args, **kwargs):
+    """dict: what a function that writes a picture to a path would write, as a data URL."""
     # Text as text, not as outlines: smaller, and sharp at any size.
     with tempfile.TemporaryDirectory() as folder, rc_context({"svg.fonttype": "none"}):
         path = Path(folder) / "picture.svg"

@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 COUNTS = (*metrics.COUNTS, "n")
-NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image")
+NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image", "log_loss")
 
 # (figure, label, hint)
 CURVE_FIGURES = (

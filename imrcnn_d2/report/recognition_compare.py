@@ -22,7 +22,7 @@ from .tables import Table, format_figure, write_table
 __all__ = ["class_table", "fold_table", "write_recognition_comparison"]
 
 OVERALL = ("balanced_accuracy", "top1", "auroc")
-OF_CANCER = ("recall", "specificity", "auroc")
+OF_CANCER = {"recall": "sensitivity", "specificity": "specificity", "auroc": "AUROC"}
 DEFINITIONS = {
     "Accuracy of a class": "share of its images that are called it, as the published table means "
     "accuracy; also its recall. Called is the class of the highest probability.",
@@ -92,10 +92,7 @@ def class_table(comparison):
     columns = {name: ("recognition", f"accuracy_{name}") for name in classes}
     columns |= {figure_name(f"recognition/{key}"): ("recognition", key) for key in OVERALL}
     if comparison.settings["cancer_classes"]:
-        columns |= {
-            f"cancer: {'sensitivity' if key == 'recall' else key}": ("cancer", key)
-            for key in OF_CANCER
-        }
+        columns |= {f"cancer: {name}": ("cancer", figure) for figure, name in OF_CANCER.items()}
     data, cells = [], []
     for label, model in comparison.models.items():
         rows = [figure_row(label, model, *place) for place in columns.values()]
@@ -193,11 +190,10 @@ def _pictures(comparison, folder):
     for path in paths:
         draw_confusion_matrix(matrices, path)
     if shown:
-        paths += [folder / f"roc.{suffix}" for suffix in ("png", "svg")]
-        draw_class_roc(shown, paths[-2:])
         calibrations = {name: results.measures.calibration for name, results in shown.items()}
         for suffix in ("png", "svg"):
-            paths.append(folder / f"calibration.{suffix}")
+            paths += [folder / f"{stem}.{suffix}" for stem in ("roc", "calibration")]
+            draw_class_roc(shown, paths[-2])
             draw_calibration(calibrations, paths[-1], of=("Right", "Images"))
     return paths
 

@@ -1,0 +1,70 @@
+"""Classified images and simulated classifiers: folders as preparing and training leave them."""
+
+import json
+
+import numpy as np
+import yaml
+from PIL import Image, ImageDraw
+
+from imrcnn_d2.data.classification import read_class_folders
+from imrcnn_d2.data.prepare import SplitOptions, prepare_dataset
+from imrcnn_d2.data.rejects import Rejects
+from imrcnn_d2.evaluation import Bootstrap, evaluate_recognition
+from imrcnn_d2.evaluation.files import file_sha256
+from imrcnn_d2.evaluation.recognition_files import RECOGNITION_RESULTS, write_recognition
+
+__all__ = ["CLASSES", "draw_classes", "prepare_classes", "write_classifier"]
+
+CLASSES = ("gastric cancer", "gastric ulcer", "chronic gastritis")
+COLOURS = ((190, 60, 70), (230, 220, 190), (220, 130, 120))
+
+
+def draw_classes(root, numbers=(16, 16, 16), size=48, classes=CLASSES):
+    """Write one folder a class, each image of another noise, the class told by a spot's colour."""
+    for k, (name, number) in enumerate(zip(classes, numbers, strict=True)):
+        (root / name).mkdir(parents=True)
+        for i in range(number):
+            rng = np.random.default_rng([k, i])
+            pixels = rng.integers(120, 160, (size, size, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels)
+            x, y = rng.integers(4, size // 2, 2).tolist()
+            ImageDraw.Draw(image).ellipse((x, y, x + size // 3, y + size // 3), fill=COLOURS[k % 3])
+            image.save(root / name / f"{k}_{i:02}.png")
+    return root
+
+
+def prepare_classes(root, out, **options):
+    """Prepare the folders of `root`; returns what prepare_dataset does."""
+    rejects = Rejects()
+    source, _ = read_class_folders(root, rejects)
+    return prepare_dataset(source, out, SplitOptions(**options), rejects)
+
+
+def write_classifier(
+    output, gt, *, skill=1.0, seed=0, backbone="resnet50", run_json=True, fold=None
+):
+    """Write an OUTPUT_DIR with an evaluation of simulated probabilities; returns it."""
+    dataset = "gastric_recognition_test"
+    folder = output / "inference" / dataset
+    content = json.loads(gt.read_text())
+    ids = sorted(category["id"] for category in content["categories"])
+    rng = np.random.default_rng(seed)
+    results = []
+    for annotation in content["annotations"]:
+        scores = rng.normal(size=len(ids))
+        scores[ids.index(annotation["category_id"])] += 2 * skill
+        scores = np.exp(scores) / np.exp(scores).sum()
+        results.append({"image_id": annotation["image_id"], "scores": scores.tolist()})
+    scored = evaluate_recognition(gt, results, bootstrap=Bootstrap(100))
+    meta = {"dataset": dataset, "gt": str(gt), "gt_sha256": file_sha256(gt)}
+    meta |= {"image_root": str(gt.parent.parent / "images"), "checkpoint_sha256": "c" * 64}
+    write_recognition(scored, folder, **meta)
+    (folder / RECOGNITION_RESULTS).write_text(json.dumps(results))
+    config = {"DATASETS": {"TEST": [dataset], "TRAIN": ["train"]}, "SEED": seed}
+    config["MODEL"] = {"META_ARCHITECTURE": "ImageClassifier", "TIMM": {"NAME": backbone}}
+    (output / "config.yaml").write_text(yaml.safe_dump(config))
+    if run_json:
+        record = {"model": "ImageClassifier", "backbone": backbone, "seed": seed, "fold": fold}
+        record |= {"finished": "2026-01-01", "datasets": {"train": {"images": 20}}}
+        (output / "run.json").write_text(json.dumps(record))
+    return output
