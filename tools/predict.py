@@ -22,6 +22,7 @@ from detectron2.utils.logger import setup_logger
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.journal import FAILED
+from imrcnn_d2.deploy.live import predict_live
 from imrcnn_d2.deploy.loading import pretrained
 from imrcnn_d2.deploy.outputs import OUTPUTS
 from imrcnn_d2.deploy.runtimes import RUNTIMES
@@ -30,12 +31,17 @@ from imrcnn_d2.deploy.runtimes import RUNTIMES
 def main(argv=None):
     parser = argument_parser()
     args = parser.parse_args(argv)
+    if args.batch_size < 1 or not 0 <= (args.tau or 0) <= 1:
+        parser.error("--batch-size is at least 1, and --tau from 0 to 1")
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     save = [kind for kind in OUTPUTS if getattr(args, kind)]
     try:
         predictor = Predictor(
             args.config_file, find_weights(args.weights), runtime=args.runtime, tau=args.tau
         )
+        if args.live:
+            report_live(predict_live(predictor, args.live, args.output), args.output)
+            return
         done = predict_files(
             predictor, args.input, args.output, save=save, batch_size=args.batch_size
         )
@@ -61,12 +67,18 @@ def argument_parser():
     parser.add_argument(
         "--weights", required=True, help="file, URL, or demo: the ones that come along"
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--input",
-        required=True,
         nargs="+",
         metavar="PATH",
         help="images, videos, DICOM files, folders of these, patterns such as 'clips/*.mp4'",
+    )
+    source.add_argument(
+        "--live",
+        metavar="DEVICE|URL",
+        help="the newest frame of a camera (/dev/video0) or stream, until Ctrl-C; a video file is "
+        "played at its speed. Writes live.mp4 and, with latencies, live.json",
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     parser.add_argument(
@@ -111,6 +123,15 @@ def report(done, output):
     if done.failed:
         parts.append(f"{len(done.failed)} inputs could not be read to their end: {FAILED}")
     print(f"{'; '.join(parts)}. Written to {output}")
+
+
+def report_live(live, output):
+    """Say how quick it was."""
+    latency = ", ".join(f"{name} {ms:.0f} ms" for name, ms in live["latency_ms"].items())
+    print(
+        f"{live['predicted']} of {live['received']} frames predicted, {live['dropped_percent']} % "
+        f"dropped; from frame in to overlay out: {latency}. Written to {output}"
+    )
 
 
 if __name__ == "__main__":
