@@ -52,7 +52,7 @@ def differences(runs):
         "caption": "First model minus second, in percentage points",
         "note": (
             f"{bootstrap.resamples:,} paired resamples of {found.settings['unit']}s. "
-            f"{_name(found.primary)} is the primary endpoint; the p-values of the other "
+            f"Primary endpoint: {_name(found.primary)}; the p-values of the other "
             f"{len(rows) - sum(test.primary for test in rows)} tests are adjusted by Holm’s method."
         ),
         "remarks": found.remarks,

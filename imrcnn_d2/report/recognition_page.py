@@ -171,7 +171,7 @@ def _figure_tables(runs, classes, cancers):
         caption = f"Cancer: {', '.join(cancers)}; benign: all else"
         tables.append(table("Cancer against benign", caption, "cancer", OF_CANCER))
     tables += [
-        table(f"{name.capitalize()} against all others", name, "recognition", OF_CLASS, f"_{name}")
+        table(f"Class: {name}", "Called it, or anything else", "recognition", OF_CLASS, f"_{name}")
         for name in classes
     ]
     caption = "Of the probability of the class called, as that of being right"
