@@ -30,13 +30,15 @@ class TorchRuntime:
         """
         Args:
             model (nn.Module): in evaluation mode; changed in place.
-            precision (str): "fp32", or "bf16" for autocast. ROI pooling stays in fp32: in bf16
-                boxes would move by a pixel.
+            precision (str): "fp32", or "bf16" for autocast. ROI pooling stays in fp32, since boxes
+                would move by a pixel, and so do scores, which would come in steps of 0.004.
         """
         self.model = model.to(memory_format=torch.channels_last)
         self.precision = precision
-        if precision == "bf16":
-            _pool_in_fp32(model)
+        heads = getattr(model, "roi_heads", None)
+        if precision == "bf16" and heads is not None:
+            _pool_in_fp32(heads)
+            _run_in_fp32(heads.box_predictor)
 
     @torch.no_grad()  # not inference_mode: what comes out may be changed in place
     def __call__(self, images):
@@ -60,11 +62,20 @@ class TorchRuntime:
         return [_to_cpu(output) for output in outputs]
 
 
-def _pool_in_fp32(model):
-    heads = getattr(model, "roi_heads", None)
+def _pool_in_fp32(heads):
     for name in ("box_pooler", "mask_pooler"):
         if isinstance(getattr(heads, name, None), ROIPooler):
             setattr(heads, name, FP32ROIPooler(getattr(heads, name)))
+
+
+def _run_in_fp32(module):
+    forward = module.forward
+
+    def in_fp32(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float())
+
+    module.forward = in_fp32
 
 
 def _to_cpu(output):

@@ -1,0 +1,130 @@
+"""DICOM: stills, sequences and videos as RGB, and nobody's name."""
+
+import io
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom.uid import JPEGBaseline8Bit, generate_uid
+
+from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.deploy.dicom import is_dicom, may_show_patient, public_name, read_dicom
+from imrcnn_d2.deploy.video import VideoWriter
+
+from .conftest import picture
+from .dicoms import PATIENT, write_dicom
+
+H264 = "1.2.840.10008.1.2.4.102"
+JPEG_LOSSLESS = "1.2.840.10008.1.2.4.70"
+
+
+def test_a_still(tmp_path):
+    path = write_dicom(tmp_path / "still", picture(0))
+    assert is_dicom(path)
+    (frame,) = read_dicom(path)
+    assert (frame.image == picture(0)).all()
+    assert frame.number is None and frame.time is None
+
+
+def test_several_frames(tmp_path):
+    frames = np.stack([picture(seed) for seed in range(3)])
+    timed = list(read_dicom(write_dicom(tmp_path / "a.dcm", frames, FrameTime="33.25")))
+    assert [frame.time for frame in timed] == [Fraction(133, 4000) * n for n in range(3)]
+    assert all((frame.image == frames[frame.number]).all() for frame in timed)
+    vector = write_dicom(tmp_path / "b.dcm", frames, FrameTimeVector=["0", "40", "80"])
+    assert [float(frame.time) for frame in read_dicom(vector)] == [0, 0.04, 0.12]
+    rated = write_dicom(tmp_path / "c.dcm", frames, CineRate="25")
+    assert [float(frame.time) for frame in read_dicom(rated)] == [0, 0.04, 0.08]
+    stack = list(read_dicom(write_dicom(tmp_path / "d.dcm", frames)))
+    assert [(frame.number, frame.time) for frame in stack] == [(0, None), (1, None), (2, None)]
+
+
+def test_compressed_as_endoscopes_write_it(tmp_path):
+    stream = io.BytesIO()
+    Image.fromarray(picture(0)).save(stream, "JPEG", quality=95)
+    path = write_dicom(
+        tmp_path / "jpeg.dcm",
+        picture(0),
+        encoded=[stream.getvalue()],
+        syntax=JPEGBaseline8Bit,
+        PhotometricInterpretation="YBR_FULL_422",
+    )
+    (frame,) = read_dicom(path)
+    assert abs(frame.image.astype(int) - picture(0)).mean() < 4, "its colours are right"
+
+
+def test_a_video_within(tmp_path):
+    times = [Fraction(number, 25) for number in range(5)]
+    with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 25)) as video:
+        for number, time in enumerate(times):
+            video.write(picture(number), time)
+    encoded = [(tmp_path / "v.mp4").read_bytes()]
+    frames = np.stack([picture(number) for number in range(5)])
+    path = write_dicom(tmp_path / "video.dcm", frames, encoded=encoded, syntax=H264)
+    found = list(read_dicom(path))
+    assert [frame.time for frame in found] == times
+    assert all(abs(f.image.astype(int) - frames[f.number]).mean() < 12 for f in found)
+
+
+def test_gray_of_many_bits(tmp_path):
+    ramp = np.linspace(0, 4095, 256).astype(np.uint16).reshape(16, 16)
+    expected = np.rint(np.linspace(0, 255, 256)).reshape(16, 16)
+    twelve = {"BitsStored": 12, "HighBit": 11}
+    (frame,) = read_dicom(write_dicom(tmp_path / "a.dcm", ramp, **twelve))
+    assert abs(frame.image[:, :, 0] - expected).max() <= 1
+    assert (frame.image[:, :, 0] == frame.image[:, :, 2]).all()
+    (frame,) = read_dicom(
+        write_dicom(tmp_path / "b.dcm", ramp, **twelve, PhotometricInterpretation="MONOCHROME1")
+    )
+    assert abs(frame.image[:, :, 0] - expected[::-1, ::-1]).max() <= 1
+    window = {"WindowCenter": "1024", "WindowWidth": "2048"}
+    (frame,) = read_dicom(write_dicom(tmp_path / "c.dcm", ramp, **twelve, **window))
+    assert abs(frame.image[:, :, 0] - np.clip(2 * expected, 0, 255)).max() <= 1
+
+
+def test_bad_files_are_named(tmp_path):
+    for name, path in {
+        "without an image": write_dicom(tmp_path / "report.dcm"),
+        "pixels cannot be read": write_dicom(tmp_path / "cut.dcm", picture(0), Rows=1000),
+        "gdcm": write_dicom(
+            tmp_path / "x.dcm", picture(0), encoded=[b"\xff\xd8\xff\xd9"], syntax=JPEG_LOSSLESS
+        ),
+    }.items():
+        with pytest.raises(BadInputError, match=name) as caught:
+            list(read_dicom(path))
+        assert caught.value.file == str(path)
+    (tmp_path / "junk.dcm").write_bytes(b"junk")
+    with pytest.raises(BadInputError, match="no readable DICOM file"):
+        list(read_dicom(tmp_path / "junk.dcm"))
+    assert not is_dicom(tmp_path / "junk.dcm") and not is_dicom(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MUSTERFRAU_ERIKA.dcm",
+        "erika/1.dcm",
+        "KIS-4711/1.dcm",
+        "study 19640812.dcm",
+        "xACC0815x.dcm",
+        "{uid}.dcm",
+    ],
+)
+def test_a_name_that_leads_back_to_the_patient_is_not_used(tmp_path, name):
+    uid = generate_uid()
+    path = write_dicom(tmp_path / "file", picture(0), SOPInstanceUID=uid)
+    used = public_name(path, name.format(uid=uid))
+    assert used.startswith("dicom-") and used.endswith(".dcm")
+    assert not any(value.casefold() in used for value in [uid, "erika", *PATIENT.values()])
+
+
+def test_another_name_stays(tmp_path):
+    path = write_dicom(tmp_path / "file", picture(0))
+    assert public_name(path, "series2/IM0001.dcm") == "series2/IM0001.dcm"
+
+
+def test_burned_in(tmp_path):
+    assert may_show_patient(write_dicom(tmp_path / "a", picture(0), BurnedInAnnotation="YES"))
+    assert not may_show_patient(write_dicom(tmp_path / "b", picture(0), BurnedInAnnotation="NO"))
+    assert not may_show_patient(write_dicom(tmp_path / "c", picture(0)))

@@ -1,0 +1,57 @@
+"""Which files are taken, and what they are called."""
+
+import pytest
+
+from imrcnn_d2.deploy.inputs import find_inputs
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in (
+        "x/a.JPG",
+        "x/clip.mp4",
+        "x/notes.txt",
+        "x/.hidden.png",
+        "x/deep/b.tif",
+        "y/a.JPG",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"-")
+    (tmp_path / "x" / "IM0001").write_bytes(bytes(128) + b"DICM")
+    return tmp_path
+
+
+def names(*inputs):
+    return [(source.name, source.kind) for source in find_inputs(inputs)[1]]
+
+
+def test_a_folder_gives_what_can_be_predicted_on(tree):
+    assert names(tree / "x") == [
+        ("IM0001", "dicom"),
+        ("a.JPG", "image"),
+        ("clip.mp4", "video"),
+        ("deep/b.tif", "image"),
+    ]
+    assert find_inputs([tree / "x"])[0] == (tree / "x").resolve()
+
+
+def test_files_and_patterns(tree):
+    assert names(tree / "x" / "a.JPG") == [("a.JPG", "image")]
+    assert names(tree / "x" / "notes.txt") == [("notes.txt", "image")], "it was named"
+    assert names(f"{tree}/x/*.mp4") == [("clip.mp4", "video")]
+    assert names(f"{tree}/**/a.JPG") == [("x/a.JPG", "image"), ("y/a.JPG", "image")]
+
+
+def test_each_file_once_under_a_name_of_its_own(tree):
+    twice = names(tree / "x", tree / "x" / "a.JPG", tree / "y")
+    assert [name for name, _ in twice].count("x/a.JPG") == 1
+    assert ("y/a.JPG", "image") in twice
+
+
+def test_what_is_not_there_is_named(tree):
+    for nothing in ("x/none.png", "x/*.bmp"):
+        with pytest.raises(FileNotFoundError, match=nothing.replace("*", r"\*")):
+            find_inputs([tree / nothing])
+    (tree / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="No image, video or DICOM file under .*empty"):
+        find_inputs([tree / "empty"])

@@ -1,0 +1,111 @@
+"""Videos come out frame for frame, at the times they went in."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.deploy.video import VideoWriter, decode_video
+
+from .conftest import picture
+
+# 29.97 frames a second, with a gap.
+TIMES = [Fraction(1001 * number, 30000) for number in (0, 1, 2, 10, 11, 12, 40, 41)]
+
+
+def write(path, size=(60, 80), times=TIMES):
+    with VideoWriter(path, time_base=Fraction(1, 30000), comment="τ 0.5") as video:
+        for number, time in enumerate(times):
+            video.write(picture(number, *size), time)
+    return path
+
+
+@pytest.mark.parametrize("size", [(60, 80), (61, 81)])
+def test_round_trip(tmp_path, size):
+    frames = list(decode_video(write(tmp_path / "v.mp4", size), "v.mp4"))
+    assert [frame.time for frame in frames] == TIMES
+    assert [frame.number for frame in frames] == list(range(8))
+    for number, frame in enumerate(frames):
+        image = frame.image[: size[0], : size[1]]
+        assert abs(image.astype(int) - picture(number, *size)).mean() < 12
+        assert frame.image.shape[0] % 2 == frame.image.shape[1] % 2 == 0
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        assert container.metadata["comment"] == "τ 0.5"
+
+
+def test_another_reader_sees_the_same_times(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    capture = cv2.VideoCapture(str(write(tmp_path / "v.mp4")))
+    times = []
+    while capture.read()[0]:
+        times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+    np.testing.assert_allclose(times, [float(time) for time in TIMES], atol=1e-3)
+
+
+def test_a_video_that_breaks_off_leaves_nothing(tmp_path):
+    def break_off():
+        with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30)) as video:
+            video.write(picture(0), Fraction(0))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        break_off()
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_turned_as_the_file_says(tmp_path):
+    data = write(tmp_path / "v.mp4", (60, 80), TIMES[:1]).read_bytes()
+    one, minus = (1 << 16).to_bytes(4, "big"), (-1 << 16).to_bytes(4, "big", signed=True)
+    zero, last = bytes(4), (1 << 30).to_bytes(4, "big")
+    upright = one + zero * 3 + one + zero * 3 + last
+    quarter = zero + one + zero + minus + zero * 4 + last  # clockwise, as telephones write it
+    track = data.index(b"tkhd")
+    at = data.index(upright, track)
+    (tmp_path / "turned.mp4").write_bytes(data[:at] + quarter + data[at + len(quarter) :])
+    (frame,) = decode_video(tmp_path / "turned.mp4", "turned.mp4")
+    assert frame.image.shape == (80, 60, 3)
+    expected = np.rot90(picture(0), -1).astype(int)
+    assert abs(frame.image - expected).mean() < 12
+
+
+def test_a_truncated_video_gives_its_frames_and_then_says_so(tmp_path):
+    times = [Fraction(number, 10) for number in range(60)]
+    whole = tmp_path / "whole.mkv"
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.gop_size = 80, 60, 5
+        for number in range(len(times)):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert len(list(decode_video(whole, whole))) == 60
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    seen = []
+    with pytest.raises(BadInputError, match=r"cut.mkv: (is cut off|cannot be decoded) .*frames"):
+        seen.extend(frame.number for frame in decode_video(cut, cut))
+    mp4 = tmp_path / "cut.mp4"
+    mp4.write_bytes(write(tmp_path / "v.mp4").read_bytes()[:-400])
+    with pytest.raises(BadInputError, match="cut.mp4: cannot be decoded from the start"):
+        list(decode_video(mp4, mp4))
+
+
+def test_a_playlist_fetches_nothing(tmp_path):
+    listing = tmp_path / "list.mp4"
+    listing.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
+    with pytest.raises(BadInputError, match="list.mp4: cannot be decoded"):
+        list(decode_video(listing, listing))
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(BadInputError, match="sound.mp4: holds no video"):
+        list(decode_video(path, path))
