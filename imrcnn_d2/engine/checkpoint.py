@@ -13,6 +13,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
 from imrcnn_d2.evaluation.files import atomic_file, write_atomically
+from imrcnn_d2.modeling import ImageClassifier
+from imrcnn_d2.modeling.transfer import classifier_backbone, is_classifier_state
 
 from .safe_loading import load_checkpoint_file
 
@@ -45,7 +47,8 @@ class Checkpointer(DetectionCheckpointer):
     """
     DetectionCheckpointer that a kill or a full disk cannot leave without a checkpoint, that loads
     nothing which runs code (:func:`load_checkpoint_file`), and goes back to the checkpoint before
-    where the last one is damaged.
+    where the last one is damaged. A classifier's checkpoint starts a detector's backbone, see
+    :func:`classifier_backbone`.
     """
 
     def __init__(self, model, save_dir="", *, keep=None, save_to_disk=None, **checkpointables):
@@ -182,6 +185,13 @@ class Checkpointer(DetectionCheckpointer):
         for path in earlier:
             os.replace(path, aside / path.name)
         logger.warning("%s had the checkpoints of an earlier training: now in %s", folder, aside)
+
+    def _load_model(self, checkpoint):
+        state = checkpoint["model"]
+        if is_classifier_state(state) and not isinstance(self.model, ImageClassifier):
+            source = self._parsed_url_during_load.geturl()
+            checkpoint["model"] = classifier_backbone(state, self.model, source)
+        return super()._load_model(checkpoint)
 
     def _load_file(self, filename):
         if filename.endswith((".pkl", ".pyth")):
