@@ -23,6 +23,9 @@ def add_imrcnn_config(cfg):
     cfg.MODEL.PAFPN.ACTIVATION = ""
     # Attention on each FPN output before the paths are fused: "cbam" (IMR-CNN) or "" (IBMR-CNN).
     cfg.MODEL.PAFPN.ATTENTION = ""
+    # Before which fusions it sits: "bottom_up" (the outputs of the FPN, before the path behind it)
+    # and "top_down" (the lateral maps, before the FPN's own path).
+    cfg.MODEL.PAFPN.ATTENTION_BEFORE = ("bottom_up",)
 
     # ---- Convolutional block attention module (Woo et al., 2018).
     cfg.MODEL.CBAM = CN()
@@ -30,7 +33,8 @@ def add_imrcnn_config(cfg):
     cfg.MODEL.CBAM.REDUCTION = 16
     # Kernel size of the spatial gate's convolution; odd.
     cfg.MODEL.CBAM.KERNEL_SIZE = 7
-    # "sigmoid" is the paper's gate; "double_sigmoid" is twice that, so 1 where its input is 0.
+    # "sigmoid" is the paper's gate; "double_sigmoid" is twice that, so 1 where its input is 0;
+    # "residual" adds the input to what the paper's gate lets through.
     cfg.MODEL.CBAM.GATE = "double_sigmoid"
 
     # ---- timm backbones (build_timm_backbone and the builders with "timm" in their name).

@@ -6,8 +6,8 @@ from torch import nn
 __all__ = ["CBAM", "ChannelGate", "SpatialGate", "GATE_SCALE"]
 
 # Name of a gate -> factor on the sigmoid. Twice the sigmoid is 1 at zero, so that a gate whose last
-# layer is zero passes its input on unchanged.
-GATE_SCALE = {"sigmoid": 1.0, "double_sigmoid": 2.0}
+# layer is zero passes its input on unchanged. "residual" adds what the gates let through.
+GATE_SCALE = {"sigmoid": 1.0, "double_sigmoid": 2.0, "residual": 1.0}
 
 
 def _gate_scale(gate):
@@ -26,7 +26,7 @@ class ChannelGate(nn.Module):
         Args:
             channels (int): channels of the input.
             reduction (int): the hidden layer has ``channels // reduction`` units, at least one.
-            gate (str): "sigmoid" (s = 1) or "double_sigmoid" (s = 2).
+            gate (str): "sigmoid", "residual" (s = 1) or "double_sigmoid" (s = 2).
         """
         super().__init__()
         if reduction < 1:
@@ -60,7 +60,7 @@ class SpatialGate(nn.Module):
         """
         Args:
             kernel_size (int): of the convolution; odd.
-            gate (str): "sigmoid" (s = 1) or "double_sigmoid" (s = 2).
+            gate (str): "sigmoid", "residual" (s = 1) or "double_sigmoid" (s = 2).
         """
         super().__init__()
         if kernel_size % 2 == 0:
@@ -91,7 +91,8 @@ class CBAM(nn.Module):
             channels (int): channels of the input.
             reduction (int): of the channel gate's MLP.
             kernel_size (int): of the spatial gate's convolution; odd.
-            gate (str): "sigmoid" is the paper's; "double_sigmoid" equals 1 where its input is 0.
+            gate (str): "sigmoid" is the paper's; "double_sigmoid" equals 1 where its input is 0;
+                "residual" adds the input to what the paper's gates let through.
 
         Raises:
             ValueError: for an unknown gate, an even kernel size or a reduction below 1.
@@ -99,6 +100,7 @@ class CBAM(nn.Module):
         super().__init__()
         self.channel = ChannelGate(channels, reduction, gate)
         self.spatial = SpatialGate(kernel_size, gate)
+        self.residual = gate == "residual"
 
     def init_identity(self):
         """
@@ -115,8 +117,9 @@ class CBAM(nn.Module):
         Returns:
             Tensor: (N, C, H, W).
         """
-        x = x * self.channel(x)
-        gate = self.spatial(x)
-        # By now x is our own. Fresh memory for another map of its size would cost more than the
-        # product; only autograd needs both.
-        return x * gate if torch.is_grad_enabled() else x.mul_(gate)
+        gated = x * self.channel(x)
+        gate = self.spatial(gated)
+        # Fresh memory for another map of its size would cost more than the product; only autograd
+        # needs both.
+        gated = gated * gate if torch.is_grad_enabled() else gated.mul_(gate)
+        return x + gated if self.residual else gated

@@ -1,6 +1,7 @@
 """FPN with a bottom-up path behind it (PANet, Liu et al., CVPR 2018) and CBAM before the fusion."""
 
 import copy
+import functools
 import math
 
 import fvcore.nn.weight_init as weight_init
@@ -29,8 +30,9 @@ class PAFPN(FPN):
         M_l     = act(pan_down{l-1}(N_{l-1})) + A_l        3x3, stride 2
         N_l     = act(pan_output{l}(M_l))                  3x3, for l > first
 
-    and p{l} = N_l. It is a subclass of FPN, so every key of an FPN checkpoint keeps its name; the
-    new ones are ``pan_down{l}``, ``pan_output{l}`` and ``cbam{l}``.
+    and p{l} = N_l. With attention before "top_down" as well, the FPN adds its paths from purified
+    lateral maps too. It is a subclass of FPN, so every key of an FPN checkpoint keeps its name; the
+    new ones are ``pan_down{l}``, ``pan_output{l}``, ``cbam{l}`` and ``cbam_lateral{l}``.
     """
 
     @configurable
@@ -47,6 +49,7 @@ class PAFPN(FPN):
         init="identity",
         activation="",
         attention="",
+        attention_before=("bottom_up",),
         cbam_reduction=16,
         cbam_kernel_size=7,
         cbam_gate="double_sigmoid",
@@ -61,24 +64,22 @@ class PAFPN(FPN):
                 conventional initialisation of all new convolutions.
             activation (str): act above, "relu" or "" (none).
             attention (str): "cbam" or "" (none).
+            attention_before (sequence[str]): before which fusions it sits: "bottom_up" as above,
+                "top_down" between the FPN's lateral convolutions and its path.
             cbam_reduction, cbam_kernel_size, cbam_gate: see :class:`CBAM`.
 
         Raises:
             ValueError: for unknown values, and where ``init="identity"`` cannot be an identity.
         """
-        _check_options(init, activation, attention, pan_norm, cbam_gate)
+        _check_options(init, activation, attention, attention_before, pan_norm, cbam_gate)
         super().__init__(bottom_up, in_features, out_channels, norm, top_block, fuse_type)
         self._activation = activation
 
         shapes = bottom_up.output_shape()
         stages = [int(math.log2(shapes[f].stride)) for f in in_features]
         use_bias = pan_norm == ""
-        down_convs, pan_output_convs, cbams = [], [], []
+        down_convs, pan_output_convs = [], []
         for stage in stages:
-            if attention == "cbam":
-                cbam = CBAM(out_channels, cbam_reduction, cbam_kernel_size, cbam_gate)
-                self.add_module(f"cbam{stage}", cbam)
-                cbams.append(cbam)
             if stage == stages[-1]:
                 break
             down, output = (
@@ -101,7 +102,18 @@ class PAFPN(FPN):
         # Plain lists, as in FPN: the modules are registered once, under the names above.
         self.down_convs = down_convs
         self.pan_output_convs = pan_output_convs
-        self.cbams = cbams
+        # From high to low resolution, and from low to high as lateral_convs.
+        self.cbams, self.lateral_cbams = [], []
+        for stage in stages if attention else ():
+            cbam = functools.partial(
+                CBAM, out_channels, cbam_reduction, cbam_kernel_size, cbam_gate
+            )
+            if "bottom_up" in attention_before:
+                self.cbams.append(cbam())
+                self.add_module(f"cbam{stage}", self.cbams[-1])
+            if "top_down" in attention_before:
+                self.lateral_cbams.insert(0, cbam())
+                self.add_module(f"cbam_lateral{stage}", self.lateral_cbams[0])
         self._init_new_layers(init)
 
     @classmethod
@@ -124,6 +136,7 @@ class PAFPN(FPN):
             "init": pafpn.INIT,
             "activation": pafpn.ACTIVATION,
             "attention": pafpn.ATTENTION,
+            "attention_before": pafpn.ATTENTION_BEFORE,
             "cbam_reduction": cbam.REDUCTION,
             "cbam_kernel_size": cbam.KERNEL_SIZE,
             "cbam_gate": cbam.GATE,
@@ -140,14 +153,15 @@ class PAFPN(FPN):
                 weight_init.c2_xavier_fill(down)
                 weight_init.c2_xavier_fill(output)
         if init == "identity":
-            for cbam in self.cbams:
+            for cbam in self.cbams + self.lateral_cbams:
                 cbam.init_identity()
 
     def __prepare_scriptable__(self):
         # TorchScript wants ModuleLists and each module registered once. As for Detectron2's FPN,
         # this renames keys of the scripted copy: script a deep copy of a model you go on using.
         ret = copy.deepcopy(self)
-        for name in ("lateral_convs", "output_convs", "down_convs", "pan_output_convs", "cbams"):
+        lists = ["lateral_convs", "output_convs", "down_convs", "pan_output_convs"]
+        for name in (*lists, "cbams", "lateral_cbams"):
             setattr(ret, name, nn.ModuleList(getattr(ret, name)))
         for name, _ in self.named_children():
             if name.startswith(("fpn_", "pan_", "cbam")):
@@ -191,15 +205,19 @@ class PAFPN(FPN):
 
         A method of its own so that what it holds is free when the next path needs memory.
         """
-        prev_features = self.lateral_convs[0](bottom_up_features[self.in_features[-1]])
+        laterals = []  # from low to high resolution, as lateral_convs
+        for idx, lateral_conv in enumerate(self.lateral_convs):
+            laterals.append(lateral_conv(bottom_up_features[self.in_features[-idx - 1]]))
+        # Without attention here `lateral_cbams` is empty.
+        for idx, cbam in enumerate(self.lateral_cbams):
+            laterals[idx] = cbam(laterals[idx])
+
+        prev_features = laterals[0]
         results = [self.output_convs[0](prev_features)]
-        for idx, (lateral_conv, output_conv) in enumerate(
-            zip(self.lateral_convs, self.output_convs)  # noqa: B905 (TorchScript has no strict)
-        ):
+        for idx, output_conv in enumerate(self.output_convs):
             if idx > 0:
-                features = bottom_up_features[self.in_features[-idx - 1]]
                 top_down_features = F.interpolate(prev_features, scale_factor=2.0, mode="nearest")
-                prev_features = lateral_conv(features) + top_down_features
+                prev_features = laterals[idx] + top_down_features
                 if self._fuse_type == "avg":
                     prev_features /= 2
                 results.insert(0, output_conv(prev_features))
@@ -209,7 +227,7 @@ class PAFPN(FPN):
         return F.relu(x) if self._activation == "relu" else x
 
 
-def _check_options(init, activation, attention, pan_norm, cbam_gate):
+def _check_options(init, activation, attention, attention_before, pan_norm, cbam_gate):
     for key, value, known in (
         ("MODEL.PAFPN.INIT", init, ("identity", "xavier")),
         ("MODEL.PAFPN.ACTIVATION", activation, ("", "relu")),
@@ -217,6 +235,11 @@ def _check_options(init, activation, attention, pan_norm, cbam_gate):
     ):
         if value not in known:
             raise ValueError(f"{key} is {value!r}; use one of {known}")
+    if not attention_before or not {"bottom_up", "top_down"}.issuperset(attention_before):
+        raise ValueError(
+            f"MODEL.PAFPN.ATTENTION_BEFORE is {attention_before!r}; use 'bottom_up', 'top_down' or "
+            "both"
+        )
     if init != "identity":
         return
     conflicts = []

@@ -15,9 +15,18 @@ def test_agrees_with_the_paper_s_formulas(numpy_cbam, gate, scale, kernel_size):
     np.testing.assert_allclose(cbam(x).detach().numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_without_gradients_the_result_is_the_same_and_the_input_untouched():
+def test_the_residual_gate_adds_the_input(numpy_cbam):
     torch.manual_seed(0)
-    cbam = CBAM(8, reduction=2)
+    cbam = CBAM(12, reduction=4, gate="residual").double()
+    x = torch.randn(2, 12, 9, 14, dtype=torch.double)
+    expected = x.numpy() + numpy_cbam(x, cbam.state_dict(), 1.0)
+    np.testing.assert_allclose(cbam(x).detach().numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", ["double_sigmoid", "residual"])
+def test_without_gradients_the_result_is_the_same_and_the_input_untouched(gate):
+    torch.manual_seed(0)
+    cbam = CBAM(8, reduction=2, gate=gate)
     x = torch.randn(2, 8, 6, 5)
     before = x.clone()
     with torch.no_grad():

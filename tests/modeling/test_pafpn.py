@@ -59,11 +59,7 @@ def test_agrees_with_the_formulas(numpy_cbam, attention, activation, fuse_type):
         expected = fpn(images())
         for level in LEVELS:
             if attention:
-                weights = {
-                    k.removeprefix(f"cbam{level}."): v
-                    for k, v in state.items()
-                    if k.startswith(f"cbam{level}.")
-                }
+                weights = of_module(state, f"cbam{level}")
                 refined = numpy_cbam(expected[f"p{level}"], weights, scale=2.0)
                 expected[f"p{level}"] = torch.from_numpy(refined).float()
         for low, level in itertools.pairwise(LEVELS):
@@ -78,6 +74,38 @@ def test_agrees_with_the_formulas(numpy_cbam, attention, activation, fuse_type):
         torch.testing.assert_close(feature, expected[name], rtol=1e-4, atol=1e-4)
 
 
+def of_module(state, name):
+    """The entries of one module, under its own names."""
+    return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+
+
+@pytest.mark.parametrize("before", [("top_down",), ("top_down", "bottom_up")])
+def test_attention_before_the_top_down_path(numpy_cbam, before):
+    neck = build(PAFPN, attention="cbam", attention_before=before, **XAVIER)
+    state = neck.state_dict()
+
+    def cbam(name, x):
+        refined = numpy_cbam(x, of_module(state, name), scale=2.0)
+        return torch.from_numpy(refined).float()
+
+    with torch.no_grad():
+        features = neck.bottom_up(images())
+        top_down, expected = None, {}
+        for level in reversed(LEVELS):
+            weight, bias = of_module(state, f"fpn_lateral{level}").values()
+            lateral = cbam(f"cbam_lateral{level}", F.conv2d(features[f"res{level}"], weight, bias))
+            if top_down is not None:
+                lateral = lateral + top_down.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            top_down = lateral
+            weight, bias = of_module(state, f"fpn_output{level}").values()
+            expected[level] = F.conv2d(lateral, weight, bias, padding=1)
+            if "bottom_up" in before:
+                expected[level] = cbam(f"cbam{level}", expected[level])
+        assert any(k.startswith("cbam2.") for k in state) == ("bottom_up" in before)
+        first = neck(images())["p2"]
+    torch.testing.assert_close(first, expected[2], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "norm, kind", [("BN", "BatchNorm2d"), ("GN", "GroupNorm"), ("FrozenBN", "FrozenBatchNorm2d")]
 )
@@ -90,9 +118,13 @@ def test_pan_norm_follows_each_new_convolution(norm, kind):
     assert neck.fpn_output2.norm is None
 
 
-@pytest.mark.parametrize("attention", ["", "cbam"])
-def test_identity_starts_as_the_fpn_and_yet_learns(attention):
-    fpn, neck = build(FPN), build(PAFPN, attention=attention, cbam_reduction=4)
+@pytest.mark.parametrize(
+    "attention, before",
+    [("", ("bottom_up",)), ("cbam", ("bottom_up",)), ("cbam", ("bottom_up", "top_down"))],
+)
+def test_identity_starts_as_the_fpn_and_yet_learns(attention, before):
+    fpn = build(FPN)
+    neck = build(PAFPN, attention=attention, attention_before=before, cbam_reduction=4)
     missing, unexpected = neck.load_state_dict(fpn.state_dict(), strict=False)
     assert not unexpected
     x = images()
@@ -147,6 +179,8 @@ def test_a_sigmoid_gate_is_no_obstacle_where_there_is_no_attention():
         ({"init": "zero"}, "MODEL.PAFPN.INIT is 'zero'"),
         ({"activation": "gelu", "init": "xavier"}, "MODEL.PAFPN.ACTIVATION is 'gelu'"),
         ({"attention": "se"}, "MODEL.PAFPN.ATTENTION is 'se'"),
+        ({"attention_before": ("fpn",)}, "MODEL.PAFPN.ATTENTION_BEFORE is"),
+        ({"attention_before": ()}, "MODEL.PAFPN.ATTENTION_BEFORE is"),
         ({"attention": "cbam", "cbam_gate": "tanh", "init": "xavier"}, "MODEL.CBAM.GATE is 'tanh'"),
     ],
 )
@@ -181,10 +215,16 @@ def test_top_block_takes_the_last_level_or_the_bottom_up_feature():
         assert feature.shape[2:] == (-(-64 // shapes[name].stride), -(-96 // shapes[name].stride))
 
 
-@pytest.mark.parametrize("attention", ["", "cbam"])
-@pytest.mark.parametrize("activation", ["", "relu"])
-def test_a_scripted_deep_copy_agrees_and_leaves_the_model_alone(attention, activation):
-    neck = build(PAFPN, attention=attention, activation=activation, **XAVIER).eval()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": ""},
+        {"attention": "cbam", "activation": "relu"},
+        {"attention": "cbam", "attention_before": ("top_down",), "cbam_gate": "residual"},
+    ],
+)
+def test_a_scripted_deep_copy_agrees_and_leaves_the_model_alone(options):
+    neck = build(PAFPN, **options, **XAVIER).eval()
     keys = list(neck.state_dict())
     scripted = torch.jit.script(copy.deepcopy(neck))
     assert list(neck.state_dict()) == keys
