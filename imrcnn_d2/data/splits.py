@@ -227,7 +227,7 @@ def _partition(
         fits = (missing >= sizes[g]).all(axis=1)
         parts[g] = max(range(len(wanted)), key=lambda i: (wanted[i], fits[i], need[i]))
         missing[parts[g]] -= sizes[g]
-    _improve(parts, is_free, sizes, missing)
+    _improve(parts, is_free, sizes, missing, targets)
     return [
         sorted(item.name for g in np.flatnonzero(parts == part) for item in groups[keys[g]])
         for part in range(len(wanted))
@@ -255,20 +255,28 @@ def _targets(counts: np.ndarray, ratio: Sequence[int]) -> np.ndarray:
 
 
 def _improve(
-    parts: np.ndarray, is_free: np.ndarray, sizes: np.ndarray, missing: np.ndarray
+    parts: np.ndarray,
+    is_free: np.ndarray,
+    sizes: np.ndarray,
+    missing: np.ndarray,
+    targets: np.ndarray,
 ) -> None:
     """Moves or swaps free groups while that brings sizes nearer; changes `parts` and `missing`."""
 
-    def distance(gap: np.ndarray) -> np.ndarray:  # of each kind, and twice as much of the whole
-        return np.abs(gap).sum(axis=-1) + 2 * np.abs(gap.sum(axis=-1))
+    def distance(gap: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Of each stratum, twice as much of the whole; a part without a stratum is worst of all."""
+        lacking = ((target > 0) & (gap >= target)).sum(axis=-1)
+        size = np.abs(gap).sum(axis=-1) + 2 * np.abs(gap.sum(axis=-1))
+        return size + 4 * sizes.sum() * lacking
 
-    while distance(missing).any():
+    while distance(missing, targets).any():
         best_gain, best = 0, None
         for a, b in combinations(range(len(missing)), 2):
             from_a, from_b = (_kinds(np.flatnonzero(is_free & (parts == p)), sizes) for p in (a, b))
             net = from_a[1][:, None] - from_b[1][None, :]
-            before = distance(missing[a]) + distance(missing[b])
-            gain = before - distance(missing[a] + net) - distance(missing[b] - net)
+            before = distance(missing[a], targets[a]) + distance(missing[b], targets[b])
+            after = distance(missing[a] + net, targets[a]) + distance(missing[b] - net, targets[b])
+            gain = before - after
             i, j = np.unravel_index(np.argmax(gain), gain.shape)
             if gain[i, j] > best_gain:
                 best_gain, best = gain[i, j], (a, b, from_a[0][i], from_b[0][j], net[i, j])

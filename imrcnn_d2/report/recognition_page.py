@@ -119,7 +119,7 @@ def _key_figures(runs, cancers):
             "recognition",
             "balanced_accuracy",
             "Balanced accuracy",
-            "mean of the classes’ accuracies",
+            "mean accuracy of the classes",
         ),
         ("recognition", "auroc", "AUROC", "each class against all others, mean of the classes"),
     ]

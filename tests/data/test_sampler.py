@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from imrcnn_d2.data.sampler import (
     ResumableBatchSampler,
     balanced_epochs,
+    class_balanced_epochs,
     seed_generators,
     shuffled_epochs,
 )
@@ -79,6 +80,28 @@ def test_rare_images_come_more_often():
     records = [{"annotations": [{"category_id": int(i == 0)}]} for i in range(8)]
     expected = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(records, 0.5)
     assert expected.tolist() == [2.0] + [1.0] * 7
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=5), st.integers(0, 100))
+def test_classes_come_equally_often(numbers, seed):
+    labels = np.repeat(np.arange(len(numbers)), numbers)
+    order = class_balanced_epochs(labels)(torch.Generator().manual_seed(seed)).numpy()
+    assert len(order) == len(labels)
+    assert np.ptp(np.bincount(labels[order], minlength=len(numbers))) <= 1
+    times = np.bincount(order, minlength=len(labels))
+    for k in range(len(numbers)):  # within a class no image twice before all came once
+        assert np.ptp(times[labels == k]) <= 1
+
+
+def test_class_balanced_epochs_differ_and_go_on_anywhere():
+    labels = np.array([0] * 30 + [1] * 7)
+    epoch_indices = class_balanced_epochs(labels)
+    whole = batches(40, total=4, epoch_indices=epoch_indices)
+    assert batches(3, total=4, iteration=37, epoch_indices=epoch_indices) == whole[37:]
+    samples = [index for batch in whole for _, _, index in batch]
+    # 18 or 19 of the frequent class an epoch, others in the next one.
+    assert len({i for i in samples[:37] if i < 30}) < len({i for i in samples[:74] if i < 30})
+    assert set(samples) == set(range(37))
 
 
 def test_all_generators_are_seeded():

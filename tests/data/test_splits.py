@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imrcnn_d2.data.splits import (
+    FixedTest,
     Item,
     largest_remainder,
     make_folds,
@@ -70,6 +71,41 @@ def test_by_image_exact_and_stratified(images, ratio, seed):
         for split, part in zip(splits, ratio, strict=True):
             share = Fraction(len(of_kind) * part, sum(ratio))
             assert abs(len(of_kind & set(splits[split])) - share) < 2
+
+
+@given(st.lists(st.integers(4, 60), min_size=2, max_size=6), st.integers(0, 3))
+def test_strata_of_any_number_are_shared_alike(numbers, seed):
+    images = [Item(f"{k}_{i}", k) for k, number in enumerate(numbers) for i in range(number)]
+    splits = make_splits(images, (2, 1, 1), seed)
+    assert names(splits) == sorted(item.name for item in images)
+    assert sizes(splits) == largest_remainder(len(images), (2, 1, 1))
+    for k, number in enumerate(numbers):
+        for split, part in zip(splits, (2, 1, 1), strict=True):
+            own = sum(name.startswith(f"{k}_") for name in splits[split])
+            assert abs(own - number * part / 4) < 2
+
+
+@given(st.lists(st.integers(12, 60), min_size=2, max_size=5), st.integers(1, 10))
+def test_a_test_set_of_fixed_size(numbers, per_stratum):
+    images = [Item(f"{k}_{i}", k) for k, number in enumerate(numbers) for i in range(number)]
+    splits = make_splits(images, FixedTest(per_stratum, 20))
+    rest = len(images) - per_stratum * len(numbers)
+    assert sizes(splits)[:2] == largest_remainder(rest, (80, 20))
+    for k in range(len(numbers)):
+        assert sum(name.startswith(f"{k}_") for name in splits["test"]) == per_stratum
+
+
+@given(st.lists(st.integers(1, 4), min_size=6, max_size=12), st.integers(0, 3))
+def test_no_part_is_without_a_stratum_where_patients_suffice(patients, seed):
+    # Of each of three classes as many patients, of different numbers of images.
+    images = [
+        Item(f"{k}_{p}_{i}", k, f"{k}_{p}")
+        for k in range(3)
+        for p, number in enumerate(patients)
+        for i in range(number)
+    ]
+    for part in make_splits(images, (2, 1, 1), seed).values():
+        assert {name[0] for name in part} == {"0", "1", "2"}
 
 
 @given(patients, ratios, st.integers(0, 3))
