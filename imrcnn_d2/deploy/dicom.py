@@ -103,7 +103,7 @@ def read_dicom(path):
         BadInputError: no DICOM file, one without pixels, or of a compression that cannot be undone
             here; the error says what to install.
     """
-    from pydicom.encaps import generate_fragments
+    from pydicom.encaps import generate_frames
     from pydicom.pixels import iter_pixels
 
     header = _dataset(path, stop_before_pixels=True)
@@ -114,7 +114,8 @@ def read_dicom(path):
         pixels = _dataset(path).get("PixelData")
         if not pixels:
             raise BadInputError(path, "is a DICOM file without pixels")
-        yield from decode_video(io.BytesIO(b"".join(generate_fragments(pixels))), path)
+        (stream,) = generate_frames(pixels, number_of_frames=1)  # to DICOM it is one
+        yield from decode_video(io.BytesIO(stream), path)
         return
     several = int(header.get("NumberOfFrames") or 1) > 1
     times = _times(header) if several else itertools.repeat(None)

@@ -84,12 +84,17 @@ def upright(frame):
 def _check_end(container, stream, time, number, path):
     if not number:
         raise BadInputError(path, "holds no frame of video")
-    if stream.duration is None or stream.time_base is None:
+    if stream.duration is not None:
+        start, duration = stream.start_time or 0, stream.duration
+        end, length = (start + duration) * stream.time_base, duration * stream.time_base
+    elif container.duration is not None and len(container.streams) == 1:  # no sound that is longer
+        length = Fraction(container.duration, 1_000_000)
+        end = Fraction(container.start_time or 0, 1_000_000) + length
+    else:
         return
-    start = stream.start_time or 0
-    missing = float((start + stream.duration) * stream.time_base - time)
     seconds, share = _EARLY
-    if missing > max(seconds, share * float(stream.duration * stream.time_base)):
+    missing = float(end - time)
+    if missing > max(seconds, share * length):
         raise BadInputError(
             path, f"is cut off: it ends after {number} frames, {missing:.1f} s early"
         )

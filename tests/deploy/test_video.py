@@ -84,8 +84,10 @@ def test_a_truncated_video_gives_its_frames_and_then_says_so(tmp_path):
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     seen = []
-    with pytest.raises(BadInputError, match=r"cut.mkv: (is cut off|cannot be decoded) .*frames"):
-        seen.extend(frame.number for frame in decode_video(cut, cut))
+    with pytest.raises(BadInputError, match=r"cut.mkv: (is cut off|cannot be decoded).* frames"):
+        for frame in decode_video(cut, cut):
+            seen.append(frame.number)
+    assert 10 < len(seen) < 50
     mp4 = tmp_path / "cut.mp4"
     mp4.write_bytes(write(tmp_path / "v.mp4").read_bytes()[:-400])
     with pytest.raises(BadInputError, match="cut.mp4: cannot be decoded from the start"):

@@ -1,0 +1,65 @@
+"""How far two predictors differ."""
+
+import pytest
+from PIL import Image
+
+from imrcnn_d2.deploy.agreement import Agreement, compare_predictors
+
+from .conftest import picture
+
+BOUNDS = {"unmatched": 3, "score": 0.02, "box": 1, "mask_iou": 0.97}
+
+
+class Moved:
+    """A predictor whose boxes and scores are another's, moved by a known amount."""
+
+    def __init__(self, predictor, *, score=0.0, shift=0.0, left_out=0):
+        self._predictor, self._score, self._shift = predictor, score, shift
+        self._left_out = left_out
+        self.prepare, self.finish = predictor.prepare, predictor.finish
+        self.is_classifier, self.tau = False, predictor.tau
+
+    def forward(self, prepared):
+        outputs = self._predictor.forward(prepared)
+        for output in outputs:
+            output.scores = output.scores - self._score
+            output.pred_boxes.tensor[:, :2] += self._shift
+        return [output[self._left_out :] for output in outputs]
+
+
+@pytest.fixture
+def paths(tmp_path):
+    for seed in range(2):
+        Image.fromarray(picture(seed, 64, 85)).save(tmp_path / f"{seed}.png")
+    return sorted(tmp_path.iterdir())
+
+
+def test_one_agrees_with_itself(predictor, paths):
+    agreement = compare_predictors(predictor, predictor, paths)
+    assert agreement.images == 2 and agreement.detections > 2
+    assert (agreement.unmatched, agreement.score, agreement.box, agreement.mask_iou) == (0, 0, 0, 1)
+    assert not agreement.exceeded(unmatched=0, score=0, box=0, mask_iou=1)
+
+
+def test_the_largest_difference_is_found(predictor, paths):
+    agreement = compare_predictors(predictor, Moved(predictor, score=0.01, shift=0.5), paths)
+    assert agreement.score == pytest.approx(0.01, abs=1e-5)
+    # half a pixel of 85, as the network sees the image in its own size
+    assert agreement.box == pytest.approx(100 * 0.5 / 85, rel=1e-3)
+    assert agreement.mask_iou < 1
+
+
+def test_what_is_missing_is_counted(predictor, paths):
+    agreement = compare_predictors(predictor, Moved(predictor, left_out=1), paths)
+    assert agreement.unmatched == agreement.lost == 2
+    nothing = compare_predictors(predictor, Moved(predictor, left_out=100), paths)
+    assert nothing.unmatched == nothing.detections > 2
+
+
+def test_bounds_are_named():
+    good = Agreement(9, 100, 3, 0, 0.02, 1, 0.97)
+    assert good.exceeded(**BOUNDS) == []
+    bad = Agreement(9, 100, 4, 1, 0.03, 1.5, 0.9)
+    said = "; ".join(bad.exceeded(**BOUNDS))
+    for part in ("1 detections that count", "4 %", "0.03, more than 0.02", "1.5 %", "0.9, less"):
+        assert part in said

@@ -1,0 +1,264 @@
+"""A run over many inputs: whole outputs, bad inputs listed, nothing lost or done twice."""
+
+import csv
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from imrcnn_d2.deploy import Predictor
+from imrcnn_d2.deploy.batch import ahead, predict_files
+from imrcnn_d2.deploy.video import VideoWriter, decode_video
+from imrcnn_d2.evaluation.records import read_ground_truth, read_results
+
+from .conftest import TAU, picture
+from .dicoms import PATIENT, write_dicom
+
+ALL = ("overlays", "masks", "labelme")
+
+
+def read(output):
+    return json.loads((output / "predictions.json").read_text())
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
+    output = tmp_path / "out"
+    done = predict_files(predictor, [image_folder], output, save=ALL, batch_size=2)
+    assert (done.images, done.skipped, done.failed) == (3, 0, [])
+    coco = read(output)
+    names = [image["file_name"] for image in coco["images"]]
+    assert names == ["a.png", "b/c.jpg", "d.png"]
+    assert coco["categories"] == [{"id": 1, "name": "polyp"}]
+    assert coco["info"]["tau"] == TAU
+    assert coco["info"]["weights_sha256"] == predictor.about["weights_sha256"]
+    found = predictor([image_folder / name for name in names])
+    assert len(coco["annotations"]) == sum(map(len, found)) > 3
+    assert sorted(a["id"] for a in coco["annotations"]) == list(range(1, 1 + sum(map(len, found))))
+    # the evaluation takes it
+    gt = read_ground_truth({**coco, "annotations": []})
+    assert len(read_results(coco, gt).score) == len(coco["annotations"])
+
+    table = rows(output / "predictions.csv")
+    for row, instances in zip(table, found, strict=True):
+        counts = instances.scores >= TAU
+        assert int(row["lesions"]) == counts.sum()
+        assert float(row["score"]) == pytest.approx(instances.scores.max().item())
+        area = instances.pred_masks[counts].any(dim=0).float().mean() * 100
+        assert float(row["area_percent"]) == pytest.approx(area.item(), abs=1e-3)
+        assert (row["tau"], row["version"]) == (str(TAU), predictor.about["version"])
+
+    for name, instances in zip(("a", "b/c", "d"), found, strict=True):
+        mask = np.asarray(Image.open(output / "masks" / f"{name}.png"))
+        union = instances.pred_masks[instances.scores >= TAU].any(dim=0).numpy()
+        assert set(np.unique(mask)) <= {0, 255} and ((mask == 255) == union).all()
+        with Image.open(output / "overlays" / f"{name}.jpg") as overlay:
+            assert overlay.size == (80, 60)
+            assert json.loads(overlay.info["comment"])["tau"] == TAU
+        labelme = json.loads((output / "labelme" / f"{name}.json").read_text())
+        assert labelme["predicted_by"]["weights_sha256"] == predictor.about["weights_sha256"]
+        original = output / "labelme" / f"{name}.json"
+        assert (original.parent / labelme["imagePath"]).resolve().is_relative_to(image_folder)
+        drawn = Image.new("1", (80, 60))
+        for shape in labelme["shapes"]:
+            assert shape["label"] == "polyp" and len(shape["points"]) > 2
+            # as LabelMe makes a mask of it
+            points = [tuple(point) for point in shape["points"]]
+            ImageDraw.Draw(drawn).polygon(points, outline=1, fill=1)
+        assert (np.asarray(drawn) & union).sum() > 0.9 * union.sum()
+    assert not [path for path in output.rglob("*") if ".tmp" in path.name]
+
+
+def test_what_cannot_be_read_is_listed_and_the_others_go_on(predictor, image_folder, tmp_path):
+    good = (image_folder / "a.png").read_bytes()
+    (image_folder / "cut.png").write_bytes(good[: len(good) // 2])
+    (image_folder / "empty.jpg").touch()
+    Image.new("RGB", (3000, 1)).save(image_folder / "thin.png")
+    frames = [Image.fromarray(picture(seed)) for seed in range(3)]
+    frames[0].save(image_folder / "moving.gif", save_all=True, append_images=frames[1:])
+    # PNG says how large it is before anything of it is decoded
+    bomb = bytearray(good)
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    (image_folder / "bomb.png").write_bytes(bomb)
+    Image.fromarray(picture(0)).convert("CMYK").save(image_folder / "print.jpg")
+    Image.fromarray(np.full((60, 80), 30_000, np.uint16)).save(image_folder / "deep.png")
+    (image_folder / "film.mp4").write_bytes(b"no film")
+    write_dicom(image_folder / "report.dcm")
+
+    done = predict_files(predictor, [image_folder], tmp_path / "out", batch_size=2)
+    reasons = dict(done.failed)
+    for name, reason in {
+        "cut.png": "no readable image",
+        "empty.jpg": "no readable image",
+        "thin.png": "3000x1 is too thin",
+        "moving.gif": "holds 3 images",
+        "bomb.png": "decompression bomb",
+        "film.mp4": "cannot be decoded",
+        "report.dcm": "without an image",
+    }.items():
+        assert reason in reasons.pop(name)
+    assert not reasons
+    names = [image["file_name"] for image in read(tmp_path / "out")["images"]]
+    assert names == ["a.png", "b/c.jpg", "d.png", "deep.png", "print.jpg"], "those can be read"
+    assert {row["file"]: row["reason"] for row in rows(tmp_path / "out" / "failed.csv")} == dict(
+        done.failed
+    )
+
+
+def test_done_is_done_and_what_is_new_or_repaired_is_not(predictor, image_folder, tmp_path):
+    output = tmp_path / "out"
+    (image_folder / "e.png").write_bytes(b"not yet whole")
+    first = predict_files(predictor, [image_folder], output, save=["masks"])
+    assert (first.images, len(first.failed)) == (3, 1)
+    before = (output / "masks" / "a.png").stat().st_mtime_ns
+    Image.fromarray(picture(7)).save(image_folder / "e.png")
+    Image.fromarray(picture(8, 50, 50)).save(image_folder / "d.png")
+    Image.fromarray(picture(9)).save(image_folder / "f.png")
+    again = predict_files(predictor, [image_folder], output, save=["masks"])
+    assert (again.images, again.skipped, again.failed) == (3, 2, [])
+    assert (output / "masks" / "a.png").stat().st_mtime_ns == before
+    assert not (output / "failed.csv").exists()
+    coco = read(output)
+    sizes = {image["file_name"]: image["width"] for image in coco["images"]}
+    assert sizes == {"a.png": 80, "b/c.jpg": 80, "d.png": 50, "e.png": 80, "f.png": 80}
+    assert [image["id"] for image in coco["images"]] == [1, 2, 3, 4, 5]
+    assert predict_files(predictor, [image_folder], output, save=["masks"]).skipped == 5
+
+
+def test_results_of_another_run_are_not_mixed_in(predictor, tiny_run, image_folder, tmp_path):
+    predict_files(predictor, [image_folder], tmp_path / "out")
+    other = Predictor(None, tiny_run / "model_best.pth", tau=0.25)
+    with pytest.raises(ValueError, match=r"differs in tau \(0.5, now 0.25\). Choose another"):
+        predict_files(other, [image_folder], tmp_path / "out")
+    with pytest.raises(ValueError, match="differs in inputs"):
+        predict_files(predictor, [image_folder / "b"], tmp_path / "out")
+
+
+def test_a_line_cut_off_by_a_kill_costs_one_input(predictor, image_folder, tmp_path):
+    output = tmp_path / "out"
+    predict_files(predictor, [image_folder], output)
+    whole = (output / "predictions.json").read_bytes()
+    journal = output / "progress.jsonl"
+    size = journal.stat().st_size
+    for cut in (1, size // 3, size - 5):  # of the last line, of others, of all but the first
+        (output / "predictions.json").unlink()
+        os.truncate(journal, size - cut)
+        predict_files(predictor, [image_folder], output)
+        assert (output / "predictions.json").read_bytes() == whole
+
+
+def test_a_video_and_its_frames(predictor, tmp_path):
+    times = [Fraction(1001 * number, 30000) for number in (0, 1, 5, 6)]
+    with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30000)) as video:
+        for number, moment in enumerate(times):
+            video.write(picture(number), moment)
+    output = tmp_path / "out"
+    predict_files(predictor, [tmp_path / "v.mp4"], output, save=ALL, batch_size=3)
+    drawn = list(decode_video(output / "overlays" / "v.mp4", "v.mp4"))
+    assert [frame.time for frame in drawn] == times
+    images = read(output)["images"]
+    assert [image["file_name"] for image in images] == [f"v.mp4#{n:06d}" for n in range(4)]
+    assert [image["time"] for image in images] == [float(moment) for moment in times]
+    assert len(list((output / "masks" / "v").iterdir())) == 4
+    for path in (output / "labelme" / "v").glob("*.json"):
+        document = json.loads(path.read_text())
+        assert (path.parent / document["imagePath"]).is_file()
+
+
+def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
+    folder = tmp_path / "study"
+    folder.mkdir()
+    write_dicom(folder / "Musterfrau_Erika.dcm", picture(0))
+    write_dicom(folder / "IM2.dcm", picture(1), BurnedInAnnotation="YES")
+    write_dicom(folder / "KIS-4711.dcm", np.stack([picture(2), picture(3)]), FrameTime="40")
+    write_dicom(folder / "broken-ACC0815.dcm", picture(4), Rows=1000)
+    output = tmp_path / "out"
+    done = predict_files(predictor, [folder], output, save=ALL)
+    assert (done.images, len(done.failed)) == (4, 1)
+    words = [part for value in PATIENT.values() for part in value.split("^")]
+    for path in output.rglob("*"):
+        texts = [str(path.relative_to(output)).encode()]
+        if path.is_file():
+            texts.append(path.read_bytes())
+        for word, text in itertools.product(words, texts):
+            assert word.lower().encode() not in text.lower(), (word, path)
+    names = {image["file_name"].split("#")[0] for image in read(output)["images"]}
+    assert "IM2.dcm" in names and len(names) == 3
+    assert not (output / "overlays" / "IM2.jpg").exists(), "its pixels show the patient's name"
+    assert (output / "masks" / "IM2.png").exists()
+
+
+def test_names_that_differ_in_their_suffix_alone(predictor, image_folder, tmp_path):
+    Image.fromarray(picture(5)).save(image_folder / "a.jpg")
+    predict_files(predictor, [image_folder], tmp_path / "out", save=["masks"])
+    masks = sorted(path.name for path in (tmp_path / "out" / "masks").iterdir())
+    assert masks == ["a.jpg.png", "a.png.png", "b", "d.png"]
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(tiny_run, predictor, tmp_path):
+    folder, output = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    number = 60
+    for seed in range(number):
+        Image.fromarray(picture(seed)).save(folder / f"{seed:03d}.png")
+    command = [sys.executable, "-W", "ignore", "tools/predict.py", "--masks", "--input", folder]
+    command += ["--weights", tiny_run / "model_best.pth", "--output", output]
+    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
+    journal, deadline = output / "progress.jsonl", time.monotonic() + 600
+
+    def done():
+        return journal.read_text().count('{"done"') if journal.exists() else 0
+
+    while done() < number // 4 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = done()
+    assert number // 4 <= before < number
+    assert not (output / "predictions.json").exists()
+    again = predict_files(predictor, [folder], output, save=["masks"])
+    assert again.images + again.skipped == number and abs(again.skipped - before) <= 1
+    images = read(output)["images"]
+    assert [image["file_name"] for image in images] == [f"{n:03d}.png" for n in range(number)]
+    assert len(list((output / "masks").glob("*.png"))) == number
+    straight = tmp_path / "straight"
+    predict_files(predictor, [folder], straight)
+    assert read(straight)["annotations"] == read(output)["annotations"]
+
+
+def test_ahead():
+    made = []
+
+    def items():
+        for number in range(100):
+            made.append(number)
+            yield number
+            if number == 50:
+                raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        list(ahead(items(), 4))
+    assert list(ahead(range(100), 4)) == list(range(100))
+    made.clear()
+    few = ahead(items(), 4)
+    assert next(few) == 0
+    time.sleep(0.2)
+    few.close()
+    assert len(made) <= 7, "it does not run away"
+    assert threading.active_count() < 10

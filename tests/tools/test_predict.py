@@ -1,0 +1,103 @@
+"""tools/predict.py, and what tools/export.py writes for it."""
+
+import json
+
+import export
+import numpy as np
+import predict
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+
+from imrcnn_d2.engine import load_config
+
+OPTS = [
+    *("INPUT.MIN_SIZE_TEST", 64),
+    *("MODEL.DEVICE", "cpu"),
+    *("MODEL.TIMM.WEIGHTS", ""),
+    *("MODEL.FPN.OUT_CHANNELS", 16),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", 16),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", 10),
+    *("MODEL.IMRCNN.SCORE_THRESH", 0.4),
+]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """Weights, and a folder with an image and a file that is none."""
+    folder = tmp_path_factory.mktemp("predict")
+    cfg = load_config("configs/kvasir_seg/imrcnn_lite.yaml", OPTS)
+    (folder / "config.yaml").write_text(cfg.dump())
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, folder / "model.pth")
+    (folder / "images").mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "images" / "a.png")
+    return folder
+
+
+def run(tool, *arguments):
+    tool.main([str(argument) for argument in arguments])
+
+
+def failing(tool, capsys, *arguments):
+    """(exit status, what it says) of a call that fails."""
+    with pytest.raises(SystemExit) as stopped:
+        run(tool, *arguments)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_from_weights_to_results_and_back_through_an_export(case, tmp_path, capsys):
+    (case / "images" / "bad.jpg").write_bytes(b"no image")
+    common = ["--input", case / "images", "--overlays", "--masks", "--labelme"]
+    run(predict, "--weights", case / "model.pth", "--output", tmp_path / "one", *common)
+    printed = capsys.readouterr().out
+    assert "1 images predicted; 1 inputs could not be read" in printed
+    one = json.loads((tmp_path / "one" / "predictions.json").read_text())
+    assert one["info"]["tau"] == 0.4
+    assert [image["file_name"] for image in one["images"]] == ["a.png"]
+    for name in ("overlays/a.jpg", "masks/a.png", "labelme/a.json", "failed.csv"):
+        assert (tmp_path / "one" / name).is_file()
+
+    exported = tmp_path / "model.safetensors"
+    images = ["--images", case / "images" / "a.png"]
+    run(export, "--format", "safetensors", "--weights", case / "model.pth", *images,
+        "--output", exported)  # fmt: skip
+    assert "largest difference of a score 0, of a box 0 %" in capsys.readouterr().out
+    run(predict, "--weights", exported, "--output", tmp_path / "two", *common, "--batch-size", 2)
+    two = json.loads((tmp_path / "two" / "predictions.json").read_text())
+    assert two["annotations"] == one["annotations"]
+    assert two["info"]["config_sha256"] == one["info"]["config_sha256"]
+
+
+def test_errors_are_a_line(case, tmp_path, capsys):
+    inputs = ["--input", case / "images", "--output", tmp_path / "out"]
+    for arguments, said in {
+        ("--weights", "nothing"): "no weights named 'nothing'",
+        ("--weights", case / "none.pth"): "none.pth: no such file of weights",
+        ("--weights", case / "config.yaml"): "config.yaml cannot be read",
+        ("--weights", case / "model.pth", "--config-file", "configs/kvasir_seg/mrcnn_lite.yaml"): (
+            "another architecture"
+        ),
+    }.items():
+        status, err = failing(predict, capsys, *arguments, *inputs)
+        assert status == 1 and said in err and "Traceback" not in err
+    weights = ["--weights", case / "model.pth", "--output", tmp_path / "out"]
+    assert failing(predict, capsys, *weights)[0] == 2, "neither --input nor --live"
+    assert failing(predict, capsys, *weights, "--input", "a", "--tau", "7")[0] == 2
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "bad.png").write_bytes(b"")
+    assert failing(predict, capsys, *weights, "--input", tmp_path / "only")[0] == 1
+
+
+def test_an_export_that_differs_is_not_left(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(export.BOUNDS["fp16"], "score", -1)
+    common = ["--format", "safetensors", "--weights", case / "model.pth", "--precision", "fp16"]
+    target = tmp_path / "model.safetensors"
+    images = ["--images", case / "images" / "a.png"]
+    status, err = failing(export, capsys, *common, *images, "--output", target)
+    assert status == 1 and "was not written: scores differ by" in err
+    assert not list(tmp_path.iterdir())
+    assert failing(export, capsys, *common, *images, "--output", tmp_path / "model.pth")[0] == 2
