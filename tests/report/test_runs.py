@@ -183,7 +183,7 @@ def test_a_folder_of_masks_is_scored_as_one(prepared, tmp_path):
     results = load_run(tmp_path / "scores").results
     assert results.lesion["TP"] == 2 and np.isnan(results.segm["AP50_voc"])
     masks.rename(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="detections are not there .*masks"):
+    with pytest.raises(FileNotFoundError, match="predictions are not there .*masks"):
         _ = load_run(tmp_path / "scores").results
 
 
