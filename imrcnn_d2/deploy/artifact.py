@@ -53,8 +53,9 @@ def write_safetensors(loaded, path, *, precision="fp32"):
         "config_sha256": config_sha256(cfg),
         "config": cfg.dump(),
     }
+    kernels = {name for name, tensor in loaded.model.named_parameters() if tensor.ndim > 1}
     tensors = {
-        name: _rounded(name, tensor, PRECISIONS[precision])
+        name: _rounded(name, tensor, PRECISIONS[precision] if name in kernels else tensor.dtype)
         for name, tensor in loaded.model.state_dict().items()
     }
     texts = {key: json.dumps(value) for key, value in about.items()}
@@ -62,11 +63,9 @@ def write_safetensors(loaded, path, *, precision="fp32"):
 
 
 def _rounded(name, tensor, dtype):
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype != torch.float32 or tensor.ndim < 2:
-        return tensor.clone()
-    rounded = tensor.to(dtype)
+    """A copy: safetensors refuses tensors that share their memory."""
+    rounded = tensor.detach().cpu().to(dtype, copy=True, memory_format=torch.contiguous_format)
     if not torch.isfinite(rounded).all():
         largest = tensor.abs().max().item()
         raise ValueError(f"{name} has values up to {largest:g}, too large for fp16; take fp32")
-    return rounded.clone()
+    return rounded

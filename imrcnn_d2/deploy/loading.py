@@ -16,10 +16,11 @@ from torch import nn
 from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.engine.config import load_config
 from imrcnn_d2.engine.device import choose_device
+from imrcnn_d2.engine.recognition import is_classifier
 from imrcnn_d2.engine.weights import Weights, load_weights
 from imrcnn_d2.modeling.weight_files import load_safetensors
 
-__all__ = ["ARTIFACT_VERSION", "LoadedModel", "is_classifier", "load_model", "pretrained"]
+__all__ = ["ARTIFACT_VERSION", "LoadedModel", "load_model", "pretrained"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,14 @@ class LoadedModel:
 
     @property
     def tau(self):
-        """float: the operating point chosen on validation data, else MODEL.IMRCNN.SCORE_THRESH."""
+        """
+        float or None: the operating point chosen on validation data, else
+        MODEL.IMRCNN.SCORE_THRESH; None of an image classifier, which takes the likeliest class.
+        """
+        if is_classifier(self.cfg):
+            return None
         point = self.weights.operating_point
         return self.cfg.MODEL.IMRCNN.SCORE_THRESH if point is None else point.tau
-
-
-def is_classifier(cfg):
-    """bool: whether the config is of a recognition model, which names an image's class."""
-    return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
 
 
 def pretrained(name, folder=_PACKAGED):

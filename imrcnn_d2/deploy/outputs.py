@@ -34,7 +34,8 @@ def footer(about):
         str: the line that every picture has at its bottom.
     """
     weights = (about["weights_sha256"] or "none")[:8]
-    return f"Research use only, not for diagnosis · weights {weights} · τ {about['tau']:.3g}"
+    tau = "" if about["tau"] is None else f" · τ {about['tau']:.3g}"
+    return f"Research use only, not for diagnosis · weights {weights}{tau}"
 
 
 class OutputFolder:

@@ -10,10 +10,12 @@ from detectron2.data import transforms as T
 from detectron2.modeling.postprocessing import detector_postprocess
 
 from imrcnn_d2.data.augmentation import build_augmentation
+from imrcnn_d2.data.classification_mapper import ClassificationMapper
 from imrcnn_d2.data.images import read_image
 from imrcnn_d2.engine.provenance import config_sha256, describe_model
+from imrcnn_d2.engine.recognition import is_classifier
 
-from .loading import is_classifier, load_model, pretrained
+from .loading import load_model, pretrained
 from .runtimes import build_runtime
 
 __all__ = ["Predictor"]
@@ -32,7 +34,8 @@ class Predictor:
         lesions = instances[instances.scores >= predictor.tau]
 
     Attributes:
-        tau (float): score from which on a detection counts.
+        tau (float or None): score from which on a detection counts; None of a recognition model,
+            which takes the likeliest class.
         classes (list[str]): names, by class index.
         is_classifier (bool): whether it names an image's class and outlines nothing.
         about (dict): what a prediction is by: model, backbone, version, weights_sha256,
@@ -48,14 +51,17 @@ class Predictor:
                 when the weights were saved, else MODEL.IMRCNN.SCORE_THRESH.
 
         Raises:
-            FileNotFoundError, ValueError: see :func:`load_model`; or no such runtime.
+            FileNotFoundError, ValueError: see :func:`load_model`; or no such runtime, or ``tau``
+                for a recognition model.
         """
         loaded = load_model(config, weights, device=device)
         cfg = loaded.cfg
         self.classes = loaded.classes
         self.is_classifier = is_classifier(cfg)
         self.tau = loaded.tau if tau is None else tau
-        self._augmentation = T.AugmentationList(build_augmentation(cfg, is_train=False))
+        if self.is_classifier and tau is not None:
+            raise ValueError("A recognition model takes the likeliest class: it has no threshold τ")
+        self._augmentation = T.AugmentationList(_augmentations(cfg))
         self._format = cfg.INPUT.FORMAT
         side = cfg.INPUT.MIN_SIZE_TEST or 512
         example = self.prepare(np.full((side, side, 3), 128, np.uint8))
@@ -164,6 +170,13 @@ class Predictor:
         if self.is_classifier:
             return output
         return detector_postprocess(output, height, width)
+
+
+def _augmentations(cfg):
+    """What evaluation does to an image before the network sees it."""
+    if is_classifier(cfg):
+        return ClassificationMapper.from_config(cfg, is_train=False)["augmentations"]
+    return build_augmentation(cfg, is_train=False)
 
 
 def in_batches(items, batch_size):

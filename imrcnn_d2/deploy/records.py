@@ -82,12 +82,12 @@ def counted(annotations, tau):
     """
     Args:
         annotations (list[dict]): of an image.
-        tau (float):
+        tau (float or None): None where there is nothing but classes of images.
 
     Returns:
         list[dict]: detections with a score of at least ``tau``, and the class of an image.
     """
-    return [a for a in annotations if a["score"] >= tau or "probabilities" in a]
+    return [a for a in annotations if "probabilities" in a or a["score"] >= tau]
 
 
 def label_map(annotations, height, width):
