@@ -22,18 +22,19 @@ from tqdm import tqdm
 
 __all__ = ["MIN_CORRELATION", "Pair", "find_near_duplicates", "group_labels"]
 
-# Chosen by looking at the pairs of Kvasir-SEG: from 0.34 up all show the same scene, up to 0.27
-# none does (of pairs that are taken for candidates).
-MIN_CORRELATION = 0.3
+# Chosen by looking at the pairs of Kvasir-SEG: above 0.31 all show the same scene, under 0.25
+# hardly any does. Between them both occur, and a pair too many harms a split less than one missed.
+MIN_CORRELATION = 0.25
 
 _SIZE = 352  # side that all images are resized to, in pixels; lengths below refer to it
 _FEATURES = 300  # of an image
 _NEIGHBOURS = 12  # features looked up for each one
 _DISTINCT = 0.85  # of the distance to the last of them: nearer ones are matches
-_MIN_MATCHES = 4
+_MIN_MATCHES = 5
+_MIN_MIRRORED = 12  # of the features of the mirrored image, with which only copies are looked for
 _STAYS = 4  # matches that moved less may be of text on the screen
 _HOPELESS = 0.1  # correlation under which the alignment is not refined
-_MIN_OVERLAP = 0.15  # share of the image in which both show tissue
+_MIN_OVERLAP = 0.3  # share of the image in which both show tissue
 
 
 @dataclass(frozen=True)
@@ -98,23 +99,26 @@ def _features(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _candidates(
     descriptors: np.ndarray, owners: np.ndarray
 ) -> dict[tuple[int, int], set[tuple[int, int]]]:
-    """Pairs of images with their matching features, at least `_MIN_MATCHES`.
+    """Pairs of images with their matching features.
 
     A feature matches those that are distinctly nearer than the last of its nearest. One that many
     images have, such as a letter on the screen, has many equally near ones and so matches none.
     """
-    found = defaultdict(set)
-    if len(owners) > _NEIGHBOURS:
-        cv2.setRNGSeed(0)  # the trees are drawn at random
-        index = cv2.flann_Index(descriptors, {"algorithm": 1, "trees": 4})
-        for queries in (descriptors, _mirrored(descriptors)):
-            neighbours, squares = index.knnSearch(queries, _NEIGHBOURS, params={"checks": 96})
-            near = squares < _DISTINCT**2 * squares[:, -1:]
-            rows, columns = np.nonzero(near & (owners[neighbours] != owners[:, None]))
-            for i, j in zip(rows, neighbours[rows, columns], strict=True):
-                i, j = sorted((int(i), int(j)))
-                found[int(owners[i]), int(owners[j])].add((i, j))
-    return {pair: matches for pair, matches in found.items() if len(matches) >= _MIN_MATCHES}
+    if len(owners) <= _NEIGHBOURS:
+        return {}
+    cv2.setRNGSeed(0)  # the trees are drawn at random
+    index = cv2.flann_Index(descriptors, {"algorithm": 1, "trees": 4})
+    candidates = {}
+    for queries, least in ((_mirrored(descriptors), _MIN_MIRRORED), (descriptors, _MIN_MATCHES)):
+        found = defaultdict(set)
+        neighbours, squares = index.knnSearch(queries, _NEIGHBOURS, params={"checks": 96})
+        near = squares < _DISTINCT**2 * squares[:, -1:]
+        rows, columns = np.nonzero(near & (owners[neighbours] != owners[:, None]))
+        for i, j in zip(rows, neighbours[rows, columns], strict=True):
+            i, j = sorted((int(i), int(j)))
+            found[int(owners[i]), int(owners[j])].add((i, j))
+        candidates |= {pair: matches for pair, matches in found.items() if len(matches) >= least}
+    return candidates
 
 
 def _mirrored(descriptors: np.ndarray) -> np.ndarray:
@@ -147,7 +151,7 @@ def _alignments(affine: np.ndarray | None, a: Path, b: Path) -> Iterator[float]:
         return
     first = _overlap_correlation(affine, a, b)
     yield first
-    if not _HOPELESS <= first < MIN_CORRELATION:
+    if not _HOPELESS <= first < MIN_CORRELATION or _stays(affine):
         return
     half = cv2.invertAffineTransform(affine).astype(np.float32)
     half[:, 2] /= 2
@@ -168,6 +172,12 @@ def _alignments(affine: np.ndarray | None, a: Path, b: Path) -> Iterator[float]:
     half[:, 2] *= 2
     if _is_plausible(half):
         yield _overlap_correlation(cv2.invertAffineTransform(half), a, b)
+
+
+def _stays(affine: np.ndarray) -> bool:
+    """Whether an alignment moves nothing: of other images than copies, it is that of the screen."""
+    corners = np.array([[0, 0, 1], [_SIZE, 0, 1], [0, _SIZE, 1], [_SIZE, _SIZE, 1]])
+    return bool(np.abs(corners @ affine.T - corners[:, :2]).max() <= _STAYS)
 
 
 def _is_plausible(affine: np.ndarray) -> bool:
