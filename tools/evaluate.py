@@ -2,19 +2,22 @@
 """Score COCO results, or a folder of masks, against COCO ground truth: no model needed.
 
     tools/evaluate.py --gt annotations/test.json --dt predictions.json --output scores/
+    tools/evaluate.py --recognition --gt annotations/test.json --dt probabilities.json --output ...
     tools/evaluate.py --gt test.json --dt test_dt.json --tau-from val.json val_dt.json --output ...
 
 prints the figures with their 95 % intervals, in percent but for counts and fp_per_image (n/a is
 undefined), and writes metrics.json, tables (CSV) and pictures (PNG). Masks are PNGs named as their
 images: 0 is background, and what is not is the lesion; with several classes, 1, 2, ... are the
 categories by ascending id. They have no scores, so that figures made of scores are undefined.
+With --recognition, the classes of whole images are scored: --dt is a list of {image_id, scores},
+the probabilities of the classes by ascending category id.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
+from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions, evaluate_recognition
 from imrcnn_d2.evaluation.files import (
     RESULTS,
     coco_results,
@@ -24,15 +27,23 @@ from imrcnn_d2.evaluation.files import (
     write_results,
 )
 from imrcnn_d2.evaluation.operating_point import choose_operating_point
+from imrcnn_d2.evaluation.recognition_files import RECOGNITION_RESULTS, write_recognition
 from imrcnn_d2.evaluation.test_log import log_test_evaluation
 from imrcnn_d2.report.contact_sheet import draw_contact_sheet
 from imrcnn_d2.report.figures import draw_figures
+from imrcnn_d2.report.recognition_figures import draw_recognition_figures
 from imrcnn_d2.report.tables import figures_table
 
 
 def main(argv=None):
     parser = argument_parser()
     args = parser.parse_args(argv)
+    if args.recognition:
+        try:
+            score_recognition(args)
+        except (OSError, ValueError) as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        return
     how = {"iou_threshold": args.iou, "iou_type": args.iou_type}
     try:
         known = sources(args.gt, args.dt, args.images)
@@ -59,6 +70,22 @@ def main(argv=None):
     print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
 
 
+def score_recognition(args):
+    """Score, write and print the classes of whole images."""
+    known = sources(args.gt, args.dt, args.images)
+    bootstrap = Bootstrap(args.resamples, args.seed) if args.resamples else None
+    results = evaluate_recognition(args.gt, args.dt, bootstrap=bootstrap)
+    copy = args.output / RECOGNITION_RESULTS
+    write_atomically(copy, args.dt.read_bytes())
+    paths = [*write_recognition(results, args.output, **known).values(), copy]
+    sha256 = file_sha256(args.dt)
+    log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
+    paths += draw_recognition_figures(results, args.output)
+    for groups in (results.groups(), {"calibration": results.calibration}):
+        print(figures_table(groups, results.intervals), end="\n\n")
+    print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
+
+
 def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,6 +97,9 @@ def argument_parser():
         type=Path,
         help="COCO results: a list, or a COCO file whose annotations have a score; or a folder of "
         "masks, one PNG for each image",
+    )
+    parser.add_argument(
+        "--recognition", action="store_true", help="score the classes of whole images"
     )
     parser.add_argument("--tau", type=float, default=0.7, help="score threshold (0.7)")
     parser.add_argument(

@@ -74,10 +74,11 @@ def gallery_data(runs, max_images=300):
     }
 
 
-def embed(path):
+def embed(path, long_side=LONG_SIDE):
     """
     Args:
         path (Path): of an image.
+        long_side (int): pixels of the JPEG, at most.
 
     Returns:
         tuple[str, tuple[int, int], float]: base64 of a JPEG as it is to be seen, width and height
@@ -87,7 +88,7 @@ def embed(path):
         # Before anything else: masks are of the image as it is seen.
         image = ImageOps.exif_transpose(file).convert("RGB")
     size = image.size
-    image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((long_side, long_side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, format="JPEG", quality=QUALITY, optimize=True)
     return base64.b64encode(stream.getvalue()).decode(), size, max(size) / max(image.size)

@@ -6,6 +6,7 @@ import math
 from .calibration import draw_calibration
 from .class_roc import draw_class_roc
 from .cohort import cohort
+from .gallery import embed
 from .html import write_page
 from .page import check_runs, named_runs, said, uncertainty, undefined_rows
 from .page_comparison import differences
@@ -18,6 +19,8 @@ __all__ = ["render_recognition_report"]
 
 logger = logging.getLogger(__name__)
 
+GRAD_CAM = "grad_cam.png"  # of grad_cam.py, beside metrics.json
+GRAD_CAM_SIDE = 1600  # pixels, at most
 OVERALL = (
     ("balanced_accuracy", "balanced accuracy", "mean of the classes’ accuracies"),
     ("top1", "top-1 accuracy", "images that are called what they are"),
@@ -90,6 +93,7 @@ def render_recognition_report(runs, output, *, max_images=300):
         undefined=undefined_rows(runs),
         pictures=_pictures(runs),
         confusions=_confusions(runs),
+        grad_cams=_grad_cams(runs),
         gallery=gallery,
         gallery_missing=gallery_missing,
         gallery_lead=_gallery_lead(runs, gallery),
@@ -214,6 +218,17 @@ def _confusions(runs):
             rows.append((name, [(*texts, 0 if math.isnan(s) else s) for *texts, s in shares]))
         tables.append({"name": run.name, "rows": rows})
     return tables
+
+
+def _grad_cams(runs):
+    """list[dict]: run's name and its picture of where the model looks, of runs that have one."""
+    pictures = []
+    for run in runs:
+        path = run.folder / GRAD_CAM
+        if path.is_file():
+            jpeg, (width, height), _ = embed(path, GRAD_CAM_SIDE)
+            pictures.append({"name": run.name, "jpeg": jpeg, "width": width, "height": height})
+    return pictures
 
 
 def _gallery(runs, max_images):
