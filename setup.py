@@ -7,6 +7,9 @@ from setuptools import find_packages, setup
 # Of the documentation site, which the tests build. MkDocs 2 has no plugins.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings-python>=2.0"]
 
+# Of tools/predict.py: videos and DICOM files.
+DEPLOY = ["av>=17", "pydicom>=3.0"]
+
 setup(
     name="imrcnn-d2",
     version="0.1.0",
@@ -16,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["imrcnn_d2", "imrcnn_d2.*"]),
-    package_data={"imrcnn_d2.report": ["templates/*"]},
+    package_data={"imrcnn_d2": ["weights/*"], "imrcnn_d2.report": ["templates/*"]},
     install_requires=[
         # Not on PyPI under this name: tools/install_detectron2.py installs it.
         "detectron2>=0.6",
@@ -52,8 +55,10 @@ setup(
         # Launchers of tools/cross_validate.py: hydra/launcher=submitit_slurm, hydra/launcher=ray.
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "ray": ["hydra-ray-launcher>=1.2"],
+        "deploy": DEPLOY,
         "docs": DOCS,
         "dev": [
+            *DEPLOY,
             *DOCS,
             "html5lib>=1.1",
             "hydra-submitit-launcher>=1.2",

@@ -19,6 +19,8 @@ ORDER = (
     "evaluate",
     "compare",
     "report",
+    "predict",
+    "export",
     "cross_validate",
     "demo",
     "benchmark",

@@ -31,6 +31,7 @@ PACKAGES = {
     "but for `LesionEvaluator`, which is one of Detectron2's evaluators.",
     "engine": "Training: schedule, hooks, checkpoints, devices, processes, cross-validation.",
     "report": "Tables, pictures, comparisons, the HTML report and the model card.",
+    "deploy": "Trained models at work: prediction on files and streams, export.",
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
