@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train or evaluate a detector: Detectron2's training script with our trainer."""
+"""Train or evaluate a detector or classifier: Detectron2's training script with our trainer."""
 
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
@@ -8,7 +8,9 @@ from detectron2.utils import comm
 import imrcnn_d2  # noqa: F401  (registers models and data sets)
 from imrcnn_d2.engine import Trainer, launch_script, load_config, load_weights
 from imrcnn_d2.engine.checkpoint import Checkpointer
+from imrcnn_d2.engine.recognition import is_classifier
 from imrcnn_d2.report.final_pictures import draw_test_pictures
+from imrcnn_d2.report.grad_cam import draw_test_grad_cams
 
 
 def setup(args):
@@ -32,8 +34,11 @@ def main(args):
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         results = trainer.train()
+        model = trainer.evaluated_model
     if comm.is_main_process():
         draw_test_pictures(cfg.OUTPUT_DIR, cfg.DATASETS.TEST, tau=cfg.MODEL.IMRCNN.SCORE_THRESH)
+        if is_classifier(cfg):
+            draw_test_grad_cams(cfg, model)
         verify_results(cfg, results)
     return results
 

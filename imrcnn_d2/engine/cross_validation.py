@@ -34,6 +34,10 @@ FIGURES = {  # column -> group and name in metrics.json
     "IoU": ("lesion", "iou"),
     "F1": ("lesion", "f1"),
 }
+RECOGNITION_FIGURES = {
+    "accuracy": ("recognition", "top1"),
+    "balanced accuracy": ("recognition", "balanced_accuracy"),
+}
 TAIL = 10  # lines of a broken run's log that are shown
 POLL_SECONDS = 2.0
 
@@ -44,7 +48,7 @@ class FoldRun:
     One model, data set, seed and fold.
 
     Attributes:
-        dataset (str): "kvasir_seg", "egc" or "synthetic".
+        dataset (str): "kvasir_seg", "egc", "synthetic" or "gastric_recognition".
         config_file (Path): of the model; its stem is the model's name.
         seed (int), fold (int), folds (int):
         output (Path): of the whole cross-validation.
@@ -175,7 +179,8 @@ class FoldRun:
     def figures(self):
         """dict[str, float or None]: the headline figures of a finished run."""
         metrics = json.loads(self.metrics_file.read_text(encoding="utf-8"))
-        return {column: metrics[group][name] for column, (group, name) in FIGURES.items()}
+        figures = RECOGNITION_FIGURES if "recognition" in metrics else FIGURES
+        return {column: metrics[group][name] for column, (group, name) in figures.items()}
 
     @contextlib.contextmanager
     def _lock(self):

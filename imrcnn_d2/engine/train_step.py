@@ -11,6 +11,7 @@ import torch
 from detectron2.engine import SimpleTrainer, create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from torch.nn.modules.batchnorm import _NormBase
 
 from imrcnn_d2.data.sampler import ResumableBatchSampler, seed_generators
 
@@ -32,7 +33,10 @@ def distribute(model, **kwargs):
     """
     if next(model.parameters()).device.type != "cuda":
         kwargs["device_ids"] = None  # DDP refuses device_ids for a model on the CPU
-    return create_ddp_model(model, **{"broadcast_buffers": False, **kwargs})
+    # Where batch norms learn statistics, all processes go on with those of the first, which
+    # checkpoints store.
+    learns = any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
+    return create_ddp_model(model, **{"broadcast_buffers": learns, **kwargs})
 
 
 def amp_dtype(precision, device_type):

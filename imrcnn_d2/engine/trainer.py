@@ -46,6 +46,8 @@ class Trainer(DefaultTrainer):
       confidence intervals;
     - leaves ``run.json``, see :class:`RunRecord`, and notes each final evaluation beside the data
       set, see :func:`log_test_evaluation`.
+
+    ``evaluated_model`` is the one that is validated and tested: the model, or its average.
     """
 
     def __init__(self, cfg):
@@ -74,7 +76,7 @@ class Trainer(DefaultTrainer):
             scheduler = self.build_lr_scheduler(cfg, optimizer)
         data_loader = self.build_train_loader(cfg)
         self._ema = EMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
-        self._evaluated_model = self._ema.model if self._ema else model
+        self.evaluated_model = self._ema.model if self._ema else model
         model = distribute(model)
         self._trainer = TrainStep(
             model,
@@ -126,7 +128,7 @@ class Trainer(DefaultTrainer):
                     "dataset": cfg.DATASETS.VAL[0],
                 }
                 make_samples = self._sample_predictions
-            best = BestCheckpointer(self._evaluated_model, cfg.OUTPUT_DIR, period, **criterion)
+            best = BestCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR, period, **criterion)
             validation = [EvalHook(period, self.validate), best]
         self._best = validation[-1] if validation else None
         self._record = RunRecord(
@@ -155,7 +157,7 @@ class Trainer(DefaultTrainer):
         name = cfg.DATASETS.VAL[0]
         loader = self.build_test_loader(cfg, name)
         tau = cfg.MODEL.IMRCNN.SCORE_THRESH
-        return SamplePredictions(self._evaluated_model, loader, name, cfg.TEST.EVAL_PERIOD, tau)
+        return SamplePredictions(self.evaluated_model, loader, name, cfg.TEST.EVAL_PERIOD, tau)
 
     def load_state_dict(self, state_dict):
         if self._phases:  # the optimizer's state is that of the phase it was saved in
@@ -173,7 +175,7 @@ class Trainer(DefaultTrainer):
         weights = (self._best and self._best.load_best()) or last_weights(
             self.checkpointer, self._ema
         )
-        results = self.final_test(self.cfg, self._evaluated_model, weights)
+        results = self.final_test(self.cfg, self.evaluated_model, weights)
         self._record.finish()
         return results
 
@@ -185,7 +187,7 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATASETS.TEST = cfg.DATASETS.VAL
-        return self.test(cfg, self._evaluated_model)
+        return self.test(cfg, self.evaluated_model)
 
     @classmethod
     def final_test(cls, cfg, model, weights):

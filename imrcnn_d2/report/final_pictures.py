@@ -18,11 +18,14 @@ def draw_test_pictures(output_dir, dataset_names, *, tau):
 
     Args:
         output_dir (str): OUTPUT_DIR, with ``inference/<dataset>/``.
-        dataset_names (iterable of str): sets that were evaluated, in COCO's format.
+        dataset_names (iterable of str): sets that were evaluated, in COCO's format; those of images
+            with classes are passed over.
         tau (float): score from which on a detection counts.
     """
     for name in dataset_names:
         data = MetadataCatalog.get(name)
+        if data.get("evaluator_type") == "recognition":
+            continue
         folder = os.path.join(output_dir, "inference", name)
         pictures = draw_pictures(folder, data.json_file, data.get("image_root", ""), tau=tau)
         logger.info("Pictures in %s: %s", folder, ", ".join(path.name for path in pictures))
