@@ -66,5 +66,7 @@ def write_classifier(
     if run_json:
         record = {"model": "ImageClassifier", "backbone": backbone, "seed": seed, "fold": fold}
         record |= {"finished": "2026-01-01", "datasets": {"train": {"images": 20}}}
+        head = {"name": "pre-training", "trainable": "head", "iterations": 30, "lr": 1e-3}
+        record |= {"input": {"size": 224}, "phases": [head]}
         (output / "run.json").write_text(json.dumps(record))
     return output

@@ -18,8 +18,8 @@ class RecognitionResults:
     """
     Attributes:
         recognition (dict[str, float]): top1; balanced_accuracy, f1 and auroc, means over the
-            classes; log_loss; and of each class, against all others, accuracy_NAME (the share of
-            its images that are called it, as the published tables mean accuracy; the same as
+            classes; cross_entropy; and of each class, against all others, accuracy_NAME (the share
+            of its images that are called it, as the published tables mean accuracy; the same as
             recall_NAME), precision_NAME, recall_NAME, specificity_NAME, f1_NAME, auroc_NAME.
         cancer (dict[str, float] or None): cancer against benign: TP FP FN TN precision recall
             (sensitivity) specificity accuracy f1 of the classes called, and the auroc of the
@@ -34,8 +34,8 @@ class RecognitionResults:
         intervals (dict[str, dict[str, tuple[float, float]]]), undefined_shares (dict[str, float]):
             as in :class:`LesionResults`.
 
-    All figures are in percent but for counts and log_loss; undefined ones are NaN. The class called
-    is that of the highest probability, of equal ones the first.
+    All figures are in percent but for counts and cross_entropy; undefined ones are NaN. The class
+    called is that of the highest probability, of equal ones the first.
     """
 
     recognition: dict

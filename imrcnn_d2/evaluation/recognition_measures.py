@@ -12,7 +12,7 @@ from .ranking import weighted_auroc
 
 __all__ = ["RecognitionMeasures"]
 
-# Of the true class; keeps the log loss of a probability of 0 finite, as scikit-learn does.
+# Of the true class; keeps the cross-entropy of a probability of 0 finite, as scikit-learn does.
 LEAST = np.finfo(np.float64).eps
 OF_CLASS = ("precision", "recall", "specificity", "f1")
 
@@ -33,7 +33,7 @@ class RecognitionMeasures:
         self.called = probability.argmax(axis=1)
         self.unit, self.unit_of_image, self.num_units = number_units(truth.images)
         own = probability[np.arange(len(probability)), truth.label]
-        self._log_loss = -np.log(np.clip(own, LEAST, 1))
+        self._cross_entropy = -np.log(np.clip(own, LEAST, 1))
         self.calibration = Calibration(
             np.clip(probability.max(axis=1), 0, 1),
             self.called == truth.label,
@@ -89,7 +89,7 @@ class RecognitionMeasures:
         k = len(self.truth.classes)
         columns = np.zeros((len(self.called), k * k + 1))
         columns[np.arange(len(self.called)), self.truth.label * k + self.called] = 1
-        columns[:, -1] = self._log_loss
+        columns[:, -1] = self._cross_entropy
         columns = add_up(columns, self.unit_of_image, self.num_units)
         groups = {"recognition": (columns, self._recognition, self._proportions)}
         if self.truth.cancer is not None:
@@ -134,7 +134,7 @@ class RecognitionMeasures:
             "top1": 100 * divide(right, total),
             "balanced_accuracy": mean("recall"),
             "f1": mean("f1"),
-            "log_loss": divide(sums[..., -1], total),
+            "cross_entropy": divide(sums[..., -1], total),
         }
         for name, own in by_class.items():
             figures[f"accuracy_{name}"] = own["recall"]

@@ -8,7 +8,7 @@ OF_ALL_CLASSES = {
     "balanced_accuracy": "balanced accuracy",
     "f1": "F1, mean of classes",
     "auroc": "AUROC, mean of classes",
-    "log_loss": "log loss",
+    "cross_entropy": "cross-entropy",
 }
 LEVELS = {"lesion": "lesions", "image": "images", "patient": "patients"}
 

@@ -46,7 +46,7 @@ def _facts_of(run, settings):
         "Data set": meta.get("dataset"),
         "Ground truth, sha256": _short(meta.get("gt_sha256")),
         "Split, sha256": _short(record.get("splits_sha256") or settings.get("sha256")),
-        **_thresholds(meta, chosen),
+        **(_steps(record) if run.task == "recognition" else _thresholds(meta, chosen)),
         "Intervals": (
             f"{bootstrap['resamples']:,} resamples of {bootstrap['unit']}s, seed "
             f"{bootstrap['seed']}"
@@ -58,10 +58,19 @@ def _facts_of(run, settings):
     return {label: UNKNOWN if text in (None, "") else str(text) for label, text in texts.items()}
 
 
+def _steps(record):
+    """How a classifier was trained."""
+    size = (record.get("input") or {}).get("size")
+    steps = [
+        f"{phase['name']}: {phase['trainable']} for {phase['iterations']} iterations at a rate of "
+        f"{phase['lr']:g}"
+        for phase in record.get("phases") or ()
+    ]
+    return {"Images as": size and f"{size} × {size} pixels", "Steps": "; ".join(steps)}
+
+
 def _thresholds(meta, chosen):
-    """What decides, where detections are scored: classes of images need no threshold."""
-    if "tau" not in meta:
-        return {}
+    """What decides about detections."""
     point = None
     if chosen:
         point = f"{chosen['tau']:.3g} ({chosen.get('rule')}, on {chosen.get('dataset')})"

@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 COUNTS = (*metrics.COUNTS, "n")
-NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image", "log_loss")
+NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image", "cross_entropy")
 
 # (figure, label, hint)
 CURVE_FIGURES = (

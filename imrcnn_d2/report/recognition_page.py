@@ -26,7 +26,7 @@ OVERALL = (
     ("top1", "top-1 accuracy", "images that are called what they are"),
     ("f1", "F1", "mean of the classes"),
     ("auroc", "AUROC", "mean of the classes, each against all others"),
-    ("log_loss", "log loss", "of the probability of the true class; 0 is perfect"),
+    ("cross_entropy", "cross-entropy", "of the probability of the true class; 0 is perfect"),
 )
 OF_CLASS = (
     ("precision", "precision", "of the images called it, those that are"),
@@ -170,7 +170,7 @@ def _figure_tables(runs, classes, cancers):
         ]
         return {"title": title, "caption": caption, "rows": rows}
 
-    tables = [table("All classes", "In percent, but for the log loss", "recognition", OVERALL)]
+    tables = [table("All classes", "In percent, but for the cross-entropy", "recognition", OVERALL)]
     if cancers:
         caption = f"Cancer: {', '.join(cancers)}; benign: all else"
         tables.append(table("Cancer against benign", caption, "cancer", OF_CANCER))

@@ -75,7 +75,7 @@ def test_figures_are_those_of_scikit_learn(seed, classes, number, tied, cancers)
         expected[f"f1_{name}"] = metrics.f1_score(mine, theirs)
         expected[f"auroc_{name}"] = areas[k]
     expected = {name: 100 * value for name, value in expected.items()}
-    expected["log_loss"] = metrics.log_loss(labels, probability, labels=range(classes))
+    expected["cross_entropy"] = metrics.log_loss(labels, probability, labels=range(classes))
     assert ours == pytest.approx(expected, nan_ok=True)
     assert (
         scored.confusion.rows()
@@ -142,7 +142,13 @@ def test_intervals_are_those_of_resampled_data_sets():
         chosen = np.repeat(np.arange(40), row[np.arange(40) // 3])
         again = evaluate_recognition(make_truth(labels[chosen]), make_results(probability[chosen]))
         figures.append({**again.recognition, **{f"cancer {k}": v for k, v in again.cancer.items()}})
-    for name in ("top1", "balanced_accuracy", "auroc_ulcer", "log_loss", "precision_gastritis"):
+    for name in (
+        "top1",
+        "balanced_accuracy",
+        "auroc_ulcer",
+        "cross_entropy",
+        "precision_gastritis",
+    ):
         low, high = np.percentile([one[name] for one in figures], (2.5, 97.5))
         assert scored.intervals["recognition"][name] == pytest.approx((low, high))
     low, high = np.percentile([one["cancer auroc"] for one in figures], (2.5, 97.5))

@@ -72,6 +72,13 @@ def test_the_figures_are_those_of_the_evaluation(runs, tree):
     assert "ResNet50 − VGG19 balanced accuracy (primary)" in results
 
 
+def test_what_was_run(tree):
+    run = section(tree, "run")
+    assert "224 × 224 pixels" in run
+    assert "pre-training: head for 30 iterations at a rate of 0.001" in run
+    assert "Score threshold" not in run
+
+
 def test_confusions_and_who_was_in(runs, tree):
     confusion = section(tree, "confusion")
     for row in runs[0].results.confusion.rows():
