@@ -11,8 +11,17 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+from detectron2.data import DatasetCatalog
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-__all__ = ["CLASSES", "write_recognition_task"]
+from imrcnn_d2.data.classification_catalogue import labels_of
+from imrcnn_d2.engine import Trainer
+
+__all__ = ["CLASSES", "frozen_feature_accuracy", "write_recognition_task"]
 
 CLASSES = ("polyp", "mucosa", "ulcerative colitis")
 SIDE, SIZE = 128, 352  # pixels of a crop; of the images that it is cut from
@@ -119,3 +128,38 @@ def _sums(mask, side):
     """Of all squares of a side, by their upper left corner."""
     total = cv2.integral(mask.astype(np.uint8))
     return total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+
+
+def frozen_feature_accuracy(cfg):
+    """
+    What a linear classifier reaches on the features of the network as it comes from ImageNet.
+
+    Args:
+        cfg (CfgNode): of a classifier; its data sets, network and image size are taken. The
+            regression's strength is chosen on DATASETS.VAL.
+
+    Returns:
+        float: balanced accuracy on DATASETS.TEST, percent.
+    """
+    model = Trainer.build_model(cfg).eval()
+    features, labels = {}, {}
+    for split in SPLITS:
+        name = cfg.DATASETS[split.upper()][0]
+        loader = Trainer.build_test_loader(cfg, name)
+        with torch.no_grad():
+            rows = [model.backbone(model.preprocess_image(batch))[0].numpy() for batch in loader]
+        features[split] = np.stack(rows)
+        labels[split] = labels_of(DatasetCatalog.get(name))
+    fitted = [
+        make_pipeline(
+            StandardScaler(), LogisticRegression(C=c, class_weight="balanced", max_iter=5000)
+        ).fit(features["train"], labels["train"])
+        for c in 10.0 ** np.arange(-4, 2)
+    ]
+
+    def accuracy(classifier, split):
+        predicted = classifier.predict(features[split])
+        return 100 * balanced_accuracy_score(labels[split], predicted)
+
+    best = max(fitted, key=lambda classifier: accuracy(classifier, "val"))
+    return accuracy(best, "test")

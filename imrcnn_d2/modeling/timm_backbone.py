@@ -135,10 +135,24 @@ def create_timm_model(name, weights, **kwargs):
 
     Returns:
         nn.Module:
+
+    Raises:
+        OSError: the download failed.
     """
-    if weights not in ("", "timm"):
-        kwargs["pretrained_cfg_overlay"] = {"state_dict": load_timm_weights(name, weights)}
-    return timm.create_model(name, pretrained=bool(weights), **kwargs)
+    if weights != "timm":
+        if weights:
+            kwargs["pretrained_cfg_overlay"] = {"state_dict": load_timm_weights(name, weights)}
+        return timm.create_model(name, pretrained=bool(weights), **kwargs)
+    try:
+        return timm.create_model(name, pretrained=True, **kwargs)
+    except OSError as error:
+        source = timm.models.get_pretrained_cfg(name).hf_hub_id
+        raise OSError(
+            f"MODEL.TIMM.WEIGHTS is 'timm', but the weights of {name} could not be downloaded "
+            f"({error}). Without a network give a file: on a machine that has one, "
+            f"'hf download {source} model.safetensors'; then here MODEL.TIMM.WEIGHTS "
+            "model.safetensors. '' starts from random weights"
+        ) from error
 
 
 def freeze_timm_layers(body, maps):

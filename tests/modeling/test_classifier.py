@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.modeling import ImageClassifier
@@ -100,6 +101,25 @@ def test_vgg_is_its_convolutions_and_a_head():
         model = ImageClassifier("vgg19", 3)
     # 16 convolutions of VGG19 (Simonyan and Zisserman): 20,024,384; the head: 3 x (512 + 1).
     assert sum(p.numel() for p in model.parameters()) == 20_024_384 + 1539
+
+
+@pytest.mark.parametrize("name", ["resnet18", "inception_v3"])
+def test_imagenet_weights_from_a_file(tmp_path, name):
+    source = timm.create_model(name)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    model = ImageClassifier(name, 3, weights=str(tmp_path / "weights.safetensors"))
+    expected = source.state_dict()
+    found = model.backbone.state_dict()
+    assert set(expected) - set(found) == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_without_a_network_it_says_what_to_do(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match="'hf download timm/resnet18.* model.safetensors'; then here"):
+        ImageClassifier("resnet18", 3, weights="timm")
 
 
 @pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, 2.0, 0.0], "equal"])
