@@ -47,6 +47,8 @@ def main(argv=None):
         )
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    except ModuleNotFoundError as error:  # of the extra [deploy]
+        parser.exit(1, f"{parser.prog}: this needs {error.name}: pip install {error.name}\n")
     except KeyboardInterrupt:
         parser.exit(130, "Interrupted: the same command goes on where this one was\n")
     report(done, args.output)

@@ -139,6 +139,8 @@ def _read(sources, predictor):
                 yield replace(item, frame=frame, prepared=predictor.prepare(frame.image))
         except BadInputError as error:
             item = replace(item, error=error.reason)
+        except ModuleNotFoundError as error:  # of the extra [deploy]
+            item = replace(item, error=f"needs {error.name}: pip install {error.name}")
         except (OSError, RuntimeError, ValueError) as error:
             item = replace(item, error=f"cannot be predicted ({error})")
         yield item

@@ -63,20 +63,23 @@ def find_inputs(inputs):
             known = {file: kind for file, kind in known if kind}
             if len(known) < len(files):
                 logger.info("%s: %d other files left out", path, len(files) - len(known))
-            roots.append(path.resolve())
+            roots.append(path)
         else:
             files = [path] if path.exists() else map(Path, glob.glob(given, recursive=True))
             known = {file: _kind(file) or "image" for file in files if not file.is_dir()}
             if not known:
                 raise FileNotFoundError(f"{given}: no such file, folder or pattern with a match")
-            roots += [file.resolve().parent for file in known]
-        found.update((file.resolve(), kind) for file, kind in known.items())
+            roots += [_absolute(file).parent for file in known]
+        # A link is a file of its own, with its own name.
+        found.update((_absolute(file), kind) for file, kind in known.items())
     if not found:
         raise FileNotFoundError(
             f"No image, video or DICOM file under {', '.join(map(str, inputs))}"
         )
-    root = Path(os.path.commonpath(roots))
-    sources = [Source(path, _relative(path, root), kind) for path, kind in found.items()]
+    root = Path(os.path.commonpath(map(_absolute, roots)))
+    sources = [
+        Source(path, path.relative_to(root).as_posix(), kind) for path, kind in found.items()
+    ]
     return root, sorted(sources, key=lambda source: source.name)
 
 
@@ -99,9 +102,9 @@ def read_frames(source):
         yield Frame(read_image(source.path))
 
 
-def _relative(path, root):
-    # A link inside the folder may lead out of it.
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+def _absolute(path):
+    """Without "..", but with links as they are."""
+    return Path(os.path.abspath(path))
 
 
 def _kind(path):

@@ -22,7 +22,7 @@ __all__ = ["OUTPUTS", "InputOutputs", "OutputFolder", "footer"]
 OUTPUTS = ("overlays", "masks", "labelme")
 JPEG_QUALITY = 92
 LABELME_VERSION = "5.5.0"  # of the format
-CLOSENESS = 0.7  # pixels that a LabelMe polygon may be off: fewer points to move by hand
+CLOSENESS = 1.0  # pixels that a LabelMe polygon may be off: fewer points to move by hand
 
 
 def footer(about):

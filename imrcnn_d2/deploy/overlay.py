@@ -73,10 +73,17 @@ def _write(picture, labels, footer):
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     stroke = max(1, size // 8)
+    taken = []
     for text, x, y in labels:
-        x = min(max(x, stroke), max(stroke, width - draw.textlength(text, font) - stroke))
-        y = min(max(y - 1.4 * size, stroke), height - strip - 1.3 * size)
-        draw.text((x, y), text, OUTLINE, font, stroke_width=stroke, stroke_fill=HALO)
+        long = draw.textlength(text, font)
+        x = min(max(x, stroke), max(stroke, width - long - stroke))
+        y = max(y - 1.4 * size, stroke)
+        while any(abs(y - v) < 1.2 * size and u - long < x < u + w for u, v, w in taken):
+            y += 0.2 * size  # below what is there
+        y = min(y, height - strip - 1.3 * size)
+        taken.append((x, y, long))
+        # White: of a video's yellow, H.264 keeps a quarter.
+        draw.text((x, y), text, "white", font, stroke_width=stroke, stroke_fill=HALO)
     draw.text((0.015 * width, height - strip / 2), footer, "white", small, anchor="lm")
     return np.asarray(image)
 

@@ -42,6 +42,11 @@ def test_a_hole_is_outlined_too():
     assert yellow(picture)[79, 85:115].all()
 
 
+def white(picture):
+    """(H, W) bool."""
+    return (picture > 220).all(axis=2)
+
+
 @pytest.mark.parametrize("size", [(1080, 1920), (352, 352), (64, 48), (10, 200), (1, 1)])
 def test_the_footer_is_there_whatever_the_size(size):
     image = np.full((*size, 3), 200, np.uint8)
@@ -50,9 +55,8 @@ def test_the_footer_is_there_whatever_the_size(size):
     assert picture.shape == image.shape
     if min(size) > 100:
         bottom = picture[-size[0] // 30 :]
-        white = (bottom > 220).all(axis=2)
-        assert white.any() and not white[:, -1].any(), "its end is not cut off"
-        assert white[:, : size[1] // 2].any()
+        assert white(bottom)[:, : size[1] // 2].any()
+        assert not white(bottom)[:, -1].any(), "its end is not cut off"
 
 
 def test_what_the_footer_says():
@@ -62,4 +66,13 @@ def test_what_the_footer_says():
 def test_a_class_is_written_on_the_image():
     image = np.zeros((352, 352, 3), np.uint8)
     of_image = [{"category_id": 2, "score": 0.8, "probabilities": [0.2, 0.8]}]
-    assert yellow(draw_overlay(image, of_image, CLASSES, ""))[:40, :200].sum() > 50
+    assert white(draw_overlay(image, of_image, CLASSES, ""))[:40, :200].sum() > 50
+
+
+def test_labels_do_not_cover_each_other():
+    image = np.zeros((352, 352, 3), np.uint8)
+    boxes = [rectangle(1, 100, 100, 90, 90, size=(352, 352), score=0.9 - i / 10) for i in range(3)]
+    drawn = [white(draw_overlay(image, boxes[:number], CLASSES, "")) for number in (1, 2, 3)]
+    for fewer, more in zip(drawn, drawn[1:], strict=False):
+        assert (more & fewer).sum() > 0.95 * fewer.sum(), "those before are still to be read"
+        assert more.sum() > fewer.sum() + 50
