@@ -4,6 +4,7 @@
 python tools/prepare_dataset.py kvasir-seg --root DIR --out datasets/kvasir_seg
 python tools/prepare_dataset.py coco --annotations FILE --images DIR --out datasets/egc
 python tools/prepare_dataset.py classification --root DIR --out datasets/gastric_recognition
+python tools/prepare_dataset.py lesion-free --root DIR --out datasets/lesion_free
 python tools/prepare_dataset.py synthetic --num-images 160 --size 256 --out datasets/synthetic
 """
 
@@ -13,7 +14,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from imrcnn_d2.data import classification, coco, kvasir_seg, synthetic
+from imrcnn_d2.data import classification, coco, kvasir_seg, lesion_free, synthetic
 from imrcnn_d2.data.prepare import SPLIT_BY, Source, SplitOptions, prepare_dataset
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 from imrcnn_d2.data.splits import FixedTest, parse_ratio, read_splits
@@ -66,6 +67,14 @@ def get_parser() -> argparse.ArgumentParser:
         default=kvasir_seg.MIN_AREA,
         help="smaller parts of a mask, in pixels, are dropped as specks (default %(default)s)",
     )
+
+    healthy = commands.add_parser(
+        "lesion-free",
+        parents=[common],
+        help="images without a lesion only, all for testing: a detector's false alarms",
+    )
+    healthy.add_argument("--root", type=Path, required=True, help="folder of images")
+    healthy.set_defaults(ratio=(0, 0, 1))
 
     own = commands.add_parser(
         "coco", parents=[common], help="own data: a COCO instance JSON and a folder of images"
@@ -149,6 +158,8 @@ def _read(args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
         return kvasir_seg.read_kvasir_seg(args.root, rejects, args.negatives, args.min_area)
     if args.command == "coco":
         return coco.read_coco(args.annotations, args.images, rejects)
+    if args.command == "lesion-free":
+        return lesion_free.read_lesion_free(args.root, rejects)
     return synthetic.generate(scratch, args.num_images, args.size, args.seed)
 
 

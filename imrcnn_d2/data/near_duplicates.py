@@ -24,6 +24,7 @@ __all__ = ["MIN_CORRELATION", "Pair", "find_near_duplicates", "group_labels"]
 
 # Chosen by looking at the pairs of Kvasir-SEG: above 0.31 all show the same scene, under 0.25
 # hardly any does. Between them both occur, and a pair too many harms a split less than one missed.
+# What passes wrongly shares writing on the screen, the more so in a small set.
 MIN_CORRELATION = 0.25
 
 _SIZE = 352  # side that all images are resized to, in pixels; lengths below refer to it
@@ -33,7 +34,7 @@ _DISTINCT = 0.85  # of the distance to the last of them: nearer ones are matches
 _MIN_MATCHES = 5
 _MIN_MIRRORED = 12  # of the features of the mirrored image, with which only copies are looked for
 _STAYS = 4  # matches that moved less may be of text on the screen
-_HOPELESS = 0.1  # correlation under which the alignment is not refined
+_HOPELESS, _GOOD = 0.1, 0.9  # correlations between which the alignment is refined
 _MIN_OVERLAP = 0.3  # share of the image in which both show tissue
 
 
@@ -146,12 +147,12 @@ def _correlation(a: Path, b: Path, points_a: np.ndarray, points_b: np.ndarray) -
 
 
 def _alignments(affine: np.ndarray | None, a: Path, b: Path) -> Iterator[float]:
-    """The correlation after an alignment, and after its refinement where there is some hope."""
+    """The correlation after an alignment, and after its refinement where that may help."""
     if affine is None or not _is_plausible(affine):
         return
     first = _overlap_correlation(affine, a, b)
     yield first
-    if not _HOPELESS <= first < MIN_CORRELATION or _stays(affine):
+    if not _HOPELESS <= first < _GOOD or _stays(affine):
         return
     half = cv2.invertAffineTransform(affine).astype(np.float32)
     half[:, 2] /= 2

@@ -35,11 +35,13 @@ DATASET_CLASSES = {
     "kvasir_seg": ["polyp"],
     "egc": ["early gastric cancer"],
     "synthetic": ["lesion"],
+    "lesion_free": ["lesion"],
 }
 _PREPARE = {
     "kvasir_seg": "kvasir-seg --root DIR",
     "egc": "coco --annotations FILE --images DIR",
     "synthetic": "synthetic --num-images 160 --size 256",
+    "lesion_free": "lesion-free --root DIR",
     "gastric_recognition": "classification --root DIR",
 }
 # what loading sets; Detectron2's Metadata refuses to change a value, so these are cleared first

@@ -27,8 +27,8 @@ def splits_from_prefixes(names: Iterable[str]) -> dict[str, list[str]]:
     """
     splits = {split: [] for split in SPLITS}
     for name in sorted(names):
-        prefix = PurePosixPath(name).name.partition("_")[0]
-        if prefix not in _SPLIT_OF_PREFIX:
+        prefix, underscore, _ = PurePosixPath(name).name.partition("_")
+        if not underscore or prefix not in _SPLIT_OF_PREFIX:
             expected = ", ".join(f"{prefix}_" for prefix in _SPLIT_OF_PREFIX)
             raise ValueError(
                 f"{name}: states no split (expected one of {expected} at its start); rename it, "

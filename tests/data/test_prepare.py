@@ -11,10 +11,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from imrcnn_d2.data.coco import read_coco
+from imrcnn_d2.data.folds import write_folds
 from imrcnn_d2.data.kvasir_seg import read_kvasir_seg
 from imrcnn_d2.data.prepare import SplitOptions, prepare_dataset
 from imrcnn_d2.data.rejects import BadInputError, Rejects
-from imrcnn_d2.data.splits import read_splits
+from imrcnn_d2.data.splits import Item, make_splits, read_splits
 
 NAMES = [f"{i:02d}" for i in range(20)]
 
@@ -250,3 +251,54 @@ def test_own_data_by_image(coco_folder, tmp_path):
     prepared = own_data(coco_folder, tmp_path, ratio=(1, 1, 1), split_by="image")
     assert [len(coco["images"]) for coco in prepared.coco.values()] == [1, 1, 1]
     assert read_json(Path(tmp_path / "out" / "splits.json"))["split_by"] == "image"
+
+
+def test_splits_from_file_names(kvasir_folder, tmp_path):
+    root = kvasir_folder(["train_a", "train_b", "valid_a", "test_a"])
+    prepared = prepare(root, tmp_path / "out", split_by="prefix", folds=2)
+    splits = read_json(tmp_path / "out" / "splits.json")
+    assert [splits[s] for s in ("train", "val", "test")] == [
+        ["train_a.png", "train_b.png"],
+        ["valid_a.png"],
+        ["test_a.png"],
+    ]
+    assert (splits["split_by"], "ratio" in splits) == ("prefix", False)
+    assert [len(content["images"]) for content in prepared.coco.values()] == [2, 1, 1]
+    earlier = {"train": ["test_a.png"], "val": [], "test": []}
+    with pytest.raises(ValueError, match="earlier"):
+        prepare(root, tmp_path / "other", split_by="prefix", earlier=earlier)
+
+
+def test_near_duplicates_stay_together(kvasir_352, tmp_path):
+    root, twins = tmp_path / "in", ("test_0033", "test_0051")
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+        for name in (*twins, *(f"train_{i:04d}" for i in range(5, 245, 60))):
+            shutil.copyfile(kvasir_352 / folder / f"{name}.jpg", root / folder / f"{name}.jpg")
+    names = {f"{name}.jpg" for name in twins}
+    parted = 0
+    for seed in range(4):
+        out = tmp_path / str(seed)
+        prepared = prepare(root, out, split_by="group", seed=seed, ratio=(1, 1, 1), folds=3)
+        splits = read_json(out / "splits.json")
+        assert splits["split_by"] == "group"
+        assert [len(splits[s]) for s in ("train", "val", "test")] == [2, 2, 2]
+        assert sum(names <= set(splits[s]) for s in ("train", "val", "test")) == 1
+        for fold in (out / "folds").iterdir():
+            assert sum(names <= set(part) for part in read_splits(fold).values()) == 1
+        by_image = make_splits(
+            [Item(path.name, True) for path in (out / "images").iterdir()], (1, 1, 1), seed
+        )
+        parted += not any(names <= set(part) for part in by_image.values())
+    assert parted  # else the seeds would have shown nothing
+    assert read_json(out / "near_duplicates.json")["groups"] == [sorted(names)]
+    images = [image for content in prepared.coco.values() for image in content["images"]]
+    assert {image["file_name"] for image in images if image.get("group_id") == 1} == names
+    assert sum("group_id" in image for image in images) == 2
+    assert any(
+        "1 pairs of near-duplicates; 2 images in 1 groups" in note for note in prepared.notes
+    )
+    # and so do the folds that are written beside it
+    for folder in write_folds(out, 3):
+        fold = read_splits(next(folder.iterdir()) / "splits.json")
+        assert sum(names <= set(part) for part in fold.values()) == 1
