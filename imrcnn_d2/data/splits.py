@@ -264,8 +264,9 @@ def _improve(
     """Moves or swaps free groups while that brings sizes nearer; changes `parts` and `missing`."""
 
     def distance(gap: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Of each stratum, twice as much of the whole; a part without a stratum is worst of all."""
+        """Of each stratum, twice as much of the whole; a part without any, or one, is worst."""
         lacking = ((target > 0) & (gap >= target)).sum(axis=-1)
+        lacking = lacking + (gap.sum(axis=-1) >= max(target.sum(), 1))
         size = np.abs(gap).sum(axis=-1) + 2 * np.abs(gap.sum(axis=-1))
         return size + 4 * sizes.sum() * lacking
 
