@@ -20,7 +20,11 @@ from imrcnn_d2.data.coco import read_coco
 from imrcnn_d2.data.prepare import SplitOptions, prepare_dataset
 from imrcnn_d2.data.rejects import Rejects
 
-NAMES = [f"{d}_{s}" for d in ("kvasir_seg", "egc", "synthetic") for s in ("train", "val", "test")]
+NAMES = [
+    f"{d}_{s}"
+    for d in ("kvasir_seg", "egc", "synthetic", "lesion_free")
+    for s in ("train", "val", "test")
+]
 
 
 @pytest.fixture
@@ -59,7 +63,9 @@ def test_import_registers_and_touches_no_disk(tmp_path):
     )
     run = run_script(script, env={**os.environ, "IMRCNN_DATASETS": str(tmp_path / "none")})
     assert run.returncode == 0, run.stderr
-    classes = {"kvasir": "['polyp']", "egc": "['early gastric cancer']", "synthetic": "['lesion']"}
+    lesion = "['lesion']"
+    classes = {"kvasir": "['polyp']", "egc": "['early gastric cancer']", "synthetic": lesion}
+    classes["lesion"] = lesion
     expected = [f"{name} {classes[name.split('_')[0]]} coco" for name in NAMES]
     assert run.stdout.splitlines() == expected
     assert not (tmp_path / "none").exists()
