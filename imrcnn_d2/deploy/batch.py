@@ -57,15 +57,16 @@ def predict_files(predictor, inputs, output, *, save=(), batch_size=1):
 
     Raises:
         FileNotFoundError: there is no such input.
-        ValueError: the folder has the results of another run; or masks of a recognition model are
-            asked for.
+        ValueError: the folder has the results of another run; or masks are asked for of a model
+            that gives none.
         OSError: something cannot be written. What is done stays done.
     """
-    if predictor.is_classifier and "masks" in save:
-        raise ValueError("A recognition model outlines nothing: there are no masks to be written")
+    if "masks" in save and not predictor.outlines:
+        raise ValueError(f"{predictor.about['model']} outlines nothing: it gives no masks")
     root, sources = find_inputs(inputs)
     run = {
         **predictor.about,
+        "runtime": predictor.asked_runtime,  # "auto" may find another the next time
         "classes": predictor.classes,
         "outputs": sorted(save),
         # Names are relative to it; in itself it may hold a patient's.

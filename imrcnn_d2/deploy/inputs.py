@@ -112,6 +112,7 @@ def _kind(path):
     suffix = path.suffix.lower()
     if suffix in VIDEOS:
         return "video"
-    if suffix in DICOM or is_dicom(path):
-        return "dicom"
-    return "image" if suffix in IMAGES else None
+    if suffix in IMAGES:
+        return "image"
+    # Of many DICOM files the name ends in no suffix, or in a number.
+    return "dicom" if suffix in DICOM or is_dicom(path) else None

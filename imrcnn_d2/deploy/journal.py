@@ -268,7 +268,7 @@ def _area_percent(annotations, image):
     """Of the image, what is outlined; of boxes where there are no masks."""
     size = image["height"], image["width"]
     masks = [a["segmentation"] for a in annotations if "segmentation" in a] or [
-        mask_util.frPyObjects([a["bbox"]], *size)[0] for a in annotations
+        mask_util.frPyObjects(np.array([a["bbox"]]), *size)[0] for a in annotations
     ]
     area = float(mask_util.area(mask_util.merge(masks))) if masks else 0.0
     return round(100 * area / np.prod(size), 4)

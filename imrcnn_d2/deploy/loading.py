@@ -173,9 +173,8 @@ class _WholeCheckpointer(Checkpointer):
 
 def _classes(cfg):
     """Class names of the config's data sets; made up where none of them is at hand."""
-    number = (
-        cfg.MODEL.CLASSIFIER.NUM_CLASSES if is_classifier(cfg) else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    )
+    nodes = {"ImageClassifier": cfg.MODEL.CLASSIFIER, "RetinaNet": cfg.MODEL.RETINANET}
+    number = nodes.get(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS).NUM_CLASSES
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.get("VAL", ()), *cfg.DATASETS.TRAIN]
     names = [name for name in names if name in DatasetCatalog]
     for load in (False, True):  # the files are read only if need be

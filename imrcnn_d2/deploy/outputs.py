@@ -22,7 +22,9 @@ __all__ = ["OUTPUTS", "InputOutputs", "OutputFolder", "footer"]
 OUTPUTS = ("overlays", "masks", "labelme")
 JPEG_QUALITY = 92
 LABELME_VERSION = "5.5.0"  # of the format
-CLOSENESS = 1.0  # pixels that a LabelMe polygon may be off: fewer points to move by hand
+# That a LabelMe polygon may be off, to have fewer points to move by hand: pixels, and share of its
+# length.
+CLOSENESS = 1.0, 0.005
 
 
 def footer(about):
@@ -43,8 +45,8 @@ class OutputFolder:
     Where the files of each input go.
 
     An input ``a/b.jpg`` gives ``overlays/a/b.jpg``, ``masks/a/b.png`` and ``labelme/a/b.json``; a
-    video ``v.mp4`` gives ``overlays/v.mp4``, and for each frame ``masks/v/000000.png``. Where two
-    inputs differ in nothing but their suffix, it is kept: ``masks/a/b.jpg.png``.
+    video ``v.mp4`` gives ``overlays/v.mp4``, and for each frame ``masks/v.mp4/000000.png``. Where
+    two inputs differ in nothing but their suffix, it is kept: ``masks/a/b.jpg.png``.
     """
 
     def __init__(self, folder, wanted, about, classes, names):
@@ -71,9 +73,10 @@ class OutputFolder:
         Returns:
             Path: never outside the folder.
         """
+        if frame is not None:
+            return self._folder / kind / name / f"{frame:06d}{suffix}"
         stem = _stem(name) if self._stems[_stem(name)] < 2 else name
-        end = suffix if frame is None else f"/{frame:06d}{suffix}"
-        return self._folder / kind / f"{stem}{end}"
+        return self._folder / kind / f"{stem}{suffix}"
 
 
 def _stem(name):
@@ -177,24 +180,31 @@ def _encoded(image, image_format, **options):
 
 def _shapes(annotation, classes):
     """
-    Polygons of a detection; of a recognition model's class none. Holes are filled, as LabelMe knows
-    none.
+    Polygons of a detection, or its box where it has no mask; of a recognition model's class none.
+    Holes are filled, as LabelMe knows none.
     """
+    if "bbox" not in annotation:
+        return
+    shape = {
+        "label": classes[annotation["category_id"] - 1],
+        "group_id": None,
+        "description": f"score {annotation['score']:.4f}",
+        "flags": {},
+    }
     if "segmentation" not in annotation:
+        x, y, width, height = annotation["bbox"]
+        points = [[x, y], [x + width, y + height]]
+        yield {**shape, "points": points, "shape_type": "rectangle"}
         return
     mask = mask_util.decode(annotation["segmentation"])
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     for contour in contours:
-        points = cv2.approxPolyDP(contour, CLOSENESS, closed=True)[:, 0]
+        pixels, share = CLOSENESS
+        closeness = min(pixels, share * cv2.arcLength(contour, closed=True))
+        points = cv2.approxPolyDP(contour, closeness, closed=True)[:, 0]
         if len(points) < 3:  # LabelMe draws no lines
             x, y = contour[:, 0].min(axis=0)
             right, bottom = contour[:, 0].max(axis=0) + 1
             points = [(x, y), (right, y), (right, bottom), (x, bottom)]
-        yield {
-            "label": classes[annotation["category_id"] - 1],
-            "points": [[float(x), float(y)] for x, y in points],
-            "group_id": None,
-            "description": f"score {annotation['score']:.4f}",
-            "shape_type": "polygon",
-            "flags": {},
-        }
+        points = [[float(x), float(y)] for x, y in points]
+        yield {**shape, "points": points, "shape_type": "polygon"}

@@ -37,7 +37,9 @@ class Predictor:
         tau (float or None): score from which on a detection counts; None of a recognition model,
             which takes the likeliest class.
         classes (list[str]): names, by class index.
-        is_classifier (bool): whether it names an image's class and outlines nothing.
+        is_classifier (bool): whether it names an image's class.
+        outlines (bool): whether it gives masks.
+        asked_runtime (str): the argument ``runtime``; ``about`` has the one chosen.
         about (dict): what a prediction is by: model, backbone, version, weights_sha256,
             config_sha256, tau and runtime.
     """
@@ -57,7 +59,8 @@ class Predictor:
         loaded = load_model(config, weights, device=device)
         cfg = loaded.cfg
         self.classes = loaded.classes
-        self.is_classifier = is_classifier(cfg)
+        self.is_classifier, self.outlines = is_classifier(cfg), cfg.MODEL.MASK_ON
+        self.asked_runtime = runtime
         self.tau = loaded.tau if tau is None else tau
         if self.is_classifier and tau is not None:
             raise ValueError("A recognition model takes the likeliest class: it has no threshold τ")

@@ -118,12 +118,13 @@ class VideoWriter:
         self._beside = self._path.with_name(self._path.name + ".tmp")
         self._time_base, self._comment = time_base, comment
         self._container = self._stream = None
+        self._last = None
 
     def write(self, image, time):
         """
         Args:
             image (np.ndarray): (H, W, 3) RGB, uint8, of the first one's size.
-            time (Fraction): seconds, rising.
+            time (Fraction): seconds; where it does not rise, as little as can be is added.
         """
         import av
 
@@ -131,6 +132,9 @@ class VideoWriter:
             self._open(image)
         frame = av.VideoFrame.from_ndarray(_even(image), format="rgb24")
         frame.pts, frame.time_base = round(time / self._time_base), self._time_base
+        if self._last is not None:  # containers refuse two frames at once
+            frame.pts = max(frame.pts, self._last + 1)
+        self._last = frame.pts
         self._container.mux(self._stream.encode(frame))
 
     def _open(self, image):

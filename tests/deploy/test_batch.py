@@ -174,8 +174,8 @@ def test_a_video_and_its_frames(predictor, tmp_path):
     images = read(output)["images"]
     assert [image["file_name"] for image in images] == [f"v.mp4#{n:06d}" for n in range(4)]
     assert [image["time"] for image in images] == [float(moment) for moment in times]
-    assert len(list((output / "masks" / "v").iterdir())) == 4
-    for path in (output / "labelme" / "v").glob("*.json"):
+    assert len(list((output / "masks" / "v.mp4").iterdir())) == 4
+    for path in (output / "labelme" / "v.mp4").glob("*.json"):
         document = json.loads(path.read_text())
         assert (path.parent / document["imagePath"]).is_file()
 

@@ -44,6 +44,15 @@ def test_another_reader_sees_the_same_times(tmp_path):
     np.testing.assert_allclose(times, [float(time) for time in TIMES], atol=1e-3)
 
 
+def test_times_that_do_not_rise_are_parted(tmp_path):
+    times = [Fraction(n, 30) for n in (0, 1, 1, 1, 2, 5)]
+    with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30)) as video:
+        for number, time in enumerate(times):
+            video.write(picture(number), time)
+    found = [frame.time * 30 for frame in decode_video(tmp_path / "v.mp4", "v.mp4")]
+    assert found == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_video_that_breaks_off_leaves_nothing(tmp_path):
     def break_off():
         with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30)) as video:
