@@ -30,7 +30,7 @@ def get_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", type=Path, required=True, help="folder to make")
     common.add_argument(
-        "--ratio", type=_ratio, default=(12, 3, 5), help="train:val:test (default 12:3:5)"
+        "--ratio", type=_ratio, help="train:val:test (default 12:3:5; of lesion-free 0:0:1)"
     )
     common.add_argument("--seed", type=int, default=0, help="of the splits and of drawing (0)")
     common.add_argument(
@@ -74,7 +74,6 @@ def get_parser() -> argparse.ArgumentParser:
         help="images without a lesion only, all for testing: a detector's false alarms",
     )
     healthy.add_argument("--root", type=Path, required=True, help="folder of images")
-    healthy.set_defaults(ratio=(0, 0, 1))
 
     own = commands.add_parser(
         "coco", parents=[common], help="own data: a COCO instance JSON and a folder of images"
@@ -131,7 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             options = SplitOptions(
-                ratio=args.ratio,
+                # No default of the parsers: an argument that they share has one for all.
+                ratio=args.ratio or ((0, 0, 1) if args.command == "lesion-free" else (12, 3, 5)),
                 seed=args.seed,
                 split_by=args.split_by,
                 earlier=None if args.splits is None else read_splits(args.splits),
