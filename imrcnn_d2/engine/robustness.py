@@ -19,6 +19,7 @@ __all__ = ["CLEAN", "ROBUSTNESS", "choose_subset", "evaluate_robustness", "read_
 
 ROBUSTNESS = "robustness.json"
 CLEAN = "clean"  # the row of the images as they are, of severity 0
+LEAST_PART = 0.5  # of a lesion, in an image that was turned
 
 
 def read_ground_truth(json_file):
@@ -66,8 +67,8 @@ def evaluate_robustness(
     arguments, or with other distortions, it goes on with what is not there yet.
 
     Directions and places are drawn for each image from the seed and the image's id, so that all
-    models see the same images. Under a rotation, ground truth turns with the image; what leaves
-    the image is no longer to be found.
+    models see the same images. Under a rotation, ground truth turns with the image; a lesion of
+    which less than half stays in it counts neither as found nor as missed.
 
     Args:
         predict (callable): list of (H, W, 3) uint8 RGB images -> for each a list of COCO records
@@ -143,12 +144,14 @@ class _Copies:
     def _move(self, annotations, how):
         moved = []
         for annotation in annotations:
-            mask = distort_mask(self.ground_truth.annToMask(annotation).astype(bool), *how)
-            if mask.any():
-                moved.append(
-                    {**annotation, **annotation_from_mask(mask, annotation["category_id"])}
-                )
-                moved[-1]["iscrowd"] = annotation.get("iscrowd", 0)
+            before = self.ground_truth.annToMask(annotation).astype(bool)
+            mask = distort_mask(before, *how)
+            if not mask.any():
+                continue
+            fields = {**annotation, **annotation_from_mask(mask, annotation["category_id"])}
+            is_cut = mask.sum() < LEAST_PART * before.sum()
+            fields["iscrowd"] = int(is_cut or annotation.get("iscrowd", 0))
+            moved.append(fields)
         return moved
 
 

@@ -6,11 +6,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..data.distortions import DISTORTIONS, SEVERITIES, distort
+from .page_tables import NOT_PERCENT
 from .style import STYLES, save_figure, tidy
 
 __all__ = ["draw_distortions", "draw_robustness"]
 
 COLUMNS = 4
+COUNTS = ("TP", "FP", "FN", "TN")
 
 
 def draw_robustness(documents, path, *, figure="lesion/f1"):
@@ -21,7 +23,7 @@ def draw_robustness(documents, path, *, figure="lesion/f1"):
     Args:
         documents (dict[str, dict]): by the name in the legend: of :func:`evaluate_robustness`.
         path (str or Path): .png, .svg or .pdf.
-        figure (str): group and figure, in percent.
+        figure (str): "group/figure".
 
     Returns:
         matplotlib.figure.Figure: what was saved.
@@ -30,14 +32,17 @@ def draw_robustness(documents, path, *, figure="lesion/f1"):
         ValueError: no row of a document has this figure, or they are of different images.
     """
     _check(documents, figure)
+    group, key = figure.split("/")
+    percent = key not in (*NOT_PERCENT, *COUNTS)
+    label = f"{group}: {key}{' (%)' if percent else ''}"
     shown = [
         name
         for name in DISTORTIONS
         if any(row["distortion"] == name for d in documents.values() for row in d["rows"])
     ]
     columns = min(COLUMNS, max(len(shown), 1))
-    rows = math.ceil((len(shown) + 1) / columns)  # and a place for the legend
-    canvas = Figure(figsize=(2.6 * columns, 2.4 * rows), layout="constrained")
+    rows = max(math.ceil(len(shown) / columns), 1)
+    canvas = Figure(figsize=(0.6 + 2.5 * columns, 0.5 + 2.4 * rows), layout="constrained")
     grid = canvas.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for name, axes in zip(shown, grid, strict=False):
         for (model, document), (colour, style) in zip(
@@ -53,10 +58,19 @@ def draw_robustness(documents, path, *, figure="lesion/f1"):
         axes.tick_params(axis="y", labelsize=7.5)
         tidy(axes)
     for axes in grid[::columns]:
-        axes.set_ylabel(f"{figure.replace('/', ': ')} (%)", fontsize=8)
+        axes.set_ylabel(label, fontsize=8)
+        if percent:
+            axes.set_ylim(-2, 102)
     for axes in grid[len(shown) :]:
         axes.axis("off")
-    grid[-1].legend(*grid[0].get_legend_handles_labels(), loc="center", fontsize=9, handlelength=3)
+    canvas.legend(
+        *grid[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=9,
+        handlelength=3,
+        frameon=False,
+    )
     save_figure(canvas, path, dpi=200)
     return canvas
 
