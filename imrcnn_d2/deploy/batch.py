@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
@@ -48,7 +49,7 @@ def predict_files(predictor, inputs, output, *, save=(), batch_size=1):
     Args:
         predictor (Predictor):
         inputs (list[str or Path]): see :func:`find_inputs`.
-        output (Path): folder; made if it does not exist.
+        output (str or Path): folder; made if it does not exist.
         save (iterable of str): of ``OUTPUTS``.
         batch_size (int): images that the network sees at once, where they are of one size to it.
 
@@ -63,6 +64,7 @@ def predict_files(predictor, inputs, output, *, save=(), batch_size=1):
     """
     if "masks" in save and not predictor.outlines:
         raise ValueError(f"{predictor.about['model']} outlines nothing: it gives no masks")
+    output = Path(output)
     root, sources = find_inputs(inputs)
     run = {
         **predictor.about,

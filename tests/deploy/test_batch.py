@@ -63,7 +63,9 @@ def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
         assert (row["tau"], row["version"]) == (str(TAU), predictor.about["version"])
 
     for name, instances in zip(("a", "b/c", "d"), found, strict=True):
-        mask = np.asarray(Image.open(output / "masks" / f"{name}.png"))
+        with Image.open(output / "masks" / f"{name}.png") as file:
+            mask = np.asarray(file)
+            assert json.loads(file.text["Comment"])["version"] == predictor.about["version"]
         union = instances.pred_masks[instances.scores >= TAU].any(dim=0).numpy()
         assert set(np.unique(mask)) <= {0, 255} and ((mask == 255) == union).all()
         with Image.open(output / "overlays" / f"{name}.jpg") as overlay:
@@ -81,6 +83,19 @@ def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
             ImageDraw.Draw(drawn).polygon(points, outline=1, fill=1)
         assert (np.asarray(drawn) & union).sum() > 0.9 * union.sum()
     assert not [path for path in output.rglob("*") if ".tmp" in path.name]
+
+
+def test_images_of_different_sizes_are_not_padded_to_each_other(predictor, tmp_path):
+    (tmp_path / "images").mkdir()
+    for seed in range(4):
+        image = picture(seed, 50, 90) if seed % 2 else picture(seed, 80, 60)
+        Image.fromarray(image).save(tmp_path / "images" / f"{seed}.png")
+    scores = []
+    for batch_size in (1, 4):
+        output = tmp_path / str(batch_size)
+        predict_files(predictor, [tmp_path / "images"], output, batch_size=batch_size)
+        scores.append([annotation["score"] for annotation in read(output)["annotations"]])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
 def test_what_cannot_be_read_is_listed_and_the_others_go_on(predictor, image_folder, tmp_path):
