@@ -8,6 +8,7 @@ from pathlib import Path
 from imrcnn_d2.data.prepare import (
     KEPT_TOGETHER,
     first_difference,
+    fold_settings,
     staged,
     write_json,
     write_splits,
@@ -42,8 +43,7 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
             f"{prepared}: no prepared data set is there (no splits.json). Make it with "
             "tools/prepare_dataset.py, or set IMRCNN_DATASETS to the folder that it lies in."
         )
-    settings = _read(prepared / "splits.json")
-    settings = {key: settings[key] for key in ("seed", "split_by")}
+    settings = fold_settings(_read(prepared / "splits.json"))
     parts = [_read(prepared / "annotations" / f"{split}.json") for split in SPLITS]
     images = sorted((i for part in parts for i in part["images"]), key=lambda i: i["file_name"])
     annotations = sorted((a for part in parts for a in part["annotations"]), key=lambda a: a["id"])

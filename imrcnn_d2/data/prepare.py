@@ -24,6 +24,7 @@ __all__ = [
     "Source",
     "SplitOptions",
     "first_difference",
+    "fold_settings",
     "prepare_dataset",
     "staged",
     "write_json",
@@ -213,7 +214,8 @@ def _write_splits_and_annotations(
         folds = splitting.make_folds(items, options.folds, options.seed)
         for i, fold in enumerate(folds):
             path = stage / "folds" / f"fold{i}.json"
-            write_splits(path, fold, {**settings, "fold": i, "folds": options.folds})
+            about = {"fold": i, "folds": options.folds, **fold_settings(settings)}
+            write_splits(path, fold, about)
 
     coco = _coco_by_split(samples, splits, source)
     for split, content in coco.items():
@@ -287,6 +289,12 @@ def _coco_by_split(
 def write_splits(path: Path, splits: Mapping[str, Sequence[str]], settings: dict) -> None:
     """Writes a splits.json: the lists, how they came about, and their hash."""
     write_json(path, {**splits, **settings, "sha256": splitting.sha256(splits)}, indent=1)
+
+
+def fold_settings(settings: Mapping) -> dict:
+    """Seed and split_by of a data set's folds; file names state no folds."""
+    split_by = settings["split_by"]
+    return {"seed": settings["seed"], "split_by": "image" if split_by == "prefix" else split_by}
 
 
 def write_json(path: Path, content: dict, indent: int | None = None) -> None:

@@ -100,13 +100,18 @@ def _caption(settings, patients_known, tested):
     ratio = ":".join(str(part) for part in settings.get("ratio", ()))
     if "fold" in settings:
         how = f"Fold {settings['fold']} of {settings.get('folds', '?')}"
+    elif settings.get("split_by") == "prefix":
+        how = "Split as the file names state"
     else:
         how = f"Split at random{f' {ratio}' if ratio else ''}"
         if "test_per_class" in settings:
             how += f", {settings['test_per_class']} test images of each class"
-    how += f", seed {settings.get('seed', 'not recorded')}"
+    if settings.get("split_by") != "prefix":
+        how += f", seed {settings.get('seed', 'not recorded')}"
     if settings.get("split_by") == "patient":
         how += "; images of one patient are in one split."
+    elif settings.get("split_by") == "group":
+        how += "; near-duplicates, and images of one patient where known, are in one split."
     else:
         how += "; image by image" + (
             ", so that one patient’s images can be in several splits." if patients_known else "."

@@ -194,8 +194,10 @@ def _answers(run, people, known):
         "26": "See Limits; the authors may know more.",
     }
     if prepared:
-        by_patient = people["settings"].get("split_by") == "patient"
-        same = "Patient." if by_patient else "Image: one patient’s images may be in several."
+        same = {
+            "patient": "Patient.",
+            "group": "Patient where known, and near-duplicate images.",
+        }.get(people["settings"].get("split_by"), "Image: one patient’s images may be in several.")
         checked = "Files are decoded and checked, turned as EXIF says and made 8-bit RGB."
         rejected = "Unusable images and annotations are left out and listed; nothing is filled in."
         claim |= {"9": checked, "12": rejected, "19": people["caption"], "20": same}

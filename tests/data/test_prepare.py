@@ -254,16 +254,20 @@ def test_own_data_by_image(coco_folder, tmp_path):
 
 
 def test_splits_from_file_names(kvasir_folder, tmp_path):
-    root = kvasir_folder(["train_a", "train_b", "valid_a", "test_a"])
+    more = [f"test_{letter}" for letter in "bcdefgh"]
+    root = kvasir_folder(["train_a", "train_b", "valid_a", "test_a", *more])
     prepared = prepare(root, tmp_path / "out", split_by="prefix", folds=2)
     splits = read_json(tmp_path / "out" / "splits.json")
     assert [splits[s] for s in ("train", "val", "test")] == [
         ["train_a.png", "train_b.png"],
         ["valid_a.png"],
-        ["test_a.png"],
+        ["test_a.png", *(f"{name}.png" for name in more)],
     ]
     assert (splits["split_by"], "ratio" in splits) == ("prefix", False)
-    assert [len(content["images"]) for content in prepared.coco.values()] == [2, 1, 1]
+    assert [len(content["images"]) for content in prepared.coco.values()] == [2, 1, 8]
+    folder = write_folds(tmp_path / "out", 2)[0]
+    for path in (tmp_path / "out" / "folds" / "fold0.json", folder / "out" / "splits.json"):
+        assert read_json(path)["split_by"] == "image"
     earlier = {"train": ["test_a.png"], "val": [], "test": []}
     with pytest.raises(ValueError, match="earlier"):
         prepare(root, tmp_path / "other", split_by="prefix", earlier=earlier)

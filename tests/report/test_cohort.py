@@ -1,6 +1,8 @@
 import json
 import shutil
 
+import pytest
+
 from imrcnn_d2.report.cohort import cohort
 from imrcnn_d2.report.runs import load_run
 
@@ -74,3 +76,23 @@ def test_crowds_are_no_lesions(study, study_runs, tmp_path):
 
     before = cohort(study_runs["MR-CNN"])["splits"][2]["lesions"]
     assert cohort(move(study, tmp_path, change))["splits"][2]["lesions"] == before - 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"split_by": "group", "ratio": [1, 1, 3], "seed": 4},
+            "Split at random 1:1:3, seed 4; near-duplicates, and images of one patient",
+        ),
+        ({"split_by": "prefix", "ratio": [1, 1, 3], "seed": 4}, "Split as the file names state;"),
+        ({"split_by": "group", "fold": 1, "folds": 5, "seed": 4}, "Fold 1 of 5, seed 4; near-dup"),
+    ],
+)
+def test_how_the_data_were_split(study, tmp_path, settings, expected):
+    def change(data):
+        splits = json.loads((data / "splits.json").read_text())
+        (data / "splits.json").write_text(json.dumps({**splits, **settings}))
+        return data / "annotations" / "test.json"
+
+    assert cohort(move(study, tmp_path, change))["caption"].startswith(expected)
