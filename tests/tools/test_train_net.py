@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import prepare_dataset
 import pytest
+import torch
 from detectron2.engine.launch import _find_free_port
 from processes import run_script
 
@@ -149,3 +152,55 @@ def test_the_lazy_script_trains(env, tmp_path):
         and run["device"] == "cpu"
         and run["datasets"].keys() == {f"synthetic_{split}" for split in ("train", "val", "test")}
     )
+
+
+@pytest.fixture(scope="module")
+def recognition_env(tmp_path_factory):
+    """An environment with a data set of 60 images in three classes, 15 of them for the test."""
+    folder = tmp_path_factory.mktemp("recognition")
+    rng = np.random.default_rng(0)
+    for channel, name in enumerate(("cancer", "ulcer", "gastritis")):
+        (folder / "source" / name).mkdir(parents=True)
+        for i in range(20):
+            image = rng.integers(0, 120, (48, 48, 3), dtype=np.uint8)
+            image[..., channel] += 100
+            cv2.imwrite(str(folder / "source" / name / f"{i}.png"), image)
+    prepare = ["classification", "--root", str(folder / "source"), "--out"]
+    prepare_dataset.main([*prepare, str(folder / "gastric_recognition")])
+    return {**os.environ, "IMRCNN_DATASETS": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_classifier_trains_in_phases_in_two_processes(recognition_env, tmp_path):
+    phase = "{{'name': '{}', 'iterations': 2, 'lr': 0.003, 'trainable': '{}'}}".format
+    common = ("--config-file", "configs/recognition/lite.yaml", "INPUT.SIZE", 48)
+    common += ("MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0)
+    common += ("SOLVER.IMS_PER_BATCH", 8, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 0)
+    common += ("SOLVER.PHASES", f"[{phase('one', 'head')}, {phase('two', 'all')}]")
+    common += ("SOLVER.CHECKPOINTS_TO_KEEP", 9, "OUTPUT_DIR")
+    two = ("--num-gpus", 2, "--dist-url", f"tcp://127.0.0.1:{_find_free_port()}")
+    output = tmp_path / "run"
+    done = start(recognition_env, "tools/train_net.py", *two, *common, output)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    weights = [
+        torch.load(output / f"model_{name}.pth", weights_only=True)["model"]
+        for name in ("0000000", "0000001", "final")
+    ]
+    moved = [
+        {name for name in a if not torch.equal(a[name], b[name])}
+        for a, b in zip(weights, weights[1:], strict=False)
+    ]
+    assert moved[0] == {"head.weight", "head.bias"}
+    assert "backbone.conv_stem.weight" in moved[1] and "backbone.bn1.running_mean" in moved[1]
+    test = Path("inference", "gastric_recognition_test")
+    metrics = json.loads((output / test / "metrics.json").read_text())
+    figures_found = {k: v for k, v in metrics["recognition"].items() if isinstance(v, float)}
+    assert np.sum(metrics["confusion_matrix"]["counts"]) == 15, "each image counts once"
+
+    # --eval-only in a single process finds the same.
+    again = (*common, tmp_path / "again", "MODEL.WEIGHTS", output / "model_best.pth")
+    done = start(recognition_env, "tools/train_net.py", "--eval-only", *again)
+    assert done.returncode == 0, done.stdout + done.stderr
+    second = json.loads((tmp_path / "again" / test / "metrics.json").read_text())
+    assert {k: second["recognition"][k] for k in figures_found} == pytest.approx(figures_found)
+    assert second["confusion_matrix"] == metrics["confusion_matrix"]
