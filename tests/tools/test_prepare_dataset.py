@@ -1,6 +1,7 @@
 """The command as users give it, from arguments to printed counts and exit status."""
 
 import json
+import shutil
 
 import prepare_dataset
 import pytest
@@ -100,3 +101,27 @@ def test_errors_end_the_command_without_a_traceback(capsys, tmp_path):
     with pytest.raises(SystemExit):
         run(capsys, "synthetic", "--out", "x", "--num-images", 1, "--size", 64, "--ratio", "3:1")
     assert "give train:val:test as whole numbers, e.g. 12:3:5" in capsys.readouterr().err
+
+
+def test_lesion_free(capsys, tmp_path, no_polyp):
+    printed = run(capsys, "lesion-free", "--root", no_polyp, "--out", tmp_path / "out")
+    assert num_images(tmp_path / "out") == [0, 0, 10]
+    assert printed.splitlines()[3].split()[:4] == ["test", "10", "0", "10"]
+
+
+def test_splits_of_file_names(capsys, tmp_path, kvasir_original):
+    for folder in ("images", "masks"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        paths = sorted((kvasir_original / folder).iterdir())
+        for path, split in zip(paths, ("train", "train", "train", "valid", "test"), strict=True):
+            shutil.copyfile(path, tmp_path / "in" / folder / f"{split}_{path.name}")
+    args = ("kvasir-seg", "--root", tmp_path / "in", "--out", tmp_path / "out")
+    printed = run(capsys, *args, "--split-by", "prefix")
+    assert num_images(tmp_path / "out") == [3, 1, 1]
+    assert "wanted by ratio" not in printed
+    with pytest.raises(SystemExit) as error:
+        run(
+            capsys, "kvasir-seg", "--root", kvasir_original, "--out", tmp_path / "o",
+            "--split-by", "prefix",
+        )  # fmt: skip
+    assert "states no split" in error.value.code
