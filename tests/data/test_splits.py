@@ -108,6 +108,19 @@ def test_no_part_is_without_a_stratum_where_patients_suffice(patients, seed):
         assert {name[0] for name in part} == {"0", "1", "2"}
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_small_stratum_is_not_left_out_for_the_sake_of_sizes(seed):
+    # A patient of the small class in val is one image more than its share, none two fewer.
+    images = [
+        Item(f"{k}_{p}_{i}", k, f"{k}_{p}")
+        for k, number in (("a", 4), ("b", 7), ("c", 5))
+        for p in range(number)
+        for i in range(3)
+    ]
+    for part in make_splits(images, (12, 3, 5), seed).values():
+        assert {name[0] for name in part} == {"a", "b", "c"}
+
+
 @given(patients, ratios, st.integers(0, 3))
 @settings(max_examples=60)
 def test_patients_stay_together(images, ratio, seed):

@@ -7,6 +7,7 @@ import pytest
 from chromium import TIMEOUT, chromium
 from recognition_runs import draw_classes, prepare_classes, write_classifier
 
+from imrcnn_d2.report.recognition_gallery import recognition_gallery
 from imrcnn_d2.report.recognition_page import render_recognition_report
 from imrcnn_d2.report.runs import load_run
 
@@ -94,6 +95,12 @@ def test_a_large_test_set_is_cut(runs, tmp_path):
     text = path.read_text(encoding="utf-8")
     assert text.count('"jpeg"') == 10
     assert "10 of 36 test images" in text
+    truth = runs[0].results.ground_truth
+    own = [run.results.probability[range(36), truth.label] for run in runs]
+    worst = (own[0] + own[1]).argsort()[:5]
+    names = [image["name"] for image in recognition_gallery(runs, 10)["images"]]
+    assert {truth.images[i]["file_name"] for i in worst} <= set(names)
+    assert len(set(names)) == 10
 
 
 def test_without_images_the_gallery_is_left_out(runs, tmp_path):
