@@ -93,7 +93,7 @@ def _predict(predictor, sources, to, journal, batch_size):
         contextlib.ExitStack() as files,
         tqdm(desc="Predicting", unit="image", total=len(sources) if stills else None) as bar,
     ):
-        for item, prediction in _predicted(items, predictor, batch_size):
+        for item, prediction in predictor.in_batches(items, batch_size):
             if item.frame is not None:
                 if not number:
                     opened = files.enter_context(
@@ -147,29 +147,6 @@ def _read(sources, predictor):
         except (OSError, RuntimeError, ValueError) as error:
             item = replace(item, error=f"cannot be predicted ({error})")
         yield item
-
-
-def _predicted(items, predictor, batch_size):
-    """Yields items with their predictions; images of one size to the network go in batches."""
-    waiting, batch = [], []
-    for item in items:
-        prepared = item.prepared
-        if batch and prepared is not None and prepared.shape != batch[0].shape:
-            yield from _together(waiting, batch, predictor)
-            waiting, batch = [], []
-        waiting.append(item)
-        if prepared is not None:
-            batch.append(prepared)
-        if len(batch) == batch_size or not batch:
-            yield from _together(waiting, batch, predictor)
-            waiting, batch = [], []
-    yield from _together(waiting, batch, predictor)
-
-
-def _together(waiting, batch, predictor):
-    predictions = iter(predictor.forward(batch) if batch else ())
-    for item in waiting:
-        yield item, None if item.prepared is None else next(predictions)
 
 
 def ahead(items, number):

@@ -3,6 +3,7 @@
 import logging
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ from .runtimes import build_runtime
 __all__ = ["Predictor"]
 
 logger = logging.getLogger(__name__)
+
+
+class _Loaded(NamedTuple):
+    size: tuple
+    prepared: torch.Tensor
 
 
 class Predictor:
@@ -112,17 +118,12 @@ class Predictor:
         """
         if isinstance(images, str | Path) or getattr(images, "ndim", 0) == 3:
             return self([images])[0]
-        ret = []
-        for batch in in_batches(map(self._load, images), batch_size):
-            outputs = self.forward([prepared for _, prepared in batch])
-            ret += [
-                self.finish(output, *size) for (size, _), output in zip(batch, outputs, strict=True)
-            ]
-        return ret
+        items = self.in_batches(map(self._load, images), batch_size)
+        return [self.finish(output, *item.size) for item, output in items]
 
     def _load(self, image):
         array = read_image(Path(image)) if isinstance(image, str | Path) else image
-        return array.shape[:2], self.prepare(array)
+        return _Loaded(array.shape[:2], self.prepare(array))
 
     def prepare(self, image):
         """
@@ -161,6 +162,38 @@ class Predictor:
         """
         return self._runtime(prepared)
 
+    def in_batches(self, items, batch_size):
+        """
+        Predict on images that are at hand one after the other. Those in a batch are of one size:
+        padding one to another's would change what is predicted in it.
+
+        Args:
+            items (iterable): with an attribute ``prepared``, see :meth:`prepare`; None in an item
+                that only keeps its place among the others.
+            batch_size (int): at most so many images in a batch.
+
+        Yields:
+            tuple: each item, in turn, and what the runtime gives for it, or None.
+        """
+        waiting, batch = [], []
+        for item in items:
+            prepared = item.prepared
+            if batch and prepared is not None and prepared.shape != batch[0].shape:
+                yield from self._together(waiting, batch)
+                waiting, batch = [], []
+            waiting.append(item)
+            if prepared is not None:
+                batch.append(prepared)
+            if len(batch) == batch_size or not batch:
+                yield from self._together(waiting, batch)
+                waiting, batch = [], []
+        yield from self._together(waiting, batch)
+
+    def _together(self, items, batch):
+        outputs = iter(self.forward(batch) if batch else ())
+        for item in items:
+            yield item, None if item.prepared is None else next(outputs)
+
     def finish(self, output, height, width):
         """
         Args:
@@ -180,23 +213,3 @@ def _augmentations(cfg):
     if is_classifier(cfg):
         return ClassificationMapper.from_config(cfg, is_train=False)["augmentations"]
     return build_augmentation(cfg, is_train=False)
-
-
-def in_batches(items, batch_size):
-    """
-    Args:
-        items (iterable): tuples that end with a prepared image.
-        batch_size (int): at most so many in a batch.
-
-    Yields:
-        list: items that follow each other and whose images are of one size: padding one to
-        another's would change what is predicted in it.
-    """
-    batch = []
-    for item in items:
-        if batch and (len(batch) == batch_size or batch[0][-1].shape != item[-1].shape):
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
