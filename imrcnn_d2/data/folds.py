@@ -5,14 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-from imrcnn_d2.data.prepare import (
-    KEPT_TOGETHER,
-    first_difference,
-    fold_settings,
-    staged,
-    write_json,
-    write_splits,
-)
+from imrcnn_d2.data.output_folder import first_difference, staged, write_json
+from imrcnn_d2.data.prepare import KEPT_TOGETHER, fold_settings, write_splits
 from imrcnn_d2.data.splits import SPLITS, Item, make_folds
 
 __all__ = ["write_folds"]

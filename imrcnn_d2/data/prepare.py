@@ -1,18 +1,14 @@
 """Writes a prepared data set: images/, annotations/{train,val,test}.json and splits.json."""
 
-import contextlib
-import filecmp
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from imrcnn_d2.data import splits as splitting
 from imrcnn_d2.data.grouping import group_images
 from imrcnn_d2.data.images import SourceImage, install_image
+from imrcnn_d2.data.output_folder import check_free, check_same, is_empty, staged, write_json
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 from imrcnn_d2.data.stated_splits import splits_from_prefixes
 
@@ -23,20 +19,14 @@ __all__ = [
     "Sample",
     "Source",
     "SplitOptions",
-    "first_difference",
     "fold_settings",
     "prepare_dataset",
-    "staged",
-    "write_json",
     "write_splits",
 ]
 
 SPLIT_BY = ("patient", "group", "image", "prefix")
 # the field of COCO images by which they stay in one split, where they have it
 KEPT_TOGETHER = {"patient": "patient_id", "group": "group_id"}
-
-# Grows beside a data set with every evaluation of its test part (evaluation/test_log.py).
-_TEST_LOG = "test_evaluations.csv"
 
 
 @dataclass
@@ -139,7 +129,7 @@ def prepare_dataset(source: Source, out: Path, options: SplitOptions, rejects: R
         FileExistsError: `out` holds something else.
         BadInputError: bad input under ``on_error="raise"``, or no image was left.
     """
-    _check_free(out)
+    check_free(out)
     with staged(out) as stage:
         samples = _install(source.samples, stage / "images", rejects, source.notes)
         if not samples:
@@ -148,8 +138,8 @@ def prepare_dataset(source: Source, out: Path, options: SplitOptions, rejects: R
         coco = _write_splits_and_annotations(stage, samples, source, options)
         if rejects.on_error == "reject":
             rejects.write_csv(stage / "rejected.csv")
-        if out.exists() and not _is_empty(out):
-            _check_same(stage, out)
+        if out.exists() and not is_empty(out):
+            check_same(stage, out)
             return Prepared(out, coco, source.notes, unchanged=True)
         os.replace(stage, out)  # also onto an empty folder
     return Prepared(out, coco, source.notes, unchanged=False)
@@ -295,57 +285,3 @@ def fold_settings(settings: Mapping) -> dict:
     """Seed and split_by of a data set's folds; file names state no folds."""
     split_by = settings["split_by"]
     return {"seed": settings["seed"], "split_by": "image" if split_by == "prefix" else split_by}
-
-
-def write_json(path: Path, content: dict, indent: int | None = None) -> None:
-    """Writes strict JSON that is the same byte for byte for the same content; makes the folder."""
-    path.parent.mkdir(exist_ok=True)
-    text = json.dumps(content, sort_keys=True, allow_nan=False, indent=indent)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` to be renamed to it when complete; removed if it was not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    stage.chmod(0o755)  # mkdtemp's is private
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() and not _is_empty(out) and not (out / "splits.json").is_file():
-        raise FileExistsError(f"{out}: exists and is no prepared data set; choose another --out")
-
-
-def _check_same(stage: Path, out: Path) -> None:
-    """Raises FileExistsError, naming a file that differs, unless both hold the same files."""
-    name = first_difference(stage, out)
-    if name is not None:
-        raise FileExistsError(
-            f"{out}: holds a data set made from other data or with other settings ({name} "
-            "would change). Choose another --out or remove it first; "
-            f"--splits {out / 'splits.json'} keeps its assignments in a new one."
-        )
-
-
-def first_difference(a: Path, b: Path) -> str | None:
-    """The first file, by name, that only one of two folders has or whose content differs."""
-    files = {
-        str(path.relative_to(folder))
-        for folder in (a, b)
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != _TEST_LOG
-    }
-    for name in sorted(files):
-        pair = a / name, b / name
-        if not all(path.is_file() for path in pair) or not filecmp.cmp(*pair, shallow=False):
-            return name
-    return None
