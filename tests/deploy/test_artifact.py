@@ -50,7 +50,7 @@ def test_fp16_rounds_kernels_alone(loaded, tmp_path):
     for name, tensor in safetensors.torch.load_file(path).items():
         original = loaded.model.state_dict()[name]
         if original.ndim < 2:
-            assert torch.equal(tensor, original)
+            assert tensor.dtype == original.dtype and torch.equal(tensor, original)
         else:
             assert tensor.dtype == torch.float16
             torch.testing.assert_close(tensor.float(), original, rtol=2**-11, atol=1e-7)

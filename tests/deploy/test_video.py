@@ -1,5 +1,7 @@
 """Videos come out frame for frame, at the times they went in."""
 
+import http.server
+import threading
 from fractions import Fraction
 
 import av
@@ -104,10 +106,26 @@ def test_a_truncated_video_gives_its_frames_and_then_says_so(tmp_path):
 
 
 def test_a_playlist_fetches_nothing(tmp_path):
-    listing = tmp_path / "list.mp4"
-    listing.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
-    with pytest.raises(BadInputError, match="list.mp4: cannot be decoded"):
-        list(decode_video(listing, listing))
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.ts"
+        listing = tmp_path / "list.m3u8.mp4"
+        lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:1", "#EXTINF:1,", url, "#EXT-X-ENDLIST", ""]
+        listing.write_text("\n".join(lines))
+        with pytest.raises(BadInputError, match="list.m3u8.mp4: cannot be decoded"):
+            list(decode_video(listing, listing))
+        server.shutdown()
+    assert asked == []
 
 
 def test_sound_alone_is_no_video(tmp_path):
