@@ -152,7 +152,12 @@ def carve_validation(
 
     Returns:
         file names by split; `given` as it is where it has validation or no training images.
+
+    Raises:
+        ValueError: no such share.
     """
+    if not 0 < percent < 100:
+        raise ValueError(f"{percent} % of the training images for validation: give 1 to 99")
     train = set(given.get("train", ()))
     if given.get("val") or not train:
         return dict(given)

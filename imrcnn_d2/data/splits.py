@@ -51,10 +51,20 @@ class FixedTest:
     Attributes:
         per_stratum: test images of each stratum.
         val_percent: share of the others for validation, in (0, 100).
+
+    Raises:
+        ValueError: no images, or no such share.
     """
 
     per_stratum: int
     val_percent: int = 10
+
+    def __post_init__(self):
+        if self.per_stratum < 1 or not 0 < self.val_percent < 100:
+            raise ValueError(
+                f"{self.per_stratum} test images of each class and {self.val_percent} % of the "
+                "others for validation: give at least 1, and 1 to 99"
+            )
 
     def targets(self, counts: np.ndarray) -> np.ndarray:
         """As `_targets`, from the (K,) images of each stratum."""

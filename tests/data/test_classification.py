@@ -97,6 +97,9 @@ def test_a_test_set_of_fixed_size_as_published(root, tmp_path):
     assert "ratio" not in settings
     with pytest.raises(ValueError, match="test set of 12 images of each class leaves nothing"):
         prepared(source, tmp_path / "other", ratio=FixedTest(12))
+    for wrong in ((0, 10), (5, 0), (5, 100)):
+        with pytest.raises(ValueError, match="give at least 1, and 1 to 99"):
+            FixedTest(*wrong)
 
 
 def test_classes_have_the_order_asked_for_and_cancers_can_be_named(root):
@@ -152,6 +155,8 @@ def test_validation_is_carved_from_training_and_never_from_the_test_set(root, ta
     assert not parts[0] & parts[1]
     coco = prepared(source, tmp_path / "out", carved).coco
     assert sorted(labels(coco["test"])) == sorted(given["test"])
+    with pytest.raises(ValueError, match="100 % of the training images"):
+        carve_validation(source, given, 100)
     # Those that are given are left alone.
     with_val = {**given, "val": given["train"][:3], "train": given["train"][3:]}
     assert carve_validation(source, with_val, 25) == with_val
