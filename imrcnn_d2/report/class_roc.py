@@ -1,10 +1,14 @@
 """ROC curves of image classification: each class against all others, a panel a class."""
 
+import math
+
 from matplotlib.figure import Figure
 
 from .style import STYLES, save_figure, tidy
 
 __all__ = ["draw_class_roc"]
+
+MOST_IN_A_ROW = 3
 
 
 def draw_class_roc(results, path):
@@ -22,9 +26,13 @@ def draw_class_roc(results, path):
     from sklearn.metrics import roc_curve  # three seconds
 
     classes = next(iter(results.values())).ground_truth.classes
-    figure = Figure(figsize=(4.4 * len(classes) + 0.4, 5), layout="constrained")
-    panels = figure.subplots(1, len(classes), sharey=True)
-    for k, (axes, name) in enumerate(zip(panels, classes, strict=True)):
+    columns = min(len(classes), MOST_IN_A_ROW)
+    rows = math.ceil(len(classes) / columns)
+    figure = Figure(figsize=(4.4 * columns + 0.4, 4.9 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in panels.flat[len(classes) :]:
+        axes.set_visible(False)
+    for k, (axes, name) in enumerate(zip(panels.flat, classes, strict=False)):
         axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
         for number, (label, own) in enumerate(results.items()):
             colour, style = STYLES[number % len(STYLES)]
@@ -40,10 +48,15 @@ def draw_class_roc(results, path):
             point = 100 * called[~positive].mean(), 100 * called[positive].mean()
             mark = dict(markersize=8, markeredgewidth=1.3, markeredgecolor="white", zorder=4)
             axes.plot(*point, "o", color=colour, **mark)
-        axes.set(xlabel="1 − specificity (%)", xlim=(-1, 101), ylim=(0, 101), aspect="equal")
+        axes.set(xlim=(-1, 101), ylim=(0, 101), aspect="equal")
+        # The lowest panel of a column has the label.
+        if k + columns >= len(classes):
+            axes.set_xlabel("1 − specificity (%)")
+            axes.tick_params(labelbottom=True)
         axes.set_title(f"{name} against all others", fontsize=11)
         tidy(axes)
         axes.legend(loc="lower right", fontsize=8.5, framealpha=0.95, handlelength=3.2)
-    panels[0].set_ylabel("Sensitivity (%)")
+    for first in panels[:, 0]:
+        first.set_ylabel("Sensitivity (%)")
     save_figure(figure, path)
     return figure
