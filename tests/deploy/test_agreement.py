@@ -13,9 +13,9 @@ BOUNDS = {"unmatched": 3, "score": 0.02, "box": 1, "mask_iou": 0.97}
 class Moved:
     """A predictor whose boxes and scores are another's, moved by a known amount."""
 
-    def __init__(self, predictor, *, score=0.0, shift=0.0, left_out=0):
+    def __init__(self, predictor, *, score=0.0, shift=0.0, left_out=0, classes=0):
         self._predictor, self._score, self._shift = predictor, score, shift
-        self._left_out = left_out
+        self._left_out, self._classes = left_out, classes
         self.prepare, self.finish = predictor.prepare, predictor.finish
         self.is_classifier, self.tau = False, predictor.tau
 
@@ -23,6 +23,7 @@ class Moved:
         outputs = self._predictor.forward(prepared)
         for output in outputs:
             output.scores = output.scores - self._score
+            output.pred_classes += self._classes
             output.pred_boxes.tensor[:, :2] += self._shift
         return [output[self._left_out :] for output in outputs]
 
@@ -54,6 +55,11 @@ def test_what_is_missing_is_counted(predictor, paths):
     assert agreement.unmatched == agreement.lost == 2
     nothing = compare_predictors(predictor, Moved(predictor, left_out=100), paths)
     assert nothing.unmatched == nothing.detections > 2
+
+
+def test_another_class_is_no_match(predictor, paths):
+    agreement = compare_predictors(predictor, Moved(predictor, classes=1), paths)
+    assert agreement.unmatched == agreement.detections > 2
 
 
 def test_bounds_are_named():

@@ -78,6 +78,9 @@ def test_gray_of_many_bits(tmp_path):
         write_dicom(tmp_path / "b.dcm", ramp, **twelve, PhotometricInterpretation="MONOCHROME1")
     )
     assert abs(frame.image[:, :, 0] - expected[::-1, ::-1]).max() <= 1
+    signed = write_dicom(tmp_path / "d.dcm", (ramp.astype(np.int16) - 2048), **twelve)
+    (frame,) = read_dicom(signed)
+    assert abs(frame.image[:, :, 0] - expected).max() <= 1
     window = {"WindowCenter": "1024", "WindowWidth": "2048"}
     (frame,) = read_dicom(write_dicom(tmp_path / "c.dcm", ramp, **twelve, **window))
     assert abs(frame.image[:, :, 0] - np.clip(2 * expected, 0, 255)).max() <= 1
