@@ -118,7 +118,9 @@ def _candidates(
         for i, j in zip(rows, neighbours[rows, columns], strict=True):
             i, j = sorted((int(i), int(j)))
             found[int(owners[i]), int(owners[j])].add((i, j))
-        candidates |= {pair: matches for pair, matches in found.items() if len(matches) >= least}
+        for pair, matches in found.items():
+            if len(matches) >= max(least, len(candidates.get(pair, ()))):
+                candidates[pair] = matches
     return candidates
 
 
