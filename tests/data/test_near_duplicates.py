@@ -64,14 +64,15 @@ def test_copies_correlate(pairs):
 def test_mirrored_copies(kvasir_352, tmp_path):
     """Of frames that have hardly a feature that looks the same in a mirror."""
     frames = sorted((kvasir_352 / "images").iterdir())[5::40]
-    paths = frames[10:16]
+    paths = list(frames)
     for frame in [frames[11], frames[12], frames[15]]:
         with Image.open(frame) as image:
             ImageOps.mirror(image).save(tmp_path / frame.name, quality=60)
         paths.append(tmp_path / frame.name)
     pairs = find_near_duplicates(paths)
-    assert [(pair.a, pair.b) for pair in pairs] == [(1, 6), (2, 7), (5, 8)]
-    assert min(pair.correlation for pair in pairs) > 0.95
+    assert [(pair.a, pair.b) for pair in pairs] == [(11, 25), (12, 26), (15, 27)]
+    # aligned to the pixel; by the few features that look the same in a mirror it is 0.97 at most
+    assert min(pair.correlation for pair in pairs) > 0.98
 
 
 def test_images_without_detail(tmp_path):
