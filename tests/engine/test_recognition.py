@@ -96,6 +96,7 @@ def test_each_network_trains_in_two_phases(
 
 def test_the_best_checkpoint_is_that_of_balanced_accuracy(tiny_classifier_cfg, tmp_path):
     tiny_classifier_cfg.TEST.EVAL_PERIOD = 2
+    tiny_classifier_cfg.SOLVER.AMP.ENABLED = True  # bf16, as for detectors
     torch.manual_seed(0)
     trainer = Trainer(tiny_classifier_cfg)
     trainer.train()
