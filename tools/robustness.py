@@ -35,6 +35,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.weights and not args.dataset:
         parser.error("--weights needs --dataset")
+    if args.batch_size < 1 or (args.num_images or 1) < 1 or not 0 <= (args.tau or 0) <= 1:
+        parser.error("--batch-size and --num-images are at least 1, and --tau from 0 to 1")
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     try:
         documents = read_documents(args.plot) if args.plot else evaluate(args)
@@ -75,7 +77,7 @@ def argument_parser():
         default=list(DISTORTIONS),
         help="which ones (all); others can be added later",
     )
-    parser.add_argument("--num-images", type=int, help="a random choice of so many (all)")
+    parser.add_argument("--num-images", type=int, help="evaluate a random choice of so many (all)")
     parser.add_argument("--seed", type=int, default=0, help="of that choice and the distortions")
     parser.add_argument(
         "--tau",

@@ -70,6 +70,7 @@ def test_evaluate_and_plot(weights, tmp_path, capsys):
         (["--plot", tmp_path, "--output", tmp_path / "x"], "robustness.json"),
         ([*common, "--output", out], "holds results with tau 0.3"),
         (["--weights", weights, "--output", out], "--weights needs --dataset"),
+        ([*common, "--output", out, "--batch-size", 0], "at least 1"),
     ):
         with pytest.raises(SystemExit):
             run(*arguments)
