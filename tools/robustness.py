@@ -13,16 +13,18 @@ fp_per_image. distortions.jpg shows an image at every severity.
 import argparse
 import json
 import logging
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
+from torch import Tensor
 
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.data.images import read_image
 from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.deploy.predictor import in_batches
 from imrcnn_d2.deploy.records import instance_records
 from imrcnn_d2.engine.robustness import ROBUSTNESS, evaluate_robustness, read_ground_truth
 from imrcnn_d2.evaluation.files import file_sha256
@@ -30,12 +32,23 @@ from imrcnn_d2.evaluation.test_log import log_test_evaluation
 from imrcnn_d2.report.robustness import draw_distortions, draw_robustness
 
 
+class Item(NamedTuple):
+    """An image on its way through the network."""
+
+    size: tuple[int, int]
+    prepared: Tensor
+
+
 def main(argv=None):
     parser = argument_parser()
     args = parser.parse_args(argv)
     if args.weights and not args.dataset:
         parser.error("--weights needs --dataset")
-    if args.batch_size < 1 or (args.num_images or 1) < 1 or not 0 <= (args.tau or 0) <= 1:
+    if (
+        args.batch_size < 1
+        or (args.num_images is not None and args.num_images < 1)
+        or not 0 <= (args.tau or 0) <= 1
+    ):
         parser.error("--batch-size and --num-images are at least 1, and --tau from 0 to 1")
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     try:
@@ -110,15 +123,12 @@ def evaluate(args):
         )
 
     def predict(images):
-        items = [(image.shape[:2], predictor.prepare(image)) for image in images]
-        found = []
-        for batch in in_batches(items, args.batch_size):
-            outputs = predictor.forward([prepared for _, prepared in batch])
-            found += [
-                instance_records(predictor, output, *size)
-                for (size, _), output in zip(batch, outputs, strict=True)
-            ]
-        for record in (record for records in found for record in records):
+        items = [Item(image.shape[:2], predictor.prepare(image)) for image in images]
+        found = [
+            instance_records(predictor, output, *item.size)
+            for item, output in predictor.in_batches(items, args.batch_size)
+        ]
+        for record in chain.from_iterable(found):
             record["category_id"] = category_ids[record["category_id"] - 1]
         return found
 
