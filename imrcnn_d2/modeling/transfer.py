@@ -78,7 +78,8 @@ def classifier_backbone(state, model, source="the checkpoint"):
     _check_images(state, model, source)
     _check_strides(bottom_up)
     absent = [name for name in wanted if name not in found]
-    unused = [k for k in weights if k not in {k for name, (k, _) in named.items() if name in found}]
+    used = {named[name][0] for name in found}
+    unused = [k for k in weights if k not in used and "num_batches_tracked" not in k]
     logger.info(
         "%s is of a classifier: %d of the %d tensors of %s start from its backbone; it leaves out "
         "its head and %d tensors of its backbone: %s",
@@ -87,7 +88,7 @@ def classifier_backbone(state, model, source="the checkpoint"):
         len(wanted),
         prefix[:-1],
         len(unused),
-        _some([k for k in unused if "num_batches_tracked" not in k]),
+        _some(unused),
     )
     if absent:
         logger.warning(
