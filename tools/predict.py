@@ -23,7 +23,6 @@ from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.journal import FAILED
 from imrcnn_d2.deploy.live import predict_live
-from imrcnn_d2.deploy.loading import pretrained
 from imrcnn_d2.deploy.outputs import OUTPUTS
 from imrcnn_d2.deploy.runtimes import RUNTIMES
 
@@ -36,9 +35,7 @@ def main(argv=None):
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     save = [kind for kind in OUTPUTS if getattr(args, kind)]
     try:
-        predictor = Predictor(
-            args.config_file, find_weights(args.weights), runtime=args.runtime, tau=args.tau
-        )
+        predictor = Predictor(args.config_file, args.weights, runtime=args.runtime, tau=args.tau)
         if args.live:
             report_live(predict_live(predictor, args.live, args.output), args.output)
             return
@@ -110,11 +107,6 @@ def argument_parser():
     )
     parser.add_argument("--tau", type=float, help="another score from which on detections count")
     return parser
-
-
-def find_weights(name):
-    """The file, or the URL; a bare word that is no file is a name of weights in the package."""
-    return pretrained(name) if name.isidentifier() and not Path(name).is_file() else name
 
 
 def report(done, output):

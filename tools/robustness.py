@@ -74,7 +74,7 @@ def argument_parser():
         "where training left its config.yaml beside them",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--weights", type=Path, help="file to evaluate")
+    what.add_argument("--weights", help="file or URL, or demo: the ones that come along")
     what.add_argument(
         "--plot",
         nargs="+",

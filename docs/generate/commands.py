@@ -17,6 +17,7 @@ ORDER = (
     "train_net",
     "lazyconfig_train_net",
     "evaluate",
+    "robustness",
     "compare",
     "report",
     "predict",

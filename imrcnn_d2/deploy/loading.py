@@ -85,7 +85,8 @@ def load_model(config, weights, *, device=None):
         config (CfgNode, str, Path or None): the config or its file; None for the one that the
             weights bring along (``tools/export.py``), else ``config.yaml`` in their folder, where
             training leaves it.
-        weights (str or Path): any file, or URL, that MODEL.WEIGHTS takes.
+        weights (str or Path): any file, or URL, that MODEL.WEIGHTS takes; or a bare word that is no
+            file: a name of :func:`pretrained`.
         device (str or None): None for a usable GPU, else the CPU, whatever the config says: it is
             of the machine that the model was trained on.
 
@@ -96,6 +97,8 @@ def load_model(config, weights, *, device=None):
         FileNotFoundError: there are no such weights, or no config.
         ValueError: the weights are not this config's, damaged, or of a later version.
     """
+    if str(weights).isidentifier() and not Path(weights).is_file():
+        weights = pretrained(str(weights))
     path = Path(PathManager.get_local_path(str(weights)))
     if not path.is_file():
         raise FileNotFoundError(f"{weights}: no such file of weights")
