@@ -10,6 +10,9 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings-python>=2.0"]
 # Of tools/predict.py: videos and DICOM files.
 DEPLOY = ["av>=17", "pydicom>=3.0"]
 
+# Of tools/train_net.py for image classifiers: pictures of where they look.
+GRADCAM = ["grad-cam>=1.5"]
+
 setup(
     name="imrcnn-d2",
     version="0.1.0",
@@ -56,10 +59,12 @@ setup(
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "ray": ["hydra-ray-launcher>=1.2"],
         "deploy": DEPLOY,
+        "gradcam": GRADCAM,
         "docs": DOCS,
         "dev": [
             *DEPLOY,
             *DOCS,
+            *GRADCAM,
             "html5lib>=1.1",
             "hydra-submitit-launcher>=1.2",
             "hypothesis>=6.100",
