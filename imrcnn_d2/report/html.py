@@ -17,7 +17,7 @@ __all__ = ["write_page"]
 
 def write_page(name, runs, output, *, cohort, **values):
     """
-    Render templates/<name>.html with report.css and <name>.js.
+    Render templates/<name>.html, a page.html, with report.css, gallery.js and <name>.js.
 
     Args:
         name (str): of the template.
@@ -36,14 +36,15 @@ def write_page(name, runs, output, *, cohort, **values):
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    css, script = (
-        Markup(environment.loader.get_source(environment, file)[0])
-        for file in ("report.css", f"{name}.js")
+    css, *scripts = (
+        environment.loader.get_source(environment, file)[0]
+        for file in ("report.css", "gallery.js", f"{name}.js")
     )
+    script = Markup("\n".join(scripts))
     page = environment.get_template(f"{name}.html").render(
         title=runs[0].dataset or runs[0].name,
         task=runs[0].task,
-        css=css,
+        css=Markup(css),
         script=script,
         script_hash=_hash(script),
         run_names=[run.name for run in runs],

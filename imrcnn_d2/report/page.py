@@ -18,7 +18,15 @@ from .page_tables import (
     size_tables,
 )
 
-__all__ = ["check_runs", "named_runs", "render_report", "said", "uncertainty", "undefined_rows"]
+__all__ = [
+    "check_runs",
+    "gallery_values",
+    "missing_records",
+    "named_runs",
+    "render_report",
+    "uncertainty",
+    "undefined_rows",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +60,8 @@ def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
     runs = named_runs(runs)
     drawn, undrawn = pictures(runs)
     people = cohort(runs[0])
-    gallery, gallery_missing = _gallery(runs, max_images)
     results = runs[0].results
+    outlined = f"the ground truth and what each model outlined at a score ≥ {results.meta['tau']:g}"
     return write_page(
         "report",
         runs,
@@ -73,10 +81,8 @@ def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
         size_tables=size_tables(runs),
         patients=patient_table(runs),
         screening=screening(runs, prevalences),
-        gallery=gallery,
-        gallery_missing=gallery_missing,
-        gallery_lead=_gallery_lead(runs, gallery),
         lesion_free_images=results.meta["lesion_free_images"],
+        **gallery_values(gallery_data, runs, max_images, outlined),
     )
 
 
@@ -155,14 +161,17 @@ def uncertainty(runs):
 
 
 def _notes(runs):
-    """What older runs lack."""
-    without = [run.name for run in runs if run.run is None]
-    notes = said(without, "no run.json was found, so its training is not documented.")
-    without = [run.name for run in runs if not run.metrics["meta"].get("bootstrap")]
-    notes += said(without, "evaluated without intervals.")
     without = [run.name for run in runs if not run.metrics.get("tau_val")]
-    notes += said(without, "no threshold chosen on validation data (τ_val) was recorded.")
-    return notes
+    no_threshold = "no threshold chosen on validation data (τ_val) was recorded."
+    return missing_records(runs) + _said(without, no_threshold)
+
+
+def missing_records(runs):
+    """list[str]: what older runs lack."""
+    without = [run.name for run in runs if run.run is None]
+    notes = _said(without, "no run.json was found, so its training is not documented.")
+    without = [run.name for run in runs if not run.metrics["meta"].get("bootstrap")]
+    return notes + _said(without, "evaluated without intervals.")
 
 
 def undefined_rows(runs):
@@ -172,25 +181,29 @@ def undefined_rows(runs):
     return [[name, *(f"{100 * own.get(name, 0):.1f}" for own in shares)] for name in figures]
 
 
-def said(names, text):
+def _said(names, text):
     """list[str]: a note on some runs, none without one."""
     return [f"{', '.join(names)}: {text}"] if names else []
 
 
-def _gallery(runs, max_images):
-    """(data or None, [why there are none])."""
+def gallery_values(make, runs, max_images, told):
+    """
+    Args:
+        make (callable): of runs and max_images, gives the gallery's data.
+        runs (list[Run]): of one test set.
+        max_images (int): in the gallery.
+        told (str): what it shows of each image.
+
+    Returns:
+        dict: gallery (None without the images), gallery_missing and gallery_lead of page.html.
+    """
     try:
-        return gallery_data(runs, max_images), []
+        gallery = make(runs, max_images)
     except FileNotFoundError as error:
         logger.warning(f"No gallery: {error}")
-        return None, [f"No gallery: {error}"]
-
-
-def _gallery_lead(runs, gallery):
-    if gallery is None:
-        return ""
-    tau, shown, total = runs[0].metrics["meta"]["tau"], len(gallery["images"]), gallery["total"]
+        return {"gallery": None, "gallery_missing": [f"No gallery: {error}"], "gallery_lead": ""}
+    shown, total = len(gallery["images"]), gallery["total"]
     which = f"All {total:,} test images"
     if shown < total:
         which = f"{shown:,} of {total:,} test images, half the worst and half spread over the rest"
-    return f"{which}, with the ground truth and what each model outlined at a score ≥ {tau:g}."
+    return {"gallery": gallery, "gallery_missing": [], "gallery_lead": f"{which}, with {told}."}

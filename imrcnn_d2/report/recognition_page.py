@@ -1,6 +1,5 @@
 """The report of image classifiers: one HTML page that needs nothing else."""
 
-import logging
 import math
 
 from .calibration import draw_calibration
@@ -8,7 +7,14 @@ from .class_roc import draw_class_roc
 from .cohort import cohort
 from .gallery import embed
 from .html import write_page
-from .page import check_runs, named_runs, said, uncertainty, undefined_rows
+from .page import (
+    check_runs,
+    gallery_values,
+    missing_records,
+    named_runs,
+    uncertainty,
+    undefined_rows,
+)
 from .page_comparison import differences
 from .page_pictures import as_data, picture
 from .page_tables import cell
@@ -16,8 +22,6 @@ from .recognition_gallery import recognition_gallery
 from .recognition_published import CITATION, MODEL, REMARKS, published_accuracy
 
 __all__ = ["render_recognition_report"]
-
-logger = logging.getLogger(__name__)
 
 GRAD_CAM = "grad_cam.png"  # of grad_cam.py, beside metrics.json
 GRAD_CAM_SIDE = 1600  # pixels, at most
@@ -72,9 +76,9 @@ def render_recognition_report(runs, output, *, max_images=300):
     check_runs(runs)
     runs = named_runs(runs)
     meta = runs[0].results.meta
-    gallery, gallery_missing = _gallery(runs, max_images)
     classes = meta["classes"]
     published = published_accuracy(runs[0].dataset, classes)
+    told = "their class and the probabilities that each model gives"
     return write_page(
         "recognition",
         runs,
@@ -85,7 +89,7 @@ def render_recognition_report(runs, output, *, max_images=300):
         classes=classes,
         key_figures=_key_figures(runs, meta["cancer_classes"]),
         uncertainty=uncertainty(runs),
-        notes=_notes(runs),
+        notes=missing_records(runs),
         comparison=differences(runs),
         accuracy=_accuracy(runs, classes, published),
         published_notes=[*REMARKS, f"Published: {CITATION}."] if published else [],
@@ -94,9 +98,7 @@ def render_recognition_report(runs, output, *, max_images=300):
         pictures=_pictures(runs),
         confusions=_confusions(runs),
         grad_cams=_grad_cams(runs),
-        gallery=gallery,
-        gallery_missing=gallery_missing,
-        gallery_lead=_gallery_lead(runs, gallery),
+        **gallery_values(recognition_gallery, runs, max_images, told),
     )
 
 
@@ -107,13 +109,6 @@ def _lead(runs, meta):
     if meta["patients"]:
         lead += f" of {meta['patients']:,} patients"
     return f"{lead}: {', '.join(f'{number:,} {name}' for number, name in sizes)}."
-
-
-def _notes(runs):
-    without = [run.name for run in runs if run.run is None]
-    notes = said(without, "no run.json was found, so its training is not documented.")
-    without = [run.name for run in runs if not run.metrics["meta"].get("bootstrap")]
-    return notes + said(without, "evaluated without intervals.")
 
 
 def _key_figures(runs, cancers):
@@ -229,22 +224,3 @@ def _grad_cams(runs):
             jpeg, (width, height), _ = embed(path, GRAD_CAM_SIDE)
             pictures.append({"name": run.name, "jpeg": jpeg, "width": width, "height": height})
     return pictures
-
-
-def _gallery(runs, max_images):
-    """(data or None, [why there are none])."""
-    try:
-        return recognition_gallery(runs, max_images), []
-    except FileNotFoundError as error:
-        logger.warning(f"No gallery: {error}")
-        return None, [f"No gallery: {error}"]
-
-
-def _gallery_lead(runs, gallery):
-    if gallery is None:
-        return ""
-    shown, total = len(gallery["images"]), gallery["total"]
-    which = f"All {total:,} test images"
-    if shown < total:
-        which = f"{shown:,} of {total:,} test images, half the worst and half spread over the rest"
-    return f"{which}, with their class and the probabilities that each model gives."

@@ -149,6 +149,12 @@ def test_in_a_browser(runs, page):
         assert tab.locator("dialog .verdict").count() == 2
         tab.keyboard.press("Escape")
         assert not tab.locator("dialog").is_visible()
+        place = "document.activeElement.parentElement.matches(':last-child')"
+        tab.wait_for_function(place)  # the focus is where the viewer was left
+        tab.keyboard.press("ArrowLeft")
+        assert not tab.evaluate(place)
+        printed = tab.locator("[data-print]").text_content()
+        assert "12 of 12 images (All, gastric ulcer, ResNet50, worst first)" in printed
         tab.set_viewport_size({"width": 400, "height": 800})
         assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
         assert said == []
