@@ -44,6 +44,7 @@ def test_defaults():
         "INIT": "identity",
         "ACTIVATION": "",
         "ATTENTION": "",
+        "ATTENTION_BEFORE": ("bottom_up",),
     }
     assert dict(cfg.MODEL.CBAM) == {"REDUCTION": 16, "KERNEL_SIZE": 7, "GATE": "double_sigmoid"}
     assert cfg.MODEL.IMRCNN.SCORE_THRESH == 0.7
