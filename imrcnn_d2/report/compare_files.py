@@ -4,16 +4,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from ..evaluation.curves import pr_curve
-from ..evaluation.files import strict_json, write_atomically
+from .compare_page import difference_table, document, markdown_page, median_runs, write_files
 from .compare_tables import table_3, table_4, table_5, table_of_tests
 from .pr_curve import draw_pr_panels
 from .published import CITATION, PAPER_DATA, published_values
-from .tables import markdown_table, write_table
 
-__all__ = ["DEFINITIONS", "about_run", "runs_table", "write_comparison"]
+__all__ = ["DEFINITIONS", "write_comparison"]
 
 DEFINITIONS = {
     "AP50_voc": "area under the all-point precision-recall curve (its envelope) at IoU 0.5, mean "
@@ -64,13 +62,26 @@ def write_comparison(comparison, folder):
     """
     folder = Path(folder)
     tables = _tables(comparison)
-    files = [path for table in tables for path in write_table(table, folder)]
     pictures = _draw_figure_4(comparison, folder)
-    document = _document(comparison)
-    page = _page(comparison, tables, pictures, document["definitions"])
-    write_atomically(folder / "comparison.md", page)
-    write_atomically(folder / "comparison.json", strict_json(document))
-    return [folder / "comparison.md", folder / "comparison.json", *files, *pictures]
+    definitions = _definitions(comparison)
+    published = any((comparison.dataset or "").startswith(f"{data}_") for data in PAPER_DATA)
+    page = markdown_page(
+        comparison,
+        _test_set(comparison.runs[0][1].results.meta),
+        tables,
+        _figure_4(comparison, pictures),
+        definitions,
+        CITATION if published else None,
+    )
+    content = document(
+        comparison,
+        {label: {"operating_points": model.taus} for label, model in comparison.models.items()},
+        [asdict(row) for table in "345" for row in published_values(comparison.dataset, table)],
+        definitions,
+        n_train=comparison.n_train,
+        n_test=comparison.n_test,
+    )
+    return write_files(folder, page, content, tables, pictures)
 
 
 def _tables(comparison):
@@ -78,14 +89,7 @@ def _tables(comparison):
     if comparison.models:
         tables.append(table_3(comparison))
     if comparison.tests:
-        notes = ["Later model given minus earlier one, or model minus baseline; percentage points."]
-        if comparison.clustered:
-            notes.append(
-                "Patients have several images each: McNemar's test takes images for independent "
-                "and is too sure; the bootstrap resamples patients."
-            )
-        title = "Differences between models on the same test images"
-        tables.append(table_of_tests(comparison, comparison.tests, "differences", title, *notes))
+        tables.append(difference_table(comparison))
     if comparison.folds:
         tables.append(table_4(comparison))
     if comparison.fold_tests:
@@ -104,15 +108,13 @@ def _tables(comparison):
 def _curves(comparison, kind):
     """{class: {model: PRCurve}}."""
     panels = {name: {} for name in comparison.settings["classes"]}
-    for label, runs in comparison.gathered.split.items():
-        # One curve a model: of several seeds the run whose AP50_voc is the median.
-        order = sorted(runs, key=lambda run: getattr(run.results, kind)["AP50_voc"])
-        run = order[(len(order) - 1) // 2]
-        name = f"{label} (median of {len(runs)} runs)" if len(runs) > 1 else label
+    # One curve a model: of several seeds the run whose AP50_voc is the median.
+    shown = median_runs(comparison, lambda run: getattr(run.results, kind)["AP50_voc"])
+    for name, run in shown.items():
         for own_kind, category, curve in run.results.curves:
             if own_kind == kind and curve.num_gt:
                 panels[category][name] = curve
-    if not comparison.gathered.split:
+    if not shown:
         for label, folds in comparison.gathered.folds.items():
             for category, own in panels.items():
                 curves = [
@@ -161,111 +163,24 @@ def _definitions(comparison):
     return {name: text.format(**values) for name, text in DEFINITIONS.items()}
 
 
-def _document(comparison):
-    """What comparison.json holds."""
-    models = {}
-    for label, model in comparison.models.items():
-        models[label] = {
-            "figures": model.figures,
-            "intervals": model.intervals,
-            "runs": model.runs,
-            "operating_points": model.taus,
-        }
-    return {
-        "settings": comparison.settings,
-        "runs": [about_run(label, run) for label, run in comparison.runs],
-        "models": models,
-        "folds": {label: [one.figures for one in own] for label, own in comparison.folds.items()},
-        "n_train": comparison.n_train,
-        "n_test": comparison.n_test,
-        "tests": [asdict(test) for test in comparison.tests],
-        "fold_tests": [asdict(test) for test in comparison.fold_tests],
-        "published": [
-            asdict(row) for table in "345" for row in published_values(comparison.dataset, table)
-        ],
-        "remarks": comparison.remarks,
-        "definitions": _definitions(comparison),
-    }
+def _test_set(meta):
+    images = f"{meta['images']} images ({meta['lesion_free_images']} without a lesion)"
+    return f"{images}, {meta['lesions']} lesions"
 
 
-def about_run(label, run):
-    """dict: where a run (Run) of a model is, and what of."""
-    meta, record = run.metrics["meta"], run.run or {}
-    return {
-        "model": label,
-        "architecture": record.get("model"),
-        "backbone": run.backbone,
-        "seed": run.seed,
-        "fold": run.fold,
-        "folder": str(run.folder.resolve()),
-        "dataset": run.dataset,
-        "ground_truth": str(run.gt_path),
-        "gt_sha256": meta.get("gt_sha256"),
-        "checkpoint_sha256": meta.get("checkpoint_sha256"),
-        "git": record.get("git"),
-        "config_sha256": record.get("config_sha256"),
-    }
-
-
-def _page(comparison, tables, pictures, definitions):
-    meta = comparison.runs[0][1].results.meta
-    labels = list(dict.fromkeys(label for label, _ in comparison.runs))
-    size = f"{meta['images']} images ({meta['lesion_free_images']} without a lesion)"
-    size += f", {meta['lesions']} lesions"
-    if meta["patients"]:
-        size += f", {meta['patients']} patients"
-    if not comparison.models:
-        size += " in the first fold"
-    lines = [
-        f"# {', '.join(labels)}",
-        "",
-        f"Test set: {comparison.dataset or 'not named'}, {size}. "
-        f"Primary endpoint: {comparison.primary}.",
-        "",
-    ]
-    if comparison.remarks:
-        lines += ["**Read first**", "", *(f"- {remark}" for remark in comparison.remarks), ""]
-    lines += ["## Tables", ""]
-    for table in tables:
-        lines += [table.markdown(), ""]
+def _figure_4(comparison, pictures):
+    """list[str]: lines of Markdown."""
+    lines = []
     if not comparison.models:
         lines += ["Table 3 and tests on one split need runs that are not of folds.", ""]
     lines += ["## Figure 4", ""]
     for path in pictures:
         if path.suffix == ".png":
             lines += [f"![Precision-recall curves]({path.name})", ""]
-    lines += [
-        "Thin: the curve; thick: its envelope, whose area is AP50_voc. Diamonds: break-even "
-        "points, where precision equals recall."
-        if pictures
-        else "No curves: the results know no scores, or there is no lesion.",
-        "",
-    ]
-    lines += ["## How each number is defined", ""]
-    lines += [f"- **{name}**: {text}" for name, text in definitions.items()]
-    if any((comparison.dataset or "").startswith(f"{data}_") for data in PAPER_DATA):
-        lines += ["", f"Published values: {CITATION}."]
-    lines += ["", "## Runs", "", runs_table(comparison), ""]
-    return "\n".join(lines)
-
-
-def runs_table(comparison):
-    """str: a Markdown table of the runs of a Comparison."""
-    rows = []
-    for label, run in comparison.runs:
-        about = about_run(label, run)
-        fold = f"{run.fold['index']} of {run.fold['of']}" if run.fold else ""
-        git = about["git"] or {}
-        rows.append(
-            {
-                "model": label,
-                "backbone": run.backbone or "",
-                "seed": "" if run.seed is None else str(run.seed),
-                "fold": fold,
-                "checkpoint": (about["checkpoint_sha256"] or "")[:12],
-                "git": (git.get("revision") or "")[:12]
-                + (" + changes" if git.get("dirty") else ""),
-                "folder": about["folder"],
-            }
+    text = "No curves: the results know no scores, or there is no lesion."
+    if pictures:
+        text = (
+            "Thin: the curve; thick: its envelope, whose area is AP50_voc. Diamonds: break-even "
+            "points, where precision equals recall."
         )
-    return markdown_table(pd.DataFrame(rows), 7)
+    return [*lines, text, ""]

@@ -14,6 +14,7 @@ from .tables import Table, format_figure
 __all__ = [
     "figure_cell",
     "figure_row",
+    "over_folds",
     "table_3",
     "table_4",
     "table_5",
@@ -31,6 +32,7 @@ SEEDS = (
     "before figures are made and resampled (AP is averaged itself); ± is the population standard "
     "deviation over the runs, the sample's is in the CSV."
 )
+OVER_FOLDS = "± is the population standard deviation over folds; the sample's is in the CSV."
 
 
 def figure_row(label, model, group, figure, **more):
@@ -141,15 +143,9 @@ def table_4(comparison):
     number = len(next(iter(comparison.folds.values())))
     for label, folds in comparison.folds.items():
         for endpoint in TABLE_4:
-            group, _, figure = endpoint.partition("/")
-            values = np.array([one.figures[group].get(figure, NAN) for one in folds])
-            mean, sd = float(values.mean()), float(values.std())
-            row = {"model": label, "source": "this comparison", "figure": endpoint}
-            row |= {f"fold_{index}": value for index, value in enumerate(values)}
-            row |= {"mean": mean, "sd_population": sd, "sd_sample": float(values.std(ddof=1))}
+            values, texts = over_folds(folds, endpoint)
+            row = {"model": label, "source": "this comparison", "figure": endpoint, **values}
             data.append(row | {"remarks": ""})
-            texts = {f"fold {i}": format_figure(figure, v) for i, v in enumerate(values)}
-            texts["mean ± sd"] = format_figure(figure, mean, sd=sd)
             cells.append({"model": label, "figure": figure_name(endpoint), **texts})
     published = published_values(comparison.dataset, "4")
     for value in published:
@@ -172,7 +168,7 @@ def table_4(comparison):
                 "mean ± sd": format_figure(value.figure, value.value, sd=value.sd),
             }
         )
-    notes = ["± is the population standard deviation over folds; the sample's is in the CSV."]
+    notes = [OVER_FOLDS]
     return Table(
         "table_4",
         f"Table 4: {number}-fold cross-validation, in percent",
@@ -181,6 +177,24 @@ def table_4(comparison):
         tuple(notes + _remarks(published)),
         text_columns=2,
     )
+
+
+def over_folds(folds, endpoint):
+    """
+    Args:
+        folds (list[ModelFigures]): of a model.
+        endpoint (str): such as "segm/AP50_voc".
+
+    Returns:
+        tuple[dict, dict]: each fold, mean and standard deviation, as numbers and as texts.
+    """
+    group, _, figure = endpoint.partition("/")
+    values = np.array([one.figures[group].get(figure, NAN) for one in folds])
+    mean, sd = float(values.mean()), float(values.std())
+    numbers = {f"fold_{index}": value for index, value in enumerate(values)}
+    numbers |= {"mean": mean, "sd_population": sd, "sd_sample": float(values.std(ddof=1))}
+    texts = {f"fold {i}": format_figure(figure, value) for i, value in enumerate(values)}
+    return numbers, texts | {"mean ± sd": format_figure(figure, mean, sd=sd)}
 
 
 def table_5(comparison):

@@ -1,23 +1,26 @@
 """A comparison of image classifiers as files: tables, pictures, one Markdown page and one JSON."""
 
-import math
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..evaluation.confusion import ConfusionMatrix
-from ..evaluation.files import strict_json, write_atomically
 from .calibration import draw_calibration
 from .class_roc import draw_class_roc
 from .compare_files import DEFINITIONS as OF_TESTS
-from .compare_files import about_run, runs_table
-from .compare_tables import SEEDS, figure_cell, figure_row, table_of_tests
+from .compare_page import difference_table, document, markdown_page, median_runs, write_files
+from .compare_tables import (
+    OVER_FOLDS,
+    SEEDS,
+    figure_cell,
+    figure_row,
+    over_folds,
+    table_of_tests,
+)
 from .confusion_matrix import draw_confusion_matrix
 from .figure_names import figure_name
 from .recognition_published import CITATION, MODEL, REMARKS, published_accuracy
-from .tables import Table, format_figure, write_table
+from .tables import Table, format_figure
 
 __all__ = ["class_table", "fold_table", "write_recognition_comparison"]
 
@@ -55,28 +58,19 @@ def write_recognition_comparison(comparison, folder):
     """
     folder = Path(folder)
     tables = _tables(comparison)
-    files = [path for table in tables for path in write_table(table, folder)]
     pictures = _pictures(comparison, folder)
     settings = {"unit": "image", **comparison.settings}
     definitions = {name: text.format(**settings) for name, text in DEFINITIONS.items()}
-    page = _page(comparison, tables, pictures, definitions)
-    document = {
-        "settings": comparison.settings,
-        "runs": [about_run(label, run) for label, run in comparison.runs],
-        "models": {
-            label: {"figures": m.figures, "intervals": m.intervals, "runs": m.runs}
-            for label, m in comparison.models.items()
-        },
-        "folds": {label: [one.figures for one in own] for label, own in comparison.folds.items()},
-        "tests": [asdict(test) for test in comparison.tests],
-        "fold_tests": [asdict(test) for test in comparison.fold_tests],
-        "published": published_accuracy(comparison.dataset, comparison.settings["classes"]),
-        "remarks": comparison.remarks,
-        "definitions": definitions,
-    }
-    write_atomically(folder / "comparison.md", page)
-    write_atomically(folder / "comparison.json", strict_json(document))
-    return [folder / "comparison.md", folder / "comparison.json", *files, *pictures]
+    published = published_accuracy(comparison.dataset, comparison.settings["classes"])
+    lines = ["## Pictures", ""]
+    for path in pictures:
+        if path.suffix == ".png":
+            lines += [f"![{path.stem}]({path.name})", ""]
+    test_set = _test_set(comparison.runs[0][1].results.meta)
+    citation = CITATION if published else None
+    page = markdown_page(comparison, test_set, tables, lines, definitions, citation)
+    content = document(comparison, {}, published, definitions)
+    return write_files(folder, page, content, tables, pictures)
 
 
 def class_table(comparison):
@@ -129,34 +123,20 @@ def fold_table(comparison):
     endpoints += [f"recognition/{figure}" for figure in OVERALL]
     for label, folds in comparison.folds.items():
         for endpoint in endpoints:
-            group, figure = endpoint.split("/", 1)
-            values = np.array([one.figures[group].get(figure, math.nan) for one in folds])
-            mean, sd = float(values.mean()), float(values.std())
-            row = {"model": label, "figure": endpoint}
-            row |= {f"fold_{index}": value for index, value in enumerate(values)}
-            data.append(
-                row | {"mean": mean, "sd_population": sd, "sd_sample": float(values.std(ddof=1))}
-            )
-            texts = {f"fold {i}": format_figure("", value) for i, value in enumerate(values)}
-            texts["mean ± sd"] = format_figure("", mean, sd=sd)
+            values, texts = over_folds(folds, endpoint)
+            data.append({"model": label, "figure": endpoint, **values})
             cells.append({"model": label, "figure": figure_name(endpoint), **texts})
-    notes = ("± is the population standard deviation over folds; the sample's is in the CSV.",)
     number = len(next(iter(comparison.folds.values())))
     title = f"{number}-fold cross-validation, in percent"
-    return Table("folds", title, pd.DataFrame(cells), pd.DataFrame(data), notes, text_columns=2)
+    return Table(
+        "folds", title, pd.DataFrame(cells), pd.DataFrame(data), (OVER_FOLDS,), text_columns=2
+    )
 
 
 def _tables(comparison):
     tables = [class_table(comparison)] if comparison.models else []
     if comparison.tests:
-        notes = ["Later model given minus earlier one, or model minus baseline; percentage points."]
-        if comparison.clustered:
-            notes.append(
-                "Patients have several images each: McNemar's test takes images for independent "
-                "and is too sure; the bootstrap resamples patients."
-            )
-        title = "Differences between models on the same test images"
-        tables.append(table_of_tests(comparison, comparison.tests, "differences", title, *notes))
+        tables.append(difference_table(comparison))
     if comparison.folds:
         tables.append(fold_table(comparison))
     if comparison.fold_tests:
@@ -165,18 +145,9 @@ def _tables(comparison):
     return tables
 
 
-def _shown(comparison):
-    """{name: RecognitionResults}: a run a model, of several seeds that of median accuracy."""
-    shown = {}
-    for label, runs in comparison.gathered.split.items():
-        order = sorted(runs, key=lambda run: run.results.recognition["balanced_accuracy"])
-        name = f"{label} (median of {len(runs)} runs)" if len(runs) > 1 else label
-        shown[name] = order[(len(order) - 1) // 2].results
-    return shown
-
-
 def _pictures(comparison, folder):
-    shown = _shown(comparison)
+    runs = median_runs(comparison, lambda run: run.results.recognition["balanced_accuracy"])
+    shown = {name: run.results for name, run in runs.items()}
     matrices = {name: results.confusion for name, results in shown.items()}
     if not shown:  # each image of a cross-validation was tested once, whatever the seed
         matrices = {
@@ -198,33 +169,6 @@ def _pictures(comparison, folder):
     return paths
 
 
-def _page(comparison, tables, pictures, definitions):
-    meta = comparison.runs[0][1].results.meta
-    labels = list(dict.fromkeys(label for label, _ in comparison.runs))
+def _test_set(meta):
     sizes = zip(meta["classes"], meta["images_of_class"], strict=True)
-    size = f"{meta['images']} images ({', '.join(f'{n} {name}' for name, n in sizes)})"
-    if meta["patients"]:
-        size += f", {meta['patients']} patients"
-    lines = [
-        f"# {', '.join(labels)}",
-        "",
-        f"Test set: {comparison.dataset or 'not named'}, {size}"
-        f"{'' if comparison.models else ' in the first fold'}. "
-        f"Primary endpoint: {comparison.primary}.",
-        "",
-    ]
-    if comparison.remarks:
-        lines += ["**Read first**", "", *(f"- {remark}" for remark in comparison.remarks), ""]
-    lines += ["## Tables", ""]
-    for table in tables:
-        lines += [table.markdown(), ""]
-    lines += ["## Pictures", ""]
-    for path in pictures:
-        if path.suffix == ".png":
-            lines += [f"![{path.stem}]({path.name})", ""]
-    lines += ["## How each number is defined", ""]
-    lines += [f"- **{name}**: {text}" for name, text in definitions.items()]
-    if published_accuracy(comparison.dataset, comparison.settings["classes"]):
-        lines += ["", f"Published values: {CITATION}."]
-    lines += ["", "## Runs", "", runs_table(comparison), ""]
-    return "\n".join(lines)
+    return f"{meta['images']} images ({', '.join(f'{n} {name}' for name, n in sizes)})"
