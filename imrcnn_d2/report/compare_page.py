@@ -1,4 +1,4 @@
-"""What the comparisons of detectors and of classifiers write alike: the page, the JSON, one table."""
+"""What comparisons of detectors and of classifiers write alike: page, JSON and one table."""
 
 from dataclasses import asdict
 
