@@ -1,6 +1,5 @@
 """The figures of a lesion detector, as one of Detectron2's evaluators."""
 
-import itertools
 import json
 import logging
 import math
@@ -9,10 +8,10 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
-from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from .files import RESULTS, sources, write_atomically, write_results
+from .gathering import gather_predictions
 from .lesions import evaluate_lesions
 from .operating_point import check_rule, choose_operating_point
 
@@ -100,19 +99,12 @@ class LesionEvaluator(DatasetEvaluator):
             data set knows patients, "patient". Empty for a data set without annotations, and in
             all processes but the main one.
         """
-        predictions = self._coco._predictions
-        if self._distributed:
-            comm.synchronize()
-            predictions = list(itertools.chain(*comm.gather(predictions, dst=0)))
-            if not comm.is_main_process():
-                return OrderedDict()
-        # A sampler that pads the last batch hands out some images twice.
-        once = {}
-        for prediction in predictions:
-            once.setdefault(prediction["image_id"], prediction)
+        predictions = gather_predictions(self._coco._predictions, self._distributed)
+        if predictions is None:
+            return OrderedDict()
         results = [
             {**result, "category_id": self._category_id(result["category_id"])}
-            for prediction in once.values()
+            for prediction in predictions
             for result in prediction["instances"]
         ]
         if self._output_dir:
@@ -121,7 +113,8 @@ class LesionEvaluator(DatasetEvaluator):
         if "annotations" not in dataset:
             logger.info(f"{self._dataset_name} has no annotations: predictions are not scored.")
             return OrderedDict()
-        absent = len({image["id"] for image in dataset["images"]} - set(once))
+        seen = {prediction["image_id"] for prediction in predictions}
+        absent = len({image["id"] for image in dataset["images"]} - seen)
         if absent:
             logger.warning(
                 f"{absent} of the {len(dataset['images'])} images of {self._dataset_name} were not "

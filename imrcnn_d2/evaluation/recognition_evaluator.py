@@ -1,15 +1,14 @@
 """The figures of an image classifier, as one of Detectron2's evaluators."""
 
-import itertools
 import json
 from collections import OrderedDict
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 
 from .files import sources, write_atomically
+from .gathering import gather_predictions
 from .recognition import evaluate_recognition
 from .recognition_files import RECOGNITION_RESULTS, write_recognition
 
@@ -71,17 +70,9 @@ class RecognitionEvaluator(DatasetEvaluator):
         Returns:
             OrderedDict[str, dict[str, float]]: "recognition" and, with a cancer class, "cancer".
         """
-        predictions = self._predictions
-        if self._distributed:
-            comm.synchronize()
-            predictions = list(itertools.chain(*comm.gather(predictions, dst=0)))
-            if not comm.is_main_process():
-                return OrderedDict()
-        # A sampler that pads the last batch hands out some images twice.
-        once = {}
-        for prediction in predictions:
-            once.setdefault(prediction["image_id"], prediction)
-        predictions = list(once.values())
+        predictions = gather_predictions(self._predictions, self._distributed)
+        if predictions is None:
+            return OrderedDict()
         gt = self._metadata.json_file
         scored = evaluate_recognition(gt, predictions, bootstrap=self._bootstrap)
         if self._output_dir:
