@@ -10,6 +10,7 @@ from .predictive_values import predictive_values
 __all__ = [
     "cell",
     "confusions",
+    "figure_rows",
     "figure_tables",
     "key_figures",
     "patient_table",
@@ -127,7 +128,7 @@ def figure_tables(runs):
         {
             "title": "Detection, over all scores",
             "caption": f"Overlap of {kinds}s",
-            "rows": _rows(CURVE_FIGURES, curve),
+            "rows": figure_rows(CURVE_FIGURES, curve),
         }
     ]
     for unit, title in UNIT_TITLES.items():
@@ -135,11 +136,11 @@ def figure_tables(runs):
             continue
         wanted = LESION_FIGURES if unit == "lesion" else IMAGE_FIGURES
         groups = [run.metrics.get(unit) or {} for run in runs]
-        tables.append({"title": title, "caption": _at(runs), "rows": _rows(wanted, groups)})
+        tables.append({"title": title, "caption": _at(runs), "rows": figure_rows(wanted, groups)})
         chosen = [run.metrics.get("tau_val") or {} for run in runs]
         if not any(chosen):
             continue
-        rows = _rows(wanted, [own.get(unit) or {} for own in chosen])
+        rows = figure_rows(wanted, [own.get(unit) or {} for own in chosen])
         thresholds = [_text(f"{own['tau']:.3g}" if own else "n/a") for own in chosen]
         rules = ", ".join(sorted({str(own.get("rule")) for own in chosen if own}))
         label = {"label": "score threshold", "hint": f"rule: {rules}", "cells": thresholds}
@@ -148,8 +149,8 @@ def figure_tables(runs):
     return tables
 
 
-def _rows(wanted, groups):
-    """Rows of the figures that some group has."""
+def figure_rows(wanted, groups):
+    """list[dict]: label, hint and a cell for each group, of the figures that some group has."""
     return [
         {"label": label, "hint": hint, "cells": [cell(group, name) for group in groups]}
         for name, label, hint in wanted

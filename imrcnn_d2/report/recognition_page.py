@@ -17,7 +17,7 @@ from .page import (
 )
 from .page_comparison import differences
 from .page_pictures import as_data, picture
-from .page_tables import cell
+from .page_tables import cell, figure_rows
 from .recognition_gallery import recognition_gallery
 from .recognition_published import CITATION, MODEL, REMARKS, published_accuracy
 
@@ -155,14 +155,8 @@ def _figure_tables(runs, classes, cancers):
     """list[dict]: title, caption and rows (label, hint and a cell for each run)."""
 
     def table(title, caption, group, wanted, suffix=""):
-        rows = [
-            {
-                "label": label,
-                "hint": hint,
-                "cells": [cell(run.metrics[group], f"{name}{suffix}") for run in runs],
-            }
-            for name, label, hint in wanted
-        ]
+        named = [(f"{name}{suffix}", label, hint) for name, label, hint in wanted]
+        rows = figure_rows(named, [run.metrics[group] for run in runs])
         return {"title": title, "caption": caption, "rows": rows}
 
     tables = [table("All classes", "In percent, but for the cross-entropy", "recognition", OVERALL)]
