@@ -67,12 +67,7 @@ def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config-file",
-        type=Path,
-        help="what the weights were trained with; not needed for files of tools/export.py, nor "
-        "where training left its config.yaml beside them",
-    )
+    parser.add_argument("--config-file", type=Path, help="as for tools/predict.py")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--weights", help="file or URL, or demo: the ones that come along")
     what.add_argument(
