@@ -46,19 +46,26 @@ def write_dataset(folder, num_images):
     return folder / "coco.json"
 
 
-@pytest.fixture(scope="session")
-def tiny_datasets(tmp_path_factory):
-    """Names of a train, a val and a test set with 6, 4 and 5 images."""
-    root, prefix = tmp_path_factory.mktemp("tiny"), uuid.uuid4().hex
+def registered(root, parts, write, register):
+    """Yield the names of data sets, by part, that are written and registered; then remove them."""
+    prefix = uuid.uuid4().hex
     names = {}
-    for split, num_images in (("train", 6), ("val", 4), ("test", 5)):
-        json_file = write_dataset(root / split, num_images)
+    for split, what in parts.items():
+        json_file = write(root / split, what)
         names[split] = f"{prefix}_{split}"
-        register_lesion_dataset(names[split], json_file, json_file.parent)
+        register(names[split], json_file, json_file.parent)
     yield names
     for name in names.values():
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_datasets(tmp_path_factory):
+    """Names of a train, a val and a test set with 6, 4 and 5 images."""
+    parts = {"train": 6, "val": 4, "test": 5}
+    root = tmp_path_factory.mktemp("tiny")
+    yield from registered(root, parts, write_dataset, register_lesion_dataset)
 
 
 @pytest.fixture
@@ -118,16 +125,9 @@ def write_classes(folder, counts):
 @pytest.fixture(scope="session")
 def tiny_class_datasets(tmp_path_factory):
     """Names of a train, a val and a test set with 8, 6 and 3 images of three classes."""
-    root, prefix = tmp_path_factory.mktemp("classes"), uuid.uuid4().hex
-    names = {}
-    for split, counts in (("train", (4, 2, 2)), ("val", (2, 2, 2)), ("test", (1, 1, 1))):
-        json_file = write_classes(root / split, counts)
-        names[split] = f"{prefix}_{split}"
-        register_classification_dataset(names[split], json_file, json_file.parent)
-    yield names
-    for name in names.values():
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    parts = {"train": (4, 2, 2), "val": (2, 2, 2), "test": (1, 1, 1)}
+    root = tmp_path_factory.mktemp("classes")
+    yield from registered(root, parts, write_classes, register_classification_dataset)
 
 
 @pytest.fixture
