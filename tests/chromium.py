@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-__all__ = ["TIMEOUT", "chromium"]
+__all__ = ["chromium", "opened"]
 
 TIMEOUT = 300_000  # milliseconds: on a busy machine all takes longer
 
@@ -23,3 +23,20 @@ def chromium():
         )
         yield browser
         browser.close()
+
+
+@contextlib.contextmanager
+def opened(browser, path):
+    """A page on the disk, in a tab; fails if it logs anything or asks for anything but itself."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(TIMEOUT)
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    yield page
+    assert said == []
+    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+    context.close()

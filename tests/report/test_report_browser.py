@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from chromium import TIMEOUT, chromium
+from chromium import chromium, opened
 
 from imrcnn_d2.report.page import render_report
 
@@ -26,19 +26,8 @@ def report(study_runs, tmp_path_factory):
 
 @pytest.fixture
 def page(browser, report):
-    """The opened page; fails if it logs an error or asks for anything but itself."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    page.set_default_timeout(TIMEOUT)
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(report.as_uri())
-    yield page
-    assert said == []
-    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [report.as_uri()]
-    context.close()
+    with opened(browser, report) as tab:
+        yield tab
 
 
 @pytest.fixture(scope="module")
