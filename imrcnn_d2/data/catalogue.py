@@ -149,11 +149,11 @@ class _Builder:
         ends = np.bincount(owners, minlength=len(places)).cumsum()
         bounds = np.stack([np.append(0, ends)[:-1], ends], axis=1)
         logger.info(
-            "%s: %d images, %d of them without a lesion; %d lesions; %.1f MiB in memory",
+            "%s: %d images with %d annotations, %d images without any; %.1f MiB in memory",
             self._json_file,
             len(places),
-            (lesion_counts == 0).sum(),
             lesion_counts.sum(),
+            (lesion_counts == 0).sum(),
             len(self._bytes) / 2**20,
         )
         return Catalogue(
