@@ -25,7 +25,7 @@ OPACITY = 0.45
 def draw_test_grad_cams(cfg, model):
     """
     Draw ``grad_cam.png`` beside the files of each evaluation of DATASETS.TEST; nothing but a hint
-    where the grad-cam package is not installed.
+    where the grad-cam package is not installed, or the network has no feature maps (a ViT).
 
     Args:
         cfg (CfgNode): of the evaluation.
@@ -37,7 +37,11 @@ def draw_test_grad_cams(cfg, model):
     mapper = ClassificationMapper(cfg, is_train=False)
     for name in cfg.DATASETS.TEST:
         folder = Path(cfg.OUTPUT_DIR) / "inference" / name
-        draw_grad_cam(model, mapper, name, folder)
+        try:
+            draw_grad_cam(model, mapper, name, folder)
+        except ValueError as error:
+            logger.warning("No Grad-CAM pictures: %s", error)
+            return
         logger.info("Grad-CAM: %s", folder / "grad_cam.png")
 
 

@@ -70,3 +70,12 @@ def test_without_the_package_there_is_a_hint(evaluated, monkeypatch, caplog):
         draw_test_grad_cams(cfg, model)
     assert "pip install grad-cam" in caplog.text
     assert not (folder / "grad_cam.png").exists()
+
+
+def test_a_network_without_feature_maps_is_no_error(evaluated, caplog):
+    cfg, _, folder = evaluated
+    pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
+    cfg.INPUT.SIZE = 224
+    draw_test_grad_cams(cfg, ImageClassifier("vit_tiny_patch16_224", 3))
+    assert "'vit_tiny_patch16_224' does not have" in caplog.text
+    assert not (folder / "grad_cam.png").exists()
