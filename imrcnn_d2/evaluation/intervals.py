@@ -2,6 +2,7 @@
 
 import logging
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from .bootstrap import CHUNK, clopper_pearson, percentile_interval
 from .metrics import COUNTS
 
-__all__ = ["confidence_intervals", "resampled_figures"]
+__all__ = ["confidence_intervals", "resampled_figures", "with_intervals"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,21 @@ def resampled_figures(results, bootstrap):
         group: {name: np.concatenate(values) for name, values in figures.items()}
         for group, figures in parts.items()
     }
+
+
+def with_intervals(results, bootstrap):
+    """
+    Args:
+        results (LesionResults or RecognitionResults):
+        bootstrap (Bootstrap or None):
+
+    Returns:
+        the results with :func:`confidence_intervals`; as they are without a bootstrap.
+    """
+    if bootstrap is None:
+        return results
+    intervals, undefined_shares = confidence_intervals(results, bootstrap)
+    return replace(results, intervals=intervals, undefined_shares=undefined_shares)
 
 
 def confidence_intervals(results, bootstrap, resampled=None):

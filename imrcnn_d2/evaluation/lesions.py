@@ -1,7 +1,7 @@
 """Score COCO results against COCO ground truth, without a model."""
 
 import logging
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -10,7 +10,7 @@ from .coco_ap import coco_average_precision
 from .confusion import ConfusionMatrix, confusion_matrix
 from .counting import UnitCounts, count_images
 from .curves import pr_curve
-from .intervals import confidence_intervals
+from .intervals import with_intervals
 from .matching import Matching, match, overlaps
 from .measures import Measures
 from .records import Detections, GroundTruth, read_ground_truth, read_results
@@ -278,10 +278,7 @@ def evaluate_lesions(
         counted=counted[""],
         measures=measures,
     )
-    if bootstrap is None:
-        return scored
-    intervals, undefined_shares = confidence_intervals(scored, bootstrap)
-    return replace(scored, intervals=intervals, undefined_shares=undefined_shares)
+    return with_intervals(scored, bootstrap)
 
 
 def _curves(gt, detections, matchings):

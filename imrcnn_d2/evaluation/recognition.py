@@ -1,11 +1,11 @@
 """Score class probabilities of whole images, without a model."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from .confusion import ConfusionMatrix
-from .intervals import confidence_intervals
+from .intervals import with_intervals
 from .recognition_measures import RecognitionMeasures
 from .recognition_records import LabelledImages, read_labels, read_probabilities
 from .rows import beside_records
@@ -124,10 +124,7 @@ def evaluate_recognition(gt, results, *, bootstrap=None):
         probability=probability,
         measures=measures,
     )
-    if bootstrap is None:
-        return scored
-    intervals, undefined_shares = confidence_intervals(scored, bootstrap)
-    return replace(scored, intervals=intervals, undefined_shares=undefined_shares)
+    return with_intervals(scored, bootstrap)
 
 
 def _image_rows(truth, probability, called):

@@ -6,13 +6,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..data.distortions import DISTORTIONS, SEVERITIES, distort
+from ..evaluation.metrics import COUNTS
 from .page_tables import NOT_PERCENT
 from .style import STYLES, save_figure, tidy
 
 __all__ = ["draw_distortions", "draw_robustness"]
 
 COLUMNS = 4
-COUNTS = ("TP", "FP", "FN", "TN")
 
 
 def draw_robustness(documents, path, *, figure="lesion/f1"):
