@@ -1,0 +1,261 @@
+"""What an audit says: findings, and the kinds of them that there are."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+__all__ = ["AREAS", "KINDS", "SEVERITIES", "Finding", "Kind", "finding"]
+
+# In falling weight. An error makes training or its figures wrong; a warning should be looked at.
+SEVERITIES = ("error", "warning", "info")
+AREAS = {
+    "files": "Files",
+    "annotations": "Annotations",
+    "leakage": "Duplicates and leakage",
+    "validity": "Validity check",
+    "suspects": "Outlines that the models disagree with",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of finding.
+
+    Attributes:
+        area: one of `AREAS`.
+        severity: that it mostly has, one of `SEVERITIES`.
+        title: a few words.
+        meaning: one sentence.
+        remedy: one sentence.
+    """
+
+    area: str
+    severity: str
+    title: str
+    meaning: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found.
+
+    Attributes:
+        kind: key of `KINDS`.
+        severity: one of `SEVERITIES`.
+        images: file names it is about, none if about the whole data set; of a suspect, first the
+            image to look at.
+        splits: the split of each of `images`, "" where the data set has none.
+        annotation_id: the annotation it is about, as in the file; of several the first.
+        score: how strong, in the unit that `detail` says; None if there is no degree.
+        detail: what was measured and found, one sentence.
+    """
+
+    kind: str
+    severity: str
+    images: tuple[str, ...]
+    splits: tuple[str, ...]
+    annotation_id: int | None = field(default=None)
+    score: float | None = field(default=None)
+    detail: str = field(default="")
+
+    def __post_init__(self):
+        if self.kind not in KINDS or self.severity not in SEVERITIES:
+            raise ValueError(f"{self.kind!r}, {self.severity!r}: no known kind or severity")
+        if len(self.images) != len(self.splits):
+            raise ValueError(f"{self.kind}: {len(self.images)} images, {len(self.splits)} splits")
+
+    @property
+    def flags(self) -> bool:
+        """Whether it asks for a look: an error or a warning."""
+        return self.severity != "info"
+
+    def as_json(self) -> dict:
+        """Its fields, with lists for tuples."""
+        return asdict(self) | {"images": list(self.images), "splits": list(self.splits)}
+
+
+def finding(
+    kind: str,
+    images: Iterable[str],
+    splits: Iterable[str],
+    detail: str,
+    *,
+    severity: str | None = None,
+    annotation_id: int | None = None,
+    score: float | None = None,
+) -> Finding:
+    """A `Finding` that has its kind's severity unless told otherwise.
+
+    Raises:
+        ValueError: no such kind or severity, or not one split an image.
+    """
+    if severity is None and kind in KINDS:
+        severity = KINDS[kind].severity
+    return Finding(kind, severity, tuple(images), tuple(splits), annotation_id, score, detail)
+
+
+KINDS = {
+    "missing_file": Kind(
+        "files",
+        "error",
+        "File missing",
+        "The annotations name an image that is not in the folder.",
+        "Add the file, correct the name, or take the entry out.",
+    ),
+    "unreadable": Kind(
+        "files",
+        "error",
+        "Unreadable file",
+        "The file is no image, is cut short, or is of a kind that is not read.",
+        "Export or copy it again from where it came from.",
+    ),
+    "wrong_size": Kind(
+        "files",
+        "error",
+        "Size differs from the annotations",
+        "Width and height in the JSON are not those of the image, so that outlines are misplaced.",
+        "Find the version of the image that was outlined, or correct the sizes.",
+    ),
+    "colour": Kind(
+        "files",
+        "warning",
+        "Unusual colour",
+        "The colours differ from the rest: grey, red and blue exchanged, or a strong cast.",
+        "See whether it is narrow-band or dyed (keep, and note it as `light`), or a wrong export.",
+    ),
+    "black_frame": Kind(
+        "files",
+        "warning",
+        "Black frame",
+        "Hardly anything in the image is lit.",
+        "Take it out, unless such frames are what the model will meet.",
+    ),
+    "blur": Kind(
+        "files",
+        "warning",
+        "Blurred",
+        "There is much less fine detail than in the other images.",
+        "Look whether the lesion's border can be seen at all; if not, take it out.",
+    ),
+    "overexposed": Kind(
+        "files",
+        "warning",
+        "Over-exposed",
+        "Much of the view is white without any detail.",
+        "Look whether the lesion's border can be seen at all; if not, take it out.",
+    ),
+    "text_outside_view": Kind(
+        "files",
+        "warning",
+        "Writing outside the view",
+        "There is something like text beside the endoscope's view: it may name the patient, and "
+        "a model can learn from it.",
+        "Prepare the data set anew with --deidentify.",
+    ),
+    "malformed": Kind(
+        "annotations",
+        "error",
+        "Malformed annotation",
+        "The outline cannot be drawn: coordinates, run lengths, image or category are wrong.",
+        "Correct it in the annotation tool and export again.",
+    ),
+    "empty": Kind(
+        "annotations",
+        "error",
+        "Empty annotation",
+        "The annotation covers no pixel.",
+        "Outline the lesion, or take the annotation out.",
+    ),
+    "tiny": Kind(
+        "annotations",
+        "warning",
+        "Tiny annotation",
+        "The annotation is smaller than a lesion can be seen: mostly a click or a speck.",
+        "Take it out, or outline the lesion.",
+    ),
+    "outside_view": Kind(
+        "annotations",
+        "warning",
+        "Outside the view",
+        "Much of the outline lies where the endoscope sees nothing.",
+        "See whether the outline belongs to this image; correct it.",
+    ),
+    "overlapping": Kind(
+        "annotations",
+        "warning",
+        "Outlined twice",
+        "Two annotations of one image and class cover nearly the same area.",
+        "Keep one: the other would count as a missed lesion.",
+    ),
+    "self_crossing": Kind(
+        "annotations",
+        "warning",
+        "Outline crosses itself",
+        "The polygon's line crosses itself, so that inside and outside are not what was meant.",
+        "Draw it again in the annotation tool.",
+    ),
+    "class_imbalance": Kind(
+        "annotations",
+        "info",
+        "Classes of very different size",
+        "One class has many times the annotations of another.",
+        "Add images of the rare one, or read its figures with its count in mind.",
+    ),
+    "exact_duplicate": Kind(
+        "leakage",
+        "warning",
+        "Same image twice",
+        "Two files have the same bytes or the same pixels.",
+        "Keep one; across splits --fix-splits moves them together.",
+    ),
+    "near_duplicate": Kind(
+        "leakage",
+        "warning",
+        "Near-duplicate",
+        "Two images show the same: a copy that was turned, mirrored or stored anew, or a frame of "
+        "a moment later.",
+        "Keep them in one split: --fix-splits, or --split-by group of prepare_dataset.",
+    ),
+    "patient_across_splits": Kind(
+        "leakage",
+        "error",
+        "Patient in several splits",
+        "Images of one patient are in more than one split, so that test figures come out too good.",
+        "Run with --fix-splits, or prepare anew with --split-by patient.",
+    ),
+    "cluster_disagrees": Kind(
+        "validity",
+        "warning",
+        "Looks like another label",
+        "Colour, texture and deep features put the image among those of another label.",
+        "Look whether the label is right.",
+    ),
+    "outlier": Kind(
+        "validity",
+        "warning",
+        "Like no other image",
+        "Colour, texture and deep features are far from those of every other image.",
+        "Look whether it belongs in this data set.",
+    ),
+    "unlabelled_lesion": Kind(
+        "suspects",
+        "warning",
+        "Confident detection without an outline",
+        "A model that never saw the image is sure of a lesion where none is outlined.",
+        "Look whether a lesion was forgotten.",
+    ),
+    "unmatched_outline": Kind(
+        "suspects",
+        "warning",
+        "Outline that no model finds",
+        "No model that never saw the image finds anything where the outline is.",
+        "Look whether there is a lesion; hard cases are right to be there.",
+    ),
+    "badly_fitting_outline": Kind(
+        "suspects",
+        "warning",
+        "Outline fits badly",
+        "A confident detection and the outline meet, but their borders are far apart.",
+        "Look at the border; correct it where the model's is the better one.",
+    ),
+}
