@@ -15,6 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from imrcnn_d2.data import classification, coco, kvasir_seg, lesion_free, synthetic
+from imrcnn_d2.data.metadata import read_metadata, with_metadata
+from imrcnn_d2.data.patients import (
+    patients_from_dicom,
+    patients_from_pattern,
+    with_patients,
+    with_patients_from_csv,
+)
 from imrcnn_d2.data.prepare import SPLIT_BY, Source, SplitOptions, prepare_dataset
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 from imrcnn_d2.data.splits import FixedTest, parse_ratio, read_splits
@@ -54,6 +61,35 @@ def get_parser() -> argparse.ArgumentParser:
         choices=("raise", "reject"),
         default="raise",
         help="bad input stops the run (default), or is listed in OUT/rejected.csv and left out",
+    )
+
+    patients = common.add_mutually_exclusive_group()
+    patients.add_argument(
+        "--patients", type=Path, metavar="CSV", help="table with the columns file and patient_id"
+    )
+    patients.add_argument(
+        "--patient-pattern",
+        metavar="REGEX",
+        help="finds the patient id in file names: its group named patient, else its first "
+        "group, else all that matches",
+    )
+    patients.add_argument(
+        "--patients-from-dicom",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="DIR",
+        help="PatientID of DIR/NAME.dcm for the image NAME.png; without DIR, of the images "
+        "themselves",
+    )
+    common.add_argument(
+        "--metadata",
+        type=Path,
+        metavar="CSV",
+        action="append",
+        default=[],
+        help="join the columns of a table to images, patients or lesions by its column file, "
+        "patient_id or lesion_id; may be given several times",
     )
 
     kvasir = commands.add_parser(
@@ -138,9 +174,12 @@ def main(argv: list[str] | None = None) -> None:
                 folds=args.folds,
             )
             if args.command == "classification":
+                if args.csv and (args.patients or args.patient_pattern or args.patients_from_dicom):
+                    raise ValueError(f"patients of {args.csv} belong in its column patient_id")
                 source, options = _read_classification(args, rejects, options)
             else:
                 source = _read(args, rejects, Path(scratch))
+            source = _described(source, args, rejects)
             prepared = prepare_dataset(source, args.out, options, rejects)
     except BadInputError as error:
         sys.exit(f"{error}\nCorrect it, or list such files and go on with --on-error reject.")
@@ -161,6 +200,18 @@ def _read(args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
     if args.command == "lesion-free":
         return lesion_free.read_lesion_free(args.root, rejects)
     return synthetic.generate(scratch, args.num_images, args.size, args.seed)
+
+
+def _described(source: Source, args: argparse.Namespace, rejects: Rejects) -> Source:
+    """The data set with the patients and columns that tables, names or DICOM files tell."""
+    if args.patients is not None:
+        source = with_patients_from_csv(source, args.patients, rejects)
+    elif args.patient_pattern is not None:
+        source = with_patients(source, patients_from_pattern(args.patient_pattern), rejects)
+    elif args.patients_from_dicom is not None:
+        folder = args.patients_from_dicom if args.patients_from_dicom != Path() else None
+        source = with_patients(source, patients_from_dicom(folder), rejects)
+    return with_metadata(source, [read_metadata(f, rejects) for f in args.metadata], rejects)
 
 
 def _read_classification(

@@ -63,7 +63,7 @@ def _section(name, source):
 
 def _groups(tree):
     """{heading: definitions of the arguments below it}; subcommands have a heading each."""
-    subcommands, sharing, groups = {}, {}, {}
+    subcommands, sharing, groups, part_of = {}, {}, {}, {}
     nodes = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
     for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
         if isinstance(node, ast.Assign) and _calls(node.value, "add_parser"):
@@ -73,8 +73,11 @@ def _groups(tree):
             subcommands[node.targets[0].id] = heading
             for parent in options["parents"].elts if "parents" in options else ():
                 sharing.setdefault(parent.id, []).append(f"**{name}**")
+        elif isinstance(node, ast.Assign) and _calls(node.value, "add_mutually_exclusive_group"):
+            part_of[node.targets[0].id] = ast.unparse(node.value.func.value)
         elif _calls(node, "add_argument"):
             parser = ast.unparse(node.func.value)
+            parser = part_of.get(parser, parser)
             heading = subcommands.get(parser, parser)
             groups.setdefault(heading, []).append(_argument(node))
     return {

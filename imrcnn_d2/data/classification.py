@@ -4,7 +4,6 @@ Prepared, they are COCO image-classification files as iNaturalist's: an annotati
 category_id}, without a box.
 """
 
-import csv
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from imrcnn_d2.data.images import inspect_image, list_files, path_inside
 from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 from imrcnn_d2.data.splits import SPLITS, Item, make_splits
+from imrcnn_d2.data.tables import read_table
 
 __all__ = ["LabelledFile", "carve_validation", "read_class_folders", "read_label_csv"]
 
@@ -113,11 +113,12 @@ def read_label_csv(
     """
     files = []
     seen: dict[str, int] = {}
-    for number, row in _rows(csv_file):
+    table = read_table(csv_file, needed=("file", "label"))
+    for row in table.rows:
         with rejects.catch():
-            where = f"{csv_file}, line {number}"
-            path = path_inside(root, row["file"], Path(where))
-            label, split = row["label"], row.get("split") or None
+            where, cells = table.where(row), row.cells
+            path = path_inside(root, cells["file"], Path(where))
+            label, split = cells["label"], cells.get("split") or None
             if not label:
                 raise BadInputError(where, "has no label")
             if classes is not None and label not in classes:
@@ -129,8 +130,8 @@ def read_label_csv(
             name = path.relative_to(root).as_posix()
             if name in seen:
                 raise BadInputError(where, f"{name} is listed in line {seen[name]} already")
-            seen[name] = number
-            fields = {k: v for k, v in row.items() if k not in _OWN_COLUMNS and v}
+            seen[name] = row.line
+            fields = {k: v for k, v in cells.items() if k not in _OWN_COLUMNS and v}
             files.append(LabelledFile(path, name, label, split, fields))
     return _source(files, csv_file, rejects, classes, cancers)
 
@@ -168,26 +169,6 @@ def carve_validation(
     ]
     carved = make_splits(items, (100 - percent, percent, 0), seed, by_patient)
     return {**given, "train": carved["train"], "val": carved["val"]}
-
-
-def _rows(csv_file: Path) -> list[tuple[int, dict]]:
-    """[(line, {column: text})]."""
-    try:
-        text = csv_file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(csv_file, f"cannot be read as a table in UTF-8 ({error})") from error
-    header = text.partition("\n")[0]
-    reader = csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=header.count))
-    columns = [column.strip() for column in reader.fieldnames or ()]
-    if missing := {"file", "label"} - set(columns):
-        raise BadInputError(
-            csv_file, f"lacks the columns {', '.join(sorted(missing))}; it has {', '.join(columns)}"
-        )
-    reader.fieldnames = columns
-    return [
-        (reader.line_num, {k: (v or "").strip() for k, v in row.items() if k is not None})
-        for row in reader
-    ]
 
 
 def _source(

@@ -125,3 +125,49 @@ def test_splits_of_file_names(capsys, tmp_path, kvasir_original):
             "--split-by", "prefix",
         )  # fmt: skip
     assert "states no split" in error.value.code
+
+
+def test_patients_and_metadata(capsys, tmp_path, kvasir_original):
+    names = sorted(path.name for path in (kvasir_original / "images").iterdir())
+    rows = [f"{name},p{i // 2}" for i, name in enumerate(names)]
+    (tmp_path / "patients.csv").write_text("\n".join(["file,patient_id", *rows]))
+    (tmp_path / "devices.csv").write_text("patient_id;age;device\np0;61,5;EVIS\np1;50;EVIS\n")
+    (tmp_path / "sites.csv").write_text(f"file,site\n{names[0]},antrum\nnone.jpg,cardia\n")
+    tables = ("--metadata", tmp_path / "devices.csv", "--metadata", tmp_path / "sites.csv")
+    common = ("kvasir-seg", "--root", kvasir_original, "--ratio", "1:1:1")
+    ways = {
+        "csv": ("--patients", tmp_path / "patients.csv"),
+        "pattern": ("--patient-pattern", "^."),
+    }
+    for name, how in ways.items():
+        run(capsys, *common, "--out", tmp_path / name, *how)
+    printed = run(capsys, *common, "--out", tmp_path / "out", *ways["csv"], *tables)
+    assert "  3 patients\n" in printed
+    assert "rows of" in printed and "match nothing: none.jpg (line 3)" in printed
+    assert "1 patients have no row in" in printed and ": p2\n" in printed
+    images = {}
+    for split in ("train", "val", "test"):
+        content = json.loads((tmp_path / "out" / "annotations" / f"{split}.json").read_text())
+        images |= {image["file_name"]: image for image in content["images"]}
+    got = [[images[n].get(c) for c in ("patient_id", "age", "device", "site")] for n in names]
+    assert got == [
+        ["p0", 61.5, "EVIS", "antrum"],
+        ["p0", 61.5, "EVIS", None],
+        ["p1", 50.0, "EVIS", None],
+        ["p1", 50.0, "EVIS", None],
+        ["p2", None, None, None],
+    ]
+    for wrong, message in (
+        (("--patient-pattern", "^q"), "does not match the pattern '^q'"),
+        (("--patient-pattern", "("), "is no regular expression"),
+        (("--patients", tmp_path / "devices.csv"), "is no table of patients"),
+        (("--patients-from-dicom", tmp_path / "none"), "no such folder"),
+        (("--metadata", tmp_path / "none.csv"), "cannot be read as a table"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            run(capsys, *common, "--out", tmp_path / "wrong", *wrong)
+        assert message in str(error.value)
+    own = ("classification", "--root", tmp_path, "--csv", tmp_path / "labels.csv")
+    with pytest.raises(SystemExit, match="belong in its column patient_id"):
+        run(capsys, *own, "--out", tmp_path / "wrong", *ways["pattern"])
+    assert not (tmp_path / "wrong").exists()
