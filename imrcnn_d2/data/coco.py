@@ -4,7 +4,6 @@ An annotation that cannot be used rejects its whole image: dropping only the ann
 its lesion to be learnt as healthy mucosa.
 """
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -15,11 +14,13 @@ import pycocotools.mask as mask_util
 from tqdm import tqdm
 
 from imrcnn_d2.data.images import drawn_on_stored_pixels, inspect_image, orient, path_inside
+from imrcnn_d2.data.json_files import read_json
 from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.rejects import BadInputError, Rejects
+from imrcnn_d2.data.shapes import check_extent
 
-__all__ = ["read_coco"]
+__all__ = ["read_coco", "read_json", "to_rle"]
 
 _BOX_TOLERANCE = 2.0  # pixels
 _OWN_IMAGE_FIELDS = ("id", "file_name", "width", "height")
@@ -39,7 +40,7 @@ def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:
     Raises:
         BadInputError: the file as a whole cannot be used.
     """
-    content = _read_json(json_file)
+    content = read_json(json_file)
     notes: list[str] = []
     return Source(
         samples=_samples(json_file, content, image_root, rejects, notes),
@@ -50,14 +51,8 @@ def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:
     )
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, parse_constant=_refuse_constant)
-    except OSError as error:
-        raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
-    except ValueError as error:
-        raise BadInputError(path, f"is no JSON ({error})") from error
+def read_json(path: Path) -> dict:
+    content = read_json(path)
     for key, needed in (
         ("images", {"id", "file_name"}),
         ("annotations", {"image_id", "category_id"}),
@@ -77,10 +72,6 @@ def _read_json(path: Path) -> dict:
                 path, f"no categories, or two of the same {key}: {content['categories']}"
             )
     return content
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value, write null or leave the field out")
 
 
 def _samples(
@@ -123,7 +114,7 @@ def _samples(
                     raise BadInputError(path, f"{_called(annotation)}: {error}") from error
                 num_moved += moved
                 if turned:
-                    mask = mask_util.decode(_to_rle(checked["segmentation"], height, width))
+                    mask = mask_util.decode(to_rle(checked["segmentation"], height, width))
                     checked |= annotation_from_mask(
                         orient(mask, image.orientation),
                         checked["category_id"],
@@ -164,7 +155,7 @@ def _check(annotation: dict, height: int, width: int, category_ids: set) -> tupl
         raise ValueError(f"iscrowd is {iscrowd!r}, neither 0 nor 1")
     if not annotation.get("segmentation"):
         raise ValueError("has no segmentation, and a mask cannot be learnt from a box")
-    rle = _to_rle(annotation["segmentation"], height, width)
+    rle = to_rle(annotation["segmentation"], height, width)
     area = int(mask_util.area(rle))
     if area == 0:
         raise ValueError(f"its mask covers no pixel of the {width}x{height} image")
@@ -186,8 +177,12 @@ def _check_box(given: object, box: np.ndarray, height: int, width: int) -> bool:
     return bool(np.abs(corners[0] - corners[1]).max() > _BOX_TOLERANCE)
 
 
-def _to_rle(segmentation: object, height: int, width: int) -> dict:
-    """Compressed RLE of polygons or of either kind of RLE; ValueError if malformed."""
+def to_rle(segmentation: object, height: int, width: int) -> dict:
+    """Compressed RLE of a COCO segmentation: polygons, or either kind of RLE.
+
+    Raises:
+        ValueError: it is malformed, or its size is not that of the image.
+    """
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if size != [height, width]:
@@ -204,6 +199,7 @@ def _to_rle(segmentation: object, height: int, width: int) -> dict:
             raise ValueError("a polygon is not a flat list x1, y1, x2, y2, ...")
         if len(polygon) < 6:
             raise ValueError(f"a polygon has {len(polygon) // 2} points, at least 3 are needed")
+        check_extent(polygon, height, width)
     return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
 
 
