@@ -20,7 +20,7 @@ from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 from imrcnn_d2.data.shapes import check_extent
 
-__all__ = ["read_coco", "read_json", "to_rle"]
+__all__ = ["read_coco", "read_coco_json", "to_rle"]
 
 _BOX_TOLERANCE = 2.0  # pixels
 _OWN_IMAGE_FIELDS = ("id", "file_name", "width", "height")
@@ -40,7 +40,7 @@ def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:
     Raises:
         BadInputError: the file as a whole cannot be used.
     """
-    content = read_json(json_file)
+    content = read_coco_json(json_file)
     notes: list[str] = []
     return Source(
         samples=_samples(json_file, content, image_root, rejects, notes),
@@ -51,7 +51,12 @@ def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:
     )
 
 
-def read_json(path: Path) -> dict:
+def read_coco_json(path: Path) -> dict:
+    """A COCO instance file, checked as a whole but not record by record.
+
+    Raises:
+        BadInputError: it cannot be read or is no such file.
+    """
     content = read_json(path)
     for key, needed in (
         ("images", {"id", "file_name"}),
