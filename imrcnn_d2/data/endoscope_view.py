@@ -20,6 +20,10 @@ _STROKE = 0.02  # of the shorter side: what is thinner is writing
 _SPECK = 0.005  # of the frame: what is smaller is no inset
 _LARGEST_INSET = 0.35  # of the frame
 _FLAT = 8  # difference of neighbouring gray values within a drawn area
+_EDGE = 24  # gray values over two pixels, at the edge of an inset
+_SHORTEST_EDGE = 0.12  # of the shorter side
+_SEEN = 0.8  # share of an edge
+_HALF = 0.5  # of the frame's sides, which no inset exceeds
 _STRAIGHT = 0.88  # share of a box that a drawn area fills
 
 
@@ -75,7 +79,7 @@ def find_view(image: np.ndarray) -> View:
     if lit is None:
         return View(np.zeros((height, width), bool), Box(0, 0, 0, 0), ())
     hull = _hull(lit)
-    insets = [*_flat_insets(small, hull), *_notches(small, lit, hull)]
+    insets = _insets(small, hull)
     if insets:  # a drawn area can have widened the hull
         for box in insets:
             lit[box.slices] = False
@@ -84,7 +88,7 @@ def find_view(image: np.ndarray) -> View:
 
     factors = np.array([width / small.shape[1], height / small.shape[0]])
     insets = tuple(_scaled(box, factors, height, width) for box in insets)
-    mask = cv2.resize(hull.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR) > 0
+    mask = cv2.resize(hull.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
     for box in insets:
         mask[box.slices] = False
     return View(mask, _box(mask), insets)
@@ -93,19 +97,23 @@ def find_view(image: np.ndarray) -> View:
 def _lit(image: np.ndarray) -> np.ndarray:
     """(H, W) bool: what differs from the background, which the frame's corners show."""
     side = max(2, round(_CORNER * min(image.shape[:2])))
-    parts = slice(None, side), slice(-side, None)
-    corners = [
-        image[rows, columns].reshape(-1, 3).astype(float) for rows in parts for columns in parts
-    ]
+    ends = slice(None, side), slice(-side, None)
+    corners = [image[y, x].reshape(-1, 3).astype(float) for y in ends for x in ends]
     colours = np.array([corner.mean(axis=0) for corner in corners])
     plain = max(corner.std(axis=0).max() for corner in corners) < _NOISE / 2
     if plain and np.ptp(colours, axis=0).max() < _NOISE:
         background, noise = colours.mean(axis=0), 0.0
     else:  # at least one corner is lit; what is not is black
-        dark = [c.max() for c in colours if c.max() < 3 * _NOISE]
+        dark = [corner.max() for corner in corners if corner.max() < 3 * _NOISE]
         background, noise = np.zeros(3), max(dark, default=0.0)
-    contrast = np.abs(image - background).max(axis=2)
+    contrast = _brightest(cv2.absdiff(image, (*background, 0.0)))
     return contrast > max(_LEAST_CONTRAST, noise + _NOISE)
+
+
+def _brightest(image: np.ndarray) -> np.ndarray:
+    """(H, W) largest of the channels; NumPy takes many times as long over short axes."""
+    red, green, blue = cv2.split(image)
+    return cv2.max(cv2.max(red, green), blue)
 
 
 def _without_strokes(mask: np.ndarray) -> np.ndarray:
@@ -126,54 +134,109 @@ def _largest(mask: np.ndarray) -> np.ndarray | None:
 
 
 def _hull(mask: np.ndarray) -> np.ndarray:
-    points = cv2.findNonZero(mask.astype(np.uint8))
+    return _drawn(mask, convex=True)
+
+
+def _drawn(mask: np.ndarray, convex: bool = False) -> np.ndarray:
+    """A mask with its holes filled; its convex hull."""
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    if convex:
+        outlines = [cv2.convexHull(np.concatenate(outlines))]
     drawn = np.zeros(mask.shape, np.uint8)
-    cv2.fillConvexPoly(drawn, cv2.convexHull(points), 1)
+    cv2.drawContours(drawn, outlines, -1, 1, cv2.FILLED)
     return drawn.astype(bool)
 
 
-def _flat_insets(image: np.ndarray, hull: np.ndarray) -> list[Box]:
-    """Drawn areas of one colour: a position map, a message."""
+def _insets(image: np.ndarray, hull: np.ndarray) -> list[Box]:
+    """Rectangles laid over the view, each once."""
+    boxes: list[Box] = []
+    for found in (_coloured(image, hull), _blanked(image, hull), _at_corners(image, hull)):
+        boxes += [box for box in found if not any(_overlap(box, other) > 0.3 for other in boxes)]
+    return boxes
+
+
+def _coloured(image: np.ndarray, hull: np.ndarray) -> list[Box]:
+    """Drawn areas of a colour that mucosa does not have: a position map, a message."""
     kernel = np.ones((3, 3), np.uint8)
-    change = cv2.morphologyEx(image, cv2.MORPH_GRADIENT, kernel).max(axis=2)
-    flat = (change <= _FLAT) & (image.max(axis=2) > 3 * _NOISE)
+    red, green, blue = cv2.split(image)
+    cold = cv2.max(green, blue) > cv2.add(red, 2 * _NOISE)
+    if np.count_nonzero(cold) < _SPECK * cold.size:
+        return []
+    flat = _brightest(cv2.morphologyEx(image, cv2.MORPH_GRADIENT, kernel)) <= _FLAT
+    seed = _largest(cold & flat)
+    if seed is None or np.count_nonzero(seed) < _SPECK * seed.size:
+        return []
+    colour = np.median(image[seed], axis=0)
+    same = _brightest(cv2.absdiff(image, (*colour, 0.0))) < 2 * _NOISE
+    side = max(3, round(_STROKE * min(same.shape))) | 1  # closes letters and lines
+    kernel = np.ones((side, side), np.uint8)
+    closed = cv2.morphologyEx(same.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
+    return _straight_parts(closed.astype(bool), hull)
+
+
+def _blanked(image: np.ndarray, hull: np.ndarray) -> list[Box]:
+    """Black rectangles cut out of the view."""
+    return _straight_parts(hull & (_brightest(image) <= _NOISE), hull)
+
+
+def _straight_parts(mask: np.ndarray, hull: np.ndarray) -> list[Box]:
+    """Boxes of the connected parts that fill them as far as they lie in the hull."""
     boxes = []
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(flat.astype(np.uint8))
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     for i in range(1, count):
         x, y, w, h, area = map(int, stats[i])
-        if not _SPECK * flat.size < area < _LARGEST_INSET * flat.size:
+        box = Box(x, y, x + w, y + h)
+        if not _SPECK * mask.size < area < _LARGEST_INSET * mask.size:
             continue
-        part = labels[y : y + h, x : x + w] == i
-        colours = image[y : y + h, x : x + w][part]
-        red, green, blue = np.median(colours, axis=0)
-        drawn = max(green, blue) > red + 2 * _NOISE and colours.std(axis=0).max() < _NOISE
-        if drawn and _filled(part).mean() > _STRAIGHT and hull[y : y + h, x : x + w].any():
-            boxes.append(Box(max(0, x - 1), max(0, y - 1), x + w + 1, y + h + 1))
+        inside = hull[box.slices]
+        part = _drawn(labels[box.slices] == i) & inside
+        if inside.any() and part.sum() > _STRAIGHT * inside.sum():
+            boxes.append(box)
     return boxes
 
 
-def _filled(part: np.ndarray) -> np.ndarray:
-    """A mask with its holes, such as letters, filled."""
-    contours, _ = cv2.findContours(part.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    drawn = np.zeros(part.shape, np.uint8)
-    cv2.drawContours(drawn, contours, -1, 1, cv2.FILLED)
-    return drawn.astype(bool)
-
-
-def _notches(image: np.ndarray, lit: np.ndarray, hull: np.ndarray) -> list[Box]:
-    """Rectangles of the background's colour that are cut out of the view's edge."""
+def _at_corners(image: np.ndarray, hull: np.ndarray) -> list[Box]:
+    """Rectangles of any content over a corner of the view, found by two straight edges."""
+    brightness = image.astype(np.int16)
+    edges = [np.zeros(hull.shape, bool) for _ in range(2)]
+    edges[0][:, 1:-1] = _brightest(abs(brightness[:, 2:] - brightness[:, :-2])) > _EDGE
+    edges[1][1:-1] = _brightest(abs(brightness[2:] - brightness[:-2])) > _EDGE
+    height, width = hull.shape
+    half = np.s_[: round(_HALF * height), : round(_HALF * width)]
+    least = _SHORTEST_EDGE * min(hull.shape)
     boxes = []
-    count, labels, stats, _ = cv2.connectedComponentsWithStats((hull & ~lit).astype(np.uint8))
-    for i in range(1, count):
-        x, y, w, h, area = map(int, stats[i])
-        if area < _SPECK * hull.size:
-            continue
-        rows, columns = slice(y, y + h), slice(x, x + w)
-        part = labels[rows, columns] == i
-        straight = area / hull[rows, columns].sum() > _STRAIGHT
-        if straight and image[rows, columns][part].std(axis=0).max() < _NOISE / 2:
-            boxes.append(Box(x, y, x + w, y + h))
+    for flip in (np.s_[:, :], np.s_[::-1, :], np.s_[:, ::-1], np.s_[::-1, ::-1]):
+        upright, level = (edge[flip][half] for edge in edges)
+        corner = _where_edges_meet(upright, level, hull[flip][half], least)
+        if corner is not None:
+            drawn = np.zeros(hull.shape, np.uint8)
+            drawn[flip][: corner[0], : corner[1]] = 1
+            boxes.append(_box(drawn))
     return boxes
+
+
+def _where_edges_meet(
+    upright: np.ndarray, level: np.ndarray, hull: np.ndarray, least: float
+) -> tuple[int, int] | None:
+    """Row and column, if any, to which an upright edge leads from above, a level one from the left.
+
+    Both are seen along most of their way through the hull, of at least `least` pixels.
+    """
+    shares = []
+    for edge, along in ((upright, 0), (level, 1)):
+        length = np.cumsum(hull, axis=along, dtype=np.float32)
+        seen = np.cumsum(edge & hull, axis=along, dtype=np.float32)
+        shares.append(np.where(length >= least, seen / np.maximum(length, 1), 0))
+    both = np.minimum(*shares)
+    row, column = np.unravel_index(both.argmax(), both.shape)
+    return (int(row), int(column)) if both[row, column] > _SEEN else None
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """Share of the smaller of two boxes that lies in the other."""
+    w, h = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    smaller = min((box.x1 - box.x0) * (box.y1 - box.y0) for box in (a, b))
+    return max(w, 0) * max(h, 0) / smaller
 
 
 def _scaled(box: Box, factors: np.ndarray, height: int, width: int) -> Box:
@@ -182,5 +245,6 @@ def _scaled(box: Box, factors: np.ndarray, height: int, width: int) -> Box:
 
 
 def _box(mask: np.ndarray) -> Box:
+    """Around a mask; (0, 0, 0, 0) of an empty one."""
     x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
     return Box(x, y, x + w, y + h)
