@@ -15,10 +15,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.data.rejects import BadInputError, Rejects
 
 __all__ = [
     "SourceImage",
+    "by_stem",
+    "check_name",
     "drawn_on_stored_pixels",
     "inspect_image",
     "install_image",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 _READ_RIGHTLY = ("1", "L", "RGB")
+# of EXIF orientations, to the left, after mirroring where they do
+_QUARTER_TURNS = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -40,7 +44,7 @@ class SourceImage:
         path: the file.
         width, height: pixels as Detectron2 reads it, EXIF orientation applied.
         orientation: EXIF orientation, 1 (upright) to 8.
-        mode: Pillow's mode, e.g. "RGB", "I;16", "CMYK".
+        mode: Pillow's mode, e.g. "RGB", "I;16", "CMYK"; or "DICOM".
         needs_conversion: whether Detectron2 could misread the file.
         sha256: of the file's bytes.
     """
@@ -69,14 +73,33 @@ def list_files(folder: Path) -> list[Path]:
     )
 
 
+def by_stem(folder: Path, rejects: Rejects) -> dict[str, Path]:
+    """Files by their path in `folder` without suffix, since image and mask may differ in it."""
+    files: dict[str, Path] = {}
+    for path in list_files(folder):
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        with rejects.catch():
+            if stem in files:
+                raise BadInputError(
+                    path, f"duplicate: same name as {files[stem]} but for the suffix"
+                )
+            files[stem] = path
+    return files
+
+
+def check_name(file_name: object, source: Path) -> None:
+    """Raises BadInputError, blaming `source`, if it can be the name of no file."""
+    if not isinstance(file_name, str) or not file_name.strip("./\\") or "\0" in file_name:
+        raise BadInputError(source, f"file_name {file_name!r} is no file name")
+
+
 def path_inside(folder: Path, file_name: object, source: Path) -> Path:
     """`folder` / `file_name`, refused if that leads outside the folder.
 
     Raises:
         BadInputError: it does, or is no name at all; `source`, which names the file, is blamed.
     """
-    if not isinstance(file_name, str) or not file_name:
-        raise BadInputError(source, f"file_name {file_name!r} is no file name")
+    check_name(file_name, source)
     relative = PurePosixPath(file_name)
     if relative.is_absolute() or ".." in relative.parts or Path(file_name).drive:
         raise BadInputError(source, f"file_name {file_name!r} leads outside {folder}")
@@ -90,13 +113,14 @@ def inspect_image(path: Path) -> SourceImage:
         BadInputError: missing, unreadable, truncated, or without a clear meaning as RGB.
     """
     image, orientation, sha256 = _decode(path)
-    needs_conversion = image.mode not in _READ_RIGHTLY or image.has_transparency_data
+    mode = "DICOM" if image.format == "DICOM" else image.mode
+    needs_conversion = mode not in _READ_RIGHTLY or image.has_transparency_data
     if needs_conversion:
         _to_rgb(image, path)  # to fail now if at all
     width, height = image.size
     if orientation in _SIDEWAYS:
         width, height = height, width
-    return SourceImage(path, width, height, orientation, image.mode, needs_conversion, sha256)
+    return SourceImage(path, width, height, orientation, mode, needs_conversion, sha256)
 
 
 def install_image(image: SourceImage, folder: Path, file_name: str) -> None:
@@ -148,6 +172,30 @@ def read_mask(path: Path) -> np.ndarray:
     return np.asarray(_turn(image.convert("L"), orientation)) >= 128
 
 
+def read_values(path: Path) -> tuple[np.ndarray, bool]:
+    """Reads a mask image whose pixels hold numbers, as shown: its EXIF orientation applied.
+
+    Returns:
+        (H, W) integers or bool, of a palette image its indices; and whether the file's format
+        changes numbers (JPEG).
+
+    Raises:
+        BadInputError: missing, unreadable, truncated, in colour or with fractions.
+    """
+    image, orientation, _ = _decode(path)
+    values = np.asarray(image)
+    if values.ndim == 3:
+        colours = values[..., : 3 if image.mode in ("RGB", "RGBA") else 1]
+        if not (colours == colours[..., :1]).all():
+            raise BadInputError(
+                path, "is in colour: save it with one channel that holds numbers, or with a palette"
+            )
+        values = colours[..., 0]
+    if values.dtype.kind not in "biu" or values.min() < 0:
+        raise BadInputError(path, "its pixels are no whole numbers from 0 on")
+    return orient(values, orientation), image.format == "JPEG"
+
+
 def drawn_on_stored_pixels(image: SourceImage, width: int, height: int) -> bool:
     """Whether annotations of a `width` x `height` frame need `orient` to fit the image as read.
 
@@ -166,9 +214,11 @@ def drawn_on_stored_pixels(image: SourceImage, width: int, height: int) -> bool:
     )
 
 
-def orient(mask: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns an (H, W) bool mask, drawn on the stored pixels, as EXIF orientation 1..8 shows it."""
-    return np.asarray(_turn(Image.fromarray(mask.astype(np.uint8)), orientation)).astype(bool)
+def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns (H, W) stored pixels of any type, a mask's say, as EXIF orientation 1..8 shows them."""
+    if orientation in (2, 4, 5, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(np.rot90(pixels, _QUARTER_TURNS.get(orientation, 0)))
 
 
 def _decode(path: Path) -> tuple[Image.Image, int, str]:
@@ -177,13 +227,26 @@ def _decode(path: Path) -> tuple[Image.Image, int, str]:
         data = path.read_bytes()
     except OSError as error:
         raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if is_dicom(path):
+        return _read_dicom(path), 1, sha256
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadInputError(path, f"is no readable image ({error})") from error
-    return image, orientation, hashlib.sha256(data).hexdigest()
+    return image, orientation, sha256
+
+
+def _read_dicom(path: Path) -> Image.Image:
+    try:
+        image = Image.fromarray(read_still(path))
+    except ModuleNotFoundError as error:
+        reason = f"is a DICOM file, which needs {error.name}: pip install -e '.[deploy]'"
+        raise BadInputError(path, reason) from error
+    image.format = "DICOM"
+    return image
 
 
 def _turn(image: Image.Image, orientation: int) -> Image.Image:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from imrcnn_d2.data.images import (
     SourceImage,
+    by_stem,
     drawn_on_stored_pixels,
     inspect_image,
     list_files,
@@ -57,8 +58,8 @@ def read_kvasir_seg(
 def _samples(
     root: Path, rejects: Rejects, negatives: Path | None, min_area: int, notes: list[str]
 ) -> Iterator[Sample]:
-    images = _by_stem(root / "images", rejects)
-    masks = _by_stem(root / "masks", rejects)
+    images = by_stem(root / "images", rejects)
+    masks = by_stem(root / "masks", rejects)
     healthy = [] if negatives is None else list_files(negatives)
     for stem in sorted(masks.keys() - images.keys()):
         with rejects.catch():
@@ -86,20 +87,6 @@ def _samples(
     notes.append(f"{num_specks} specks of fewer than {min_area} pixels left out of the masks")
     if boxes:
         notes.append(f"{num_compared} images compared with the bounding-box file")
-
-
-def _by_stem(folder: Path, rejects: Rejects) -> dict[str, Path]:
-    """Files by their path in `folder` without suffix, since image and mask may differ in it."""
-    files: dict[str, Path] = {}
-    for path in list_files(folder):
-        stem = path.relative_to(folder).with_suffix("").as_posix()
-        with rejects.catch():
-            if stem in files:
-                raise BadInputError(
-                    path, f"duplicate: same name as {files[stem]} but for the suffix"
-                )
-            files[stem] = path
-    return files
 
 
 def _annotations(

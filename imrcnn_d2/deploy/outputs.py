@@ -6,11 +6,10 @@ import os
 from collections import Counter
 from pathlib import PurePosixPath
 
-import cv2
-import pycocotools.mask as mask_util
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from imrcnn_d2.data.labelme import labelme_document
 from imrcnn_d2.evaluation.files import write_atomically
 
 from .overlay import draw_overlay
@@ -21,10 +20,6 @@ __all__ = ["OUTPUTS", "InputOutputs", "OutputFolder", "footer"]
 
 OUTPUTS = ("overlays", "masks", "labelme")
 JPEG_QUALITY = 92
-LABELME_VERSION = "5.5.0"  # of the format
-# That a LabelMe polygon may be off, to have fewer points to move by hand: pixels, and share of its
-# length.
-CLOSENESS = 1.0, 0.005
 
 
 def footer(about):
@@ -153,17 +148,17 @@ class InputOutputs:
             write_atomically(path.with_suffix(".png"), self._png(frame.image))
             image_path = path.with_suffix(".png").name
         height, width = frame.image.shape[:2]
+        # the class of a whole image is a flag
         flags = {to.classes[a["category_id"] - 1]: True for a in shown if "probabilities" in a}
-        document = {
-            "version": LABELME_VERSION,
-            "flags": flags,
-            "shapes": [shape for a in shown for shape in _shapes(a, to.classes)],
-            "imagePath": image_path,
-            "imageData": None,
-            "imageHeight": height,
-            "imageWidth": width,
-            "predicted_by": to.about,
-        }
+        document = labelme_document(
+            shown,
+            dict(enumerate(to.classes, start=1)),
+            image_path,
+            height,
+            width,
+            fields={**flags, "predicted_by": to.about},
+            fill_holes=True,  # a mask has no points to correct
+        )
         write_atomically(path, json.dumps(document, indent=2) + "\n")
 
     def _png(self, image):
@@ -176,35 +171,3 @@ def _encoded(image, image_format, **options):
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, image_format, **options)
     return stream.getvalue()
-
-
-def _shapes(annotation, classes):
-    """
-    Polygons of a detection, or its box where it has no mask; of a recognition model's class none.
-    Holes are filled, as LabelMe knows none.
-    """
-    if "bbox" not in annotation:
-        return
-    shape = {
-        "label": classes[annotation["category_id"] - 1],
-        "group_id": None,
-        "description": f"score {annotation['score']:.4f}",
-        "flags": {},
-    }
-    if "segmentation" not in annotation:
-        x, y, width, height = annotation["bbox"]
-        points = [[x, y], [x + width, y + height]]
-        yield {**shape, "points": points, "shape_type": "rectangle"}
-        return
-    mask = mask_util.decode(annotation["segmentation"])
-    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    for contour in contours:
-        pixels, share = CLOSENESS
-        closeness = min(pixels, share * cv2.arcLength(contour, closed=True))
-        points = cv2.approxPolyDP(contour, closeness, closed=True)[:, 0]
-        if len(points) < 3:  # LabelMe draws no lines
-            x, y = contour[:, 0].min(axis=0)
-            right, bottom = contour[:, 0].max(axis=0) + 1
-            points = [(x, y), (right, y), (right, bottom), (x, bottom)]
-        points = [[float(x), float(y)] for x, y in points]
-        yield {**shape, "points": points, "shape_type": "polygon"}

@@ -1,0 +1,44 @@
+"""Reading JSON that others wrote: anything wrong with the file is bad input, whatever it is."""
+
+import json
+import math
+from pathlib import Path
+
+from imrcnn_d2.data.rejects import BadInputError
+
+__all__ = ["read_json"]
+
+
+def read_json(path: Path) -> object:
+    """Reads strict JSON in UTF-8, with or without a byte order mark.
+
+    Raises:
+        BadInputError: cannot be opened, is no JSON, or holds what cannot be written again: NaN,
+            infinite numbers, broken text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except OSError as error:
+        raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
+    except ValueError as error:
+        raise BadInputError(path, f"is no JSON ({error})") from error
+    except RecursionError as error:
+        raise BadInputError(path, "is nested too deeply to be read") from error
+    if "\\u" in text:  # JSON can spell halves of a character, which no file can hold
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise BadInputError(path, f"is no JSON (broken text: {error.reason})") from error
+    return content
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value, write null or leave the field out")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text} is out of range")
+    return value
