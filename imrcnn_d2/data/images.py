@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from imrcnn_d2.data.dicom import is_dicom, read_still
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 
 __all__ = [

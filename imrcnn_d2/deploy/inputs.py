@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from imrcnn_d2.data.dicom import is_dicom
 from imrcnn_d2.data.images import list_files, read_image
 
-from .dicom import is_dicom, read_dicom
+from .dicom import read_dicom
 from .video import Frame, decode_video
 
 __all__ = ["Source", "find_inputs", "read_frames"]

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from pydicom.uid import JPEGBaseline8Bit, generate_uid
 
+from imrcnn_d2.data.dicom import is_dicom
 from imrcnn_d2.data.rejects import BadInputError
-from imrcnn_d2.deploy.dicom import is_dicom, may_show_patient, public_name, read_dicom
+from imrcnn_d2.deploy.dicom import may_show_patient, public_name, read_dicom
 from imrcnn_d2.deploy.video import VideoWriter
 
 from .conftest import picture

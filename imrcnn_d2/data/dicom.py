@@ -1,0 +1,99 @@
+"""DICOM files as RGB images of 8 bits."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imrcnn_d2.data.rejects import BadInputError
+
+__all__ = ["is_dicom", "iter_rgb", "read_header", "read_still"]
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether it has DICOM's mark behind the preamble, whatever its name."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def read_header(path: Path, **how) -> Any:
+    """The elements before the pixels; what of them with `how`, see `pydicom.dcmread`.
+
+    Raises:
+        BadInputError: it is no readable DICOM file.
+        ModuleNotFoundError: pydicom, of the extra [deploy], is not there.
+    """
+    import pydicom
+
+    try:
+        return pydicom.dcmread(path, **{"stop_before_pixels": True, **how})
+    except Exception as error:  # pydicom raises nearly anything on damaged files
+        raise BadInputError(path, f"is no readable DICOM file ({error})") from error
+
+
+def read_still(path: Path) -> np.ndarray:
+    """The image of a DICOM file that holds one.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        BadInputError: it cannot be read, holds a video or several frames.
+    """
+    frames = list(itertools.islice(iter_rgb(path, read_header(path)), 2))
+    if len(frames) != 1:
+        raise BadInputError(
+            path, f"holds {len(frames) or 'no'} or more frames; save each in a file"
+        )
+    return frames[0]
+
+
+def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
+    """Yields the frames of a still or a sequence of stills, (H, W, 3) uint8 RGB as to be shown.
+
+    Raises:
+        BadInputError: a file without pixels, or of a compression that cannot be undone here, such
+            as that of a video; the error says what to install.
+    """
+    from pydicom.pixels import iter_pixels
+
+    if "Rows" not in header or "Columns" not in header:
+        raise BadInputError(path, "is a DICOM file without an image")
+    try:
+        for pixels in iter_pixels(path):
+            yield _to_rgb(pixels, header, path)
+    except BadInputError:
+        raise
+    except Exception as error:  # as above; of decoders that are missing too
+        raise BadInputError(path, f"its pixels cannot be read ({error})") from error
+
+
+def _to_rgb(pixels: np.ndarray, header: Any, path: Path) -> np.ndarray:
+    """A frame as it is to be shown, with 8 bits."""
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
+
+    kind = str(header.get("PhotometricInterpretation", ""))
+    bits = int(header.get("BitsStored") or 8)
+    if kind == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, header)
+        bits = 8 * pixels.dtype.itemsize
+    if pixels.ndim == 3:
+        if pixels.shape[2] != 3:
+            raise BadInputError(path, f"has {pixels.shape[2]} channels, so no clear colours")
+        return (pixels >> bits - 8 if bits > 8 else pixels).astype(np.uint8)
+    if not kind.startswith("MONOCHROME"):
+        raise BadInputError(path, f"is of photometric interpretation {kind!r}, which is not known")
+    values = apply_modality_lut(pixels, header)
+    windowed = apply_voi_lut(values, header).astype(float)
+    # The values that black and white have: windows are scaled to what the bits can hold.
+    lowest = -(2 ** (bits - 1)) if header.get("PixelRepresentation") else 0
+    black, white = apply_modality_lut(np.array([lowest, lowest + 2**bits - 1]), header).tolist()
+    gray = np.clip((windowed - black) / ((white - black) or 1), 0, 1)
+    if kind == "MONOCHROME1":
+        gray = 1 - gray
+    return np.repeat(np.rint(255 * gray).astype(np.uint8)[:, :, None], 3, axis=2)
