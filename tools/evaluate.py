@@ -4,6 +4,7 @@
     tools/evaluate.py --gt annotations/test.json --dt predictions.json --output scores/
     tools/evaluate.py --recognition --gt annotations/test.json --dt probabilities.json --output ...
     tools/evaluate.py --gt test.json --dt test_dt.json --tau-from val.json val_dt.json --output ...
+    tools/evaluate.py --gt test.json --dt test_dt.json --by centre --by size_mm:5,10,20 --output ...
 
 prints the figures with their 95 % intervals, in percent but for counts and fp_per_image (n/a is
 undefined), and writes metrics.json, tables (CSV) and pictures (PNG). Masks are PNGs named as their
@@ -26,11 +27,13 @@ from imrcnn_d2.evaluation.files import (
     write_atomically,
     write_results,
 )
+from imrcnn_d2.evaluation.groups import parse_by, with_groups
 from imrcnn_d2.evaluation.operating_point import choose_operating_point
 from imrcnn_d2.evaluation.recognition_files import RECOGNITION_RESULTS, write_recognition
 from imrcnn_d2.evaluation.test_log import log_test_evaluation
 from imrcnn_d2.report.contact_sheet import draw_contact_sheet
 from imrcnn_d2.report.figures import draw_figures
+from imrcnn_d2.report.groups import groups_table
 from imrcnn_d2.report.recognition_figures import draw_recognition_figures
 from imrcnn_d2.report.tables import figures_table
 
@@ -39,6 +42,8 @@ def main(argv=None):
     parser = argument_parser()
     args = parser.parse_args(argv)
     if args.recognition:
+        if args.by:
+            parser.error("--by is for lesions; --recognition has no groups")
         try:
             score_recognition(args)
         except (OSError, ValueError) as error:
@@ -46,14 +51,15 @@ def main(argv=None):
         return
     how = {"iou_threshold": args.iou, "iou_type": args.iou_type}
     try:
+        bys = [parse_by(text) for text in args.by]
         known = sources(args.gt, args.dt, args.images)
         point = operating_point(args, how, known["gt_sha256"]) if args.tau_from else None
         bootstrap = None
         if args.resamples:
             bootstrap = Bootstrap(args.resamples, args.seed, all_coco=args.ci_all)
-        results = evaluate_lesions(
-            args.gt, args.dt, tau=args.tau, operating_point=point, bootstrap=bootstrap, **how
-        )
+        resampled = {"operating_point": point, "bootstrap": bootstrap}
+        results = evaluate_lesions(args.gt, args.dt, tau=args.tau, **resampled, **how)
+        results = with_groups(results, bys, **resampled)
         detections = coco_results(results.detections, results.ground_truth)
         write_atomically(args.output / RESULTS, json.dumps(detections))
         paths = [*write_results(results, args.output, **known).values(), args.output / RESULTS]
@@ -129,6 +135,15 @@ def argument_parser():
         "--ci-all", action="store_true", help="intervals of COCO's AP, AP75, APs, APm, APl too"
     )
     parser.add_argument(
+        "--by",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="figures for each value of a field of the images or of the annotations, such as "
+        "centre; of numbers with the limits of bins, such as size_mm:5,10,20, or centre:each; may "
+        "be given several times",
+    )
+    parser.add_argument(
         "--images", type=Path, help="folder that file_name is relative to, for a contact sheet"
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
@@ -159,6 +174,8 @@ def report(results):
         intervals = {name: results.intervals.get(f"tau_val.{name}") for name in names}
         print("Score ≥ {tau:g} (tau_val), chosen on {dataset} by {rule}:".format(**results.tau_val))
         print(figures_table({name: results.tau_val[name] for name in names}, intervals), end="\n\n")
+    for column in results.by_group:
+        print(f"By {column}:\n{groups_table(results, column)}\n")
     if not scored:
         return
     calibration = {name: results.calibration[name] for name in ("ece", "brier")}

@@ -58,6 +58,7 @@ def write_results(results, folder, **meta):
     - ``calibration.csv``: a row for each bin of scores.
     - ``thresholds.csv``: a row for each threshold from 0.05 to 0.95: figures of lesions and images.
     - ``by_size.csv``: a row a stratum, with intervals; ``confusion_matrix.csv``: rows are truth.
+    - ``by_group.csv``, where the results have groups: a row a figure of a group.
 
     Args:
         results (LesionResults):
@@ -83,6 +84,8 @@ def write_results(results, folder, **meta):
     if measures.unit == "patient":
         rows = patient_rows(gt, results.counts, results.detections.scored)
         tables["per_patient.csv"] = (rows, ["patient_id"])
+    if results.by_group:
+        tables["by_group.csv"] = (_group_rows(results.by_group), ["column"])
     texts = {"metrics.json": strict_json(document)}
     texts.update({name: csv_text(*table) for name, table in tables.items()})
     paths = {name: folder / name for name in texts}
@@ -117,8 +120,22 @@ def _document(results):
         document["by_class"] = {
             name: own(figures, f"by_class.{name}") for name, figures in results.by_class.items()
         }
+    if results.by_group:
+        document["by_group"] = {
+            column: {"level": grouped.level, "groups": dict(_group_documents(grouped))}
+            for column, grouped in results.by_group.items()
+        }
     document["undefined_shares"] = results.undefined_shares
     return document
+
+
+def _group_documents(grouped):
+    for name, group in grouped.groups.items():
+        figures = {
+            level: with_intervals(own, group.intervals.get(level, {}))
+            for level, own in group.figures.items()
+        }
+        yield name, {"n": group.n, **figures, "undefined_shares": group.undefined_shares}
 
 
 def with_intervals(figures, intervals):
@@ -161,6 +178,19 @@ def _size_rows(results):
                 if name in intervals:
                     row[f"{name}_low"], row[f"{name}_high"] = intervals[name]
             rows.append(row)
+    return rows
+
+
+def _group_rows(by_group):
+    rows = []
+    for column, grouped in by_group.items():
+        for name, group in grouped.groups.items():
+            about = {"column": column, "of": grouped.level, "group": name, **group.n}
+            for level, figures in group.figures.items():
+                for figure, value in figures.items():
+                    low, high = group.intervals.get(level, {}).get(figure, (math.nan,) * 2)
+                    own = {"level": level, "figure": figure, "value": value}
+                    rows.append({**about, **own, "low": low, "high": high})
     return rows
 
 

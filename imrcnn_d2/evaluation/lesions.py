@@ -69,6 +69,7 @@ class LesionResults:
             "tau_val.image" and "tau_val.patient".
         undefined_shares (dict[str, float]): "group.figure" -> share in (0, 1] of the resamples in
             which it is undefined, where there are any.
+        by_group (dict[str, GroupedFigures]): by column, see :func:`with_groups`; empty without.
 
     All figures are in percent but for counts and fp_per_image; undefined ones are NaN.
     """
@@ -96,6 +97,7 @@ class LesionResults:
     measures: Measures
     intervals: dict = field(default_factory=dict)
     undefined_shares: dict = field(default_factory=dict)
+    by_group: dict = field(default_factory=dict)
 
     def groups(self):
         """dict[str, dict[str, float]]: the groups of figures, in the order of a report."""
@@ -167,8 +169,8 @@ def evaluate_lesions(
     lesion-free if it has no lesion of any class, and its score is that of any class.
 
     Args:
-        gt (dict, COCO, str or Path): see :func:`read_ground_truth`.
-        results (list[dict], dict, str or Path): see :func:`read_results`.
+        gt (dict, COCO, str, Path or GroundTruth): see :func:`read_ground_truth`.
+        results (list[dict], dict, str, Path or Detections): see :func:`read_results`.
         tau (float): score from which on a detection counts in ``lesion``, ``image`` and
             ``patient``. It plays no part in AP, the curves, BEP and AUROC.
         operating_point (OperatingPoint or None): a second threshold, chosen on another data set,

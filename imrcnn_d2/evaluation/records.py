@@ -27,6 +27,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# What an annotation says of its place, which Regions has.
+_REGION = ("segmentation", "bbox")
+
 
 @dataclass(frozen=True, eq=False)
 class Regions:
@@ -48,6 +51,20 @@ class Regions:
     def __len__(self):
         return len(self.image)
 
+    def of_images(self, positions):
+        """
+        Args:
+            positions (np.ndarray): (I,) int, images, ascending.
+
+        Returns:
+            tuple: the (N,) int positions of the regions in these images; and Regions, of these
+            alone, in images that are numbered by their place in ``positions``.
+        """
+        rows = np.flatnonzero(np.isin(self.image, positions))
+        image = np.searchsorted(positions, self.image[rows])
+        masks = None if self.masks is None else [self.masks[row] for row in rows]
+        return rows, Regions(image, self.category[rows], self.boxes[rows], masks)
+
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
@@ -56,6 +73,7 @@ class GroundTruth:
         images (list[dict]): the COCO image records, by ascending id, with all their fields.
         categories (list[dict]): the COCO category records, by ascending id.
         regions (Regions): the N annotations.
+        annotations (list[dict]): fields of the N annotation records, without box and mask.
         crowd (np.ndarray): (N,) bool, COCO's ``iscrowd``.
         area (np.ndarray): (N,) float in pixels, COCO's ``area``: decides small, medium or large.
     """
@@ -63,6 +81,7 @@ class GroundTruth:
     images: list
     categories: list
     regions: Regions
+    annotations: list
     crowd: np.ndarray
     area: np.ndarray
 
@@ -102,9 +121,9 @@ def mask_areas(masks):
 def read_ground_truth(gt):
     """
     Args:
-        gt (dict, pycocotools.coco.COCO, str or Path): COCO instance annotations. Masks are RLE
-            (compressed or not) or polygons. ``iscrowd``, ``area`` and one of ``bbox`` and
-            ``segmentation`` may be missing.
+        gt (dict, pycocotools.coco.COCO, str, Path or GroundTruth): COCO instance annotations, or
+            what was read already. Masks are RLE (compressed or not) or polygons. ``iscrowd``,
+            ``area`` and one of ``bbox`` and ``segmentation`` may be missing.
 
     Returns:
         GroundTruth: its ``regions.masks`` is None unless every annotation has a mask.
@@ -114,6 +133,8 @@ def read_ground_truth(gt):
             unknown image or category, masks of another size than their image, and annotations with
             neither box nor mask.
     """
+    if isinstance(gt, GroundTruth):
+        return gt
     dataset = _load(gt)
     for key in ("images", "categories", "annotations"):
         if key not in dataset:
@@ -134,7 +155,8 @@ def read_ground_truth(gt):
     if regions.masks:
         outline = mask_areas(regions.masks)
     area = np.array([a.get("area", o) for a, o in zip(annotations, outline, strict=True)], float)
-    return GroundTruth(images, categories, regions, crowd, area)
+    fields = [{k: v for k, v in a.items() if k not in _REGION} for a in annotations]
+    return GroundTruth(images, categories, regions, fields, crowd, area)
 
 
 def read_results(results, gt):
@@ -146,7 +168,8 @@ def read_results(results, gt):
             ``images`` and ``categories`` are matched with those of the ground truth by
             ``file_name`` and ``name``, since its ids may have been given independently. Or a folder
             of masks, see :func:`read_mask_folder`. Where every ``score`` is null, as
-            :func:`coco_results` has it for such a folder, the results know no scores.
+            :func:`coco_results` has it for such a folder, the results know no scores. What was read
+            already stays as it is.
         gt (GroundTruth): what the results are for.
 
     Returns:
@@ -157,6 +180,8 @@ def read_results(results, gt):
             negative score, masks of another size than their image, and results with neither box
             nor mask.
     """
+    if isinstance(results, Detections):
+        return results
     is_folder = isinstance(results, str | Path) and Path(results).is_dir()
     results = read_mask_folder(results, gt) if is_folder else _load(results)
     if isinstance(results, dict):

@@ -5,7 +5,15 @@ import numpy as np
 from .counting import counter
 from .metrics import lesion_figures, lesion_proportions
 
-__all__ = ["SHARES", "SIZES", "by_class", "by_size", "size_figures", "size_proportions"]
+__all__ = [
+    "SHARES",
+    "SIZES",
+    "by_class",
+    "by_size",
+    "by_stratum",
+    "size_figures",
+    "size_proportions",
+]
 
 # Name and lower limit of each stratum; the next one's is the upper limit, and not in it.
 # Share of the image in percent:
@@ -36,15 +44,34 @@ def by_size(gt, detections, groups, matching, counted):
     scales = {"share_of_image": (share, SHARES), "coco": (gt.area, SIZES)}
     if np.isnan(share[~gt.crowd]).any():
         del scales["share_of_image"]
+    return {
+        scale: by_stratum(
+            *(gt, detections, groups, matching, counted),
+            np.searchsorted(list(limits.values()), size, side="right") - 1,
+            list(limits),
+        )
+        for scale, (size, limits) in scales.items()
+    }
+
+
+def by_stratum(gt, detections, groups, matching, counted, stratum, names):
+    """
+    Lesions by whatever tells them apart, with the detections that hit them.
+
+    Args:
+        gt, detections, groups, matching, counted: as of :func:`by_size`; R regions.
+        stratum (np.ndarray): (R,) int, place in ``names`` of each.
+        names (list[str]): of the strata.
+
+    Returns:
+        dict[str, UnitCounts]: per image, by name.
+    """
     count = counter(gt, detections, groups, matching)
     strata = {}
-    for scale, (size, limits) in scales.items():
-        stratum = np.searchsorted(list(limits.values()), size, side="right") - 1
-        strata[scale] = {}
-        for number, name in enumerate(limits):
-            lesions = ~gt.crowd & (stratum == number)
-            hits = counted & matching.hit & np.append(lesions, False)[matching.gt]
-            strata[scale][name] = count(lesions, hits)
+    for number, name in enumerate(names):
+        lesions = ~gt.crowd & (stratum == number)
+        hits = counted & matching.hit & np.append(lesions, False)[matching.gt]
+        strata[name] = count(lesions, hits)
     return strata
 
 

@@ -1,10 +1,12 @@
 """The curves and matrices of one evaluation, each as a PNG."""
 
+import re
 from pathlib import Path
 
 from .calibration import draw_calibration
 from .confusion_matrix import draw_confusion_matrix
 from .froc import draw_froc
+from .groups import draw_groups
 from .pr_curve import draw_pr_curves
 from .thresholds import draw_thresholds
 
@@ -14,7 +16,8 @@ __all__ = ["draw_figures"]
 def draw_figures(results, folder):
     """
     Draw ``confusion_matrix.png`` and, where the results know scores, ``pr_curve.png`` (a curve for
-    each class), ``froc.png``, ``calibration.png`` and ``thresholds.png``.
+    each class), ``froc.png``, ``calibration.png`` and ``thresholds.png``; ``by_COLUMN.png`` for
+    each column that they are grouped by.
 
     Args:
         results (LesionResults):
@@ -43,4 +46,7 @@ def draw_figures(results, folder):
         paths += [folder / f"{name}.png" for name in ("pr_curve", "froc", "calibration")]
         paths.append(folder / "thresholds.png")
     draw_confusion_matrix(matrix, paths[0])
+    for column in results.by_group:
+        paths.append(folder / f"by_{re.sub('[^A-Za-z0-9.-]', '_', column)}.png")
+        draw_groups(results, column, paths[-1])
     return paths

@@ -34,7 +34,7 @@ def matched_overlaps(iou, crowd, threshold):
         return Regions(*(np.zeros(number, int) for _ in "ab"), np.zeros((number, 4)), None)
 
     rows, columns = np.shape(iou)
-    gt = GroundTruth([], [], regions(columns), crowd, np.zeros(columns))
+    gt = GroundTruth([], [], regions(columns), [], crowd, np.zeros(columns))
     detections = Detections(regions(rows), np.zeros(rows))
     dt, truth = (index.ravel() for index in np.indices((rows, columns)))
     pairs = Overlaps(dt, truth, np.ravel(iou), np.arange(rows))

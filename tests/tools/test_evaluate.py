@@ -215,3 +215,27 @@ def test_bad_input_is_named_and_writes_nothing(case, tmp_path, capsys):
         run(tmp_path / "nowhere.json", dt, tmp_path / "out")
     assert "nowhere.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_by_columns(case, tmp_path, capsys):
+    gt, dt = case
+    content = json.loads(gt.read_text())
+    for image, centre in zip(content["images"], "AAB", strict=True):
+        image["centre"] = centre
+    for annotation, size in zip(content["annotations"], (4, 12), strict=True):
+        annotation["size_mm"] = size
+    gt.write_text(json.dumps(content))
+    metrics = run(gt, dt, tmp_path / "out", "--by", "centre", "--by", "size_mm:5,10")
+    printed = capsys.readouterr().out
+    assert metrics["by_group"]["centre"]["groups"]["A"]["lesion"]["recall"] == 50
+    assert metrics["by_group"]["centre"]["groups"]["B"]["lesion"]["recall"] is None
+    sizes = metrics["by_group"]["size_mm"]["groups"]
+    assert {name: own["lesion"]["recall"] for name, own in sizes.items()} == {"<5": 100, ">=10": 0}
+    assert "By centre:\n|" in printed and "| all " in printed
+    for name in ("by_group.csv", "by_centre.png", "by_size_mm.png"):
+        assert (tmp_path / "out" / name).stat().st_size and name in printed
+    for wrong, message in (("size_mm", "give the limits of bins"), ("x", "No image and no")):
+        with pytest.raises(SystemExit):
+            run(gt, dt, tmp_path / "wrong", "--by", wrong)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
