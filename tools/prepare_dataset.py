@@ -3,6 +3,9 @@
 
 python tools/prepare_dataset.py kvasir-seg --root DIR --out datasets/kvasir_seg
 python tools/prepare_dataset.py coco --annotations FILE --images DIR --out datasets/egc
+python tools/prepare_dataset.py masks --images DIR --masks DIR --out datasets/egc
+python tools/prepare_dataset.py labelme --root DIR --out datasets/egc
+python tools/prepare_dataset.py cvat --annotations FILE --images DIR --out datasets/egc
 python tools/prepare_dataset.py classification --root DIR --out datasets/gastric_recognition
 python tools/prepare_dataset.py lesion-free --root DIR --out datasets/lesion_free
 python tools/prepare_dataset.py synthetic --num-images 160 --size 256 --out datasets/synthetic
@@ -14,7 +17,16 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from imrcnn_d2.data import classification, coco, kvasir_seg, lesion_free, synthetic
+from imrcnn_d2.data import (
+    classification,
+    coco,
+    cvat,
+    kvasir_seg,
+    labelme,
+    lesion_free,
+    mask_folder,
+    synthetic,
+)
 from imrcnn_d2.data.metadata import read_metadata, with_metadata
 from imrcnn_d2.data.patients import (
     patients_from_dicom,
@@ -117,6 +129,61 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--annotations", type=Path, required=True, help="COCO instance JSON")
     own.add_argument("--images", type=Path, required=True, help="folder of the file_name entries")
 
+    outlined = argparse.ArgumentParser(add_help=False)
+    outlined.add_argument(
+        "--negatives", type=Path, metavar="DIR", help="folder of images without a lesion to add"
+    )
+    outlined.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="LABEL",
+        help="the classes in their order (default: those found, sorted; of masks that name none, "
+        "lesion)",
+    )
+
+    masks = commands.add_parser(
+        "masks", parents=[common, outlined], help="own data: mask images, of four kinds"
+    )
+    masks.add_argument("--images", type=Path, required=True, help="folder of images")
+    masks.add_argument("--masks", type=Path, required=True, help="folder of masks, named alike")
+    masks.add_argument(
+        "--kind",
+        choices=mask_folder.KINDS,
+        default="binary",
+        help="binary (default): white is lesion, each connected part an instance; classes: pixels "
+        "number the class; instances: pixels number the instance; files: a file for each instance, "
+        "NAME_1.png or NAME/1.png, perhaps with its class, NAME_polyp_1.png",
+    )
+    masks.add_argument(
+        "--suffix", default="", metavar="TEXT", help="of the masks' names, e.g. _segmentation"
+    )
+    masks.add_argument(
+        "--min-area",
+        type=int,
+        default=kvasir_seg.MIN_AREA,
+        help="smaller parts of a mask, in pixels, are dropped as specks (default %(default)s)",
+    )
+
+    by_labelme = commands.add_parser(
+        "labelme", parents=[common, outlined], help="own data: LabelMe's JSON files"
+    )
+    by_labelme.add_argument("--root", type=Path, required=True, help="folder of the JSON files")
+    by_labelme.add_argument(
+        "--images",
+        type=Path,
+        help="folder of images, laid out as --root is (default: below --root, where each file says)",
+    )
+
+    by_cvat = commands.add_parser(
+        "cvat", parents=[common, outlined], help="own data: CVAT's XML for images or video, 1.1"
+    )
+    by_cvat.add_argument(
+        "--annotations", type=Path, nargs="+", required=True, help="XML of one or several tasks"
+    )
+    by_cvat.add_argument(
+        "--images", type=Path, required=True, help="folder of the images or of the video's frames"
+    )
+
     labelled = commands.add_parser(
         "classification", parents=[common], help="images with a class each: folders or a CSV"
     )
@@ -199,7 +266,22 @@ def _read(args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
         return coco.read_coco(args.annotations, args.images, rejects)
     if args.command == "lesion-free":
         return lesion_free.read_lesion_free(args.root, rejects)
-    return synthetic.generate(scratch, args.num_images, args.size, args.seed)
+    if args.command == "synthetic":
+        return synthetic.generate(scratch, args.num_images, args.size, args.seed)
+    source = _read_outlined(args, rejects, scratch)
+    if args.negatives is not None:
+        source = lesion_free.with_lesion_free(source, args.negatives, rejects)
+    return source
+
+
+def _read_outlined(args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+    """What was drawn in an annotation tool."""
+    if args.command == "labelme":
+        return labelme.read_labelme(args.root, rejects, scratch, args.images, args.classes)
+    if args.command == "cvat":
+        return cvat.read_cvat(args.annotations, args.images, rejects, args.classes)
+    how = {"classes": args.classes, "suffix": args.suffix, "min_area": args.min_area}
+    return mask_folder.read_mask_folder(args.images, args.masks, rejects, args.kind, **how)
 
 
 def _described(source: Source, args: argparse.Namespace, rejects: Rejects) -> Source:

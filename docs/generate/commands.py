@@ -14,6 +14,7 @@ and thresholds, which lie between 0 and 1.
 # As a user meets them; what is new comes last.
 ORDER = (
     "prepare_dataset",
+    "export_annotations",
     "train_net",
     "lazyconfig_train_net",
     "evaluate",

@@ -106,12 +106,10 @@ def _number(text: str | None) -> float:
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
-def attributes_of(annotation: Mapping) -> dict[str, str]:
-    """CVAT attributes of a COCO annotation: its further fields as text."""
-    fields = further_fields(annotation, (*ANNOTATION_FIELDS, "occluded"))
-    if annotation.get("iscrowd"):
-        fields["iscrowd"] = True
-    return {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in fields.items()}
+def attributes_of(annotation: Mapping) -> dict:
+    """CVAT attributes of a COCO annotation: its further fields, and ``iscrowd`` where it is one."""
+    crowd = {"iscrowd": True} if annotation.get("iscrowd") else {}
+    return {**further_fields(annotation, (*ANNOTATION_FIELDS, "occluded")), **crowd}
 
 
 def draw(annotation: Mapping, height: int, width: int, group: int) -> list[tuple[str, dict]]:

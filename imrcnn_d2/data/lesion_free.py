@@ -1,6 +1,8 @@
 """A folder of images without a lesion, to count false alarms in."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,7 +11,7 @@ from imrcnn_d2.data.images import inspect_image, list_files
 from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.rejects import Rejects
 
-__all__ = ["read_lesion_free"]
+__all__ = ["read_lesion_free", "with_lesion_free"]
 
 
 def read_lesion_free(root: Path, rejects: Rejects) -> Source:
@@ -27,6 +29,11 @@ def read_lesion_free(root: Path, rejects: Rejects) -> Source:
         categories=[{"id": 1, "name": "lesion"}],
         info={"description": "images without a lesion"},
     )
+
+
+def with_lesion_free(source: Source, root: Path, rejects: Rejects) -> Source:
+    """The data set and, behind its images, those of a folder of images without a lesion."""
+    return replace(source, samples=chain(source.samples, _samples(root, rejects)))
 
 
 def _samples(root: Path, rejects: Rejects) -> Iterator[Sample]:

@@ -158,7 +158,7 @@ class _Reader:
         if not files:
             raise BadInputError(
                 image.path,
-                "has no mask; one of nothing but 0 says that it is lesion-free, or give lesion-free "
+                "has no mask; one of nothing but 0 says that it is lesion-free, or give such "
                 "images as --negatives",
             )
         annotations: list[dict] = []
@@ -185,11 +185,13 @@ class _Reader:
         return values
 
     def _instances(self, values: np.ndarray, path: Path, label: str) -> list[dict]:
+        if not values.any():
+            return []
         if self.kind == "files":
             if len(self.category_ids) > 1:
                 check_classes([label], self.category_ids, path)
-            ids = self.category_ids.get(label, next(iter(self.category_ids.values())))
-            return [annotation_from_mask(values != 0, ids)] if values.any() else []
+            category_id = self.category_ids.get(label, next(iter(self.category_ids.values())))
+            return [annotation_from_mask(values != 0, category_id)]
         if self.kind == "instances":
             return [annotation_from_mask(values == v, 1) for v in np.unique(values[values != 0])]
         if self.kind == "binary":
