@@ -27,6 +27,7 @@ from imrcnn_d2.data import (
     mask_folder,
     synthetic,
 )
+from imrcnn_d2.data.deidentify import deidentified
 from imrcnn_d2.data.metadata import read_metadata, with_metadata
 from imrcnn_d2.data.patients import (
     patients_from_dicom,
@@ -35,9 +36,11 @@ from imrcnn_d2.data.patients import (
     with_patients_from_csv,
 )
 from imrcnn_d2.data.prepare import SPLIT_BY, Source, SplitOptions, prepare_dataset
+from imrcnn_d2.data.pseudonyms import PrivateRejects, Pseudonyms
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 from imrcnn_d2.data.splits import FixedTest, parse_ratio, read_splits
 from imrcnn_d2.data.summary import summarise, summarise_classes
+from imrcnn_d2.report.review_sheets import draw_review_sheets
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -102,6 +105,34 @@ def get_parser() -> argparse.ArgumentParser:
         default=[],
         help="join the columns of a table to images, patients or lesions by its column file, "
         "patient_id or lesion_id; may be given several times",
+    )
+
+    private = common.add_argument_group("de-identification")
+    private.add_argument(
+        "--deidentify",
+        action="store_true",
+        help="crop images to the endoscope's view, blank all around and over it, write them anew "
+        "without metadata, and replace names and ids by keyed hashes; needs --key",
+    )
+    private.add_argument(
+        "--key",
+        type=Path,
+        metavar="FILE",
+        help="the key, outside OUT; made if it does not exist. FILE.names.csv says which became "
+        "which: keep both from whoever gets the data set",
+    )
+    private.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="further fields of images and lesions that may pass, e.g. size_mm; no others do",
+    )
+    private.add_argument(
+        "--review",
+        type=Path,
+        metavar="DIR",
+        help="also draw sheets of the new images there, for a person to look for writing in them",
     )
 
     kvasir = commands.add_parser(
@@ -228,9 +259,15 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
-    rejects = Rejects(args.on_error)
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.deidentify != (args.key is not None):
+        parser.error("--deidentify and --key FILE need each other")
+    if (args.keep or args.review) and not args.deidentify:
+        parser.error("--keep and --review belong to --deidentify")
     try:
+        names = Pseudonyms(args.key, args.out) if args.deidentify else None
+        rejects = PrivateRejects(args.on_error, names) if names else Rejects(args.on_error)
         with tempfile.TemporaryDirectory() as scratch:
             options = SplitOptions(
                 # No default of the parsers: an argument that they share has one for all.
@@ -247,7 +284,13 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 source = _read(args, rejects, Path(scratch))
             source = _described(source, args, rejects)
+            if names:
+                folder = Path(scratch, "deidentified")
+                source = deidentified(source, folder, names, rejects, args.keep)
+                options = _renamed(options, names)
             prepared = prepare_dataset(source, args.out, options, rejects)
+        if args.review:
+            draw_review_sheets(args.out / "images", args.review)
     except BadInputError as error:
         sys.exit(f"{error}\nCorrect it, or list such files and go on with --on-error reject.")
     except (OSError, ValueError) as error:
@@ -294,6 +337,17 @@ def _described(source: Source, args: argparse.Namespace, rejects: Rejects) -> So
         folder = args.patients_from_dicom if args.patients_from_dicom != Path() else None
         source = with_patients(source, patients_from_dicom(folder), rejects)
     return with_metadata(source, [read_metadata(f, rejects) for f in args.metadata], rejects)
+
+
+def _renamed(options: SplitOptions, names: Pseudonyms) -> SplitOptions:
+    """The options for images with new names."""
+    if options.split_by == "prefix":
+        raise ValueError(
+            "--split-by prefix reads file names, which --deidentify replaces. Prepare the data set "
+            "without it elsewhere, and give that one's splits.json as --splits"
+        )
+    earlier = options.earlier and names.of_splits(options.earlier)
+    return replace(options, earlier=earlier)
 
 
 def _read_classification(

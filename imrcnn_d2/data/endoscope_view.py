@@ -56,6 +56,25 @@ class View:
     box: Box
     insets: tuple[Box, ...]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is lit."""
+        return not self.mask.any()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the frame shows nothing else."""
+        return bool(self.mask.all())
+
+    def crop(self, image: np.ndarray) -> np.ndarray:
+        """What `box` shows of an image of the frame's size, black where there is no view.
+
+        Args:
+            image: (H, W) or (H, W, C); of a mask, false is black.
+        """
+        part, seen = image[self.box.slices], self.mask[self.box.slices]
+        return np.where(seen if image.ndim == 2 else seen[..., None], part, 0).astype(image.dtype)
+
 
 def find_view(image: np.ndarray) -> View:
     """Finds the endoscope's picture in a frame, a convex area, and what is laid over it.
