@@ -35,7 +35,13 @@ def main(argv=None):
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     save = [kind for kind in OUTPUTS if getattr(args, kind)]
     try:
-        predictor = Predictor(args.config_file, args.weights, runtime=args.runtime, tau=args.tau)
+        predictor = Predictor(
+            args.config_file,
+            args.weights,
+            runtime=args.runtime,
+            tau=args.tau,
+            crop_view=args.crop_view,
+        )
         if args.live:
             report_live(predict_live(predictor, args.live, args.output), args.output)
             return
@@ -104,6 +110,12 @@ def argument_parser():
         type=int,
         default=1,
         help="images that the network sees at once (%(default)s)",
+    )
+    parser.add_argument(
+        "--crop-view",
+        action="store_true",
+        help="show the network the endoscope's view only, without banners and insets, as data "
+        "prepared with --deidentify; results are of the whole frame",
     )
     parser.add_argument("--tau", type=float, help="another score from which on detections count")
     return parser

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from imrcnn_d2.data.endoscope_view import View
 from imrcnn_d2.data.rejects import BadInputError
 
 from .dicom import may_show_patient, public_name
@@ -100,9 +101,9 @@ def _predict(predictor, sources, to, journal, batch_size):
                         InputOutputs(to, item.source, item.name, pictures=item.pictures)
                     )
                 size = item.frame.image.shape[:2]
-                found = records(predictor, prediction, *size)
+                found = records(predictor, prediction, *size, item.view)
                 opened.add(item.frame, found)
-                journal.add(frame_record(item.name, item.frame), found)
+                journal.add(frame_record(item.name, item.frame, item.view), found)
                 number += 1
                 bar.update()
                 continue
@@ -123,6 +124,7 @@ class _Item:
     signature: list | None
     pictures: bool = True
     frame: Frame | None = None
+    view: View | None = None
     prepared: Tensor | None = None
     error: str | None = None
 
@@ -138,8 +140,11 @@ def _read(sources, predictor):
                     name=public_name(source.path, source.name),
                     pictures=not may_show_patient(source.path),
                 )
+            views = predictor.views()
             for frame in read_frames(source):
-                yield replace(item, frame=frame, prepared=predictor.prepare(frame.image))
+                view = views(frame.image)
+                prepared = predictor.prepare(frame.image, view)
+                yield replace(item, frame=frame, view=view, prepared=prepared)
         except BadInputError as error:
             item = replace(item, error=error.reason)
         except ModuleNotFoundError as error:  # of the extra [deploy]

@@ -161,7 +161,7 @@ def predict_live(predictor, source, output, *, show=None):
 
 def _predict(predictor, frames, output, journal, latencies, show):
     comment = json.dumps({"software": "imrcnn-d2, research use only", **predictor.about})
-    text, first = footer(predictor.about), None
+    text, first, views = footer(predictor.about), None, predictor.views()
     with (
         VideoWriter(output / LIVE_VIDEO, time_base=_TIME_BASE, comment=comment) as video,
         tqdm(desc="Live", unit="image") as bar,
@@ -169,8 +169,9 @@ def _predict(predictor, frames, output, journal, latencies, show):
     ):
         for image, number, arrived in frames:
             first = arrived if first is None else first
-            output = predictor.forward([predictor.prepare(image)])[0]
-            found = records(predictor, output, *image.shape[:2])
+            view = views(image)
+            output = predictor.forward([predictor.prepare(image, view)])[0]
+            found = records(predictor, output, *image.shape[:2], view)
             shown = counted(found, predictor.tau)
             overlay = draw_overlay(image, shown, predictor.classes, text)
             if show is not None:
@@ -178,7 +179,7 @@ def _predict(predictor, frames, output, journal, latencies, show):
             latencies.append(time.perf_counter() - arrived)
             when = Fraction(round(1000 * (arrived - first)), 1000)
             video.write(overlay, when)
-            journal.add(frame_record(LIVE_VIDEO, Frame(image, number, when)), found)
+            journal.add(frame_record(LIVE_VIDEO, Frame(image, number, when), view), found)
             bar.set_postfix(ms=round(1000 * latencies[-1]), dropped=frames.dropped)
             bar.update()
 

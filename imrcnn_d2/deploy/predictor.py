@@ -12,12 +12,14 @@ from detectron2.modeling.postprocessing import detector_postprocess
 
 from imrcnn_d2.data.augmentation import build_augmentation
 from imrcnn_d2.data.classification_mapper import ClassificationMapper
+from imrcnn_d2.data.endoscope_view import View
 from imrcnn_d2.data.images import read_image
 from imrcnn_d2.engine.provenance import config_sha256, describe_model
 from imrcnn_d2.engine.recognition import is_classifier
 
 from .loading import load_model, pretrained
 from .runtimes import build_runtime
+from .view import FrameViews, in_whole_frame
 
 __all__ = ["Predictor"]
 
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 class _Loaded(NamedTuple):
     size: tuple
+    view: View | None
     prepared: torch.Tensor
 
 
@@ -45,18 +48,21 @@ class Predictor:
         classes (list[str]): names, by class index.
         is_classifier (bool): whether it names an image's class.
         outlines (bool): whether it gives masks.
+        crop_view (bool): whether it looks at the endoscope's view only.
         asked_runtime (str): the argument ``runtime``; ``about`` has the one chosen.
         about (dict): what a prediction is by: model, backbone, version, weights_sha256,
-            config_sha256, tau and runtime.
+            config_sha256, tau and runtime; crop_view, if it does.
     """
 
-    def __init__(self, config, weights, *, runtime="torch", tau=None, device=None):
+    def __init__(self, config, weights, *, runtime="torch", tau=None, device=None, crop_view=False):
         """
         Args:
             config, weights, device: see :func:`load_model`.
             runtime (str): see :func:`build_runtime`.
             tau (float or None): None for the operating point that was chosen on validation data
                 when the weights were saved, else MODEL.IMRCNN.SCORE_THRESH.
+            crop_view (bool): show the network the endoscope's view only, black around it, as data
+                prepared with --deidentify are; what it gives is still of the whole frame.
 
         Raises:
             FileNotFoundError, ValueError: see :func:`load_model`; or no such runtime, or ``tau``
@@ -68,6 +74,7 @@ class Predictor:
         self.is_classifier, self.outlines = is_classifier(cfg), cfg.MODEL.MASK_ON
         self.asked_runtime = runtime
         self.tau = loaded.tau if tau is None else tau
+        self.crop_view = crop_view
         if self.is_classifier and tau is not None:
             raise ValueError("A recognition model takes the likeliest class: it has no threshold τ")
         self._augmentation = T.AugmentationList(_augmentations(cfg))
@@ -84,6 +91,7 @@ class Predictor:
             "config_sha256": config_sha256(cfg),
             "tau": self.tau,
             "runtime": chosen,
+            **({"crop_view": True} if crop_view else {}),
         }
 
     @classmethod
@@ -119,16 +127,26 @@ class Predictor:
         if isinstance(images, str | Path) or getattr(images, "ndim", 0) == 3:
             return self([images])[0]
         items = self.in_batches(map(self._load, images), batch_size)
-        return [self.finish(output, *item.size) for item, output in items]
+        return [self.finish(output, *item.size, item.view) for item, output in items]
 
     def _load(self, image):
         array = read_image(Path(image)) if isinstance(image, str | Path) else image
-        return _Loaded(array.shape[:2], self.prepare(array))
+        view = self.views()(array)
+        return _Loaded(array.shape[:2], view, self.prepare(array, view))
 
-    def prepare(self, image):
+    def views(self):
+        """
+        Returns:
+            callable: from an image, or the frames of a video in turn, to the ``view`` that
+            :meth:`prepare` and :meth:`finish` take; to None without ``crop_view``.
+        """
+        return FrameViews() if self.crop_view else lambda image: None
+
+    def prepare(self, image, view=None):
         """
         Args:
             image (np.ndarray): (H, W, 3) RGB, uint8.
+            view (View or None): what of it to show the network; None for all.
 
         Returns:
             Tensor: what the network sees, (3, h, w) uint8, resized and in INPUT.FORMAT.
@@ -142,6 +160,8 @@ class Predictor:
             )
         if not image.size:
             raise ValueError(f"An image of {image.shape[1]}x{image.shape[0]} pixels is empty")
+        if view is not None:
+            image = view.crop(image)
         if self._format == "BGR":
             image = image[:, :, ::-1]
         data = T.AugInput(np.ascontiguousarray(image))
@@ -194,18 +214,23 @@ class Predictor:
         for item in items:
             yield item, None if item.prepared is None else next(outputs)
 
-    def finish(self, output, height, width):
+    def finish(self, output, height, width, view=None):
         """
         Args:
             output (Instances or Tensor): one of what :meth:`forward` gave; used up.
             height, width (int): of the original image.
+            view (View or None): what of it the network saw, see :meth:`prepare`.
 
         Returns:
             Instances or Tensor: scaled to the original; see :meth:`__call__`.
         """
         if self.is_classifier:
             return output
-        return detector_postprocess(output, height, width)
+        if view is None:
+            return detector_postprocess(output, height, width)
+        box = view.box
+        seen = detector_postprocess(output, box.y1 - box.y0, box.x1 - box.x0)
+        return in_whole_frame(seen, box, height, width)
 
 
 def _augmentations(cfg):

@@ -6,12 +6,13 @@ import pycocotools.mask as mask_util
 __all__ = ["counted", "frame_record", "instance_records", "label_map", "records"]
 
 
-def instance_records(predictor, output, height, width):
+def instance_records(predictor, output, height, width, view=None):
     """
     Args:
         predictor (Predictor): of a detector.
         output (Instances): what its ``forward`` gave for an image; used up.
         height, width (int): of the original image.
+        view (View or None): what of it the network saw.
 
     Returns:
         list[dict]: COCO annotations without ids, by falling score: ``category_id`` (class index
@@ -20,7 +21,7 @@ def instance_records(predictor, output, height, width):
     records = []
     # One at a time: a hundred masks of a large image would fill the memory.
     for i in range(len(output)):
-        finished = predictor.finish(output[i : i + 1], height, width)
+        finished = predictor.finish(output[i : i + 1], height, width, view)
         if not len(finished):  # a box without any extent
             continue
         x0, y0, x1, y1 = finished.pred_boxes.tensor[0].tolist()
@@ -40,15 +41,17 @@ def instance_records(predictor, output, height, width):
     return records
 
 
-def frame_record(name, frame):
+def frame_record(name, frame, view=None):
     """
     Args:
         name (str): of the input, as outputs call it.
         frame (Frame):
+        view (View or None): what of it the network saw.
 
     Returns:
         dict: COCO image record without an id. Of a frame of several, ``file_name`` ends in its
         number, behind "#", and ``frame`` and ``time`` (seconds, or None) say it once more.
+        ``view`` is the box [x, y, width, height] that the network saw, where it saw not all.
     """
     height, width = frame.image.shape[:2]
     record = {"file_name": name, "width": width, "height": height}
@@ -56,15 +59,19 @@ def frame_record(name, frame):
         record["file_name"] = f"{name}#{frame.number:06d}"
         record["frame"] = frame.number
         record["time"] = None if frame.time is None else float(frame.time)
+    if view is not None:
+        x0, y0, x1, y1 = view.box
+        record["view"] = [x0, y0, x1 - x0, y1 - y0]
     return record
 
 
-def records(predictor, output, height, width):
+def records(predictor, output, height, width, view=None):
     """
     Args:
         predictor (Predictor):
         output (Instances or Tensor): what its ``forward`` gave for an image; used up.
         height, width (int): of the original image.
+        view (View or None): what of it the network saw.
 
     Returns:
         list[dict]: see :func:`instance_records`. Of a recognition model one COCO annotation of the
@@ -72,7 +79,7 @@ def records(predictor, output, height, width):
         ``probabilities`` of all.
     """
     if not predictor.is_classifier:
-        return instance_records(predictor, output, height, width)
+        return instance_records(predictor, output, height, width, view)
     values = output.tolist()
     score = max(values)
     return [{"category_id": values.index(score) + 1, "score": score, "probabilities": values}]
