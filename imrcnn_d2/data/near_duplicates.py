@@ -20,7 +20,15 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-__all__ = ["MIN_CORRELATION", "Pair", "find_near_duplicates", "group_labels"]
+__all__ = [
+    "MIN_CORRELATION",
+    "Features",
+    "Pair",
+    "compare_images",
+    "describe_image",
+    "find_near_duplicates",
+    "group_labels",
+]
 
 # Chosen by looking at the pairs of Kvasir-SEG: above 0.31 all show the same scene, under 0.25
 # hardly any does. Between them both occur, and a pair too many harms a split less than one missed.
@@ -45,6 +53,19 @@ class Pair:
     a: int
     b: int
     correlation: float
+
+
+@dataclass(frozen=True)
+class Features:
+    """Local features of an image, in pixels of the size that all are resized to.
+
+    Attributes:
+        points: (F, 2) float32 positions.
+        descriptors: (F, 128) uint8, SIFT.
+    """
+
+    points: np.ndarray
+    descriptors: np.ndarray
 
 
 def find_near_duplicates(
@@ -80,21 +101,70 @@ def group_labels(count: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def _features(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions (F, 2), RootSIFT descriptors (F, 128) and image indices (F,) of all features."""
+def describe_image(path: Path) -> Features:
+    """The local features of an image, for `compare_images`."""
     sift = cv2.SIFT_create(nfeatures=_FEATURES, contrastThreshold=0.02)
     equaliser = cv2.createCLAHE(3, (8, 8))  # mucosa has little contrast
-    points, descriptors = [np.empty((0, 2), np.float32)], [np.empty((0, 128), np.float32)]
-    for path in tqdm(paths, desc="Describing images", unit="image"):
-        gray = _read(path)
-        keypoints, found = sift.detectAndCompute(equaliser.apply(gray), _tissue(gray, 8))
-        points.append(np.array([k.pt for k in keypoints], np.float32).reshape(-1, 2))
-        descriptors.append(np.empty((0, 128), np.float32) if found is None else found)
+    gray = _read(path)
+    keypoints, found = sift.detectAndCompute(equaliser.apply(gray), _tissue(gray, 8))
+    points = np.array([k.pt for k in keypoints], np.float32).reshape(-1, 2)
+    # whole numbers up to 255, though of type float32
+    found = np.empty((0, 128), np.uint8) if found is None else found.astype(np.uint8)
+    return Features(points, found)
+
+
+def compare_images(
+    path: Path, features: Features, others: Sequence[tuple[Path, Features]]
+) -> list[float]:
+    """Correlation of an image with others that look like it, each aligned as well as can be.
+
+    It is the comparison of `find_near_duplicates` where candidates are known, in time that depends
+    on their number alone. What features are distinct is judged by those of the others.
+
+    Args:
+        path, features: the image.
+        others: likewise; at least some should be no near-duplicates.
+
+    Returns:
+        a correlation for each of the others, -1 if nothing suggests that they show the same.
+    """
+    parts = [features, *(other for _, other in others)]
+    owners = np.repeat(np.arange(len(parts)), [len(part.points) for part in parts])
+    points = np.concatenate([part.points for part in parts])
+    values = _root_sift(np.concatenate([part.descriptors for part in parts]).astype(np.float32))
+    own, theirs = values[owners == 0], values[owners > 0]
+    correlations = [-1.0] * len(others)
+    if len(theirs) <= _NEIGHBOURS:
+        return correlations
+    best: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for queries, least in ((_mirrored(own), _MIN_MIRRORED), (own, _MIN_MATCHES)):
+        squares = 2 - 2 * queries @ theirs.T  # they have length 1
+        furthest = np.partition(squares, _NEIGHBOURS - 1, axis=1)[:, _NEIGHBOURS - 1]
+        rows, columns = np.nonzero(squares < _DISTINCT**2 * furthest[:, None])
+        columns += len(own)
+        for i in np.unique(owners[columns]).tolist():
+            of_image = owners[columns] == i
+            if of_image.sum() >= max(least, len(best[i][0]) if i in best else 0):
+                best[i] = rows[of_image], columns[of_image]
+    for i, (rows, columns) in best.items():
+        matched = points[rows], points[columns]
+        correlations[i - 1] = _correlation(path, others[i - 1][0], *matched)
+    return correlations
+
+
+def _features(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions (F, 2), RootSIFT descriptors (F, 128) and image indices (F,) of all features."""
+    found = [describe_image(path) for path in tqdm(paths, desc="Describing images", unit="image")]
+    points = [np.empty((0, 2), np.float32), *(features.points for features in found)]
+    descriptors = [np.empty((0, 128), np.uint8), *(features.descriptors for features in found)]
     owners = np.repeat(np.arange(len(paths)), [len(p) for p in points[1:]])
-    sift_values = np.concatenate(descriptors)
-    # "RootSIFT", Arandjelovic and Zisserman, CVPR 2012
-    values = np.sqrt(sift_values / np.maximum(sift_values.sum(axis=1, keepdims=True), 1e-6))
+    values = _root_sift(np.concatenate(descriptors).astype(np.float32))
     return np.concatenate(points), values, owners
+
+
+def _root_sift(descriptors: np.ndarray) -> np.ndarray:
+    """ "RootSIFT", Arandjelovic and Zisserman, CVPR 2012."""
+    return np.sqrt(descriptors / np.maximum(descriptors.sum(axis=1, keepdims=True), 1e-6))
 
 
 def _candidates(

@@ -1,0 +1,118 @@
+"""The audit of a data set: all checks, in one order."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from imrcnn_d2.data.audit.annotation_checks import category_findings
+from imrcnn_d2.data.audit.examine import Examined, examine_all
+from imrcnn_d2.data.audit.files import file_findings
+from imrcnn_d2.data.audit.findings import KINDS, SEVERITIES, Finding, finding
+from imrcnn_d2.data.audit.leakage import (
+    Twins,
+    exact_twins,
+    near_twins,
+    patient_findings,
+    twin_findings,
+)
+from imrcnn_d2.data.audit.records import AuditedData
+
+__all__ = ["Audit", "audit"]
+
+
+@dataclass
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        data: the data set.
+        examined: what is known of each image, in the order of ``data.entries``.
+        twins: images that show the same.
+        findings: by kind, then weight and score, see :meth:`sort`.
+        notes: what was not checked, and why.
+        embeddings: of the images that can be read, in their order; None without them.
+    """
+
+    data: AuditedData
+    examined: list[Examined]
+    twins: list[Twins]
+    findings: list[Finding]
+    notes: list[str] = field(default_factory=list)
+    embeddings: np.ndarray | None = None
+
+    @property
+    def readable(self) -> list[int]:
+        """Places of the images that can be read."""
+        return [i for i, one in enumerate(self.examined) if one.measures is not None]
+
+    @property
+    def flagged(self) -> set[tuple[str, str]]:
+        """(split, name) of the images that an error or a warning is about."""
+        return {
+            pair
+            for found in self.findings
+            if found.flags
+            for pair in zip(found.splits, found.images, strict=True)
+        }
+
+    def counts(self) -> dict[str, Counter]:
+        """Findings by kind and severity, in the order of the kinds; those without any left out."""
+        of_kind = {kind: Counter() for kind in KINDS}
+        for found in self.findings:
+            of_kind[found.kind][found.severity] += 1
+        return {kind: counts for kind, counts in of_kind.items() if counts}
+
+    def add(self, findings: Sequence[Finding]) -> None:
+        """Adds findings of further checks."""
+        self.findings = _sorted([*self.findings, *findings])
+
+
+def audit(
+    data: AuditedData,
+    embed: Callable[[Sequence[Path]], np.ndarray] | None = None,
+    processes: int | None = None,
+) -> Audit:
+    """Checks files, annotations, duplicates and leakage.
+
+    Args:
+        data: the data set.
+        embed: gives (N, D) rows of length 1 of the images at N paths, which near-duplicates are
+            looked for by; None to do without.
+        processes: how many at once; None for one a core.
+
+    Raises:
+        ModuleNotFoundError: what a check needs is not installed; the error says how.
+    """
+    ids = {category["id"] for category in data.categories}
+    examined = examine_all(data.entries, ids, processes)
+    findings = [found for one in examined for found in one.findings]
+    for file, annotation in data.strays:
+        told = f"{file}: there is no image with id {annotation['image_id']!r}."
+        number = annotation.get("id")
+        number = number if isinstance(number, int) else None
+        findings.append(finding("malformed", (), (), told, annotation_id=number))
+    findings += file_findings(examined)
+    annotations = [a for entry in data.entries for a in entry.annotations]
+    findings += category_findings(data.categories, annotations)
+
+    result = Audit(data, examined, [], [])
+    vectors = None
+    if embed is not None and result.readable:
+        result.embeddings = embed([data.entries[i].path for i in result.readable])
+        vectors = np.zeros((len(examined), result.embeddings.shape[1]), np.float32)
+        vectors[result.readable] = result.embeddings
+    result.twins = exact_twins(examined) + near_twins(examined, vectors, processes)
+    findings += twin_findings(data.entries, result.twins) + patient_findings(data.entries)
+    result.add(findings)
+    return result
+
+
+def _sorted(findings: Sequence[Finding]) -> list[Finding]:
+    kinds = list(KINDS)
+    return sorted(
+        findings,
+        key=lambda f: (kinds.index(f.kind), SEVERITIES.index(f.severity), f.images),
+    )

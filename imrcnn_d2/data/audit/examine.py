@@ -1,0 +1,106 @@
+"""Examines every image of a data set with its annotations, in several processes."""
+
+import functools
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+from tqdm import tqdm
+
+from imrcnn_d2.data.audit.annotation_checks import Outline, draw_outlines, outline_findings
+from imrcnn_d2.data.audit.findings import Finding, finding
+from imrcnn_d2.data.audit.image_checks import ImageMeasures, measure_image
+from imrcnn_d2.data.audit.records import Entry
+from imrcnn_d2.data.endoscope_view import find_view
+from imrcnn_d2.data.images import drawn_on_stored_pixels, inspect_image, read_image
+from imrcnn_d2.data.rejects import BadInputError
+
+__all__ = ["Examined", "examine_all", "in_processes"]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is known of one image.
+
+    Attributes:
+        entry: the image.
+        measures: None where it cannot be read.
+        outlines: the annotations that could be drawn.
+        findings: what is wrong with it, as far as it can be told without the other images.
+    """
+
+    entry: Entry
+    measures: ImageMeasures | None
+    outlines: tuple[Outline, ...]
+    findings: tuple[Finding, ...]
+
+
+def examine_all(
+    entries: Sequence[Entry], category_ids: set, processes: int | None = None
+) -> list[Examined]:
+    """Examines all images, in their order.
+
+    Args:
+        entries: the images.
+        category_ids: the categories there are.
+        processes: how many at once; None for one a core.
+    """
+    examine = functools.partial(_examine, category_ids=category_ids)
+    return in_processes(examine, entries, "Examining", "image", processes)
+
+
+def in_processes(function, items: Sequence, what: str, unit: str, processes: int | None) -> list:
+    """[function(item) for item in items], over processes and with a bar."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(processes or cores or 1, max(len(items) // 16, 1))
+    bar = functools.partial(tqdm, total=len(items), desc=what, unit=unit)
+    if processes == 1:
+        return list(bar(map(function, items)))
+    # Not forked: threads of torch and OpenCV do not survive it.
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    with context.Pool(processes, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        return list(bar(pool.imap(function, items, chunksize=8)))
+
+
+def _examine(entry: Entry, category_ids: set) -> Examined:
+    def say(kind: str, detail: str) -> Finding:
+        return finding(kind, [entry.name], [entry.split], detail)
+
+    findings = []
+    width, height = entry.record.get("width"), entry.record.get("height")
+    try:
+        file = inspect_image(entry.path)
+        image = read_image(entry.path)
+    except BadInputError as error:
+        kind = "unreadable" if entry.path.exists() else "missing_file"
+        findings.append(say(kind, f"It {error.reason}."))
+        outlines = ()
+        if _is_size(width) and _is_size(height):
+            outlines, wrong = draw_outlines(entry, width, height, category_ids)
+            findings += wrong
+        return Examined(entry, None, tuple(outlines), tuple(findings))
+
+    view = find_view(image)
+    measures = measure_image(image, view, file.sha256)
+    width, height = (width or file.width), (height or file.height)
+    fits = False
+    try:
+        fits = not drawn_on_stored_pixels(file, width, height)
+    except BadInputError as error:
+        findings.append(say("wrong_size", f"It {error.reason}."))
+    if not _is_size(width) or not _is_size(height):
+        return Examined(entry, measures, (), tuple(findings))
+    outlines, wrong = draw_outlines(entry, width, height, category_ids)
+    findings += wrong
+    if fits:
+        covered = view.mask.copy()
+        for box in view.insets:
+            covered[box.slices] = True
+        findings += outline_findings(entry, outlines, covered)
+    return Examined(entry, measures, tuple(outlines), tuple(findings))
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
