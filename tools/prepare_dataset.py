@@ -202,7 +202,7 @@ def get_parser() -> argparse.ArgumentParser:
     by_labelme.add_argument(
         "--images",
         type=Path,
-        help="folder of images, laid out as --root is (default: below --root, where each file says)",
+        help="folder of images, laid out as --root is (default: where each file says, in --root)",
     )
 
     by_cvat = commands.add_parser(

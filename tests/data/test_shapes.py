@@ -1,0 +1,111 @@
+"""Shapes to masks and back, against geometry and pixels counted by hand."""
+
+import math
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage
+
+from imrcnn_d2.data.images import read_mask
+from imrcnn_d2.data.shapes import (
+    MIN_IOU,
+    check_extent,
+    ellipse_rle,
+    has_holes,
+    outlines,
+    patch_rle,
+    polygon_rle,
+    rectangle,
+)
+
+MASKS = arrays(bool, st.tuples(st.integers(1, 24), st.integers(1, 24)))
+
+
+def decoded(rle):
+    return mask_util.decode(rle).astype(bool)
+
+
+def redrawn(mask):
+    lines = [polygon_rle(line.tolist(), *mask.shape) for line in outlines(mask)]
+    return decoded(mask_util.merge(lines))
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+@given(MASKS)
+def test_outlines_keep_the_mask(mask):
+    filled = ndimage.binary_fill_holes(mask)
+    assume(mask.any())
+    assert iou(redrawn(mask), filled) >= MIN_IOU
+    assert len(outlines(mask)) == ndimage.label(filled, np.ones((3, 3)))[1]
+
+
+@given(MASKS)
+def test_holes(mask):
+    # background that touches others at a corner alone is enclosed all the same
+    assert has_holes(mask) == (ndimage.binary_fill_holes(mask) != mask).any()
+
+
+def test_outlines_of_lesions(kvasir_352):
+    points = []
+    for path in sorted((kvasir_352 / "masks").iterdir())[:40]:
+        mask = ndimage.binary_fill_holes(read_mask(path))
+        assert iou(redrawn(mask), mask) >= MIN_IOU
+        points.append(sum(map(len, outlines(mask))))
+    assert np.median(points) < 50, "to be moved by hand"
+
+
+def test_outlines_lie_on_the_edges_of_pixels():
+    mask = np.zeros((10, 12), bool)
+    mask[2:5, 3:9] = True
+    mask[7, 1] = True
+    first, second = outlines(mask)
+    assert sorted(map(tuple, first)) == [(3, 2), (3, 5), (9, 2), (9, 5)]
+    assert sorted(map(tuple, second)) == [(1, 7), (1, 8), (2, 7), (2, 8)]
+
+
+def test_rectangle_is_turned_clockwise():
+    assert rectangle(0, 0, 4, 2).tolist() == [[0, 0], [4, 0], [4, 2], [0, 2]]
+    # the top left corner goes to the right, as y points down
+    assert rectangle(0, 0, 4, 2, 90) == pytest.approx(np.array([[3, -1], [3, 3], [1, 3], [1, -1]]))
+
+
+def test_ellipse():
+    mask = decoded(ellipse_rle((50, 40), (30, 12), 80, 100))
+    assert mask.sum() == pytest.approx(math.pi * 30 * 12, rel=0.01)
+    rows, columns = np.nonzero(mask)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (28, 51, 20, 79)
+    upright = decoded(ellipse_rle((50, 40), (30, 12), 80, 100, 90))
+    rows, columns = np.nonzero(upright)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (10, 69, 38, 61)
+    tilted = decoded(ellipse_rle((50, 40), (30, 12), 80, 100, 30))
+    assert tilted[40 + 10, 50 + 20] and not tilted[40 - 10, 50 + 20], "clockwise"
+    with pytest.raises(ValueError, match="the radius 0 is not positive"):
+        ellipse_rle((5, 5), (3, 0), 10, 10)
+
+
+@given(st.integers(-9, 9), st.integers(-9, 9), arrays(bool, (4, 5)))
+def test_patch_is_cut_at_the_borders(left, top, patch):
+    mask = decoded(patch_rle(patch, left, top, 6, 7))
+    for y, x in np.ndindex(6, 7):
+        inside = 0 <= y - top < 4 and 0 <= x - left < 5
+        assert mask[y, x] == (inside and patch[y - top, x - left])
+
+
+@pytest.mark.parametrize("value", [1e9, -1e9, math.inf, math.nan, "3", None, True])
+def test_coordinates(value):
+    with pytest.raises(ValueError, match="coordinate"):
+        check_extent([1, value], 40, 60)
+    with pytest.raises(ValueError, match="coordinate"):
+        polygon_rle([[1, 1], [5, value], [3, 3]], 40, 60)
+
+
+def test_polygon_needs_three_points():
+    with pytest.raises(ValueError, match="a polygon has 2 points, at least 3"):
+        polygon_rle([[1, 1], [5, 5]], 40, 60)
