@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from imrcnn_d2.data.output_folder import first_difference, staged, write_json
 from imrcnn_d2.data.prepare import KEPT_TOGETHER, fold_settings, write_splits
 from imrcnn_d2.data.splits import SPLITS, Item, make_folds
 
-__all__ = ["write_folds"]
+__all__ = ["strata_of", "write_folds"]
 
 
 def write_folds(prepared: Path, count: int) -> list[Path]:
@@ -41,12 +42,7 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
     parts = [_read(prepared / "annotations" / f"{split}.json") for split in SPLITS]
     images = sorted((i for part in parts for i in part["images"]), key=lambda i: i["file_name"])
     annotations = sorted((a for part in parts for a in part["annotations"]), key=lambda a: a["id"])
-    # Of classified images, which have no boxes, the class; else whether there is a lesion.
-    strata = {
-        a["image_id"]: True if "bbox" in a else a["category_id"]
-        for a in annotations
-        if not a.get("iscrowd")
-    }
+    strata = strata_of(annotations)
     unit = KEPT_TOGETHER.get(settings["split_by"])
     items = [Item(i["file_name"], strata.get(i["id"], False), i.get(unit)) for i in images]
     folds = make_folds(items, count, settings["seed"])
@@ -83,6 +79,18 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
         else:
             os.replace(stage, out)
     return [out / f"fold{i}" for i in range(count)]
+
+
+def strata_of(annotations: Iterable[Mapping]) -> dict:
+    """What splits get their share of, by image id; images without a lesion are left out.
+
+    Of classified images, which have no boxes, it is the class; else that there is a lesion.
+    """
+    return {
+        annotation["image_id"]: True if "bbox" in annotation else annotation["category_id"]
+        for annotation in annotations
+        if not annotation.get("iscrowd")
+    }
 
 
 def _read(path: Path) -> dict:

@@ -25,6 +25,7 @@ __all__ = [
     "drawn_on_stored_pixels",
     "inspect_image",
     "install_image",
+    "link_or_copy",
     "list_files",
     "orient",
     "path_inside",
@@ -132,7 +133,12 @@ def install_image(image: SourceImage, folder: Path, file_name: str) -> None:
         rgb = _to_rgb(_decode(image.path)[0], image.path)
         _turn(rgb, image.orientation).save(target)
         return
-    source = image.path.resolve()
+    link_or_copy(image.path, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to a file, or a copy where that cannot be."""
+    source = source.resolve()
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links

@@ -86,7 +86,7 @@ def audit(
     Raises:
         ModuleNotFoundError: what a check needs is not installed; the error says how.
     """
-    ids = {category["id"] for category in data.categories}
+    ids = None if data.classified else {category["id"] for category in data.categories}
     examined = examine_all(data.entries, ids, processes)
     findings = [found for one in examined for found in one.findings]
     for file, annotation in data.strays:

@@ -38,13 +38,13 @@ class Examined:
 
 
 def examine_all(
-    entries: Sequence[Entry], category_ids: set, processes: int | None = None
+    entries: Sequence[Entry], category_ids: set | None, processes: int | None = None
 ) -> list[Examined]:
     """Examines all images, in their order.
 
     Args:
         entries: the images.
-        category_ids: the categories there are.
+        category_ids: the categories there are; None where there are no outlines to check.
         processes: how many at once; None for one a core.
     """
     examine = functools.partial(_examine, category_ids=category_ids)
@@ -64,7 +64,7 @@ def in_processes(function, items: Sequence, what: str, unit: str, processes: int
         return list(bar(pool.imap(function, items, chunksize=8)))
 
 
-def _examine(entry: Entry, category_ids: set) -> Examined:
+def _examine(entry: Entry, category_ids: set | None) -> Examined:
     def say(kind: str, detail: str) -> Finding:
         return finding(kind, [entry.name], [entry.split], detail)
 
@@ -77,7 +77,7 @@ def _examine(entry: Entry, category_ids: set) -> Examined:
         kind = "unreadable" if entry.path.exists() else "missing_file"
         findings.append(say(kind, f"It {error.reason}."))
         outlines = ()
-        if _is_size(width) and _is_size(height):
+        if category_ids is not None and _is_size(width) and _is_size(height):
             outlines, wrong = draw_outlines(entry, width, height, category_ids)
             findings += wrong
         return Examined(entry, None, tuple(outlines), tuple(findings))
@@ -90,7 +90,7 @@ def _examine(entry: Entry, category_ids: set) -> Examined:
         fits = not drawn_on_stored_pixels(file, width, height)
     except BadInputError as error:
         findings.append(say("wrong_size", f"It {error.reason}."))
-    if not _is_size(width) or not _is_size(height):
+    if category_ids is None or not _is_size(width) or not _is_size(height):
         return Examined(entry, measures, (), tuple(findings))
     outlines, wrong = draw_outlines(entry, width, height, category_ids)
     findings += wrong

@@ -44,13 +44,11 @@ class Twins:
 def exact_twins(examined: Sequence[Examined]) -> list[Twins]:
     """Images with the same bytes or the same pixels, each with the one before it."""
     twins = []
-    of_file = _places((e.measures.file_hash if e.measures else None) for e in examined)
-    of_pixels = _places((e.measures.pixel_hash if e.measures else None) for e in examined)
-    for places in of_pixels.values():
+    for places in _places(e.measures.pixel_hash if e.measures else None for e in examined).values():
         for a, b in pairwise(places):
-            same = any(a in own and b in own for own in (of_file[examined[a].measures.file_hash],))
-            detail = "The files are the same." if same else "The pixels are the same."
-            twins.append(Twins(a, b, "exact_duplicate", 1.0, detail))
+            files = [examined[i].measures.file_hash for i in (a, b)]
+            what = "files" if files[0] == files[1] else "pixels"
+            twins.append(Twins(a, b, "exact_duplicate", 1.0, f"The {what} are the same."))
     return sorted(twins, key=lambda pair: (pair.a, pair.b))
 
 

@@ -49,6 +49,14 @@ class AuditedData:
     categories: tuple[dict, ...]
     strays: tuple[tuple[str, dict], ...]
 
+    @property
+    def classified(self) -> bool:
+        """Whether whole images have a class each, so that there are no outlines to check."""
+        annotations = [a for entry in self.entries for a in entry.annotations]
+        return bool(annotations) and not any(
+            "bbox" in a or "segmentation" in a for a in annotations
+        )
+
 
 def find_prepared(name: str) -> Path:
     """The folder of a prepared data set, under ``$IMRCNN_DATASETS`` (default ``datasets/``).

@@ -1,0 +1,130 @@
+"""A prepared data set anew, with the images that must not be parted in one split each."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from imrcnn_d2.data.folds import strata_of
+from imrcnn_d2.data.images import link_or_copy
+from imrcnn_d2.data.output_folder import is_empty, staged, write_json
+from imrcnn_d2.data.prepare import write_splits
+from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.data.splits import SPLITS, Item, make_splits, read_splits, sha256
+
+__all__ = ["Move", "write_fixed_splits"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """An image that changes its split: its name, from where, and to where."""
+
+    name: str
+    source: str
+    target: str
+
+
+def write_fixed_splits(
+    prepared: Path, out: Path, groups: Sequence[Sequence[str]], pairs: Sequence[Mapping] = ()
+) -> list[Move]:
+    """Writes a prepared data set in which no group is in two splits.
+
+    Images of no group, and groups in one split, stay where they are; the others are assigned so
+    that the splits keep their sizes as well as may be. The prepared data set stays as it is, for
+    the runs that were trained on it. Images are hard links where possible. Folds are not taken
+    over: they are made of the new splits.
+
+    Args:
+        prepared: folder of a prepared data set.
+        out: folder to make.
+        groups: file names that must not be parted.
+        pairs: to list in near_duplicates.json, JSON values.
+
+    Returns:
+        the moves, by name; without any nothing is written.
+
+    Raises:
+        BadInputError: an image is in two splits.
+        FileExistsError: `out` is there and not empty.
+        ValueError: splits.json cannot be read.
+    """
+    if out.exists() and not is_empty(out):
+        raise FileExistsError(f"{out}: exists already; choose another folder for --fix-splits")
+    contents = {
+        split: json.loads((prepared / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
+        for split in SPLITS
+    }
+    old = read_splits(prepared / "splits.json")
+    settings = json.loads((prepared / "splits.json").read_text(encoding="utf-8"))
+    split_of: dict[str, str] = {}
+    for split, content in contents.items():
+        for image in content["images"]:
+            other = split_of.setdefault(image["file_name"], split)
+            if other != split:
+                raise BadInputError(
+                    image["file_name"], f"is in {other} and {split} of {prepared}; take one out"
+                )
+    group_of = {name: i for i, group in enumerate(groups, start=1) for name in group}
+    crossing = {name for group in groups if len({split_of[n] for n in group}) > 1 for name in group}
+    if not crossing:
+        return []
+
+    images = [image for content in contents.values() for image in content["images"]]
+    strata = strata_of(a for content in contents.values() for a in content["annotations"])
+    items = [
+        Item(i["file_name"], strata.get(i["id"], False), group_of.get(i["file_name"]))
+        for i in images
+    ]
+    kept = {split: [n for n in names if n not in crossing] for split, names in old.items()}
+    sizes = [len(contents[split]["images"]) for split in SPLITS]
+    new = make_splits(items, sizes, settings.get("seed", 0), earlier=kept)
+    target_of = {name: split for split, names in new.items() for name in names}
+
+    with staged(out) as stage:
+        for path in sorted((prepared / "images").rglob("*")):
+            if path.is_file():
+                target = stage / "images" / path.relative_to(prepared / "images")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(path, target)
+        for split, content in _moved(contents, target_of, group_of).items():
+            write_json(stage / "annotations" / f"{split}.json", content)
+        about = {k: v for k, v in settings.items() if k not in (*SPLITS, "sha256")}
+        about |= {"split_by": "group", "fixed_from": sha256(old)}
+        write_splits(stage / "splits.json", new, about)
+        listed = {"groups": [list(group) for group in groups], "pairs": list(pairs)}
+        write_json(stage / "near_duplicates.json", listed, indent=1)
+        if (prepared / "rejected.csv").is_file():
+            shutil.copyfile(prepared / "rejected.csv", stage / "rejected.csv")
+        os.replace(stage, out)
+    return [
+        Move(name, split_of[name], target_of[name])
+        for name in sorted(crossing)
+        if split_of[name] != target_of[name]
+    ]
+
+
+def _moved(
+    contents: Mapping[str, dict], target_of: Mapping[str, str], group_of: Mapping[str, int]
+) -> dict[str, dict]:
+    """COCO contents by split after the moves, images with their ``group_id``, in the order of ids."""
+    images = [image for content in contents.values() for image in content["images"]]
+    annotations = [a for content in contents.values() for a in content["annotations"]]
+    split_of_id = {image["id"]: target_of[image["file_name"]] for image in images}
+    moved = {}
+    for split, content in contents.items():
+        own = [
+            {**image, "group_id": group_of[image["file_name"]]}
+            if image["file_name"] in group_of
+            else image
+            for image in images
+            if target_of[image["file_name"]] == split
+        ]
+        of_split = [a for a in annotations if split_of_id.get(a["image_id"]) == split]
+        moved[split] = {
+            **content,
+            "images": sorted(own, key=lambda image: image["id"]),
+            "annotations": sorted(of_split, key=lambda annotation: annotation["id"]),
+        }
+    return moved
