@@ -20,6 +20,7 @@ ORDER = (
     "evaluate",
     "robustness",
     "compare",
+    "agreement",
     "report",
     "predict",
     "export",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from imrcnn_d2.data.dicom import read_header
 from imrcnn_d2.data.images import list_files
 from imrcnn_d2.data.metadata import read_metadata, with_metadata
 from imrcnn_d2.data.prepare import Sample, Source
@@ -142,17 +143,7 @@ def patients_from_dicom(folder: Path | None = None) -> PatientOf:
             if stem not in files:
                 raise BadInputError(path, f"there is no DICOM file {stem}.dcm in {folder}")
             path = files[stem]
-        return str(_header(path).get("PatientID") or "").strip() or None
+        header = read_header(path, specific_tags=["PatientID"])
+        return str(header.get("PatientID") or "").strip() or None
 
     return patient_of
-
-
-def _header(path: Path):
-    try:
-        import pydicom  # of the extra [deploy]
-    except ImportError as error:
-        raise ValueError("Reading DICOM files needs pydicom: pip install -e '.[deploy]'") from error
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-    except Exception as error:  # pydicom raises nearly anything on damaged files
-        raise BadInputError(path, f"is no readable DICOM file ({error})") from error

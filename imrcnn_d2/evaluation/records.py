@@ -7,7 +7,7 @@ accepted as input is decided here, once.
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +61,13 @@ class Regions:
             alone, in images that are numbered by their place in ``positions``.
         """
         rows = np.flatnonzero(np.isin(self.image, positions))
-        image = np.searchsorted(positions, self.image[rows])
+        own = self.take(rows)
+        return rows, replace(own, image=np.searchsorted(positions, own.image))
+
+    def take(self, rows):
+        """Regions: those at (K,) int positions, in this order."""
         masks = None if self.masks is None else [self.masks[row] for row in rows]
-        return rows, Regions(image, self.category[rows], self.boxes[rows], masks)
+        return Regions(self.image[rows], self.category[rows], self.boxes[rows], masks)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from .outlines import (
 )
 from .style import save_figure
 
-__all__ = ["draw_contact_sheet"]
+__all__ = ["draw_contact_sheet", "show_tile", "tile_grid"]
 
 DARK = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black", alpha=0.5)]
 LIGHT = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="white", alpha=0.9)]
@@ -58,18 +58,12 @@ def draw_contact_sheet(gt, results, image_root, path, *, tau=0.7, max_images=16)
     """
     scored = evaluate_lesions(gt, results, tau=tau)
     chosen = choose_images([[row] for row in scored.per_image], max_images)
-    columns = min(COLUMNS, max(len(chosen), 1))
-    rows = max(math.ceil(len(chosen) / columns), 1)
-    figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.36) + 0.7), layout="constrained")
-    figure.suptitle(
+    figure, tiles = tile_grid(
+        len(chosen),
         f"{len(chosen)} of {len(scored.per_image)} images, worst first; "
         f"detections with score ≥ {tau:g}",
-        fontsize=9,
     )
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, position in zip(grid.flat, chosen, strict=False):
+    for axes, position in zip(tiles, chosen, strict=True):
         _draw_tile(axes, scored, position, Path(image_root))
     handles = [Line2D([], [], label=name, **line) for name, line in OUTLINES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
@@ -77,19 +71,49 @@ def draw_contact_sheet(gt, results, image_root, path, *, tau=0.7, max_images=16)
     return figure
 
 
-def _draw_tile(axes, scored, position, image_root):
-    record, row = scored.ground_truth.images[position], scored.per_image[position]
-    with Image.open(image_root / record["file_name"]) as image:
+def tile_grid(number, title):
+    """
+    Args:
+        number (int): of tiles.
+        title (str): above them all.
+
+    Returns:
+        tuple[Figure, list[Axes]]: a sheet with that many empty tiles.
+    """
+    columns = min(COLUMNS, max(number, 1))
+    rows = max(math.ceil(number / columns), 1)
+    figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.36) + 0.7), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    return figure, list(grid[:number])
+
+
+def show_tile(axes, image_root, file_name, summary):
+    """
+    Args:
+        axes (matplotlib.axes.Axes): gets the image, to draw on in its pixels, and its name.
+        image_root (Path): folder that ``file_name`` is relative to.
+        file_name (str):
+        summary (str): a few words below the name.
+    """
+    with Image.open(image_root / file_name) as image:
         axes.imshow(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
     axes.autoscale(False)  # a box may lead out of the image
+    name = Path(file_name).name
+    if len(name) > NAME_LENGTH:
+        name = f"{name[: NAME_LENGTH // 2]}…{name[-NAME_LENGTH // 2 + 1 :]}"
+    axes.set_title(f"{name}\n{summary}", fontsize=7.5)
+
+
+def _draw_tile(axes, scored, position, image_root):
+    record, row = scored.ground_truth.images[position], scored.per_image[position]
+    show_tile(axes, image_root, record["file_name"], _summary(row))
     for kind, regions, chosen in regions_by_kind(scored, position):
         for region in chosen:
             for line in outlines(regions, region):
                 axes.plot(*line.T, **OUTLINES[kind])
-    name = Path(record["file_name"]).name
-    if len(name) > NAME_LENGTH:
-        name = f"{name[: NAME_LENGTH // 2]}…{name[-NAME_LENGTH // 2 + 1 :]}"
-    axes.set_title(f"{name}\n{_summary(row)}", fontsize=7.5)
 
 
 def _summary(row):

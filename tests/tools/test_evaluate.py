@@ -231,7 +231,7 @@ def test_by_columns(case, tmp_path, capsys):
     assert metrics["by_group"]["centre"]["groups"]["B"]["lesion"]["recall"] is None
     sizes = metrics["by_group"]["size_mm"]["groups"]
     assert {name: own["lesion"]["recall"] for name, own in sizes.items()} == {"<5": 100, ">=10": 0}
-    assert "By centre:\n|" in printed and "| all " in printed
+    assert "By centre:\n|" in printed and " all |" in printed
     for name in ("by_group.csv", "by_centre.png", "by_size_mm.png"):
         assert (tmp_path / "out" / name).stat().st_size and name in printed
     for wrong, message in (("size_mm", "give the limits of bins"), ("x", "No image and no")):

@@ -1,0 +1,162 @@
+"""Agreement of annotators: a table, matrices, and the images in which they differ most."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import patheffects
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ..evaluation.agreement_measures import COLUMNS, FIGURES, pair_name
+from .contact_sheet import show_tile, tile_grid
+from .outlines import HALO_WIDTH, outlines
+from .style import GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, save_figure
+from .tables import format_figure, markdown_table
+
+__all__ = ["agreement_table", "draw_agreement", "draw_disagreements"]
+
+# Panels, and what 0 to 1 of their shade are.
+PANELS = {
+    "f1": ("F1 of lesions (%)", 100),
+    "union_dice": ("Dice of images (%)", 100),
+    "kappa": ("Cohen's kappa", 1),
+}
+LINES = [
+    (SKY, "-"),
+    (VERMILION, (0, (5, 1.5))),
+    (YELLOW, (0, (1, 1))),
+    (GREEN, (0, (6, 1.5, 1, 1.5))),
+    (PURPLE, (0, (3, 1))),
+    (ORANGE, (0, (1, 2))),
+]
+HALO = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black", alpha=0.55)]
+
+
+def agreement_table(found):
+    """
+    Args:
+        found (Agreement):
+
+    Returns:
+        str: a Markdown table with a row for each pair and mean, figures with their intervals.
+    """
+    names = [*FIGURES, "fleiss_kappa"]
+    rows = []
+    for group, figures in found.figures.items():
+        intervals = found.intervals.get(group, {})
+        cells = [
+            format_figure(name, figures[name], intervals.get(name), decimals=_decimals(name))
+            if name in figures
+            else ""
+            for name in names
+        ]
+        rows.append([group, *cells])
+    cells = pd.DataFrame(rows, columns=["", *names])
+    return markdown_table(cells.loc[:, (cells != "").any()])
+
+
+def draw_agreement(found, path):
+    """
+    Draw lesion F1, union Dice and Cohen's kappa of every two, each as a matrix.
+
+    Args:
+        found (Agreement):
+        path (str or Path): .png, .svg or .pdf.
+
+    Returns:
+        matplotlib.figure.Figure: what was saved.
+    """
+    names = [annotator.name for annotator in found.annotators]
+    labels = [textwrap.shorten(name, 22, placeholder="…") for name in names]
+    side = 1.2 + 0.95 * len(names)
+    figure = Figure(figsize=(1 + side * len(PANELS), side + 0.6), layout="compressed")
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for axes, (figure_, (title, scale)) in zip(panels, PANELS.items(), strict=True):
+        values = np.full((len(names),) * 2, np.nan)
+        axes.set_facecolor("0.93")
+        for a, b in found.pairs:
+            value = found.figures[pair_name(a, b)][figure_]
+            interval = found.intervals.get(pair_name(a, b), {}).get(figure_)
+            text = format_figure(figure_, value, interval, decimals=_decimals(figure_))
+            text = text.replace(" [", "\n[")
+            dark = value / scale > 0.6
+            for row, column in ((names.index(a), names.index(b)), (names.index(b), names.index(a))):
+                values[row, column] = value / scale
+                style = dict(ha="center", va="center", fontsize=8, color="w" if dark else "k")
+                axes.text(column, row, text, **style)
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(names)), labels, rotation=25, ha="right")
+        axes.set_yticks(range(len(names)), labels)
+        axes.tick_params(length=0)
+        axes.set_title(title, fontsize=10)
+        axes.spines[:].set_visible(False)
+    unit = "patients" if found.meta["patients"] else "images"
+    about = f"{found.meta['images']} images"
+    if found.meta["bootstrap"]:
+        about += f"; 95 % intervals by resampling {unit}"
+    figure.suptitle(about, fontsize=9)
+    save_figure(figure, path, dpi=170)
+    return figure
+
+
+def draw_disagreements(found, image_root, path, *, max_images=16):
+    """
+    Show the images in which two of the annotators differ most, by the Dice of all that each of them
+    outlined, with everybody's outlines; least agreement first.
+
+    Args:
+        found (Agreement):
+        image_root (str or Path): folder that ``file_name`` is relative to.
+        path (str or Path): .png, .jpg or .pdf.
+        max_images (int): tiles at most.
+
+    Returns:
+        matplotlib.figure.Figure or None: what was saved; None where all agree fully.
+
+    Raises:
+        FileNotFoundError: one of the images is not there.
+    """
+    dice = found.dice()
+    worst = np.nanmin(np.where(np.isnan(dice), np.inf, dice), axis=0)
+    order = [i for i in np.argsort(worst, kind="stable").tolist() if worst[i] < 1][:max_images]
+    if not order:
+        return None
+    title = f"{len(order)} of {len(found.images)} images, those with the least agreement first"
+    figure, tiles = tile_grid(len(order), title)
+    styles = [
+        dict(color=colour, linestyle=line, linewidth=1.7, path_effects=HALO)
+        for colour, line in (LINES[i % len(LINES)] for i in range(len(found.annotators)))
+    ]
+    for axes, position in zip(tiles, order, strict=True):
+        summary = _summary(found, position, int(np.nanargmin(dice[:, position])))
+        show_tile(axes, Path(image_root), found.images[position]["file_name"], summary)
+        for annotator, style in zip(found.annotators, styles, strict=True):
+            regions = annotator.truth.regions
+            for region in np.flatnonzero(regions.image == position):
+                for line in outlines(regions, region):
+                    axes.plot(*line.T, **style)
+    handles = [
+        Line2D([], [], label=annotator.name, **style)
+        for annotator, style in zip(found.annotators, styles, strict=True)
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 4), fontsize=9
+    )
+    save_figure(figure, path)
+    return figure
+
+
+def _summary(found, position, pair):
+    """The two who differ most, and how far."""
+    (a, b), columns = list(found.pairs.items())[pair]
+    happened = dict(zip(COLUMNS, columns[position], strict=True))
+    if happened["image_only_a"] or happened["image_only_b"]:
+        return f"{a}, not {b}" if happened["image_only_a"] else f"{b}, not {a}"
+    text = f"Dice {100 * happened['union_dice']:.0f} %"
+    return text if len(found.pairs) == 1 else f"{text}: {a}, {b}"
+
+
+def _decimals(figure):
+    return 2 if "kappa" in figure else 1
