@@ -94,7 +94,7 @@ def _assign(
         with rejects.catch():
             label = ""
             if kind == "files":
-                image, label = _image_and_label(stem, pictures)
+                image, label = _image_and_label(path, stem, pictures)
             else:
                 image = stem.removesuffix(suffix) if stem.endswith(suffix) else None
             if image not in files:
@@ -105,13 +105,20 @@ def _assign(
     return files
 
 
-def _image_and_label(stem: str, pictures: Collection[str]) -> tuple[str | None, str]:
-    """The longest image name that a mask's name starts with, and the class behind it."""
+def _image_and_label(path: Path, stem: str, pictures: Collection[str]) -> tuple[str | None, str]:
+    """The image name that a mask's name starts with, and the class behind it."""
     ends = [i for i, character in enumerate(stem) if character in _SEPARATORS]
-    for end in [len(stem), *reversed(ends)]:
-        if stem[:end] in pictures:
-            return stem[:end], _NUMBER.sub("", stem[end:].strip(_SEPARATORS))
-    return None, ""
+    starts = [stem[:end] for end in [len(stem), *reversed(ends)] if stem[:end] in pictures]
+    folders = [start for start in starts if stem[len(start) :].startswith("/")]
+    starts = folders[:1] or starts
+    if len(starts) > 1:
+        raise BadInputError(
+            path,
+            f"could be of {' or '.join(starts)}; put it into a folder with the name of its image",
+        )
+    if not starts:
+        return None, ""
+    return starts[0], _NUMBER.sub("", stem.removeprefix(starts[0]).strip(_SEPARATORS))
 
 
 def _samples(
@@ -175,7 +182,14 @@ class _Reader:
         """(H, W) of the mask in the frame of the image as read."""
         values, lossy = read_values(path)
         if self.kind in ("binary", "files") and (lossy or len(np.unique(values)) > 2):
+            highest = values.max()
             values = values >= 128
+            if not lossy and highest < 128:
+                raise BadInputError(
+                    path,
+                    f"no pixel is 128 or brighter, the highest is {highest}; give --kind if they "
+                    "number classes or instances",
+                )
         elif lossy:
             raise BadInputError(path, "is a JPEG, which does not keep numbers; save it as PNG")
         if drawn_on_stored_pixels(image, values.shape[1], values.shape[0]):
