@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .outlines import choose_images, outlines, regions_by_kind
 
-__all__ = ["embed", "gallery_data"]
+__all__ = ["embed", "gallery_data", "svg_path"]
 
 LONG_SIDE = 512  # pixels of an embedded picture
 QUALITY = 82  # of its JPEG
@@ -118,11 +118,22 @@ def _found(results, row, position, lesions, scale, overlap):
 
 def _path(regions, chosen, scale):
     """One SVG path around the chosen regions."""
+    return svg_path([line for region in chosen for line in outlines(regions, region)], scale)
+
+
+def svg_path(lines, scale):
+    """
+    Args:
+        lines (list[np.ndarray]): closed lines, as of :func:`imrcnn_d2.report.outlines.outlines`.
+        scale (float): original pixels in one of the picture that they are drawn on.
+
+    Returns:
+        str: one SVG path.
+    """
     parts = []
-    for region in chosen:
-        for line in outlines(regions, region):
-            corners = line[:-1].astype(np.float32)
-            kept = cv2.approxPolyDP(corners[:, None], CLOSENESS * scale, closed=True)[:, 0]
-            points = "L".join(f"{x:.4g},{y:.4g}" for x, y in kept.tolist())
-            parts.append(f"M{points}Z")
+    for line in lines:
+        corners = line[:-1].astype(np.float32)
+        kept = cv2.approxPolyDP(corners[:, None], CLOSENESS * scale, closed=True)[:, 0]
+        points = "L".join(f"{x:.4g},{y:.4g}" for x, y in kept.tolist())
+        parts.append(f"M{points}Z")
     return "".join(parts)

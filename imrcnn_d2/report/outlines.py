@@ -13,6 +13,7 @@ __all__ = [
     "LIGHT_HALO",
     "STYLES",
     "choose_images",
+    "mask_outlines",
     "outlines",
     "regions_by_kind",
 ]
@@ -66,9 +67,18 @@ def outlines(regions, region):
         x, y, width, height = regions.boxes[region]
         corners = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
         return [np.array(corners) - 0.5]
-    contours, _ = cv2.findContours(
-        mask_util.decode(regions.masks[region]), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
-    )
+    return mask_outlines(regions.masks[region])
+
+
+def mask_outlines(rle):
+    """
+    Args:
+        rle (dict): compressed RLE of a mask.
+
+    Returns:
+        list[np.ndarray]: as of :func:`outlines`.
+    """
+    contours, _ = cv2.findContours(mask_util.decode(rle), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     return [np.concatenate([contour[:, 0], contour[:1, 0]]) for contour in contours]
 
 

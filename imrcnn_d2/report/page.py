@@ -23,6 +23,7 @@ __all__ = [
     "gallery_values",
     "missing_records",
     "named_runs",
+    "outline_lines",
     "render_report",
     "uncertainty",
     "undefined_rows",
@@ -67,7 +68,7 @@ def render_report(runs, output, *, prevalences=(0.005, 0.05), max_images=300):
         runs,
         output,
         lead=_lead(runs, results.meta),
-        lines=_lines(),
+        lines=outline_lines(OUTLINES),
         key_figures=key_figures(runs),
         uncertainty=uncertainty(runs),
         notes=_notes(runs),
@@ -119,10 +120,16 @@ def check_runs(runs):
                 )
 
 
-def _lines():
-    """{class: label, and how it is drawn, in CSS} of the outlines."""
+def outline_lines(outlines):
+    """
+    Args:
+        outlines (dict[str, tuple[str, str]]): class in the page -> kind of outline, label.
+
+    Returns:
+        dict[str, dict]: label, and how it is drawn in CSS, by class; ``lines`` of head.html.
+    """
     lines = {}
-    for name, (kind, label) in OUTLINES.items():
+    for name, (kind, label) in outlines.items():
         style = STYLES[kind]
         dash = "none"
         if style["linestyle"] != "-":  # matplotlib's dashes are in line widths

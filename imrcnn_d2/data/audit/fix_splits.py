@@ -108,7 +108,7 @@ def write_fixed_splits(
 def _moved(
     contents: Mapping[str, dict], target_of: Mapping[str, str], group_of: Mapping[str, int]
 ) -> dict[str, dict]:
-    """COCO contents by split after the moves, images with their ``group_id``, in the order of ids."""
+    """COCO contents by split after the moves, by id; images carry their ``group_id``."""
     images = [image for content in contents.values() for image in content["images"]]
     annotations = [a for content in contents.values() for a in content["annotations"]]
     split_of_id = {image["id"]: target_of[image["file_name"]] for image in images}
