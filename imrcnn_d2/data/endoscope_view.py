@@ -23,7 +23,7 @@ _FLAT = 8  # difference of neighbouring gray values within a drawn area
 _EDGE = 24  # gray values over two pixels, at the edge of an inset
 _SHORTEST_EDGE = 0.12  # of the shorter side
 _SEEN = 0.8  # share of an edge
-_HALF = 0.5  # of the frame's sides, which no inset exceeds
+_HALF = 0.5  # of the view's sides, which no inset exceeds
 _STRAIGHT = 0.88  # share of a box that a drawn area fills
 
 
@@ -105,9 +105,11 @@ def find_view(image: np.ndarray) -> View:
         lit = _largest(lit)
         hull = _hull(lit)
 
+    # Compression blurs its edge by a pixel; beyond it may be writing.
+    hull = cv2.erode(hull.astype(np.uint8), np.ones((3, 3), np.uint8))
     factors = np.array([width / small.shape[1], height / small.shape[0]])
     insets = tuple(_scaled(box, factors, height, width) for box in insets)
-    mask = cv2.resize(hull.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+    mask = cv2.resize(hull, (width, height), interpolation=cv2.INTER_NEAREST) > 0
     for box in insets:
         mask[box.slices] = False
     return View(mask, _box(mask), insets)
@@ -216,7 +218,9 @@ def _straight_parts(mask: np.ndarray, hull: np.ndarray) -> list[Box]:
 
 def _at_corners(image: np.ndarray, hull: np.ndarray) -> list[Box]:
     """Rectangles of any content over a corner of the view, found by two straight edges."""
-    brightness = image.astype(np.int16)
+    around = _box(hull)
+    hull = hull[around.slices]
+    brightness = image[around.slices].astype(np.int16)
     edges = [np.zeros(hull.shape, bool) for _ in range(2)]
     edges[0][:, 1:-1] = _brightest(abs(brightness[:, 2:] - brightness[:, :-2])) > _EDGE
     edges[1][1:-1] = _brightest(abs(brightness[2:] - brightness[:-2])) > _EDGE
@@ -230,7 +234,9 @@ def _at_corners(image: np.ndarray, hull: np.ndarray) -> list[Box]:
         if corner is not None:
             drawn = np.zeros(hull.shape, np.uint8)
             drawn[flip][: corner[0], : corner[1]] = 1
-            boxes.append(_box(drawn))
+            x0, y0, x1, y1 = _box(drawn)
+            x, y = around[:2]
+            boxes.append(Box(x0 + x, y0 + y, x1 + x, y1 + y))
     return boxes
 
 
