@@ -17,6 +17,7 @@ from processes import PRELOAD
 # Set before torch, OpenCV and numpy are imported.
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
+MINUTE = 2_000  # damaged files that a reader is given in one
 WORKER_GIB = 3  # a worker with the processes that its tests start
 
 
@@ -29,12 +30,14 @@ def pytest_xdist_auto_num_workers(config):
     return max(1, min(len(os.sched_getaffinity(0)), int(memory / WORKER_GIB), 8))
 
 
-def pytest_configure():
+def pytest_configure(config):
     from hypothesis import settings
 
     # A busy machine is no failure. In CI the same examples every time.
     settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
-    settings.load_profile("ours")
+    # For tests/data/test_fuzz.py: about a minute a test.
+    settings.register_profile("minute", deadline=None, max_examples=MINUTE)
+    settings.load_profile(config.getoption("--hypothesis-profile") or "ours")
     multiprocessing.set_forkserver_preload(PRELOAD)
 
 

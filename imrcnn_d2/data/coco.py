@@ -70,6 +70,13 @@ def read_coco_json(path: Path) -> dict:
             if needed - entry.keys():
                 missing = ", ".join(sorted(needed - entry.keys()))
                 raise BadInputError(path, f"{key}[{i}] lacks {missing}")
+            for name in ("id", "image_id", "category_id"):
+                kinds = int if (key, name) == ("categories", "id") else int | float | str
+                if name in entry and not isinstance(entry[name], kinds):
+                    raise BadInputError(path, f"{key}[{i}] has the {name} {entry[name]!r}")
+    for category in content["categories"]:
+        if not isinstance(category["name"], str):
+            raise BadInputError(path, f"a category has the name {category['name']!r}")
     for key in ("id", "name"):
         values = Counter(category[key] for category in content["categories"])
         if not values or max(values.values()) > 1:
@@ -84,7 +91,7 @@ def _samples(
 ) -> Iterator[Sample]:
     records = content["images"]
     ids = Counter(record["id"] for record in records)
-    names = Counter(record["file_name"] for record in records)
+    names = Counter(r["file_name"] for r in records if isinstance(r["file_name"], str))
     by_image: dict[object, list[dict]] = defaultdict(list)
     for annotation in content["annotations"]:
         with rejects.catch():

@@ -1,0 +1,167 @@
+"""Whatever a file holds, its reader ends in BadInputError or in what can be written again.
+
+Some hundred damaged files each; for about a minute each:
+``pytest -m fuzz --hypothesis-profile minute``.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import damaged_csv, damaged_json, damaged_xml
+from PIL import Image
+
+from imrcnn_d2.data.coco import read_coco
+from imrcnn_d2.data.cvat import read_cvat
+from imrcnn_d2.data.labelme import read_labelme
+from imrcnn_d2.data.masks import annotation_from_mask
+from imrcnn_d2.data.metadata import read_metadata, with_metadata
+from imrcnn_d2.data.patients import with_patients_from_csv
+from imrcnn_d2.data.rejects import BadInputError, Rejects
+
+pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
+
+FORMATS = Path(__file__).parent / "formats"
+NAMES = ("a.png", "b/c.png", "d.png")
+ON_ERROR = st.sampled_from(["raise", "reject"])
+some_hundred = settings(
+    max_examples=max(200, settings().max_examples),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """images/ of 60x40, frames/ of a video, and an empty folder for images inside files."""
+    root = tmp_path_factory.mktemp("fuzz")
+    names = [*(f"images/{name}" for name in NAMES), "labelme/frame_a.jpg"]
+    names += [f"frames/frame_{i:06d}.png" for i in range(5)]
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 40), (i, 0, 0)).save(root / name)
+    (root / "scratch").mkdir()
+    return root
+
+
+def check(read, path, data, on_error):
+    """``read(path, rejects)`` gives a Source or BadInputError; what it gives is strict JSON."""
+    path.write_bytes(data)
+    rejects = Rejects(on_error)
+    try:
+        source = read(path, rejects)
+        samples = list(source.samples)
+    except BadInputError as error:
+        str(error).encode()  # it can be shown
+        return
+    records = [[sample.file_name, sample.annotations, sample.fields] for sample in samples]
+    content = [records, source.categories, source.info, source.extra, source.notes]
+    json.dumps(content, sort_keys=True, allow_nan=False, ensure_ascii=False).encode()
+    for sample in samples:
+        for annotation in sample.annotations:
+            assert annotation["area"] > 0 and annotation["iscrowd"] in (0, 1)
+    assert on_error == "reject" or not rejects.errors
+
+
+def coco_document():
+    mask = np.zeros((40, 60), bool)
+    mask[5:20, 5:30] = True
+    hollow = mask.copy()
+    hollow[8:10, 8:12] = False
+    polygon = [[10, 10, 30, 10, 30, 20.5, 10, 20], [40, 5, 50, 5, 45, 9]]
+    counts = {"size": [40, 60], "counts": [200, 100, 2100]}
+    return {
+        "info": {"year": 2024},
+        "images": [
+            {"id": i, "file_name": name, "width": 60, "height": 40, "patient_id": f"p{i}"}
+            for i, name in enumerate(NAMES)
+        ],
+        "annotations": [
+            {**annotation_from_mask(mask), "id": 1, "image_id": 0, "lesion_id": 4},
+            {**annotation_from_mask(hollow, 2), "id": 2, "image_id": 0},
+            {"id": 3, "image_id": 1, "category_id": 2, "segmentation": polygon, "iscrowd": 0,
+             "bbox": [10, 5, 40, 15.5], "area": 220},
+            {"id": 4, "image_id": 1, "category_id": 1, "segmentation": counts, "iscrowd": 1},
+        ],
+        "categories": [{"id": 1, "name": "polyp", "supercategory": "x"}, {"id": 2, "name": "b"}],
+    }  # fmt: skip
+
+
+@given(damaged_json(coco_document()), ON_ERROR)
+@some_hundred
+def test_coco(folder, data, on_error):
+    def read(path, rejects):
+        return read_coco(path, folder / "images", rejects)
+
+    check(read, folder / "coco.json", data, on_error)
+
+
+@given(damaged_json(json.loads((FORMATS / "labelme" / "frame_a.json").read_text())), ON_ERROR)
+@some_hundred
+def test_labelme(folder, data, on_error):
+    def read(path, rejects):
+        return read_labelme(path.parent, rejects, folder / "scratch")
+
+    check(read, folder / "labelme" / "frame_a.json", data, on_error)
+
+
+@given(damaged_json(json.loads((FORMATS / "labelme" / "embedded.json").read_text())), ON_ERROR)
+@some_hundred
+def test_labelme_with_its_image(folder, data, on_error):
+    def read(path, rejects):
+        return read_labelme(path.parent, rejects, folder / "scratch")
+
+    (folder / "embedded").mkdir(exist_ok=True)
+    check(read, folder / "embedded" / "x.json", data, on_error)
+
+
+@given(damaged_xml((FORMATS / "cvat" / "images.xml").read_text()), ON_ERROR)
+@some_hundred
+def test_cvat(folder, data, on_error):
+    def read(path, rejects):
+        return read_cvat([path], folder / "images", rejects)
+
+    check(read, folder / "images.xml", data, on_error)
+
+
+@given(damaged_xml((FORMATS / "cvat" / "video.xml").read_text()), ON_ERROR)
+@some_hundred
+def test_cvat_video(folder, data, on_error):
+    def read(path, rejects):
+        return read_cvat([path], folder / "frames", rejects)
+
+    check(read, folder / "video.xml", data, on_error)
+
+
+def prepared(folder, rejects):
+    path = folder / "whole.json"
+    if not path.exists():
+        path.write_text(json.dumps(coco_document()))
+    return read_coco(path, folder / "images", rejects)
+
+
+TABLE = """file,centre,size_mm,seen
+a.png,X,12,2024-05-06
+b/c.png,Y,7.5,
+d.png,X,,2024-05-07
+"""
+
+
+@given(damaged_csv(TABLE), ON_ERROR)
+@some_hundred
+def test_metadata(folder, data, on_error):
+    def read(path, rejects):
+        return with_metadata(prepared(folder, rejects), [read_metadata(path, rejects)], rejects)
+
+    check(read, folder / "metadata.csv", data, on_error)
+
+
+@given(damaged_csv("file,patient_id\na.png,p1\nb/c.png,p2\nd.png,p1\n"), ON_ERROR)
+@some_hundred
+def test_patients(folder, data, on_error):
+    def read(path, rejects):
+        return with_patients_from_csv(prepared(folder, rejects), path, rejects)
+
+    check(read, folder / "patients.csv", data, on_error)
