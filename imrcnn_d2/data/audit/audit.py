@@ -33,6 +33,7 @@ class Audit:
         twins: images that show the same.
         findings: by kind, then weight and score, see :meth:`sort`.
         notes: what was not checked, and why.
+        checked: areas that were checked, keys of `AREAS`.
         embeddings: of the images that can be read, in their order; None without them.
     """
 
@@ -41,6 +42,7 @@ class Audit:
     twins: list[Twins]
     findings: list[Finding]
     notes: list[str] = field(default_factory=list)
+    checked: tuple[str, ...] = ("files", "annotations", "leakage")
     embeddings: np.ndarray | None = None
 
     @property
@@ -65,15 +67,24 @@ class Audit:
             of_kind[found.kind][found.severity] += 1
         return {kind: counts for kind, counts in of_kind.items() if counts}
 
-    def add(self, findings: Sequence[Finding]) -> None:
-        """Adds findings of further checks."""
+    def images_of(self, kind: str) -> set[tuple[str, str]]:
+        """(split, name) of the images that findings of a kind are about."""
+        return {
+            pair
+            for found in self.findings
+            if found.kind == kind
+            for pair in zip(found.splits, found.images, strict=True)
+        }
+
+    def add(self, findings: Sequence[Finding], *areas: str) -> None:
+        """Adds findings, and the further areas that were checked for them."""
+        self.checked += areas
         self.findings = _sorted([*self.findings, *findings])
 
 
 def audit(
     data: AuditedData,
     embed: Callable[[Sequence[Path]], np.ndarray] | None = None,
-    processes: int | None = None,
 ) -> Audit:
     """Checks files, annotations, duplicates and leakage.
 
@@ -81,13 +92,12 @@ def audit(
         data: the data set.
         embed: gives (N, D) rows of length 1 of the images at N paths, which near-duplicates are
             looked for by; None to do without.
-        processes: how many at once; None for one a core.
 
     Raises:
         ModuleNotFoundError: what a check needs is not installed; the error says how.
     """
     ids = None if data.classified else {category["id"] for category in data.categories}
-    examined = examine_all(data.entries, ids, processes)
+    examined = examine_all(data.entries, ids)
     findings = [found for one in examined for found in one.findings]
     for file, annotation in data.strays:
         told = f"{file}: there is no image with id {annotation['image_id']!r}."
@@ -104,7 +114,7 @@ def audit(
         result.embeddings = embed([data.entries[i].path for i in result.readable])
         vectors = np.zeros((len(examined), result.embeddings.shape[1]), np.float32)
         vectors[result.readable] = result.embeddings
-    result.twins = exact_twins(examined) + near_twins(examined, vectors, processes)
+    result.twins = exact_twins(examined) + near_twins(examined, vectors)
     findings += twin_findings(data.entries, result.twins) + patient_findings(data.entries)
     result.add(findings)
     return result

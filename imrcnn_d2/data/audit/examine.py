@@ -1,10 +1,10 @@
-"""Examines every image of a data set with its annotations, in several processes."""
+"""Examines every image of a data set with its annotations."""
 
 import functools
-import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 
 import cv2
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from imrcnn_d2.data.endoscope_view import find_view
 from imrcnn_d2.data.images import drawn_on_stored_pixels, inspect_image, read_image
 from imrcnn_d2.data.rejects import BadInputError
 
-__all__ = ["Examined", "examine_all", "in_processes"]
+__all__ = ["Examined", "examine_all", "in_threads"]
 
 
 @dataclass(frozen=True)
@@ -37,31 +37,31 @@ class Examined:
     findings: tuple[Finding, ...]
 
 
-def examine_all(
-    entries: Sequence[Entry], category_ids: set | None, processes: int | None = None
-) -> list[Examined]:
+def examine_all(entries: Sequence[Entry], category_ids: set | None) -> list[Examined]:
     """Examines all images, in their order.
 
     Args:
         entries: the images.
         category_ids: the categories there are; None where there are no outlines to check.
-        processes: how many at once; None for one a core.
     """
     examine = functools.partial(_examine, category_ids=category_ids)
-    return in_processes(examine, entries, "Examining", "image", processes)
+    return in_threads(examine, entries, "Examining")
 
 
-def in_processes(function, items: Sequence, what: str, unit: str, processes: int | None) -> list:
-    """[function(item) for item in items], over processes and with a bar."""
+def in_threads(function: Callable, items: Sequence, what: str) -> list:
+    """[function(image) for image in items], one thread a core, with a bar.
+
+    What takes the time, in Pillow, OpenCV and NumPy, runs side by side in threads; processes would
+    each have to import torch first.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = min(processes or cores or 1, max(len(items) // 16, 1))
-    bar = functools.partial(tqdm, total=len(items), desc=what, unit=unit)
-    if processes == 1:
-        return list(bar(map(function, items)))
-    # Not forked: threads of torch and OpenCV do not survive it.
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    with context.Pool(processes, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        return list(bar(pool.imap(function, items, chunksize=8)))
+    inner = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        with ThreadPool(cores) as pool:
+            return list(tqdm(pool.imap(function, items), what, len(items), unit="image"))
+    finally:
+        cv2.setNumThreads(inner)
 
 
 def _examine(entry: Entry, category_ids: set | None) -> Examined:

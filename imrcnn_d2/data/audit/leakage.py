@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from imrcnn_d2.data.audit.examine import Examined, in_processes
+from imrcnn_d2.data.audit.examine import Examined, in_threads
 from imrcnn_d2.data.audit.findings import Finding, finding
 from imrcnn_d2.data.audit.records import Entry
 from imrcnn_d2.data.near_duplicates import compare_images, describe_image, group_labels
@@ -52,9 +52,7 @@ def exact_twins(examined: Sequence[Examined]) -> list[Twins]:
     return sorted(twins, key=lambda pair: (pair.a, pair.b))
 
 
-def near_twins(
-    examined: Sequence[Examined], embeddings: np.ndarray | None, processes: int | None = None
-) -> list[Twins]:
+def near_twins(examined: Sequence[Examined], embeddings: np.ndarray | None) -> list[Twins]:
     """Images that show the same scene, exact duplicates left out.
 
     The images most alike by their embeddings or perceptual hashes are aligned with each other and
@@ -64,7 +62,6 @@ def near_twins(
         examined: the images.
         embeddings: (N, D) rows of length 1, of the images in their order; None to go by the hashes
             alone, which find copies but few frames of a moment later.
-        processes: how many at once; None for one a core.
     """
     # One image of each set of exact duplicates stands for all.
     known = _places(e.measures.pixel_hash if e.measures else None for e in examined)
@@ -75,13 +72,13 @@ def near_twins(
     vectors = None if embeddings is None else embeddings[places]
     neighbours = _neighbours(hashes, vectors)
     paths = [examined[i].entry.path for i in places]
-    features = in_processes(describe_image, paths, "Describing", "image", processes)
+    features = in_threads(describe_image, paths, "Describing")
     tasks = [
         (paths[i], features[i], [(paths[j], features[j]) for j in neighbours[i]], neighbours[i], i)
         for i in range(len(places))
     ]
     best: dict[tuple[int, int], float] = {}
-    for found in in_processes(_compare, tasks, "Comparing", "image", processes):
+    for found in in_threads(_compare, tasks, "Comparing"):
         for pair, correlation in found.items():
             best[pair] = max(correlation, best.get(pair, -1))
     return [
