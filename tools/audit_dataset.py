@@ -20,6 +20,7 @@ from imrcnn_d2.data.audit.findings import KINDS
 from imrcnn_d2.data.audit.fix_splits import write_fixed_splits
 from imrcnn_d2.data.audit.leakage import groups
 from imrcnn_d2.data.audit.records import find_prepared, read_entries
+from imrcnn_d2.data.audit.validity import validity_findings
 from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.data.splits import SPLITS
 from imrcnn_d2.engine.embedding import WEIGHTS, embed_images
@@ -50,6 +51,11 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="of a prepared data set: write it anew to DIR, with near-duplicates, and the images "
         "of one patient, in one split; what is there stays as it is",
+    )
+    parser.add_argument(
+        "--validity",
+        action="store_true",
+        help="also look for images that look like those of another label, and like no other",
     )
     return parser
 
@@ -88,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
     found = audit(data, embed)
     if note:
         found.notes.append(note)
+    if args.validity:
+        found.add(validity_findings(found), "validity")
     page = write_audit(found, args.output)
     _print_counts(found)
     print(f"\n{page}: written")
