@@ -22,7 +22,7 @@ from imrcnn_d2.deploy.video import VideoWriter, decode_video
 from imrcnn_d2.evaluation.records import read_ground_truth, read_results
 
 from .conftest import TAU, picture
-from .dicoms import PATIENT, write_dicom
+from dicoms import PATIENT, write_dicom
 
 ALL = ("overlays", "masks", "labelme")
 

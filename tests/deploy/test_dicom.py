@@ -14,7 +14,7 @@ from imrcnn_d2.deploy.dicom import may_show_patient, public_name, read_dicom
 from imrcnn_d2.deploy.video import VideoWriter
 
 from .conftest import picture
-from .dicoms import PATIENT, write_dicom
+from dicoms import PATIENT, write_dicom
 
 H264 = "1.2.840.10008.1.2.4.102"
 JPEG_LOSSLESS = "1.2.840.10008.1.2.4.70"
