@@ -1,0 +1,80 @@
+"""Every planted fault is found, and clean images are left alone."""
+
+from collections import Counter
+
+import pytest
+from planted_faults import Planted
+
+from imrcnn_d2.data.audit.audit import audit
+from imrcnn_d2.data.audit.findings import KINDS
+from imrcnn_d2.data.audit.leakage import groups
+from imrcnn_d2.data.audit.records import read_entries
+from imrcnn_d2.engine.embedding import embed_images
+
+CLEAN = 100  # thresholds were chosen on Kvasir-SEG, not on drawn images
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    planted = Planted(tmp_path_factory.mktemp("planted"))
+    planted.plant_all(CLEAN)
+    return planted
+
+
+@pytest.fixture(scope="module")
+def found(planted):
+    return audit(read_entries("planted", planted.write(), planted.images), embed_images)
+
+
+def test_every_kind_is_planted(planted):
+    kinds = Counter(kind for kind, _ in planted.faults)
+    assert sum(kinds.values()) >= 20
+    assert set(kinds) == {
+        key for key, kind in KINDS.items() if kind.area in ("files", "annotations", "leakage")
+    }
+
+
+def test_every_planted_fault_is_found(planted, found):
+    said = [(finding.kind, set(finding.images)) for finding in found.findings]
+    missed = [
+        (kind, names)
+        for kind, names in planted.faults
+        if not any(kind == of and set(names) <= images for of, images in said)
+    ]
+    assert not missed
+    # One finding for each, and what says something else of the same image is no surprise to a user.
+    assert len(found.findings) <= 1.3 * len(planted.faults)
+
+
+def test_clean_images_are_left_alone(planted, found):
+    flagged = {name for _, name in found.flagged} & set(planted.clean)
+    told = [f for f in found.findings if flagged & set(f.images)]
+    assert len(flagged) <= 0.02 * len(planted.clean), told
+
+
+def test_what_crosses_splits_is_an_error(planted, found):
+    for finding in found.findings:
+        if finding.kind in ("exact_duplicate", "near_duplicate"):
+            crosses = len(set(finding.splits)) > 1
+            assert finding.severity == ("error" if crosses else "warning"), finding
+
+
+def test_groups_hold_twins_and_patients(planted, found):
+    together = [
+        {found.data.entries[i].name for i in g} for g in groups(found.data.entries, found.twins)
+    ]
+    wanted = [
+        set(names)
+        for kind, names in planted.faults
+        if kind in ("exact_duplicate", "near_duplicate", "patient_across_splits")
+    ]
+    assert sorted(map(sorted, together)) == sorted(map(sorted, wanted))
+
+
+def test_without_embeddings_copies_are_found(planted, found):
+    from imrcnn_d2.data.audit.leakage import near_twins
+
+    names = [entry.name for entry in found.data.entries]
+    near = {(names[pair.a], names[pair.b]) for pair in near_twins(found.examined, None)}
+    copies = [set(names) for kind, names in planted.faults if kind == "near_duplicate"][:3]
+    assert [pair for pair in copies if pair not in map(set, near)] == []

@@ -1,0 +1,187 @@
+"""A data set with faults in it, of which it is known where they are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from imrcnn_d2.data.masks import annotation_from_mask
+from imrcnn_d2.data.synthetic import draw_view
+
+__all__ = ["CATEGORIES", "Planted", "draw"]
+
+SIZE = 192
+CATEGORIES = [{"id": 1, "name": "polyp"}, {"id": 2, "name": "ulcer"}]
+
+
+def draw(patient: int, size: int = SIZE) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A view of a patient of its own: image and masks of its lesions."""
+    return draw_view(size, seed=7, patient=patient, view=0)
+
+
+class Planted:
+    """Builds the data set in a folder.
+
+    Attributes:
+        images: folder of the images.
+        faults: (kind, names of the images that it is about) of each planted fault.
+        clean: names of the images without one.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.images = folder / "images"
+        self.images.mkdir(parents=True)
+        self.faults: list[tuple[str, tuple[str, ...]]] = []
+        self.clean: list[str] = []
+        self._splits: dict[str, dict] = {}
+        self._count = 0
+
+    def add(self, image=None, masks=(), split="train", name=None, **fields):
+        """An image of the data set, drawn where none is given; returns its COCO record."""
+        self._count += 1
+        if image is None:
+            image, masks = draw(self._count)
+        name = name or f"{self._count:03}.jpg"
+        quality = {"quality": 95} if name.endswith("jpg") else {}
+        Image.fromarray(image).save(self.images / name, **quality)
+        height, width = image.shape[:2]
+        record = {"id": self._count, "file_name": name, "width": width, "height": height, **fields}
+        content = self._splits.setdefault(split, {"images": [], "annotations": []})
+        content["images"].append(record)
+        for mask in masks:
+            self.annotate(record, split, **annotation_from_mask(mask))
+        return record
+
+    def annotate(self, record, split="train", **annotation):
+        """A further annotation of an image."""
+        annotations = self._splits[split]["annotations"]
+        number = sum(len(part["annotations"]) for part in self._splits.values()) + 1
+        annotations.append(
+            {"category_id": 1, "iscrowd": 0, **annotation, "id": number, "image_id": record["id"]}
+        )
+
+    def fault(self, kind, *records):
+        """Notes what is wrong with these images."""
+        self.faults.append((kind, tuple(record["file_name"] for record in records)))
+
+    def write(self) -> dict[str, Path]:
+        """Writes the annotations; their files by split."""
+        files = {}
+        for split, content in self._splits.items():
+            files[split] = self.folder / f"{split}.json"
+            files[split].write_text(json.dumps({**content, "categories": CATEGORIES}))
+        return files
+
+    def plant_all(self, clean: int) -> None:
+        """Plants at least one fault of each kind, among so many images without one."""
+        for i in range(clean):
+            split = ("train", "val", "test")[i % 3]
+            self.clean.append(self.add(split=split, patient_id=f"p{i}")["file_name"])
+        self._plant_files()
+        self._plant_annotations()
+        self._plant_twins()
+        self.fault("class_imbalance")
+
+    def _plant_files(self):
+        record = self.add()
+        (self.images / record["file_name"]).unlink()
+        self.fault("missing_file", record)
+        record = self.add()
+        path = self.images / record["file_name"]
+        path.write_bytes(path.read_bytes()[:2000])
+        self.fault("unreadable", record)
+        record = self.add()
+        (self.images / record["file_name"]).write_text("no image")
+        self.fault("unreadable", record)
+        record = self.add()
+        record["width"], record["height"] = 2 * SIZE, SIZE + 30
+        self.fault("wrong_size", record)
+
+        def changed(kind, change):
+            self._count += 1
+            image, masks = draw(self._count)
+            self._count -= 1
+            self.fault(kind, self.add(change(image.astype(np.float32)), masks))
+
+        def cut(image):
+            return np.clip(image, 0, 255).astype(np.uint8)
+
+        changed("colour", lambda i: cut(np.repeat(i.mean(axis=2, keepdims=True), 3, axis=2)))
+        changed("colour", lambda i: cut(i[..., ::-1]))
+        changed("colour", lambda i: cut(i * [0.35, 1.4, 0.9]))
+        changed("black_frame", lambda i: cut(i * 0.04))
+        changed("blur", lambda i: cv2.GaussianBlur(cut(i), (0, 0), SIZE / 60))
+        changed("blur", lambda i: cv2.filter2D(cut(i), -1, np.full((15, 15), 1 / 225)))
+        changed("overexposed", lambda i: cut(i * 6 + 20 * (i > 30)))
+        changed("text_outside_view", lambda i: _with_text(cut(i), "DOE, JANE", "ID 1234567"))
+        changed("text_outside_view", lambda i: _with_text(cut(i), "12/03/1950"))
+
+    def _plant_annotations(self):
+        def polygon(*points):
+            return {"segmentation": [[float(v) for point in points for v in point]]}
+
+        middle, far = SIZE / 2, SIZE * 0.7
+        square = [(middle, middle), (far, middle), (far, far), (middle, far)]
+        corner = np.zeros((SIZE, SIZE), bool)
+        corner[:20, :20] = True
+        for kind, annotation in (
+            ("malformed", {"segmentation": [[1.0, 2.0, 3.0]]}),
+            ("malformed", {**polygon(*square), "category_id": 9}),
+            ("malformed", {"segmentation": {"size": [5, 5], "counts": [25]}}),
+            ("empty", {}),
+            ("empty", polygon((900, 900), (950, 900), (950, 950))),
+            ("tiny", polygon((middle, middle), (middle + 3, middle), (middle, middle + 3))),
+            ("outside_view", annotation_from_mask(corner)),
+            ("self_crossing", polygon(square[0], square[2], square[1], square[3])),
+        ):
+            record = self.add()
+            self.annotate(record, **annotation)
+            self.fault(kind, record)
+        image, masks = draw(10_000)
+        record = self.add(image, masks)
+        again = cv2.dilate(masks[0].astype(np.uint8), np.ones((3, 3))) > 0
+        self.annotate(record, **annotation_from_mask(again))
+        self.fault("overlapping", record)
+
+    def _plant_twins(self):
+        first = self.add()
+        second = self.add(split="test")
+        shutil.copy(self.images / first["file_name"], self.images / second["file_name"])
+        self.fault("exact_duplicate", first, second)
+        first = self.add(name="first.png")
+        with Image.open(self.images / "first.png") as image:
+            second = self.add(np.asarray(image), split="val", name="second.png")
+            image.save(self.images / "second.png", compress_level=0)
+        self.fault("exact_duplicate", first, second)
+        for change in (
+            lambda image: image.resize((SIZE * 2 // 3, SIZE * 2 // 3)),
+            ImageOps.mirror,
+            lambda image: image.transpose(Image.Transpose.ROTATE_90),
+            _reframed,
+        ):
+            first = self.add()
+            with Image.open(self.images / first["file_name"]) as image:
+                second = self.add(np.asarray(change(image)), split="test")
+            self.fault("near_duplicate", first, second)
+        own = [self.add(split=split, patient_id="again") for split in ("train", "test", "test")]
+        self.fault("patient_across_splits", *own)
+
+
+def _with_text(image, *lines):
+    """The image with a black margin, and writing in it."""
+    canvas = np.zeros((SIZE, SIZE + 110, 3), np.uint8)
+    canvas[:, 110:] = image
+    for i, line in enumerate(lines):
+        at = (4, 40 + 24 * i)
+        cv2.putText(canvas, line, at, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (220, 220, 220), 1)
+    return canvas
+
+
+def _reframed(image):
+    screen = Image.new("RGB", (SIZE * 5 // 4, SIZE), "black")
+    screen.paste(image.resize((SIZE * 9 // 10, SIZE * 9 // 10)), (SIZE // 4, SIZE // 20))
+    return screen
