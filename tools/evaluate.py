@@ -42,8 +42,6 @@ def main(argv=None):
     parser = argument_parser()
     args = parser.parse_args(argv)
     if args.recognition:
-        if args.by:
-            parser.error("--by is for lesions; --recognition has no groups")
         try:
             score_recognition(args)
         except (OSError, ValueError) as error:
@@ -80,7 +78,9 @@ def score_recognition(args):
     """Score, write and print the classes of whole images."""
     known = sources(args.gt, args.dt, args.images)
     bootstrap = Bootstrap(args.resamples, args.seed) if args.resamples else None
+    bys = [parse_by(text) for text in args.by]
     results = evaluate_recognition(args.gt, args.dt, bootstrap=bootstrap)
+    results = with_groups(results, bys, bootstrap=bootstrap)
     copy = args.output / RECOGNITION_RESULTS
     write_atomically(copy, args.dt.read_bytes())
     paths = [*write_recognition(results, args.output, **known).values(), copy]
@@ -89,6 +89,7 @@ def score_recognition(args):
     paths += draw_recognition_figures(results, args.output)
     for groups in (results.groups(), {"calibration": results.calibration}):
         print(figures_table(groups, results.intervals), end="\n\n")
+    report_groups(results)
     print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
 
 
@@ -174,13 +175,18 @@ def report(results):
         intervals = {name: results.intervals.get(f"tau_val.{name}") for name in names}
         print("Score ≥ {tau:g} (tau_val), chosen on {dataset} by {rule}:".format(**results.tau_val))
         print(figures_table({name: results.tau_val[name] for name in names}, intervals), end="\n\n")
-    for column in results.by_group:
-        print(f"By {column}:\n{groups_table(results, column)}\n")
+    report_groups(results)
     if not scored:
         return
     calibration = {name: results.calibration[name] for name in ("ece", "brier")}
     others = {"froc": results.froc, "calibration": calibration}
     print(figures_table(others, results.intervals), end="\n\n")
+
+
+def report_groups(results):
+    """Print the headline figures of each group."""
+    for column in results.by_group:
+        print(f"By {column}:\n{groups_table(results, column)}\n")
 
 
 if __name__ == "__main__":

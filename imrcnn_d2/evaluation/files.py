@@ -19,6 +19,8 @@ __all__ = [
     "confusion_rows",
     "csv_text",
     "file_sha256",
+    "group_documents",
+    "group_rows",
     "sources",
     "strict_json",
     "transposed",
@@ -85,7 +87,7 @@ def write_results(results, folder, **meta):
         rows = patient_rows(gt, results.counts, results.detections.scored)
         tables["per_patient.csv"] = (rows, ["patient_id"])
     if results.by_group:
-        tables["by_group.csv"] = (_group_rows(results.by_group), ["column"])
+        tables["by_group.csv"] = (group_rows(results.by_group), ["column"])
     texts = {"metrics.json": strict_json(document)}
     texts.update({name: csv_text(*table) for name, table in tables.items()})
     paths = {name: folder / name for name in texts}
@@ -121,21 +123,9 @@ def _document(results):
             name: own(figures, f"by_class.{name}") for name, figures in results.by_class.items()
         }
     if results.by_group:
-        document["by_group"] = {
-            column: {"level": grouped.level, "groups": dict(_group_documents(grouped))}
-            for column, grouped in results.by_group.items()
-        }
+        document["by_group"] = group_documents(results.by_group)
     document["undefined_shares"] = results.undefined_shares
     return document
-
-
-def _group_documents(grouped):
-    for name, group in grouped.groups.items():
-        figures = {
-            level: with_intervals(own, group.intervals.get(level, {}))
-            for level, own in group.figures.items()
-        }
-        yield name, {"n": group.n, **figures, "undefined_shares": group.undefined_shares}
 
 
 def with_intervals(figures, intervals):
@@ -181,7 +171,41 @@ def _size_rows(results):
     return rows
 
 
-def _group_rows(by_group):
+def group_documents(by_group):
+    """
+    Args:
+        by_group (dict[str, GroupedFigures]): by column.
+
+    Returns:
+        dict: column -> level and groups; group -> n, figures with intervals, undefined_shares.
+    """
+    return {
+        column: {
+            "level": grouped.level,
+            "groups": {
+                name: {
+                    "n": group.n,
+                    **{
+                        level: with_intervals(own, group.intervals.get(level, {}))
+                        for level, own in group.figures.items()
+                    },
+                    "undefined_shares": group.undefined_shares,
+                }
+                for name, group in grouped.groups.items()
+            },
+        }
+        for column, grouped in by_group.items()
+    }
+
+
+def group_rows(by_group):
+    """
+    Args:
+        by_group (dict[str, GroupedFigures]): by column.
+
+    Returns:
+        list[dict]: a row a figure of a group, with what is in the group.
+    """
     rows = []
     for column, grouped in by_group.items():
         for name, group in grouped.groups.items():

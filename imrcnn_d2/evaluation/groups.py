@@ -13,9 +13,7 @@ import numpy as np
 
 from .counting import add_up, named
 from .intervals import confidence_intervals
-from .lesions import evaluate_lesions
 from .measures import Measures
-from .records import Detections, GroundTruth
 from .strata import by_stratum, size_figures, size_proportions
 
 __all__ = [
@@ -26,7 +24,6 @@ __all__ = [
     "GroupedFigures",
     "group_values",
     "parse_by",
-    "part_of",
     "with_groups",
 ]
 
@@ -58,8 +55,8 @@ class By:
 class Group:
     """
     Attributes:
-        n (dict[str, int]): images, lesions and, where known, patients in it; of a group of lesions
-            the images and patients that have such lesions.
+        n (dict[str, int]): images, lesions and patients in it, as far as there are such; of a group
+            of lesions the images and patients that have such lesions.
         figures (dict[str, dict[str, float]]): as of :meth:`LesionResults.compared`; of a group of
             lesions "lesion" alone, with recall iou iou_box iou_all dice.
         intervals (dict[str, dict[str, tuple[float, float]]]), undefined_shares (dict[str, float]):
@@ -110,14 +107,14 @@ def parse_by(text):
 def with_groups(results, bys, *, operating_point=None, bootstrap=None):
     """
     Args:
-        results (LesionResults):
+        results (LesionResults or RecognitionResults): the latter are of images alone.
         bys (list[By]): how to group, each on its own.
         operating_point (OperatingPoint or None), bootstrap (Bootstrap or None): as the results
             were made with. Units that are resampled are those of a group of images, of a group of
             lesions those of the data set.
 
     Returns:
-        LesionResults: with ``by_group``.
+        the results, with ``by_group``.
 
     Raises:
         ValueError: no image and no annotation has the column, or both have; it holds numbers and
@@ -126,6 +123,8 @@ def with_groups(results, bys, *, operating_point=None, bootstrap=None):
     gt = results.ground_truth
     by_group = {}
     for by in bys:
+        if by.column in by_group:
+            raise ValueError(f"{by.column!r} is to be grouped by twice: once is possible.")
         level, names, group = group_values(gt, by)
         if level == "image":
             of = {"operating_point": operating_point, "bootstrap": bootstrap}
@@ -142,7 +141,7 @@ def with_groups(results, bys, *, operating_point=None, bootstrap=None):
 def group_values(gt, by):
     """
     Args:
-        gt (GroundTruth): I images, R regions.
+        gt (GroundTruth or LabelledImages): I images, R regions.
         by (By):
 
     Returns:
@@ -152,7 +151,7 @@ def group_values(gt, by):
     Raises:
         ValueError: see :func:`with_groups`.
     """
-    of = {"image": gt.images, "lesion": gt.annotations}
+    of = {"image": gt.images, "lesion": getattr(gt, "annotations", [])}
     levels = [
         level
         for level, records in of.items()
@@ -224,31 +223,11 @@ def _hashable(values, column):
     return values
 
 
-def part_of(gt, detections, positions):
-    """
-    Args:
-        gt (GroundTruth), detections (Detections):
-        positions (np.ndarray): (I,) int, images, ascending.
-
-    Returns:
-        tuple[GroundTruth, Detections]: of these images alone.
-    """
-    rows, regions = gt.regions.of_images(positions)
-    images = [gt.images[position] for position in positions]
-    annotations = [gt.annotations[row] for row in rows]
-    part = GroundTruth(images, gt.categories, regions, annotations, gt.crowd[rows], gt.area[rows])
-    rows, regions = detections.regions.of_images(positions)
-    return part, Detections(regions, detections.score[rows], detections.scored)
-
-
 def _of_images(results, positions, **how):
     """Group of the images at (I,) positions, evaluated on its own."""
-    settings = {name: results.meta[name] for name in ("tau", "iou_threshold", "iou_type")}
-    part = part_of(results.ground_truth, results.detections, positions)
-    own = evaluate_lesions(*part, **settings, **how)
-    n = {name: own.meta[name] for name in ("images", "lesions", "patients")}
-    if n["patients"] is None:
-        del n["patients"]
+    own = results.part(positions, **how)
+    n = {name: own.meta.get(name) for name in ("images", "lesions", "patients")}
+    n = {name: number for name, number in n.items() if number is not None}
     return Group(n, own.compared(), own.intervals, own.undefined_shares)
 
 

@@ -115,6 +115,35 @@ class LesionResults:
                 figures[f"tau_val.{group}"] = self.tau_val[group]
         return figures
 
+    def part(self, positions, *, operating_point=None, bootstrap=None):
+        """
+        Args:
+            positions (np.ndarray): (M,) int, images, ascending.
+            operating_point (OperatingPoint or None), bootstrap (Bootstrap or None): see
+                :func:`evaluate_lesions`.
+
+        Returns:
+            LesionResults: of these images alone, with the same settings.
+        """
+        gt, detections = self.ground_truth, self.detections
+        rows, regions = gt.regions.of_images(positions)
+        part = GroundTruth(
+            images=[gt.images[position] for position in positions],
+            categories=gt.categories,
+            regions=regions,
+            annotations=[gt.annotations[row] for row in rows],
+            crowd=gt.crowd[rows],
+            area=gt.area[rows],
+        )
+        rows, regions = detections.regions.of_images(positions)
+        return evaluate_lesions(
+            part,
+            Detections(regions, detections.score[rows], detections.scored),
+            **{name: self.meta[name] for name in ("tau", "iou_threshold", "iou_type")},
+            operating_point=operating_point,
+            bootstrap=bootstrap,
+        )
+
     @property
     def own_tau(self):
         """float or None: the operating point."""

@@ -1,6 +1,6 @@
 """Score class probabilities of whole images, without a model."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class RecognitionResults:
         measures (RecognitionMeasures): the figures as functions of how often each unit counts.
         intervals (dict[str, dict[str, tuple[float, float]]]), undefined_shares (dict[str, float]):
             as in :class:`LesionResults`.
+        by_group (dict[str, GroupedFigures]): by column, see :func:`with_groups`; empty without.
 
     All figures are in percent but for counts and cross_entropy; undefined ones are NaN. The class
     called is that of the highest probability, of equal ones the first.
@@ -49,6 +50,7 @@ class RecognitionResults:
     measures: RecognitionMeasures
     intervals: dict = field(default_factory=dict)
     undefined_shares: dict = field(default_factory=dict)
+    by_group: dict = field(default_factory=dict)
 
     def groups(self):
         """dict[str, dict[str, float]]: the groups of figures, in the order of a report."""
@@ -59,6 +61,21 @@ class RecognitionResults:
 
     compared = groups
     own_tau = None  # there is no threshold
+
+    def part(self, positions, *, operating_point=None, bootstrap=None):
+        """
+        Args:
+            positions (np.ndarray): (M,) int, images, ascending.
+            operating_point (None): there is no threshold.
+            bootstrap (Bootstrap or None): see :func:`evaluate_recognition`.
+
+        Returns:
+            RecognitionResults: of these images alone.
+        """
+        truth = self.ground_truth
+        images = [truth.images[position] for position in positions]
+        part = replace(truth, images=images, label=truth.label[positions])
+        return evaluate_recognition(part, self.probability[positions], bootstrap=bootstrap)
 
     def right(self, tau_val=False):
         """(N,) bool array, the images that are called what they are; None at a ``tau_val``."""
@@ -85,8 +102,8 @@ def check_same_images(first, second, names=("the first", "the second")):
 def evaluate_recognition(gt, results, *, bootstrap=None):
     """
     Args:
-        gt (dict, str or Path): see :func:`read_labels`.
-        results (list[dict], str or Path): see :func:`read_probabilities`.
+        gt (dict, str, Path or LabelledImages): see :func:`read_labels`.
+        results (list[dict], str, Path or np.ndarray): see :func:`read_probabilities`.
         bootstrap (Bootstrap or None): how to resample for ``intervals``; None for none.
 
     Returns:

@@ -6,6 +6,8 @@ from ..versions import package_versions
 from .files import (
     confusion_rows,
     csv_text,
+    group_documents,
+    group_rows,
     strict_json,
     transposed,
     with_intervals,
@@ -26,6 +28,7 @@ def write_recognition(results, folder, **meta):
     - ``metrics.json``: all figures, each with its interval ``<key>_ci`` if there is one; ``meta``.
     - ``per_image.csv``: a row an image: label, class predicted, right or wrong, probabilities.
     - ``confusion_matrix.csv``: rows are truth; ``calibration.csv``: a row for each bin of scores.
+    - ``by_group.csv``, where the results have groups: a row a figure of a group.
 
     Args:
         results (RecognitionResults):
@@ -44,6 +47,8 @@ def write_recognition(results, folder, **meta):
         "classes": results.confusion.classes,
         "counts": results.confusion.rows(),
     }
+    if results.by_group:
+        document["by_group"] = group_documents(results.by_group)
     document["undefined_shares"] = results.undefined_shares
     document["meta"] = {**meta, **results.meta, "versions": package_versions()}
     texts = {
@@ -52,6 +57,8 @@ def write_recognition(results, folder, **meta):
         "confusion_matrix.csv": csv_text(confusion_rows(results.confusion), ["truth"]),
         "calibration.csv": csv_text(*transposed(results.measures.calibration.diagram())),
     }
+    if results.by_group:
+        texts["by_group.csv"] = csv_text(group_rows(results.by_group), ["column"])
     paths = {name: Path(folder) / name for name in texts}
     for name, path in paths.items():
         write_atomically(path, texts[name])

@@ -38,8 +38,8 @@ class LabelledImages:
 def read_labels(gt):
     """
     Args:
-        gt (dict, str or Path): COCO image classification: images, categories and an annotation
-            {id, image_id, category_id} for each image.
+        gt (dict, str, Path or LabelledImages): COCO image classification: images, categories and an
+            annotation {id, image_id, category_id} for each image; or what was read already.
 
     Returns:
         LabelledImages:
@@ -47,6 +47,8 @@ def read_labels(gt):
     Raises:
         ValueError: on anything else, saying which record is wrong and why.
     """
+    if isinstance(gt, LabelledImages):
+        return gt
     where = "The ground truth"
     if isinstance(gt, (str, Path)):
         where, gt = str(gt), json.loads(Path(gt).read_text(encoding="utf-8"))
@@ -91,8 +93,8 @@ def read_labels(gt):
 def read_probabilities(results, truth):
     """
     Args:
-        results (list[dict], str or Path): {image_id, scores} for each image; ``scores`` are K
-            probabilities, of the classes by ascending category id.
+        results (list[dict], str, Path or np.ndarray): {image_id, scores} for each image; ``scores``
+            are K probabilities, of the classes by ascending category id. Or what was read already.
         truth (LabelledImages): of N images.
 
     Returns:
@@ -101,6 +103,8 @@ def read_probabilities(results, truth):
     Raises:
         ValueError: images missing, unknown or given twice; scores that are no K probabilities.
     """
+    if isinstance(results, np.ndarray):
+        return results
     where = "The results"
     if isinstance(results, (str, Path)):
         where, results = str(results), json.loads(Path(results).read_text(encoding="utf-8"))

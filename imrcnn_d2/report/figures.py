@@ -1,12 +1,11 @@
 """The curves and matrices of one evaluation, each as a PNG."""
 
-import re
 from pathlib import Path
 
 from .calibration import draw_calibration
 from .confusion_matrix import draw_confusion_matrix
 from .froc import draw_froc
-from .groups import draw_groups
+from .groups import draw_all_groups
 from .pr_curve import draw_pr_curves
 from .thresholds import draw_thresholds
 
@@ -46,7 +45,4 @@ def draw_figures(results, folder):
         paths += [folder / f"{name}.png" for name in ("pr_curve", "froc", "calibration")]
         paths.append(folder / "thresholds.png")
     draw_confusion_matrix(matrix, paths[0])
-    for column in results.by_group:
-        paths.append(folder / f"by_{re.sub('[^A-Za-z0-9.-]', '_', column)}.png")
-        draw_groups(results, column, paths[-1])
-    return paths
+    return paths + draw_all_groups(results, folder)

@@ -1,6 +1,7 @@
 """Figures by group: the headline ones as a table, and as a forest plot."""
 
 import math
+import re
 import textwrap
 
 import numpy as np
@@ -11,7 +12,7 @@ from .figure_names import figure_name
 from .style import BLUE, save_figure, tidy
 from .tables import format_figure, markdown_table
 
-__all__ = ["draw_groups", "groups_table"]
+__all__ = ["draw_all_groups", "draw_groups", "groups_table"]
 
 # "group/figure" in the order of a table; those of a picture are fewer, and all in percent.
 HEADLINE = {
@@ -30,6 +31,16 @@ HEADLINE = {
         "image/mdice",
     ),
     "lesion": ("lesion/recall", "lesion/iou", "lesion/iou_box", "lesion/iou_all", "lesion/dice"),
+    "recognition": (
+        "recognition/top1",
+        "recognition/balanced_accuracy",
+        "recognition/f1",
+        "recognition/auroc",
+        "recognition/cross_entropy",
+        "cancer/recall",
+        "cancer/specificity",
+        "cancer/auroc",
+    ),
 }
 DRAWN = {
     "image": (
@@ -40,6 +51,13 @@ DRAWN = {
         "image/specificity",
     ),
     "lesion": ("lesion/recall", "lesion/iou", "lesion/dice"),
+    "recognition": (
+        "recognition/top1",
+        "recognition/balanced_accuracy",
+        "recognition/auroc",
+        "cancer/recall",
+        "cancer/specificity",
+    ),
 }
 ALL = "all"
 CENTRED = {"ha": "center", "va": "center"}
@@ -48,14 +66,14 @@ CENTRED = {"ha": "center", "va": "center"}
 def groups_table(results, column):
     """
     Args:
-        results (LesionResults): with groups.
+        results (LesionResults or RecognitionResults): with groups.
         column (str): of them.
 
     Returns:
         str: a Markdown table with a column for all and one for each group: what is in it, and its
         headline figures with their intervals.
     """
-    endpoints = _endpoints(results, HEADLINE[results.by_group[column].level])
+    endpoints = _endpoints(results, column, HEADLINE)
     table = {"": [*_size(results), *(endpoint.replace("/", " ") for endpoint in endpoints)]}
     for name, n, figures, intervals in _groups(results, column):
         table[name] = [str(number) for number in n.values()]
@@ -66,13 +84,29 @@ def groups_table(results, column):
     return markdown_table(pd.DataFrame(table))
 
 
+def draw_all_groups(results, folder):
+    """
+    Args:
+        results (LesionResults or RecognitionResults): with groups, or without.
+        folder (Path):
+
+    Returns:
+        list[Path]: a picture ``by_COLUMN.png`` for each column, see :func:`draw_groups`.
+    """
+    paths = []
+    for column in results.by_group:
+        paths.append(folder / f"by_{re.sub('[^A-Za-z0-9.-]', '_', column)}.png")
+        draw_groups(results, column, paths[-1])
+    return paths
+
+
 def draw_groups(results, column, path):
     """
     Draw the headline figures of each group with their 95 % intervals, those of all as a band
     behind them. Figures that all together do not define are left out.
 
     Args:
-        results (LesionResults): with groups.
+        results (LesionResults or RecognitionResults): with groups.
         column (str): of them.
         path (str or Path): .png, .svg or .pdf.
 
@@ -80,7 +114,7 @@ def draw_groups(results, column, path):
         matplotlib.figure.Figure: what was saved.
     """
     rows = list(_groups(results, column))
-    wished = _endpoints(results, DRAWN[results.by_group[column].level])
+    wished = _endpoints(results, column, DRAWN)
     shown = [e for e in wished if not math.isnan(_of(results.compared(), e))] or wished[:1]
     labels = ["\n".join([*textwrap.wrap(name, 26, max_lines=2), _sizes(n)]) for name, n, *_ in rows]
     figure = Figure(figsize=(1.6 + 2.1 * len(shown), 1.1 + 0.5 * len(rows)), layout="constrained")
@@ -125,11 +159,16 @@ def _groups(results, column):
 def _size(results):
     """{images, lesions, patients: how many}, the last where known."""
     names = ("images", "lesions", "patients")
-    return {name: results.meta[name] for name in names if results.meta[name] is not None}
+    return {name: results.meta[name] for name in names if results.meta.get(name) is not None}
 
 
-def _endpoints(results, endpoints):
-    return [endpoint.format(kind=results.meta["iou_type"]) for endpoint in endpoints]
+def _endpoints(results, column, endpoints):
+    """Those of the endpoints that there are."""
+    if results.meta.get("task") == "recognition":
+        groups = results.groups()
+        return [e for e in endpoints["recognition"] if e.partition("/")[0] in groups]
+    level, kind = results.by_group[column].level, results.meta["iou_type"]
+    return [endpoint.format(kind=kind) for endpoint in endpoints[level]]
 
 
 def _of(groups, endpoint):

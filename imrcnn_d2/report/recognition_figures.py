@@ -7,13 +7,15 @@ from ..evaluation.recognition_files import RECOGNITION_RESULTS
 from .calibration import draw_calibration
 from .class_roc import draw_class_roc
 from .confusion_matrix import draw_confusion_matrix
+from .groups import draw_all_groups
 
 __all__ = ["draw_recognition_figures", "draw_recognition_pictures"]
 
 
 def draw_recognition_figures(results, folder, name="this model"):
     """
-    Draw ``confusion_matrix.png``, ``roc_curve.png`` and ``calibration.png``.
+    Draw ``confusion_matrix.png``, ``roc_curve.png`` and ``calibration.png``; ``by_COLUMN.png`` for
+    each column that they are grouped by.
 
     Args:
         results (RecognitionResults):
@@ -28,7 +30,7 @@ def draw_recognition_figures(results, folder, name="this model"):
     draw_confusion_matrix({name: results.confusion}, paths[0])
     draw_class_roc({name: results}, paths[1])
     draw_calibration({name: results.measures.calibration}, paths[2], of=("Right", "Images"))
-    return paths
+    return paths + draw_all_groups(results, Path(folder))
 
 
 def draw_recognition_pictures(folder, gt, name="this model"):

@@ -179,6 +179,13 @@ def test_columns_that_do_not_group(dataset, values, text, message):
         group_values(read_ground_truth(data), parse_by(text))
 
 
+def test_a_column_is_grouped_by_once(dataset):
+    data = dataset(1)
+    data["images"][0]["age"] = 5
+    with pytest.raises(ValueError, match="'age' is to be grouped by twice"):
+        with_groups(evaluate_lesions(data, []), [parse_by("age:4"), parse_by("age:5")])
+
+
 def test_too_many_groups_and_a_column_on_both_levels(dataset, region):
     data = dataset(40, [region(1, 0, 0, 10, 10, name="a")])
     for image in data["images"]:

@@ -10,6 +10,10 @@ from sklearn import metrics
 
 from imrcnn_d2.evaluation import Bootstrap, evaluate_recognition
 from imrcnn_d2.evaluation.bootstrap import clopper_pearson
+from imrcnn_d2.evaluation.groups import parse_by, with_groups
+from imrcnn_d2.evaluation.recognition_files import write_recognition
+from imrcnn_d2.report.groups import groups_table
+from imrcnn_d2.report.recognition_figures import draw_recognition_figures
 
 CLASSES = ("gastric cancer", "ulcer", "gastritis")
 
@@ -177,6 +181,35 @@ def test_a_class_without_images_is_undefined():
     scored = evaluate_recognition(make_truth([0, 0, 1]), make_results(np.eye(3)))
     assert np.isnan(scored.recognition["accuracy_gastritis"])
     assert scored.recognition["balanced_accuracy"] == 25  # of the two there are
+
+
+def test_groups_of_images_are_data_sets_of_their_own(tmp_path):
+    labels, probability = random_case(3, 40, 3)
+    truth = make_truth(labels, patients=[i // 2 for i in range(40)])
+    for image in truth["images"]:
+        image["age"] = image["id"]
+    bootstrap = Bootstrap(30, 1)
+    whole = evaluate_recognition(truth, make_results(probability), bootstrap=bootstrap)
+    grouped = with_groups(whole, [parse_by("age:15")], bootstrap=bootstrap)
+    groups = grouped.by_group["age"].groups
+    assert list(groups) == ["<15", ">=15"]
+    for group, rows in zip(groups.values(), (range(14), range(14, 40)), strict=True):
+        part = make_truth(labels[rows], patients=[i // 2 for i in rows])
+        alone = evaluate_recognition(part, make_results(probability[rows]), bootstrap=bootstrap)
+        assert group.n == {"images": len(rows), "patients": len(rows) // 2}
+        for name, figures in alone.groups().items():
+            assert group.figures[name] == pytest.approx(figures, nan_ok=True)
+        for name, interval in alone.intervals["recognition"].items():
+            own = group.intervals["recognition"][name]
+            assert own == pytest.approx(interval, nan_ok=True), name
+    write_recognition(grouped, tmp_path)
+    figures = json.loads((tmp_path / "metrics.json").read_text())["by_group"]["age"]["groups"]
+    assert figures["<15"]["recognition"]["top1"] == groups["<15"].figures["recognition"]["top1"]
+    assert "age,image,<15,14,7,recognition,top1," in (tmp_path / "by_group.csv").read_text()
+    draw_recognition_figures(grouped, tmp_path)
+    assert (tmp_path / "by_age.png").stat().st_size
+    table = groups_table(grouped, "age")
+    assert "| recognition top1" in table and "| cancer recall" in table and "lesions" not in table
 
 
 def broken(change):
