@@ -12,7 +12,6 @@ from imrcnn_d2.data.instances import ANNOTATION_FIELDS, Region, further_fields
 from imrcnn_d2.data.shapes import (
     check_extent,
     ellipse_rle,
-    has_holes,
     outlines,
     patch_rle,
     polygon_rle,
@@ -116,15 +115,16 @@ def draw(annotation: Mapping, height: int, width: int, group: int) -> list[tuple
     """The shapes of a COCO annotation: name of the element and XML attributes, without its label.
 
     Args:
-        annotation: its mask becomes polygons, of one group where it has several parts; with holes
-            it becomes a CVAT mask.
+        annotation: its mask becomes polygons, of one group where it has several parts; with
+            holes that count, a CVAT mask.
         height, width: of the image in pixels.
         group: number of the group.
     """
     rle = to_rle(annotation["segmentation"], height, width)
     mask = mask_util.decode(rle)
     common = {"source": "file", "occluded": str(int(bool(annotation.get("occluded"))))}
-    if has_holes(mask):
+    lines = outlines(mask)
+    if lines is None:
         left, top, w, h = mask_util.toBbox(rle).astype(int).tolist()
         flat = mask[top : top + h, left : left + w].ravel()
         starts = np.flatnonzero(np.diff(flat, prepend=0))
@@ -132,7 +132,6 @@ def draw(annotation: Mapping, height: int, width: int, group: int) -> list[tuple
         frame = {"left": left, "top": top, "width": w, "height": h}
         attributes = {"rle": ", ".join(map(str, runs)), **{k: str(v) for k, v in frame.items()}}
         return [("mask", {**common, **attributes, "z_order": "0"})]
-    lines = outlines(mask)
     shapes = []
     for line in lines:
         points = ";".join(f"{x:.2f},{y:.2f}" for x, y in line.tolist())

@@ -14,7 +14,6 @@ from imrcnn_d2.data.instances import ANNOTATION_FIELDS, further_fields
 from imrcnn_d2.data.shapes import (
     check_extent,
     ellipse_rle,
-    has_holes,
     outlines,
     patch_rle,
     polygon_rle,
@@ -69,7 +68,7 @@ def draw(
     """The shapes of a COCO annotation, several of one `group_id` where it has several parts.
 
     Args:
-        annotation: its mask becomes polygons; with holes it becomes a LabelMe mask, which has no
+        annotation: its mask becomes polygons; with holes that count, a LabelMe mask, which has no
             points to move. Without a mask, its box becomes a rectangle.
         label: name of its class.
         height, width: of the image in pixels.
@@ -103,8 +102,9 @@ def _areas(annotation: Mapping, height: int, width: int, fill_holes: bool) -> li
         return [{"shape_type": "rectangle", "points": points}]
     rle = to_rle(annotation["segmentation"], height, width)
     mask = mask_util.decode(rle)
-    if fill_holes or not has_holes(mask):
-        return [{"shape_type": "polygon", "points": line.tolist()} for line in outlines(mask)]
+    lines = outlines(mask, fill_holes)
+    if lines is not None:
+        return [{"shape_type": "polygon", "points": line.tolist()} for line in lines]
     left, top, box_width, box_height = mask_util.toBbox(rle).astype(int).tolist()
     right, bottom = left + box_width, top + box_height
     return [

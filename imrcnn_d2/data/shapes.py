@@ -16,7 +16,6 @@ __all__ = [
     "MIN_IOU",
     "check_extent",
     "ellipse_rle",
-    "has_holes",
     "outlines",
     "patch_rle",
     "polygon_rle",
@@ -101,43 +100,45 @@ def patch_rle(patch: np.ndarray, left: int, top: int, height: int, width: int) -
     return _encode(mask)
 
 
-def has_holes(mask: np.ndarray) -> bool:
-    """Whether background is enclosed in an (H, W) mask."""
-    _, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    return hierarchy is not None and bool((hierarchy.reshape(-1, 4)[:, 3] >= 0).any())
-
-
-def outlines(mask: np.ndarray) -> list[np.ndarray]:
-    """Polygons around the parts of a mask, with few points, at an IoU of at least `MIN_IOU`.
+def outlines(mask: np.ndarray, fill_holes: bool = False) -> list[np.ndarray] | None:
+    """Polygons around the parts of a mask, of few points, at an IoU of at least `MIN_IOU`.
 
     Args:
-        mask: (H, W) bool or 0 and 1. Holes are filled.
+        mask: (H, W) bool or 0 and 1.
+        fill_holes: holes are part of the mask.
 
     Returns:
         one (N, 2) float array of x, y for each part, N at least 3, in raster order of their boxes'
-        top left corners.
+        top left corners; None if the mask has holes too large to be left out.
     """
+    mask = mask.astype(np.uint8)
     # Twice as large, each pixel has a corner of its own for each of its edges.
-    doubled = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+    doubled = cv2.resize(mask, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     edges = [(contour + 1) // 2 for contour in contours]
     edges.sort(key=lambda edge: tuple(edge[:, 0, ::-1].min(axis=0)))
-    return [_simplified(edge) for edge in edges]
+    lines = [_simplified(edge, None if fill_holes else mask) for edge in edges]
+    return None if any(line is None for line in lines) else lines
 
 
-def _simplified(edge: np.ndarray) -> np.ndarray:
-    """The fewest points of an (N, 1, 2) contour of pixel edges that keep the area it encloses."""
-    offset = edge.min(axis=0)
-    width, height = (edge.max(axis=0) - offset)[0].tolist()
-    exact = cv2.approxPolyDP(edge, 0, closed=True)[:, 0]
-    truth = polygon_rle((exact - offset).tolist(), height, width)
-    for tolerance in _TOLERANCES[:-1]:
+def _simplified(edge: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
+    """The fewest points of an (N, 1, 2) contour of pixel edges that are near enough to the mask in
+    it, or to all of its inside without one; None if none are, for holes."""
+    left, top = edge.min(axis=0)[0]
+    width, height = (edge.max(axis=0)[0] - (left, top)).tolist()
+
+    def rle(points: np.ndarray) -> dict:
+        return polygon_rle((points - (left, top)).tolist(), height, width)
+
+    truth = rle(cv2.approxPolyDP(edge, 0, closed=True)[:, 0])
+    if mask is not None:
+        part = _encode(mask[top : top + height, left : left + width])
+        truth = mask_util.merge([truth, part], intersect=True)
+    for tolerance in _TOLERANCES:
         points = cv2.approxPolyDP(edge, tolerance, closed=True)[:, 0]
-        if len(points) > 2:
-            rle = polygon_rle((points - offset).tolist(), height, width)
-            if mask_util.iou([rle], [truth], [0])[0, 0] >= MIN_IOU:
-                return points.astype(float)
-    return exact.astype(float)
+        if len(points) > 2 and mask_util.iou([rle(points)], [truth], [0])[0, 0] >= MIN_IOU:
+            return points.astype(float)
+    return None
 
 
 def _turned(vectors: np.ndarray, degrees: float) -> np.ndarray:
