@@ -99,14 +99,19 @@ def test_lesions_that_are_numbered_anew_in_each_patient(folder, tmp_path):
     assert [a["size_mm"] for s in samples for a in s.annotations] == [8, 20]
 
 
-def test_several_tables(join):
+def test_several_tables(coco_folder, tmp_path):
     """Whatever their order: patients that one tells are those that another one is of."""
-    samples, notes = join(
-        "patient_id,age\n7,61\nx,50\n", "file,device\n1.png,A\n2.png,B\n3.png,A\n"
-    )
-    assert fields(samples, "age") == [61, 61, 50]
-    assert fields(samples, "device") == ["A", "B", "A"]
-    assert notes == []
+    (tmp_path / "age.csv").write_text("patient_id,age\n7,61\nx,50\n")
+    (tmp_path / "who.csv").write_text("file,patient_id,device\n1.png,7,A\n2.png,7,B\n3.png,x,A\n")
+    folder, rejects = coco_folder(), Rejects()
+    for order in (("age", "who"), ("who", "age")):
+        tables = [read_metadata(tmp_path / f"{name}.csv", rejects) for name in order]
+        source = with_metadata(read_coco(*folder, rejects), tables, rejects)
+        samples = {sample.file_name: sample for sample in source.samples}
+        assert fields(samples, "age") == [61, 61, 50]
+        assert fields(samples, "patient_id") == ["7", "7", "x"]
+        assert fields(samples, "device") == ["A", "B", "A"]
+        assert source.notes == []
 
 
 def test_what_is_said_twice_must_agree(join):
