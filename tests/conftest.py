@@ -17,7 +17,7 @@ from processes import PRELOAD
 # Set before torch, OpenCV and numpy are imported.
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
-MINUTE = 2_000  # damaged files that a reader is given in one
+MINUTE = 5_000  # damaged files that a reader is given in one
 WORKER_GIB = 3  # a worker with the processes that its tests start
 
 

@@ -77,7 +77,9 @@ def damaged_json(draw, document):
         elif kind == "repeat" and isinstance(container, list):
             container.insert(key, copy.deepcopy(value))
         elif kind == "bend" and isinstance(value, str):
-            container[key] = draw(damaged_bytes(value.encode())).decode("latin-1")
+            container[key] = draw(damaged_bytes(value.encode("utf-8", "surrogatepass"))).decode(
+                "latin-1"
+            )
         elif kind == "add" and isinstance(value, dict):
             value[draw(TEXTS)] = draw(VALUES)
         else:
@@ -99,7 +101,8 @@ def damaged_xml(draw, text):
             name = draw(st.sampled_from([*names, "group_id", "rotation", "subset"]))
             value = draw(TEXTS | NUMBERS.map(str))
             if kind == "bend":
-                value = draw(damaged_bytes(element.get(name, "").encode())).decode("latin-1")
+                whole = element.get(name, "").encode("utf-8", "surrogatepass")
+                value = draw(damaged_bytes(whole)).decode("latin-1")
             element.set(name, value)
         elif kind == "text":
             element.text = draw(TEXTS)
