@@ -5,13 +5,14 @@ import json
 import logging
 import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from matplotlib import patheffects
 from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 from ..data.audit.findings import KINDS, finding
+from ..data.images import path_inside
 from ..data.labelme import labelme_document
 from ..evaluation.files import csv_text, strict_json, write_atomically
 from ..evaluation.suspects import Suspect, find_suspects, pool_suspects
@@ -143,13 +144,14 @@ def _check_unseen(run):
     trained = ((run.config or {}).get("DATASETS") or {}).get("TRAIN") or ()
     for name, about in ((run.run or {}).get("datasets") or {}).items():
         is_train = name in trained if trained else name.endswith("_train")
-        if is_train and Path(about["gt"]).is_file():
-            images = json.loads(Path(about["gt"]).read_text(encoding="utf-8"))["images"]
+        path = Path(about.get("gt") or "")
+        if is_train and path.is_file():
+            images = json.loads(path.read_text(encoding="utf-8"))["images"]
             seen = sorted(test & {image["file_name"] for image in images})
             if seen:
                 raise ValueError(
                     f"{run.folder}: {len(seen)} of its test images, such as {seen[0]}, are in "
-                    f"{about['gt']}, which the model was trained on. Only predictions for images "
+                    f"{path}, which the model was trained on. Only predictions for images "
                     "that were not are of use here."
                 )
 
@@ -195,7 +197,7 @@ def write_suspects(cases, runs, output, *, number=24):
     write_atomically(paths[1], strict_json(document))
     draw_suspects(chosen, len(of_image), paths[2])
     for file_name, own in chosen.items():
-        path = output / "labelme" / PurePosixPath(file_name).with_suffix(".json")
+        path = path_inside(output / "labelme", file_name, own[0].run.gt_path).with_suffix(".json")
         write_atomically(path, json.dumps(_labelme(own, path), indent=2) + "\n")
         paths.append(path)
     return paths
