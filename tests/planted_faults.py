@@ -105,7 +105,9 @@ class Planted:
             self._count += 1
             image, masks = draw(self._count)
             self._count -= 1
-            self.fault(kind, self.add(change(image.astype(np.float32)), masks))
+            image = change(image.astype(np.float32))
+            fit = image.shape[1] == SIZE  # no writing was added beside it
+            self.fault(kind, self.add(image, masks if fit else ()))
 
         def cut(image):
             return np.clip(image, 0, 255).astype(np.uint8)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from imrcnn_d2.data.dicom import is_dicom, read_still
 from imrcnn_d2.data.rejects import BadInputError, Rejects
@@ -241,6 +241,8 @@ def _decode(path: Path) -> tuple[Image.Image, int, str]:
         image = Image.open(io.BytesIO(data))
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except UnidentifiedImageError as error:  # which names an address in memory
+        raise BadInputError(path, "is no readable image (of no known format)") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadInputError(path, f"is no readable image ({error})") from error
     return image, orientation, sha256
