@@ -26,6 +26,7 @@ setup(
     install_requires=[
         # Not on PyPI under this name: tools/install_detectron2.py installs it.
         "detectron2>=0.6",
+        "defusedxml>=0.7.1",
         "faster-coco-eval>=1.8,<1.9",  # evaluation/coco_ap.py hands its internals the overlaps
         "fvcore>=0.1.5.post20221221",
         "hydra-core>=1.3",
@@ -72,6 +73,7 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "supervision>=0.26",
             "wheel>=0.40",
         ],
     },

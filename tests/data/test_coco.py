@@ -137,6 +137,7 @@ BAD_ANNOTATIONS = {
     "two points": (polygon(1, 1, 9, 9), "a polygon has 2 points, at least 3 are needed"),
     "odd": (polygon(1, 1, 9, 1, 9, 9, 1), "not a flat list"),
     "text": (polygon(1, 1, 9, 1, "9", 9), "not a flat list"),
+    "huge": (polygon(1, 1, 9, 1, 9, 1e9), "1e.09 is far outside the 60x40 image"),
     "nested": (polygon([1, 1], [9, 1], [9, 9]), "not a flat list"),
     "a line": (polygon(5, 5, 5, 5, 5, 5), "its mask covers no pixel of the 60x40 image"),
     "far away": (polygon(90, 90, 99, 90, 99, 99), "its mask covers no pixel of the 60x40 image"),
@@ -215,7 +216,9 @@ def test_duplicate_images(coco_folder, key):
     assert len(errors) == 2
 
 
-@pytest.mark.parametrize("name", ["../1.png", "a/../../1.png", "/etc/hostname", "", 7, None])
+@pytest.mark.parametrize(
+    "name", ["../1.png", "a/../../1.png", "/etc/hostname", "", "a\0.png", 7, None]
+)
 def test_file_name_outside_the_folder(coco_folder, name):
     def edit(coco):
         coco["images"][1]["file_name"] = name
@@ -301,6 +304,9 @@ def test_unusable_files(coco_folder):
         (json.dumps({**content, "categories": []}), "no categories"),
         (json.dumps({**content, "categories": [category, category]}), "two of the same id"),
         (json.dumps({**content, "info": float("nan")}), "NaN is no JSON value"),
+        (json.dumps({**content, "images": [{"id": [], "file_name": "x"}]}), r"has the id \[\]"),
+        (json.dumps({**content, "categories": [{"id": "1", "name": "x"}]}), "has the id '1'"),
+        (json.dumps({**content, "categories": [{"id": 1, "name": {}}]}), "has the name {}"),
     ):
         json_file.write_text(bad)
         with pytest.raises(BadInputError, match=message) as error:

@@ -1,0 +1,33 @@
+"""JSON that others wrote: what is strict passes, all else names the file."""
+
+import pytest
+
+from imrcnn_d2.data.json_files import read_json
+from imrcnn_d2.data.rejects import BadInputError
+
+
+def test_strict_json(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": [1, 2.5, "\\u00e9\\ud83d\\ude00", null]}', encoding="utf-8-sig")
+    assert read_json(path) == {"a": [1, 2.5, "é😀", None]}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{", "is no JSON"),
+        (b"[NaN]", "NaN is no JSON value, write null"),
+        (b"[1e999]", "the number 1e999 is out of range"),
+        (b'["\\ud800"]', "broken text: surrogates not allowed"),
+        (b'["\xff"]', "is no JSON"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b"", "is no JSON"),
+    ],
+)
+def test_bad_json(tmp_path, data, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(data)
+    with pytest.raises(BadInputError, match=f"a.json: .*{message}"):
+        read_json(path)
+    with pytest.raises(BadInputError, match="b.json: cannot be opened"):
+        read_json(tmp_path / "b.json")
