@@ -15,6 +15,7 @@ and thresholds, which lie between 0 and 1.
 ORDER = (
     "prepare_dataset",
     "export_annotations",
+    "audit_dataset",
     "train_net",
     "lazyconfig_train_net",
     "evaluate",
@@ -25,6 +26,7 @@ ORDER = (
     "predict",
     "export",
     "cross_validate",
+    "annotation_suspects",
     "demo",
     "benchmark",
     "install_detectron2",
