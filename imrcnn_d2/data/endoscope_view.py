@@ -20,6 +20,7 @@ _STROKE = 0.02  # of the shorter side: what is thinner is writing
 _SPECK = 0.005  # of the frame: what is smaller is no inset
 _LARGEST_INSET = 0.35  # of the frame
 _FLAT = 8  # difference of neighbouring gray values within a drawn area
+_BLUR = 3  # pixels
 _EDGE = 24  # gray values over two pixels, at the edge of an inset
 _SHORTEST_EDGE = 0.12  # of the shorter side
 _SEEN = 0.8  # share of an edge
@@ -94,15 +95,18 @@ def find_view(image: np.ndarray) -> View:
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     else:
         small = image
+    nothing = View(np.zeros((height, width), bool), Box(0, 0, 0, 0), ())
     lit = _largest(_without_strokes(_lit(small)))
     if lit is None:
-        return View(np.zeros((height, width), bool), Box(0, 0, 0, 0), ())
+        return nothing
     hull = _hull(lit)
     insets = _insets(small, hull)
     if insets:  # a drawn area can have widened the hull
-        for box in insets:
-            lit[box.slices] = False
+        for x0, y0, x1, y1 in insets:  # nor are its blurred edges of the view
+            lit[max(0, y0 - _BLUR) : y1 + _BLUR, max(0, x0 - _BLUR) : x1 + _BLUR] = False
         lit = _largest(lit)
+        if lit is None:
+            return nothing
         hull = _hull(lit)
 
     # Compression blurs its edge by a pixel; beyond it may be writing.

@@ -55,6 +55,9 @@ def test_a_dark_frame_has_no_view():
     view = find_view(np.full((60, 80, 3), 3, np.uint8))
     assert view.is_empty and view.box == (0, 0, 0, 0) and not view.insets
     assert not find_view(draw_frame("disc")[0]).is_empty
+    only_a_map = np.zeros((300, 400, 3), np.uint8)
+    only_a_map[200:280, 10:110] = (20, 165, 135)
+    assert find_view(only_a_map).is_empty
 
 
 def test_cropped_to_the_view():
