@@ -91,18 +91,17 @@ def annotate(
         image: what was drawn on.
         size: width and height that the annotation file gives for it.
         regions: in the frame of that size, drawn only after it was found to be the image's.
-        category_ids: by label.
+        category_ids: by label, of all labels there are.
         notes: told if an EXIF-rotated image leaves a choice.
 
     Raises:
-        BadInputError: the size is of no frame of the image, a label is unknown, an instance covers
-            no pixel or is there twice.
+        BadInputError: the size is of no frame of the image, an instance covers no pixel or is there
+            twice.
     """
     turned = drawn_on_stored_pixels(image, *size)
     regions = list(regions)
     if image.orientation != 1 and not turned and regions:
         notes.append(f"{image.path}: EXIF-rotated, annotations taken as drawn on what is shown")
-    check_classes((region.label for region in regions), category_ids, image.path)
     annotations: list[dict] = []
     for parts in _instances(regions):
         label, rle = parts[0].label, mask_util.merge([part.rle for part in parts])

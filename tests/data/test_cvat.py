@@ -132,6 +132,25 @@ def test_a_video_of_key_frames(tmp_path, frames):
     assert [sample.file_name[-5] for sample in samples] == ["0", "1", "4"] and len(errors) == 2
 
 
+@pytest.mark.parametrize("drawn_on", ["stored", "shown"])
+def test_exif_rotated(tmp_path, images, drawn_on):
+    """The size says which frame was drawn on."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (60, 40)).save(images / "d.png", exif=exif)
+    size = 'width="60" height="40"' if drawn_on == "stored" else 'width="40" height="60"'
+    box = '<box label="cancer" occluded="0" xtl="8" ytl="5" xbr="30" ybr="15" z_order="0"/></image>'
+    path = changed(
+        tmp_path, "images.xml",
+        ('name="d.png" width="60" height="40">\n  </image>', f'name="d.png" {size}>{box}'),
+    )  # fmt: skip
+    samples, source, _ = read(path, images)
+    assert (samples[2].image.width, samples[2].image.height) == (40, 60)
+    found = samples[2].annotations[0]["bbox"]
+    assert found == ([25, 8, 10, 22] if drawn_on == "stored" else [8, 5, 22, 10])
+    assert len(source.notes) == (drawn_on == "shown")
+
+
 def test_frames_in_the_format_for_images(tmp_path, frames):
     path = changed(tmp_path, "images.xml", ('name="a.png"', 'name="frame_000001"'))
     samples, _, errors = read(path, frames, "reject")
