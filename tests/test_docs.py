@@ -95,13 +95,14 @@ def test_everything_public_is_in_the_reference(site):
         page = (site / "reference" / f"{package}.html").read_text()
         roles = re.findall(r".*:(?:func|class|meth|mod|attr|data):.*", page)
         assert not roles  # they became links
-        for path in sorted((ROOT / "imrcnn_d2" / package).glob("[!_]*.py")):
+        for path in sorted((ROOT / "imrcnn_d2" / package).rglob("[!_]*.py")):
             tree = ast.parse(path.read_text())
             defined = {n.name for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
             for node in tree.body:
                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
                     for name in defined & set(ast.literal_eval(node.value)):
-                        anchor = f"imrcnn_d2.{package}.{path.stem}.{name}"
+                        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                        anchor = f"{module}.{name}"
                         assert f'id="{anchor}"' in page, f"{anchor} has no docstring"
 
 

@@ -93,7 +93,7 @@ def package_page(name):
         str: the page of its modules that say what is public in them, for mkdocstrings.
     """
     parts = [f"# imrcnn_d2.{name}\n\n{PACKAGES[name]}\n"]
-    for path in sorted((ROOT / "imrcnn_d2" / name).glob("[!_]*.py")):
+    for path in sorted((ROOT / "imrcnn_d2" / name).rglob("[!_]*.py")):
         if re.search(r"^__all__ = ", path.read_text(encoding="utf-8"), re.MULTILINE):
-            parts.append(f"::: imrcnn_d2.{name}.{path.stem}\n")
+            parts.append(f"::: {'.'.join(path.relative_to(ROOT).with_suffix('').parts)}\n")
     return "\n".join(parts)

@@ -56,7 +56,8 @@ def test_it_says_what_was_found(audited, output):
         "Patient <b>p</b> has 2 images: 1 in train, 1 in test."
         in (sections["patient_across_splits"])
     )
-    drawn = [path.get("class") for path in tree.iter("path")]
+    # SVG's elements are in a name space of their own.
+    drawn = [e.get("class") for e in tree.iter() if str(e.tag).endswith("}path")]
     assert "alarm" in drawn and "truth" in drawn
 
 
