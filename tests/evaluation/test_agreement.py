@@ -195,6 +195,7 @@ def test_images_are_matched_by_name(dataset, region, two, tmp_path):
     plain = compare(*two)
     assert found.figures["a vs b"] == pytest.approx(plain.figures["a vs b"])
     assert [image["file_name"] for image in found.images] == ["1.png", "2.png", "3.png", "4.png"]
+    assert found.annotators[1].truth.regions.image.tolist() == [0, 1, 2, 2]  # as Regions has it
     names = {path.name for path in write_agreement(found, tmp_path)}
     assert names == {"agreement.json", "agreement.csv", "per_image.csv", "missing.csv"}
     text = (tmp_path / "missing.csv").read_text()
