@@ -110,6 +110,9 @@ def test_a_view_is_kept():
     kept = [views(bright) for _ in range(10)][-1]
     assert views(other) is kept and views(np.zeros_like(bright)) is kept
     assert kept.box == find_view(bright).box
+    views, half = FrameViews(), bright.copy()
+    half[:, :90] = 0
+    assert views(bright).box == views(half).box == kept.box, "by all that the frames show"
     larger = np.zeros((240, 320, 3), np.uint8)
     assert views(larger) is None, "another size is another view"
     late = FrameViews()
