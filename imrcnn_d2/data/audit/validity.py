@@ -58,7 +58,7 @@ def validity_findings(result: Audit) -> list[Finding]:
     if not result.readable:
         return []
     entries = [data.entries[i] for i in result.readable]
-    described = in_threads(_describe, [entry.path for entry in entries], "Describing")
+    described = in_threads(_describe, [entry.path for entry in entries], "Colour and texture")
     views = [np.array(view) for view in zip(*described, strict=True)]
     if result.embeddings is not None:
         views.append(result.embeddings)

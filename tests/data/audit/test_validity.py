@@ -1,6 +1,13 @@
-import numpy as np
+import json
 
-from imrcnn_d2.data.audit.validity import check_validity
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from imrcnn_d2.data.audit.audit import audit
+from imrcnn_d2.data.audit.records import read_entries
+from imrcnn_d2.data.audit.validity import check_validity, validity_findings
 
 
 def clouds(seed, counts=(80, 80), apart=5.0):
@@ -71,3 +78,34 @@ def test_outliers_have_the_highest_scores_first():
     views[0][60] += 60
     found = of_kind(check_validity(names, splits, labels, views), "outlier")
     assert [f.images[0] for f in found] == ["60.png", "7.png"]
+
+
+def test_an_audited_data_set(tmp_path):
+    """Two classes by their colour and grain, one image of each under the other's name."""
+    pytest.importorskip("skimage")
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for number in range(100):
+        kind = number % 2
+        noise = cv2.GaussianBlur(rng.normal(size=(96, 96)), (0, 0), 3 + 3 * kind)
+        gray = 120 + 30 * noise / noise.std() + rng.normal(scale=5)
+        tint = np.array([[1.2, 0.8, 0.7], [0.9, 1.0, 0.6]][kind]) + rng.normal(scale=0.02, size=3)
+        if number == 60:
+            tint = np.array([0.3, 0.4, 1.5])
+            gray = 255.0 * (np.arange(96) % 8 < 4) + np.zeros((96, 1))
+        picture = np.clip(gray[..., None] * tint, 0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 96})
+        label = 2 - kind if number in (8, 31) else kind + 1
+        annotations.append({"id": number, "image_id": number, "category_id": label})
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    images.append({"id": 100, "file_name": "broken.png"})
+    categories = [{"id": 1, "name": "ulcer"}, {"id": 2, "name": "gastritis"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    result = audit(read_entries("all", {"": tmp_path / "all.json"}, tmp_path))
+    findings = validity_findings(result)
+    disagreeing = {f.images for f in of_kind(findings, "cluster_disagrees")}
+    assert disagreeing and disagreeing <= {("8.png",), ("31.png",), ("60.png",)}
+    assert [f.images for f in of_kind(findings, "outlier")][0] == ("60.png",)
+    assert any("ulcer (50)" in f.detail for f in findings)
