@@ -51,6 +51,13 @@ def test_sizes(height, width):
     assert iou(find_view(frame).mask, truth) > 0.95
 
 
+def test_a_line_that_leads_to_the_view_is_no_part_of_it():
+    frame, truth, _ = draw_frame("disc")
+    frame[200:203, 4:240] = 240
+    frame[60:180, 20:23] = frame[180:203, 20:23] = 240
+    assert iou(find_view(frame).mask, truth) > 0.98
+
+
 def test_a_dark_frame_has_no_view():
     view = find_view(np.full((60, 80, 3), 3, np.uint8))
     assert view.is_empty and view.box == (0, 0, 0, 0) and not view.insets
