@@ -7,8 +7,18 @@ from setuptools import find_packages, setup
 # Of the documentation site, which the tests build. MkDocs 2 has no plugins.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings-python>=2.0"]
 
-# Of tools/predict.py: videos and DICOM files.
-DEPLOY = ["av>=17", "pydicom>=3.0"]
+# Of tools/predict.py and tools/export.py: videos, DICOM files and other runtimes than PyTorch.
+DEPLOY = [
+    "av>=17",
+    "nncf>=3.0",
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+    "openvino>=2025.0",
+    "pydicom>=3.0",
+]
+
+# Of tools/audit_dataset.py: blur and texture, perceptual hashes, outlines that cross themselves.
+AUDIT = ["imagehash>=4.3", "scikit-image>=0.24", "shapely>=2.0"]
 
 # Of tools/train_net.py for image classifiers: pictures of where they look.
 GRADCAM = ["grad-cam>=1.5"]
@@ -60,9 +70,11 @@ setup(
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "ray": ["hydra-ray-launcher>=1.2"],
         "deploy": DEPLOY,
+        "audit": AUDIT,
         "gradcam": GRADCAM,
         "docs": DOCS,
         "dev": [
+            *AUDIT,
             *DEPLOY,
             *DOCS,
             *GRADCAM,

@@ -102,8 +102,8 @@ def argument_parser():
     parser.add_argument(
         "--runtime",
         choices=(*RUNTIMES, "auto"),
-        default="torch",
-        help="what runs the network (%(default)s); auto takes what is fastest here",
+        help="what runs the network (torch, or what an exported file is for); auto takes what is "
+        "fastest here",
     )
     parser.add_argument(
         "--batch-size",

@@ -6,12 +6,12 @@ from importlib import metadata
 import safetensors.torch
 import torch
 
-from imrcnn_d2.engine.provenance import config_sha256, describe_model
+from imrcnn_d2.engine.provenance import config_sha256
 from imrcnn_d2.evaluation.files import write_atomically
 
 from .loading import ARTIFACT_VERSION
 
-__all__ = ["PRECISIONS", "write_safetensors"]
+__all__ = ["PRECISIONS", "describe", "write_safetensors"]
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -34,13 +34,32 @@ def write_safetensors(loaded, path, *, precision="fp32"):
     Raises:
         ValueError: a weight is too large for fp16; the error names it.
     """
+    about = describe(loaded, precision)
+    kernels = {name for name, tensor in loaded.model.named_parameters() if tensor.ndim > 1}
+    tensors = {
+        name: _rounded(name, tensor, PRECISIONS[precision] if name in kernels else tensor.dtype)
+        for name, tensor in loaded.model.state_dict().items()
+    }
+    texts = {key: json.dumps(value) for key, value in about.items()}
+    write_atomically(path, safetensors.torch.save(tensors, {"format": "pt", **texts}))
+
+
+def describe(loaded, precision):
+    """
+    Args:
+        loaded (LoadedModel):
+        precision (str): of the file.
+
+    Returns:
+        dict: what an exported file says about itself, see :func:`write_safetensors`; of JSON types.
+    """
     cfg = loaded.cfg.clone()
     cfg.defrost()
     # Of the machine that it was trained on.
     cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = "./output", "cpu"
-    model, backbone = describe_model(loaded.model)
+    model, backbone = loaded.names
     point = loaded.weights.operating_point
-    about = {
+    return {
         "artifact": ARTIFACT_VERSION,
         "version": metadata.version("imrcnn-d2"),
         "model": model,
@@ -53,13 +72,6 @@ def write_safetensors(loaded, path, *, precision="fp32"):
         "config_sha256": config_sha256(cfg),
         "config": cfg.dump(),
     }
-    kernels = {name for name, tensor in loaded.model.named_parameters() if tensor.ndim > 1}
-    tensors = {
-        name: _rounded(name, tensor, PRECISIONS[precision] if name in kernels else tensor.dtype)
-        for name, tensor in loaded.model.state_dict().items()
-    }
-    texts = {key: json.dumps(value) for key, value in about.items()}
-    write_atomically(path, safetensors.torch.save(tensors, {"format": "pt", **texts}))
 
 
 def _rounded(name, tensor, dtype):

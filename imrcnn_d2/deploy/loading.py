@@ -16,9 +16,13 @@ from torch import nn
 from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.engine.config import load_config
 from imrcnn_d2.engine.device import choose_device
+from imrcnn_d2.engine.provenance import describe_model
 from imrcnn_d2.engine.recognition import is_classifier
 from imrcnn_d2.engine.weights import Weights, load_weights
+from imrcnn_d2.evaluation.operating_point import OperatingPoint
 from imrcnn_d2.modeling.weight_files import load_safetensors
+
+from .graph_runtimes import GRAPH_FORMATS, GraphRuntime, open_graph
 
 __all__ = ["ARTIFACT_VERSION", "LoadedModel", "load_model", "pretrained"]
 
@@ -34,16 +38,24 @@ _PACKAGED = resources.files("imrcnn_d2") / "weights"
 class LoadedModel:
     """
     Attributes:
-        model (nn.Module): on its device, in evaluation mode.
+        model (nn.Module or GraphRuntime): on its device, in evaluation mode; or what runs it, of a
+            file for another runtime.
         cfg (CfgNode): frozen.
         weights (Weights): the file, its hash and its operating point.
         classes (list[str]): names, by the model's class index.
     """
 
-    model: nn.Module
+    model: nn.Module | GraphRuntime
     cfg: CfgNode
     weights: Weights
     classes: list
+
+    @property
+    def names(self):
+        """tuple[str, str]: of the model and of its backbone."""
+        if isinstance(self.model, GraphRuntime):
+            return self.model.about["model"], self.model.about["backbone"]
+        return describe_model(self.model)
 
     @property
     def tau(self):
@@ -85,8 +97,9 @@ def load_model(config, weights, *, device=None):
         config (CfgNode, str, Path or None): the config or its file; None for the one that the
             weights bring along (``tools/export.py``), else ``config.yaml`` in their folder, where
             training leaves it.
-        weights (str or Path): any file, or URL, that MODEL.WEIGHTS takes; or a bare word that is no
-            file: a name of :func:`pretrained`.
+        weights (str or Path): any file, or URL, that MODEL.WEIGHTS takes; a file of
+            tools/export.py for another runtime; or a bare word that is no file: a name of
+            :func:`pretrained`.
         device (str or None): None for a usable GPU, else the CPU, whatever the config says: it is
             of the machine that the model was trained on.
 
@@ -102,12 +115,10 @@ def load_model(config, weights, *, device=None):
     path = Path(PathManager.get_local_path(str(weights)))
     if not path.is_file():
         raise FileNotFoundError(f"{weights}: no such file of weights")
+    if path.suffix[1:] in GRAPH_FORMATS:
+        return _load_graph(config, path)
     metadata = load_safetensors(path)[1] if path.suffix == ".safetensors" else {}
-    if metadata.get("artifact", 0) > ARTIFACT_VERSION:
-        raise ValueError(
-            f"{weights} was written by a later version, imrcnn-d2 {metadata.get('version')}: "
-            "upgrade this one to load it"
-        )
+    _check_version(weights, metadata)
     cfg = _config(config, path, metadata.get("config"))
     cfg.MODEL.DEVICE = device or choose_device()
     cfg.MODEL.WEIGHTS = cfg.MODEL.TIMM.WEIGHTS = ""  # these are the weights of the whole model
@@ -116,6 +127,29 @@ def load_model(config, weights, *, device=None):
     model = build_model(cfg).eval()
     loaded = load_weights(_WholeCheckpointer(model), str(path))
     return LoadedModel(model, cfg, loaded, metadata.get("classes") or _classes(cfg))
+
+
+def _load_graph(config, path):
+    """A model that another runtime runs, and all that its file says about it."""
+    if config is not None:
+        raise ValueError(f"{path} brings its config along: leave out the other (--config-file)")
+    runtime = open_graph(path)
+    about = runtime.about
+    _check_version(path, about)
+    cfg = _carried_config(about["config"], path)
+    cfg.freeze()
+    point = about["operating_point"] and OperatingPoint(**about["operating_point"])
+    return LoadedModel(
+        runtime, cfg, Weights(str(path), about["weights_sha256"], point), about["classes"]
+    )
+
+
+def _check_version(weights, about):
+    if about.get("artifact", 0) > ARTIFACT_VERSION:
+        raise ValueError(
+            f"{weights} was written by a later version, imrcnn-d2 {about.get('version')}: "
+            "upgrade this one to load it"
+        )
 
 
 def _config(config, weights, carried):

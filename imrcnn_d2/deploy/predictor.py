@@ -14,7 +14,7 @@ from imrcnn_d2.data.augmentation import build_augmentation
 from imrcnn_d2.data.classification_mapper import ClassificationMapper
 from imrcnn_d2.data.endoscope_view import View
 from imrcnn_d2.data.images import read_image
-from imrcnn_d2.engine.provenance import config_sha256, describe_model
+from imrcnn_d2.engine.provenance import config_sha256
 from imrcnn_d2.engine.recognition import is_classifier
 
 from .loading import load_model, pretrained
@@ -49,16 +49,16 @@ class Predictor:
         is_classifier (bool): whether it names an image's class.
         outlines (bool): whether it gives masks.
         crop_view (bool): whether it looks at the endoscope's view only.
-        asked_runtime (str): the argument ``runtime``; ``about`` has the one chosen.
+        asked_runtime (str or None): the argument ``runtime``; ``about`` has the one chosen.
         about (dict): what a prediction is by: model, backbone, version, weights_sha256,
             config_sha256, tau and runtime; crop_view, if it does.
     """
 
-    def __init__(self, config, weights, *, runtime="torch", tau=None, device=None, crop_view=False):
+    def __init__(self, config, weights, *, runtime=None, tau=None, device=None, crop_view=False):
         """
         Args:
             config, weights, device: see :func:`load_model`.
-            runtime (str): see :func:`build_runtime`.
+            runtime (str or None): see :func:`build_runtime`.
             tau (float or None): None for the operating point that was chosen on validation data
                 when the weights were saved, else MODEL.IMRCNN.SCORE_THRESH.
             crop_view (bool): show the network the endoscope's view only, black around it, as data
@@ -82,7 +82,7 @@ class Predictor:
         side = cfg.INPUT.MIN_SIZE_TEST or 512
         example = self.prepare(np.full((side, side, 3), 128, np.uint8))
         chosen, self._runtime = build_runtime(runtime, loaded.model, example)
-        model, backbone = describe_model(loaded.model)
+        model, backbone = loaded.names
         self.about = {
             "model": model,
             "backbone": backbone,

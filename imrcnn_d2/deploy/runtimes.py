@@ -11,6 +11,9 @@ from detectron2.modeling.poolers import ROIPooler
 
 from imrcnn_d2.modeling.roi_heads import FP32ROIPooler
 
+from .graph_files import graph_bytes
+from .graph_runtimes import GRAPH_FORMATS, GraphRuntime, run_graph
+
 __all__ = ["RUNTIMES", "TorchRuntime", "build_runtime"]
 
 logger = logging.getLogger(__name__)
@@ -86,35 +89,60 @@ def _to_cpu(output):
     return output.to("cpu")
 
 
+def _exported(format):
+    """Builds the runtime of a format, by way of a file in memory."""
+
+    def build(model, example):
+        content = graph_bytes(model.to("cpu"), format, example)
+        return GraphRuntime(GRAPH_FORMATS[format], run_graph(content, format)[0])
+
+    return build
+
+
 # "auto" tries them in this order.
 RUNTIMES = {
-    "torch": TorchRuntime,
-    "torch-bf16": lambda model: TorchRuntime(model, "bf16"),
+    "torch": lambda model, example: TorchRuntime(model),
+    "onnxruntime": _exported("onnx"),
+    "openvino": _exported("openvino"),
+    "torch-bf16": lambda model, example: TorchRuntime(model, "bf16"),
 }
 
 
 def build_runtime(name, model, example):
     """
     Args:
-        name (str): one of ``RUNTIMES``, or "auto" for the one that is fastest here, by a short
-            timing: bf16 is slower than fp32 where the processor has no such arithmetic.
-        model (nn.Module): on its device, in evaluation mode.
+        name (str or None): one of ``RUNTIMES``, or "auto" for the one that is fastest here, by a
+            short timing of those that are installed: bf16 is slower than fp32 where the processor
+            has no such arithmetic. None for "torch", or what an exported file is for.
+        model (nn.Module or GraphRuntime): on its device, in evaluation mode; or of an exported
+            file.
         example (Tensor): an image as the runtime will see them, for the timing.
 
     Returns:
         tuple[str, callable]: the name of the runtime chosen, and the runtime.
 
     Raises:
-        ValueError: there is no runtime of that name.
+        ValueError: there is no runtime of that name, or it does not run this model.
+        ModuleNotFoundError: it is not installed.
     """
+    if isinstance(model, GraphRuntime):
+        if name not in (None, "auto", model.name):
+            raise ValueError(f"The file is for the runtime {model.name} and not for {name!r}")
+        return model.name, model
+    name = name or "torch"
     if name in RUNTIMES:
-        return name, RUNTIMES[name](model)
+        return name, RUNTIMES[name](model, example)
     if name != "auto":
         raise ValueError(f"There is no runtime {name!r}; choose of {', '.join(RUNTIMES)} and auto")
-    built = {candidate: build(model) for candidate, build in RUNTIMES.items()}
-    seconds = {}
-    for candidate, runtime in built.items():
-        seconds[candidate] = _median_time(runtime, example, min(seconds.values(), default=math.inf))
+    seconds, built = {}, {}
+    for candidate, build in RUNTIMES.items():
+        try:
+            built[candidate] = build(model, example)
+        except (ModuleNotFoundError, ValueError) as error:
+            logger.info("Runtime %s is left out: %s", candidate, error)
+            continue
+        best = min(seconds.values(), default=math.inf)
+        seconds[candidate] = _median_time(built[candidate], example, best)
     fastest = min(seconds, key=seconds.get)
     timings = ", ".join(f"{candidate} {1000 * s:.0f} ms" for candidate, s in seconds.items())
     logger.info("Runtime %s: %s an image", fastest, timings)

@@ -14,6 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from dicoms import PATIENT, write_dicom
 from PIL import Image, ImageDraw
 
 from imrcnn_d2.deploy import Predictor
@@ -22,7 +23,6 @@ from imrcnn_d2.deploy.video import VideoWriter, decode_video
 from imrcnn_d2.evaluation.records import read_ground_truth, read_results
 
 from .conftest import TAU, picture
-from dicoms import PATIENT, write_dicom
 
 ALL = ("overlays", "masks", "labelme")
 

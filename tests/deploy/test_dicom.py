@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from dicoms import PATIENT, write_dicom
 from PIL import Image
 from pydicom.uid import JPEGBaseline8Bit, generate_uid
 
@@ -14,7 +15,6 @@ from imrcnn_d2.deploy.dicom import may_show_patient, public_name, read_dicom
 from imrcnn_d2.deploy.video import VideoWriter
 
 from .conftest import picture
-from dicoms import PATIENT, write_dicom
 
 H264 = "1.2.840.10008.1.2.4.102"
 JPEG_LOSSLESS = "1.2.840.10008.1.2.4.70"

@@ -25,6 +25,14 @@ def test_bf16_is_near_fp32(predictor, tiny_run):
     assert abs(one.pred_boxes.tensor[0] - two.pred_boxes.tensor[0]).max() < 2
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_others_run_a_checkpoint(predictor, tiny_run, name):
+    other = Predictor(None, tiny_run / "model_best.pth", runtime=name)
+    assert other.about["runtime"] == name
+    one, two = predictor(picture(0)), other(picture(0))
+    torch.testing.assert_close(two.scores, one.scores, rtol=0, atol=1e-4)
+
+
 def test_foreign_heads_pool_in_fp32_too(tiny_run):
     cfg = load_model(None, tiny_run / "model_best.pth").cfg.clone()
     cfg.defrost()
@@ -45,5 +53,7 @@ def test_auto_is_one_of_them(tiny_run):
 
 
 def test_another_is_named(tiny_run):
-    with pytest.raises(ValueError, match="'tensorrt'; choose of torch, torch-bf16 and auto"):
+    with pytest.raises(
+        ValueError, match="'tensorrt'; choose of torch, onnxruntime, openvino, torch-bf16"
+    ):
         Predictor(None, tiny_run / "model_best.pth", runtime="tensorrt")
