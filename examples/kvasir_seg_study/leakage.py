@@ -1,0 +1,116 @@
+#!/usr/bin/env python
+"""Print what leakage does to the figures, from the runs of `make ... main groups leakage`.
+
+    python examples/kvasir_seg_study/leakage.py output/study datasets
+
+The first table: drawn patients with two to five images each, split by image and by patient, means
+of three draws. The second: Kvasir-SEG split at random and with near-identical images kept together;
+of the random split's test images also those that have a twin in train or val, and the others.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
+from imrcnn_d2.evaluation.files import RESULTS
+from imrcnn_d2.report.tables import format_figure, markdown_table
+
+COLUMNS = {
+    "AP50_voc": "segm/AP50_voc",
+    "AP": "segm/AP",
+    "IoU": "lesion/iou",
+    "F1": "lesion/f1",
+    "mIoU": "image/miou",
+}
+DRAWS = 3
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, help="folder of the runs")
+    parser.add_argument("data", type=Path, help="folder of the splits")
+    args = parser.parse_args(argv)
+    print(markdown_table(pd.DataFrame(drawn(args.runs))), end="\n\n")
+    print(markdown_table(pd.DataFrame(kvasir(args.runs, args.data))))
+
+
+def drawn(runs):
+    """Rows of mean ± population sd over the draws."""
+    for by in ("image", "patient"):
+        figures = pd.DataFrame(
+            {
+                heading: read(path.rpartition("/"), runs / "leakage" / f"by_{by}_{draw}")
+                for heading, path in COLUMNS.items()
+            }
+            for draw in range(DRAWS)
+        )
+        cells = {
+            heading: f"{figures[heading].mean():.1f} ± {figures[heading].std(ddof=0):.1f}"
+            for heading in COLUMNS
+        }
+        yield {"drawn images, split": f"by {by}", **cells}
+
+
+def read(path, run):
+    """A figure of a run's metrics.json."""
+    group, _, figure = path
+    metrics = json.loads((run / "inference/synthetic_test/metrics.json").read_text("utf-8"))
+    return metrics[group][figure]
+
+
+def kvasir(runs, data):
+    """Rows of figures with 95 % intervals."""
+    random, groups = (
+        evaluated(data / split / "kvasir_seg", runs / run)
+        for split, run in (("random", "main/imrcnn_seed0"), ("groups", "groups/imrcnn"))
+    )
+    pairs = json.loads((data / "groups/kvasir_seg/near_duplicates.json").read_text("utf-8"))[
+        "pairs"
+    ]
+    tested = {image["file_name"] for image in random[0]["images"]}
+    twins = {
+        name
+        for pair in pairs
+        for name in pair["images"]
+        if name in tested and not set(pair["images"]) <= tested
+    }
+    yield row("at random", *random)
+    yield row("- with a twin in train or val", *part(random, twins))
+    yield row("- the others", *part(random, tested - twins))
+    yield row("near-identical images together", *groups)
+
+
+def evaluated(data_set, run):
+    """Ground truth and results of a run's test images."""
+    truth = json.loads((data_set / "annotations/test.json").read_text("utf-8"))
+    results = json.loads((run / "inference/kvasir_seg_test" / RESULTS).read_text("utf-8"))
+    return truth, results
+
+
+def part(whole, names):
+    """The images of these names, and what is of them."""
+    truth, results = whole
+    images = [image for image in truth["images"] if image["file_name"] in names]
+    ids = {image["id"] for image in images}
+    annotations = [a for a in truth["annotations"] if a["image_id"] in ids]
+    truth = {**truth, "images": images, "annotations": annotations}
+    return truth, [result for result in results if result["image_id"] in ids]
+
+
+def row(label, truth, results):
+    found = evaluate_lesions(truth, results, bootstrap=Bootstrap(all_coco=True))
+    cells = {"Kvasir-SEG, split": label, "test images": str(len(truth["images"]))}
+    for heading, path in COLUMNS.items():
+        group, _, figure = path.rpartition("/")
+        interval = found.intervals.get(group, {}).get(figure)
+        cells[heading] = format_figure(figure, found.groups()[group][figure], interval)
+    return cells
+
+
+if __name__ == "__main__":
+    main()
