@@ -3,13 +3,12 @@
 
     tools/export.py --format safetensors --precision fp16 --weights output/imrcnn/model_best.pth \\
         --images datasets/kvasir_seg/images --output imrcnn.safetensors
-    tools/export.py --format openvino --precision int8 --weights output/imrcnn/model_best.pth \\
-        --images datasets/kvasir_seg/images --calibration training_images --output imrcnn.openvino
+    tools/export.py --format openvino --weights output/imrcnn/model_best.pth \\
+        --images datasets/kvasir_seg/images --output imrcnn.openvino
 
 The file holds the network, config, class names and τ, and tools/predict.py takes it as --weights.
 safetensors are weights, which MODEL.WEIGHTS takes too; onnx, openvino and torchscript are for
-runtimes of these names (pip install -e '.[deploy]'), for any number and size of images. int8 is
-fitted to images of the training set by NNCF.
+runtimes of these names (pip install -e '.[deploy]'), for any number and size of images.
 
 The file is compared with the original on real images; the largest differences are printed, and
 where one is above its bound no file is written.
@@ -20,8 +19,6 @@ import math
 import os
 import tempfile
 from pathlib import Path
-
-from tqdm import tqdm
 
 from imrcnn_d2.data.images import read_image
 from imrcnn_d2.deploy import Predictor, artifact, graph_files
@@ -37,11 +34,9 @@ BOUNDS = {
     "fp32": {"unmatched": 1, "score": 0.001, "box": 0.05, "mask_iou": 0.999},
     "fp16": {"unmatched": 3, "score": 0.02, "box": 1, "mask_iou": 0.97},
     "bf16": {"unmatched": 5, "score": 0.1, "box": 3, "mask_iou": 0.9},
-    "int8": {"unmatched": 10, "score": 0.2, "box": 5, "mask_iou": 0.8},
 }
 
 MOST_IMAGES = 50  # that are compared; spread evenly over those given
-MOST_CALIBRATION = 300  # likewise
 
 
 def main(argv=None):
@@ -52,8 +47,6 @@ def main(argv=None):
     if args.precision not in PRECISIONS[args.format]:
         known = ", ".join(PRECISIONS[args.format])
         parser.error(f"there is no {args.precision} of {args.format}; choose of {known}")
-    if (args.precision == "int8") != bool(args.calibration):
-        parser.error("--calibration, images of the training set, goes with --precision int8")
     try:
         export(args)
     except (OSError, ValueError) as error:
@@ -81,17 +74,11 @@ def argument_parser():
         "--precision",
         choices=sorted({name for names in PRECISIONS.values() for name in names}),
         default="fp32",
-        help="fp16 has half the size (safetensors), bf16 and int8 are faster where the processor "
-        "has such arithmetic (openvino, torchscript; openvino, onnx) (fp32)",
+        help="fp16 has half the size (safetensors), bf16 is faster where the processor has such "
+        "arithmetic (openvino, torchscript) (fp32)",
     )
     parser.add_argument(
         "--images", required=True, nargs="+", metavar="PATH", help="what to compare on; 50 at most"
-    )
-    parser.add_argument(
-        "--calibration",
-        nargs="+",
-        metavar="PATH",
-        help="images of the training set, for int8; 300 at most",
     )
     parser.add_argument("--output", required=True, type=Path, help="the file to write")
     return parser
@@ -99,12 +86,21 @@ def argument_parser():
 
 def export(args):
     """Write the file beside its place, compare, and move it there."""
-    images = find_images(args.images, MOST_IMAGES, "--images")
+    images = [source.path for source in find_inputs(args.images)[1] if source.kind == "image"]
+    if not images:
+        raise ValueError("--images names no image to compare on")
+    images = images[:: math.ceil(len(images) / MOST_IMAGES)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         path = Path(folder) / args.output.name
+        loaded = load_model(args.config_file, args.weights, device="cpu")
         original = Predictor(args.config_file, args.weights, device="cpu")
-        write(args, original, path)
+        if args.format == "safetensors":
+            artifact.write_safetensors(loaded, path, precision=args.precision)
+        else:
+            example = original.prepare(read_image(images[0]))
+            how = {"example": example, "precision": args.precision}
+            graph_files.write_graph(loaded, path, args.format, **how)
         agreement = compare_predictors(original, Predictor(None, path), images)
         print(
             f"On {agreement.images} images, {agreement.detections} detections, "
@@ -117,37 +113,6 @@ def export(args):
             raise ValueError(f"{args.output} was not written: {'; '.join(exceeded)}")
         os.replace(path, args.output)
     print(f"Written: {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
-
-
-def write(args, original, path):
-    """The file, at a place of its own; `original` prepares images as the network sees them."""
-    loaded = load_model(args.config_file, args.weights, device="cpu")
-    if args.format == "safetensors":
-        artifact.write_safetensors(loaded, path, precision=args.precision)
-        return
-    examples = find_images(args.calibration or args.images, MOST_CALIBRATION, "--calibration")
-    if not args.calibration:
-        examples = examples[:1]
-    prepared = [
-        original.prepare(read_image(image))
-        for image in tqdm(examples, desc="Reading images", disable=len(examples) == 1)
-    ]
-    graph_files.write_graph(
-        loaded,
-        path,
-        args.format,
-        example=prepared[0],
-        precision=args.precision,
-        calibration=prepared if args.calibration else (),
-    )
-
-
-def find_images(paths, most, option):
-    """Images among the inputs, at most so many, spread evenly."""
-    images = [source.path for source in find_inputs(paths)[1] if source.kind == "image"]
-    if not images:
-        raise ValueError(f"{option} names no image")
-    return images[:: math.ceil(len(images) / most)]
 
 
 if __name__ == "__main__":

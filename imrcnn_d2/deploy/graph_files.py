@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import tempfile
 import warnings
 import zipfile
@@ -20,16 +19,16 @@ from .graph_runtimes import ABOUT, INPUT, OPENVINO_PARTS
 __all__ = ["FORMATS", "PRECISIONS", "graph_bytes", "write_graph"]
 
 FORMATS = ("onnx", "openvino", "torchscript")
-# bf16 is a matter of the runtime: ONNX Runtime has none of it on CPUs.
+# ONNX Runtime has no bf16 on CPUs.
 PRECISIONS = {
-    "onnx": ("fp32", "int8"),
-    "openvino": ("fp32", "bf16", "int8"),
+    "onnx": ("fp32",),
+    "openvino": ("fp32", "bf16"),
     "torchscript": ("fp32", "bf16"),
 }
 _OPSET = 17
 
 
-def write_graph(loaded, path, format, *, example, precision="fp32", calibration=()):
+def write_graph(loaded, path, format, *, example, precision="fp32"):
     """
     Write a model as one file that its runtime, and a :class:`Predictor`, take as it is. Batch and
     image size stay free.
@@ -40,23 +39,21 @@ def write_graph(loaded, path, format, *, example, precision="fp32", calibration=
         format (str): one of ``FORMATS``.
         example (Tensor): an image as the network sees it, (C, H, W) uint8.
         precision (str): one of ``PRECISIONS`` of the format.
-        calibration (sequence of Tensor): such images, of the training set, from which the ranges of
-            int8 are taken; a few hundred are enough.
 
     Raises:
         ValueError: the model or the precision cannot be had in this format.
         ModuleNotFoundError: a package of the extra [deploy] is missing.
     """
-    content = graph_bytes(loaded.model, format, example, precision, calibration)
+    content = graph_bytes(loaded.model, format, example, precision)
     about = json.dumps({**describe(loaded, precision), "format": format})
     write_atomically(path, _with_about(content, format, about))
 
 
-def graph_bytes(model, format, example, precision="fp32", calibration=()):
+def graph_bytes(model, format, example, precision="fp32"):
     """
     Args:
         model (nn.Module): in evaluation mode.
-        format, example, precision, calibration: see :func:`write_graph`.
+        format, example, precision: see :func:`write_graph`.
 
     Returns:
         bytes: the file, but for what it says about itself.
@@ -64,8 +61,6 @@ def graph_bytes(model, format, example, precision="fp32", calibration=()):
     if precision not in PRECISIONS[format]:
         known = ", ".join(PRECISIONS[format])
         raise ValueError(f"There is no {precision} of {format}; choose of {known}")
-    if precision == "int8" and not len(calibration):
-        raise ValueError("int8 needs images of the training set, whose values it is fitted to")
     graph = ClassifierGraph(model) if isinstance(model, ImageClassifier) else DetectorGraph(model)
     # Two images: with one, an axis of length 1 could be taken for fixed.
     batch = torch.stack([example, example.flip(-1)])
@@ -79,9 +74,7 @@ def graph_bytes(model, format, example, precision="fp32", calibration=()):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         _export_onnx(traced, graph.outputs, batch, path)
-        if format == "openvino":
-            return _openvino_bytes(path, precision, calibration)
-        return _quantised_onnx(path, calibration) if precision == "int8" else path.read_bytes()
+        return _openvino_bytes(path) if format == "openvino" else path.read_bytes()
 
 
 def _export_onnx(traced, outputs, batch, path):
@@ -103,12 +96,10 @@ def _export_onnx(traced, outputs, batch, path):
         )
 
 
-def _openvino_bytes(path, precision, calibration):
+def _openvino_bytes(path):
     import openvino
 
     model = openvino.Core().read_model(path)  # convert_model reports its use to its makers
-    if precision == "int8":
-        model = _quantised(model, calibration)
     xml, weights = (path.with_name(name) for name in OPENVINO_PARTS)
     openvino.save_model(model, xml, compress_to_fp16=False)
     buffer = io.BytesIO()
@@ -116,23 +107,6 @@ def _openvino_bytes(path, precision, calibration):
         for part in (xml, weights):
             archive.write(part, part.name)
     return buffer.getvalue()
-
-
-def _quantised_onnx(path, calibration):
-    import onnx
-
-    return _quantised(onnx.load(path), calibration).SerializeToString()
-
-
-def _quantised(model, calibration):
-    """Post-training quantisation of weights and activations by NNCF."""
-    os.environ["NNCF_CI"] = "1"  # else it reports its use to its makers
-    import nncf
-
-    # Pooling only interpolates; and of a level that no lesion fell on, no values were seen.
-    as_it_is = nncf.IgnoredScope(types=["ROIAlign", "RoiAlign"], validate=False)
-    dataset = nncf.Dataset([image[None].numpy() for image in calibration], lambda x: {INPUT: x})
-    return nncf.quantize(model, dataset, subset_size=len(calibration), ignored_scope=as_it_is)
 
 
 def _with_about(content, format, about):
