@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from imrcnn_d2.data.folds import strata_of
 from imrcnn_d2.data.images import link_or_copy
+from imrcnn_d2.data.near_duplicates import group_labels
 from imrcnn_d2.data.output_folder import is_empty, staged, write_json
 from imrcnn_d2.data.prepare import write_splits
 from imrcnn_d2.data.rejects import BadInputError
@@ -39,7 +42,8 @@ def write_fixed_splits(
     Args:
         prepared: folder of a prepared data set.
         out: folder to make.
-        groups: file names that must not be parted.
+        groups: file names that must not be parted. Images with one ``group_id`` are such a group
+            as well; groups that share an image become one.
         pairs: to list in near_duplicates.json, JSON values.
 
     Returns:
@@ -66,12 +70,13 @@ def write_fixed_splits(
                 raise BadInputError(
                     image["file_name"], f"is in {other} and {split} of {prepared}; take one out"
                 )
+    images = [image for content in contents.values() for image in content["images"]]
+    groups = _joined(images, groups)
     group_of = {name: i for i, group in enumerate(groups, start=1) for name in group}
     crossing = {name for group in groups if len({split_of[n] for n in group}) > 1 for name in group}
     if not crossing:
         return []
 
-    images = [image for content in contents.values() for image in content["images"]]
     strata = strata_of(a for content in contents.values() for a in content["annotations"])
     items = [
         Item(i["file_name"], strata.get(i["id"], False), group_of.get(i["file_name"]))
@@ -93,7 +98,7 @@ def write_fixed_splits(
         about = {k: v for k, v in settings.items() if k not in (*SPLITS, "sha256")}
         about |= {"split_by": "group", "fixed_from": sha256(old)}
         write_splits(stage / "splits.json", new, about)
-        listed = {"groups": [list(group) for group in groups], "pairs": list(pairs)}
+        listed = {"groups": groups, "pairs": list(pairs)}
         write_json(stage / "near_duplicates.json", listed, indent=1)
         if (prepared / "rejected.csv").is_file():
             shutil.copyfile(prepared / "rejected.csv", stage / "rejected.csv")
@@ -105,11 +110,31 @@ def write_fixed_splits(
     ]
 
 
+def _joined(images: Iterable[Mapping], groups: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Groups of two file names or more that share no image, old groups of the images included."""
+    old = defaultdict(list)
+    for image in images:
+        if image.get("group_id") is not None:
+            old[str(image["group_id"])].append(image["file_name"])
+    names = sorted(image["file_name"] for image in images)
+    places = {name: place for place, name in enumerate(names)}
+    pairs = [pair for group in (*groups, *old.values()) for pair in pairwise(group)]
+    labels = group_labels(len(names), [(places[a], places[b]) for a, b in pairs])
+    joined = defaultdict(list)
+    for name, label in zip(names, labels.tolist(), strict=True):
+        joined[label].append(name)
+    return [group for group in joined.values() if len(group) > 1]
+
+
 def _moved(
     contents: Mapping[str, dict], target_of: Mapping[str, str], group_of: Mapping[str, int]
 ) -> dict[str, dict]:
-    """COCO contents by split after the moves, by id; images carry their ``group_id``."""
-    images = [image for content in contents.values() for image in content["images"]]
+    """COCO contents by split after the moves, by id; images carry their ``group_id``, if any."""
+    images = [
+        {key: value for key, value in image.items() if key != "group_id"}
+        for content in contents.values()
+        for image in content["images"]
+    ]
     annotations = [a for content in contents.values() for a in content["annotations"]]
     split_of_id = {image["id"]: target_of[image["file_name"]] for image in images}
     moved = {}

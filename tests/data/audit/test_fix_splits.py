@@ -83,6 +83,38 @@ def test_the_new_folder_is_a_prepared_data_set(prepared, tmp_path):
     assert settings["fixed_from"] == json.loads((prepared / "splits.json").read_text())["sha256"]
 
 
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_groups_of_before_stay_together(prepared, tmp_path):
+    """Twins across splits draw their old groups with them, and old numbers do not stay."""
+    old = read_splits(prepared / "splits.json")
+    a, b, c, d, alone = old["train"][:5]
+    numbers = {a: 1, b: 1, c: 2, d: 2, alone: 3}
+
+    def number(content):
+        for image in content["images"]:
+            if image["file_name"] in numbers:
+                image["group_id"] = numbers[image["file_name"]]
+
+    edit(prepared / "annotations" / "train.json", number)
+    x, y = old["test"][:2]
+    write_fixed_splits(prepared, tmp_path / "fixed", [[a, x], [c, y]])
+    found = {}
+    for split in SPLITS:
+        content = json.loads((tmp_path / "fixed" / "annotations" / f"{split}.json").read_text())
+        for image in content["images"]:
+            if "group_id" in image:
+                found.setdefault(image["group_id"], set()).add((split, image["file_name"]))
+    assert sorted(sorted(name for _, name in own) for own in found.values()) == sorted(
+        [sorted([a, b, x]), sorted([c, d, y])]
+    )
+    assert all(len({split for split, _ in own}) == 1 for own in found.values())
+
+
 def test_nothing_to_mend(prepared, tmp_path):
     old = read_splits(prepared / "splits.json")
     assert write_fixed_splits(prepared, tmp_path / "fixed", [old["train"][:2]]) == []
