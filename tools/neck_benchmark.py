@@ -24,7 +24,7 @@ __all__ = [
 # Channels of res2 to res5, channels of the pyramid, size of the image, memory format: the shipped
 # models at the sizes they run at.
 NECKS = {
-    "light_352": ((24, 40, 112, 320), 128, 352, True),
+    "light_352": ((24, 40, 112, 320), 64, 352, True),
     "R_50_352": ((256, 512, 1024, 2048), 256, 352, False),
     "R_50_800": ((256, 512, 1024, 2048), 256, 800, False),
 }

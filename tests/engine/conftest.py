@@ -87,6 +87,7 @@ def tiny_opts(tiny_datasets, tmp_path):
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),  # so that a random model detects something
         *("SOLVER.IMS_PER_BATCH", 2),
         *("SOLVER.MAX_ITER", 4),
+        *("SOLVER.EMA_DECAY", 0.0),  # what is kept is what was trained
         *("SOLVER.CHECKPOINT_PERIOD", 2),
         *("SOLVER.WARMUP_ITERS", 1),
         *("TEST.EVAL_PERIOD", 2),
