@@ -74,9 +74,12 @@ def groups_table(results, column):
         headline figures with their intervals.
     """
     endpoints = _endpoints(results, column, HEADLINE)
-    table = {"": [*_size(results), *(endpoint.replace("/", " ") for endpoint in endpoints)]}
-    for name, n, figures, intervals in _groups(results, column):
-        table[name] = [str(number) for number in n.values()]
+    rows = list(_groups(results, column))
+    # Patients may be known of some groups only.
+    sizes = list(dict.fromkeys(size for _, n, *_ in rows for size in n))
+    table = {"": [*sizes, *(endpoint.replace("/", " ") for endpoint in endpoints)]}
+    for name, n, figures, intervals in rows:
+        table[name] = [str(n.get(size, "")) for size in sizes]
         for endpoint in endpoints:
             value = _of(figures, endpoint)
             interval = _of(intervals, endpoint)

@@ -45,6 +45,24 @@ def test_table(results):
     assert rows[""] == ["all", "Is"] and "lesion precision" not in rows
 
 
+def test_patients_that_only_one_group_knows(tmp_path):
+    images = [
+        {"id": i, "file_name": f"{i}.png", "height": 40, "width": 50, "centre": "AAB"[i - 1]}
+        for i in (1, 2, 3)
+    ]
+    images[0]["patient_id"] = images[1]["patient_id"] = "p"
+    data = {
+        "images": images,
+        "categories": [{"id": 1, "name": "polyp"}],
+        "annotations": [rectangle(i, 0, 0, 10, 10) for i in (1, 2, 3)],
+    }
+    whole = with_groups(evaluate_lesions(data, []), [By("centre")])
+    rows = cells(groups_table(whole, "centre"))
+    assert rows["images"] == ["3", "2", "1"]
+    assert rows["patients"] == ["", "1", ""]
+    draw_groups(whole, "centre", tmp_path / "by.png")
+
+
 def test_picture(results, tmp_path):
     figure = draw_groups(results, "centre", tmp_path / "by.png")
     with Image.open(tmp_path / "by.png") as image:
