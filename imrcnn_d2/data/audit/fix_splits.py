@@ -50,7 +50,8 @@ def write_fixed_splits(
         the moves, by name; without any nothing is written.
 
     Raises:
-        BadInputError: an image is in two splits.
+        BadInputError: an image is in two splits, an id is there twice, or an annotation's image is
+            not there.
         FileExistsError: `out` is there and not empty.
         ValueError: splits.json cannot be read.
     """
@@ -70,6 +71,7 @@ def write_fixed_splits(
                 raise BadInputError(
                     image["file_name"], f"is in {other} and {split} of {prepared}; take one out"
                 )
+    _check_ids(prepared, contents)
     images = [image for content in contents.values() for image in content["images"]]
     groups = _joined(images, groups)
     group_of = {name: i for i, group in enumerate(groups, start=1) for name in group}
@@ -108,6 +110,22 @@ def write_fixed_splits(
         for name in sorted(crossing)
         if split_of[name] != target_of[name]
     ]
+
+
+def _check_ids(prepared: Path, contents: Mapping[str, dict]) -> None:
+    """Ids must tell images and annotations apart once they come together in one file."""
+    seen = {"images": set(), "annotations": set()}
+    for key, ids in seen.items():
+        for split, content in contents.items():
+            path = prepared / "annotations" / f"{split}.json"
+            for record in content[key]:
+                if record["id"] in ids:
+                    told = f"{key} has the id {record['id']!r} twice in the splits"
+                    raise BadInputError(path, f"{told}; number them anew over the three files")
+                ids.add(record["id"])
+                if key == "annotations" and record["image_id"] not in seen["images"]:
+                    told = f"annotation {record['id']!r} is of image {record['image_id']!r}"
+                    raise BadInputError(path, f"{told}, which no split has; take it out")
 
 
 def _joined(images: Iterable[Mapping], groups: Iterable[Sequence[str]]) -> list[list[str]]:

@@ -133,3 +133,24 @@ def test_refused(prepared, tmp_path):
     with pytest.raises(BadInputError, match="is in train and test"):
         write_fixed_splits(prepared, tmp_path / "fixed", [group])
     assert not (tmp_path / "fixed").exists()
+
+
+@pytest.mark.parametrize(
+    "key, change, told",
+    [
+        ("images", "id", "images has the id .* twice"),
+        ("annotations", "id", "annotations has the id .* twice"),
+        ("annotations", "image_id", "is of image 99, which no split has"),
+    ],
+)
+def test_ids_that_do_not_tell_apart(prepared, tmp_path, key, change, told):
+    old = read_splits(prepared / "splits.json")
+    train = json.loads((prepared / "annotations" / "train.json").read_text())
+    value = 99 if change == "image_id" else train[key][0]["id"]
+    edit(
+        prepared / "annotations" / "test.json",
+        lambda content: content[key][0].update({change: value}),
+    )
+    with pytest.raises(BadInputError, match=told):
+        write_fixed_splits(prepared, tmp_path / "fixed", [[old["train"][0], old["test"][0]]])
+    assert not (tmp_path / "fixed").exists()
