@@ -78,6 +78,7 @@ def _samples(
 ) -> Iterator[Sample]:
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[str, Path] = {}
+    made: dict[str, Path] = {}
     cut = whole = num_insets = 0
     left_out = set(source.extra) | set(source.info) - {"description"}
     for sample in source.samples:
@@ -95,13 +96,18 @@ def _samples(
             ]
             fields = _passed(sample.fields, pseudonyms, keep, path)
             name = _name_of(sample.file_name, sample.image)
-            image = _written(view.crop(pixels), folder / pseudonyms.of_file(name))
+            new_name = pseudonyms.of_file(name)
+            if new_name in made:  # whose file may be linked already
+                raise BadInputError(
+                    path, f"duplicate: {name} was already made from {made[new_name]}"
+                )
+            image = _written(view.crop(pixels), folder / new_name)
             if image.sha256 in seen:
                 image.path.unlink()
                 raise BadInputError(
                     path, f"duplicate: cropped, it is the same picture as {seen[image.sha256]}"
                 )
-            seen[image.sha256] = path
+            seen[image.sha256] = made[new_name] = path
             cut, whole = cut + num_cut, whole + view.is_whole
             num_insets += bool(view.insets)
             yield replace(

@@ -1,6 +1,7 @@
 """Images, annotations and fields of a data set that is de-identified."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -154,6 +155,26 @@ def test_dark_images_and_copies(frames, names, tmp_path):
         "nothing in it is lit",
         "duplicate: cropped",
     ]
+
+
+def test_two_images_of_one_name(names, tmp_path, frames):
+    """The first is kept as it is, also where its file was linked before the second came."""
+    source = frames(["within", "beyond"])
+    first, second = (
+        replace(s, file_name=f"0.{e}") for s, e in zip(source.samples, ("dcm", "png"), strict=True)
+    )
+    first.image = replace(first.image, needs_conversion=True)
+    source.samples = [first, second]
+    rejects = Rejects("reject")
+    ((kept, before),) = (
+        (sample, read_image(sample.image.path))
+        for sample in deidentified(source, tmp_path / "new", names, rejects).samples
+    )
+    assert (read_image(kept.image.path) == before).all()
+    (error,) = rejects.errors
+    assert error.file.endswith("Muster_beyond.png")
+    assert error.reason.startswith("duplicate: 0.png was already made from")
+    assert error.reason.endswith("Muster_within.png")
 
 
 def test_classes_and_crowds(names, tmp_path, frames):
