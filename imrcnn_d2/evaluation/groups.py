@@ -188,7 +188,7 @@ def _grouped(values, by):
         if not numbers:
             odd = next(v for v in known if not isinstance(v, int | float) or isinstance(v, bool))
             raise ValueError(f"{by.column!r} has the value {odd!r}: bins are for numbers.")
-        text = [f"{limit:g}" for limit in by.limits]
+        text = [f"{limit:.15g}" for limit in by.limits]
         between = [f"{low}-{high}" for low, high in zip(text, text[1:], strict=False)]
         names = [f"<{text[0]}", *between, f">={text[-1]}"]
         group = [
@@ -204,9 +204,10 @@ def _grouped(values, by):
             f"of bins, such as {by.column}:5,10,20, or {by.column}:{EACH} for a group each."
         )
     named = {value: _name(value) for value in dict.fromkeys(_hashable(known, by.column))}
-    order = sorted(named) if numbers else sorted(named, key=lambda value: named[value])
+    by_name = sorted(named, key=lambda value: (named[value] == UNKNOWN, named[value]))
+    order = sorted(named) if numbers else by_name
     names = list(dict.fromkeys(named[value] for value in order))
-    if None in values:
+    if None in values and UNKNOWN not in names:
         names.append(UNKNOWN)
     group = [names.index(UNKNOWN if v is None else named[v]) for v in values]
     return names, np.array(group, dtype=int)
