@@ -1,5 +1,6 @@
 """The audit of a data set: all checks, in one order."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import numpy as np
 from imrcnn_d2.data.audit.annotation_checks import category_findings
 from imrcnn_d2.data.audit.examine import Examined, examine_all
 from imrcnn_d2.data.audit.files import file_findings
-from imrcnn_d2.data.audit.findings import KINDS, SEVERITIES, Finding, finding
+from imrcnn_d2.data.audit.findings import KINDS, LOWEST_FIRST, SEVERITIES, Finding, finding
 from imrcnn_d2.data.audit.leakage import (
     Twins,
     exact_twins,
@@ -31,7 +32,7 @@ class Audit:
         data: the data set.
         examined: what is known of each image, in the order of ``data.entries``.
         twins: images that show the same.
-        findings: by kind, then weight and score, see :meth:`sort`.
+        findings: by kind, then severity, then score, the strongest first.
         notes: what was not checked, and why.
         checked: areas that were checked, keys of `AREAS`.
         embeddings: of the images that can be read, in their order; None without them.
@@ -121,8 +122,13 @@ def audit(
 
 
 def _sorted(findings: Sequence[Finding]) -> list[Finding]:
+    """By kind, severity and falling strength; else as they came."""
     kinds = list(KINDS)
-    return sorted(
-        findings,
-        key=lambda f: (kinds.index(f.kind), SEVERITIES.index(f.severity), f.images),
-    )
+
+    def place(found: Finding) -> tuple[int, int, float]:
+        weakness = -math.inf if found.score is None else -found.score
+        if found.kind in LOWEST_FIRST and found.score is not None:
+            weakness = found.score
+        return kinds.index(found.kind), SEVERITIES.index(found.severity), weakness
+
+    return sorted(findings, key=place)

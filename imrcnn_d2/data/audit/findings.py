@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-__all__ = ["AREAS", "KINDS", "SEVERITIES", "Finding", "Kind", "finding"]
+__all__ = ["AREAS", "KINDS", "LOWEST_FIRST", "SEVERITIES", "Finding", "Kind", "finding"]
 
 # In falling weight. An error makes training or its figures wrong; a warning should be looked at.
 SEVERITIES = ("error", "warning", "info")
+# Kinds of which a low score is the stronger: it is a brightness or an area.
+LOWEST_FIRST = ("black_frame", "tiny")
 AREAS = {
     "files": "Files",
     "annotations": "Annotations",
@@ -46,7 +48,8 @@ class Finding:
             image to look at.
         splits: the split of each of `images`, "" where the data set has none.
         annotation_id: the annotation it is about, as in the file; of several the first.
-        score: how strong, in the unit that `detail` says; None if there is no degree.
+        score: how strong, in the unit that `detail` says, the higher the stronger but for
+            `LOWEST_FIRST`; None if there is no degree.
         detail: what was measured and found, one sentence.
     """
 

@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 from planted_faults import Planted
 
-from imrcnn_d2.data.audit.audit import audit
-from imrcnn_d2.data.audit.findings import KINDS
+from imrcnn_d2.data.audit.audit import Audit, audit
+from imrcnn_d2.data.audit.findings import KINDS, finding
 from imrcnn_d2.data.audit.leakage import groups
-from imrcnn_d2.data.audit.records import read_entries
+from imrcnn_d2.data.audit.records import AuditedData, read_entries
 from imrcnn_d2.engine.embedding import embed_images
 
 CLEAN = 100  # thresholds were chosen on Kvasir-SEG, not on drawn images
@@ -78,3 +78,20 @@ def test_without_embeddings_copies_are_found(planted, found):
     near = {(names[pair.a], names[pair.b]) for pair in near_twins(found.examined, None)}
     copies = [set(names) for kind, names in planted.faults if kind == "near_duplicate"][:3]
     assert [pair for pair in copies if pair not in map(set, near)] == []
+
+
+def test_the_strongest_come_first():
+    """Within kind and severity by score, whatever the names; areas and brightness smallest first."""
+    result = Audit(AuditedData("own", (), (), ()), [], [], [])
+    scores = {"tiny": (9.0, 2.0, 5.0), "blur": (0.6, 0.9, 0.7)}
+    given = [
+        finding(kind, [f"{number}.png"], [""], "", score=score)
+        for kind, own in scores.items()
+        for number, score in enumerate(own)
+    ]
+    error = finding("blur", ["z.png"], [""], "", score=0.1, severity="error")
+    result.add([*given, error])
+    assert [(found.kind, found.score) for found in result.findings] == [
+        *(("blur", score) for score in (0.1, 0.9, 0.7, 0.6)),
+        *(("tiny", score) for score in (2.0, 5.0, 9.0)),
+    ]
