@@ -67,12 +67,21 @@ def find_suspects(results):
         for dt in np.flatnonzero(results.counted & (results.matching.gt >= 0))
     }
     alarms = set(np.flatnonzero(results.counted & (results.matching.gt < 0)).tolist())
+    # An alarm and a missed outline that meet are one suspicion; those that meet best come first.
+    meetings = sorted(
+        (-iou, -detections.score[dt], region, dt)
+        for region, own in of_outline.items()
+        for dt, iou in own
+        if region not in hit_by and dt in alarms and iou >= _MEET
+    )
+    for _, _, region, dt in meetings:
+        if region not in hit_by and dt in alarms:
+            hit_by[region] = dt
+            alarms.discard(dt)
     suspects = []
     for region in np.flatnonzero(~gt.crowd).tolist():
-        suspect = _of_outline(region, of_outline[region], hit_by.get(region), alarms, detections)
+        suspect = _of_outline(of_outline[region], hit_by.get(region), detections)
         suspects.append(Suspect(image=int(gt.regions.image[region]), region=region, **suspect))
-        if suspect["kind"] == "badly_fitting_outline":
-            alarms.discard(suspect["detection"])
     outside = _outside(sorted(alarms), results)
     for dt, share in outside.items():
         score = float(detections.score[dt]) * share
@@ -81,20 +90,12 @@ def find_suspects(results):
     return suspects
 
 
-def _of_outline(region, pairs, hit, alarms, detections):
+def _of_outline(pairs, hit, detections):
     """What is said of an outline: kind, score, detection and iou."""
-    ious = dict(pairs)
-    near = {dt: iou for dt, iou in ious.items() if dt in alarms and iou >= _MEET}
-    if hit is None and near:
-        hit = max(near, key=lambda dt: (near[dt], detections.score[dt]))
     if hit is not None:
-        score = min(float(detections.score[hit]), 1.0) * min(2 * (1 - ious[hit]), 1.0)
-        return {
-            "kind": "badly_fitting_outline",
-            "score": score,
-            "detection": hit,
-            "iou": ious[hit],
-        }
+        iou = dict(pairs)[hit]
+        score = min(float(detections.score[hit]), 1.0) * min(2 * (1 - iou), 1.0)
+        return {"kind": "badly_fitting_outline", "score": score, "detection": hit, "iou": iou}
     best = max(pairs, key=lambda pair: detections.score[pair[0]] * pair[1], default=None)
     found = 0.0 if best is None else float(detections.score[best[0]]) * best[1]
     return {

@@ -41,6 +41,18 @@ def test_an_outline_in_the_wrong_place_is_one_suspicion(suspects_of):
     assert brief([only]) == [("badly_fitting_outline", 0.9, 1 / 3)]
 
 
+@pytest.mark.parametrize("order", (1, -1))
+def test_an_alarm_goes_to_the_outline_that_it_meets_best(suspects_of, order):
+    """IoU 1/4 with one outline and 1/3 with the other, whichever the file has first."""
+    outlines = [(2, 10, 20, 10), (24, 10, 20, 10)][::order]  # 8 and 10 of 20 columns
+    found = suspects_of(outlines, [(0.9, (14, 10, 20, 10))])
+    by_x = found[::order]
+    assert brief(by_x) == [
+        ("unmatched_outline", 1 - 0.9 / 4, 1 / 4),
+        ("badly_fitting_outline", 0.9, 1 / 3),
+    ]
+
+
 def test_an_outline_that_nothing_meets_and_one_met_by_a_weak_detection(suspects_of):
     assert brief(suspects_of([OUTLINE], [])) == [("unmatched_outline", 1, 0)]
     (weak,) = suspects_of([OUTLINE], [(0.3, OUTLINE), (0.1, (10, 10, 10, 10))])
