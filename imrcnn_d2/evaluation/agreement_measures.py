@@ -63,9 +63,10 @@ def compare_outlines(a, b, iou_threshold):
         rows, row = np.unique(pairs.gt[own], return_inverse=True)
         columns, column = np.unique(pairs.dt[own], return_inverse=True)
         gain = np.zeros((len(rows), len(columns)))
-        gain[row, column] = 1 + pairs.iou[own]  # a pair more is worth more than any overlap
+        most = min(gain.shape)  # a pair more is worth more than all overlaps together
+        gain[row, column] = most + pairs.iou[own]
         values = gain[linear_sum_assignment(gain, maximize=True)]
-        values = values[values > 0] - 1
+        values = values[values > 0] - most
         matched[position] = len(values)
         iou[position] = values.sum()
         dice[position] = (2 * values / (1 + values)).sum()

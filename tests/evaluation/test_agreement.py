@@ -94,6 +94,14 @@ def test_as_many_pairs_as_there_can_be(dataset, region):
     assert compare(a, b).figures["a vs b"]["f1"] == 50
 
 
+def test_a_pair_more_is_worth_more_than_all_overlaps(dataset, region):
+    """Three pairs of IoU 3/17, or two that are the same."""
+    a = dataset(1, [region(1, x, 0, 10, 10) for x in (0, 7, 14)])
+    b = dataset(1, [region(1, x, 0, 10, 10) for x in (7, 14, 21)])
+    found = compare(a, b, iou_threshold=0.1).figures["a vs b"]
+    assert (found["f1"], found["iou"]) == (100, pytest.approx(100 * 3 / 17))
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_cohen_kappa_is_scikit_learns(answers):
