@@ -27,10 +27,26 @@ __all__ = ["deidentified"]
 
 _CUT = 0.01  # share of a lesion's area that may lie beyond the view without being told
 _LONGEST_TEXT = 32  # characters of a value that passes; what is longer is free text
-_DATE = re.compile(r"(?<!\d)(\d{4}[-./]?\d{2}[-./]?\d{2}|\d{1,2}[-./]\d{1,2}[-./]\d{2,4})(?!\d)")
+_MONTH = (
+    r"(jan(uary?)?|feb(ruary?)?|mar(ch)?|märz?|apr(il)?|may|mai|jun[ei]?|jul[iy]?|aug(ust)?"
+    r"|sept?(ember)?|o[ck]t(ober)?|nov(ember)?|de[cz](ember)?)"
+)
+_YEAR, _BETWEEN = r"(19|20)\d\d", r"[-./_: ]"
+_SEPARATOR = _BETWEEN + "{1,2}"
+_DATE = re.compile(
+    # digits alone, perhaps with a time; behind a decimal point they are a fraction
+    r"(?<!\d)(?<!\d\.)\d{8}(\d{4}|\d{6})?(?!\d)"
+    rf"|(?<!\d)(\d{{4}}{_SEPARATOR}\d{{1,2}}{_SEPARATOR}\d{{1,2}}"
+    rf"|\d{{1,2}}{_SEPARATOR}\d{{1,2}}{_SEPARATOR}\d{{2,4}}"
+    rf"|{_YEAR}{_SEPARATOR}(0[1-9]|1[012])|(0?[1-9]|1[012]){_SEPARATOR}{_YEAR})(?!\d)"
+    rf"|\d{_BETWEEN}{{0,2}}{_MONTH}(?![a-z])|(?<![a-z]){_MONTH}{_BETWEEN}{{0,2}}\d",
+    re.IGNORECASE,
+)
 _CATEGORY_FIELDS = ("id", "name", "supercategory")
 _IDS = {"patient_id": "patient", "lesion_id": "lesion"}
 _GIVEN_BY_PREPARE = ("category_id", "segmentation", "area", "bbox", "iscrowd")
+_NEVER_KEPT = {*_IDS, *_GIVEN_BY_PREPARE}
+_NEVER_KEPT |= {"id", "image_id", "file_name", "width", "height", "group_id"}
 _INFO = {
     "description": "De-identified: cropped to the endoscope's view, all else blanked, names and "
     "ids replaced by keyed hashes. Writing inside the view is not removed."
@@ -58,10 +74,13 @@ def deidentified(
         keep: names of fields of images and annotations that pass as they are.
 
     Raises:
-        ValueError: `keep` names an id, which never passes.
+        ValueError: `keep` names an id or another field that is made anew.
     """
-    if forbidden := sorted({*keep} & {*_IDS, "file_name", "id"}):
-        raise ValueError(f"{', '.join(forbidden)} cannot be kept: ids are always replaced")
+    if forbidden := sorted({*keep} & _NEVER_KEPT):
+        raise ValueError(
+            f"{', '.join(forbidden)} cannot be kept: ids are always replaced, and what follows "
+            "from the new images is made anew"
+        )
     return Source(
         samples=_samples(source, folder, pseudonyms, rejects, frozenset(keep)),
         categories=[
@@ -91,8 +110,10 @@ def _samples(
             annotations, num_cut = _moved(sample, view)
             names = {*sample.fields, *(key for one in sample.annotations for key in one)}
             left_out |= names - keep - {*_IDS, *_GIVEN_BY_PREPARE}
+            of_image = _ids(sample.fields).values()
             annotations = [
-                {**new, **_passed(old, pseudonyms, keep, path)} for old, new in annotations
+                {**new, **_passed(old, pseudonyms, keep, path, of_image)}
+                for old, new in annotations
             ]
             fields = _passed(sample.fields, pseudonyms, keep, path)
             name = _name_of(sample.file_name, sample.image)
@@ -162,24 +183,41 @@ def _moved(sample: Sample, view: View) -> tuple[list[tuple[dict, dict]], int]:
     return pairs, cut
 
 
-def _passed(record: Mapping, pseudonyms: Pseudonyms, keep: frozenset, path: Path) -> dict:
-    """Of a record, the fields that may pass, ids replaced."""
-    ids = {
-        kind: str(record[field]) for field, kind in _IDS.items() if record.get(field) is not None
-    }
-    passed = {f: pseudonyms(kind, ids[kind]) for f, kind in _IDS.items() if kind in ids}
+def _ids(record: Mapping) -> dict[str, str]:
+    return {field: str(record[field]) for field in _IDS if record.get(field) is not None}
+
+
+def _passed(
+    record: Mapping,
+    pseudonyms: Pseudonyms,
+    keep: frozenset,
+    path: Path,
+    other_ids: Collection[str] = (),
+) -> dict:
+    """Of a record, the fields that may pass, ids replaced; none may hold `other_ids` either."""
+    ids = _ids(record)
+    passed = {field: pseudonyms(_IDS[field], name) for field, name in ids.items()}
     for field in keep & record.keys():
         value = record[field]
         if value is not None and not isinstance(value, int | float | str):
             raise BadInputError(path, f"{field} is a {type(value).__name__}, which cannot pass")
-        if isinstance(value, str) and (len(value) > _LONGEST_TEXT or _DATE.search(value)):
+        text = str(value)
+        if (isinstance(value, str) and len(text) > _LONGEST_TEXT) or _DATE.search(text):
             raise BadInputError(
                 path, f"{field} is {value!r}, a date or free text, which cannot pass; leave it out"
             )
-        if str(value) in ids.values():
+        if any(_tells(value, name) for name in (*ids.values(), *other_ids)):
             raise BadInputError(path, f"{field} is {value!r}, an id, which cannot pass")
         passed[field] = value
     return passed
+
+
+def _tells(value: float | str | None, name: str) -> bool:
+    """Whether a value is an id or holds it; one of a single character is in too many texts."""
+    text = str(value).removesuffix(".0").casefold()
+    return text == name.casefold() or (
+        isinstance(value, str) and len(name) > 1 and name.casefold() in text
+    )
 
 
 def _written(pixels: np.ndarray, path: Path) -> SourceImage:

@@ -113,28 +113,58 @@ def test_a_lesion_outside_the_view_is_bad_input(frames, names, tmp_path):
         run(frames(), names, tmp_path)
 
 
+def small(tmp_path, fields, of_class=None):
+    """A data set of one small image."""
+    frame, _, _ = draw_frame("disc", height=120, width=160)
+    Image.fromarray(frame).save(tmp_path / "a.png")
+    annotations = [{"category_id": 1, **of_class}] if of_class else []
+    return Source([Sample("a.png", inspect_image(tmp_path / "a.png"), annotations, fields)], [], {})
+
+
+DATES = (
+    *("20120812", 20120812, 20120812.0, "20120812123000", "201208121230", "2012-08-12 12:30"),
+    *("2012-8-2", "2012 08 01", "1964_08_12", "2012:08:12", "8/2/12", "08.2012", "2012-08"),
+    *("1 Aug 2012", "1. August", "Aug-12", "3märz64"),
+)
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
         ("seen 12.08.2012", "a date or free text"),
-        ("20120812", "a date or free text"),
+        *((date, "a date or free text") for date in DATES),
         ("a polyp that was seen before and has grown", "a date or free text"),
         ("P1", "an id, which cannot pass"),
+        ("p1 x", "an id, which cannot pass"),
         (["P1"], "is a list, which cannot pass"),
     ],
 )
-def test_values_that_tell_too_much(names, tmp_path, frames, value, reason):
-    source = frames(["within"])
-    samples = list(source.samples)
-    samples[0].fields["site"] = value
-    source.samples = samples
+def test_values_that_tell_too_much(names, tmp_path, value, reason):
+    source = small(tmp_path, {"patient_id": "P1", "site": value})
     with pytest.raises(BadInputError, match=reason):
         run(source, names, tmp_path, keep=["site"])
 
 
-def test_ids_are_never_kept(frames, names, tmp_path):
-    with pytest.raises(ValueError, match="patient_id cannot be kept"):
-        run(frames(), names, tmp_path, keep=["patient_id"])
+def test_values_that_pass(names, tmp_path):
+    values = [4.5, 12, 0.12345678, 3.14159265, "0-IIa", "4.5 mm", "marker 3", "mayo 2", True, None]
+    fields = {f"f{i}": value for i, value in enumerate(values)}
+    source = small(tmp_path, {"lesion_id": "0", **fields}, fields)
+    ((kept,), _) = run(source, names, tmp_path, keep=fields)
+    for record in (kept.fields, kept.annotations[0]):
+        assert [record[name] for name in fields] == values
+
+
+@pytest.mark.parametrize(("patient", "note"), [("P1", "of P1"), ("4711", 4711.0), ("4711", 4711)])
+def test_an_annotation_does_not_tell_the_patient(names, tmp_path, patient, note):
+    source = small(tmp_path, {"patient_id": patient}, {"note": note})
+    with pytest.raises(BadInputError, match=r"note is .*, an id, which cannot pass"):
+        run(source, names, tmp_path, keep=["note"])
+
+
+@pytest.mark.parametrize("field", ["patient_id", "area", "width", "group_id"])
+def test_what_is_made_anew_is_never_kept(names, tmp_path, field):
+    with pytest.raises(ValueError, match=f"{field} cannot be kept"):
+        run(small(tmp_path, {}), names, tmp_path, keep=[field])
 
 
 def test_dark_images_and_copies(frames, names, tmp_path):
