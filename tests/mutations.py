@@ -24,7 +24,7 @@ NASTY = (
 TEXTS = st.sampled_from(NASTY) | st.text(max_size=8)
 NUMBERS = (
     st.integers(-3, 70)
-    | st.sampled_from([2**31, -(2**63), 10**30, 1e308, -0.0, 1e-320])
+    | st.sampled_from([2**31, -(2**63), 10**30, 10**400, 1e308, -0.0, 1e-320])
     | st.floats()
 )
 VALUES = st.recursive(

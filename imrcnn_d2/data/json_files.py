@@ -8,6 +8,8 @@ from imrcnn_d2.data.rejects import BadInputError
 
 __all__ = ["read_json"]
 
+_LONGEST_INTEGER = 300  # digits: larger ones cannot become a float
+
 
 def read_json(path: Path) -> object:
     """Reads strict JSON in UTF-8, with or without a byte order mark.
@@ -18,7 +20,7 @@ def read_json(path: Path) -> object:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        content = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
     except OSError as error:
         raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
     except ValueError as error:
@@ -35,6 +37,12 @@ def read_json(path: Path) -> object:
 
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON value, write null or leave the field out")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _LONGEST_INTEGER:
+        raise ValueError(f"the number {text[:20]}... is out of range")
+    return int(text)
 
 
 def _finite(text: str) -> float:

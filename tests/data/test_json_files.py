@@ -18,6 +18,7 @@ def test_strict_json(tmp_path):
         (b"{", "is no JSON"),
         (b"[NaN]", "NaN is no JSON value, write null"),
         (b"[1e999]", "the number 1e999 is out of range"),
+        (b"[-1" + b"0" * 400 + b"]", "the number -1000000000000000000... is out of range"),
         (b'["\\ud800"]', "broken text: surrogates not allowed"),
         (b'["\xff"]', "is no JSON"),
         (b"[" * 100_000, "is nested too deeply"),
