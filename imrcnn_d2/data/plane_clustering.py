@@ -210,6 +210,7 @@ def _spectral(views, count, neighbors, random_state):
     clustering = SpectralClustering(
         count,
         affinity="precomputed",
+        eigen_solver="lobpcg",  # ARPACK's time grows much faster than the number of samples
         random_state=check_random_state(random_state).randint(2**31 - 1),
     )
     with warnings.catch_warnings():
