@@ -160,8 +160,8 @@ class _Thumbnails:
             self._pictures[one.entry.path] = embed(one.entry.path, LONG_SIDE)
         jpeg, _, scale = self._pictures[one.entry.path]
         # Outlines are of the size that the annotations say, which may be wrong.
-        width = one.entry.record.get("width", one.measures.width)
-        height = one.entry.record.get("height", one.measures.height)
+        width = one.entry.record.get("width") or one.measures.width
+        height = one.entry.record.get("height") or one.measures.height
         made |= {"jpeg": jpeg, "width": width, "height": height}
         for outline in one.outlines:
             about = annotation_id is not None and outline.annotation.get("id") == annotation_id

@@ -27,7 +27,8 @@ def audited(tmp_path_factory):
     planted.annotate(first, **planted._splits["train"]["annotations"][0])
     other = planted.add(split="test", patient_id="<b>p</b>")
     Image.open(planted.images / HOSTILE).save(planted.images / other["file_name"], quality=95)
-    planted.add(np.zeros((192, 192, 3), np.uint8), split="test")
+    dark = planted.add(np.zeros((192, 192, 3), np.uint8), split="test")
+    dark |= {"width": None, "height": None}
     broken = planted.add(split="val")
     (planted.images / broken["file_name"]).write_text("nothing")
     result = audit(read_entries("<i>own</i>", planted.write(), planted.images))
@@ -59,6 +60,13 @@ def test_it_says_what_was_found(audited, output):
     # SVG's elements are in a name space of their own.
     drawn = [e.get("class") for e in tree.iter() if str(e.tag).endswith("}path")]
     assert "alarm" in drawn and "truth" in drawn
+
+
+def test_a_size_that_is_not_stated_is_the_images(output):
+    tree = html5lib.parse((output / "audit.html").read_text(), namespaceHTMLElements=False)
+    boxes = [e.get("viewBox") for e in tree.iter() if str(e.tag).endswith("}svg")]
+    assert boxes.count("0 0 192 192") >= 2
+    assert not [box for box in boxes if box and "None" in box]
 
 
 def test_nothing_in_the_data_becomes_markup(output):

@@ -1,6 +1,6 @@
 """What an audit finds in the annotations of one image, and of all together."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +11,13 @@ from imrcnn_d2.data.audit.findings import Finding, finding
 from imrcnn_d2.data.audit.records import Entry
 from imrcnn_d2.data.coco import to_rle
 
-__all__ = ["Outline", "category_findings", "draw_outlines", "outline_findings"]
+__all__ = [
+    "Outline",
+    "category_findings",
+    "draw_outlines",
+    "outline_findings",
+    "repeated_id_findings",
+]
 
 # Of the frame, but at least so many pixels: 8x8 at 352x352. Smaller outlines are clicks and specks.
 TINY_SHARE, TINY_PIXELS = 0.0005, 16
@@ -159,6 +165,25 @@ def category_findings(
             told = f"{name}: {count} annotations, {largest}: {counts[largest]}."
             ratio = counts[largest] / count if count else None
             yield finding("class_imbalance", (), (), told, score=ratio)
+
+
+def repeated_id_findings(entries: Iterable[Entry]) -> Iterator[Finding]:
+    """Annotations of one file that share an id: Detectron2 does not load such a file.
+
+    Args:
+        entries: the images; those of one split are of one file.
+    """
+    sharing = defaultdict(list)
+    for entry in entries:
+        for annotation in entry.annotations:
+            if annotation.get("id") is not None:
+                sharing[entry.split, annotation["id"]].append(entry)
+    for (split, number), own in sharing.items():
+        if len(own) > 1:
+            names = list(dict.fromkeys(entry.name for entry in own))
+            told = f"{len(own)} annotations have the id {number!r}; give each its own."
+            about = {"annotation_id": _id({"id": number})}
+            yield finding("malformed", names, [split] * len(names), told, **about)
 
 
 def _id(annotation: dict) -> int | None:

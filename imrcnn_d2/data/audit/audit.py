@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imrcnn_d2.data.audit.annotation_checks import category_findings
+from imrcnn_d2.data.audit.annotation_checks import category_findings, repeated_id_findings
 from imrcnn_d2.data.audit.examine import Examined, examine_all
 from imrcnn_d2.data.audit.files import file_findings
 from imrcnn_d2.data.audit.findings import KINDS, LOWEST_FIRST, SEVERITIES, Finding, finding
@@ -105,6 +105,7 @@ def audit(
         number = annotation.get("id")
         number = number if isinstance(number, int) else None
         findings.append(finding("malformed", (), (), told, annotation_id=number))
+    findings += repeated_id_findings(data.entries)
     findings += file_findings(examined)
     annotations = [a for entry in data.entries for a in entry.annotations]
     findings += category_findings(data.categories, annotations)

@@ -159,7 +159,8 @@ KINDS = {
         "annotations",
         "error",
         "Malformed annotation",
-        "The outline cannot be drawn: coordinates, run lengths, image or category are wrong.",
+        "The outline cannot be drawn: coordinates, run lengths, image or category are wrong; or "
+        "another annotation has its id.",
         "Correct it in the annotation tool and export again.",
     ),
     "empty": Kind(

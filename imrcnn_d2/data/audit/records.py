@@ -87,7 +87,8 @@ def read_entries(title: str, files: Mapping[str, Path], image_root: Path) -> Aud
 
     Raises:
         BadInputError: a file as a whole cannot be used, an image is listed twice in one file, files
-            name different categories, or a ``file_name`` leads outside the folder.
+            name different categories, a ``file_name`` leads outside the folder, or a ``patient_id``
+            is neither text nor a number.
     """
     entries: list[Entry] = []
     strays: list[tuple[str, dict]] = []
@@ -111,6 +112,12 @@ def read_entries(title: str, files: Mapping[str, Path], image_root: Path) -> Aud
             of_image[str(annotation["image_id"])].append(annotation)
         for record in content["images"]:
             image = path_inside(image_root, record["file_name"], path)
+            patient = record.get("patient_id")
+            if not isinstance(patient, str | int | float | None):
+                told = (
+                    f"{record['file_name']} has the patient_id {patient!r}: give text or a number"
+                )
+                raise BadInputError(path, told)
             annotations = tuple(of_image.pop(str(record["id"]), ()))
             entries.append(Entry(record["file_name"], split, image, record, annotations))
         strays += [(path.name, annotation) for own in of_image.values() for annotation in own]

@@ -1,5 +1,7 @@
 """Outlines that are wrong are told from those that are only unusual."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -7,9 +9,11 @@ from imrcnn_d2.data.audit.annotation_checks import (
     category_findings,
     draw_outlines,
     outline_findings,
+    repeated_id_findings,
 )
-from imrcnn_d2.data.audit.records import Entry
+from imrcnn_d2.data.audit.records import Entry, read_entries
 from imrcnn_d2.data.masks import annotation_from_mask
+from imrcnn_d2.data.rejects import BadInputError
 
 SIZE = 100
 
@@ -91,3 +95,31 @@ def test_classes_of_very_different_size():
     assert found(100, 9, 50) == [("ulcer: 9 annotations, polyp: 100.", 100 / 9)]
     assert found(100, 60, 0) == [("cancer: 0 annotations, polyp: 100.", None)]
     assert found(0, 0, 0) == []
+
+
+def test_annotations_with_one_id():
+    """In one file; two splits may number theirs alike, and none needs an id."""
+
+    def entry(name, split, *ids):
+        return Entry(name, split, None, {}, tuple({"id": i} for i in ids))
+
+    entries = [
+        entry("a.png", "train", 1, 2, None, None),
+        entry("b.png", "train", 2, 3, 3),
+        entry("c.png", "test", 1, 2),
+    ]
+    found = [(f.kind, f.images, f.splits, f.annotation_id) for f in repeated_id_findings(entries)]
+    assert found == [
+        ("malformed", ("a.png", "b.png"), ("train", "train"), 2),
+        ("malformed", ("b.png",), ("train",), 3),
+    ]
+
+
+@pytest.mark.parametrize("patient", [["p"], {"id": 1}])
+def test_a_patient_that_is_neither_text_nor_a_number(tmp_path, patient):
+    image = {"id": 1, "file_name": "a.png", "patient_id": patient}
+    categories = [{"id": 1, "name": "polyp"}]
+    content = {"images": [image], "annotations": [], "categories": categories}
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    with pytest.raises(BadInputError, match="own.json: a.png has the patient_id"):
+        read_entries("own", {"": tmp_path / "own.json"}, tmp_path)

@@ -53,10 +53,10 @@ def test_clean_images_are_left_alone(planted, found):
 
 
 def test_what_crosses_splits_is_an_error(planted, found):
-    for finding in found.findings:
-        if finding.kind in ("exact_duplicate", "near_duplicate"):
-            crosses = len(set(finding.splits)) > 1
-            assert finding.severity == ("error" if crosses else "warning"), finding
+    for one in found.findings:
+        if one.kind in ("exact_duplicate", "near_duplicate"):
+            crosses = len(set(one.splits)) > 1
+            assert one.severity == ("error" if crosses else "warning"), one
 
 
 def test_groups_hold_twins_and_patients(planted, found):
@@ -81,7 +81,7 @@ def test_without_embeddings_copies_are_found(planted, found):
 
 
 def test_the_strongest_come_first():
-    """Within kind and severity by score, whatever the names; areas and brightness smallest first."""
+    """Within kind and severity by score, whatever the names; areas smallest first."""
     result = Audit(AuditedData("own", (), (), ()), [], [], [])
     scores = {"tiny": (9.0, 2.0, 5.0), "blur": (0.6, 0.9, 0.7)}
     given = [
