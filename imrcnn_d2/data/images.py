@@ -112,7 +112,8 @@ def inspect_image(path: Path) -> SourceImage:
     """Decodes an image whole, so that a truncated file is found now and not while training.
 
     Raises:
-        BadInputError: missing, unreadable, truncated, or without a clear meaning as RGB.
+        BadInputError: missing, unreadable, truncated, several images in one file, or without a
+            clear meaning as RGB.
     """
     image, orientation, sha256 = _decode(path)
     mode = "DICOM" if image.format == "DICOM" else image.mode
@@ -156,9 +157,6 @@ def read_image(path: Path) -> np.ndarray:
             stack of pages), or without a clear meaning as RGB.
     """
     image, orientation, _ = _decode(path)
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a camera's photograph and previews of it
-        raise BadInputError(path, f"holds {frames} images; save each in a file, or all as a video")
     if image.mode not in _READ_RIGHTLY or image.has_transparency_data:
         image = _to_rgb(image, path)
     return np.asarray(_turn(image.convert("RGB"), orientation))
@@ -171,7 +169,7 @@ def read_mask(path: Path) -> np.ndarray:
         (H, W) bool, true where the gray value is at least 128: JPEG masks are not binary.
 
     Raises:
-        BadInputError: missing, unreadable or truncated.
+        BadInputError: missing, unreadable, truncated or several images in one file.
     """
     image, orientation, _ = _decode(path)
     if image.mode not in _READ_RIGHTLY:
@@ -187,7 +185,8 @@ def read_values(path: Path) -> tuple[np.ndarray, bool]:
         changes numbers (JPEG).
 
     Raises:
-        BadInputError: missing, unreadable, truncated, in colour or with fractions.
+        BadInputError: missing, unreadable, truncated, several images in one file, in colour or with
+            fractions.
     """
     image, orientation, _ = _decode(path)
     values = np.asarray(image)
@@ -241,10 +240,13 @@ def _decode(path: Path) -> tuple[Image.Image, int, str]:
         image = Image.open(io.BytesIO(data))
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        frames = getattr(image, "n_frames", 1)
     except UnidentifiedImageError as error:  # which names an address in memory
         raise BadInputError(path, "is no readable image (of no known format)") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadInputError(path, f"is no readable image ({error})") from error
+    if frames > 1 and image.format != "MPO":  # a camera's photograph and previews of it
+        raise BadInputError(path, f"holds {frames} images; save each in a file, or all as a video")
     return image, orientation, sha256
 
 

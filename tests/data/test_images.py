@@ -16,6 +16,7 @@ from imrcnn_d2.data.images import (
     list_files,
     orient,
     read_mask,
+    read_values,
 )
 from imrcnn_d2.data.rejects import BadInputError
 
@@ -107,6 +108,16 @@ def test_float_pixels(tmp_path):
     Image.fromarray(np.ones((20, 30), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(BadInputError, match="float.tif: .*no fixed range"):
         inspect_image(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize("read", [inspect_image, read_mask, read_values])
+def test_several_pages(tmp_path, picture, read):
+    pages = [Image.fromarray(picture(20, 30)[..., 0]) for _ in range(3)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(BadInputError, match="stack.tif: holds 3 images; save each in a file"):
+        read(tmp_path / "stack.tif")
+    pages[0].save(tmp_path / "camera.jpg", format="MPO", save_all=True, append_images=pages[1:])
+    read(tmp_path / "camera.jpg")  # a photograph and previews of it
 
 
 def test_transparency_lies_on_black(tmp_path, picture, as_trained_on):
