@@ -116,10 +116,10 @@ def _parse(path: Path) -> Element:
 def _read(
     root: Element, xml_file: Path, image_root: Path, files: Sequence[Path], rejects: Rejects
 ) -> list[_Picture]:
-    of_video = root.find("track") is not None
-    if of_video and root.find("image") is not None:
+    has_tracks = root.find("track") is not None
+    if has_tracks and root.find("image") is not None:
         raise BadInputError(xml_file, "has both images and tracks; export it as one of both")
-    if of_video:
+    if has_tracks or (root.find("image") is None and _of_video(root)):
         return _read_video(root, xml_file, image_root, files)
     types = _attribute_types(root)
     by_stem = {path.with_suffix(""): path for path in files}
@@ -131,6 +131,12 @@ def _read(
             picture.path = by_stem.get(picture.path, picture.path)
             pictures.append(picture)
     return pictures
+
+
+def _of_video(root: Element) -> bool:
+    """Whether all tasks, or the job, are of videos, by what CVAT calls their mode."""
+    modes = {mode.text for mode in root.iterfind("meta//mode")}
+    return modes == {"interpolation"}
 
 
 def _attribute_types(root: Element) -> dict[tuple[str, str], str]:
@@ -188,6 +194,13 @@ def _read_video(
         raise BadInputError(
             xml_file, f"is of a video, and {image_root} has no frame_000000.png and so on of it"
         )
+    tasks = {track.get("task_id") for track in root.iterfind("track")}
+    if len(tasks) > 1:
+        raise BadInputError(
+            xml_file,
+            f"has {len(tasks)} videos, whose frames have the same names; export each task for "
+            "itself, and prepare it with the folder of its frames",
+        )
     types = _attribute_types(root)
     try:
         size = _size(
@@ -224,6 +237,12 @@ def _follow(track: Element, pictures: dict[int, _Picture], types: dict) -> None:
             fields = {"lesion_id": track.get("id"), **with_attributes(shape, label, types)}
             pictures[number].shapes.append((shape, label, fields))
             shown = number
+    if shown is not None:
+        for after in (number for number in pictures if number > shown):
+            pictures[after].error = (
+                f"{name} is in frame {shown} and not said to have left it, but not in this one; "
+                "mark it as outside where the lesion is gone, or export the video with all frames"
+            )
 
 
 def _samples(

@@ -132,6 +132,38 @@ def test_a_video_of_key_frames(tmp_path, frames):
     assert [sample.file_name[-5] for sample in samples] == ["0", "1", "4"] and len(errors) == 2
 
 
+def test_a_track_without_an_end(tmp_path, frames):
+    """Frames behind it are not without a lesion; a track to the last frame needs no end."""
+    end = '<box frame="3" keyframe="1" outside="1"'
+    path = changed(tmp_path, "video.xml", (end, '<box frame="3" keyframe="1" outside="0"'))
+    with pytest.raises(BadInputError, match="frame_000004.PNG: track 0 is in frame 3 and not said"):
+        read(path, frames)
+    samples, _, errors = read(path, frames, "reject")
+    assert [sample.file_name[-5] for sample in samples] == ["0", "1", "2", "3"]
+    assert len(errors) == 1
+    (frames / "frame_000004.PNG").unlink()
+    assert len(read(path, frames)[0]) == 4
+
+
+def test_several_videos_in_a_file(tmp_path, frames):
+    path = changed(
+        tmp_path, "video.xml",
+        ('<track id="0"', '<track task_id="8" id="0"'),
+        ('<track id="1"', '<track task_id="9" id="1"'),
+    )  # fmt: skip
+    with pytest.raises(BadInputError, match="has 2 videos.*export each task for itself"):
+        read(path, frames)
+
+
+def test_a_video_without_a_track(tmp_path, frames):
+    text = (WRITTEN / "video.xml").read_text()
+    path = tmp_path / "video.xml"
+    path.write_text(text[: text.index("<track")] + "</annotations>")
+    samples, source, _ = read(path, frames, classes=["polyp"])
+    assert len(samples) == 5 and not any(sample.has_lesion for sample in samples)
+    assert source.notes == []
+
+
 @pytest.mark.parametrize("drawn_on", ["stored", "shown"])
 def test_exif_rotated(tmp_path, images, drawn_on):
     """The size says which frame was drawn on."""
