@@ -17,7 +17,7 @@ from pathlib import Path
 
 from imrcnn_d2.data.audit.audit import Audit, audit
 from imrcnn_d2.data.audit.findings import KINDS
-from imrcnn_d2.data.audit.fix_splits import write_fixed_splits
+from imrcnn_d2.data.audit.fix_splits import check_can_fix, write_fixed_splits
 from imrcnn_d2.data.audit.leakage import groups
 from imrcnn_d2.data.audit.records import find_prepared, read_entries
 from imrcnn_d2.data.audit.validity import validity_findings
@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.dataset is not None:
         prepared = find_prepared(args.dataset)
+        if args.fix_splits is not None:
+            check_can_fix(prepared, args.fix_splits)
         title, images = prepared.resolve().name, prepared / "images"
         files = {split: prepared / "annotations" / f"{split}.json" for split in SPLITS}
         files = {split: path for split, path in files.items() if path.is_file()}

@@ -30,7 +30,7 @@ def write_audit(audit, output):
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "audit.json", strict_json(_document(audit)))
     rows = [
-        {**found.as_json(), "images": " ".join(found.images), "splits": " ".join(found.splits)}
+        {**found.as_json(), "images": "; ".join(found.images), "splits": "; ".join(found.splits)}
         for found in audit.findings
     ]
     write_atomically(output / "findings.csv", csv_text(rows, FINDING_COLUMNS))

@@ -85,6 +85,9 @@ def test_the_files_say_the_same(audited, output):
     with open(output / "findings.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["detail"] for row in rows] == [found.detail for found in audited.findings]
+    for row, found in zip(rows, audited.findings, strict=True):
+        assert tuple(filter(None, row["images"].split("; "))) == found.images
+        assert row["splits"].split("; ") == list(found.splits or [""])
     with open(output / "images.csv", newline="") as file:
         rows = {row["file_name"]: row for row in csv.DictReader(file)}
     assert "overlapping" in rows[HOSTILE]["flags"].split()

@@ -75,6 +75,22 @@ def test_arguments(arguments, told, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_what_cannot_be_mended_is_said_before_the_audit(prepared, tmp_path):
+    fixed, output = tmp_path / "fixed", tmp_path / "audit"
+    fixed.mkdir()
+    (fixed / "notes.txt").write_text("mine")
+    call = ["--dataset", str(prepared), "--output", str(output), "--fix-splits", str(fixed)]
+    with pytest.raises(SystemExit, match="choose another folder for --fix-splits"):
+        audit_dataset.main(call)
+    bare = tmp_path / "bare"
+    for name in ("annotations", "images"):
+        (bare / name).mkdir(parents=True)
+    call[1], call[-1] = str(bare), str(tmp_path / "new")
+    with pytest.raises(SystemExit, match="splits.json: not there"):
+        audit_dataset.main(call)
+    assert not output.exists()
+
+
 def test_what_cannot_be_audited(tmp_path):
     with pytest.raises(SystemExit, match="no prepared data set is there"):
         audit_dataset.main(["--dataset", str(tmp_path), "--output", str(tmp_path / "o")])

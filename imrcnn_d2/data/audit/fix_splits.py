@@ -17,7 +17,7 @@ from imrcnn_d2.data.prepare import write_splits
 from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.data.splits import SPLITS, Item, make_splits, read_splits, sha256
 
-__all__ = ["Move", "write_fixed_splits"]
+__all__ = ["Move", "check_can_fix", "write_fixed_splits"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,24 @@ class Move:
     name: str
     source: str
     target: str
+
+
+def check_can_fix(prepared: Path, out: Path) -> None:
+    """Refuses what `write_fixed_splits` would refuse whatever the groups, before a long audit.
+
+    Raises:
+        FileExistsError: `out` is there and not empty.
+        FileNotFoundError: the data set has no splits.json.
+        ValueError: splits.json cannot be read.
+    """
+    if out.exists() and not is_empty(out):
+        raise FileExistsError(f"{out}: exists already; choose another folder for --fix-splits")
+    if not (prepared / "splits.json").is_file():
+        raise FileNotFoundError(
+            f"{prepared / 'splits.json'}: not there; --fix-splits needs a data set made with "
+            "tools/prepare_dataset.py"
+        )
+    read_splits(prepared / "splits.json")
 
 
 def write_fixed_splits(
@@ -52,11 +70,9 @@ def write_fixed_splits(
     Raises:
         BadInputError: an image is in two splits, an id is there twice, or an annotation's image is
             not there.
-        FileExistsError: `out` is there and not empty.
-        ValueError: splits.json cannot be read.
+        FileExistsError, FileNotFoundError, ValueError: see :func:`check_can_fix`.
     """
-    if out.exists() and not is_empty(out):
-        raise FileExistsError(f"{out}: exists already; choose another folder for --fix-splits")
+    check_can_fix(prepared, out)
     contents = {
         split: json.loads((prepared / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
         for split in SPLITS
@@ -97,7 +113,8 @@ def write_fixed_splits(
                 link_or_copy(path, target)
         for split, content in _moved(contents, target_of, group_of).items():
             write_json(stage / "annotations" / f"{split}.json", content)
-        about = {k: v for k, v in settings.items() if k not in (*SPLITS, "sha256")}
+        left_out = (*SPLITS, "sha256", "fold", "folds")
+        about = {k: v for k, v in settings.items() if k not in left_out}
         about |= {"split_by": "group", "fixed_from": sha256(old)}
         write_splits(stage / "splits.json", new, about)
         listed = {"groups": groups, "pairs": list(pairs)}

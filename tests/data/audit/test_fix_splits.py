@@ -32,7 +32,8 @@ def prepared(tmp_path):
         ]
         content = {"images": images, "annotations": annotations, "info": {"a": 1}, "categories": []}
         (folder / "annotations" / f"{split}.json").write_text(json.dumps(content))
-    write_splits(folder / "splits.json", splits, {"seed": 0, "split_by": "image"})
+    about = {"seed": 0, "split_by": "image", "fold": 1, "folds": 5}
+    write_splits(folder / "splits.json", splits, about)
     return folder
 
 
@@ -79,7 +80,8 @@ def test_the_new_folder_is_a_prepared_data_set(prepared, tmp_path):
     for path in (prepared / "images").iterdir():
         assert (out / "images" / path.name).read_bytes() == path.read_bytes()
     settings = json.loads((out / "splits.json").read_text())
-    assert settings["split_by"] == "group"
+    assert settings["split_by"] == "group" and settings["seed"] == 0
+    assert not {"fold", "folds"} & set(settings)  # these splits are no fold any more
     assert settings["fixed_from"] == json.loads((prepared / "splits.json").read_text())["sha256"]
 
 
