@@ -80,8 +80,8 @@ def kvasir(runs, data):
         if name in tested and not set(pair["images"]) <= tested
     }
     yield row("at random", *random)
-    yield row("- with a twin in train or val", *part(random, twins))
-    yield row("- the others", *part(random, tested - twins))
+    yield row("– with a twin in train or val", *part(random, twins))
+    yield row("– the others", *part(random, tested - twins))
     yield row("near-identical images together", *groups)
 
 
