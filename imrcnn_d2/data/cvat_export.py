@@ -1,6 +1,7 @@
 """Writing CVAT's XML for images, version 1.1, and the labels of its task."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
@@ -33,12 +34,14 @@ def cvat_documents(samples: Iterable[Sample], names: Mapping[int, str]) -> tuple
     SubElement(root, "version").text = "1.1"
     meta = SubElement(root, "meta")
     seen: dict[str, dict[str, list]] = {name: {} for name in names.values()}
+    count: Counter[str] = Counter()
     for number, sample in enumerate(samples):
         width, height = sample.image.width, sample.image.height
         size = {"width": str(width), "height": str(height)}
         image = SubElement(root, "image", id=str(number), name=sample.file_name, **size)
         for group, annotation in enumerate(sample.annotations, start=1):
             label = names[annotation["category_id"]]
+            count[label] += 1
             attributes = attributes_of(annotation)
             for key, value in attributes.items():
                 seen[label].setdefault(key, []).append(value)
@@ -46,7 +49,7 @@ def cvat_documents(samples: Iterable[Sample], names: Mapping[int, str]) -> tuple
                 shape = SubElement(image, tag, label=label, **own)
                 for key, value in attributes.items():
                     SubElement(shape, "attribute", name=key).text = _text(value)
-    labels = [_label(name, attributes) for name, attributes in seen.items()]
+    labels = [_label(name, attributes, count[name]) for name, attributes in seen.items()]
     task = SubElement(meta, "task")
     SubElement(task, "mode").text = "annotation"
     task.append(_labels_element(labels))
@@ -64,19 +67,26 @@ def _text(value: str | int | float | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _label(name: str, attributes: Mapping[str, Sequence]) -> dict:
+def _label(name: str, attributes: Mapping[str, Sequence], count: int) -> dict:
     return {
         "name": name,
         "type": "any",
-        "attributes": [_attribute(key, values) for key, values in attributes.items()],
+        "attributes": [
+            _attribute(key, values, for_all=len(values) == count)
+            for key, values in attributes.items()
+        ],
     }
 
 
-def _attribute(name: str, values: Sequence) -> dict:
-    """Of a kind that can hold all its values; a CVAT number is whole and has bounds."""
-    if all(isinstance(value, bool) for value in values):
+def _attribute(name: str, values: Sequence, for_all: bool) -> dict:
+    """Of a kind that can hold all its values; a CVAT number is whole and has bounds.
+
+    CVAT gives the default to instances without a value: where there are such, only a text, whose
+    default is empty, does not make an unknown size 0.
+    """
+    if name == "iscrowd" or (for_all and all(isinstance(value, bool) for value in values)):
         kind, choices = "checkbox", ["false"]
-    elif all(type(value) is int and value >= 0 for value in values):
+    elif for_all and all(type(value) is int and value >= 0 for value in values):
         kind, choices = "number", ["0", str(max(values)), "1"]
     else:
         kind, choices = "text", [""]

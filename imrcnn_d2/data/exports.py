@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -48,10 +49,25 @@ def export(source: Source, to: str, out: Path) -> list[str]:
     if out.exists() and not is_empty(out):
         raise FileExistsError(f"{out}: exists; choose another --output or remove it first")
     names = {category["id"]: category["name"] for category in source.categories}
+    nested: set[str] = set()
+    source = replace(source, samples=_noting_nested(source.samples, nested))
     with staged(out) as stage:
         notes = FORMATS[to](source, names, stage, out)
         os.replace(stage, out)
+    if nested:
+        notes.append(f"lists and objects cannot be kept: {', '.join(sorted(nested))}")
     return [*source.notes, *notes]
+
+
+def _noting_nested(samples: Iterable[Sample], names: set[str]) -> Iterator[Sample]:
+    """The samples; adds the further fields that are lists or objects to `names`."""
+    own = {*IMAGE_FIELDS, *ANNOTATION_FIELDS}
+    for sample in samples:
+        for record in (sample.fields, *sample.annotations):
+            names.update(
+                k for k, v in record.items() if k not in own and isinstance(v, list | dict)
+            )
+        yield sample
 
 
 def _labelme(source: Source, names: NAMES, stage: Path, out: Path) -> list[str]:

@@ -140,6 +140,28 @@ def test_labels_of_a_cvat_task(described, tmp_path):
     assert text.startswith('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1')
 
 
+def test_what_only_some_lesions_have_stays_unknown_in_cvat(described, tmp_path):
+    """An annotator who adds or opens a lesion gets no 0 mm from CVAT for it."""
+    source, images = described
+    lesion, crowd = source.samples[0].annotations
+    crowd["category_id"] = 1
+    export(source, "cvat", tmp_path / "out")
+    adenoma, _ = json.loads((tmp_path / "out" / "labels.json").read_text())
+    kinds = {a["name"]: (a["input_type"], a["values"]) for a in adenoma["attributes"]}
+    assert kinds["size_mm"] == kinds["sure"] == ("text", [""])
+    assert kinds["iscrowd"] == ("checkbox", ["false"])
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_lists_and_objects_are_told(to, described, tmp_path):
+    source, _ = described
+    source.samples[0].annotations.pop()
+    source.samples[0].annotations[0]["keypoints"] = [1, 2, 2]
+    source.samples[0].fields["device"] = {"maker": "x"}
+    notes = export(source, to, tmp_path / "out")
+    assert "lists and objects cannot be kept: device, keypoints" in notes
+
+
 def test_what_masks_cannot_keep(described, tmp_path):
     source, images = described
     with pytest.raises(BadInputError, match="a.png: has a crowd region"):
