@@ -29,6 +29,7 @@ from imrcnn_d2.data import (
 )
 from imrcnn_d2.data.deidentify import deidentified
 from imrcnn_d2.data.metadata import read_metadata, with_metadata
+from imrcnn_d2.data.output_folder import is_empty
 from imrcnn_d2.data.patients import (
     patients_from_dicom,
     patients_from_pattern,
@@ -92,7 +93,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--patients-from-dicom",
         type=Path,
         nargs="?",
-        const=Path(),
+        const=True,  # of the images themselves
         metavar="DIR",
         help="PatientID of DIR/NAME.dcm for the image NAME.png; without DIR, of the images "
         "themselves",
@@ -265,6 +266,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--deidentify and --key FILE need each other")
     if (args.keep or args.review) and not args.deidentify:
         parser.error("--keep and --review belong to --deidentify")
+    if args.review:
+        if args.out.resolve() in (args.review.resolve(), *args.review.resolve().parents):
+            parser.error(f"--review {args.review} lies in the data set's folder {args.out}")
+        if args.review.exists() and not is_empty(args.review):
+            parser.error(f"--review {args.review}: is not empty; choose another folder")
     try:
         names = Pseudonyms(args.key, args.out) if args.deidentify else None
         rejects = PrivateRejects(args.on_error, names) if names else Rejects(args.on_error)
@@ -289,17 +295,19 @@ def main(argv: list[str] | None = None) -> None:
                 source = deidentified(source, folder, names, rejects, args.keep)
                 options = _renamed(options, names)
             prepared = prepare_dataset(source, args.out, options, rejects)
+        if args.command == "classification":
+            print(summarise_classes(prepared.coco, prepared.notes, rejects.errors))
+        else:
+            print(
+                summarise(prepared.coco, options.sizes.get("ratio"), prepared.notes, rejects.errors)
+            )
+        print(f"\n{args.out}: {'already there, unchanged' if prepared.unchanged else 'written'}")
         if args.review:
             draw_review_sheets(args.out / "images", args.review)
     except BadInputError as error:
         sys.exit(f"{error}\nCorrect it, or list such files and go on with --on-error reject.")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    if args.command == "classification":
-        print(summarise_classes(prepared.coco, prepared.notes, rejects.errors))
-    else:
-        print(summarise(prepared.coco, options.sizes.get("ratio"), prepared.notes, rejects.errors))
-    print(f"\n{args.out}: {'already there, unchanged' if prepared.unchanged else 'written'}")
 
 
 def _read(args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
@@ -334,7 +342,7 @@ def _described(source: Source, args: argparse.Namespace, rejects: Rejects) -> So
     elif args.patient_pattern is not None:
         source = with_patients(source, patients_from_pattern(args.patient_pattern), rejects)
     elif args.patients_from_dicom is not None:
-        folder = args.patients_from_dicom if args.patients_from_dicom != Path() else None
+        folder = None if args.patients_from_dicom is True else args.patients_from_dicom
         source = with_patients(source, patients_from_dicom(folder), rejects)
     return with_metadata(source, [read_metadata(f, rejects) for f in args.metadata], rejects)
 

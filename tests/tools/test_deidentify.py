@@ -177,10 +177,13 @@ def test_classes(tmp_path, capsys):
 
 def test_options_that_do_not_fit(sources, tmp_path, capsys):
     out = "--out", tmp_path / "out"
+    private = "--deidentify", "--key", tmp_path / "key"
     for options, said in (
         (["--deidentify"], "need each other"),
         (["--key", tmp_path / "key"], "need each other"),
         (["--keep", "site"], "belong to --deidentify"),
+        ([*private, "--review", tmp_path / "in"], "is not empty"),
+        ([*private, "--review", tmp_path / "out" / "review"], "lies in the data set's folder"),
     ):
         with pytest.raises(SystemExit) as error:
             run(*sources, *out, *options)

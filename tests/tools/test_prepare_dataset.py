@@ -127,6 +127,18 @@ def test_splits_of_file_names(capsys, tmp_path, kvasir_original):
     assert "states no split" in error.value.code
 
 
+def test_patients_from_dicom_files_of_this_folder(capsys, tmp_path, no_polyp, monkeypatch):
+    """ "." is a folder as others are, not the images themselves."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit) as here:
+        run(capsys, "lesion-free", "--root", no_polyp, "--out", "out", "--patients-from-dicom", ".")
+    with pytest.raises(SystemExit) as itself:
+        run(capsys, "lesion-free", "--root", no_polyp, "--out", "out", "--patients-from-dicom")
+    assert "there is no DICOM file" in here.value.code
+    assert "there is no DICOM file" not in itself.value.code
+
+
 def test_patients_and_metadata(capsys, tmp_path, kvasir_original):
     names = sorted(path.name for path in (kvasir_original / "images").iterdir())
     rows = [f"{name},p{i // 2}" for i, name in enumerate(names)]
