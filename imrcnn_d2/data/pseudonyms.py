@@ -30,7 +30,7 @@ class Pseudonyms:
 
     Attributes:
         table: the file with which became which, grown by `write_table`.
-        rejected: beside it, for the list of what was left out.
+        rejected: beside it, named after `out` too, for the list of what was left out.
 
     Raises:
         BadInputError: the file holds no key, others can read it, or it lies in `out`.
@@ -41,7 +41,7 @@ class Pseudonyms:
             raise BadInputError(key_file, f"the key must not lie in the data set's folder {out}")
         self._key = _read_or_make_key(key_file)
         self.table = key_file.with_name(f"{key_file.name}.names.csv")
-        self.rejected = key_file.with_name(f"{key_file.name}.rejected.csv")
+        self.rejected = key_file.with_name(f"{key_file.name}.{out.resolve().name}.rejected.csv")
         self._new: dict[tuple[str, str], str] = {}
 
     def __call__(self, kind: str, name: str) -> str:

@@ -84,3 +84,8 @@ def test_rejects_name_nothing(names, tmp_path):
     assert text == "number,reason\n1,listed beside the key\n"
     assert names.rejected.read_text() == 'file,reason\nMusterfrau.jpg,"is no image, 12.08.1964"\n'
     assert mode(names.rejected) == 0o600
+    # of another data set with the same key
+    other = PrivateRejects("reject", Pseudonyms(tmp_path / "safe" / "key", tmp_path / "out2"))
+    other.write_csv(tmp_path / "rejected2.csv")
+    assert "Musterfrau.jpg" in (tmp_path / "safe" / "key.out.rejected.csv").read_text()
+    assert (tmp_path / "safe" / "key.out2.rejected.csv").read_text() == "file,reason\n"

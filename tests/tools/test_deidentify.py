@@ -118,7 +118,7 @@ def test_nothing_leads_back(sources, tmp_path, capsys):
         pixels = np.asarray(Image.open(out / "images" / record["file_name"])).astype(int)
         box = (record["width"], record["height"])
         assert pixels.shape[1::-1] == box and box < (240, 240)
-    assert "Musterfrau_4711_8.png" in (tmp_path / "safe" / "key.rejected.csv").read_text()
+    assert "Musterfrau_4711_8.png" in (tmp_path / "safe" / "key.out.rejected.csv").read_text()
     assert (out / "rejected.csv").read_text().count("\n") == 2
     assert "writing inside the view is still there" in capsys.readouterr().out
 
