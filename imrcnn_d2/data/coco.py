@@ -14,6 +14,7 @@ import pycocotools.mask as mask_util
 from tqdm import tqdm
 
 from imrcnn_d2.data.images import drawn_on_stored_pixels, inspect_image, orient, path_inside
+from imrcnn_d2.data.instances import IMAGE_FIELDS
 from imrcnn_d2.data.json_files import read_json
 from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.prepare import Sample, Source
@@ -23,7 +24,6 @@ from imrcnn_d2.data.shapes import check_extent
 __all__ = ["read_coco", "read_coco_json", "to_rle"]
 
 _BOX_TOLERANCE = 2.0  # pixels
-_OWN_IMAGE_FIELDS = ("id", "file_name", "width", "height")
 _OWN_TOP_FIELDS = ("images", "annotations", "categories", "info")
 
 
@@ -135,7 +135,7 @@ def _samples(
                 if any(_is_same(checked, other) for other in annotations):
                     raise BadInputError(path, f"{_called(annotation)}: listed twice")
                 annotations.append(checked)
-            fields = {k: v for k, v in record.items() if k not in _OWN_IMAGE_FIELDS}
+            fields = {k: v for k, v in record.items() if k not in IMAGE_FIELDS}
             yield Sample(path.relative_to(image_root).as_posix(), image, annotations, fields)
     if num_moved:
         notes.append(

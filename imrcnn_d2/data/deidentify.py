@@ -18,6 +18,7 @@ from PIL import Image
 from imrcnn_d2.data.coco import to_rle
 from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.images import SourceImage, inspect_image, read_image
+from imrcnn_d2.data.instances import ANNOTATION_FIELDS, IMAGE_FIELDS
 from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.pseudonyms import Pseudonyms
@@ -44,9 +45,7 @@ _DATE = re.compile(
 )
 _CATEGORY_FIELDS = ("id", "name", "supercategory")
 _IDS = {"patient_id": "patient", "lesion_id": "lesion"}
-_GIVEN_BY_PREPARE = ("category_id", "segmentation", "area", "bbox", "iscrowd")
-_NEVER_KEPT = {*_IDS, *_GIVEN_BY_PREPARE}
-_NEVER_KEPT |= {"id", "image_id", "file_name", "width", "height", "group_id"}
+_NEVER_KEPT = {*_IDS, *IMAGE_FIELDS, *ANNOTATION_FIELDS, "group_id"}
 _INFO = {
     "description": "De-identified: cropped to the endoscope's view, all else blanked, names and "
     "ids replaced by keyed hashes. Writing inside the view is not removed."
@@ -109,7 +108,7 @@ def _samples(
                 raise BadInputError(path, "nothing in it is lit, so there is no view to crop to")
             annotations, num_cut = _moved(sample, view)
             names = {*sample.fields, *(key for one in sample.annotations for key in one)}
-            left_out |= names - keep - {*_IDS, *_GIVEN_BY_PREPARE}
+            left_out |= names - keep - {*_IDS, *ANNOTATION_FIELDS}
             of_image = _ids(sample.fields).values()
             annotations = [
                 {**new, **_passed(old, pseudonyms, keep, path, of_image)}

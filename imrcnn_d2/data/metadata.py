@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from imrcnn_d2.data.instances import ANNOTATION_FIELDS, IMAGE_FIELDS
 from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 from imrcnn_d2.data.tables import Table, not_numbers, read_table, typed
@@ -19,8 +20,8 @@ KEYS = ("file", "patient_id", "lesion_id")
 _IDS = ("patient_id", "lesion_id")
 # Fields of COCO that a prepared data set gives itself.
 _OWN_FIELDS = {
-    False: ("id", "file_name", "width", "height", "group_id"),
-    True: ("id", "image_id", "category_id", "segmentation", "bbox", "area", "iscrowd", "score"),
+    False: (*IMAGE_FIELDS, "group_id"),
+    True: (*ANNOTATION_FIELDS, "score"),
 }
 
 
