@@ -18,13 +18,13 @@ from .graph_runtimes import ABOUT, INPUT, OPENVINO_PARTS
 
 __all__ = ["FORMATS", "PRECISIONS", "graph_bytes", "write_graph"]
 
-FORMATS = ("onnx", "openvino", "torchscript")
 # ONNX Runtime has no bf16 on CPUs.
 PRECISIONS = {
     "onnx": ("fp32",),
     "openvino": ("fp32", "bf16"),
     "torchscript": ("fp32", "bf16"),
 }
+FORMATS = tuple(PRECISIONS)
 _OPSET = 17
 
 

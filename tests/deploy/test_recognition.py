@@ -13,6 +13,7 @@ from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.agreement import compare_predictors
 from imrcnn_d2.deploy.artifact import write_safetensors
 from imrcnn_d2.deploy.batch import predict_files
+from imrcnn_d2.deploy.graph_files import FORMATS, write_graph
 from imrcnn_d2.deploy.loading import load_model
 from imrcnn_d2.engine import load_config
 
@@ -86,3 +87,14 @@ def test_an_export_agrees(classifier, weights, image_folder, tmp_path):
     assert agreement.detections == 1 and 0 < agreement.score < 0.02
     bf16 = Predictor(None, path, runtime="torch-bf16")(picture(0))
     assert bf16.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_files_of_other_runtimes_agree(classifier, weights, image_folder, tmp_path, form):
+    path = tmp_path / f"model.{form}"
+    write_graph(load_model(None, weights), path, form, example=classifier.prepare(picture(0)))
+    other = Predictor(None, path)
+    assert other.classes == classifier.classes and other.tau is None
+    images = [picture(seed) for seed in range(3)]
+    for one, two in zip(classifier(images, 3), other(images, 3), strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
