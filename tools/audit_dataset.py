@@ -23,6 +23,7 @@ from imrcnn_d2.data.audit.records import find_prepared, read_entries
 from imrcnn_d2.data.audit.validity import validity_findings
 from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.data.splits import SPLITS
+from imrcnn_d2.engine.allocator import keep_freed_memory
 from imrcnn_d2.engine.embedding import WEIGHTS, embed_images
 from imrcnn_d2.report.audit_files import write_audit
 
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    keep_freed_memory()
     if args.dataset is not None:
         prepared = find_prepared(args.dataset)
         if args.fix_splits is not None:

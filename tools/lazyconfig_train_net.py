@@ -10,12 +10,14 @@ from detectron2.utils import comm
 
 import imrcnn_d2  # noqa: F401  (registers data sets)
 from imrcnn_d2.engine import choose_device, launch_script, load_weights
+from imrcnn_d2.engine.allocator import keep_freed_memory
 from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.engine.lazy import LazyTrainer, build_lazy_model, evaluate
 from imrcnn_d2.report.final_pictures import draw_test_pictures
 
 
 def main(args):
+    keep_freed_memory()
     if not args.config_file.endswith(".py"):  # Detectron2 would run what a YAML file's tags name
         raise ValueError(
             f"{args.config_file!r}: a LazyConfig is a .py file; YAML goes to tools/train_net.py"

@@ -25,6 +25,7 @@ from imrcnn_d2.deploy.journal import FAILED
 from imrcnn_d2.deploy.live import predict_live
 from imrcnn_d2.deploy.outputs import OUTPUTS
 from imrcnn_d2.deploy.runtimes import RUNTIMES
+from imrcnn_d2.engine.allocator import keep_freed_memory
 
 
 def main(argv=None):
@@ -32,6 +33,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.batch_size < 1 or not 0 <= (args.tau or 0) <= 1:
         parser.error("--batch-size is at least 1, and --tau from 0 to 1")
+    keep_freed_memory()
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     save = [kind for kind in OUTPUTS if getattr(args, kind)]
     try:

@@ -7,6 +7,7 @@ from detectron2.utils import comm
 
 import imrcnn_d2  # noqa: F401  (registers models and data sets)
 from imrcnn_d2.engine import Trainer, launch_script, load_config, load_weights
+from imrcnn_d2.engine.allocator import keep_freed_memory
 from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.engine.recognition import is_classifier
 from imrcnn_d2.report.final_pictures import draw_test_pictures
@@ -23,6 +24,7 @@ def setup(args):
 
 
 def main(args):
+    keep_freed_memory()
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)

