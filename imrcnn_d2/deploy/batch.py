@@ -2,28 +2,18 @@
 
 import contextlib
 import hashlib
-import logging
-import queue
-import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
-from imrcnn_d2.data.endoscope_view import View
-from imrcnn_d2.data.rejects import BadInputError
-
-from .dicom import may_show_patient, public_name
-from .inputs import Source, find_inputs, read_frames
-from .journal import Journal, signature
+from .inputs import find_inputs
+from .journal import Journal
 from .outputs import InputOutputs, OutputFolder
-from .records import frame_record, records
-from .video import Frame
+from .pipeline import predictions
+from .records import frame_record
 
-__all__ = ["Summary", "ahead", "predict_files"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Summary", "predict_files"]
 
 
 @dataclass(frozen=True)
@@ -87,21 +77,19 @@ def predict_files(predictor, inputs, output, *, save=(), batch_size=1):
 def _predict(predictor, sources, to, journal, batch_size):
     """Number of images predicted."""
     stills = all(source.kind == "image" for source in sources)
-    items = ahead(_read(sources, predictor), 2 * batch_size)
+    found_in = predictions(predictor, sources, batch_size)
     number = images = 0
     with (
-        contextlib.closing(items),
+        contextlib.closing(found_in),
         contextlib.ExitStack() as files,
         tqdm(desc="Predicting", unit="image", total=len(sources) if stills else None) as bar,
     ):
-        for item, prediction in predictor.in_batches(items, batch_size):
+        for item, found in found_in:
             if item.frame is not None:
                 if not number:
                     opened = files.enter_context(
                         InputOutputs(to, item.source, item.name, pictures=item.pictures)
                     )
-                size = item.frame.image.shape[:2]
-                found = records(predictor, prediction, *size, item.view)
                 opened.add(item.frame, found)
                 journal.add(frame_record(item.name, item.frame, item.view), found)
                 number += 1
@@ -113,85 +101,3 @@ def _predict(predictor, sources, to, journal, batch_size):
                 tqdm.write(f"{item.name}: {item.error}")
             images, number = images + number, 0
     return images
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A frame on its way, or the end of its input."""
-
-    source: Source
-    name: str
-    signature: list | None
-    pictures: bool = True
-    frame: Frame | None = None
-    view: View | None = None
-    prepared: Tensor | None = None
-    error: str | None = None
-
-
-def _read(sources, predictor):
-    """Yields the items of all sources in turn."""
-    for source in sources:
-        item = _Item(source, source.name, signature(source))
-        try:
-            if source.kind == "dicom":
-                item = replace(
-                    item,
-                    name=public_name(source.path, source.name),
-                    pictures=not may_show_patient(source.path),
-                )
-            views = predictor.views()
-            for frame in read_frames(source):
-                view = views(frame.image)
-                prepared = predictor.prepare(frame.image, view)
-                yield replace(item, frame=frame, view=view, prepared=prepared)
-        except BadInputError as error:
-            item = replace(item, error=error.reason)
-        except ModuleNotFoundError as error:  # of the extra [deploy]
-            item = replace(item, error=f"needs {error.name}: pip install {error.name}")
-        except (OSError, RuntimeError, ValueError) as error:
-            item = replace(item, error=f"cannot be predicted ({error})")
-        yield item
-
-
-def ahead(items, number):
-    """
-    Make items in a thread of their own, while those before are worked on.
-
-    Args:
-        items (iterable):
-        number (int): of them that may wait.
-
-    Yields:
-        what ``items`` yields; what it raises is raised here.
-    """
-    waiting, end, stop = queue.Queue(number), object(), threading.Event()
-
-    def put(item):
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return waiting.put(item, timeout=0.1)
-
-    def work():
-        try:
-            for item in items:
-                put((item, None))
-                if stop.is_set():
-                    return
-            put((end, None))
-        except BaseException as error:
-            put((end, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = waiting.get()
-            if error is not None:
-                raise error
-            if item is end:
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()

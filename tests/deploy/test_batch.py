@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from fractions import Fraction
@@ -18,7 +17,7 @@ from dicoms import PATIENT, write_dicom
 from PIL import Image, ImageDraw
 
 from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.deploy.batch import ahead, predict_files
+from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.video import VideoWriter, decode_video
 from imrcnn_d2.evaluation.records import read_ground_truth, read_results
 
@@ -255,25 +254,3 @@ def test_killed_and_run_again(tiny_run, predictor, tmp_path):
     straight = tmp_path / "straight"
     predict_files(predictor, [folder], straight)
     assert read(straight)["annotations"] == read(output)["annotations"]
-
-
-def test_ahead():
-    made = []
-
-    def items():
-        for number in range(100):
-            made.append(number)
-            yield number
-            if number == 50:
-                raise KeyError("broken")
-
-    with pytest.raises(KeyError, match="broken"):
-        list(ahead(items(), 4))
-    assert list(ahead(range(100), 4)) == list(range(100))
-    made.clear()
-    few = ahead(items(), 4)
-    assert next(few) == 0
-    time.sleep(0.2)
-    few.close()
-    assert len(made) <= 7, "it does not run away"
-    assert threading.active_count() < 10
