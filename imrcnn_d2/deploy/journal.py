@@ -1,7 +1,6 @@
 """What a prediction run has done so far, line by line on disk, to go on from after a kill."""
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -13,9 +12,10 @@ import pycocotools.mask as mask_util
 
 from imrcnn_d2.evaluation.files import atomic_file
 
-from .records import counted
+from .identity import check_run, input_key, signature
+from .records import coco_head, counted
 
-__all__ = ["FAILED", "PREDICTIONS", "TABLE", "Journal", "signature"]
+__all__ = ["FAILED", "PREDICTIONS", "TABLE", "Journal"]
 
 PREDICTIONS, TABLE, FAILED = "predictions.json", "predictions.csv", "failed.csv"
 
@@ -47,14 +47,14 @@ class Journal:
         """
         Args:
             folder (Path): of the outputs; made if it does not exist.
-            run (dict): what all results in the folder share, such as the hash of the weights.
+            run (dict): what all results in the folder share, see :func:`run_record`.
 
         Raises:
             ValueError: the folder has the results of another run.
         """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.run = json.loads(json.dumps(run))  # as it is read back
+        self.run = run
         self._path = self.folder / self.FILE
         self._done = {}
         self._file = open(self._path, "a+b")  # noqa: SIM115  (closed by close)
@@ -77,7 +77,7 @@ class Journal:
                 break
             end = start + len(line)
             if "run" in content:
-                self._check(content["run"])
+                check_run(self.folder, content["run"], self.run)
                 whole = end
             elif "done" in content:
                 done = content["done"]
@@ -88,15 +88,6 @@ class Journal:
         self._file.truncate(whole)
         self._file.seek(whole)
 
-    def _check(self, run):
-        differing = [key for key in {**run, **self.run} if run.get(key) != self.run.get(key)]
-        if differing:
-            raise ValueError(
-                f"{self.folder} holds the predictions of another run: it differs in "
-                + ", ".join(f"{k} ({run.get(k)}, now {self.run.get(k)})" for k in sorted(differing))
-                + ". Choose another --output, or remove that folder"
-            )
-
     def is_done(self, source):
         """
         Args:
@@ -105,7 +96,7 @@ class Journal:
         Returns:
             bool: whether it was done without an error and has not been changed since.
         """
-        done = self._done.get(_key(source.name))
+        done = self._done.get(input_key(source.name))
         return done is not None and done.error is None and done.signature == signature(source)
 
     def add(self, record, annotations):
@@ -127,7 +118,7 @@ class Journal:
             frames (int): that were predicted.
             error (str or None): why it, or the rest of it, could not be.
         """
-        key = _key(source.name)
+        key = input_key(source.name)
         done = dict(name=name, signature=signature, frames=frames, error=error)
         self._append({"done": {"key": key, **done}})
         self._sync()
@@ -189,14 +180,7 @@ class Journal:
             (self.folder / FAILED).unlink(missing_ok=True)
 
     def _write_coco(self, about, classes):
-        head = {
-            "info": {
-                "description": "Predictions of research software, not for diagnosis. All "
-                "detections are listed; those with a score of at least tau count.",
-                **about,
-            },
-            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(classes)],
-        }
+        head = coco_head(about, classes)
         with atomic_file(self.folder / PREDICTIONS) as file:
             file.write(json.dumps(head)[:-1].encode() + b',\n"images": [')
             _write_list(file, (image for image, _ in self.frames()))
@@ -222,26 +206,6 @@ class Journal:
                     writer.writeheader()
                 writer.writerow(row)
             text.detach()
-
-
-def _key(name):
-    # The name itself may be a patient's.
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
-def signature(source):
-    """
-    Args:
-        source (Source):
-
-    Returns:
-        list[int] or None: what changes when the file does; None where it is gone.
-    """
-    try:
-        status = source.path.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _write_list(file, records, numbered=False):

@@ -16,7 +16,16 @@ from .overlay import draw_overlay
 from .records import counted, label_map
 from .video import VideoWriter
 
-__all__ = ["OUTPUTS", "InputOutputs", "OutputFolder", "footer"]
+__all__ = [
+    "OUTPUTS",
+    "InputOutputs",
+    "OutputFolder",
+    "comment",
+    "footer",
+    "labelme_json",
+    "mask_png",
+    "png",
+]
 
 OUTPUTS = ("overlays", "masks", "labelme")
 JPEG_QUALITY = 92
@@ -33,6 +42,72 @@ def footer(about):
     weights = (about["weights_sha256"] or "none")[:8]
     tau = "" if about["tau"] is None else f" · τ {about['tau']:.3g}"
     return f"Research use only, not for diagnosis · weights {weights}{tau}"
+
+
+def comment(about):
+    """
+    Args:
+        about (dict): of a :class:`Predictor`.
+
+    Returns:
+        str: what a picture's metadata say of it, as JSON.
+    """
+    return json.dumps({"software": "imrcnn-d2, research use only", **about})
+
+
+def mask_png(annotations, height, width, classes, about):
+    """
+    Args:
+        annotations (list[dict]): of an image, with a ``segmentation``; only those that count.
+        height, width (int): of the image.
+        classes (list[str]), about (dict): of the :class:`Predictor`.
+
+    Returns:
+        bytes: a PNG file: 0 is background; one class is 255, several are 1, 2, ...
+    """
+    mask = label_map(annotations, height, width)
+    if len(classes) == 1:
+        mask *= 255  # to be seen
+    return png(mask, about)
+
+
+def labelme_json(annotations, image_path, height, width, classes, about):
+    """
+    Args:
+        annotations (list[dict]): of an image; only those that count.
+        image_path (str): relative to where the file will lie.
+        height, width (int): of the image.
+        classes (list[str]), about (dict): of the :class:`Predictor`.
+
+    Returns:
+        str: a LabelMe file.
+    """
+    # the class of a whole image is a flag
+    flags = {classes[a["category_id"] - 1]: True for a in annotations if "probabilities" in a}
+    document = labelme_document(
+        annotations,
+        dict(enumerate(classes, start=1)),
+        image_path,
+        height,
+        width,
+        fields={**flags, "predicted_by": about},
+        fill_holes=True,  # a mask has no points to correct
+    )
+    return json.dumps(document, indent=2) + "\n"
+
+
+def png(image, about):
+    """
+    Args:
+        image (np.ndarray): uint8, (H, W) or (H, W, 3) RGB.
+        about (dict): of a :class:`Predictor`.
+
+    Returns:
+        bytes: a PNG file.
+    """
+    info = PngInfo()
+    info.add_text("Comment", comment(about))
+    return _encoded(image, "PNG", pnginfo=info)
 
 
 class OutputFolder:
@@ -53,7 +128,7 @@ class OutputFolder:
             names (iterable of str): of all inputs.
         """
         self.wanted, self.about, self.classes = tuple(wanted), about, classes
-        self.comment = json.dumps({"software": "imrcnn-d2, research use only", **about})
+        self.comment = comment(about)
         self._folder = folder
         self._stems = Counter(map(_stem, names))
 
@@ -133,11 +208,9 @@ class InputOutputs:
         self._video.write(picture, frame.time)
 
     def _add_mask(self, frame, shown):
-        mask = label_map(shown, *frame.image.shape[:2])
-        if len(self._to.classes) == 1:
-            mask *= 255  # to be seen
-        path = self._to.path("masks", self._name, ".png", frame.number)
-        write_atomically(path, self._png(mask))
+        to = self._to
+        content = mask_png(shown, *frame.image.shape[:2], to.classes, to.about)
+        write_atomically(to.path("masks", self._name, ".png", frame.number), content)
 
     def _add_labelme(self, frame, shown):
         to = self._to
@@ -145,26 +218,10 @@ class InputOutputs:
         if self._source.kind == "image":
             image_path = os.path.relpath(self._source.path, path.parent.resolve())
         else:
-            write_atomically(path.with_suffix(".png"), self._png(frame.image))
+            write_atomically(path.with_suffix(".png"), png(frame.image, to.about))
             image_path = path.with_suffix(".png").name
-        height, width = frame.image.shape[:2]
-        # the class of a whole image is a flag
-        flags = {to.classes[a["category_id"] - 1]: True for a in shown if "probabilities" in a}
-        document = labelme_document(
-            shown,
-            dict(enumerate(to.classes, start=1)),
-            image_path,
-            height,
-            width,
-            fields={**flags, "predicted_by": to.about},
-            fill_holes=True,  # a mask has no points to correct
-        )
-        write_atomically(path, json.dumps(document, indent=2) + "\n")
-
-    def _png(self, image):
-        info = PngInfo()
-        info.add_text("Comment", self._to.comment)
-        return _encoded(image, "PNG", pnginfo=info)
+        size = frame.image.shape[:2]
+        write_atomically(path, labelme_json(shown, image_path, *size, to.classes, to.about))
 
 
 def _encoded(image, image_format, **options):

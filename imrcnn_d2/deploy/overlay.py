@@ -9,7 +9,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["draw_overlay"]
+__all__ = ["draw_overlay", "outline"]
 
 OUTLINE = (240, 228, 66)  # Okabe and Ito's yellow, which no mucosa has
 HALO = (0, 0, 0)
@@ -41,7 +41,7 @@ def draw_overlay(image, annotations, classes, footer):
         if "bbox" not in annotation:
             labels.append((text, 0.02 * width, 0.02 * height))
             continue
-        lines = _outline(annotation)
+        lines = outline(annotation)
         for color, wider in ((HALO, 2), (OUTLINE, 0)):
             cv2.polylines(picture, lines, True, color, thickness + wider, cv2.LINE_AA)
         x, y = annotation["bbox"][:2]
@@ -49,8 +49,14 @@ def draw_overlay(image, annotations, classes, footer):
     return _write(picture, labels, footer)
 
 
-def _outline(annotation):
-    """Closed lines (K, 1, 2), int32."""
+def outline(annotation):
+    """
+    Args:
+        annotation (dict): of a detection; its ``bbox`` is taken where it has no mask.
+
+    Returns:
+        sequence of np.ndarray: closed lines, (K, 1, 2) int32, in pixels (x, y).
+    """
     if "segmentation" in annotation:
         mask = mask_util.decode(annotation["segmentation"])
         return cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]

@@ -3,7 +3,7 @@
 import numpy as np
 import pycocotools.mask as mask_util
 
-__all__ = ["counted", "frame_record", "instance_records", "label_map", "records"]
+__all__ = ["coco_head", "counted", "frame_record", "instance_records", "label_map", "records"]
 
 
 def instance_records(predictor, output, height, width, view=None):
@@ -83,6 +83,24 @@ def records(predictor, output, height, width, view=None):
     values = output.tolist()
     score = max(values)
     return [{"category_id": values.index(score) + 1, "score": score, "probabilities": values}]
+
+
+def coco_head(about, classes):
+    """
+    Args:
+        about (dict), classes (list[str]): of the :class:`Predictor`.
+
+    Returns:
+        dict: the ``info`` and ``categories`` of a COCO file of its predictions.
+    """
+    return {
+        "info": {
+            "description": "Predictions of research software, not for diagnosis. All "
+            "detections are listed; those with a score of at least tau count.",
+            **about,
+        },
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(classes)],
+    }
 
 
 def counted(annotations, tau):
