@@ -1,12 +1,12 @@
 """Many inputs, one after the other: what fails is listed, what is done is not done again."""
 
 import contextlib
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from .identity import run_record
 from .inputs import find_inputs
 from .journal import Journal
 from .outputs import InputOutputs, OutputFolder
@@ -57,14 +57,7 @@ def predict_files(predictor, inputs, output, *, save=(), batch_size=1):
         raise ValueError(f"{predictor.about['model']} outlines nothing: it gives no masks")
     output = Path(output)
     root, sources = find_inputs(inputs)
-    run = {
-        **predictor.about,
-        "runtime": predictor.asked_runtime,  # "auto" may find another the next time
-        "classes": predictor.classes,
-        "outputs": sorted(save),
-        # Names are relative to it; in itself it may hold a patient's.
-        "inputs": hashlib.sha256(str(root).encode()).hexdigest()[:16],
-    }
+    run = run_record(predictor, root, save)
     with contextlib.closing(Journal(output, run)) as journal:
         todo = [source for source in sources if not journal.is_done(source)]
         names = [source.name for source in sources]

@@ -11,8 +11,8 @@ from imrcnn_d2.data.endoscope_view import View
 from imrcnn_d2.data.rejects import BadInputError
 
 from .dicom import may_show_patient, public_name
+from .identity import signature
 from .inputs import Source, read_frames
-from .journal import signature
 from .records import records
 from .video import Frame
 
