@@ -1,0 +1,160 @@
+"""The page: what is on it and what happens when something on it is moved."""
+
+import base64
+from importlib import resources
+from pathlib import Path
+
+import gradio as gr
+
+from .cards import about_html, captions, cards_html, empty_html, summary_html
+from .findings import download, find, unique_names
+
+__all__ = ["LOOK", "MAX_FILES", "build_page"]
+
+MAX_FILES = 50  # at once
+TITLE = "IMR-CNN"
+LEAST_SCORE = 0.05  # MODEL.ROI_HEADS.SCORE_THRESH_TEST: below it nothing is kept
+_FOLDER = resources.files("imrcnn_d2.deploy.web") / "templates"
+# Of gr.mount_gradio_app. Fonts are the reader's own: nothing is fetched.
+LOOK = {
+    "theme": gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ),
+    "css": (_FOLDER / "page.css").read_text(encoding="utf-8"),
+}
+_SHOW, _SAVE, _HEADER = (
+    (_FOLDER / name).read_text(encoding="utf-8") for name in ("show.js", "save.js", "header.html")
+)
+_KINDS = {"masks": "Masks (PNG)", "labelme": "LabelMe", "coco": "COCO"}
+
+from gradio.events import Dependency
+
+class ImageFiles(gr.File):
+    """Uploaded files alone: Gradio's own takes any file of this machine, and fetches URLs."""
+
+    is_template = True  # in the browser it is Gradio's
+
+    async def async_move_resource_to_block_cache(self, path):
+        """
+        Args:
+            path (str): as the browser says.
+
+        Returns:
+            str: the same.
+
+        Raises:
+            gr.Error: it is not one that was uploaded, or no longer there.
+        """
+        file = Path(path).resolve()
+        if not (file.is_file() and file.is_relative_to(Path(self.GRADIO_CACHE).resolve())):
+            raise gr.Error("The upload is no longer there: drop the images again")
+        return str(file)
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+def build_page(predictor):
+    """
+    Args:
+        predictor (Predictor):
+
+    Returns:
+        gr.Blocks: keeps what was found in the session's state, and forgets the whole session when
+        its tab is closed.
+    """
+    detector = not predictor.is_classifier
+
+    def look(files, tau, progress=gr.Progress()):  # noqa: B008  (how Gradio is asked for a bar)
+        paths = [Path(file["path"]) for file in files]
+        try:
+            if len(paths) > MAX_FILES:
+                raise gr.Error(f"{len(paths)} files at once; at most {MAX_FILES}", title="Too many")
+            names = unique_names([file.get("orig_name") or "image" for file in files])
+            findings = [
+                find(predictor, path, name)
+                for path, name in progress.tqdm(
+                    list(zip(paths, names, strict=True)), desc="Looking", unit="images"
+                )
+            ]
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)
+        found = any(finding.error is None for finding in findings)
+        return (
+            None,
+            findings,
+            cards_html(findings, predictor, tau),
+            summary_html(findings, tau),
+            *(gr.update(interactive=found) for _ in buttons),
+        )
+
+    def show(findings, tau):
+        return captions(findings, predictor, tau), summary_html(findings, tau)
+
+    def save(kind):
+        def make(findings, tau):
+            try:
+                name, content = download(findings, kind, tau, predictor)
+            except ValueError as error:
+                raise gr.Error(str(error), title="No file") from error
+            return {"name": name, "base64": base64.b64encode(content).decode()}
+
+        return make
+
+    def forget(request: gr.Request):
+        page.state_holder.session_data.pop(request.session_hash, None)
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        page.state_session_capacity = 200  # of clients that never say goodbye
+        findings = gr.State([])
+        gr.HTML(_HEADER)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=320):
+                files = ImageFiles(file_count="multiple", label="Images", height=200)
+                tau = gr.Slider(
+                    *(LEAST_SCORE, 1),
+                    value=predictor.tau,
+                    step=0.01,
+                    label="τ: score from which on a finding counts",
+                    visible=detector,
+                )
+                summary = gr.HTML()
+                with gr.Row():
+                    buttons = {
+                        kind: gr.Button(label, interactive=False, size="sm", min_width=90)
+                        for kind, label in _KINDS.items()
+                        if kind != "masks" or predictor.outlines
+                    }
+                gr.HTML(about_html(predictor))
+            with gr.Column(scale=3, min_width=320):
+                cards = gr.HTML(empty_html(predictor))
+        shown, file = gr.JSON(visible=False), gr.JSON(visible=False)
+
+        files.upload(
+            look,
+            [files, tau],
+            [files, findings, cards, summary, *buttons.values()],
+            preprocess=False,
+            api_name="look",
+        )
+        tau.change(
+            show,
+            [findings, tau],
+            [shown, summary],
+            queue=False,
+            trigger_mode="always_last",
+            show_progress="hidden",
+            api_name="show",
+        ).then(None, shown, js=_SHOW)
+        for kind, button in buttons.items():
+            button.click(save(kind), [findings, tau], file, queue=False, api_name=kind).then(
+                None, file, file, js=_SAVE
+            )
+        page.unload(forget)
+    return page

@@ -1,0 +1,195 @@
+"""Serves the page: to this computer, with limits, and without a call to any other."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.responses import JSONResponse, PlainTextResponse
+
+from .page import LOOK, MAX_FILES, build_page
+
+__all__ = ["MAX_FILE_MB", "serve", "server_of"]
+
+logger = logging.getLogger(__name__)
+
+MAX_FILE_MB = 50
+MAX_UPLOAD_MB = 500  # of all files together
+UPLOAD_KEPT = 600  # seconds at most, where nothing comes and reads it
+GOODBYE = 2  # seconds that open connections are given at the end
+
+# What the page needs of Gradio. Other routes fetch URLs, serve files or write sessions to disk.
+_PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
+_API = "/gradio_api"
+_BELOW = (
+    *("/assets/", "/static/", "/svelte/"),
+    *(f"{_API}/{name}" for name in ("upload", "info", "app_id", "queue/", "run/", "call/")),
+    *(f"{_API}/{name}" for name in ("heartbeat/", "cancel", "reset", "startup-events")),
+)
+_HEADERS = {
+    # Nothing is asked of another host, whatever a part of Gradio would like.
+    "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "frame-ancestors 'self'; form-action 'self'; base-uri 'self'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+class _Fence:
+    """Answers what the page needs, and has the browser ask nobody else."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        path = scope["path"]
+        if path not in _PAGES and not path.startswith(_BELOW):
+            return await PlainTextResponse("Not found", 404)(scope, receive, send)
+
+        async def with_headers(message):
+            if message["type"] == "http.response.start":
+                headers = [(key.encode(), value.encode()) for key, value in _HEADERS.items()]
+                message["headers"] = [*message.get("headers", ()), *headers]
+            await send(message)
+
+        await self._app(scope, receive, with_headers)
+
+
+def _app(predictor, folder):
+    app = FastAPI(openapi_url=None)
+
+    # In place of Gradio's: that gives files of equal content one path, so that the first who
+    # deletes it takes it away from the others, and what is sent in part stays there.
+    @app.post(f"{_API}/upload")
+    async def upload(request: Request):
+        limit = 2**20 * MAX_FILE_MB
+        try:
+            form = await MultiPartParser(
+                request.headers, _bounded(request.stream()), max_files=MAX_FILES, max_fields=0
+            ).parse()
+        except MultiPartException as error:
+            return PlainTextResponse(error.message, 400)
+        except _TooLargeError as error:
+            return PlainTextResponse(str(error), 413)
+        try:
+            files = form.getlist("files")
+            for file in files:
+                if file.size > limit:
+                    return PlainTextResponse(f"A file is larger than {MAX_FILE_MB} MB", 413)
+            paths = await run_in_threadpool(_keep, files, folder)
+            asyncio.get_running_loop().call_later(UPLOAD_KEPT, _delete, paths)
+            return JSONResponse(paths)
+        finally:
+            await form.close()
+
+    # Nobody is told how far an upload is.
+    @app.get(f"{_API}/upload_progress")
+    def upload_progress():
+        return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
+
+    return gr.mount_gradio_app(
+        app,
+        build_page(predictor),
+        path="/",
+        max_file_size=f"{MAX_FILE_MB}mb",
+        footer_links=[],
+        run_history=False,  # which a browser would keep
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        **LOOK,
+    )
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+async def _bounded(stream):
+    size = 0
+    async for chunk in stream:
+        size += len(chunk)
+        if size > 2**20 * MAX_UPLOAD_MB:
+            raise _TooLargeError(f"The files have more than {MAX_UPLOAD_MB} MB together")
+        yield chunk
+
+
+def _keep(files, folder):
+    """Paths of copies that have no name in common with anything."""
+    paths = []
+    for file in files:
+        handle, path = tempfile.mkstemp(dir=folder)
+        paths.append(path)
+        with open(handle, "wb") as copy:
+            shutil.copyfileobj(file.file, copy)
+    return paths
+
+
+def _delete(paths):
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def server_of(predictor, host="127.0.0.1", port=7860):
+    """
+    Args:
+        predictor (Predictor):
+        host (str): address to listen at; the default is heard on this computer alone.
+        port (int): 0 for a free one.
+
+    Yields:
+        tuple[uvicorn.Server, socket, str]: what ``run(sockets=[...])`` serves, what it is to listen
+        at, and the page's URL. Uploads on their way lie in a temporary folder, gone at the end.
+
+    Raises:
+        OSError: it cannot listen there; the error says where.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            listening = stack.enter_context(_listen(host, port))
+        except OSError as error:
+            raise OSError(f"Cannot listen at {host}, port {port}: {error.strerror}") from error
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imrcnn-uploads-")))
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where Gradio's components look for them
+        config = uvicorn.Config(
+            _Fence(_app(predictor, folder)),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GOODBYE,
+        )
+        address = f"[{host}]" if ":" in host else host
+        url = f"http://{address}:{listening.getsockname()[1]}/"
+        yield uvicorn.Server(config), listening, url
+
+
+def _listen(host, port):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family)
+
+
+def serve(predictor, host, port):
+    """
+    Serve the page until Ctrl-C.
+
+    Args:
+        predictor (Predictor), host (str), port (int): see :func:`server_of`.
+
+    Raises:
+        OSError: it cannot listen there.
+    """
+    with server_of(predictor, host, port) as (server, listening, url):
+        print(f"Open {url} in a browser; Ctrl-C ends it", flush=True)
+        server.run(sockets=[listening])
