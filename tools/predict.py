@@ -11,6 +11,11 @@ validation data and is in the weights, else MODEL.IMRCNN.SCORE_THRESH.
 
 The same command again goes on after an interruption, and does only what is new. Research use only,
 not for diagnosis.
+
+    tools/predict.py --engine ray --actors 16 --weights demo --input archive --output found
+
+is for millions of images: processes of this machine, or of the Ray cluster at RAY_ADDRESS, write
+Parquet files, a row an image, into predictions.parquet (pip install -e '.[ray]').
 """
 
 import argparse
@@ -31,32 +36,52 @@ from imrcnn_d2.engine.allocator import keep_freed_memory
 def main(argv=None):
     parser = argument_parser()
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or not 0 <= (args.tau or 0) <= 1:
-        parser.error("--batch-size is at least 1, and --tau from 0 to 1")
+    if args.batch_size < 1 or args.actors < 1 or not 0 <= (args.tau or 0) <= 1:
+        parser.error("--batch-size and --actors are at least 1, and --tau from 0 to 1")
+    save = [kind for kind in OUTPUTS if getattr(args, kind)]
+    if args.engine == "ray" and (save or args.live):
+        parser.error(
+            "--engine ray writes Parquet files: no --overlays, --masks, --labelme or --live"
+        )
     keep_freed_memory()
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
-    save = [kind for kind in OUTPUTS if getattr(args, kind)]
+    arguments = {
+        "config": args.config_file,
+        "weights": args.weights,
+        "runtime": args.runtime,
+        "tau": args.tau,
+        "crop_view": args.crop_view,
+    }
     try:
-        predictor = Predictor(
-            args.config_file,
-            args.weights,
-            runtime=args.runtime,
-            tau=args.tau,
-            crop_view=args.crop_view,
-        )
-        if args.live:
-            report_live(predict_live(predictor, args.live, args.output), args.output)
+        if args.engine == "ray":
+            from imrcnn_d2.deploy.ray_engine import predict_with_ray
+
+            listed = "rows with an error"
+            done = predict_with_ray(
+                arguments, args.input, args.output, actors=args.actors, batch_size=args.batch_size
+            )
+        elif args.live:
+            live = predict_live(Predictor(**arguments), args.live, args.output)
+            report_live(live, args.output)
             return
-        done = predict_files(
-            predictor, args.input, args.output, save=save, batch_size=args.batch_size
-        )
+        else:
+            listed = FAILED
+            done = predict_files(
+                Predictor(**arguments),
+                args.input,
+                args.output,
+                save=save,
+                batch_size=args.batch_size,
+            )
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    except ModuleNotFoundError as error:  # of the extra [deploy]
-        parser.exit(1, f"{parser.prog}: this needs {error.name}: pip install {error.name}\n")
+    except ModuleNotFoundError as error:
+        extra = "ray" if args.engine == "ray" else "deploy"
+        missing = f"this needs {error.name}: pip install -e '.[{extra}]'"
+        parser.exit(1, f"{parser.prog}: {missing}\n")
     except KeyboardInterrupt:
         parser.exit(130, "Interrupted: the same command goes on where this one was\n")
-    report(done, args.output)
+    report(done, args.output, listed)
     if done.failed and not done.images and not done.skipped:
         parser.exit(1)
 
@@ -88,6 +113,19 @@ def argument_parser():
         "played at its speed. Writes live.mp4 and, with latencies, live.json",
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="this process, or Ray's, for Parquet files (%(default)s)",
+    )
+    parser.add_argument(
+        "--actors",
+        type=int,
+        default=1,
+        help="processes of --engine ray, each with the model, on one core or its share of the GPUs "
+        "(%(default)s)",
+    )
     parser.add_argument(
         "--overlays", action="store_true", help="pictures with outlines; of a video, a video"
     )
@@ -123,13 +161,13 @@ def argument_parser():
     return parser
 
 
-def report(done, output):
-    """Say what was done."""
+def report(done, output, listed):
+    """Say what was done, and where what failed is listed."""
     parts = [f"{done.images} images predicted"]
     if done.skipped:
         parts.append(f"{done.skipped} inputs were done before")
     if done.failed:
-        parts.append(f"{len(done.failed)} inputs could not be read to their end: {FAILED}")
+        parts.append(f"{len(done.failed)} inputs could not be read to their end: {listed}")
     print(f"{'; '.join(parts)}. Written to {output}")
 
 

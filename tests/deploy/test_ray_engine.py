@@ -1,0 +1,128 @@
+"""Two actors give what one process gives, also when one of them is killed."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import predict
+import pytest
+from dicoms import PATIENT, write_dicom
+from PIL import Image
+
+from imrcnn_d2.deploy.batch import predict_files
+
+from .conftest import TAU, picture
+
+pq = pytest.importorskip("pyarrow.parquet", reason="the ray extra is not installed")
+ray = pytest.importorskip("ray", reason="the ray extra is not installed")
+pytestmark = pytest.mark.slow  # it starts processes
+
+IMAGES = 40
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images, a DICOM sequence, and files that cannot be read."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for seed in range(IMAGES):
+        Image.fromarray(picture(seed, 300, 400)).save(folder / f"{seed:03d}.png")
+    whole = (folder / "000.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "film.mp4").write_bytes(b"no film")
+    write_dicom(folder / "KIS-4711.dcm", np.stack([picture(2), picture(3)]), FrameTime="40")
+    write_dicom(folder / "report.dcm")
+    return folder
+
+
+def actors():
+    """Process ids of the actors of this process's cluster."""
+    parents, names = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(path.name)] = (path / "cmdline").read_text()
+        except OSError:  # it has ended
+            continue
+    return [
+        process
+        for process, name in names.items()
+        if name.startswith("ray::MapWorker") and parents.get(parents[process]) == os.getpid()
+    ]
+
+
+def parts(output):
+    return list((output / "predictions.parquet").glob("*.parquet"))
+
+
+def rows(output):
+    found = pq.read_table(output / "predictions.parquet").to_pylist()
+    return sorted(found, key=lambda row: row["file_name"])
+
+
+def test_an_actor_is_killed(cluster, predictor, tiny_run, folder, tmp_path, capsys):
+    written_then = []
+
+    def kill():
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline and not written_then:
+            if parts(tmp_path / "two") and len(there := actors()) == 2:
+                os.kill(there[0], signal.SIGKILL)
+                written_then.append(len(parts(tmp_path / "two")))
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    command = ["--engine", "ray", "--actors", 2, "--weights", tiny_run / "model_best.pth"]
+    command += ["--input", folder, "--output", tmp_path / "two", "--batch-size", 3]
+    predict.main([str(part) for part in command])
+    assert 0 < written_then[0] < len(parts(tmp_path / "two"))
+    printed = capsys.readouterr().out
+    assert f"{IMAGES + 2} images predicted; 3 inputs could not be read" in printed
+
+    predict_files(predictor, [folder], tmp_path / "one")
+    one = json.loads((tmp_path / "one" / "predictions.json").read_text())
+    two = rows(tmp_path / "two")
+    images = [row for row in two if row["error"] is None]
+    assert [row["file_name"] for row in images] == [image["file_name"] for image in one["images"]]
+    for row, image in zip(images, one["images"], strict=True):
+        annotations = [a for a in one["annotations"] if a["image_id"] == image["id"]]
+        for key in ("width", "height", "frame", "time"):
+            assert row[key] == image.get(key)
+        assert row["scores"] == pytest.approx([a["score"] for a in annotations], abs=1e-6)
+        assert row["boxes"] == pytest.approx(np.array([a["bbox"] for a in annotations]), abs=1e-4)
+        assert row["masks"] == [a["segmentation"] for a in annotations]
+        assert set(row["classes"]) == {"polyp"}
+        assert (row["tau"], row["weights_sha256"]) == (TAU, predictor.about["weights_sha256"])
+    assert {row["file_name"]: row["error"] for row in two if row["error"] is not None} == dict(
+        predict_files(predictor, [folder], tmp_path / "one").failed
+    )
+    content = b"".join(path.read_bytes() for path in parts(tmp_path / "two"))
+    for value in PATIENT.values():
+        assert value.encode() not in content
+
+    # What failed, has changed or is new, and nothing else.
+    before = {path: path.read_bytes() for path in parts(tmp_path / "two")}
+    Image.fromarray(picture(7)).save(folder / "cut.png")
+    Image.fromarray(picture(8, 50, 50)).save(folder / "003.png")
+    Image.fromarray(picture(9)).save(folder / "new.png")
+    predict.main([str(part) for part in command])
+    assert f"3 images predicted; {IMAGES} inputs were done before" in capsys.readouterr().out
+    again = rows(tmp_path / "two")
+    assert len(again) == len(two) + 1
+    assert len({row["file_name"] for row in again}) == len(again)
+    sizes = {row["file_name"]: row["width"] for row in again}
+    assert (sizes["cut.png"], sizes["003.png"], sizes["new.png"]) == (80, 50, 80)
+    assert any(path.exists() and path.read_bytes() == old for path, old in before.items())
