@@ -4,12 +4,13 @@ import base64
 from functools import lru_cache
 
 import jinja2
+import numpy as np
 
 from ..overlay import outline
 
 __all__ = ["about_html", "captions", "cards_html", "empty_html", "summary_html"]
 
-BADGE_ROOM = 4  # percent of the image, so that no number is cut off at its edge
+ROOM = 7  # of a number, in percent of the image
 
 
 @lru_cache
@@ -44,7 +45,7 @@ def cards_html(findings, predictor, tau):
                 "caption": caption["html"],
                 "shown": caption["shown"],
                 "picture": finding.picture and base64.b64encode(finding.picture).decode(),
-                "marks": _marks(finding),
+                "marks": [] if finding.error else _marks(finding),
             }
             for finding, caption in zip(findings, said, strict=True)
         ]
@@ -53,21 +54,21 @@ def cards_html(findings, predictor, tau):
 
 def _marks(finding):
     """Outline, and place of its number in percent, of each detection."""
-    marks = []
+    height, width = finding.size
+    marks, taken = [], np.empty((0, 2))
     for annotation in finding.annotations:
         if "bbox" not in annotation:
             continue
-        lines = (line.reshape(-1, 2).tolist() for line in outline(annotation))
-        path = "".join("M" + "L".join(f"{x} {y}" for x, y in line) + "Z" for line in lines)
-        x, y, width, _ = annotation["bbox"]
-        left, top = 100 * (x + width / 2) / finding.size[1], 100 * y / finding.size[0]
-        marks.append(
-            {
-                "path": path,
-                "left": min(max(left, BADGE_ROOM), 100 - BADGE_ROOM),
-                "top": min(max(top, BADGE_ROOM), 100 - BADGE_ROOM),
-            }
-        )
+        lines = [line.reshape(-1, 2) for line in outline(annotation)]
+        path = "".join("M" + "L".join(f"{x} {y}" for x, y in line.tolist()) + "Z" for line in lines)
+        # At the top of the outline; below that where other numbers are.
+        places = 100 * np.concatenate([*lines, np.zeros((0, 2))]) / (width, height)
+        places = places[np.argsort(places[:, 1], kind="stable")].clip(ROOM / 2, 100 - ROOM / 2)
+        free = (abs(places[:, None] - taken) >= ROOM).any(axis=2).all(axis=1)
+        place = places[free.argmax()] if len(places) else np.array([50.0, 50.0])
+        taken = np.concatenate([taken, place[None]])
+        left, top = place.tolist()
+        marks.append({"path": path, "left": left, "top": top})
     return marks
 
 

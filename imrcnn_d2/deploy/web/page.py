@@ -13,6 +13,7 @@ __all__ = ["LOOK", "MAX_FILES", "build_page"]
 
 MAX_FILES = 50  # at once
 TITLE = "IMR-CNN"
+DIGITS = 3  # of τ on the slider
 LEAST_SCORE = 0.05  # MODEL.ROI_HEADS.SCORE_THRESH_TEST: below it nothing is kept
 _FOLDER = resources.files("imrcnn_d2.deploy.web") / "templates"
 # Of gr.mount_gradio_app. Fonts are the reader's own: nothing is fetched.
@@ -22,7 +23,7 @@ LOOK = {
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    ),
+    ).set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300"),
     "css": (_FOLDER / "page.css").read_text(encoding="utf-8"),
 }
 _SHOW, _SAVE, _HEADER = (
@@ -31,26 +32,16 @@ _SHOW, _SAVE, _HEADER = (
 _KINDS = {"masks": "Masks (PNG)", "labelme": "LabelMe", "coco": "COCO"}
 
 
-class ImageFiles(gr.File):
-    """Uploaded files alone: Gradio's own takes any file of this machine, and fetches URLs."""
+def _uploaded_only(folder):
+    """Gradio's own would take any file of this machine, and fetch a URL."""
 
-    is_template = True  # in the browser it is Gradio's
-
-    async def async_move_resource_to_block_cache(self, path):
-        """
-        Args:
-            path (str): as the browser says.
-
-        Returns:
-            str: the same.
-
-        Raises:
-            gr.Error: it is not one that was uploaded, or no longer there.
-        """
+    async def check(path):
         file = Path(path).resolve()
-        if not (file.is_file() and file.is_relative_to(Path(self.GRADIO_CACHE).resolve())):
+        if not (file.is_file() and file.is_relative_to(folder.resolve())):
             raise gr.Error("The upload is no longer there: drop the images again")
         return str(file)
+
+    return check
 
 
 def build_page(predictor):
@@ -63,6 +54,12 @@ def build_page(predictor):
         its tab is closed.
     """
     detector = not predictor.is_classifier
+
+    def exact(tau):
+        """What the slider stands for: where it starts, τ with all its digits."""
+        if not detector:
+            return None
+        return predictor.tau if tau == round(predictor.tau, DIGITS) else tau
 
     def look(files, tau, progress=gr.Progress()):  # noqa: B008  (how Gradio is asked for a bar)
         paths = [Path(file["path"]) for file in files]
@@ -83,18 +80,19 @@ def build_page(predictor):
         return (
             None,
             findings,
-            cards_html(findings, predictor, tau),
-            summary_html(findings, tau),
+            cards_html(findings, predictor, exact(tau)),
+            summary_html(findings, exact(tau)),
             *(gr.update(interactive=found) for _ in buttons),
         )
 
     def show(findings, tau):
+        tau = exact(tau)
         return captions(findings, predictor, tau), summary_html(findings, tau)
 
     def save(kind):
         def make(findings, tau):
             try:
-                name, content = download(findings, kind, tau, predictor)
+                name, content = download(findings, kind, exact(tau), predictor)
             except ValueError as error:
                 raise gr.Error(str(error), title="No file") from error
             return {"name": name, "base64": base64.b64encode(content).decode()}
@@ -110,12 +108,15 @@ def build_page(predictor):
         gr.HTML(_HEADER)
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                files = ImageFiles(file_count="multiple", label="Images", height=200)
+                files = gr.File(file_count="multiple", label="Images", height=200)
+                # Not by a subclass: of each, Gradio writes a .pyi beside its source.
+                files.async_move_resource_to_block_cache = _uploaded_only(Path(files.GRADIO_CACHE))
                 tau = gr.Slider(
                     *(LEAST_SCORE, 1),
-                    value=predictor.tau,
-                    step=0.01,
-                    label="τ: score from which on a finding counts",
+                    value=detector and round(predictor.tau, DIGITS),
+                    step=10**-DIGITS,
+                    label="Threshold τ",
+                    info="Findings with a score of at least τ count.",
                     visible=detector,
                 )
                 summary = gr.HTML()
@@ -135,6 +136,7 @@ def build_page(predictor):
             [files, tau],
             [files, findings, cards, summary, *buttons.values()],
             preprocess=False,
+            show_progress_on=files,
             api_name="look",
         )
         tau.change(
