@@ -202,8 +202,9 @@ class _WholeCheckpointer(Checkpointer):
                 if keys
             )
             raise ValueError(
-                f"The weights are of another architecture than the config: {counts}. Give the "
-                "config that they were trained with (--config-file)"
+                f"{self._parsed_url_during_load.geturl()}: the weights are of another architecture "
+                f"than the config: {counts}. Give the config that they were trained with "
+                "(--config-file)"
             )
         return incompatible
 

@@ -28,7 +28,9 @@ def test_the_config_is_found_beside_the_weights(tiny_run, tmp_path):
 @pytest.mark.parametrize("model", ["mrcnn", "ibmrcnn"])
 def test_weights_of_another_architecture_are_refused(tiny_run, model):
     cfg = load_config(f"configs/kvasir_seg/{model}_lite.yaml", OPTS)
-    with pytest.raises(ValueError, match="another architecture.*not this model's, such as .*cbam"):
+    with pytest.raises(
+        ValueError, match="model_best.pth: .*another architecture.*not this model's, such as .*cbam"
+    ):
         load_model(cfg, tiny_run / "model_best.pth")
 
 
