@@ -10,6 +10,7 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings-python>=2.0"]
 # Of tools/predict.py and tools/export.py: videos, DICOM files and other runtimes than PyTorch.
 DEPLOY = [
     "av>=17",
+    "nncf>=2.17",
     "onnx>=1.17",
     "onnxruntime>=1.20",
     "openvino>=2025.0",

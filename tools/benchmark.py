@@ -6,6 +6,8 @@
     tools/benchmark.py catalogue [--images 10000 100000 1000000] [--output catalogue.json]
     tools/benchmark.py train [--iterations 30] [--picture losses.png] [--output train.json]
                              [KEY VALUE ...]
+    tools/benchmark.py inference [--weights FILE] [--isa avx2] [--output inference.json]
+                                 [KEY VALUE ...]
 
 neck runs PAFPN + CBAM and the plain FPN in turns on the same features, and compares how much longer
 the former takes with what its extra multiply-adds predict. Exit status 1: over 1.15 times that.
@@ -19,6 +21,12 @@ each in a process of its own with two workers that read. Exit status 1: ours add
 
 train trains a model, ours as its config has it and of Detectron2's own parts in fp32, from the same
 weights on the same batches in turns. Exit status 1: ours is less than 1.7 times as fast.
+
+inference predicts on the images of the test set, from file to masks: Detectron2's DefaultPredictor,
+torchvision's maskrcnn_resnet50_fpn, and ours in each runtime, in turns, each in a process of its
+own. Without --weights they are drawn, and results are compared with Detectron2's instead of with
+the truth. Exit status 1: the fastest of ours is less than 3 times as fast as Detectron2, 5 times
+where the processor has bf16, or a runtime loses more than 0.3 points (int8: 0.5) of AP50 or IoU.
 """
 
 import argparse
@@ -30,6 +38,7 @@ from pathlib import Path
 import torch
 from catalogue_benchmark import compare_catalogues
 from evaluation_benchmark import compare_evaluations
+from inference_benchmark import ISA, STOCK, TORCHVISION, compare_predictions
 from neck_benchmark import NECKS, choose_clock, compare_necks
 from train_benchmark import compare_steps, draw_losses, native_precision
 
@@ -48,6 +57,11 @@ CATALOGUE_BOUND = 1e9 / 2**20
 
 # Detectron2's training step over ours, in time.
 TRAIN_BOUND = 1.7
+
+# Detectron2's prediction over our fastest, in time, without and with native bf16; and points of
+# AP50_voc and iou that a runtime may lose.
+INFERENCE_BOUNDS = {"": 3.0, "bf16": 5.0}
+LOSS_BOUND, INT8_LOSS_BOUND = 0.3, 0.5
 
 # Time over FPN's time may exceed multiply-adds over FPN's by this factor.
 NECK_BOUND = 1.15
@@ -124,6 +138,35 @@ def train(args):
     return int(figures["times as fast"] < TRAIN_BOUND)
 
 
+def inference(args):
+    cfg = load_config(str(args.config_file), ["MODEL.DEVICE", "cpu", *args.opts])
+    results = compare_predictions(
+        cfg,
+        args.weights,
+        isa=args.isa,
+        threads=args.threads,
+        runs=args.runs,
+        accuracy=args.accuracy,
+    )
+    print(figures_table(results))
+    precision = native_precision() if args.isa == "native" else ""
+    bound = INFERENCE_BOUNDS[precision]
+    document = {"inference": results, "bound": bound, "isa": args.isa, "threads": args.threads}
+    document |= {"torch": torch.__version__, "config": str(args.config_file)}
+    write(document, args.output)
+    ours = {name: f for name, f in results.items() if name not in (STOCK, TORCHVISION)}
+    lost = {
+        name: max(results[STOCK].get(key, 0) - figures.get(key, 0) for key in ("AP50_voc", "iou"))
+        for name, figures in ours.items()
+    }
+    too_much = [
+        name
+        for name, points in lost.items()
+        if points > (INT8_LOSS_BOUND if "int8" in name else LOSS_BOUND)
+    ]
+    return int(max(f["times as fast"] for f in ours.values()) < bound or bool(too_much))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -194,6 +237,23 @@ def main(argv=None):
     command.add_argument("--output", type=Path, help="JSON file for the figures")
     command.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
     command.set_defaults(run=train)
+
+    command = commands.add_parser("inference", help="a prediction against Detectron2's")
+    command.add_argument(
+        "--config-file", type=Path, default=CONFIG, help="default: IMR-CNN light on Kvasir-SEG"
+    )
+    command.add_argument("--weights", default="", help="default: drawn ones")
+    command.add_argument(
+        "--isa", choices=ISA, default="native", help="instructions that may be used (native)"
+    )
+    command.add_argument("--threads", type=int, default=2, help="of each (2)")
+    command.add_argument("--runs", type=int, default=25, help="images each is timed on (25)")
+    command.add_argument(
+        "--accuracy", type=int, metavar="IMAGES", help="to compare results on; default: all"
+    )
+    command.add_argument("--output", type=Path, help="JSON file for the figures")
+    command.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
+    command.set_defaults(run=inference)
 
     args = parser.parse_args(argv)
     return args.run(args)

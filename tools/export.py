@@ -8,7 +8,12 @@
 
 The file holds the network, config, class names and τ, and tools/predict.py takes it as --weights.
 safetensors are weights, which MODEL.WEIGHTS takes too; onnx, openvino and torchscript are for
-runtimes of these names (pip install -e '.[deploy]'), for any number and size of images.
+runtimes of these names (pip install -e '.[deploy]'), for any number and size of images. int8 is
+fitted to images of the training set:
+
+    tools/export.py --format openvino --precision int8 --weights output/imrcnn/model_best.pth \\
+        --calibration datasets/kvasir_seg/images --images datasets/kvasir_seg/images \\
+        --output imrcnn_int8.openvino
 
 The file is compared with the original on real images; the largest differences are printed, and
 where one is above its bound no file is written.
@@ -20,6 +25,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from tqdm import tqdm
+
 from imrcnn_d2.data.images import read_image
 from imrcnn_d2.deploy import Predictor, artifact, graph_files
 from imrcnn_d2.deploy.agreement import compare_predictors
@@ -27,16 +34,20 @@ from imrcnn_d2.deploy.inputs import find_inputs
 from imrcnn_d2.deploy.loading import load_model
 
 PRECISIONS = {"safetensors": tuple(artifact.PRECISIONS), **graph_files.PRECISIONS}
-# What may differ: detections in one of the two only in percent, scores, boxes in percent of the
-# image's longer side, overlap of masks. None that counts may be in one of the two only.
+# What may differ: detections in one of the two only in percent, those that count and all; scores,
+# boxes in percent of the image's longer side, overlap of masks. Of two boxes that suppress each
+# other, int8 may take the other one: its bounds hold for 95 % of the detections.
 BOUNDS = {
-    "exact": {"unmatched": 0, "score": 0, "box": 0, "mask_iou": 1},
-    "fp32": {"unmatched": 1, "score": 0.001, "box": 0.05, "mask_iou": 0.999},
-    "fp16": {"unmatched": 3, "score": 0.02, "box": 1, "mask_iou": 0.97},
-    "bf16": {"unmatched": 5, "score": 0.1, "box": 3, "mask_iou": 0.9},
+    "exact": {"lost": 0, "unmatched": 0, "score": 0, "box": 0, "mask_iou": 1},
+    "fp32": {"lost": 0, "unmatched": 1, "score": 0.001, "box": 0.05, "mask_iou": 0.999},
+    "fp16": {"lost": 0, "unmatched": 3, "score": 0.02, "box": 1, "mask_iou": 0.97},
+    "bf16": {"lost": 0, "unmatched": 5, "score": 0.1, "box": 3, "mask_iou": 0.9},
+    "int8": {"lost": 2, "unmatched": 10, "score": 0.25, "box": 5, "mask_iou": 0.85, "share": 0.95},
 }
 
-MOST_IMAGES = 50  # that are compared; spread evenly over those given
+# Of those given, spread evenly over them.
+MOST_IMAGES = 50  # that are compared
+MOST_CALIBRATION = 300
 
 
 def main(argv=None):
@@ -47,6 +58,8 @@ def main(argv=None):
     if args.precision not in PRECISIONS[args.format]:
         known = ", ".join(PRECISIONS[args.format])
         parser.error(f"there is no {args.precision} of {args.format}; choose of {known}")
+    if (args.precision == "int8") != bool(args.calibration):
+        parser.error("--precision int8 and --calibration go together")
     try:
         export(args)
     except (OSError, ValueError) as error:
@@ -58,8 +71,10 @@ def main(argv=None):
 
 def argument_parser():
     bounds = (
-        f"{name}: {b['unmatched']} % of the detections in one of the two only, scores "
-        f"{b['score']}, boxes {b['box']} % of the image, overlap of masks {b['mask_iou']}"
+        f"{name}: {b['unmatched']} % of the detections in one of the two only ({b['lost']} % of "
+        f"those that count), scores {b['score']}, boxes {b['box']} % of the image, overlap of "
+        f"masks {b['mask_iou']}"
+        + (f"; each for {100 * b['share']:.0f} % of the detections" if "share" in b else "")
         for name, b in BOUNDS.items()
     )
     parser = argparse.ArgumentParser(
@@ -75,10 +90,17 @@ def argument_parser():
         choices=sorted({name for names in PRECISIONS.values() for name in names}),
         default="fp32",
         help="fp16 has half the size (safetensors), bf16 is faster where the processor has such "
-        "arithmetic (openvino, torchscript) (fp32)",
+        "arithmetic (openvino, torchscript), int8 has a third of the size and is faster still "
+        "(openvino) (fp32)",
     )
     parser.add_argument(
         "--images", required=True, nargs="+", metavar="PATH", help="what to compare on; 50 at most"
+    )
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="PATH",
+        help=f"for int8: images of the training set; {MOST_CALIBRATION} at most",
     )
     parser.add_argument("--output", required=True, type=Path, help="the file to write")
     return parser
@@ -86,33 +108,55 @@ def argument_parser():
 
 def export(args):
     """Write the file beside its place, compare, and move it there."""
-    images = [source.path for source in find_inputs(args.images)[1] if source.kind == "image"]
-    if not images:
-        raise ValueError("--images names no image to compare on")
-    images = images[:: math.ceil(len(images) / MOST_IMAGES)]
+    images = find_images(args.images, MOST_IMAGES, "--images")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         path = Path(folder) / args.output.name
-        loaded = load_model(args.config_file, args.weights, device="cpu")
         original = Predictor(args.config_file, args.weights, device="cpu")
-        if args.format == "safetensors":
-            artifact.write_safetensors(loaded, path, precision=args.precision)
-        else:
-            example = original.prepare(read_image(images[0]))
-            how = {"example": example, "precision": args.precision}
-            graph_files.write_graph(loaded, path, args.format, **how)
+        write(args, original, images[0], path)
         agreement = compare_predictors(original, Predictor(None, path), images)
+        score, box, mask_iou = agreement.largest()
         print(
             f"On {agreement.images} images, {agreement.detections} detections, "
             f"{agreement.unmatched} of them in one of the two only: largest difference of a score "
-            f"{agreement.score:.2g}, of a box {agreement.box:.2g} % of the image; smallest overlap "
-            f"of masks {agreement.mask_iou:.4f}"
+            f"{score:.2g}, of a box {box:.2g} % of the image; smallest overlap of masks "
+            f"{mask_iou:.4f}"
         )
         exact = args.format == "safetensors" and args.precision == "fp32"
         if exceeded := agreement.exceeded(**BOUNDS["exact" if exact else args.precision]):
             raise ValueError(f"{args.output} was not written: {'; '.join(exceeded)}")
         os.replace(path, args.output)
     print(f"Written: {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+def write(args, original, example, path):
+    """The file, at a place of its own; `original` prepares images as the network sees them."""
+    loaded = load_model(args.config_file, args.weights, device="cpu")
+    if args.format == "safetensors":
+        artifact.write_safetensors(loaded, path, precision=args.precision)
+        return
+    calibration = ()
+    if args.calibration:
+        calibration = find_images(args.calibration, MOST_CALIBRATION, "--calibration")
+    graph_files.write_graph(
+        loaded,
+        path,
+        args.format,
+        example=original.prepare(read_image(example)),
+        precision=args.precision,
+        calibration=[
+            original.prepare(read_image(image))
+            for image in tqdm(calibration, desc="Reading images", disable=not calibration)
+        ],
+    )
+
+
+def find_images(paths, most, option):
+    """Images among the inputs, at most so many, spread evenly."""
+    images = [source.path for source in find_inputs(paths)[1] if source.kind == "image"]
+    if not images:
+        raise ValueError(f"{option} names no image")
+    return images[:: math.ceil(len(images) / most)]
 
 
 if __name__ == "__main__":

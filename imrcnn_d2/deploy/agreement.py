@@ -9,7 +9,7 @@ from imrcnn_d2.data.images import read_image
 
 from .records import records
 
-__all__ = ["Agreement", "compare_predictors"]
+__all__ = ["LEAST_SCORE", "Agreement", "compare_predictors", "compare_records"]
 
 LEAST_SCORE = 0.3  # of the detections that the other predictor has to find as well
 LEAST_IOU = 0.5  # of two that are taken for the same
@@ -18,7 +18,7 @@ LEAST_IOU = 0.5  # of two that are taken for the same
 @dataclass(frozen=True)
 class Agreement:
     """
-    The largest differences between two predictors.
+    The differences between two predictors.
 
     Attributes:
         images (int): compared.
@@ -27,38 +27,61 @@ class Agreement:
         unmatched (int): those of them that the other has not (box IoU of 0.5, same class). Of two
             that overlap by about NMS_THRESH_TEST, a rounding decides which one stays.
         lost (int): the unmatched that count, with a score of at least the reference's ``tau``.
-        score (float): largest difference of two scores, or of a class's probabilities.
-        box (float): of a box's side, in percent of the image's longer side.
-        mask_iou (float): smallest overlap of two masks; 1 where there are none.
+        scores (np.ndarray): of each detection that both have, the scores' difference, or the
+            largest one of the classes' probabilities.
+        boxes (np.ndarray): likewise, the largest one of the box's sides, in percent of the image's
+            longer side.
+        mask_ious (np.ndarray): likewise, the masks' overlap; empty where there are none.
     """
 
     images: int
     detections: int
     unmatched: int
     lost: int
-    score: float
-    box: float
-    mask_iou: float
+    scores: np.ndarray
+    boxes: np.ndarray
+    mask_ious: np.ndarray
 
-    def exceeded(self, *, unmatched, score, box, mask_iou):
+    def largest(self, share=1.0):
         """
         Args:
-            unmatched (float): bound, in percent of the detections.
-            score, box, mask_iou (float): bounds.
+            share (float): of the detections, in (0, 1], that differ by no more.
+
+        Returns:
+            tuple[float, float, float]: difference of scores, of boxes, and least overlap of masks.
+        """
+        score, box = (
+            float(np.quantile(values, share, method="higher")) if len(values) else 0.0
+            for values in (self.scores, self.boxes)
+        )
+        ious = self.mask_ious
+        iou = float(np.quantile(ious, 1 - share, method="lower")) if len(ious) else 1.0
+        return score, box, iou
+
+    def exceeded(self, *, lost, unmatched, score, box, mask_iou, share=1.0):
+        """
+        Args:
+            lost, unmatched (float): bounds, in percent of the detections.
+            score, box, mask_iou (float): bounds of :meth:`largest`.
+            share (float): that they hold for.
 
         Returns:
             list[str]: what is beyond its bound, in words.
         """
-        share = 100 * self.unmatched / max(self.detections, 1)
+        one_only = [100 * n / max(self.detections, 1) for n in (self.lost, self.unmatched)]
+        found = self.largest(share)
         checks = [
-            (self.lost > 0, f"{self.lost} detections that count are in one of the two only"),
-            (share > unmatched, f"{share:.3g} % are in one of the two only, over {unmatched:g} %"),
-            (self.score > score, f"scores differ by {self.score:.3g}, more than {score:g}"),
-            (self.box > box, f"boxes differ by {self.box:.3g} %, more than {box:g} %"),
             (
-                self.mask_iou < mask_iou,
-                f"masks overlap {self.mask_iou:.3g}, less than {mask_iou:g}",
+                one_only[0] > lost,
+                f"{self.lost} detections that count are in one of the two only, over {lost:g} %",
             ),
+            (
+                one_only[1] > unmatched,
+                f"{one_only[1]:.3g} % are in one of the two only, over {unmatched:g} %",
+            ),
+            (found[0] > score, f"scores differ by {found[0]:.3g}, more than {score:g}"),
+            (found[1] > box, f"boxes differ by {found[1]:.3g} %, more than {box:g} %"),
+            (found[2] < mask_iou, f"masks overlap {found[2]:.3g}, less than {mask_iou:g}"),
         ]
         return [text for failed, text in checks if failed]
 
@@ -72,21 +95,36 @@ def compare_predictors(reference, other, paths):
     Returns:
         Agreement:
     """
-    scores, boxes, ious = [0.0], [0.0], [1.0]
-    detections, unmatched = 0, []
+    sizes, found = [], ([], [])
     for path in paths:
         image = read_image(path)
-        size = image.shape[:2]
-        found = [
-            records(each, each.forward([each.prepare(image)])[0], *size)
-            for each in (reference, other)
-        ]
-        if reference.is_classifier:
+        sizes.append(image.shape[:2])
+        for predictor, results in zip((reference, other), found, strict=True):
+            output = predictor.forward([predictor.prepare(image)])[0]
+            results.append(records(predictor, output, *sizes[-1]))
+    return compare_records(*found, sizes, reference.tau)
+
+
+def compare_records(reference, other, sizes, tau):
+    """
+    Args:
+        reference, other (list[list[dict]]): what two predictors found in the same images, see
+            :func:`records`.
+        sizes (list[tuple[int, int]]): of the images, (height, width).
+        tau (float or None): score from which on a detection counts; None of recognition models.
+
+    Returns:
+        Agreement:
+    """
+    scores, boxes, ious = [], [], []
+    detections, unmatched = 0, []
+    for ones, twos, size in zip(reference, other, sizes, strict=True):
+        if tau is None:
             detections += 1
-            pair = [np.array(annotations[0]["probabilities"]) for annotations in found]
+            pair = [np.array(found[0]["probabilities"]) for found in (ones, twos)]
             scores.append(float(abs(pair[0] - pair[1]).max()))
             continue
-        pairs, missing = _pairs(*found)
+        pairs, missing = _pairs(ones, twos)
         detections += len(pairs) + len(missing)
         unmatched += missing
         for one, two in pairs:
@@ -96,13 +134,13 @@ def compare_predictors(reference, other, paths):
                 masks = [one["segmentation"]], [two["segmentation"]]
                 ious.append(float(mask_util.iou(*masks, [0])[0, 0]))
     return Agreement(
-        images=len(paths),
+        images=len(sizes),
         detections=detections,
         unmatched=len(unmatched),
-        lost=sum(score >= reference.tau for score in unmatched),
-        score=max(scores),
-        box=float(max(boxes)),
-        mask_iou=min(ious),
+        lost=0 if tau is None else sum(score >= tau for score in unmatched),
+        scores=np.array(scores),
+        boxes=np.array(boxes),
+        mask_ious=np.array(ious),
     )
 
 

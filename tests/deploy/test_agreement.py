@@ -1,5 +1,6 @@
 """How far two predictors differ."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -7,7 +8,7 @@ from imrcnn_d2.deploy.agreement import Agreement, compare_predictors
 
 from .conftest import picture
 
-BOUNDS = {"unmatched": 3, "score": 0.02, "box": 1, "mask_iou": 0.97}
+BOUNDS = {"lost": 0, "unmatched": 3, "score": 0.02, "box": 1, "mask_iou": 0.97}
 
 
 class Moved:
@@ -38,16 +39,17 @@ def paths(tmp_path):
 def test_one_agrees_with_itself(predictor, paths):
     agreement = compare_predictors(predictor, predictor, paths)
     assert agreement.images == 2 and agreement.detections > 2
-    assert (agreement.unmatched, agreement.score, agreement.box, agreement.mask_iou) == (0, 0, 0, 1)
-    assert not agreement.exceeded(unmatched=0, score=0, box=0, mask_iou=1)
+    assert (agreement.unmatched, *agreement.largest()) == (0, 0, 0, 1)
+    assert not agreement.exceeded(lost=0, unmatched=0, score=0, box=0, mask_iou=1)
 
 
 def test_the_largest_difference_is_found(predictor, paths):
     agreement = compare_predictors(predictor, Moved(predictor, score=0.01, shift=0.5), paths)
-    assert agreement.score == pytest.approx(0.01, abs=1e-5)
+    score, box, mask_iou = agreement.largest()
+    assert score == pytest.approx(0.01, abs=1e-5)
     # half a pixel of 85, as the network sees the image in its own size
-    assert agreement.box == pytest.approx(100 * 0.5 / 85, rel=1e-3)
-    assert agreement.mask_iou < 1
+    assert box == pytest.approx(100 * 0.5 / 85, rel=1e-3)
+    assert mask_iou < 1
 
 
 def test_what_is_missing_is_counted(predictor, paths):
@@ -63,9 +65,21 @@ def test_another_class_is_no_match(predictor, paths):
 
 
 def test_bounds_are_named():
-    good = Agreement(9, 100, 3, 0, 0.02, 1, 0.97)
+    good = Agreement(9, 100, 3, 0, *(np.array([v]) for v in (0.02, 1, 0.97)))
     assert good.exceeded(**BOUNDS) == []
-    bad = Agreement(9, 100, 4, 1, 0.03, 1.5, 0.9)
+    bad = Agreement(9, 100, 4, 1, *(np.array([v]) for v in (0.03, 1.5, 0.9)))
     said = "; ".join(bad.exceeded(**BOUNDS))
     for part in ("1 detections that count", "4 %", "0.03, more than 0.02", "1.5 %", "0.9, less"):
         assert part in said
+
+
+def test_a_bound_may_be_for_most_detections():
+    steps = np.arange(1, 101) / 100
+    agreement = Agreement(9, 100, 0, 1, steps, 100 * steps, 1 - steps)
+    assert agreement.largest() == pytest.approx((1, 100, 0))
+    # Of a hundred, 95 differ by no more than 0.95; the quantile lies at the next one.
+    assert agreement.largest(0.95) == pytest.approx((0.96, 96, 0.04))
+    bounds = {"lost": 1, "unmatched": 0, "score": 0.96, "box": 96, "mask_iou": 0.039}
+    assert agreement.exceeded(**bounds, share=0.95) == []
+    assert len(agreement.exceeded(**bounds)) == 3
+    assert len(agreement.exceeded(**{**bounds, "lost": 0}, share=0.95)) == 1

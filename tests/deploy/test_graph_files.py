@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ import pytest
 from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.graph_files import FORMATS, PRECISIONS, write_graph
-from imrcnn_d2.deploy.graph_runtimes import ABOUT, GRAPH_FORMATS
+from imrcnn_d2.deploy.graph_runtimes import ABOUT, GRAPH_FORMATS, OPENVINO_PARTS
 from imrcnn_d2.deploy.loading import ARTIFACT_VERSION, load_model
 
 from .conftest import TAU, picture
@@ -62,10 +63,48 @@ def test_bf16(loaded, predictor, tmp_path):
     assert abs(one.scores[0] - two.scores[0]) < 0.05
 
 
+def test_int8(loaded, predictor, tmp_path):
+    calibration = [predictor.prepare(picture(seed)) for seed in range(4)]
+    path = tmp_path / "model.openvino"
+    write_graph(
+        loaded, path, "openvino", example=calibration[0], precision="int8", calibration=calibration
+    )
+    with zipfile.ZipFile(path) as archive:
+        graph = ElementTree.fromstring(archive.read(OPENVINO_PARTS[0]))
+    quantised = {
+        edge.get("to-layer")
+        for edge in graph.iter("edge")
+        for layer in graph.iter("layer")
+        if layer.get("type") == "FakeQuantize" and edge.get("from-layer") == layer.get("id")
+    }
+    names = [layer.get("name") for layer in graph.iter("layer") if layer.get("id") in quantised]
+    for part in ("/backbone/fpn_output2", "/rpn_head/conv", "/box_head/", "/mask_fcn1"):
+        assert any(name.startswith(part) for name in names), part
+    kept = (
+        "cbam",
+        "/body/conv_stem",
+        "/body/0/",
+        "objectness_logits",
+        "anchor_deltas",
+        "cls_score",
+    )
+    assert not [name for name in names if any(part in name for part in kept)]
+    assert all(
+        name.startswith(("/backbone", "/rpn_head", "/box_head", "/mask_fcn")) for name in names
+    )
+
+    one, two = (each(picture(9)) for each in (predictor, Predictor(None, path)))
+    assert not np.array_equal(one.scores, two.scores), "it was not quantised"
+    # The tiny model's random weights make much of small differences.
+    assert abs(one.scores[0] - two.scores[0]) < 0.4
+
+
 def test_what_cannot_be_had_is_said(loaded, predictor, tmp_path):
     example = predictor.prepare(picture(0))
     with pytest.raises(ValueError, match="no bf16 of onnx; choose of fp32"):
         write_graph(loaded, tmp_path / "m.onnx", "onnx", example=example, precision="bf16")
+    with pytest.raises(ValueError, match="int8 needs images of the training set"):
+        write_graph(loaded, tmp_path / "m.openvino", "openvino", example=example, precision="int8")
     assert not list(tmp_path.iterdir())
     assert set(PRECISIONS) == set(FORMATS) == set(GRAPH_FORMATS)
 
