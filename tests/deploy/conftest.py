@@ -1,9 +1,12 @@
 """A tiny IMR-CNN with random weights, which finds something everywhere, and files to find it in."""
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from dicoms import write_dicom
 from PIL import Image
 
 from imrcnn_d2.deploy import Predictor
@@ -59,3 +62,51 @@ def image_folder(tmp_path):
     for seed, name in enumerate(("a.png", "b/c.jpg", "d.png")):
         Image.fromarray(picture(seed)).save(folder / name)
     return folder
+
+
+@pytest.fixture
+def bad_files(image_folder):
+    """
+    Files that cannot be read, or not to their end, in the folder of images: by name, a part of the
+    reason. "print.jpg" and "deep.png" beside them can.
+    """
+    import av
+
+    good = (image_folder / "a.png").read_bytes()
+    (image_folder / "cut.png").write_bytes(good[: len(good) // 2])
+    (image_folder / "empty.jpg").touch()
+    (image_folder / "zero.ppm").write_bytes(b"P6 0 0 255\n")
+    Image.new("RGB", (3000, 1)).save(image_folder / "thin.png")
+    frames = [Image.fromarray(picture(seed)) for seed in range(3)]
+    frames[0].save(image_folder / "moving.gif", save_all=True, append_images=frames[1:])
+    # PNG says how large it is before anything of it is decoded
+    bomb = bytearray(good)
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    (image_folder / "bomb.png").write_bytes(bomb)
+    Image.fromarray(picture(0)).convert("CMYK").save(image_folder / "print.jpg")
+    Image.fromarray(np.full((60, 80), 30_000, np.uint16)).save(image_folder / "deep.png")
+    (image_folder / "film.mp4").write_bytes(b"no film")
+    film = image_folder / "cut.mkv"
+    with av.open(str(film), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.gop_size = 80, 60, 5
+        for number in range(40):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    film.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    write_dicom(image_folder / "report.dcm")
+    write_dicom(image_folder / "hollow.dcm", Rows=60, Columns=80)
+    return {
+        "cut.png": "no readable image",
+        "empty.jpg": "no readable image",
+        "zero.ppm": "no readable image",
+        "thin.png": "3000x1 is too thin",
+        "moving.gif": "holds 3 images",
+        "bomb.png": "decompression bomb",
+        "film.mp4": "cannot be decoded from the start",
+        "cut.mkv": "frames",
+        "report.dcm": "without an image",
+        "hollow.dcm": "pixels",
+    }
