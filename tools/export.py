@@ -9,11 +9,7 @@
 The file holds the network, config, class names and τ, and tools/predict.py takes it as --weights.
 safetensors are weights, which MODEL.WEIGHTS takes too; onnx, openvino and torchscript are for
 runtimes of these names (pip install -e '.[deploy]'), for any number and size of images. int8 is
-fitted to images of the training set:
-
-    tools/export.py --format openvino --precision int8 --weights output/imrcnn/model_best.pth \\
-        --calibration datasets/kvasir_seg/images --images datasets/kvasir_seg/images \\
-        --output imrcnn_int8.openvino
+fitted to training images, those of the config's DATASETS.TRAIN unless others are given.
 
 The file is compared with the original on real images; the largest differences are printed, and
 where one is above its bound no file is written.
@@ -25,6 +21,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from imrcnn_d2.data.images import read_image
@@ -58,8 +55,8 @@ def main(argv=None):
     if args.precision not in PRECISIONS[args.format]:
         known = ", ".join(PRECISIONS[args.format])
         parser.error(f"there is no {args.precision} of {args.format}; choose of {known}")
-    if (args.precision == "int8") != bool(args.calibration):
-        parser.error("--precision int8 and --calibration go together")
+    if args.calibration and args.precision != "int8":
+        parser.error("--calibration is for --precision int8")
     try:
         export(args)
     except (OSError, ValueError) as error:
@@ -100,7 +97,7 @@ def argument_parser():
         "--calibration",
         nargs="+",
         metavar="PATH",
-        help=f"for int8: images of the training set; {MOST_CALIBRATION} at most",
+        help=f"images to fit int8 to, none that it is tested on; {MOST_CALIBRATION} at most",
     )
     parser.add_argument("--output", required=True, type=Path, help="the file to write")
     return parser
@@ -135,9 +132,7 @@ def write(args, original, example, path):
     if args.format == "safetensors":
         artifact.write_safetensors(loaded, path, precision=args.precision)
         return
-    calibration = ()
-    if args.calibration:
-        calibration = find_images(args.calibration, MOST_CALIBRATION, "--calibration")
+    calibration = calibration_images(args, loaded.cfg) if args.precision == "int8" else ()
     graph_files.write_graph(
         loaded,
         path,
@@ -151,12 +146,30 @@ def write(args, original, example, path):
     )
 
 
+def calibration_images(args, cfg):
+    """Of --calibration, else of the training set."""
+    if args.calibration:
+        return find_images(args.calibration, MOST_CALIBRATION, "--calibration")
+    try:
+        records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(
+            "int8 is fitted to training images, and those of the config cannot be read "
+            f"({error}): name images with --calibration"
+        ) from error
+    return _spread([Path(record["file_name"]) for record in records], MOST_CALIBRATION)
+
+
 def find_images(paths, most, option):
-    """Images among the inputs, at most so many, spread evenly."""
+    """Images among the inputs, at most so many."""
     images = [source.path for source in find_inputs(paths)[1] if source.kind == "image"]
     if not images:
         raise ValueError(f"{option} names no image")
-    return images[:: math.ceil(len(images) / most)]
+    return _spread(images, most)
+
+
+def _spread(images, most):
+    return images[:: max(1, math.ceil(len(images) / most))]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 import json
+import os
 import time
 from pathlib import Path
 
 import benchmark
 import catalogue_benchmark
 import evaluation_benchmark
+import inference_benchmark
 import neck_benchmark
 import numpy as np
 import prepare_dataset
@@ -12,6 +14,7 @@ import pytest
 import torch
 import train_benchmark
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.backbone import FPN
@@ -193,6 +196,65 @@ def test_train_compares_the_same_training(tiny_training, tmp_path, monkeypatch, 
     assert 0 <= figures["data time, % of ours"] < 100
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "times as fast" in capsys.readouterr().out
+
+
+def test_inference_compares_the_same_model(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "datasets" / "synthetic"
+    prepare_dataset.main(["synthetic", "--out", str(out), "--num-images", "10", "--size", "96"])
+    monkeypatch.setenv("IMRCNN_DATASETS", str(out.parent))
+    # The other sides take another ten seconds of start each.
+    monkeypatch.setattr(inference_benchmark, "TORCH", {})
+    monkeypatch.setattr(inference_benchmark, "EXPORTED", {"OpenVINO": ("openvino", "fp32")})
+    monkeypatch.setattr(benchmark, "INFERENCE_BOUNDS", {"": 1000.0, "bf16": 1000.0})
+    file = tmp_path / "inference.json"
+    command = ["inference", "--config-file", f"{CONFIGS}/synthetic/imrcnn_lite.yaml"]
+    command += ["--runs", "3", "--accuracy", "2", "--threads", "1", "--isa", "avx2"]
+    command += ["--output", str(file), "INPUT.MIN_SIZE_TEST", "96", "MODEL.TIMM.WEIGHTS", ""]
+    command += ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
+    assert benchmark.main(command) == 1, "it is not a thousand times as fast"
+    document = json.loads(file.read_text())
+    figures = document["inference"]
+    stock, torchvision, ours = (figures[k] for k in ("Detectron2", "torchvision R-50", "OpenVINO"))
+    assert document["isa"] == "avx2" and "ONEDNN_MAX_CPU_ISA" not in os.environ
+    assert stock["times as fast"] == stock["times less processor time"] == 1
+    assert torchvision["ms"] > ours["ms"] > 0
+    assert all(300 < side["MiB at most"] < 4000 for side in figures.values())
+    assert stock["detections"] == ours["detections"] > 2
+    assert ours["in one only, %"] < 10 and ours["scores differ by"] < 1e-3
+    assert ours["masks overlap"] > 0.99
+    assert "times less processor time" in capsys.readouterr().out
+
+
+def test_accuracy_is_that_of_the_data_set(tmp_path, monkeypatch):
+    out = tmp_path / "datasets" / "synthetic"
+    prepare_dataset.main(["synthetic", "--out", str(out), "--num-images", "10", "--size", "96"])
+    monkeypatch.setenv("IMRCNN_DATASETS", str(out.parent))
+    cfg = load_config(f"{CONFIGS}/synthetic/imrcnn_lite.yaml", ["MODEL.TIMM.WEIGHTS", ""])
+    records = DatasetCatalog.get("synthetic_test")
+    truth = json.loads((out / "annotations" / "test.json").read_text())
+    classes = {c["id"]: i for i, c in enumerate(sorted(truth["categories"], key=lambda c: c["id"]))}
+    found = [
+        [
+            {**a, "category_id": classes[a["category_id"]], "score": 0.9}
+            for a in truth["annotations"]
+            if a["image_id"] == record["image_id"]
+        ]
+        for record in records
+    ]
+    accuracy = inference_benchmark._accuracy(cfg, records, found)
+    assert accuracy == {"AP50_voc": 100, "iou": 100}
+    half = inference_benchmark._accuracy(cfg, records[:1], found[:1])
+    assert half == {"AP50_voc": 100, "iou": 100}, "those left out are no misses"
+    assert inference_benchmark._accuracy(cfg, records, [[] for _ in records])["AP50_voc"] == 0
+
+
+def test_a_side_that_fails_says_why(tmp_path):
+    side = inference_benchmark.Side(inference_benchmark._ours, None, tmp_path / "no.onnx", None)
+    try:
+        with pytest.raises(FileNotFoundError, match="no.onnx"):
+            side.ask("seconds", "a.png")
+    finally:
+        side.stop()
 
 
 def test_the_other_side_is_of_detectron2s_own_parts():

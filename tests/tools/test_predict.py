@@ -92,14 +92,16 @@ def test_errors_are_a_line(case, tmp_path, capsys):
     assert failing(predict, capsys, *weights, "--input", tmp_path / "only")[0] == 1
 
 
-def test_int8_is_fitted_to_images(case, tmp_path, capsys):
+def test_int8_is_fitted_to_images(case, tmp_path, capsys, monkeypatch):
     target, images = tmp_path / "model.openvino", case / "images"
     common = ["--format", "openvino", "--precision", "int8", "--weights", case / "model.pth"]
     common += ["--images", images / "a.png", "--output", target]
-    assert failing(export, capsys, *common)[0] == 2, "no --calibration"
+    monkeypatch.setenv("IMRCNN_DATASETS", str(tmp_path))
+    status, err = failing(export, capsys, *common)
+    assert status == 1 and "cannot be read" in err and "--calibration" in err
     (tmp_path / "none").mkdir()
     status, err = failing(export, capsys, *common, "--calibration", tmp_path / "none")
-    assert status == 1 and "--calibration names no image" in err
+    assert status == 1 and f"under {tmp_path / 'none'}" in err
 
 
 def test_an_export_that_differs_is_not_left(case, tmp_path, capsys, monkeypatch):
