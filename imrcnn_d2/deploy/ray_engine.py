@@ -11,6 +11,8 @@ import ray  # of the extra [ray]
 import ray.data
 from tqdm import tqdm
 
+from imrcnn_d2.engine.allocator import keep_freed_memory
+
 from .batch import Summary
 from .identity import input_key, run_record, signature
 from .inputs import Source, find_inputs
@@ -20,12 +22,10 @@ from .predictor import Predictor
 
 __all__ = ["predict_with_ray"]
 
-logger = logging.getLogger(__name__)
-
 INPUTS = 256  # at most so many share a file
 FILES = 4  # at least so many an actor, so that all end at about the same time
 RETRIES = 2  # of inputs whose actor died
-DIED = "the process died of it, or was killed, several times"
+LOST = "the processes that worked on it died or failed, all of them: see Ray's log"
 
 
 def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1):
@@ -62,10 +62,18 @@ def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1):
     run = run_record(Predictor(**arguments), root)  # what is wrong with the weights shows at once
     parts = Parts(folder, run)
     left = {source.name: source for source in sources if not parts.is_done(source)}
-    todo, images = len(left), 0
+    skipped = len(sources) - len(left)
     parts.drop(left.values())
-    with _cluster(), tqdm(desc="Predicting", unit="input", total=todo) as bar:
-        make = arguments, folder, run, batch_size
+    images = _predict(left, (arguments, folder, run, batch_size), actors) if left else 0
+    for source in left.values():
+        write_part(folder, run, [source], [input_row(_lost(source))])
+    return Summary(images, skipped, Parts(folder, run).failed())
+
+
+def _predict(left, make, actors):
+    """Number of images predicted; ``left`` keeps the inputs, by name, that were lost."""
+    images = 0
+    with _cluster(), tqdm(desc="Predicting", unit="input", total=len(left)) as bar:
         # Those that were lost together with others are tried alone.
         for share in (_shards, _one_by_one):
             for done in _results(share(left.values(), actors), make, actors):
@@ -75,9 +83,7 @@ def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1):
                 for line in done["failed"]:
                     tqdm.write(line)
                 images += done["images"]
-    for source in left.values():
-        write_part(folder, run, [source], [input_row(_lost(source))])
-    return Summary(images, len(sources) - todo, Parts(folder, run).failed())
+    return images
 
 
 def _with_absolute_paths(arguments):
@@ -158,6 +164,7 @@ class _Worker:
     """An actor: its model, and how it writes a file."""
 
     def __init__(self, arguments, folder, run, batch_size):
+        keep_freed_memory()
         self._predictor = Predictor(**arguments)
         self._folder, self._run, self._batch_size = folder, run, batch_size
 
@@ -192,4 +199,4 @@ class _Worker:
 def _lost(source):
     # What identifies a patient is not known without reading it.
     name = f"dicom-{input_key(source.name)}.dcm" if source.kind == "dicom" else source.name
-    return Item(source, name, signature(source), error=DIED)
+    return Item(source, name, signature(source), error=LOST)
