@@ -1,6 +1,7 @@
 """tools/predict.py, and what tools/export.py writes for it."""
 
 import json
+import sys
 
 import export
 import numpy as np
@@ -87,9 +88,22 @@ def test_errors_are_a_line(case, tmp_path, capsys):
     weights = ["--weights", case / "model.pth", "--output", tmp_path / "out"]
     assert failing(predict, capsys, *weights)[0] == 2, "neither --input nor --live"
     assert failing(predict, capsys, *weights, "--input", "a", "--tau", "7")[0] == 2
+    ray = [*weights, "--input", "a", "--engine", "ray"]
+    assert "no --overlays, --masks" in failing(predict, capsys, *ray, "--masks")[1]
+    assert failing(predict, capsys, *ray, "--actors", 0)[0] == 2
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "bad.png").write_bytes(b"")
     assert failing(predict, capsys, *weights, "--input", tmp_path / "only")[0] == 1
+
+
+def test_what_the_ray_engine_needs_is_named(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "imrcnn_d2.deploy.ray_engine", raising=False)
+    status, err = failing(
+        predict, capsys, "--engine", "ray", "--weights", case / "model.pth", "--input",
+        case / "images", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 1 and "this needs ray: pip install -e '.[ray]'" in err
 
 
 def test_int8_is_fitted_to_images(case, tmp_path, capsys, monkeypatch):
