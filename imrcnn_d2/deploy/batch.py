@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .identity import run_record
+from .identity import printable, run_record
 from .inputs import find_inputs
 from .journal import Journal
 from .outputs import InputOutputs, OutputFolder
@@ -91,6 +91,6 @@ def _predict(predictor, sources, to, journal, batch_size):
             files.close()  # its files are whole before it is noted as done
             journal.finish(item.source, item.name, item.signature, number, item.error)
             if item.error:
-                tqdm.write(f"{item.name}: {item.error}")
+                tqdm.write(printable(f"{item.name}: {item.error}"))
             images, number = images + number, 0
     return images

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 
-__all__ = ["check_run", "input_key", "run_record", "signature"]
+__all__ = ["check_run", "input_key", "printable", "run_record", "signature"]
 
 
 def run_record(predictor, root, save=()):
@@ -49,6 +49,11 @@ def check_run(folder, there, now):
 def input_key(name):
     """str: what stands for an input's name, which may be a patient's."""
     return _hash(name)
+
+
+def printable(name):
+    """str: a file's name as UTF-8 has it, where the file system's is none."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def signature(source):

@@ -198,7 +198,9 @@ class Journal:
 
     def _write_csv(self, file_name, rows):
         with atomic_file(self.folder / file_name) as file:
-            text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+            text = io.TextIOWrapper(
+                file, encoding="utf-8", errors="backslashreplace", newline="", write_through=True
+            )
             writer = None
             for row in rows:
                 if writer is None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from imrcnn_d2.evaluation.files import atomic_file
 
-from .identity import check_run, input_key, signature
+from .identity import check_run, input_key, printable, signature
 from .records import frame_record
 
 __all__ = ["PARTS", "Parts", "image_row", "input_row", "write_part"]
@@ -102,7 +102,7 @@ def write_part(folder, run, sources, rows):
     with _part(folder / name, run) as part:
         waiting = []
         for row in rows:
-            waiting.append({**row, "file_name": _valid(row["file_name"]), **shared})
+            waiting.append({**row, "file_name": printable(row["file_name"]), **shared})
             if len(waiting) == ROWS:
                 part.write_table(pa.Table.from_pylist(waiting, _SCHEMA))
                 waiting = []
@@ -114,11 +114,6 @@ def _part(path, run):
     schema = _SCHEMA.with_metadata({_META: json.dumps(run)})
     with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as part:
         yield part
-
-
-def _valid(name):
-    """Parquet has UTF-8 alone, file systems any bytes."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 @dataclass

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from imrcnn_d2.engine.allocator import keep_freed_memory
 
 from .batch import Summary
-from .identity import input_key, run_record, signature
+from .identity import input_key, printable, run_record, signature
 from .inputs import Source, find_inputs
 from .parquet import PARTS, Parts, image_row, input_row, write_part
 from .pipeline import Item, predictions
@@ -81,7 +81,7 @@ def _predict(left, make, actors):
                     del left[name]
                     bar.update()
                 for line in done["failed"]:
-                    tqdm.write(line)
+                    tqdm.write(printable(line))
                 images += done["images"]
     return images
 

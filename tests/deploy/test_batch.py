@@ -203,6 +203,19 @@ def test_names_that_differ_in_their_suffix_alone(predictor, image_folder, tmp_pa
     assert masks == ["a.jpg.png", "a.png.png", "b", "d.png"]
 
 
+def test_names_that_are_no_utf8(predictor, image_folder, tmp_path):
+    for name in (b"\xff.png", b"\xfe-bad.png"):
+        os.rename(image_folder / "a.png", os.fsencode(image_folder) + b"/" + name)
+        (image_folder / "a.png").write_bytes(b"no image")
+    output = tmp_path / "out"
+    done = predict_files(predictor, [image_folder], output, save=["masks", "labelme"])
+    assert (done.images, len(done.failed)) == (3, 2)
+    assert [row["file_name"] for row in rows(output / "predictions.csv")][-1] == "\\udcff.png"
+    assert {row["file"] for row in rows(output / "failed.csv")} == {"a.png", "\\udcfe-bad.png"}
+    assert os.path.exists(os.fsencode(output) + b"/masks/\xff.png")
+    assert predict_files(predictor, [image_folder], output, save=["masks", "labelme"]).skipped == 3
+
+
 @pytest.mark.slow
 def test_killed_and_run_again(tiny_run, predictor, tmp_path):
     folder, output = tmp_path / "images", tmp_path / "out"
