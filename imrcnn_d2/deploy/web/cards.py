@@ -61,13 +61,13 @@ def _marks(finding):
             continue
         lines = [line.reshape(-1, 2) for line in outline(annotation)]
         path = "".join("M" + "L".join(f"{x} {y}" for x, y in line.tolist()) + "Z" for line in lines)
-        # At the top of the outline; below that where other numbers are.
-        places = 100 * np.concatenate([*lines, np.zeros((0, 2))]) / (width, height)
-        places = places[np.argsort(places[:, 1], kind="stable")].clip(ROOM / 2, 100 - ROOM / 2)
+        # At the top of its largest part; further down where other numbers are.
+        places = max(lines, key=len, default=np.array([[width / 2, height / 2]]))
+        places = 100 * places[np.argsort(places[:, 1], kind="stable")] / (width, height)
+        places = places.clip(ROOM / 2, 100 - ROOM / 2)
         free = (abs(places[:, None] - taken) >= ROOM).any(axis=2).all(axis=1)
-        place = places[free.argmax()] if len(places) else np.array([50.0, 50.0])
-        taken = np.concatenate([taken, place[None]])
-        left, top = place.tolist()
+        left, top = places[free.argmax()].tolist()
+        taken = np.append(taken, [[left, top]], axis=0)
         marks.append({"path": path, "left": left, "top": top})
     return marks
 

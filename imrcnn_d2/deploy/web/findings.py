@@ -78,26 +78,27 @@ def find(predictor, path, name):
     """
     try:
         try:
-            image = read_image(path)
             dicom = is_dicom(path)
-            pictures = not (dicom and may_show_patient(path))
             name = public_name(path, name) if dicom else name
+            shown = not (dicom and may_show_patient(path))
+            image = read_image(path)
         finally:
             path.unlink(missing_ok=True)
         view = predictor.views()(image)
-        prepared = predictor.prepare(image, view)
+        (output,) = predictor.forward([predictor.prepare(image, view)])
+        return Finding(
+            name,
+            image=frame_record(name, Frame(image), view),
+            annotations=records(predictor, output, *image.shape[:2], view),
+            picture=_jpeg(image) if shown else None,
+            frame=png(image, predictor.about) if dicom and shown else None,
+        )
     except BadInputError as error:
         return Finding(name, error.reason)
-    except ValueError as error:
+    except ModuleNotFoundError as error:  # of the extra [deploy]
+        return Finding(name, f"needs {error.name}: pip install {error.name}")
+    except (OSError, RuntimeError, ValueError) as error:
         return Finding(name, f"cannot be predicted ({error})")
-    (output,) = predictor.forward([prepared])
-    return Finding(
-        name,
-        image=frame_record(name, Frame(image), view),
-        annotations=records(predictor, output, *image.shape[:2], view),
-        picture=_jpeg(image) if pictures else None,
-        frame=png(image, predictor.about) if dicom and pictures else None,
-    )
 
 
 def _jpeg(image):
@@ -119,7 +120,8 @@ def unique_names(names):
     ret, taken = [], Counter()
     for name in names:
         # Of any system, and without what no file can be named by.
-        name = PurePosixPath(name.replace("\\", "/").replace("\0", "")).name or "image"
+        name = PurePosixPath(name.replace("\\", "/").replace("\0", "")).name
+        name = "image" if name in ("", "..") else name
         while name in ret:
             taken[name] += 1
             path = PurePosixPath(name)

@@ -113,7 +113,7 @@ def build_page(predictor):
                 files.async_move_resource_to_block_cache = _uploaded_only(Path(files.GRADIO_CACHE))
                 tau = gr.Slider(
                     *(LEAST_SCORE, 1),
-                    value=detector and round(predictor.tau, DIGITS),
+                    value=round(predictor.tau, DIGITS) if detector else 1,
                     step=10**-DIGITS,
                     label="Threshold τ",
                     info="Findings with a score of at least τ count.",

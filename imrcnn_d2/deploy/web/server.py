@@ -48,11 +48,11 @@ class _Fence:
     """Answers what the page needs, and has the browser ask nobody else."""
 
     def __init__(self, app):
-        self._app = app
+        self.app = app
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            return await self.app(scope, receive, send)
         path = scope["path"]
         if path not in _PAGES and not path.startswith(_BELOW):
             return await PlainTextResponse("Not found", 404)(scope, receive, send)
@@ -63,7 +63,7 @@ class _Fence:
                 message["headers"] = [*message.get("headers", ()), *headers]
             await send(message)
 
-        await self._app(scope, receive, with_headers)
+        await self.app(scope, receive, with_headers)
 
 
 def _app(predictor, folder):
@@ -113,6 +113,15 @@ def _app(predictor, folder):
     )
 
 
+class _Server(uvicorn.Server):
+    """Lets go of the connections by which Gradio knows that a tab is open, so as to end at once."""
+
+    async def shutdown(self, sockets=None):
+        outer = self.config.app.app
+        outer.routes[-1].app.stop_event.set()  # it was mounted last
+        await super().shutdown(sockets)
+
+
 class _TooLargeError(Exception):
     pass
 
@@ -151,8 +160,8 @@ def server_of(predictor, host="127.0.0.1", port=7860):
         port (int): 0 for a free one.
 
     Yields:
-        tuple[uvicorn.Server, socket, str]: what ``run(sockets=[...])`` serves, what it is to listen
-        at, and the page's URL. Uploads on their way lie in a temporary folder, gone at the end.
+        tuple[uvicorn.Server, socket.socket, str]: what ``run(sockets=[...])`` serves, what it is to
+        listen at, and the page's URL. Uploads lie in a temporary folder that is gone at the end.
 
     Raises:
         OSError: it cannot listen there; the error says where.
@@ -172,7 +181,7 @@ def server_of(predictor, host="127.0.0.1", port=7860):
         )
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listening.getsockname()[1]}/"
-        yield uvicorn.Server(config), listening, url
+        yield _Server(config), listening, url
 
 
 def _listen(host, port):
