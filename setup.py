@@ -17,6 +17,9 @@ DEPLOY = [
     "pydicom>=3.0",
 ]
 
+# Of tools/demo_app.py: the web page, and DICOM files dropped on it.
+DEMO = ["gradio>=6.31,<7", "pydicom>=3.0"]
+
 # Of tools/audit_dataset.py: blur and texture, perceptual hashes, outlines that cross themselves.
 AUDIT = ["imagehash>=4.3", "scikit-image>=0.24", "shapely>=2.0"]
 
@@ -35,7 +38,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["imrcnn_d2", "imrcnn_d2.*"]),
-    package_data={"imrcnn_d2": ["weights/*"], "imrcnn_d2.report": ["templates/*"]},
+    package_data={
+        "imrcnn_d2": ["weights/*"],
+        "imrcnn_d2.deploy.web": ["templates/*"],
+        "imrcnn_d2.report": ["templates/*"],
+    },
     install_requires=[
         # Not on PyPI under this name: tools/install_detectron2.py installs it.
         "detectron2>=0.6",
@@ -73,6 +80,7 @@ setup(
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "ray": [*RAY, "hydra-ray-launcher>=1.2"],
         "deploy": DEPLOY,
+        "demo": DEMO,
         "audit": AUDIT,
         "gradcam": GRADCAM,
         "docs": DOCS,

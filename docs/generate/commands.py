@@ -24,6 +24,7 @@ ORDER = (
     "agreement",
     "report",
     "predict",
+    "demo_app",
     "export",
     "cross_validate",
     "annotation_suspects",

@@ -1,6 +1,7 @@
 """The page as its server answers it, over HTTP, without a browser."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -22,12 +23,23 @@ gradio_client = pytest.importorskip("gradio_client", reason="the demo extra is n
 httpx = pytest.importorskip("httpx")
 
 
-@pytest.fixture
-def client(site):
-    """A session, from its beginning to its end."""
-    client = gradio_client.Client(site.url, verbose=False, analytics_enabled=False)
+@contextlib.contextmanager
+def session(url):
+    client = gradio_client.Client(url, verbose=False, analytics_enabled=False)
     yield client
     client.close()
+
+
+@pytest.fixture
+def client(site):
+    with session(site.url) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def quiet_client(monkeypatch):
+    """Gradio's client asks Hugging Face for things; what the server asks for is in test_browser."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
@@ -102,11 +114,9 @@ def test_where_the_slider_starts_is_the_operating_point(tiny_run, paths):
     """To its last digit, though the slider has three of them."""
     scores = Predictor(None, tiny_run / "model_best.pth")(paths[0]).scores
     exact = Predictor(None, tiny_run / "model_best.pth", tau=scores[0].item() - 1e-6)
-    with serving(exact) as site:
-        client = gradio_client.Client(site.url, verbose=False, analytics_enabled=False)
+    with serving(exact) as site, session(site.url) as client:
         assert 'data-shown="1"' in look(client, paths[0], tau=round(exact.tau, 3))[0]
         assert json.loads(saved(client, "coco", round(exact.tau, 3))[1])["info"]["tau"] == exact.tau
-        client.close()
 
 
 def test_what_cannot_be_read_is_said_and_the_page_lives_on(client, paths, tmp_path):
@@ -165,13 +175,14 @@ def test_limits(site, client, paths, monkeypatch):
     assert "<figure" in look(client, paths[0])[0]
 
 
-def test_nothing_is_kept(site, client, paths, monkeypatch):
+def test_nothing_is_kept(site, paths, monkeypatch):
     from imrcnn_d2.deploy.web import server
 
-    look(client, *paths)
-    assert not list(site.folder.iterdir()), "deleted when they were read"
-    assert client.session_hash in site.state()
-    client.close()
+    monkeypatch.setattr("gradio.utils.get_heartbeat_rate", lambda: 0.2)  # seconds
+    with session(site.url) as client:
+        look(client, *paths)
+        assert not list(site.folder.iterdir()), "deleted when they were read"
+        assert client.session_hash in site.state()
     wait_for(lambda: client.session_hash not in site.state())
 
     # uploaded, and then the tab was closed
@@ -194,16 +205,15 @@ def test_nothing_is_kept(site, client, paths, monkeypatch):
 
 
 def test_one_session_does_not_see_or_disturb_another(site, client, paths):
-    other = gradio_client.Client(site.url, verbose=False, analytics_enabled=False)
-    jobs = [
-        each.submit([gradio_client.handle_file(str(paths[0]))], TAU, api_name="/look")
-        for each in (client, other)
-    ]
-    assert all('data-shown="' in job.result()[1] for job in jobs), "the same file, at the same time"
-    look(other, *paths[1:])
-    assert len(client.predict(TAU, api_name="/show")[0]) == 1
-    assert len(other.predict(TAU, api_name="/show")[0]) == 2
-    other.close()
+    with session(site.url) as other:
+        jobs = [
+            each.submit([gradio_client.handle_file(str(paths[0]))], TAU, api_name="/look")
+            for each in (client, other)
+        ]
+        assert all("<figure" in job.result()[1] for job in jobs), "the same file, at the same time"
+        look(other, *paths[1:])
+        assert len(client.predict(TAU, api_name="/show")[0]) == 1
+        assert len(other.predict(TAU, api_name="/show")[0]) == 2
 
 
 def test_it_answers_this_computer_and_asks_no_other(site, client, tmp_path):
@@ -237,8 +247,7 @@ def test_it_answers_this_computer_and_asks_no_other(site, client, tmp_path):
 
 
 def test_image_classifiers(weights, paths):  # noqa: F811
-    with serving(Predictor(None, weights)) as site:
-        client = gradio_client.Client(site.url, verbose=False, analytics_enabled=False)
+    with serving(Predictor(None, weights)) as site, session(site.url) as client:
         cards, summary = look(client, *paths)
         probabilities = Predictor(None, weights)(paths)
         for scores in probabilities:
@@ -249,4 +258,3 @@ def test_image_classifiers(weights, paths):  # noqa: F811
         for annotation, scores in zip(coco["annotations"], probabilities, strict=True):
             assert annotation["probabilities"] == pytest.approx(scores.tolist(), abs=1e-5)
         assert "masks" not in str(client.view_api(return_format="dict", print_info=False))
-        client.close()

@@ -1,0 +1,123 @@
+"""The page in a real browser: drop, slider, download, refusal; and whom it asks for anything."""
+
+import json
+
+import pytest
+from chromium import TIMEOUT, chromium
+from PIL import Image
+
+from ..conftest import TAU, picture
+from .conftest import wait_for
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tab(site):
+    """The page, opened; at the end it has complained of nothing and asked its own server alone."""
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(TIMEOUT)
+        said, asked = [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(site.url)
+        page.locator(".empty").wait_for()
+        yield page
+        page.close()
+        # Gradio's own, of each stream that it closes
+        assert [text for text in said if text != "Method not implemented."] == []
+        local = (site.url, "data:", f"blob:{site.url}")
+        assert [url for url in asked if not url.startswith(local)] == []
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Two pictures and a file that is none."""
+    folder = tmp_path_factory.mktemp("dropped")
+    for seed, name in enumerate(("a.png", "b.png")):
+        Image.fromarray(picture(seed)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return sorted(folder.iterdir())
+
+
+def drop(tab, *paths):
+    tab.set_input_files("input[type=file]", list(paths))
+
+
+def set_tau(tab, tau):
+    """Moves the slider as a keyboard does."""
+    tab.get_by_label("number input for Threshold τ").fill(str(tau))
+    tab.keyboard.press("Enter")
+
+
+def shown(tab):
+    """Of each figure, how many outlines, numbers and scores are to be seen."""
+    return [
+        tuple(figure.locator(f"{what}:visible").count() for what in ("g", ".picture .badge", "li"))
+        for figure in tab.locator("figure.card").all()
+    ]
+
+
+def test_what_is_there_before_anything_else(tab):
+    text = tab.locator("body").inner_text()
+    assert "Research use only" in text and "Not for diagnosis" in text
+    assert "IMR-CNN" in text and "τ of the weights" in text and "imrcnn-d2 0.1.0" in text
+    assert tab.get_by_role("button", name="COCO").is_disabled()
+    assert "Gradio" not in text
+
+
+def test_drop_slider_download(tab, site, predictor, paths, tmp_path):
+    drop(tab, *paths[:2])
+    tab.locator("figure.card").nth(1).wait_for()
+    found = predictor(paths[:2])
+    before = len(site.forwards)
+    scores = [instances.scores.tolist() for instances in found]
+    for tau in (TAU, 0.05, (scores[0][0] + scores[0][1]) / 2, 1):
+        tau = round(tau, 3)
+        set_tau(tab, tau)
+        counts = [sum(score >= tau for score in each) for each in scores]
+        tab.wait_for_function(
+            "counts => [...document.querySelectorAll('figure.card')]"
+            ".every((figure, i) => Number(figure.dataset.shown) === counts[i])",
+            arg=counts,
+        )
+        assert shown(tab) == [(count,) * 3 for count in counts]
+        tab.locator(f".summary dd >> nth=2 >> text='{sum(counts)}'").wait_for()
+    assert len(site.forwards) == before
+
+    set_tau(tab, 0.05)
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="COCO").click()
+    assert download.value.suggested_filename == "predictions.json"
+    coco = json.loads(download.value.path().read_text())
+    assert len(coco["annotations"]) == sum(map(len, scores)) and coco["info"]["tau"] == 0.05
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Masks").click()
+    assert download.value.suggested_filename == "masks.zip"
+
+
+def test_bad_files_are_refused_in_words(tab, paths, tmp_path):
+    drop(tab, paths[2])
+    tab.locator(".card.failed").wait_for()
+    assert "notes.txt" in tab.locator(".card.failed").inner_text()
+    assert "no readable image" in tab.locator(".card.failed").inner_text()
+    assert tab.get_by_role("button", name="COCO").is_disabled()
+
+    large = tmp_path / "large.png"
+    with open(large, "wb") as file:
+        file.truncate(51 * 2**20)
+    drop(tab, large)
+    tab.get_by_text("exceed the maximum allowed size").wait_for()
+    drop(tab, *paths[:1])
+    tab.locator("figure.card").wait_for()
+
+
+def test_a_reload_forgets(tab, site, paths):
+    drop(tab, *paths[:2])
+    tab.locator("figure.card").nth(1).wait_for()
+    before = set(site.state())
+    tab.reload()
+    tab.locator(".empty").wait_for()
+    wait_for(lambda: not before & set(site.state()))
