@@ -78,8 +78,8 @@ def captions(findings, predictor, tau):
         findings (list[Finding]), predictor (Predictor), tau (float or None): as above.
 
     Returns:
-        list[dict]: of each finding the caption, ``html``, and how many of its detections, which
-        come by falling score, are ``shown``.
+        list[dict]: of each finding its ``key``, the caption, ``html``, and how many of its
+        detections, which come by falling score, are ``shown``.
     """
     ret = []
     for finding in findings:
@@ -91,7 +91,7 @@ def captions(findings, predictor, tau):
             classes=predictor.classes,
             best=max((a["score"] for a in finding.annotations), default=None),
         )
-        ret.append({"html": html, "shown": len(shown)})
+        ret.append({"key": finding.key, "html": html, "shown": len(shown)})
     return ret
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import uuid
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Finding:
         picture (bytes or None): a JPEG to show, perhaps smaller; None if its pixels must not reach
             an output.
         frame (bytes or None): a PNG of an image that LabelMe cannot read in its own file.
+        key (str): of this and no other.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Finding:
     annotations: list = field(default_factory=list)
     picture: bytes | None = None
     frame: bytes | None = None
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def size(self):

@@ -14,7 +14,7 @@ __all__ = ["LOOK", "MAX_FILES", "build_page"]
 MAX_FILES = 50  # at once
 TITLE = "IMR-CNN"
 DIGITS = 3  # of τ on the slider
-LEAST_SCORE = 0.05  # MODEL.ROI_HEADS.SCORE_THRESH_TEST: below it nothing is kept
+LEAST_SCORE = 0.05  # Detectron2's, of what is found at all
 _FOLDER = resources.files("imrcnn_d2.deploy.web") / "templates"
 # Of gr.mount_gradio_app. Fonts are the reader's own: nothing is fetched.
 LOOK = {
@@ -111,9 +111,10 @@ def build_page(predictor):
                 files = gr.File(file_count="multiple", label="Images", height=200)
                 # Not by a subclass: of each, Gradio writes a .pyi beside its source.
                 files.async_move_resource_to_block_cache = _uploaded_only(Path(files.GRADIO_CACHE))
+                start = round(predictor.tau, DIGITS) if detector else 1
                 tau = gr.Slider(
-                    *(LEAST_SCORE, 1),
-                    value=round(predictor.tau, DIGITS) if detector else 1,
+                    *(min(LEAST_SCORE, start), 1),
+                    value=start,
                     step=10**-DIGITS,
                     label="Threshold τ",
                     info="Findings with a score of at least τ count.",
@@ -131,7 +132,7 @@ def build_page(predictor):
                 cards = gr.HTML(empty_html(predictor))
         shown, file = gr.JSON(visible=False), gr.JSON(visible=False)
 
-        files.upload(
+        looked = files.upload(
             look,
             [files, tau],
             [files, findings, cards, summary, *buttons.values()],
@@ -139,15 +140,17 @@ def build_page(predictor):
             show_progress_on=files,
             api_name="look",
         )
-        tau.change(
-            show,
-            [findings, tau],
-            [shown, summary],
-            queue=False,
-            trigger_mode="always_last",
-            show_progress="hidden",
-            api_name="show",
-        ).then(None, shown, js=_SHOW)
+        # Once more when all is there: the slider may have been moved in the meantime.
+        for event, name in ((looked.then, "show_again"), (tau.change, "show")):
+            event(
+                show,
+                [findings, tau],
+                [shown, summary],
+                queue=False,
+                trigger_mode="always_last",
+                show_progress="hidden",
+                api_name=name,
+            ).then(None, shown, js=_SHOW)
         for kind, button in buttons.items():
             button.click(save(kind), [findings, tau], file, queue=False, api_name=kind).then(
                 None, file, file, js=_SAVE

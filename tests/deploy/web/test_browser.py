@@ -1,6 +1,7 @@
 """The page in a real browser: drop, slider, download, refusal; and whom it asks for anything."""
 
 import json
+import threading
 
 import pytest
 from chromium import TIMEOUT, chromium
@@ -43,7 +44,10 @@ def paths(tmp_path_factory):
 
 
 def drop(tab, *paths):
+    """And waits until all of it was looked at."""
+    tab.evaluate("document.querySelector('.cards')?.classList.add('old')")
     tab.set_input_files("input[type=file]", list(paths))
+    tab.locator(".cards:not(.old)").wait_for()
 
 
 def set_tau(tab, tau):
@@ -70,7 +74,6 @@ def test_what_is_there_before_anything_else(tab):
 
 def test_drop_slider_download(tab, site, predictor, paths, tmp_path):
     drop(tab, *paths[:2])
-    tab.locator("figure.card").nth(1).wait_for()
     found = predictor(paths[:2])
     before = len(site.forwards)
     scores = [instances.scores.tolist() for instances in found]
@@ -100,7 +103,6 @@ def test_drop_slider_download(tab, site, predictor, paths, tmp_path):
 
 def test_bad_files_are_refused_in_words(tab, paths, tmp_path):
     drop(tab, paths[2])
-    tab.locator(".card.failed").wait_for()
     assert "notes.txt" in tab.locator(".card.failed").inner_text()
     assert "no readable image" in tab.locator(".card.failed").inner_text()
     assert tab.get_by_role("button", name="COCO").is_disabled()
@@ -108,15 +110,36 @@ def test_bad_files_are_refused_in_words(tab, paths, tmp_path):
     large = tmp_path / "large.png"
     with open(large, "wb") as file:
         file.truncate(51 * 2**20)
-    drop(tab, large)
+    tab.set_input_files("input[type=file]", large)
     tab.get_by_text("exceed the maximum allowed size").wait_for()
-    drop(tab, *paths[:1])
-    tab.locator("figure.card").wait_for()
+    drop(tab, paths[0])
+    assert tab.locator("figure.card").count() == 1
+
+
+def test_a_lost_session_is_told(tab, site, paths):
+    drop(tab, paths[0])
+    site.state().clear()
+    set_tau(tab, 0.3)
+    tab.locator(".cards.forgotten").wait_for()
+    drop(tab, paths[0])
+    assert not tab.locator(".cards.forgotten").count()
+
+
+def test_the_slider_is_moved_while_the_network_runs(tab, site, predictor, paths, monkeypatch):
+    go_on, forward = threading.Event(), predictor.forward
+    monkeypatch.setattr(predictor, "forward", lambda batch: go_on.wait(60) and forward(batch))
+    set_tau(tab, 0.05)
+    tab.set_input_files("input[type=file]", paths[1])
+    tab.get_by_text("Looking").first.wait_for()
+    set_tau(tab, 0.999)
+    tab.wait_for_timeout(500)
+    go_on.set()
+    tab.locator("figure.card img[alt='b.png']").wait_for()
+    tab.locator("figure.card[data-shown='0']").wait_for()
 
 
 def test_a_reload_forgets(tab, site, paths):
     drop(tab, *paths[:2])
-    tab.locator("figure.card").nth(1).wait_for()
     before = set(site.state())
     tab.reload()
     tab.locator(".empty").wait_for()

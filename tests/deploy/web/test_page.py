@@ -75,7 +75,9 @@ def test_from_a_drop_to_files(site, client, predictor, paths):
     cards, summary = look(client, *paths)
     found = predictor(paths)
     counts = [int((instances.scores >= TAU).sum()) for instances in found]
-    assert [int(n) for n in re.findall(r'<figure class="card" data-shown="(\d+)"', cards)] == counts
+    assert [
+        int(n) for n in re.findall(r'<figure class="card" data-key="\w+" data-shown="(\d+)"', cards)
+    ] == counts
     assert cards.count("<path d=") == sum(map(len, found)), "all are there, most hidden"
     assert figures(summary)["images"] == 3
     assert figures(summary)["with a finding"] == sum(map(bool, counts))

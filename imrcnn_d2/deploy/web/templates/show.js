@@ -1,12 +1,12 @@
 (captions) => {
-  // Figures come in the order of the captions; those of files that cannot be read have none.
-  const figures = document.querySelectorAll(".cards figure.card");
-  captions.filter((caption) => caption.html.trim()).forEach(({ html, shown }, i) => {
-    const figure = figures[i];
-    if (!figure) return;
+  // The server keeps nothing of a page whose connection was lost.
+  document.querySelector(".cards")?.classList.toggle("forgotten", !captions.length);
+  for (const { key, html, shown } of captions) {
+    const figure = document.querySelector(`figure.card[data-key="${key}"]`);
+    if (!figure) continue; // of a file that cannot be read, or of another drop
     figure.dataset.shown = shown;
     figure.querySelector(".caption").innerHTML = html;
     for (const mark of figure.querySelectorAll("[data-mark]"))
       mark.classList.toggle("below", Number(mark.dataset.mark) >= shown);
-  });
+  }
 }
