@@ -13,10 +13,13 @@ import logging
 from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
+from PIL import Image
 
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.runtimes import RUNTIMES
 from imrcnn_d2.engine.allocator import keep_freed_memory
+
+MAX_PIXELS = 48_000_000  # of an image; four times as many would take a minute and gigabytes
 
 
 def main(argv=None):
@@ -32,6 +35,9 @@ def main(argv=None):
         predictor = Predictor(
             args.config_file, args.weights, runtime=args.runtime, crop_view=args.crop_view
         )
+        Image.MAX_IMAGE_PIXELS = (
+            MAX_PIXELS // 2
+        )  # Pillow warns from here on, and refuses the double
         serve(predictor, args.host, args.port)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")

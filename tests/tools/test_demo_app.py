@@ -1,5 +1,6 @@
 """tools/demo_app.py: what it takes and what it refuses; the page is tested in tests/deploy/web."""
 
+import io
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import urllib.request
 
 import demo_app
 import pytest
+from PIL import Image
 
 from .test_predict import case  # noqa: F401  (a fixture)
 
@@ -20,6 +22,18 @@ def failing(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         demo_app.main([str(argument) for argument in arguments])
     return stopped.value.code, capsys.readouterr().err
+
+
+def looked_at(url, image):
+    """What the page says of an image."""
+    httpx = pytest.importorskip("httpx")
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    api = f"{url}gradio_api"
+    (path,) = httpx.post(f"{api}/upload", files=[("files", ("a.png", stream.getvalue()))]).json()
+    file = {"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    event = httpx.post(f"{api}/call/look", json={"data": [[file], 0.5]}).json()["event_id"]
+    return httpx.get(f"{api}/call/look/{event}", timeout=60).text
 
 
 def test_errors_are_a_line(capsys, tmp_path):
@@ -59,6 +73,8 @@ def test_it_serves_until_it_is_told_to_end(case, tmp_path):  # noqa: F811
         with urllib.request.urlopen(url) as answer:
             assert b"IMR-CNN" in answer.read()
         assert list(tmp_path.glob("imrcnn-uploads-*"))
+        assert "decompression bomb" in looked_at(url, Image.new("L", (7000, 7000)))
+        assert "figure" in looked_at(url, Image.new("L", (70, 70)))
         process.send_signal(signal.SIGINT)
         assert process.wait(60) in (0, 130, -signal.SIGINT)
         assert not list(tmp_path.glob("imrcnn-uploads-*"))
