@@ -10,6 +10,7 @@ nothing of any other, and keeps no image. Research use only, not for diagnosis.
 
 import argparse
 import logging
+import signal
 from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
@@ -38,6 +39,8 @@ def main(argv=None):
         Image.MAX_IMAGE_PIXELS = (
             MAX_PIXELS // 2
         )  # Pillow warns from here on, and refuses the double
+        # As Ctrl-C does, so that the folder of uploads goes.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         serve(predictor, args.host, args.port)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
