@@ -86,6 +86,7 @@ setup(
         "docs": DOCS,
         "dev": [
             *AUDIT,
+            *DEMO,
             *DEPLOY,
             *DOCS,
             *GRADCAM,

@@ -140,16 +140,17 @@ def train(args):
 
 def inference(args):
     cfg = load_config(str(args.config_file), ["MODEL.DEVICE", "cpu", *args.opts])
+    precision = native_precision() if args.isa == "native" else ""
     results = compare_predictions(
         cfg,
         args.weights,
         isa=args.isa,
+        bf16=bool(precision),
         threads=args.threads,
         runs=args.runs,
         accuracy=args.accuracy,
     )
     print(figures_table(results))
-    precision = native_precision() if args.isa == "native" else ""
     bound = INFERENCE_BOUNDS[precision]
     document = {"inference": results, "bound": bound, "isa": args.isa, "threads": args.threads}
     document |= {"torch": torch.__version__, "config": str(args.config_file)}

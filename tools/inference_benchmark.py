@@ -43,7 +43,7 @@ EXPORTED = {
     "OpenVINO int8": ("openvino", "int8"),
     "TorchScript": ("torchscript", "fp32"),
 }
-CALIBRATION = 200  # images of the training set
+CALIBRATION = 60  # images of the training set
 
 # What keeps a processor's libraries to instructions that any hospital PC has.
 ISA = {
@@ -58,7 +58,7 @@ ISA = {
 }
 
 
-def compare_predictions(cfg, weights, *, isa, threads, runs, accuracy):
+def compare_predictions(cfg, weights, *, isa, bf16, threads, runs, accuracy):
     """
     Every side in a process of its own, in turns on the same images of the test set.
 
@@ -66,6 +66,8 @@ def compare_predictions(cfg, weights, *, isa, threads, runs, accuracy):
         cfg (CfgNode): of a detector, with its data sets.
         weights (str): its trained weights; "" for drawn ones.
         isa (str): a key of ``ISA``.
+        bf16 (bool): also the runtimes in bf16, ten times as slow as in fp32 where the processor has
+            no such arithmetic.
         threads (int): of each side.
         runs (int): images that each is timed on, two more before.
         accuracy (int): images of the test set to compare results on.
@@ -80,7 +82,7 @@ def compare_predictions(cfg, weights, *, isa, threads, runs, accuracy):
     images = [record["file_name"] for record in records]
     threaded = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     with tempfile.TemporaryDirectory() as folder, _environment({**threaded, **ISA[isa]}):
-        builders = _sides(cfg, weights, Path(folder))
+        builders = _sides(cfg, weights, Path(folder), bf16)
         sides = {name: Side(*how) for name, how in builders.items()}
         try:
             seconds = _time_in_turns(sides, images, runs)
@@ -180,21 +182,25 @@ def _largest_size():
     return int(fields["VmHWM"].split()[0]) / 2**10
 
 
-def _sides(cfg, weights, folder):
+def _sides(cfg, weights, folder, bf16):
     """What builds each side, and the files that they read, made in `folder`."""
+    ours, exported = (
+        {name: how for name, how in known.items() if bf16 or "bf16" not in name}
+        for known in (TORCH, EXPORTED)
+    )
     trained = Path(weights or _drawn_weights(cfg, folder))
     config = folder / "config.yaml"
     config.write_text(cfg.dump(), encoding="utf-8")
     sides = {
         STOCK: (_stock, cfg, str(trained)),
         TORCHVISION: (_torchvision, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
-        **{name: (_ours, config, trained, runtime) for name, runtime in TORCH.items()},
+        **{name: (_ours, config, trained, runtime) for name, runtime in ours.items()},
     }
     loaded = load_model(config, trained, device="cpu")
     prepare = Predictor(config, trained, device="cpu").prepare
     calibration = [r["file_name"] for r in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])]
     calibration = [prepare(read_image(Path(p))) for p in calibration[:CALIBRATION]]
-    for name, (format, precision) in tqdm(EXPORTED.items(), desc="Exporting", leave=False):
+    for name, (format, precision) in tqdm(exported.items(), desc="Exporting", leave=False):
         path = folder / f"{precision}.{format}"
         write_graph(
             loaded,
