@@ -121,6 +121,7 @@ class Side:
             build (callable): a function of this module that takes ``args`` and returns what
                 predicts: the path of an image -> Instances.
         """
+        self._args = args
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, build, args), daemon=True)
@@ -134,8 +135,13 @@ class Side:
                 "records"; or the process's largest "size" in MiB.
             path (str): of the image.
         """
-        self._pipe.send((what, path))
-        answer = self._pipe.recv()
+        try:
+            self._pipe.send((what, path))
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(
+                f"The process of {self._args} ended: perhaps there was too little memory"
+            ) from error
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -188,15 +194,16 @@ def _sides(cfg, weights, folder, bf16):
         {name: how for name, how in known.items() if bf16 or "bf16" not in name}
         for known in (TORCH, EXPORTED)
     )
-    trained = Path(weights or _drawn_weights(cfg, folder))
     config = folder / "config.yaml"
     config.write_text(cfg.dump(), encoding="utf-8")
+    loaded = load_model(config, weights or _drawn_weights(cfg, folder), device="cpu")
+    trained = folder / "model.pth"  # Detectron2 reads no safetensors
+    torch.save({"model": loaded.model.state_dict()}, trained)
     sides = {
         STOCK: (_stock, cfg, str(trained)),
         TORCHVISION: (_torchvision, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
         **{name: (_ours, config, trained, runtime) for name, runtime in ours.items()},
     }
-    loaded = load_model(config, trained, device="cpu")
     prepare = Predictor(config, trained, device="cpu").prepare
     calibration = [r["file_name"] for r in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])]
     calibration = [prepare(read_image(Path(p))) for p in calibration[:CALIBRATION]]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from imrcnn_d2.data.rejects import BadInputError
 
@@ -31,6 +32,9 @@ def read_header(path: Path, **how) -> Any:
     import pydicom
 
     try:
+        meta = pydicom.filereader.read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+            raise ValueError("it is deflated as a whole, to any size: save it uncompressed")
         return pydicom.dcmread(path, **{"stop_before_pixels": True, **how})
     except Exception as error:  # pydicom raises nearly anything on damaged files
         raise BadInputError(path, f"is no readable DICOM file ({error})") from error
@@ -64,6 +68,10 @@ def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
 
     if "Rows" not in header or "Columns" not in header:
         raise BadInputError(path, "is a DICOM file without an image")
+    number = int(header.Rows) * int(header.Columns)
+    if Image.MAX_IMAGE_PIXELS is not None and number > 2 * Image.MAX_IMAGE_PIXELS:
+        most = 2 * Image.MAX_IMAGE_PIXELS  # as Pillow refuses other images
+        raise BadInputError(path, f"has {number} pixels a frame, more than the {most} allowed")
     try:
         for pixels in iter_pixels(path):
             yield _to_rgb(pixels, header, path)

@@ -16,6 +16,9 @@ class BadInputError(ValueError):
         self.file = str(file)
         self.reason = reason
 
+    def __reduce__(self):  # else it could not come back from another process
+        return type(self), (self.file, self.reason)
+
 
 class Rejects:
     """Collects bad input under ``on_error="reject"``; under "raise" the first one stops the run.

@@ -70,7 +70,7 @@ class Agreement:
         """
         one_only = [100 * n / max(self.detections, 1) for n in (self.lost, self.unmatched)]
         found = self.largest(share)
-        checks = [
+        checks = [  # NaN is beyond any bound
             (
                 one_only[0] > lost,
                 f"{self.lost} detections that count are in one of the two only, over {lost:g} %",
@@ -79,9 +79,9 @@ class Agreement:
                 one_only[1] > unmatched,
                 f"{one_only[1]:.3g} % are in one of the two only, over {unmatched:g} %",
             ),
-            (found[0] > score, f"scores differ by {found[0]:.3g}, more than {score:g}"),
-            (found[1] > box, f"boxes differ by {found[1]:.3g} %, more than {box:g} %"),
-            (found[2] < mask_iou, f"masks overlap {found[2]:.3g}, less than {mask_iou:g}"),
+            (not found[0] <= score, f"scores differ by {found[0]:.3g}, more than {score:g}"),
+            (not found[1] <= box, f"boxes differ by {found[1]:.3g} %, more than {box:g} %"),
+            (not found[2] >= mask_iou, f"masks overlap {found[2]:.3g}, less than {mask_iou:g}"),
         ]
         return [text for failed, text in checks if failed]
 

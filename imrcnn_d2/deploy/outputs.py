@@ -130,7 +130,7 @@ class OutputFolder:
         self.wanted, self.about, self.classes = tuple(wanted), about, classes
         self.comment = comment(about)
         self._folder = folder
-        self._stems = Counter(map(_stem, names))
+        self._targets = _targets(names)
 
     def path(self, kind, name, suffix, frame=None):
         """
@@ -145,12 +145,18 @@ class OutputFolder:
         """
         if frame is not None:
             return self._folder / kind / name / f"{frame:06d}{suffix}"
-        stem = _stem(name) if self._stems[_stem(name)] < 2 else name
-        return self._folder / kind / f"{stem}{suffix}"
+        return self._folder / kind / f"{self._targets.get(name, name)}{suffix}"
 
 
-def _stem(name):
-    return PurePosixPath(name).with_suffix("").as_posix()
+def _targets(names):
+    """By name: without its suffix where nothing else is called so then, else the whole."""
+    targets = {name: PurePosixPath(name).with_suffix("").as_posix() for name in names}
+    while True:
+        counts = Counter(targets.values())
+        clashing = [name for name, to in targets.items() if counts[to] > 1 and to != name]
+        if not clashing:
+            return targets
+        targets.update((name, name) for name in clashing)
 
 
 class InputOutputs:

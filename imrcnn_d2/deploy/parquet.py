@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import uuid
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,12 @@ def write_part(folder, run, sources, rows):
 @contextlib.contextmanager
 def _part(path, run):
     schema = _SCHEMA.with_metadata({_META: json.dumps(run)})
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as part:
+    # A process that was thought dead may still be writing the same file.
+    mark = f".{uuid.uuid4().hex[:8]}"
+    with (
+        atomic_file(path, mark) as file,
+        pq.ParquetWriter(file, schema, compression="zstd") as part,
+    ):
         yield part
 
 

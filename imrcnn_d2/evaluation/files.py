@@ -293,20 +293,21 @@ def file_sha256(path):
 
 
 @contextlib.contextmanager
-def atomic_file(path):
+def atomic_file(path, mark=""):
     """
     Open a file for writing that replaces its predecessor at once, or not at all: it is written
     beside, reaches the disk, and takes the name when the block ends without an error.
 
     Args:
         path (str or Path): its folder is made if it does not exist.
+        mark (str): in the name of the file beside, where others may be writing the same one.
 
     Yields:
         BinaryIO
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}{mark}.tmp")
     try:
         with open(beside, "wb") as file:
             yield file

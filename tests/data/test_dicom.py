@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from dicoms import write_dicom
 from PIL import Image
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from imrcnn_d2.data.dicom import is_dicom, read_still
 from imrcnn_d2.data.images import inspect_image, install_image, read_image
@@ -35,3 +36,16 @@ def test_damaged_files_are_named(tmp_path, picture):
         read_still(path)
     with pytest.raises(BadInputError, match="without an image"):
         read_image(write_dicom(tmp_path / "b.dcm"))
+
+
+def test_no_file_may_fill_the_memory(tmp_path, picture, monkeypatch):
+    path = write_dicom(tmp_path / "large.dcm", picture(40, 60))
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1199)  # Pillow allows the double
+    with pytest.raises(BadInputError, match="large.dcm: has 2400 pixels a frame, more than"):
+        read_still(path)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1200)
+    assert read_still(path).shape == (40, 60, 3)
+    syntax = DeflatedExplicitVRLittleEndian
+    deflated = write_dicom(tmp_path / "deflated.dcm", picture(40, 60), syntax=syntax)
+    with pytest.raises(BadInputError, match="deflated as a whole"):
+        read_still(deflated)

@@ -1,4 +1,5 @@
 import csv
+import pickle
 
 import pytest
 
@@ -31,3 +32,8 @@ def test_other_errors_are_never_swallowed():
 def test_unknown_policy():
     with pytest.raises(ValueError, match="'ignore'; choose 'raise' or 'reject'"):
         Rejects("ignore")
+
+
+def test_it_comes_back_from_another_process():
+    error = pickle.loads(pickle.dumps(BadInputError("a.jpg", "is cut")))
+    assert (error.file, error.reason, str(error)) == ("a.jpg", "is cut", "a.jpg: is cut")

@@ -73,6 +73,11 @@ def test_bounds_are_named():
         assert part in said
 
 
+def test_nan_is_beyond_any_bound():
+    nothing = Agreement(9, 100, 0, 0, *(np.array([np.nan]) for _ in range(3)))
+    assert len(nothing.exceeded(**BOUNDS)) == 3
+
+
 def test_a_bound_may_be_for_most_detections():
     steps = np.arange(1, 101) / 100
     agreement = Agreement(9, 100, 0, 1, steps, 100 * steps, 1 - steps)

@@ -201,6 +201,11 @@ def test_names_that_differ_in_their_suffix_alone(predictor, image_folder, tmp_pa
     predict_files(predictor, [image_folder], tmp_path / "out", save=["masks"])
     masks = sorted(path.name for path in (tmp_path / "out" / "masks").iterdir())
     assert masks == ["a.jpg.png", "a.png.png", "b", "d.png"]
+    # One whose own name would be another's file.
+    Image.fromarray(picture(6)).save(image_folder / "a.jpg.png")
+    predict_files(predictor, [image_folder], tmp_path / "again", save=["masks"])
+    masks = sorted(path.name for path in (tmp_path / "again" / "masks").iterdir())
+    assert masks == ["a.jpg.png", "a.jpg.png.png", "a.png.png", "b", "d.png"]
 
 
 def test_names_that_are_no_utf8(predictor, image_folder, tmp_path):

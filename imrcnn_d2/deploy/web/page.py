@@ -2,7 +2,6 @@
 
 import base64
 from importlib import resources
-from pathlib import Path
 
 import gradio as gr
 
@@ -32,22 +31,16 @@ _SHOW, _SAVE, _HEADER = (
 _KINDS = {"masks": "Masks (PNG)", "labelme": "LabelMe", "coco": "COCO"}
 
 
-def _uploaded_only(folder):
-    """Gradio's own would take any file of this machine, and fetch a URL."""
-
-    async def check(path):
-        file = Path(path).resolve()
-        if not (file.is_file() and file.is_relative_to(folder.resolve())):
-            raise gr.Error("The upload is no longer there: drop the images again")
-        return str(file)
-
-    return check
+async def _as_it_is(path):
+    """Gradio's own copies any file of this machine, and fetches a URL; `look` takes neither."""
+    return path
 
 
-def build_page(predictor):
+def build_page(predictor, uploads):
     """
     Args:
         predictor (Predictor):
+        uploads (Uploads): the files that may be looked at.
 
     Returns:
         gr.Blocks: keeps what was found in the session's state, and forgets the whole session when
@@ -62,8 +55,10 @@ def build_page(predictor):
         return predictor.tau if tau == round(predictor.tau, DIGITS) else tau
 
     def look(files, tau, progress=gr.Progress()):  # noqa: B008  (how Gradio is asked for a bar)
-        paths = [Path(file["path"]) for file in files]
+        paths = []
         try:
+            for file in files:
+                paths.append(uploads.take(file["path"]))
             if len(paths) > MAX_FILES:
                 raise gr.Error(f"{len(paths)} files at once; at most {MAX_FILES}", title="Too many")
             names = unique_names([file.get("orig_name") or "image" for file in files])
@@ -73,6 +68,8 @@ def build_page(predictor):
                     list(zip(paths, names, strict=True)), desc="Looking", unit="images"
                 )
             ]
+        except KeyError:
+            raise gr.Error("The upload is no longer there: drop the images again") from None
         finally:
             for path in paths:
                 path.unlink(missing_ok=True)
@@ -110,7 +107,7 @@ def build_page(predictor):
             with gr.Column(scale=1, min_width=320):
                 files = gr.File(file_count="multiple", label="Images", height=200)
                 # Not by a subclass: of each, Gradio writes a .pyi beside its source.
-                files.async_move_resource_to_block_cache = _uploaded_only(Path(files.GRADIO_CACHE))
+                files.async_move_resource_to_block_cache = _as_it_is
                 start = round(predictor.tau, DIGITS) if detector else 1
                 tau = gr.Slider(
                     *(min(LEAST_SCORE, start), 1),
@@ -156,4 +153,5 @@ def build_page(predictor):
                 None, file, file, js=_SAVE
             )
         page.unload(forget)
+    page.queue(api_open=False)  # nobody passes by the queue
     return page

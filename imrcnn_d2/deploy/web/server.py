@@ -4,19 +4,21 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import socket
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from .page import LOOK, MAX_FILES, build_page
+from .uploads import KEPT, Uploads
 
 __all__ = ["MAX_FILE_MB", "serve", "server_of"]
 
@@ -24,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 MAX_FILE_MB = 50
 MAX_UPLOAD_MB = 500  # of all files together
-UPLOAD_KEPT = 600  # seconds at most, where nothing comes and reads it
 GOODBYE = 2  # seconds that open connections are given at the end
 
 # What the page needs of Gradio. Other routes fetch URLs, serve files or write sessions to disk.
@@ -35,6 +36,7 @@ _BELOW = (
     *(f"{_API}/{name}" for name in ("upload", "info", "app_id", "queue/", "run/", "call/")),
     *(f"{_API}/{name}" for name in ("heartbeat/", "cancel", "reset", "startup-events")),
 )
+_LOCAL = ("127.0.0.1", "::1", "localhost")
 _HEADERS = {
     # Nothing is asked of another host, whatever a part of Gradio would like.
     "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
@@ -45,10 +47,16 @@ _HEADERS = {
 
 
 class _Fence:
-    """Answers what the page needs, and has the browser ask nobody else."""
+    """
+    Answers what the page needs, to nobody but the page, and has the browser ask nobody else.
 
-    def __init__(self, app):
-        self.app = app
+    Any site that is open in the same browser can send requests to this computer: they say where
+    they come from. By a name of its own that leads to this computer, a site could even read the
+    answers; hence, where only this computer is heard, it has to be called by its own names.
+    """
+
+    def __init__(self, app, local):
+        self.app, self.local = app, local
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -56,6 +64,11 @@ class _Fence:
         path = scope["path"]
         if path not in _PAGES and not path.startswith(_BELOW):
             return await PlainTextResponse("Not found", 404)(scope, receive, send)
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        foreign = origin is not None and urlsplit(origin).netloc != host
+        if foreign or (self.local and urlsplit(f"//{host}").hostname not in _LOCAL):
+            return await PlainTextResponse("Not from here", 403)(scope, receive, send)
 
         async def with_headers(message):
             if message["type"] == "http.response.start":
@@ -66,7 +79,7 @@ class _Fence:
         await self.app(scope, receive, with_headers)
 
 
-def _app(predictor, folder):
+def _app(predictor, uploads):
     app = FastAPI(openapi_url=None)
 
     # In place of Gradio's: that gives files of equal content one path, so that the first who
@@ -87,8 +100,8 @@ def _app(predictor, folder):
             for file in files:
                 if file.size > limit:
                     return PlainTextResponse(f"A file is larger than {MAX_FILE_MB} MB", 413)
-            paths = await run_in_threadpool(_keep, files, folder)
-            asyncio.get_running_loop().call_later(UPLOAD_KEPT, _delete, paths)
+            paths = await run_in_threadpool(uploads.keep, [file.file for file in files])
+            asyncio.get_running_loop().call_later(KEPT, uploads.drop, paths)
             return JSONResponse(paths)
         finally:
             await form.close()
@@ -100,7 +113,7 @@ def _app(predictor, folder):
 
     return gr.mount_gradio_app(
         app,
-        build_page(predictor),
+        build_page(predictor, uploads),
         path="/",
         max_file_size=f"{MAX_FILE_MB}mb",
         footer_links=[],
@@ -135,22 +148,6 @@ async def _bounded(stream):
         yield chunk
 
 
-def _keep(files, folder):
-    """Paths of copies that have no name in common with anything."""
-    paths = []
-    for file in files:
-        handle, path = tempfile.mkstemp(dir=folder)
-        paths.append(path)
-        with open(handle, "wb") as copy:
-            shutil.copyfileobj(file.file, copy)
-    return paths
-
-
-def _delete(paths):
-    for path in paths:
-        Path(path).unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def server_of(predictor, host="127.0.0.1", port=7860):
     """
@@ -174,7 +171,7 @@ def server_of(predictor, host="127.0.0.1", port=7860):
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imrcnn-uploads-")))
         os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where Gradio's components look for them
         config = uvicorn.Config(
-            _Fence(_app(predictor, folder)),
+            _Fence(_app(predictor, Uploads(folder)), host in _LOCAL),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=GOODBYE,

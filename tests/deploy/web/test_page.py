@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import itertools
 import json
 import re
 import socket
@@ -188,7 +189,7 @@ def test_nothing_is_kept(site, paths, monkeypatch):
     wait_for(lambda: client.session_hash not in site.state())
 
     # uploaded, and then the tab was closed
-    monkeypatch.setattr(server, "UPLOAD_KEPT", 1)
+    monkeypatch.setattr(server, "KEPT", 1)
     answer = httpx.post(f"{site.url}gradio_api/upload", files=[("files", ("a.png", b"a"))])
     assert answer.status_code == 200 and len(list(site.folder.iterdir())) == 1
     wait_for(lambda: not list(site.folder.iterdir()))
@@ -239,13 +240,37 @@ def test_it_answers_this_computer_and_asks_no_other(site, client, tmp_path):
     # Neither a file of this machine nor one of another is looked at as if it were uploaded.
     own = tmp_path / "own.png"
     Image.fromarray(picture(0)).save(own)
-    for path in (str(own), f"{site.folder}/../{own}", "http://example.com/a.png"):
+    for path, stream in itertools.product(
+        (str(own), f"{site.folder}/../{own}", "http://example.com/a.png"), (False, True)
+    ):
         file = {"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+        file["is_stream"] = stream  # of which Gradio does not look at the path
         data = {"data": [[file], TAU], "session_hash": "s"}
         event = httpx.post(f"{site.url}gradio_api/call/look", json=data).json()["event_id"]
         answer = httpx.get(f"{site.url}gradio_api/call/look/{event}", timeout=60)
         assert "event: error" in answer.text and "no longer there" in answer.text
     assert own.is_file()
+
+
+def test_other_sites_in_the_same_browser_are_refused(site):
+    host = site.url.removeprefix("http://").rstrip("/")
+    upload = f"{site.url}gradio_api/upload"
+    for headers in (
+        {"origin": "http://example.com"},
+        {"origin": "null"},
+        {"host": "example.com", "origin": "http://example.com"},  # a name that leads to 127.0.0.1
+        {"host": "example.com"},
+    ):
+        answer = httpx.post(upload, files={"files": b"a"}, headers=headers)
+        assert answer.status_code == 403, headers
+    assert not list(site.folder.iterdir())
+    for headers in ({"origin": f"http://{host}"}, {"host": host.replace("127.0.0.1", "localhost")}):
+        assert httpx.get(site.url, headers=headers).status_code == 200
+
+
+def test_nobody_passes_by_the_queue(site):
+    data = {"data": [[], TAU], "session_hash": "s"}
+    assert httpx.post(f"{site.url}gradio_api/run/look", json=data).status_code >= 400
 
 
 def test_image_classifiers(weights, paths):  # noqa: F811
