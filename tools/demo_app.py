@@ -11,13 +11,12 @@ nothing of any other, and keeps no image. Research use only, not for diagnosis.
 import argparse
 import logging
 import signal
-from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.deploy.runtimes import RUNTIMES
+from imrcnn_d2.deploy.arguments import predictor_arguments
 from imrcnn_d2.engine.allocator import keep_freed_memory
 
 MAX_PIXELS = 48_000_000  # of an image; four times as many would take a minute and gigabytes
@@ -36,9 +35,8 @@ def main(argv=None):
         predictor = Predictor(
             args.config_file, args.weights, runtime=args.runtime, crop_view=args.crop_view
         )
-        Image.MAX_IMAGE_PIXELS = (
-            MAX_PIXELS // 2
-        )  # Pillow warns from here on, and refuses the double
+        # Pillow warns from here on, and refuses the double.
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
         # As Ctrl-C does, so that the folder of uploads goes.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         serve(predictor, args.host, args.port)
@@ -53,30 +51,14 @@ def main(argv=None):
 
 def argument_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[predictor_arguments()],
     )
     parser.add_argument(
         "--weights",
         default="demo",
         help="file, URL, or the name of weights that come along (%(default)s)",
-    )
-    parser.add_argument(
-        "--config-file",
-        type=Path,
-        help="what the weights were trained with; not needed for files of tools/export.py, nor "
-        "where training left its config.yaml beside them",
-    )
-    parser.add_argument(
-        "--runtime",
-        choices=(*RUNTIMES, "auto"),
-        help="what runs the network (torch, or what an exported file is for); auto takes what is "
-        "fastest here",
-    )
-    parser.add_argument(
-        "--crop-view",
-        action="store_true",
-        help="show the network the endoscope's view only, without banners and insets, as data "
-        "prepared with --deidentify are; results are of the whole frame",
     )
     parser.add_argument(
         "--host",

@@ -25,11 +25,11 @@ from pathlib import Path
 from detectron2.utils.logger import setup_logger
 
 from imrcnn_d2.deploy import Predictor
+from imrcnn_d2.deploy.arguments import predictor_arguments
 from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.journal import FAILED
 from imrcnn_d2.deploy.live import predict_live
 from imrcnn_d2.deploy.outputs import OUTPUTS
-from imrcnn_d2.deploy.runtimes import RUNTIMES
 from imrcnn_d2.engine.allocator import keep_freed_memory
 
 
@@ -88,13 +88,9 @@ def main(argv=None):
 
 def argument_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config-file",
-        type=Path,
-        help="what the weights were trained with; not needed for files of tools/export.py, nor "
-        "where training left its config.yaml beside them",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[predictor_arguments()],
     )
     parser.add_argument(
         "--weights", required=True, help="file, URL, or demo: the ones that come along"
@@ -140,22 +136,10 @@ def argument_parser():
         help="LabelMe files, to correct by hand; of a video, of frames in which there is something",
     )
     parser.add_argument(
-        "--runtime",
-        choices=(*RUNTIMES, "auto"),
-        help="what runs the network (torch, or what an exported file is for); auto takes what is "
-        "fastest here",
-    )
-    parser.add_argument(
         "--batch-size",
         type=int,
         default=1,
         help="images that the network sees at once (%(default)s)",
-    )
-    parser.add_argument(
-        "--crop-view",
-        action="store_true",
-        help="show the network the endoscope's view only, without banners and insets, as data "
-        "prepared with --deidentify; results are of the whole frame",
     )
     parser.add_argument("--tau", type=float, help="another score from which on detections count")
     return parser
