@@ -14,6 +14,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser
 
 from imrcnn_d2 import add_imrcnn_config
+from imrcnn_d2.deploy.arguments import predictor_arguments
 
 ROOT = Path(__file__).parents[1]
 # What a reader is told, outside the code.
@@ -117,7 +118,10 @@ def test_nothing_is_fetched(site):
 
 def flags_of(script):
     """What tools/<script>.py takes."""
-    own = set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', (ROOT / "tools" / script).read_text()))
+    text = (ROOT / "tools" / script).read_text()
+    own = set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', text))
+    if "predictor_arguments()" in text:
+        own |= {flag for action in predictor_arguments()._actions for flag in action.option_strings}
     if script.endswith("train_net.py"):
         actions = default_argument_parser()._actions
         own |= {flag for action in actions for flag in action.option_strings}
