@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 
-__all__ = ["check_run", "input_key", "printable", "run_record", "signature"]
+__all__ = ["check_run", "input_key", "is_done", "printable", "run_record", "signature"]
 
 
 def run_record(predictor, root, save=()):
@@ -69,6 +69,18 @@ def signature(source):
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
+
+
+def is_done(there, source):
+    """
+    Args:
+        there (object or None): what is on record of an input, with ``error`` and ``signature``.
+        source (Source): the input.
+
+    Returns:
+        bool: whether it was done without an error and has not been changed since.
+    """
+    return there is not None and there.error is None and there.signature == signature(source)
 
 
 def _hash(text):

@@ -12,7 +12,7 @@ import pycocotools.mask as mask_util
 
 from imrcnn_d2.evaluation.files import atomic_file
 
-from .identity import check_run, input_key, signature
+from .identity import check_run, input_key, is_done
 from .records import coco_head, counted
 
 __all__ = ["FAILED", "PREDICTIONS", "TABLE", "Journal"]
@@ -96,8 +96,7 @@ class Journal:
         Returns:
             bool: whether it was done without an error and has not been changed since.
         """
-        done = self._done.get(input_key(source.name))
-        return done is not None and done.error is None and done.signature == signature(source)
+        return is_done(self._done.get(input_key(source.name)), source)
 
     def add(self, record, annotations):
         """

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from imrcnn_d2.evaluation.files import atomic_file
 
-from .identity import check_run, input_key, printable, signature
+from .identity import check_run, input_key, is_done, printable
 from .records import frame_record
 
 __all__ = ["PARTS", "Parts", "image_row", "input_row", "write_part"]
@@ -168,8 +168,7 @@ class Parts:
         Returns:
             bool: whether it was done without an error and has not been changed since.
         """
-        there = self._inputs.get(input_key(source.name))
-        return there is not None and there.error is None and there.signature == signature(source)
+        return is_done(self._inputs.get(input_key(source.name)), source)
 
     def failed(self):
         """
