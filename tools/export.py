@@ -136,7 +136,8 @@ def write(args, original, example, path):
     if args.format == "safetensors":
         artifact.write_safetensors(loaded, path, precision=args.precision)
         return
-    calibration = calibration_images(args, loaded.cfg) if args.precision == "int8" else ()
+    int8 = args.precision == "int8"
+    calibration = calibration_images(loaded.cfg, args.calibration) if int8 else ()
     graph_files.write_graph(
         loaded,
         path,
@@ -150,10 +151,10 @@ def write(args, original, example, path):
     )
 
 
-def calibration_images(args, cfg):
-    """Of --calibration, else of the training set."""
-    if args.calibration:
-        return find_images(args.calibration, MOST_CALIBRATION, "--calibration")
+def calibration_images(cfg, paths=None):
+    """Among the inputs `paths`, else of the training set."""
+    if paths:
+        return find_images(paths, MOST_CALIBRATION, "--calibration")
     try:
         records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
     except (KeyError, OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from export import calibration_images
 from PIL import Image
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from tqdm import tqdm
@@ -43,7 +44,8 @@ EXPORTED = {
     "OpenVINO int8": ("openvino", "int8"),
     "TorchScript": ("torchscript", "fp32"),
 }
-CALIBRATION = 60  # images of the training set
+# Images that int8 is fitted to, of those that export.py takes, where the weights are drawn.
+FEW = 20
 
 # What keeps a processor's libraries to instructions that any hospital PC has.
 ISA = {
@@ -205,8 +207,8 @@ def _sides(cfg, weights, folder, bf16):
         **{name: (_ours, config, trained, runtime) for name, runtime in ours.items()},
     }
     prepare = Predictor(config, trained, device="cpu").prepare
-    calibration = [r["file_name"] for r in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])]
-    calibration = [prepare(read_image(Path(p))) for p in calibration[:CALIBRATION]]
+    calibration = calibration_images(cfg)[: None if weights else FEW]
+    calibration = [prepare(read_image(path)) for path in calibration]
     for name, (format, precision) in tqdm(exported.items(), desc="Exporting", leave=False):
         path = folder / f"{precision}.{format}"
         write_graph(
@@ -222,10 +224,47 @@ def _sides(cfg, weights, folder, bf16):
 
 
 def _drawn_weights(cfg, folder):
+    """
+    Weights with which detections differ. As Detectron2 draws the last layers all scores are alike,
+    and ties decide which boxes are kept; here their outputs on an image are brought to zero mean
+    and a given spread, in the manner of LSUV (Mishkin & Matas, ICLR 2016).
+    """
     torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    heads = model.roi_heads
+    spreads = {
+        model.proposal_generator.rpn_head.objectness_logits: 1.0,
+        model.proposal_generator.rpn_head.anchor_deltas: 0.2,
+        heads.box_predictor.cls_score: 1.0,
+        heads.box_predictor.bbox_pred: 1.0,
+        **({heads.mask_head.predictor: 2.0} if heads.mask_on else {}),
+    }
+    for layer, spread in spreads.items():
+        layer.register_forward_hook(_Spread(spread))
+    image = read_image_as(DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[0]["file_name"], "BGR")
+    with torch.no_grad():
+        model([{"image": torch.as_tensor(image.transpose(2, 0, 1).copy())}])
     path = folder / "drawn.pth"
-    torch.save({"model": build_model(cfg).state_dict()}, path)
+    torch.save({"model": model.state_dict()}, path)
     return path
+
+
+class _Spread:
+    """A hook that rescales a layer once, by its first output (N, C, ...)."""
+
+    def __init__(self, spread):
+        self._spread = spread
+
+    def __call__(self, layer, inputs, output):
+        if self._spread is None:
+            return output
+        axes = [axis for axis in range(output.dim()) if axis != 1]
+        factor = self._spread / output.std(axes)
+        shift = -output.mean(axes) * factor
+        layer.weight.mul_(factor.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+        layer.bias.mul_(factor).add_(shift)
+        self._spread = None
+        return layer(*inputs)
 
 
 def _stock(cfg, weights):

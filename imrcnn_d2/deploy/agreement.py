@@ -131,8 +131,7 @@ def compare_records(reference, other, sizes, tau):
             scores.append(abs(one["score"] - two["score"]))
             boxes.append(100 * abs(_corners(one) - _corners(two)).max() / max(size))
             if "segmentation" in one:
-                masks = [one["segmentation"]], [two["segmentation"]]
-                ious.append(float(mask_util.iou(*masks, [0])[0, 0]))
+                ious.append(_overlap(one["segmentation"], two["segmentation"]))
     return Agreement(
         images=len(sizes),
         detections=detections,
@@ -142,6 +141,12 @@ def compare_records(reference, other, sizes, tau):
         boxes=np.array(boxes),
         mask_ious=np.array(ious),
     )
+
+
+def _overlap(mask, other):
+    if not mask_util.area([mask, other]).any():  # a thin box can hold no pixel's centre
+        return 1.0
+    return float(mask_util.iou([mask], [other], [0])[0, 0])
 
 
 def _corners(annotation):

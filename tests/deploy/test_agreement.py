@@ -1,10 +1,11 @@
 """How far two predictors differ."""
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from imrcnn_d2.deploy.agreement import Agreement, compare_predictors
+from imrcnn_d2.deploy.agreement import Agreement, compare_predictors, compare_records
 
 from .conftest import picture
 
@@ -88,3 +89,17 @@ def test_a_bound_may_be_for_most_detections():
     assert agreement.exceeded(**bounds, share=0.95) == []
     assert len(agreement.exceeded(**bounds)) == 3
     assert len(agreement.exceeded(**{**bounds, "lost": 0}, share=0.95)) == 1
+
+
+def test_two_empty_masks_are_equal():
+    empty, full = (
+        mask_util.encode(np.asfortranarray(np.full((8, 8), value, np.uint8))) for value in (0, 1)
+    )
+    box = {"bbox": [1, 1, 4, 4], "category_id": 0, "score": 0.9}
+
+    def agreement(one, two):
+        found = ([[{**box, "segmentation": mask}]] for mask in (one, two))
+        return compare_records(*found, [(8, 8)], 0.5).mask_ious.tolist()
+
+    assert agreement(empty, empty) == agreement(full, full) == [1]
+    assert agreement(empty, full) == agreement(full, empty) == [0]

@@ -24,6 +24,7 @@ from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead, StandardROIH
 
 from imrcnn_d2 import add_imrcnn_config
 from imrcnn_d2.data.catalogue import load_catalogue
+from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.modeling import PAFPN
@@ -223,6 +224,21 @@ def test_inference_compares_the_same_model(tmp_path, monkeypatch, capsys):
     assert ours["in one only, %"] < 10 and ours["scores differ by"] < 1e-3
     assert ours["masks overlap"] > 0.99
     assert "times less processor time" in capsys.readouterr().out
+
+
+def test_drawn_weights_tell_detections_apart(tmp_path, monkeypatch):
+    out = tmp_path / "datasets" / "synthetic"
+    prepare_dataset.main(["synthetic", "--out", str(out), "--num-images", "10", "--size", "96"])
+    monkeypatch.setenv("IMRCNN_DATASETS", str(out.parent))
+    cfg = load_config(f"{CONFIGS}/synthetic/imrcnn_lite.yaml", ["MODEL.TIMM.WEIGHTS", ""])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    weights = inference_benchmark._drawn_weights(cfg, tmp_path)
+    predictor = Predictor(tmp_path / "config.yaml", weights, device="cpu")
+    (found,) = predictor([DatasetCatalog.get("synthetic_train")[0]["file_name"]])
+    assert len(found) > 10 and found.scores.std() > 0.05
+    assert len(found.scores.unique()) > 0.9 * len(found)
+    filled = found.pred_masks.float().sum((1, 2)) / found.pred_boxes.area().clamp(min=1)
+    assert 0.05 < filled.mean() < 0.95, "masks are neither empty nor their boxes"
 
 
 def test_accuracy_is_that_of_the_data_set(tmp_path, monkeypatch):
