@@ -1,0 +1,182 @@
+#!/usr/bin/env python
+"""Make docs/results.md, its tables and its pictures from the runs of the Makefile beside.
+
+    python examples/kvasir_seg_study/results.py output/study datasets
+
+The words are in results.md.j2; every figure in a table or a picture comes from a run's files.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+from leakage import drawn, kvasir
+
+from imrcnn_d2.engine.robustness import ROBUSTNESS
+from imrcnn_d2.evaluation.bootstrap import Bootstrap
+from imrcnn_d2.evaluation.files import write_atomically
+from imrcnn_d2.report.compare import compare
+from imrcnn_d2.report.compare_runs import gather
+from imrcnn_d2.report.compare_tables import table_3, table_4, table_5, table_of_tests
+from imrcnn_d2.report.pr_curve import draw_pr_panels
+from imrcnn_d2.report.robustness import draw_robustness
+from imrcnn_d2.report.runs import load_run
+from imrcnn_d2.report.tables import format_figure, markdown_table
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
+# What the page shows of the tests, chosen before the runs were made; all were adjusted for.
+JUDGED = ("segm/AP50_voc", "segm/AP", "lesion/iou", "tau_val.lesion/f1", "image/miou")
+
+
+class Study:
+    """What the page's template calls. Runs are named by patterns of paths within their folder."""
+
+    def __init__(self, folder, data, pictures):
+        self._folder, self._data, self._pictures = folder, data, pictures
+
+    def paths(self, *patterns):
+        """The folders of finished runs, in order."""
+        return [
+            path
+            for pattern in patterns
+            for path in sorted(self._folder.glob(pattern))
+            if (path / "run.json").is_file() and _record(path)["finished"]
+        ]
+
+    def comparison(self, *patterns):
+        """
+        Comparison: of the models of these runs.
+        """
+        runs = [load_run(path) for path in self.paths(*patterns)]
+        return compare(gather(runs), Bootstrap(2000, 0, False))
+
+    def table(self, compared, number):
+        """The paper's table 3, 4 or 5."""
+        return {3: table_3, 4: table_4, 5: table_5}[number](compared).markdown()
+
+    def tests(self, compared, title):
+        tests = [t for t in compared.fold_tests or compared.tests if t.endpoint in JUDGED]
+        return table_of_tests(compared, tests, "tests", title).markdown()
+
+    def pr_curves(self, compared, stem):
+        """The curves of each model's masks, of its median seed, as a picture."""
+        curves = {}
+        for label, runs in compared.gathered.split.items():
+            runs = sorted(runs, key=lambda run: run.results.segm["AP50_voc"])
+            run = runs[(len(runs) - 1) // 2]
+            curves[label] = next(c for kind, _, c in run.results.curves if kind == "segm")
+        panels = {"Masks, precision and recall at IoU 0.5": curves}
+        path = self._pictures / f"{stem}.png"
+        draw_pr_panels(panels, [path], tau=compared.settings["tau"])
+        return _picture(path, "Precision-recall curves")
+
+    def figures(self, rows, columns):
+        """
+        A table of single runs.
+
+        Args:
+            rows (dict[str, str]): label -> path of the run.
+            columns (dict[str, str]): heading -> group/figure of metrics.json, "tau_val." before
+                the group for the operating point that was chosen on validation images.
+        """
+        cells = []
+        for label, path in rows.items():
+            metrics = load_run(self._folder / path).metrics
+            texts = {heading: _text(metrics, name) for heading, name in columns.items()}
+            cells.append({"": label, **texts})
+        return markdown_table(pd.DataFrame(cells))
+
+    def means(self, rows, columns):
+        """Likewise, of the mean over the runs that fit a pattern, and their smallest and largest."""
+        cells = []
+        for label, pattern in rows.items():
+            every = [load_run(path).metrics for path in self.paths(pattern)]
+            texts = {}
+            for heading, name in columns.items():
+                values = [_figure(metrics, name)[0] for metrics in every]
+                low, high = min(values), max(values)
+                texts[heading] = f"{statistics.mean(values):.2f} ({low:.2f}–{high:.2f})"
+            cells.append({"": label, "runs": str(len(every)), **texts})
+        return markdown_table(pd.DataFrame(cells))
+
+    def leakage(self):
+        """Two tables, of drawn patients and of near-identical images."""
+        tables = drawn(self._folder), kvasir(self._folder, self._data)
+        return "\n\n".join(markdown_table(pd.DataFrame(rows)) for rows in tables)
+
+    def robustness(self, rows, stem, figure="lesion/f1"):
+        """Curves of the evaluations that robustness.py wrote: label -> folder."""
+        documents = {
+            label: json.loads((self._folder / path / ROBUSTNESS).read_text(encoding="utf-8"))
+            for label, path in rows.items()
+        }
+        path = self._pictures / f"{stem}.png"
+        draw_robustness(documents, path, figure=figure)
+        return _picture(path, "Figures under distortions")
+
+    def runs(self, *patterns):
+        """A table of runs: the config's hash, the revision and the hours."""
+        cells = []
+        for path in self.paths(*patterns):
+            record = _record(path)
+            cells.append(
+                {
+                    "run": path.relative_to(self._folder).as_posix(),
+                    "config": record["config_sha256"][:12],
+                    "revision": record["git"]["revision"][:7],
+                    "iterations": f"{record['iterations']:,}",
+                    "hours": f"{record['hours']:.2f}",
+                }
+            )
+        return markdown_table(pd.DataFrame(cells), 3)
+
+
+def _record(path):
+    return json.loads((path / "run.json").read_text(encoding="utf-8"))
+
+
+def _figure(metrics, name):
+    """A figure and its interval, or None."""
+    group, _, figure = name.rpartition("/")
+    for key in group.split("."):
+        metrics = metrics[key]
+    value = metrics[figure]
+    return float("nan") if value is None else value, metrics.get(f"{figure}_ci")
+
+
+def _text(metrics, name):
+    return format_figure(name.rpartition("/")[2], *_figure(metrics, name))
+
+
+def _picture(path, text):
+    return f"![{text}](images/{path.parent.name}/{path.name})"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, help="folder of the runs")
+    parser.add_argument("data", type=Path, help="folder of the splits")
+    parser.add_argument("--output", type=Path, default=DOCS / "results.md", help="the page")
+    args = parser.parse_args(argv)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    pictures = args.output.parent / "images" / "results"
+    pictures.mkdir(parents=True, exist_ok=True)
+    study = Study(args.runs, args.data, pictures)
+    page = environment.get_template("results.md.j2").render(study=study)
+    write_atomically(args.output, page)
+    print(f"Written: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
