@@ -48,6 +48,7 @@ setup(
         "detectron2>=0.6",
         "defusedxml>=0.7.1",
         "faster-coco-eval>=1.8,<1.9",  # evaluation/coco_ap.py hands its internals the overlaps
+        "filelock>=3.12",
         "fvcore>=0.1.5.post20221221",
         "hydra-core>=1.3",
         "ijson>=3.2",

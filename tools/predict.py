@@ -43,6 +43,8 @@ def main(argv=None):
         parser.error(
             "--engine ray writes Parquet files: no --overlays, --masks, --labelme or --live"
         )
+    if args.live and (save or args.batch_size > 1):
+        parser.error("--live draws live.mp4: no --overlays, --masks, --labelme or --batch-size")
     keep_freed_memory()
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     arguments = {

@@ -37,7 +37,7 @@ def read_header(path: Path, **how) -> Any:
             raise ValueError("it is deflated as a whole, to any size: save it uncompressed")
         return pydicom.dcmread(path, **{"stop_before_pixels": True, **how})
     except Exception as error:  # pydicom raises nearly anything on damaged files
-        raise BadInputError(path, f"is no readable DICOM file ({error})") from error
+        raise BadInputError(path, f"is no readable DICOM file ({_reason(error)})") from error
 
 
 def read_still(path: Path) -> np.ndarray:
@@ -68,6 +68,8 @@ def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
 
     if "Rows" not in header or "Columns" not in header:
         raise BadInputError(path, "is a DICOM file without an image")
+    if not header.Rows or not header.Columns:
+        raise BadInputError(path, "says nothing of its rows or columns")
     number = int(header.Rows) * int(header.Columns)
     if Image.MAX_IMAGE_PIXELS is not None and number > 2 * Image.MAX_IMAGE_PIXELS:
         most = 2 * Image.MAX_IMAGE_PIXELS  # as Pillow refuses other images
@@ -78,7 +80,12 @@ def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
     except BadInputError:
         raise
     except Exception as error:  # as above; of decoders that are missing too
-        raise BadInputError(path, f"its pixels cannot be read ({error})") from error
+        raise BadInputError(path, f"its pixels cannot be read ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> object:
+    """Without the file's name, which may be the patient's."""
+    return getattr(error, "strerror", None) or error
 
 
 def _to_rgb(pixels: np.ndarray, header: Any, path: Path) -> np.ndarray:

@@ -49,19 +49,21 @@ def predict_files(predictor, inputs, output, *, save=(), batch_size=1):
 
     Raises:
         FileNotFoundError: there is no such input.
-        ValueError: the folder has the results of another run; or masks are asked for of a model
-            that gives none.
+        ValueError: the folder has the results of another run, or one is writing into it; or masks
+            are asked for of a model that gives none.
         OSError: something cannot be written. What is done stays done.
     """
     if "masks" in save and not predictor.outlines:
         raise ValueError(f"{predictor.about['model']} outlines nothing: it gives no masks")
     output = Path(output)
-    root, sources = find_inputs(inputs)
+    root, sources = find_inputs(inputs, leave_out=output)
     run = run_record(predictor, root, save)
     with contextlib.closing(Journal(output, run)) as journal:
         todo = [source for source in sources if not journal.is_done(source)]
         names = [source.name for source in sources]
-        to = OutputFolder(output, save, predictor.about, predictor.classes, names)
+        to = OutputFolder(
+            output, save, predictor.about, predictor.classes, names, taken=journal.targets()
+        )
         images = _predict(predictor, todo, to, journal, batch_size)
         journal.write_tables(predictor.about, predictor.classes)
         return Summary(images, len(sources) - len(todo), journal.failed())
@@ -89,7 +91,8 @@ def _predict(predictor, sources, to, journal, batch_size):
                 bar.update()
                 continue
             files.close()  # its files are whole before it is noted as done
-            journal.finish(item.source, item.name, item.signature, number, item.error)
+            target = to.target(item.name) if number else None
+            journal.finish(item.source, item.name, item.signature, number, item.error, target)
             if item.error:
                 tqdm.write(printable(f"{item.name}: {item.error}"))
             images, number = images + number, 0

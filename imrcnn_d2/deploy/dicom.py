@@ -2,54 +2,42 @@
 
 import io
 import itertools
-import re
+import logging
 from fractions import Fraction
+
+import numpy as np
 
 from imrcnn_d2.data.dicom import iter_rgb, read_header
 from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.evaluation.files import file_sha256
 
+from .identity import input_key
 from .video import Frame, decode_video
 
 __all__ = ["may_show_patient", "public_name", "read_dicom"]
 
+logger = logging.getLogger(__name__)
+
 # Of the UIDs of MPEG-2, H.264 and HEVC, whose frames pydicom does not take apart.
 _VIDEO_SYNTAX = "1.2.840.10008.1.2.4.10"
-# What a file may be named by that leads back to a person.
-_IDENTIFIERS = (
-    "PatientName",
-    "PatientID",
-    "PatientBirthDate",
-    "OtherPatientIDs",
-    "OtherPatientNames",
-    "AccessionNumber",
-    "StudyID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "SOPInstanceUID",
-)
 _TIME_BASE = Fraction(1, 1_000_000)
-_SUBSTRING = 4  # characters from which on an identifier is looked for within words
 
 
 def public_name(path, name):
     """
     Args:
         path (Path): a DICOM file.
-        name (str): its name, with the folders it is in.
+        name (str): its name, with the folders it is in: often the patient's, in ways that cannot
+            all be told.
 
     Returns:
-        str: ``name``, or one made of the file's hash if the patient's or the study's identifiers
-        occur in it.
+        str: one made of the file's SHA-256, by which its owner finds it again; of one that cannot
+        be opened, of the name's.
     """
-    header = read_header(path)
-    name_ = name.casefold()
-    words = set(re.split(r"[\W_]+", name_))
-    for keyword in _IDENTIFIERS:
-        for part in re.split(r"[\^=\\\s]+", str(header.get(keyword) or "").casefold()):
-            if part and (part in words or len(part) >= _SUBSTRING and part in name_):
-                return f"dicom-{file_sha256(path)[:16]}.dcm"
-    return name
+    try:
+        return f"dicom-{file_sha256(path)[:16]}.dcm"
+    except OSError:
+        return f"dicom-{input_key(name)}.dcm"
 
 
 def may_show_patient(path):
@@ -91,20 +79,26 @@ def read_dicom(path):
         (stream,) = generate_frames(pixels, number_of_frames=1)  # to DICOM it is one
         yield from decode_video(io.BytesIO(stream), path)
         return
-    several = int(header.get("NumberOfFrames") or 1) > 1
-    times = _times(header) if several else itertools.repeat(None)
-    for number, (image, time) in enumerate(zip(iter_rgb(path, header), times, strict=False)):
-        yield Frame(image, number if several else None, time, None if time is None else _TIME_BASE)
+    number = int(header.get("NumberOfFrames") or 1)
+    times = _times(header, number) if number > 1 else itertools.repeat(None)
+    for i, image in enumerate(iter_rgb(path, header)):
+        time = next(times)
+        base = None if time is None else _TIME_BASE
+        yield Frame(image, i if number > 1 else None, time, base)
 
 
-def _times(header):
-    """Of the frames in turn, in seconds; None throughout where the file gives none."""
+def _times(header, number):
+    """Of the frames in turn, in seconds; None throughout where the file gives none that can be."""
     vector = header.get("FrameTimeVector")
-    if vector:
-        return itertools.accumulate(_seconds(step) for step in vector)
+    if vector is not None and vector != "":
+        steps = [_seconds(step) for step in np.atleast_1d(vector)]
+        if len(steps) == number and steps[0] >= 0 and all(step > 0 for step in steps[1:]):
+            return itertools.accumulate(steps)
+        logger.warning("A DICOM file's FrameTimeVector does not fit its frames: no times")
+        return itertools.repeat(None)
     rate = header.get("CineRate") or header.get("RecommendedDisplayFrameRate")
     step = _seconds(header.get("FrameTime") or 0) or (1 / Fraction(str(rate)) if rate else 0)
-    return itertools.count(Fraction(0), step) if step else itertools.repeat(None)
+    return itertools.count(Fraction(0), step) if step > 0 else itertools.repeat(None)
 
 
 def _seconds(milliseconds):

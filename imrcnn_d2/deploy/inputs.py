@@ -41,13 +41,14 @@ class Source:
     kind: str
 
 
-def find_inputs(inputs):
+def find_inputs(inputs, *, leave_out=None):
     """
     Args:
-        inputs (list[str or Path]): files, folders and glob patterns ("**" for any folders). A
-            folder gives all images, videos and DICOM files under it; other files there, and
-            hidden ones, are left out. A file that is named is taken whatever its suffix, as an
-            image if no other.
+        inputs (list[str or Path]): files, folders and glob patterns of these ("**" for any
+            folders). A folder gives all images, videos and DICOM files under it; other files
+            there, and hidden ones, are left out. A file that is named is taken whatever its suffix,
+            as an image if no other.
+        leave_out (str, Path or None): a folder whose files are no inputs, such as that of outputs.
 
     Returns:
         tuple[Path, list[Source]]: the folder that all inputs share, and each file once, by name.
@@ -58,21 +59,20 @@ def find_inputs(inputs):
     found, roots = {}, []
     for given in map(os.fspath, inputs):
         path = Path(given)
-        if path.is_dir():
-            files = list_files(path)
-            known = [(file, _kind(file)) for file in files]
-            known = {file: kind for file, kind in known if kind}
-            if len(known) < len(files):
-                logger.info("%s: %d other files left out", path, len(files) - len(known))
-            roots.append(path)
-        else:
-            files = [path] if path.exists() else map(Path, glob.glob(given, recursive=True))
-            known = {file: _kind(file) or "image" for file in files if not file.is_dir()}
-            if not known:
-                raise FileNotFoundError(f"{given}: no such file, folder or pattern with a match")
-            roots += [_absolute(file).parent for file in known]
-        # A link is a file of its own, with its own name.
-        found.update((_absolute(file), kind) for file, kind in known.items())
+        matches = [path] if path.exists() else list(map(Path, glob.glob(given, recursive=True)))
+        if not matches:
+            raise FileNotFoundError(f"{given}: no such file, folder or pattern with a match")
+        for match in matches:
+            # A link is a file of its own, with its own name.
+            if match.is_dir():
+                found.update((_absolute(file), kind) for file, kind in _in_folder(match))
+                roots.append(match)
+            else:
+                found[_absolute(match)] = _kind(match) or "image"
+                roots.append(_absolute(match).parent)
+    if leave_out is not None:
+        folder = _absolute(leave_out)
+        found = {file: kind for file, kind in found.items() if folder not in file.parents}
     if not found:
         raise FileNotFoundError(
             f"No image, video or DICOM file under {', '.join(map(str, inputs))}"
@@ -82,6 +82,16 @@ def find_inputs(inputs):
         Source(path, path.relative_to(root).as_posix(), kind) for path, kind in found.items()
     ]
     return root, sorted(sources, key=lambda source: source.name)
+
+
+def _in_folder(folder):
+    """Files that can be predicted on, each with its kind."""
+    files = list_files(folder)
+    known = [(file, _kind(file)) for file in files]
+    known = [(file, kind) for file, kind in known if kind]
+    if len(known) < len(files):
+        logger.info("%s: %d other files left out", folder, len(files) - len(known))
+    return known
 
 
 def read_frames(source):

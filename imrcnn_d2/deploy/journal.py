@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
+from filelock import FileLock, Timeout
 
 from imrcnn_d2.evaluation.files import atomic_file
 
@@ -30,6 +31,7 @@ class _Input:
     end: int
     frames: int
     error: str | None
+    target: str | None
 
 
 class Journal:
@@ -50,10 +52,17 @@ class Journal:
             run (dict): what all results in the folder share, see :func:`run_record`.
 
         Raises:
-            ValueError: the folder has the results of another run.
+            ValueError: the folder has the results of another run, or one is writing into it.
         """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"Another run is writing into {folder}: wait for it, or choose another --output"
+            ) from error
         self.run = run
         self._path = self.folder / self.FILE
         self._done = {}
@@ -106,7 +115,14 @@ class Journal:
         """
         self._append({"image": record, "annotations": annotations})
 
-    def finish(self, source, name, signature, frames, error=None):
+    def targets(self):
+        """
+        Returns:
+            dict[str, str]: by name, what the files of each input that is done are called.
+        """
+        return {done.name: done.target for done in self._done.values() if done.target}
+
+    def finish(self, source, name, signature, frames, error=None, target=None):
         """
         Note that an input is done: it and its frames are now on disk.
 
@@ -116,9 +132,10 @@ class Journal:
             signature (list or None): of the file as it was read, see :func:`signature`.
             frames (int): that were predicted.
             error (str or None): why it, or the rest of it, could not be.
+            target (str or None): what its files are called, if there are any.
         """
         key = input_key(source.name)
-        done = dict(name=name, signature=signature, frames=frames, error=error)
+        done = dict(name=name, signature=signature, frames=frames, error=error, target=target)
         self._append({"done": {"key": key, **done}})
         self._sync()
         end = self._file.tell()
@@ -133,8 +150,9 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def close(self):
-        """Close the file."""
+        """Close the file, and leave the folder to others."""
         self._file.close()
+        self._lock.release()
 
     def frames(self):
         """

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -176,7 +175,7 @@ def _carried_config(text, weights):
         path.write_text(text, encoding="utf-8")
         try:
             return load_config(str(path), ["MODEL.DEVICE", "cpu"])
-        except (KeyError, ValueError, yaml.YAMLError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{weights}: the config that it brings along is of another version or damaged "
                 f"({error}); name one that fits (--config-file)"

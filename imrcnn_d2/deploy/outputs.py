@@ -27,7 +27,12 @@ __all__ = [
     "png",
 ]
 
-OUTPUTS = ("overlays", "masks", "labelme")
+# Folders, and the suffixes of what is in them.
+OUTPUTS = {
+    "overlays": (".jpg", ".mp4"),
+    "masks": (".png",),
+    "labelme": (".json", ".png"),
+}
 JPEG_QUALITY = 92
 
 
@@ -119,18 +124,29 @@ class OutputFolder:
     two inputs differ in nothing but their suffix, it is kept: ``masks/a/b.jpg.png``.
     """
 
-    def __init__(self, folder, wanted, about, classes, names):
+    def __init__(self, folder, wanted, about, classes, names, taken=None):
         """
         Args:
             folder (Path):
             wanted (iterable of str): of ``OUTPUTS``.
             about (dict), classes (list[str]): of the :class:`Predictor`.
             names (iterable of str): of all inputs.
+            taken (dict[str, str] or None): names of inputs with files there -> :meth:`target`.
         """
         self.wanted, self.about, self.classes = tuple(wanted), about, classes
         self.comment = comment(about)
         self._folder = folder
-        self._targets = _targets(names)
+        self._targets = _targets(names, taken or {})
+
+    def target(self, name):
+        """
+        Args:
+            name (str): of an input.
+
+        Returns:
+            str: its files' name, without the suffix.
+        """
+        return self._targets.get(name) or _without_suffix(name)
 
     def path(self, kind, name, suffix, frame=None):
         """
@@ -145,18 +161,40 @@ class OutputFolder:
         """
         if frame is not None:
             return self._folder / kind / name / f"{frame:06d}{suffix}"
-        return self._folder / kind / f"{self._targets.get(name, name)}{suffix}"
+        return self._folder / kind / f"{self.target(name)}{suffix}"
+
+    def clear(self, name):
+        """
+        Delete the files of an input, such as those of what it was before it changed.
+
+        Args:
+            name (str): of the input.
+        """
+        for kind, suffixes in OUTPUTS.items():
+            frames = self._folder / kind / name
+            paths = list(frames.glob("[0-9]" * 6 + "*")) if frames.is_dir() else []
+            for path in paths + [self.path(kind, name, suffix) for suffix in suffixes]:
+                if path.suffix in suffixes:
+                    path.unlink(missing_ok=True)
 
 
-def _targets(names):
+def _targets(names, taken):
     """By name: without its suffix where nothing else is called so then, else the whole."""
-    targets = {name: PurePosixPath(name).with_suffix("").as_posix() for name in names}
+    targets = {name: taken.get(name) or _without_suffix(name) for name in names}
     while True:
-        counts = Counter(targets.values())
-        clashing = [name for name, to in targets.items() if counts[to] > 1 and to != name]
+        counts = Counter({**taken, **targets}.values())
+        clashing = [
+            name
+            for name, to in targets.items()
+            if counts[to] > 1 and to != name and name not in taken
+        ]
         if not clashing:
             return targets
         targets.update((name, name) for name in clashing)
+
+
+def _without_suffix(name):
+    return PurePosixPath(name).with_suffix("").as_posix()
 
 
 class InputOutputs:
@@ -179,6 +217,7 @@ class InputOutputs:
         self._video = None
 
     def __enter__(self):
+        self._to.clear(self._name)
         return self
 
     def __exit__(self, *error):

@@ -80,11 +80,8 @@ def _read(sources, predictor):
         item = Item(source, source.name, signature(source))
         try:
             if source.kind == "dicom":
-                item = replace(
-                    item,
-                    name=public_name(source.path, source.name),
-                    pictures=not may_show_patient(source.path),
-                )
+                item = replace(item, name=public_name(source.path, source.name))
+                item = replace(item, pictures=not may_show_patient(source.path))
             views = predictor.views()
             for frame in read_frames(source):
                 view = views(frame.image)
@@ -94,8 +91,10 @@ def _read(sources, predictor):
             item = replace(item, error=error.reason)
         except ModuleNotFoundError as error:  # of the extra [deploy]
             item = replace(item, error=f"needs {error.name}: pip install {error.name}")
-        except (OSError, RuntimeError, ValueError) as error:
-            item = replace(item, error=f"cannot be predicted ({error})")
+        except Exception as error:  # readers raise nearly anything on damaged files
+            # What an unknown error quotes of a DICOM file may be the patient's.
+            said = "" if source.kind == "dicom" else f": {error}"
+            item = replace(item, error=f"cannot be predicted ({type(error).__name__}{said})")
         yield item
 
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from imrcnn_d2.engine.allocator import keep_freed_memory
 
 from .batch import Summary
-from .identity import input_key, printable, run_record, signature
+from .dicom import public_name
+from .identity import printable, run_record, signature
 from .inputs import Source, find_inputs
 from .parquet import PARTS, Parts, image_row, input_row, write_part
 from .pipeline import Item, predictions
@@ -57,7 +58,7 @@ def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1):
         OSError: something cannot be written, or no actor could be started. What is done stays done.
     """
     folder = Path(output).absolute() / PARTS
-    root, sources = find_inputs(inputs)
+    root, sources = find_inputs(inputs, leave_out=output)
     arguments = _with_absolute_paths(arguments)
     run = run_record(Predictor(**arguments), root)  # what is wrong with the weights shows at once
     parts = Parts(folder, run)
@@ -197,6 +198,5 @@ class _Worker:
 
 
 def _lost(source):
-    # What identifies a patient is not known without reading it.
-    name = f"dicom-{input_key(source.name)}.dcm" if source.kind == "dicom" else source.name
+    name = public_name(source.path, source.name) if source.kind == "dicom" else source.name
     return Item(source, name, signature(source), error=LOST)

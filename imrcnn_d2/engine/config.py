@@ -2,6 +2,7 @@
 
 import yaml
 from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
 
 from imrcnn_d2.config import add_imrcnn_config
 
@@ -9,6 +10,9 @@ from .device import choose_device
 from .recognition import resolve_input
 
 __all__ = ["load_config"]
+
+# What a config raises of unknown keys, values of another type, and files that are no mapping.
+_WRONG = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
 
 
 def load_config(config_file="", opts=()):
@@ -23,15 +27,19 @@ def load_config(config_file="", opts=()):
             resolved, see :func:`resolve_input`. Not frozen.
 
     Raises:
-        ValueError: the file, or one that it is based on, is no plain YAML: Detectron2 would run
-            what a tag such as ``!!python/object/apply`` names. So would it what a file of
-            precomputed proposals holds, hence for MODEL.LOAD_PROPOSALS.
+        FileNotFoundError: there is no such file.
+        ValueError: a key that there is not, or a value of another type. The file, or one that it is
+            based on, is no plain YAML: Detectron2 would run what a tag such as
+            ``!!python/object/apply`` names. So would it what a file of precomputed proposals holds,
+            hence for MODEL.LOAD_PROPOSALS.
     """
     cfg = get_cfg()
     add_imrcnn_config(cfg)
     # A placeholder that no run ever sees, to tell "nobody named a device" from a named one.
     cfg.MODEL.DEVICE = "auto"
     if config_file:
+        if not PathManager.isfile(config_file):
+            raise FileNotFoundError(f"{config_file}: no such config file")
         try:
             cfg.merge_from_file(config_file, allow_unsafe=False)
         except yaml.YAMLError as error:
@@ -40,7 +48,14 @@ def load_config(config_file="", opts=()):
                 "values only: where a tag like !!python/object/apply:eval stands, write what it "
                 "gives."
             ) from error
-    cfg.merge_from_list(list(opts))
+        except _WRONG as error:
+            raise ValueError(f"{config_file} is no config of these models: {_said(error)}") from (
+                error
+            )
+    try:
+        cfg.merge_from_list(list(opts))
+    except _WRONG as error:
+        raise ValueError(f"KEY VALUE ...: {_said(error)}") from error
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS is True, but DATASETS.PROPOSAL_FILES_* are pickles, which run "
@@ -51,3 +66,8 @@ def load_config(config_file="", opts=()):
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = choose_device()
     return cfg
+
+
+def _said(error):
+    """Of a KeyError too without quotes."""
+    return error.args[0] if error.args else repr(error)

@@ -71,7 +71,7 @@ def load_torch_file(filename):
         if not what:
             raise unreadable(filename, "file of torch.save", error) from error
         raise refusal(filename, what) from None
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
         raise unreadable(filename, "file of torch.save", error) from error
 
 

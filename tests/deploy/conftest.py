@@ -10,6 +10,7 @@ from dicoms import write_dicom
 from PIL import Image
 
 from imrcnn_d2.deploy import Predictor
+from imrcnn_d2.deploy.dicom import public_name
 from imrcnn_d2.engine import load_config
 
 TAU = 0.5
@@ -96,8 +97,8 @@ def bad_files(image_folder):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
-    write_dicom(image_folder / "report.dcm")
-    write_dicom(image_folder / "hollow.dcm", Rows=60, Columns=80)
+    report = write_dicom(image_folder / "report.dcm")
+    hollow = write_dicom(image_folder / "hollow.dcm", Rows=60, Columns=80)
     return {
         "cut.png": "no readable image",
         "empty.jpg": "no readable image",
@@ -107,6 +108,6 @@ def bad_files(image_folder):
         "bomb.png": "decompression bomb",
         "film.mp4": "cannot be decoded from the start",
         "cut.mkv": "frames",
-        "report.dcm": "without an image",
-        "hollow.dcm": "pixels",
+        public_name(report, ""): "without an image",
+        public_name(hollow, ""): "pixels",
     }

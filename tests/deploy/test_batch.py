@@ -1,5 +1,6 @@
 """A run over many inputs: whole outputs, bad inputs listed, nothing lost or done twice."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -15,8 +16,11 @@ import pytest
 from dicoms import PATIENT, write_dicom
 from PIL import Image, ImageDraw
 
-from imrcnn_d2.deploy import Predictor
+from imrcnn_d2.deploy import Predictor, pipeline
 from imrcnn_d2.deploy.batch import predict_files
+from imrcnn_d2.deploy.dicom import public_name
+from imrcnn_d2.deploy.journal import Journal
+from imrcnn_d2.deploy.outputs import OutputFolder
 from imrcnn_d2.deploy.video import VideoWriter, decode_video
 from imrcnn_d2.evaluation.records import read_ground_truth, read_results
 
@@ -176,6 +180,7 @@ def test_a_video_and_its_frames(predictor, tmp_path):
 def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()
+    stills = "Musterfrau_Erika", "IM2"
     write_dicom(folder / "Musterfrau_Erika.dcm", picture(0))
     write_dicom(folder / "IM2.dcm", picture(1), BurnedInAnnotation="YES")
     write_dicom(folder / "KIS-4711.dcm", np.stack([picture(2), picture(3)]), FrameTime="40")
@@ -191,9 +196,29 @@ def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
         for word, text in itertools.product(words, texts):
             assert word.lower().encode() not in text.lower(), (word, path)
     names = {image["file_name"].split("#")[0] for image in read(output)["images"]}
-    assert "IM2.dcm" in names and len(names) == 3
-    assert not (output / "overlays" / "IM2.jpg").exists(), "its pixels show the patient's name"
-    assert (output / "masks" / "IM2.png").exists()
+    shown, hidden = (public_name(folder / f"{n}.dcm", "").removesuffix(".dcm") for n in stills)
+    assert {f"{shown}.dcm", f"{hidden}.dcm"} < names and len(names) == 3
+    assert (output / "overlays" / f"{shown}.jpg").exists()
+    assert not (output / "overlays" / f"{hidden}.jpg").exists(), "its pixels show the name"
+    assert (output / "masks" / f"{hidden}.png").exists()
+
+
+def test_what_a_reader_raises_ends_its_input_alone(predictor, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for seed, name in enumerate("abc"):
+        Image.fromarray(picture(seed)).save(folder / f"{name}.png")
+    whole = pipeline.read_frames
+
+    def read_frames(source):
+        if source.name == "b.png":
+            raise TypeError("a float is not iterable")
+        return whole(source)
+
+    monkeypatch.setattr(pipeline, "read_frames", read_frames)
+    done = predict_files(predictor, [folder], tmp_path / "out")
+    assert done.images == 2
+    assert done.failed == [("b.png", "cannot be predicted (TypeError: a float is not iterable)")]
 
 
 def test_names_that_differ_in_their_suffix_alone(predictor, image_folder, tmp_path):
@@ -206,6 +231,56 @@ def test_names_that_differ_in_their_suffix_alone(predictor, image_folder, tmp_pa
     predict_files(predictor, [image_folder], tmp_path / "again", save=["masks"])
     masks = sorted(path.name for path in (tmp_path / "again" / "masks").iterdir())
     assert masks == ["a.jpg.png", "a.jpg.png.png", "a.png.png", "b", "d.png"]
+
+
+def test_a_later_input_takes_no_other_inputs_files(predictor, image_folder, tmp_path):
+    output = tmp_path / "out"
+    predict_files(predictor, [image_folder / "a.png"], output, save=ALL)
+    before = {path: path.read_bytes() for path in output.glob("*/*")}
+    assert {path.name for path in before} == {"a.png", "a.jpg", "a.json"}
+    Image.fromarray(picture(5)).save(image_folder / "a.jpg")
+    predict_files(predictor, [image_folder / "a.jpg"], output, save=ALL)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    added = {path.name for path in output.glob("*/*")} - {path.name for path in before}
+    assert added == {"a.jpg.jpg", "a.jpg.png", "a.jpg.json"}
+    # Changed, an input replaces its own files.
+    Image.fromarray(picture(6)).save(image_folder / "a.png")
+    predict_files(predictor, [image_folder], output, save=ALL)
+    assert (output / "masks" / "a.png").read_bytes() != before[output / "masks" / "a.png"]
+    assert not (output / "masks" / "a.png.png").exists()
+
+
+def test_files_of_what_an_input_was_are_deleted(predictor, tmp_path):
+    path = tmp_path / "in" / "x.dcm"
+    path.parent.mkdir()
+    write_dicom(path, np.stack([picture(n) for n in range(3)]))
+    output = tmp_path / "out"
+    masks = output / "masks"
+    predict_files(predictor, [path], output, save=ALL)
+    (folder,) = masks.iterdir()
+    assert len(list(folder.iterdir())) == 3
+    (folder / "mine.txt").touch()
+    to = OutputFolder(output, ALL, predictor.about, predictor.classes, [])
+    to.clear(folder.name)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    assert not list((output / "overlays" / folder.name).iterdir())
+
+
+def test_one_run_at_a_time_writes_into_a_folder(predictor, image_folder, tmp_path):
+    output = tmp_path / "out"
+    predict_files(predictor, [image_folder], output)
+    run = json.loads((output / "progress.jsonl").read_text().splitlines()[0])["run"]
+    with contextlib.closing(Journal(output, run)):
+        with pytest.raises(ValueError, match="Another run is writing into .*out"):
+            predict_files(predictor, [image_folder], output)
+    assert predict_files(predictor, [image_folder], output).skipped
+
+
+def test_own_results_are_not_predicted_on(predictor, image_folder, tmp_path):
+    output = image_folder / "found"
+    for _ in range(2):
+        predict_files(predictor, [image_folder], output, save=["overlays"])
+        assert not [i for i in read(output)["images"] if "overlays" in i["file_name"]]
 
 
 def test_names_that_are_no_utf8(predictor, image_folder, tmp_path):

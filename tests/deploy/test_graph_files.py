@@ -4,9 +4,11 @@ import json
 import zipfile
 from xml.etree import ElementTree
 
+import export
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.deploy import Predictor
@@ -100,6 +102,15 @@ def test_int8(loaded, predictor, tmp_path):
     assert not np.array_equal(one.scores, two.scores), "it was not quantised"
     # The tiny model's random weights make much of small differences.
     assert abs(one.scores[0] - two.scores[0]) < 0.4
+
+
+def test_an_export_is_not_exported(files, tmp_path, capsys):
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    command = ["--format", "safetensors", "--weights", files / "model.onnx"]
+    command += ["--images", tmp_path / "a.png", "--output", tmp_path / "m.safetensors"]
+    with pytest.raises(SystemExit):
+        export.main([str(part) for part in command])
+    assert "model.onnx is an export already" in capsys.readouterr().err
 
 
 def test_what_cannot_be_had_is_said(loaded, predictor, tmp_path):

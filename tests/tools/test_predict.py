@@ -75,12 +75,19 @@ def test_from_weights_to_results_and_back_through_an_export(case, tmp_path, caps
 
 def test_errors_are_a_line(case, tmp_path, capsys):
     inputs = ["--input", case / "images", "--output", tmp_path / "out"]
+    (tmp_path / "odd.yaml").write_text("MODEL: {NOSUCH: 1}")
     for arguments, said in {
         ("--weights", "nothing"): "no weights named 'nothing'",
         ("--weights", case / "none.pth"): "none.pth: no such file of weights",
         ("--weights", case / "config.yaml"): "config.yaml cannot be read",
         ("--weights", case / "model.pth", "--config-file", "configs/kvasir_seg/mrcnn_lite.yaml"): (
             "another architecture"
+        ),
+        ("--weights", case / "model.pth", "--config-file", tmp_path / "none.yaml"): (
+            "none.yaml: no such config file"
+        ),
+        ("--weights", case / "model.pth", "--config-file", tmp_path / "odd.yaml"): (
+            "odd.yaml is no config of these models: Non-existent config key: MODEL.NOSUCH"
         ),
     }.items():
         status, err = failing(predict, capsys, *arguments, *inputs)
@@ -91,6 +98,9 @@ def test_errors_are_a_line(case, tmp_path, capsys):
     ray = [*weights, "--input", "a", "--engine", "ray"]
     assert "no --overlays, --masks" in failing(predict, capsys, *ray, "--masks")[1]
     assert failing(predict, capsys, *ray, "--actors", 0)[0] == 2
+    live = [*weights, "--live", "a.mp4"]
+    for more in (["--masks"], ["--batch-size", 2]):
+        assert "--live draws live.mp4: no" in failing(predict, capsys, *live, *more)[1]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "bad.png").write_bytes(b"")
     assert failing(predict, capsys, *weights, "--input", tmp_path / "only")[0] == 1
