@@ -141,7 +141,7 @@ def train(args):
 def inference(args):
     cfg = load_config(str(args.config_file), ["MODEL.DEVICE", "cpu", *args.opts])
     precision = native_precision() if args.isa == "native" else ""
-    results = compare_predictions(
+    results, best = compare_predictions(
         cfg,
         args.weights,
         isa=args.isa,
@@ -151,8 +151,13 @@ def inference(args):
         accuracy=args.accuracy,
     )
     print(figures_table(results))
+    print(
+        "\nThe network's {G multiply-adds:.3g} G multiply-adds take {ms at best:.0f} ms at the "
+        "{G a second:.3g} G a second of a product of large matrices in fp32".format(**best)
+    )
     bound = INFERENCE_BOUNDS[precision]
     document = {"inference": results, "bound": bound, "isa": args.isa, "threads": args.threads}
+    document["limit"] = best
     document |= {"torch": torch.__version__, "config": str(args.config_file)}
     write(document, args.output)
     ours = {name: f for name, f in results.items() if name not in (STOCK, TORCHVISION)}

@@ -19,6 +19,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from export import calibration_images
+from limit_benchmark import limit
 from PIL import Image
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from tqdm import tqdm
@@ -75,16 +76,17 @@ def compare_predictions(cfg, weights, *, isa, bf16, threads, runs, accuracy):
         accuracy (int): images of the test set to compare results on.
 
     Returns:
-        dict[str, dict[str, float]]: of each side, the median time of an image in ms, on the clock
-        and of the processor; how many times less than Detectron2's it is, the median over the
-        images; the process's largest size in MiB; and AP50_voc and iou on the test set or, for
-        drawn weights, the largest differences from Detectron2's detections.
+        tuple[dict[str, dict[str, float]], dict[str, float]]: of each side, the median time of an
+        image in ms, on the clock and of the processor; how many times less than Detectron2's it
+        is, the median over the images; the process's largest size in MiB; and AP50_voc and iou on
+        the test set or, for drawn weights, the largest differences from Detectron2's detections.
+        And :func:`limit`.
     """
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     images = [record["file_name"] for record in records]
     threaded = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     with tempfile.TemporaryDirectory() as folder, _environment({**threaded, **ISA[isa]}):
-        builders = _sides(cfg, weights, Path(folder), bf16)
+        builders, best = _sides(cfg, weights, Path(folder), bf16, threads)
         sides = {name: Side(*how) for name, how in builders.items()}
         try:
             seconds = _time_in_turns(sides, images, runs)
@@ -111,7 +113,7 @@ def compare_predictions(cfg, weights, *, isa, bf16, threads, runs, accuracy):
             figures[name] |= _accuracy(cfg, records[:accuracy], results[name])
         else:
             figures[name] |= _agreement(images[:accuracy], results[STOCK], results[name])
-    return figures
+    return figures, best
 
 
 class Side:
@@ -190,8 +192,8 @@ def _largest_size():
     return int(fields["VmHWM"].split()[0]) / 2**10
 
 
-def _sides(cfg, weights, folder, bf16):
-    """What builds each side, and the files that they read, made in `folder`."""
+def _sides(cfg, weights, folder, bf16, threads):
+    """What builds each side, with the files that they read made in `folder`; and the limit."""
     ours, exported = (
         {name: how for name, how in known.items() if bf16 or "bf16" not in name}
         for known in (TORCH, EXPORTED)
@@ -220,7 +222,7 @@ def _sides(cfg, weights, folder, bf16):
             calibration=calibration if precision == "int8" else (),
         )
         sides[name] = _ours, None, path, None
-    return sides
+    return sides, limit(loaded.model, calibration[0], threads)
 
 
 def _drawn_weights(cfg, folder):

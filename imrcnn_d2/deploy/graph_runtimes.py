@@ -5,6 +5,7 @@ The packages are those of the extra [deploy].
 
 import io
 import json
+import logging
 import zipfile
 
 import torch
@@ -21,6 +22,8 @@ __all__ = [
     "open_graph",
     "run_graph",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Endings of files, and the name of what runs them.
 GRAPH_FORMATS = {"onnx": "onnxruntime", "openvino": "openvino", "torchscript": "torchscript"}
@@ -134,6 +137,8 @@ def _run_openvino(content):
     core = openvino.Core()
     model = core.read_model(xml, weights)
     hint = "bf16" if about and json.loads(about)["precision"] == "bf16" else "f32"
+    if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        logger.warning("The file is for bf16, which this processor has not: it runs in fp32")
     compiled = core.compile_model(
         model,
         "CPU",

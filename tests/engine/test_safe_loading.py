@@ -210,9 +210,7 @@ def test_what_a_pickle_gets_for_a_function_cannot_be_changed(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pyth", ".safetensors"])
-@pytest.mark.parametrize(
-    "content", [b"", b"no checkpoint", b"...", b"PK\x03\x04 half a zip"]
-)
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"...", b"PK\x03\x04 half a zip"])
 def test_a_damaged_file_is_named(tmp_path, suffix, content):
     file = tmp_path / f"damaged{suffix}"
     file.write_bytes(content)

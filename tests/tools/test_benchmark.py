@@ -7,6 +7,7 @@ import benchmark
 import catalogue_benchmark
 import evaluation_benchmark
 import inference_benchmark
+import limit_benchmark
 import neck_benchmark
 import numpy as np
 import prepare_dataset
@@ -223,7 +224,19 @@ def test_inference_compares_the_same_model(tmp_path, monkeypatch, capsys):
     assert stock["detections"] == ours["detections"] > 2
     assert ours["in one only, %"] < 10 and ours["scores differ by"] < 1e-3
     assert ours["masks overlap"] > 0.99
-    assert "times less processor time" in capsys.readouterr().out
+    best = document["limit"]
+    assert best["ms at best"] == pytest.approx(1000 * best["G multiply-adds"] / best["G a second"])
+    printed = capsys.readouterr().out
+    assert "times less processor time" in printed and "multiply-adds take" in printed
+
+
+def test_the_limit_counts_the_networks_products(monkeypatch):
+    monkeypatch.setattr(limit_benchmark, "_product_seconds", lambda: 2.0)
+    model = torch.nn.Conv2d(3, 8, 3, padding=1)
+    model.forward = lambda batch, conv=model.forward: conv(batch[0]["image"].float()[None])
+    best = limit_benchmark.limit(model, torch.zeros(3, 10, 20, dtype=torch.uint8), 1)
+    assert best["G multiply-adds"] == pytest.approx(10 * 20 * 3 * 8 * 9 / 1e9)
+    assert best["G a second"] == pytest.approx(2048**3 / 2 / 1e9)
 
 
 def test_drawn_weights_tell_detections_apart(tmp_path, monkeypatch):
