@@ -127,3 +127,24 @@ def test_an_actor_is_killed(cluster, predictor, tiny_run, folder, bad_files, tmp
     sizes = {row["file_name"]: row["width"] for row in again}
     assert (sizes["cut.png"], sizes["003.png"], sizes["new.png"]) == (80, 50, 80)
     assert any(path.exists() and path.read_bytes() == old for path, old in before.items())
+
+
+def test_what_its_actors_die_of_is_listed_and_tried_again(
+    tiny_run, image_folder, tmp_path, monkeypatch
+):
+    from imrcnn_d2.deploy import ray_engine
+
+    tried = []
+    monkeypatch.setattr(
+        ray_engine, "_predict", lambda left, make, actors: tried.append([*left]) or 0
+    )
+    write_dicom(image_folder / "KIS-4711.dcm", picture(0))
+    weights = {"config": None, "weights": tiny_run / "model_best.pth"}
+    for _ in range(2):
+        done = ray_engine.predict_with_ray(weights, [image_folder], tmp_path / "out")
+        found = rows(tmp_path / "out")
+        assert [(row["file_name"], row["error"]) for row in found] == done.failed
+        assert len(found) == len(tried[0]) > 2
+        assert {row["error"] for row in found} == {ray_engine.LOST}
+    assert tried[0] == tried[1]
+    assert not any("4711" in row["file_name"] for row in found)
