@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import threading
 import time
 from fractions import Fraction
@@ -18,7 +19,7 @@ from .journal import Journal
 from .outputs import footer
 from .overlay import draw_overlay
 from .records import counted, frame_record, records
-from .video import Frame, VideoWriter, upright
+from .video import Frame, VideoWriter, pixel_aspect, upright
 
 __all__ = ["LIVE_REPORT", "LIVE_VIDEO", "LiveFrames", "predict_live"]
 
@@ -40,6 +41,7 @@ class LiveFrames:
         received (int): frames decoded so far.
         dropped (int): of these, the ones that a newer frame came before.
         error (str or None): why the stream ended, if not by itself.
+        pixel_aspect (Fraction or None): of the frame given last, see :class:`Frame`.
     """
 
     def __init__(self, source):
@@ -66,8 +68,8 @@ class LiveFrames:
         if not self._container.streams.video:
             raise BadInputError(source, "holds no video")
         self.received = self.dropped = 0
-        self.error = None
-        self._newest, self._ended, self._stop = None, False, False
+        self.error = self.pixel_aspect = None
+        self._newest, self._ended, self._stopped = None, False, threading.Event()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._receive, daemon=True)
 
@@ -76,9 +78,13 @@ class LiveFrames:
         return self
 
     def __exit__(self, *error):
-        self._stop = True
+        self.stop()
         self._thread.join()
         self._container.close()
+
+    def stop(self):
+        """Give no more frames. A signal handler may call it."""
+        self._stopped.set()
 
     def _receive(self):
         import av
@@ -88,10 +94,10 @@ class LiveFrames:
             for frame in self._container.decode(video=0):
                 if self._paced and frame.time is not None:
                     started = started or time.perf_counter() - frame.time
-                    time.sleep(max(0, started + frame.time - time.perf_counter()))
+                    self._stopped.wait(max(0, started + frame.time - time.perf_counter()))
+                if self._stopped.is_set():
+                    return
                 with self._changed:
-                    if self._stop:
-                        return
                     self.dropped += self._newest is not None
                     self._newest = frame, self.received, time.perf_counter()
                     self.received += 1
@@ -111,16 +117,20 @@ class LiveFrames:
         """
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._newest is not None or self._ended)
-                if self._newest is None:
+                # A signal handler must not take the lock to say that it is over.
+                while self._newest is None and not self._ended and not self._stopped.is_set():
+                    self._changed.wait(0.1)
+                if self._newest is None or self._stopped.is_set():
                     return
                 (frame, number, arrived), self._newest = self._newest, None
+            self.pixel_aspect = pixel_aspect(self._container.streams.video[0], frame)
             yield upright(frame), number, arrived
 
 
 def predict_live(predictor, source, output, *, show=None):
     """
-    Predict on the newest frame of a device or stream until it ends or Ctrl-C is pressed.
+    Predict on the newest frame of a device or stream until it ends or Ctrl-C is pressed: that lets
+    the frame at work be finished, a second one does not.
 
     Writes the frames with outlines (``live.mp4``), the tables of :meth:`Journal.write_tables`, and
     ``live.json``.
@@ -147,16 +157,43 @@ def predict_live(predictor, source, output, *, show=None):
     latencies = []
     # The first call sets up kernels: not while a frame waits.
     predictor.forward([predictor.prepare(np.zeros((256, 256, 3), np.uint8))])
-    with LiveFrames(source) as frames, contextlib.closing(Journal(output, run)) as journal:
-        _predict(predictor, frames, output, journal, latencies, show)
+    with (
+        LiveFrames(source) as frames,
+        _first_interrupt_calls(frames.stop),
+        contextlib.closing(Journal(output, run)) as journal,
+    ):
+        try:
+            _predict(predictor, frames, output, journal, latencies, show)
+        finally:
+            if not latencies:  # no results that another run could harm
+                (output / Journal.FILE).unlink()
         if not latencies:
             raise BadInputError(source, frames.error or "gave no frame")
         name = Source(Path(LIVE_VIDEO), LIVE_VIDEO, "video")
         journal.finish(name, LIVE_VIDEO, None, len(latencies), frames.error)
         journal.write_tables(predictor.about, predictor.classes)
         report = _report(frames, latencies, predictor.about)
-    write_atomically(output / LIVE_REPORT, json.dumps(report, indent=2) + "\n")
+        write_atomically(output / LIVE_REPORT, json.dumps(report, indent=2) + "\n")
     return report
+
+
+@contextlib.contextmanager
+def _first_interrupt_calls(stop):
+    """The first Ctrl-C within calls ``stop``; the next raises KeyboardInterrupt."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # Ctrl-C does not come here
+        return
+
+    def handle(*_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _predict(predictor, frames, output, journal, latencies, show):
@@ -165,7 +202,7 @@ def _predict(predictor, frames, output, journal, latencies, show):
     with (
         VideoWriter(output / LIVE_VIDEO, time_base=_TIME_BASE, comment=comment) as video,
         tqdm(desc="Live", unit="image") as bar,
-        contextlib.suppress(KeyboardInterrupt),  # the way to end it
+        contextlib.suppress(KeyboardInterrupt),  # the second one: what is counted is kept
     ):
         for image, number, arrived in frames:
             first = arrived if first is None else first
@@ -176,21 +213,24 @@ def _predict(predictor, frames, output, journal, latencies, show):
             overlay = draw_overlay(image, shown, predictor.classes, text)
             if show is not None:
                 show(overlay)
-            latencies.append(time.perf_counter() - arrived)
+            latency = time.perf_counter() - arrived
             when = Fraction(round(1000 * (arrived - first)), 1000)
-            video.write(overlay, when)
+            video.write(overlay, when, frames.pixel_aspect)
             journal.add(frame_record(LIVE_VIDEO, Frame(image, number, when), view), found)
-            bar.set_postfix(ms=round(1000 * latencies[-1]), dropped=frames.dropped)
+            latencies.append(latency)  # counts the frame: after it was written
+            bar.set_postfix(ms=round(1000 * latency), dropped=frames.dropped)
             bar.update()
 
 
 def _report(frames, latencies, about):
     values = np.percentile(latencies, PERCENTILES) * 1000
+    received = frames.received  # which may still grow
+    dropped = received - len(latencies)
     return {
-        "received": frames.received,
+        "received": received,
         "predicted": len(latencies),
-        "dropped": frames.dropped,
-        "dropped_percent": round(100 * frames.dropped / frames.received, 2),
+        "dropped": dropped,
+        "dropped_percent": round(100 * dropped / received, 2),
         "latency_ms": {
             f"p{p}": round(float(v), 1) for p, v in zip(PERCENTILES, values, strict=True)
         },

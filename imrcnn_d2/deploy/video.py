@@ -10,13 +10,16 @@ import numpy as np
 
 from imrcnn_d2.data.rejects import BadInputError
 
-__all__ = ["Frame", "VideoWriter", "decode_video", "upright"]
+__all__ = ["Frame", "VideoWriter", "decode_video", "pixel_aspect", "upright"]
 
 # An end that comes earlier than announced by more than this is a cut file: seconds, and share of
 # the length. Containers round.
 _EARLY = 1.0, 0.02
+_DAMAGED = 0.5  # seconds before the end, in which damage is a sign of a cut
 # A playlist in a file of another name could otherwise make the decoder fetch what it lists.
 _LOCAL = {"protocol_whitelist": "file"}
+# Bytes that a transport stream's packets have: plain, with times, with error correction.
+_TRANSPORT_PACKETS = 188, 192, 204
 
 
 class Frame(NamedTuple):
@@ -26,12 +29,14 @@ class Frame(NamedTuple):
         number (int or None): from 0, in a file of several frames; None in a still.
         time (Fraction or None): seconds, where frames follow each other in time.
         time_base (Fraction or None): seconds that all times of the file are multiples of.
+        pixel_aspect (Fraction or None): a pixel's width to its height; None if not said: square.
     """
 
     image: np.ndarray
     number: int | None = None
     time: Fraction | None = None
     time_base: Fraction | None = None
+    pixel_aspect: Fraction | None = None
 
 
 def decode_video(file, path):
@@ -57,14 +62,22 @@ def decode_video(file, path):
                 raise BadInputError(path, "holds no video")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            for frame in container.decode(stream):
-                if frame.pts is not None:
-                    time = frame.pts * frame.time_base
-                elif number and stream.average_rate:
-                    time += 1 / stream.average_rate
-                yield Frame(upright(frame), number, time, stream.time_base)
-                number += 1
-            _check_end(container, stream, time, number, path)
+            end = _End(container, stream)
+            for packet in container.demux():  # all streams: only the longest tells the file's end
+                end.see_packet(packet)
+                for frame in packet.decode() if packet.stream is stream else ():
+                    if frame.pts is not None:
+                        time = frame.pts * frame.time_base
+                    elif number and stream.average_rate:
+                        time += 1 / stream.average_rate
+                    end.see_frame(frame)
+                    shape = pixel_aspect(stream, frame)
+                    yield Frame(upright(frame), number, time, stream.time_base, shape)
+                    number += 1
+            if not number:
+                raise BadInputError(path, "holds no frame of video")
+            if why := end.missing():
+                raise BadInputError(path, f"is cut off: it ends after {number} frames, {why}")
     except av.error.FFmpegError as error:
         where = f"after {number} frames ({float(time):.2f} s)" if number else "from the start"
         raise BadInputError(path, f"cannot be decoded {where}: {error.strerror}") from error
@@ -81,22 +94,71 @@ def upright(frame):
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
-def _check_end(container, stream, time, number, path):
-    if not number:
-        raise BadInputError(path, "holds no frame of video")
-    if stream.duration is not None:
-        start, duration = stream.start_time or 0, stream.duration
-        end, length = (start + duration) * stream.time_base, duration * stream.time_base
-    elif container.duration is not None and len(container.streams) == 1:  # no sound that is longer
-        length = Fraction(container.duration, 1_000_000)
-        end = Fraction(container.start_time or 0, 1_000_000) + length
-    else:
-        return
-    seconds, share = _EARLY
-    missing = float(end - time)
-    if missing > max(seconds, share * length):
-        raise BadInputError(
-            path, f"is cut off: it ends after {number} frames, {missing:.1f} s early"
+def pixel_aspect(stream, frame):
+    """
+    Args:
+        stream (av.VideoStream):
+        frame (av.VideoFrame): of it.
+
+    Returns:
+        Fraction or None: a pixel's width to its height in what :func:`upright` gives; None if the
+        file does not say it.
+    """
+    stored = stream.sample_aspect_ratio
+    return 1 / stored if stored and frame.rotation % 180 else stored or None
+
+
+class _End:
+    """Where a file ends, and whether that is early."""
+
+    def __init__(self, container, stream):
+        self._container, self._stream = container, stream
+        # Of each stream, seconds: when what it holds last begins and ends, and its last damage.
+        self._starts, self._ends, self._damages = {}, {}, {}
+
+    def see_packet(self, packet):
+        time = packet.dts if packet.pts is None else packet.pts
+        if not packet.size or time is None:
+            return
+        stream, start = packet.stream_index, time * packet.time_base
+        end = start + (packet.duration or 0) * packet.time_base
+        self._starts[stream] = max(start, self._starts.get(stream, start))
+        self._ends[stream] = max(end, self._ends.get(stream, end))
+        if packet.is_corrupt:
+            self._damages[stream] = start
+
+    def see_frame(self, frame):
+        if frame.is_corrupt and frame.pts is not None and self._stream.index in self._starts:
+            self._damages[self._stream.index] = frame.pts * frame.time_base
+
+    def missing(self):
+        """What is missing, in words; None if nothing is."""
+        container, stream = self._container, self._stream
+        ends, end, length = self._ends, None, None
+        if stream.duration is not None:
+            length = stream.duration * stream.time_base
+            end = (stream.start_time or 0) * stream.time_base + length
+            ends = {key: value for key, value in ends.items() if key == stream.index}
+        elif container.duration is not None:
+            # Matroska counts it from 0, wherever the first frame is.
+            end = length = Fraction(container.duration, 1_000_000)
+        if end is not None and ends:
+            seconds, share = _EARLY
+            early = float(end - max(ends.values()))
+            if early > max(seconds, share * length):
+                return f"{early:.1f} s early"
+        # What follows is for formats that do not say how long they are.
+        if self._ends_within_packet():
+            return "within a packet"
+        if any(self._starts[key] - time <= _DAMAGED for key, time in self._damages.items()):
+            return "damaged"
+
+    def _ends_within_packet(self):
+        size = self._container.size
+        return (
+            self._container.format.name == "mpegts"
+            and size > 0
+            and all(size % packet for packet in _TRANSPORT_PACKETS)
         )
 
 
@@ -120,16 +182,18 @@ class VideoWriter:
         self._container = self._stream = None
         self._last = None
 
-    def write(self, image, time):
+    def write(self, image, time, pixel_aspect=None):
         """
         Args:
             image (np.ndarray): (H, W, 3) RGB, uint8, of the first one's size.
             time (Fraction): seconds; where it does not rise, as little as can be is added.
+            pixel_aspect (Fraction or None): a pixel's width to its height; of the first image, for
+                all.
         """
         import av
 
         if self._container is None:
-            self._open(image)
+            self._open(image, pixel_aspect)
         frame = av.VideoFrame.from_ndarray(_even(image), format="rgb24")
         frame.pts, frame.time_base = round(time / self._time_base), self._time_base
         if self._last is not None:  # containers refuse two frames at once
@@ -137,7 +201,7 @@ class VideoWriter:
         self._last = frame.pts
         self._container.mux(self._stream.encode(frame))
 
-    def _open(self, image):
+    def _open(self, image, pixel_aspect):
         import av
 
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +213,8 @@ class VideoWriter:
         )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = stream.codec_context.time_base = self._time_base
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         self._stream = stream
 
     def __enter__(self):

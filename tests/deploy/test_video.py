@@ -1,6 +1,7 @@
 """Videos come out frame for frame, at the times they went in."""
 
 import http.server
+import itertools
 import threading
 from fractions import Fraction
 
@@ -55,6 +56,19 @@ def test_times_that_do_not_rise_are_parted(tmp_path):
     assert found == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("aspect", [Fraction(16, 11), Fraction(8, 9), Fraction(1), None])
+def test_pixels_keep_their_shape(tmp_path, aspect):
+    with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30)) as video:
+        video.write(picture(0), Fraction(0), aspect)
+    (frame,) = decode_video(tmp_path / "v.mp4", "v.mp4")
+    assert frame.pixel_aspect == aspect
+    with av.open(str(tmp_path / "v.mp4")) as container:  # what a player goes by
+        (packet, *_) = container.demux(video=0)
+        (decoded,) = packet.decode() or container.streams.video[0].decode(None)
+        assert (decoded.width, decoded.height) == (80, 60)
+        assert container.streams.video[0].sample_aspect_ratio == aspect
+
+
 def test_a_video_that_breaks_off_leaves_nothing(tmp_path):
     def break_off():
         with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30)) as video:
@@ -67,7 +81,9 @@ def test_a_video_that_breaks_off_leaves_nothing(tmp_path):
 
 
 def test_it_is_turned_as_the_file_says(tmp_path):
-    data = write(tmp_path / "v.mp4", (60, 80), TIMES[:1]).read_bytes()
+    with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30)) as video:
+        video.write(picture(0), Fraction(0), Fraction(16, 11))
+    data = (tmp_path / "v.mp4").read_bytes()
     one, minus = (1 << 16).to_bytes(4, "big"), (-1 << 16).to_bytes(4, "big", signed=True)
     zero, last = bytes(4), (1 << 30).to_bytes(4, "big")
     upright = one + zero * 3 + one + zero * 3 + last
@@ -77,6 +93,7 @@ def test_it_is_turned_as_the_file_says(tmp_path):
     (tmp_path / "turned.mp4").write_bytes(data[:at] + quarter + data[at + len(quarter) :])
     (frame,) = decode_video(tmp_path / "turned.mp4", "turned.mp4")
     assert frame.image.shape == (80, 60, 3)
+    assert frame.pixel_aspect == Fraction(11, 16)
     expected = np.rot90(picture(0), -1).astype(int)
     assert abs(frame.image - expected).mean() < 12
 
@@ -103,6 +120,95 @@ def test_a_truncated_video_gives_its_frames_and_then_says_so(tmp_path):
     mp4.write_bytes(write(tmp_path / "v.mp4").read_bytes()[:-400])
     with pytest.raises(BadInputError, match="cut.mp4: cannot be decoded from the start"):
         list(decode_video(mp4, mp4))
+
+
+CODECS = {
+    "mkv": ("mpeg4", "aac"),
+    "webm": ("libvpx", "libopus"),
+    "mp4": ("mpeg4", "aac"),
+    "mov": ("libx264", "aac"),
+    "avi": ("mpeg4", "mp3"),
+    "flv": ("libx264", "aac"),
+    "ts": ("libx264", "aac"),
+    "m2ts": ("libx264", "aac"),
+    "mpg": ("mpeg2video", "mp2"),
+}
+
+
+def film(path, times, sound=None, rate=20, **options):
+    """Of mixed streams, as a camera with a microphone writes it; ``sound`` is its seconds."""
+    kind, sound_kind = CODECS[path.suffix[1:]]
+    with av.open(str(path), "w", options=options) as container:
+        fast = {"preset": "veryfast", "deadline": "realtime", "cpu-used": "8"}
+        video = container.add_stream(kind, rate=rate, options=fast)
+        video.width, video.height, video.pix_fmt, video.gop_size = 80, 60, "yuv420p", 5
+        video.time_base = video.codec_context.time_base = 1 / Fraction(rate)
+        audio = container.add_stream(sound_kind, rate=48000, layout="mono") if sound else None
+        samples = itertools.count(0, 960)
+        noise = np.random.default_rng(0).standard_normal((1, 960)).astype(np.float32) / 10
+        heard = 0
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            frame.pts, frame.time_base = round(time * rate), 1 / Fraction(rate)
+            container.mux(video.encode(frame))
+            while sound and heard < 48000 * (sound if time == times[-1] else min(sound, time)):
+                chunk = av.AudioFrame.from_ndarray(noise, "fltp", "mono")
+                heard = chunk.pts = next(samples)
+                chunk.sample_rate, chunk.time_base = 48000, Fraction(1, 48000)
+                container.mux(audio.encode(chunk))
+        for stream in container.streams:
+            container.mux(stream.encode())
+    return path
+
+
+STEADY = [Fraction(number, 20) for number in range(80)]
+
+
+@pytest.mark.parametrize("sound", [None, 1, 12], ids=lambda s: f"{s} s of sound")
+@pytest.mark.parametrize("suffix", CODECS)
+def test_whole_files_are_whole(tmp_path, suffix, sound):
+    path = film(tmp_path / f"v.{suffix}", STEADY, sound)
+    assert len(list(decode_video(path, path))) == len(STEADY)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "mov", "ts", "flv"])
+@pytest.mark.parametrize(
+    "times, rate",
+    [
+        ([Fraction(n, 20) for n in (0, 1, 2, 30, 31, 32, 200, 201, 400)], 20),  # variable rate
+        ([3 + time for time in STEADY], 20),  # the first frame comes late
+        ([Fraction(5 * n) for n in range(8)], Fraction(1, 5)),  # each frame is shown long
+    ],
+    ids=["variable", "late", "slow"],
+)
+@pytest.mark.parametrize("sound", [None, 2])
+def test_uneven_files_are_whole(tmp_path, suffix, times, rate, sound):
+    if rate != 20 and suffix in ("flv", "ts") and sound:
+        pytest.skip("their muxers want sound and picture closer together")
+    path = film(tmp_path / f"v.{suffix}", times, sound, rate)
+    assert len(list(decode_video(path, path))) == len(times)
+
+
+def test_a_file_that_an_edit_list_shortens_is_whole(tmp_path):
+    data = film(tmp_path / "v.mov", STEADY, 4).read_bytes()
+    at = data.index(b"elst") + 12  # version, flags, number of entries: then the first's duration
+    assert int.from_bytes(data[at : at + 4], "big") == 4000  # ms
+    (tmp_path / "v.mov").write_bytes(data[:at] + (2000).to_bytes(4, "big") + data[at + 4 :])
+    assert 38 <= len(list(decode_video(tmp_path / "v.mov", "v.mov"))) <= 45
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6])
+@pytest.mark.parametrize("sound", [None, 4])
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "mp4", "flv", "mpg", "ts", "m2ts"])
+def test_cut_files_are_told(tmp_path, suffix, sound, share):
+    options = {"movflags": "faststart"} if suffix == "mp4" else {}
+    path = film(tmp_path / f"v.{suffix}", STEADY, sound, **options)
+    data, seen = path.read_bytes(), []
+    path.write_bytes(data[: int(share * len(data)) | 1])  # not between two transport packets
+    with pytest.raises(BadInputError, match=r"(is cut off: it ends|cannot be decoded) after \d+ "):
+        for frame in decode_video(path, path):
+            seen.append(frame.number)
+    assert 10 < len(seen) < 75
 
 
 def test_a_playlist_fetches_nothing(tmp_path):
