@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -148,8 +149,8 @@ class _End:
             if early > max(seconds, share * length):
                 return f"{early:.1f} s early"
         # What follows is for formats that do not say how long they are.
-        if self._ends_within_packet():
-            return "within a packet"
+        if self._ends_within_packet() or self._ends_within_riff():
+            return "within a part of the file"
         if any(self._starts[key] - time <= _DAMAGED for key, time in self._damages.items()):
             return "damaged"
 
@@ -160,6 +161,14 @@ class _End:
             and size > 0
             and all(size % packet for packet in _TRANSPORT_PACKETS)
         )
+
+    def _ends_within_riff(self):
+        """AVI: the length is that of the file as it was written, in its first bytes."""
+        if self._container.format.name != "avi" or self._container.file is not None:
+            return False
+        with open(self._container.name, "rb") as file:
+            name, size = struct.unpack("<4sI", file.read(8))
+        return name == b"RIFF" and size > self._container.size  # which has these 8 bytes more
 
 
 class VideoWriter:

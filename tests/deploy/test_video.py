@@ -199,7 +199,7 @@ def test_a_file_that_an_edit_list_shortens_is_whole(tmp_path):
 
 @pytest.mark.parametrize("share", [0.5, 0.6])
 @pytest.mark.parametrize("sound", [None, 4])
-@pytest.mark.parametrize("suffix", ["mkv", "webm", "mp4", "flv", "mpg", "ts", "m2ts"])
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "mp4", "avi", "flv", "mpg", "ts", "m2ts"])
 def test_cut_files_are_told(tmp_path, suffix, sound, share):
     options = {"movflags": "faststart"} if suffix == "mp4" else {}
     path = film(tmp_path / f"v.{suffix}", STEADY, sound, **options)
