@@ -250,7 +250,7 @@ class InputOutputs:
         if self._video is None:
             path = to.path("overlays", self._name, ".mp4")
             self._video = VideoWriter(path, time_base=frame.time_base, comment=to.comment)
-        self._video.write(picture, frame.time)
+        self._video.write(picture, frame.time, frame.pixel_aspect)
 
     def _add_mask(self, frame, shown):
         to = self._to

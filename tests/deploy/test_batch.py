@@ -163,11 +163,12 @@ def test_a_video_and_its_frames(predictor, tmp_path):
     times = [Fraction(1001 * number, 30000) for number in (0, 1, 5, 6)]
     with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30000)) as video:
         for number, moment in enumerate(times):
-            video.write(picture(number), moment)
+            video.write(picture(number), moment, Fraction(16, 11))
     output = tmp_path / "out"
     predict_files(predictor, [tmp_path / "v.mp4"], output, save=ALL, batch_size=3)
     drawn = list(decode_video(output / "overlays" / "v.mp4", "v.mp4"))
     assert [frame.time for frame in drawn] == times
+    assert {frame.pixel_aspect for frame in drawn} == {Fraction(16, 11)}
     images = read(output)["images"]
     assert [image["file_name"] for image in images] == [f"v.mp4#{n:06d}" for n in range(4)]
     assert [image["time"] for image in images] == [float(moment) for moment in times]
