@@ -9,7 +9,7 @@ from tqdm import tqdm
 from .identity import printable, run_record
 from .inputs import find_inputs
 from .journal import Journal
-from .outputs import InputOutputs, OutputFolder
+from .outputs import InputOutputs, OutputFolder, output_folders
 from .pipeline import predictions
 from .records import frame_record
 
@@ -56,7 +56,7 @@ def predict_files(predictor, inputs, output, *, save=(), batch_size=1):
     if "masks" in save and not predictor.outlines:
         raise ValueError(f"{predictor.about['model']} outlines nothing: it gives no masks")
     output = Path(output)
-    root, sources = find_inputs(inputs, leave_out=output)
+    root, sources = find_inputs(inputs, leave_out=output_folders(output))
     run = run_record(predictor, root, save)
     with contextlib.closing(Journal(output, run)) as journal:
         todo = [source for source in sources if not journal.is_done(source)]

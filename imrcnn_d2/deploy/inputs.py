@@ -41,14 +41,14 @@ class Source:
     kind: str
 
 
-def find_inputs(inputs, *, leave_out=None):
+def find_inputs(inputs, *, leave_out=()):
     """
     Args:
         inputs (list[str or Path]): files, folders and glob patterns of these ("**" for any
             folders). A folder gives all images, videos and DICOM files under it; other files
             there, and hidden ones, are left out. A file that is named is taken whatever its suffix,
             as an image if no other.
-        leave_out (str, Path or None): a folder whose files are no inputs, such as that of outputs.
+        leave_out (list[Path]): folders whose files are no inputs, such as those of outputs.
 
     Returns:
         tuple[Path, list[Source]]: the folder that all inputs share, and each file once, by name.
@@ -70,9 +70,8 @@ def find_inputs(inputs, *, leave_out=None):
             else:
                 found[_absolute(match)] = _kind(match) or "image"
                 roots.append(_absolute(match).parent)
-    if leave_out is not None:
-        folder = _absolute(leave_out)
-        found = {file: kind for file, kind in found.items() if folder not in file.parents}
+    left_out = set(map(_absolute, leave_out))
+    found = {file: kind for file, kind in found.items() if left_out.isdisjoint(file.parents)}
     if not found:
         raise FileNotFoundError(
             f"No image, video or DICOM file under {', '.join(map(str, inputs))}"

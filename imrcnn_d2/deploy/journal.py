@@ -67,7 +67,11 @@ class Journal:
         self._path = self.folder / self.FILE
         self._done = {}
         self._file = open(self._path, "a+b")  # noqa: SIM115  (closed by close)
-        self._read()
+        try:
+            self._read()
+        except ValueError:
+            self.close()
+            raise
         if not self._file.tell():
             self._append({"run": self.run})
             self._sync()

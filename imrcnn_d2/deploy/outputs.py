@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections import Counter
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -24,6 +24,7 @@ __all__ = [
     "footer",
     "labelme_json",
     "mask_png",
+    "output_folders",
     "png",
 ]
 
@@ -113,6 +114,11 @@ def png(image, about):
     info = PngInfo()
     info.add_text("Comment", comment(about))
     return _encoded(image, "PNG", pnginfo=info)
+
+
+def output_folders(folder):
+    """list[Path]: those in a folder of outputs that pictures are in."""
+    return [Path(folder) / kind for kind in OUTPUTS]
 
 
 class OutputFolder:

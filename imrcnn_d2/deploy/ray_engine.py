@@ -17,6 +17,7 @@ from .batch import Summary
 from .dicom import public_name
 from .identity import printable, run_record, signature
 from .inputs import Source, find_inputs
+from .outputs import output_folders
 from .parquet import PARTS, Parts, image_row, input_row, write_part
 from .pipeline import Item, predictions
 from .predictor import Predictor
@@ -58,7 +59,7 @@ def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1):
         OSError: something cannot be written, or no actor could be started. What is done stays done.
     """
     folder = Path(output).absolute() / PARTS
-    root, sources = find_inputs(inputs, leave_out=output)
+    root, sources = find_inputs(inputs, leave_out=output_folders(output))
     arguments = _with_absolute_paths(arguments)
     run = run_record(Predictor(**arguments), root)  # what is wrong with the weights shows at once
     parts = Parts(folder, run)

@@ -274,14 +274,18 @@ def test_one_run_at_a_time_writes_into_a_folder(predictor, image_folder, tmp_pat
     with contextlib.closing(Journal(output, run)):
         with pytest.raises(ValueError, match="Another run is writing into .*out"):
             predict_files(predictor, [image_folder], output)
+    with pytest.raises(ValueError, match="differs in tau"):
+        Journal(output, {**run, "tau": 0.1})
     assert predict_files(predictor, [image_folder], output).skipped
 
 
-def test_own_results_are_not_predicted_on(predictor, image_folder, tmp_path):
-    output = image_folder / "found"
+@pytest.mark.parametrize("where", ["found", ".", ".."])
+def test_own_results_are_not_predicted_on(predictor, image_folder, where):
+    output = image_folder / where
     for _ in range(2):
         predict_files(predictor, [image_folder], output, save=["overlays"])
-        assert not [i for i in read(output)["images"] if "overlays" in i["file_name"]]
+        named = [image["file_name"] for image in read(output)["images"]]
+        assert "a.png" in named and not [name for name in named if "overlays" in name]
 
 
 def test_names_that_are_no_utf8(predictor, image_folder, tmp_path):

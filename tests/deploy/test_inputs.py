@@ -47,10 +47,10 @@ def test_a_pattern_of_folders(tree):
 
 
 def test_outputs_are_no_inputs(tree):
-    found = find_inputs([tree], leave_out=tree / "x" / "deep" / ".." / "deep")[1]
+    found = find_inputs([tree], leave_out=[tree / "x" / "deep" / ".." / "deep"])[1]
     assert {source.name for source in found} == {"x/IM0001", "x/a.JPG", "x/clip.mp4", "y/a.JPG"}
     with pytest.raises(FileNotFoundError, match="No image"):
-        find_inputs([tree / "x"], leave_out=tree)
+        find_inputs([tree / "x"], leave_out=[tree])
 
 
 def test_each_file_once_under_a_name_of_its_own(tree):
