@@ -16,6 +16,7 @@ import pandas as pd
 
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
 from imrcnn_d2.evaluation.files import RESULTS
+from imrcnn_d2.report.runs import load_run
 from imrcnn_d2.report.tables import format_figure, markdown_table
 
 COLUMNS = {
@@ -43,11 +44,10 @@ def drawn(runs):
     """Rows of mean ± population sd over the draws."""
     for by in ("image", "patient"):
         figures = pd.DataFrame(
-            {
-                heading: read(path.rpartition("/"), runs / "leakage" / f"by_{by}_{draw}")
-                for heading, path in COLUMNS.items()
-            }
-            for draw in range(DRAWS)
+            {heading: figure(metrics, name)[0] for heading, name in COLUMNS.items()}
+            for metrics in (
+                load_run(runs / "leakage" / f"by_{by}_{draw}").metrics for draw in range(DRAWS)
+            )
         )
         cells = {
             heading: f"{figures[heading].mean():.1f} ± {figures[heading].std(ddof=0):.1f}"
@@ -56,11 +56,19 @@ def drawn(runs):
         yield {"drawn images, split": f"by {by}", **cells}
 
 
-def read(path, run):
-    """A figure of a run's metrics.json."""
-    group, _, figure = path
-    metrics = json.loads((run / "inference/synthetic_test/metrics.json").read_text("utf-8"))
-    return metrics[group][figure]
+def figure(metrics, name):
+    """
+    A figure and its interval, or None.
+
+    Args:
+        metrics (dict): a metrics.json.
+        name (str): group/figure, such as "segm/AP50_voc" or "tau_val.lesion/f1".
+    """
+    group, _, key = name.rpartition("/")
+    for part in group.split("."):
+        metrics = metrics[part]
+    value = metrics[key]
+    return float("nan") if value is None else value, metrics.get(f"{key}_ci")
 
 
 def kvasir(runs, data):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
-from leakage import drawn, kvasir
+from leakage import drawn, figure, kvasir
 
 from imrcnn_d2.engine.robustness import ROBUSTNESS
 from imrcnn_d2.evaluation.bootstrap import Bootstrap
@@ -89,14 +89,21 @@ class Study:
             cells.append({"": label, **texts})
         return markdown_table(pd.DataFrame(cells))
 
-    def means(self, rows, columns):
-        """Likewise, the mean over the runs of a pattern, and their smallest and largest."""
+    def means(self, rows, columns, dataset=""):
+        """
+        Likewise, the mean over the runs of a pattern, and their smallest and largest.
+
+        ``dataset`` is what they were evaluated on, where that is not their test images.
+        """
         cells = []
         for label, pattern in rows.items():
-            every = [load_run(path).metrics for path in self.paths(pattern)]
+            every = [
+                load_run(path / "inference" / dataset if dataset else path).metrics
+                for path in self.paths(pattern)
+            ]
             texts = {}
             for heading, name in columns.items():
-                values = [_figure(metrics, name)[0] for metrics in every]
+                values = [figure(metrics, name)[0] for metrics in every]
                 low, high = min(values), max(values)
                 texts[heading] = f"{statistics.mean(values):.2f} ({low:.2f}–{high:.2f})"
             cells.append({"": label, "runs": str(len(every)), **texts})
@@ -107,14 +114,14 @@ class Study:
         tables = drawn(self._folder), kvasir(self._folder, self._data)
         return "\n\n".join(markdown_table(pd.DataFrame(rows)) for rows in tables)
 
-    def robustness(self, rows, stem, figure="lesion/f1"):
+    def robustness(self, rows, stem):
         """Curves of the evaluations that robustness.py wrote: label -> folder."""
         documents = {
             label: json.loads((self._folder / path / ROBUSTNESS).read_text(encoding="utf-8"))
             for label, path in rows.items()
         }
         path = self._pictures / f"{stem}.png"
-        draw_robustness(documents, path, figure=figure)
+        draw_robustness(documents, path)
         return _picture(path, "Figures under distortions")
 
     def runs(self, *patterns):
@@ -138,17 +145,8 @@ def _record(path):
     return json.loads((path / "run.json").read_text(encoding="utf-8"))
 
 
-def _figure(metrics, name):
-    """A figure and its interval, or None."""
-    group, _, figure = name.rpartition("/")
-    for key in group.split("."):
-        metrics = metrics[key]
-    value = metrics[figure]
-    return float("nan") if value is None else value, metrics.get(f"{figure}_ci")
-
-
 def _text(metrics, name):
-    return format_figure(name.rpartition("/")[2], *_figure(metrics, name))
+    return format_figure(name.rpartition("/")[2], *figure(metrics, name))
 
 
 def _picture(path, text):
