@@ -13,6 +13,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import RetinaNet, build_model
 
+from imrcnn_d2 import add_imrcnn_config
 from imrcnn_d2.data import synthetic
 from imrcnn_d2.data.prepare import SplitOptions, prepare_dataset
 from imrcnn_d2.data.rejects import Rejects
@@ -166,3 +167,37 @@ def test_the_zoo_s_lazy_configs_take_our_classes(registered, tmp_path):
     for record in DatasetCatalog.get(registered["val"]):
         evaluator.process([record], [found])
     assert evaluator.evaluate()["lesion"]["TP"] == 0
+
+
+def test_weights_with_a_part_set_back_are_those_of_a_model_without_it(tmp_path):
+    def model(name):
+        cfg = get_cfg()
+        add_imrcnn_config(cfg)
+        cfg.merge_from_file(str(EXAMPLES.parent / "configs" / f"Base-{name}-lite.yaml"))
+        cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""])
+        return build_model(cfg).eval().backbone
+
+    whole, image = model("IMRCNN"), torch.randn(1, 3, 64, 64)
+    for name, weight in whole.named_parameters():
+        if "pan_down" in name or "cbam" in name:
+            torch.nn.init.normal_(weight, std=0.1)  # as if trained
+    backbone = {f"backbone.{name}": weight for name, weight in whole.state_dict().items()}
+    torch.save({"model": backbone}, tmp_path / "whole.pth")
+    without = example("kvasir_seg_study/without.py")
+    without.main(["attention", str(tmp_path / "whole.pth"), str(tmp_path / "no_attention.pth")])
+    without.main(["bottom_up", str(tmp_path / "no_attention.pth"), str(tmp_path / "neither.pth")])
+
+    def pyramid(name, file):
+        net = model(name)
+        weights = torch.load(tmp_path / file, weights_only=True)["model"]
+        net.load_state_dict(
+            {key.removeprefix("backbone."): w for key, w in weights.items()},
+            strict=name == "IMRCNN",
+        )
+        with torch.no_grad():
+            return torch.cat([level.flatten() for level in net(image).values()])
+
+    for smaller, file in (("IBMRCNN", "no_attention.pth"), ("MRCNN", "neither.pth")):
+        expected = pyramid(smaller, "whole.pth")
+        torch.testing.assert_close(pyramid("IMRCNN", file), expected)
+        assert not torch.allclose(pyramid("IMRCNN", "whole.pth"), expected, rtol=1e-2)
