@@ -89,7 +89,7 @@ class Study:
             cells.append({"": label, **texts})
         return markdown_table(pd.DataFrame(cells))
 
-    def means(self, rows, columns, dataset=""):
+    def means(self, rows, columns, dataset=None):
         """
         Likewise, the mean over the runs of a pattern, and their smallest and largest.
 
@@ -97,10 +97,7 @@ class Study:
         """
         cells = []
         for label, pattern in rows.items():
-            every = [
-                load_run(path / "inference" / dataset if dataset else path).metrics
-                for path in self.paths(pattern)
-            ]
+            every = [load_run(path, dataset=dataset).metrics for path in self.paths(pattern)]
             texts = {}
             for heading, name in columns.items():
                 values = [figure(metrics, name)[0] for metrics in every]
