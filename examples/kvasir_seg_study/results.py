@@ -22,6 +22,7 @@ from imrcnn_d2.report.compare import compare
 from imrcnn_d2.report.compare_page import median_runs
 from imrcnn_d2.report.compare_runs import gather
 from imrcnn_d2.report.compare_tables import table_3, table_4, table_5, table_of_tests
+from imrcnn_d2.report.page_tables import NOT_PERCENT
 from imrcnn_d2.report.pr_curve import draw_pr_panels
 from imrcnn_d2.report.robustness import draw_robustness
 from imrcnn_d2.report.runs import load_run
@@ -29,7 +30,7 @@ from imrcnn_d2.report.tables import format_figure, markdown_table
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-# What the page shows of the tests, chosen before the runs were made; all were adjusted for.
+# Tests that the page shows whatever came out, beside those with an adjusted p below 0.05.
 JUDGED = ("segm/AP50_voc", "lesion/iou", "tau_val.lesion/f1", "image/miou")
 
 
@@ -45,7 +46,7 @@ class Study:
             path
             for pattern in patterns
             for path in sorted(self._folder.glob(pattern))
-            if (path / "run.json").is_file() and _record(path)["finished"]
+            if _is_finished(path)
         ]
 
     def comparison(self, *patterns):
@@ -58,7 +59,11 @@ class Study:
         return {3: table_3, 4: table_4, 5: table_5}[number](compared).markdown()
 
     def tests(self, compared, title):
-        tests = [t for t in compared.fold_tests or compared.tests if t.endpoint in JUDGED]
+        tests = [
+            test
+            for test in compared.fold_tests or compared.tests
+            if test.endpoint in JUDGED or test.p_holm < 0.05
+        ]
         return table_of_tests(compared, tests, "tests", title).markdown()
 
     def pr_curves(self, compared, stem):
@@ -101,8 +106,12 @@ class Study:
             texts = {}
             for heading, name in columns.items():
                 values = [figure(metrics, name)[0] for metrics in every]
-                low, high = min(values), max(values)
-                texts[heading] = f"{statistics.mean(values):.2f} ({low:.2f}–{high:.2f})"
+                key = name.rpartition("/")[2]
+                mean, low, high = (
+                    format_figure(key, value, decimals=2 if key in NOT_PERCENT else 1)
+                    for value in (statistics.mean(values), min(values), max(values))
+                )
+                texts[heading] = f"{mean} ({low}–{high})"
             cells.append({"": label, "runs": str(len(every)), **texts})
         return markdown_table(pd.DataFrame(cells))
 
@@ -136,6 +145,12 @@ class Study:
                 }
             )
         return markdown_table(pd.DataFrame(cells), 3)
+
+
+def _is_finished(path):
+    if (path / "run.json").is_file():
+        return bool(_record(path)["finished"])
+    return (path / "done").is_file()  # an evaluation alone: of the Makefile
 
 
 def _record(path):
