@@ -3,12 +3,15 @@
 
     python examples/kvasir_seg_study/results.py output/study datasets
 
-The words are in results.md.j2; every figure in a table or a picture comes from a run's files.
+The words are in results.md.j2; every figure in a table or a picture comes from a run's files. A
+section whose runs are not all there, or not finished, stays on the page as it is, and is named.
 """
 
 import argparse
 import json
+import re
 import statistics
+import sys
 from pathlib import Path
 
 import jinja2
@@ -41,13 +44,20 @@ class Study:
         self._folder, self._data, self._pictures = folder, data, pictures
 
     def paths(self, *patterns):
-        """The folders of finished runs, in order."""
-        return [
-            path
-            for pattern in patterns
-            for path in sorted(self._folder.glob(pattern))
-            if _is_finished(path)
-        ]
+        """
+        The folders of runs, in order.
+
+        Raises:
+            FileNotFoundError: a pattern has none, or one that has not finished.
+        """
+        paths = []
+        for pattern in patterns:
+            found = sorted(self._folder.glob(pattern))
+            unfinished = [str(path) for path in found if not _is_finished(path)]
+            if unfinished or not found:
+                raise FileNotFoundError(", ".join(unfinished) or str(self._folder / pattern))
+            paths += found
+        return paths
 
     def comparison(self, *patterns):
         """Comparison: of the models of these runs."""
@@ -89,7 +99,7 @@ class Study:
         """
         cells = []
         for label, path in rows.items():
-            metrics = load_run(self._folder / path).metrics
+            metrics = load_run(*self.paths(path)).metrics
             texts = {heading: _text(metrics, name) for heading, name in columns.items()}
             cells.append({"": label, **texts})
         return markdown_table(pd.DataFrame(cells))
@@ -117,6 +127,7 @@ class Study:
 
     def leakage(self):
         """Two tables, of drawn patients and of near-identical images."""
+        self.paths("leakage/*", "groups/imrcnn", "main/imrcnn_seed0")
         tables = drawn(self._folder), kvasir(self._folder, self._data)
         return "\n\n".join(markdown_table(pd.DataFrame(rows)) for rows in tables)
 
@@ -165,6 +176,35 @@ def _picture(path, text):
     return f"![{text}](images/{path.parent.name}/{path.name})"
 
 
+def sections(text):
+    """dict[str, str]: a page's sections by heading, what comes before the first by ""."""
+    parts = re.split(r"^(?=##+ )", text, flags=re.MULTILINE)
+    return {part.split("\n", 1)[0] if part.startswith("##") else "": part for part in parts}
+
+
+def render(template, study, page):
+    """
+    Args:
+        template (str): the page's template. A section is rendered by itself.
+        study (Study): what the template calls.
+        page (str): the page as it is.
+
+    Returns:
+        tuple[str, dict[str, str]]: the new page, and of the headings whose runs are not there why.
+    """
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.keep_trailing_newline = True
+    present = sections(page)
+    made, missing = [], {}
+    for heading, section in sections(template).items():
+        try:
+            made.append(environment.from_string(section).render(study=study))
+        except FileNotFoundError as error:
+            missing[heading] = str(error)
+            made.append(present.get(heading, ""))
+    return "".join(made), missing
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -173,17 +213,16 @@ def main(argv=None):
     parser.add_argument("data", type=Path, help="folder of the splits")
     parser.add_argument("--output", type=Path, default=DOCS / "results.md", help="the page")
     args = parser.parse_args(argv)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
     pictures = args.output.parent / "images" / "results"
     pictures.mkdir(parents=True, exist_ok=True)
     study = Study(args.runs, args.data, pictures)
-    page = environment.get_template("results.md.j2").render(study=study)
+    before = args.output.read_text(encoding="utf-8") if args.output.is_file() else ""
+    template = (HERE / "results.md.j2").read_text(encoding="utf-8")
+    page, missing = render(template, study, before)
     write_atomically(args.output, page)
+    for heading, runs in missing.items():
+        state = "as it was" if heading in sections(before) else "left out"
+        print(f'"{heading}" is {state}: no finished run {runs}', file=sys.stderr)
     print(f"Written: {args.output}")
 
 
