@@ -134,8 +134,9 @@ class Study:
     def robustness(self, rows, stem):
         """Curves of the evaluations that robustness.py wrote: label -> folder."""
         documents = {
-            label: json.loads((self._folder / path / ROBUSTNESS).read_text(encoding="utf-8"))
+            label: json.loads((folder / ROBUSTNESS).read_text(encoding="utf-8"))
             for label, path in rows.items()
+            for folder in self.paths(path)
         }
         path = self._pictures / f"{stem}.png"
         draw_robustness(documents, path)

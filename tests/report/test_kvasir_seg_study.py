@@ -73,9 +73,43 @@ def test_models_are_compared_over_their_seeds(results, runs, tmp_path):
     assert (tmp_path / "images" / "results" / "pr.png").stat().st_size > 10_000
 
 
-def test_a_run_that_has_not_finished_is_not_among_them(results, runs, tmp_path):
-    record = runs / "main/imrcnn_seed2/run.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "finished": None}))
+def test_a_section_stays_where_a_run_of_it_is_missing_or_has_not_finished(results, runs, tmp_path):
     study = results.Study(runs, tmp_path, tmp_path)
-    names = [path.name for path in study.paths("main/imrcnn_*")]
-    assert names == ["imrcnn_seed0", "imrcnn_seed1"]
+    template = "# New\n\n## Words\n\nnew\n\n" + "".join(
+        f"## {heading}\n\n{{{{ study.figures({{'x': '{run}'}}, {{'TP': 'lesion/TP'}}) }}}}\n\n"
+        for heading, run in (
+            ("Kept", "main/imrcnn_seed2"),
+            ("Absent", "long/imrcnn"),
+            ("Made", "main/imrcnn_seed1"),
+        )
+    )
+    page = "# Old\n\n## Made\n\nold\n\n## Kept\n\nold figures\n\n"
+    record = runs / "main/imrcnn_seed2/run.json"
+    finished = record.read_text()
+    record.write_text(json.dumps({**json.loads(finished), "finished": None}))
+
+    made, missing = results.render(template, study, page)
+    assert missing == {
+        "## Kept": str(runs / "main/imrcnn_seed2"),
+        "## Absent": str(runs / "long/imrcnn"),
+    }
+    tp = metrics(runs / "main/imrcnn_seed1")["lesion"]["TP"]
+    assert made.startswith("# New\n\n## Words\n\nnew\n\n## Kept\n\nold figures\n\n## Made\n\n")
+    assert [cell.strip() for cell in made.splitlines()[-2].split("|")][1:-1] == ["x", f"{tp:.0f}"]
+
+    record.write_text(finished)
+    again, missing = results.render(template, study, made)
+    assert missing.keys() == {"## Absent"}
+    assert "old figures" not in again
+    assert results.render(template, study, again)[0] == again
+
+
+def test_every_section_of_the_page_is_one_of_its_template(results):
+    page, template = (
+        results.sections(path.read_text(encoding="utf-8"))
+        for path in (results.DOCS / "results.md", SCRIPTS / "results.md.j2")
+    )
+    assert [heading for heading in template if heading in page] == list(page)
+    for heading, words in template.items():
+        if heading in page and "study." not in words:
+            assert page[heading] == words
