@@ -193,8 +193,9 @@ def render(template, study, page):
     Returns:
         tuple[str, dict[str, str]]: the new page, and of the headings whose runs are not there why.
     """
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.keep_trailing_newline = True
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
     present = sections(page)
     made, missing = [], {}
     for heading, section in sections(template).items():
