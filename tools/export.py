@@ -7,8 +7,8 @@
         --images datasets/kvasir_seg/images --output imrcnn.openvino
 
 The file holds the network, config, class names and τ, and tools/predict.py takes it as --weights.
-safetensors are weights, which MODEL.WEIGHTS takes too; onnx, openvino and torchscript are for
-runtimes of these names (pip install -e '.[deploy]'), for any number and size of images. int8 is
+safetensors are weights, which MODEL.WEIGHTS takes too; onnx and openvino are for the runtimes of
+these names (pip install -e '.[deploy]'), for any number and size of images. int8 is
 fitted to training images, those of the config's DATASETS.TRAIN unless others are given.
 
 The file is compared with the original on real images; the largest differences are printed, and
@@ -88,7 +88,7 @@ def argument_parser():
         choices=sorted({name for names in PRECISIONS.values() for name in names}),
         default="fp32",
         help="fp16 has half the size (safetensors), bf16 is faster where the processor has such "
-        "arithmetic (openvino, torchscript), int8 has a third of the size and is faster still "
+        "arithmetic (openvino), int8 has a third of the size and is faster still "
         "(openvino) (fp32)",
     )
     parser.add_argument(

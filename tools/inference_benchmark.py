@@ -43,7 +43,6 @@ EXPORTED = {
     "OpenVINO": ("openvino", "fp32"),
     "OpenVINO bf16": ("openvino", "bf16"),
     "OpenVINO int8": ("openvino", "int8"),
-    "TorchScript": ("torchscript", "fp32"),
 }
 # Images that int8 is fitted to, of those that export.py takes, where the weights are drawn.
 FEW = 20

@@ -8,6 +8,7 @@ import torch
 
 from imrcnn_d2.engine.provenance import config_sha256
 from imrcnn_d2.evaluation.files import write_atomically
+from imrcnn_d2.modeling.weight_files import CHECKSUM, tensors_checksum
 
 from .loading import ARTIFACT_VERSION
 
@@ -23,7 +24,8 @@ def write_safetensors(loaded, path, *, precision="fp32"):
 
     Its metadata are JSON texts: ``config`` (YAML), ``classes``, ``operating_point``, ``tau``,
     ``model``, ``backbone``, ``precision``, ``version``, ``config_sha256``, ``weights_sha256`` (of
-    the file that the weights are from) and ``artifact`` (the format's version).
+    the file that the weights are from), ``artifact`` (the format's version) and ``crc32`` (of all of
+    these and of the tensors).
 
     Args:
         loaded (LoadedModel):
@@ -40,8 +42,9 @@ def write_safetensors(loaded, path, *, precision="fp32"):
         name: _rounded(name, tensor, PRECISIONS[precision] if name in kernels else tensor.dtype)
         for name, tensor in loaded.model.state_dict().items()
     }
-    texts = {key: json.dumps(value) for key, value in about.items()}
-    write_atomically(path, safetensors.torch.save(tensors, {"format": "pt", **texts}))
+    texts = {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}}
+    texts[CHECKSUM] = tensors_checksum(tensors, texts)
+    write_atomically(path, safetensors.torch.save(tensors, texts))
 
 
 def describe(loaded, precision):

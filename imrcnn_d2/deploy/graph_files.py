@@ -1,4 +1,4 @@
-"""Models as files of other runtimes: ONNX, OpenVINO and TorchScript, each whole in one file."""
+"""Models as files of other runtimes: ONNX and OpenVINO, each whole in one file."""
 
 import io
 import json
@@ -13,10 +13,11 @@ import torch
 
 from imrcnn_d2.evaluation.files import write_atomically
 from imrcnn_d2.modeling.classifier import ImageClassifier
+from imrcnn_d2.modeling.weight_files import CHECKSUM
 
 from .artifact import describe
 from .graph import ClassifierGraph, DetectorGraph
-from .graph_runtimes import ABOUT, INPUT, OPENVINO_PARTS
+from .graph_runtimes import ABOUT, INPUT, OPENVINO_PARTS, onnx_checksum
 
 __all__ = ["FORMATS", "PRECISIONS", "graph_bytes", "write_graph"]
 
@@ -24,7 +25,6 @@ __all__ = ["FORMATS", "PRECISIONS", "graph_bytes", "write_graph"]
 PRECISIONS = {
     "onnx": ("fp32",),
     "openvino": ("fp32", "bf16", "int8"),
-    "torchscript": ("fp32", "bf16"),
 }
 FORMATS = tuple(PRECISIONS)
 _OPSET = 17
@@ -81,13 +81,8 @@ def graph_bytes(model, format, example, precision="fp32", calibration=()):
     graph = ClassifierGraph(model) if isinstance(model, ImageClassifier) else DetectorGraph(model)
     # Two images: with one, an axis of length 1 could be taken for fixed.
     batch = torch.stack([example, example.flip(-1)])
-    bf16 = format == "torchscript" and precision == "bf16"
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+    with torch.no_grad():
         traced = torch.jit.trace(graph.eval(), (batch,), check_trace=False)
-    if format == "torchscript":
-        buffer = io.BytesIO()
-        torch.jit.save(traced, buffer)
-        return buffer.getvalue()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         _export_onnx(traced, graph.outputs, batch, path)
@@ -148,13 +143,9 @@ def _with_about(content, format, about):
 
         model = onnx.load_from_string(content)
         onnx.helper.set_model_props(model, {ABOUT: about})
+        model.metadata_props.add(key=CHECKSUM, value=onnx_checksum(model))
         return model.SerializeToString()
     buffer = io.BytesIO(content)
-    if format == "openvino":
-        with zipfile.ZipFile(buffer, "a") as archive:
-            archive.writestr(ABOUT, about)
-        return buffer.getvalue()
-    module = torch.jit.load(buffer)
-    buffer = io.BytesIO()
-    torch.jit.save(module, buffer, _extra_files={ABOUT: about})
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr(ABOUT, about)
     return buffer.getvalue()

@@ -2,16 +2,19 @@
 
 import logging
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.engine.config import load_config
 from imrcnn_d2.engine.device import choose_device
@@ -19,7 +22,7 @@ from imrcnn_d2.engine.provenance import describe_model
 from imrcnn_d2.engine.recognition import is_classifier
 from imrcnn_d2.engine.weights import Weights, load_weights
 from imrcnn_d2.evaluation.operating_point import OperatingPoint
-from imrcnn_d2.modeling.weight_files import load_safetensors
+from imrcnn_d2.modeling.weight_files import UnsafeFileError, load_safetensors
 
 from .graph_runtimes import GRAPH_FORMATS, GraphRuntime, open_graph
 
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 # Of the metadata that tools/export.py writes; a larger one is of a later version of this package.
 ARTIFACT_VERSION = 1
 NAMED_AT_MOST = 3
+LONGEST_NAME = 200
 _PACKAGED = resources.files("imrcnn_d2") / "weights"
 
 
@@ -114,18 +118,24 @@ def load_model(config, weights, *, device=None):
     path = Path(PathManager.get_local_path(str(weights)))
     if not path.is_file():
         raise FileNotFoundError(f"{weights}: no such file of weights")
+    if path.suffix == ".torchscript":
+        raise UnsafeFileError(
+            f"{path} was refused: a program of TorchScript can read and write any file. Export the "
+            "weights that it was made of to .onnx, .openvino or .safetensors (tools/export.py)"
+        )
     if path.suffix[1:] in GRAPH_FORMATS:
         return _load_graph(config, path)
     metadata = load_safetensors(path)[1] if path.suffix == ".safetensors" else {}
-    _check_version(weights, metadata)
+    _check_about(path, metadata, metadata.keys() & {"artifact", "classes", "config"})
     cfg = _config(config, path, metadata.get("config"))
     cfg.MODEL.DEVICE = device or choose_device()
     cfg.MODEL.WEIGHTS = cfg.MODEL.TIMM.WEIGHTS = ""  # these are the weights of the whole model
     cfg.MODEL.CHANNELS_LAST = False  # the runtime's affair
+    _check_size(cfg, path)
     cfg.freeze()
     model = build_model(cfg).eval()
     loaded = load_weights(_WholeCheckpointer(model), str(path))
-    return LoadedModel(model, cfg, loaded, metadata.get("classes") or _classes(cfg))
+    return _checked(LoadedModel(model, cfg, loaded, metadata.get("classes") or _classes(cfg)))
 
 
 def _load_graph(config, path):
@@ -134,21 +144,74 @@ def _load_graph(config, path):
         raise ValueError(f"{path} brings its config along: leave out the other (--config-file)")
     runtime = open_graph(path)
     about = runtime.about
-    _check_version(path, about)
+    _check_about(path, about, _ABOUT)
     cfg = _carried_config(about["config"], path)
     cfg.freeze()
-    point = about["operating_point"] and OperatingPoint(**about["operating_point"])
-    return LoadedModel(
-        runtime, cfg, Weights(str(path), about["weights_sha256"], point), about["classes"]
-    )
+    point = about["operating_point"]
+    point = None if point is None else OperatingPoint.of_file(point, path)
+    weights = Weights(str(path), about["weights_sha256"], point)
+    return _checked(LoadedModel(runtime, cfg, weights, about["classes"]))
 
 
-def _check_version(weights, about):
-    if about.get("artifact", 0) > ARTIFACT_VERSION:
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
+
+
+# What is read of what an exported file says about itself: what it has to be.
+_ABOUT = {
+    "artifact": lambda value: isinstance(value, int),
+    "backbone": _is_name,
+    "classes": lambda value: isinstance(value, list) and value and all(map(_is_name, value)),
+    "config": lambda value: isinstance(value, str),
+    "model": _is_name,
+    "operating_point": lambda value: True,  # OperatingPoint.of_file checks it
+    "precision": _is_name,
+    "weights_sha256": lambda value: value is None or _is_name(value),
+}
+
+
+def _check_about(path: Path, about: dict, keys: Iterable[str]) -> None:
+    """Check the version and these keys of what a file says about itself."""
+    for key in sorted(keys):  # "artifact" is the first: a later version may have other ones
+        if key not in about or not _ABOUT[key](about[key]):
+            found = str(about.get(key, "missing"))[:LONGEST_NAME]
+            raise BadInputError(
+                path, f"is damaged: its {key!r} is {found!r}. Export it again (tools/export.py)"
+            )
+        if key == "artifact" and about[key] > ARTIFACT_VERSION:
+            raise ValueError(
+                f"{path} was written by a later version, imrcnn-d2 {about.get('version')}: "
+                "upgrade this one to load it"
+            )
+
+
+def _check_size(cfg: CfgNode, path: Path) -> None:
+    """Refuse a config whose model is far larger than the weights, before memory is taken for it."""
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    numbers = sum(tensor.numel() for tensor in model.state_dict().values())
+    if numbers > path.stat().st_size:
         raise ValueError(
-            f"{weights} was written by a later version, imrcnn-d2 {about.get('version')}: "
-            "upgrade this one to load it"
+            f"{path} has not a byte for each of the {numbers:,} weights of its config's model: "
+            "give the config that it was trained with (--config-file)"
         )
+
+
+def _checked(loaded: LoadedModel) -> LoadedModel:
+    path, cfg, classes = loaded.weights.path, loaded.cfg, loaded.classes
+    if loaded.tau is not None and not 0 <= loaded.tau <= 1:
+        raise BadInputError(
+            path, f"its config's MODEL.IMRCNN.SCORE_THRESH is {loaded.tau}: it is from 0 to 1"
+        )
+    if len(classes) != _number_of_classes(cfg):
+        raise BadInputError(
+            path,
+            f"names {len(classes)} classes, its model has {_number_of_classes(cfg)}: export it "
+            "again (tools/export.py)",
+        )
+    return loaded
 
 
 def _config(config, weights, carried):
@@ -205,13 +268,23 @@ class _WholeCheckpointer(Checkpointer):
                 f"than the config: {counts}. Give the config that they were trained with "
                 "(--config-file)"
             )
+        for name, tensor in self.model.state_dict().items():
+            if tensor.isnan().any():
+                raise ValueError(
+                    f"{self._parsed_url_during_load.geturl()}: {name} holds NaN, of which the "
+                    "model would find nothing anywhere: take an earlier checkpoint"
+                )
         return incompatible
+
+
+def _number_of_classes(cfg: CfgNode) -> int:
+    nodes = {"ImageClassifier": cfg.MODEL.CLASSIFIER, "RetinaNet": cfg.MODEL.RETINANET}
+    return nodes.get(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS).NUM_CLASSES
 
 
 def _classes(cfg):
     """Class names of the config's data sets; made up where none of them is at hand."""
-    nodes = {"ImageClassifier": cfg.MODEL.CLASSIFIER, "RetinaNet": cfg.MODEL.RETINANET}
-    number = nodes.get(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    number = _number_of_classes(cfg)
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.get("VAL", ()), *cfg.DATASETS.TRAIN]
     names = [name for name in names if name in DatasetCatalog]
     for load in (False, True):  # the files are read only if need be

@@ -49,7 +49,8 @@ def load_checkpoint_file(filename):
         model, metadata = load_safetensors(filename)
         return {**metadata, "model": model}
     loaded = _dict(load_torch_file(filename), filename)
-    return loaded if "model" in loaded else {"model": loaded}
+    loaded = loaded if "model" in loaded else {"model": loaded}
+    return {**loaded, "model": _state(loaded["model"], filename)}
 
 
 def _dict(loaded, filename):
@@ -58,13 +59,20 @@ def _dict(loaded, filename):
     return loaded
 
 
+def _state(weights: object, filename: str | Path) -> dict:
+    """Weights by name; a state_dict stays one, with the versions of its modules."""
+    if not all(isinstance(name, str) for name in _dict(weights, filename)):
+        raise ValueError(f"{filename} holds weights that have no names")
+    return weights
+
+
 def _from_pickle(filename):
     data = _dict(load_pickle(filename), filename)
     if "model" in data and "__author__" in data:
         logger.info(f"Reading a file from '{data['__author__']}'")
-        return {**data, "model": _plain_arrays(data["model"])}
+        return {**data, "model": _plain_arrays(_state(data["model"], filename))}
     # Detectron1's models have "blobs", those for ImageNet don't.
-    blobs = _plain_arrays(_dict(data.get("blobs", data), filename))
+    blobs = _plain_arrays(_state(data.get("blobs", data), filename))
     weights = {name: value for name, value in blobs.items() if not name.endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
@@ -73,7 +81,7 @@ def _from_pycls(filename):
     data = _dict(load_torch_file(filename), filename)
     if "model_state" not in data:
         raise ValueError(f"{filename} has no 'model_state', which a .pyth file of pycls has")
-    state = data["model_state"].items()
+    state = _state(data["model_state"], filename).items()
     weights = {name: value for name, value in state if not name.endswith("num_batches_tracked")}
     return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
 

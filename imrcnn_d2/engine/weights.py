@@ -58,9 +58,7 @@ def load_weights(checkpointer, path):
     if not path:
         return Weights()
     point = extra.get("operating_point")
-    if point is not None:
-        point = OperatingPoint(point["tau"], point["rule"], point["dataset"])
-    return _weights(path, point)
+    return _weights(path, None if point is None else OperatingPoint.of_file(point, path))
 
 
 def last_weights(checkpointer, ema=None):

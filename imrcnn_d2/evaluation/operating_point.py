@@ -2,9 +2,12 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
+
+from imrcnn_d2.data.rejects import BadInputError
 
 __all__ = ["OperatingPoint", "check_rule", "choose_operating_point"]
 
@@ -23,6 +26,30 @@ class OperatingPoint:
     tau: float
     rule: str
     dataset: str | None = None
+
+    @classmethod
+    def of_file(cls, value: object, path: str | Path) -> "OperatingPoint":
+        """
+        The one that a file of weights holds.
+
+        Args:
+            value: a dict of the attributes, as it was written; checked.
+            path: of the file.
+
+        Raises:
+            BadInputError: it is none: with a tau of NaN there would be no detection in any image.
+        """
+        names = [field.name for field in fields(cls)]
+        if isinstance(value, dict) and sorted(value) == sorted(names):
+            tau, rule, dataset = (value[name] for name in names)
+            texts = isinstance(rule, str) and isinstance(dataset, str | None)
+            if isinstance(tau, int | float) and 0 <= tau <= 1 and texts:
+                return cls(float(tau), rule, dataset)
+        raise BadInputError(
+            path,
+            f"its operating_point {str(value)[:80]!r} is none: it has tau, from 0 to 1, rule and "
+            "dataset. Get the file anew, or export it again (tools/export.py)",
+        )
 
 
 def check_rule(rule):

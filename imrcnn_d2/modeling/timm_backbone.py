@@ -253,7 +253,8 @@ def _read(file):
     if not isinstance(state, dict):
         raise ValueError(f"MODEL.TIMM.WEIGHTS {file} holds a {type(state).__name__}, no state dict")
     # Training scripts put it under one of these names; the average over iterations is meant first.
-    keys = [k for k in ("state_dict_ema", "model_ema", "state_dict", "model") if state.get(k)]
+    keys = ("state_dict_ema", "model_ema", "state_dict", "model")
+    keys = [key for key in keys if isinstance(state.get(key), dict) and state[key]]
     return clean_state_dict(state[keys[0]] if keys else state)
 
 

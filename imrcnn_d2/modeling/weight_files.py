@@ -503,7 +503,7 @@ def tensors_checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str])
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
         crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
+    return str(crc)
 
 
 def _parsed(text):

@@ -1,9 +1,16 @@
 """Checkpoints of every format; Python's own unpickler, on harmless files, is the reference."""
 
 import collections
+import io
+import json
 import os
 import pickle
+import re
+import struct
+import subprocess
+import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -225,3 +232,170 @@ def test_what_holds_no_weights(tmp_path):
         load_checkpoint_file(tmp_path / "list.pth")
     with pytest.raises(ValueError, match="other.pyth has no 'model_state'"):
         load_checkpoint_file(tmp_path / "other.pyth")
+
+
+def flipped(content, at):
+    """One bit of it."""
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last", "pickle"])
+def test_one_flipped_bit(tmp_path, place):
+    values = torch.arange(1, 1000.0)
+    torch.save({"model": {"w": values}}, tmp_path / "a.pth")
+    content = (tmp_path / "a.pth").read_bytes()
+    start, size = content.index(values.numpy().tobytes()), values.nbytes
+    at = {"first": start, "middle": start + size // 2, "last": start + size - 1}
+    at["pickle"] = content.index(b"model")
+    (tmp_path / "flipped.pth").write_bytes(flipped(content, at[place]))
+    with pytest.raises(ValueError, match=r"flipped.pth .*CRC"):
+        load_checkpoint_file(tmp_path / "flipped.pth")
+    assert torch.equal(load_checkpoint_file(tmp_path / "a.pth")["model"]["w"], values)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_torch_s_files_are_as_torch_reads_them(tmp_path, legacy, protocol):
+    tied = torch.arange(24.0).reshape(2, 3, 4)
+    model = torch.nn.BatchNorm2d(3)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "tensors": [
+                tied,
+                tied[:, 1:].transpose(0, 2),
+                torch.empty(0, 3),
+                torch.tensor(3),
+                torch.nn.Parameter(tied.half()),
+                *(tied.to(t) for t in (torch.bfloat16, torch.bool, torch.int8, torch.complex64)),
+            ],
+            "data": [torch.Size([2]), torch.float16, torch.device("cpu"), b"ab", {1, 2}, 1 << 70],
+            "counter": collections.Counter([1, 1, 2]),
+        },
+        tmp_path / "a.pth",
+        _use_new_zipfile_serialization=not legacy,
+        pickle_protocol=protocol,
+    )
+    ours = load_checkpoint_file(tmp_path / "a.pth")
+    # Harmless, and weights_only does not know each protocol
+    reference = torch.load(tmp_path / "a.pth", weights_only=False)
+    for found, expected in zip(ours["tensors"], reference["tensors"], strict=True):
+        assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
+        assert torch.equal(found, expected)
+    assert ours["tensors"][0].data_ptr() == ours["tensors"][1].data_ptr() - 16, "they are tied"
+    assert ours["data"] == reference["data"] and ours["counter"] == reference["counter"]
+    assert ours["model"]._metadata == reference["model"]._metadata
+
+
+def from_torch(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def deflated(content):
+    """Its members compressed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return buffer.getvalue()
+
+
+def of_declared_length(number, **options):
+    """torch's file of four numbers, said to be of `number`."""
+    four = b"K\x04" + (b"N" if options else b"")
+    content = from_torch(torch.zeros(4), **options)
+    longer = b"\x8a\x08" + struct.pack("<q", number) + four[2:]
+    if options:
+        return content.replace(four, longer, 1)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(four, longer, 1))
+    return buffer.getvalue()
+
+
+MANY = 2_000_000_000
+COPIES = (
+    b"c_codecs\nencode\nq\x00(X" + struct.pack("<I", 2**20) + b"a" * 2**20 + b"q\x01U\x06latin1q\x02"
+    + 3000 * b"h\x00h\x01h\x02\x86R" + b"l."
+)  # fmt: skip
+BOMBS = {
+    "length.pkl": lambda: b"cbuiltins\nbytearray\n(I%d\ntR." % MANY,
+    "bytes.pkl": lambda: b"c__builtin__\nbytes\n(I%d\ntR." % MANY,
+    "new.pkl": lambda: b"cbuiltins\nbytes\n(I%d\nt\x81." % MANY,
+    "memo.pkl": lambda: b"Nr" + struct.pack("<I", 2**27) + b"r" + struct.pack("<I", 1) + b"0.",
+    "blob.pkl": lambda: b"\x96" + struct.pack("<Q", MANY) + b".",
+    "copies.pkl": lambda: COPIES,
+    "length.pth": lambda: b"cbuiltins\nbytearray\n(I%d\ntR." % MANY,
+    "deflated.pth": lambda: deflated(from_torch({"w": torch.zeros(10**7)})),
+    "stride.pth": lambda: from_torch({"w": torch.zeros(1).expand(MANY)}),
+    "beyond.pth": lambda: of_declared_length(5),
+    "much_beyond.pth": lambda: of_declared_length(MANY),
+    "legacy.pth": lambda: of_declared_length(MANY, _use_new_zipfile_serialization=False),
+    "sparse.pth": lambda: from_torch(torch.eye(2).to_sparse()),
+    "tensor.pth": lambda: b"ctorch\nTensor\n(I50000\nI50000\ntR.",
+}
+LOADER = """
+import json, os, resource, sys, torch
+from imrcnn_d2.engine.safe_loading import load_checkpoint_file
+
+def load(path):
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, said = peak(), "loaded"
+    try:
+        for weight in load_checkpoint_file(path)["model"].values():
+            weight + 1  # as whoever loads it would
+    except ValueError as error:
+        said = f"{type(error).__name__} {error}"
+    print(json.dumps([os.path.basename(path), said, peak() - before]), flush=True)
+
+resource.setrlimit(resource.RLIMIT_AS, 2 * (4 << 30,))
+for path in sys.argv[1:]:
+    if not os.fork():
+        load(path)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded_bombs(tmp_path_factory):
+    """By name, what the loader said and how many KiB it took, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("bombs")
+    for name, content in BOMBS.items():
+        (folder / name).write_bytes(content())
+    paths = [folder / name for name in BOMBS]
+    child = subprocess.run([sys.executable, "-c", LOADER, *paths], stdout=subprocess.PIPE)
+    return {name: rest for name, *rest in map(json.loads, child.stdout.splitlines())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOMBS)
+def test_memory_is_bounded(loaded_bombs, name):
+    said, peak = loaded_bombs[name]
+    assert re.match(rf"(ValueError|UnsafeFileError) .*{name}", said)
+    assert peak < 1_300_000
+
+
+def test_a_state_dict_s_items_are_its_own(tmp_path):
+    # BUILD sets attributes: here the method that all who read weights call.
+    data = b"ccollections\nOrderedDict\n)R}U\x05itemsNsb."
+    (tmp_path / "a.pkl").write_bytes(data)
+    assert callable(load_pickle(tmp_path / "a.pkl").items)
+
+
+@pytest.mark.parametrize("content", [{"model": 3}, {"model": {1: 2}}, {"model": "text"}])
+def test_weights_without_names(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    dump(tmp_path, {**content, "__author__": "x"}, name="a.pkl")
+    for name in ("a.pth", "a.pkl"):
+        with pytest.raises(ValueError, match=f"{name} holds"):
+            load_checkpoint_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "NaN", "9" * 5000])
+def test_metadata_that_are_no_json_stay_texts(tmp_path, text):
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors", metadata={"tau": text})
+    assert load_checkpoint_file(tmp_path / "a.safetensors")["tau"] == text
