@@ -24,8 +24,8 @@ def write_safetensors(loaded, path, *, precision="fp32"):
 
     Its metadata are JSON texts: ``config`` (YAML), ``classes``, ``operating_point``, ``tau``,
     ``model``, ``backbone``, ``precision``, ``version``, ``config_sha256``, ``weights_sha256`` (of
-    the file that the weights are from), ``artifact`` (the format's version) and ``crc32`` (of all of
-    these and of the tensors).
+    the file that the weights are from), ``artifact`` (the format's version) and ``crc32`` (of all
+    of these and of the tensors).
 
     Args:
         loaded (LoadedModel):

@@ -1,4 +1,4 @@
-"""Files of tensors, read so that none of them can run code or take much more memory than its size."""
+"""Files of tensors, read so that none can run code or take much more memory than its size."""
 
 import contextlib
 import io

@@ -317,8 +317,9 @@ def of_declared_length(number, **options):
 
 
 MANY = 2_000_000_000
+TEXT = b"X" + struct.pack("<I", 2**20) + b"a" * 2**20
 COPIES = (
-    b"c_codecs\nencode\nq\x00(X" + struct.pack("<I", 2**20) + b"a" * 2**20 + b"q\x01U\x06latin1q\x02"
+    b"(c_codecs\nencode\nq\x00" + TEXT + b"q\x01U\x06latin1q\x02"
     + 3000 * b"h\x00h\x01h\x02\x86R" + b"l."
 )  # fmt: skip
 BOMBS = {
@@ -351,7 +352,8 @@ def load(path):
         said = f"{type(error).__name__} {error}"
     print(json.dumps([os.path.basename(path), said, peak() - before]), flush=True)
 
-resource.setrlimit(resource.RLIMIT_AS, 2 * (4 << 30,))
+limit = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (3 << 30)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 for path in sys.argv[1:]:
     if not os.fork():
         load(path)
