@@ -8,13 +8,22 @@ import export
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.deploy import Predictor
+from imrcnn_d2.deploy.artifact import describe
 from imrcnn_d2.deploy.graph_files import FORMATS, PRECISIONS, write_graph
-from imrcnn_d2.deploy.graph_runtimes import ABOUT, GRAPH_FORMATS, OPENVINO_PARTS
+from imrcnn_d2.deploy.graph_runtimes import (
+    ABOUT,
+    GRAPH_FORMATS,
+    OPENVINO_PARTS,
+    GraphRuntime,
+    open_graph,
+)
 from imrcnn_d2.deploy.loading import ARTIFACT_VERSION, load_model
+from imrcnn_d2.modeling.weight_files import UnsafeFileError, load_torch_file
 
 from .conftest import TAU, picture
 
@@ -159,3 +168,194 @@ def test_where_it_was_trained_is_nobody_s_business(files, tiny_run):
             with zipfile.ZipFile(path) as archive:
                 content = b"".join(archive.read(name) for name in archive.namelist())
         assert str(tiny_run).encode() not in content
+
+
+class Evil(torch.nn.Module):
+    """A program of TorchScript that makes a file when it is loaded, and another when it runs."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def forward(self, x):
+        return torch.from_file(self.path + "_by_running", True, 1) + x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.path, self.training = state
+        torch.from_file(self.path + "_by_loading", True, 1)
+
+
+def test_programs_are_not_loaded(tmp_path):
+    path = tmp_path / "evil.torchscript"
+    torch.jit.save(torch.jit.script(Evil(str(tmp_path / "made"))), path, {ABOUT: "{}"})
+    with pytest.raises(UnsafeFileError, match=r"evil.torchscript .*tools/export.py"):
+        Predictor(None, path)
+    with pytest.raises(ValueError, match="evil.pth "):
+        load_torch_file(path.rename(tmp_path / "evil.pth"))
+    assert [file.name for file in tmp_path.iterdir()] == ["evil.pth"]
+    torch.jit.load(tmp_path / "evil.pth")(torch.ones(1))
+    assert {file.name for file in tmp_path.iterdir()} > {"made_by_loading", "made_by_running"}
+
+
+def small_onnx(*, nodes=(), weights=(), sparse=(), about="{}", **options):
+    """y = x + w, of which `weights` may be the w."""
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "w"], ["y"]), *nodes],
+        "small",
+        [value("x", onnx.TensorProto.FLOAT, [4])],
+        [value("y", onnx.TensorProto.FLOAT, [4])],
+        weights,
+        sparse_initializer=sparse,
+    )
+    domains = [onnx.helper.make_opsetid(domain, 1) for domain in ("com.microsoft", "evil")]
+    domains.append(onnx.helper.make_opsetid("", 17))
+    model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=8, **options)
+    onnx.helper.set_model_props(model, {ABOUT: about})
+    return model.SerializeToString()
+
+
+def outside(name="w"):
+    tensor = onnx.TensorProto(name=name, data_type=1, dims=[4], data_location=1)
+    tensor.external_data.add(key="location", value="secret.bin")
+    return tensor
+
+
+def floats(name, *values):
+    return onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [len(values)], values)
+
+
+def sparse_tensor():
+    at = onnx.helper.make_tensor("at", onnx.TensorProto.INT64, [1], [0])
+    return onnx.helper.make_sparse_tensor(floats("w", 1.0), at, [4])
+
+
+def in_a_branch():
+    """The data of another file, deep in a graph of a graph."""
+    value = onnx.helper.make_tensor_value_info("o", onnx.TensorProto.FLOAT, [4])
+    constant = onnx.helper.make_node("Constant", [], ["o"], value=outside("c"))
+    branch = onnx.helper.make_graph([constant], "branch", [], [value])
+    true = onnx.helper.make_node(
+        "Constant", [], ["t"], value=onnx.helper.make_tensor("t", onnx.TensorProto.BOOL, [], [True])
+    )
+    both = {"then_branch": branch, "else_branch": branch}
+    return [true, onnx.helper.make_node("If", ["t"], ["i"], **both)]
+
+
+W = floats("w", 1, 2, 3, 4)
+ONNX = {
+    "secret.bin": lambda: small_onnx(weights=[outside()]),
+    "'c'.*secret.bin": lambda: small_onnx(nodes=in_a_branch(), weights=[W]),
+    r"sparse tensor of shape \[4\]": lambda: small_onnx(sparse=[sparse_tensor()]),
+    "evil.Call": lambda: small_onnx(
+        nodes=[onnx.helper.make_node("Call", ["x"], ["z"], domain="evil")], weights=[W]
+    ),
+    "com.microsoft.Gelu": lambda: small_onnx(
+        nodes=[onnx.helper.make_node("Gelu", ["x"], ["z"], domain="com.microsoft")], weights=[W]
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ONNX)
+def test_an_onnx_file_is_all_in_one_and_of_onnx_s_operators(tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)  # whose files ONNX Runtime would read
+    (tmp_path / "secret.bin").write_bytes(np.ones(4, np.float32).tobytes())
+    (tmp_path / "a.onnx").write_bytes(ONNX[what]())
+    with pytest.raises(UnsafeFileError, match=f"a.onnx was refused: .*{what}"):
+        open_graph(tmp_path / "a.onnx")
+    with zipfile.ZipFile(tmp_path / "a.openvino", "w") as archive:  # OpenVINO reads ONNX too
+        archive.writestr(OPENVINO_PARTS[0], ONNX[what]())
+        archive.writestr(OPENVINO_PARTS[1], b"")
+        archive.writestr(ABOUT, '{"precision": "fp32"}')
+    with pytest.raises(UnsafeFileError, match="a.openvino was refused: its model.xml"):
+        open_graph(tmp_path / "a.openvino")
+
+
+def test_an_onnx_file_is_not_taken_for_one_of_onnx_runtime_s(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(small_onnx(weights=[W], producer_name="ORTM"))
+    assert (tmp_path / "a.onnx").read_bytes()[4:8] == b"ORTM"  # how its other format is known
+    assert open_graph(tmp_path / "a.onnx").name == "onnxruntime"
+
+
+def rewritten(path, target, compression=zipfile.ZIP_STORED, **parts):
+    """A copy of an OpenVINO file with other parts."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, parts.get(name, old.read(name)))
+    return target
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_flipped_bit_and_a_compressed_part(files, loaded, tmp_path, form):
+    path = tmp_path / f"flipped.{form}"
+    content = bytearray((files / f"model.{form}").read_bytes())
+    weight = loaded.model.state_dict()["roi_heads.mask_head.predictor.weight"]
+    content[content.index(weight.numpy().tobytes()) + 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadInputError, match=f"flipped.{form}: .*(checksum|CRC)"):
+        Predictor(None, path)
+    if form == "openvino":
+        rewritten(files / "model.openvino", path, zipfile.ZIP_DEFLATED)
+        with pytest.raises(BadInputError, match=r"flipped.openvino: .*compressed"):
+            Predictor(None, path)
+
+
+ABOUTS = {
+    "operating_point": [{"tau": float("nan"), "rule": "f1", "dataset": None}, [], {"tau": 0.5}],
+    "classes": [[], "polyp", [1], ["a", "b"], [{}], ["\x1b[2J"], None],
+    "artifact": ["1", None, [1]],
+    "config": [None, 3],
+    "model": [None, 3],
+    "precision": [3],
+    "weights_sha256": [3, {}],
+}
+
+
+@pytest.fixture(scope="module")
+def about(loaded):
+    return {**describe(loaded, "fp32"), "format": "onnx"}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in ABOUTS.items() for v in values])
+def test_what_a_file_says_about_itself_is_checked(about, tmp_path, key, value):
+    path = tmp_path / "a.onnx"
+    for changed in ({**about, key: value}, {k: v for k, v in about.items() if k != key}):
+        text = json.dumps(changed).replace("NaN", "1e999")  # the one is no JSON
+        path.write_bytes(small_onnx(weights=[W], about=text))
+        with pytest.raises(BadInputError, match="a.onnx"):
+            load_model(None, path)
+    path.write_bytes(small_onnx(weights=[W], about=json.dumps(about)))
+    assert load_model(None, path).tau == TAU
+
+
+@pytest.mark.parametrize("text", ["[1]", "[" * 100_000, "{", '{"precision": NaN}'])
+def test_what_a_file_says_about_itself_is_json(tmp_path, text):
+    (tmp_path / "a.onnx").write_bytes(small_onnx(weights=[W], about=text))
+    with pytest.raises(BadInputError, match="a.onnx: cannot be opened"):
+        load_model(None, tmp_path / "a.onnx")
+
+
+IMAGE, BOXES, ONES = np.zeros(2, np.int64), np.ones((2, 4), np.float32), np.ones(2, np.float32)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        (IMAGE, BOXES[:1], ONES, IMAGE),
+        (IMAGE, BOXES, ONES[:1], IMAGE),
+        (IMAGE, BOXES, ONES, IMAGE + 1),
+        (IMAGE, BOXES, ONES, IMAGE - 1),
+        (IMAGE, BOXES, ONES, IMAGE, np.ones((2, 3, 4, 4), np.float32)),
+        (IMAGE, BOXES, ONES, IMAGE, ONES),
+        (np.ones((1, 2), np.float32),),
+    ],
+)
+def test_what_a_graph_gives_is_checked(outputs):
+    runtime = GraphRuntime("onnxruntime", lambda batch: outputs, {"classes": ["polyp"]})
+    with pytest.raises(ValueError, match="The graph"):
+        runtime([torch.zeros(3, 8, 8, dtype=torch.uint8)])

@@ -7,9 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.deploy.artifact import write_safetensors
 from imrcnn_d2.deploy.loading import ARTIFACT_VERSION, load_model, pretrained
 from imrcnn_d2.engine import load_config
+from imrcnn_d2.modeling.weight_files import CHECKSUM
 
 from .conftest import OPTS, TAU
 
@@ -60,23 +62,95 @@ def test_class_names_of_a_foreign_data_set(tiny_run):
     assert load_model(cfg, tiny_run / "model_best.pth").classes == ["lesion"]
 
 
+@pytest.fixture(scope="module")
+def artifact(tiny_run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("artifact") / "model.safetensors"
+    write_safetensors(load_model(None, tiny_run / "model_best.pth"), path)
+    return path
+
+
 def changed(path, target, **fields):
     """A copy of an artifact with other metadata."""
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() | {key: json.dumps(value) for key, value in fields.items()}
+    del metadata[CHECKSUM]
     safetensors.torch.save_file(safetensors.torch.load_file(path), target, metadata)
     return target
 
 
-def test_an_artifact_of_another_version_is_refused(tiny_run, tmp_path):
-    path = tmp_path / "model.safetensors"
-    write_safetensors(load_model(None, tiny_run / "model_best.pth"), path)
-    later = changed(path, tmp_path / "l.safetensors", artifact=ARTIFACT_VERSION + 1, version="9.9")
+def test_an_artifact_of_another_version_is_refused(artifact, tmp_path):
+    later = changed(
+        artifact, tmp_path / "l.safetensors", artifact=ARTIFACT_VERSION + 1, version="9.9"
+    )
     with pytest.raises(ValueError, match="l.safetensors was written by a later version.* 9.9"):
         load_model(None, later)
-    other = changed(path, tmp_path / "o.safetensors", config="MODEL: {NOVEL: 1}\nVERSION: 2\n")
+    other = changed(artifact, tmp_path / "o.safetensors", config="MODEL: {NOVEL: 1}\nVERSION: 2\n")
     with pytest.raises(ValueError, match="o.safetensors: the config .*NOVEL"):
         load_model(None, other)
+
+
+POINTS = [
+    {"tau": float("nan"), "rule": "f1", "dataset": "val"},
+    {"tau": -0.1, "rule": "f1", "dataset": "val"},
+    {"tau": 1.1, "rule": "f1", "dataset": "val"},
+    {"tau": "0.5", "rule": "f1", "dataset": "val"},
+    {"tau": 0.5, "rule": 3, "dataset": "val"},
+    {"tau": 0.5, "rule": "f1"},
+    {"tau": 0.5, "rule": "f1", "dataset": None, "more": 1},
+    0.5,
+    [],
+]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_an_operating_point_is_checked(tiny_run, tmp_path, point):
+    checkpoint = torch.load(tiny_run / "model_best.pth", weights_only=True)
+    torch.save({**checkpoint, "operating_point": point}, tmp_path / "a.pth")
+    with pytest.raises(BadInputError, match=r"a.pth.*operating_point"):
+        load_model(tiny_run / "config.yaml", tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("score", [float("nan"), 2.0])
+def test_the_config_s_threshold_is_checked(tiny_run, tmp_path, score):
+    checkpoint = torch.load(tiny_run / "model_best.pth", weights_only=True)
+    torch.save({"model": checkpoint["model"]}, tmp_path / "a.pth")
+    cfg = load_config(str(tiny_run / "config.yaml"), ["MODEL.IMRCNN.SCORE_THRESH", score])
+    with pytest.raises(BadInputError, match=r"a.pth.*MODEL.IMRCNN.SCORE_THRESH"):
+        load_model(cfg, tmp_path / "a.pth")
+
+
+def test_weights_of_nan_are_refused(tiny_run, tmp_path):
+    checkpoint = torch.load(tiny_run / "model_best.pth", weights_only=True)
+    checkpoint["model"]["backbone.fpn_lateral2.weight"][0, 0] = float("nan")
+    torch.save(checkpoint, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth: backbone.fpn_lateral2.weight holds NaN"):
+        load_model(tiny_run / "config.yaml", tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"classes": ["a", "b"]}, {"classes": "polyp"}, {"artifact": "1"}, {"config": ["x"]}],
+)
+def test_metadata_are_checked(artifact, tmp_path, fields):
+    path = changed(artifact, tmp_path / "a.safetensors", **fields)
+    with pytest.raises(BadInputError, match="a.safetensors.*(classes|artifact|config)"):
+        load_model(None, path)
+
+
+def test_a_model_far_larger_than_its_weights_is_not_built(tiny_run, tmp_path, monkeypatch):
+    cfg = load_config(str(tiny_run / "config.yaml"), ["MODEL.ROI_BOX_HEAD.FC_DIM", 10_000_000])
+    with pytest.raises(ValueError, match=r"model_best.pth has not a byte for each of the 10"):
+        load_model(cfg, tiny_run / "model_best.pth")
+
+
+def test_a_flipped_bit_of_an_artifact(artifact, tmp_path):
+    content = artifact.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for at in (header, (header + len(content)) // 2, len(content) - 1, content.index(b"0.5")):
+        flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        (tmp_path / "a.safetensors").write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"a.safetensors is damaged: its checksum"):
+            load_model(None, tmp_path / "a.safetensors")
 
 
 def test_weights_of_the_package(tmp_path):
