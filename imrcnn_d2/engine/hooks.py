@@ -138,7 +138,7 @@ class BestCheckpointer(HookBase):
         lost = comm.all_gather(self._set_aside_if_damaged())[0]  # only the main process knows
         if lost and self.trainer.start_iter >= self.trainer.max_iter:  # no validation is left
             self._validation._do_eval()
-            self._keep_if_best()
+            self._keep_if_best(self.trainer.start_iter - 1)
 
     def _set_aside_if_damaged(self):
         """Whether the best weights of a training that is resumed are lost."""
@@ -158,15 +158,16 @@ class BestCheckpointer(HookBase):
 
     def after_step(self):
         if self._validation.is_due():
-            self._keep_if_best()
+            self._keep_if_best(self.trainer.iter)
 
-    def _keep_if_best(self):
+    def _keep_if_best(self, iteration):
+        """Of the weights as they are after an iteration, if they were validated just now."""
         if not comm.is_main_process():
             return
         figures = {
             name: value
-            for name, (value, iteration) in self.trainer.storage.latest().items()
-            if iteration == self.trainer.iter
+            for name, (value, noted) in self.trainer.storage.latest().items()
+            if noted == self.trainer.storage.iter
         }
         scores = [value for name, value in figures.items() if name.endswith(self._metric)]
         if not scores:
@@ -187,7 +188,7 @@ class BestCheckpointer(HookBase):
                 self.best_iter,
             )
             return
-        self.best_score, self.best_iter = score, self.trainer.iter
+        self.best_score, self.best_iter = score, iteration
         point = self._operating_point(figures)
         self._checkpointer.write(self.FILE_STEM, **self.state_dict(), operating_point=point)
         logger.info("%s %.3f is the best so far: saved %s.pth", self._metric, score, self.FILE_STEM)
