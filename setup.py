@@ -48,7 +48,7 @@ setup(
         "detectron2>=0.6",
         "defusedxml>=0.7.1",
         "faster-coco-eval>=1.8,<1.9",  # evaluation/coco_ap.py hands its internals the overlaps
-        "filelock>=3.12",
+        "filelock>=3.20.1",  # the first that follows no link
         "fvcore>=0.1.5.post20221221",
         "hydra-core>=1.3",
         "ijson>=3.2",

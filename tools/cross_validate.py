@@ -7,11 +7,11 @@ Cross-validation: every model x data set x seed x fold is trained and evaluated,
 configs/cross_validation/sweep.yaml has all options, such as hydra/launcher=submitit_slurm. The
 folds are made once, beside the prepared data set, and are the same for all models. A run that
 breaks is named and the others go on; the same command again resumes what was interrupted and leaves
-alone what is finished. Ends with a table and the command that compares the models.
+alone what is finished. On SIGTERM or Ctrl-C the training that runs is saved, and the exit code is
+75. Ends with a table and the command that compares the models.
 """
 
 import logging
-import signal
 import sys
 import tempfile
 import time
@@ -21,6 +21,7 @@ import hydra
 
 from imrcnn_d2.engine import cross_validation
 from imrcnn_d2.engine.cross_validation import FoldRun, describe_runs, prepare_folds
+from imrcnn_d2.engine.interruption import Interrupted, interruptible
 
 WAIT_SECONDS = 5
 
@@ -61,8 +62,11 @@ def planned_runs():
 def main():
     if any(a.startswith("-") and a not in ("-m", "--multirun") for a in sys.argv[1:]):
         return application(train)()  # --help, --cfg job and the like start nothing
-    # kill is as Ctrl-C: the training that runs is not left behind
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with interruptible():
+        return cross_validate()
+
+
+def cross_validate():
     try:
         runs = planned_runs()
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -71,13 +75,13 @@ def main():
         return str(error)
     try:
         application(train)()
+    except Interrupted:
+        raise
     except SystemExit:
         # A launcher gives up on all jobs when one of them was killed; the others still run.
         logging.getLogger(__name__).error("The launcher gave up; waiting for what still runs.")
         while any(run.state() == "running" for run in runs):
             time.sleep(WAIT_SECONDS)
-    except KeyboardInterrupt:
-        return "Interrupted: the same command goes on from here."
     text, complete = describe_runs(runs)
     print(f"\n{text}")
     return 0 if complete else 1

@@ -12,6 +12,7 @@ import imrcnn_d2  # noqa: F401  (registers data sets)
 from imrcnn_d2.engine import choose_device, launch_script, load_weights
 from imrcnn_d2.engine.allocator import keep_freed_memory
 from imrcnn_d2.engine.checkpoint import Checkpointer
+from imrcnn_d2.engine.launch import locked_output
 from imrcnn_d2.engine.lazy import LazyTrainer, build_lazy_model, evaluate
 from imrcnn_d2.report.final_pictures import draw_test_pictures
 
@@ -26,10 +27,15 @@ def main(args):
     if not cfg.train.device and not any(o.startswith("train.device=") for o in args.opts):
         cfg.train.device = choose_device()
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
-    default_setup(cfg, args)
+    with locked_output(cfg.train.output_dir):
+        default_setup(cfg, args)
+        return train_or_evaluate(cfg, args)
+
+
+def train_or_evaluate(cfg, args):
     if args.eval_only:
         model = build_lazy_model(cfg)
-        weights = load_weights(Checkpointer(model), cfg.train.init_checkpoint)
+        weights = load_weights(Checkpointer(model, whole=True), cfg.train.init_checkpoint)
         results = evaluate(cfg, model, "test", weights)
     else:
         trainer = LazyTrainer(cfg)

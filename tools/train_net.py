@@ -9,6 +9,7 @@ import imrcnn_d2  # noqa: F401  (registers models and data sets)
 from imrcnn_d2.engine import Trainer, launch_script, load_config, load_weights
 from imrcnn_d2.engine.allocator import keep_freed_memory
 from imrcnn_d2.engine.checkpoint import Checkpointer
+from imrcnn_d2.engine.launch import locked_output
 from imrcnn_d2.engine.recognition import is_classifier
 from imrcnn_d2.report.final_pictures import draw_test_pictures
 from imrcnn_d2.report.grad_cam import draw_test_grad_cams
@@ -19,16 +20,21 @@ def setup(args):
     if args.eval_only:
         cfg.MODEL.TIMM.WEIGHTS = ""  # MODEL.WEIGHTS has the whole model
     cfg.freeze()
-    default_setup(cfg, args)
     return cfg
 
 
 def main(args):
     keep_freed_memory()
     cfg = setup(args)
+    with locked_output(cfg.OUTPUT_DIR):
+        default_setup(cfg, args)
+        return train_or_evaluate(cfg, args)
+
+
+def train_or_evaluate(cfg, args):
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, whole=True)
         resumed = args.resume and checkpointer.has_checkpoint()
         path = checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
         results = Trainer.final_test(cfg, model, load_weights(checkpointer, path))

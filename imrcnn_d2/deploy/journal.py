@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
-from filelock import FileLock, Timeout
 
-from imrcnn_d2.evaluation.files import atomic_file
+from imrcnn_d2.evaluation.files import atomic_file, lock_folder
 
 from .identity import check_run, input_key, is_done
 from .records import coco_head, counted
@@ -55,14 +54,7 @@ class Journal:
             ValueError: the folder has the results of another run, or one is writing into it.
         """
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise ValueError(
-                f"Another run is writing into {folder}: wait for it, or choose another --output"
-            ) from error
+        self._lock = lock_folder(self.folder, "--output")
         self.run = run
         self._path = self.folder / self.FILE
         self._done = {}

@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Of the metadata that tools/export.py writes; a larger one is of a later version of this package.
 ARTIFACT_VERSION = 1
-NAMED_AT_MOST = 3
 LONGEST_NAME = 200
 _PACKAGED = resources.files("imrcnn_d2") / "weights"
 
@@ -134,7 +133,7 @@ def load_model(config, weights, *, device=None):
     _check_size(cfg, path)
     cfg.freeze()
     model = build_model(cfg).eval()
-    loaded = load_weights(_WholeCheckpointer(model), str(path))
+    loaded = load_weights(Checkpointer(model, whole=True), str(path))
     return _checked(LoadedModel(model, cfg, loaded, metadata.get("classes") or _classes(cfg)))
 
 
@@ -243,38 +242,6 @@ def _carried_config(text, weights):
                 f"{weights}: the config that it brings along is of another version or damaged "
                 f"({error}); name one that fits (--config-file)"
             ) from error
-
-
-class _WholeCheckpointer(Checkpointer):
-    """Refuses what DetectionCheckpointer only warns of: a model with some layers left at random."""
-
-    def _load_model(self, checkpoint):
-        incompatible = super()._load_model(checkpoint)
-        wrong = {
-            "missing": incompatible.missing_keys,
-            "not this model's": incompatible.unexpected_keys,
-            "of another shape": [key for key, *_ in incompatible.incorrect_shapes],
-        }
-        # Detectron2 lists those of another shape among the missing as well.
-        wrong["missing"] = [k for k in wrong["missing"] if k not in wrong["of another shape"]]
-        if any(wrong.values()):
-            counts = "; ".join(
-                f"{len(keys)} {what}, such as {', '.join(sorted(keys)[:NAMED_AT_MOST])}"
-                for what, keys in wrong.items()
-                if keys
-            )
-            raise ValueError(
-                f"{self._parsed_url_during_load.geturl()}: the weights are of another architecture "
-                f"than the config: {counts}. Give the config that they were trained with "
-                "(--config-file)"
-            )
-        for name, tensor in self.model.state_dict().items():
-            if tensor.isnan().any():
-                raise ValueError(
-                    f"{self._parsed_url_during_load.geturl()}: {name} holds NaN, of which the "
-                    "model would find nothing anywhere: take an earlier checkpoint"
-                )
-        return incompatible
 
 
 def _number_of_classes(cfg: CfgNode) -> int:

@@ -22,10 +22,14 @@ __all__ = ["Checkpointer", "damage"]
 
 logger = logging.getLogger(__name__)
 
-_OF_AN_ITERATION = re.compile(r"model_\d+\.pth")
+FINAL = "model_final"
+_OF_AN_ITERATION = re.compile(r"model_(\d+)\.pth")
+# Not to be resumed from, but to be lost when another training begins in the folder.
+_RESULTS = ("model_best.pth", "model_ema.pth")
+_NAMED_AT_MOST = 3
 
 
-def damage(path):
+def damage(path: str | Path) -> str | None:
     """
     Check a checkpoint against the CRC-32 that ``torch.save`` keeps of each of its parts.
 
@@ -38,9 +42,72 @@ def damage(path):
     try:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        return str(error)
-    return f"checksum of {broken} does not fit" if broken else None
+            parts = file.namelist()
+    except Exception as error:  # whatever a reader of zips stumbles over in a damaged file
+        return str(error) or type(error).__name__
+    if broken:
+        return f"checksum of {broken} does not fit"
+    return None if any("/data/" in name for name in parts) else "it holds no tensors"
+
+
+def _iteration(path):
+    """Of a checkpoint, after which the training stood; -1 of a damaged one."""
+    named = _OF_AN_ITERATION.fullmatch(path.name)
+    if named:
+        return int(named[1])
+    return load_checkpoint_file(path).get("iteration", -1) if damage(path) is None else -1
+
+
+def _check_whole(incompatible, source):
+    """All weights, and no others: for a model that is evaluated or trained on."""
+    reshaped = [key for key, *_ in incompatible.incorrect_shapes]
+    wrong = {
+        # Detectron2 lists those of another shape among the missing as well.
+        "missing": [key for key in incompatible.missing_keys if key not in reshaped],
+        "not this model's": incompatible.unexpected_keys,
+        "of another shape": reshaped,
+    }
+    counts = "; ".join(
+        f"{len(keys)} {what}, such as {_some(keys)}" for what, keys in wrong.items() if keys
+    )
+    if counts:
+        raise ValueError(
+            f"{source}: the weights are of another architecture than the config: {counts}. Give "
+            "the config that they were trained with (--config-file)"
+        )
+
+
+def _check_numbers(model, source):
+    for name, tensor in model.state_dict().items():
+        if tensor.isnan().any():
+            raise ValueError(
+                f"{source}: {name} holds NaN, of which the model would find nothing anywhere: take "
+                "an earlier checkpoint"
+            )
+
+
+def _check_backbone(model, incompatible, source):
+    """
+    Of weights to start from, heads and a neck may be missing, for they are trained anew; a backbone
+    of which a part is left at random is one of another network.
+    """
+    prefix = ""
+    if hasattr(model, "backbone"):
+        prefix = "backbone.bottom_up." if hasattr(model.backbone, "bottom_up") else "backbone."
+    wanted = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+    missing = set(incompatible.missing_keys)
+    absent = [name for name in wanted if name in missing]
+    if absent and (prefix or len(absent) == len(wanted)):
+        raise ValueError(
+            f"{source}: the weights are of another model. They have nothing, or other shapes, for "
+            f"{len(absent)} of the {len(wanted)} weights of {prefix[:-1] or 'this one'}, such as "
+            f"{_some(absent)}; the training would start from random ones. Name weights of the same "
+            "backbone, or none (MODEL.WEIGHTS '')"
+        )
+
+
+def _some(names):
+    return ", ".join(sorted(names)[:_NAMED_AT_MOST])
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -49,16 +116,23 @@ class Checkpointer(DetectionCheckpointer):
     nothing which runs code (:func:`load_checkpoint_file`), and goes back to the checkpoint before
     where the last one is damaged. A classifier's checkpoint starts a detector's backbone, see
     :func:`classifier_backbone`.
+
+    Weights of another model are refused: what is resumed, or is ``whole``, is of exactly this
+    model; weights to start from have at least its bottom-up backbone.
     """
 
-    def __init__(self, model, save_dir="", *, keep=None, save_to_disk=None, **checkpointables):
+    def __init__(
+        self, model, save_dir="", *, keep=None, whole=False, save_to_disk=None, **checkpointables
+    ):
         """
         Args:
             model, save_dir, save_to_disk, checkpointables: as in ``DetectionCheckpointer``.
             keep (int or None): checkpoints of single iterations to keep, the latest; None: all.
+            whole (bool): all weights are loaded, and no others; False: the model is trained on.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._keep = keep
+        self._whole = whole
 
     def save(self, name, **kwargs):
         """
@@ -119,13 +193,32 @@ class Checkpointer(DetectionCheckpointer):
     def _of_iterations(self):
         """Latest first."""
         paths = Path(self.save_dir).glob("model_*.pth")
-        return sorted((p for p in paths if _OF_AN_ITERATION.fullmatch(p.name)), reverse=True)
+        found = [path for path in paths if _OF_AN_ITERATION.fullmatch(path.name)]
+        return sorted(found, key=_iteration, reverse=True)
 
     def _tagged(self):
+        """Name of the file that ``last_checkpoint`` names; None where it does not."""
         try:
-            return (Path(self.save_dir) / "last_checkpoint").read_text().strip()
+            text = (Path(self.save_dir) / "last_checkpoint").read_text(errors="replace")
         except FileNotFoundError:
             return None
+        return Path(text.strip()).name or None
+
+    def _resumable(self):
+        """Paths of what can be resumed from, in no order."""
+        final = Path(self.save_dir) / f"{FINAL}.pth"
+        return [*self._of_iterations(), *([final] if final.exists() else [])]
+
+    def has_checkpoint(self) -> bool:
+        return self._tagged() is not None or bool(self._resumable())
+
+    def _candidates(self):
+        """Yields paths: of the checkpoint that is tagged as the last one, then of the others."""
+        tagged = self._tagged()
+        if tagged is not None:
+            yield Path(self.save_dir) / tagged
+        others = [path for path in self._resumable() if path.name != tagged]
+        yield from sorted(others, key=_iteration, reverse=True)
 
     def get_checkpoint_file(self):
         """
@@ -136,30 +229,32 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             RuntimeError: if there are checkpoints and all are damaged.
         """
-        tagged = self._tagged()
-        if tagged is None:
-            return ""
-        last = Path(self.save_dir) / tagged
-        candidates = [last, *(path for path in self._of_iterations() if path != last)]
         found = {}
-        for path in candidates:
+        for path in self._candidates():
             found[path] = damage(path)
             if found[path] is None:
                 break
             logger.warning("%s is damaged (%s): going back to the one before", path, found[path])
         else:
+            if not found:
+                return ""
             raise RuntimeError(
                 f"No checkpoint in {self.save_dir} is whole: "
                 + "; ".join(f"{path.name}: {what}" for path, what in found.items())
                 + ". Train anew without --resume, or into another OUTPUT_DIR"
             )
+        if self._tagged() is None:
+            logger.warning("%s has no last_checkpoint: going on from %s", self.save_dir, path.name)
         return str(path)
 
     def resume_or_load(self, path, *, resume=True):
         """
         As Detectron2's; all processes resume from the file that the main process found. A training
         that starts anew puts the checkpoints of an earlier one in the same folder aside, lest it be
-        resumed from them later.
+        resumed from them later, or write over them.
+
+        Raises:
+            ValueError: the weights are of another model.
         """
         if resume:
             last = comm.all_gather(self.get_checkpoint_file())[0]
@@ -169,14 +264,28 @@ class Checkpointer(DetectionCheckpointer):
                     "that all machines share"
                 )
             if last:
+                self._whole = True
                 return self.load(last)
-        elif self.save_dir and self.save_to_disk:
+        loaded = self.load(path, checkpointables=[])
+        comm.synchronize()  # all have read the file, which may be one of those
+        if self.save_dir and self.save_to_disk:
             self._set_aside()
-        return self.load(path, checkpointables=[])
+        return loaded
+
+    def renew_final(self, iteration: int) -> None:
+        """
+        Write ``model_final.pth`` where it is missing or damaged, for a training that was resumed
+        after its last iteration: no other is left that would write it.
+
+        Args:
+            iteration (int): the last one.
+        """
+        if self.save_to_disk and damage(Path(self.save_dir) / f"{FINAL}.pth"):
+            self.save(FINAL, iteration=iteration)
 
     def _set_aside(self):
         folder = Path(self.save_dir)
-        earlier = [*self._of_iterations(), folder / "model_final.pth", folder / "last_checkpoint"]
+        earlier = [*self._resumable(), *(folder / n for n in (*_RESULTS, "last_checkpoint"))]
         earlier = [path for path in earlier if path.exists()]
         if not earlier:
             return
@@ -187,11 +296,24 @@ class Checkpointer(DetectionCheckpointer):
         logger.warning("%s had the checkpoints of an earlier training: now in %s", folder, aside)
 
     def _load_model(self, checkpoint):
-        state = checkpoint["model"]
-        if is_classifier_state(state) and not isinstance(self.model, ImageClassifier):
-            source = self._parsed_url_during_load.geturl()
+        state, source = checkpoint["model"], self._parsed_url_during_load.geturl()
+        absent = [name for name in self.checkpointables if name not in checkpoint]
+        if self._whole and absent:
+            raise ValueError(
+                f"{source} holds weights, but not the state of a training ({', '.join(absent)}): "
+                "nothing can be resumed from it. Train anew without --resume, from it if wanted: "
+                "MODEL.WEIGHTS"
+            )
+        detector = not isinstance(self.model, ImageClassifier)
+        if not self._whole and detector and is_classifier_state(state):
             checkpoint["model"] = classifier_backbone(state, self.model, source)
-        return super()._load_model(checkpoint)
+        incompatible = super()._load_model(checkpoint)
+        if self._whole:
+            _check_whole(incompatible, source)
+            _check_numbers(self.model, source)
+        else:
+            _check_backbone(self.model, incompatible, source)
+        return incompatible
 
     def _load_file(self, filename):
         if filename.endswith((".pkl", ".pyth")):

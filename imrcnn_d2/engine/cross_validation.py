@@ -242,8 +242,12 @@ class FoldRun:
             ) as process:
                 try:
                     self._watch(process)
+                except BaseException:  # a signal: the training saves, and ends by itself
+                    process.terminate()
+                    process.wait()
+                    raise
                 finally:
-                    process.kill()  # on Ctrl-C and the like; else it has ended
+                    process.kill()  # where a second signal ended the waiting; else it has ended
             if process.returncode:
                 log.write(f"Exit code {process.returncode}.\n")
         return process.returncode

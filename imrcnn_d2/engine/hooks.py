@@ -13,7 +13,7 @@ from detectron2.utils.visualizer import Visualizer
 
 from imrcnn_d2.evaluation.operating_point import check_rule
 
-from .checkpoint import Checkpointer
+from .checkpoint import Checkpointer, damage
 from .interruption import Interruption
 from .weights import load_weights
 
@@ -79,8 +79,11 @@ class EvalHook(hooks.EvalHook):
     checkpoint to know the result.
     """
 
+    def is_due(self) -> bool:
+        return _is_due(self.trainer, self._period)
+
     def after_step(self):
-        if _is_due(self.trainer, self._period):
+        if self.is_due():
             self._do_eval()
 
     def after_train(self):
@@ -104,7 +107,7 @@ class BestCheckpointer(HookBase):
         self,
         model,
         save_dir,
-        eval_period,
+        validation,
         *,
         tau_rule=None,
         dataset=None,
@@ -114,7 +117,7 @@ class BestCheckpointer(HookBase):
         Args:
             model (nn.Module): whose weights are saved.
             save_dir (str): folder of the checkpoint.
-            eval_period (int): of the evaluation hook.
+            validation (EvalHook): whose figures are looked at.
             tau_rule (str or None): MODEL.IMRCNN.TAU_RULE, by which the evaluator chose the figure
                 ``lesion/tau_val``; None stores no operating point.
             dataset (str or None): the validation set whose ``tau_val`` is stored. A threshold is
@@ -122,8 +125,8 @@ class BestCheckpointer(HookBase):
             metric (str): name of a figure, larger is better; the mean where several validation sets
                 give one each.
         """
-        self._checkpointer = Checkpointer(model, save_dir)
-        self._period = eval_period
+        self._checkpointer = Checkpointer(model, save_dir, whole=True)
+        self._validation = validation
         if tau_rule is not None:
             check_rule(tau_rule)  # before the training, not at its first validation
         self._tau_rule, self._dataset = tau_rule, dataset
@@ -131,13 +134,40 @@ class BestCheckpointer(HookBase):
         self.best_score = None
         self.best_iter = None
 
+    def before_train(self):
+        lost = comm.all_gather(self._set_aside_if_damaged())[0]  # only the main process knows
+        if lost and self.trainer.start_iter >= self.trainer.max_iter:  # no validation is left
+            self._validation._do_eval()
+            self._keep_if_best(self.trainer.start_iter - 1)
+
+    def _set_aside_if_damaged(self):
+        """Whether the best weights of a training that is resumed are lost."""
+        problem = damage(self._path) if self.best_iter is not None else None
+        if problem is None or not comm.is_main_process():
+            return False
+        logger.warning(
+            "%s, the best weights so far, is damaged (%s) and set aside: the validations to come "
+            "choose anew",
+            self._path,
+            problem,
+        )
+        if os.path.lexists(self._path):
+            os.replace(self._path, f"{self._path}.damaged")
+        self.best_score = self.best_iter = None
+        return True
+
     def after_step(self):
-        if not _is_due(self.trainer, self._period) or not comm.is_main_process():
+        if self._validation.is_due():
+            self._keep_if_best(self.trainer.iter)
+
+    def _keep_if_best(self, iteration):
+        """Of the weights as they are after an iteration, if they were validated just now."""
+        if not comm.is_main_process():
             return
         figures = {
             name: value
-            for name, (value, iteration) in self.trainer.storage.latest().items()
-            if iteration == self.trainer.iter
+            for name, (value, noted) in self.trainer.storage.latest().items()
+            if noted == self.trainer.storage.iter
         }
         scores = [value for name, value in figures.items() if name.endswith(self._metric)]
         if not scores:
@@ -158,7 +188,7 @@ class BestCheckpointer(HookBase):
                 self.best_iter,
             )
             return
-        self.best_score, self.best_iter = score, self.trainer.iter
+        self.best_score, self.best_iter = score, iteration
         point = self._operating_point(figures)
         self._checkpointer.write(self.FILE_STEM, **self.state_dict(), operating_point=point)
         logger.info("%s %.3f is the best so far: saved %s.pth", self._metric, score, self.FILE_STEM)

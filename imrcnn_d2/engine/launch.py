@@ -1,5 +1,7 @@
 """How a training script starts: its arguments, and its processes on one machine or on several."""
 
+import contextlib
+import errno
 import gc
 import logging
 import os
@@ -10,7 +12,7 @@ import time
 import traceback
 import uuid
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 
 import torch
 import torch.distributed as dist
@@ -18,17 +20,26 @@ import torch.multiprocessing as mp
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
-from .interruption import EXIT_INTERRUPTED, Interruption
+from imrcnn_d2.evaluation.files import lock_folder
 
-__all__ = ["launch_script", "leave_process_groups"]
+from .interruption import EXIT_INTERRUPTED, SIGNALS, Interrupted, interruptible
+
+__all__ = ["launch_script", "leave_process_groups", "locked_output"]
 
 logger = logging.getLogger(__name__)
 
 # Of one collective: the others wait in it while the main process computes confidence intervals.
 TIMEOUT = timedelta(minutes=30)
 CONNECT_TIMEOUT = timedelta(minutes=10)  # machines of a cluster do not start at once
+LOCK_TIMEOUT = 10  # seconds: data loaders of a training that was killed live on for some
 GRACE = 10  # seconds to end by itself after SIGTERM, before SIGKILL
 
+# What the file systems of some clusters say.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_INTERRUPTED = (
+    "The job was interrupted, and ended. What was saved is whole: the same command with --resume "
+    "goes on from there"
+)
 _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
@@ -42,16 +53,22 @@ def launch_script(main):
     process joins those that ``torchrun`` started, and a restart by it implies ``--resume``.
 
     When a process dies, all others of the job are ended within seconds, on all machines, and each
-    machine says which it was. SIGTERM and SIGINT are passed on to the processes.
+    machine says which it was. SIGTERM and SIGINT are passed on to the processes; from here to the
+    end of ``main`` they end the job with ``EXIT_INTERRUPTED``, see :func:`interruptible`.
 
     Args:
         main (callable): defined at the top level of a module.
 
     Raises:
-        SystemExit: with ``EXIT_INTERRUPTED`` if the training was interrupted and saved, else with
-            the code of the process that failed (128 + the signal's number if one killed it), or 1.
+        SystemExit: with ``EXIT_INTERRUPTED`` if the job was interrupted, else with the code of the
+            process that failed (128 + the signal's number if one killed it), or 1.
         ValueError: for arguments that do not fit this machine.
     """
+    with interruptible():
+        _launch(main)
+
+
+def _launch(main):
     parser = default_argument_parser()
     args = parser.parse_args()
     if _TORCHRUN <= os.environ.keys():
@@ -75,6 +92,38 @@ def launch_script(main):
         _Machine(main, args).run()
     else:
         main(args)
+
+
+@contextlib.contextmanager
+def locked_output(folder: str):
+    """
+    Keep other jobs out of a folder. To be entered by all processes of a job, before it writes.
+
+    Args:
+        folder (str): OUTPUT_DIR.
+
+    Raises:
+        ValueError: another job is writing into it.
+    """
+    lock = problem = None
+    if comm.is_main_process():
+        try:
+            lock = lock_folder(folder, "OUTPUT_DIR", LOCK_TIMEOUT)
+        except ValueError as error:
+            problem = str(error)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                problem = str(error)
+            else:
+                logger.warning("No lock in %s (%s): start no other job there", folder, error)
+    problem = comm.all_gather(problem)[0]
+    if problem:
+        raise ValueError(problem)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def leave_process_groups():
@@ -108,7 +157,7 @@ def _join(main, args, local_rank, local_size, **init):
     try:
         main(args)
     except SystemExit as end:
-        if end.code != EXIT_INTERRUPTED:
+        if end.code != EXIT_INTERRUPTED or isinstance(end, Interrupted):  # the latter alone
             raise
         leave_process_groups()
         raise
@@ -153,16 +202,18 @@ def _check_cards(wanted):
 def _worker(local_rank, main, args, host, port):
     os.setsid()  # Ctrl-C reaches the parent alone, which passes it on: once, not twice
     try:
-        store = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
-        _join(
-            main,
-            args,
-            local_rank,
-            args.num_gpus,
-            store=dist.PrefixStore("processes", store),
-            rank=args.machine_rank * args.num_gpus + local_rank,
-            world_size=args.num_machines * args.num_gpus,
-        )
+        with interruptible():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            store = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+            _join(
+                main,
+                args,
+                local_rank,
+                args.num_gpus,
+                store=dist.PrefixStore("processes", store),
+                rank=args.machine_rank * args.num_gpus + local_rank,
+                world_size=args.num_machines * args.num_gpus,
+            )
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception:
@@ -195,9 +246,21 @@ class _Machine:
                 "to serve it if it is machine 0, else to reach it: --dist-url names machine 0 "
                 "and a port that is free there and open to the others"
             ) from error
-        self._processes = mp.start_processes(
-            _worker, (main, args, host, self._store.port), nprocs=args.num_gpus, join=False
-        ).processes
+        self._processes, self._received = (), None
+        for number in SIGNALS:
+            signal.signal(number, self._pass_on)
+        # A process starts with the signals that are blocked here, and takes them once it has its
+        # handlers. The tracker, which is started along with the first one, would unblock them.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self._processes = mp.start_processes(
+                _worker, (main, args, host, self._store.port), nprocs=args.num_gpus, join=False
+            ).processes
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if self._received is not None:
+            self._pass_on(self._received, None)
 
     def _address(self):
         if self._args.num_machines == 1:
@@ -211,8 +274,6 @@ class _Machine:
 
     def run(self):
         """Wait for the end of the job and leave with its exit code."""
-        for number in Interruption.SIGNALS:
-            signal.signal(number, self._pass_on)
         failure = self._wait()
         if failure:
             self._end_processes()
@@ -221,10 +282,9 @@ class _Machine:
             text, code = failure
             logger.error(text)
             sys.exit(code)
-        codes = {process.exitcode for process in self._processes}
-        sys.exit(max(codes))  # 0 or EXIT_INTERRUPTED
 
     def _pass_on(self, number, frame):
+        self._received = number
         for process in self._processes:
             if process.exitcode is None:
                 os.kill(process.pid, number)
@@ -232,29 +292,35 @@ class _Machine:
     def _wait(self):
         """
         Returns:
-            (str, int) or None: what failed first in the whole job, and this machine's exit code;
-                None once all processes of this machine ended well.
+            (str, int) or None: what ended the whole job first, and this machine's exit code; None
+                once all processes of this machine ended well.
         """
         while True:
             codes = [process.exitcode for process in self._processes]
-            failed = [c for c in codes if c not in (None, 0, EXIT_INTERRUPTED)]
+            if EXIT_INTERRUPTED in codes:  # who waited for that process may fail
+                return self._tell(_INTERRUPTED), EXIT_INTERRUPTED
+            failed = [c for c in codes if c not in (None, 0)]
             if failed:
                 code = min(failed)  # a kill, less than 0, is a cause; an exception may follow it
                 if code > 0:
                     time.sleep(1)  # lest this machine be the first to report what it suffers from
-                text = self._store.compare_set(
-                    "failed", "", self._describe(codes.index(code), code)
-                )
-                return text.decode(), code if code > 0 else 128 - code
+                text = self._tell(self._describe(codes.index(code), code))
+                code = code if code > 0 else 128 - code
+                return text, EXIT_INTERRUPTED if text == _INTERRUPTED else code
             if None not in codes:
                 return None
             try:
                 if self._store.check(["failed"]):
-                    return self._store.get("failed").decode(), 1
+                    text = self._store.get("failed").decode()
+                    return text, EXIT_INTERRUPTED if text == _INTERRUPTED else 1
             except dist.DistError:
                 return f"Machine 0 ({self._args.dist_url}) cannot be reached any more", 1
             running = [process.sentinel for process in self._processes if process.exitcode is None]
             connection.wait(running, timeout=1)
+
+    def _tell(self, text):
+        """Say to all machines why the job ends; returns what was said first."""
+        return self._store.compare_set("failed", "", text).decode()
 
     def _describe(self, local_rank, code):
         rank = self._args.machine_rank * self._args.num_gpus + local_rank

@@ -97,14 +97,15 @@ class LazyTrainer(TrainerBase):
         )
         evaluator = cfg.dataloader.val_evaluator
         name = evaluator.dataset_name
+        validation = EvalHook(period, lambda: evaluate(cfg, evaluated, "val"))
         self.best = BestCheckpointer(
-            evaluated, output_dir, period, tau_rule=evaluator.get("tau_rule"), dataset=name
+            evaluated, output_dir, validation, tau_rule=evaluator.get("tau_rule"), dataset=name
         )
         hook_list = assemble_hooks(
             record=self._record,
             lr_scheduler=hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             ema=self._ema,
-            validation=[EvalHook(period, lambda: evaluate(cfg, evaluated, "val")), self.best],
+            validation=[validation, self.best],
             make_samples=lambda: SamplePredictions(
                 evaluated, instantiate(cfg.dataloader.val), name, period, evaluator.tau
             ),
@@ -124,6 +125,8 @@ class LazyTrainer(TrainerBase):
         self.checkpointer.resume_or_load(self.cfg.train.init_checkpoint, resume=resume)
         if resume and self.checkpointer.has_checkpoint():
             self.start_iter = self.iter + 1
+            if self.start_iter >= self.max_iter:
+                self.checkpointer.renew_final(self.iter)
 
     def train(self):
         """

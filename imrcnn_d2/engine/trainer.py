@@ -117,7 +117,6 @@ class Trainer(DefaultTrainer):
             list[HookBase]: see :func:`assemble_hooks`.
         """
         cfg = self.cfg
-        period = cfg.TEST.EVAL_PERIOD
         validation, make_samples = [], None
         if cfg.DATASETS.VAL:
             if is_classifier(cfg):
@@ -128,8 +127,9 @@ class Trainer(DefaultTrainer):
                     "dataset": cfg.DATASETS.VAL[0],
                 }
                 make_samples = self._sample_predictions
-            best = BestCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR, period, **criterion)
-            validation = [EvalHook(period, self.validate), best]
+            evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self.validate)
+            best = BestCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR, evaluation, **criterion)
+            validation = [evaluation, best]
         self._best = validation[-1] if validation else None
         self._record = RunRecord(
             cfg.OUTPUT_DIR,
@@ -158,6 +158,11 @@ class Trainer(DefaultTrainer):
         loader = self.build_test_loader(cfg, name)
         tau = cfg.MODEL.IMRCNN.SCORE_THRESH
         return SamplePredictions(self.evaluated_model, loader, name, cfg.TEST.EVAL_PERIOD, tau)
+
+    def resume_or_load(self, resume=True):
+        super().resume_or_load(resume)
+        if self.start_iter and self.start_iter >= self.max_iter:
+            self.checkpointer.renew_final(self.iter)
 
     def load_state_dict(self, state_dict):
         if self._phases:  # the optimizer's state is that of the phase it was saved in

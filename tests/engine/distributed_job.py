@@ -1,7 +1,7 @@
 """
 What test_launch.py starts in several processes. ``--config-file`` names a JSON file:
 
-    action      "step", "train" or "wait", the functions below
+    action      "step", "train", "wait", "before" or "after", see the functions below
     folder      where they write
     datasets    name -> COCO JSON file, to be registered
     opts        overrides of the light IMR-CNN's config
@@ -65,6 +65,12 @@ def train(cfg, folder, resume):
     trainer.train()
 
 
+def write_pid(folder):
+    path = folder / f"pid_{comm.get_rank()}"
+    path.with_suffix(".tmp").write_text(str(os.getpid()))
+    path.with_suffix(".tmp").rename(path)
+
+
 class Idle(TrainerBase):
     """Nothing but iterations."""
 
@@ -76,9 +82,17 @@ class Idle(TrainerBase):
     def run_step(self):
         time.sleep(0.05)
         if self.iter == 3:
-            path = self.folder / f"pid_{comm.get_rank()}"
-            path.with_suffix(".tmp").write_text(str(os.getpid()))
-            path.with_suffix(".tmp").rename(path)
+            write_pid(self.folder)
+
+
+def outside(folder, moment):
+    """Process 0 works, and the others wait for it, "before" or "after" the iterations."""
+    if moment == "after":
+        Idle(folder).train(0, 2)
+    write_pid(folder)
+    if comm.is_main_process():
+        time.sleep(600)
+    comm.synchronize()
 
 
 def main(args):
@@ -86,6 +100,9 @@ def main(args):
     folder = Path(settings["folder"])
     if settings["action"] == "wait":
         Idle(folder).train(0, 10**6)
+        return
+    if settings["action"] in ("before", "after"):
+        outside(folder, settings["action"])
         return
     for name, json_file in settings["datasets"].items():
         register_lesion_dataset(name, json_file, Path(json_file).parent)

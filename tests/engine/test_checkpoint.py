@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import zipfile
 
 import pytest
 import torch
@@ -43,7 +44,17 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("spoil", [flip_a_bit, cut_short, lambda p: p.write_bytes(b""), os.remove])
+SPOILS = {
+    "a bit": flip_a_bit,
+    "half": cut_short,
+    "all": lambda path: path.write_bytes(b""),
+    "gone": os.remove,
+    "an empty archive": lambda path: zipfile.ZipFile(path, "w").close(),
+    "no tensors": lambda path: torch.save({}, path),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, spoil):
     checkpointer(tmp_path, 1.0).save_iteration(9)
     checkpointer(tmp_path, 2.0).save_iteration(19)
@@ -67,6 +78,53 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path):
         cut_short(tmp_path / f"model_{iteration:07d}.pth")
     with pytest.raises(RuntimeError, match="No checkpoint .* is whole: model_0000019.pth: "):
         resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "left", "value"),
+    [
+        ([], {"model_final": 29, "model_0000019": 19}, 29.0),
+        ([], {"model_final": 29, "model_0000039": 39}, 39.0),  # trained on after its end
+        (["model_final"], {"model_final": 29, "model_0000019": 19, "model_0000009": 9}, 19.0),
+        ([], {"model_10000000": 10_000_000, "model_9999999": 9_999_999}, 10_000_000.0),
+    ],
+)
+@pytest.mark.parametrize("tag", [None, b"", b"\xff\x00", b"../elsewhere.pth"])
+def test_without_last_checkpoint_the_newest_is_resumed(tmp_path, damaged, left, value, tag):
+    for name, iteration in left.items():
+        checkpointer(tmp_path, float(iteration)).save(name, iteration=iteration)
+    for name in damaged:
+        flip_a_bit(tmp_path / f"{name}.pth")
+    (tmp_path / "last_checkpoint").unlink()
+    if tag is not None:
+        (tmp_path / "last_checkpoint").write_bytes(tag)
+    assert resume(tmp_path) == (value, value)
+    assert checkpointer(tmp_path).has_checkpoint(), "the trainer would count from 0"
+
+
+def test_what_is_not_this_training_is_not_resumed(tmp_path):
+    torch.save({"model": nn.Linear(50, 50).state_dict()}, tmp_path / "model_0000009.pth")
+    with pytest.raises(ValueError, match="model_0000009.pth holds weights, .*state"):
+        resume(tmp_path)
+    saving = checkpointer(tmp_path)
+    for other in (nn.Linear(50, 50, bias=False), nn.Linear(50, 40), nn.Sequential(nn.Linear(9, 9))):
+        saving.model = other
+        saving.save_iteration(9)
+        with pytest.raises(ValueError, match="model_0000009.pth: .*another architecture"):
+            resume(tmp_path)
+
+
+def test_a_final_file_that_is_missing_or_damaged_is_written_anew(tmp_path):
+    saved = checkpointer(tmp_path, 1.0)
+    saved.save("model_final", iteration=9)
+    before = (tmp_path / "model_final.pth").stat().st_mtime_ns
+    saved.renew_final(9)
+    assert (tmp_path / "model_final.pth").stat().st_mtime_ns == before
+    for spoil in (flip_a_bit, os.remove):
+        spoil(tmp_path / "model_final.pth")
+        saved.renew_final(9)
+        assert damage(tmp_path / "model_final.pth") is None
+        assert resume(tmp_path) == (1.0, 1.0)
 
 
 def test_a_changed_bit_is_found_by_the_checksum(tmp_path):
@@ -97,13 +155,25 @@ def test_the_checkpoint_resumed_from_is_never_deleted(tmp_path):
 
 
 def test_a_fresh_start_puts_an_earlier_training_aside(tmp_path, caplog):
-    checkpointer(tmp_path, 1.0).save_iteration(9)
+    earlier = checkpointer(tmp_path, 1.0)
+    earlier.save_iteration(9)
+    for name in ("model_best", "model_ema"):
+        earlier.write(name)
     fresh = checkpointer(tmp_path, 2.0)
-    fresh.resume_or_load("", resume=False)
+    fresh.resume_or_load(str(tmp_path / "model_0000009.pth"), resume=False)  # from one of them
+    assert fresh.model.weight[0, 0].item() == 1.0
     assert "earlier training" in caplog.text
     assert resume(tmp_path) == (-1.0, -1.0), "resumed from a training that is not this one"
     (aside,) = tmp_path.glob("earlier_*")
-    assert damage(aside / "model_0000009.pth") is None
+    for name in ("model_0000009", "model_best", "model_ema"):
+        assert damage(aside / f"{name}.pth") is None
+
+
+def test_the_best_of_a_training_without_checkpoints_is_not_written_over(tmp_path):
+    checkpointer(tmp_path, 1.0).write("model_best")
+    assert resume(tmp_path) == (-1.0, -1.0)
+    (aside,) = tmp_path.glob("earlier_*/model_best.pth")
+    assert damage(aside) is None
 
 
 def test_a_failed_write_leaves_the_last_one_whole(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from imrcnn_d2.data.register import register_lesion_dataset
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.engine.interruption import EXIT_INTERRUPTED
-from imrcnn_d2.engine.launch import launch_script
+from imrcnn_d2.engine.launch import launch_script, locked_output
 
 from .chaos import facts
 from .conftest import write_dataset
@@ -148,6 +149,65 @@ def test_sigterm_to_the_launch_saves_and_ends_all(settings, tmp_path):
         ended = outputs(processes)
     assert ended[0][0] == EXIT_INTERRUPTED, ended
     assert (folder / "last_checkpoint").read_text().startswith("model_")
+
+
+@pytest.mark.parametrize("moment", ["while they start", "before", "after"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_outside_iterations_ends_all(settings, tmp_path, moment, number):
+    folder = tmp_path / "job"
+    with started(settings | {"action": moment}, folder, (JOB, "--num-gpus", "2")) as processes:
+        if moment == "while they start":
+            children = Path(f"/proc/{processes[0].pid}/task/{processes[0].pid}/children")
+            while len(children.read_text().split()) < 3:  # the third is multiprocessing's
+                assert processes[0].poll() is None, outputs(processes)
+        else:
+            pids(folder, processes)
+        processes[0].send_signal(number)
+        ended = outputs(processes)
+    assert ended[0][0] == EXIT_INTERRUPTED, ended
+    assert "--resume" in ended[0][1] and "Traceback" not in ended[0][1], ended
+
+
+def test_a_request_to_one_process_ends_the_job_on_both_machines(settings, tmp_path):
+    folder = tmp_path / "job"
+    with started(settings | {"action": "after"}, folder, *machines()) as processes:
+        os.kill(pids(folder, processes)[0], signal.SIGTERM)
+        ended = outputs(processes)
+    assert [code for code, _ in ended] == [EXIT_INTERRUPTED] * 2, ended
+
+
+def test_a_folder_is_for_one_job(tmp_path, monkeypatch):
+    monkeypatch.setattr("imrcnn_d2.engine.launch.LOCK_TIMEOUT", 0)
+    with locked_output(tmp_path), pytest.raises(ValueError, match=str(tmp_path)):
+        with locked_output(tmp_path):
+            pytest.fail("a second job came in")
+    with locked_output(tmp_path):
+        pass
+
+
+def lock_and_fork(folder):
+    with locked_output(folder):
+        os.fork()  # as a data loader does
+        (Path(folder) / f"locked_{os.getpid()}").touch()
+        time.sleep(600)
+
+
+def test_a_killed_job_leaves_its_folder_to_others(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(
+        target=lock_and_fork, args=(str(tmp_path),)
+    )
+    process.start()
+    while len(locked := list(tmp_path.glob("locked_*"))) < 2:
+        assert process.exitcode is None
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    (child,) = {int(path.name.removeprefix("locked_")) for path in locked} - {process.pid}
+    try:
+        with locked_output(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_torchrun_restarts_exactly(settings, tmp_path):

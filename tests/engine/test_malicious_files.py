@@ -48,6 +48,7 @@ def plant(tmp_path, marker):
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"model": {"w": Bait(marker)}, "__author__": "x", "model_state": {}}
         if path.suffix in (".pth", ".pyth"):
+            content["model"]["v"] = torch.zeros(1)  # what has no tensors is no checkpoint
             torch.save(content, path)
         else:
             path.write_bytes(pickle.dumps(content))

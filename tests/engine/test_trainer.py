@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import OrderedDict
 
 import pytest
@@ -13,6 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from imrcnn_d2.engine import Trainer
 from imrcnn_d2.engine.hooks import BestCheckpointer, EvalHook
+
+from .chaos import facts
+from .test_checkpoint import flip_a_bit
 
 
 def weights(path):
@@ -107,6 +111,40 @@ def test_the_best_survives_a_resume(tiny_cfg, tmp_path):
     trainer.train()
     assert equal(weights(output / "model_best.pth"), first), "a worse validation replaced the best"
     assert equal(first, trainer.model.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil", [flip_a_bit, os.remove])
+@pytest.mark.parametrize("more", [0, 2])
+def test_lost_best_weights_are_chosen_anew(tiny_cfg, tmp_path, caplog, spoil, more):
+    scripted_trainer(tiny_cfg, [50.0, 40.0]).train()
+    output = tmp_path / "output"
+    spoil(output / "model_best.pth")
+    tiny_cfg.SOLVER.MAX_ITER += more
+    scores = [30.0]
+    trainer = scripted_trainer(tiny_cfg, scores)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    assert not scores, "no validation chose"
+    assert "model_best.pth" in caplog.text
+    best = torch.load(output / "model_best.pth", weights_only=True)
+    assert (best["best_score"], best["best_iter"]) == (30.0, 3 + more)
+    assert equal(best["model"], weights(output / "model_final.pth"))
+    if spoil is flip_a_bit:
+        assert (output / "model_best.pth.damaged").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil", [flip_a_bit, os.remove])
+def test_a_lost_final_checkpoint_is_written_anew(tiny_cfg, tmp_path, spoil):
+    scripted_trainer(tiny_cfg, [50.0, 40.0]).train()
+    final = tmp_path / "output" / "model_final.pth"
+    expected = facts(torch.load(final, weights_only=True))
+    spoil(final)
+    trainer = scripted_trainer(tiny_cfg, [])
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    assert facts(torch.load(final, weights_only=True)) == expected
 
 
 @pytest.mark.slow

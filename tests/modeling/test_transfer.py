@@ -1,7 +1,10 @@
 """A detector's backbone out of a classifier computes what it computed there."""
 
 import logging
+import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -91,6 +94,44 @@ def test_what_does_not_fit_is_reported(classifiers, caplog):
     assert "backbone.bottom_up.stem.conv1.weight" not in found
     assert "nothing, or other shapes, for 2 of the 265 tensors" in caplog.text
     assert "stem.conv1.weight" in caplog.text and "stem.conv1.norm.bias" in caplog.text
+
+
+def test_weights_to_start_from(tmp_path):
+    """A detector's start one with other heads and another neck, on the same backbone alone."""
+    heads = ("MODEL.ROI_HEADS.NUM_CLASSES", 7)
+    detectors = {
+        "lite": detector("Base-MRCNN-lite", *heads),
+        "R-50": detector("Base-MRCNN-R_50", *heads),
+        "R-101": detector("Base-MRCNN-R_50", "MODEL.RESNETS.DEPTH", 101),
+    }
+    files = {}
+    for name, model in detectors.items():
+        files[name] = Path(Checkpointer(model, str(tmp_path)).save_dir, f"{name}.pth")
+        Checkpointer(model, str(tmp_path)).write(name)
+    # As ImageNet's: a backbone alone, under names of its own, with a layer for its classes.
+    bottom_up = detectors["R-50"].backbone.bottom_up.state_dict()
+    arrays = {name: value.numpy() for name, value in bottom_up.items()}
+    content = {"model": arrays | {"stem.fc.bias": np.zeros(1000)}, "__author__": "test"}
+    files["ImageNet"] = tmp_path / "imagenet.pkl"
+    files["ImageNet"].write_bytes(pickle.dumps(content | {"matching_heuristics": True}))
+
+    models = {
+        "Base-IMRCNN-lite": {"lite"},
+        "Base-IMRCNN-R_50": {"R-50", "R-101", "ImageNet"},  # the latter has all blocks of the first
+    }
+    for config, fitting in models.items():
+        for name, file in files.items():
+            model = detector(config)
+            first = next(model.backbone.bottom_up.parameters())
+            before = first.detach().clone()
+            if name not in fitting:
+                with pytest.raises(ValueError, match=f"{file.name}: .*another model.*bottom_up"):
+                    Checkpointer(model).load(str(file))
+                continue
+            Checkpointer(model).load(str(file))
+            assert not torch.equal(first, before)
+            with pytest.raises(ValueError, match=f"{file.name}: .*another architecture"):
+                Checkpointer(model, whole=True).load(str(file))
 
 
 def test_other_images_or_strides_are_refused(classifiers):

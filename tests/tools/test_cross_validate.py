@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -176,6 +177,26 @@ def test_a_run_is_not_trained_twice_at_once(sweep, env, caplog):
         run.train()
     assert "another process trains it" in caplog.text
     assert run.state() == "finished"
+
+
+@pytest.mark.parametrize("whom", [os.kill, os.killpg])
+def test_a_request_lets_the_training_save(env, tmp_path, whom):
+    endless = [*OPTS, "SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, *command(tmp_path, MODEL, "fold=0", opts=endless)],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    fold = tmp_path / "synthetic" / MODEL / "seed0" / "fold0"
+    while not ((fold / "metrics.json").is_file() and (fold / "metrics.json").stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.05)
+    whom(process.pid, signal.SIGTERM)
+    assert process.wait(600) == 75
+    log = (fold / "console.log").read_text()
+    assert "saved after iteration" in log, log
+    assert (fold / "last_checkpoint").is_file()
 
 
 def test_jobs_went_through_submitit(sweep):

@@ -1,10 +1,13 @@
 """The training scripts as a user starts them, on a prepared data set."""
 
+import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -12,9 +15,11 @@ import numpy as np
 import prepare_dataset
 import pytest
 import torch
+from detectron2.engine import default_argument_parser
 from detectron2.engine.launch import _find_free_port
 from processes import run_script
 
+from imrcnn_d2.engine.launch import locked_output
 from imrcnn_d2.evaluation.test_log import read_test_log
 
 pytestmark = pytest.mark.slow
@@ -122,6 +127,45 @@ def test_a_missing_data_set_names_the_command_that_makes_it(env, tmp_path):
     done = start(nowhere, "tools/train_net.py", "--config-file", YAML, *SMALL)
     assert done.returncode != 0
     assert str(tmp_path) in done.stderr and "prepare_dataset.py synthetic" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"), [("config.yaml", signal.SIGINT), ("model_final.pth", signal.SIGTERM)]
+)
+def test_a_request_before_or_after_the_iterations(env, tmp_path, moment, number):
+    command = ("tools/train_net.py", "--config-file", YAML, "--resume", *SMALL)
+    command += ("OUTPUT_DIR", str(tmp_path / "run"))
+    process = subprocess.Popen(
+        [sys.executable, *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not (tmp_path / "run" / moment).exists():  # written before them, and after them
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    text = process.communicate(timeout=600)[0].decode()
+    assert process.returncode == 75, text
+    assert "--resume" in text and "Traceback" not in text, text
+    metrics = tmp_path / "run" / "inference/synthetic_test/metrics.json"
+    assert not metrics.exists()
+    done = start(env, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert metrics.is_file()
+
+
+@pytest.mark.parametrize("script", ["train_net", "lazyconfig_train_net"])
+@pytest.mark.parametrize("arguments", [(), ("--resume",), ("--eval-only",)])
+def test_a_folder_that_another_job_writes_to_is_left_alone(
+    env, tmp_path, monkeypatch, script, arguments
+):
+    monkeypatch.setattr("imrcnn_d2.engine.launch.LOCK_TIMEOUT", 0)
+    config, key = {
+        "train_net": (YAML, ("OUTPUT_DIR", str(tmp_path))),
+        "lazyconfig_train_net": ("configs/lazy/imrcnn_lite.py", (f"train.output_dir={tmp_path}",)),
+    }[script]
+    args = default_argument_parser().parse_args(["--config-file", config, *arguments, *key])
+    with locked_output(str(tmp_path)), pytest.raises(ValueError, match=str(tmp_path)):
+        importlib.import_module(script).main(args)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_the_lazy_script_trains(env, tmp_path):
