@@ -30,7 +30,7 @@ def item(path, name=None, **fields):
     path.touch()
     source = Source(path, name or path.name, "image")
     status = path.stat()
-    return Item(source, source.name, [status.st_size, status.st_mtime_ns], **fields)
+    return Item(source, [status.st_size, status.st_mtime_ns], **fields)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_dropped_rows_leave_the_others(items, tmp_path):
     folder = tmp_path / "out"
     write(folder, items[:2])
     write(folder, items[2:])
-    Parts(folder, RUN).drop([items[0].source, items[2].source, items[3].source])
+    Parts(folder, RUN).drop([items[0].source, items[2].source, items[3].source], [])
     assert names(folder) == ["b.png"]
     (part,) = folder.iterdir()
     assert json.loads(pq.read_schema(part).metadata[b"imrcnn_d2"]) == RUN
@@ -150,6 +150,6 @@ def test_of_another_run_or_damaged(items, tmp_path):
 def test_a_name_that_is_no_utf8(tmp_path):
     name = b"\xff.png".decode(errors="surrogateescape")
     source = Source(Path(tmp_path, name), name, "image")
-    write_part(tmp_path / "out", RUN, [source], [input_row(Item(source, name, None, error="e"))])
+    write_part(tmp_path / "out", RUN, [source], [input_row(Item(source, None, error="e"))])
     assert names(tmp_path / "out") == ["\\udcff.png"]
     assert Parts(tmp_path / "out", RUN).failed() == [("\\udcff.png", "e")]
