@@ -201,14 +201,12 @@ class Journal:
         Args:
             files (dict[Path, str]): -> SHA-256 of what was written.
         """
-        changed = {
-            path.with_suffix("")
-            for path, digest in files.items()
-            if os.path.lexists(path) and not self._is_as_written(path, digest)
-        }
-        for path in files:
+        there = {path: digest for path, digest in files.items() if os.path.lexists(path)}
+        ours = {path for path, digest in there.items() if self._is_as_written(path, digest)}
+        changed = {path.with_suffix("") for path in there.keys() - ours}
+        for path in ours:
             if path.with_suffix("") not in changed:
-                path.unlink(missing_ok=True)
+                path.unlink()
 
     def _is_as_written(self, path, digest):
         is_file = self.holds(path) and path.is_file() and not path.is_symlink()

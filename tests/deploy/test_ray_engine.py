@@ -38,7 +38,7 @@ def folder(image_folder, bad_files):
     for seed in range(IMAGES):
         Image.fromarray(picture(seed, 300, 400)).save(image_folder / f"{seed:03d}.png")
     frames = np.stack([picture(2), picture(3)])
-    write_dicom(image_folder / "KIS-4711.dcm", frames, FrameTime="40")
+    write_dicom(image_folder / "KIS-4711.jpg", frames, FrameTime="40")
     return image_folder
 
 
@@ -138,7 +138,7 @@ def test_what_its_actors_die_of_is_listed_and_tried_again(
     monkeypatch.setattr(
         ray_engine, "_predict", lambda left, make, actors: tried.append([*left]) or 0
     )
-    write_dicom(image_folder / "KIS-4711.dcm", picture(0))
+    write_dicom(image_folder / "KIS-4711.png", picture(0))
     weights = {"config": None, "weights": tiny_run / "model_best.pth"}
     for _ in range(2):
         done = ray_engine.predict_with_ray(weights, [image_folder], tmp_path / "out")
