@@ -339,7 +339,7 @@ class Journal:
             try:
                 yield _row(image, found, about, classes)
             except ValueError as error:  # a mask that was not written here
-                raise BadInputError(self._path, f"of {image['file_name']}, {error}") from error
+                raise BadInputError(self._path, f"of {image['file_name']!r}, {error}") from error
 
     def _write_coco(self, about, classes):
         head = coco_head(about, classes)

@@ -206,11 +206,33 @@ def test_an_uploaded_file_is_shown_by_its_content(predictor, tmp_path, name):
     assert (finding.name, finding.picture, finding.frame) == (public, None, None)
 
 
-DICOM = {
+def jpeg(path):
+    stream = io.BytesIO()
+    Image.fromarray(picture(0)).save(stream, "JPEG")
+    encoded, kind = [stream.getvalue()], "YBR_FULL_422"
+    return write_dicom(
+        path, picture(0), encoded=encoded, syntax=JPEGBaseline8Bit, PhotometricInterpretation=kind
+    )
+
+
+MAKERS = {
     "still": lambda path: write_dicom(path, picture(0), BurnedInAnnotation="NO"),
     "gray": lambda path: write_dicom(path, np.arange(4800, dtype=np.uint16).reshape(60, 80)),
     "frames": lambda path: write_dicom(path, np.stack([picture(0)] * 2), FrameTime="40"),
+    "jpeg": jpeg,
 }
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory):
+    """Bytes of files of each kind, the header of each, and what comes after it."""
+    folder, parts = tmp_path_factory.mktemp("kinds"), {}
+    for kind, make in MAKERS.items():
+        content = make(folder / kind).read_bytes()
+        # all of the compressed pixels can be damaged, of others the header has it all
+        end = None if kind == "jpeg" else content.index(b"\xe0\x7f\x10\0")
+        parts[kind] = content[:end], content[end:] if end else b""
+    return parts
 
 
 @pytest.mark.fuzz
@@ -220,13 +242,10 @@ DICOM = {
     max_examples=max(200, settings().max_examples),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-def test_fuzz(tmp_path_factory, data):
+def test_fuzz(tmp_path_factory, contents, data):
     root = tmp_path_factory.mktemp("dicom")
-    kind = data.draw(st.sampled_from(sorted(DICOM)))
-    content = DICOM[kind](root / "a.dcm").read_bytes()
-    end = content.index(b"\xe0\x7f\x10\0")  # the header has it all
-    content = data.draw(damaged_bytes(content[:end])) + content[end:]
-    (root / "a.dcm").write_bytes(content)
+    head, pixels = contents[data.draw(st.sampled_from(sorted(contents)))]
+    (root / "a.dcm").write_bytes(data.draw(damaged_bytes(head)) + pixels)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (memory() + 4 * 2**30, limits[1]))
     try:
