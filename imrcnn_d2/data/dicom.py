@@ -30,19 +30,26 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+def _silence() -> None:
+    if warnings.filters[:1] != [_SILENT]:
+        warnings.filterwarnings("ignore", module=_SILENT[3].pattern)
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+
+
+_silence()  # before another thread sets filters for a block, and these ones again at its end
+
+
 @contextlib.contextmanager
 def own_words(path: Path, problem: str) -> Iterator[None]:
     """Keeps to itself what pydicom says: errors, warnings and log quote the file, so the patient.
 
-    Its warnings and its log stay silent from then on: filters of warnings that are set for a block
-    only would be those of all threads.
+    Its warnings and its log stay silent afterwards: filters of warnings that are set for a block
+    are those of all threads.
 
     Raises:
         BadInputError: `problem`, and the type of the error that ended the block.
     """
-    if warnings.filters[:1] != [_SILENT]:
-        warnings.filterwarnings("ignore", module=_SILENT[3].pattern)
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+    _silence()
     try:
         yield
     except (BadInputError, ModuleNotFoundError):

@@ -423,7 +423,8 @@ def _is_frame(content, classes):
             found = content["annotations"]
         case _:
             return False
-    if not all(value is None or _are_numbers(value) for value in others):
+    lists = [value if isinstance(value, list) else [value] for value in others if value is not None]
+    if not all(map(_are_numbers, lists)):
         return False
     return isinstance(found, list) and all(_is_annotation(a, w, h, classes) for a in found)
 
@@ -431,7 +432,7 @@ def _is_frame(content, classes):
 def _is_annotation(annotation, width, height, classes):
     match annotation:
         case {"category_id": int(category), "score": score} if 1 <= category <= classes:
-            if not _are_numbers(score):
+            if not _are_numbers([score]):
                 return False
         case _:
             return False
@@ -447,11 +448,8 @@ def _is_annotation(annotation, width, height, classes):
 
 
 def _are_numbers(values):
-    """Whether it is a finite number, or a list of these."""
+    """Whether all of a list are finite."""
     try:
-        return all(
-            type(value) in (int, float) and math.isfinite(value)
-            for value in (values if isinstance(values, list) else [values])
-        )
+        return all(type(value) in (int, float) and math.isfinite(value) for value in values)
     except OverflowError:  # an integer beyond what a float can be
         return False

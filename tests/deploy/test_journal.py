@@ -190,6 +190,7 @@ def tables(folder):
         (2, [LINES[0], {**FRAME, "annotations": {}}]),
         (2, [LINES[0], {**FRAME, "annotations": [{**FOUND, "category_id": 2}]}]),
         (2, [LINES[0], {**FRAME, "annotations": [{**FOUND, "score": float("nan")}]}]),
+        (2, [LINES[0], {**FRAME, "annotations": [{**FOUND, "score": []}]}]),
         (2, [LINES[0], {**FRAME, "annotations": [{**FOUND, "bbox": [0, 0, 1e9, 1e9]}]}]),
         (2, [LINES[0], {**FRAME, "image": {**IMAGE, "width": 10**9}}]),
         (2, [LINES[0], LINES[0]]),
