@@ -27,6 +27,7 @@ from detectron2.utils.logger import setup_logger
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.arguments import predictor_arguments
 from imrcnn_d2.deploy.batch import predict_files
+from imrcnn_d2.deploy.identity import printable
 from imrcnn_d2.deploy.journal import FAILED
 from imrcnn_d2.deploy.live import predict_live
 from imrcnn_d2.deploy.outputs import OUTPUTS
@@ -155,6 +156,10 @@ def report(done, output, listed):
     if done.failed:
         parts.append(f"{len(done.failed)} inputs could not be read to their end: {listed}")
     print(f"{'; '.join(parts)}. Written to {output}")
+    if done.kept:
+        names = ", ".join(printable(str(path.relative_to(output))) for path in done.kept[:5])
+        more = f" and {len(done.kept) - 5} more" if len(done.kept) > 5 else ""
+        print(f"Left as they are, since they are not as they were written: {names}{more}")
 
 
 def report_live(live, output):

@@ -1,6 +1,10 @@
 """DICOM files as RGB images of 8 bits."""
 
+import contextlib
 import itertools
+import logging
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +14,49 @@ from PIL import Image
 
 from imrcnn_d2.data.rejects import BadInputError
 
-__all__ = ["is_dicom", "iter_rgb", "read_header", "read_still"]
+__all__ = ["is_dicom", "iter_rgb", "own_words", "read_header", "read_still"]
+
+_SILENT = ("ignore", None, Warning, re.compile("pydicom"), 0)  # a filter of warnings
 
 
 def is_dicom(path: Path) -> bool:
     """Whether it has DICOM's mark behind the preamble, whatever its name."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
+
+
+def _silence() -> None:
+    if warnings.filters[:1] != [_SILENT]:
+        warnings.filterwarnings("ignore", module=_SILENT[3].pattern)
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+
+
+_silence()  # before another thread sets filters for a block, and these ones again at its end
+
+
+@contextlib.contextmanager
+def own_words(path: Path, problem: str) -> Iterator[None]:
+    """Keeps to itself what pydicom says: errors, warnings and log quote the file, so the patient.
+
+    Its warnings and its log stay silent afterwards: filters of warnings that are set for a block
+    are those of all threads.
+
+    Raises:
+        BadInputError: `problem`, and the type of the error that ended the block.
+    """
+    _silence()
+    try:
+        yield
+    except (BadInputError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # pydicom raises nearly anything on damaged files
+        kind = getattr(error, "strerror", None) or type(error).__name__
+        raise BadInputError(path, f"{problem} ({kind})") from None
 
 
 def read_header(path: Path, **how) -> Any:
@@ -31,13 +68,15 @@ def read_header(path: Path, **how) -> Any:
     """
     import pydicom
 
-    try:
+    with own_words(path, "is no readable DICOM file"):
         meta = pydicom.filereader.read_file_meta_info(path)
         if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
-            raise ValueError("it is deflated as a whole, to any size: save it uncompressed")
+            raise BadInputError(
+                path,
+                "is no readable DICOM file: it is deflated as a whole, to any size; save it "
+                "uncompressed",
+            )
         return pydicom.dcmread(path, **{"stop_before_pixels": True, **how})
-    except Exception as error:  # pydicom raises nearly anything on damaged files
-        raise BadInputError(path, f"is no readable DICOM file ({_reason(error)})") from error
 
 
 def read_still(path: Path) -> np.ndarray:
@@ -64,28 +103,23 @@ def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
         BadInputError: a file without pixels, or of a compression that cannot be undone here, such
             as that of a video; the error says what to install.
     """
-    from pydicom.pixels import iter_pixels
+    from pydicom.pixels import get_decoder, iter_pixels
 
-    if "Rows" not in header or "Columns" not in header:
-        raise BadInputError(path, "is a DICOM file without an image")
-    if not header.Rows or not header.Columns:
-        raise BadInputError(path, "says nothing of its rows or columns")
-    number = int(header.Rows) * int(header.Columns)
-    if Image.MAX_IMAGE_PIXELS is not None and number > 2 * Image.MAX_IMAGE_PIXELS:
-        most = 2 * Image.MAX_IMAGE_PIXELS  # as Pillow refuses other images
-        raise BadInputError(path, f"has {number} pixels a frame, more than the {most} allowed")
-    try:
+    with own_words(path, "its pixels cannot be read"):
+        if "Rows" not in header or "Columns" not in header:
+            raise BadInputError(path, "is a DICOM file without an image")
+        if not header.Rows or not header.Columns:
+            raise BadInputError(path, "says nothing of its rows or columns")
+        number = int(header.Rows) * int(header.Columns)
+        if Image.MAX_IMAGE_PIXELS is not None and number > 2 * Image.MAX_IMAGE_PIXELS:
+            most = 2 * Image.MAX_IMAGE_PIXELS  # as Pillow refuses other images
+            raise BadInputError(path, f"has {number} pixels a frame, more than the {most} allowed")
+        decoder = get_decoder(header.file_meta.TransferSyntaxUID)
+        if not decoder.is_available:
+            missing = "; ".join(decoder.missing_dependencies)
+            raise BadInputError(path, f"its compression needs a decoder that is missing: {missing}")
         for pixels in iter_pixels(path):
             yield _to_rgb(pixels, header, path)
-    except BadInputError:
-        raise
-    except Exception as error:  # as above; of decoders that are missing too
-        raise BadInputError(path, f"its pixels cannot be read ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> object:
-    """Without the file's name, which may be the patient's."""
-    return getattr(error, "strerror", None) or error
 
 
 def _to_rgb(pixels: np.ndarray, header: Any, path: Path) -> np.ndarray:
@@ -102,7 +136,7 @@ def _to_rgb(pixels: np.ndarray, header: Any, path: Path) -> np.ndarray:
             raise BadInputError(path, f"has {pixels.shape[2]} channels, so no clear colours")
         return (pixels >> bits - 8 if bits > 8 else pixels).astype(np.uint8)
     if not kind.startswith("MONOCHROME"):
-        raise BadInputError(path, f"is of photometric interpretation {kind!r}, which is not known")
+        raise BadInputError(path, "is of a photometric interpretation that is not known")
     values = apply_modality_lut(pixels, header)
     windowed = apply_voi_lut(values, header).astype(float)
     # The values that black and white have: windows are scaled to what the bits can hold.

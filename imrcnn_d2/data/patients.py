@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from imrcnn_d2.data.dicom import read_header
+from imrcnn_d2.data.dicom import own_words, read_header
 from imrcnn_d2.data.images import list_files
 from imrcnn_d2.data.metadata import read_metadata, with_metadata
 from imrcnn_d2.data.prepare import Sample, Source
@@ -144,6 +144,7 @@ def patients_from_dicom(folder: Path | None = None) -> PatientOf:
                 raise BadInputError(path, f"there is no DICOM file {stem}.dcm in {folder}")
             path = files[stem]
         header = read_header(path, specific_tags=["PatientID"])
-        return str(header.get("PatientID") or "").strip() or None
+        with own_words(path, "its PatientID cannot be read"):
+            return str(header.get("PatientID") or "").strip() or None
 
     return patient_of

@@ -3,15 +3,16 @@
 import io
 import itertools
 import logging
+import secrets
 from fractions import Fraction
 
 import numpy as np
 
-from imrcnn_d2.data.dicom import iter_rgb, read_header
+from imrcnn_d2.data.dicom import iter_rgb, own_words, read_header
 from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.evaluation.files import file_sha256
 
-from .identity import input_key
+from .identity import DICOM_NAME
 from .video import Frame, decode_video
 
 __all__ = ["may_show_patient", "public_name", "read_dicom"]
@@ -23,21 +24,20 @@ _VIDEO_SYNTAX = "1.2.840.10008.1.2.4.10"
 _TIME_BASE = Fraction(1, 1_000_000)
 
 
-def public_name(path, name):
+def public_name(path):
     """
     Args:
-        path (Path): a DICOM file.
-        name (str): its name, with the folders it is in: often the patient's, in ways that cannot
-            all be told.
+        path (Path): a DICOM file. Its name, with the folders it is in, is often the patient's, in
+            ways that cannot all be told; a hash of it can be guessed.
 
     Returns:
         str: one made of the file's SHA-256, by which its owner finds it again; of one that cannot
-        be opened, of the name's.
+        be opened, a random one.
     """
     try:
-        return f"dicom-{file_sha256(path)[:16]}.dcm"
+        return DICOM_NAME.format(file_sha256(path)[:16])
     except OSError:
-        return f"dicom-{input_key(name)}.dcm"
+        return DICOM_NAME.format(secrets.token_hex(8))
 
 
 def may_show_patient(path):
@@ -46,10 +46,12 @@ def may_show_patient(path):
         path (Path): a DICOM file.
 
     Returns:
-        bool: whether the file says that its pixels have the patient's data burned in.
+        bool: whether the file says that its pixels have the patient's data burned in, or says
+        something else than that they have not.
     """
     header = read_header(path)
-    return str(header.get("BurnedInAnnotation", "")).upper() == "YES"
+    with own_words(path, "says nothing clear of its pixels"):
+        return str(header.get("BurnedInAnnotation") or "NO").strip().upper() != "NO"
 
 
 def read_dicom(path):
@@ -69,22 +71,23 @@ def read_dicom(path):
     from pydicom.encaps import generate_frames
 
     header = read_header(path)
-    if "Rows" not in header or "Columns" not in header:
-        raise BadInputError(path, "is a DICOM file without an image")
-    syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
-    if syntax.startswith(_VIDEO_SYNTAX):
-        pixels = read_header(path, stop_before_pixels=False).get("PixelData")
-        if not pixels:
-            raise BadInputError(path, "is a DICOM file without pixels")
-        (stream,) = generate_frames(pixels, number_of_frames=1)  # to DICOM it is one
-        yield from decode_video(io.BytesIO(stream), path)
-        return
-    number = int(header.get("NumberOfFrames") or 1)
-    times = _times(header, number) if number > 1 else itertools.repeat(None)
-    for i, image in enumerate(iter_rgb(path, header)):
-        time = next(times)
-        base = None if time is None else _TIME_BASE
-        yield Frame(image, i if number > 1 else None, time, base)
+    with own_words(path, "is no readable DICOM file"):
+        if "Rows" not in header or "Columns" not in header:
+            raise BadInputError(path, "is a DICOM file without an image")
+        syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
+        if syntax.startswith(_VIDEO_SYNTAX):
+            pixels = read_header(path, stop_before_pixels=False).get("PixelData")
+            if not pixels:
+                raise BadInputError(path, "is a DICOM file without pixels")
+            (stream,) = generate_frames(pixels, number_of_frames=1)  # to DICOM it is one
+            yield from decode_video(io.BytesIO(stream), path)
+            return
+        number = int(header.get("NumberOfFrames") or 1)
+        times = _times(header, number) if number > 1 else itertools.repeat(None)
+        for i, image in enumerate(iter_rgb(path, header)):
+            time = next(times)
+            base = None if time is None else _TIME_BASE
+            yield Frame(image, i if number > 1 else None, time, base)
 
 
 def _times(header, number):

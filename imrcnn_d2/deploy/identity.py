@@ -1,10 +1,23 @@
-"""Which run results are of, and of which state of an input: what may be gone on with."""
+"""Which run results are of, and which input in which state: what may be gone on with."""
 
 import hashlib
 import json
 import os
+import reprlib
 
-__all__ = ["check_run", "input_key", "is_done", "printable", "run_record", "signature"]
+__all__ = [
+    "check_run",
+    "input_key",
+    "is_done",
+    "outdated",
+    "printable",
+    "run_record",
+    "signature",
+]
+
+# Of the records that are read back. 1 knew DICOM files by their names, and not what was written.
+FORMAT = 2
+DICOM_NAME = "dicom-{}.dcm"
 
 
 def run_record(predictor, root, save=()):
@@ -22,8 +35,10 @@ def run_record(predictor, root, save=()):
         "runtime": predictor.asked_runtime,  # "auto" may find another the next time
         "classes": predictor.classes,
         "outputs": sorted(save),
-        # Names are relative to it; in itself it may hold a patient's.
-        "inputs": _hash(str(root)),
+        # Names are relative to it. Its path may hold a patient's name, which even a hash of it
+        # would give away to whoever guesses: its number in the file system does not.
+        "inputs": os.stat(root).st_ino,
+        "format": FORMAT,
     }
     return json.loads(json.dumps(run))  # as it is read back
 
@@ -41,14 +56,17 @@ def check_run(folder, there, now):
     if differing:
         raise ValueError(
             f"{folder} holds the predictions of another run: it differs in "
-            + ", ".join(f"{k} ({there.get(k)}, now {now.get(k)})" for k in sorted(differing))
-            + ". Choose another --output, or remove that folder"
+            + ", ".join(
+                f"{printable(k)} ({reprlib.repr(there.get(k))}, now {reprlib.repr(now.get(k))})"
+                for k in sorted(differing)
+            )
+            + ". Choose another --output"
         )
 
 
 def input_key(name):
-    """str: what stands for an input's name, which may be a patient's."""
-    return _hash(name)
+    """str: a hash of an input's name, which is one that every output may have."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 def printable(name):
@@ -83,5 +101,21 @@ def is_done(there, source):
     return there is not None and there.error is None and there.signature == signature(source)
 
 
-def _hash(text):
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+def outdated(records, sources):
+    """
+    Find the DICOM files that failed and are gone. Known by their content, they are others once they
+    are repaired; by their name, another input takes its own place.
+
+    Args:
+        records (iterable of object): what is on record of inputs, with ``error`` and ``name``.
+        sources (iterable of Source): all inputs there are.
+
+    Returns:
+        list: those of the records.
+    """
+    names, prefix = {source.name for source in sources}, DICOM_NAME.partition("{")[0]
+    return [
+        record
+        for record in records
+        if record.error is not None and record.name.startswith(prefix) and record.name not in names
+    ]

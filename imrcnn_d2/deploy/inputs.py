@@ -6,10 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from imrcnn_d2.data.dicom import is_dicom
 from imrcnn_d2.data.images import list_files, read_image
+from imrcnn_d2.data.rejects import BadInputError
 
-from .dicom import read_dicom
+from .dicom import public_name, read_dicom
 from .video import Frame, decode_video
 
 __all__ = ["Source", "find_inputs", "read_frames"]
@@ -32,7 +35,8 @@ class Source:
     """
     Attributes:
         path (Path): the file.
-        name (str): relative to the folder that all inputs share, with "/".
+        name (str): what outputs call it: relative to the folder that all inputs share, with "/"; of
+            a DICOM file, by its content.
         kind (str): "image", "video" or "dicom".
     """
 
@@ -51,10 +55,12 @@ def find_inputs(inputs, *, leave_out=()):
         leave_out (list[Path]): folders whose files are no inputs, such as those of outputs.
 
     Returns:
-        tuple[Path, list[Source]]: the folder that all inputs share, and each file once, by name.
+        tuple[Path, list[Source]]: the folder that all inputs share, and each file once, by name;
+        of DICOM files with the same content, the first.
 
     Raises:
         FileNotFoundError: an input does not exist, or nothing at all is found.
+        BadInputError: one is a pipe or device.
     """
     found, roots = {}, []
     for given in map(os.fspath, inputs):
@@ -67,6 +73,8 @@ def find_inputs(inputs, *, leave_out=()):
             if match.is_dir():
                 found.update((_absolute(file), kind) for file, kind in _in_folder(match))
                 roots.append(match)
+            elif match.exists() and not match.is_file():
+                raise BadInputError(match, "is neither a file nor a folder: name one of these")
             else:
                 found[_absolute(match)] = _kind(match) or "image"
                 roots.append(_absolute(match).parent)
@@ -77,10 +85,12 @@ def find_inputs(inputs, *, leave_out=()):
             f"No image, video or DICOM file under {', '.join(map(str, inputs))}"
         )
     root = Path(os.path.commonpath(map(_absolute, roots)))
-    sources = [
-        Source(path, path.relative_to(root).as_posix(), kind) for path, kind in found.items()
-    ]
-    return root, sorted(sources, key=lambda source: source.name)
+    sources = {}
+    for path in tqdm(sorted(found), desc="Listing", unit="file", delay=2, leave=False):
+        dicom = found[path] == "dicom"
+        name = public_name(path) if dicom else path.relative_to(root).as_posix()
+        sources.setdefault(name, Source(path, name, found[path]))
+    return root, [sources[name] for name in sorted(sources)]
 
 
 def _in_folder(folder):
@@ -120,9 +130,9 @@ def _absolute(path):
 def _kind(path):
     """ "image", "video" or "dicom"; None for another file."""
     suffix = path.suffix.lower()
+    # By its content first: DICOM files have any name, and what they are called must not get out.
+    if suffix in DICOM or is_dicom(path):
+        return "dicom"
     if suffix in VIDEOS:
         return "video"
-    if suffix in IMAGES:
-        return "image"
-    # Of many DICOM files the name ends in no suffix, or in a number.
-    return "dicom" if suffix in DICOM or is_dicom(path) else None
+    return "image" if suffix in IMAGES else None

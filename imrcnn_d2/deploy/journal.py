@@ -3,21 +3,26 @@
 import csv
 import io
 import json
+import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pycocotools.mask as mask_util
 
-from imrcnn_d2.evaluation.files import atomic_file, lock_folder
+from imrcnn_d2.data.coco import to_rle
+from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.evaluation.files import atomic_file, file_sha256, lock_folder
 
-from .identity import check_run, input_key, is_done
+from .identity import check_run, is_done, outdated
 from .records import coco_head, counted
 
 __all__ = ["FAILED", "PREDICTIONS", "TABLE", "Journal"]
 
 PREDICTIONS, TABLE, FAILED = "predictions.json", "predictions.csv", "failed.csv"
+LONGEST_LINE = 2**26  # bytes; a frame's has a few hundred detections
+LONGEST_SIDE, MOST_PIXELS = 2**20, 2**28  # of a frame
 
 
 @dataclass(frozen=True)
@@ -35,63 +40,124 @@ class _Input:
 
 class Journal:
     """
-    ``progress.jsonl``: a line that says what the run is, then for each input a line a frame and one
-    that says it is done. A kill costs the input at work, never more: what follows the last input
-    that is done is cut off when the file is opened again.
+    ``progress.jsonl``: a line that says what the run is, then for each input a line a frame, one
+    for each file written, and one that says it is done. A kill costs the input at work, never more:
+    what follows the last input that is done is cut off when the file is opened again.
 
-    The tables of all results are made from it, a line in memory at a time.
+    The tables of all results are made from it, a line in memory at a time. It also tells the files
+    that were written from those of the user, which are never deleted or overwritten: a file is ours
+    as long as it is in the journal, with the content that it was written with.
     """
 
     FILE = "progress.jsonl"
 
-    def __init__(self, folder, run):
+    def __init__(self, folder, run, others=()):
         """
         Args:
             folder (Path): of the outputs; made if it does not exist.
             run (dict): what all results in the folder share, see :func:`run_record`.
+            others (iterable of str): what is written into the folder besides the tables: names of
+                files, and of folders of files.
 
         Raises:
-            ValueError: the folder has the results of another run, or one is writing into it.
+            ValueError: the folder has the results of another run, or files of these names that no
+                run wrote; one is writing into it; or its journal is damaged.
         """
-        self.folder = Path(folder)
-        self._lock = lock_folder(self.folder, "--output")
-        self.run = run
+        self.folder, self.run, self._others = Path(folder), run, set(others)
         self._path = self.folder / self.FILE
+        for name in (self.FILE, ".lock"):  # through a link, another file would be cut
+            path = self.folder / name
+            if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+                raise ValueError(f"{path} is no file of ours. Choose another --output")
+        if not self._path.exists():
+            self._check_new()
+        self._lock = lock_folder(self.folder, "--output")
         self._done = {}
         self._file = open(self._path, "a+b")  # noqa: SIM115  (closed by close)
         try:
             self._read()
+            if not self._file.tell():
+                self._check_new()
+                self._append({"run": self.run})
+                self._sync()
         except ValueError:
             self.close()
             raise
-        if not self._file.tell():
-            self._append({"run": self.run})
-            self._sync()
         self._start = self._file.tell()
+
+    def _check_new(self):
+        """Of a folder without a journal, or with an empty one."""
+        names = sorted({PREDICTIONS, TABLE, FAILED, *self._others})
+        foreign = [name for name in names if os.path.lexists(self.folder / name)]
+        if foreign:
+            raise ValueError(
+                f"{self.folder} holds {', '.join(foreign)}, and no {self.FILE} that says that they "
+                "were written here: they may be yours. Choose another --output"
+            )
 
     def _read(self):
         """Index what is there; the file is then cut and stands at its end."""
         self._file.seek(0)
-        whole = start = 0
-        for line in self._file:
-            try:
-                content = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                content = None
-            if content is None:  # cut off by a kill
-                break
+        whole = start = number = frames = broken = 0
+        files = {}
+        while line := self._file.readline(LONGEST_LINE):
+            number += 1
             end = start + len(line)
-            if "run" in content:
-                check_run(self.folder, content["run"], self.run)
-                whole = end
-            elif "done" in content:
-                done = content["done"]
-                key = done.pop("key")
-                self._done[key] = _Input(**done, start=whole, end=end)
-                whole = end
+            content = _parsed(line)
+            if content is None:
+                broken = broken or number
+            elif broken and "done" in content:  # what a kill cuts off has nothing behind it
+                raise self._damaged(broken)
+            elif not broken:
+                match content:
+                    case {"run": dict(run)} if number == 1:
+                        check_run(self.folder, run, self.run)
+                        whole = end
+                    case {"image": _, "annotations": _} if number > 1:
+                        if not _is_frame(content, len(self.run["classes"])):
+                            raise self._damaged(number)
+                        frames += 1
+                    case {"file": str(name), "sha256": str(digest)} if number > 1:
+                        self._check_name(name, number)
+                        if PurePosixPath(name).parts[0] not in self._others:
+                            raise self._damaged(number, f"{name!r} is no file that is written here")
+                        files[self.folder / name] = digest
+                    case {"done": dict(done)} if number > 1:
+                        self._add_done(done, whole, end, frames, number)
+                        whole, frames, files = end, 0, {}
+                    case _:
+                        raise self._damaged(number)
             start = end
+        self._delete(files)  # of the input that a kill cost
         self._file.truncate(whole)
         self._file.seek(whole)
+
+    def _add_done(self, done, start, end, frames, number):
+        match done:
+            case {
+                "name": str(name),
+                "signature": None | [int(), int()] as signature,
+                "frames": int(),
+                "error": None | str() as error,
+                "target": None | str() as target,
+            } if done["frames"] == frames and len(done) == 5:
+                self._check_name(name, number)
+                self._check_name(target or name, number)
+                self._done[name] = _Input(name, signature, start, end, frames, error, target)
+            case _:
+                raise self._damaged(number)
+
+    def _check_name(self, name, number):
+        path = PurePosixPath(name)
+        leads_out = path.is_absolute() or ".." in path.parts or Path(name).drive
+        if leads_out or not path.parts or "\0" in name:
+            raise self._damaged(number, f"{name!r} leads out of the folder")
+
+    def _damaged(self, number, reason="is no line that was written here"):
+        return ValueError(
+            f"{self._path}, line {number}: {reason}. Choose another --output, and do not trust "
+            "the results in this one"
+        )
 
     def is_done(self, source):
         """
@@ -101,7 +167,58 @@ class Journal:
         Returns:
             bool: whether it was done without an error and has not been changed since.
         """
-        return is_done(self._done.get(input_key(source.name)), source)
+        return is_done(self._done.get(source.name), source)
+
+    def begin(self, source):
+        """
+        Delete the files of what an input was before it changed, but for those that the user has
+        changed.
+
+        Args:
+            source (Source):
+        """
+        if source.name in self._done:
+            self._delete(self._files(self._done[source.name]))
+
+    def _files(self, done):
+        """Path -> SHA-256 of each file that was written of an input that is done."""
+        lines = [line for line in self._lines(done) if "file" in line]
+        return {self.folder / line["file"]: line["sha256"] for line in lines}
+
+    def _delete(self, files):
+        """
+        Delete files that are as they were written; others stay, and so does what has their name in
+        their folder: the frame that a corrected LabelMe file is of.
+
+        Args:
+            files (dict[Path, str]): -> SHA-256 of what was written.
+        """
+        there = {path: digest for path, digest in files.items() if os.path.lexists(path)}
+        ours = {path for path, digest in there.items() if self._is_as_written(path, digest)}
+        changed = {path.with_suffix("") for path in there.keys() - ours}
+        for path in ours:
+            if path.with_suffix("") not in changed:
+                path.unlink()
+
+    def _is_as_written(self, path, digest):
+        is_file = self.holds(path) and path.is_file() and not path.is_symlink()
+        return is_file and file_sha256(path) == digest
+
+    def holds(self, path):
+        """
+        Args:
+            path (Path): in the folder, by its name.
+
+        Returns:
+            bool: whether no link leads it elsewhere.
+        """
+        return path.parent.resolve().is_relative_to(self.folder.resolve())
+
+    def _lines(self, done):
+        with open(self._path, "rb") as file:
+            file.seek(done.start)
+            while file.tell() < done.end:
+                yield json.loads(file.readline())
 
     def add(self, record, annotations):
         """
@@ -111,6 +228,18 @@ class Journal:
         """
         self._append({"image": record, "annotations": annotations})
 
+    def add_file(self, path, digest):
+        """
+        Note a file of the input at work, before it takes its name.
+
+        Args:
+            path (Path): in the folder.
+            digest (str): SHA-256 of its content.
+        """
+        name = path.relative_to(self.folder).as_posix()
+        self._append({"file": name, "sha256": digest})
+        self._file.flush()
+
     def targets(self):
         """
         Returns:
@@ -118,24 +247,32 @@ class Journal:
         """
         return {done.name: done.target for done in self._done.values() if done.target}
 
-    def finish(self, source, name, signature, frames, error=None, target=None):
+    def forget_outdated(self, sources):
+        """
+        Args:
+            sources (iterable of Source): all inputs there are, see :func:`outdated`.
+        """
+        for done in outdated(self._done.values(), sources):
+            self._delete(self._files(done))
+            del self._done[done.name]
+
+    def finish(self, source, signature, frames, error=None, target=None):
         """
         Note that an input is done: it and its frames are now on disk.
 
         Args:
             source (Source):
-            name (str): what outputs call it.
             signature (list or None): of the file as it was read, see :func:`signature`.
             frames (int): that were predicted.
             error (str or None): why it, or the rest of it, could not be.
             target (str or None): what its files are called, if there are any.
         """
-        key = input_key(source.name)
+        name = source.name
         done = dict(name=name, signature=signature, frames=frames, error=error, target=target)
-        self._append({"done": {"key": key, **done}})
+        self._append({"done": done})
         self._sync()
         end = self._file.tell()
-        self._done[key] = _Input(**done, start=self._start, end=end)
+        self._done[name] = _Input(**done, start=self._start, end=end)
         self._start = end
 
     def _append(self, content):
@@ -157,11 +294,9 @@ class Journal:
             inputs by name.
         """
         number = 0
-        with open(self._path, "rb") as file:
-            for done in self._by_name():
-                file.seek(done.start)
-                for _ in range(done.frames):
-                    line = json.loads(file.readline())
+        for done in self._by_name():
+            for line in self._lines(done):
+                if "image" in line:
                     number += 1
                     yield {"id": number, **line["image"]}, line["annotations"]
 
@@ -184,13 +319,19 @@ class Journal:
             classes (list[str]):
         """
         self._write_coco(about, classes)
-        rows = (_row(image, found, about, classes) for image, found in self.frames())
-        self._write_csv(TABLE, rows)
+        self._write_csv(TABLE, self._rows(about, classes))
         failed = [{"file": name, "reason": reason} for name, reason in self.failed()]
         if failed:
             self._write_csv(FAILED, failed)
         else:
             (self.folder / FAILED).unlink(missing_ok=True)
+
+    def _rows(self, about, classes):
+        for image, found in self.frames():
+            try:
+                yield _row(image, found, about, classes)
+            except ValueError as error:  # a mask that was not written here
+                raise BadInputError(self._path, f"of {image['file_name']!r}, {error}") from error
 
     def _write_coco(self, about, classes):
         head = coco_head(about, classes)
@@ -246,8 +387,61 @@ def _row(image, annotations, about, classes):
 def _area_percent(annotations, image):
     """Of the image, what is outlined; of boxes where there are no masks."""
     size = image["height"], image["width"]
-    masks = [a["segmentation"] for a in annotations if "segmentation" in a] or [
+    masks = [to_rle(a["segmentation"], *size) for a in annotations if "segmentation" in a] or [
         mask_util.frPyObjects(np.array([a["bbox"]]), *size)[0] for a in annotations
     ]
     area = float(mask_util.area(mask_util.merge(masks))) if masks else 0.0
     return round(100 * area / np.prod(size), 4)
+
+
+def _parsed(line):
+    """What a line holds, a dict; None if it is none, or not whole."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _is_frame(content, classes):
+    """Whether it is what :meth:`Journal.add` writes of a model with so many classes."""
+    match content:
+        case {"image": {"file_name": str(), "width": int(w), "height": int(h)} as image} if (
+            0 < w <= LONGEST_SIDE and 0 < h <= LONGEST_SIDE and w * h <= MOST_PIXELS
+        ):
+            others = [value for key, value in image.items() if key != "file_name"]
+            found = content["annotations"]
+        case _:
+            return False
+    lists = [value if isinstance(value, list) else [value] for value in others if value is not None]
+    if not all(map(_are_numbers, lists)):
+        return False
+    return isinstance(found, list) and all(_is_annotation(a, w, h, classes) for a in found)
+
+
+def _is_annotation(annotation, width, height, classes):
+    match annotation:
+        case {"category_id": int(category), "score": score} if 1 <= category <= classes:
+            if not _are_numbers([score]):
+                return False
+        case _:
+            return False
+    match annotation:
+        case {"probabilities": list(values)}:
+            return len(values) == classes and _are_numbers(values)
+        case {"bbox": [_, _, _, _] as box, "area": area} if _are_numbers([*box, area]):
+            x, y, w, h = box
+            inside = x >= 0 and y >= 0 and w >= 0 and h >= 0 and x + w <= width + 1
+            mask = annotation.get("segmentation", {"size": [], "counts": ""})
+            return inside and y + h <= height + 1 and isinstance(mask, dict)
+    return False
+
+
+def _are_numbers(values):
+    """Whether all of a list are finite."""
+    try:
+        return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    except OverflowError:  # an integer beyond what a float can be
+        return False

@@ -160,7 +160,7 @@ def predict_live(predictor, source, output, *, show=None):
     with (
         LiveFrames(source) as frames,
         _first_interrupt_calls(frames.stop),
-        contextlib.closing(Journal(output, run)) as journal,
+        contextlib.closing(Journal(output, run, (LIVE_VIDEO, LIVE_REPORT))) as journal,
     ):
         try:
             _predict(predictor, frames, output, journal, latencies, show)
@@ -170,7 +170,7 @@ def predict_live(predictor, source, output, *, show=None):
         if not latencies:
             raise BadInputError(source, frames.error or "gave no frame")
         name = Source(Path(LIVE_VIDEO), LIVE_VIDEO, "video")
-        journal.finish(name, LIVE_VIDEO, None, len(latencies), frames.error)
+        journal.finish(name, None, len(latencies), frames.error)
         journal.write_tables(predictor.about, predictor.classes)
         report = _report(frames, latencies, predictor.about)
         write_atomically(output / LIVE_REPORT, json.dumps(report, indent=2) + "\n")

@@ -1,5 +1,7 @@
 """The pictures and files that are made of one input: overlays, masks, LabelMe."""
 
+import errno
+import hashlib
 import io
 import json
 import os
@@ -10,8 +12,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from imrcnn_d2.data.labelme import labelme_document
-from imrcnn_d2.evaluation.files import write_atomically
+from imrcnn_d2.evaluation.files import file_sha256, write_atomically
 
+from .identity import input_key
 from .overlay import draw_overlay
 from .records import counted, label_map
 from .video import VideoWriter
@@ -35,6 +38,11 @@ OUTPUTS = {
     "labelme": (".json", ".png"),
 }
 JPEG_QUALITY = 92
+LONGEST_NAME = 255 - len(".json.tmp")  # bytes, as nearly all file systems have it
+# What cannot be written because of how its input is called, or of what the user put there.
+_OF_THE_NAME = {
+    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL),
+}
 
 
 def footer(about):
@@ -127,7 +135,11 @@ class OutputFolder:
 
     An input ``a/b.jpg`` gives ``overlays/a/b.jpg``, ``masks/a/b.png`` and ``labelme/a/b.json``; a
     video ``v.mp4`` gives ``overlays/v.mp4``, and for each frame ``masks/v.mp4/000000.png``. Where
-    two inputs differ in nothing but their suffix, it is kept: ``masks/a/b.jpg.png``.
+    two inputs differ in nothing but their suffix, or a folder has the name, it is kept:
+    ``masks/a/b.jpg.png``. What does not do either, or is too long, is cut and gets a hash.
+
+    Attributes:
+        kept (list[Path]): files of the user that had a name that was to be written, and stay.
     """
 
     def __init__(self, folder, wanted, about, classes, names, taken=None):
@@ -141,6 +153,7 @@ class OutputFolder:
         """
         self.wanted, self.about, self.classes = tuple(wanted), about, classes
         self.comment = comment(about)
+        self.kept = []
         self._folder = folder
         self._targets = _targets(names, taken or {})
 
@@ -169,34 +182,45 @@ class OutputFolder:
             return self._folder / kind / name / f"{frame:06d}{suffix}"
         return self._folder / kind / f"{self.target(name)}{suffix}"
 
-    def clear(self, name):
-        """
-        Delete the files of an input, such as those of what it was before it changed.
-
-        Args:
-            name (str): of the input.
-        """
-        for kind, suffixes in OUTPUTS.items():
-            frames = self._folder / kind / name
-            paths = list(frames.glob("[0-9]" * 6 + "*")) if frames.is_dir() else []
-            for path in paths + [self.path(kind, name, suffix) for suffix in suffixes]:
-                if path.suffix in suffixes:
-                    path.unlink(missing_ok=True)
-
 
 def _targets(names, taken):
-    """By name: without its suffix where nothing else is called so then, else the whole."""
-    targets = {name: taken.get(name) or _without_suffix(name) for name in names}
+    """By name: the first of :func:`_candidate` that no other input and no folder of others has."""
+    everything = {*names, *taken}
+    folders = {path.as_posix() for name in everything for path in PurePosixPath(name).parents}
+    suffixes = {suffix for group in OUTPUTS.values() for suffix in group}
+    files = {target + suffix for target in taken.values() for suffix in suffixes}
+    theirs = set(taken.values())
+    # A name without a suffix is the whole at once.
+    number = {n: int(_without_suffix(n) == n) for n in everything - taken.keys()}
+    targets = {name: _candidate(name, n) for name, n in number.items()}
+
+    def clashes(name, target):
+        path = PurePosixPath(target)
+        return (
+            (counts[target] > 1 if number[name] == 0 else target in theirs)
+            or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts)
+            or any(target + suffix in folders for suffix in suffixes)
+            or any(parent.as_posix() in files for parent in path.parents)
+        )
+
     while True:
-        counts = Counter({**taken, **targets}.values())
-        clashing = [
-            name
-            for name, to in targets.items()
-            if counts[to] > 1 and to != name and name not in taken
-        ]
+        counts = Counter([*taken.values(), *targets.values()])
+        clashing = [n for n, target in targets.items() if number[n] < 2 and clashes(n, target)]
         if not clashing:
-            return targets
-        targets.update((name, name) for name in clashing)
+            return {**targets, **taken}
+        for name in clashing:
+            number[name] += 1
+            targets[name] = _candidate(name, number[name])
+
+
+def _candidate(name, number):
+    """0: the name without its suffix; 1: the whole; 2: one that nothing else has."""
+    if number < 2:
+        return name if number else _without_suffix(name)
+    stem = PurePosixPath(name).stem
+    while len(os.fsencode(stem)) > LONGEST_NAME // 2:
+        stem = stem[:-1]
+    return f"{stem}-{input_key(name)}"
 
 
 def _without_suffix(name):
@@ -205,74 +229,121 @@ def _without_suffix(name):
 
 class InputOutputs:
     """
-    The files of one input, each written whole or not at all.
+    The files of one input, each written whole or not at all, where no other is.
 
-    Use as a context manager: leaving it by an error deletes the video it was writing.
+    Use as a context manager: entering it deletes those of what the input was before it changed;
+    leaving it by an error deletes the video it was writing.
+
+    Attributes:
+        error (str or None): why they, or the rest of them, cannot be written: for how the input is
+            called, which stops no other.
     """
 
-    def __init__(self, to, source, name, *, pictures=True):
+    def __init__(self, to, source, journal, *, pictures=True):
         """
         Args:
             to (OutputFolder):
             source (Source):
-            name (str): what outputs call it.
+            journal (Journal): of the same folder.
             pictures (bool): False if its pixels must not reach an output.
         """
-        self._to, self._source, self._name = to, source, name
+        self._to, self._source, self._journal = to, source, journal
         self._wanted = to.wanted if pictures else set(to.wanted) & {"masks"}
-        self._video = None
+        self._video = self._video_path = self.error = None
 
     def __enter__(self):
-        self._to.clear(self._name)
+        self._journal.begin(self._source)
         return self
 
     def __exit__(self, *error):
-        if self._video is not None:
-            self._video.__exit__(*error)
+        if self._video is None:
+            return
+        if self.error is not None:
+            error = (OSError, OSError(self.error), None)
+        self._video.__exit__(*error)
+        if error[0] is None:
+            self._journal.add_file(self._video_path, file_sha256(self._video_path))
 
     def add(self, frame, annotations):
         """
         Args:
             frame (Frame):
             annotations (list[dict]): what was found in it.
+
+        Raises:
+            OSError: nothing can be written, of no input.
         """
+        if self.error is not None:
+            return
         shown = counted(annotations, self._to.about["tau"])
-        if "overlays" in self._wanted:
-            self._add_overlay(frame, shown)
-        if "masks" in self._wanted:
-            self._add_mask(frame, shown)
-        # Of a video only frames in which there is something: each is a file of its own.
-        if "labelme" in self._wanted and (shown or frame.number is None):
-            self._add_labelme(frame, shown)
+        try:
+            if "overlays" in self._wanted:
+                self._add_overlay(frame, shown)
+            if "masks" in self._wanted:
+                self._add_mask(frame, shown)
+            # Of a video only frames in which there is something: each is a file of its own.
+            if "labelme" in self._wanted and (shown or frame.number is None):
+                self._add_labelme(frame, shown)
+        except OSError as error:
+            if error.errno not in _OF_THE_NAME:
+                raise
+            self.error = f"its files cannot be written ({error.strerror}): rename it"
 
     def _add_overlay(self, frame, shown):
         to = self._to
-        picture = draw_overlay(frame.image, shown, to.classes, footer(to.about))
         if frame.time is None:
-            path = to.path("overlays", self._name, ".jpg", frame.number)
+            path = self._path("overlays", ".jpg", frame)
+            picture = draw_overlay(frame.image, shown, to.classes, footer(to.about))
             options = {"quality": JPEG_QUALITY, "comment": to.comment.encode()}
-            write_atomically(path, _encoded(picture, "JPEG", **options))
+            self._write(path, _encoded(picture, "JPEG", **options))
             return
-        if self._video is None:
-            path = to.path("overlays", self._name, ".mp4")
-            self._video = VideoWriter(path, time_base=frame.time_base, comment=to.comment)
-        self._video.write(picture, frame.time, frame.pixel_aspect)
+        if self._video_path is None:
+            self._video_path = to.path("overlays", self._source.name, ".mp4")
+            if self._is_free(self._video_path):
+                self._video = VideoWriter(
+                    self._video_path, time_base=frame.time_base, comment=to.comment
+                )
+        if self._video is not None:
+            picture = draw_overlay(frame.image, shown, to.classes, footer(to.about))
+            self._video.write(picture, frame.time, frame.pixel_aspect)
 
     def _add_mask(self, frame, shown):
         to = self._to
         content = mask_png(shown, *frame.image.shape[:2], to.classes, to.about)
-        write_atomically(to.path("masks", self._name, ".png", frame.number), content)
+        self._write(self._path("masks", ".png", frame), content)
 
     def _add_labelme(self, frame, shown):
         to = self._to
-        path = to.path("labelme", self._name, ".json", frame.number)
+        path = self._path("labelme", ".json", frame)
+        if not self._is_free(path):
+            return
         if self._source.kind == "image":
             image_path = os.path.relpath(self._source.path, path.parent.resolve())
         else:
-            write_atomically(path.with_suffix(".png"), png(frame.image, to.about))
+            self._write(path.with_suffix(".png"), png(frame.image, to.about))
             image_path = path.with_suffix(".png").name
         size = frame.image.shape[:2]
-        write_atomically(path, labelme_json(shown, image_path, *size, to.classes, to.about))
+        document = labelme_json(shown, image_path, *size, to.classes, to.about)
+        self._write(path, document.encode())
+
+    def _path(self, kind, suffix, frame):
+        return self._to.path(kind, self._source.name, suffix, frame.number)
+
+    def _write(self, path, content):
+        if self._is_free(path):
+            self._journal.add_file(path, hashlib.sha256(content).hexdigest())
+            write_atomically(path, content)
+
+    def _is_free(self, path):
+        """Whether nothing is there yet. What is, is the user's: ours was deleted at the start."""
+        if not self._journal.holds(path):
+            raise NotADirectoryError(errno.ENOTDIR, "a link leads out of the folder", str(path))
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has the name", str(path))
+        if os.path.lexists(path):
+            self._to.kept.append(path)
+            return False
+        return True
 
 
 def _encoded(image, image_format, **options):

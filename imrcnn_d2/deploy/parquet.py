@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from imrcnn_d2.evaluation.files import atomic_file
 
-from .identity import check_run, input_key, is_done, printable
+from .identity import check_run, input_key, is_done, outdated, printable
 from .records import frame_record
 
 __all__ = ["PARTS", "Parts", "image_row", "input_row", "write_part"]
@@ -63,7 +63,7 @@ def image_row(item, annotations, classes):
         score, down to MODEL.ROI_HEADS.SCORE_THRESH_TEST. Of a recognition model, the likeliest
         class and its score, and the ``probabilities`` of all.
     """
-    row = {**_of_input(item), **frame_record(item.name, item.frame, item.view)}
+    row = {**_of_input(item), **frame_record(item.source.name, item.frame, item.view)}
     row["scores"] = [a["score"] for a in annotations]
     row["classes"] = [classes[a["category_id"] - 1] for a in annotations]
     for column, key in _DETECTION.items():
@@ -76,7 +76,7 @@ def image_row(item, annotations, classes):
 
 def input_row(item):
     """dict: a row of an input that has no image, or not all of them; ``error`` says why."""
-    return {**_of_input(item), "file_name": item.name, "error": item.error}
+    return {**_of_input(item), "file_name": item.source.name, "error": item.error}
 
 
 def _of_input(item):
@@ -146,8 +146,6 @@ class Parts:
             ValueError: it has the results of another run, or a file that is damaged.
         """
         self._run, self._inputs, repeated = run, {}, defaultdict(set)
-        for path in folder.glob("*.tmp"):
-            path.unlink(missing_ok=True)
         for path in sorted(folder.glob("*.parquet")):
             for row in _rows(path, run):
                 there = self._inputs.setdefault(
@@ -157,6 +155,8 @@ class Parts:
                     repeated[path].add(row["input"])
                 elif row["error"] is not None:
                     there.name, there.error = row["file_name"], row["error"]
+        for path in folder.glob("part-*.parquet*.tmp"):
+            path.unlink(missing_ok=True)
         for path, keys in repeated.items():
             _drop(path, keys, run)
 
@@ -178,15 +178,18 @@ class Parts:
         failed = [there for there in self._inputs.values() if there.error is not None]
         return sorted((there.name, there.error) for there in failed)
 
-    def drop(self, sources):
+    def drop(self, sources, among):
         """
-        Take the rows of inputs that are to be done anew out of the files.
+        Take the rows of inputs that are to be done anew, and of :func:`outdated` ones, out of the
+        files.
 
         Args:
-            sources (iterable of Source):
+            sources (iterable of Source): to be done anew.
+            among (iterable of Source): all inputs there are.
         """
+        gone = outdated(self._inputs.values(), among)
         stale = defaultdict(set)
-        for key in (input_key(source.name) for source in sources):
+        for key in {input_key(one.name) for one in (*sources, *gone)}:
             if key in self._inputs:
                 stale[self._inputs.pop(key).path].add(key)
         for path, keys in stale.items():
@@ -197,15 +200,30 @@ def _rows(path, run):
     """What :class:`Parts` needs to know of each row."""
     try:
         with pq.ParquetFile(path) as file:
-            there = json.loads((file.schema_arrow.metadata or {}).get(_META, "{}"))
-            check_run(path.parent, there, run)
+            check_run(path.parent, _run(file), run)
             columns = ["input", "signature", "file_name", "error"]
             for batch in file.iter_batches(columns=columns):
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is damaged ({error}). Remove it: its inputs are done anew") from (
-            error
-        )
+                for row in batch.to_pylist():
+                    if row["input"] is None or row["file_name"] is None:
+                        raise pa.ArrowInvalid("a row names no input")
+                    yield row
+    except (pa.ArrowException, UnicodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # it cannot be opened
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} is damaged ({reason}). Remove it: its inputs are done anew"
+        ) from error
+
+
+def _run(file):
+    """What :func:`write_part` noted of the run; nothing where it did not write the file."""
+    schema = file.schema_arrow
+    try:
+        there = json.loads((schema.metadata or {})[_META])
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    return there if isinstance(there, dict) and schema.equals(_SCHEMA) else {}
 
 
 def _drop(path, keys, run):

@@ -10,7 +10,7 @@ from torch import Tensor
 from imrcnn_d2.data.endoscope_view import View
 from imrcnn_d2.data.rejects import BadInputError
 
-from .dicom import may_show_patient, public_name
+from .dicom import may_show_patient
 from .identity import signature
 from .inputs import Source, read_frames
 from .records import records
@@ -26,7 +26,6 @@ class Item:
 
     Attributes:
         source (Source): what it is of.
-        name (str): what outputs call that.
         signature (list[int] or None): of the file when reading began, see :func:`signature`.
         pictures (bool): False if its pixels must not reach an output.
         frame (Frame or None): None at the end of an input.
@@ -36,7 +35,6 @@ class Item:
     """
 
     source: Source
-    name: str
     signature: list | None
     pictures: bool = True
     frame: Frame | None = None
@@ -77,10 +75,9 @@ def predictions(predictor, sources, batch_size):
 def _read(sources, predictor):
     """Yields the items of all sources in turn."""
     for source in sources:
-        item = Item(source, source.name, signature(source))
+        item = Item(source, signature(source))
         try:
             if source.kind == "dicom":
-                item = replace(item, name=public_name(source.path, source.name))
                 item = replace(item, pictures=not may_show_patient(source.path))
             views = predictor.views()
             for frame in read_frames(source):

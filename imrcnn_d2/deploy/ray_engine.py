@@ -14,7 +14,6 @@ from tqdm import tqdm
 from imrcnn_d2.engine.allocator import keep_freed_memory
 
 from .batch import Summary
-from .dicom import public_name
 from .identity import printable, run_record, signature
 from .inputs import Source, find_inputs
 from .outputs import output_folders
@@ -65,7 +64,7 @@ def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1):
     parts = Parts(folder, run)
     left = {source.name: source for source in sources if not parts.is_done(source)}
     skipped = len(sources) - len(left)
-    parts.drop(left.values())
+    parts.drop(left.values(), sources)
     images = _predict(left, (arguments, folder, run, batch_size), actors) if left else 0
     for source in left.values():
         write_part(folder, run, [source], [input_row(_lost(source))])
@@ -192,12 +191,11 @@ class _Worker:
                     yield image_row(item, found, self._predictor.classes)
                     continue
                 if item.error:
-                    done["failed"].append(f"{item.name}: {item.error}")
+                    done["failed"].append(f"{item.source.name}: {item.error}")
                 if item.error or not number:
                     yield input_row(item)
                 done["images"], number = done["images"] + number, 0
 
 
 def _lost(source):
-    name = public_name(source.path, source.name) if source.kind == "dicom" else source.name
-    return Item(source, name, signature(source), error=LOST)
+    return Item(source, signature(source), error=LOST)

@@ -176,7 +176,7 @@ def write_suspects(cases, runs, output, *, number=24):
         number (int): of images to review, at most.
 
     Returns:
-        list[Path]: what was written.
+        list[Path]: what was written. LabelMe files that are there with another content stay.
 
     Raises:
         FileNotFoundError: one of the images is not there.
@@ -198,7 +198,11 @@ def write_suspects(cases, runs, output, *, number=24):
     draw_suspects(chosen, len(of_image), paths[2])
     for file_name, own in chosen.items():
         path = path_inside(output / "labelme", file_name, own[0].run.gt_path).with_suffix(".json")
-        write_atomically(path, json.dumps(_labelme(own, path), indent=2) + "\n")
+        text = json.dumps(_labelme(own, path), indent=2) + "\n"
+        if path.exists() and path.read_bytes() != text.encode():
+            logger.warning(f"{path} stays: it is not as it would be written, but corrected perhaps")
+            continue
+        write_atomically(path, text)
         paths.append(path)
     return paths
 

@@ -108,6 +108,6 @@ def bad_files(image_folder):
         "bomb.png": "decompression bomb",
         "film.mp4": "cannot be decoded from the start",
         "cut.mkv": "frames",
-        public_name(report, ""): "without an image",
-        public_name(hollow, ""): "pixels",
+        public_name(report): "without an image",
+        public_name(hollow): "pixels",
     }

@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,6 @@ from imrcnn_d2.deploy import Predictor, pipeline
 from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.dicom import public_name
 from imrcnn_d2.deploy.journal import Journal
-from imrcnn_d2.deploy.outputs import OutputFolder
 from imrcnn_d2.deploy.video import VideoWriter, decode_video
 from imrcnn_d2.evaluation.records import read_ground_truth, read_results
 
@@ -151,8 +152,8 @@ def test_a_line_cut_off_by_a_kill_costs_one_input(predictor, image_folder, tmp_p
     predict_files(predictor, [image_folder], output)
     whole = (output / "predictions.json").read_bytes()
     journal = output / "progress.jsonl"
-    size = journal.stat().st_size
-    for cut in (1, size // 3, size - 5):  # of the last line, of others, of all but the first
+    size, first = journal.stat().st_size, len(journal.read_bytes().splitlines()[0])
+    for cut in (1, size // 3, size - first - 5):  # of the last line, of others, of all but one
         (output / "predictions.json").unlink()
         os.truncate(journal, size - cut)
         predict_files(predictor, [image_folder], output)
@@ -179,17 +180,22 @@ def test_a_video_and_its_frames(predictor, tmp_path):
 
 
 def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
-    folder = tmp_path / "study"
-    folder.mkdir()
-    stills = "Musterfrau_Erika", "IM2"
-    write_dicom(folder / "Musterfrau_Erika.dcm", picture(0))
-    write_dicom(folder / "IM2.dcm", picture(1), BurnedInAnnotation="YES")
+    folder = tmp_path / "study" / "Musterfrau_19640812"
+    folder.mkdir(parents=True)
+    stills = "Musterfrau_Erika.jpg", "IM2.png", "IM3.mp4"
+    write_dicom(folder / "Musterfrau_Erika.jpg", picture(0))
+    write_dicom(folder / "IM2.png", picture(1), BurnedInAnnotation="YES")
+    write_dicom(folder / "IM3.mp4", picture(5), BurnedInAnnotation="UNKNOWN")
     write_dicom(folder / "KIS-4711.dcm", np.stack([picture(2), picture(3)]), FrameTime="40")
     write_dicom(folder / "broken-ACC0815.dcm", picture(4), Rows=1000)
+    shutil.copy(folder / "KIS-4711.dcm", folder / "KIS-4711-2.dcm")
     output = tmp_path / "out"
     done = predict_files(predictor, [folder], output, save=ALL)
-    assert (done.images, len(done.failed)) == (4, 1)
+    assert (done.images, len(done.failed)) == (5, 1)
     words = [part for value in PATIENT.values() for part in value.split("^")]
+    # What an attacker tries who knows how such files and folders are called.
+    guesses = [path.name for path in folder.iterdir()] + [str(folder), folder.name]
+    words += [hashlib.sha256(name.encode()).hexdigest()[:16] for name in guesses]
     for path in output.rglob("*"):
         texts = [str(path.relative_to(output)).encode()]
         if path.is_file():
@@ -197,11 +203,61 @@ def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
         for word, text in itertools.product(words, texts):
             assert word.lower().encode() not in text.lower(), (word, path)
     names = {image["file_name"].split("#")[0] for image in read(output)["images"]}
-    shown, hidden = (public_name(folder / f"{n}.dcm", "").removesuffix(".dcm") for n in stills)
-    assert {f"{shown}.dcm", f"{hidden}.dcm"} < names and len(names) == 3
+    shown, *hidden = (public_name(folder / name).removesuffix(".dcm") for name in stills)
+    assert {f"{name}.dcm" for name in (shown, *hidden)} < names and len(names) == 4
     assert (output / "overlays" / f"{shown}.jpg").exists()
-    assert not (output / "overlays" / f"{hidden}.jpg").exists(), "its pixels show the name"
-    assert (output / "masks" / f"{hidden}.png").exists()
+    for name in hidden:
+        assert not (output / "overlays" / f"{name}.jpg").exists(), "its pixels show the name"
+        assert not list(output.glob(f"labelme/{name}.*"))
+        assert (output / "masks" / f"{name}.png").exists()
+
+
+def test_dicom_is_gone_on_with_by_its_content(predictor, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    write_dicom(folder / "a.dcm", picture(0))
+    broken = write_dicom(folder / "b.dcm", picture(1), Rows=1000)
+    assert len(predict_files(predictor, [folder], output).failed) == 1
+    (folder / "a.dcm").rename(folder / "renamed.dcm")
+    write_dicom(broken, picture(1))
+    done = predict_files(predictor, [folder], output, save=())
+    assert (done.images, done.skipped, done.failed) == (1, 1, [])
+    assert not (output / "failed.csv").exists()
+    assert len(read(output)["images"]) == 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{'a' * 248}.png", "b.png"],
+        [f"{'ä' * 124}.png", f"{'ä' * 123}b.png", "b.png"],
+        ["a.png", "a.jpg/b.png", "a.jpg/c.png"],
+        ["a.png", "a.jpg/b.png", "a.png.json/b.png", "a.json/c.png"],
+    ],
+)
+def test_no_name_stops_a_run(predictor, tmp_path, names):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(seed)).save(folder / name)
+    done = predict_files(predictor, [folder], output, save=ALL)
+    assert (done.images, done.failed, done.kept) == (len(names), [], [])
+    for kind in ALL:
+        assert len([path for path in (output / kind).rglob("*") if path.is_file()]) == len(names)
+    assert predict_files(predictor, [folder], output, save=ALL).skipped == len(names)
+
+
+def test_a_name_that_cannot_be_written_fails_its_input_alone(predictor, image_folder, tmp_path):
+    output = tmp_path / "out"
+    predict_files(predictor, [image_folder / "d.png"], output, save=ALL)
+    (output / "masks" / "a.png").mkdir()
+    (output / "overlays" / "b").write_text("mine")
+    done = predict_files(predictor, [image_folder], output, save=ALL)
+    assert [name for name, _ in done.failed] == ["a.png", "b/c.jpg"]
+    assert done.images == 2 and len(read(output)["images"]) == 3
+    (output / "masks" / "a.png").rmdir()
+    done = predict_files(predictor, [image_folder], output, save=ALL)
+    assert [name for name, _ in done.failed] == ["b/c.jpg"]
 
 
 def test_what_a_reader_raises_ends_its_input_alone(predictor, tmp_path, monkeypatch):
@@ -252,19 +308,15 @@ def test_a_later_input_takes_no_other_inputs_files(predictor, image_folder, tmp_
 
 
 def test_files_of_what_an_input_was_are_deleted(predictor, tmp_path):
-    path = tmp_path / "in" / "x.dcm"
-    path.parent.mkdir()
-    write_dicom(path, np.stack([picture(n) for n in range(3)]))
-    output = tmp_path / "out"
-    masks = output / "masks"
-    predict_files(predictor, [path], output, save=ALL)
-    (folder,) = masks.iterdir()
-    assert len(list(folder.iterdir())) == 3
-    (folder / "mine.txt").touch()
-    to = OutputFolder(output, ALL, predictor.about, predictor.classes, [])
-    to.clear(folder.name)
-    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
-    assert not list((output / "overlays" / folder.name).iterdir())
+    film, output = tmp_path / "v.mp4", tmp_path / "out"
+    for number in (3, 1):
+        with VideoWriter(film, time_base=Fraction(1, 25)) as video:
+            for n in range(number):
+                video.write(picture(n), Fraction(n, 25))
+        predict_files(predictor, [film], output, save=ALL)
+        assert len(list((output / "masks" / "v.mp4").glob("*.png"))) == number
+        (output / "masks" / "v.mp4" / "mine.txt").touch()
+    assert (output / "masks" / "v.mp4" / "mine.txt").exists()
 
 
 def test_one_run_at_a_time_writes_into_a_folder(predictor, image_folder, tmp_path):

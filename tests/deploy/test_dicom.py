@@ -2,18 +2,32 @@
 
 import hashlib
 import io
+import re
+import resource
+import shutil
+import warnings
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from dicoms import write_dicom
+from dicoms import PATIENT, write_dicom
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import damaged_bytes
 from PIL import Image
 from pydicom.uid import JPEGBaseline8Bit
 
-from imrcnn_d2.data.dicom import is_dicom, read_header
-from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.data.dicom import is_dicom, read_header, read_still
+from imrcnn_d2.data.images import inspect_image, read_image
+from imrcnn_d2.data.patients import patients_from_dicom
+from imrcnn_d2.data.prepare import Sample
+from imrcnn_d2.data.rejects import BadInputError, Rejects
+from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.dicom import may_show_patient, public_name, read_dicom
 from imrcnn_d2.deploy.video import VideoWriter
+from imrcnn_d2.deploy.web.findings import find
 
 from .conftest import picture
 
@@ -118,10 +132,12 @@ def test_bad_files_are_named(tmp_path):
 def test_no_name_of_a_file_is_used(tmp_path):
     path = write_dicom(tmp_path / "file", picture(0))
     digits = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    for name in ("MUSTERFRAU_ERIKA.dcm", "erika/1.dcm", "series2/IM0001.dcm"):
-        assert public_name(path, name) == f"dicom-{digits}.dcm"
-    lost = {public_name(tmp_path / "none", name) for name in ("erika/1.dcm", "erika/2.dcm")}
-    assert len(lost) == 2 and not any("erika" in name for name in lost)
+    assert (
+        public_name(path)
+        == public_name(path.rename(tmp_path / "ERIKA.dcm"))
+        == (f"dicom-{digits}.dcm")
+    )
+    assert len({public_name(tmp_path / "erika.dcm") for _ in range(2)}) == 2, "not from the name"
 
 
 def test_an_error_does_not_quote_the_name(tmp_path):
@@ -134,3 +150,115 @@ def test_burned_in(tmp_path):
     assert may_show_patient(write_dicom(tmp_path / "a", picture(0), BurnedInAnnotation="YES"))
     assert not may_show_patient(write_dicom(tmp_path / "b", picture(0), BurnedInAnnotation="NO"))
     assert not may_show_patient(write_dicom(tmp_path / "c", picture(0)))
+
+
+def damaged(path, old, new):
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    return path
+
+
+# Of one element its length, or what it is: what follows is then read as a part of it.
+DAMAGES = {
+    "length of a syntax": (b"\x02\0\x10\0UI\x14\0", b"\x02\0\x10\0UI\xff\0"),
+    "name for a number": (b"\x10\0\x10\0PN", b"\x28\0\x08\0IS"),
+    "name for an interpretation": (
+        b"\x28\0\x04\0CS\x0c\0MONOCHROME2 ",
+        b"\x28\0\x04\0CS\x0c\0MUSTERFRAU  ",
+    ),
+    "a syntax": (b"1.2.840.10008.1.2.1\0", b"1.2.840.Musterfrau1\0"),
+    "a character set": (b"\x10\0\x10\0PN", b"\x08\0\x05\0CS"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_message_quotes_the_file(predictor, tmp_path, capfd, caplog, damage):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = damaged(write_dicom(folder / "a.dcm", picture(0)[:, :, 0]), *DAMAGES[damage])
+    said = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        said.append(predict_files(predictor, [folder], tmp_path / "out").failed)
+        rejects = Rejects("reject")
+        for read in (inspect_image, read_image):
+            with rejects.catch():
+                read(path)
+        with rejects.catch():
+            patients_from_dicom()(Sample("a.png", SimpleNamespace(path=path), [], {}))
+        said += [error.reason for error in rejects.errors]
+        said.append(find(predictor, Path(shutil.copy(path, tmp_path / "a")), "a").error)
+    outputs = [file.read_text() for file in (tmp_path / "out").iterdir()]
+    everything = " ".join([*map(str, said), *capfd.readouterr(), caplog.text, *outputs])
+    everything += " ".join(str(warning.message) for warning in warned)
+    parts = [part for value in PATIENT.values() for part in value.replace("-", "^").split("^")]
+    uids = re.findall(rb"1\.2\.826\.[0-9.]{20,}", path.read_bytes())
+    for word in (*parts, *(uid.decode() for uid in uids)):
+        assert word.lower() not in everything.lower(), (word, everything)
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "Musterfrau.jpg"])
+def test_an_uploaded_file_is_shown_by_its_content(predictor, tmp_path, name):
+    path = write_dicom(tmp_path / "upload", picture(0), BurnedInAnnotation="YES")
+    public = public_name(path)
+    finding = find(predictor, path, name)
+    assert (finding.name, finding.picture, finding.frame) == (public, None, None)
+
+
+def jpeg(path):
+    stream = io.BytesIO()
+    Image.fromarray(picture(0)).save(stream, "JPEG")
+    encoded, kind = [stream.getvalue()], "YBR_FULL_422"
+    return write_dicom(
+        path, picture(0), encoded=encoded, syntax=JPEGBaseline8Bit, PhotometricInterpretation=kind
+    )
+
+
+MAKERS = {
+    "still": lambda path: write_dicom(path, picture(0), BurnedInAnnotation="NO"),
+    "gray": lambda path: write_dicom(path, np.arange(4800, dtype=np.uint16).reshape(60, 80)),
+    "frames": lambda path: write_dicom(path, np.stack([picture(0)] * 2), FrameTime="40"),
+    "jpeg": jpeg,
+}
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory):
+    """Bytes of files of each kind, the header of each, and what comes after it."""
+    folder, parts = tmp_path_factory.mktemp("kinds"), {}
+    for kind, make in MAKERS.items():
+        content = make(folder / kind).read_bytes()
+        # all of the compressed pixels can be damaged, of others the header has it all
+        end = None if kind == "jpeg" else content.index(b"\xe0\x7f\x10\0")
+        parts[kind] = content[:end], content[end:] if end else b""
+    return parts
+
+
+@pytest.mark.fuzz
+@pytest.mark.slow
+@given(st.data())
+@settings(
+    max_examples=max(200, settings().max_examples),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+def test_fuzz(tmp_path_factory, contents, data):
+    root = tmp_path_factory.mktemp("dicom")
+    head, pixels = contents[data.draw(st.sampled_from(sorted(contents)))]
+    (root / "a.dcm").write_bytes(data.draw(damaged_bytes(head)) + pixels)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (memory() + 4 * 2**30, limits[1]))
+    try:
+        for read in (read_header, may_show_patient, read_still, lambda p: list(read_dicom(p))):
+            try:
+                read(root / "a.dcm")
+            except BadInputError as error:
+                assert "usterfrau" not in error.reason.lower()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    shutil.rmtree(root)
+
+
+def memory():
+    """Bytes of address space that this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

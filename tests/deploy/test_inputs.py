@@ -1,8 +1,14 @@
 """Which files are taken, and what they are called."""
 
+import hashlib
+import os
+
 import pytest
 
 from imrcnn_d2.deploy.inputs import find_inputs
+
+DICOM = bytes(128) + b"DICM"
+DICOM_NAME = f"dicom-{hashlib.sha256(DICOM).hexdigest()[:16]}.dcm"
 
 
 @pytest.fixture
@@ -17,7 +23,7 @@ def tree(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"-")
-    (tmp_path / "x" / "IM0001").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "x" / "IM0001").write_bytes(DICOM)
     return tmp_path
 
 
@@ -27,10 +33,10 @@ def names(*inputs):
 
 def test_a_folder_gives_what_can_be_predicted_on(tree):
     assert names(tree / "x") == [
-        ("IM0001", "dicom"),
         ("a.JPG", "image"),
         ("clip.mp4", "video"),
         ("deep/b.tif", "image"),
+        (DICOM_NAME, "dicom"),
     ]
     assert find_inputs([tree / "x"])[0] == tree / "x"
 
@@ -48,7 +54,7 @@ def test_a_pattern_of_folders(tree):
 
 def test_outputs_are_no_inputs(tree):
     found = find_inputs([tree], leave_out=[tree / "x" / "deep" / ".." / "deep"])[1]
-    assert {source.name for source in found} == {"x/IM0001", "x/a.JPG", "x/clip.mp4", "y/a.JPG"}
+    assert {source.name for source in found} == {DICOM_NAME, "x/a.JPG", "x/clip.mp4", "y/a.JPG"}
     with pytest.raises(FileNotFoundError, match="No image"):
         find_inputs([tree / "x"], leave_out=[tree])
 
@@ -66,6 +72,21 @@ def test_a_link_has_its_own_name(tree):
     (tree / "z" / "all").symlink_to(tree / "y")
     found = names(tree / "z" / ".." / "z", tree / "z" / "all" / "a.JPG")
     assert [name for name, _ in found] == ["all/a.JPG", "one.jpg", "two.jpg"]
+
+
+@pytest.mark.parametrize("name", ["Musterfrau.jpg", "a.mp4", "a.txt", "a.dcm"])
+def test_dicom_is_told_by_its_content(tree, name):
+    (tree / "x" / name).write_bytes(DICOM)
+    assert names(tree / "x" / name) == [(DICOM_NAME, "dicom")]
+    assert names(tree / "x").count((DICOM_NAME, "dicom")) == 1, "equal files are one"
+
+
+def test_a_pipe_is_no_input(tree):
+    for name in ("pipe", "pipe.dcm"):
+        os.mkfifo(tree / "x" / name)
+        with pytest.raises(ValueError, match=name):
+            find_inputs([tree / "x" / name])
+    assert len(names(tree / "x")) == 4
 
 
 def test_what_is_not_there_is_named(tree):

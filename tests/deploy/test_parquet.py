@@ -30,7 +30,7 @@ def item(path, name=None, **fields):
     path.touch()
     source = Source(path, name or path.name, "image")
     status = path.stat()
-    return Item(source, source.name, [status.st_size, status.st_mtime_ns], **fields)
+    return Item(source, [status.st_size, status.st_mtime_ns], **fields)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_dropped_rows_leave_the_others(items, tmp_path):
     folder = tmp_path / "out"
     write(folder, items[:2])
     write(folder, items[2:])
-    Parts(folder, RUN).drop([items[0].source, items[2].source, items[3].source])
+    Parts(folder, RUN).drop([items[0].source, items[2].source, items[3].source], [])
     assert names(folder) == ["b.png"]
     (part,) = folder.iterdir()
     assert json.loads(pq.read_schema(part).metadata[b"imrcnn_d2"]) == RUN
@@ -147,9 +147,51 @@ def test_of_another_run_or_damaged(items, tmp_path):
         Parts(folder, RUN)
 
 
+def rewritten(part, table, run=RUN):
+    """The file with another table, as of us."""
+    pq.write_table(table.replace_schema_metadata({b"imrcnn_d2": json.dumps(run)}), part)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda part, table: rewritten(part, table, run=[]),
+        lambda part, table: rewritten(part, table, run="x"),
+        lambda part, table: rewritten(part, table.drop_columns(["signature"])),
+        lambda part, table: rewritten(part, table.append_column("more", table["time"])),
+        lambda part, table: rewritten(
+            part, table.set_column(0, "file_name", [[None] * len(table)]).cast(table.schema)
+        ),
+        lambda part, table: pq.write_table(table.replace_schema_metadata({}), part),
+        lambda part, table: pq.write_table(
+            table.replace_schema_metadata({b"imrcnn_d2": b"[" * 10**5}), part
+        ),
+        lambda part, table: part.write_bytes(b"PAR1" + bytes(40) + b"PAR1"),
+    ],
+)
+def test_what_was_not_written_here_is_named_and_stays(items, tmp_path, change):
+    folder = tmp_path / "out"
+    write(folder, items)
+    (part,) = folder.iterdir()
+    change(part, pq.read_table(part))
+    (folder / "mine.tmp").touch()
+    before = part.read_bytes()
+    with pytest.raises(ValueError, match=f"{folder}"):
+        Parts(folder, RUN)
+    assert part.read_bytes() == before and (folder / "mine.tmp").exists()
+
+
+def test_what_failed_and_is_gone_is_not_listed(tmp_path):
+    failed = [item(tmp_path / f"dicom-{n}.dcm", error="is torn") for n in range(2)]
+    write(tmp_path / "out", failed)
+    now = failed[1].source
+    Parts(tmp_path / "out", RUN).drop([], [now])
+    assert Parts(tmp_path / "out", RUN).failed() == [(now.name, "is torn")]
+
+
 def test_a_name_that_is_no_utf8(tmp_path):
     name = b"\xff.png".decode(errors="surrogateescape")
     source = Source(Path(tmp_path, name), name, "image")
-    write_part(tmp_path / "out", RUN, [source], [input_row(Item(source, name, None, error="e"))])
+    write_part(tmp_path / "out", RUN, [source], [input_row(Item(source, None, error="e"))])
     assert names(tmp_path / "out") == ["\\udcff.png"]
     assert Parts(tmp_path / "out", RUN).failed() == [("\\udcff.png", "e")]

@@ -1,5 +1,6 @@
 """Two actors give what one process gives, also when one of them is killed."""
 
+import hashlib
 import json
 import os
 import signal
@@ -38,7 +39,7 @@ def folder(image_folder, bad_files):
     for seed in range(IMAGES):
         Image.fromarray(picture(seed, 300, 400)).save(image_folder / f"{seed:03d}.png")
     frames = np.stack([picture(2), picture(3)])
-    write_dicom(image_folder / "KIS-4711.dcm", frames, FrameTime="40")
+    write_dicom(image_folder / "KIS-4711.jpg", frames, FrameTime="40")
     return image_folder
 
 
@@ -106,7 +107,7 @@ def test_an_actor_is_killed(cluster, predictor, tiny_run, folder, bad_files, tmp
     assert failed == done.failed
     assert {name for name, _ in failed} == bad_files.keys()
     content = b"".join(path.read_bytes() for path in parts(tmp_path / "two"))
-    for value in PATIENT.values():
+    for value in (*PATIENT.values(), hashlib.sha256(b"KIS-4711.jpg").hexdigest()[:16]):
         assert value.encode() not in content
 
     # What failed, has changed or is new, and nothing else.
@@ -138,7 +139,7 @@ def test_what_its_actors_die_of_is_listed_and_tried_again(
     monkeypatch.setattr(
         ray_engine, "_predict", lambda left, make, actors: tried.append([*left]) or 0
     )
-    write_dicom(image_folder / "KIS-4711.dcm", picture(0))
+    write_dicom(image_folder / "KIS-4711.png", picture(0))
     weights = {"config": None, "weights": tiny_run / "model_best.pth"}
     for _ in range(2):
         done = ray_engine.predict_with_ray(weights, [image_folder], tmp_path / "out")

@@ -94,6 +94,18 @@ def test_the_first_are_findings_a_picture_and_labelme_files(runs, tmp_path):
     assert image.resolve() == tmp_path / "fold1" / "kvasir_seg" / "images" / "1_2.png"
 
 
+def test_corrected_files_stay(runs, tmp_path, caplog):
+    arguments = ["--runs", str(runs), "--output", str(tmp_path / "out"), "--number"]
+    main([*arguments, "2"])
+    first, second = sorted((tmp_path / "out" / "labelme").iterdir())
+    first.write_text("corrected")
+    as_written = second.read_text()
+    main([*arguments, "3"])
+    assert first.read_text() == "corrected" and str(first) in caplog.text
+    assert second.read_text() == as_written and str(second) not in caplog.text
+    assert len(list((tmp_path / "out" / "labelme").iterdir())) == 3
+
+
 def test_a_model_that_saw_its_test_images_is_refused(tmp_path, write_run, runs):
     run = runs / "kvasir_seg" / "mrcnn" / "seed0" / "fold0"
     record = json.loads((run / "run.json").read_text())

@@ -1,6 +1,7 @@
 """tools/predict.py, and what tools/export.py writes for it."""
 
 import json
+import os
 import sys
 
 import export
@@ -71,6 +72,28 @@ def test_from_weights_to_results_and_back_through_an_export(case, tmp_path, caps
     two = json.loads((tmp_path / "two" / "predictions.json").read_text())
     assert two["annotations"] == one["annotations"]
     assert two["info"]["config_sha256"] == one["info"]["config_sha256"]
+
+
+def test_corrected_files_stay_and_the_run_says_so(case, tmp_path, capsys):
+    arguments = ["--weights", case / "model.pth", "--input", case / "images" / "a.png"]
+    arguments += ["--output", tmp_path / "out", "--labelme"]
+    run(predict, *arguments)
+    labelme = tmp_path / "out" / "labelme" / "a.json"
+    labelme.write_text("corrected")
+    os.utime(case / "images" / "a.png", (0, 0))
+    capsys.readouterr()
+    run(predict, *arguments)
+    assert "labelme/a.json" in capsys.readouterr().out and labelme.read_text() == "corrected"
+
+
+def test_a_folder_of_the_users_is_refused(case, tmp_path, capsys):
+    (tmp_path / "labelme").mkdir()
+    (tmp_path / "labelme" / "a.json").write_text("mine")
+    arguments = ["--weights", case / "model.pth", "--input", case / "images"]
+    status, err = failing(predict, capsys, *arguments, "--output", tmp_path)
+    assert status == 1 and f"{tmp_path} holds labelme" in err and "--output" in err
+    assert (tmp_path / "labelme" / "a.json").read_text() == "mine"
+    assert len(list(tmp_path.rglob("*"))) == 2
 
 
 def test_errors_are_a_line(case, tmp_path, capsys):

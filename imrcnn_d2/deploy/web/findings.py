@@ -79,10 +79,10 @@ def find(predictor, path, name):
     Returns:
         Finding: with an ``error`` if it cannot be read.
     """
+    dicom = is_dicom(path)
     try:
         try:
-            dicom = is_dicom(path)
-            name = public_name(path, name) if dicom else name
+            name = public_name(path) if dicom else name
             shown = not (dicom and may_show_patient(path))
             image = read_image(path)
         finally:
@@ -101,7 +101,9 @@ def find(predictor, path, name):
     except ModuleNotFoundError as error:  # of the extra [deploy]
         return Finding(name, f"needs {error.name}: pip install {error.name}")
     except (OSError, RuntimeError, ValueError) as error:
-        return Finding(name, f"cannot be predicted ({error})")
+        # What an unknown error quotes of a DICOM file may be the patient's.
+        said = type(error).__name__ if dicom else error
+        return Finding(name, f"cannot be predicted ({said})")
 
 
 def _jpeg(image):
