@@ -1,7 +1,6 @@
 """From a file of weights to the model it belongs to, whole or not at all."""
 
 import logging
-import tempfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +12,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from imrcnn_d2.engine.checkpoint import Checkpointer
-from imrcnn_d2.engine.config import load_config
+from imrcnn_d2.engine.config import load_config, load_config_text
 from imrcnn_d2.engine.device import choose_device
 from imrcnn_d2.engine.provenance import describe_model
 from imrcnn_d2.engine.recognition import is_classifier
@@ -30,6 +29,9 @@ logger = logging.getLogger(__name__)
 # Of the metadata that tools/export.py writes; a larger one is of a later version of this package.
 ARTIFACT_VERSION = 1
 NAMED_AT_MOST = 3
+# The weights are those of the whole model, wherever its training started from. The device is
+# replaced; one that is not there would be refused.
+_OVERRIDES = ["MODEL.WEIGHTS", "", "MODEL.TIMM.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
 _PACKAGED = resources.files("imrcnn_d2") / "weights"
 
 
@@ -120,7 +122,6 @@ def load_model(config, weights, *, device=None):
     _check_version(weights, metadata)
     cfg = _config(config, path, metadata.get("config"))
     cfg.MODEL.DEVICE = device or choose_device()
-    cfg.MODEL.WEIGHTS = cfg.MODEL.TIMM.WEIGHTS = ""  # these are the weights of the whole model
     cfg.MODEL.CHANNELS_LAST = False  # the runtime's affair
     cfg.freeze()
     model = build_model(cfg).eval()
@@ -155,6 +156,7 @@ def _config(config, weights, carried):
     if isinstance(config, CfgNode):
         cfg = config.clone()
         cfg.defrost()
+        cfg.merge_from_list(_OVERRIDES)
         return cfg
     if config is None and carried is not None:
         return _carried_config(carried, weights)
@@ -165,21 +167,17 @@ def _config(config, weights, carried):
                 f"{weights} brings no config along and {config} does not exist: name the config "
                 "that the weights were trained with (--config-file)"
             )
-    # The placeholder is replaced; a device that is not there would be refused.
-    return load_config(str(config), ["MODEL.DEVICE", "cpu"])
+    return load_config(config, _OVERRIDES)
 
 
 def _carried_config(text, weights):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(text, encoding="utf-8")
-        try:
-            return load_config(str(path), ["MODEL.DEVICE", "cpu"])
-        except ValueError as error:
-            raise ValueError(
-                f"{weights}: the config that it brings along is of another version or damaged "
-                f"({error}); name one that fits (--config-file)"
-            ) from error
+    try:
+        return load_config_text(text, weights, _OVERRIDES)
+    except ValueError as error:
+        raise ValueError(
+            f"{weights}: the config that it brings along is of another version or damaged "
+            f"({error}); name one that fits (--config-file)"
+        ) from error
 
 
 class _WholeCheckpointer(Checkpointer):
