@@ -7,7 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.artifact import write_safetensors
+from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.loading import ARTIFACT_VERSION, load_model, pretrained
 from imrcnn_d2.engine import load_config
 
@@ -77,6 +79,22 @@ def test_an_artifact_of_another_version_is_refused(tiny_run, tmp_path):
     other = changed(path, tmp_path / "o.safetensors", config="MODEL: {NOVEL: 1}\nVERSION: 2\n")
     with pytest.raises(ValueError, match="o.safetensors: the config .*NOVEL"):
         load_model(None, other)
+
+
+def test_nothing_is_written_where_a_config_says(tiny_run, image_folder, tmp_path):
+    cfg = load_config(tiny_run / "config.yaml", ["OUTPUT_DIR", str(tmp_path / "elsewhere")])
+    (tmp_path / "sent").mkdir()
+    shutil.copy(tiny_run / "model_best.pth", tmp_path / "sent")
+    (tmp_path / "sent" / "config.yaml").write_text(cfg.dump())
+    for suffix in ("pth", "safetensors"):
+        path = tmp_path / "sent" / f"model_best.{suffix}"
+        if not path.exists():
+            write_safetensors(load_model(None, tmp_path / "sent" / "model_best.pth"), path)
+            path = changed(path, tmp_path / "sent" / "changed.safetensors", config=cfg.dump())
+        before = set(tmp_path.rglob("*"))
+        predict_files(Predictor(None, path), [image_folder], tmp_path / suffix, save=["masks"])
+        written = set(tmp_path.rglob("*")) - before
+        assert all(new.is_relative_to(tmp_path / suffix) for new in written)
 
 
 def test_weights_of_the_package(tmp_path):

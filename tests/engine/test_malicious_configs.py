@@ -79,7 +79,10 @@ def predicted(folder, capsys, *arguments):
 
 def about(text):
     """What an exported file says about itself."""
-    return {"artifact": 1, "config": text, "classes": ["lesion"], "precision": "fp32"}
+    names = {"model": "IMR-CNN", "backbone": "R-50", "classes": ["lesion"], "version": "0.1.0"}
+    hashes = {"weights_sha256": "0" * 64, "config_sha256": "0" * 64}
+    point = {"operating_point": None, "tau": 0.7, "precision": "fp32", "artifact": 1}
+    return {**names, **hashes, **point, "config": text}
 
 
 def in_safetensors(text, folder, capsys):
@@ -184,10 +187,10 @@ def test_a_config_reads_its_own_tree_only(read, text, folder, asked, capsys):
     (folder / "based.yaml").write_text(f"_BASE_: {asked.url}/../../../../planted.pth\n")
     (folder / "pipe").symlink_to("/dev/zero")
     said = read(text.format(url=asked.url, outside=outside, timm=TIMM), folder, capsys)
-    assert ATTACKS[text] in said and folder.name in said
-    assert "Traceback" not in said
     assert asked == []
     assert sorted(folder.parent.iterdir()) == [outside, folder]
+    assert ATTACKS[text] in said and folder.name in said
+    assert "Traceback" not in said
 
 
 ADDRESSES = (  # Detectron2 takes all of these for one
@@ -208,9 +211,9 @@ def test_weights_of_a_config_are_files(text, key, folder, asked, capsys):
     value = text.format(url=url, URL=url.replace("http", "HTTP"), rest=rest)
     config = f"MODEL: {{{key}: {value}}}" + "}" * key.count("{")
     said = in_a_training(config, folder, capsys)
-    assert "WEIGHTS" in said and "sent.yaml" in said
     assert asked == []
     assert not (folder.parent / "cache").exists()
+    assert "WEIGHTS" in said and "sent.yaml" in said
 
 
 def test_what_the_user_names_may_be_an_address(folder, asked):
