@@ -23,7 +23,7 @@ VALUES = st.sampled_from(
     !!python/tuple ~ .nan .inf 1e999 0x1f 0b 0o9 1:60 190:20:30 2024-01-01 0001-01-01T00:00:00+23:59
     <<: --- ... ? - | > % @ ` "\\ud800" "\\0" "\\e[2J" "('a',)" "{[]:1}" "f''" "\\x9b"
     _BASE_ _BASE_: http://127.0.0.1:9/a ../a.yaml / . "" '' detectron2://../a hf-hub:a/b
-    999999999999 ImageClassifier resnet18 resnet18.a resnet18.no -1 [] {} [[[[[[ }}}} ((((((""".split()
+    999999999999 ImageClassifier resnet18 resnet18.a resnet18.no -1 [] {} [[[[ }}} (((""".split()
 )  # fmt: skip
 some_hundred = settings(
     max_examples=max(200, settings().max_examples),
