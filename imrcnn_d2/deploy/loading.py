@@ -1,7 +1,6 @@
 """From a file of weights to the model it belongs to, whole or not at all."""
 
 import logging
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -16,7 +15,7 @@ from torch import nn
 
 from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.engine.checkpoint import Checkpointer
-from imrcnn_d2.engine.config import load_config
+from imrcnn_d2.engine.config import load_config, load_config_text
 from imrcnn_d2.engine.device import choose_device
 from imrcnn_d2.engine.provenance import describe_model
 from imrcnn_d2.engine.recognition import is_classifier
@@ -33,6 +32,9 @@ logger = logging.getLogger(__name__)
 # Of the metadata that tools/export.py writes; a larger one is of a later version of this package.
 ARTIFACT_VERSION = 1
 LONGEST_NAME = 200
+# The weights are those of the whole model, wherever its training started from. The device is
+# replaced; one that is not there would be refused.
+_OVERRIDES = ["MODEL.WEIGHTS", "", "MODEL.TIMM.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
 _PACKAGED = resources.files("imrcnn_d2") / "weights"
 
 
@@ -128,7 +130,6 @@ def load_model(config, weights, *, device=None):
     _check_about(path, metadata, metadata.keys() & {"artifact", "classes", "config"})
     cfg = _config(config, path, metadata.get("config"))
     cfg.MODEL.DEVICE = device or choose_device()
-    cfg.MODEL.WEIGHTS = cfg.MODEL.TIMM.WEIGHTS = ""  # these are the weights of the whole model
     cfg.MODEL.CHANNELS_LAST = False  # the runtime's affair
     _check_size(cfg, path)
     cfg.freeze()
@@ -217,6 +218,7 @@ def _config(config, weights, carried):
     if isinstance(config, CfgNode):
         cfg = config.clone()
         cfg.defrost()
+        cfg.merge_from_list(_OVERRIDES)
         return cfg
     if config is None and carried is not None:
         return _carried_config(carried, weights)
@@ -227,21 +229,17 @@ def _config(config, weights, carried):
                 f"{weights} brings no config along and {config} does not exist: name the config "
                 "that the weights were trained with (--config-file)"
             )
-    # The placeholder is replaced; a device that is not there would be refused.
-    return load_config(str(config), ["MODEL.DEVICE", "cpu"])
+    return load_config(config, _OVERRIDES)
 
 
 def _carried_config(text, weights):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(text, encoding="utf-8")
-        try:
-            return load_config(str(path), ["MODEL.DEVICE", "cpu"])
-        except ValueError as error:
-            raise ValueError(
-                f"{weights}: the config that it brings along is of another version or damaged "
-                f"({error}); name one that fits (--config-file)"
-            ) from error
+    try:
+        return load_config_text(text, weights, _OVERRIDES)
+    except ValueError as error:
+        raise ValueError(
+            f"{weights}: the config that it brings along is of another version or damaged "
+            f"({error}); name one that fits (--config-file)"
+        ) from error
 
 
 def _number_of_classes(cfg: CfgNode) -> int:

@@ -1,3 +1,4 @@
+from . import downloads  # noqa: F401  (from here on they stay in their folder)
 from .config import load_config
 from .device import choose_device
 from .launch import launch_script

@@ -1,25 +1,57 @@
-"""From a config file and overrides to the config that a tool runs with."""
+"""From a config file and overrides to the config that a tool runs with.
+
+A config may come from anybody, so nothing in a file leads out of it: a ``_BASE_`` is a file in the
+config's own tree (the nearest folder named ``configs`` above it, else its own folder) or one of the
+configs that this package and Detectron2 ship, and no value is an address, but for Detectron2's own
+weights. What the user's command line says may be any.
+"""
+
+import contextlib
+import os
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import yaml
-from detectron2.config import get_cfg
-from detectron2.utils.file_io import PathManager
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from fvcore.common.config import BASE_KEY
 
 from imrcnn_d2.config import add_imrcnn_config
 
 from .device import choose_device
 from .recognition import resolve_input
 
-__all__ = ["load_config"]
+__all__ = ["load_config", "load_config_text", "read_yaml"]
 
-# What a config raises of unknown keys, values of another type, and files that are no mapping.
-_WRONG = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
+LARGEST = 100_000  # bytes of a file, and of what its aliases stand for; a whole config has 7,000
+MOST_FILES = 30  # that a config is made of
+SHIPPED = tuple(
+    Path(os.path.realpath(folder / "configs"))
+    for folder in (Path(__file__).parents[2], Path(model_zoo.__file__).parent)
+)
+# Both name files of one server: a file's sender chooses neither the server nor, since the tools'
+# downloads stay in their folder, where the file is put.
+MODEL_ZOO = ("detectron2://", "catalog://")
+# What PyYAML and yacs raise of values and keys that cannot be.
+_WRONG = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
-def load_config(config_file="", opts=()):
+def load_config(config_file: str | Path = "", opts: Sequence = ()) -> CfgNode:
     """
     Args:
-        config_file (str): a YAML file; "" for the defaults.
-        opts (list[str]): ``[KEY, VALUE, ...]``, applied after the file.
+        config_file: a YAML file; "" for the defaults.
+        opts: ``[KEY, VALUE, ...]``, applied after the file.
 
     Returns:
         CfgNode: Detectron2's defaults and ours, the file and the overrides; MODEL.DEVICE is what
@@ -31,31 +63,133 @@ def load_config(config_file="", opts=()):
         ValueError: a key that there is not, or a value of another type. The file, or one that it is
             based on, is no plain YAML: Detectron2 would run what a tag such as
             ``!!python/object/apply`` names. So would it what a file of precomputed proposals holds,
-            hence for MODEL.LOAD_PROPOSALS.
+            hence for MODEL.LOAD_PROPOSALS. A ``_BASE_`` is outside of the file's tree, or a value
+            that is not in ``opts`` is an address: see this module.
     """
+    content = _read(Path(config_file), [_tree(config_file), *SHIPPED], []) if config_file else {}
+    return _config(content, config_file, opts)
+
+
+def load_config_text(text: str, source: str | Path, opts: Sequence = ()) -> CfgNode:
+    """
+    As :func:`load_config`, of a whole config that a file of another kind brings along.
+
+    Args:
+        text: YAML, without a ``_BASE_``.
+        source: the file, for messages.
+        opts: see :func:`load_config`.
+    """
+    content = _parse(text, source)
+    if BASE_KEY in content:
+        raise ValueError(
+            f"{source}: the config that it brings along asks for another file ({BASE_KEY}: "
+            f"{_short(content[BASE_KEY])}), but is written whole by tools/export.py"
+        )
+    return _config(content, source, opts)
+
+
+def read_yaml(path: str | Path, source: str | Path | None = None) -> dict:
+    """
+    Args:
+        path: a YAML file of values; its ``_BASE_`` is a value like others here.
+        source: its name in messages; None for the path.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no mapping, too much, or more than values.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such config file")
+    with open(path, "rb") as file:
+        return _parse(file.read(LARGEST + 1), source or path)
+
+
+def _parse(text: str | bytes, source: str | Path) -> dict:
+    try:
+        if len(text) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__} instead of keys")
+        _check_nodes(content)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{source} is no plain YAML: {_short(error)}. A config holds values only: where a tag "
+            "like !!python/object/apply:eval stands, write what it gives"
+        ) from error
+    except _WRONG as error:
+        raise ValueError(f"{source} is no config of these models: {_short(error)}") from error
+    return content
+
+
+def _check_nodes(content: dict) -> None:
+    """Aliases let a small file stand for a large one, or for one without end."""
+    size, nodes = 0, [content]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            nodes += [*node, *node.values()]
+        elif isinstance(node, list):
+            nodes += node
+        elif not isinstance(node, str | int | float | None):
+            raise ValueError(f"it holds a {type(node).__name__}")
+        size += len(node) if isinstance(node, str) else 1
+        if size + len(nodes) > LARGEST:
+            raise ValueError(f"with its aliases written out it has more than {LARGEST} bytes")
+
+
+def _read(path: Path, admitted: Sequence[Path], files: list[Path]) -> dict:
+    """A file's keys over those of the files that it is based on, which lie in ``admitted``."""
+    files.append(path)
+    if len(files) > MOST_FILES:
+        raise ValueError(f"{files[0]} is made of more than {MOST_FILES} files: see {BASE_KEY}")
+    named = path if path is files[0] else f"{files[0]}: its {BASE_KEY} {path}"
+    content, merged = read_yaml(path, named), {}
+    bases = content.pop(BASE_KEY, [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        merged = _merge(merged, _read(_base(path, base, admitted), admitted, files))
+    return _merge(merged, content)
+
+
+def _base(path: Path, base: str, admitted: Sequence[Path]) -> Path:
+    with _told(f"{path}: {BASE_KEY} {_short(base)}"):
+        found = Path(os.path.realpath(path.parent / base))
+        inside = any(found.is_relative_to(folder) for folder in admitted)
+        if not inside or not os.path.isfile(found):
+            raise ValueError(
+                f"no file in {admitted[0]}, nor a config that comes with imrcnn_d2 or Detectron2: "
+                "copy it there, or put both files below a folder named configs"
+            )
+    return found
+
+
+def _tree(config_file: str | Path) -> Path:
+    own, *above = Path(os.path.abspath(config_file)).parents
+    named = (folder for folder in (own, *above) if folder.name == "configs")
+    return Path(os.path.realpath(next(named, own)))
+
+
+def _merge(base: dict, content: dict) -> dict:
+    # Not in place: aliases make two keys share a mapping.
+    merged = {**base, **content}
+    for key in base.keys() & content.keys():
+        if isinstance(base[key], dict) and isinstance(content[key], dict):
+            merged[key] = _merge(base[key], content[key])
+    return merged
+
+
+def _config(content: dict, source: str | Path, opts: Sequence) -> CfgNode:
     cfg = get_cfg()
     add_imrcnn_config(cfg)
     # A placeholder that no run ever sees, to tell "nobody named a device" from a named one.
     cfg.MODEL.DEVICE = "auto"
-    if config_file:
-        if not PathManager.isfile(config_file):
-            raise FileNotFoundError(f"{config_file}: no such config file")
-        try:
-            cfg.merge_from_file(config_file, allow_unsafe=False)
-        except yaml.YAMLError as error:
-            raise ValueError(
-                f"{config_file} (or a _BASE_ of it) is no plain YAML: {error}\nA config holds "
-                "values only: where a tag like !!python/object/apply:eval stands, write what it "
-                "gives."
-            ) from error
-        except _WRONG as error:
-            raise ValueError(f"{config_file} is no config of these models: {_said(error)}") from (
-                error
-            )
-    try:
+    with _told(f"{source} is no config of these models"):
+        if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
+            raise ValueError(f"VERSION is {content['VERSION']}, and Detectron2's {cfg.VERSION}")
+        cfg.merge_from_other_cfg(CfgNode(content))
+    with _told("KEY VALUE ..."):
         cfg.merge_from_list(list(opts))
-    except _WRONG as error:
-        raise ValueError(f"KEY VALUE ...: {_said(error)}") from error
+    _check_addresses(cfg, source, opts[::2])
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS is True, but DATASETS.PROPOSAL_FILES_* are pickles, which run "
@@ -68,6 +202,42 @@ def load_config(config_file="", opts=()):
     return cfg
 
 
-def _said(error):
-    """Of a KeyError too without quotes."""
-    return error.args[0] if error.args else repr(error)
+def _check_addresses(cfg: CfgNode, source: str | Path, given: Sequence[str]) -> None:
+    for key, text in _strings(cfg):
+        # Blanks and what cannot be printed are left out of an address when it is read.
+        address = re.match(r"[^/]*://", re.sub(r"[\0-\x20\x7f]", "", text))
+        # timm has "hf-hub:" and "local-dir:".
+        address = address or (key == "MODEL.TIMM.NAME" and ":" in text)
+        if address and key not in given and not text.startswith(MODEL_ZOO):
+            raise ValueError(
+                f"{source}: {key} is the address {_short(text)}, which only the command line may "
+                f"name: give {key} there, or a local file in the config"
+            )
+
+
+def _strings(node, key: str = "") -> Iterator[tuple[str, str]]:
+    """All strings of a config with the keys that they belong to."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, dict):
+        for name, value in node.items():
+            yield from _strings(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _strings(value, key)
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except _WRONG as error:
+        raise ValueError(f"{what}: {_short(error)}") from error
+
+
+def _short(value) -> str:
+    """In a line that can be printed; of an error what it says, a KeyError's without quotes."""
+    if isinstance(value, Exception):
+        value = value.args[0] if len(value.args) == 1 else str(value) or type(value).__name__
+    text = "".join(c if c.isprintable() else " " for c in str(value)[:1000])
+    return textwrap.shorten(text, 300, placeholder=" ...")

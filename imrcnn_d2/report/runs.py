@@ -7,8 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from ..engine.config import read_yaml
 from ..evaluation import evaluate_lesions, evaluate_recognition
 from ..evaluation.files import RESULTS, file_sha256
 from ..evaluation.operating_point import OperatingPoint
@@ -264,10 +263,9 @@ def _read_json(path):
 
 
 def _read_yaml(path):
-    """A config.yaml as a dict; None where it is absent or needs more than YAML to be read."""
+    """A config.yaml as a dict; None where it is absent or no config."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, yaml.YAMLError) as error:
+        return read_yaml(path)
+    except (FileNotFoundError, ValueError) as error:
         logger.info(f"{path} is not used: {error}")
         return None
-    return content if isinstance(content, dict) else None

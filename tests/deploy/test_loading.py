@@ -8,7 +8,9 @@ import safetensors.torch
 import torch
 
 from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.artifact import write_safetensors
+from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.loading import ARTIFACT_VERSION, load_model, pretrained
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.modeling.weight_files import CHECKSUM
@@ -151,6 +153,22 @@ def test_a_flipped_bit_of_an_artifact(artifact, tmp_path):
         (tmp_path / "a.safetensors").write_bytes(flipped)
         with pytest.raises(ValueError, match=r"a.safetensors is damaged: its checksum"):
             load_model(None, tmp_path / "a.safetensors")
+
+
+def test_nothing_is_written_where_a_config_says(tiny_run, image_folder, tmp_path):
+    cfg = load_config(tiny_run / "config.yaml", ["OUTPUT_DIR", str(tmp_path / "elsewhere")])
+    (tmp_path / "sent").mkdir()
+    shutil.copy(tiny_run / "model_best.pth", tmp_path / "sent")
+    (tmp_path / "sent" / "config.yaml").write_text(cfg.dump())
+    for suffix in ("pth", "safetensors"):
+        path = tmp_path / "sent" / f"model_best.{suffix}"
+        if not path.exists():
+            write_safetensors(load_model(None, tmp_path / "sent" / "model_best.pth"), path)
+            path = changed(path, tmp_path / "sent" / "changed.safetensors", config=cfg.dump())
+        before = set(tmp_path.rglob("*"))
+        predict_files(Predictor(None, path), [image_folder], tmp_path / suffix, save=["masks"])
+        written = set(tmp_path.rglob("*")) - before
+        assert all(new.is_relative_to(tmp_path / suffix) for new in written)
 
 
 def test_weights_of_the_package(tmp_path):
