@@ -45,6 +45,11 @@ def get_parser() -> argparse.ArgumentParser:
         help="instead: COCO instance JSON; of several, each is a split with the name of its file",
     )
     parser.add_argument("--images", type=Path, help="with --annotations: folder of the file names")
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read images through links that lead out of their folder, else refused",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
     parser.add_argument(
         "--fix-splits",
@@ -93,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
             raise BadInputError(args.annotations[0], "two files have the same name; rename one")
         if len(files) == 1:
             files = {"": args.annotations[0]}
-    data = read_entries(title, files, images)
+    data = read_entries(title, files, images, args.follow_links)
     embed, note = _embedding()
     found = audit(data, embed)
     if note:
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     _print_counts(found)
     print(f"\n{page}: written")
     if args.fix_splits is not None:
-        _fix_splits(found, prepared, args.fix_splits)
+        _fix_splits(found, prepared, args.fix_splits, args.follow_links)
 
 
 def _embedding():
@@ -132,14 +137,14 @@ def _print_counts(found: Audit) -> None:
         print(note)
 
 
-def _fix_splits(found: Audit, prepared: Path, out: Path) -> None:
+def _fix_splits(found: Audit, prepared: Path, out: Path, follow_links: bool) -> None:
     entries = found.data.entries
     together = [[entries[i].name for i in group] for group in groups(entries, found.twins)]
     pairs = [
         {"images": [entries[t.a].name, entries[t.b].name], "correlation": t.correlation}
         for t in found.twins
     ]
-    moves = write_fixed_splits(prepared, out, together, pairs)
+    moves = write_fixed_splits(prepared, out, together, pairs, follow_links)
     if not moves:
         print("No group is in two splits: there is nothing to move, and nothing was written.")
         return

@@ -35,8 +35,7 @@ def main(argv=None):
         predictor = Predictor(
             args.config_file, args.weights, runtime=args.runtime, crop_view=args.crop_view
         )
-        # Pillow warns from here on, and refuses the double.
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # by which `open_image` refuses images
         # As Ctrl-C does, so that the folder of uploads goes.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         serve(predictor, args.host, args.port)

@@ -38,7 +38,8 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     try:
-        source = read_coco(args.annotations, args.images, Rejects())
+        # The images are measured where they are, and nothing of them is written.
+        source = read_coco(args.annotations, args.images, Rejects(follow_links=True))
         notes = export(source, args.to, args.output)
     except (OSError, ValueError) as error:
         sys.exit(str(error))

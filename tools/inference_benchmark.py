@@ -20,11 +20,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from export import calibration_images
 from limit_benchmark import limit
-from PIL import Image
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from tqdm import tqdm
 from train_benchmark import stock_config
 
+from imrcnn_d2.data.files import open_image
 from imrcnn_d2.data.images import read_image
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.agreement import LEAST_SCORE, compare_records
@@ -346,7 +346,7 @@ def _accuracy(cfg, records, results):
 
 def _agreement(images, reference, results):
     """The largest differences of detections; see :class:`Agreement`."""
-    sizes = [Image.open(path).size[::-1] for path in images]
+    sizes = [open_image(Path(path)).size[::-1] for path in images]
     agreement = compare_records(reference, results, sizes, LEAST_SCORE)
     score, box, mask_iou = agreement.largest()
     return {

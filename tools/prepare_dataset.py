@@ -27,7 +27,7 @@ from imrcnn_d2.data import (
     mask_folder,
     synthetic,
 )
-from imrcnn_d2.data.deidentify import deidentified
+from imrcnn_d2.data.deidentify import deidentified, parse_keep
 from imrcnn_d2.data.metadata import read_metadata, with_metadata
 from imrcnn_d2.data.output_folder import is_empty
 from imrcnn_d2.data.patients import (
@@ -78,6 +78,12 @@ def get_parser() -> argparse.ArgumentParser:
         default="raise",
         help="bad input stops the run (default), or is listed in OUT/rejected.csv and left out",
     )
+    common.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read through links that lead out of a folder given here, else bad input; the folder "
+        "itself may be a link",
+    )
 
     patients = common.add_mutually_exclusive_group()
     patients.add_argument(
@@ -125,9 +131,19 @@ def get_parser() -> argparse.ArgumentParser:
     private.add_argument(
         "--keep",
         nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUES",
+        help="further fields of images and lesions that may pass, with the values that do: a list, "
+        "site=antrum,corpus, or a range of numbers, size_mm=0:60; no others do",
+    )
+    private.add_argument(
+        "--keep-as-is",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="FIELD",
-        help="further fields of images and lesions that may pass, e.g. size_mm; no others do",
+        help="fields that pass whatever they hold: nobody looks for dates or names in them",
     )
     private.add_argument(
         "--review",
@@ -264,8 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.deidentify != (args.key is not None):
         parser.error("--deidentify and --key FILE need each other")
-    if (args.keep or args.review) and not args.deidentify:
-        parser.error("--keep and --review belong to --deidentify")
+    if (args.keep or args.keep_as_is or args.review) and not args.deidentify:
+        parser.error("--keep, --keep-as-is and --review belong to --deidentify")
     if args.review:
         if args.out.resolve() in (args.review.resolve(), *args.review.resolve().parents):
             parser.error(f"--review {args.review} lies in the data set's folder {args.out}")
@@ -273,7 +289,10 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--review {args.review}: is not empty; choose another folder")
     try:
         names = Pseudonyms(args.key, args.out) if args.deidentify else None
-        rejects = PrivateRejects(args.on_error, names) if names else Rejects(args.on_error)
+        if names:
+            rejects = PrivateRejects(args.on_error, names, args.follow_links)
+        else:
+            rejects = Rejects(args.on_error, args.follow_links)
         with tempfile.TemporaryDirectory() as scratch:
             options = SplitOptions(
                 # No default of the parsers: an argument that they share has one for all.
@@ -292,7 +311,8 @@ def main(argv: list[str] | None = None) -> None:
             source = _described(source, args, rejects)
             if names:
                 folder = Path(scratch, "deidentified")
-                source = deidentified(source, folder, names, rejects, args.keep)
+                keep = parse_keep(args.keep, args.keep_as_is, source)
+                source = deidentified(source, folder, names, rejects, keep)
                 options = _renamed(options, names)
             prepared = prepare_dataset(source, args.out, options, rejects)
         if args.command == "classification":
@@ -343,7 +363,7 @@ def _described(source: Source, args: argparse.Namespace, rejects: Rejects) -> So
         source = with_patients(source, patients_from_pattern(args.patient_pattern), rejects)
     elif args.patients_from_dicom is not None:
         folder = None if args.patients_from_dicom is True else args.patients_from_dicom
-        source = with_patients(source, patients_from_dicom(folder), rejects)
+        source = with_patients(source, patients_from_dicom(folder, rejects), rejects)
     return with_metadata(source, [read_metadata(f, rejects) for f in args.metadata], rejects)
 
 

@@ -78,10 +78,10 @@ def read_class_folders(
             f"{root}: its folders {', '.join(names)} are splits, not classes. Give a --csv with "
             "the columns file, label and split instead."
         )
-    files = []
+    paths, files = list_files(root, rejects), []
     for folder in folders:
         with rejects.catch():
-            own = list_files(folder)
+            own = [path for path in paths if path.relative_to(root).parts[0] == folder.name]
             if not own:
                 raise BadInputError(folder, "empty class: there is no image in this folder")
             files += [LabelledFile(p, p.relative_to(root).as_posix(), folder.name) for p in own]
@@ -117,7 +117,7 @@ def read_label_csv(
     for row in table.rows:
         with rejects.catch():
             where, cells = table.where(row), row.cells
-            path = path_inside(root, cells["file"], Path(where))
+            path = path_inside(root, cells["file"], Path(where), rejects.follow_links)
             label, split = cells["label"], cells.get("split") or None
             if not label:
                 raise BadInputError(where, "has no label")

@@ -1,5 +1,7 @@
 """From the dataset dict of an image with a class to what a classifier takes."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from detectron2.config import configurable
@@ -7,6 +9,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 
 from .augmentation import build_augmentation
+from .files import open_image
 
 __all__ = ["ClassificationMapper"]
 
@@ -57,7 +60,8 @@ class ClassificationMapper:
         Returns:
             dict: the record with "image": (3, H, W) uint8 tensor.
         """
-        image = detection_utils.read_image(record["file_name"], self._image_format)
+        with open_image(Path(record["file_name"])):  # Detectron2 would open any format
+            image = detection_utils.read_image(record["file_name"], self._image_format)
         detection_utils.check_image_size(record, image)
         sample = T.AugInput(image)
         self._augmentations(sample)

@@ -106,7 +106,7 @@ def _samples(
     num_moved = 0
     for record in tqdm(records, desc="Reading images", unit="image"):
         with rejects.catch():
-            path = path_inside(image_root, record["file_name"], json_file)
+            path = path_inside(image_root, record["file_name"], json_file, rejects.follow_links)
             # which annotations belong to which of the two cannot be known
             for key, counts in (("id", ids), ("file_name", names)):
                 if counts[record[key]] > 1:

@@ -15,6 +15,7 @@ from defusedxml.ElementTree import parse
 from tqdm import tqdm
 
 from imrcnn_d2.data.cvat_shapes import integer, region, with_attributes
+from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.images import inspect_image, list_files, path_inside
 from imrcnn_d2.data.instances import (
     IMAGE_FIELDS,
@@ -80,7 +81,7 @@ def read_cvat(
         BadInputError: bad input under ``on_error="raise"``; always if a file as a whole cannot be
             used.
     """
-    files = list_files(image_root)
+    files = list_files(image_root, rejects)
     pictures: list[_Picture] = []
     for xml_file in xml_files:
         root = _parse(xml_file)
@@ -95,6 +96,7 @@ def read_cvat(
 
 
 def _parse(path: Path) -> Element:
+    regular_file(path)
     try:
         root = parse(path).getroot()
     except OSError as error:
@@ -126,7 +128,7 @@ def _read(
     pictures = []
     for element in root.iterfind("image"):
         with rejects.catch():
-            picture = _read_image(element, xml_file, image_root, types)
+            picture = _read_image(element, xml_file, image_root, types, rejects.follow_links)
             # frames of a video in the format for images have names without a suffix
             picture.path = by_stem.get(picture.path, picture.path)
             pictures.append(picture)
@@ -150,14 +152,17 @@ def _attribute_types(root: Element) -> dict[tuple[str, str], str]:
     }
 
 
-def _read_image(element: Element, xml_file: Path, image_root: Path, types: dict) -> _Picture:
+def _read_image(
+    element: Element, xml_file: Path, image_root: Path, types: dict, follow_links: bool
+) -> _Picture:
     name = element.get("name")
-    path = path_inside(image_root, name, xml_file)
+    path = path_inside(image_root, name, xml_file, follow_links)
     picture = _Picture(path, xml_file, name, None)
     if subset := element.get("subset"):
         picture.fields["subset"] = subset
         if not path.is_file():
-            picture.path = path_inside(image_root, f"{subset}/{name}", xml_file)
+            name_in_subset = f"{subset}/{name}"
+            picture.path = path_inside(image_root, name_in_subset, xml_file, follow_links)
     try:
         picture.size = _size(element.get("width"), element.get("height"))
         for child in element:

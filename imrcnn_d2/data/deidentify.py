@@ -6,8 +6,13 @@ the key nobody can compute them from a list of patients, with it the next images
 the same id. Writing inside the view stays: a person has to look at the images.
 """
 
+import csv
+import io
+import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping
+import shlex
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -24,25 +29,16 @@ from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.pseudonyms import Pseudonyms
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 
-__all__ = ["deidentified"]
+__all__ = ["deidentified", "parse_keep"]
+
+# Which values of a field pass: those listed, numbers from the first to the second, or all.
+Rule = frozenset[str] | tuple[float, float] | None
 
 _CUT = 0.01  # share of a lesion's area that may lie beyond the view without being told
-_LONGEST_TEXT = 32  # characters of a value that passes; what is longer is free text
-_MONTH = (
-    r"(jan(uary?)?|feb(ruary?)?|mar(ch)?|märz?|apr(il)?|may|mai|jun[ei]?|jul[iy]?|aug(ust)?"
-    r"|sept?(ember)?|o[ck]t(ober)?|nov(ember)?|de[cz](ember)?)"
-)
-_YEAR, _BETWEEN = r"(19|20)\d\d", r"[-./_: ]"
-_SEPARATOR = _BETWEEN + "{1,2}"
-_DATE = re.compile(
-    # digits alone, perhaps with a time; behind a decimal point they are a fraction
-    r"(?<!\d)(?<!\d\.)\d{8}(\d{4}|\d{6})?(?!\d)"
-    rf"|(?<!\d)(\d{{4}}{_SEPARATOR}\d{{1,2}}{_SEPARATOR}\d{{1,2}}"
-    rf"|\d{{1,2}}{_SEPARATOR}\d{{1,2}}{_SEPARATOR}\d{{2,4}}"
-    rf"|{_YEAR}{_SEPARATOR}(0[1-9]|1[012])|(0?[1-9]|1[012]){_SEPARATOR}{_YEAR})(?!\d)"
-    rf"|\d{_BETWEEN}{{0,2}}{_MONTH}(?![a-z])|(?<![a-z]){_MONTH}{_BETWEEN}{{0,2}}\d",
-    re.IGNORECASE,
-)
+# What text of `--keep FIELD=LOW:HIGH` is a range.
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_RANGE = re.compile(rf"({_NUMBER}):({_NUMBER})", re.ASCII)
+_SHOWN_VALUES, _EXAMINED_IMAGES = 12, 1000  # of a field whose rule is missing
 _CATEGORY_FIELDS = ("id", "name", "supercategory")
 _IDS = {"patient_id": "patient", "lesion_id": "lesion"}
 _NEVER_KEPT = {*_IDS, *IMAGE_FIELDS, *ANNOTATION_FIELDS, "group_id"}
@@ -57,31 +53,32 @@ def deidentified(
     folder: Path,
     pseudonyms: Pseudonyms,
     rejects: Rejects,
-    keep: Collection[str] = (),
+    keep: Mapping[str, Rule] | None = None,
 ) -> Source:
     """Crops and blanks images, moves their annotations, and renames all.
 
-    Of what else is known only the fields named in `keep` pass, numbers and short texts that are no
-    dates. A lesion that reaches beyond the view is cut; one outside it is bad input, as is an
-    image in which nothing is lit.
+    Of what else is known only the fields in `keep` pass, and of these only the values that its rule
+    admits: whether another is a date cannot be told. A lesion that reaches beyond the view is cut;
+    one outside it is bad input, as is an image in which nothing is lit.
 
     Args:
         source: where the images come from.
         folder: for the new images, which the samples then refer to.
         pseudonyms: gives the new names.
         rejects: takes bad input.
-        keep: names of fields of images and annotations that pass as they are.
+        keep: rules by the names of fields of images and annotations, see `parse_keep`.
 
     Raises:
         ValueError: `keep` names an id or another field that is made anew.
     """
-    if forbidden := sorted({*keep} & _NEVER_KEPT):
+    keep = dict(keep or {})
+    if forbidden := sorted(keep.keys() & _NEVER_KEPT):
         raise ValueError(
             f"{', '.join(forbidden)} cannot be kept: ids are always replaced, and what follows "
             "from the new images is made anew"
         )
     return Source(
-        samples=_samples(source, folder, pseudonyms, rejects, frozenset(keep)),
+        samples=_samples(source, folder, pseudonyms, rejects, keep),
         categories=[
             {key: category[key] for key in _CATEGORY_FIELDS if key in category}
             for category in source.categories
@@ -91,8 +88,60 @@ def deidentified(
     )
 
 
+def parse_keep(texts: Sequence[str], as_is: Sequence[str], source: Source) -> dict[str, Rule]:
+    """Reads which fields may pass.
+
+    Args:
+        texts: FIELD=VALUE,VALUE or FIELD=LOW:HIGH, numbers; a value with a comma in double quotes.
+        as_is: fields whose values pass whatever they are.
+        source: has the fields; its samples are used up to show some of a field without a rule.
+
+    Returns:
+        rules by field, for `deidentified`.
+
+    Raises:
+        ValueError: a text says nothing of the values, or a field is there twice.
+    """
+    rules: dict[str, Rule] = {}
+    parted = [text.partition("=") for text in texts]
+    counts = Counter([field for field, *_ in parted] + list(as_is))
+    if twice := [field for field, times in counts.items() if times > 1]:
+        raise ValueError(f"--keep, --keep-as-is: {twice[0]} is named twice; name it once")
+    for field, _, values in parted:
+        if not values:
+            raise ValueError(_without_rule(field, source))
+        if between := _RANGE.fullmatch(values):
+            rules[field] = float(between[1]), float(between[2])
+        else:
+            rules[field] = frozenset(next(csv.reader([values], skipinitialspace=True)))
+    return rules | dict.fromkeys(as_is)
+
+
+def _without_rule(field: str, source: Source) -> str:
+    """What to say of ``--keep FIELD`` alone: the ways there are, with values of the field."""
+    samples = list(itertools.islice(source.samples, _EXAMINED_IMAGES))
+    records = [record for s in samples for record in (s.fields, *s.annotations)]
+    values = [record[field] for record in records if record.get(field) is not None]
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    listed = io.StringIO()
+    texts = sorted({_text(value) for value in values})
+    csv.writer(listed, lineterminator="").writerow(texts[:_SHOWN_VALUES])
+    more = f" and {len(texts) - _SHOWN_VALUES} more" if len(texts) > _SHOWN_VALUES else ""
+    low, high = (min(numbers), max(numbers)) if numbers else (0, 100)
+    return (
+        f"--keep {field} does not say which values may pass. List them, --keep "
+        f"{shlex.quote(f'{field}={listed.getvalue()}')}{more}; or give the range of the numbers, "
+        f"--keep {shlex.quote(f'{field}={low}:{high}')}; or let all pass, unexamined, "
+        f"--keep-as-is {shlex.quote(field)}"
+    )
+
+
 def _samples(
-    source: Source, folder: Path, pseudonyms: Pseudonyms, rejects: Rejects, keep: frozenset
+    source: Source,
+    folder: Path,
+    pseudonyms: Pseudonyms,
+    rejects: Rejects,
+    keep: Mapping[str, Rule],
 ) -> Iterator[Sample]:
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[str, Path] = {}
@@ -108,7 +157,7 @@ def _samples(
                 raise BadInputError(path, "nothing in it is lit, so there is no view to crop to")
             annotations, num_cut = _moved(sample, view)
             names = {*sample.fields, *(key for one in sample.annotations for key in one)}
-            left_out |= names - keep - {*_IDS, *ANNOTATION_FIELDS}
+            left_out |= names - keep.keys() - {*_IDS, *ANNOTATION_FIELDS}
             of_image = _ids(sample.fields).values()
             annotations = [
                 {**new, **_passed(old, pseudonyms, keep, path, of_image)}
@@ -148,6 +197,10 @@ def _samples(
         )
     if left_out:
         source.notes.append(f"fields left out: {', '.join(sorted(left_out))}")
+    if unexamined := sorted(field for field, rule in keep.items() if rule is None):
+        source.notes.append(f"passed as they are, NOT examined: {', '.join(unexamined)}")
+    names = ", ".join(str(category.get("name")) for category in source.categories)
+    source.notes.append(f"names of classes pass as they are: {names}")
     source.notes.append("writing inside the view is still there: look at the images")
 
 
@@ -189,26 +242,43 @@ def _ids(record: Mapping) -> dict[str, str]:
 def _passed(
     record: Mapping,
     pseudonyms: Pseudonyms,
-    keep: frozenset,
+    keep: Mapping[str, Rule],
     path: Path,
     other_ids: Collection[str] = (),
 ) -> dict:
     """Of a record, the fields that may pass, ids replaced; none may hold `other_ids` either."""
     ids = _ids(record)
     passed = {field: pseudonyms(_IDS[field], name) for field, name in ids.items()}
-    for field in keep & record.keys():
+    for field in keep.keys() & record.keys():
         value = record[field]
         if value is not None and not isinstance(value, int | float | str):
             raise BadInputError(path, f"{field} is a {type(value).__name__}, which cannot pass")
-        text = str(value)
-        if (isinstance(value, str) and len(text) > _LONGEST_TEXT) or _DATE.search(text):
+        if not _admits(keep[field], value):
             raise BadInputError(
-                path, f"{field} is {value!r}, a date or free text, which cannot pass; leave it out"
+                path,
+                f"{field} is {value!r}, which --keep {field} does not admit; list it, or leave the "
+                "field out",
             )
         if any(_tells(value, name) for name in (*ids.values(), *other_ids)):
             raise BadInputError(path, f"{field} is {value!r}, an id, which cannot pass")
         passed[field] = value
     return passed
+
+
+def _admits(rule: Rule, value: float | str | None) -> bool:
+    if rule is None or value is None:
+        return True
+    if isinstance(rule, frozenset):
+        return _text(value) in rule
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and rule[0] <= value <= rule[1]
+
+
+def _text(value: object) -> str:
+    """As it is listed: true and false, 2 of 2.0 too."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _tells(value: float | str | None, name: str) -> bool:

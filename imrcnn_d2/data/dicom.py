@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from imrcnn_d2.data.files import check_pixels, regular_file
 from imrcnn_d2.data.rejects import BadInputError
 
 __all__ = ["is_dicom", "iter_rgb", "own_words", "read_header", "read_still"]
@@ -22,11 +22,9 @@ _SILENT = ("ignore", None, Warning, re.compile("pydicom"), 0)  # a filter of war
 def is_dicom(path: Path) -> bool:
     """Whether it has DICOM's mark behind the preamble, whatever its name."""
     try:
-        if not path.is_file():  # a pipe would be waited for
-            return False
-        with open(path, "rb") as file:
+        with open(regular_file(path), "rb") as file:
             return file.read(132)[128:] == b"DICM"
-    except OSError:
+    except (OSError, BadInputError):
         return False
 
 
@@ -68,6 +66,7 @@ def read_header(path: Path, **how) -> Any:
     """
     import pydicom
 
+    regular_file(path)
     with own_words(path, "is no readable DICOM file"):
         meta = pydicom.filereader.read_file_meta_info(path)
         if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
@@ -110,10 +109,7 @@ def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
             raise BadInputError(path, "is a DICOM file without an image")
         if not header.Rows or not header.Columns:
             raise BadInputError(path, "says nothing of its rows or columns")
-        number = int(header.Rows) * int(header.Columns)
-        if Image.MAX_IMAGE_PIXELS is not None and number > 2 * Image.MAX_IMAGE_PIXELS:
-            most = 2 * Image.MAX_IMAGE_PIXELS  # as Pillow refuses other images
-            raise BadInputError(path, f"has {number} pixels a frame, more than the {most} allowed")
+        check_pixels(path, int(header.Columns), int(header.Rows))
         decoder = get_decoder(header.file_meta.TransferSyntaxUID)
         if not decoder.is_available:
             missing = "; ".join(decoder.missing_dependencies)

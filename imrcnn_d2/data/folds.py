@@ -1,11 +1,11 @@
 """Cross-validation: a prepared data set as one data set a fold, with the same images."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from imrcnn_d2.data.json_files import read_json
 from imrcnn_d2.data.output_folder import first_difference, staged, write_json
 from imrcnn_d2.data.prepare import KEPT_TOGETHER, fold_settings, write_splits
 from imrcnn_d2.data.splits import SPLITS, Item, make_folds
@@ -94,4 +94,4 @@ def strata_of(annotations: Iterable[Mapping]) -> dict:
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)

@@ -13,9 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from imrcnn_d2.data.dicom import is_dicom, read_still
+from imrcnn_d2.data.files import (
+    check_inside,
+    image_file,
+    leads_out,
+    open_image,
+    regular_file,
+)
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 
 __all__ = [
@@ -60,25 +67,50 @@ class SourceImage:
     sha256: str
 
 
-def list_files(folder: Path) -> list[Path]:
+def list_files(folder: Path, rejects: Rejects | None = None) -> list[Path]:
     """All files under `folder`, hidden ones and those in hidden folders left out, in sorted order.
+
+    A link to a folder inside is left out, since its files are listed where they are.
+
+    Args:
+        folder: may be a link itself.
+        rejects: takes links that lead out of the folder, unless it says to follow them, and pipes,
+            sockets and devices. None follows links to files, and leaves out the others.
 
     Raises:
         FileNotFoundError: there is no such folder.
+        BadInputError: one of these under ``on_error="raise"``.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
+    checks = rejects or Rejects("reject", follow_links=True)
+    files, folders, followed = [], [folder], set()
+    while folders:
+        try:
+            paths = sorted(folders.pop().iterdir())
+        except PermissionError:
+            continue
+        for path in paths:
+            if path.name.startswith("."):
+                continue
+            with checks.catch():
+                is_link = path.is_symlink()
+                if is_link:
+                    check_inside(folder, path, checks.follow_links)
+                if not path.is_dir():
+                    files.append(regular_file(path))
+                elif not is_link:
+                    folders.append(path)
+                elif rejects and leads_out(folder, path) and path.resolve() not in followed:
+                    followed.add(path.resolve())  # links can go round in a circle
+                    folders.append(path)
+    return sorted(files)
 
 
 def by_stem(folder: Path, rejects: Rejects) -> dict[str, Path]:
     """Files by their path in `folder` without suffix, since image and mask may differ in it."""
     files: dict[str, Path] = {}
-    for path in list_files(folder):
+    for path in list_files(folder, rejects):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         with rejects.catch():
             if stem in files:
@@ -95,17 +127,23 @@ def check_name(file_name: object, source: Path) -> None:
         raise BadInputError(source, f"file_name {file_name!r} is no file name")
 
 
-def path_inside(folder: Path, file_name: object, source: Path) -> Path:
+def path_inside(folder: Path, file_name: object, source: Path, follow_links: bool = False) -> Path:
     """`folder` / `file_name`, refused if that leads outside the folder.
 
+    Args:
+        folder: may be a link itself.
+        file_name: relative to it.
+        source: names the file, and is blamed for a name that leads outside or is none.
+        follow_links: whether links may.
+
     Raises:
-        BadInputError: it does, or is no name at all; `source`, which names the file, is blamed.
+        BadInputError: it leads outside, or is no name at all.
     """
     check_name(file_name, source)
     relative = PurePosixPath(file_name)
     if relative.is_absolute() or ".." in relative.parts or Path(file_name).drive:
         raise BadInputError(source, f"file_name {file_name!r} leads outside {folder}")
-    return folder / relative
+    return check_inside(folder, folder / relative, follow_links)
 
 
 def inspect_image(path: Path) -> SourceImage:
@@ -229,25 +267,29 @@ def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _decode(path: Path) -> tuple[Image.Image, int, str]:
     """The image as stored, its EXIF orientation, and the sha256 of the file's bytes."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
-    sha256 = hashlib.sha256(data).hexdigest()
-    if is_dicom(path):
-        return _read_dicom(path), 1, sha256
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        frames = getattr(image, "n_frames", 1)
-    except UnidentifiedImageError as error:  # which names an address in memory
-        raise BadInputError(path, "is no readable image (of no known format)") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise BadInputError(path, f"is no readable image ({error})") from error
+    if is_dicom(image_file(path)):
+        return _read_dicom(path), 1, _sha256(path)
+    with open_image(path) as image:
+        try:
+            image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            frames = getattr(image, "n_frames", 1)
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+            raise BadInputError(path, f"is no readable image ({error})") from error
     if frames > 1 and image.format != "MPO":  # a camera's photograph and previews of it
         raise BadInputError(path, f"holds {frames} images; save each in a file, or all as a video")
-    return image, orientation, sha256
+    return image, orientation, _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def _read_dicom(path: Path) -> Image.Image:

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.rejects import BadInputError
 
 __all__ = ["read_json"]
@@ -18,6 +19,7 @@ def read_json(path: Path) -> object:
         BadInputError: cannot be opened, is no JSON, or holds what cannot be written again: NaN,
             infinite numbers, broken text.
     """
+    regular_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)

@@ -3,7 +3,6 @@
 Jha et al., "Kvasir-SEG: A Segmented Polyp Dataset", MMM 2020, https://datasets.simula.no/kvasir-seg/
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
+from imrcnn_d2.data.files import check_inside
 from imrcnn_d2.data.images import (
     SourceImage,
     by_stem,
@@ -20,6 +20,7 @@ from imrcnn_d2.data.images import (
     orient,
     read_mask,
 )
+from imrcnn_d2.data.json_files import read_json
 from imrcnn_d2.data.masks import annotation_from_mask, components
 from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.rejects import BadInputError, Rejects
@@ -58,9 +59,11 @@ def read_kvasir_seg(
 def _samples(
     root: Path, rejects: Rejects, negatives: Path | None, min_area: int, notes: list[str]
 ) -> Iterator[Sample]:
-    images = by_stem(root / "images", rejects)
-    masks = by_stem(root / "masks", rejects)
-    healthy = [] if negatives is None else list_files(negatives)
+    images, masks = (
+        by_stem(check_inside(root, root / name, rejects.follow_links), rejects)
+        for name in ("images", "masks")
+    )
+    healthy = [] if negatives is None else list_files(negatives, rejects)
     for stem in sorted(masks.keys() - images.keys()):
         with rejects.catch():
             raise BadInputError(masks[stem], f"mask without an image in {root / 'images'}")
@@ -111,8 +114,8 @@ def _read_boxes(root: Path, rejects: Rejects) -> dict[str, dict]:
     """The published boxes by image name; the file is called kavsir_bboxes.json in one release."""
     for path in sorted(root.glob("*box*.json")):
         with rejects.catch():
+            content = read_json(check_inside(root, path, rejects.follow_links))
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
                 for entry in content.values():
                     entry["bbox"] = [
                         [

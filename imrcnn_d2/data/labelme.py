@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from PIL import Image
 from tqdm import tqdm
 
+from imrcnn_d2.data.files import check_inside, open_image
 from imrcnn_d2.data.images import check_name, inspect_image, list_files
 from imrcnn_d2.data.instances import (
     ANNOTATION_FIELDS,
@@ -80,12 +81,13 @@ def read_labelme(
             always if there is no usable file at all.
     """
     folder = root if images is None else images
-    there = list_files(folder)
-    paths = [path for path in list_files(root) if path.suffix.lower() == ".json"]
+    there = list_files(folder, rejects)
+    paths = there if images is None else list_files(root, rejects)
+    paths = [path for path in paths if path.suffix.lower() == ".json"]
     files: list[_File] = []
     for path in tqdm(paths, desc="Reading LabelMe files", unit="file"):
         with rejects.catch():
-            files.append(_read(path, root, images))
+            files.append(_read(path, root, images, rejects.follow_links))
     if not files:
         raise BadInputError(root, "there is no LabelMe file (*.json) in it that can be used")
     labels = {shape["label"] for file in files for shape in file.content["shapes"]}
@@ -154,7 +156,7 @@ def labelme_document(
     }
 
 
-def _read(path: Path, root: Path, images: Path | None) -> _File:
+def _read(path: Path, root: Path, images: Path | None, follow_links: bool) -> _File:
     content = read_json(path)
     if not isinstance(content, dict) or not {"shapes", "imagePath"} <= content.keys():
         raise BadInputError(path, "is no LabelMe file: it has no shapes and imagePath")
@@ -170,6 +172,8 @@ def _read(path: Path, root: Path, images: Path | None) -> _File:
     _check_flags(path, content, IMAGE_FIELDS)
     embedded = content.pop("imageData", None)
     image = _locate(path, content["imagePath"], root, images)
+    if image is not None:
+        check_inside(root if images is None else images, image, follow_links)
     if image is None or not image.is_file():
         if not isinstance(embedded, str):
             where = content["imagePath"] if image is None else image
@@ -244,7 +248,7 @@ def _unpack(file: _File, root: Path, scratch: Path) -> Path:
     """Writes the image that is in the file, and returns where."""
     try:
         data = base64.b64decode(read_json(file.path)["imageData"], validate=True)
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(io.BytesIO(data)) as image:
             suffix = ".jpg" if image.format == "JPEG" else f".{image.format.lower()}"
     except Exception as error:  # as of any image, see images.py
         raise BadInputError(file.path, f"its imageData is no readable image ({error})") from error

@@ -10,6 +10,7 @@ import pycocotools.mask as mask_util
 from PIL import Image
 
 from imrcnn_d2.data.coco import to_rle
+from imrcnn_d2.data.files import open_image
 from imrcnn_d2.data.instances import ANNOTATION_FIELDS, further_fields
 from imrcnn_d2.data.shapes import (
     check_extent,
@@ -127,7 +128,7 @@ def _decode(text: object) -> np.ndarray:
     if not isinstance(text, str):
         raise ValueError("its mask is no text of base64")
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as file:
+        with open_image(io.BytesIO(base64.b64decode(text, validate=True)), ["PNG"]) as file:
             patch = np.asarray(file)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise ValueError(f"its mask is no PNG in base64 ({error})") from error

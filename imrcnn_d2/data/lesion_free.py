@@ -37,6 +37,6 @@ def with_lesion_free(source: Source, root: Path, rejects: Rejects) -> Source:
 
 
 def _samples(root: Path, rejects: Rejects) -> Iterator[Sample]:
-    for path in tqdm(list_files(root), desc="Reading images", unit="image"):
+    for path in tqdm(list_files(root, rejects), desc="Reading images", unit="image"):
         with rejects.catch():
             yield Sample(path.relative_to(root).as_posix(), inspect_image(path), [])

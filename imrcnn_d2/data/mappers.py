@@ -1,11 +1,14 @@
 """From a dataset dict to what the model takes."""
 
+from pathlib import Path
+
 import torch
 from detectron2.config import configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.structures import BitMasks, PolygonMasks
 
 from .augmentation import build_augmentation
+from .files import open_image
 
 __all__ = ["LesionMapper"]
 
@@ -29,6 +32,10 @@ class LesionMapper(DatasetMapper):
         crop = ret["augmentations"][: int(is_train and cfg.INPUT.CROP.ENABLED)]
         ret["augmentations"] = crop + build_augmentation(cfg, is_train)
         return ret
+
+    def __call__(self, dataset_dict):
+        with open_image(Path(dataset_dict["file_name"])):  # Detectron2 would open any format
+            return super().__call__(dataset_dict)
 
     def _transform_annotations(self, dataset_dict, transforms, image_shape):
         if any(not obj.get("iscrowd", 0) for obj in dataset_dict["annotations"]):

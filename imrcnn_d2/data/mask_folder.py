@@ -89,7 +89,7 @@ def _assign(
 ) -> dict[str, list[tuple[Path, str]]]:
     """The mask files of each image, with the class that the name gives, or ""."""
     files: dict[str, list[tuple[Path, str]]] = {stem: [] for stem in pictures}
-    for path in list_files(masks):
+    for path in list_files(masks, rejects):
         stem = path.relative_to(masks).with_suffix("").as_posix()
         with rejects.catch():
             label = ""

@@ -20,6 +20,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
+from imrcnn_d2.data.files import open_image
+
 __all__ = [
     "MIN_CORRELATION",
     "Features",
@@ -288,5 +290,5 @@ def _tissue(gray: np.ndarray, margin: int) -> np.ndarray:
 
 
 def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return np.asarray(image.convert("L").resize((_SIZE, _SIZE), Image.Resampling.BOX))

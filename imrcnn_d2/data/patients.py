@@ -120,19 +120,20 @@ def patients_from_pattern(pattern: str) -> PatientOf:
     return patient_of
 
 
-def patients_from_dicom(folder: Path | None = None) -> PatientOf:
+def patients_from_dicom(folder: Path | None = None, rejects: Rejects | None = None) -> PatientOf:
     """Reads the patient out of DICOM files: tag (0010,0020), PatientID.
 
     Args:
         folder: of DICOM files named as the images but for the suffix, of which there may be none;
             None where the images are DICOM files themselves.
+        rejects: takes links that lead out of the folder, see `list_files`.
 
     Raises:
         FileNotFoundError: there is no such folder. Of an image without a DICOM file, the function
             returned raises BadInputError.
     """
     files: dict[str, Path] = {}
-    for path in [] if folder is None else list_files(folder):
+    for path in [] if folder is None else list_files(folder, rejects):
         name = path.relative_to(folder).as_posix()
         files[re.sub(r"\.(dcm|dicom)$", "", name, flags=re.IGNORECASE)] = path
 

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 
 __all__ = ["PrivateRejects", "Pseudonyms"]
@@ -37,7 +38,8 @@ class Pseudonyms:
     """
 
     def __init__(self, key_file: Path, out: Path):
-        if out.resolve() in key_file.resolve().parents:
+        beside = key_file.parent.resolve() / key_file.name  # where the tables go, if it is a link
+        if out.resolve() in (*key_file.resolve().parents, *beside.parents):
             raise BadInputError(key_file, f"the key must not lie in the data set's folder {out}")
         self._key = _read_or_make_key(key_file)
         self.table = key_file.with_name(f"{key_file.name}.names.csv")
@@ -83,10 +85,11 @@ class PrivateRejects(Rejects):
     Args:
         on_error: "raise" or "reject".
         names: whose key it is.
+        follow_links: see `Rejects`.
     """
 
-    def __init__(self, on_error: str, names: Pseudonyms):
-        super().__init__(on_error)
+    def __init__(self, on_error: str, names: Pseudonyms, follow_links: bool = False):
+        super().__init__(on_error, follow_links)
         self._private = names.rejected
 
     def write_csv(self, path: Path) -> None:
@@ -108,11 +111,13 @@ def _read_or_make_key(path: Path) -> bytes:
     if os.name == "posix" and path.stat().st_mode & 0o077:
         raise BadInputError(path, "the key can be read by others: chmod 600 it")
     try:
-        key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+        key = bytes.fromhex(regular_file(path).read_text(encoding="ascii").strip())
     except (OSError, ValueError) as error:
         raise BadInputError(path, f"is no key file ({error})") from error
     if len(key) != _KEY_BYTES:
         raise BadInputError(path, f"is no key file: it has {len(key)} bytes, not {_KEY_BYTES}")
+    if len(set(key)) < _KEY_BYTES // 4:  # of random bytes, more differ: all zero, or one repeated
+        raise BadInputError(path, "is no random key, which can be guessed; let a new one be made")
     return key
 
 

@@ -25,12 +25,13 @@ class Rejects:
 
     Args:
         on_error: "raise" or "reject".
+        follow_links: whether links inside a folder of the user may lead out of it.
     """
 
-    def __init__(self, on_error: str = "raise"):
+    def __init__(self, on_error: str = "raise", follow_links: bool = False):
         if on_error not in ("raise", "reject"):
             raise ValueError(f"on_error is {on_error!r}; choose 'raise' or 'reject'")
-        self.on_error = on_error
+        self.on_error, self.follow_links = on_error, follow_links
         self.errors: list[BadInputError] = []
 
     @contextlib.contextmanager

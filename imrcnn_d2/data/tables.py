@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.rejects import BadInputError
 
 __all__ = ["Row", "Table", "not_numbers", "read_table", "typed"]
@@ -64,7 +65,7 @@ def read_table(csv_file: Path, needed: Sequence[str] = ()) -> Table:
             more cells than there are columns.
     """
     try:
-        text = csv_file.read_text(encoding="utf-8-sig")
+        text = regular_file(csv_file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(csv_file, f"cannot be read as a table in UTF-8 ({error})") from error
     header = text.partition("\n")[0]

@@ -9,6 +9,7 @@ import pycocotools.mask as mask_util
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.files import open_image
 from .matching import MAX_DETECTIONS
 
 __all__ = ["read_mask_folder"]
@@ -103,7 +104,7 @@ def _some(names):
 def _read(path, image):
     """(H, W) integers or bool."""
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             mask = np.asarray(file)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} can't be read: {error}. Write it again.") from error

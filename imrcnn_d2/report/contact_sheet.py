@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
+from ..data.files import open_image
 from ..evaluation import evaluate_lesions
 from .outlines import (
     HALO_WIDTH,
@@ -98,7 +99,7 @@ def show_tile(axes, image_root, file_name, summary):
         file_name (str):
         summary (str): a few words below the name.
     """
-    with Image.open(image_root / file_name) as image:
+    with open_image(image_root / file_name) as image:
         axes.imshow(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
     axes.autoscale(False)  # a box may lead out of the image
     name = Path(file_name).name

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from imrcnn_d2.data.files import open_image
+
 from .outlines import choose_images, outlines, regions_by_kind
 
 __all__ = ["embed", "gallery_data", "svg_path"]
@@ -84,7 +86,7 @@ def embed(path, long_side=LONG_SIDE):
         tuple[str, tuple[int, int], float]: base64 of a JPEG as it is to be seen, width and height
         of the original, and original pixels in one of the JPEG.
     """
-    with Image.open(path) as file:
+    with open_image(path) as file:
         # Before anything else: masks are of the image as it is seen.
         image = ImageOps.exif_transpose(file).convert("RGB")
     size = image.size

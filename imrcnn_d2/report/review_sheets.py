@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from imrcnn_d2.data.files import open_image
 from imrcnn_d2.data.images import list_files
 
 __all__ = ["draw_review_sheets"]
@@ -46,7 +47,7 @@ def _drawn(paths: list[Path], root: Path) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     for i, path in enumerate(paths):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * (_TILE + _NAME)
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.thumbnail((_TILE - 4, _TILE - 4))
             sheet.paste(image, (x + 2, y + 2))
         draw.text((x + 4, y + _TILE), path.relative_to(root).as_posix(), "black")

@@ -10,7 +10,7 @@ from endoscope_frames import draw_frame
 from PIL import Image
 
 from imrcnn_d2.data.coco import read_coco
-from imrcnn_d2.data.deidentify import deidentified
+from imrcnn_d2.data.deidentify import deidentified, parse_keep
 from imrcnn_d2.data.endoscope_view import find_view
 from imrcnn_d2.data.images import inspect_image, read_image
 from imrcnn_d2.data.masks import annotation_from_mask
@@ -58,7 +58,7 @@ def names(tmp_path):
     return Pseudonyms(tmp_path / "key", tmp_path / "out")
 
 
-def run(source, names, tmp_path, rejects=None, keep=()):
+def run(source, names, tmp_path, rejects=None, keep=None):
     source = deidentified(source, tmp_path / "new", names, rejects or Rejects(), keep)
     return list(source.samples), source
 
@@ -82,7 +82,9 @@ def test_the_picture_and_its_lesion_move_together(frames, names, tmp_path):
 
 
 def test_names_and_fields(frames, names, tmp_path):
-    (sample,), source = run(frames(["within"]), names, tmp_path, keep=["site", "size_mm"])
+    (sample,), source = run(
+        frames(["within"]), names, tmp_path, keep={"site": frozenset(["antrum"]), "size_mm": (0, 9)}
+    )
     assert sample.file_name == names.of_file("Muster_within.png") == sample.image.path.name
     assert sample.fields == {"patient_id": names("patient", "P1"), "site": "antrum", "size_mm": 4.5}
     (annotation,) = sample.annotations
@@ -121,50 +123,84 @@ def small(tmp_path, fields, of_class=None):
     return Source([Sample("a.png", inspect_image(tmp_path / "a.png"), annotations, fields)], [], {})
 
 
-DATES = (
-    *("20120812", 20120812, 20120812.0, "20120812123000", "201208121230", "2012-08-12 12:30"),
-    *("2012-8-2", "2012 08 01", "1964_08_12", "2012:08:12", "8/2/12", "08.2012", "2012-08"),
-    *("1 Aug 2012", "1. August", "Aug-12", "3märz64"),
+# Dates in ways that no pattern finds all of, and what else may tell of a person.
+TELLING = (
+    *(
+        "20120812",
+        20120812,
+        20120812.0,
+        "2012-8-2",
+        "1964_08_12",
+        "8/2/12",
+        "1 Aug 2012",
+        "3märz64",
+    ),
+    *(240131, 120864, 1700000000, 45000, 45000.5, "45000", "240131", "1700000000"),
+    *("12 août 1964", "12. elokuuta", "昭和39年8月12日", "ayer", "am Tag nach Neujahr"),
+    *(
+        "2012\u20108\u20102",
+        "2012\u20138\u20132",
+        "\uff12\uff10\uff11\uff12\uff10\uff18\uff11\uff12",
+    ),
+    *("Frau Muster", "antrum 12.08.1964", "ANTRUM", True, -1, 61, "12", ["antrum"], {"a": 12}),
 )
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        ("seen 12.08.2012", "a date or free text"),
-        *((date, "a date or free text") for date in DATES),
-        ("a polyp that was seen before and has grown", "a date or free text"),
-        ("P1", "an id, which cannot pass"),
-        ("p1 x", "an id, which cannot pass"),
-        (["P1"], "is a list, which cannot pass"),
-    ],
-)
-def test_values_that_tell_too_much(names, tmp_path, value, reason):
-    source = small(tmp_path, {"patient_id": "P1", "site": value})
-    with pytest.raises(BadInputError, match=reason):
-        run(source, names, tmp_path, keep=["site"])
+@pytest.mark.parametrize("value", TELLING)
+@pytest.mark.parametrize("rule", ["antrum,corpus", "0:60"])
+@pytest.mark.parametrize("of_annotation", [False, True])
+def test_values_that_nobody_named(names, tmp_path, value, rule, of_annotation):
+    record = {"note": value}
+    source = small(tmp_path, *(({}, record) if of_annotation else (record,)))
+    keep = parse_keep([f"note={rule}"], [], source)
+    with pytest.raises(BadInputError, match=r"a.png: note is .*, which"):
+        run(source, names, tmp_path, keep=keep)
 
 
 def test_values_that_pass(names, tmp_path):
-    values = [4.5, 12, 0.12345678, 3.14159265, "0-IIa", "4.5 mm", "marker 3", "mayo 2", True, None]
-    fields = {f"f{i}": value for i, value in enumerate(values)}
+    fields = {"size_mm": 4.5, "site": "antrum", "kind": "0-IIa, flat", "grade": 2, "seen": True}
+    fields |= {"none": None, "free": "12 août", "low": -3.0, "day": 45000, "ratio": "1:2"}
+    texts = ["size_mm=0:6e1", "site=corpus,antrum", 'kind=0-Is,"0-IIa, flat"', "grade=1,2"]
+    texts += ["seen=true,false", "none=a", "low=-3:-3", "day=40000:50000", "ratio=1:2,"]
     source = small(tmp_path, {"lesion_id": "0", **fields}, fields)
-    ((kept,), _) = run(source, names, tmp_path, keep=fields)
+    ((kept,), source) = run(
+        source, names, tmp_path, keep=parse_keep(texts, ["free", "odd"], source)
+    )
     for record in (kept.fields, kept.annotations[0]):
-        assert [record[name] for name in fields] == values
+        assert {name: record[name] for name in fields} == fields
+    assert "passed as they are, NOT examined: free, odd" in source.notes
 
 
-@pytest.mark.parametrize(("patient", "note"), [("P1", "of P1"), ("4711", 4711.0), ("4711", 4711)])
-def test_an_annotation_does_not_tell_the_patient(names, tmp_path, patient, note):
+def test_a_field_without_its_values(frames, names, tmp_path):
+    """The error names the ways there are, with values of the field, and they work."""
+    for text in ("size_mm", "size_mm="):
+        with pytest.raises(ValueError, match=r"--keep size_mm .*--keep-as-is size_mm") as error:
+            parse_keep(["site=antrum", text], [], frames(["within"]))
+    listed, ranged = (f"size_mm={rule}" for rule in ("4.5", "4.5:4.5"))
+    assert f"--keep {listed}" in str(error.value) and f"--keep {ranged}" in str(error.value)
+    for texts, as_is in (([listed], []), ([ranged], []), ([], ["size_mm"])):
+        keep = parse_keep(texts, as_is, frames(["within"]))
+        (sample,), _ = run(frames(["within"]), names, tmp_path, keep=keep)
+        assert sample.fields["size_mm"] == 4.5
+    with pytest.raises(ValueError, match="site is named twice"):
+        parse_keep(["site=antrum"], ["site"], frames(["within"]))
+
+
+@pytest.mark.parametrize("rule", ["note=0:9999", "note=4711,P1,of P1", None])
+@pytest.mark.parametrize(
+    ("patient", "note"), [("P1", "of P1"), ("P1", "P1"), ("4711", 4711.0), ("4711", 4711)]
+)
+def test_an_annotation_does_not_tell_the_patient(names, tmp_path, patient, note, rule):
     source = small(tmp_path, {"patient_id": patient}, {"note": note})
-    with pytest.raises(BadInputError, match=r"note is .*, an id, which cannot pass"):
-        run(source, names, tmp_path, keep=["note"])
+    keep = parse_keep([rule] if rule else [], [] if rule else ["note"], source)
+    with pytest.raises(BadInputError, match=r"note is .*, (an id|which)"):
+        run(source, names, tmp_path, keep=keep)
 
 
 @pytest.mark.parametrize("field", ["patient_id", "area", "width", "group_id"])
 def test_what_is_made_anew_is_never_kept(names, tmp_path, field):
     with pytest.raises(ValueError, match=f"{field} cannot be kept"):
-        run(small(tmp_path, {}), names, tmp_path, keep=[field])
+        run(small(tmp_path, {}), names, tmp_path, keep={field: None})
 
 
 def test_dark_images_and_copies(frames, names, tmp_path):

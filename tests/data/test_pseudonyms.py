@@ -60,7 +60,12 @@ def test_keys_that_are_none(tmp_path):
     with pytest.raises(BadInputError, match="must not lie in the data set's folder"):
         Pseudonyms(out / "sub" / ".." / "key", out)
     assert not out.exists()
-    for text, reason in (("secret", "is no key file"), ("ab" * 16, "16 bytes, not 32")):
+    for text, reason in (
+        ("secret", "is no key file"),
+        ("ab" * 16, "16 bytes, not 32"),
+        ("00" * 32, "is no random key"),
+        ("ab" * 32, "is no random key"),
+    ):
         key.write_text(text)
         key.chmod(0o600)
         with pytest.raises(BadInputError, match=reason):
@@ -73,6 +78,9 @@ def test_keys_that_are_none(tmp_path):
     out.mkdir()
     with pytest.raises(BadInputError, match="must not lie"):
         Pseudonyms(tmp_path / "link" / "key", out)
+    (out / "key").symlink_to(tmp_path / "elsewhere")  # the tables would lie in the data set
+    with pytest.raises(BadInputError, match="must not lie"):
+        Pseudonyms(out / "key", out)
 
 
 def test_rejects_name_nothing(names, tmp_path):

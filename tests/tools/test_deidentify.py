@@ -78,7 +78,7 @@ def sources(tmp_path):
 
 def test_nothing_leads_back(sources, tmp_path, capsys):
     out, key = tmp_path / "out", tmp_path / "safe" / "key"
-    private = "--deidentify", "--key", key, "--keep", "size_mm", "--review", tmp_path / "review"
+    private = "--deidentify", "--key", key, "--keep", "size_mm=1:9", "--review", tmp_path / "review"
     run(*sources, *private, "--out", out, "--split-by", "group", "--folds", 2, "--ratio", "3:2:2")
     written = [path for folder in (out, tmp_path / "review") for path in folder.rglob("*")]
     files = [path for path in written if path.is_file()]
@@ -182,6 +182,7 @@ def test_options_that_do_not_fit(sources, tmp_path, capsys):
         (["--deidentify"], "need each other"),
         (["--key", tmp_path / "key"], "need each other"),
         (["--keep", "site"], "belong to --deidentify"),
+        (["--keep-as-is", "site"], "belong to --deidentify"),
         ([*private, "--review", tmp_path / "in"], "is not empty"),
         ([*private, "--review", tmp_path / "out" / "review"], "lies in the data set's folder"),
     ):
@@ -191,8 +192,17 @@ def test_options_that_do_not_fit(sources, tmp_path, capsys):
     for options, said in (
         (["--key", tmp_path / "out" / "key"], "must not lie in the data set's folder"),
         (["--key", tmp_path / "key", "--split-by", "prefix"], "reads file names"),
+        (["--key", tmp_path / "key", "--keep", "size_mm"], "--keep size_mm=1:7"),
     ):
         with pytest.raises(SystemExit) as error:
             run(*sources, *out, "--deidentify", *options)
         assert said in error.value.code
     assert not (tmp_path / "out").exists()
+
+
+def test_a_column_that_nobody_examined(sources, tmp_path, capsys):
+    private = "--deidentify", "--key", tmp_path / "key", "--keep-as-is", "date_captured"
+    run(*sources, *private, "--out", tmp_path / "out")
+    assert "NOT examined: date_captured" in capsys.readouterr().out
+    images = json.loads((tmp_path / "out" / "annotations" / "train.json").read_text())["images"]
+    assert {image["date_captured"] for image in images} == {"2012-08-01 12:00"}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from imrcnn_d2.data.files import check_inside
 from imrcnn_d2.data.folds import strata_of
 from imrcnn_d2.data.images import link_or_copy
 from imrcnn_d2.data.near_duplicates import group_labels
@@ -48,7 +49,11 @@ def check_can_fix(prepared: Path, out: Path) -> None:
 
 
 def write_fixed_splits(
-    prepared: Path, out: Path, groups: Sequence[Sequence[str]], pairs: Sequence[Mapping] = ()
+    prepared: Path,
+    out: Path,
+    groups: Sequence[Sequence[str]],
+    pairs: Sequence[Mapping] = (),
+    follow_links: bool = False,
 ) -> list[Move]:
     """Writes a prepared data set in which no group is in two splits.
 
@@ -63,6 +68,7 @@ def write_fixed_splits(
         groups: file names that must not be parted. Images with one ``group_id`` are such a group
             as well; groups that share an image become one.
         pairs: to list in near_duplicates.json, JSON values.
+        follow_links: whether links among the images may lead out of their folder.
 
     Returns:
         the moves, by name; without any nothing is written.
@@ -108,6 +114,7 @@ def write_fixed_splits(
     with staged(out) as stage:
         for path in sorted((prepared / "images").rglob("*")):
             if path.is_file():
+                check_inside(prepared / "images", path, follow_links)
                 target = stage / "images" / path.relative_to(prepared / "images")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(path, target)

@@ -77,13 +77,16 @@ def find_prepared(name: str) -> Path:
     )
 
 
-def read_entries(title: str, files: Mapping[str, Path], image_root: Path) -> AuditedData:
+def read_entries(
+    title: str, files: Mapping[str, Path], image_root: Path, follow_links: bool = False
+) -> AuditedData:
     """Reads COCO files; what is wrong with single images or annotations is left as it is.
 
     Args:
         title: to call the data set by.
         files: COCO instance JSON by split; "" for no split.
         image_root: the folder that each ``file_name`` is relative to.
+        follow_links: whether links in that folder may lead out of it.
 
     Raises:
         BadInputError: a file as a whole cannot be used, an image is listed twice in one file, files
@@ -111,7 +114,7 @@ def read_entries(title: str, files: Mapping[str, Path], image_root: Path) -> Aud
         for annotation in content["annotations"]:
             of_image[str(annotation["image_id"])].append(annotation)
         for record in content["images"]:
-            image = path_inside(image_root, record["file_name"], path)
+            image = path_inside(image_root, record["file_name"], path, follow_links)
             patient = record.get("patient_id")
             if not isinstance(patient, str | int | float | None):
                 told = (
