@@ -9,6 +9,7 @@ import pycocotools.mask as mask_util
 from imrcnn_d2.data.images import SourceImage, drawn_on_stored_pixels, orient
 from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.data.shapes import union
 
 __all__ = [
     "ANNOTATION_FIELDS",
@@ -103,8 +104,9 @@ def annotate(
     if image.orientation != 1 and not turned and regions:
         notes.append(f"{image.path}: EXIF-rotated, annotations taken as drawn on what is shown")
     annotations: list[dict] = []
+    seen: set[tuple[str, str]] = set()
     for parts in _instances(regions):
-        label, rle = parts[0].label, mask_util.merge([part.rle for part in parts])
+        label, rle = parts[0].label, union([part.rle for part in parts])
         if not mask_util.area(rle):
             raise BadInputError(
                 image.path, f"a {label!r} covers no pixel of the {size[0]}x{size[1]} image"
@@ -114,9 +116,10 @@ def annotate(
             mask = orient(mask, image.orientation)
         annotation = {**_joined(parts), **annotation_from_mask(mask, category_ids[label])}
         annotation["iscrowd"] = int(any(part.fields.get("iscrowd") for part in parts))
-        for other in annotations:
-            if all(annotation[key] == other[key] for key in ("category_id", "segmentation")):
-                raise BadInputError(image.path, f"a {label!r} is there twice")
+        content = label, annotation["segmentation"]["counts"]
+        if content in seen:
+            raise BadInputError(image.path, f"a {label!r} is there twice")
+        seen.add(content)
         annotations.append(annotation)
     return annotations
 

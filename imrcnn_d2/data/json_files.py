@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from collections import Counter
 from pathlib import Path
 
 from imrcnn_d2.data.files import regular_file
@@ -10,30 +12,46 @@ from imrcnn_d2.data.rejects import BadInputError
 __all__ = ["read_json"]
 
 _LONGEST_INTEGER = 300  # digits: larger ones cannot become a float
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path) -> object:
     """Reads strict JSON in UTF-8, with or without a byte order mark.
 
     Raises:
-        BadInputError: cannot be opened, is no JSON, or holds what cannot be written again: NaN,
-            infinite numbers, broken text.
+        BadInputError: cannot be opened, is no JSON, has a key twice in one object, or holds what
+            cannot be written again: NaN, infinite numbers, broken text.
     """
     regular_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+        content = json.loads(
+            text,
+            parse_constant=_refuse,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_unique,
+        )
     except OSError as error:
         raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
     except ValueError as error:
         raise BadInputError(path, f"is no JSON ({error})") from error
     except RecursionError as error:
         raise BadInputError(path, "is nested too deeply to be read") from error
-    if "\\u" in text:  # JSON can spell halves of a character, which no file can hold
+    if _HALF_CHARACTER.search(text):  # which JSON can spell, but no file can hold
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise BadInputError(path, f"is no JSON (broken text: {error.reason})") from error
+    return content
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """json.loads takes the last of several values, so that the others would be lost unnoticed."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        (key, times), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} is there {times} times in one object, keep one")
     return content
 
 

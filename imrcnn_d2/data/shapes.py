@@ -5,6 +5,7 @@ LabelMe and CVAT. A polygon 10..30 is therefore 20 pixels wide.
 """
 
 import math
+import reprlib
 from collections.abc import Sequence
 from numbers import Real
 
@@ -15,11 +16,14 @@ import pycocotools.mask as mask_util
 __all__ = [
     "MIN_IOU",
     "check_extent",
+    "check_outline",
+    "check_size",
     "ellipse_rle",
     "outlines",
     "patch_rle",
     "polygon_rle",
     "rectangle",
+    "union",
 ]
 
 # Of a polygon made from a mask with that mask.
@@ -27,32 +31,82 @@ MIN_IOU = 0.99
 # Pixels that a polygon may be off the mask's edge to have fewer points; the first that is near
 # enough is taken. 0 follows every pixel.
 _TOLERANCES = (4.0, 3.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.0)
-# Times the image's size that a shape may reach beyond it. pycocotools walks along every edge, so a
-# coordinate of a billion would fill the memory.
+# Of an image: JPEG's longest side, and the area from which on Pillow refuses to decode. What is
+# declared larger has no image behind it.
+_MAX_SIDE, _MAX_PIXELS = 65_535, 178_956_970
+# pycocotools walks along every edge, pixel by pixel, and keeps them all: times the image's size
+# that a shape may reach beyond it, and times its width and height together that it may be long.
 _MAX_OUTSIDE = 10
+_MAX_PERIMETER = 100
+_MERGED_AT_ONCE = 8
 
 
-def check_extent(values: Sequence[float], height: int, width: int) -> None:
-    """Raises ValueError for coordinates that are no finite numbers or far outside the image."""
-    limit = _MAX_OUTSIDE * max(height, width)
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"the coordinate {value!r} is no number")
-        if abs(value) > limit:
-            raise ValueError(f"the coordinate {value:g} is far outside the {width}x{height} image")
+def check_size(height: object, width: object) -> tuple[int, int]:
+    """Height and width as int; ValueError for what can be the size of no image."""
+    for side in (height, width):
+        is_number = isinstance(side, int | float | np.number) and not isinstance(side, bool)
+        if not is_number or not 0 < side <= _MAX_SIDE or side != int(side):
+            raise ValueError(
+                f"{reprlib.repr(side)} is no side of an image, 1 to {_MAX_SIDE} pixels"
+            )
+    if height * width > _MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are more than any image has ({_MAX_PIXELS})")
+    return int(height), int(width)  # some tools write 640.0
+
+
+def check_extent(values: Sequence[float], height: int, width: int) -> np.ndarray:
+    """(N,) float coordinates; ValueError if one is no finite number or far outside the image."""
+    kinds = {kind for kind in set(map(type, values)) if kind is bool or not issubclass(kind, Real)}
+    if kinds:
+        value = next(value for value in values if type(value) in kinds)
+        raise ValueError(f"the coordinate {reprlib.repr(value)} is no number")
+    try:
+        coordinates = np.array(values, float)
+    except OverflowError as error:
+        raise ValueError("a coordinate is too large for any image") from error
+    inside = np.abs(coordinates) <= _MAX_OUTSIDE * max(height, width)
+    if not inside.all():  # NaN is not inside either
+        value = coordinates[inside.argmin()]
+        raise ValueError(f"the coordinate {value:g} is far outside the {width}x{height} image")
+    return coordinates
+
+
+def check_outline(flat: Sequence[float], height: int, width: int) -> None:
+    """Raises ValueError for a polygon x1, y1, x2, y2, ... that is none, or that goes to and fro.
+
+    What passes takes bounded memory and time to fill.
+    """
+    if len(flat) < 6:
+        raise ValueError(f"a polygon has {len(flat) // 2} points, at least 3 are needed")
+    points = check_extent(flat, height, width).reshape(-1, 2)
+    length = np.abs(points - np.roll(points, -1, axis=0)).max(axis=1).sum()
+    if length > _MAX_PERIMETER * (height + width):
+        raise ValueError(
+            f"a polygon of {len(points)} points is {length:.0f} pixels long, which no outline in a "
+            f"{width}x{height} image is; outline it anew"
+        )
 
 
 def polygon_rle(points: Sequence[Sequence[float]], height: int, width: int) -> dict:
     """Compressed COCO RLE of a polygon of [x, y] points.
 
     Raises:
-        ValueError: fewer than three points, or as `check_extent`.
+        ValueError: as `check_outline`.
     """
-    if len(points) < 3:
-        raise ValueError(f"a polygon has {len(points)} points, at least 3 are needed")
     flat = [value for point in points for value in point]
-    check_extent(flat, height, width)
+    check_outline(flat, height, width)
     return mask_util.frPyObjects([flat], height, width)[0]
+
+
+def union(rles: Sequence[dict]) -> dict:
+    """Compressed RLE of the pixels in any of one or more masks.
+
+    Merging all at once would read the growing union for each of them.
+    """
+    while len(rles) > 1:
+        groups = range(0, len(rles), _MERGED_AT_ONCE)
+        rles = [mask_util.merge(rles[i : i + _MERGED_AT_ONCE]) for i in groups]
+    return rles[0]
 
 
 def rectangle(
@@ -127,8 +181,9 @@ def _simplified(edge: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
     left, top = edge.min(axis=0)[0]
     width, height = (edge.max(axis=0)[0] - (left, top)).tolist()
 
-    def rle(points: np.ndarray) -> dict:
-        return polygon_rle((points - (left, top)).tolist(), height, width)
+    def rle(points: np.ndarray) -> dict:  # however long: it has as many points as the mask's edge
+        flat = (points - (left, top)).ravel().tolist()
+        return mask_util.frPyObjects([flat], height, width)[0]
 
     truth = rle(cv2.approxPolyDP(edge, 0, closed=True)[:, 0])
     if mask is not None:

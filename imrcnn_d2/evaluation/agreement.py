@@ -4,7 +4,7 @@ None of them is the truth, so every figure of a pair is the same whichever comes
 matched one to one so that as many as possible, and of these the best overlapping, are pairs.
 """
 
-import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.json_files import read_json
 from .agreement_measures import COLUMNS, AgreementMeasures, compare_outlines
 from .intervals import with_intervals
 from .metrics import divide
@@ -105,15 +106,17 @@ def read_model(name, results, tau, images_of):
         Annotator:
 
     Raises:
-        ValueError: on bad input.
+        ValueError: on bad input, and a tau that is none.
     """
-    truth, content = images_of.truth, results
+    if not 0 <= tau < math.inf:
+        raise ValueError(f"tau is {tau}; it must be a number that is not negative.")
+    truth, content, source = images_of.truth, results, None
     if isinstance(content, str | Path) and Path(content).is_file():
-        content = json.loads(Path(content).read_text(encoding="utf-8"))
+        content, source = read_json(Path(content)), content
     if isinstance(content, dict) and content.get("images"):
-        truth = read_ground_truth({**content, "annotations": []})
-        content = content["annotations"]
-    found = read_results(content, truth)
+        truth = read_ground_truth({**content, "annotations": []}, source)
+        content = content.get("annotations")
+    found = read_results(content, truth, source)
     regions = found.regions.take(np.flatnonzero(found.score >= tau))
     return _checked(name, _outlined(truth.images, truth.categories, regions))
 

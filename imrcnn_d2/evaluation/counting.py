@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import pycocotools.mask as mask_util
 
+from ..data.shapes import union
+
 __all__ = [
     "COLUMNS",
     "UnitCounts",
@@ -196,12 +198,12 @@ def count_images(gt, detections, groups, matching, counted, other=None):
     np.maximum.at(score, image[matching.counts], detections.score[matching.counts])
     counts = counter(gt, detections, groups, matching)(~gt.crowd, counted)
     if other is None:
-        union = union_overlaps(gt, detections, counted)
+        iou = union_overlaps(gt, detections, counted)
     else:
         same = counts.tp + counts.fp == other.tp + other.fp
-        union = union_overlaps(gt, detections, counted & ~same[image])
-        union = np.where(same, other.union_iou, union)
-    return replace(counts, score=score, union_iou=union, union_dice=2 * union / (1 + union))
+        iou = union_overlaps(gt, detections, counted & ~same[image])
+        iou = np.where(same, other.union_iou, iou)
+    return replace(counts, score=score, union_iou=iou, union_dice=2 * iou / (1 + iou))
 
 
 def counter(gt, detections, groups, matching):
@@ -278,11 +280,8 @@ def union_overlaps(gt, detections, counted):
     found = _by_image(detections.regions, counted)
     for position, outlines in _by_image(gt.regions, ~gt.crowd).items():
         if position in found:
-            union, outline = (
-                masks if len(masks) == 1 else [mask_util.merge(masks)]
-                for masks in (found[position], outlines)
-            )
-            iou[position] = mask_util.iou(union, outline, [False])[0, 0]
+            detected, outline = ([union(masks)] for masks in (found[position], outlines))
+            iou[position] = mask_util.iou(detected, outline, [False])[0, 0]
     return iou
 
 

@@ -1,6 +1,7 @@
 """Score COCO results against COCO ground truth, without a model."""
 
 import logging
+import math
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
@@ -225,7 +226,7 @@ def evaluate_lesions(
     if operating_point is not None:
         thresholds["tau_val."] = operating_point.tau
     for threshold in thresholds.values():
-        if not threshold >= 0:
+        if not 0 <= threshold < math.inf:
             raise ValueError(f"tau is {threshold}; it must be a number that is not negative.")
     gt = read_ground_truth(gt)
     detections = read_results(results, gt)

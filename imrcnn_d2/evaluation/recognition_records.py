@@ -1,11 +1,13 @@
 """Images with a class each and the probabilities a model gives them, checked and as arrays."""
 
-import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from ..data.coco import NUMBER, check_records
+from ..data.json_files import read_json
+from .records import GROUND_TRUTH, by_id
 
 __all__ = ["LabelledImages", "read_labels", "read_probabilities"]
 
@@ -51,16 +53,13 @@ def read_labels(gt):
         return gt
     where = "The ground truth"
     if isinstance(gt, (str, Path)):
-        where, gt = str(gt), json.loads(Path(gt).read_text(encoding="utf-8"))
-    for key in ("images", "categories", "annotations"):
-        if not isinstance(gt.get(key), list) or not gt[key]:
+        where, gt = str(gt), read_json(Path(gt))
+    for key, (needed, kinds) in GROUND_TRUTH.items():
+        records = gt.get(key) if isinstance(gt, dict) else None
+        check_records(records, key, where, needed, kinds)
+        if not records:
             raise ValueError(f"{where} has no {key}: it must be COCO image classification.")
-    images = sorted(gt["images"], key=lambda image: image["id"])
-    categories = sorted(gt["categories"], key=lambda category: category["id"])
-    for what, records in (("images", images), ("categories", categories)):
-        id_, count = Counter(record["id"] for record in records).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"{where} has {count} {what} with id {id_}.")
+    images, categories = (by_id(gt[key], key, where) for key in ("images", "categories"))
     if len(categories) < 2:
         raise ValueError(f"{where} has one class, {categories[0]['name']}: nothing to tell apart.")
     position = {category["id"]: k for k, category in enumerate(categories)}
@@ -107,11 +106,15 @@ def read_probabilities(results, truth):
         return results
     where = "The results"
     if isinstance(results, (str, Path)):
-        where, results = str(results), json.loads(Path(results).read_text(encoding="utf-8"))
+        where, results = str(results), read_json(Path(results))
+    check_records(results, "results", where, ("image_id", "scores"), {"scores": list})
     k, ids = len(truth.categories), {image["id"] for image in truth.images}
     scores = {}
     for result in results:
-        image, own = result["image_id"], np.asarray(result["scores"], dtype=float)
+        image, own = result["image_id"], result["scores"]
+        if not all(isinstance(score, NUMBER) and type(score) is not bool for score in own):
+            raise ValueError(f"{where} give image {image} the scores {own}: not all are numbers.")
+        own = np.array(own, dtype=float)
         if image not in ids:
             raise ValueError(f"{where} have image {image}, which the ground truth lacks.")
         if image in scores:

@@ -4,22 +4,29 @@ Everything downstream (matching, counts, curves, COCO's AP) reads these arrays, 
 accepted as input is decided here, once.
 """
 
-import json
 import logging
 import math
+import reprlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
 
+from ..data.coco import NUMBER, check_records, to_rles
+from ..data.json_files import read_json
+from ..data.rejects import BadInputError
+from ..data.shapes import check_size
 from .mask_folder import read_mask_folder
 from .translation import with_ids_of
 
 __all__ = [
+    "GROUND_TRUTH",
     "Detections",
     "GroundTruth",
     "Regions",
+    "by_id",
     "mask_areas",
     "read_ground_truth",
     "read_results",
@@ -29,6 +36,14 @@ logger = logging.getLogger(__name__)
 
 # What an annotation says of its place, which Regions has.
 _REGION = ("segmentation", "bbox")
+_IDS = ("image_id", "category_id")
+# Of the lists of ground truth: fields that are needed, and the types of others.
+GROUND_TRUTH = {
+    "images": (("id",), {"file_name": str, "patient_id": (*NUMBER, str, type(None))}),
+    "categories": (("id", "name"), {}),
+    "annotations": (_IDS, {"area": NUMBER}),
+}
+_FAR = 1e9  # pixels: boxes farther out are none, and their areas would overflow
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,38 +137,49 @@ def mask_areas(masks):
     return np.array([mask_util.area(mask) for mask in masks], dtype=float)
 
 
-def read_ground_truth(gt):
+def read_ground_truth(gt, source=None):
     """
     Args:
         gt (dict, pycocotools.coco.COCO, str, Path or GroundTruth): COCO instance annotations, or
             what was read already. Masks are RLE (compressed or not) or polygons. ``iscrowd``,
             ``area`` and one of ``bbox`` and ``segmentation`` may be missing.
+        source (str, Path or None): what errors call it; None for the file's name.
 
     Returns:
         GroundTruth: its ``regions.masks`` is None unless every annotation has a mask.
 
     Raises:
-        ValueError: on doubled image or category ids, doubled category names, annotations for an
-            unknown image or category, masks of another size than their image, and annotations with
-            neither box nor mask.
+        BadInputError: on fields of a wrong type, doubled image or category ids, doubled category
+            names, annotations for an unknown image or category, malformed masks and such of another
+            size than their image, and annotations with neither box nor mask.
     """
     if isinstance(gt, GroundTruth):
         return gt
+    source = source or (gt if isinstance(gt, str | Path) else "the ground truth")
     dataset = _load(gt)
-    for key in ("images", "categories", "annotations"):
-        if key not in dataset:
-            raise ValueError(f"The ground truth has no '{key}': it must be a COCO instance file.")
-    images = sorted(dataset["images"], key=lambda image: image["id"])
-    categories = sorted(dataset["categories"], key=lambda category: category["id"])
-    for what, items in (("image", images), ("category", categories)):
-        for one, two in zip(items, items[1:], strict=False):
-            if one["id"] == two["id"]:
-                raise ValueError(f"The ground truth has two {what} records with id {one['id']}.")
-    names = [category["name"] for category in categories]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"The ground truth has several categories {name!r}: rename them.")
-    annotations, regions = _read_regions(dataset["annotations"], images, categories, "annotation")
+    if not isinstance(dataset, dict):
+        raise BadInputError(source, "is no COCO instance file: it is no object")
+    for key, (needed, kinds) in GROUND_TRUTH.items():
+        check_records(dataset.get(key), key, source, needed, kinds)
+    images, categories = (by_id(dataset[key], key, source) for key in ("images", "categories"))
+    names = Counter(category["name"] for category in categories)
+    for name, count in names.items():
+        if count > 1:
+            raise BadInputError(source, f"has several categories {name!r}: rename them")
+    annotations, regions = _read_regions(
+        dataset["annotations"], "annotations", images, categories, source
+    )
+    for annotation in annotations:
+        for key, is_one in (
+            ("iscrowd", annotation.get("iscrowd", 0) in (0, 1)),
+            ("area", 0 <= annotation.get("area", 0) <= _FAR**2),
+        ):
+            if not is_one:
+                value = reprlib.repr(annotation[key])
+                raise BadInputError(
+                    source,
+                    f"an annotation of image {annotation['image_id']!r} has the {key} {value}",
+                )
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
     outline = regions.boxes[:, 2] * regions.boxes[:, 3]
     if regions.masks:
@@ -163,7 +189,7 @@ def read_ground_truth(gt):
     return GroundTruth(images, categories, regions, fields, crowd, area)
 
 
-def read_results(results, gt):
+def read_results(results, gt, source=None):
     """
     Args:
         results (list[dict], dict, str or Path): a COCO results list (``image_id``,
@@ -175,120 +201,153 @@ def read_results(results, gt):
             :func:`coco_results` has it for such a folder, the results know no scores. What was read
             already stays as it is.
         gt (GroundTruth): what the results are for.
+        source (str, Path or None): what errors call the results; None for the file's name.
 
     Returns:
         Detections: its ``regions.masks`` is None unless every result has a mask.
 
     Raises:
-        ValueError: on results for an unknown image or category, a missing, NaN, infinite or
-            negative score, masks of another size than their image, and results with neither box
-            nor mask.
+        BadInputError: on fields of a wrong type, results for an unknown image or category, a
+            missing, NaN, infinite or negative score, malformed masks and such of another size than
+            their image, and results with neither box nor mask.
     """
     if isinstance(results, Detections):
         return results
+    source = source or (results if isinstance(results, str | Path) else "the results")
     is_folder = isinstance(results, str | Path) and Path(results).is_dir()
     results = read_mask_folder(results, gt) if is_folder else _load(results)
     if isinstance(results, dict):
         if "annotations" not in results:
-            raise ValueError(
-                "The results are a dict without 'annotations': give a COCO results list."
+            raise BadInputError(
+                source, "is an object without 'annotations': give a COCO results list"
             )
+        for key, needed in (("images", ("id",)), ("categories", ("id",)), ("annotations", _IDS)):
+            if key in results:
+                check_records(results[key], key, source, needed, {"file_name": str})
         results = with_ids_of(gt, results)
+    check_records(results, "results", source, _IDS)
     unscored = is_folder or bool(results) and all(r.get("score", 0) is None for r in results)
     for number, result in enumerate([] if unscored else results):
         score = result.get("score")
-        if not isinstance(score, int | float | np.number) or not math.isfinite(score) or score < 0:
-            raise ValueError(
-                f"Result {number} (image {result.get('image_id')}) has the score {score!r}: "
-                "every result needs a finite score that is not negative."
+        if not isinstance(score, NUMBER) or type(score) is bool or not 0 <= score < math.inf:
+            raise BadInputError(
+                source,
+                f"results[{number}], of image {result['image_id']!r}, has the score "
+                f"{reprlib.repr(score)}: every result needs a finite score that is not negative",
             )
-    results, regions = _read_regions(results, gt.images, gt.categories, "result")
+    results, regions = _read_regions(results, "results", gt.images, gt.categories, source)
     score = np.array([1 if unscored else result["score"] for result in results], float)
     return Detections(regions, score, scored=not unscored)
 
 
 def _load(source):
     if isinstance(source, str | Path):
-        try:
-            return json.loads(Path(source).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{source} is not a JSON file: {error}") from error
+        return read_json(Path(source))
     return getattr(source, "dataset", source)  # pycocotools' COCO keeps the JSON there
 
 
-def _read_regions(records, images, categories, what):
+def by_id(records, key, source):
+    """Images or categories by ascending id."""
+    try:
+        records = sorted(records, key=lambda record: record["id"])
+    except TypeError as error:
+        raise BadInputError(source, f"the ids of its {key} are numbers and texts mixed") from error
+    for one, two in zip(records, records[1:], strict=False):
+        if one["id"] == two["id"]:
+            raise BadInputError(source, f"has two {key} with id {one['id']!r}: keep one")
+    return records
+
+
+def _read_regions(records, key, images, categories, source):
     """The records as (records by image, Regions)."""
-    image_at = {image["id"]: position for position, image in enumerate(images)}
-    category_at = {category["id"]: position for position, category in enumerate(categories)}
-    for number, record in enumerate(records):
-        for key, known in (("image_id", image_at), ("category_id", category_at)):
-            if record.get(key) not in known:
-                raise ValueError(
-                    f"{what.capitalize()} {number} has the {key} {record.get(key)!r}, "
-                    "which the ground truth does not list."
-                )
-    records = sorted(records, key=lambda record: image_at[record["image_id"]])  # a stable sort
-    with_mask = [bool(record.get("segmentation")) for record in records]
-    masks = None
-    if all(with_mask):
-        masks = [_to_rle(record, images[image_at[record["image_id"]]], what) for record in records]
-    elif any(with_mask):
+    columns = []
+    for field, items in (("image_id", images), ("category_id", categories)):
+        known = {item["id"]: position for position, item in enumerate(items)}
+        column = [known.get(record[field], -1) for record in records]
+        if -1 in column:
+            number = column.index(-1)
+            raise BadInputError(
+                source,
+                f"{key}[{number}] has the {field} {records[number][field]!r}, which the ground "
+                "truth does not list",
+            )
+        columns.append(np.array(column, dtype=np.int64))
+    order = np.argsort(columns[0], kind="stable")
+    image, category = (column[order] for column in columns)
+    records = [records[number] for number in order.tolist()]
+
+    def name(row):
+        return f"{key}[{order[row]}], of image {records[row]['image_id']!r}"
+
+    masked = [r for r, record in enumerate(records) if not _lacks(record, "segmentation")]
+    sizes = [_size(record, source) for record in images]
+    segmentations = [records[row]["segmentation"] for row in masked]
+    own_sizes = [
+        sizes[position] or _stated_size(segmentation, images[position], source)
+        for position, segmentation in zip(image[masked].tolist(), segmentations, strict=True)
+    ]
+    try:
+        masks = to_rles(segmentations, own_sizes, lambda i: name(masked[i]))
+    except ValueError as error:
+        raise BadInputError(source, str(error)) from error
+    of_row = masks
+    if len(masks) < len(records):
+        of_row = dict(zip(masked, masks, strict=True))
+    if 0 < len(masks) < len(records):
+        without = next(row for row in range(len(records)) if row not in of_row)
         logger.warning(
-            f"{len(records) - sum(with_mask)} of {len(records)} {what}s have no segmentation (the "
-            f"first is for image {records[with_mask.index(False)]['image_id']}), so that figures "
-            "of masks are undefined."
+            f"{len(records) - len(masks)} of {len(records)} {key} have no segmentation (the first "
+            f"is for image {records[without]['image_id']}), so that figures of masks are undefined."
         )
-    boxes = np.zeros((len(records), 4))
+    boxes = []
     for row, record in enumerate(records):
-        if record.get("bbox"):
-            boxes[row] = record["bbox"]
-        elif with_mask[row]:
-            rle = (
-                masks[row] if masks else _to_rle(record, images[image_at[record["image_id"]]], what)
-            )
-            boxes[row] = mask_util.toBbox(rle)
+        if _lacks(record, "bbox"):
+            if _lacks(record, "segmentation"):
+                raise BadInputError(source, f"{name(row)} has neither bbox nor segmentation")
+            boxes.append(mask_util.toBbox(of_row[row]).tolist())
+        elif _is_box(record["bbox"]):
+            boxes.append(record["bbox"])
         else:
-            raise ValueError(
-                f"One {what} for image {record['image_id']} has neither bbox nor segmentation."
+            raise BadInputError(
+                source,
+                f"{name(row)} has the bbox {reprlib.repr(record['bbox'])}, which is not "
+                "[x, y, width, height] in pixels",
             )
-    if not np.isfinite(boxes).all():
-        row = int(np.argmin(np.isfinite(boxes).all(axis=1)))
-        raise ValueError(
-            f"The {what} for image {records[row]['image_id']} has the box {boxes[row].tolist()}: "
-            "all four numbers must be finite."
-        )
-    image = np.array([image_at[record["image_id"]] for record in records], dtype=np.int64)
-    category = np.array([category_at[r["category_id"]] for r in records], dtype=np.int64)
-    return records, Regions(image, category, boxes, masks)
+    boxes = np.array(boxes, float).reshape(-1, 4)
+    return records, Regions(image, category, boxes, masks if len(masks) == len(records) else None)
 
 
-def _to_rle(record, image, what):
-    """The record's segmentation as compressed RLE of its image's size."""
-    segmentation = record["segmentation"]
-    if isinstance(segmentation, dict):
-        size = list(segmentation["size"])
-        expected = [image.get("height", size[0]), image.get("width", size[1])]
-        if size != expected:
-            raise ValueError(
-                f"The mask of one {what} for image {image['id']} ({image.get('file_name')}) is "
-                f"{size} (height, width), but the image is {expected}."
-            )
-        if isinstance(segmentation["counts"], list):
-            if sum(segmentation["counts"]) != size[0] * size[1]:
-                raise ValueError(
-                    f"The runs of the mask of one {what} for image {image['id']} add up to "
-                    f"{sum(segmentation['counts'])} pixels, but its size {size} has "
-                    f"{size[0] * size[1]}."
-                )
-            return mask_util.frPyObjects(segmentation, *size)
-        return segmentation
+def _lacks(record, field):
+    value = record.get(field)
+    return value is None or value == []
+
+
+def _is_box(value):
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 4
+        and all(isinstance(v, NUMBER) and type(v) is not bool and abs(v) <= _FAR for v in value)
+        and value[2] >= 0
+        and value[3] >= 0
+    )
+
+
+def _size(image, source):
+    """Height and width of an image; None where the record does not have both."""
     if "height" not in image or "width" not in image:
-        raise ValueError(
-            f"Image {image['id']} has no height and width, which its polygons need to become masks."
+        return None
+    try:
+        return check_size(image["height"], image["width"])
+    except ValueError as error:
+        raise BadInputError(source, f"image {image['id']!r}: {error}") from error
+
+
+def _stated_size(segmentation, image, source):
+    """Height and width by the RLE itself."""
+    size = segmentation.get("size") if isinstance(segmentation, dict) else None
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise BadInputError(
+            source,
+            f"image {image['id']!r} has no height and width, which its masks need",
         )
-    if any(len(polygon) < 6 for polygon in segmentation):
-        raise ValueError(
-            f"One {what} for image {image['id']} ({image.get('file_name')}) has a polygon of fewer "
-            "than three points."
-        )
-    return mask_util.merge(mask_util.frPyObjects(segmentation, image["height"], image["width"]))
+    return tuple(size)

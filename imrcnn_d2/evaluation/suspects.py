@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import pycocotools.mask as mask_util
 
+from ..data.shapes import union
+
 __all__ = ["KINDS", "Suspect", "find_suspects", "pool_suspects"]
 
 KINDS = ("unlabelled_lesion", "unmatched_outline", "badly_fitting_outline")
@@ -117,8 +119,8 @@ def _outside(chosen, results):
         if len(own):
             if use_masks:
                 # One mask of all, since an intersection with a crowd is over the detection's area.
-                union = mask_util.merge([gt.regions.masks[i] for i in own])
-                inside = mask_util.iou([regions.masks[dt]], [union], [True])[0, 0]
+                outlines = union([gt.regions.masks[i] for i in own])
+                inside = mask_util.iou([regions.masks[dt]], [outlines], [True])[0, 0]
             else:
                 inside = mask_util.iou(
                     regions.boxes[dt][None], gt.regions.boxes[own], [True] * len(own)
