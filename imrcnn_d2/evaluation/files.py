@@ -1,14 +1,13 @@
 """The files an evaluation leaves: metrics.json, and tables as CSV."""
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import math
 import os
 from pathlib import Path
 
+from ..data.csv_files import csv_lines
 from ..versions import package_versions
 from .rows import patient_rows
 
@@ -354,11 +353,6 @@ def csv_text(rows, columns):
     """str: the rows under all their keys, in the order of their first appearance; without a row
     ``columns`` alone. NaN is empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row)) or columns
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-        )
-    return text.getvalue()
+    values = ([row.get(column) for column in columns] for row in rows)
+    known = ([None if isinstance(v, float) and math.isnan(v) else v for v in row] for row in values)
+    return csv_lines([columns, *known])

@@ -1,9 +1,10 @@
 """Who was in: patients, images and lesions of each split, and what was left out."""
 
-import csv
 import json
 from collections import Counter
 from pathlib import PurePath
+
+from ..data.csv_files import read_rows
 
 __all__ = ["cohort"]
 
@@ -92,8 +93,9 @@ def _rejected(path):
     """[(file name, reason)]; no file where nothing was rejected."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(PurePath(row["file"]).name, row["reason"]) for row in csv.DictReader(file)]
+    # Of a de-identified data set the list has numbers instead of names.
+    rows = read_rows(path, ("reason",))
+    return [(PurePath(row.get("file") or row.get("number", "")).name, row["reason"]) for row in rows]
 
 
 def _caption(settings, patients_known, tested):
