@@ -72,7 +72,9 @@ def read_table(csv_file: Path, needed: Sequence[str] = ()) -> Table:
     separator = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
-        lines = [(reader.line_num, [plain_cell(cell.strip()) for cell in cells]) for cells in reader]
+        lines = [
+            (reader.line_num, [plain_cell(cell.strip()) for cell in cells]) for cells in reader
+        ]
     except csv.Error as error:
         reason = f"is no readable table: line {reader.line_num}: {error}"
         raise BadInputError(csv_file, reason) from error

@@ -224,7 +224,9 @@ def _dataset_facts(name):
         **content,
         "patients": len(patients) or None,
         # Of the whole prepared data set: what was left out belongs to no split.
-        "rejected": len(read_rows(rejected, ("reason",))) if rejected and rejected.is_file() else None,
+        "rejected": len(read_rows(rejected, ("reason",)))
+        if rejected and rejected.is_file()
+        else None,
     }
 
 

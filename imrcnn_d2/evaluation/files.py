@@ -20,6 +20,7 @@ __all__ = [
     "file_sha256",
     "group_documents",
     "group_rows",
+    "results_document",
     "sources",
     "strict_json",
     "transposed",
@@ -70,7 +71,7 @@ def write_results(results, folder, **meta):
         dict[str, Path]: file name -> path.
     """
     folder = Path(folder)
-    document = _document(results)
+    document = results_document(results)
     document["meta"] = {**meta, **results.meta, "versions": package_versions()}
     gt, measures = results.ground_truth, results.measures
     tables = {
@@ -95,8 +96,14 @@ def write_results(results, folder, **meta):
     return paths
 
 
-def _document(results):
-    """What metrics.json holds, but for ``meta``."""
+def results_document(results):
+    """
+    Args:
+        results (LesionResults):
+
+    Returns:
+        dict: what metrics.json holds, but for ``meta``.
+    """
 
     def own(figures, group):
         return with_intervals(figures, results.intervals.get(group, {}))

@@ -90,7 +90,11 @@ METRICS = {
 }
 # What the figures of detections were made with.
 LESIONS = {
-    "meta": {"tau": SHARE.always(), "iou_threshold": OVERLAP.always(), "iou_type": REGIONS.always()},
+    "meta": {
+        "tau": SHARE.always(),
+        "iou_threshold": OVERLAP.always(),
+        "iou_type": REGIONS.always(),
+    },
     "tau_val": {"tau": SHARE.always(), "rule": TEXT.always(), "dataset": TEXT},
 }
 RUN = {
@@ -220,7 +224,7 @@ def read_robustness(path):
         raise BadInputError(path, f"lacks {', '.join(missing)}")
     for row in content["rows"]:
         figures = {name: value for name, value in row.items() if "/" in name}
-        check_fields(path, figures, FIGURES, f"{row['distortion']} {row['severity']}")
+        check_fields(path, figures, {str: NUMBER}, f"{row['distortion']} {row['severity']}")
     return content
 
 

@@ -53,7 +53,12 @@ def test_what_is_no_such_table(tmp_path, content):
 def formula_cells(path):
     """Cells that a spreadsheet program would run."""
     with open(path, newline="", encoding="utf-8") as file:
-        return [cell for row in csv.reader(file) for cell in row if cell[:1] in (*"=+@\t\r",) or cell[:1] == "-" and cell != "-1.5"]
+        return [
+            cell
+            for row in csv.reader(file)
+            for cell in row
+            if cell[:1] in (*"=+@\t\r",) or cell[:1] == "-" and cell != "-1.5"
+        ]
 
 
 def test_all_tables_go_through_it(tmp_path):
