@@ -179,7 +179,7 @@ class FoldRun:
 
     def figures(self):
         """
-        dict[str, float or None]: the headline figures of a finished run, as its training wrote them.
+        dict[str, float or None]: headline figures of a finished run, as its training wrote them.
 
         Raises:
             BadInputError: they are damaged.

@@ -94,9 +94,8 @@ def _rejected(path):
         return []
     # Of a de-identified data set the list has numbers instead of names.
     rows = read_rows(path, ("reason",))
-    return [
-        (PurePath(row.get("file") or row.get("number", "")).name, row["reason"]) for row in rows
-    ]
+    names = (PurePath(row.get("file") or row.get("number", "")).name for row in rows)
+    return [(name, row["reason"]) for name, row in zip(names, rows, strict=True)]
 
 
 def _caption(settings, patients_known, tested):

@@ -103,12 +103,8 @@ def markdown_page(comparison, test_set, tables, pictures, definitions, citation=
         "",
     ]
     if comparison.remarks:
-        lines += [
-            "**Read first**",
-            "",
-            *(f"- {markdown_text(remark)}" for remark in comparison.remarks),
-            "",
-        ]
+        remarks = [f"- {markdown_text(remark)}" for remark in comparison.remarks]
+        lines += ["**Read first**", "", *remarks, ""]
     lines += ["## Tables", ""]
     for table in tables:
         lines += [table.markdown(), ""]

@@ -52,9 +52,8 @@ def gallery_data(runs, max_images=300):
     images = []
     for position in tqdm(sorted(choose_images(rows, max_images)), desc="Gallery", delay=2):
         record = truth.images[position]
-        picture, (width, height), scale = embed(
-            image_inside(root, record["file_name"], runs[0].gt_path)
-        )
+        path = image_inside(root, record.get("file_name"), runs[0].gt_path)
+        picture, (width, height), scale = embed(path)
         outlined = _outlined(truth, position, scale)
         images.append(
             {

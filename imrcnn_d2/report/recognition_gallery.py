@@ -38,7 +38,8 @@ def recognition_gallery(runs, max_images=300):
     images = []
     for position in tqdm(_choose(of_truth, max_images), desc="Gallery", delay=2):
         record = truth.images[position]
-        jpeg, (width, height), _ = embed(image_inside(root, record["file_name"], runs[0].gt_path))
+        path = image_inside(root, record.get("file_name"), runs[0].gt_path)
+        jpeg, (width, height), _ = embed(path)
         patient = record.get("patient_id")
         images.append(
             {

@@ -78,9 +78,8 @@ class Table:
         """
         notes = [f"- {markdown_text(note)}" for note in self.notes]
         table = markdown_table(self.cells, self.text_columns)
-        return "\n".join(
-            [f"**{markdown_text(self.title)}**", "", table, *([""] if notes else []), *notes, ""]
-        )
+        title = f"**{markdown_text(self.title)}**"
+        return "\n".join([title, "", table, *([""] if notes else []), *notes, ""])
 
     def latex(self):
         """
