@@ -45,11 +45,11 @@ def main(argv=None):
         runs = [load_run(path, dataset=args.dataset) for path in args.runs]
         bootstrap = Bootstrap(args.resamples, args.seed, args.ci_all)
         comparison = compare(gather(runs), bootstrap, primary=args.primary, baseline=args.baseline)
+        recognised = comparison.task == "recognition"
+        write = write_recognition_comparison if recognised else write_comparison
+        page, *files = write(comparison, args.output)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    recognised = comparison.task == "recognition"
-    write = write_recognition_comparison if recognised else write_comparison
-    page, *files = write(comparison, args.output)
     print(page.read_text(encoding="utf-8"))
     print(f"Written: {', '.join(str(path) for path in (page, *files))}")
 

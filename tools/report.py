@@ -4,8 +4,9 @@
     tools/report.py output/imrcnn --output report.html --card model_card.md
     tools/report.py MR-CNN=output/mrcnn IMR-CNN=output/imrcnn --output report.html
 
-RUN is the OUTPUT_DIR of a training, or a folder that tools/evaluate.py wrote. The page holds all it
-needs, the images among it: pass it on only as the data set's terms allow.
+RUN is the OUTPUT_DIR of a training, or a folder that tools/evaluate.py wrote; its detections are
+scored anew. The page holds all it needs, the images among it: pass it on only as the data set's
+terms allow.
 """
 
 import argparse
@@ -35,13 +36,19 @@ def main(argv=None):
         "--max-images", type=int, default=300, metavar="N", help="images in the gallery (300)"
     )
     parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder that file_name is relative to (images/ beside the ground truth's folder)",
+    )
+    parser.add_argument(
         "--card", type=Path, metavar="FILE", help="write a model card, in Markdown, of the one RUN"
     )
     args = parser.parse_args(argv)
     if args.card and len(args.runs) > 1:
         parser.error("--card is of one model: give it with one RUN")
     try:
-        runs = [load_run(run) for run in args.runs]
+        runs = [load_run(run, images=args.images) for run in args.runs]
         if runs[0].task == "recognition":
             if args.card:
                 raise ValueError("--card: there are no model cards of classifiers yet")

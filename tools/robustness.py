@@ -11,7 +11,6 @@ fp_per_image. distortions.jpg shows an image at every severity.
 """
 
 import argparse
-import json
 import logging
 from itertools import chain
 from pathlib import Path
@@ -28,6 +27,7 @@ from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.records import instance_records
 from imrcnn_d2.engine.robustness import ROBUSTNESS, evaluate_robustness, read_ground_truth
 from imrcnn_d2.evaluation.files import file_sha256
+from imrcnn_d2.evaluation.run_files import read_robustness
 from imrcnn_d2.evaluation.test_log import log_test_evaluation
 from imrcnn_d2.report.robustness import draw_distortions, draw_robustness
 
@@ -160,8 +160,7 @@ def read_documents(folders):
     documents = {}
     for text in folders:
         name, _, folder = text.rpartition("=")
-        content = (Path(folder) / ROBUSTNESS).read_text(encoding="utf-8")
-        document = json.loads(content)
+        document = read_robustness(Path(folder) / ROBUSTNESS)
         name = name or document["meta"]["model"]
         if name in documents:
             raise ValueError(f"two models are called {name}: give names as NAME=DIR")
@@ -174,7 +173,7 @@ def summary(document, figure):
     rows = {}
     for row in document["rows"]:
         rows.setdefault(row["distortion"], []).append(row[figure])
-    clean = rows.pop("clean")
+    clean = rows.pop("clean", [None])
     table = [[name, *clean, *values] for name, values in rows.items()]
     headers = ["", "none", *range(1, max(map(len, table), default=2) - 1)]
     return tabulate(table, headers, floatfmt=".1f", missingval="n/a")

@@ -46,7 +46,7 @@ def drawn(runs):
         figures = pd.DataFrame(
             {heading: figure(metrics, name)[0] for heading, name in COLUMNS.items()}
             for metrics in (
-                load_run(runs / "leakage" / f"by_{by}_{draw}").metrics for draw in range(DRAWS)
+                load_run(runs / "leakage" / f"by_{by}_{draw}").recorded for draw in range(DRAWS)
             )
         )
         cells = {

@@ -99,7 +99,7 @@ class Study:
         """
         cells = []
         for label, path in rows.items():
-            metrics = load_run(*self.paths(path)).metrics
+            metrics = load_run(*self.paths(path)).recorded
             texts = {heading: _text(metrics, name) for heading, name in columns.items()}
             cells.append({"": label, **texts})
         return markdown_table(pd.DataFrame(cells))
@@ -112,7 +112,7 @@ class Study:
         """
         cells = []
         for label, pattern in rows.items():
-            every = [load_run(path, dataset=dataset).metrics for path in self.paths(pattern)]
+            every = [load_run(path, dataset=dataset).recorded for path in self.paths(pattern)]
             texts = {}
             for heading, name in columns.items():
                 values = [figure(metrics, name)[0] for metrics in every]

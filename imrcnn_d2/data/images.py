@@ -30,12 +30,14 @@ __all__ = [
     "by_stem",
     "check_name",
     "drawn_on_stored_pixels",
+    "image_inside",
     "inspect_image",
     "install_image",
     "link_or_copy",
     "list_files",
     "orient",
     "path_inside",
+    "read_image",
     "read_mask",
 ]
 
@@ -144,6 +146,21 @@ def path_inside(folder: Path, file_name: object, source: Path, follow_links: boo
     if relative.is_absolute() or ".." in relative.parts or Path(file_name).drive:
         raise BadInputError(source, f"file_name {file_name!r} leads outside {folder}")
     return check_inside(folder, folder / relative, follow_links)
+
+
+def image_inside(folder: Path, file_name: object, source: Path) -> Path:
+    """`path_inside` of a file that is there; refused if symbolic links lead outside the folder.
+
+    Raises:
+        BadInputError: see `path_inside`.
+        FileNotFoundError: there is no such file.
+    """
+    path = path_inside(folder, file_name, source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image")
+    if folder.resolve() not in path.resolve().parents:
+        raise BadInputError(path, f"is a link that leads outside {folder}")
+    return path
 
 
 def inspect_image(path: Path) -> SourceImage:

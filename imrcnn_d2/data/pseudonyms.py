@@ -1,9 +1,7 @@
 """New names for what leads back to a person: keyed hashes, and tables that stay with the key."""
 
-import csv
 import hashlib
 import hmac
-import io
 import os
 import re
 import secrets
@@ -11,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imrcnn_d2.data.files import regular_file
+from imrcnn_d2.data.csv_files import csv_lines, read_rows
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 
 __all__ = ["PrivateRejects", "Pseudonyms"]
@@ -73,8 +72,8 @@ class Pseudonyms:
         """Adds the names given so far to the table: kind, old, new."""
         rows = dict(self._new)
         if self.table.exists():
-            with open(self.table, newline="", encoding="utf-8") as file:
-                rows |= {(row["kind"], row["old"]): row["new"] for row in csv.DictReader(file)}
+            there = read_rows(self.table, ("kind", "old", "new"))
+            rows |= {(row["kind"], row["old"]): row["new"] for row in there}
         lines = [("kind", "old", "new"), *((*key, new) for key, new in sorted(rows.items()))]
         _write_private(self.table, lines)
 
@@ -97,7 +96,7 @@ class PrivateRejects(Rejects):
         rows = [(error.file, error.reason) for error in self.errors]
         _write_private(self._private, [("file", "reason"), *rows])
         numbered = [(n, "listed beside the key") for n in range(1, len(rows) + 1)]
-        path.write_text(_csv([("number", "reason"), *numbered]), encoding="utf-8")
+        path.write_text(csv_lines([("number", "reason"), *numbered]), encoding="utf-8")
 
 
 def _read_or_make_key(path: Path) -> bytes:
@@ -121,19 +120,13 @@ def _read_or_make_key(path: Path) -> bytes:
     return key
 
 
-def _csv(rows: Sequence[Sequence]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
 def _write_private(path: Path, rows: Sequence[Sequence]) -> None:
     """A table that its owner only can read, replaced at once or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "w", encoding="utf-8", newline="") as file:
-            file.write(_csv(rows))
+            file.write(csv_lines(rows))
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -1,9 +1,10 @@
 """What happens to bad input: an error at once, or a list of rejects."""
 
 import contextlib
-import csv
 from collections.abc import Iterator
 from pathlib import Path
+
+from imrcnn_d2.data.csv_files import csv_lines
 
 __all__ = ["BadInputError", "Rejects"]
 
@@ -46,7 +47,5 @@ class Rejects:
 
     def write_csv(self, path: Path) -> None:
         """Writes columns ``file, reason``, one row a reject, in the order met."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["file", "reason"])
-            writer.writerows([error.file, error.reason] for error in self.errors)
+        rows = [("file", "reason"), *((error.file, error.reason) for error in self.errors)]
+        path.write_text(csv_lines(rows), encoding="utf-8", newline="")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imrcnn_d2.data.files import regular_file
+from imrcnn_d2.data.csv_files import plain_cell
 from imrcnn_d2.data.rejects import BadInputError
 
 __all__ = ["Row", "Table", "not_numbers", "read_table", "typed"]
@@ -72,7 +73,9 @@ def read_table(csv_file: Path, needed: Sequence[str] = ()) -> Table:
     separator = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
-        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+        lines = [
+            (reader.line_num, [plain_cell(cell.strip()) for cell in cells]) for cells in reader
+        ]
     except csv.Error as error:
         reason = f"is no readable table: line {reader.line_num}: {error}"
         raise BadInputError(csv_file, reason) from error

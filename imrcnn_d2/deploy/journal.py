@@ -1,7 +1,5 @@
 """What a prediction run has done so far, line by line on disk, to go on from after a kill."""
 
-import csv
-import io
 import json
 import math
 import os
@@ -12,6 +10,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from imrcnn_d2.data.coco import to_rle
+from imrcnn_d2.data.csv_files import csv_line
 from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.evaluation.files import atomic_file, file_sha256, lock_folder
 
@@ -352,16 +351,13 @@ class Journal:
 
     def _write_csv(self, file_name, rows):
         with atomic_file(self.folder / file_name) as file:
-            text = io.TextIOWrapper(
-                file, encoding="utf-8", errors="backslashreplace", newline="", write_through=True
-            )
-            writer = None
+            columns = None
             for row in rows:
-                if writer is None:
-                    writer = csv.DictWriter(text, list(row), lineterminator="\n")
-                    writer.writeheader()
-                writer.writerow(row)
-            text.detach()
+                lines = csv_line(row.values())
+                if columns is None:
+                    columns = list(row)
+                    lines = csv_line(columns) + lines
+                file.write(lines.encode("utf-8", "backslashreplace"))
 
 
 def _write_list(file, records, numbered=False):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import imrcnn_d2
 from imrcnn_d2.data.folds import write_folds
 from imrcnn_d2.evaluation.files import file_sha256
+from imrcnn_d2.evaluation.run_files import read_metrics, read_run_record
 
 from .config import load_config
 from .provenance import RunRecord, config_sha256
@@ -177,10 +178,18 @@ class FoldRun:
         return f"The last lines of {self.log}:\n{lines}"
 
     def figures(self):
-        """dict[str, float or None]: the headline figures of a finished run."""
-        metrics = json.loads(self.metrics_file.read_text(encoding="utf-8"))
+        """
+        dict[str, float or None]: headline figures of a finished run, as its training wrote them.
+
+        Raises:
+            BadInputError: they are damaged.
+        """
+        metrics = read_metrics(self.metrics_file)
         figures = RECOGNITION_FIGURES if "recognition" in metrics else FIGURES
-        return {column: metrics[group][name] for column, (group, name) in figures.items()}
+        return {
+            column: (metrics.get(group) or {}).get(name)
+            for column, (group, name) in figures.items()
+        }
 
     @contextlib.contextmanager
     def _lock(self):
@@ -201,24 +210,25 @@ class FoldRun:
     def _is_finished(self):
         """
         Raises:
-            ValueError: the folder holds a run with other settings or on other data.
+            ValueError: the folder holds a run with other settings or on other data, or damaged
+                files.
         """
         path = self.folder / RunRecord.FILE
         if not path.is_file():
             return False
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_run_record(path)
         cfg = load_config(str(self.config_file), [*self._overrides(), "MODEL.DEVICE", "cpu"])
-        same = record["config_sha256"] == config_sha256(cfg)
-        for name, data in record["datasets"].items():
+        same = record.get("config_sha256") == config_sha256(cfg)
+        for name, data in (record.get("datasets") or {}).items():
             split = name.removeprefix(f"{self.dataset}_")
             gt = self.fold_datasets / self.dataset / "annotations" / f"{split}.json"
-            same = same and gt.is_file() and data["gt_sha256"] == file_sha256(gt)
+            same = same and gt.is_file() and data.get("gt_sha256") == file_sha256(gt)
         if not same:
             raise ValueError(
                 f"{self.folder} was trained with other settings or on other data (see its "
                 "config.yaml and run.json). Give another output=, or remove it to train it anew."
             )
-        return bool(record["finished"]) and self.metrics_file.is_file()
+        return bool(record.get("finished") and self.metrics_file.is_file() and self.figures())
 
     def _overrides(self):
         return [*self.opts, "SEED", str(self.seed), "OUTPUT_DIR", str(self.folder)]
@@ -282,7 +292,7 @@ def _last_logged(path):
 
 
 def _iterations(path):
-    return json.loads(path.read_text(encoding="utf-8"))["iterations"] if path.is_file() else None
+    return read_run_record(path).get("iterations") if path.is_file() else None
 
 
 def prepare_folds(runs):

@@ -1,6 +1,5 @@
 """run.json: what was trained, on what, with what, so that a figure can be traced back."""
 
-import csv
 import hashlib
 import json
 import shlex
@@ -19,6 +18,7 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.utils import comm
 
 from imrcnn_d2.data.classification_catalogue import labels_of
+from imrcnn_d2.data.csv_files import read_rows
 from imrcnn_d2.evaluation.files import file_sha256, write_atomically
 from imrcnn_d2.modeling import PAFPN, ImageClassifier, TimmBackbone
 from imrcnn_d2.versions import package_versions
@@ -224,13 +224,10 @@ def _dataset_facts(name):
         **content,
         "patients": len(patients) or None,
         # Of the whole prepared data set: what was left out belongs to no split.
-        "rejected": _count_rows(rejected) if rejected and rejected.is_file() else None,
+        "rejected": len(read_rows(rejected, ("reason",)))
+        if rejected and rejected.is_file()
+        else None,
     }
-
-
-def _count_rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return sum(1 for _ in csv.reader(file)) - 1
 
 
 def _split_facts(name):

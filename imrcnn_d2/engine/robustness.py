@@ -14,6 +14,7 @@ from imrcnn_d2.data.images import read_image
 from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.evaluation.files import csv_text, strict_json, write_atomically
 from imrcnn_d2.evaluation.lesions import evaluate_lesions
+from imrcnn_d2.evaluation.run_files import read_robustness
 
 __all__ = ["CLEAN", "ROBUSTNESS", "choose_subset", "evaluate_robustness", "read_ground_truth"]
 
@@ -178,7 +179,7 @@ def _resume(output, meta):
     if not path.is_file():
         output.mkdir(parents=True, exist_ok=True)
         return {"meta": meta, "rows": []}
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = read_robustness(path)
     for key in meta.keys() | document["meta"].keys():
         if document["meta"].get(key) != meta.get(key):
             raise ValueError(

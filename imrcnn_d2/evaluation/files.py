@@ -1,9 +1,7 @@
 """The files an evaluation leaves: metrics.json, and tables as CSV."""
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -11,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..data.csv_files import csv_lines
 from ..versions import package_versions
 from .rows import patient_rows
 
@@ -24,6 +23,7 @@ __all__ = [
     "group_documents",
     "group_rows",
     "lock_folder",
+    "results_document",
     "sources",
     "strict_json",
     "transposed",
@@ -74,7 +74,7 @@ def write_results(results, folder, **meta):
         dict[str, Path]: file name -> path.
     """
     folder = Path(folder)
-    document = _document(results)
+    document = results_document(results)
     document["meta"] = {**meta, **results.meta, "versions": package_versions()}
     gt, measures = results.ground_truth, results.measures
     tables = {
@@ -99,8 +99,14 @@ def write_results(results, folder, **meta):
     return paths
 
 
-def _document(results):
-    """What metrics.json holds, but for ``meta``."""
+def results_document(results):
+    """
+    Args:
+        results (LesionResults):
+
+    Returns:
+        dict: what metrics.json holds, but for ``meta``.
+    """
 
     def own(figures, group):
         return with_intervals(figures, results.intervals.get(group, {}))
@@ -384,11 +390,6 @@ def csv_text(rows, columns):
     """str: the rows under all their keys, in the order of their first appearance; without a row
     ``columns`` alone. NaN is empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row)) or columns
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-        )
-    return text.getvalue()
+    values = ([row.get(column) for column in columns] for row in rows)
+    known = ([None if isinstance(v, float) and math.isnan(v) else v for v in row] for row in values)
+    return csv_lines([columns, *known])

@@ -14,7 +14,7 @@ from .files import (
     write_atomically,
 )
 
-__all__ = ["RECOGNITION_RESULTS", "write_recognition"]
+__all__ = ["RECOGNITION_RESULTS", "recognition_document", "write_recognition"]
 
 # The probabilities of each image.
 RECOGNITION_RESULTS = "recognition_results.json"
@@ -38,18 +38,7 @@ def write_recognition(results, folder, **meta):
     Returns:
         dict[str, Path]: file name -> path.
     """
-    groups = {**results.groups(), "calibration": results.calibration}
-    document = {
-        name: with_intervals(figures, results.intervals.get(name, {}))
-        for name, figures in groups.items()
-    }
-    document["confusion_matrix"] = {
-        "classes": results.confusion.classes,
-        "counts": results.confusion.rows(),
-    }
-    if results.by_group:
-        document["by_group"] = group_documents(results.by_group)
-    document["undefined_shares"] = results.undefined_shares
+    document = recognition_document(results)
     document["meta"] = {**meta, **results.meta, "versions": package_versions()}
     texts = {
         "metrics.json": strict_json(document),
@@ -63,3 +52,26 @@ def write_recognition(results, folder, **meta):
     for name, path in paths.items():
         write_atomically(path, texts[name])
     return paths
+
+
+def recognition_document(results):
+    """
+    Args:
+        results (RecognitionResults):
+
+    Returns:
+        dict: what metrics.json holds, but for ``meta``.
+    """
+    groups = {**results.groups(), "calibration": results.calibration}
+    document = {
+        name: with_intervals(figures, results.intervals.get(name, {}))
+        for name, figures in groups.items()
+    }
+    document["confusion_matrix"] = {
+        "classes": results.confusion.classes,
+        "counts": results.confusion.rows(),
+    }
+    if results.by_group:
+        document["by_group"] = group_documents(results.by_group)
+    document["undefined_shares"] = results.undefined_shares
+    return document

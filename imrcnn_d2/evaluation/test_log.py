@@ -1,10 +1,10 @@
 """How often a test set was looked at: a line for each evaluation, beside the data set."""
 
-import csv
-import io
 import logging
 from datetime import datetime, timezone
 from pathlib import Path
+
+from ..data.csv_files import csv_line, read_rows
 
 __all__ = ["TEST_LOG", "log_test_evaluation", "read_test_log"]
 
@@ -33,11 +33,11 @@ def log_test_evaluation(gt_path, *, what, sha256, output):
     if path is None:
         return
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    row = _line((date, Path(what).absolute(), sha256 or "", Path(output).absolute()))
+    row = csv_line((date, Path(what).absolute(), sha256 or "", Path(output).absolute())).encode()
     try:
         with open(path, "ab", buffering=0) as file:
             # One write, at the end of the file: lines of evaluations at the same time stay whole.
-            file.write(row if file.tell() else _line(COLUMNS) + row)
+            file.write(row if file.tell() else csv_line(COLUMNS).encode() + row)
     except OSError as error:
         logger.warning(f"{path}: this evaluation of the test set could not be noted ({error}).")
 
@@ -50,14 +50,15 @@ def read_test_log(gt_path):
     Returns:
         list[dict[str, str]]: date (UTC, ISO 8601), what, sha256 and output of each evaluation, in
             the order of time; empty if none was noted.
+
+    Raises:
+        ValueError: the log is no such table.
     """
     path = _log_of(gt_path)
     if path is None or not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
     # Two first evaluations at once may both have written the header.
-    return [dict(zip(COLUMNS, row, strict=True)) for row in rows if tuple(row) != COLUMNS]
+    return [row for row in read_rows(path, COLUMNS) if tuple(row.values()) != COLUMNS]
 
 
 def _log_of(gt_path):
@@ -68,9 +69,3 @@ def _log_of(gt_path):
     root = path.parent.parent
     is_test = (path.parent.name, path.name) == ("annotations", "test.json")
     return root / TEST_LOG if is_test and (root / "splits.json").is_file() else None
-
-
-def _line(values):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue().encode()

@@ -1,9 +1,10 @@
 """Who was in: patients, images and lesions of each split, and what was left out."""
 
-import csv
-import json
 from collections import Counter
 from pathlib import PurePath
+
+from ..data.csv_files import read_rows
+from ..evaluation.run_files import read_coco_records, read_split_settings
 
 __all__ = ["cohort"]
 
@@ -24,13 +25,16 @@ def cohort(run):
         test set is there), ``reasons`` (list of (reason, count)), ``rejected`` (list of (file,
         reason)), ``settings`` (dict, how the split was made), ``caption`` (str) and ``notes``
         (list[str], what is missing).
+
+    Raises:
+        ValueError: a file of the data set is damaged.
     """
     tested = run.gt_path
     root = tested.parent.parent
     record = root / "splits.json"
     prepared = tested.parent.name == "annotations" and record.is_file()
     files = [root / "annotations" / f"{name}.json" for name in SPLITS] if prepared else [tested]
-    contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    contents = {path: read_coco_records(path) for path in files}
     splits = [
         {"name": SPLITS.get(path.stem, path.stem), "tested": path == tested, **_count(content)}
         for path, content in contents.items()
@@ -50,11 +54,7 @@ def cohort(run):
     rejected = _rejected(root / "rejected.csv")
     reasons = Counter(reason.partition(":")[0] for _, reason in rejected)
     images = sum(split["images"] for split in splits)
-    settings = {
-        key: value
-        for key, value in json.loads(record.read_text(encoding="utf-8")).items()
-        if key not in SPLITS
-    }
+    settings = {k: v for k, v in read_split_settings(record).items() if k not in SPLITS}
     return {
         "splits": splits,
         "images": images,
@@ -70,7 +70,7 @@ def cohort(run):
 
 
 def _count(content):
-    lesions = [a for a in content.get("annotations", ()) if not a.get("iscrowd")]
+    lesions = [a for a in content.get("annotations") or () if not a.get("iscrowd")]
     images = content["images"]
     return {
         "images": len(images),
@@ -78,7 +78,7 @@ def _count(content):
         "lesions": len(lesions),
         "classes": {
             category["name"]: sum(a["category_id"] == category["id"] for a in lesions)
-            for category in content.get("categories", ())
+            for category in content.get("categories") or ()
         },
         "patients": len(_patients(content)) or None,
     }
@@ -92,12 +92,14 @@ def _rejected(path):
     """[(file name, reason)]; no file where nothing was rejected."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(PurePath(row["file"]).name, row["reason"]) for row in csv.DictReader(file)]
+    # Of a de-identified data set the list has numbers instead of names.
+    rows = read_rows(path, ("reason",))
+    names = (PurePath(row.get("file") or row.get("number", "")).name for row in rows)
+    return [(name, row["reason"]) for name, row in zip(names, rows, strict=True)]
 
 
 def _caption(settings, patients_known, tested):
-    ratio = ":".join(str(part) for part in settings.get("ratio", ()))
+    ratio = ":".join(str(part) for part in settings.get("ratio") or ())
     if "fold" in settings:
         how = f"Fold {settings['fold']} of {settings.get('folds', '?')}"
     elif settings.get("split_by") == "prefix":

@@ -1,6 +1,5 @@
 """The numbers of a comparison: every model's figures, and which of them differ."""
 
-import logging
 import math
 from dataclasses import asdict, dataclass
 
@@ -13,8 +12,6 @@ from .compare_differences import PRIMARY, bootstrap_tests, endpoints_of, fold_te
 from .compare_runs import Gathered, training_images
 
 __all__ = ["Comparison", "compare"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +128,7 @@ def compare(gathered, bootstrap, *, primary=None, baseline=None):
         settings=settings,
         remarks=[
             *gathered.remarks,
-            *(remark for run in every for remark in _stale(run)),
+            *(remark for run in every for remark in run.remarks),
             *(_gaps(models, folds, primary) if task == "lesions" else []),
             *_unknown(every, bool(folds) and n_train is None),
         ],
@@ -200,26 +197,3 @@ def _unknown(runs, sizes):
             "train.json beside the test set): the differences over folds are not tested."
         )
     return remarks
-
-
-def _stale(run):
-    """[a remark] where metrics.json holds other figures than its detections give."""
-    figures = run.results.groups()
-    differing = [
-        f"{group}/{name}"
-        for group in figures
-        for name, value in (run.metrics.get(group) or {}).items()
-        if name in figures[group]
-        and not math.isclose(
-            figures[group][name], math.nan if value is None else value, abs_tol=1e-6
-        )
-        and not (value is None and math.isnan(figures[group][name]))
-    ]
-    if not differing:
-        return []
-    remark = (
-        f"{run.folder / 'metrics.json'} holds other figures than its detections give now "
-        f"({', '.join(differing)}): those here were scored again; evaluate it again to renew it."
-    )
-    logger.warning(remark)
-    return [remark]

@@ -6,7 +6,7 @@ import pandas as pd
 
 from ..evaluation.files import strict_json, write_atomically
 from .compare_tables import table_of_tests
-from .tables import markdown_table, write_table
+from .tables import markdown_table, markdown_text, write_table
 
 __all__ = ["difference_table", "document", "markdown_page", "median_runs", "write_files"]
 
@@ -94,16 +94,17 @@ def markdown_page(comparison, test_set, tables, pictures, definitions, citation=
     patients = comparison.runs[0][1].results.meta["patients"]
     labels = dict.fromkeys(label for label, _ in comparison.runs)
     lines = [
-        f"# {', '.join(labels)}",
+        f"# {markdown_text(', '.join(labels))}",
         "",
-        f"Test set: {comparison.dataset or 'not named'}, {test_set}"
+        f"Test set: {markdown_text(comparison.dataset or 'not named')}, {markdown_text(test_set)}"
         f"{f', {patients} patients' if patients else ''}"
         f"{'' if comparison.models else ' in the first fold'}. "
-        f"Primary endpoint: {comparison.primary}.",
+        f"Primary endpoint: {markdown_text(comparison.primary)}.",
         "",
     ]
     if comparison.remarks:
-        lines += ["**Read first**", "", *(f"- {remark}" for remark in comparison.remarks), ""]
+        remarks = [f"- {markdown_text(remark)}" for remark in comparison.remarks]
+        lines += ["**Read first**", "", *remarks, ""]
     lines += ["## Tables", ""]
     for table in tables:
         lines += [table.markdown(), ""]
@@ -136,7 +137,7 @@ def write_files(folder, page, content, tables, pictures):
 
 def _about_run(label, run):
     """dict: where a run of a model is, and what of."""
-    meta, record = run.metrics["meta"], run.run or {}
+    meta, record = run.meta, run.run or {}
     return {
         "model": label,
         "architecture": record.get("model"),

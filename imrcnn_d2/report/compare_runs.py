@@ -1,12 +1,12 @@
 """Which runs belong together: seeds of a model, folds of a cross-validation, models on a split."""
 
-import json
 import logging
 from dataclasses import dataclass
 
 from ..evaluation.files import file_sha256
+from ..evaluation.run_files import read_coco_records
 
-__all__ = ["Gathered", "gather", "training_images"]
+__all__ = ["Gathered", "flat_config", "gather", "training_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,10 @@ def training_images(run):
     facts = list(((run.run or {}).get("datasets") or {}).items())
     if facts:
         names = ((run.config or {}).get("DATASETS") or {}).get("TRAIN") or [facts[0][0]]
-        return sum(about["images"] for name, about in facts if name in names)
+        return sum(about["images"] for name, about in facts if name in names) or None
     beside = run.gt_path.with_name("train.json")
     if beside.is_file() and beside != run.gt_path:
-        return len(json.loads(beside.read_text(encoding="utf-8"))["images"])
+        return len(read_coco_records(beside)["images"]) or None
     return None
 
 
@@ -151,7 +151,7 @@ def _check_tasks(runs):
 def _check_settings(runs):
     for run in runs[1:]:
         for key in SETTINGS:
-            ours, theirs = (one.metrics["meta"].get(key) for one in (runs[0], run))
+            ours, theirs = (one.meta.get(key) for one in (runs[0], run))
             if ours != theirs:
                 raise ValueError(
                     f"{_where(runs[0])} was evaluated with {key} {ours}, {_where(run)} with "
@@ -160,7 +160,7 @@ def _check_settings(runs):
 
 
 def _sha256(run):
-    return run.metrics["meta"].get("gt_sha256") or file_sha256(run.gt_path)
+    return run.meta.get("gt_sha256") or file_sha256(run.gt_path)
 
 
 def _check_test_sets(runs):
@@ -201,7 +201,7 @@ def _check_folds(folds):
 
 def _config_remarks(label, runs):
     """[what differs between the configs of the runs of one model]."""
-    flat = [_flat(run.config) for run in runs if run.config]
+    flat = [flat_config(run.config) for run in runs if run.config]
     keys = dict.fromkeys(key for config in flat for key in config)
     differing = [
         key
@@ -219,12 +219,12 @@ def _config_remarks(label, runs):
     return [remark]
 
 
-def _flat(config, prefix=""):
-    """{"MODEL.MASK_ON": value} of nested dicts."""
+def flat_config(config, prefix=""):
+    """dict: of nested dicts one, such as {"MODEL.MASK_ON": value}."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(flat_config(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat

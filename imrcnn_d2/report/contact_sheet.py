@@ -3,13 +3,11 @@
 import math
 from pathlib import Path
 
-import numpy as np
 from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import ImageOps
 
-from ..data.files import open_image
+from ..data.images import image_inside, read_image
 from ..evaluation import evaluate_lesions
 from .outlines import (
     HALO_WIDTH,
@@ -98,9 +96,12 @@ def show_tile(axes, image_root, file_name, summary):
         image_root (Path): folder that ``file_name`` is relative to.
         file_name (str):
         summary (str): a few words below the name.
+
+    Raises:
+        FileNotFoundError: the image is not there.
+        BadInputError: it cannot be read, or is no file of that folder.
     """
-    with open_image(image_root / file_name) as image:
-        axes.imshow(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
+    axes.imshow(read_image(image_inside(image_root, file_name, image_root)))
     axes.autoscale(False)  # a box may lead out of the image
     name = Path(file_name).name
     if len(name) > NAME_LENGTH:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from imrcnn_d2.data.files import open_image
-
+from ..data.images import image_inside, read_image
 from .outlines import choose_images, outlines, regions_by_kind
 
 __all__ = ["embed", "gallery_data", "svg_path"]
@@ -43,6 +42,7 @@ def gallery_data(runs, max_images=300):
 
     Raises:
         FileNotFoundError: if one of the images is not there.
+        BadInputError: one of them cannot be read, or is no file of the images' folder.
     """
     scored = [run.results for run in runs]
     truth = scored[0].ground_truth
@@ -52,7 +52,8 @@ def gallery_data(runs, max_images=300):
     images = []
     for position in tqdm(sorted(choose_images(rows, max_images)), desc="Gallery", delay=2):
         record = truth.images[position]
-        picture, (width, height), scale = embed(root / record["file_name"])
+        path = image_inside(root, record.get("file_name"), runs[0].gt_path)
+        picture, (width, height), scale = embed(path)
         outlined = _outlined(truth, position, scale)
         images.append(
             {
@@ -86,9 +87,7 @@ def embed(path, long_side=LONG_SIDE):
         tuple[str, tuple[int, int], float]: base64 of a JPEG as it is to be seen, width and height
         of the original, and original pixels in one of the JPEG.
     """
-    with open_image(path) as file:
-        # Before anything else: masks are of the image as it is seen.
-        image = ImageOps.exif_transpose(file).convert("RGB")
+    image = Image.fromarray(read_image(path))
     size = image.size
     image.thumbnail((long_side, long_side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

@@ -1,6 +1,5 @@
 """Where a classifier looked in test images that it called right or wrong."""
 
-import csv
 import logging
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib.figure import Figure
 
 from imrcnn_d2.data.classification_mapper import ClassificationMapper
+from imrcnn_d2.data.csv_files import read_rows
 from imrcnn_d2.modeling.grad_cam import grad_cam
 
 from .style import GREEN, VERMILION, save_figure
@@ -59,8 +59,7 @@ def draw_grad_cam(model, mapper, dataset_name, folder, *, each=3):
     Returns:
         matplotlib.figure.Figure: what was saved.
     """
-    with open(Path(folder) / "per_image.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(Path(folder) / "per_image.csv", ("image_id", "label", "predicted", "score"))
     records = {str(record["image_id"]): record for record in DatasetCatalog.get(dataset_name)}
     classes = MetadataCatalog.get(dataset_name).thing_classes
     chosen = choose_hits_and_misses(rows, classes, each)

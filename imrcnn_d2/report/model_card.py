@@ -12,6 +12,7 @@ from .checklists import CLAIM, TRIPOD_AI
 from .cohort import cohort
 from .page_facts import UNKNOWN, facts
 from .page_tables import CURVE_FIGURES, IMAGE_FIGURES, LESION_FIGURES, UNIT_TITLES, cell
+from .tables import markdown_text
 
 __all__ = ["write_model_card"]
 
@@ -35,7 +36,8 @@ def write_model_card(run, path):
         Path: the file.
 
     Raises:
-        FileNotFoundError: the ground truth is gone.
+        FileNotFoundError: ground truth or detections are gone.
+        ValueError: they are not what was scored, or a file of the data set is damaged.
     """
     people, log = cohort(run), read_test_log(run.gt_path)
     known = {row[0]: row[1] for row in facts([run], people["settings"])}
@@ -45,9 +47,9 @@ def write_model_card(run, path):
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        autoescape=False,  # it is no HTML; see _plain
+        autoescape=False,  # it is no HTML; all of data goes through "plain"
     )
-    environment.filters["plain"] = _plain
+    environment.filters["plain"] = markdown_text
     card = environment.get_template("model_card.md").render(
         name=run.name,
         dataset=run.dataset or run.gt_path.name,
@@ -71,12 +73,6 @@ def write_model_card(run, path):
     )
     write_atomically(path, card)
     return Path(path)
-
-
-def _plain(text):
-    """Text of data as it is to be read: no markup of its own, and in one cell of a table."""
-    text = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return " ".join(text.replace("|", "\\|").split())
 
 
 def _groups(run):
@@ -125,7 +121,7 @@ def _limits(run, people):
             "Patients are not known: one patient’s images may be in training and test data, and "
             "intervals take images as independent, so both may be too good."
         )
-    limits += people["notes"]
+    limits += [*people["notes"], *run.remarks]
     limits.append(
         "Intervals are for another sample of such images, not for another training of the model."
     )

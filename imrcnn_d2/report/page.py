@@ -112,7 +112,7 @@ def check_runs(runs):
                 f"({first.gt_path}, {run.gt_path}): one report shows one test set."
             )
         for key in ("task", "tau", "iou_threshold", "iou_type"):
-            ours, theirs = first.metrics["meta"].get(key), run.metrics["meta"].get(key)
+            ours, theirs = first.meta.get(key), run.meta.get(key)
             if ours != theirs:
                 raise ValueError(
                     f"{first.folder} was evaluated with {key} {ours}, {run.folder} with {theirs}: "
@@ -174,9 +174,10 @@ def _notes(runs):
 
 
 def missing_records(runs):
-    """list[str]: what older runs lack."""
+    """list[str]: what older runs lack, and which record other figures than they have."""
+    notes = [remark for run in runs for remark in run.remarks]
     without = [run.name for run in runs if run.run is None]
-    notes = _said(without, "no run.json was found, so its training is not documented.")
+    notes += _said(without, "no run.json was found, so its training is not documented.")
     without = [run.name for run in runs if not run.metrics["meta"].get("bootstrap")]
     return notes + _said(without, "evaluated without intervals.")
 

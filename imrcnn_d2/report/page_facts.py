@@ -1,7 +1,8 @@
 """What was run, as rows of a table: the models, their training and their evaluation."""
 
-import pandas
 import yaml
+
+from .compare_runs import flat_config
 
 __all__ = ["UNKNOWN", "config_differences", "configs", "facts"]
 
@@ -114,7 +115,7 @@ def config_differences(runs):
     """list[list[str]]: key and its values, where not all configurations agree."""
     if any(run.config is None for run in runs):
         return []
-    flat = [pandas.json_normalize(run.config).iloc[0].to_dict() for run in runs]
+    flat = [flat_config(run.config) for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config if key not in PLACES)
     rows = [[key, *(str(config.get(key, "not set")) for config in flat)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]

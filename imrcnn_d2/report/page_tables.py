@@ -181,8 +181,7 @@ def size_tables(runs):
         "share_of_image": f"Sensitivity and IoU by share of the image’s area, {_at(runs)}",
         "coco": f"By COCO’s sizes (below 32², below 96² pixels, larger), {_at(runs)}",
     }
-    # Runs older than these figures have no record of them; the detections tell them anyway.
-    known = [run.metrics.get("by_size") or run.results.by_size for run in runs]
+    known = [run.metrics["by_size"] for run in runs]
     tables = []
     for key, caption in captions.items():
         if not all(key in sizes for sizes in known):

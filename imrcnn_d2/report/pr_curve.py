@@ -1,11 +1,9 @@
 """Precision-recall curves as a picture: one model's, or those of several in one."""
 
-import csv
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..data.csv_files import read_rows
 from ..evaluation.curves import PRCurve
 from .style import STYLES, label_operating_point, save_figure, tidy
 
@@ -23,10 +21,9 @@ def read_pr_curves(path, iou_type="segm"):
         have no curve.
     """
     rows = {}
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["iou_type"] == iou_type and int(row["n_gt"]):
-                rows.setdefault(row["class"], []).append(row)
+    for row in read_rows(path, ("iou_type", "class", "score", "tp", "fp", "n_gt")):
+        if row["iou_type"] == iou_type and int(row["n_gt"]):
+            rows.setdefault(row["class"], []).append(row)
     return {
         name: PRCurve(
             score=np.array([float(row["score"]) for row in own]),

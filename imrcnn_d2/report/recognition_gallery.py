@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..data.images import image_inside
 from .gallery import embed
 
 __all__ = ["recognition_gallery"]
@@ -28,6 +29,7 @@ def recognition_gallery(runs, max_images=300):
 
     Raises:
         FileNotFoundError: if one of the images is not there.
+        BadInputError: one of them cannot be read, or is no file of the images' folder.
     """
     truth = runs[0].results.ground_truth
     scores = np.stack([run.results.probability for run in runs], axis=1)
@@ -36,7 +38,8 @@ def recognition_gallery(runs, max_images=300):
     images = []
     for position in tqdm(_choose(of_truth, max_images), desc="Gallery", delay=2):
         record = truth.images[position]
-        jpeg, (width, height), _ = embed(root / record["file_name"])
+        path = image_inside(root, record.get("file_name"), runs[0].gt_path)
+        jpeg, (width, height), _ = embed(path)
         patient = record.get("patient_id")
         images.append(
             {

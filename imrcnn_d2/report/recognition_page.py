@@ -2,6 +2,7 @@
 
 import math
 
+from ..data.images import image_inside
 from .calibration import draw_calibration
 from .class_roc import draw_class_roc
 from .cohort import cohort
@@ -215,6 +216,7 @@ def _grad_cams(runs):
     for run in runs:
         path = run.folder / GRAD_CAM
         if path.is_file():
+            path = image_inside(run.folder, GRAD_CAM, run.folder)
             jpeg, (width, height), _ = embed(path, GRAD_CAM_SIDE)
             pictures.append({"name": run.name, "jpeg": jpeg, "width": width, "height": height})
     return pictures

@@ -108,8 +108,9 @@ def _check(documents, figure):
         if len(set(seen.values())) > 1:
             raise ValueError(f"The results are of different images: {key} is {seen}")
     for model, document in documents.items():
-        if not any(figure in row for row in document["rows"]):
-            known = sorted({k for row in document["rows"] for k in row if "/" in k})
+        rows = document["rows"]
+        if not rows or any(figure not in row for row in rows):
+            known = sorted({k for row in rows for k in row if "/" in k})
             raise ValueError(f"{model} has no figure {figure!r}: there are {', '.join(known)}")
 
 

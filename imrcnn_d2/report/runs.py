@@ -3,15 +3,18 @@
 import functools
 import json
 import logging
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..engine.config import read_yaml
-from ..evaluation import evaluate_lesions, evaluate_recognition
-from ..evaluation.files import RESULTS, file_sha256
+from ..evaluation import Bootstrap, evaluate_lesions, evaluate_recognition
+from ..evaluation.files import RESULTS, file_sha256, results_document, strict_json
+from ..evaluation.intervals import with_intervals
 from ..evaluation.operating_point import OperatingPoint
-from ..evaluation.recognition_files import RECOGNITION_RESULTS
+from ..evaluation.recognition_files import RECOGNITION_RESULTS, recognition_document
+from ..evaluation.run_files import TEXT, WHOLE, check_fields, read_metrics, read_run_record
 
 __all__ = ["Run", "load_run"]
 
@@ -20,6 +23,17 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 # As their publications write them; classifiers are told apart by their backbones.
 BACKBONES = {"vgg19": "VGG19", "resnet50": "ResNet50", "inception_v3": "Inception-V3"}
+# What is read of a config.yaml; how many bytes it may have, and values with those that YAML's
+# aliases repeat.
+CONFIG = {
+    "DATASETS": {"TRAIN": [TEXT], "TEST": [TEXT]},
+    "MODEL": {
+        **dict.fromkeys(("META_ARCHITECTURE", "WEIGHTS"), TEXT),
+        "BACKBONE": {"NAME": TEXT},
+        "TIMM": {"WEIGHTS": TEXT},
+    },
+    "SOLVER": {"MAX_ITER": WHOLE},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,25 +47,32 @@ class Run:
         run_folder (Path or None): the OUTPUT_DIR of the training; None where results were scored
             without one.
         dataset (str or None): its registered name, such as "kvasir_seg_test".
-        metrics (dict): metrics.json; undefined figures are None.
+        recorded (dict): metrics.json: of its figures none is to be shown, see ``metrics``.
         run (dict or None): run.json; None for runs older than that file.
         config (dict or None): config.yaml.
         labelled (bool): the name was given, and is not the folder's.
+        images (Path or None): folder of the images, where the user named one.
     """
 
     name: str
     folder: Path
     run_folder: Path | None
     dataset: str | None
-    metrics: dict
+    recorded: dict
     run: dict | None
     config: dict | None
     labelled: bool = False
+    images: Path | None = None
+
+    @property
+    def meta(self):
+        """dict: settings and sources, as metrics.json records them."""
+        return self.recorded["meta"]
 
     @property
     def task(self):
         """str: "lesions", or "recognition" where whole images were classified."""
-        return self.metrics["meta"].get("task", "lesions")
+        return self.meta.get("task") or "lesions"
 
     @property
     def model(self):
@@ -85,10 +106,16 @@ class Run:
 
         Raises:
             FileNotFoundError: it is in neither place.
-            ValueError: it is not the file that was scored against.
+            ValueError: it is not the file that was scored against, or lies outside
+                $IMRCNN_DATASETS and which file was scored is not recorded.
         """
-        meta = self.metrics["meta"]
-        places = [Path(meta["gt"])] if meta.get("gt") else []
+        return self._truths[0]
+
+    @functools.cached_property
+    def _truths(self):
+        """list[Path]: the places that hold the ground truth, at least one."""
+        recorded, sha256 = self.meta.get("gt"), self.meta.get("gt_sha256")
+        places = [Path(recorded)] if recorded else []
         places += [root / "annotations" / f"{split}.json" for root, split in self._prepared()]
         found = [place for place in places if place.is_file()]
         if not found:
@@ -98,36 +125,43 @@ class Run:
                 "IMRCNN_DATASETS to the folder of the prepared data sets, or score the results "
                 "anew with tools/evaluate.py."
             )
-        recorded = meta.get("gt_sha256")
-        if not recorded:
-            return found[0]
-        for place in found:
-            if file_sha256(place) == recorded:
-                return place
-        raise ValueError(
-            f"{self.folder}: {found[0]} is not the ground truth that was scored (its sha256 is not "
-            f"{recorded[:12]}...). Evaluate the model again, or put the old file back."
-        )
+        if not sha256:
+            # A run from elsewhere could name any file: its content would be in the report.
+            if trusted := [place for place in found if _is_own(place)]:
+                return trusted
+            raise ValueError(
+                f"{self.folder}: it does not record the sha256 of its ground truth {found[0]}, "
+                "which lies outside IMRCNN_DATASETS. Score the results anew with tools/evaluate.py."
+            )
+        same = [place for place in found if file_sha256(place) == sha256]
+        if not same:
+            raise ValueError(
+                f"{self.folder}: {found[0]} is not the ground truth that was scored (its sha256 is "
+                f"not {sha256[:12]}...). Evaluate the model again, or put the old file back."
+            )
+        return same
 
     @functools.cached_property
     def image_root(self):
         """
-        Path: the folder that each image's ``file_name`` is relative to.
+        Path: the folder that each image's ``file_name`` is relative to: the one that the user
+        named, else images/ of the data set that the ground truth is part of. What the run itself
+        names is not looked at: a report holds the images.
 
         Raises:
-            FileNotFoundError: it is neither where it was nor in $IMRCNN_DATASETS.
+            FileNotFoundError: it is not there.
         """
-        meta = self.metrics["meta"]
-        places = [Path(meta["image_root"])] if meta.get("image_root") else []
-        # As a prepared data set has them: beside annotations/.
-        places += [Path(meta["gt"]).parent.parent / "images"] if meta.get("gt") else []
-        places += [root / "images" for root, _ in self._prepared()]
-        for place in places:
-            if place.is_dir():
-                return place
+        if self.images is not None:
+            return self.images
+        for truth in self._truths:
+            root = truth.resolve().parents[1] / "images"
+            # A link would lead out of the data set, which only the user's own may do.
+            if root.is_dir() and (_is_own(truth) or root == root.resolve()):
+                return root
         raise FileNotFoundError(
-            f"{self.folder}: its images are not there ({', '.join(map(str, places)) or 'unknown'})."
-            " Set IMRCNN_DATASETS to the folder of the prepared data sets."
+            f"{self.folder}: its images are not there (images/ of the data set of {self.gt_path}). "
+            "Name their folder (tools/report.py --images), or set IMRCNN_DATASETS to the folder of "
+            "the prepared data sets."
         )
 
     @functools.cached_property
@@ -140,13 +174,13 @@ class Run:
             FileNotFoundError: ground truth or detections are gone.
             ValueError: they are not what was scored.
         """
-        meta = self.metrics["meta"]
+        meta = self.meta
         places = [Path(meta["dt"])] if meta.get("dt") else []
         if self.task == "recognition":
             places.insert(0, self.folder / RECOGNITION_RESULTS)
-        elif meta.get("scored", True):  # a folder of masks has no scores, its copy here has
+        elif meta.get("scored") is not False:  # a folder of masks has no scores, its copy here has
             places.insert(0, self.folder / RESULTS)
-        detections = next((place for place in places if place.exists()), None)
+        detections = next((p for p in places if p.is_file() or p.is_dir()), None)
         if detections is None:
             raise FileNotFoundError(
                 f"{self.folder}: its predictions are not there "
@@ -156,38 +190,98 @@ class Run:
         if self.task == "recognition":
             return evaluate_recognition(self.gt_path, detections)
         settings = {key: meta[key] for key in ("tau", "iou_threshold", "iou_type")}
-        chosen = self.metrics.get("tau_val")
+        chosen = self.recorded.get("tau_val")
         if chosen:
-            chosen = OperatingPoint(*(chosen[key] for key in ("tau", "rule", "dataset")))
+            chosen = OperatingPoint(chosen["tau"], chosen["rule"], chosen.get("dataset"))
         return evaluate_lesions(self.gt_path, detections, operating_point=chosen, **settings)
+
+    @functools.cached_property
+    def metrics(self):
+        """
+        dict: as metrics.json holds it, but made anew of the predictions, with intervals by the
+        recorded bootstrap; undefined figures are None. ``meta`` has what is recorded besides.
+
+        Raises:
+            FileNotFoundError, ValueError: as of ``results``.
+        """
+        bootstrap = self.meta.get("bootstrap")
+        if bootstrap:
+            all_coco = bool(bootstrap.get("all_coco"))
+            bootstrap = Bootstrap(bootstrap["resamples"], bootstrap["seed"], all_coco)
+        results, unit = self.results, self.results.measures.unit
+        make = recognition_document if self.task == "recognition" else results_document
+        document = json.loads(strict_json(make(with_intervals(results, bootstrap or None))))
+        about = {**asdict(bootstrap), "unit": unit} if bootstrap else None
+        return {**document, "meta": {**self.meta, **results.meta, "bootstrap": about}}
+
+    @functools.cached_property
+    def remarks(self):
+        """list[str]: that metrics.json holds other figures than the predictions give, if so."""
+        figures = self.results.groups()
+        differing = [
+            f"{group}/{name}"
+            for group in figures
+            for name, value in (self.recorded.get(group) or {}).items()
+            if name in figures[group] and not _agree(figures[group][name], value)
+        ]
+        if not differing:
+            return []
+        remark = (
+            f"{self.folder / 'metrics.json'} holds other figures than its detections give now "
+            f"({', '.join(differing)}): those here were scored again; evaluate it again to renew "
+            "it."
+        )
+        logger.warning(remark)
+        return [remark]
 
     def _prepared(self):
         """[(folder of the prepared data set, split)], by the data set's name; at most one."""
         name, _, split = (self.dataset or "").rpartition("_")
-        if not name or split not in SPLITS:
+        if not name or split not in SPLITS or name != Path(name).name:
             return []
-        return [(Path(os.environ.get("IMRCNN_DATASETS", "datasets")) / name, split)]
+        return [(_datasets() / name, split)]
 
 
-def load_run(path, name=None, dataset=None):
+def _datasets():
+    """Path: the user's own data sets."""
+    return Path(os.environ.get("IMRCNN_DATASETS", "datasets"))
+
+
+def _is_own(path):
+    """bool: whether a file lies in the folder of the user's own data sets."""
+    return _datasets().resolve() in path.resolve().parents
+
+
+def _agree(figure, recorded):
+    if recorded is None or isinstance(recorded, list):
+        return recorded is None and math.isnan(figure)
+    return math.isclose(figure, recorded, abs_tol=1e-6)
+
+
+def load_run(path, name=None, dataset=None, images=None):
     """
     Args:
         path (str or Path): the OUTPUT_DIR of a training, whose evaluation on its test set is
             taken, or the folder of an evaluation. "NAME=PATH" names the run.
         name (str or None): label; the folder's name by default.
         dataset (str or None): which evaluation of an OUTPUT_DIR, where it has several.
+        images (str, Path or None): folder of the images that were evaluated; None for images/ of
+            the data set.
 
     Returns:
         Run:
 
     Raises:
-        FileNotFoundError: no such folder, or no evaluation in it.
-        ValueError: several evaluations, or files that cannot be read.
+        FileNotFoundError: no such folder, or no evaluation in it, or no folder ``images``.
+        ValueError: several evaluations.
+        BadInputError: files that cannot be read, or hold what they cannot.
     """
     if isinstance(path, str) and "=" in path and not Path(path).exists():
         label, _, path = path.partition("=")
         name = name or label
     path = Path(path)
+    if images is not None and not Path(images).is_dir():
+        raise FileNotFoundError(f"{images}: there is no such folder of images.")
     if (path / "inference").is_dir():
         run_folder = path
         config = _read_yaml(path / "config.yaml")
@@ -203,23 +297,21 @@ def load_run(path, name=None, dataset=None):
             f"{path} {what}: give the OUTPUT_DIR of a training that was evaluated, or a folder "
             "that tools/evaluate.py wrote."
         )
-    metrics = _read_json(folder / "metrics.json")
-    missing = {"lesion", "image", "meta"} - metrics.keys()
-    if missing and not {"recognition", "meta"} <= metrics.keys():
-        raise ValueError(f"{folder / 'metrics.json'} lacks {sorted(missing)}: evaluate it again.")
+    recorded = read_metrics(folder / "metrics.json")
     record = run_folder / "run.json" if run_folder else None
-    run = _read_json(record) if record and record.is_file() else None
+    run = read_run_record(record) if record and record.is_file() else None
     if run is not None and not run.get("finished"):
         logger.warning(f"{run_folder} has not finished training: its figures may still change.")
     return Run(
         name=name or (run_folder or folder).resolve().name,
         folder=folder,
         run_folder=run_folder,
-        dataset=metrics["meta"].get("dataset"),
-        metrics=metrics,
+        dataset=recorded["meta"].get("dataset"),
+        recorded=recorded,
         run=run,
         config=config,
         labelled=name is not None,
+        images=None if images is None else Path(images),
     )
 
 
@@ -252,20 +344,15 @@ def _test_set(path, config, dataset):
     return chosen[0]
 
 
-def _read_json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} instead of an object.")
-    return content
-
-
 def _read_yaml(path):
-    """A config.yaml as a dict; None where it is absent or no config."""
+    """A config.yaml as a dict; None where it is absent, or is not what Detectron2 writes."""
     try:
-        return read_yaml(path)
-    except (FileNotFoundError, ValueError) as error:
-        logger.info(f"{path} is not used: {error}")
+        content = read_yaml(path)
+        json.dumps(content, default=str, ensure_ascii=False).encode()  # text that can be shown
+        check_fields(path, content, CONFIG)
+    except FileNotFoundError:
         return None
+    except ValueError as error:
+        logger.warning(f"{path} is not used: {error}")
+        return None
+    return content

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 from ..data.audit.findings import KINDS, finding
-from ..data.images import path_inside
+from ..data.images import image_inside, path_inside
 from ..data.labelme import labelme_document
 from ..evaluation.files import csv_text, strict_json, write_atomically
 from ..evaluation.suspects import Suspect, find_suspects, pool_suspects
@@ -120,7 +120,7 @@ def gather_suspects(root):
         if run.task != "lesions":
             raise ValueError(f"{folder} classifies whole images: there are no outlines to check.")
         _check_unseen(run)
-        groups.setdefault(run.metrics["meta"].get("gt_sha256"), []).append(run)
+        groups.setdefault(run.meta.get("gt_sha256"), []).append(run)
     if not groups:
         raise FileNotFoundError(f"{root}: no run with an evaluation on its test set is there.")
     cases, owner = [], {}
@@ -219,7 +219,7 @@ def _labelme(cases, path):
     for case in cases:
         if case.suspect.detection is not None:
             shown.append(_detection(case, truth.categories, offset))
-    image = (run.image_root / record["file_name"]).resolve()
+    image = image_inside(run.image_root, record["file_name"], run.gt_path).resolve()
     relative = os.path.relpath(image, path.parent.resolve())
     return labelme_document(shown, names, relative, record["height"], record["width"])
 

@@ -1,18 +1,44 @@
 """Figures as tables: Markdown, CSV and LaTeX."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from ..evaluation.files import write_atomically
+from ..evaluation.files import csv_text, write_atomically
 from ..evaluation.metrics import COUNTS
 
-__all__ = ["Table", "figures_table", "format_figure", "markdown_table", "write_table"]
+__all__ = [
+    "Table",
+    "figures_table",
+    "format_figure",
+    "latex_text",
+    "markdown_table",
+    "markdown_text",
+    "write_table",
+]
 
-# What pdflatex does not know as a character.
+# What would be a link, an image, HTML, code or emphasis, or end a cell. Brackets around numbers,
+# signs between them and underscores within names are none of these, and stay readable.
+MARKDOWN = re.compile(
+    r"""[\\`*|$@]                     # escapes, code, emphasis, cells, formulas, mail
+    | \[(?=\^) | \](?=[(\[:]) | !(?=\[)  # links, images, notes
+    | (?<![^\W_])_ | _(?![^\W_]) | ~(?=~)
+    | (?<=\bhttp):(?=//) | (?<=\bhttps):(?=//) | (?<=\bftp):(?=//)  # links without a mark
+    | (?<=\bwww)\.""",
+    re.VERBOSE | re.IGNORECASE,
+)
+MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
+# What begins a heading, a list, a quotation, a line, or a definition of a link.
+BLOCK = re.compile(r"[#>+=\[-]|\d+(?=[.)](\s|$))")
+# What LaTeX would take for a command, and what pdflatex does not know as a character.
 LATEX = {
+    "\\": r"\textbackslash{}",
+    **{character: rf"\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
     "±": r"$\pm$",
     "≥": r"$\geq$",
     "≤": r"$\leq$",
@@ -50,9 +76,10 @@ class Table:
         Returns:
             str: title, table and notes.
         """
-        notes = [f"- {note}" for note in self.notes]
+        notes = [f"- {markdown_text(note)}" for note in self.notes]
         table = markdown_table(self.cells, self.text_columns)
-        return "\n".join([f"**{self.title}**", "", table, *([""] if notes else []), *notes, ""])
+        title = f"**{markdown_text(self.title)}**"
+        return "\n".join([title, "", table, *([""] if notes else []), *notes, ""])
 
     def latex(self):
         """
@@ -61,12 +88,13 @@ class Table:
         """
         columns = self.cells.shape[1]
         layout = "l" * self.text_columns + "r" * (columns - self.text_columns)
-        tabular = self.cells.to_latex(index=False, escape=True, column_format=layout)
+        cells = self.cells.map(latex_text).rename(columns=latex_text)
+        tabular = cells.to_latex(index=False, escape=False, column_format=layout)
         lines = [
             r"% \usepackage{booktabs,adjustbox}",
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_escape(self.title)}}}",
+            rf"\caption{{{latex_text(self.title)}}}",
             rf"\label{{tab:{self.stem}}}",
             r"\begin{adjustbox}{max width=\textwidth}",
             tabular.strip(),
@@ -74,8 +102,8 @@ class Table:
         ]
         if self.notes:
             lines.append(r"\footnotesize\raggedright")
-        lines += [rf"\par {_escape(note)}" for note in self.notes]
-        return _characters("\n".join([*lines, r"\end{table}", ""]))
+        lines += [rf"\par {latex_text(note)}" for note in self.notes]
+        return "\n".join([*lines, r"\end{table}", ""])
 
 
 def write_table(table, folder):
@@ -91,7 +119,7 @@ def write_table(table, folder):
     """
     texts = {
         ".md": table.markdown(),
-        ".csv": table.data.to_csv(index=False, lineterminator="\n"),
+        ".csv": csv_text(table.data.to_dict("records"), list(table.data)),
         ".tex": table.latex(),
     }
     paths = [Path(folder) / f"{table.stem}{suffix}" for suffix in texts]
@@ -110,7 +138,7 @@ def markdown_table(cells, text_columns=1):
         str: a Markdown table.
     """
     align = ["left"] * text_columns + ["right"] * (cells.shape[1] - text_columns)
-    escaped = cells.map(lambda cell: cell.replace("|", r"\|"))
+    escaped = cells.map(markdown_text).rename(columns=markdown_text)
     return escaped.to_markdown(index=False, colalign=align, disable_numparse=True)
 
 
@@ -167,14 +195,30 @@ def format_figure(name, value, interval=None, *, sd=None, decimals=1):
     return cell
 
 
-def _escape(text):
-    """A sentence for LaTeX."""
-    for character in "&%$#_{}":
-        text = text.replace(character, rf"\{character}")
-    return text
+def markdown_text(text):
+    """
+    Args:
+        text (str): of data, such as the name of a class or a path.
+
+    Returns:
+        str: Markdown that shows it: one line without a link, an image, HTML or any other markup of
+        its own, in a cell or anywhere else.
+    """
+    line = " ".join(str(text).split())
+    line = MARKUP.sub(lambda found: "&lt;" if found[0] == "<" else "&amp;", line)
+    line = MARKDOWN.sub(lambda found: f"\\{found[0]}", line)
+    if begins := BLOCK.match(line):
+        number = begins[0].rstrip("#>+=[-")
+        line = f"{number}\\{line[len(number) :]}"
+    return line
 
 
-def _characters(text):
-    for character, command in LATEX.items():
-        text = text.replace(character, command)
-    return text
+def latex_text(text):
+    """
+    Args:
+        text (str): of data.
+
+    Returns:
+        str: LaTeX that shows it: one line without a command of its own.
+    """
+    return " ".join(str(text).split()).translate(str.maketrans(LATEX))

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.data.masks import annotation_from_mask, components
+from imrcnn_d2.data.rejects import BadInputError
 from imrcnn_d2.engine.robustness import (
     choose_subset,
     evaluate_robustness,
@@ -161,3 +162,21 @@ def test_ground_truth_is_read_silently(data, capsys):
     ground_truth = read_ground_truth(data[1] / "gt.json")
     assert isinstance(ground_truth, COCO)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"meta": {}, "rows": []}', '{"meta": [], "rows": []}'),
+        '{"meta": {"model": ["x"]}, "rows": []}',
+        '{"meta": {"model": "x"}, "rows": [{"distortion": "clean"}]}',
+        '{"meta": {"model": "x"}, "rows": [{"distortion": [], "severity": 0}]}',
+        '{"meta": {"model": "x"}, "rows": [{"distortion": "jpeg", "severity": 9}]}',
+        '{"meta": {"model": "x"}, "rows": [{"distortion": "x", "severity": 1, "a/b": "1"}]}',
+        '{"meta": {"model": "x", "images": {}}, "rows": []}',
+    ],
+)
+def test_a_damaged_file_of_another_run(data, tmp_path, content):
+    (tmp_path / "robustness.json").write_text(content)
+    with pytest.raises(BadInputError, match=r"robustness\.json"):
+        evaluate(data, tmp_path)

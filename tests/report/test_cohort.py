@@ -1,8 +1,10 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from imrcnn_d2.evaluation.files import file_sha256
 from imrcnn_d2.report.cohort import cohort
 from imrcnn_d2.report.runs import load_run
 
@@ -37,8 +39,8 @@ def move(study, tmp_path, change):
     folder = shutil.copytree(study / "runs" / "MR-CNN", tmp_path / "run")
     metrics = folder / "inference" / "study_test" / "metrics.json"
     document = json.loads(metrics.read_text())
-    document["meta"]["gt"] = str(change(data))
-    del document["meta"]["gt_sha256"]
+    gt = Path(change(data))
+    document["meta"] |= {"gt": str(gt), "gt_sha256": file_sha256(gt)}
     metrics.write_text(json.dumps(document))
     return load_run(folder)
 

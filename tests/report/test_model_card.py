@@ -98,4 +98,4 @@ def test_looks_at_the_test_set_are_counted(run, tmp_path):
 def test_text_of_data_is_no_markup(run, tmp_path):
     record = {**run.run, "command": "a | b\n<script>"}
     text = write(dataclasses.replace(run, run=record), tmp_path)
-    assert ["Command", "a \\| b &lt;script&gt;"] in rows(text, "Model and training")
+    assert ["Command", "a \\| b &lt;script>"] in rows(text, "Model and training")

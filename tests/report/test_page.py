@@ -99,11 +99,12 @@ def test_markup_in_runs_stays_text(study_runs, tmp_path):
 def test_older_runs_say_what_is_missing(study_runs, tmp_path):
     run = study_runs["MR-CNN"]
     kept = ("bbox", "segm", "lesion", "image", "meta")
-    metrics = {
-        name: {k: v for k, v in run.metrics[name].items() if not k.endswith("_ci")} for name in kept
+    recorded = {
+        name: {k: v for k, v in run.recorded[name].items() if not k.endswith("_ci")}
+        for name in kept
     }
-    metrics["meta"] |= {"bootstrap": None}
-    old = dataclasses.replace(run, run=None, config=None, metrics=metrics)
+    recorded["meta"] |= {"bootstrap": None}
+    old = dataclasses.replace(run, run=None, config=None, recorded=recorded)
     page = render_report([old, study_runs["IMR-CNN"]], tmp_path / "report.html")
     words = section(page.read_text(encoding="utf-8"), "results")
     assert "MR-CNN: no run.json was found" in words
@@ -120,8 +121,8 @@ def test_runs_that_do_not_belong_together(study_runs, write_gt, write_run, tmp_p
     other = load_run(write_run("a", write_gt(tmp_path / "gt.json")))
     with pytest.raises(ValueError, match="different test sets"):
         render_report([first, other], output)
-    metrics = {**first.metrics, "meta": {**first.metrics["meta"], "tau": 0.5}}
-    stricter = dataclasses.replace(first, name="other", metrics=metrics)
+    recorded = {**first.recorded, "meta": {**first.meta, "tau": 0.5}}
+    stricter = dataclasses.replace(first, name="other", recorded=recorded)
     with pytest.raises(ValueError, match="with tau 0.7, .* with 0.5"):
         render_report([first, stricter], output)
     assert not output.exists()

@@ -25,12 +25,13 @@ def test_what_is_recorded(runs):
 
 
 def test_what_an_older_run_does_not_tell(runs):
-    metrics = {k: v for k, v in runs[0].metrics.items() if k != "tau_val"}
-    metrics["meta"] = {k: metrics["meta"][k] for k in ("tau", "iou_threshold", "iou_type")}
-    old = dataclasses.replace(runs[0], run=None, config=None, metrics=metrics)
+    recorded = {k: v for k, v in runs[0].recorded.items() if k != "tau_val"}
+    kept = ("tau", "iou_threshold", "iou_type", "gt", "gt_sha256")
+    recorded["meta"] = {k: recorded["meta"][k] for k in kept}
+    old = dataclasses.replace(runs[0], run=None, config=None, recorded=recorded)
     table = dict(facts([old], {}))
     told = {label for label, value in table.items() if value != UNKNOWN}
-    assert told == {"Fold", "Score threshold τ", "Hit", "Intervals"}
+    assert told == {"Fold", "Ground truth, sha256", "Score threshold τ", "Hit", "Intervals"}
     assert configs([old]) == [("MR-CNN", "")]
     assert config_differences([old, runs[1]]) == []
 

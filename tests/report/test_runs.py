@@ -120,10 +120,10 @@ def test_no_evaluation(tmp_path):
 def test_files_that_cannot_be_read(trained):
     output = trained("kvasir_seg_test")
     metrics = output / "inference" / "kvasir_seg_test" / "metrics.json"
-    with pytest.raises(ValueError, match="metrics.json lacks .'image', 'lesion'"):
+    with pytest.raises(ValueError, match="metrics.json: lacks image, lesion"):
         metrics.write_text('{"meta": {}}')
         load_run(output)
-    with pytest.raises(ValueError, match="metrics.json is not a JSON file"):
+    with pytest.raises(ValueError, match="metrics.json: is no JSON"):
         metrics.write_text('{"meta"')
         load_run(output)
 

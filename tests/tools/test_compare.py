@@ -6,7 +6,7 @@ import pytest
 from rectangles import rectangle
 
 from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.files import write_results
+from imrcnn_d2.evaluation.files import sources, write_results
 
 
 def region(image_id, x, width=10, **fields):
@@ -29,7 +29,7 @@ def scored(tmp_path):
         for path, content in zip(paths, (gt, dt), strict=True):
             path.write_text(json.dumps(content))
         gt, dt = map(str, paths)
-        write_results(evaluate_lesions(gt, dt), tmp_path / name, gt=gt, dt=dt)
+        write_results(evaluate_lesions(gt, dt), tmp_path / name, **sources(gt, dt, None))
         return tmp_path / name
 
     return do

@@ -1,0 +1,373 @@
+"""Runs from elsewhere: whatever their files hold, a report states nothing untrue, or one line ends
+it; no file is shown that is not the data set's own."""
+
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+
+import compare
+import pytest
+import report
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import damaged_bytes, damaged_json
+from PIL import Image
+
+from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.evaluation.files import file_sha256
+from imrcnn_d2.report.compare_files import write_comparison
+from imrcnn_d2.report.model_card import write_model_card
+from imrcnn_d2.report.page import render_report
+from imrcnn_d2.report.runs import load_run
+from imrcnn_d2.report.tables import latex_text, markdown_text
+
+METRICS, DETECTIONS = "metrics.json", "coco_instances_results.json"
+HOSTILE = "<img src=x onerror=1>[a](http://x.y)|`=1`"
+
+
+@pytest.fixture
+def home(study, tmp_path, monkeypatch):
+    """The user's folder: ``datasets/study`` and a run of another on it, ``run``."""
+    monkeypatch.setenv("IMRCNN_DATASETS", str(tmp_path / "datasets"))
+    shutil.copytree(study / "datasets", tmp_path / "datasets")
+    run = shutil.copytree(study / "runs" / "MR-CNN", tmp_path / "run")
+    change(tmp_path, METRICS, {"meta.gt": str(tmp_path / "datasets/study/annotations/test.json")})
+    return tmp_path if run else None
+
+
+def place(home, name):
+    """Path of one of the run's files, by its name."""
+    inner = "" if name in ("run.json", "config.yaml") else "inference/study_test"
+    return home / "run" / inner / name
+
+
+def change(home, name, values):
+    """Set values in a JSON file, by names with dots; ... removes one."""
+    path = place(home, name)
+    document = json.loads(path.read_text())
+    for key, value in values.items():
+        *outer, last = key.split(".")
+        node = document
+        for part in outer:
+            node = node[part]
+        if value is ...:
+            del node[last]
+        else:
+            node[last] = value
+    path.write_text(json.dumps(document))
+
+
+def everything(home, name="mine"):
+    """Page, card and comparison of the run as texts."""
+    out = home / "out"
+    run = load_run(home / "run", name)
+    texts = [render_report([run], out / "report.html"), write_model_card(run, out / "card.md")]
+    comparison = compare.compare(
+        compare.gather([run]), compare.Bootstrap(20), primary="bbox/AP50_voc"
+    )
+    texts.append(write_comparison(comparison, out / "comparison")[0])
+    return [path.read_text(encoding="utf-8") for path in texts]
+
+
+BAD_VALUES = ["x", [], {}, [1], True, -1, 1e400, float("nan"), 10**30]
+OF_METRICS = {
+    **{f"meta.{key}": (*BAD_VALUES, ...) for key in ("tau", "iou_threshold", "iou_type")},
+    **{f"meta.{key}": (1, [], {}, True) for key in ("gt", "gt_sha256", "dt", "dataset", "task")},
+    "meta.checkpoint_sha256": (1, []),
+    "meta.bootstrap": ("x", [], {}, 1, {"resamples": 10**12, "seed": 0}, {"resamples": 2}),
+    "meta.versions": ("x", [], {"torch": 1}),
+    "meta": (None, "x", [], {}, ...),
+    "tau_val": ("x", [], {}, {"tau": 2, "rule": "f1"}, {"tau": 0.5}, {"tau": 0.5, "rule": 1}),
+    "tau_val.tau": (float("nan"), float("inf"), -0.1, 1.5, "0.5", None),
+    "lesion": (None, "x", [], {"TP": "x"}, {"TP": {}}, ...),
+    "segm": ("x", [], {"AP": "100"}, {"AP": float("nan")}),
+}
+OF_RUN = {
+    **{key: (1, [], {}, True) for key in ("model", "backbone", "command", "device", "finished")},
+    "seed": ("1", 1.5, [], True),
+    "fold": (1, {}, {"index": 0}, {"index": 5, "of": 5}, {"index": 0, "of": 10**12}),
+    "git": ("x", {"revision": 1}),
+    "hours": ("x", float("nan")),
+    "phases": ("x", [1], [{}], [{"name": "a", "lr": "x"}]),
+    "datasets": ("x", [], {"a": 1}, {"a": {}}, {"a": {"images": "1"}}),
+    "input": (1, {"size": []}),
+}
+ATTACKS = [
+    (name, key, value)
+    for name, table in ((METRICS, OF_METRICS), ("run.json", OF_RUN))
+    for key, values in table.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize("name, key, value", ATTACKS)
+def test_values_of_another_kind(home, name, key, value):
+    change(home, name, {key: value})
+    with pytest.raises(BadInputError) as caught:
+        load_run(home / "run")
+    assert name in caught.value.file
+    reason = caught.value.reason
+    assert "is no JSON" in reason or key.rpartition(".")[2] in reason
+
+
+CONTENTS = [b"", b"\xff\xfe", b"[]", b"1", b"{", b'{"a": 1', b"[" * 100_000, b"null", b"\0" * 99]
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("name", [METRICS, "run.json"])
+def test_files_that_are_none(home, name, content):
+    place(home, name).write_bytes(content)
+    with pytest.raises(BadInputError, match=re.escape(name)):
+        load_run(home / "run")
+
+
+BOMB = "a: &a [x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(BOMB, "a: &a [*a]", "a: &a {b: *a}", "MODEL: []", "DATASETS: {TEST: 5}", "1", "a: [", ""),
+        *("MODEL: !!python/object/apply:os.system ['x']", "a: !!timestamp x", "a: !!int ''"),
+        *("MODEL: {BACKBONE: x}", "SOLVER: {MAX_ITER: x}", 'a: "\\ud800"', "? [1]\n: 2"),
+        *("a: 2001-99-99", "a: {" * 5000, "# " + "x" * 300_000, "{}"),
+    ],
+)
+def test_a_config_that_is_none_is_left_out(home, text):
+    place(home, "config.yaml").write_text(text)
+    assert load_run(home / "run").config == ({} if text == "{}" else None)
+
+
+def test_the_page_says_that_there_is_no_config(home):
+    place(home, "config.yaml").write_text("{")
+    page, _, _ = everything(home)
+    assert "No config.yaml that can be read" in page
+
+
+def test_figures_are_those_of_the_detections(home):
+    """Not those of metrics.json, of which the page says that they are others."""
+    true = everything(home)
+    assert "other figures" not in "".join(true)
+    ours = json.loads(place(home, METRICS).read_text())
+    for group in ("bbox", "segm", "lesion", "image", "patient"):
+        ours[group] = {key: 98.765 if value else value for key, value in ours[group].items()}
+        ours["tau_val"][group] = ours[group]
+    ours["by_size"] = ours["undefined_shares"] = {"x": 98.765}
+    ours["meta"] |= {"images": 98765, "lesions": 98765, "patients": None, "classes": ["x"]}
+    ours["meta"]["lesion_free_images"] = 0
+    place(home, METRICS).write_text(json.dumps(ours))
+    texts = everything(home)
+    for text, expected in zip(texts, true, strict=True):
+        assert "98.8" not in text and "98,765" not in text and "98.77" not in text
+        assert "metrics.json holds other figures than its detections give" in text
+        kept = [line for line in expected.splitlines() if re.search(r"\d\d\.\d", line)]
+        assert len(kept) > 3
+        assert [line for line in text.splitlines() if re.search(r"\d\d\.\d \[", line)] == [
+            line for line in kept if re.search(r"\d\d\.\d \[", line)
+        ]
+
+
+@pytest.fixture
+def secret(home):
+    """An image of another patient, outside the data set; it is plain red."""
+    path = home / "private" / "secret.png"
+    path.parent.mkdir()
+    Image.new("RGB", (96, 96), (255, 0, 0)).save(path)
+    return path
+
+
+def names_image(home, name):
+    """Let the first image of the test set be called so; the run knows that file."""
+    gt = home / "datasets/study/annotations/test.json"
+    coco = json.loads(gt.read_text())
+    coco["images"][0]["file_name"] = name
+    gt.write_text(json.dumps(coco))
+    change(home, METRICS, {"meta.gt_sha256": file_sha256(gt)})
+
+
+@pytest.mark.parametrize("way", ["absolute", "..", "link", "folder", "inner .."])
+def test_no_image_outside_the_data_set(home, secret, way):
+    images = home / "datasets/study/images"
+    (images / "link.png").symlink_to(secret)
+    (images / "linked").symlink_to(secret.parent)
+    name = {
+        "absolute": str(secret),
+        "..": "../../../private/secret.png",
+        "inner ..": "a/../../../../private/secret.png",
+        "link": "link.png",
+        "folder": "linked/secret.png",
+    }[way]
+    names_image(home, name)
+    with pytest.raises(BadInputError, match="leads outside"):
+        render_report([load_run(home / "run")], home / "report.html")
+    assert not (home / "report.html").exists()
+
+
+def test_a_run_cannot_name_a_folder_of_images(home, secret):
+    """Nor a link to one beside a ground truth that came with it."""
+    change(home, METRICS, {"meta.image_root": str(secret.parent)})
+    assert load_run(home / "run").image_root == home / "datasets/study/images"
+    theirs = home / "download" / "data"
+    shutil.copytree(home / "datasets/study/annotations", theirs / "annotations")
+    (theirs / "images").symlink_to(secret.parent)
+    gt = theirs / "annotations/test.json"
+    change(home, METRICS, {"meta.gt": str(gt), "meta.dataset": "theirs_test"})
+    run = load_run(home / "run")
+    assert run.gt_path == gt
+    with pytest.raises(FileNotFoundError, match="--images"):
+        _ = run.image_root
+    page = render_report([run], home / "report.html")
+    assert "No gallery" in page.read_text() and '"jpeg"' not in page.read_text()
+    # The user may name any.
+    named = load_run(home / "run", images=secret.parent)
+    assert named.image_root == secret.parent
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_run(home / "run", images=home / "nowhere")
+
+
+def test_a_run_cannot_name_any_ground_truth(home, secret):
+    """Its content, names of patients among it, would be in the page."""
+    private = shutil.copy(home / "datasets/study/annotations/test.json", secret.parent)
+    change(home, METRICS, {"meta.gt": str(private), "meta.gt_sha256": ..., "meta.dataset": None})
+    with pytest.raises(ValueError, match="sha256"):
+        _ = load_run(home / "run").gt_path
+    change(home, METRICS, {"meta.dataset": "../study_test", "meta.gt": None})
+    with pytest.raises(FileNotFoundError):
+        _ = load_run(home / "run").gt_path
+
+
+def test_a_picture_of_the_run_that_is_a_link(home, secret):
+    folder = home / "run/inference/study_test"
+    (folder / "grad_cam.png").symlink_to(secret)
+    from imrcnn_d2.report.recognition_page import _grad_cams
+
+    with pytest.raises(BadInputError, match="leads outside"):
+        _grad_cams([load_run(home / "run")])
+
+
+MARKUP = [
+    "[a](http://x.y)", "![a](http://x.y/a.png)", "[a]: http://x.y", "<http://x.y>", "http://x.y",
+    "https://x.y/?a=b", "www.x.y", "<script>alert(1)</script>", "<img src=x>", "a | b", "`code`",
+    "**b**", "__b__", "~~b~~", "# h", "- a", "1. a", "> q", "&lt;b&gt;", "a\n\n# b", "\\[a](x)",
+    "a@b.cd", "[^1]", "\\", "C:\\a\\|b", "$x$", "===",
+]  # fmt: skip
+LATEX_COMMANDS = [r"\input{/etc/passwd}", r"\write18{id}", "a}{b", "^^5cinput", "a~b", "%x", "$$"]
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_markdown_shows_data_as_data(text):
+    markdown = pytest.importorskip("markdown_it").MarkdownIt().enable(["table", "strikethrough"])
+    escaped, shown = markdown_text(text), html.escape(" ".join(text.split()), quote=False)
+    for line in (escaped, f"- {escaped}", f"x {escaped} y"):
+        rendered = markdown.render(line)
+        assert set(re.findall(r"<(\w+)", rendered)) <= {"p", "ul", "li"}
+        assert shown in rendered.replace("&quot;", '"')
+    cells = markdown.render(f"| a | b |\n|---|---|\n| {escaped} | c |")
+    assert re.findall(r"<(\w+)", cells)[-3:] == ["tr", "td", "td"]
+    # GitHub makes links of addresses without a mark.
+    assert not re.search(r"http://|https://|www\.|(?<!\\)@", escaped)
+
+
+@pytest.mark.parametrize("text", LATEX_COMMANDS)
+def test_latex_shows_data_as_data(text):
+    escaped = r"\\textbackslash\{\}|\\textascii(tilde|circum)\{\}|\\[&%$#_{}]"
+    safe = re.sub(escaped, "", latex_text(text))
+    assert not set(safe) & set("\\{}$&#^_%~")
+
+
+def test_markup_in_names(home):
+    """Of the model, the data set, classes, patients and paths, in page, card and comparison."""
+    gt = home / "datasets/study/annotations/test.json"
+    coco = json.loads(gt.read_text())
+    coco["categories"][0]["name"] = HOSTILE
+    coco["images"][0]["patient_id"] = HOSTILE
+    gt.write_text(json.dumps(coco))
+    sha256 = file_sha256(gt)
+    change(home, METRICS, {"meta.gt_sha256": sha256, "meta.checkpoint_sha256": HOSTILE})
+    change(home, METRICS, {"tau_val.rule": HOSTILE, "tau_val.dataset": HOSTILE})
+    change(home, METRICS, {"meta.dataset": HOSTILE})
+    change(home, "run.json", dict.fromkeys(("model", "backbone", "device", "started"), HOSTILE))
+    page, card, comparison = everything(home, HOSTILE)
+    for text in (card, comparison):
+        assert "<img" not in text and "](http:" not in text and "http://x" not in text
+    assert "<img src=x" not in page
+
+
+@pytest.fixture(scope="module")
+def small(write_gt, write_run_in, tmp_path_factory):
+    """
+    A folder with a small prepared data set, ``data``, and ``runs/a``, ``runs/b`` on it; and by
+    their paths in it the files to damage, as they are.
+    """
+    root = tmp_path_factory.mktemp("fuzzed")
+    gt = write_gt(root / "data/annotations/test.json", images=4, per_patient=2)
+    for name in ("train", "val"):
+        shutil.copy(gt, gt.with_name(f"{name}.json"))
+    (root / "data/splits.json").write_text(json.dumps({"ratio": [1, 1, 3], "seed": 1, "test": []}))
+    (root / "data/rejected.csv").write_text("file,reason\na.png,mask is empty\n")
+    (root / "data/test_evaluations.csv").write_text("date,what,sha256,output\n2026,w,aa,o\n")
+    run_in = write_run_in(root)
+    for name, model in (("a", "MR-CNN"), ("b", "IMR-CNN")):
+        output = run_in(name, gt, model=model, tau_val=0.6, skill=0.9)
+        path = output / "inference/kvasir_seg_test/metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["meta"]["bootstrap"] = {"resamples": 5, "seed": 0, "all_coco": False}
+        path.write_text(json.dumps(metrics))
+    names = ["run.json", "config.yaml", *(f"inference/kvasir_seg_test/{METRICS}",) * 3]
+    damaged = [f"runs/a/{name}" for name in names]
+    damaged += ["splits.json", "rejected.csv", "test_evaluations.csv", "annotations/train.json"]
+    damaged = [name if "/a/" in name else f"data/{name}" for name in damaged]
+    return root, {name: (root / name).read_bytes() for name in damaged}
+
+
+@st.composite
+def damaged_file(draw, files):
+    """Name of one of the files, and what it is to hold."""
+    name = draw(st.sampled_from(sorted(files)))
+    as_json = name.endswith(".json") and draw(st.integers(0, 3))
+    data = files[name]
+    return name, draw(damaged_json(json.loads(data)) if as_json else damaged_bytes(data))
+
+
+@pytest.mark.fuzz
+@pytest.mark.slow
+@given(data=st.data())
+@settings(
+    max_examples=max(60, settings().max_examples // 10),
+    suppress_health_check=list(HealthCheck),
+    deadline=None,
+)
+def test_damaged_files_of_runs(small, data):
+    root, files = small
+    name, content = data.draw(damaged_file(files))
+    path, out = root / name, root / "out"
+    path.write_bytes(content)
+    try:
+        runs = [load_run(root / "runs" / run) for run in "ab"]
+        write_model_card(runs[0], out / "card.md")
+        comparison = compare.compare(
+            compare.gather(runs), compare.Bootstrap(5), primary="bbox/AP50_voc"
+        )
+        write_comparison(comparison, out)
+        render_report(runs, out / "report.html")
+    except (FileNotFoundError, ValueError) as error:
+        # Ours: of no subclass that Python or a library raises, and one that can be shown.
+        assert type(error) in (BadInputError, FileNotFoundError, ValueError), repr(error)
+        assert str(root) in str(error)
+        str(error).encode()
+    finally:
+        path.write_bytes(files[name])
+
+
+def test_commands_end_in_a_line(home, capsys):
+    change(home, METRICS, {"meta.tau": "x"})
+    for tool, out in ((report, home / "r.html"), (compare, home / "c")):
+        with pytest.raises(SystemExit) as stop:
+            tool.main([str(home / "run"), "--output", str(out)])
+        assert stop.value.code == 1
+        assert METRICS in capsys.readouterr().err
+        assert not Path(out).exists()
