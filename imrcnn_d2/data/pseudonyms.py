@@ -7,6 +7,7 @@ import io
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -124,11 +125,11 @@ def _csv(rows: Sequence[Sequence]) -> str:
 
 def _write_private(path: Path, rows: Sequence[Sequence]) -> None:
     """A table that its owner only can read, replaced at once or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor, beside = tempfile.mkstemp(prefix=".", dir=path.parent)  # readable by its owner only
     try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "w", encoding="utf-8", newline="") as file:
             file.write(_csv(rows))
         os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    except BaseException:
+        os.unlink(beside)
+        raise

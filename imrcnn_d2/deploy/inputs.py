@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imrcnn_d2.data.dicom import is_dicom
+from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.images import list_files, read_image
 
 from .dicom import read_dicom
@@ -68,7 +69,8 @@ def find_inputs(inputs, *, leave_out=()):
                 found.update((_absolute(file), kind) for file, kind in _in_folder(match))
                 roots.append(match)
             else:
-                found[_absolute(match)] = _kind(match) or "image"
+                # Nothing but a file is opened to look at it; read_frames refuses the rest.
+                found[_absolute(match)] = (match.is_file() and _kind(match)) or "image"
                 roots.append(_absolute(match).parent)
     left_out = set(map(_absolute, leave_out))
     found = {file: kind for file, kind in found.items() if left_out.isdisjoint(file.parents)}
@@ -102,8 +104,9 @@ def read_frames(source):
         Frame: one of an image, those of a video or DICOM file in turn.
 
     Raises:
-        BadInputError: it cannot be read, or not to its end.
+        BadInputError: it cannot be read, or not to its end; or it is no regular file.
     """
+    regular_file(source.path)
     if source.kind == "video":
         yield from decode_video(source.path, source.path)
     elif source.kind == "dicom":
