@@ -9,6 +9,8 @@ import math
 import os
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ..versions import package_versions
 from .rows import patient_rows
 
@@ -21,6 +23,7 @@ __all__ = [
     "file_sha256",
     "group_documents",
     "group_rows",
+    "lock_folder",
     "sources",
     "strict_json",
     "transposed",
@@ -296,7 +299,8 @@ def file_sha256(path):
 def atomic_file(path, mark=""):
     """
     Open a file for writing that replaces its predecessor at once, or not at all: it is written
-    beside, reaches the disk, and takes the name when the block ends without an error.
+    beside, reaches the disk, and takes the name when the block ends without an error. Nothing is
+    written through a link that somebody left under either name.
 
     Args:
         path (str or Path): its folder is made if it does not exist.
@@ -308,8 +312,10 @@ def atomic_file(path, mark=""):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}{mark}.tmp")
+    beside.unlink(missing_ok=True)  # of a process that was killed
+    file = open(beside, "xb")  # noqa: SIM115  (closed below)
     try:
-        with open(beside, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -329,6 +335,33 @@ def write_atomically(path, content):
     """
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def lock_folder(folder: str | Path, option: str, timeout: float = 0) -> FileLock:
+    """
+    Lock a folder for one writer, until the lock is released or the process ends, however it ends.
+
+    Args:
+        folder (str or Path): made if it does not exist.
+        option (str): what chose it, such as "--output", for the error.
+        timeout (float): seconds to wait for another writer to end.
+
+    Returns:
+        FileLock: acquired.
+
+    Raises:
+        ValueError: another run is writing into the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=timeout)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"Another run is writing into {folder}: wait for it, or choose another {option}"
+        ) from error
+    return lock
 
 
 def strict_json(document):

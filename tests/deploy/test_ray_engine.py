@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from dicoms import PATIENT, write_dicom
 from PIL import Image
 
+from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.agreement import compare_records
 from imrcnn_d2.deploy.batch import predict_files
 
@@ -136,6 +140,63 @@ def test_an_actor_is_killed(cluster, predictor, tiny_run, folder, bad_files, tmp
     sizes = {row["file_name"]: row["width"] for row in again}
     assert (sizes["cut.png"], sizes["003.png"], sizes["new.png"]) == (80, 50, 80)
     assert any(path.exists() and path.read_bytes() == old for path, old in before.items())
+
+
+def test_a_cluster_of_its_own_listens_to_this_machine_alone():
+    """Also where another one is said to run here: whoever can write to /tmp could say so."""
+    code = """
+import glob, json, os
+from pathlib import Path
+from imrcnn_d2.deploy import ray_engine
+
+def descendants(process):
+    yield process
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in path.read_text().split():
+            yield from descendants(int(child))
+
+with ray_engine._cluster():
+    processes = list(descendants(os.getpid()))
+    inodes = {os.path.basename(os.path.realpath(path))
+              for process in processes for path in glob.glob(f"/proc/{process}/fd/*")}
+    lines = [line.split() for kind in ("tcp", "tcp6")
+             for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    print(json.dumps([line[1].split(":")[0] for line in lines
+                      if line[3] == "0A" and f"socket:[{line[9]}]" in inodes]))
+"""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # short: there are sockets in it
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, env={**env, "RAY_TMPDIR": folder}, capture_output=True, text=True, timeout=300
+        )
+    assert done.returncode == 0, done.stderr
+    addresses = json.loads(done.stdout)
+    # as the kernel writes 127.0.0.1, ::ffff:127.0.0.1 and ::1
+    loopback = "0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000"
+    assert len(addresses) > 3 and set(addresses) <= set(loopback)
+
+
+def test_two_runs_do_not_mix(tiny_run, image_folder, tmp_path, monkeypatch):
+    from imrcnn_d2.deploy import ray_engine
+
+    weights = {"config": None, "weights": tiny_run / "model_best.pth"}
+    refused = []
+
+    def another(left, make, actors):
+        monkeypatch.setattr(ray_engine, "_predict", lambda *args: 0)
+        with pytest.raises(ValueError, match=str(tmp_path / "out")) as error:
+            ray_engine.predict_with_ray(weights, [image_folder], tmp_path / "out")
+        refused.append(error)
+        with pytest.raises(ValueError, match=str(tmp_path / "out")):
+            predict_files(Predictor(**weights), [image_folder], tmp_path / "out")
+        return 0
+
+    monkeypatch.setattr(ray_engine, "_predict", another)
+    ray_engine.predict_with_ray(weights, [image_folder], tmp_path / "out")
+    assert len(refused) == 1
 
 
 def test_what_its_actors_die_of_is_listed_and_tried_again(
