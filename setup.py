@@ -27,7 +27,7 @@ AUDIT = ["imagehash>=4.3", "scikit-image>=0.24", "shapely>=2.0"]
 GRADCAM = ["grad-cam>=1.5"]
 
 # Of tools/predict.py --engine ray.
-RAY = ["pyarrow>=17", "ray[data]>=2.50"]
+RAY = ["pyarrow>=17", "ray[data]>=2.60"]  # from which on a cluster asks for a token
 
 setup(
     name="imrcnn-d2",
@@ -48,7 +48,7 @@ setup(
         "detectron2>=0.6",
         "defusedxml>=0.7.1",
         "faster-coco-eval>=1.8,<1.9",  # evaluation/coco_ap.py hands its internals the overlaps
-        "filelock>=3.20.1",  # the first that follows no link
+        "filelock>=3.20.1",  # older ones write through a link in place of the lock
         "fvcore>=0.1.5.post20221221",
         "hydra-core>=1.3",
         "ijson>=3.2",

@@ -199,5 +199,6 @@ def test_weights_with_a_part_set_back_are_those_of_a_model_without_it(tmp_path):
 
     for smaller, file in (("IBMRCNN", "no_attention.pth"), ("MRCNN", "neither.pth")):
         expected = pyramid(smaller, "whole.pth")
-        torch.testing.assert_close(pyramid("IMRCNN", file), expected)
+        # layers that change nothing still round what they sum
+        torch.testing.assert_close(pyramid("IMRCNN", file), expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(pyramid("IMRCNN", "whole.pth"), expected, rtol=1e-2)

@@ -5,11 +5,12 @@ import hmac
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.csv_files import csv_lines, read_rows
+from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 
 __all__ = ["PrivateRejects", "Pseudonyms"]
@@ -122,11 +123,11 @@ def _read_or_make_key(path: Path) -> bytes:
 
 def _write_private(path: Path, rows: Sequence[Sequence]) -> None:
     """A table that its owner only can read, replaced at once or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor, beside = tempfile.mkstemp(prefix=".", dir=path.parent)  # readable by its owner only
     try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "w", encoding="utf-8", newline="") as file:
             file.write(csv_lines(rows))
         os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    except BaseException:
+        os.unlink(beside)
+        raise

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.csv_files import plain_cell
+from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.rejects import BadInputError
 
 __all__ = ["Row", "Table", "not_numbers", "read_table", "typed"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imrcnn_d2.data.dicom import is_dicom
+from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.images import list_files, read_image
 from imrcnn_d2.data.rejects import BadInputError
 
@@ -76,7 +77,8 @@ def find_inputs(inputs, *, leave_out=()):
             elif match.exists() and not match.is_file():
                 raise BadInputError(match, "is neither a file nor a folder: name one of these")
             else:
-                found[_absolute(match)] = _kind(match) or "image"
+                # Nothing but a file is opened to look at it; read_frames refuses the rest.
+                found[_absolute(match)] = (match.is_file() and _kind(match)) or "image"
                 roots.append(_absolute(match).parent)
     left_out = set(map(_absolute, leave_out))
     found = {file: kind for file, kind in found.items() if left_out.isdisjoint(file.parents)}
@@ -112,8 +114,9 @@ def read_frames(source):
         Frame: one of an image, those of a video or DICOM file in turn.
 
     Raises:
-        BadInputError: it cannot be read, or not to its end.
+        BadInputError: it cannot be read, or not to its end; or it is no regular file.
     """
+    regular_file(source.path)
     if source.kind == "video":
         yield from decode_video(source.path, source.path)
     elif source.kind == "dicom":

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from .journal import Journal
 from .outputs import footer
 from .overlay import draw_overlay
 from .records import counted, frame_record, records
-from .video import Frame, VideoWriter, pixel_aspect, upright
+from .video import Frame, VideoWriter, open_video, pixel_aspect, upright
 
 __all__ = ["LIVE_REPORT", "LIVE_VIDEO", "LiveFrames", "predict_live"]
 
@@ -27,6 +28,7 @@ LIVE_VIDEO, LIVE_REPORT = "live.mp4", "live.json"
 PERCENTILES = (50, 95, 99)
 _TIME_BASE = Fraction(1, 1000)
 _NO_DELAY = {"fflags": "nobuffer", "flags": "low_delay"}
+_REMOTE = {"protocol_blacklist": "file"}  # a playlist from elsewhere names no file of this machine
 _PATIENCE = 10.0  # seconds without a frame after which a stream has ended
 
 
@@ -50,19 +52,14 @@ class LiveFrames:
             source (str): a device such as "/dev/video0", a URL that FFmpeg knows, or a video file.
 
         Raises:
-            BadInputError: it cannot be opened, or has no video.
+            BadInputError: it cannot be opened, is something else, or has no video.
         """
         import av  # of the extra [deploy]
 
-        device = str(source).startswith("/dev/video")
-        self._paced = Path(source).is_file()
+        source = str(source)
+        self._paced = os.path.isfile(source)
         try:
-            self._container = av.open(
-                str(source),
-                format="v4l2" if device else None,
-                options={} if self._paced else _NO_DELAY,
-                timeout=_PATIENCE,
-            )
+            self._container = open_video(source, source) if self._paced else _open_stream(source)
         except (av.error.FFmpegError, OSError) as error:
             raise BadInputError(source, f"cannot be opened ({error.strerror})") from error
         if not self._container.streams.video:
@@ -125,6 +122,21 @@ class LiveFrames:
                 (frame, number, arrived), self._newest = self._newest, None
             self.pixel_aspect = pixel_aspect(self._container.streams.video[0], frame)
             yield upright(frame), number, arrived
+
+
+def _open_stream(source):
+    """The container of a camera or URL. A pipe, which would block, is neither."""
+    import av
+
+    device = source.startswith("/dev/video")
+    if not device and os.path.exists(source):
+        raise BadInputError(source, "is no video file, camera or URL")
+    return av.open(
+        source,
+        format="v4l2" if device else None,
+        options=_NO_DELAY | (_REMOTE if ":" in source else {}),
+        timeout=_PATIENCE,
+    )
 
 
 def predict_live(predictor, source, output, *, show=None):

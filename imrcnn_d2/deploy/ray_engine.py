@@ -7,11 +7,16 @@ import math
 import os
 from pathlib import Path
 
+if not os.environ.get("RAY_ADDRESS"):
+    # Read by `import ray`: a Ray that is of one machine listens to that machine alone.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
 import ray  # of the extra [ray]
 import ray.data
 from tqdm import tqdm
 
 from imrcnn_d2.engine.allocator import keep_freed_memory
+from imrcnn_d2.evaluation.files import lock_folder
 
 from .batch import Summary
 from .identity import printable, run_record, signature
@@ -54,21 +59,24 @@ def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1):
 
     Raises:
         FileNotFoundError: there is no such input, or see :class:`Predictor`.
-        ValueError: the folder has the results of another run, or see :class:`Predictor`.
+        ValueError: the folder has the results of another run, or one is writing into it; or see
+            :class:`Predictor`.
         OSError: something cannot be written, or no actor could be started. What is done stays done.
     """
     folder = Path(output).absolute() / PARTS
     root, sources = find_inputs(inputs, leave_out=output_folders(output))
     arguments = _with_absolute_paths(arguments)
     run = run_record(Predictor(**arguments), root)  # what is wrong with the weights shows at once
-    parts = Parts(folder, run)
-    left = {source.name: source for source in sources if not parts.is_done(source)}
-    skipped = len(sources) - len(left)
-    parts.drop(left.values(), sources)
-    images = _predict(left, (arguments, folder, run, batch_size), actors) if left else 0
-    for source in left.values():
-        write_part(folder, run, [source], [input_row(_lost(source))])
-    return Summary(images, skipped, Parts(folder, run).failed())
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock_folder(output, "--output").release)
+        parts = Parts(folder, run)
+        left = {source.name: source for source in sources if not parts.is_done(source)}
+        skipped = len(sources) - len(left)
+        parts.drop(left.values(), sources)
+        images = _predict(left, (arguments, folder, run, batch_size), actors) if left else 0
+        for source in left.values():
+            write_part(folder, run, [source], [input_row(_lost(source))])
+        return Summary(images, skipped, Parts(folder, run).failed())
 
 
 def _predict(left, make, actors):
@@ -106,7 +114,8 @@ def _cluster():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    address = os.environ.get("RAY_ADDRESS") or "local"  # never one that happens to run here
+    ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     try:
         yield
     finally:

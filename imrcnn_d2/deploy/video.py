@@ -1,7 +1,6 @@
 """Video files, frame by frame: what is held in memory does not grow with their length."""
 
 import contextlib
-import os
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -10,15 +9,21 @@ from typing import NamedTuple
 import numpy as np
 
 from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.evaluation.files import atomic_file
 
-__all__ = ["Frame", "VideoWriter", "decode_video", "pixel_aspect", "upright"]
+__all__ = ["Frame", "VideoWriter", "decode_video", "open_video", "pixel_aspect", "upright"]
 
 # An end that comes earlier than announced by more than this is a cut file: seconds, and share of
 # the length. Containers round.
 _EARLY = 1.0, 0.02
 _DAMAGED = 0.5  # seconds before the end, in which damage is a sign of a cut
-# A playlist in a file of another name could otherwise make the decoder fetch what it lists.
-_LOCAL = {"protocol_whitelist": "file"}
+# Containers, and the bare streams that DICOM files hold. FFmpeg goes by the content, and would open
+# what a playlist lists: ffconcat, HLS, DASH, SDP, a pattern of images.
+_FORMATS = (
+    *("asf", "avi", "flv", "matroska", "mov", "mpeg", "mpegts", "ogg"),
+    *("h264", "hevc", "m4v", "mpegvideo"),
+)
+_LOCAL = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file"}
 # Bytes that a transport stream's packets have: plain, with times, with error correction.
 _TRANSPORT_PACKETS = 188, 192, 204
 
@@ -40,6 +45,30 @@ class Frame(NamedTuple):
     pixel_aspect: Fraction | None = None
 
 
+def open_video(file, path):
+    """
+    Args:
+        file (str, Path or BinaryIO): what to read; no other file is opened.
+        path (Path): to be named in errors.
+
+    Returns:
+        av.container.InputContainer:
+
+    Raises:
+        BadInputError: it is of a format that is not read, such as a playlist.
+        av.error.FFmpegError: it cannot be opened.
+    """
+    import av  # of the extra [deploy]
+
+    if not hasattr(file, "read"):
+        file = str(Path(file).absolute())  # as no URL begins
+    try:
+        return av.open(file, options=_LOCAL)
+    except av.error.ArgumentError as error:
+        reason = f"is no video of a format that is read: {', '.join(_FORMATS)}"
+        raise BadInputError(path, reason) from error
+
+
 def decode_video(file, path):
     """
     Args:
@@ -56,9 +85,7 @@ def decode_video(file, path):
 
     time, number = Fraction(0), 0
     try:
-        if not hasattr(file, "read"):
-            file = str(file)
-        with av.open(file, options=_LOCAL) as container:
+        with open_video(file, path) as container:
             if not container.streams.video:
                 raise BadInputError(path, "holds no video")
             stream = container.streams.video[0]
@@ -185,8 +212,7 @@ class VideoWriter:
             time_base (Fraction): seconds; frame times are kept as multiples of it.
             comment (str): for the file's metadata.
         """
-        self._path = Path(path)
-        self._beside = self._path.with_name(self._path.name + ".tmp")
+        self._file, self._written = atomic_file(path), contextlib.ExitStack()
         self._time_base, self._comment = time_base, comment
         self._container = self._stream = None
         self._last = None
@@ -213,8 +239,8 @@ class VideoWriter:
     def _open(self, image, pixel_aspect):
         import av
 
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(self._beside), "w", format="mp4")
+        file = self._written.enter_context(self._file)
+        self._container = self._written.enter_context(av.open(file, "w", format="mp4"))
         self._container.metadata["comment"] = self._comment
         height, width = _even(image).shape[:2]
         stream = self._container.add_stream(
@@ -225,22 +251,17 @@ class VideoWriter:
         if pixel_aspect is not None:
             stream.codec_context.sample_aspect_ratio = pixel_aspect
         self._stream = stream
+        self._written.push(self._flush)
+
+    def _flush(self, kind, error, traceback):
+        if kind is None:
+            self._container.mux(self._stream.encode())
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self._container is None:
-            return
-        try:
-            if kind is None:
-                self._container.mux(self._stream.encode())
-            self._container.close()
-            if kind is None:
-                os.replace(self._beside, self._path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                self._beside.unlink()
+        return self._written.__exit__(kind, error, traceback)
 
 
 def _even(image):

@@ -305,7 +305,8 @@ def file_sha256(path):
 def atomic_file(path, mark=""):
     """
     Open a file for writing that replaces its predecessor at once, or not at all: it is written
-    beside, reaches the disk, and takes the name when the block ends without an error.
+    beside, reaches the disk, and takes the name when the block ends without an error. Nothing is
+    written through a link that somebody left under either name.
 
     Args:
         path (str or Path): its folder is made if it does not exist.
@@ -317,8 +318,10 @@ def atomic_file(path, mark=""):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}{mark}.tmp")
+    beside.unlink(missing_ok=True)  # of a process that was killed
+    file = open(beside, "xb")  # noqa: SIM115  (closed below)
     try:
-        with open(beside, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """How often a test set was looked at: a line for each evaluation, beside the data set."""
 
 import logging
+import os
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def log_test_evaluation(gt_path, *, what, sha256, output):
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     row = csv_line((date, Path(what).absolute(), sha256 or "", Path(output).absolute())).encode()
     try:
-        with open(path, "ab", buffering=0) as file:
+        with open(path, "ab", buffering=0, opener=_no_link) as file:
             # One write, at the end of the file: lines of evaluations at the same time stay whole.
             file.write(row if file.tell() else csv_line(COLUMNS).encode() + row)
     except OSError as error:
@@ -69,3 +70,8 @@ def _log_of(gt_path):
     root = path.parent.parent
     is_test = (path.parent.name, path.name) == ("annotations", "test.json")
     return root / TEST_LOG if is_test and (root / "splits.json").is_file() else None
+
+
+def _no_link(path, flags):
+    """Of a data set from elsewhere, the log could be a link to any file, or a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)

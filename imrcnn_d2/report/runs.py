@@ -23,8 +23,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 # As their publications write them; classifiers are told apart by their backbones.
 BACKBONES = {"vgg19": "VGG19", "resnet50": "ResNet50", "inception_v3": "Inception-V3"}
-# What is read of a config.yaml; how many bytes it may have, and values with those that YAML's
-# aliases repeat.
+# What is read of a config.yaml.
 CONFIG = {
     "DATASETS": {"TRAIN": [TEXT], "TEST": [TEXT]},
     "MODEL": {

@@ -49,7 +49,8 @@ def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
     assert coco["categories"] == [{"id": 1, "name": "polyp"}]
     assert coco["info"]["tau"] == TAU
     assert coco["info"]["weights_sha256"] == predictor.about["weights_sha256"]
-    found = predictor([image_folder / name for name in names])
+    # in the same batches: else fp32 sums, and a mask's edge with them, could end otherwise
+    found = predictor([image_folder / name for name in names], batch_size=2)
     assert len(coco["annotations"]) == sum(map(len, found)) > 3
     assert sorted(a["id"] for a in coco["annotations"]) == list(range(1, 1 + sum(map(len, found))))
     # the evaluation takes it
@@ -98,7 +99,8 @@ def test_images_of_different_sizes_are_not_padded_to_each_other(predictor, tmp_p
         output = tmp_path / str(batch_size)
         predict_files(predictor, [tmp_path / "images"], output, batch_size=batch_size)
         scores.append([annotation["score"] for annotation in read(output)["annotations"]])
-    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    # fp32 sums of other batches are ordered otherwise: 1.7e-6 was seen with AMX
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_what_cannot_be_read_is_listed_and_the_others_go_on(

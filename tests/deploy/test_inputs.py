@@ -2,10 +2,15 @@
 
 import hashlib
 import os
+import shutil
+import socket
+import threading
 
 import pytest
 
-from imrcnn_d2.deploy.inputs import find_inputs
+from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.deploy.batch import predict_files
+from imrcnn_d2.deploy.inputs import Source, find_inputs, read_frames
 
 DICOM = bytes(128) + b"DICM"
 DICOM_NAME = f"dicom-{hashlib.sha256(DICOM).hexdigest()[:16]}.dcm"
@@ -96,3 +101,37 @@ def test_what_is_not_there_is_named(tree):
     (tree / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="No image, video or DICOM file under .*empty"):
         find_inputs([tree / "empty"])
+
+
+def special_files(folder):
+    """A pipe, a socket, a device, and links to these."""
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(folder / "socket"))
+    for kind in ("pipe", "socket", "/dev/zero"):
+        for suffix in ("", ".png", ".mp4", ".dcm"):
+            (folder / f"link to {os.path.basename(kind)}{suffix}").symlink_to(folder / kind)
+    return sorted(folder.iterdir())
+
+
+def test_what_is_no_file_is_listed_and_never_opened(predictor, image_folder, tmp_path):
+    folder = tmp_path / "special"
+    folder.mkdir()
+    paths = special_files(folder)
+    shutil.copy(image_folder / "a.png", folder)
+    done = []
+
+    def work():
+        for inputs in ([*paths, image_folder / "a.png"], [folder]):
+            done.append(predict_files(predictor, inputs, tmp_path / str(len(done))))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(60)  # a pipe would block it for ever
+    named, found = done
+    assert named.images == found.images == 1
+    assert {name for name, _ in named.failed} == {f"special/{path.name}" for path in paths}
+    assert found.failed == [], "of a folder, only files are taken"
+    for kind in ("image", "video", "dicom"):  # as of one that was replaced in the meantime
+        with pytest.raises(BadInputError, match="special/pipe"):
+            next(read_frames(Source(folder / "pipe", "pipe", kind)))

@@ -1,7 +1,9 @@
 """A film played at its speed stands for a camera."""
 
 import json
+import os
 import signal
+import threading
 import time
 from fractions import Fraction
 
@@ -72,6 +74,24 @@ def test_what_cannot_be_opened_is_named(predictor, tmp_path):
     (tmp_path / "junk.mp4").write_bytes(b"junk" * 100)
     with pytest.raises(BadInputError, match="junk.mp4: cannot be opened"):
         predict_live(predictor, str(tmp_path / "junk.mp4"), tmp_path / "live")
+
+
+@pytest.mark.parametrize("source", ["pipe", "file:pipe", "link", "."])
+def test_what_is_no_camera_is_not_waited_for(tmp_path, source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.symlink("pipe", "link")
+    failed = []
+
+    def work():
+        with pytest.raises(BadInputError) as error:
+            LiveFrames(source)
+        failed.append(error.value.file)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert failed == [source]
 
 
 @pytest.mark.parametrize("presses", [1, 2])

@@ -97,4 +97,5 @@ def test_files_of_other_runtimes_agree(classifier, weights, image_folder, tmp_pa
     assert other.classes == classifier.classes and other.tau is None
     images = [picture(seed) for seed in range(3)]
     for one, two in zip(classifier(images, 3), other(images, 3), strict=True):
-        torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+        # as of detectors in test_graph_files.py: every runtime orders its sums in its own way
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-4)

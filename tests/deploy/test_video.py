@@ -8,8 +8,10 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.deploy.live import LiveFrames
 from imrcnn_d2.deploy.video import VideoWriter, decode_video
 
 from .conftest import picture
@@ -232,6 +234,40 @@ def test_a_playlist_fetches_nothing(tmp_path):
             list(decode_video(listing, listing))
         server.shutdown()
     assert asked == []
+
+
+# What FFmpeg, which goes by the content, takes for a list of other files in the same folder.
+PLAYLISTS = {
+    "list.mp4": "ffconcat version 1.0\nfile secret.ts\n",
+    "list.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nsecret.ts\n#EXT-X-ENDLIST\n",
+    "list.mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+    'mediaPresentationDuration="PT1S" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011">'
+    '<Period><AdaptationSet mimeType="video/mp4"><Representation id="1" bandwidth="1">'
+    "<BaseURL>secret.ts</BaseURL></Representation></AdaptationSet></Period></MPD>",
+    "list.sdp": "v=0\nc=IN IP4 127.0.0.1\nm=video 50004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    "list%d.png": "",  # list1.png, list2.png, ...
+}
+
+
+@pytest.mark.parametrize("read", [lambda path: list(decode_video(path, path)), LiveFrames])
+@pytest.mark.parametrize("name", PLAYLISTS)
+def test_a_playlist_opens_no_other_file(tmp_path, name, read):
+    film(tmp_path / "secret.ts", STEADY)
+    for number in range(3):
+        Image.fromarray(picture(number)).save(tmp_path / f"list{number}.png")
+    (tmp_path / name).write_text(PLAYLISTS[name])
+    with pytest.raises(BadInputError) as error:
+        read(tmp_path / name)
+    assert error.value.file == str(tmp_path / name)
+
+
+def test_a_link_in_the_way_of_a_video_is_not_followed(tmp_path):
+    (tmp_path / "own").write_text("mine")
+    for name in ("v.mp4", "v.mp4.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "own")
+    write(tmp_path / "v.mp4")
+    assert (tmp_path / "own").read_text() == "mine"
+    assert len(list(decode_video(tmp_path / "v.mp4", "v.mp4"))) == len(TIMES)
 
 
 def test_sound_alone_is_no_video(tmp_path):

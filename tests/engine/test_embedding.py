@@ -23,14 +23,15 @@ def embedding(images):
 
 def test_rows_are_the_backbones_pooled_features_at_length_one(images, embedding):
     assert embedding.shape == (5, 1280) and embedding.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
     model = ImageClassifier(NAME, 2, weights=WEIGHTS).eval()
     square = v2.Resize((224, 224), v2.InterpolationMode.BICUBIC)
     for path, row in zip(images, embedding, strict=True):
         pixels = torch.from_numpy(np.array(square(Image.open(path)))).permute(2, 0, 1)
         with torch.no_grad():
             features = model.backbone(model.preprocess_image([{"image": pixels}]))[0].numpy()
-        np.testing.assert_allclose(row, features / np.linalg.norm(features), atol=1e-5)
+        # of another batch size, so of sums in another order: 1e-4 of a length of one
+        np.testing.assert_allclose(row, features / np.linalg.norm(features), atol=1e-4)
 
 
 def test_a_copy_of_another_size_and_quality_is_nearest_to_its_original(images, embedding, tmp_path):

@@ -120,10 +120,11 @@ def test_two_machines_compute_what_one_does(settings, tiny_datasets, tmp_path):
     ours, other = (torch.load(tmp_path / f"job/gradients_{rank}.pth") for rank in (0, 1))
     assert ours.keys() == single.keys() and len(single) > 50
     assert all(torch.equal(ours[name], other[name]) for name in ours)
-    largest = max(grad.abs().max().item() for grad in single.values())
-    difference = max((ours[name] - single[name]).abs().max().item() for name in single)
-    assert difference <= 1e-5, difference
-    assert largest > 1e-2
+    # fp32 sums of two halves are rounded otherwise; a share that is missing would be half of each.
+    for name, grad in single.items():
+        largest = grad.abs().max().item()
+        torch.testing.assert_close(ours[name], grad, rtol=0, atol=1e-5 + 1e-3 * largest, msg=name)
+    assert max(grad.abs().max() for grad in single.values()) > 1e-2
 
     folder = tmp_path / "output/inference" / tiny_datasets["test"]
     rows = (folder / "per_image.csv").read_text().splitlines()

@@ -119,7 +119,9 @@ def test_two_processes_train_as_one_with_the_double_batch(precision, tmp_path):
         start_method="forkserver",
     )
     train(single, precision, steps=5)
-    tolerance = 1e-2 if precision else 1e-6
+    # Sums of two halves are rounded otherwise than those of the whole; to forget one process's
+    # share changes the weights by far more.
+    tolerance = 1e-2 if precision else 1e-5
     for name, value in torch.load(result).items():
         torch.testing.assert_close(value, single.state_dict()[name], atol=tolerance, rtol=0)
 

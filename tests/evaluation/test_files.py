@@ -182,6 +182,16 @@ def test_sources(tmp_path, monkeypatch):
     }
 
 
+def test_a_link_in_the_way_is_not_followed(tmp_path):
+    own = tmp_path / "own"
+    own.write_text("mine")
+    for name in ("figures.json", "figures.json.tmp"):
+        (tmp_path / name).symlink_to(own)
+    write_atomically(tmp_path / "figures.json", "new")
+    assert (own.read_text(), (tmp_path / "figures.json").read_text()) == ("mine", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "own"]
+
+
 def test_nothing_is_left_beside_the_files(paths):
     names = {path.name for path in paths["metrics.json"].parent.iterdir()}
     assert names == set(paths)

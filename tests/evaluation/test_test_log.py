@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -41,9 +42,18 @@ def test_only_the_test_part_of_a_prepared_data_set_is_logged(root, tmp_path):
     assert not list(tmp_path.rglob("test_evaluations.csv"))
 
 
-def test_a_folder_that_cannot_be_written_to_is_warned_of(root, caplog):
-    gt = root / "annotations" / "test.json"
-    (root / "test_evaluations.csv").mkdir()  # also root cannot append to a folder
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_what_cannot_be_written_to_is_warned_of(root, caplog, kind):
+    gt, log = root / "annotations" / "test.json", root / "test_evaluations.csv"
+    if kind == "folder":
+        log.mkdir()  # also root cannot append to a folder
+    elif kind == "link":
+        log.symlink_to(
+            root / "splits.json"
+        )  # as a data set from elsewhere may hold one, to any file
+    else:
+        os.mkfifo(log)
     log_test_evaluation(gt, what="x", sha256="y", output="z")
+    assert (root / "splits.json").read_text() == "{}"
     assert str(root / "test_evaluations.csv") in caplog.text
     assert caplog.records[0].levelname == "WARNING"

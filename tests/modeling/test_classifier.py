@@ -51,7 +51,9 @@ def test_scores_are_those_of_timm_s_own_classifier(resnet18):
     with torch.no_grad():
         expected = reference(torch.from_numpy(inputs).float()).softmax(1)
         found = resnet18.eval()(batch)
-    torch.testing.assert_close(torch.stack([r["scores"] for r in found]), expected)
+    # its input is rounded at another place, and sums of eighteen layers carry that on
+    scores = torch.stack([r["scores"] for r in found])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -206,9 +206,11 @@ def test_a_scripted_deep_copy_gives_the_same_detections(light):
         (expected,) = light.inference(inputs, do_postprocess=False)
         (got,) = scripted.inference(inputs, do_postprocess=False)
     assert len(expected) == 5
-    torch.testing.assert_close(got.pred_boxes.tensor, expected.pred_boxes.tensor)
-    torch.testing.assert_close(got.scores, expected.scores)
-    torch.testing.assert_close(got.pred_masks, expected.pred_masks)
+    # fused, it may order fp32 sums otherwise, and on each processor in another way
+    boxes = got.pred_boxes.tensor, expected.pred_boxes.tensor
+    torch.testing.assert_close(*boxes, rtol=0, atol=1e-2)
+    torch.testing.assert_close(got.scores, expected.scores, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.pred_masks, expected.pred_masks, rtol=0, atol=1e-4)
 
 
 def test_masks_of_given_boxes_in_bf16_agree_with_fp32(light):

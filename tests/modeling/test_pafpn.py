@@ -234,7 +234,8 @@ def test_a_scripted_deep_copy_agrees_and_leaves_the_model_alone(options):
         with torch.no_grad():
             expected, got = neck(x), scripted(x)
         for name in expected:
-            torch.testing.assert_close(got[name], expected[name])
+            # fused, it may order fp32 sums otherwise
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
 def test_a_deep_copy_shares_nothing_with_the_original():

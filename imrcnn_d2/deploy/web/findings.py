@@ -56,6 +56,11 @@ class Finding:
         """tuple[int, int]: height and width in pixels."""
         return self.image["height"], self.image["width"]
 
+    @property
+    def num_bytes(self):
+        """int: of the images in it, which are nearly all of it."""
+        return len(self.picture or b"") + len(self.frame or b"")
+
     def counted(self, tau):
         """
         Args:

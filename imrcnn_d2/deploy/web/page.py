@@ -11,6 +11,8 @@ from .findings import download, find, unique_names
 __all__ = ["LOOK", "MAX_FILES", "build_page"]
 
 MAX_FILES = 50  # at once
+MAX_WAITING = 100  # who have dropped files, and for whom the network has no time yet
+MAX_SESSIONS, MAX_KEPT_MB = 200, 1000  # of tabs, which may never close: then the oldest goes
 TITLE = "IMR-CNN"
 DIGITS = 3  # of τ on the slider
 LEAST_SCORE = 0.05  # Detectron2's, of what is found at all
@@ -44,8 +46,9 @@ def build_page(predictor, uploads):
 
     Returns:
         gr.Blocks: keeps what was found in the session's state, and forgets the whole session when
-        its tab is closed.
+        its tab is closed, or when there are too many and it is the one that was not used longest.
     """
+    kept = {}  # of each session, bytes
     detector = not predictor.is_classifier
 
     def exact(tau):
@@ -54,20 +57,22 @@ def build_page(predictor, uploads):
             return None
         return predictor.tau if tau == round(predictor.tau, DIGITS) else tau
 
-    def look(files, tau, progress=gr.Progress()):  # noqa: B008  (how Gradio is asked for a bar)
-        paths = []
+    def look(files, tau, request: gr.Request, progress=gr.Progress()):  # noqa: B008  (asks for a bar)
+        paths, findings, size = [], [], 0
         try:
             for file in files:
                 paths.append(uploads.take(file["path"]))
             if len(paths) > MAX_FILES:
                 raise gr.Error(f"{len(paths)} files at once; at most {MAX_FILES}", title="Too many")
             names = unique_names([file.get("orig_name") or "image" for file in files])
-            findings = [
-                find(predictor, path, name)
-                for path, name in progress.tqdm(
-                    list(zip(paths, names, strict=True)), desc="Looking", unit="images"
-                )
-            ]
+            for path, name in progress.tqdm(
+                list(zip(paths, names, strict=True)), desc="Looking", unit="images"
+            ):
+                findings.append(find(predictor, path, name))
+                size += findings[-1].num_bytes
+                if size > 2**20 * MAX_KEPT_MB:
+                    raise gr.Error(f"Over {MAX_KEPT_MB} MB of pixels: drop fewer", title="Too much")
+            keep(request.session_hash, size)
         except KeyError:
             raise gr.Error("The upload is no longer there: drop the images again") from None
         finally:
@@ -96,11 +101,22 @@ def build_page(predictor, uploads):
 
         return make
 
+    def keep(session, size):
+        sessions = page.state_holder.session_data  # by when they were last used
+        kept[session] = size
+        others = [key for key in list(sessions) if key in kept and key != session]
+        for other in kept.keys() - {session, *others}:
+            del kept[other]
+        while sum(kept.values()) > 2**20 * MAX_KEPT_MB:
+            oldest = others.pop(0)
+            del kept[oldest]
+            sessions.pop(oldest, None)
+
     def forget(request: gr.Request):
         page.state_holder.session_data.pop(request.session_hash, None)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
-        page.state_session_capacity = 200  # of clients that never say goodbye
+        page.state_session_capacity = MAX_SESSIONS
         findings = gr.State([])
         gr.HTML(_HEADER)
         with gr.Row():
@@ -153,5 +169,5 @@ def build_page(predictor, uploads):
                 None, file, file, js=_SAVE
             )
         page.unload(forget)
-    page.queue(api_open=False)  # nobody passes by the queue
+    page.queue(api_open=False, max_size=MAX_WAITING)  # nobody passes by the queue
     return page

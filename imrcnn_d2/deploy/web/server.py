@@ -5,8 +5,6 @@ import contextlib
 import logging
 import os
 import socket
-import tempfile
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import gradio as gr
@@ -18,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from .page import LOOK, MAX_FILES, build_page
-from .uploads import KEPT, Uploads
+from .uploads import KEPT, Uploads, upload_folder
 
 __all__ = ["MAX_FILE_MB", "serve", "server_of"]
 
@@ -26,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MAX_FILE_MB = 50
 MAX_UPLOAD_MB = 500  # of all files together
+UPLOADS_AT_ONCE, UPLOAD_SECONDS = 4, 600  # the others wait for one of them to end
+CONNECTIONS = 500  # at once: a tab has two or three
 GOODBYE = 2  # seconds that open connections are given at the end
 
 # What the page needs of Gradio. Other routes fetch URLs, serve files or write sessions to disk.
@@ -81,20 +81,28 @@ class _Fence:
 
 def _app(predictor, uploads):
     app = FastAPI(openapi_url=None)
+    places = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
     # In place of Gradio's: that gives files of equal content one path, so that the first who
     # deletes it takes it away from the others, and what is sent in part stays there.
     @app.post(f"{_API}/upload")
     async def upload(request: Request):
+        async with places:
+            return await take(request)
+
+    async def take(request):
         limit = 2**20 * MAX_FILE_MB
+        parser = MultiPartParser(
+            request.headers, _bounded(request.stream()), max_files=MAX_FILES, max_fields=0
+        )
         try:
-            form = await MultiPartParser(
-                request.headers, _bounded(request.stream()), max_files=MAX_FILES, max_fields=0
-            ).parse()
+            form = await asyncio.wait_for(parser.parse(), UPLOAD_SECONDS)
         except MultiPartException as error:
             return PlainTextResponse(error.message, 400)
         except _TooLargeError as error:
             return PlainTextResponse(str(error), 413)
+        except asyncio.TimeoutError:
+            return PlainTextResponse(f"It took longer than {UPLOAD_SECONDS} s", 408)
         try:
             files = form.getlist("files")
             for file in files:
@@ -168,12 +176,13 @@ def server_of(predictor, host="127.0.0.1", port=7860):
             listening = stack.enter_context(_listen(host, port))
         except OSError as error:
             raise OSError(f"Cannot listen at {host}, port {port}: {error.strerror}") from error
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imrcnn-uploads-")))
+        folder = stack.enter_context(upload_folder())
         os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where Gradio's components look for them
         config = uvicorn.Config(
             _Fence(_app(predictor, Uploads(folder)), host in _LOCAL),
             log_level="warning",
             access_log=False,
+            limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=GOODBYE,
         )
         address = f"[{host}]" if ":" in host else host

@@ -60,6 +60,12 @@ def look(client, *paths, tau=TAU):
     return cards, summary
 
 
+def findings_of(site, client):
+    """What the server keeps of a session."""
+    (findings,) = site.state()[client.session_hash].state_data.values()
+    return findings
+
+
 def figures(summary):
     """{what: count}."""
     pairs = re.findall(r"<dt>(.*?)</dt><dd>(\d+)</dd>", summary)
@@ -205,6 +211,50 @@ def test_nothing_is_kept(site, paths, monkeypatch):
         )
     assert httpx.get(site.url).status_code == 200
     assert not list(site.folder.iterdir())
+
+
+def test_tabs_that_never_close_are_bounded(site, client, paths, monkeypatch):
+    """The oldest is forgotten, by what is kept of all; and one alone cannot take it all."""
+    from imrcnn_d2.deploy.web import page
+
+    with session(site.url) as second, session(site.url) as third:
+        look(client, paths[0])
+        held = sum(f.num_bytes for f in findings_of(site, client))
+        monkeypatch.setattr(page, "MAX_KEPT_MB", 2.5 * held / 2**20)
+        look(second, paths[0])
+        client.predict(TAU, api_name="/show")  # now it is the second that was not used longest
+        look(third, paths[0])
+        assert [each.session_hash in site.state() for each in (client, second, third)] == [
+            *(True, False, True)
+        ]
+        assert look(second, paths[0])[0].count("<figure") == 1
+        assert client.session_hash not in site.state()
+        with pytest.raises(gradio_client.exceptions.AppError, match="drop fewer"):
+            look(third, *paths)
+    assert not list(site.folder.iterdir())
+
+
+def test_uploads_at_the_same_time_are_bounded(site, monkeypatch):
+    """Those that come to no end are cut off, and the next has its turn."""
+    from imrcnn_d2.deploy.web import server
+
+    monkeypatch.setattr(server, "UPLOAD_SECONDS", 1)
+    host, port = site.url.removeprefix("http://").strip("/").split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(server.UPLOADS_AT_ONCE):
+            connection = stack.enter_context(socket.create_connection((host, int(port))))
+            connection.sendall(
+                b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
+                b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+            )
+            stalled = connection
+        answer = httpx.post(
+            f"{site.url}gradio_api/upload", files=[("files", ("a.png", b"a"))], timeout=60
+        )
+        assert stalled.recv(100).startswith(b"HTTP/1.1 408")
+    assert answer.status_code == 200
+    for path in site.folder.iterdir():
+        path.unlink()
 
 
 def test_one_session_does_not_see_or_disturb_another(site, client, paths):

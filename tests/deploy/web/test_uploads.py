@@ -1,10 +1,15 @@
 """Only what was uploaded is taken, once."""
 
 import io
+import multiprocessing
+import os
+import signal
+import tempfile
 
 import pytest
 
-from imrcnn_d2.deploy.web.uploads import Uploads
+from imrcnn_d2.deploy.web import uploads as uploads_module
+from imrcnn_d2.deploy.web.uploads import Uploads, upload_folder
 
 
 def test_kept_taken_dropped(tmp_path):
@@ -39,3 +44,45 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="No space"):
         Uploads(tmp_path).keep([io.BytesIO(b"first"), Full()])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("bound", "most", "left"),
+    [("MAX_WAITING", 3, [2, 3, 4]), ("MAX_WAITING_MB", 30 / 2**20, [3, 4])],
+)
+def test_the_oldest_go_when_there_are_too_many(tmp_path, monkeypatch, bound, most, left):
+    monkeypatch.setattr(uploads_module, bound, most)
+    uploads = Uploads(tmp_path)
+    paths = [uploads.keep([io.BytesIO(bytes([n]) * 12)])[0] for n in range(5)]
+    assert {str(path) for path in tmp_path.iterdir()} == {paths[n] for n in left}
+    with pytest.raises(KeyError):
+        uploads.take(paths[0])
+    assert uploads.take(paths[4]).read_bytes() == bytes([4]) * 12
+
+
+def killed_page(folder):
+    tempfile.tempdir = str(folder)
+    with upload_folder() as files:
+        (files / "patient.png").write_bytes(b"image")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_the_next_start_cleans_up_after_a_killed_page(tmp_path, monkeypatch):
+    page = multiprocessing.get_context("forkserver").Process(target=killed_page, args=(tmp_path,))
+    page.start()
+    page.join(60)
+    assert page.exitcode == -signal.SIGKILL and len(list(tmp_path.glob("*/files/patient.png"))) == 1
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "file").touch()
+    (tmp_path / "imrcnn-uploads-link").symlink_to(own)  # as anybody can make one in /tmp
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with upload_folder() as running:
+        (running / "a").touch()
+        with upload_folder() as other:
+            assert not list(tmp_path.glob("*/files/patient.png"))
+            assert list(running.iterdir()) == [running / "a"], "its page lives"
+            assert list(other.iterdir()) == [] and other.stat().st_mode & 0o077 == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "imrcnn-uploads-link"}
+    assert list(own.iterdir()) == [own / "file"]
