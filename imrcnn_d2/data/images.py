@@ -149,7 +149,7 @@ def path_inside(folder: Path, file_name: object, source: Path, follow_links: boo
 
 
 def image_inside(folder: Path, file_name: object, source: Path) -> Path:
-    """`path_inside` of a file that is there; refused if symbolic links lead outside the folder.
+    """`path_inside` of a file that is there.
 
     Raises:
         BadInputError: see `path_inside`.
@@ -158,8 +158,6 @@ def image_inside(folder: Path, file_name: object, source: Path) -> Path:
     path = path_inside(folder, file_name, source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image")
-    if folder.resolve() not in path.resolve().parents:
-        raise BadInputError(path, f"is a link that leads outside {folder}")
     return path
 
 
