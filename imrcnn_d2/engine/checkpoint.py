@@ -58,7 +58,7 @@ def _iteration(path):
     return load_checkpoint_file(path).get("iteration", -1) if damage(path) is None else -1
 
 
-def _check_whole(incompatible, source):
+def _check_whole(model, incompatible, source):
     """All weights, and no others: for a model that is evaluated or trained on."""
     reshaped = [key for key, *_ in incompatible.incorrect_shapes]
     wrong = {
@@ -75,9 +75,6 @@ def _check_whole(incompatible, source):
             f"{source}: the weights are of another architecture than the config: {counts}. Give "
             "the config that they were trained with (--config-file)"
         )
-
-
-def _check_numbers(model, source):
     for name, tensor in model.state_dict().items():
         if tensor.isnan().any():
             raise ValueError(
@@ -309,8 +306,7 @@ class Checkpointer(DetectionCheckpointer):
             checkpoint["model"] = classifier_backbone(state, self.model, source)
         incompatible = super()._load_model(checkpoint)
         if self._whole:
-            _check_whole(incompatible, source)
-            _check_numbers(self.model, source)
+            _check_whole(self.model, incompatible, source)
         else:
             _check_backbone(self.model, incompatible, source)
         return incompatible

@@ -112,6 +112,9 @@ def test_what_is_not_this_training_is_not_resumed(tmp_path):
         saving.save_iteration(9)
         with pytest.raises(ValueError, match="model_0000009.pth: .*another architecture"):
             resume(tmp_path)
+    checkpointer(tmp_path, float("nan")).save_iteration(9)
+    with pytest.raises(ValueError, match="model_0000009.pth: weight holds NaN"):
+        resume(tmp_path)
 
 
 def test_a_final_file_that_is_missing_or_damaged_is_written_anew(tmp_path):

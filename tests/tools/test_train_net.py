@@ -135,15 +135,15 @@ def test_a_missing_data_set_names_the_command_that_makes_it(env, tmp_path):
 def test_a_request_before_or_after_the_iterations(env, tmp_path, moment, number):
     command = ("tools/train_net.py", "--config-file", YAML, "--resume", *SMALL)
     command += ("OUTPUT_DIR", str(tmp_path / "run"))
-    process = subprocess.Popen(
-        [sys.executable, *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, *command], env=env, stdout=file, stderr=file)
     while not (tmp_path / "run" / moment).exists():  # written before them, and after them
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, log.read_text()
         time.sleep(0.01)
     process.send_signal(number)
-    text = process.communicate(timeout=600)[0].decode()
-    assert process.returncode == 75, text
+    assert process.wait(600) == 75, log.read_text()
+    text = log.read_text()
     assert "--resume" in text and "Traceback" not in text, text
     metrics = tmp_path / "run" / "inference/synthetic_test/metrics.json"
     assert not metrics.exists()
