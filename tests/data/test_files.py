@@ -6,6 +6,7 @@ import re
 import socket
 import struct
 import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -171,6 +172,42 @@ def test_images_too_large(folder, name, opener):
     path.write_bytes(BOMBS[name])
     with pytest.raises(BadInputError, match=f"bomb.{name}: (has .* pixels|is no readable image)"):
         opener(path)
+
+
+def jpeg_of_scans(number):
+    """A progressive JPEG whose last scan is there again and again: each takes time."""
+    stream = io.BytesIO()
+    image = Image.effect_noise((64, 64), 50)
+    image.save(stream, "JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xda" * 1000)
+    data = stream.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * number + data[-2:]
+
+
+def tiff_of_pages(number):
+    """A TIFF whose pages are counted in quadratic time."""
+    tags = (256, 4), (257, 4), (258, 8), (262, 1), (273, 0), (277, 1), (278, 4), (279, 16)
+    page = struct.pack("<H", len(tags))
+    page += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    size = len(page) + 4
+    pages = [page + struct.pack("<I", 8 + size * (i + 1)) for i in range(number)]
+    return b"II*\0" + struct.pack("<I", 8) + b"".join(pages)[:-4] + b"\0" * 4
+
+
+def test_what_takes_hours_to_decode(folder, opener):
+    path = folder / "slow.jpg"
+    path.write_bytes(jpeg_of_scans(5))
+    files.open_image(path)
+    path.write_bytes(jpeg_of_scans(100))
+    with pytest.raises(BadInputError, match=r"slow.jpg: is a JPEG of 1\d\d scans"):
+        opener(path)
+
+
+def test_pages_are_not_counted(folder):
+    (folder / "slow.tif").write_bytes(tiff_of_pages(200_000))
+    began = time.monotonic()
+    with pytest.raises(BadInputError, match="slow.tif: holds several images"):
+        images.read_image(folder / "slow.tif")
+    assert time.monotonic() - began < 5
 
 
 def test_the_largest_image(folder, monkeypatch):
