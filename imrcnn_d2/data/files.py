@@ -122,9 +122,11 @@ def open_image(
         name: what errors call an image that has no path.
 
     Raises:
+        FileNotFoundError: there is none.
         BadInputError: it is no regular file, of no such format, damaged, or too large.
     """
     if isinstance(file, Path):
+        file.stat()
         name = image_file(file)
     try:
         image = Image.open(file, formats=formats)
