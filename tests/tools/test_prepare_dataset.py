@@ -174,7 +174,7 @@ def test_patients_and_metadata(capsys, tmp_path, kvasir_original):
         (("--patient-pattern", "("), "is no regular expression"),
         (("--patients", tmp_path / "devices.csv"), "is no table of patients"),
         (("--patients-from-dicom", tmp_path / "none"), "no such folder"),
-        (("--metadata", tmp_path / "none.csv"), "cannot be read as a table"),
+        (("--metadata", tmp_path / "none.csv"), "none.csv: cannot be opened"),
     ):
         with pytest.raises(SystemExit) as error:
             run(capsys, *common, "--out", tmp_path / "wrong", *wrong)
