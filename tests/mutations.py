@@ -6,7 +6,7 @@ from xml.etree.ElementTree import fromstring, tostring
 
 from hypothesis import strategies as st
 
-__all__ = ["damaged_bytes", "damaged_csv", "damaged_json", "damaged_xml"]
+__all__ = ["damaged_bytes", "damaged_csv", "damaged_header", "damaged_json", "damaged_xml"]
 
 NASTY = (
     "",
@@ -56,6 +56,18 @@ def damaged_bytes(draw, data):
             data[at:at] = draw(st.binary(min_size=1, max_size=4))
         else:
             data[at : at + draw(st.integers(1, 9))] = b"" if kind == "remove" else b"\xff0"
+    return bytes(data)
+
+
+@st.composite
+def damaged_header(draw, data):
+    """``data`` with another number in one to three places of its first 300 bytes."""
+    data = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, min(len(data), 300) - 1))
+        size, order = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from(["little", "big"]))
+        value = draw(st.sampled_from([0, 1, 8, 255, 9_000, 30_000, 65_535, 2**31 - 1, 2**32 - 1]))
+        data[at : at + size] = (value % 256**size).to_bytes(size, order)
     return bytes(data)
 
 

@@ -1,6 +1,7 @@
 """Opening files of others: regular ones only, and images of named formats and bounded size."""
 
 import os
+import re
 import stat
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ __all__ = [
 # Pillow opens by content. Of the formats left out, some start other programs (EPS: Ghostscript).
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _BYTES_PER_PIXEL = 8  # of the largest file: RGBA of 16 bits, not compressed
+_MAX_SCANS = 100  # of a JPEG; encoders make about ten, and each takes time, however few its bytes
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # those with a length
 
 # `check_pixels` refuses what Pillow warns of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -93,6 +96,21 @@ def check_pixels(file: str | Path, width: int, height: int) -> None:
         )
 
 
+def _check_scans(name: str | Path, file: BinaryIO) -> None:
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    scans, end = 0, 2
+    while (found := _JPEG_MARKER.search(data, end)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        end = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    if scans > _MAX_SCANS:
+        raise BadInputError(
+            name, f"is a JPEG of {scans} scans, more than the {_MAX_SCANS} allowed; save it anew"
+        )
+
+
 def open_image(
     file: Path | BinaryIO, formats: Sequence[str] = IMAGE_FORMATS, name: str | Path = "image"
 ) -> Image.Image:
@@ -104,9 +122,11 @@ def open_image(
         name: what errors call an image that has no path.
 
     Raises:
+        FileNotFoundError: there is none.
         BadInputError: it is no regular file, of no such format, damaged, or too large.
     """
     if isinstance(file, Path):
+        file.stat()
         name = image_file(file)
     try:
         image = Image.open(file, formats=formats)
@@ -120,6 +140,8 @@ def open_image(
         raise BadInputError(name, f"is no readable image ({error})") from error
     try:
         check_pixels(name, *image.size)
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(name, image.fp)
     except BadInputError:
         image.close()
         raise

@@ -286,14 +286,23 @@ def _decode(path: Path) -> tuple[Image.Image, int, str]:
         return _read_dicom(path), 1, _sha256(path)
     with open_image(path) as image:
         try:
+            if image.format != "MPO":  # a camera's photograph and previews of it
+                _check_single(image, path)
             image.load()
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            frames = getattr(image, "n_frames", 1)
+        except BadInputError:
+            raise
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
             raise BadInputError(path, f"is no readable image ({error})") from error
-    if frames > 1 and image.format != "MPO":  # a camera's photograph and previews of it
-        raise BadInputError(path, f"holds {frames} images; save each in a file, or all as a video")
     return image, orientation, _sha256(path)
+
+
+def _check_single(image: Image.Image, path: Path) -> None:
+    try:
+        image.seek(1)  # to count them all can take hours
+    except EOFError:
+        return
+    raise BadInputError(path, "holds several images; save each in a file, or all as a video")
 
 
 def _sha256(path: Path) -> str:

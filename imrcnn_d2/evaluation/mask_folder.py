@@ -6,7 +6,6 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image
 from tqdm import tqdm
 
 from ..data.files import open_image
@@ -106,8 +105,9 @@ def _read(path, image):
     try:
         with open_image(path) as file:
             mask = np.asarray(file)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} can't be read: {error}. Write it again.") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"{path} can't be read: {reason}. Write it again.") from error
     if mask.ndim == 3:
         if not (mask == mask[..., :1]).all():
             raise ValueError(

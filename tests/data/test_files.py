@@ -6,6 +6,7 @@ import re
 import socket
 import struct
 import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -89,9 +90,8 @@ def test_other_formats_are_not(folder, picture, kind, opener):
         Image.fromarray(picture(16, 16)).save(data, format=kind)
     path = folder / "innocent.jpg"
     path.write_bytes(data.getvalue())
-    with pytest.raises(ValueError, match=r"innocent.jpg: is no readable image.*WEBP") as error:
+    with pytest.raises(ValueError, match=r"innocent.jpg.* is no readable image.*WEBP"):
         opener(path)
-    assert isinstance(error.value, BadInputError)
 
 
 def test_postscript_starts_no_program(folder, picture, opener, monkeypatch):
@@ -103,7 +103,7 @@ def test_postscript_starts_no_program(folder, picture, opener, monkeypatch):
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     Image.fromarray(picture(16, 16)).save(folder / "innocent.jpg", format="EPS")
-    with pytest.raises(BadInputError, match="innocent.jpg: is no readable image"):
+    with pytest.raises(ValueError, match=r"innocent.jpg.* is no readable image"):
         opener(folder / "innocent.jpg")
     assert not ran.exists()
 
@@ -169,8 +169,44 @@ BOMBS = {
 def test_images_too_large(folder, name, opener):
     path = folder / f"bomb.{name}"
     path.write_bytes(BOMBS[name])
-    with pytest.raises(BadInputError, match=f"bomb.{name}: (has .* pixels|is no readable image)"):
+    with pytest.raises(ValueError, match=f"bomb.{name}.* (has .* pixels|is no readable image)"):
         opener(path)
+
+
+def jpeg_of_scans(number):
+    """A progressive JPEG whose last scan is there again and again: each takes time."""
+    stream = io.BytesIO()
+    image = Image.effect_noise((64, 64), 50)
+    image.save(stream, "JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xda" * 1000)
+    data = stream.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * number + data[-2:]
+
+
+def tiff_of_pages(number):
+    """A TIFF whose pages are counted in quadratic time."""
+    tags = (256, 4), (257, 4), (258, 8), (262, 1), (273, 0), (277, 1), (278, 4), (279, 16)
+    page = struct.pack("<H", len(tags))
+    page += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    size = len(page) + 4
+    pages = [page + struct.pack("<I", 8 + size * (i + 1)) for i in range(number)]
+    return b"II*\0" + struct.pack("<I", 8) + b"".join(pages)[:-4] + b"\0" * 4
+
+
+def test_what_takes_hours_to_decode(folder, opener):
+    path = folder / "slow.jpg"
+    path.write_bytes(jpeg_of_scans(5))
+    files.open_image(path)
+    path.write_bytes(jpeg_of_scans(100))
+    with pytest.raises(ValueError, match=r"slow.jpg.* is a JPEG of 1\d\d scans"):
+        opener(path)
+
+
+def test_pages_are_not_counted(folder):
+    (folder / "slow.tif").write_bytes(tiff_of_pages(200_000))
+    began = time.monotonic()
+    with pytest.raises(BadInputError, match="slow.tif: holds several images"):
+        images.read_image(folder / "slow.tif")
+    assert time.monotonic() - began < 5
 
 
 def test_the_largest_image(folder, monkeypatch):
@@ -189,7 +225,7 @@ def test_a_sparse_file(folder, opener):
     path = folder / "sparse.png"
     Image.new("RGB", (64, 48)).save(path)
     os.truncate(path, 2**40)
-    with pytest.raises(BadInputError, match=r"sparse.png: has 1099511627776 bytes, more than"):
+    with pytest.raises(ValueError, match=r"sparse.png.* has 1099511627776 bytes, more than"):
         opener(path)
 
 
@@ -220,7 +256,7 @@ def test_what_never_ends_is_never_opened(folder, kind, reader, monkeypatch):
     else:
         path.symlink_to("/dev/zero")
     assert not is_dicom(path)
-    with pytest.raises(BadInputError, match=f"{path.name}: cannot be opened"):
+    with pytest.raises(ValueError, match=f"{path.name}.* cannot be opened"):
         READERS[reader](path)
 
 

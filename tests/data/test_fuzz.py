@@ -4,18 +4,22 @@ Some hundred damaged files each; for about a minute each:
 ``pytest -m fuzz --hypothesis-profile minute``.
 """
 
+import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import damaged_csv, damaged_json, damaged_xml
+from mutations import damaged_bytes, damaged_csv, damaged_header, damaged_json, damaged_xml
 from PIL import Image
 
 from imrcnn_d2.data.coco import read_coco
 from imrcnn_d2.data.cvat import read_cvat
+from imrcnn_d2.data.files import IMAGE_FORMATS
+from imrcnn_d2.data.images import inspect_image, install_image, read_image, read_mask, read_values
 from imrcnn_d2.data.labelme import read_labelme
 from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.metadata import read_metadata, with_metadata
@@ -165,3 +169,53 @@ def test_patients(folder, data, on_error):
         return with_patients_from_csv(prepared(folder, rejects), path, rejects)
 
     check(read, folder / "patients.csv", data, on_error)
+
+
+def whole_images():
+    """Small images of all formats, in several modes and with what else their files may hold."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), np.uint8)
+    names = "RGB", "RGBA", "L", "P", "1", "CMYK"
+    modes = [Image.fromarray(pixels).convert(name) for name in names]
+    modes.append(Image.fromarray(pixels[..., :2].copy().view(np.uint16)[..., 0]))
+    exif = Image.Exif()
+    exif[274] = 6
+    found = []
+    for kind in (*IMAGE_FORMATS, "MPO"):
+        for image in modes:
+            for how in ({}, {"progressive": True, "compression": "tiff_lzw", "lossless": True}):
+                stream = io.BytesIO()
+                try:
+                    image.save(stream, kind, exif=exif.tobytes(), **how)
+                except (OSError, ValueError):
+                    continue  # of no such mode
+                found.append(stream.getvalue())
+    return found
+
+
+@pytest.fixture(scope="module")
+def four_gigabytes():
+    """More than the process has now; to take more is a MemoryError."""
+    resource = pytest.importorskip("resource")
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**32, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@given(st.sampled_from(whole_images()).flatmap(lambda d: damaged_bytes(d) | damaged_header(d)))
+@some_hundred
+def test_images(folder, four_gigabytes, data):
+    path = folder / "fuzzed.png"
+    path.write_bytes(data)
+    (folder / "installed.png").unlink(missing_ok=True)
+    for read in (read_image, read_mask, read_values, inspect_image):
+        began = time.monotonic()
+        try:
+            found = read(path)
+        except BadInputError as error:
+            str(error).encode()
+        else:
+            if read is inspect_image:
+                install_image(found, folder, "installed.png")
+        assert time.monotonic() - began < 30

@@ -1,6 +1,7 @@
 """tools/audit_dataset.py, from a prepared data set to one whose splits are mended."""
 
 import json
+import shutil
 
 import audit_dataset
 import pytest
@@ -100,3 +101,19 @@ def test_what_cannot_be_audited(tmp_path):
             ["--annotations", str(tmp_path / "a.json"), "--images", str(tmp_path)]
             + ["--output", str(tmp_path / "o")]
         )
+
+
+def test_links_out_of_the_folder(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_dataset, "_embedding", lambda: (None, "by hash alone"))
+    sent = tmp_path / "sent"
+    shutil.copytree(prepared, sent)
+    image = next((sent / "images").iterdir())
+    image.rename(tmp_path / "private.png")
+    image.symlink_to(tmp_path / "private.png")
+    args = ["--dataset", str(sent), "--output", str(tmp_path / "audit")]
+    args += ["--fix-splits", str(tmp_path / "fixed")]
+    with pytest.raises(SystemExit, match=f"{image.name}: is a link that leads out of"):
+        audit_dataset.main(args)
+    assert not (tmp_path / "fixed").exists()
+    audit_dataset.main([*args, "--follow-links"])
+    assert (tmp_path / "fixed" / "images" / image.name).is_file()

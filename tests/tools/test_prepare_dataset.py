@@ -174,7 +174,7 @@ def test_patients_and_metadata(capsys, tmp_path, kvasir_original):
         (("--patient-pattern", "("), "is no regular expression"),
         (("--patients", tmp_path / "devices.csv"), "is no table of patients"),
         (("--patients-from-dicom", tmp_path / "none"), "no such folder"),
-        (("--metadata", tmp_path / "none.csv"), "cannot be read as a table"),
+        (("--metadata", tmp_path / "none.csv"), "none.csv: cannot be opened"),
     ):
         with pytest.raises(SystemExit) as error:
             run(capsys, *common, "--out", tmp_path / "wrong", *wrong)
@@ -183,3 +183,88 @@ def test_patients_and_metadata(capsys, tmp_path, kvasir_original):
     with pytest.raises(SystemExit, match="belong in its column patient_id"):
         run(capsys, *own, "--out", tmp_path / "wrong", *ways["pattern"])
     assert not (tmp_path / "wrong").exists()
+
+
+def linked(folder, command):
+    """A folder that someone else sent: of its five images, e.png lies elsewhere; the arguments."""
+    images, masks, names = folder / "images", folder / "masks", "abcde"
+    images.mkdir(parents=True)
+    masks.mkdir()
+    records = []
+    for i, name in enumerate(names):
+        path = images / f"{name}.png"
+        if name == "e":
+            path.symlink_to(folder.parent / "private.png")
+            path = folder.parent / "private.png"
+        Image.new("RGB", (60, 40), (40 * i, 9, 0)).save(path)
+        Image.new("L", (60, 40), 255).save(masks / f"{name}.png")
+        records.append({"id": i, "file_name": f"{name}.png"})
+        shape = {"label": "polyp", "shape_type": "rectangle", "points": [[5, 5], [20, 20]]}
+        document = {"shapes": [shape], "imagePath": f"{name}.png", "imageData": None}
+        (images / f"{name}.json").write_text(json.dumps(document))
+    annotations = [
+        {"id": i, "image_id": i, "category_id": 1, "segmentation": [[5, 5, 20, 5, 20, 20]]}
+        for i in range(len(names))
+    ]
+    categories = [{"id": 1, "name": "polyp"}]
+    content = {"images": records, "annotations": annotations, "categories": categories}
+    (folder / "own.json").write_text(json.dumps(content))
+    elements = "".join(f'<image name="{name}.png" width="60" height="40"/>' for name in names)
+    xml = f"<annotations><version>1.1</version>{elements}</annotations>"
+    (folder / "own.xml").write_text(xml)
+    rows = "".join(f"{name}.png,{'cancer' if name in 'ab' else 'ulcer'}\n" for name in names)
+    (folder / "own.csv").write_text(f"file,label\n{rows}")
+    if command not in ("labelme",):
+        for path in images.glob("*.json"):
+            path.unlink()
+    where = {
+        "kvasir-seg": ["--root", folder],
+        "masks": ["--images", images, "--masks", masks],
+        "coco": ["--annotations", folder / "own.json", "--images", images],
+        "labelme": ["--root", images],
+        "cvat": ["--annotations", folder / "own.xml", "--images", images, "--classes", "polyp"],
+        "lesion-free": ["--root", images],
+        "classification": ["--csv", folder / "own.csv", "--root", images],
+    }
+    # A class in each split is more than five images give.
+    how = ["--ratio", "1:0:0"] if command == "classification" else []
+    return [command, *where[command], *how]
+
+
+@pytest.mark.parametrize(
+    "command", ["kvasir-seg", "masks", "coco", "labelme", "cvat", "lesion-free", "classification"]
+)
+def test_links_out_of_the_folder(capsys, tmp_path, command):
+    args = [*linked(tmp_path / "sent", command), "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit) as error:
+        run(capsys, *args)
+    assert "e.png: is a link that leads out of" in error.value.code
+    assert "--follow-links" in error.value.code
+    run(capsys, *args, "--on-error", "reject")
+    assert sum(num_images(tmp_path / "out")) == 4
+    assert 'e.png,"is a link that leads out' in (tmp_path / "out" / "rejected.csv").read_text()
+    private = (tmp_path / "private.png").read_bytes()
+    assert all(p.read_bytes() != private for p in (tmp_path / "out" / "images").iterdir())
+    shutil.rmtree(tmp_path / "out")
+    run(capsys, *args, "--follow-links")
+    assert sum(num_images(tmp_path / "out")) == 5
+    assert not (tmp_path / "out" / "images" / "e.png").is_symlink()
+
+
+def test_links_to_whole_folders(capsys, tmp_path):
+    """A folder that is named may be a link; images/ of Kvasir-SEG and a class's folder may not."""
+    linked(tmp_path / "sent", "masks")
+    (tmp_path / "sent" / "images" / "e.png").unlink()
+    (tmp_path / "sent" / "masks" / "e.png").unlink()
+    (tmp_path / "root").symlink_to("sent")
+    run(capsys, "kvasir-seg", "--root", tmp_path / "root", "--out", tmp_path / "out")
+    (tmp_path / "torn").mkdir()
+    for name in ("images", "masks"):
+        (tmp_path / "torn" / name).symlink_to(tmp_path / "sent" / name)
+    for command in ("kvasir-seg", "classification"):
+        args = [command, "--root", tmp_path / "torn", "--out", tmp_path / "out2"]
+        with pytest.raises(SystemExit, match="images: is a link that leads out of"):
+            run(capsys, *args)
+    args = ["kvasir-seg", "--root", tmp_path / "torn", "--out", tmp_path / "out2"]
+    run(capsys, *args, "--follow-links")
+    assert num_images(tmp_path / "out2") == num_images(tmp_path / "out")

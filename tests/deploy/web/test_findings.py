@@ -90,7 +90,7 @@ def test_the_upload_is_gone_once_it_was_read(predictor, tmp_path):
     assert find(predictor, *good).error is None
     bad = tmp_path / "bad"
     bad.write_bytes(b"no image")
-    assert find(predictor, bad, "b.jpg").error == "is no readable image (of no known format)"
+    assert "is no readable image (of no known format" in find(predictor, bad, "b.jpg").error
     thin = tmp_path / "thin"
     Image.new("RGB", (3000, 1)).save(thin, "PNG")
     assert "too thin" in find(predictor, thin, "thin.png").error
