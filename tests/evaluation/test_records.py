@@ -157,7 +157,10 @@ def test_a_coco_dict_whose_images_have_the_same_name_is_refused(dataset, region)
             {"segmentation": {"size": [50, 40], "counts": [2000]}},
             r"results\[1\], of image 1: its RLE has size \[50, 40\], the image \[40, 50\]",
         ),
-        ({"segmentation": {"size": [40, 50], "counts": [10, 5]}}, "does not cover the 50x40 image exactly"),
+        (
+            {"segmentation": {"size": [40, 50], "counts": [10, 5]}},
+            "not cover the 50x40 image exactly",
+        ),
         ({"segmentation": [[1, 1, 5, 5]]}, "a polygon has 2 points"),
     ],
 )
