@@ -324,9 +324,10 @@ def _lacks(record, field):
 
 def _is_box(value):
     return (
-        isinstance(value, list | tuple)
+        type(value) in (list, tuple)
         and len(value) == 4
-        and all(isinstance(v, NUMBER) and type(v) is not bool and abs(v) <= _FAR for v in value)
+        and all(kind is not bool and issubclass(kind, NUMBER) for kind in {*map(type, value)})
+        and sum(map(abs, value)) <= _FAR  # which NaN is not
         and value[2] >= 0
         and value[3] >= 0
     )
@@ -336,8 +337,12 @@ def _size(image, source):
     """Height and width of an image; None where the record does not have both."""
     if "height" not in image or "width" not in image:
         return None
+    return _checked_size(image["height"], image["width"], image, source)
+
+
+def _checked_size(height, width, image, source):
     try:
-        return check_size(image["height"], image["width"])
+        return check_size(height, width)
     except ValueError as error:
         raise BadInputError(source, f"image {image['id']!r}: {error}") from error
 
@@ -350,4 +355,4 @@ def _stated_size(segmentation, image, source):
             source,
             f"image {image['id']!r} has no height and width, which its masks need",
         )
-    return tuple(size)
+    return _checked_size(*size, image, source)

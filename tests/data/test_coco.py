@@ -92,7 +92,7 @@ def test_rle(coco_folder, compressed):
 def test_compressed_rle_is_decoded(mask):
     starts = np.flatnonzero(np.diff(np.concatenate([[0], mask.flatten("F").astype(int)])))
     runs = np.diff(np.concatenate([[0], starts, [mask.size]])).tolist()
-    assert _run_lengths([rle(mask)["counts"].encode()])[0].tolist() == runs
+    assert _run_lengths([rle(mask)["counts"]])[0].tolist() == runs
 
 
 def test_boxes_and_areas_come_from_the_mask(coco_folder):

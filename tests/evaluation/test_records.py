@@ -159,7 +159,7 @@ def test_a_coco_dict_whose_images_have_the_same_name_is_refused(dataset, region)
         ),
         (
             {"segmentation": {"size": [40, 50], "counts": [10, 5]}},
-            "does not cover the 50x40 image exactly",
+            "not cover the 50x40 image exactly",
         ),
         ({"segmentation": [[1, 1, 5, 5]]}, "a polygon has 2 points"),
     ],
