@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from imrcnn_d2.data.json_files import read_json
+
 __all__ = [
     "SPLITS",
     "FixedTest",
@@ -173,7 +175,7 @@ def read_splits(path: Path) -> dict[str, list[str]]:
         ValueError: no such lists, a name listed twice, or a list edited after its hash was written.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         splits = {split: [str(name) for name in content[split]] for split in SPLITS}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -25,7 +25,7 @@ OUTSIDE_SHARE = 0.25  # of an outline, beyond the view
 SAME_IOU = 0.75  # of two outlines of one lesion
 CROSSING_SHARE = 0.01  # of a polygon's area, that changes with how its crossings are read
 IMBALANCE = 10  # times as many annotations
-PAIRED = 1000  # outlines of an image that are compared in pairs
+PAIRED = 200  # outlines of an image that are compared in pairs
 
 
 @dataclass(frozen=True)
