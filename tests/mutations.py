@@ -6,7 +6,14 @@ from xml.etree.ElementTree import fromstring, tostring
 
 from hypothesis import strategies as st
 
-__all__ = ["damaged_bytes", "damaged_csv", "damaged_header", "damaged_json", "damaged_xml"]
+__all__ = [
+    "damaged_bytes",
+    "damaged_csv",
+    "damaged_header",
+    "damaged_json",
+    "damaged_xml",
+    "with_wrong_values",
+]
 
 NASTY = (
     "",
@@ -41,6 +48,29 @@ def _places(node):
     for key in keys:
         places += [(node, key), *_places(node[key])]
     return places
+
+
+# What stands in a file instead of a value of any type; MISSING is nothing at all.
+MISSING = object()
+WRONG = (
+    *(None, True, -1, 0.5, 10**300, 1e308, float("nan"), float("inf"), "", "x", "4@"),
+    *([], {}, [[]], [None], {"size": [40, 50], "counts": "4@"}, [[0, 0, 1e9, 1e9, 0, 1e9]]),
+    MISSING,
+)
+
+
+def with_wrong_values(document, values=WRONG):
+    """Yields (what was done, a copy of a JSON document) with each of its values replaced by each of
+    ``values``."""
+    for number in range(len(_places(document))):
+        for value in values:
+            damaged = copy.deepcopy(document)
+            container, key = _places(damaged)[number]
+            if value is MISSING:
+                del container[key]
+            else:
+                container[key] = copy.deepcopy(value)
+            yield f"value {number} ({key}) is {'missing' if value is MISSING else value!r}", damaged
 
 
 @st.composite

@@ -1,5 +1,6 @@
 """COCO files of any size as compact sequences of dataset dicts."""
 
+import contextlib
 import copy
 import logging
 import operator
@@ -7,14 +8,18 @@ import os
 import pickle
 from array import array
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import ijson
 import numpy as np
-import pycocotools.mask as mask_util
 import torch
 from detectron2.structures import BoxMode
 from torch.utils.data import Dataset
+
+from .coco import check_records, is_box, to_rles
+from .rejects import BadInputError
+from .shapes import check_outline, check_size
 
 __all__ = ["Catalogue", "load_catalogue"]
 
@@ -97,6 +102,8 @@ class Catalogue(Dataset, Sequence):
         return pickle.loads(self._pieces[begin:end].numpy())  # noqa: S301 (what _add wrote)
 
 
+_BATCH = 200  # records that are checked at once
+
 _loaded = {}  # absolute path of a COCO file -> what shows that it changed, its Catalogue
 
 
@@ -125,8 +132,17 @@ def load_catalogue(json_file, image_root):
     return catalogue
 
 
+class _Nothing:
+    """Instead of a JSON object whose values nobody wants."""
+
+    __slots__ = ()
+
+    def __setitem__(self, key, value):
+        pass
+
+
 class _Builder:
-    """Streams a COCO file, once for each of its lists."""
+    """Streams a COCO file, once for its keys and once for each of its lists."""
 
     def __init__(self, json_file):
         self._json_file = json_file
@@ -134,16 +150,23 @@ class _Builder:
         self._starts = array("q", [0])
 
     def build(self, image_root):
-        categories = dict(sorted((c["id"], c["name"]) for c in self._items("categories")))
+        self._check_keys()
+        categories = list(self._items("categories", ("id", "name"), {"id": int}))
+        categories = dict(sorted((c["id"], c["name"]) for c in categories))
         if not categories:
             raise ValueError(f"{self._json_file}: there are no categories in this file")
-        image_ids = [self._add_image(image) for image in self._items("images")]
-        places = {image_id: place for place, image_id in enumerate(sorted(image_ids))}
+        sizes = {}
+        images = self._items("images", ("id", "file_name"), {"file_name": str})
+        image_ids = [self._add_image(image, sizes) for image in images]
+        try:
+            places = {image_id: place for place, image_id in enumerate(sorted(image_ids))}
+        except TypeError as error:
+            raise BadInputError(self._json_file, "image ids are numbers and texts") from error
         if len(places) < len(image_ids):
             raise ValueError(f"Image ids in '{self._json_file}' are not unique!")
         owners = array("q", map(places.get, image_ids))  # of each piece: the record's place
         lesion_counts = np.zeros(len(places), np.int64)
-        self._add_annotations(places, list(categories), owners, lesion_counts)
+        self._add_annotations(places, sizes, list(categories), owners, lesion_counts)
 
         owners = np.frombuffer(owners, np.int64)
         ends = np.bincount(owners, minlength=len(places)).cumsum()
@@ -166,10 +189,30 @@ class _Builder:
             torch.from_numpy(lesion_counts),
         )
 
-    def _items(self, key):
+    def _check_keys(self):
+        """A list that is there twice would be streamed as one, while others read the last."""
+        seen = set()
+        with self._reading() as file:
+            for key, value in ijson.kvitems(file, "", use_float=True, map_type=_Nothing):
+                if key in seen:
+                    raise BadInputError(self._json_file, f"the key {key!r} is there twice")
+                if key in ("images", "annotations", "categories") and not isinstance(value, list):
+                    raise BadInputError(self._json_file, f"it has no list of {key}")
+                seen.add(key)
+
+    def _items(self, key, needed, kinds=None):
+        """The records of a list, checked a batch at a time."""
+        with self._reading() as file:
+            records = ijson.items(file, f"{key}.item", use_float=True)
+            while batch := [*islice(records, _BATCH)]:
+                check_records(batch, key, self._json_file, needed, kinds)
+                yield from batch
+
+    @contextlib.contextmanager
+    def _reading(self):
         try:
             with open(self._json_file, "rb") as file:
-                yield from ijson.items(file, f"{key}.item", use_float=True)
+                yield file
         except (ijson.JSONError, UnicodeDecodeError) as error:
             raise ValueError(f"{self._json_file} is no valid JSON: {error}") from error
 
@@ -177,15 +220,23 @@ class _Builder:
         self._bytes += pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
         self._starts.append(len(self._bytes))
 
-    def _add_image(self, image):
+    def _add_image(self, image, sizes):
         image_id = image.pop("id")
         self._add({**image, "image_id": image_id})
+        if "height" in image and "width" in image:
+            try:
+                sizes[image_id] = check_size(image["height"], image["width"])
+            except ValueError as error:
+                raise BadInputError(self._json_file, f"image {image_id}: {error}") from error
         return image_id
 
-    def _add_annotations(self, places, category_ids, owners, lesion_counts):
+    def _add_annotations(self, places, sizes, category_ids, owners, lesion_counts):
         classes = {category_id: index for index, category_id in enumerate(category_ids)}
         ids, homeless, without_outline = set(), 0, 0
-        for count, annotation in enumerate(self._items("annotations"), start=1):
+        annotations = self._checked_rles(
+            self._items("annotations", ("id", "image_id", "category_id")), places, sizes
+        )
+        for count, annotation in enumerate(annotations, start=1):
             place = places.get(annotation["image_id"])
             if place is None:
                 homeless += 1
@@ -193,7 +244,7 @@ class _Builder:
             ids.add(annotation["id"])
             if len(ids) + homeless < count:
                 raise ValueError(f"Annotation ids in '{self._json_file}' are not unique!")
-            record = self._record(annotation, classes)
+            record = self._record(annotation, classes, sizes)
             if record is None:
                 without_outline += 1
                 continue
@@ -213,7 +264,36 @@ class _Builder:
                 without_outline,
             )
 
-    def _record(self, annotation, classes):
+    def _checked_rles(self, annotations, places, sizes):
+        """The annotations, those with RLE once it was checked."""
+        while batch := [*islice(annotations, _BATCH)]:
+            own = [
+                a
+                for a in batch
+                if a["image_id"] in places and isinstance(a.get("segmentation"), dict)
+            ]
+            of_own = [self._size(annotation, sizes) for annotation in own]
+            try:
+                rles = to_rles(
+                    [annotation["segmentation"] for annotation in own],
+                    of_own,
+                    lambda i, own=own: f"annotation {own[i]['id']}",
+                )
+            except ValueError as error:
+                raise BadInputError(self._json_file, str(error)) from error
+            for annotation, rle in zip(own, rles, strict=True):
+                annotation["segmentation"] = rle
+            yield from batch
+
+    def _size(self, annotation, sizes):
+        image_id = annotation["image_id"]
+        if image_id not in sizes:
+            raise BadInputError(
+                self._json_file, f"image {image_id} has no height and width, which masks need"
+            )
+        return sizes[image_id]
+
+    def _record(self, annotation, classes, sizes):
         """What ``load_coco_json`` makes of an annotation; None for one that it leaves out."""
         where = f"{self._json_file}: annotation {annotation['id']}"
         if annotation.get("ignore", 0):
@@ -221,14 +301,23 @@ class _Builder:
         record = {key: annotation[key] for key in _ANNOTATION_KEYS if key in annotation}
         if "bbox" in record and not record["bbox"]:
             raise ValueError(f"{where} of image {annotation['image_id']} has an empty 'bbox'")
+        if "bbox" in record and not is_box(record["bbox"]):
+            raise ValueError(f"{where} has no 'bbox' [x, y, width, height]")
+        if annotation.get("iscrowd", 0) not in (0, 1):
+            raise ValueError(f"{where} has an 'iscrowd' that is neither 0 nor 1")
         outline = annotation.get("segmentation")
-        if isinstance(outline, dict):
-            if isinstance(outline["counts"], list):
-                outline = mask_util.frPyObjects(outline, *outline["size"])
-        elif outline:
+        if outline and not isinstance(outline, dict):
+            if not isinstance(outline, list) or {type(polygon) for polygon in outline} != {list}:
+                raise ValueError(f"{where} has neither polygons nor RLE")
             outline = [p for p in outline if len(p) % 2 == 0 and len(p) >= 6]
             if not outline:
                 return None
+            size = self._size(annotation, sizes)
+            try:
+                for polygon in outline:
+                    check_outline(polygon, *size)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
         if outline:
             record["segmentation"] = outline
         if keypoints := annotation.get("keypoints"):

@@ -24,7 +24,16 @@ from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 from imrcnn_d2.data.shapes import check_outline, check_size, union
 
-__all__ = ["NUMBER", "check_records", "read_coco", "read_coco_json", "to_rle", "to_rles"]
+__all__ = [
+    "FARTHEST",
+    "NUMBER",
+    "check_records",
+    "is_box",
+    "read_coco",
+    "read_coco_json",
+    "to_rle",
+    "to_rles",
+]
 
 _BOX_TOLERANCE = 2.0  # pixels
 # COCO's compressed RLE: numbers of six digits, which hold more than any image's pixels.
@@ -32,6 +41,7 @@ _COUNTS = re.compile(r"([P-o]{0,5}[0-O])+")
 _MOST_DIGITS = 6
 _LONGEST_COUNTS = 2**24
 _BATCH = 36_000  # bytes of it at once: arrays that stay in the processor's cache
+FARTHEST = 1e9  # pixels: areas of boxes farther out would overflow
 # Types of fields; those of ids and names, for all records.
 NUMBER = (int, float, np.number)
 _ID = (*NUMBER, str)
@@ -115,6 +125,18 @@ def check_records(
             i = next(i for i, r in enumerate(records) if name in r and type(r[name]) in wrong)
             value = reprlib.repr(records[i][name])
             raise BadInputError(source, f"{key}[{i}] has the {name} {value}")
+
+
+def is_box(value: object) -> bool:
+    """Whether it is [x, y, width, height] in pixels, not too far out to reckon with."""
+    return (
+        type(value) in (list, tuple)
+        and len(value) == 4
+        and all(kind is not bool and issubclass(kind, NUMBER) for kind in {*map(type, value)})
+        and sum(map(abs, value)) <= FARTHEST  # which NaN is not
+        and value[2] >= 0
+        and value[3] >= 0
+    )
 
 
 def _samples(

@@ -39,6 +39,7 @@ _MAX_SIDE, _MAX_PIXELS = 65_535, 178_956_970
 _MAX_OUTSIDE = 10
 _MAX_PERIMETER = 100
 _MERGED_AT_ONCE = 8
+_ROWS = 64
 
 
 def check_size(height: object, width: object) -> tuple[int, int]:
@@ -139,9 +140,14 @@ def ellipse_rle(
     check_extent([*centre, *radii], height, width)
     if min(radii) <= 0:
         raise ValueError(f"the radius {min(radii):g} is not positive")
-    x, y = np.meshgrid(np.arange(width) + 0.5 - centre[0], np.arange(height) + 0.5 - centre[1])
-    along = _turned(np.stack([x, y], axis=-1), -degrees) / np.asarray(radii, float)
-    return _encode((along**2).sum(axis=-1) <= 1)
+    mask = np.empty((height, width), bool)
+    for top in range(0, height, _ROWS):  # coordinates of a whole image would take 50 times its mask
+        rows = mask[top : top + _ROWS]
+        y, x = np.indices(rows.shape) + 0.5
+        offsets = np.stack([x - centre[0], y + top - centre[1]], axis=-1)
+        along = _turned(offsets, -degrees) / np.asarray(radii, float)
+        rows[:] = (along**2).sum(axis=-1) <= 1
+    return _encode(mask)
 
 
 def patch_rle(patch: np.ndarray, left: int, top: int, height: int, width: int) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as mask_util
 
-from ..data.coco import NUMBER, check_records, to_rles
+from ..data.coco import FARTHEST, NUMBER, check_records, is_box, to_rles
 from ..data.json_files import read_json
 from ..data.rejects import BadInputError
 from ..data.shapes import check_size
@@ -43,7 +43,6 @@ GROUND_TRUTH = {
     "categories": (("id", "name"), {}),
     "annotations": (_IDS, {"area": NUMBER}),
 }
-_FAR = 1e9  # pixels: boxes farther out are none, and their areas would overflow
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +171,7 @@ def read_ground_truth(gt, source=None):
     for annotation in annotations:
         for key, is_one in (
             ("iscrowd", annotation.get("iscrowd", 0) in (0, 1)),
-            ("area", 0 <= annotation.get("area", 0) <= _FAR**2),
+            ("area", 0 <= annotation.get("area", 0) <= FARTHEST**2),
         ):
             if not is_one:
                 value = reprlib.repr(annotation[key])
@@ -305,7 +304,7 @@ def _read_regions(records, key, images, categories, source):
             if _lacks(record, "segmentation"):
                 raise BadInputError(source, f"{name(row)} has neither bbox nor segmentation")
             boxes.append(mask_util.toBbox(of_row[row]).tolist())
-        elif _is_box(record["bbox"]):
+        elif is_box(record["bbox"]):
             boxes.append(record["bbox"])
         else:
             raise BadInputError(
@@ -320,17 +319,6 @@ def _read_regions(records, key, images, categories, source):
 def _lacks(record, field):
     value = record.get(field)
     return value is None or value == []
-
-
-def _is_box(value):
-    return (
-        type(value) in (list, tuple)
-        and len(value) == 4
-        and all(kind is not bool and issubclass(kind, NUMBER) for kind in {*map(type, value)})
-        and sum(map(abs, value)) <= _FAR  # which NaN is not
-        and value[2] >= 0
-        and value[3] >= 0
-    )
 
 
 def _size(image, source):

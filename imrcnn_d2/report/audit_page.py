@@ -13,6 +13,7 @@ from .page_pictures import as_data
 __all__ = ["render_audit"]
 
 TILES = 24  # of a kind; all others are in findings.csv
+OUTLINED = 200  # annotations of a picture at most
 LONG_SIDE = 320  # pixels of a thumbnail
 MOST_IMAGES = 4  # of one finding
 OUTLINES = {
@@ -163,8 +164,13 @@ class _Thumbnails:
         width = one.entry.record.get("width") or one.measures.width
         height = one.entry.record.get("height") or one.measures.height
         made |= {"jpeg": jpeg, "width": width, "height": height}
-        for outline in one.outlines:
-            about = annotation_id is not None and outline.annotation.get("id") == annotation_id
-            path = svg_path(mask_outlines(outline.rle), scale)
-            made["paths"].append(("alarm" if about else "truth", path))
+        kinds = [
+            "alarm"
+            if annotation_id is not None and o.annotation.get("id") == annotation_id
+            else "truth"
+            for o in one.outlines
+        ]
+        shown = sorted(zip(kinds, one.outlines, strict=True), key=lambda shown: shown[0])[:OUTLINED]
+        for kind, outline in reversed(shown):  # what the finding is of last, on top
+            made["paths"].append((kind, svg_path(mask_outlines(outline.rle), scale)))
         return made

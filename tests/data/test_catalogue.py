@@ -41,7 +41,7 @@ def coco():
             annotation(12, 30),
             annotation(5, 9, segmentation={**rle, "counts": rle["counts"].decode()}, area=40),
             annotation(3, 30, category_id=2, lesion_id="l3"),
-            annotation(8, 30, segmentation={"size": [4, 5], "counts": [3, 10, 7]}, iscrowd=1),
+            annotation(8, 30, segmentation={"size": [40, 60], "counts": [3, 10, 2387]}, iscrowd=1),
             annotation(2, 9, segmentation=[[1, 2, 3, 4], *polygon(1, 2, 3, 4)]),
             annotation(1, 9, segmentation=[], keypoints=[1, 2, 2, 30, 4, 1]),
             annotation(6, 11, iscrowd=1),
@@ -162,7 +162,9 @@ def test_detectron2s_loaders(written):
 def test_memory_is_compact_and_handed_to_other_processes_without_a_copy(written):
     def many(coco):
         coco["images"] = [{**coco["images"][1], "id": i} for i in range(5000)]
-        coco["annotations"] = [annotation(i, i, category_id=2) for i in range(5000)]
+        coco["annotations"] = [
+            {**annotation(i % 50, i, category_id=2), "id": i} for i in range(5000)
+        ]
 
     catalogue = load_catalogue(written(many), "images")
     assert len(pickle.dumps(catalogue)) < 5000 * 400
@@ -191,6 +193,10 @@ def test_what_is_left_out_is_said(written, caplog):
     assert "1 annotations have polygons of fewer than three points only" in caplog.text
 
 
+def outlined(segmentation):
+    return lambda coco: coco["annotations"][2].update(segmentation=segmentation)
+
+
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
@@ -203,6 +209,19 @@ def test_what_is_left_out_is_said(written, caplog):
         ),
         (lambda c: c["annotations"][2].update(category_id=4), KeyError, "category_id=4 does not"),
         (lambda c: c["annotations"][2].update(ignore=1), ValueError, '"ignore" .* not supported'),
+        (outlined([[1, 2, 3, 4, 1e9, 6]]), ValueError, "annotation 3: the coordinate 1e.09"),
+        (outlined([[0, 0, 0, 39, 1, 0] * 5000]), ValueError, "annotation 3: .* pixels long"),
+        (outlined(["x"]), ValueError, "annotation 3 has neither polygons nor RLE"),
+        (outlined({"size": [40, 60], "counts": "4@"}), ValueError, "annotation 3: its RLE"),
+        (outlined({"size": [40, 60], "counts": [2399]}), ValueError, "annotation 3: its RLE"),
+        (outlined({"counts": [2400]}), ValueError, "annotation 3: its RLE has size None"),
+        (lambda c: c["annotations"][2].update(bbox=[1, 2, "3", 4]), ValueError, "annotation 3"),
+        (lambda c: c["annotations"][2].update(iscrowd=None), ValueError, "annotation 3"),
+        (lambda c: c["annotations"][2].pop("image_id"), ValueError, r"annotations\[2\] lacks"),
+        (lambda c: c["images"][0].update(id=[1]), ValueError, r"images\[0\] has the id"),
+        (lambda c: c["images"][0].update(height=10**9), ValueError, "image 30: 1000000000 is no"),
+        (lambda c: c["images"][0].pop("width"), ValueError, "image 30 has no height and width"),
+        (lambda c: c.update(images=5), ValueError, "no list of images"),
         (lambda c: c.pop("categories"), ValueError, "no categories"),
     ],
 )
@@ -211,6 +230,14 @@ def test_bad_files_are_named(written, edit, error, message):
     with pytest.raises(error, match=message) as raised:
         load_catalogue(path, "")
     assert str(path) in str(raised.value)
+
+
+def test_a_list_that_is_there_twice(written):
+    path = written()
+    text = path.read_text(encoding="utf-8").rstrip("}")
+    path.write_text(text + ', "annotations": []}', encoding="utf-8")
+    with pytest.raises(ValueError, match="coco.json: the key 'annotations' is there twice"):
+        load_catalogue(path, "")
 
 
 def test_damaged_json_is_named(written):

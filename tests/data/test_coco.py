@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from imrcnn_d2.data.coco import _run_lengths, read_coco
+from imrcnn_d2.data.coco import _run_lengths, read_coco, to_rle
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 
 
@@ -95,6 +95,27 @@ def test_compressed_rle_is_decoded(mask):
     assert _run_lengths([rle(mask)["counts"]])[0].tolist() == runs
 
 
+def test_random_text_is_refused():
+    """It reads the half of such texts without end."""
+    letters = np.random.default_rng(0).integers(48, 112, (500, 12), dtype=np.uint8)
+    for row in letters:
+        with pytest.raises(ValueError, match="does not cover"):
+            to_rle({"size": [48, 64], "counts": row.tobytes().decode()}, 48, 64)
+
+
+@given(arrays(bool, st.tuples(st.integers(1, 20), st.integers(1, 20))), st.integers(0, 400))
+def test_empty_runs_are_left_out(mask, at):
+    """With them pycocotools loses pixels where it merges masks."""
+    clean = rle(mask)
+    runs = _run_lengths([clean["counts"]])[0].tolist()
+    at %= len(runs)
+    runs[at : at + 1] = [runs[at], 0, 0]
+    uncompressed = {"size": clean["size"], "counts": runs}
+    text = mask_util.frPyObjects(uncompressed, *mask.shape)
+    for segmentation in (uncompressed, text):
+        assert to_rle(segmentation, *mask.shape)["counts"].decode() == clean["counts"]
+
+
 def test_boxes_and_areas_come_from_the_mask(coco_folder):
     wrong = edit_lesion(bbox=[10, 10, 30, 20], area=5)  # x2 and y2 instead of width and height
     samples, source, _ = read(*coco_folder(wrong))
@@ -156,6 +177,27 @@ BAD_ANNOTATIONS = {
         edit_lesion(segmentation={**UNCOMPRESSED, "counts": [2500, -100]}),
         "does not cover the 60x40 image exactly",
     ),
+    "RLE that never ends": (
+        edit_lesion(segmentation={**UNCOMPRESSED, "counts": "4@"}),
+        "does not cover the 60x40 image exactly",
+    ),
+    "RLE of other letters": (
+        edit_lesion(segmentation={**UNCOMPRESSED, "counts": "\u00e9x~ "}),
+        "does not cover the 60x40 image exactly",
+    ),
+    "RLE of huge numbers": (
+        edit_lesion(segmentation={**UNCOMPRESSED, "counts": "ooooooO" * 9}),
+        "does not cover the 60x40 image exactly",
+    ),
+    "RLE without end": (
+        edit_lesion(segmentation={**UNCOMPRESSED, "counts": "P"}),
+        "does not cover the 60x40 image exactly",
+    ),
+    "RLE longer than the memory": (
+        edit_lesion(segmentation={**UNCOMPRESSED, "counts": "0" * (2**24 + 1)}),
+        "is longer than any outline",
+    ),
+    "to and fro": (polygon(*[0, 0, 0, 39, 1, 0] * 5000), "points is .* pixels long"),
     "RLE no counts": (edit_lesion(segmentation=UNCOMPRESSED), "does not cover the 60x40"),
     "RLE garbage": (
         edit_lesion(segmentation={**FULL, "counts": FULL["counts"] + "zzz"}),

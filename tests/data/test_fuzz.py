@@ -25,6 +25,7 @@ from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.metadata import read_metadata, with_metadata
 from imrcnn_d2.data.patients import with_patients_from_csv
 from imrcnn_d2.data.rejects import BadInputError, Rejects
+from imrcnn_d2.evaluation.lesions import evaluate_lesions
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
 
@@ -100,6 +101,40 @@ def test_coco(folder, data, on_error):
         return read_coco(path, folder / "images", rejects)
 
     check(read, folder / "coco.json", data, on_error)
+
+
+def results_document():
+    """Of :func:`coco_document`'s annotations."""
+    keys = ("image_id", "category_id", "segmentation", "bbox")
+    return [
+        {**{key: annotation[key] for key in keys if key in annotation}, "score": number / 5}
+        for number, annotation in enumerate(coco_document()["annotations"], 1)
+    ]
+
+
+def evaluated(folder, gt, dt):
+    """Evaluation ends in BadInputError or with all its figures."""
+    paths = folder / "gt.json", folder / "dt.json"
+    for path, data in zip(paths, (gt, dt), strict=True):
+        path.write_bytes(data)
+    try:
+        evaluate_lesions(*paths)
+    except BadInputError as error:
+        assert error.file in map(str, paths)
+
+
+@given(damaged_json(coco_document()))
+@some_hundred
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_ground_truth_of_an_evaluation(folder, data):
+    evaluated(folder, data, json.dumps(results_document()).encode())
+
+
+@given(damaged_json(results_document()))
+@some_hundred
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_results_of_an_evaluation(folder, data):
+    evaluated(folder, json.dumps(coco_document()).encode(), data)
 
 
 @given(damaged_json(json.loads((FORMATS / "labelme" / "frame_a.json").read_text())), ON_ERROR)

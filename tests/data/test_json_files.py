@@ -23,6 +23,8 @@ def test_strict_json(tmp_path):
         (b'["\xff"]', "is no JSON"),
         (b"[" * 100_000, "is nested too deeply"),
         (b"", "is no JSON"),
+        (b'{"annotations": [1], "x": 0, "annotations": []}', "the key 'annotations' is there 2"),
+        (b'[{"a": {"\\u0061": 1, "a": 2}}]', "the key 'a' is there 2"),
     ],
 )
 def test_bad_json(tmp_path, data, message):

@@ -14,11 +14,13 @@ from imrcnn_d2.data.images import read_mask
 from imrcnn_d2.data.shapes import (
     MIN_IOU,
     check_extent,
+    check_size,
     ellipse_rle,
     outlines,
     patch_rle,
     polygon_rle,
     rectangle,
+    union,
 )
 
 MASKS = arrays(bool, st.tuples(st.integers(1, 24), st.integers(1, 24)))
@@ -120,6 +122,31 @@ def test_coordinates(value):
         check_extent([1, value], 40, 60)
     with pytest.raises(ValueError, match="coordinate"):
         polygon_rle([[1, 1], [5, value], [3, 3]], 40, 60)
+
+
+def test_a_polygon_of_great_length():
+    """A million points to and fro would take 50 GB."""
+    zigzag = [[x, y] for x in range(100) for y in (0, 400)] * 5000
+    with pytest.raises(ValueError, match="1000000 points is .* pixels long"):
+        polygon_rle(zigzag, 40, 60)
+    around = 10 * np.array([[-40, -40], [60, -40], [60, 40], [-40, 40]])
+    assert decoded(polygon_rle(around.tolist(), 40, 60)).all(), "far outside, but no longer"
+
+
+@pytest.mark.parametrize(
+    "size", [(0, 5), (5, -1), (10**6, 5), (20_000, 20_000), ("5", 5), (5.5, 5)]
+)
+def test_sizes_of_no_image(size):
+    with pytest.raises(ValueError, match="image"):
+        check_size(*size)
+    assert check_size(5.0, 60) == (5, 60)
+
+
+@given(MASKS, st.integers(1, 30))
+def test_union(mask, count):
+    parts = [np.roll(mask, i, axis=0) for i in range(count)]
+    rles = [mask_util.encode(np.asfortranarray(part, dtype=np.uint8)) for part in parts]
+    assert np.array_equal(decoded(union(rles)), np.any(parts, axis=0))
 
 
 def test_polygon_needs_three_points():

@@ -147,5 +147,6 @@ def test_more_components_than_are_counted(dataset, folder, caplog):
     specks = np.zeros(SHAPE, np.uint8)
     specks[::3, ::3] = 1
     with caplog.at_level(logging.WARNING):
-        read_mask_folder(folder({"1.png": specks}), gt)
+        found = read_mask_folder(folder({"1.png": specks}), gt)
     assert "238 regions" in caplog.text
+    assert len(found) == 100, "noise has as many regions as pixels"

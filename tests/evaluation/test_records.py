@@ -4,8 +4,13 @@ import logging
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from mutations import with_wrong_values
 from pycocotools.coco import COCO
 
+from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.evaluation.agreement import agreement, read_annotator, read_model
+from imrcnn_d2.evaluation.lesions import evaluate_lesions
+from imrcnn_d2.evaluation.recognition import evaluate_recognition
 from imrcnn_d2.evaluation.records import mask_areas, read_ground_truth, read_results
 
 
@@ -191,3 +196,119 @@ def test_bad_ground_truth_is_named(dataset, region, tmp_path):
         read_ground_truth(path)
     with pytest.raises(ValueError, match="object without 'annotations'"):
         read_results({"images": []}, read_ground_truth(dataset(1)))
+
+
+def truth_and_results():
+    """Small documents of every kind of field, in which each value can be spoilt."""
+    outline = [5, 5, 25, 5, 25, 20]
+    runs = {"size": [40, 50], "counts": [200, 100, 1700]}
+    text = mask_util.frPyObjects(runs, 40, 50)["counts"].decode()
+    image = {"id": 1, "file_name": "1.png", "height": 40, "width": 50, "patient_id": "p"}
+    truth = {
+        "images": [image, {"id": 2, "file_name": "2.png"}],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 1, "segmentation": [outline], "area": 9, "iscrowd": 0},
+            {"image_id": 2, "category_id": 2, "segmentation": runs, "bbox": [5, 0, 3, 40]},
+        ],
+    }
+    results = {
+        "images": [image | {"id": 7}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 1, "score": 0.5, "segmentation": [outline]},
+            {
+                **{"image_id": 7, "category_id": 1, "score": 0.9, "bbox": [5, 0, 3, 40]},
+                "segmentation": {"size": [40, 50], "counts": text},
+            },
+        ],
+    }
+    return truth, results
+
+
+def agree(gt, dt):
+    first = read_annotator("a", gt)
+    return agreement([first], read_model("model", dt, 0.5, first))
+
+
+CLASSES = (
+    {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in (1, 2)],
+        "categories": [{"id": 1, "name": "a", "supercategory": "cancer"}, {"id": 2, "name": "b"}],
+        "annotations": [{"id": i, "image_id": i, "category_id": i} for i in (1, 2)],
+    },
+    [{"image_id": 1, "scores": [0.9, 0.1]}, {"image_id": 2, "scores": [1, 0]}],
+)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    ("evaluate", "documents"),
+    [
+        (evaluate_lesions, truth_and_results()),
+        (agree, truth_and_results()),
+        (evaluate_recognition, CLASSES),
+    ],
+)
+def test_a_wrong_value_at_each_place(tmp_path, evaluate, documents, side):
+    """Every one is either taken or named: no other error, no crash, no endless loop."""
+    files = [tmp_path / "gt.json", tmp_path / "dt.json"]
+    for path, document in zip(files, documents, strict=True):
+        path.write_text(json.dumps(document))
+    evaluate(*files)
+    for done, document in with_wrong_values(documents[side]):
+        files[side].write_text(json.dumps(document))
+        memory = [*documents]
+        memory[side] = document
+        for sources in (files, memory):  # an evaluator's are not read here
+            try:
+                evaluate(*sources)
+            except ValueError:
+                pass
+            except Exception as error:
+                pytest.fail(f"{done}: {error!r}")
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        {"size": [40, 50], "counts": "4@"},
+        {"size": [40, 50], "counts": "00"},
+        {"size": [40, 50], "counts": [2000, 5]},
+        {"size": [10**9, 10**9], "counts": [10**18]},
+        [[0, 0, 1e9, 0, 0, 1e9]],
+        [[0, 0, float("nan"), 0, 0, 9]],
+        [[0, 0, 0, 400, 9, 0] * 10_000],
+    ],
+)
+@pytest.mark.parametrize("has_size", [True, False])
+def test_masks_that_pycocotools_must_not_see(tmp_path, dataset, region, segmentation, has_size):
+    data = dataset(1, [region(1, 0, 0, 5, 5)])
+    if not has_size:
+        del data["images"][0]["height"]
+    bad = region(1, 0, 0, 5, 5, score=0.5) | {"segmentation": segmentation}
+    with pytest.raises(BadInputError, match="the results: .*image 1"):
+        read_results([bad], read_ground_truth(data))
+    data["annotations"] = [bad]
+    with pytest.raises(BadInputError, match="the ground truth: .*image 1"):
+        read_ground_truth(data)
+
+
+@pytest.mark.parametrize("tau", [float("nan"), float("inf"), -1])
+def test_a_threshold_that_is_none(dataset, region, tau):
+    data = dataset(1, [region(1, 0, 0, 5, 5)])
+    with pytest.raises(ValueError, match=f"tau is {tau}"):
+        evaluate_lesions(data, [], tau=tau)
+    with pytest.raises(ValueError, match=f"tau is {tau}"):
+        read_model("model", [], tau, read_annotator("a", data))
+
+
+def test_keys_that_are_there_twice(tmp_path, dataset, region):
+    data = dataset(1, [region(1, 0, 0, 5, 5)])
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(data)[:-1] + ', "annotations": []}')
+    for read in (read_ground_truth, lambda path: read_results(path, read_ground_truth(data))):
+        with pytest.raises(BadInputError, match="own.json: .*'annotations'"):
+            read(path)

@@ -25,6 +25,7 @@ OUTSIDE_SHARE = 0.25  # of an outline, beyond the view
 SAME_IOU = 0.75  # of two outlines of one lesion
 CROSSING_SHARE = 0.01  # of a polygon's area, that changes with how its crossings are read
 IMBALANCE = 10  # times as many annotations
+PAIRED = 200  # outlines of an image that are compared in pairs
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,14 @@ def outline_findings(
     """
     where = [entry.name], [entry.split]
     least = max(TINY_PIXELS, TINY_SHARE * view.size)
+    shown = mask_util.encode(np.asfortranarray(view, dtype=np.uint8))
     for outline in outlines:
         about = {"annotation_id": _id(outline.annotation)}
         if outline.area < least:
             told = f"It covers {outline.area} pixels, less than {least:.0f}."
             yield finding("tiny", *where, told, score=float(outline.area), **about)
-        outside = 1 - view[mask_util.decode(outline.rle) > 0].mean() if view.any() else 0.0
+        inside = mask_util.area(mask_util.merge([outline.rle, shown], intersect=True))
+        outside = 1 - int(inside) / outline.area if view.any() else 0.0
         if outside > OUTSIDE_SHARE:
             told = f"{outside:.0%} of it is outside the endoscope's view."
             yield finding("outside_view", *where, told, score=float(outside), **about)
@@ -111,7 +114,10 @@ def outline_findings(
 
 
 def _pairs(entry: Entry, outlines: Sequence[Outline]) -> Iterator[Finding]:
-    masks = [outline.rle for outline in outlines]
+    if len(outlines) > PAIRED:
+        told = f"Of {len(outlines)} outlines only the first {PAIRED} were compared in pairs."
+        yield finding("overlapping", [entry.name], [entry.split], told, severity="info")
+    masks = [outline.rle for outline in outlines[:PAIRED]]
     overlaps = mask_util.iou(masks, masks, [0] * len(masks)) if len(masks) > 1 else np.zeros((0, 0))
     for i, j in np.argwhere(np.triu(overlaps, 1) > SAME_IOU).tolist():
         a, b = outlines[i].annotation, outlines[j].annotation
