@@ -77,8 +77,8 @@ def find_inputs(inputs, *, leave_out=()):
             elif match.exists() and not match.is_file():
                 raise BadInputError(match, "is neither a file nor a folder: name one of these")
             else:
-                # Nothing but a file is opened to look at it; read_frames refuses the rest.
-                found[_absolute(match)] = (match.is_file() and _kind(match)) or "image"
+                # A link that leads nowhere is listed, by no name if it is one of a DICOM file.
+                found[_absolute(match)] = _kind(match) or "image"
                 roots.append(_absolute(match).parent)
     left_out = set(map(_absolute, leave_out))
     found = {file: kind for file, kind in found.items() if left_out.isdisjoint(file.parents)}
