@@ -76,8 +76,13 @@ def test_a_link_has_its_own_name(tree):
     for name in ("one.jpg", "two.jpg"):
         (tree / "z" / name).symlink_to(tree / "x" / "a.JPG")
     (tree / "z" / "all").symlink_to(tree / "y")
-    found = names(tree / "z" / ".." / "z", tree / "z" / "all" / "a.JPG")
-    assert [name for name, _ in found] == ["all/a.JPG", "one.jpg", "two.jpg"]
+    given = [tree / "z" / ".." / "z", tree / "z" / "all" / "a.JPG"]
+    _, found = find_inputs(given, follow_links=True)
+    assert [source.name for source in found] == ["all/a.JPG", "one.jpg", "two.jpg"]
+    (tree / "z" / "three.jpg").write_bytes(b"-")
+    (tree / "z" / "four.jpg").symlink_to("three.jpg")
+    found = names(*given)
+    assert [name for name, _ in found] == ["all/a.JPG", "four.jpg", "three.jpg"], "none leads out"
 
 
 @pytest.mark.parametrize("name", ["Musterfrau.jpg", "a.mp4", "a.txt", "a.dcm"])
