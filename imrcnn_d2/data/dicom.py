@@ -21,8 +21,8 @@ __all__ = ["is_dicom", "iter_rgb", "own_words", "read_header", "read_still"]
 _BARE = re.compile(
     rb"[\x02\x08]\0.\0([A-Z]{2}|\x04\0\0\0)|\x08\0[\x05\x08\x12-\x18]\0.\0\0\0", re.DOTALL
 )
-# Bytes before the pixels; in memory, elements take up to 50 times as many.
-_LONGEST_HEADER = 2**24
+# Bytes before the pixels; a list of numbers takes 300 times as many in memory, and 8 s each MiB.
+_LONGEST_HEADER = 2**22
 _SILENT = ("ignore", None, Warning, re.compile("pydicom"), 0)  # a filter of warnings
 
 
