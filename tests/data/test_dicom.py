@@ -62,8 +62,11 @@ def test_no_file_may_fill_the_memory_with_other_elements(tmp_path, picture):
             file.write(data[:at] + tag + b"OB\0\0" + (2**31).to_bytes(4, "little"))
             file.seek(2**31, io.SEEK_CUR)  # a hole, which takes no room on the disk
             file.write(data[at:])
-        with pytest.raises(BadInputError, match="a.dcm: is no readable DICOM file: its elements"):
-            read_header(path)
+        for how in ({}, {"specific_tags": ["PatientID"]}):
+            with pytest.raises(BadInputError, match="a.dcm: is no readable .*: its elements"):
+                read_header(path, **how)
+    large = write_dicom(tmp_path / "large.dcm", np.zeros((1500, 1500, 3), np.uint8))
+    assert read_still(large).shape == (1500, 1500, 3)
 
 
 def test_a_jpeg_of_many_scans(tmp_path, picture):
