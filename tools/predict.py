@@ -61,7 +61,12 @@ def main(argv=None):
 
             listed = "rows with an error"
             done = predict_with_ray(
-                arguments, args.input, args.output, actors=args.actors, batch_size=args.batch_size
+                arguments,
+                args.input,
+                args.output,
+                actors=args.actors,
+                batch_size=args.batch_size,
+                follow_links=args.follow_links,
             )
         elif args.live:
             live = predict_live(Predictor(**arguments), args.live, args.output)
@@ -75,6 +80,7 @@ def main(argv=None):
                 args.output,
                 save=save,
                 batch_size=args.batch_size,
+                follow_links=args.follow_links,
             )
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
@@ -110,6 +116,11 @@ def argument_parser():
         metavar="DEVICE|URL",
         help="the newest frame of a camera (/dev/video0) or stream, until Ctrl-C; a video file is "
         "played at its speed. Writes live.mp4 and, with latencies, live.json",
+    )
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read through links in a folder that lead out of it, else left out",
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     parser.add_argument(

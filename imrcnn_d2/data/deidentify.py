@@ -11,6 +11,7 @@ import io
 import itertools
 import re
 import shlex
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -199,8 +200,9 @@ def _samples(
         source.notes.append(f"fields left out: {', '.join(sorted(left_out))}")
     if unexamined := sorted(field for field, rule in keep.items() if rule is None):
         source.notes.append(f"passed as they are, NOT examined: {', '.join(unexamined)}")
-    names = ", ".join(str(category.get("name")) for category in source.categories)
-    source.notes.append(f"names of classes pass as they are: {names}")
+    fields = itertools.product(source.categories, ("name", "supercategory"))
+    names = dict.fromkeys(str(category[field]) for category, field in fields if category.get(field))
+    source.notes.append(f"names of classes pass as they are: {', '.join(names)}")
     source.notes.append("writing inside the view is still there: look at the images")
 
 
@@ -283,10 +285,10 @@ def _text(value: object) -> str:
 
 def _tells(value: float | str | None, name: str) -> bool:
     """Whether a value is an id or holds it; one of a single character is in too many texts."""
-    text = str(value).removesuffix(".0").casefold()
-    return text == name.casefold() or (
-        isinstance(value, str) and len(name) > 1 and name.casefold() in text
-    )
+    if isinstance(value, str):
+        text, name = (unicodedata.normalize("NFKC", t).casefold() for t in (value, name))
+        return text == name or (len(name) > 1 and name in text)
+    return _text(value) == (name.removesuffix(".0").lstrip("0") or "0")  # 12 is the id 0012 too
 
 
 def _written(pixels: np.ndarray, path: Path) -> SourceImage:

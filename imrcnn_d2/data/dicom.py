@@ -1,6 +1,7 @@
 """DICOM files as RGB images of 8 bits."""
 
 import contextlib
+import io
 import itertools
 import logging
 import re
@@ -11,19 +12,28 @@ from typing import Any
 
 import numpy as np
 
-from imrcnn_d2.data.files import check_pixels, regular_file
+from imrcnn_d2.data.files import MAX_SCANS, check_pixels, regular_file
 from imrcnn_d2.data.rejects import BadInputError
 
 __all__ = ["is_dicom", "iter_rgb", "own_words", "read_header", "read_still"]
 
+# What a file without the preamble starts with: an element of group 2 or 8, with its type or length.
+_BARE = re.compile(
+    rb"[\x02\x08]\0.\0([A-Z]{2}|\x04\0\0\0)|\x08\0[\x05\x08\x12-\x18]\0.\0\0\0", re.DOTALL
+)
+# Bytes before the pixels; a list of numbers takes 300 times as many in memory, and 8 s each MiB.
+_LONGEST_HEADER = 2**22
+_PIXELS = (b"\xe0\x7f", b"\x7f\xe0")  # the group of what follows, in either order of bytes
 _SILENT = ("ignore", None, Warning, re.compile("pydicom"), 0)  # a filter of warnings
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether it has DICOM's mark behind the preamble, whatever its name."""
+    """Whether it has DICOM's mark after the preamble, whatever its name; or starts without one, as
+    `read_header` does not read it."""
     try:
         with open(regular_file(path), "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            head = file.read(132)
+            return head[128:] == b"DICM" or bool(_BARE.match(head))
     except (OSError, BadInputError):
         return False
 
@@ -61,21 +71,35 @@ def read_header(path: Path, **how) -> Any:
     """The elements before the pixels; what of them with `how`, see `pydicom.dcmread`.
 
     Raises:
-        BadInputError: it is no readable DICOM file.
+        BadInputError: it is no readable DICOM file, or its elements take too much memory.
         ModuleNotFoundError: pydicom, of the extra [deploy], is not there.
     """
     import pydicom
 
     regular_file(path)
     with own_words(path, "is no readable DICOM file"):
-        meta = pydicom.filereader.read_file_meta_info(path)
+        with open(path, "rb") as file:
+            head = io.BytesIO(file.read(_LONGEST_HEADER))
+        pydicom.filereader.read_preamble(head, force=False)
+        meta = pydicom.filereader.read_dataset(
+            head, False, True, stop_when=lambda tag, *_: tag >> 16 != 2
+        )
         if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
             raise BadInputError(
                 path,
                 "is no readable DICOM file: it is deflated as a whole, to any size; save it "
                 "uncompressed",
             )
-        return pydicom.dcmread(path, **{"stop_before_pixels": True, **how})
+        head.seek(0)
+        header = pydicom.dcmread(head, stop_before_pixels=True, **how)
+        whole = len(head.getbuffer()) < _LONGEST_HEADER
+        if not whole and head.read(2) not in _PIXELS:  # of a cut element pydicom says nothing
+            raise BadInputError(
+                path,
+                f"is no readable DICOM file: its elements before the pixels take more than "
+                f"{_LONGEST_HEADER} bytes; remove private ones",
+            )
+        return header
 
 
 def read_still(path: Path) -> np.ndarray:
@@ -103,6 +127,7 @@ def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
             as that of a video; the error says what to install.
     """
     from pydicom.pixels import get_decoder, iter_pixels
+    from pydicom.uid import JPEGTransferSyntaxes
 
     with own_words(path, "its pixels cannot be read"):
         if "Rows" not in header or "Columns" not in header:
@@ -114,8 +139,32 @@ def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
         if not decoder.is_available:
             missing = "; ".join(decoder.missing_dependencies)
             raise BadInputError(path, f"its compression needs a decoder that is missing: {missing}")
-        for pixels in iter_pixels(path):
+        frames = iter_pixels(path)
+        if decoder.UID in JPEGTransferSyntaxes:
+            frames = _few_scans(frames, path, header)
+        for pixels in frames:
             yield _to_rgb(pixels, header, path)
+
+
+def _few_scans(frames: Iterator[np.ndarray], path: Path, header: Any) -> Iterator[np.ndarray]:
+    """Yields `frames`, which are decoded from JPEGs, up to one whose few bytes take hours."""
+    from pydicom import dcmread
+    from pydicom.encaps import generate_frames
+
+    number = int(header.get("NumberOfFrames") or 1)
+    tables = header.get("ExtendedOffsetTable"), header.get("ExtendedOffsetTableLengths")
+    with open(path, "rb") as file:
+        dcmread(file, specific_tags=["Rows"], stop_before_pixels=True)
+        file.seek(12, io.SEEK_CUR)  # tag, type and length of what follows
+        for data in generate_frames(
+            file, number_of_frames=number, extended_offsets=tables if all(tables) else None
+        ):
+            if (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+                raise BadInputError(
+                    path,
+                    f"has a JPEG of {scans} scans, more than the {MAX_SCANS} allowed; save it anew",
+                )
+            yield from itertools.islice(frames, 1)
 
 
 def _to_rgb(pixels: np.ndarray, header: Any, path: Path) -> np.ndarray:

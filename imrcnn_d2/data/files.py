@@ -14,6 +14,7 @@ from imrcnn_d2.data.rejects import BadInputError
 
 __all__ = [
     "IMAGE_FORMATS",
+    "MAX_SCANS",
     "check_inside",
     "check_pixels",
     "image_file",
@@ -25,7 +26,7 @@ __all__ = [
 # Pillow opens by content. Of the formats left out, some start other programs (EPS: Ghostscript).
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _BYTES_PER_PIXEL = 8  # of the largest file: RGBA of 16 bits, not compressed
-_MAX_SCANS = 100  # of a JPEG; encoders make about ten, and each takes time, however few its bytes
+MAX_SCANS = 100  # of a JPEG; encoders make about ten, and each takes time, however few its bytes
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # those with a length
 
 # `check_pixels` refuses what Pillow warns of.
@@ -105,9 +106,9 @@ def _check_scans(name: str | Path, file: BinaryIO) -> None:
     while (found := _JPEG_MARKER.search(data, end)) and found[1] != b"\xd9":
         scans += found[1] == b"\xda"
         end = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    if scans > _MAX_SCANS:
+    if scans > MAX_SCANS:
         raise BadInputError(
-            name, f"is a JPEG of {scans} scans, more than the {_MAX_SCANS} allowed; save it anew"
+            name, f"is a JPEG of {scans} scans, more than the {MAX_SCANS} allowed; save it anew"
         )
 
 

@@ -33,7 +33,7 @@ class Summary:
     kept: list = field(default_factory=list)
 
 
-def predict_files(predictor, inputs, output, *, save=(), batch_size=1):
+def predict_files(predictor, inputs, output, *, save=(), batch_size=1, follow_links=False):
     """
     Predict on images, videos and DICOM files, and write the tables of :meth:`Journal.write_tables`
     and what else is wished. An input that cannot be read is listed and the others go on. Called
@@ -45,6 +45,7 @@ def predict_files(predictor, inputs, output, *, save=(), batch_size=1):
         output (str or Path): folder; made if it does not exist.
         save (iterable of str): of ``OUTPUTS``.
         batch_size (int): images that the network sees at once, where they are of one size to it.
+        follow_links (bool): see :func:`find_inputs`.
 
     Returns:
         Summary:
@@ -58,7 +59,7 @@ def predict_files(predictor, inputs, output, *, save=(), batch_size=1):
     if "masks" in save and not predictor.outlines:
         raise ValueError(f"{predictor.about['model']} outlines nothing: it gives no masks")
     output = Path(output)
-    root, sources = find_inputs(inputs, leave_out=output_folders(output))
+    root, sources = find_inputs(inputs, leave_out=output_folders(output), follow_links=follow_links)
     run = run_record(predictor, root, save)
     with contextlib.closing(Journal(output, run, OUTPUTS)) as journal:
         journal.forget_outdated(sources)

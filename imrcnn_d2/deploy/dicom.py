@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 # Of the UIDs of MPEG-2, H.264 and HEVC, whose frames pydicom does not take apart.
 _VIDEO_SYNTAX = "1.2.840.10008.1.2.4.10"
 _TIME_BASE = Fraction(1, 1_000_000)
+_LONGEST_STEP = 86_400  # seconds between frames
+_LARGEST_VIDEO = 2**31  # bytes, which are held in memory
 
 
 def public_name(path):
@@ -68,6 +70,7 @@ def read_dicom(path):
         BadInputError: no DICOM file, one without pixels, or of a compression that cannot be undone
             here; the error says what to install.
     """
+    from pydicom import dcmread
     from pydicom.encaps import generate_frames
 
     header = read_header(path)
@@ -76,7 +79,13 @@ def read_dicom(path):
             raise BadInputError(path, "is a DICOM file without an image")
         syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
         if syntax.startswith(_VIDEO_SYNTAX):
-            pixels = read_header(path, stop_before_pixels=False).get("PixelData")
+            if (size := path.stat().st_size) > _LARGEST_VIDEO:
+                raise BadInputError(
+                    path,
+                    f"has {size} bytes, more than the {_LARGEST_VIDEO} allowed of a DICOM video; "
+                    "save the video as a file of its own",
+                )
+            pixels = dcmread(path, specific_tags=["PixelData"]).get("PixelData")
             if not pixels:
                 raise BadInputError(path, "is a DICOM file without pixels")
             (stream,) = generate_frames(pixels, number_of_frames=1)  # to DICOM it is one
@@ -95,14 +104,22 @@ def _times(header, number):
     vector = header.get("FrameTimeVector")
     if vector is not None and vector != "":
         steps = [_seconds(step) for step in np.atleast_1d(vector)]
-        if len(steps) == number and steps[0] >= 0 and all(step > 0 for step in steps[1:]):
+        rising = len(steps) == number and steps[0] >= 0 and all(step > 0 for step in steps[1:])
+        if rising and max(steps) <= _LONGEST_STEP:
             return itertools.accumulate(steps)
         logger.warning("A DICOM file's FrameTimeVector does not fit its frames: no times")
         return itertools.repeat(None)
     rate = header.get("CineRate") or header.get("RecommendedDisplayFrameRate")
-    step = _seconds(header.get("FrameTime") or 0) or (1 / Fraction(str(rate)) if rate else 0)
-    return itertools.count(Fraction(0), step) if step > 0 else itertools.repeat(None)
+    step = _seconds(header.get("FrameTime") or 0) or (1 / _exact(rate) if rate else 0)
+    if not 0 < step <= _LONGEST_STEP:
+        return itertools.repeat(None)
+    return itertools.count(Fraction(0), step)
 
 
 def _seconds(milliseconds):
-    return Fraction(str(milliseconds)) / 1000
+    return _exact(milliseconds) / 1000
+
+
+def _exact(number):
+    """As a float first: the digits of 1e999999999 would fill the memory."""
+    return Fraction(str(float(number)))

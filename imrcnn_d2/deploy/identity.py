@@ -7,6 +7,7 @@ import reprlib
 
 __all__ = [
     "check_run",
+    "in_utf8",
     "input_key",
     "is_done",
     "outdated",
@@ -69,9 +70,14 @@ def input_key(name):
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
-def printable(name):
+def in_utf8(name):
     """str: a file's name as UTF-8 has it, where the file system's is none."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def printable(name):
+    """str: a name for a terminal, which obeys control characters; these are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def signature(source):

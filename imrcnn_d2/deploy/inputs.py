@@ -11,7 +11,7 @@ from tqdm import tqdm
 from imrcnn_d2.data.dicom import is_dicom
 from imrcnn_d2.data.files import regular_file
 from imrcnn_d2.data.images import list_files, read_image
-from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.data.rejects import BadInputError, Rejects
 
 from .dicom import public_name, read_dicom
 from .video import Frame, decode_video
@@ -46,7 +46,7 @@ class Source:
     kind: str
 
 
-def find_inputs(inputs, *, leave_out=()):
+def find_inputs(inputs, *, leave_out=(), follow_links=False):
     """
     Args:
         inputs (list[str or Path]): files, folders and glob patterns of these ("**" for any
@@ -54,6 +54,7 @@ def find_inputs(inputs, *, leave_out=()):
             there, and hidden ones, are left out. A file that is named is taken whatever its suffix,
             as an image if no other.
         leave_out (list[Path]): folders whose files are no inputs, such as those of outputs.
+        follow_links (bool): whether links in a folder may lead out of it; else they are left out.
 
     Returns:
         tuple[Path, list[Source]]: the folder that all inputs share, and each file once, by name;
@@ -72,13 +73,15 @@ def find_inputs(inputs, *, leave_out=()):
         for match in matches:
             # A link is a file of its own, with its own name.
             if match.is_dir():
-                found.update((_absolute(file), kind) for file, kind in _in_folder(match))
+                found.update(
+                    (_absolute(file), kind) for file, kind in _in_folder(match, follow_links)
+                )
                 roots.append(match)
             elif match.exists() and not match.is_file():
                 raise BadInputError(match, "is neither a file nor a folder: name one of these")
             else:
-                # Nothing but a file is opened to look at it; read_frames refuses the rest.
-                found[_absolute(match)] = (match.is_file() and _kind(match)) or "image"
+                # A link that leads nowhere is listed, by no name if it is one of a DICOM file.
+                found[_absolute(match)] = _kind(match) or "image"
                 roots.append(_absolute(match).parent)
     left_out = set(map(_absolute, leave_out))
     found = {file: kind for file, kind in found.items() if left_out.isdisjoint(file.parents)}
@@ -95,9 +98,17 @@ def find_inputs(inputs, *, leave_out=()):
     return root, [sources[name] for name in sorted(sources)]
 
 
-def _in_folder(folder):
+def _in_folder(folder, follow_links):
     """Files that can be predicted on, each with its kind."""
-    files = list_files(folder)
+    checks = Rejects("reject", follow_links)
+    files = list_files(folder, checks)
+    if checks.errors:
+        logger.warning(
+            "%s: %d links that lead out of it, pipes or devices left out; put copies there, or "
+            "allow such links with --follow-links",
+            folder,
+            len(checks.errors),
+        )
     known = [(file, _kind(file)) for file in files]
     known = [(file, kind) for file, kind in known if kind]
     if len(known) < len(files):

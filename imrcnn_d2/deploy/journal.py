@@ -98,11 +98,13 @@ class Journal:
         """Index what is there; the file is then cut and stands at its end."""
         self._file.seek(0)
         whole = start = number = frames = broken = 0
-        files = {}
+        files, names = {}, set()
         while line := self._file.readline(LONGEST_LINE):
             number += 1
             end = start + len(line)
             content = _parsed(line)
+            if broken == 1 or (content is None and number == 1 and not _is_start(line)):
+                raise self._damaged(1)  # another program's file, which is not to be cut
             if content is None:
                 broken = broken or number
             elif broken and "done" in content:  # what a kill cuts off has nothing behind it
@@ -116,6 +118,7 @@ class Journal:
                         if not _is_frame(content, len(self.run["classes"])):
                             raise self._damaged(number)
                         frames += 1
+                        names.add(_input_name(content["image"]))
                     case {"file": str(name), "sha256": str(digest)} if number > 1:
                         self._check_name(name, number)
                         if PurePosixPath(name).parts[0] not in self._others:
@@ -123,7 +126,9 @@ class Journal:
                         files[self.folder / name] = digest
                     case {"done": dict(done)} if number > 1:
                         self._add_done(done, whole, end, frames, number)
-                        whole, frames, files = end, 0, {}
+                        if not names <= {done["name"]}:
+                            raise self._damaged(number)
+                        whole, frames, files, names = end, 0, {}, set()
                     case _:
                         raise self._damaged(number)
             start = end
@@ -390,6 +395,12 @@ def _area_percent(annotations, image):
     return round(100 * area / np.prod(size), 4)
 
 
+def _is_start(line):
+    """Whether it can be what a kill left of a journal's first line."""
+    start = b'{"run":{'
+    return line.startswith(start) or start.startswith(line)
+
+
 def _parsed(line):
     """What a line holds, a dict; None if it is none, or not whole."""
     if not line.endswith(b"\n"):
@@ -399,6 +410,12 @@ def _parsed(line):
     except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _input_name(image):
+    """Of the input that a frame is of, see :func:`frame_record`."""
+    number = image.get("frame")
+    return image["file_name"].removesuffix(f"#{number:06d}" if isinstance(number, int) else "")
 
 
 def _is_frame(content, classes):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from imrcnn_d2.evaluation.files import atomic_file
 
-from .identity import check_run, input_key, is_done, outdated, printable
+from .identity import check_run, in_utf8, input_key, is_done, outdated
 from .records import frame_record
 
 __all__ = ["PARTS", "Parts", "image_row", "input_row", "write_part"]
@@ -103,7 +103,7 @@ def write_part(folder, run, sources, rows):
     with _part(folder / name, run) as part:
         waiting = []
         for row in rows:
-            waiting.append({**row, "file_name": printable(row["file_name"]), **shared})
+            waiting.append({**row, "file_name": in_utf8(row["file_name"]), **shared})
             if len(waiting) == ROWS:
                 part.write_table(pa.Table.from_pylist(waiting, _SCHEMA))
                 waiting = []

@@ -34,7 +34,7 @@ RETRIES = 2  # of inputs whose actor died
 LOST = "the processes that worked on it died or failed, all of them: see Ray's log"
 
 
-def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1):
+def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1, follow_links=False):
     """
     Predict on images, videos and DICOM files, and write Parquet files into the folder
     ``predictions.parquet``: a row an image or frame, see :func:`image_row`, and one for each input
@@ -53,6 +53,7 @@ def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1):
         actors (int): processes, each with the model, one core, and where there are GPUs one of
             these or its share. Of the Ray cluster at RAY_ADDRESS, else of this machine.
         batch_size (int): images that the network sees at once, where they are of one size to it.
+        follow_links (bool): see :func:`find_inputs`.
 
     Returns:
         Summary:
@@ -64,7 +65,7 @@ def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1):
         OSError: something cannot be written, or no actor could be started. What is done stays done.
     """
     folder = Path(output).absolute() / PARTS
-    root, sources = find_inputs(inputs, leave_out=output_folders(output))
+    root, sources = find_inputs(inputs, leave_out=output_folders(output), follow_links=follow_links)
     arguments = _with_absolute_paths(arguments)
     run = run_record(Predictor(**arguments), root)  # what is wrong with the weights shows at once
     with contextlib.ExitStack() as stack:

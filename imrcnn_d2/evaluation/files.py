@@ -35,6 +35,8 @@ __all__ = [
 # The scored detections, as COCOEvaluator names them.
 RESULTS = "coco_instances_results.json"
 
+_LONGEST_NAME = 255  # bytes, as nearly all file systems have it
+
 CURVE_COLUMNS = (
     "iou_type",
     "class",
@@ -318,6 +320,8 @@ def atomic_file(path, mark=""):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}{mark}.tmp")
+    if len(os.fsencode(beside.name)) > _LONGEST_NAME:
+        beside = path.with_name(hashlib.sha256(os.fsencode(beside.name)).hexdigest() + ".tmp")
     beside.unlink(missing_ok=True)  # of a process that was killed
     file = open(beside, "xb")  # noqa: SIM115  (closed below)
     try:

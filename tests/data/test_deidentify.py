@@ -188,7 +188,11 @@ def test_a_field_without_its_values(frames, names, tmp_path):
 
 @pytest.mark.parametrize("rule", ["note=0:9999", "note=4711,P1,of P1", None])
 @pytest.mark.parametrize(
-    ("patient", "note"), [("P1", "of P1"), ("P1", "P1"), ("4711", 4711.0), ("4711", 4711)]
+    ("patient", "note"),
+    [
+        *(("P1", "of P1"), ("P1", "P1"), ("4711", 4711.0), ("4711", 4711), ("004711", 4711)),
+        ("M\u00fcller", "of Mu\u0308ller"),
+    ],
 )
 def test_an_annotation_does_not_tell_the_patient(names, tmp_path, patient, note, rule):
     source = small(tmp_path, {"patient_id": patient}, {"note": note})
@@ -250,7 +254,9 @@ def test_classes_and_crowds(names, tmp_path, frames):
     crowd[10:30, 10:30] = True
     crowd = annotation_from_mask(crowd, iscrowd=1)
     sample.annotations.append(crowd)
-    (kept,), _ = run(Source([sample], source.categories, {}), names, tmp_path)
+    categories = [{"id": 1, "name": "polyp", "supercategory": "ward 7"}]
+    (kept,), new = run(Source([sample], categories, {}), names, tmp_path)
+    assert "names of classes pass as they are: polyp, ward 7" in new.notes
     assert [a["iscrowd"] for a in kept.annotations] == [0], "it lay outside the view"
     sample.annotations, sample.label = [{"category_id": 1}], 1
     (kept,), _ = run(Source([sample], source.categories, {}), names, tmp_path)

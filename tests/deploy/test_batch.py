@@ -321,6 +321,15 @@ def test_files_of_what_an_input_was_are_deleted(predictor, tmp_path):
     assert (output / "masks" / "v.mp4" / "mine.txt").exists()
 
 
+def test_a_name_does_not_control_the_terminal(predictor, tmp_path, capfd):
+    path = tmp_path / "\x1b]0;a\x07\n\u202eb.png"
+    path.write_bytes(b"-")
+    predict_files(predictor, [path], tmp_path / "out")
+    printed = "".join(capfd.readouterr())
+    assert r"\x1b]0;a\x07\n\u202eb.png: is no readable image" in printed
+    assert "\x1b]" not in printed and "\u202e" not in printed
+
+
 def test_one_run_at_a_time_writes_into_a_folder(predictor, image_folder, tmp_path):
     output = tmp_path / "out"
     predict_files(predictor, [image_folder], output)

@@ -43,6 +43,14 @@ def test_a_still(tmp_path):
     assert frame.number is None and frame.time is None
 
 
+def test_a_number_of_too_many_digits(tmp_path):
+    frames = np.stack([picture(0)] * 2)
+    path = write_dicom(tmp_path / "a.dcm", frames, FrameTime="1e1")
+    damaged(path, b"DS\4\x001e1 ", b"DS\x0c\x001e9999999999")
+    with pytest.raises(BadInputError, match="a.dcm: is no readable DICOM file"):
+        list(read_dicom(path))
+
+
 def test_several_frames(tmp_path):
     frames = np.stack([picture(seed) for seed in range(3)])
     timed = list(read_dicom(write_dicom(tmp_path / "a.dcm", frames, FrameTime="33.25")))
@@ -54,6 +62,7 @@ def test_several_frames(tmp_path):
     assert [float(frame.time) for frame in read_dicom(rated)] == [0, 0.04, 0.08]
     nothing = [{}, {"FrameTimeVector": "40"}, {"FrameTimeVector": ["0", "40"]}]
     nothing += [{"FrameTimeVector": ["0", "-40", "40"]}, {"FrameTime": "-40"}]
+    nothing += [{"FrameTimeVector": ["0", "40", "1e300"]}, {"FrameTime": "1e300"}]
     for fields in nothing:
         stack = list(read_dicom(write_dicom(tmp_path / "d.dcm", frames, **fields)))
         assert [(f.number, f.time) for f in stack] == [(0, None), (1, None), (2, None)], fields

@@ -1,5 +1,6 @@
 """Which files are taken, and what they are called."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -75,8 +76,13 @@ def test_a_link_has_its_own_name(tree):
     for name in ("one.jpg", "two.jpg"):
         (tree / "z" / name).symlink_to(tree / "x" / "a.JPG")
     (tree / "z" / "all").symlink_to(tree / "y")
-    found = names(tree / "z" / ".." / "z", tree / "z" / "all" / "a.JPG")
-    assert [name for name, _ in found] == ["all/a.JPG", "one.jpg", "two.jpg"]
+    given = [tree / "z" / ".." / "z", tree / "z" / "all" / "a.JPG"]
+    _, found = find_inputs(given, follow_links=True)
+    assert [source.name for source in found] == ["all/a.JPG", "one.jpg", "two.jpg"]
+    (tree / "z" / "three.jpg").write_bytes(b"-")
+    (tree / "z" / "four.jpg").symlink_to("three.jpg")
+    found = names(*given)
+    assert [name for name, _ in found] == ["all/a.JPG", "four.jpg", "three.jpg"], "none leads out"
 
 
 @pytest.mark.parametrize("name", ["Musterfrau.jpg", "a.mp4", "a.txt", "a.dcm"])
@@ -92,6 +98,12 @@ def test_a_pipe_is_no_input(tree):
         with pytest.raises(ValueError, match=name):
             find_inputs([tree / "x" / name])
     assert len(names(tree / "x")) == 4
+
+
+def test_a_link_to_no_file_does_not_name_a_patient(tree):
+    (tree / "Musterfrau.dcm").symlink_to(tree / "none")
+    (source,) = find_inputs([tree / "*.dcm"])[1]
+    assert source.kind == "dicom" and "Musterfrau" not in source.name
 
 
 def test_what_is_not_there_is_named(tree):
@@ -114,7 +126,7 @@ def special_files(folder):
     return sorted(folder.iterdir())
 
 
-def test_what_is_no_file_is_listed_and_never_opened(predictor, image_folder, tmp_path):
+def test_what_is_no_file_is_never_opened(predictor, image_folder, tmp_path):
     folder = tmp_path / "special"
     folder.mkdir()
     paths = special_files(folder)
@@ -122,16 +134,16 @@ def test_what_is_no_file_is_listed_and_never_opened(predictor, image_folder, tmp
     done = []
 
     def work():
-        for inputs in ([*paths, image_folder / "a.png"], [folder]):
-            done.append(predict_files(predictor, inputs, tmp_path / str(len(done))))
+        for path in paths:
+            with contextlib.suppress(BadInputError):
+                done.append(find_inputs([path, image_folder / "a.png"]))
+        done.append(predict_files(predictor, [folder], tmp_path / "out"))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(60)  # a pipe would block it for ever
-    named, found = done
-    assert named.images == found.images == 1
-    assert {name for name, _ in named.failed} == {f"special/{path.name}" for path in paths}
-    assert found.failed == [], "of a folder, only files are taken"
+    (found,) = done
+    assert found.images == 1 and found.failed == [], "of a folder, only files are taken"
     for kind in ("image", "video", "dicom"):  # as of one that was replaced in the meantime
         with pytest.raises(BadInputError, match="special/pipe"):
             next(read_frames(Source(folder / "pipe", "pipe", kind)))

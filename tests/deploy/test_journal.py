@@ -196,6 +196,7 @@ def tables(folder):
         (2, [LINES[0], LINES[0]]),
         (1, [FRAME, {"done": DONE}]),
         (2, [LINES[0], "cut", *LINES[1:]]),
+        (4, [LINES[0], {**FRAME, "image": {**IMAGE, "file_name": "../a.png"}}, *LINES[2:]]),
     ],
 )
 def test_a_line_that_was_not_written_here_is_named(tmp_path, number, lines):
@@ -211,6 +212,21 @@ def test_a_line_that_was_not_written_here_is_named(tmp_path, number, lines):
     with pytest.raises(ValueError, match=rf"{Journal.FILE}, line {number}\b"):
         Journal(folder, RUN, OUTPUTS)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes\n", b'{"step": 1}', b'{\n"run": 2\n}\n', b'{"run":{\n}}']
+)
+def test_a_file_of_its_name_that_another_program_wrote_stays(tmp_path, content):
+    (tmp_path / Journal.FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{Journal.FILE}, line 1\b"):
+        Journal(tmp_path, RUN, OUTPUTS)
+    assert (tmp_path / Journal.FILE).read_bytes() == content
+    for cut in (3, 15):  # by a kill
+        (tmp_path / Journal.FILE).write_bytes(
+            json.dumps(LINES[0], separators=(",", ":")).encode()[:cut]
+        )
+        Journal(tmp_path, RUN, OUTPUTS).close()
 
 
 @pytest.mark.parametrize("counts", ["4@", "0", "Pj4" * 9, ""])

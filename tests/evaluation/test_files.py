@@ -192,6 +192,12 @@ def test_a_link_in_the_way_is_not_followed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "own"]
 
 
+def test_the_longest_name(tmp_path):
+    name = 127 * "ü" + "a"
+    write_atomically(tmp_path / name, "new")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_nothing_is_left_beside_the_files(paths):
     names = {path.name for path in paths["metrics.json"].parent.iterdir()}
     assert names == set(paths)
