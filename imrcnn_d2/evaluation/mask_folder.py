@@ -47,10 +47,10 @@ def read_mask_folder(folder, gt):
         for value, category in enumerate(gt.categories, 1):
             of_class = mask != 0 if len(gt.categories) == 1 else mask == value
             record = {"image_id": image["id"], "category_id": category["id"]}
-            found = _components(of_class)
-            if len(found) > MAX_DETECTIONS:
+            count, found = _components(of_class)
+            if count > MAX_DETECTIONS:
                 logger.warning(
-                    f"{path} has {len(found)} regions of '{category['name']}': only the "
+                    f"{path} has {count} regions of '{category['name']}': only the "
                     f"{MAX_DETECTIONS} largest are scored, as of any detector."
                 )
             results += [{**record, **component} for component in found]
@@ -140,14 +140,15 @@ def _check_values(mask, path, categories):
 
 
 def _components(mask):
-    """COCO ``segmentation`` and ``bbox`` of each connected component, the largest first."""
+    """The number of connected components; ``segmentation`` and ``bbox`` of the MAX_DETECTIONS
+    largest, the largest first."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(
         mask.astype(np.uint8), connectivity=8
     )
     left, top, _, _, area = stats[1:count].T  # labels depend on OpenCV's algorithm; these do not
     found = []
-    for label in 1 + np.lexsort((left, top, -area)):
+    for label in 1 + np.lexsort((left, top, -area))[:MAX_DETECTIONS]:
         x, y, width, height = stats[label, :4].tolist()
         rle = mask_util.encode(np.asfortranarray(labels == label, dtype=np.uint8))
         found.append({"segmentation": rle, "bbox": [x, y, width, height]})
-    return found
+    return count - 1, found
