@@ -40,6 +40,8 @@ STYLES = [
     (BLACK, (0, (9, 3))),
 ]
 
+MOST_PIXELS = 8000
+
 
 def tidy(axes):
     """
@@ -82,10 +84,12 @@ def save_figure(figure, path, dpi=150):
         figure (matplotlib.figure.Figure):
         path (str or Path): its suffix is the format, such as .png or .svg. An existing file is
             replaced only by a complete one.
-        dpi (int): pixels per inch of raster formats.
+        dpi (int): pixels per inch of raster formats; fewer where a side would have more than
+            MOST_PIXELS, as with very many classes.
     """
     for text in figure.findobj(Text):
         text.set_parse_math(False)
+    dpi = min(dpi, MOST_PIXELS / max(figure.get_size_inches()))
     image = io.BytesIO()
     figure.savefig(image, format=Path(path).suffix.removeprefix(".").lower(), dpi=dpi)
     write_atomically(path, image.getvalue())

@@ -133,10 +133,10 @@ def test_a_video_of_key_frames(tmp_path, frames):
 
 
 def test_a_number_of_a_frame_takes_no_time(tmp_path, frames):
-    (frames / "frame_000004.PNG").rename(frames / "frame_99999999999999.PNG")
+    (frames / "frame_000004.PNG").rename(frames / "frame_999999998.PNG")
     path = changed(
-        tmp_path, "video.xml", ('frame="2" keyframe="0"', 'frame="99999999999999" keyframe="1"'),
-        ('frame="3" keyframe="1" outside="1" occluded="0"', 'frame="100000000000000" outside="1"'),
+        tmp_path, "video.xml", ('frame="2" keyframe="0"', 'frame="999999998" keyframe="1"'),
+        ('frame="3" keyframe="1" outside="1" occluded="0"', 'frame="999999999" outside="1"'),
     )  # fmt: skip
     with pytest.raises(BadInputError, match="frame_000002.PNG: track 0 is in frame"):
         read(path, frames)

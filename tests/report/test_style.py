@@ -16,6 +16,12 @@ def test_the_suffix_is_the_format(tmp_path):
     assert "<svg" in (tmp_path / "a.svg").read_text()
 
 
+def test_size_is_bounded(tmp_path):
+    save_figure(Figure(figsize=(400, 2)), tmp_path / "a.png", dpi=200)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (style.MOST_PIXELS, 40)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.nonsense"
     path.write_text("old")
