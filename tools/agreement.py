@@ -15,6 +15,7 @@ the same if their file_name is.
 import argparse
 from pathlib import Path
 
+from imrcnn_d2.data.rejects import for_terminal
 from imrcnn_d2.evaluation import Bootstrap
 from imrcnn_d2.evaluation.agreement import agreement, read_annotator, read_model
 from imrcnn_d2.evaluation.agreement_files import write_agreement
@@ -51,7 +52,7 @@ def main(argv=None):
             if draw_disagreements(found, args.images, sheet) is not None:
                 paths.append(sheet)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     report(found)
     print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
 
@@ -104,11 +105,11 @@ def report(found):
     """Print the figures and what was left out."""
     print(f"{len(found.images)} images")
     for note in found.notes:
-        print(note)
+        print(for_terminal(note))
     if found.missing:
         print(f"{len(found.missing)} images left out, since not all files have them:")
         for file, names in found.missing.items():
-            print(f"  {file}: not in {', '.join(names)}")
+            print(for_terminal(f"  {file}: not in {', '.join(names)}"))
     print(f"\n{agreement_table(found)}\n")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from imrcnn_d2.data.rejects import for_terminal
 from imrcnn_d2.report.suspects import COLUMNS, gather_suspects, write_suspects
 
 
@@ -28,9 +29,11 @@ def main(argv=None):
         cases, runs = gather_suspects(args.runs)
         paths = write_suspects(cases, runs, args.output, number=args.number)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     rows = [{"rank": rank, **case.row} for rank, case in enumerate(cases[: args.number], 1)]
-    print(tabulate([[row[name] for name in COLUMNS] for row in rows], headers=COLUMNS))
+    print(
+        for_terminal(tabulate([[row[name] for name in COLUMNS] for row in rows], headers=COLUMNS))
+    )
     print(f"\n{len(runs)} runs, {len(cases)} outlines and detections compared")
     named = ", ".join(path.name for path in paths[:3])
     print(f"Written to {args.output}: {named}, labelme/ ({len(paths) - 3} files)")

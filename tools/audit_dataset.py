@@ -21,7 +21,7 @@ from imrcnn_d2.data.audit.fix_splits import check_can_fix, write_fixed_splits
 from imrcnn_d2.data.audit.leakage import groups
 from imrcnn_d2.data.audit.records import find_prepared, read_entries
 from imrcnn_d2.data.audit.validity import validity_findings
-from imrcnn_d2.data.rejects import BadInputError
+from imrcnn_d2.data.rejects import BadInputError, for_terminal
 from imrcnn_d2.data.splits import SPLITS
 from imrcnn_d2.engine.allocator import keep_freed_memory
 from imrcnn_d2.engine.embedding import WEIGHTS, embed_images
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(str(error))
+        sys.exit(for_terminal(error))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -134,7 +134,7 @@ def _print_counts(found: Audit) -> None:
     share = 100 * len(found.flagged) / max(total, 1)
     print(f"{len(found.flagged)} of {total} images should be looked at ({share:.1f} %)")
     for note in found.notes:
-        print(note)
+        print(for_terminal(note))
 
 
 def _fix_splits(found: Audit, prepared: Path, out: Path, follow_links: bool) -> None:
@@ -149,7 +149,7 @@ def _fix_splits(found: Audit, prepared: Path, out: Path, follow_links: bool) -> 
         print("No group is in two splits: there is nothing to move, and nothing was written.")
         return
     for move in moves:
-        print(f"{move.name}: {move.source} -> {move.target}")
+        print(for_terminal(f"{move.name}: {move.source} -> {move.target}"))
     print(
         f"{out}: written, {len(moves)} images moved. Runs on the old split are void: their test "
         "figures count images whose like was trained on, and the new test set has images that they "

@@ -12,6 +12,7 @@ everything; each table is there as Markdown, CSV and LaTeX too, the figure as PN
 import argparse
 from pathlib import Path
 
+from imrcnn_d2.data.rejects import for_terminal
 from imrcnn_d2.evaluation.bootstrap import Bootstrap
 from imrcnn_d2.report.compare import compare
 from imrcnn_d2.report.compare_files import write_comparison
@@ -49,8 +50,8 @@ def main(argv=None):
         write = write_recognition_comparison if recognised else write_comparison
         page, *files = write(comparison, args.output)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    print(page.read_text(encoding="utf-8"))
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
+    print(for_terminal(page.read_text(encoding="utf-8")))
     print(f"Written: {', '.join(str(path) for path in (page, *files))}")
 
 

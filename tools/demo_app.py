@@ -15,6 +15,7 @@ import signal
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
+from imrcnn_d2.data.rejects import for_terminal
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.arguments import predictor_arguments
 from imrcnn_d2.engine.allocator import keep_freed_memory
@@ -40,7 +41,7 @@ def main(argv=None):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         serve(predictor, args.host, args.port)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     except ModuleNotFoundError as error:
         extra = "demo" if error.name in ("gradio", "uvicorn", "fastapi") else "deploy"
         parser.exit(1, f"{parser.prog}: this needs {error.name}: pip install -e '.[{extra}]'\n")

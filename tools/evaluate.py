@@ -18,6 +18,7 @@ import argparse
 import json
 from pathlib import Path
 
+from imrcnn_d2.data.rejects import for_terminal
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions, evaluate_recognition
 from imrcnn_d2.evaluation.files import (
     RESULTS,
@@ -45,7 +46,7 @@ def main(argv=None):
         try:
             score_recognition(args)
         except (OSError, ValueError) as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
+            parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
         return
     how = {"iou_threshold": args.iou, "iou_type": args.iou_type}
     try:
@@ -69,7 +70,7 @@ def main(argv=None):
             draw_contact_sheet(args.gt, args.output / RESULTS, args.images, sheet, tau=args.tau)
             paths.append(sheet)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     report(results)
     print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
 

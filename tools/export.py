@@ -25,6 +25,7 @@ from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from imrcnn_d2.data.images import read_image
+from imrcnn_d2.data.rejects import for_terminal
 from imrcnn_d2.deploy import Predictor, artifact, graph_files
 from imrcnn_d2.deploy.agreement import compare_predictors
 from imrcnn_d2.deploy.graph_runtimes import GraphRuntime
@@ -61,7 +62,7 @@ def main(argv=None):
     try:
         export(args)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     except ModuleNotFoundError as error:
         missing = f"{parser.prog}: this needs {error.name}: pip install -e '.[deploy]'\n"
         parser.exit(1, missing)

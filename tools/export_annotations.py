@@ -13,7 +13,7 @@ from pathlib import Path
 
 from imrcnn_d2.data.coco import read_coco
 from imrcnn_d2.data.exports import FORMATS, export
-from imrcnn_d2.data.rejects import Rejects
+from imrcnn_d2.data.rejects import Rejects, for_terminal
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         source = read_coco(args.annotations, args.images, Rejects(follow_links=True))
         notes = export(source, args.to, args.output)
     except (OSError, ValueError) as error:
-        sys.exit(str(error))
-    print("\n".join([*notes, f"{args.output}: written"]))
+        sys.exit(for_terminal(error))
+    print(for_terminal("\n".join([*notes, f"{args.output}: written"])))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
+from imrcnn_d2.data.rejects import for_terminal
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.arguments import predictor_arguments
 from imrcnn_d2.deploy.batch import predict_files
@@ -83,7 +84,7 @@ def main(argv=None):
                 follow_links=args.follow_links,
             )
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     except ModuleNotFoundError as error:
         extra = "ray" if args.engine == "ray" else "deploy"
         missing = f"this needs {error.name}: pip install -e '.[{extra}]'"

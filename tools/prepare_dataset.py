@@ -38,7 +38,7 @@ from imrcnn_d2.data.patients import (
 )
 from imrcnn_d2.data.prepare import SPLIT_BY, Source, SplitOptions, prepare_dataset
 from imrcnn_d2.data.pseudonyms import PrivateRejects, Pseudonyms
-from imrcnn_d2.data.rejects import BadInputError, Rejects
+from imrcnn_d2.data.rejects import BadInputError, Rejects, for_terminal
 from imrcnn_d2.data.splits import FixedTest, parse_ratio, read_splits
 from imrcnn_d2.data.summary import summarise, summarise_classes
 from imrcnn_d2.report.review_sheets import draw_review_sheets
@@ -316,18 +316,17 @@ def main(argv: list[str] | None = None) -> None:
                 options = _renamed(options, names)
             prepared = prepare_dataset(source, args.out, options, rejects)
         if args.command == "classification":
-            print(summarise_classes(prepared.coco, prepared.notes, rejects.errors))
+            print(for_terminal(summarise_classes(prepared.coco, prepared.notes, rejects.errors)))
         else:
-            print(
-                summarise(prepared.coco, options.sizes.get("ratio"), prepared.notes, rejects.errors)
-            )
+            ratio = options.sizes.get("ratio")
+            print(for_terminal(summarise(prepared.coco, ratio, prepared.notes, rejects.errors)))
         print(f"\n{args.out}: {'already there, unchanged' if prepared.unchanged else 'written'}")
         if args.review:
             draw_review_sheets(args.out / "images", args.review)
     except BadInputError as error:
         sys.exit(f"{error}\nCorrect it, or list such files and go on with --on-error reject.")
     except (OSError, ValueError) as error:
-        sys.exit(str(error))
+        sys.exit(for_terminal(error))
 
 
 def _read(args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:

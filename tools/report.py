@@ -12,6 +12,7 @@ terms allow.
 import argparse
 from pathlib import Path
 
+from imrcnn_d2.data.rejects import for_terminal
 from imrcnn_d2.report.model_card import write_model_card
 from imrcnn_d2.report.page import render_report
 from imrcnn_d2.report.recognition_page import render_recognition_report
@@ -60,7 +61,7 @@ def main(argv=None):
         if args.card:
             written.append(write_model_card(runs[0], args.card))
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     print(f"Written: {', '.join(map(str, written))}")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.data.images import read_image
+from imrcnn_d2.data.rejects import for_terminal
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.records import instance_records
 from imrcnn_d2.engine.robustness import ROBUSTNESS, evaluate_robustness, read_ground_truth
@@ -56,9 +57,9 @@ def main(argv=None):
         picture = args.output / "robustness.png"
         draw_robustness(documents, picture, figure=args.figure)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     for name, document in documents.items():
-        print(f"{name}: {args.figure}")
+        print(for_terminal(f"{name}: {args.figure}"))
         print(summary(document, args.figure))
     print(f"Written: {picture}")
 

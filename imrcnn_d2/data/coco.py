@@ -46,6 +46,8 @@ FARTHEST = 1e9  # pixels: areas of boxes farther out would overflow
 NUMBER = (int, float, np.number)
 _ID = (*NUMBER, str)
 _KINDS = {"id": _ID, "image_id": _ID, "category_id": _ID, "name": str}
+_MOST_CATEGORIES = 200  # each takes its passes, and a row and a column in tables and plots
+_LONGEST_NAME = 200
 _OWN_TOP_FIELDS = ("images", "annotations", "categories", "info")
 
 
@@ -125,6 +127,20 @@ def check_records(
             i = next(i for i, r in enumerate(records) if name in r and type(r[name]) in wrong)
             value = reprlib.repr(records[i][name])
             raise BadInputError(source, f"{key}[{i}] has the {name} {value}")
+    if key == "categories":
+        _check_categories(records, source)
+
+
+def _check_categories(records: Sequence[dict], source: str | Path) -> None:
+    if len(records) > _MOST_CATEGORIES:
+        raise BadInputError(source, f"has {len(records)} categories, more than {_MOST_CATEGORIES}")
+    for i, name in enumerate(record.get("name", "") for record in records):
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise BadInputError(
+                source,
+                f"categories[{i}] has the name {reprlib.repr(name)}; give it at most "
+                f"{_LONGEST_NAME} characters, none of them a control character",
+            )
 
 
 def is_box(value: object) -> bool:

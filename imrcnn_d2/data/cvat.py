@@ -4,6 +4,7 @@ https://docs.cvat.ai/docs/dataset_management/formats/format-xml/
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -225,6 +226,7 @@ def _follow(track: Element, pictures: dict[int, _Picture], types: dict) -> None:
     if not label:
         raise ValueError(f"{name} has no label")
     shown = None  # the last frame that had a shape in it
+    numbers = sorted(pictures)
     for shape in sorted(track, key=lambda shape: integer(shape.get("frame"))):
         number = integer(shape.get("frame"))
         if number not in pictures:
@@ -232,7 +234,7 @@ def _follow(track: Element, pictures: dict[int, _Picture], types: dict) -> None:
                 raise ValueError(f"{name}: the image of frame {number} is missing")
             continue
         if shown is not None:
-            for between in pictures.keys() & range(shown + 1, number):
+            for between in numbers[bisect_right(numbers, shown) : bisect_left(numbers, number)]:
                 pictures[between].error = (
                     f"{name} is in frames {shown} and {number}, but not in this one between; "
                     "export the video with all frames, not the key frames only"
@@ -243,7 +245,7 @@ def _follow(track: Element, pictures: dict[int, _Picture], types: dict) -> None:
             pictures[number].shapes.append((shape, label, fields))
             shown = number
     if shown is not None:
-        for after in (number for number in pictures if number > shown):
+        for after in numbers[bisect_right(numbers, shown) :]:
             pictures[after].error = (
                 f"{name} is in frame {shown} and not said to have left it, but not in this one; "
                 "mark it as outside where the lesion is gone, or export the video with all frames"

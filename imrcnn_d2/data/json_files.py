@@ -11,6 +11,8 @@ from imrcnn_d2.data.rejects import BadInputError
 
 __all__ = ["read_json"]
 
+_MOST_BYTES = 2**30
+_MOST_CONTAINERS = 20_000_000  # lists and objects; an empty one takes up to 60 times its text
 _LONGEST_INTEGER = 300  # digits: larger ones cannot become a float
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -20,11 +22,17 @@ def read_json(path: Path) -> object:
 
     Raises:
         BadInputError: cannot be opened, is no JSON, has a key twice in one object, or holds what
-            cannot be written again: NaN, infinite numbers, broken text.
+            cannot be written again: NaN, infinite numbers, broken text. Or it is too large.
     """
     regular_file(path)
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise BadInputError(path, f"is larger than {_MOST_BYTES:,} bytes; split it")
         text = path.read_text(encoding="utf-8-sig")
+        if text.count("[") + text.count("{") > _MOST_CONTAINERS:
+            raise BadInputError(
+                path, f"has more than {_MOST_CONTAINERS:,} lists and objects; split it"
+            )
         content = json.loads(
             text,
             parse_constant=_refuse,
@@ -32,10 +40,14 @@ def read_json(path: Path) -> object:
             parse_int=_whole,
             object_pairs_hook=_unique,
         )
+    except BadInputError:
+        raise
     except OSError as error:
         raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
     except ValueError as error:
         raise BadInputError(path, f"is no JSON ({error})") from error
+    except MemoryError as error:
+        raise BadInputError(path, "is too large for the memory of this machine") from error
     except RecursionError as error:
         raise BadInputError(path, "is nested too deeply to be read") from error
     if _HALF_CHARACTER.search(text):  # which JSON can spell, but no file can hold

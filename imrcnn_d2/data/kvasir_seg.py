@@ -100,14 +100,18 @@ def _annotations(
         mask = orient(mask, image.orientation)
     elif image.orientation != 1:
         notes.append(f"{path}: EXIF-rotated image, mask taken as drawn on what is shown")
-    lesions, specks = components(mask, min_area)
-    if not lesions:
+    try:
+        lesions, specks = components(mask, min_area)
+    except ValueError as error:
+        raise BadInputError(path, str(error)) from error
+    annotations = [annotation_from_mask(lesion) for lesion in lesions]
+    if not annotations:
         raise BadInputError(
             path,
             f"empty mask: nothing of at least {min_area} pixels is 128 or brighter; lesion-free "
             "images belong in the folder given as --negatives",
         )
-    return [annotation_from_mask(lesion) for lesion in lesions], specks
+    return annotations, specks
 
 
 def _read_boxes(root: Path, rejects: Rejects) -> dict[str, dict]:

@@ -18,7 +18,7 @@ from imrcnn_d2.data.images import (
     read_values,
 )
 from imrcnn_d2.data.instances import check_classes, named_categories
-from imrcnn_d2.data.masks import annotation_from_mask, components
+from imrcnn_d2.data.masks import MOST_INSTANCES, annotation_from_mask, components
 from imrcnn_d2.data.prepare import Sample, Source
 from imrcnn_d2.data.rejects import BadInputError, Rejects
 
@@ -207,7 +207,12 @@ class _Reader:
             category_id = self.category_ids.get(label, next(iter(self.category_ids.values())))
             return [annotation_from_mask(values != 0, category_id)]
         if self.kind == "instances":
-            return [annotation_from_mask(values == v, 1) for v in np.unique(values[values != 0])]
+            numbers = np.unique(values[values != 0])
+            if len(numbers) > MOST_INSTANCES:
+                raise BadInputError(
+                    path, f"has {len(numbers)} instances, more than {MOST_INSTANCES}; check --kind"
+                )
+            return [annotation_from_mask(values == number, 1) for number in numbers]
         if self.kind == "binary":
             values = values != 0
         if values.max() > len(self.category_ids):
@@ -218,7 +223,10 @@ class _Reader:
             )
         found = []
         for category_id in self.category_ids.values():
-            parts, specks = components(values == category_id, self.min_area)
+            try:
+                parts, specks = components(values == category_id, self.min_area)
+            except ValueError as error:
+                raise BadInputError(path, str(error)) from error
             self.specks += specks
             found += [annotation_from_mask(part, category_id) for part in parts]
         return found

@@ -1,13 +1,17 @@
 """COCO annotations from binary masks."""
 
+from collections.abc import Iterator
+
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
-__all__ = ["annotation_from_mask", "components"]
+__all__ = ["MOST_INSTANCES", "annotation_from_mask", "components"]
+
+MOST_INSTANCES = 1000  # of one mask: each takes a pass over all its pixels
 
 
-def components(mask: np.ndarray, min_area: int) -> tuple[list[np.ndarray], int]:
+def components(mask: np.ndarray, min_area: int) -> tuple[Iterator[np.ndarray], int]:
     """Splits a mask into its connected components (8-connectivity).
 
     Args:
@@ -17,14 +21,22 @@ def components(mask: np.ndarray, min_area: int) -> tuple[list[np.ndarray], int]:
     Returns:
         the components, (H, W) bool each, in raster order of their boxes' top left corners; the
         number of specks.
+
+    Raises:
+        ValueError: more than `MOST_INSTANCES` components.
     """
     count, labels, stats, _ = cv2.connectedComponentsWithStats(
         mask.astype(np.uint8), connectivity=8
     )
     kept = [i for i in range(1, count) if stats[i, cv2.CC_STAT_AREA] >= min_area]
+    if len(kept) > MOST_INSTANCES:
+        raise ValueError(
+            f"has {len(kept)} separate parts of at least {min_area} pixels, more than "
+            f"{MOST_INSTANCES}; clean it, or raise --min-area"
+        )
     # labels depend on OpenCV's algorithm; the corner does not
     kept.sort(key=lambda i: (*stats[i, [cv2.CC_STAT_TOP, cv2.CC_STAT_LEFT]], i))
-    return [labels == i for i in kept], count - 1 - len(kept)
+    return (labels == i for i in kept), count - 1 - len(kept)
 
 
 def annotation_from_mask(mask: np.ndarray, category_id: int = 1, **fields) -> dict:

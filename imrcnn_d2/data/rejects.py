@@ -1,19 +1,29 @@
 """What happens to bad input: an error at once, or a list of rejects."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from imrcnn_d2.data.csv_files import csv_lines
 
-__all__ = ["BadInputError", "Rejects"]
+__all__ = ["BadInputError", "Rejects", "for_terminal"]
+
+# What a terminal obeys, what turns the direction of writing, and bytes of file names that are no
+# UTF-8; not the end of a line.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def for_terminal(text: object) -> str:
+    """The text with control characters, which names in files can hold, as ``\\x1b`` and so on."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
 
 class BadInputError(ValueError):
     """An image, mask or annotation that cannot be used; names the file and the reason."""
 
     def __init__(self, file: str | Path, reason: str):
-        super().__init__(f"{file}: {reason}")
+        super().__init__(for_terminal(f"{file}: {reason}"))
         self.file = str(file)
         self.reason = reason
 

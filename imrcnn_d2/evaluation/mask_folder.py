@@ -47,10 +47,10 @@ def read_mask_folder(folder, gt):
         for value, category in enumerate(gt.categories, 1):
             of_class = mask != 0 if len(gt.categories) == 1 else mask == value
             record = {"image_id": image["id"], "category_id": category["id"]}
-            found, number = _components(of_class)
-            if number > MAX_DETECTIONS:
+            count, found = _components(of_class)
+            if count > MAX_DETECTIONS:
                 logger.warning(
-                    f"{path} has {number} regions of '{category['name']}': only the "
+                    f"{path} has {count} regions of '{category['name']}': only the "
                     f"{MAX_DETECTIONS} largest are scored, as of any detector."
                 )
             results += [{**record, **component} for component in found]
@@ -105,7 +105,7 @@ def _read(path, image):
     try:
         with open_image(path) as file:
             mask = np.asarray(file)
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+    except (OSError, SyntaxError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"{path} can't be read: {reason}. Write it again.") from error
     if mask.ndim == 3:
@@ -140,10 +140,8 @@ def _check_values(mask, path, categories):
 
 
 def _components(mask):
-    """
-    COCO ``segmentation`` and ``bbox`` of the largest connected components, the largest first; and
-    how many there are: noise has as many as pixels.
-    """
+    """The number of connected components; ``segmentation`` and ``bbox`` of the MAX_DETECTIONS
+    largest, the largest first."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(
         mask.astype(np.uint8), connectivity=8
     )
@@ -153,4 +151,4 @@ def _components(mask):
         x, y, width, height = stats[label, :4].tolist()
         rle = mask_util.encode(np.asfortranarray(labels == label, dtype=np.uint8))
         found.append({"segmentation": rle, "bbox": [x, y, width, height]})
-    return found, count - 1
+    return count - 1, found

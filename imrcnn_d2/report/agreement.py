@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from ..evaluation.agreement_measures import COLUMNS, FIGURES, pair_name
 from .contact_sheet import show_tile, tile_grid
 from .outlines import HALO_WIDTH, outlines
-from .style import GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, save_figure
+from .style import GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, legend_label, save_figure
 from .tables import format_figure, markdown_table
 
 __all__ = ["agreement_table", "draw_agreement", "draw_disagreements"]
@@ -138,7 +138,7 @@ def draw_disagreements(found, image_root, path, *, max_images=16):
                 for line in outlines(regions, region):
                     axes.plot(*line.T, **style)
     handles = [
-        Line2D([], [], label=annotator.name, **style)
+        Line2D([], [], label=legend_label(annotator.name), **style)
         for annotator, style in zip(found.annotators, styles, strict=True)
     ]
     figure.legend(

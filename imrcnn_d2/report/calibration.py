@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.bootstrap import clopper_pearson
-from .style import STYLES, save_figure, tidy
+from .style import STYLES, legend_label, save_figure, tidy
 
 __all__ = ["draw_calibration"]
 
@@ -51,7 +51,7 @@ def draw_calibration(calibrations, path, *, of=("Hits", "Detections")):
             linewidth=1.6,
             elinewidth=0.8,
             capsize=2.5,
-            label=label,
+            label=legend_label(label),
         )
         edges = 100 * np.append(bins["lower"], 1)
         bottom.stairs(bins["detections"], edges, color=colour, linestyle=style, linewidth=1.6)

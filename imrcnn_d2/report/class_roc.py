@@ -4,7 +4,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from .style import STYLES, save_figure, tidy
+from .style import STYLES, legend_label, save_figure, tidy
 
 __all__ = ["draw_class_roc"]
 
@@ -34,7 +34,8 @@ def draw_class_roc(results, path):
         axes.set_visible(False)
     for k, (axes, name) in enumerate(zip(panels.flat, classes, strict=False)):
         axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
-        for number, (label, own) in enumerate(results.items()):
+        for number, (model, own) in enumerate(results.items()):
+            label = legend_label(model)
             colour, style = STYLES[number % len(STYLES)]
             positive, score = own.ground_truth.label == k, own.probability[:, k]
             area = own.recognition[f"auroc_{name}"]

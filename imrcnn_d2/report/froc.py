@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.froc import RATES
-from .style import STYLES, label_operating_point, save_figure, tidy
+from .style import STYLES, label_operating_point, legend_label, save_figure, tidy
 
 __all__ = ["draw_froc"]
 
@@ -33,7 +33,7 @@ def draw_froc(curves, path, *, tau=0.7):
         curve = froc.curve()
         x, y = curve["fp_per_image"], curve["sensitivity"]
         mean = froc.figures()["mean"]
-        label = f"{name}: mean {mean:.1f}" if np.isfinite(mean) else f"{name}: n/a"
+        label = legend_label(f"{name}: mean {mean:.1f}" if np.isfinite(mean) else f"{name}: n/a")
         steps = dict(color=colour, where="post")
         axes.step([0, *x], [0, *y], label=label, linestyle=style, linewidth=1.8, **steps)
         if len(x):

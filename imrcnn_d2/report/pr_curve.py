@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from ..data.csv_files import read_rows
 from ..evaluation.curves import PRCurve
-from .style import STYLES, label_operating_point, save_figure, tidy
+from .style import STYLES, label_operating_point, legend_label, save_figure, tidy
 
 __all__ = ["draw_pr_curves", "draw_pr_panels", "read_pr_curves"]
 
@@ -101,7 +101,7 @@ def _draw_panel(axes, title, curves, tau):
 
 def _draw(axes, name, curve, tau, colour, style):
     even = 100 * curve.break_even_point
-    label = f"{name}: AP50_voc {100 * curve.area:.1f}, "
+    label = f"{legend_label(name)}: AP50_voc {100 * curve.area:.1f}, "
     label += "BEP n/a" if np.isnan(even) else f"BEP {even:.1f}"
     recall, precision, envelope = (
         100 * values for values in (curve.recall, curve.precision, curve.envelope)

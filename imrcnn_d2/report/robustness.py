@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from ..data.distortions import DISTORTIONS, SEVERITIES, distort
 from ..evaluation.metrics import COUNTS
 from .page_tables import NOT_PERCENT
-from .style import STYLES, save_figure, tidy
+from .style import STYLES, legend_label, save_figure, tidy
 
 __all__ = ["draw_distortions", "draw_robustness"]
 
@@ -49,7 +49,8 @@ def draw_robustness(documents, path, *, figure="lesion/f1"):
             documents.items(), _styles(documents), strict=True
         ):
             severity, value = _line(document, name, figure)
-            axes.plot(severity, value, color=colour, linestyle=style, label=model, linewidth=1.6)
+            line = dict(color=colour, linestyle=style, linewidth=1.6)
+            axes.plot(severity, value, label=legend_label(model), **line)
             axes.plot(severity, value, "o", color=colour, markersize=3.5)
         levels = [f"{abs(level):g}" for level in DISTORTIONS[name].levels]
         axes.set_xticks([0, *SEVERITIES], ["none", *levels], fontsize=7.5)

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from .style import STYLES, label_operating_point, save_figure, tidy
+from .style import STYLES, label_operating_point, legend_label, save_figure, tidy
 
 __all__ = ["draw_roc_curves"]
 
@@ -32,7 +32,7 @@ def draw_roc_curves(counts, path, *, tau=0.7):
         false, true, threshold = roc_curve(own.positive, own.score, drop_intermediate=False)
         area = 100 * roc_auc_score(own.positive, own.score)
         line = dict(color=colour, linestyle=style, linewidth=1.8)
-        axes.plot(100 * false, 100 * true, label=f"{name}: AUROC {area:.1f}", **line)
+        axes.plot(100 * false, 100 * true, label=legend_label(f"{name}: AUROC {area:.1f}"), **line)
         at_tau = np.flatnonzero(threshold >= tau)[-1]
         mark = dict(markersize=8, markeredgewidth=1.3, markeredgecolor="white", zorder=4)
         axes.plot(100 * false[at_tau], 100 * true[at_tau], "o", color=colour, **mark)

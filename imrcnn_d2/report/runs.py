@@ -20,6 +20,7 @@ __all__ = ["Run", "load_run"]
 
 logger = logging.getLogger(__name__)
 
+MOST_RESAMPLES = 10_000  # of a report, whatever a run records: they take its time
 SPLITS = ("train", "val", "test")
 # As their publications write them; classifiers are told apart by their backbones.
 BACKBONES = {"vgg19": "VGG19", "resnet50": "ResNet50", "inception_v3": "Inception-V3"}
@@ -206,7 +207,8 @@ class Run:
         bootstrap = self.meta.get("bootstrap")
         if bootstrap:
             all_coco = bool(bootstrap.get("all_coco"))
-            bootstrap = Bootstrap(bootstrap["resamples"], bootstrap["seed"], all_coco)
+            resamples = min(bootstrap["resamples"], MOST_RESAMPLES)
+            bootstrap = Bootstrap(resamples, bootstrap["seed"], all_coco)
         results, unit = self.results, self.results.measures.unit
         make = recognition_document if self.task == "recognition" else results_document
         document = json.loads(strict_json(make(with_intervals(results, bootstrap or None))))

@@ -3,6 +3,8 @@
 import io
 from pathlib import Path
 
+from matplotlib.text import Text
+
 from ..evaluation.files import write_atomically
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "VERMILION",
     "YELLOW",
     "label_operating_point",
+    "legend_label",
     "save_figure",
     "tidy",
 ]
@@ -36,6 +39,8 @@ STYLES = [
     (SKY, (0, (1, 1))),
     (BLACK, (0, (9, 3))),
 ]
+
+MOST_PIXELS = 8000
 
 
 def tidy(axes):
@@ -65,14 +70,26 @@ def label_operating_point(axes, tau):
     return mark
 
 
+def legend_label(name: str) -> str:
+    """The name as a legend shows it: matplotlib leaves out those that start with ``_``."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def save_figure(figure, path, dpi=150):
     """
+    Texts are shown as they are: names of classes and models come from files, and ``$`` in them
+    begins no mathematics.
+
     Args:
         figure (matplotlib.figure.Figure):
         path (str or Path): its suffix is the format, such as .png or .svg. An existing file is
             replaced only by a complete one.
-        dpi (int): pixels per inch of raster formats.
+        dpi (int): pixels per inch of raster formats; fewer where a side would have more than
+            MOST_PIXELS, as with very many classes.
     """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    dpi = min(dpi, MOST_PIXELS / max(figure.get_size_inches()))
     image = io.BytesIO()
     figure.savefig(image, format=Path(path).suffix.removeprefix(".").lower(), dpi=dpi)
     write_atomically(path, image.getvalue())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..data.rejects import for_terminal
 from ..evaluation.files import csv_text, write_atomically
 from ..evaluation.metrics import COUNTS
 
@@ -204,7 +205,7 @@ def markdown_text(text):
         str: Markdown that shows it: one line without a link, an image, HTML or any other markup of
         its own, in a cell or anywhere else.
     """
-    line = " ".join(str(text).split())
+    line = for_terminal(" ".join(str(text).split()))
     line = MARKUP.sub(lambda found: "&lt;" if found[0] == "<" else "&amp;", line)
     line = MARKDOWN.sub(lambda found: f"\\{found[0]}", line)
     if begins := BLOCK.match(line):

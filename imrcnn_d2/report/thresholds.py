@@ -4,7 +4,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from .style import STYLES, save_figure, tidy
+from .style import STYLES, legend_label, save_figure, tidy
 
 __all__ = ["draw_thresholds"]
 
@@ -49,7 +49,7 @@ def draw_thresholds(tables, path, *, tau=0.7):
                 color=colour,
                 linestyle=style,
                 linewidth=1.8,
-                label=title if alone else name,
+                label=title if alone else legend_label(name),
             )
         if not alone:
             axes.set_title(title)

@@ -349,6 +349,9 @@ def test_unusable_files(coco_folder):
         (json.dumps({**content, "images": [{"id": [], "file_name": "x"}]}), r"has the id \[\]"),
         (json.dumps({**content, "categories": [{"id": "1", "name": "x"}]}), "has the id '1'"),
         (json.dumps({**content, "categories": [{"id": 1, "name": {}}]}), "has the name {}"),
+        (json.dumps({**content, "categories": [{"id": 1, "name": "a\x1b[2J"}]}), "has the name 'a"),
+        (json.dumps({**content, "categories": [{"id": 1, "name": "a" * 201}]}), "at most 200"),
+        (json.dumps({**content, "categories": [{"id": 1, "name": "a"}] * 201}), "has 201 categ"),
     ):
         json_file.write_text(bad)
         with pytest.raises(BadInputError, match=message) as error:

@@ -132,6 +132,16 @@ def test_a_video_of_key_frames(tmp_path, frames):
     assert [sample.file_name[-5] for sample in samples] == ["0", "1", "4"] and len(errors) == 2
 
 
+def test_a_number_of_a_frame_takes_no_time(tmp_path, frames):
+    (frames / "frame_000004.PNG").rename(frames / "frame_999999998.PNG")
+    path = changed(
+        tmp_path, "video.xml", ('frame="2" keyframe="0"', 'frame="999999998" keyframe="1"'),
+        ('frame="3" keyframe="1" outside="1" occluded="0"', 'frame="999999999" outside="1"'),
+    )  # fmt: skip
+    with pytest.raises(BadInputError, match="frame_000002.PNG: track 0 is in frame"):
+        read(path, frames)
+
+
 def test_a_track_without_an_end(tmp_path, frames):
     """Frames behind it are not without a lesion; a track to the last frame needs no end."""
     end = '<box frame="3" keyframe="1" outside="1"'

@@ -2,6 +2,7 @@
 
 import pytest
 
+from imrcnn_d2.data import json_files
 from imrcnn_d2.data.json_files import read_json
 from imrcnn_d2.data.rejects import BadInputError
 
@@ -34,3 +35,15 @@ def test_bad_json(tmp_path, data, message):
         read_json(path)
     with pytest.raises(BadInputError, match="b.json: cannot be opened"):
         read_json(tmp_path / "b.json")
+
+
+def test_size_is_bounded(tmp_path, monkeypatch):
+    """Empty lists take many times the memory of their text."""
+    path = tmp_path / "a.json"
+    path.write_text("[[], {}]")
+    monkeypatch.setattr(json_files, "_MOST_CONTAINERS", 2)
+    with pytest.raises(BadInputError, match="a.json: has more than 2 lists and objects"):
+        read_json(path)
+    monkeypatch.setattr(json_files, "_MOST_BYTES", 7)
+    with pytest.raises(BadInputError, match="a.json: is larger than 7 bytes"):
+        read_json(path)

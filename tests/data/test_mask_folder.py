@@ -166,6 +166,8 @@ BAD = {
     "jpeg": ({"a.jpg": TWO}, "classes", "a.jpg: is a JPEG, which does not keep numbers"),
     "small": ({"a.png": np.pad(np.ones((2, 3), np.uint8), ((0, 38), (0, 57)))}, "binary",
               "a.png: has no part of at least 16 pixels"),
+    "many instances": ({"a.png": np.arange(2400, dtype=np.uint16).reshape(40, 60)}, "instances",
+                       "a.png: has 2399 instances, more than 1000"),
     "fractions": ({"a.tiff": TWO.astype(np.float32)}, "classes", "its pixels are no whole numbers"),
     "empty instance": ({"a_1.png": TWO > 0, "a_2.png": TWO > 9}, "files", "a_2.png: has no part"),
 }  # fmt: skip

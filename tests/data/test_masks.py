@@ -2,6 +2,7 @@
 
 import numpy as np
 import pycocotools.mask as mask_util
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -20,6 +21,7 @@ def test_components(mask, min_area):
         (labels == i).tobytes() for i in range(1, count + 1) if (labels == i).sum() >= min_area
     }
     found, specks = components(mask, min_area)
+    found = list(found)
     assert {part.tobytes() for part in found} == wanted
     assert len(found) == len(wanted)
     assert specks == count - len(wanted)
@@ -29,6 +31,15 @@ def test_components_are_in_raster_order():
     mask = np.zeros((6, 6), bool)
     mask[4, 0] = mask[0, 4] = mask[2, 2] = True
     assert [part.argmax() for part in components(mask, 1)[0]] == [4, 14, 24]
+
+
+def test_a_mask_of_noise_is_refused():
+    """A small PNG can hold millions of components."""
+    mask = np.zeros((80, 80), bool)
+    mask[::2, ::2] = True
+    with pytest.raises(ValueError, match="1600 separate parts"):
+        components(mask, 1)
+    assert components(mask, 2)[1] == 1600
 
 
 @given(masks.filter(np.any))

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from imrcnn_d2.data.rejects import BadInputError, Rejects
+from imrcnn_d2.data.rejects import BadInputError, Rejects, for_terminal
 
 
 def test_raise_stops_at_the_first():
@@ -37,3 +37,11 @@ def test_unknown_policy():
 def test_it_comes_back_from_another_process():
     error = pickle.loads(pickle.dumps(BadInputError("a.jpg", "is cut")))
     assert (error.file, error.reason, str(error)) == ("a.jpg", "is cut", "a.jpg: is cut")
+
+
+def test_a_terminal_gets_no_commands():
+    """Names in files can hold the escapes that colour, erase and reverse what is shown."""
+    name = "a\x1b[2J\x9b\u202egnp\udcff.jpg"
+    assert for_terminal(f"é\n{name}") == r"é" + "\n" + r"a\x1b[2J\x9b\u202egnp\udcff.jpg"
+    assert str(BadInputError(name, "is bad")) == r"a\x1b[2J\x9b\u202egnp\udcff.jpg: is bad"
+    assert BadInputError(name, "is bad").file == name

@@ -7,6 +7,7 @@ from PIL import Image
 
 from imrcnn_d2.evaluation.lesions import evaluate_lesions
 from imrcnn_d2.evaluation.mask_folder import read_mask_folder
+from imrcnn_d2.evaluation.matching import MAX_DETECTIONS
 from imrcnn_d2.evaluation.records import read_ground_truth, read_results
 
 SHAPE = (40, 50)
@@ -50,6 +51,16 @@ def test_one_detection_per_component(dataset, folder, value):
     assert not detections.scored
     assert detections.score.tolist() == [1, 1]
     assert read_results([{**large, "score": 1.0}], gt).scored
+
+
+def test_only_the_regions_that_count_are_encoded(dataset, folder):
+    """A small PNG can hold millions of them."""
+    dots = np.zeros(SHAPE, np.uint8)
+    dots[::2, ::2] = 1
+    dots[20:23, 30:33] = 1
+    masks = folder({"1.png": dots})
+    found = read_mask_folder(masks, read_ground_truth(dataset(1)))
+    assert len(found) == MAX_DETECTIONS and found[0]["bbox"] == [30, 20, 3, 3]
 
 
 def test_classes_by_category_order(dataset, folder):

@@ -112,6 +112,12 @@ def test_values_of_another_kind(home, name, key, value):
     assert "is no JSON" in reason or key.rpartition(".")[2] in reason
 
 
+def test_a_run_does_not_choose_how_long_a_report_takes(home, monkeypatch):
+    monkeypatch.setattr("imrcnn_d2.report.runs.MOST_RESAMPLES", 7)
+    change(home, METRICS, {"meta.bootstrap": {"resamples": 100_000, "seed": 0}})
+    assert load_run(home / "run").metrics["meta"]["bootstrap"]["resamples"] == 7
+
+
 CONTENTS = [b"", b"\xff\xfe", b"[]", b"1", b"{", b'{"a": 1', b"[" * 100_000, b"null", b"\0" * 99]
 
 
@@ -202,7 +208,7 @@ def test_no_image_outside_the_data_set(home, secret, way):
         "folder": "linked/secret.png",
     }[way]
     names_image(home, name)
-    with pytest.raises(BadInputError, match="leads outside"):
+    with pytest.raises(BadInputError, match="leads out"):
         render_report([load_run(home / "run")], home / "report.html")
     assert not (home / "report.html").exists()
 
@@ -245,7 +251,7 @@ def test_a_picture_of_the_run_that_is_a_link(home, secret):
     (folder / "grad_cam.png").symlink_to(secret)
     from imrcnn_d2.report.recognition_page import _grad_cams
 
-    with pytest.raises(BadInputError, match="leads outside"):
+    with pytest.raises(BadInputError, match="leads out"):
         _grad_cams([load_run(home / "run")])
 
 
