@@ -104,7 +104,8 @@ def _check_backbone(model, incompatible, source):
 
 
 def _some(names):
-    return ", ".join(sorted(names)[:_NAMED_AT_MOST])
+    """A few, whatever a file calls its weights."""
+    return ", ".join(ascii(name)[1:-1][:200] for name in sorted(names)[:_NAMED_AT_MOST])
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -130,6 +131,16 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._keep = keep
         self._whole = whole
+
+    def load(self, path, checkpointables=None):
+        """
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            return super().load(path, checkpointables)
+        except AssertionError as error:
+            raise FileNotFoundError(f"{path}: no such file of weights ({error})") from error
 
     def save(self, name, **kwargs):
         """
