@@ -19,6 +19,7 @@ from collections import Counter
 
 import hydra
 
+from imrcnn_d2.data.files import check_no_way_out
 from imrcnn_d2.engine import cross_validation
 from imrcnn_d2.engine.cross_validation import FoldRun, describe_runs, prepare_folds
 from imrcnn_d2.engine.interruption import Interrupted, interruptible
@@ -70,6 +71,8 @@ def cross_validate():
     try:
         runs = planned_runs()
         logging.basicConfig(level=logging.INFO, format="%(message)s")
+        for output in {run.output for run in runs}:
+            check_no_way_out(output)
         prepare_folds(runs)
     except (OSError, ValueError) as error:
         return str(error)

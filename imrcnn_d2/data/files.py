@@ -16,6 +16,7 @@ __all__ = [
     "IMAGE_FORMATS",
     "MAX_SCANS",
     "check_inside",
+    "check_no_way_out",
     "check_pixels",
     "image_file",
     "leads_out",
@@ -68,6 +69,23 @@ def check_inside(folder: Path, path: Path, follow_links: bool = False) -> Path:
             "or allow such links with --follow-links",
         )
     return path
+
+
+def check_no_way_out(folder: str | Path) -> None:
+    """Raises BadInputError if a link in `folder` leads out of it, or a pipe lies in it.
+
+    For a folder that programs write into which follow links, and would wait for a pipe's reader.
+    """
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if leads_out(Path(folder), path):
+                raise BadInputError(
+                    path,
+                    f"is a link that leads out of {folder}, to {os.path.realpath(path)}, and what "
+                    "is written here would land there; remove it, or choose another folder",
+                )
+            if path.is_fifo():
+                raise BadInputError(path, "is a pipe, where a file is to be written; remove it")
 
 
 def image_file(path: Path) -> Path:

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import time
-import zipfile
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from detectron2.utils import comm
 from imrcnn_d2.evaluation.files import atomic_file, write_atomically
 from imrcnn_d2.modeling import ImageClassifier
 from imrcnn_d2.modeling.transfer import classifier_backbone, is_classifier_state
+from imrcnn_d2.modeling.weight_files import open_stored
 
 from .safe_loading import load_checkpoint_file
 
@@ -40,9 +40,9 @@ def damage(path: str | Path) -> str | None:
         str or None: what is wrong with it; None if it is whole.
     """
     try:
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip()
-            parts = file.namelist()
+        with open(path, "rb") as file, open_stored(file) as archive:
+            broken = archive.testzip()
+            parts = archive.namelist()
     except Exception as error:  # whatever a reader of zips stumbles over in a damaged file
         return str(error) or type(error).__name__
     if broken:
@@ -104,7 +104,8 @@ def _check_backbone(model, incompatible, source):
 
 
 def _some(names):
-    return ", ".join(sorted(names)[:_NAMED_AT_MOST])
+    """A few, whatever a file calls its weights."""
+    return ", ".join(ascii(name)[1:-1][:200] for name in sorted(names)[:_NAMED_AT_MOST])
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -130,6 +131,16 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._keep = keep
         self._whole = whole
+
+    def load(self, path, checkpointables=None):
+        """
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            return super().load(path, checkpointables)
+        except AssertionError as error:
+            raise FileNotFoundError(f"{path}: no such file of weights ({error})") from error
 
     def save(self, name, **kwargs):
         """

@@ -104,11 +104,25 @@ def read_yaml(path: str | Path, source: str | Path | None = None) -> dict:
         return _parse(file.read(LARGEST + 1), source or path)
 
 
+class _Loader(yaml.SafeLoader):
+    """Without ``<<``, whose copies of mappings grow tenfold with each line of a file of aliases."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    "found <<, in place of which the keys are to be written",
+                    key.start_mark,
+                )
+
+
 def _parse(text: str | bytes, source: str | Path) -> dict:
     try:
         if len(text) > LARGEST:
             raise ValueError(f"it has more than {LARGEST} bytes")
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} instead of keys")
         _check_nodes(content)

@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
+from imrcnn_d2.data.files import check_no_way_out
 from imrcnn_d2.evaluation.files import lock_folder
 
 from .interruption import EXIT_INTERRUPTED, SIGNALS, Interrupted, interruptible
@@ -61,7 +62,8 @@ def launch_script(main):
 
     Raises:
         SystemExit: with ``EXIT_INTERRUPTED`` if the job was interrupted, else with the code of the
-            process that failed (128 + the signal's number if one killed it), or 1.
+            process that failed (128 + the signal's number if one killed it), or 1; a ValueError or
+            OSError of ``main`` is its one line on stderr.
         ValueError: for arguments that do not fit this machine.
     """
     with interruptible():
@@ -91,7 +93,15 @@ def _launch(main):
             )
         _Machine(main, args).run()
     else:
+        _run(main, args)
+
+
+def _run(main, args):
+    """What a file or argument is refused for is one line; Detectron2 logs an iteration's errors."""
+    try:
         main(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
 
 @contextlib.contextmanager
@@ -103,11 +113,13 @@ def locked_output(folder: str):
         folder (str): OUTPUT_DIR.
 
     Raises:
-        ValueError: another job is writing into it.
+        ValueError: another job is writing into it; or it holds a link that leads out of it, which
+            Detectron2's logs and config.yaml would be written through, or a pipe.
     """
     lock = problem = None
     if comm.is_main_process():
         try:
+            check_no_way_out(folder)
             lock = lock_folder(folder, "OUTPUT_DIR", LOCK_TIMEOUT)
         except ValueError as error:
             problem = str(error)
@@ -155,7 +167,7 @@ def _join(main, args, local_rank, local_size, **init):
     dist.init_process_group(backend, timeout=TIMEOUT, **init)
     comm.create_local_process_group(local_size)
     try:
-        main(args)
+        _run(main, args)
     except SystemExit as end:
         if end.code != EXIT_INTERRUPTED or isinstance(end, Interrupted):  # the latter alone
             raise

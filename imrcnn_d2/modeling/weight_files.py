@@ -11,7 +11,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -225,14 +225,25 @@ class _Budget:
 def _within_bounds(code: int, step: Callable) -> Callable:
     """A step of the unpickler that costs, and that changes containers only, by their own kind."""
     place, kinds = _CHANGED.get(code, (None, None))
+    keys = _KEYS.get(code, lambda self: ())
 
     def bounded(self):
         self.budget.spend(_STEP)
         if place is not None and not isinstance(place(self), kinds):
             raise _Refused(f"a change of a {type(place(self)).__name__.strip('_').lower()}")
+        _check_keys(keys(self))
         step(self)
 
     return bounded
+
+
+def _check_keys(keys: Iterable) -> None:
+    """Nested tuples overflow the stack when they are hashed; chosen numbers collide."""
+    for key in keys:
+        if not isinstance(key, str | bytes | int | None) or (
+            isinstance(key, int) and abs(key) >= 2**32
+        ):
+            raise _Refused(f"a {type(key).__name__} or too large a number as a key")
 
 
 # Python's own unpickler in Python: the one in C makes room for any memo that a pickle names.
@@ -351,6 +362,10 @@ def _container(kind):
     def make(items=()):
         if not isinstance(items, list | tuple | dict):
             raise TypeError(f"a {kind.__name__} of a {type(items).__name__}")
+        if kind is OrderedDict and not isinstance(items, dict):
+            _check_keys(key for key, _ in items)
+        elif kind is not torch.Size:
+            _check_keys(items)
         return kind(items)
 
     return make
@@ -394,6 +409,14 @@ _CHANGED = {
     pickle.ADDITEMS[0]: (lambda self: self.metastack[-1][-1], set),
     pickle.BUILD[0]: (lambda self: self.stack[-2], (OrderedDict, _Array, _Dtype)),
 }
+# Steps that put keys into a dict or a set: where they lie.
+_KEYS = {
+    pickle.SETITEM[0]: lambda self: self.stack[-2:-1],
+    pickle.SETITEMS[0]: lambda self: self.stack[::2],
+    pickle.DICT[0]: lambda self: self.stack[::2],
+    pickle.ADDITEMS[0]: lambda self: self.stack,
+    pickle.FROZENSET[0]: lambda self: self.stack,
+}
 _DataUnpickler.dispatch = {
     code: _within_bounds(code, step)
     for code, step in {
@@ -417,7 +440,8 @@ class _TorchUnpickler(_DataUnpickler):
 
     def persistent_load(self, pid):
         kind, dtype, key, _, number, *view = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or any(view):
+        wanted = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
+        if not wanted or any(view):
             raise ValueError(f"{pid} is no storage")
         size = number * dtype.itemsize
         if key not in self._storages:

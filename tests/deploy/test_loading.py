@@ -38,6 +38,15 @@ def test_weights_of_another_architecture_are_refused(tiny_run, model):
         load_model(cfg, tiny_run / "model_best.pth")
 
 
+def test_names_of_weights_are_told_in_a_line(tiny_run, tmp_path):
+    checkpoint = torch.load(tiny_run / "model_best.pth", weights_only=True)
+    checkpoint["model"]["\x1b]0;x\x07\ny"] = torch.zeros(1)
+    torch.save(checkpoint, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth: .*\\x1b]0;x") as refused:
+        load_model(tiny_run / "config.yaml", tmp_path / "a.pth")
+    assert str(refused.value).isprintable()
+
+
 def test_weights_of_another_size_are_refused(tiny_run):
     cfg = load_config(str(tiny_run / "config.yaml"), ["MODEL.ROI_BOX_HEAD.FC_DIM", 24])
     with pytest.raises(ValueError, match=r"\d of another shape, such as roi_heads"):

@@ -64,6 +64,12 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, spoil):
     assert "model_0000019.pth is damaged" in caplog.text
 
 
+def test_a_compressed_part_is_damage_and_not_inflated(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data/0", bytes(10**6))
+    assert "compressed" in damage(tmp_path / "a.pth")
+
+
 def test_the_end_can_be_damaged_too(tmp_path):
     checkpointer(tmp_path, 1.0).save_iteration(9)
     checkpointer(tmp_path, 2.0).save("model_final")

@@ -186,6 +186,21 @@ def test_a_folder_is_for_one_job(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "inference", "log.txt", ".lock"])
+def test_nothing_is_written_through_a_link_or_pipe(tmp_path, name):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    folder.mkdir()
+    (folder / name).symlink_to(outside)
+    with pytest.raises(ValueError, match=f"{folder / name}.*{outside}"):
+        with locked_output(str(folder)):
+            pytest.fail("it was to be refused")
+    assert [path.name for path in folder.iterdir()] == [name] and not outside.exists()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{folder / name}"), locked_output(str(folder)):
+        pytest.fail("it was to be refused")
+
+
 def lock_and_fork(folder):
     with locked_output(folder):
         os.fork()  # as a data loader does

@@ -298,6 +298,8 @@ BOMBS = {
     "signs": "SEED: '" + "-" * 50_000 + "1'",
     "laughs": "a: &a [x, x]\n"
     + "".join(f"{k}: &{k} [{', '.join(['*' + j] * 9)}]\n" for j, k in zip("abcdefgh", "bcdefghi")),  # noqa: B905
+    "merges": "a: &a {x: 1, y: 2}\n"
+    + "".join(f"{k}: &{k} {{<<: [{', '.join(['*' + j] * 99)}]}}\n" for j, k in zip("abcd", "bcde")),  # noqa: B905
     "one text often": "a: &a " + "x" * 40_000 + "\nSEED: [" + "*a, " * 10_000 + "]",
     "itself": "SEED: &a [*a]",
     "a mapping of itself": "MODEL: &a {MODEL: *a}",

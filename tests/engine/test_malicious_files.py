@@ -195,6 +195,15 @@ def test_a_config_of_the_cross_validation(malicious_yaml, tmp_path, monkeypatch,
     assert "python/object/apply:os.mkdir" in capsys.readouterr().err
 
 
+def test_a_cross_validation_does_not_write_through_links(tmp_path, monkeypatch):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "kvasir_seg").symlink_to(tmp_path / "outside")
+    arguments = ["model=mrcnn_lite", "dataset=kvasir_seg", f"output={tmp_path / 'output'}"]
+    monkeypatch.setattr(sys, "argv", ["tools/cross_validate.py", *arguments])
+    assert "output/kvasir_seg: is a link" in cross_validate.main()
+    assert not (tmp_path / "outside").exists()
+
+
 def coco(folder):
     """A ground truth with one lesion and results that find it."""
     lesion = {"image_id": 1, "category_id": 1, "bbox": [5, 5, 15, 15], "area": 225, "iscrowd": 0}

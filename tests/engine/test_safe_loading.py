@@ -207,6 +207,31 @@ def test_a_forged_array_is_refused(tmp_path, state):
         load_pickle(dump(tmp_path, forged))
 
 
+NESTED = b")" + b"\x85" * 10**6  # a tuple in a tuple, whose hash overflows the stack
+KEYS = {
+    "dict": b"\x80\x02}" + NESTED + b"K\x01s.",
+    "items": b"\x80\x02}(" + NESTED + b"K\x01u.",
+    "marked dict": b"(" + NESTED + b"K\x01d.",
+    "set": b"\x80\x04\x8f(" + NESTED + b"\x90.",
+    "frozenset": b"\x80\x04(" + NESTED + b"\x91.",
+    "OrderedDict": b"ccollections\nOrderedDict\n(((" + NESTED + b"K\x01tltR.",
+    "Counter": b"ccollections\nCounter\n((" + NESTED + b"ltR.",
+    "number": b"\x80\x02}\x8a\x09" + (2**61 - 1).to_bytes(9, "little") + b"K\x01s.",
+    "storage": b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + NESTED + b"NK\x01tQ.",
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_cost_no_more_than_others(tmp_path, name):
+    """In a process of its own, which an overflow of the stack would end."""
+    with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
+        archive.writestr("model/data.pkl", KEYS[name])
+    code = "import sys; from imrcnn_d2.modeling.weight_files import load_torch_file as load\n"
+    code += "try: load(sys.argv[1])\nexcept ValueError as error: assert 'model.pth' in str(error)\n"
+    code += "else: sys.exit('loaded')"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pth")], check=True)
+
+
 def test_what_a_pickle_gets_for_a_function_cannot_be_changed(tmp_path):
     # BUILD on numpy's _reconstruct: (None, {name: value}) sets attributes of anything.
     data = b"cnumpy.core.multiarray\n_reconstruct\n(N}U\x09_functionK\x01stb."

@@ -152,6 +152,15 @@ def test_a_request_before_or_after_the_iterations(env, tmp_path, moment, number)
     assert metrics.is_file()
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_what_is_refused_is_one_line(env, tmp_path, processes):
+    command = ["tools/train_net.py", "--config-file", YAML, "--num-gpus", processes]
+    refused = start(env, *command, "MODEL.LOAD_PROPOSALS", "True", "OUTPUT_DIR", str(tmp_path))
+    assert refused.returncode == 1
+    assert "train_net.py: MODEL.LOAD_PROPOSALS is True" in refused.stderr
+    assert "Traceback" not in refused.stderr + refused.stdout
+
+
 @pytest.mark.parametrize("script", ["train_net", "lazyconfig_train_net"])
 @pytest.mark.parametrize("arguments", [(), ("--resume",), ("--eval-only",)])
 def test_a_folder_that_another_job_writes_to_is_left_alone(
