@@ -19,6 +19,7 @@ from imrcnn_d2.engine.config import load_config, load_config_text
 from imrcnn_d2.engine.device import choose_device
 from imrcnn_d2.engine.provenance import describe_model
 from imrcnn_d2.engine.recognition import is_classifier
+from imrcnn_d2.engine.safe_loading import load_checkpoint_file
 from imrcnn_d2.engine.weights import Weights, load_weights
 from imrcnn_d2.evaluation.operating_point import OperatingPoint
 from imrcnn_d2.modeling.weight_files import UnsafeFileError, load_safetensors
@@ -193,6 +194,7 @@ def _check_size(cfg: CfgNode, path: Path) -> None:
         model = build_model(cfg)
     numbers = sum(tensor.numel() for tensor in model.state_dict().values())
     if numbers > path.stat().st_size:
+        load_checkpoint_file(path)  # a file that holds no weights at all is refused as such
         raise ValueError(
             f"{path} has not a byte for each of the {numbers:,} weights of its config's model: "
             "give the config that it was trained with (--config-file)"

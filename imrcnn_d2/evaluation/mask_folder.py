@@ -105,7 +105,7 @@ def _read(path, image):
     try:
         with open_image(path) as file:
             mask = np.asarray(file)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = getattr(error, "reason", error)
         raise ValueError(f"{path} can't be read: {reason}. Write it again.") from error
     if mask.ndim == 3:

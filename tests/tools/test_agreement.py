@@ -76,7 +76,7 @@ def test_names(files):
         (("anna",), (), "between two or more"),
         (("anna", "none"), (), "No such file"),
         (("anna", "ben"), ("--names", "A"), "2 files, but 1 --names"),
-        (("anna", "dt"), (), "'images'"),
+        (("anna", "dt"), (), "dt.json"),
     ],
 )
 def test_errors_end_the_command_without_a_traceback(files, capsys, annotators, options, message):

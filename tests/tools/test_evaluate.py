@@ -210,7 +210,7 @@ def test_bad_input_is_named_and_writes_nothing(case, tmp_path, capsys):
     dt.write_text(json.dumps([region(9, 0, score=0.5)]))
     with pytest.raises(SystemExit):
         run(gt, dt, tmp_path / "out")
-    assert "Result 0 has the image_id 9" in capsys.readouterr().err
+    assert "dt.json: results[0] has the image_id 9" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(tmp_path / "nowhere.json", dt, tmp_path / "out")
     assert "nowhere.json" in capsys.readouterr().err
