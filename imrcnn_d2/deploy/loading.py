@@ -1,6 +1,8 @@
 """From a file of weights to the model it belongs to, whole or not at all."""
 
+import functools
 import logging
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -36,6 +38,26 @@ LONGEST_NAME = 200
 # The weights are those of the whole model, wherever its training started from. The device is
 # replaced; one that is not there would be refused.
 _OVERRIDES = ["MODEL.WEIGHTS", "", "MODEL.TIMM.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
+# What a config may ask of a prediction: memory and time that the size of its weights does not show.
+_MOST = {
+    "INPUT.MAX_SIZE_TEST": 10_000,
+    "INPUT.MIN_SIZE_TEST": 3_000,
+    "INPUT.SIZE": 3_000,
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 100,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 100,
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 16,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": 112,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": 16,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 100,
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 112,
+    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": 16,
+    "MODEL.RETINANET.NUM_CONVS": 100,
+    "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 100_000,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 10_000,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 100_000,
+    "TEST.DETECTIONS_PER_IMAGE": 1_000,
+}
+_MOST_ANCHORS = 100  # sizes, and shapes, on a level
 _PACKAGED = resources.files("imrcnn_d2") / "weights"
 
 
@@ -132,6 +154,7 @@ def load_model(config, weights, *, device=None):
     cfg = _config(config, path, metadata.get("config"))
     cfg.MODEL.DEVICE = device or choose_device()
     cfg.MODEL.CHANNELS_LAST = False  # the runtime's affair
+    _check_demands(cfg, path)
     _check_size(cfg, path)
     cfg.freeze()
     model = build_model(cfg).eval()
@@ -147,6 +170,7 @@ def _load_graph(config, path):
     about = runtime.about
     _check_about(path, about, _ABOUT)
     cfg = _carried_config(about["config"], path)
+    _check_demands(cfg, path)
     cfg.freeze()
     point = about["operating_point"]
     point = None if point is None else OperatingPoint.of_file(point, path)
@@ -183,6 +207,25 @@ def _check_about(path: Path, about: dict, keys: Iterable[str]) -> None:
             raise ValueError(
                 f"{path} was written by a later version, imrcnn-d2 {about.get('version')}: "
                 "upgrade this one to load it"
+            )
+
+
+def _check_demands(cfg: CfgNode, path: Path) -> None:
+    """Refuse a config that asks a prediction for far more memory and time than one needs."""
+    found = []
+    for key, most in _MOST.items():
+        found.append((key, functools.reduce(operator.getitem, key.split("."), cfg), most))
+    for key in ("SIZES", "ASPECT_RATIOS", "ANGLES"):
+        levels = cfg.MODEL.ANCHOR_GENERATOR[key]
+        longest = max(
+            len(each) if isinstance(each, list | tuple) else 1 for each in [levels, *levels]
+        )
+        found.append((f"the length of MODEL.ANCHOR_GENERATOR.{key}", longest, _MOST_ANCHORS))
+    for key, value, most in found:
+        if value > most:
+            raise ValueError(
+                f"{path}: in its config {key} is {value}, more than the {most} that a prediction "
+                "may take: name a config that asks for less (--config-file)"
             )
 
 

@@ -75,6 +75,9 @@ def _check_whole(model, incompatible, source):
             f"{source}: the weights are of another architecture than the config: {counts}. Give "
             "the config that they were trained with (--config-file)"
         )
+
+
+def _check_numbers(model, source):
     for name, tensor in model.state_dict().items():
         if tensor.isnan().any():
             raise ValueError(
@@ -320,6 +323,7 @@ class Checkpointer(DetectionCheckpointer):
             _check_whole(self.model, incompatible, source)
         else:
             _check_backbone(self.model, incompatible, source)
+        _check_numbers(self.model, source)
         return incompatible
 
     def _load_file(self, filename):

@@ -154,6 +154,25 @@ def test_a_model_far_larger_than_its_weights_is_not_built(tiny_run, tmp_path, mo
         load_model(cfg, tiny_run / "model_best.pth")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("INPUT.MIN_SIZE_TEST", 100_000),
+        ("MODEL.ROI_MASK_HEAD.NUM_CONV", 10**7),
+        ("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 10**4),
+        ("TEST.DETECTIONS_PER_IMAGE", 10**6),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[8.0] * 1000]),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0] * 1000]),
+    ],
+)
+def test_a_config_s_demands_are_bounded(tiny_run, artifact, tmp_path, key, value):
+    cfg = load_config(str(tiny_run / "config.yaml"), [key, value])
+    with pytest.raises(ValueError, match=f"model_best.pth: .*{key}"):
+        load_model(cfg, tiny_run / "model_best.pth")
+    with pytest.raises(ValueError, match=f"a.safetensors: .*{key}"):
+        load_model(None, changed(artifact, tmp_path / "a.safetensors", config=cfg.dump()))
+
+
 def test_a_flipped_bit_of_an_artifact(artifact, tmp_path):
     content = artifact.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")

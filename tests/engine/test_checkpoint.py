@@ -70,6 +70,13 @@ def test_a_compressed_part_is_damage_and_not_inflated(tmp_path):
     assert "compressed" in damage(tmp_path / "a.pth")
 
 
+def test_no_training_starts_from_nan(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    torch.save({"weight": torch.tensor([[torch.nan]]), "bias": torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth: weight holds NaN"):
+        Checkpointer(model).resume_or_load(str(tmp_path / "a.pth"), resume=False)
+
+
 def test_the_end_can_be_damaged_too(tmp_path):
     checkpointer(tmp_path, 1.0).save_iteration(9)
     checkpointer(tmp_path, 2.0).save("model_final")

@@ -226,6 +226,15 @@ def test_what_the_user_names_may_be_an_address(folder, asked):
     assert asked == ["/w.pth"]
 
 
+def test_a_download_is_kept_for_its_host_alone(folder, asked):
+    paths = {
+        PathManager.get_local_path(f"{asked.url.replace('127.0.0.1', host)}/detectron2/R-50.pkl")
+        for host in ("127.0.0.1", "localhost")
+    }
+    assert len(paths) == len(asked) == 2
+    assert not (folder.parent / "cache/a/b/detectron2").exists()  # the model zoo's place
+
+
 @pytest.mark.parametrize(
     "path", ["/../../../../planted.pth", "/.\n./.\n./planted.pth", "/a?/..", "/../a/b"]
 )
