@@ -24,9 +24,10 @@ ENV PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /app
 # What is installed depends on these files alone: after other changes these layers are used again.
 COPY Makefile constraints.txt setup.py ./
-COPY tools/bundle.py tools/install_detectron2.py tools/
+COPY packaging/bundle.py packaging/
+COPY imrcnn_d2/cli/install_detectron2.py imrcnn_d2/cli/
 # The package is to be found where it will be, when its place is noted.
-RUN touch README.md && mkdir imrcnn_d2 && touch imrcnn_d2/__init__.py
+RUN touch README.md && mkdir -p imrcnn_d2 && touch imrcnn_d2/__init__.py
 
 # Collects the wheels, with a compiler for what has none for this platform, and the weights.
 FROM base AS collect

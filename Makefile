@@ -61,15 +61,15 @@ $(VENV)/bin/pip:
 $(VENV)/constraints.txt: constraints.txt | $(VENV)/bin/pip
 	sed '/^# torch/,$$d' constraints.txt > $@
 
-$(STAMP): setup.py $(VENV)/constraints.txt tools/install_detectron2.py | $(VENV)/bin/pip
+$(STAMP): setup.py $(VENV)/constraints.txt imrcnn_d2/cli/install_detectron2.py | $(VENV)/bin/pip
 	rm -f $@
-	$(if $(OFFLINE),$(VENV)/bin/python tools/bundle.py check "$(OFFLINE)")
+	$(if $(OFFLINE),$(VENV)/bin/python packaging/bundle.py check "$(OFFLINE)")
 ifneq ($(TORCH_BUILD),$(TORCH_THERE))
 	$(if $(TORCH_THERE),$(PIP) uninstall --yes torch torchvision)
 endif
 	$(PIP) install $(INDEX) $(TORCH_BUILD)
 	@printf '%s\n' "$$TORCH_BUILD" > $(VENV)/torch.txt
-	$(VENV)/bin/python tools/install_detectron2.py --constraint $(VENV)/constraints.txt \
+	$(VENV)/bin/python imrcnn_d2/cli/install_detectron2.py --constraint $(VENV)/constraints.txt \
 		$(if $(OFFLINE),--offline "$(OFFLINE)/wheels")
 	$(PIP) install $(INDEX) --constraint $(VENV)/constraints.txt --no-build-isolation \
 		--use-pep517 --editable "$(PACKAGE)"
@@ -102,7 +102,7 @@ demo: install
 bundle: $(VENV)/constraints.txt
 	@test -n "$(BUNDLE)" || { echo "Which folder? make bundle BUNDLE=DIR" >&2; exit 1; }
 	$(PIP) install --constraint $(VENV)/constraints.txt setuptools wheel
-	$(VENV)/bin/python tools/bundle.py collect "$(BUNDLE)" --torch "$$TORCH_BUILD" \
+	$(VENV)/bin/python packaging/bundle.py collect "$(BUNDLE)" --torch "$$TORCH_BUILD" \
 		--package "$(PACKAGE)" --constraint $(VENV)/constraints.txt --weights "$(WEIGHTS)"
 
 clean:

@@ -1,4 +1,4 @@
-"""Packaging of imrcnn_d2. Install Detectron2 first: ``python tools/install_detectron2.py``."""
+"""Packaging of imrcnn_d2. Install Detectron2 first: ``make install``."""
 
 from pathlib import Path
 
@@ -41,10 +41,10 @@ setup(
     package_data={
         "imrcnn_d2": ["weights/*"],
         "imrcnn_d2.deploy.web": ["templates/*"],
-        "imrcnn_d2.report": ["templates/*"],
+        "imrcnn_d2.report.html": ["templates/*"],
     },
     install_requires=[
-        # Not on PyPI under this name: tools/install_detectron2.py installs it.
+        # Not on PyPI under this name: imrcnn_d2/cli/install_detectron2.py installs it.
         "detectron2>=0.6",
         "defusedxml>=0.7.1",
         "faster-coco-eval>=1.8,<1.9",  # evaluation/coco_ap.py hands its internals the overlaps

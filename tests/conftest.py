@@ -35,7 +35,7 @@ def pytest_configure(config):
 
     # A busy machine is no failure. In CI the same examples every time.
     settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
-    # For tests/data/test_fuzz.py: about a minute a test.
+    # For tests/prepare/test_fuzz.py: about a minute a test.
     settings.register_profile("minute", deadline=None, max_examples=MINUTE)
     settings.load_profile(config.getoption("--hypothesis-profile") or "ours")
     multiprocessing.set_forkserver_preload(PRELOAD)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imrcnn_d2.data.masks import annotation_from_mask
-from imrcnn_d2.data.synthetic import draw_view
+from imrcnn_d2.data.prepare.synthetic import draw_view
 
 __all__ = ["CATEGORIES", "Planted", "draw"]
 

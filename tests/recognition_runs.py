@@ -6,12 +6,11 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw
 
-from imrcnn_d2.data.classification import read_class_folders
-from imrcnn_d2.data.prepare import SplitOptions, prepare_dataset
-from imrcnn_d2.data.rejects import Rejects
-from imrcnn_d2.evaluation import Bootstrap, evaluate_recognition
-from imrcnn_d2.evaluation.files import file_sha256
-from imrcnn_d2.evaluation.recognition_files import RECOGNITION_RESULTS, write_recognition
+from imrcnn_d2.data.formats.classification import read_class_folders
+from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
+from imrcnn_d2.evaluation import Bootstrap, evaluate_classification
+from imrcnn_d2.evaluation.output import CLASSIFICATION_RESULTS, write_classification
+from imrcnn_d2.utils.files import Rejects, file_sha256
 
 __all__ = ["CLASSES", "draw_classes", "prepare_classes", "write_classifier"]
 
@@ -55,11 +54,11 @@ def write_classifier(
         scores[ids.index(annotation["category_id"])] += 2 * skill
         scores = np.exp(scores) / np.exp(scores).sum()
         results.append({"image_id": annotation["image_id"], "scores": scores.tolist()})
-    scored = evaluate_recognition(gt, results, bootstrap=Bootstrap(100))
+    scored = evaluate_classification(gt, results, bootstrap=Bootstrap(100))
     meta = {"dataset": dataset, "gt": str(gt), "gt_sha256": file_sha256(gt)}
     meta |= {"image_root": str(gt.parent.parent / "images"), "checkpoint_sha256": "c" * 64}
-    write_recognition(scored, folder, **meta)
-    (folder / RECOGNITION_RESULTS).write_text(json.dumps(results))
+    write_classification(scored, folder, **meta)
+    (folder / CLASSIFICATION_RESULTS).write_text(json.dumps(results))
     config = {"DATASETS": {"TEST": [dataset], "TRAIN": ["train"]}, "SEED": seed}
     config["MODEL"] = {"META_ARCHITECTURE": "ImageClassifier", "TIMM": {"NAME": backbone}}
     (output / "config.yaml").write_text(yaml.safe_dump(config))

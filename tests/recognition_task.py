@@ -18,7 +18,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from imrcnn_d2.data.classification_catalogue import labels_of
+from imrcnn_d2.data.catalog import labels_of
 from imrcnn_d2.engine import Trainer
 
 __all__ = ["CLASSES", "frozen_feature_accuracy", "write_recognition_task"]

@@ -9,9 +9,9 @@ from detectron2.solver import WarmupParamScheduler, get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler
 from omegaconf import OmegaConf
 
+from imrcnn_d2.data.catalog import load_datasets
 from imrcnn_d2.data.loader import build_train_loader
-from imrcnn_d2.data.mappers import LesionMapper
-from imrcnn_d2.data.register import load_datasets
+from imrcnn_d2.data.mapper import LesionMapper
 from imrcnn_d2.engine.schedule import new_layer_lr_factor
 from imrcnn_d2.evaluation import LesionEvaluator
 

@@ -1,4 +1,4 @@
-"""The page of commands, read off the source of the scripts in tools/: nothing is imported."""
+"""The page of commands, read off their source: nothing is imported."""
 
 import ast
 import textwrap
@@ -16,8 +16,8 @@ ORDER = (
     "prepare_dataset",
     "export_annotations",
     "audit_dataset",
-    "train_net",
-    "lazyconfig_train_net",
+    "train",
+    "train_lazy",
     "evaluate",
     "robustness",
     "compare",
@@ -35,21 +35,17 @@ ORDER = (
 )
 
 
-def commands_page(tools):
+def commands_page(*folders):
     """
     Args:
-        tools (Path): folder of the scripts.
+        folders (Path): of the scripts.
 
     Returns:
-        str: the page, in Markdown. Files that cannot be started, for lack of a ``__main__``, and
-        the parts of benchmark.py are left out.
+        str: the page, in Markdown. Files without a ``main`` are left out.
     """
-    scripts = {path.stem: path.read_text(encoding="utf-8") for path in Path(tools).glob("*.py")}
-    scripts = {
-        name: text
-        for name, text in scripts.items()
-        if '"__main__"' in text and not name.endswith("_benchmark")
-    }
+    paths = [path for folder in folders for path in Path(folder).glob("*.py")]
+    scripts = {path.stem: path.read_text(encoding="utf-8") for path in paths}
+    scripts = {name: text for name, text in scripts.items() if "\ndef main(" in text}
     names = sorted(scripts, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
     return "\n".join([INTRODUCTION, *(_section(name, scripts[name]) for name in names)])
 

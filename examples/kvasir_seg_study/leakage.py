@@ -15,9 +15,9 @@ from pathlib import Path
 import pandas as pd
 
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
-from imrcnn_d2.evaluation.files import RESULTS
+from imrcnn_d2.evaluation.output import RESULTS
 from imrcnn_d2.report.runs import load_run
-from imrcnn_d2.report.tables import format_figure, markdown_table
+from imrcnn_d2.report.tables import format_value, markdown_table
 
 COLUMNS = {
     "AP50_voc": "segm/AP50_voc",
@@ -116,7 +116,7 @@ def row(label, truth, results):
     for heading, path in COLUMNS.items():
         group, _, figure = path.rpartition("/")
         interval = found.intervals.get(group, {}).get(figure)
-        cells[heading] = format_figure(figure, found.groups()[group][figure], interval)
+        cells[heading] = format_value(figure, found.groups()[group][figure], interval)
     return cells
 
 

@@ -18,18 +18,17 @@ import jinja2
 import pandas as pd
 from leakage import drawn, figure, kvasir
 
-from imrcnn_d2.engine.robustness import ROBUSTNESS
-from imrcnn_d2.evaluation.bootstrap import Bootstrap
-from imrcnn_d2.evaluation.files import write_atomically
-from imrcnn_d2.report.compare import compare
-from imrcnn_d2.report.compare_page import median_runs
-from imrcnn_d2.report.compare_runs import gather
-from imrcnn_d2.report.compare_tables import table_3, table_4, table_5, table_of_tests
-from imrcnn_d2.report.page_tables import NOT_PERCENT
-from imrcnn_d2.report.pr_curve import draw_pr_panels
-from imrcnn_d2.report.robustness import draw_robustness
+from imrcnn_d2.evaluation.robustness import ROBUSTNESS
+from imrcnn_d2.evaluation.statistics import Bootstrap
+from imrcnn_d2.report.comparison.models import compare, gather
+from imrcnn_d2.report.comparison.pages import median_runs
+from imrcnn_d2.report.comparison.tables import table_3, table_4, table_5, table_of_tests
+from imrcnn_d2.report.html.tables import NOT_PERCENT
+from imrcnn_d2.report.plots.curves import plot_pr_panels
+from imrcnn_d2.report.robustness import plot_robustness
 from imrcnn_d2.report.runs import load_run
-from imrcnn_d2.report.tables import format_figure, markdown_table
+from imrcnn_d2.report.tables import format_value, markdown_table
+from imrcnn_d2.utils.files import write_atomically
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -85,7 +84,7 @@ class Study:
         }
         panels = {"Masks, precision and recall at IoU 0.5": curves}
         path = self._pictures / f"{stem}.png"
-        draw_pr_panels(panels, [path], tau=compared.settings["tau"])
+        plot_pr_panels(panels, [path], tau=compared.settings["tau"])
         return _picture(path, "Precision-recall curves")
 
     def figures(self, rows, columns):
@@ -118,7 +117,7 @@ class Study:
                 values = [figure(metrics, name)[0] for metrics in every]
                 key = name.rpartition("/")[2]
                 mean, low, high = (
-                    format_figure(key, value, decimals=2 if key in NOT_PERCENT else 1)
+                    format_value(key, value, decimals=2 if key in NOT_PERCENT else 1)
                     for value in (statistics.mean(values), min(values), max(values))
                 )
                 texts[heading] = f"{mean} ({low}–{high})"
@@ -139,7 +138,7 @@ class Study:
             for folder in self.paths(path)
         }
         path = self._pictures / f"{stem}.png"
-        draw_robustness(documents, path)
+        plot_robustness(documents, path)
         return _picture(path, "Figures under distortions")
 
     def runs(self, *patterns):
@@ -170,7 +169,7 @@ def _record(path):
 
 
 def _text(metrics, name):
-    return format_figure(name.rpartition("/")[2], *figure(metrics, name))
+    return format_value(name.rpartition("/")[2], *figure(metrics, name))
 
 
 def _picture(path, text):

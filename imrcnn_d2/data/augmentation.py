@@ -1,12 +1,15 @@
-"""Augmentation of training images, each step switched by a config key."""
+"""Copy-paste augmentation (Ghiasi et al., CVPR 2021): lesions of one image pasted into another."""
 
 import cv2
+import numpy as np
+import torch
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Instances
 
 from imrcnn_d2.config import get_node
 
-__all__ = ["build_augmentation"]
+__all__ = ["CopyPaste", "build_augmentation", "paste_lesions"]
 
 
 def build_augmentation(cfg, is_train):
@@ -105,3 +108,90 @@ class RandomJPEG(T.Augmentation):
             return cv2.imdecode(code, cv2.IMREAD_COLOR)
 
         return T.ColorTransform(compress)
+
+
+class CopyPaste:
+    """A mapper that at times pastes the lesions of another, likewise augmented training image."""
+
+    def __init__(self, mapper, records, probability):
+        """
+        Args:
+            mapper (LesionMapper): with INPUT.MASK_FORMAT "bitmask".
+            records (sequence of dict): dataset dicts that the pasted lesions come from.
+            probability (float): of pasting, in [0, 1].
+
+        Raises:
+            ValueError: the mapper gives polygons.
+        """
+        if mapper.instance_mask_format != "bitmask":
+            raise ValueError(
+                f"INPUT.AUG.COPY_PASTE_PROB is {probability}, but INPUT.MASK_FORMAT is "
+                f"{mapper.instance_mask_format!r}; copy-paste needs 'bitmask'"
+            )
+        self._mapper, self._records, self._probability = mapper, records, probability
+
+    def __call__(self, dataset_dict):
+        sample = self._mapper(dataset_dict)
+        if np.random.rand() >= self._probability:
+            return sample
+        donor = self._mapper(self._records[np.random.randint(len(self._records))])
+        return paste_lesions(donor, sample)
+
+
+def paste_lesions(donor, sample, feather=1.5):
+    """
+    Paste all lesions of one image, in their arrangement, at a random place of another.
+
+    Args:
+        donor, sample (dict): of a mapper: "image", uint8 tensor (C, H, W), and "instances" with
+            bitmasks; their sizes may differ.
+        feather (float): width of the soft edge inside the outline, pixels.
+
+    Returns:
+        dict: a copy of ``sample`` with the lesions; ``sample`` itself where the donor has none, or
+            where they would hide more than half of a lesion that is there.
+    """
+    lesions = donor["instances"]
+    if not len(lesions):
+        return sample
+    shift = _random_shift(lesions.gt_masks.tensor.any(0), sample["image"].shape[1:])
+    pasted = _shifted(lesions.gt_masks.tensor, shift, sample["image"].shape[1:])
+    cover = pasted.any(0)
+    known = sample["instances"]
+    visible = known.gt_masks.tensor & ~cover
+    if (visible.sum((1, 2)) * 2 < known.gt_masks.tensor.sum((1, 2))).any():
+        return sample
+
+    opacity = torch.from_numpy(cv2.GaussianBlur(cover.numpy().astype(np.float32), (0, 0), feather))
+    opacity *= cover
+    image = _shifted(donor["image"], shift, cover.shape)
+    blended = torch.lerp(sample["image"].float(), image.float(), opacity)
+
+    instances = Instances(tuple(cover.shape))
+    instances.gt_masks = BitMasks(torch.cat([visible, pasted[pasted.any(2).any(1)]]))
+    instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+    classes = lesions.gt_classes[pasted.any(2).any(1)]
+    instances.gt_classes = torch.cat([known.gt_classes, classes])
+    return {**sample, "image": blended.round().to(torch.uint8), "instances": instances}
+
+
+def _random_shift(mask, size):
+    """(dy, dx) that leaves the mask's bounding box inside the image, or the image inside it."""
+    shift = []
+    for axis, length in enumerate(size):
+        (where,) = torch.nonzero(mask.any(1 - axis), as_tuple=True)
+        ends = sorted((-int(where[0]), length - 1 - int(where[-1])))
+        shift.append(np.random.randint(ends[0], ends[1] + 1))
+    return shift
+
+
+def _shifted(array, shift, size):
+    """``array`` (..., h, w) moved by ``shift`` onto zeros of ``size`` (H, W)."""
+    out = array.new_zeros((*array.shape[:-2], *size))
+    source, target = [], []
+    for offset, length, room in zip(shift, array.shape[-2:], size, strict=True):
+        start, stop = max(0, -offset), min(length, room - offset)
+        source.append(slice(start, stop))
+        target.append(slice(start + offset, stop + offset))
+    out[..., target[0], target[1]] = array[..., source[0], source[1]]
+    return out

@@ -12,6 +12,7 @@ import numpy as np
 
 __all__ = ["DISTORTIONS", "SEVERITIES", "Distortion", "distort", "distort_mask"]
 
+
 SEVERITIES = (1, 2, 3, 4, 5)
 
 # sRGB to linear light, for each of 256 values (IEC 61966-2-1)

@@ -12,6 +12,7 @@ import numpy as np
 
 __all__ = ["Box", "View", "find_view"]
 
+
 _WORKING_SIDE = 512  # pixels of the longer side, to which larger frames are reduced
 _CORNER = 0.015  # of the shorter side: patches that show the background
 _LEAST_CONTRAST = 12  # of a lit pixel to the background, gray values

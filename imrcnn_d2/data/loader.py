@@ -1,28 +1,164 @@
 """Training batches that depend on the seed and the iteration alone."""
 
+import itertools
+import random
 import signal
 
+import numpy as np
+import torch
 from detectron2.config import configurable
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler
-from torch.utils.data import DataLoader, Dataset
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from imrcnn_d2.config import get_node
+from imrcnn_d2.data.augmentation import CopyPaste
+from imrcnn_d2.data.catalog import labels_of, load_datasets
+from imrcnn_d2.data.mapper import ClassificationMapper, LesionMapper
 
-from .classification_catalogue import labels_of
-from .classification_mapper import ClassificationMapper
-from .copy_paste import CopyPaste
-from .mappers import LesionMapper
-from .register import load_datasets
-from .sampler import (
-    ResumableBatchSampler,
-    balanced_epochs,
-    class_balanced_epochs,
-    seed_generators,
-    shuffled_epochs,
-)
+__all__ = [
+    "ResumableBatchSampler",
+    "SeededDataset",
+    "balanced_epochs",
+    "build_train_loader",
+    "class_balanced_epochs",
+    "seed_generators",
+    "shuffled_epochs",
+]
 
-__all__ = ["SeededDataset", "build_train_loader"]
+
+def seed_generators(*entropy):
+    """
+    Seed the generators of ``random``, NumPy and torch (on every device).
+
+    Args:
+        entropy (int): one or more numbers >= 0. Other numbers, or the same in another order, give
+            unrelated streams.
+    """
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
+def shuffled_epochs(size):
+    """
+    Args:
+        size (int): images in the training set.
+
+    Returns:
+        callable: (torch.Generator) -> (size,) LongTensor, each image once an epoch; the
+            ``epoch_indices`` of :class:`ResumableBatchSampler`.
+    """
+    return lambda generator: torch.randperm(size, generator=generator)
+
+
+def balanced_epochs(repeat_factors):
+    """
+    Images of rare classes repeated, as in Detectron2's ``RepeatFactorTrainingSampler``.
+
+    Args:
+        repeat_factors (Tensor): (N,) float, how often each image comes in an epoch, on average.
+
+    Returns:
+        callable: (torch.Generator) -> LongTensor, an epoch; its length varies.
+    """
+    sampler = RepeatFactorTrainingSampler(repeat_factors, seed=0)
+
+    def epoch_indices(generator):
+        indices = sampler._get_epoch_indices(generator)
+        return indices[torch.randperm(len(indices), generator=generator)]
+
+    return epoch_indices
+
+
+def class_balanced_epochs(labels):
+    """
+    As many images of each class, in an epoch as long as the data set: of a class with too few all
+    are repeated alike, of one with too many a choice is taken, another in each epoch.
+
+    Args:
+        labels (np.ndarray): (N,) int, the class of each image.
+
+    Returns:
+        callable: (torch.Generator) -> (N,) LongTensor, an epoch. Classes differ by one image at
+            most.
+    """
+    images_of = [torch.from_numpy(np.flatnonzero(labels == k)) for k in np.unique(labels)]
+    share, left_over = divmod(len(labels), len(images_of))
+
+    def epoch_indices(generator):
+        # Those that get one more are others in each epoch.
+        lucky = torch.randperm(len(images_of), generator=generator)[:left_over].tolist()
+        chosen = []
+        for k, images in enumerate(images_of):
+            wanted = share + (k in lucky)
+            rounds = -(-wanted // len(images))
+            orders = [torch.randperm(len(images), generator=generator) for _ in range(rounds)]
+            chosen.append(images[torch.cat(orders)[:wanted]])
+        indices = torch.cat(chosen)
+        return indices[torch.randperm(len(indices), generator=generator)]
+
+    return epoch_indices
+
+
+class ResumableBatchSampler(Sampler):
+    """
+    Endless batches of ``(seed, position, index)`` from any iteration on.
+
+    ``position`` counts the samples of the whole training over all processes: place k of the batch
+    of iteration i is ``i * total_batch_size + k``, and of W processes the one with rank r takes the
+    places from ``r * total_batch_size / W`` on. Which image a position has depends on the seed and
+    the position alone, so that a training that is stopped and resumed sees the same images as one
+    that is not, and two processes the same as one with their batches together.
+    """
+
+    def __init__(self, epoch_indices, total_batch_size, seed=0):
+        """
+        Args:
+            epoch_indices (callable): (torch.Generator) -> LongTensor, the order of one epoch.
+            total_batch_size (int): SOLVER.IMS_PER_BATCH, images of all processes together.
+            seed (int): >= 0; see :meth:`start_at`.
+
+        Raises:
+            ValueError: if the processes cannot share the batch evenly.
+        """
+        self._rank, world_size = comm.get_rank(), comm.get_world_size()
+        if total_batch_size <= 0 or total_batch_size % world_size:
+            raise ValueError(
+                f"A batch of {total_batch_size} images cannot be shared by {world_size} processes: "
+                f"make SOLVER.IMS_PER_BATCH a multiple of {world_size}"
+            )
+        self._epoch_indices = epoch_indices
+        self._total = total_batch_size
+        self._share = total_batch_size // world_size
+        self._seed, self._iteration = seed, 0
+
+    def start_at(self, seed, iteration):
+        """
+        Args:
+            seed (int): >= 0, of the whole training.
+            iteration (int): whose batch comes first when iteration over this object begins.
+        """
+        self._seed, self._iteration = seed, iteration
+
+    def __iter__(self):
+        first = self._iteration * self._total
+        samples = self._samples(first)
+        while True:
+            batch = list(itertools.islice(samples, self._total))
+            yield batch[self._rank * self._share : (self._rank + 1) * self._share]
+
+    def _samples(self, first):
+        generator = torch.Generator()
+        position = 0
+        for epoch in itertools.count():
+            words = np.random.SeedSequence((self._seed, epoch)).generate_state(1)
+            indices = self._epoch_indices(generator.manual_seed(int(words[0])))
+            for place in range(max(first - position, 0), len(indices)):
+                yield self._seed, position + place, int(indices[place])
+            position += len(indices)
 
 
 class SeededDataset(Dataset):

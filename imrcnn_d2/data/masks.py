@@ -1,12 +1,42 @@
-"""COCO annotations from binary masks."""
+"""From drawn regions to COCO annotations, as annotation tools need it."""
 
-from collections.abc import Iterator
+import math
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
-__all__ = ["MOST_INSTANCES", "annotation_from_mask", "components"]
+from imrcnn_d2.data.images import SourceImage, annotated_on_stored_pixels, orient
+from imrcnn_d2.utils.files import BadInputError
+
+__all__ = [
+    "ANNOTATION_FIELDS",
+    "IMAGE_FIELDS",
+    "MIN_IOU",
+    "MOST_INSTANCES",
+    "Region",
+    "annotate",
+    "annotation_from_mask",
+    "check_classes",
+    "check_extent",
+    "check_outline",
+    "check_size",
+    "components",
+    "ellipse_rle",
+    "further_fields",
+    "named_categories",
+    "outlines",
+    "patch_rle",
+    "polygon_rle",
+    "rectangle",
+    "union",
+]
+
 
 MOST_INSTANCES = 1000  # of one mask: each takes a pass over all its pixels
 
@@ -56,3 +86,310 @@ def annotation_from_mask(mask: np.ndarray, category_id: int = 1, **fields) -> di
         "iscrowd": 0,
         **fields,
     }
+
+
+# Of a polygon made from a mask with that mask.
+MIN_IOU = 0.99
+# Pixels that a polygon may be off the mask's edge to have fewer points; the first that is near
+# enough is taken. 0 follows every pixel.
+_TOLERANCES = (4.0, 3.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.0)
+# Of an image: JPEG's longest side, and the area from which on Pillow refuses to decode. What is
+# declared larger has no image behind it.
+_MAX_SIDE, _MAX_PIXELS = 65_535, 178_956_970
+# pycocotools walks along every edge, pixel by pixel, and keeps them all: times the image's size
+# that a shape may reach beyond it, and times its width and height together that it may be long.
+_MAX_OUTSIDE = 10
+_MAX_PERIMETER = 100
+_MERGED_AT_ONCE = 8
+_ROWS = 64
+
+
+def check_size(height: object, width: object) -> tuple[int, int]:
+    """Height and width as int; ValueError for what can be the size of no image."""
+    for side in (height, width):
+        is_number = isinstance(side, int | float | np.number) and not isinstance(side, bool)
+        if not is_number or not 0 < side <= _MAX_SIDE or side != int(side):
+            raise ValueError(
+                f"{reprlib.repr(side)} is no side of an image, 1 to {_MAX_SIDE} pixels"
+            )
+    if height * width > _MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are more than any image has ({_MAX_PIXELS})")
+    return int(height), int(width)  # some tools write 640.0
+
+
+def check_extent(values: Sequence[float], height: int, width: int) -> np.ndarray:
+    """(N,) float coordinates; ValueError if one is no finite number or far outside the image."""
+    kinds = {kind for kind in set(map(type, values)) if kind is bool or not issubclass(kind, Real)}
+    if kinds:
+        value = next(value for value in values if type(value) in kinds)
+        raise ValueError(f"the coordinate {reprlib.repr(value)} is no number")
+    try:
+        coordinates = np.array(values, float)
+    except OverflowError as error:
+        raise ValueError("a coordinate is too large for any image") from error
+    inside = np.abs(coordinates) <= _MAX_OUTSIDE * max(height, width)
+    if not inside.all():  # NaN is not inside either
+        value = coordinates[inside.argmin()]
+        raise ValueError(f"the coordinate {value:g} is far outside the {width}x{height} image")
+    return coordinates
+
+
+def check_outline(flat: Sequence[float], height: int, width: int) -> None:
+    """Raises ValueError for a polygon x1, y1, x2, y2, ... that is none, or that goes to and fro.
+
+    What passes takes bounded memory and time to fill.
+    """
+    if len(flat) < 6:
+        raise ValueError(f"a polygon has {len(flat) // 2} points, at least 3 are needed")
+    points = check_extent(flat, height, width).reshape(-1, 2)
+    length = np.abs(points - np.roll(points, -1, axis=0)).max(axis=1).sum()
+    if length > _MAX_PERIMETER * (height + width):
+        raise ValueError(
+            f"a polygon of {len(points)} points is {length:.0f} pixels long, which no outline in a "
+            f"{width}x{height} image is; outline it anew"
+        )
+
+
+def polygon_rle(points: Sequence[Sequence[float]], height: int, width: int) -> dict:
+    """Compressed COCO RLE of a polygon of [x, y] points.
+
+    Raises:
+        ValueError: as `check_outline`.
+    """
+    flat = [value for point in points for value in point]
+    check_outline(flat, height, width)
+    return mask_util.frPyObjects([flat], height, width)[0]
+
+
+def union(rles: Sequence[dict]) -> dict:
+    """Compressed RLE of the pixels in any of one or more masks.
+
+    Merging all at once would read the growing union for each of them.
+    """
+    while len(rles) > 1:
+        groups = range(0, len(rles), _MERGED_AT_ONCE)
+        rles = [mask_util.merge(rles[i : i + _MERGED_AT_ONCE]) for i in groups]
+    return rles[0]
+
+
+def rectangle(
+    left: float, top: float, right: float, bottom: float, degrees: float = 0.0
+) -> np.ndarray:
+    """(4, 2) corners of a rectangle, turned clockwise about its centre."""
+    centre = np.array([left + right, top + bottom]) / 2
+    corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
+    return _turned(corners - centre, degrees) + centre
+
+
+def ellipse_rle(
+    centre: Sequence[float],
+    radii: Sequence[float],
+    height: int,
+    width: int,
+    degrees: float = 0.0,
+) -> dict:
+    """Compressed COCO RLE of an ellipse: the pixels whose centres are inside.
+
+    Args:
+        centre: x, y in pixels.
+        radii: along x and y, before it is turned clockwise by `degrees`.
+        height, width: of the image.
+        degrees: see above.
+
+    Raises:
+        ValueError: a radius that is not positive, or as `check_extent`.
+    """
+    check_extent([*centre, *radii], height, width)
+    if min(radii) <= 0:
+        raise ValueError(f"the radius {min(radii):g} is not positive")
+    mask = np.empty((height, width), bool)
+    for top in range(0, height, _ROWS):  # coordinates of a whole image would take 50 times its mask
+        rows = mask[top : top + _ROWS]
+        y, x = np.indices(rows.shape) + 0.5
+        offsets = np.stack([x - centre[0], y + top - centre[1]], axis=-1)
+        along = _turned(offsets, -degrees) / np.asarray(radii, float)
+        rows[:] = (along**2).sum(axis=-1) <= 1
+    return _encode(mask)
+
+
+def patch_rle(patch: np.ndarray, left: int, top: int, height: int, width: int) -> dict:
+    """Compressed COCO RLE of an (h, w) bool patch at a place in the image; cut at its borders."""
+    mask = np.zeros((height, width), bool)
+    rows = slice(max(top, 0), max(min(top + patch.shape[0], height), 0))
+    columns = slice(max(left, 0), max(min(left + patch.shape[1], width), 0))
+    part = patch[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
+    mask[rows, columns] = part
+    return _encode(mask)
+
+
+def outlines(mask: np.ndarray, fill_holes: bool = False) -> list[np.ndarray] | None:
+    """Polygons around the parts of a mask, of few points, at an IoU of at least `MIN_IOU`.
+
+    Args:
+        mask: (H, W) bool or 0 and 1.
+        fill_holes: holes are part of the mask.
+
+    Returns:
+        one (N, 2) float array of x, y for each part, N at least 3, in raster order of their boxes'
+        top left corners; None if the mask has holes too large to be left out.
+    """
+    mask = mask.astype(np.uint8)
+    # Twice as large, each pixel has a corner of its own for each of its edges.
+    doubled = cv2.resize(mask, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+    contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    edges = [(contour + 1) // 2 for contour in contours]
+    edges.sort(key=lambda edge: tuple(edge[:, 0, ::-1].min(axis=0)))
+    lines = [_simplified(edge, None if fill_holes else mask) for edge in edges]
+    return None if any(line is None for line in lines) else lines
+
+
+def _simplified(edge: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
+    """The fewest points of an (N, 1, 2) contour of pixel edges that are near enough to the mask in
+    it, or to all of its inside without one; None if none are, for holes."""
+    left, top = edge.min(axis=0)[0]
+    width, height = (edge.max(axis=0)[0] - (left, top)).tolist()
+
+    def rle(points: np.ndarray) -> dict:  # however long: it has as many points as the mask's edge
+        flat = (points - (left, top)).ravel().tolist()
+        return mask_util.frPyObjects([flat], height, width)[0]
+
+    truth = rle(cv2.approxPolyDP(edge, 0, closed=True)[:, 0])
+    if mask is not None:
+        part = _encode(mask[top : top + height, left : left + width])
+        truth = mask_util.merge([truth, part], intersect=True)
+    for tolerance in _TOLERANCES:
+        points = cv2.approxPolyDP(edge, tolerance, closed=True)[:, 0]
+        if len(points) > 2 and mask_util.iou([rle(points)], [truth], [0])[0, 0] >= MIN_IOU:
+            return points.astype(float)
+    return None
+
+
+def _turned(vectors: np.ndarray, degrees: float) -> np.ndarray:
+    """(..., 2) x, y turned clockwise, as seen with y pointing down."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return vectors @ np.array([[cos, sin], [-sin, cos]])
+
+
+def _encode(mask: np.ndarray) -> dict:
+    return mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+# What COCO records say themselves; annotation tools cannot set it by a flag or attribute.
+IMAGE_FIELDS = ("id", "file_name", "width", "height")
+ANNOTATION_FIELDS = ("id", "image_id", "category_id", "segmentation", "bbox", "area", "iscrowd")
+
+
+@dataclass
+class Region:
+    """One drawn area.
+
+    Attributes:
+        label: name of its class.
+        rle: compressed COCO RLE in the frame that was drawn on.
+        group: areas of one group and label are parts of one instance; None is no group.
+        fields: further COCO annotation fields. ``iscrowd`` may be among them.
+    """
+
+    label: str
+    rle: dict
+    group: int | None = None
+    fields: dict = field(default_factory=dict)
+
+
+def named_categories(
+    labels: Iterable[str], classes: Sequence[str] | None, where: str | Path
+) -> list[dict]:
+    """COCO categories, numbered from 1.
+
+    Args:
+        labels: all that were found.
+        classes: the classes in their order; None takes the labels, sorted.
+        where: what is blamed if there is none.
+
+    Raises:
+        BadInputError: there is no class, or one is given twice.
+    """
+    names = sorted(set(labels)) if classes is None else list(classes)
+    if not names:
+        raise BadInputError(where, "nothing is outlined in it; name the classes with --classes")
+    if len(set(names)) < len(names):
+        raise BadInputError(where, f"a class is given twice: {', '.join(names)}")
+    return [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+
+
+def check_classes(labels: Iterable[str], category_ids: Mapping[str, int], path: Path) -> None:
+    """Raises BadInputError if a label is none of the classes."""
+    unknown = sorted(set(labels) - set(category_ids))
+    if unknown:
+        raise BadInputError(
+            path, f"unknown label {unknown[0]!r}; the classes are {', '.join(category_ids)}"
+        )
+
+
+def further_fields(entry: Mapping, own: Iterable[str]) -> dict:
+    """The texts, numbers and truth values of a record that are not among its `own` keys."""
+    own = set(own)
+    return {k: v for k, v in entry.items() if k not in own and isinstance(v, str | int | float)}
+
+
+def annotate(
+    image: SourceImage,
+    size: tuple[int, int],
+    regions: Iterable[Region],
+    category_ids: Mapping[str, int],
+    notes: list[str],
+) -> list[dict]:
+    """COCO annotations of the instances in an image.
+
+    Args:
+        image: what was drawn on.
+        size: width and height that the annotation file gives for it.
+        regions: in the frame of that size, drawn only after it was found to be the image's.
+        category_ids: by label, of all labels there are.
+        notes: told if an EXIF-rotated image leaves a choice.
+
+    Raises:
+        BadInputError: the size is of no frame of the image, an instance covers no pixel or is there
+            twice.
+    """
+    turned = annotated_on_stored_pixels(image, *size)
+    regions = list(regions)
+    if image.orientation != 1 and not turned and regions:
+        notes.append(f"{image.path}: EXIF-rotated, annotations taken as drawn on what is shown")
+    annotations: list[dict] = []
+    seen: set[tuple[str, str]] = set()
+    for parts in _instances(regions):
+        label, rle = parts[0].label, union([part.rle for part in parts])
+        if not mask_util.area(rle):
+            raise BadInputError(
+                image.path, f"a {label!r} covers no pixel of the {size[0]}x{size[1]} image"
+            )
+        mask = mask_util.decode(rle)
+        if turned:
+            mask = orient(mask, image.orientation)
+        annotation = {**_joined(parts), **annotation_from_mask(mask, category_ids[label])}
+        annotation["iscrowd"] = int(any(part.fields.get("iscrowd") for part in parts))
+        content = label, annotation["segmentation"]["counts"]
+        if content in seen:
+            raise BadInputError(image.path, f"a {label!r} is there twice")
+        seen.add(content)
+        annotations.append(annotation)
+    return annotations
+
+
+def _instances(regions: Sequence[Region]) -> list[list[Region]]:
+    groups: dict[object, list[Region]] = {}
+    for i, region in enumerate(regions):
+        key = (i,) if region.group is None else (region.label, region.group)
+        groups.setdefault(key, []).append(region)
+    return list(groups.values())
+
+
+def _joined(parts: Sequence[Region]) -> dict:
+    """Fields of an instance: true where it is of some part, else what the first part says."""
+    joined: dict = {}
+    for part in parts:
+        for key, value in part.fields.items():
+            if joined.setdefault(key, value) is False:
+                joined[key] = value
+    return joined

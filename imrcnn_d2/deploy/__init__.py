@@ -1,5 +1,5 @@
 """Trained models at work: prediction, video, export."""
 
-from .predictor import Predictor
+from imrcnn_d2.deploy.predictor import Predictor
 
 __all__ = ["Predictor"]

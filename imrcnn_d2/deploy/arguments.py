@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .runtimes import RUNTIMES
+from imrcnn_d2.deploy.runtimes.runtime import RUNTIMES
 
 __all__ = ["predictor_arguments"]
 

@@ -12,17 +12,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from imrcnn_d2.data.rejects import BadInputError
-from imrcnn_d2.evaluation.files import write_atomically
-
-from .inputs import Source
-from .journal import Journal
-from .outputs import footer
-from .overlay import draw_overlay
-from .records import counted, frame_record, records
-from .video import Frame, VideoWriter, open_video, pixel_aspect, upright
+from imrcnn_d2.deploy.batch import Journal
+from imrcnn_d2.deploy.inputs import Frame, Source, VideoWriter, open_video, pixel_aspect, upright
+from imrcnn_d2.deploy.outputs import counted, draw_overlay, footer, frame_record, records
+from imrcnn_d2.utils.files import BadInputError, write_atomically
 
 __all__ = ["LIVE_REPORT", "LIVE_VIDEO", "LiveFrames", "predict_live"]
+
 
 LIVE_VIDEO, LIVE_REPORT = "live.mp4", "live.json"
 PERCENTILES = (50, 95, 99)

@@ -15,25 +15,24 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from imrcnn_d2.data.rejects import BadInputError
-from imrcnn_d2.engine.checkpoint import Checkpointer
-from imrcnn_d2.engine.config import load_config, load_config_text
-from imrcnn_d2.engine.device import choose_device
-from imrcnn_d2.engine.provenance import describe_model
-from imrcnn_d2.engine.recognition import is_classifier
-from imrcnn_d2.engine.safe_loading import load_checkpoint_file
-from imrcnn_d2.engine.weights import Weights, load_weights
-from imrcnn_d2.evaluation.operating_point import OperatingPoint
-from imrcnn_d2.modeling.weight_files import UnsafeFileError, load_safetensors
+from imrcnn_d2.deploy.runtimes.graph_files import (
+    ARTIFACT_VERSION,
+    GRAPH_FORMATS,
+    GraphRuntime,
+    open_graph,
+)
+from imrcnn_d2.engine.checkpoint import Checkpointer, Weights, load_weights
+from imrcnn_d2.engine.config import choose_device, is_classifier, load_config, load_config_text
+from imrcnn_d2.engine.run_record import describe_model
+from imrcnn_d2.evaluation.detection.results import OperatingPoint
+from imrcnn_d2.utils.files import BadInputError
+from imrcnn_d2.utils.safe_loading import UnsafeFileError, load_checkpoint_file, load_safetensors
 
-from .graph_runtimes import GRAPH_FORMATS, GraphRuntime, open_graph
-
-__all__ = ["ARTIFACT_VERSION", "LoadedModel", "load_model", "pretrained"]
+__all__ = ["LoadedModel", "load_model", "pretrained"]
 
 logger = logging.getLogger(__name__)
 
-# Of the metadata that tools/export.py writes; a larger one is of a later version of this package.
-ARTIFACT_VERSION = 1
+
 LONGEST_NAME = 200
 # The weights are those of the whole model, wherever its training started from. The device is
 # replaced; one that is not there would be refused.

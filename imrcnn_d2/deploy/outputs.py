@@ -6,30 +6,253 @@ import io
 import json
 import os
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
+import cv2
+import matplotlib
+import numpy as np
+import pycocotools.mask as mask_util
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from imrcnn_d2.data.labelme import labelme_document
-from imrcnn_d2.evaluation.files import file_sha256, write_atomically
-
-from .identity import input_key
-from .overlay import draw_overlay
-from .records import counted, label_map
-from .video import VideoWriter
+from imrcnn_d2.data.formats.labelme import labelme_document
+from imrcnn_d2.deploy.inputs import VideoWriter, input_key
+from imrcnn_d2.utils.files import file_sha256, write_atomically
 
 __all__ = [
     "OUTPUTS",
     "InputOutputs",
     "OutputFolder",
+    "coco_head",
     "comment",
+    "counted",
+    "draw_overlay",
     "footer",
+    "frame_record",
+    "instance_records",
+    "label_map",
     "labelme_json",
     "mask_png",
+    "outline",
     "output_folders",
     "png",
+    "records",
 ]
+
+
+def instance_records(predictor, output, height, width, view=None):
+    """
+    Args:
+        predictor (Predictor): of a detector.
+        output (Instances): what its ``forward`` gave for an image; used up.
+        height, width (int): of the original image.
+        view (View or None): what of it the network saw.
+
+    Returns:
+        list[dict]: COCO annotations without ids, by falling score: ``category_id`` (class index
+        + 1), ``bbox`` (xywh in pixels), ``score``, ``segmentation`` (compressed RLE) and ``area``.
+    """
+    records = []
+    # One at a time: a hundred masks of a large image would fill the memory.
+    for i in range(len(output)):
+        finished = predictor.finish(output[i : i + 1], height, width, view)
+        if not len(finished):  # a box without any extent
+            continue
+        x0, y0, x1, y1 = finished.pred_boxes.tensor[0].tolist()
+        record = {
+            "category_id": int(finished.pred_classes[0]) + 1,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": float(finished.scores[0]),
+        }
+        if finished.has("pred_masks"):
+            mask = np.asfortranarray(finished.pred_masks[0].numpy(), dtype=np.uint8)
+            rle = mask_util.encode(mask)
+            record["segmentation"] = {"size": [height, width], "counts": rle["counts"].decode()}
+            record["area"] = float(mask_util.area(rle))
+        else:
+            record["area"] = (x1 - x0) * (y1 - y0)
+        records.append(record)
+    return records
+
+
+def frame_record(name, frame, view=None):
+    """
+    Args:
+        name (str): of the input, as outputs call it.
+        frame (Frame):
+        view (View or None): what of it the network saw.
+
+    Returns:
+        dict: COCO image record without an id. Of a frame of several, ``file_name`` ends in its
+        number, behind "#", and ``frame`` and ``time`` (seconds, or None) say it once more.
+        ``view`` is the box [x, y, width, height] that the network saw, where it saw not all.
+    """
+    height, width = frame.image.shape[:2]
+    record = {"file_name": name, "width": width, "height": height}
+    if frame.number is not None:
+        record["file_name"] = f"{name}#{frame.number:06d}"
+        record["frame"] = frame.number
+        record["time"] = None if frame.time is None else float(frame.time)
+    if view is not None:
+        x0, y0, x1, y1 = view.box
+        record["view"] = [x0, y0, x1 - x0, y1 - y0]
+    return record
+
+
+def records(predictor, output, height, width, view=None):
+    """
+    Args:
+        predictor (Predictor):
+        output (Instances or Tensor): what its ``forward`` gave for an image; used up.
+        height, width (int): of the original image.
+        view (View or None): what of it the network saw.
+
+    Returns:
+        list[dict]: see :func:`instance_records`. Of a recognition model one COCO annotation of the
+        whole image: ``category_id`` of the likeliest class (index + 1), its ``score``, and the
+        ``probabilities`` of all.
+    """
+    if not predictor.is_classifier:
+        return instance_records(predictor, output, height, width, view)
+    values = output.tolist()
+    score = max(values)
+    return [{"category_id": values.index(score) + 1, "score": score, "probabilities": values}]
+
+
+def coco_head(about, classes):
+    """
+    Args:
+        about (dict), classes (list[str]): of the :class:`Predictor`.
+
+    Returns:
+        dict: the ``info`` and ``categories`` of a COCO file of its predictions.
+    """
+    return {
+        "info": {
+            "description": "Predictions of research software, not for diagnosis. All "
+            "detections are listed; those with a score of at least tau count.",
+            **about,
+        },
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(classes)],
+    }
+
+
+def counted(annotations, tau):
+    """
+    Args:
+        annotations (list[dict]): of an image.
+        tau (float or None): None where there is nothing but classes of images.
+
+    Returns:
+        list[dict]: detections with a score of at least ``tau``, and the class of an image.
+    """
+    return [a for a in annotations if "probabilities" in a or a["score"] >= tau]
+
+
+def label_map(annotations, height, width):
+    """
+    Args:
+        annotations (list[dict]): of an image, with a ``segmentation``.
+        height, width (int): of the image.
+
+    Returns:
+        np.ndarray: (H, W) uint8, ``category_id`` of the highest score at each pixel, 0 for none.
+    """
+    ret = np.zeros((height, width), np.uint8)
+    for annotation in sorted(annotations, key=lambda annotation: annotation["score"]):
+        ret[mask_util.decode(annotation["segmentation"]).astype(bool)] = annotation["category_id"]
+    return ret
+
+
+OUTLINE = (240, 228, 66)  # Okabe and Ito's yellow, which no mucosa has
+HALO = (0, 0, 0)
+FONT_SHARE = 26  # of the image's smaller side
+SMALLEST_FONT = 9
+
+
+def draw_overlay(image, annotations, classes, footer):
+    """
+    Outline what counts, each with its class and score; boxes where there are no masks; for a
+    recognition model, the class of the image.
+
+    Args:
+        image (np.ndarray): (H, W, 3) RGB, uint8; left as it is.
+        annotations (list[dict]): of the image, see :func:`instance_records` and
+            :func:`classification_records`; only those to be shown.
+        classes (list[str]): names, by ``category_id`` - 1.
+        footer (str): a line at the bottom, which says what the picture is not for.
+
+    Returns:
+        np.ndarray: (H, W, 3) RGB, uint8.
+    """
+    picture = np.ascontiguousarray(image).copy()
+    height, width = picture.shape[:2]
+    thickness = max(1, round(min(height, width) / 240))
+    labels = []
+    for annotation in annotations:
+        text = f"{classes[annotation['category_id'] - 1]} {annotation['score']:.2f}"
+        if "bbox" not in annotation:
+            labels.append((text, 0.02 * width, 0.02 * height))
+            continue
+        lines = outline(annotation)
+        for color, wider in ((HALO, 2), (OUTLINE, 0)):
+            cv2.polylines(picture, lines, True, color, thickness + wider, cv2.LINE_AA)
+        x, y = annotation["bbox"][:2]
+        labels.append((text, x, y))
+    return _write(picture, labels, footer)
+
+
+def outline(annotation):
+    """
+    Args:
+        annotation (dict): of a detection; its ``bbox`` is taken where it has no mask.
+
+    Returns:
+        sequence of np.ndarray: closed lines, (K, 1, 2) int32, in pixels (x, y).
+    """
+    if "segmentation" in annotation:
+        mask = mask_util.decode(annotation["segmentation"])
+        return cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
+    x, y, width, height = annotation["bbox"]
+    corners = [[x, y], [x + width, y], [x + width, y + height], [x, y + height]]
+    return [np.rint(corners).astype(np.int32)[:, None]]
+
+
+def _write(picture, labels, footer):
+    """Texts last, so that no outline crosses them."""
+    height, width = picture.shape[:2]
+    size = max(SMALLEST_FONT, min(height, width) // FONT_SHARE)
+    font = _font(size)
+    small = _font(max(SMALLEST_FONT, int(0.8 * size)))
+    share = small.getlength(footer) / (0.97 * width)
+    if share > 1:  # it has to be seen whole, however narrow the image is
+        small = _font(max(1, int(small.size / share)))
+    strip = min(height, int(1.5 * small.size))
+    picture[height - strip :] //= 3
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    stroke = max(1, size // 8)
+    taken = []
+    for text, x, y in labels:
+        long = draw.textlength(text, font)
+        x = min(max(x, stroke), max(stroke, width - long - stroke))
+        y = max(y - 1.4 * size, stroke)
+        while any(abs(y - v) < 1.2 * size and u - long < x < u + w for u, v, w in taken):
+            y += 0.2 * size  # below what is there
+        y = min(y, height - strip - 1.3 * size)
+        taken.append((x, y, long))
+        # White: of a video's yellow, H.264 keeps a quarter.
+        draw.text((x, y), text, "white", font, stroke_width=stroke, stroke_fill=HALO)
+    draw.text((0.015 * width, height - strip / 2), footer, "white", small, anchor="lm")
+    return np.asarray(image)
+
+
+@lru_cache
+def _font(size):
+    # Matplotlib's own: Pillow's has no letters but ASCII's.
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+
 
 # Folders, and the suffixes of what is in them.
 OUTPUTS = {

@@ -1,26 +1,167 @@
-"""Checkpoints that are whole or absent."""
+"""The weights that a final evaluation is of: their file and their operating point."""
 
 import logging
 import os
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import ResNet
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
-from imrcnn_d2.evaluation.files import atomic_file, write_atomically
+from imrcnn_d2.evaluation.detection.results import OperatingPoint
+from imrcnn_d2.evaluation.output import log_test_evaluation
+from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.modeling import ImageClassifier
-from imrcnn_d2.modeling.transfer import classifier_backbone, is_classifier_state
-from imrcnn_d2.modeling.weight_files import open_stored
+from imrcnn_d2.modeling.timm_backbone import TimmBackbone
+from imrcnn_d2.utils.files import atomic_file, file_sha256, write_atomically
+from imrcnn_d2.utils.safe_loading import load_checkpoint_file, open_stored
 
-from .safe_loading import load_checkpoint_file
-
-__all__ = ["Checkpointer", "damage"]
+__all__ = [
+    "Checkpointer",
+    "Weights",
+    "classifier_backbone",
+    "damage",
+    "is_classifier_state",
+    "last_weights",
+    "load_weights",
+    "log_test_evaluations",
+]
 
 logger = logging.getLogger(__name__)
+
+
+_RESNET = (  # timm's names and Detectron2's
+    (r"^conv1\.", "stem.conv1."),
+    (r"^bn1\.", "stem.conv1.norm."),
+    (r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+)
+
+
+def is_classifier_state(state):
+    """
+    Args:
+        state (dict): a checkpoint's weights.
+
+    Returns:
+        bool: whether they are an :class:`ImageClassifier`'s.
+    """
+    return {"head.weight", "head.bias", "pixel_mean", "pixel_std"} <= state.keys()
+
+
+def classifier_backbone(state, model, source="the checkpoint"):
+    """
+    The weights of a classifier's backbone under the names of a detector's ``bottom_up``.
+
+    Args:
+        state (dict[str, Tensor]): of an :class:`ImageClassifier`.
+        model (nn.Module): a detector whose bottom-up backbone is a :class:`TimmBackbone` or
+            Detectron2's ResNet.
+        source (str): names the weights in messages.
+
+    Returns:
+        dict[str, Tensor]: for ``model.load_state_dict(strict=False)``.
+
+    Raises:
+        ValueError: nothing in the backbone is of these names and shapes; or the detector would show
+            the backbone other images than it was trained on.
+    """
+    prefix = "backbone.bottom_up." if hasattr(model.backbone, "bottom_up") else "backbone."
+    bottom_up = model.get_submodule(prefix[:-1])
+    weights = {
+        name.removeprefix("backbone."): value
+        for name, value in state.items()
+        if name.startswith("backbone.")
+    }
+    if isinstance(bottom_up, TimmBackbone):
+        # timm writes blocks.0 or blocks_0, depending on how it takes a model apart.
+        def rename(name):
+            return name.replace("_", ".")
+
+        names = {rename(name.removeprefix("body.")): name for name in bottom_up.state_dict()}
+        named = {names[rename(k)]: (k, v) for k, v in weights.items() if rename(k) in names}
+    else:
+        named = {_resnet_name(k): (k, v) for k, v in weights.items()}
+    wanted = {k: v for k, v in bottom_up.state_dict().items() if "num_batches_tracked" not in k}
+    found = {k: v for k, (_, v) in named.items() if k in wanted and v.shape == wanted[k].shape}
+    if not found:
+        raise ValueError(
+            f"{source} is of a classifier, and none of the {len(weights)} tensors of its backbone "
+            f"({', '.join(list(weights)[:3])}, ...) fits the detector's "
+            f"{type(bottom_up).__name__}: build both on the same network"
+        )
+    _check_images(state, model, source)
+    _check_strides(bottom_up)
+    absent = [name for name in wanted if name not in found]
+    used = {named[name][0] for name in found}
+    unused = [k for k in weights if k not in used and "num_batches_tracked" not in k]
+    logger.info(
+        "%s is of a classifier: %d of the %d tensors of %s start from its backbone; it leaves out "
+        "its head and %d tensors of its backbone: %s",
+        source,
+        len(found),
+        len(wanted),
+        prefix[:-1],
+        len(unused),
+        _some_names(unused),
+    )
+    if absent:
+        logger.warning(
+            "%s has nothing, or other shapes, for %d of the %d tensors of %s: %s",
+            source,
+            len(absent),
+            len(wanted),
+            prefix[:-1],
+            _some_names(absent),
+        )
+    return {prefix + name: value for name, value in found.items()}
+
+
+def _resnet_name(name):
+    for pattern, replacement in _RESNET:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _some_names(names):
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "none"
+
+
+def _check_images(state, model, source):
+    own = {key: getattr(model, key).flatten().cpu() for key in ("pixel_mean", "pixel_std")}
+    theirs = {key: torch.as_tensor(state[key]).flatten() for key in own}
+    if model.input_format == "RGB" and all(
+        torch.allclose(own[k], theirs[k], rtol=0, atol=0.1) for k in own
+    ):
+        return
+    mean, std = ([round(value, 3) for value in theirs[key].tolist()] for key in own)
+    raise ValueError(
+        f"{source} is of a classifier of RGB images with other statistics than this detector's "
+        f"{model.input_format} images: set INPUT.FORMAT RGB MODEL.PIXEL_MEAN '{mean}' "
+        f"MODEL.PIXEL_STD '{std}'"
+    )
+
+
+def _check_strides(bottom_up):
+    if not isinstance(bottom_up, ResNet):
+        return
+    for block in bottom_up.modules():
+        if isinstance(block, BottleneckBlock) and max(block.conv1.stride) > 1:
+            raise ValueError(
+                "timm's ResNets halve a map in the 3x3 convolution of a block, this detector's in "
+                "the 1x1 one before it: set MODEL.RESNETS.STRIDE_IN_1X1 False"
+            )
+
 
 FINAL = "model_final"
 _OF_AN_ITERATION = re.compile(r"model_(\d+)\.pth")
@@ -333,3 +474,89 @@ class Checkpointer(DetectionCheckpointer):
 
     def _torch_load(self, f):
         return load_checkpoint_file(f)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """
+    Attributes:
+        path (str or None): checkpoint; None for a model that was loaded from no file.
+        sha256 (str or None): of that file.
+        operating_point (OperatingPoint or None): chosen on the validation set when the checkpoint
+            was written; None where it has none.
+    """
+
+    path: str | None = None
+    sha256: str | None = None
+    operating_point: OperatingPoint | None = None
+
+    def evaluator_arguments(self):
+        """dict: what ``LesionEvaluator`` takes for a final evaluation: figures with intervals."""
+        return {"operating_point": self.operating_point, **self.classification_arguments()}
+
+    def classification_arguments(self):
+        """dict: what ``ClassificationEvaluator`` takes for a final evaluation."""
+        return {
+            "bootstrap": Bootstrap(),
+            "meta": {"checkpoint": self.path, "checkpoint_sha256": self.sha256},
+        }
+
+
+def load_weights(checkpointer, path):
+    """
+    Load a checkpoint's weights into the model to be evaluated.
+
+    Args:
+        checkpointer (Checkpointer): of the model.
+        path (str): a file, or a URL that Detectron2 knows; "" leaves the model as it is.
+
+    Returns:
+        Weights:
+    """
+    extra = checkpointer.load(path)
+    if not path:
+        return Weights()
+    point = extra.get("operating_point")
+    return _weights(path, None if point is None else OperatingPoint.of_file(point, path))
+
+
+def last_weights(checkpointer, ema=None):
+    """
+    Args:
+        checkpointer (Checkpointer): of a training that has just ended.
+        ema (EMA or None): whose averaged weights are the training's result where there is one;
+            they are written to ``model_ema.pth``.
+
+    Returns:
+        Weights: those of the last iteration, which the model has; without an operating point.
+    """
+    if ema is not None:
+        Checkpointer(ema.model, checkpointer.save_dir).write("model_ema")
+    comm.synchronize()  # the main process has written
+    path = os.path.join(checkpointer.save_dir, "model_ema.pth" if ema else "model_final.pth")
+    return _weights(path) if os.path.isfile(path) else Weights()
+
+
+def _weights(path, operating_point=None):
+    local = os.path.abspath(PathManager.get_local_path(path))
+    return Weights(local, file_sha256(local), operating_point)
+
+
+def log_test_evaluations(datasets, output_dir, weights):
+    """
+    Note a final evaluation beside each data set whose test part it looked at; on the main process.
+
+    Args:
+        datasets (iterable of str): names of the sets evaluated.
+        output_dir (str): OUTPUT_DIR.
+        weights (Weights): what was evaluated.
+    """
+    if not comm.is_main_process():
+        return
+    for name in datasets:
+        log_test_evaluation(
+            MetadataCatalog.get(name).get("json_file"),
+            what=weights.path or "a model loaded from no checkpoint",
+            sha256=weights.sha256,
+            output=os.path.join(output_dir, "inference", name),
+        )

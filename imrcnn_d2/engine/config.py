@@ -7,23 +7,123 @@ weights. What the user's command line says may be any.
 """
 
 import contextlib
+import logging
 import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from fvcore.common.config import BASE_KEY
 
 from imrcnn_d2.config import add_imrcnn_config
+from imrcnn_d2.data.catalog import balanced_weights, labels_of, load_datasets
+from imrcnn_d2.modeling.classifier import ImageClassifier, timm_input
 
-from .device import choose_device
-from .recognition import resolve_input
+__all__ = [
+    "choose_device",
+    "is_classifier",
+    "load_config",
+    "load_config_text",
+    "read_yaml",
+    "resolve_class_weights",
+    "resolve_input",
+]
 
-__all__ = ["load_config", "load_config_text", "read_yaml"]
+logger = logging.getLogger(__name__)
+
+
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def choose_device():
+    """
+    The device for MODEL.DEVICE where nobody named one.
+
+    Returns:
+        str: "cuda" where a usable NVIDIA card is, else "cpu". A card hidden with
+            ``CUDA_VISIBLE_DEVICES=""`` counts as absent.
+
+    Raises:
+        RuntimeError: if a card is present but this torch cannot use it: training on the CPU unasked
+            would cost days.
+    """
+    if torch.cuda.is_available():
+        return "cuda"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if _NVIDIA_DRIVER.exists() and not hidden:
+        driver = _NVIDIA_DRIVER.read_text().splitlines()[0]
+        raise RuntimeError(
+            f"An NVIDIA card is present ({driver}), but torch {torch.__version__} (built for CUDA "
+            f"{torch.version.cuda}) cannot use it. Install a torch build for this driver "
+            "(make install TORCH=...), update the driver, or ask for the CPU: MODEL.DEVICE cpu"
+        )
+    return "cpu"
+
+
+def is_classifier(cfg):
+    """
+    Args:
+        cfg (CfgNode):
+
+    Returns:
+        bool: whether MODEL.META_ARCHITECTURE is :class:`ImageClassifier`.
+    """
+    return cfg.MODEL.META_ARCHITECTURE == ImageClassifier.__name__
+
+
+def resolve_input(cfg):
+    """
+    Set INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD of a classifier, and INPUT.SIZE where it
+    is 0, to what timm's data config says for MODEL.TIMM.NAME.
+
+    Args:
+        cfg (CfgNode): changed in place; that of another model is left as it is.
+
+    Raises:
+        ValueError: timm has no model of that name.
+    """
+    if not is_classifier(cfg):
+        return
+    about = timm_input(cfg.MODEL.TIMM.NAME)
+    cfg.INPUT.SIZE = cfg.INPUT.SIZE or about["size"]
+    cfg.INPUT.FORMAT = ImageClassifier.input_format
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = about["pixel_mean"], about["pixel_std"]
+
+
+def resolve_class_weights(cfg):
+    """
+    Args:
+        cfg (CfgNode): not changed.
+
+    Returns:
+        CfgNode: ``cfg`` itself, or a copy in which the numbers stand for a
+        MODEL.CLASSIFIER.CLASS_WEIGHTS of "balanced".
+
+    Raises:
+        ValueError: see :func:`balanced_weights`.
+    """
+    if not is_classifier(cfg) or cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS != "balanced":
+        return cfg
+    labels = labels_of(load_datasets(cfg.DATASETS.TRAIN))
+    weights = balanced_weights(labels, cfg.MODEL.CLASSIFIER.NUM_CLASSES).tolist()
+    logger.info(
+        "%s training images of the classes: they weigh %s in the loss",
+        np.bincount(labels).tolist(),
+        ", ".join(f"{weight:.3g}" for weight in weights),
+    )
+    frozen, cfg = cfg.is_frozen(), cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS = weights
+    if frozen:
+        cfg.freeze()
+    return cfg
+
 
 LARGEST = 100_000  # bytes of a file, and of what its aliases stand for; a whole config has 7,000
 MOST_FILES = 30  # that a config is made of

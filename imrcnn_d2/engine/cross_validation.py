@@ -17,16 +17,16 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import imrcnn_d2
-from imrcnn_d2.data.folds import write_folds
-from imrcnn_d2.evaluation.files import file_sha256
-from imrcnn_d2.evaluation.run_files import read_metrics, read_run_record
-
-from .config import load_config
-from .provenance import RunRecord, config_sha256
+from imrcnn_d2.data.prepare.data_set import write_folds
+from imrcnn_d2.engine.config import load_config
+from imrcnn_d2.engine.run_record import RunRecord, config_sha256
+from imrcnn_d2.evaluation.output import read_metrics, read_run_record
+from imrcnn_d2.utils.files import file_sha256
 
 __all__ = ["FoldRun", "describe_runs", "prepare_folds"]
 
 logger = logging.getLogger(__name__)
+
 
 # The training script and the configs lie in the checkout, not in the package.
 ROOT = Path(imrcnn_d2.__file__).resolve().parents[1]
@@ -297,7 +297,7 @@ def _iterations(path):
 
 def prepare_folds(runs):
     """
-    Write the fold data sets that some runs need; see :func:`imrcnn_d2.data.folds.write_folds`.
+    Write the fold data sets that some runs need; see :func:`write_folds`.
 
     Args:
         runs (list[FoldRun]):

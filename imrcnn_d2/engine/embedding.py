@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from imrcnn_d2.data.images import read_image
+from imrcnn_d2.engine.config import choose_device
 from imrcnn_d2.modeling.classifier import timm_input
 from imrcnn_d2.modeling.timm_backbone import create_timm_model
 
-from .device import choose_device
-
 __all__ = ["embed_images"]
+
 
 # The backbone and the weights of the light configs.
 NAME = "tf_efficientnet_lite0"

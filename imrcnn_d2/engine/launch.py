@@ -20,14 +20,14 @@ import torch.multiprocessing as mp
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
-from imrcnn_d2.data.files import check_no_way_out
-from imrcnn_d2.evaluation.files import lock_folder
-
-from .interruption import EXIT_INTERRUPTED, SIGNALS, Interrupted, interruptible
+from imrcnn_d2.data.images import check_no_way_out
+from imrcnn_d2.engine.hooks import EXIT_INTERRUPTED, SIGNALS, Interrupted, interruptible
+from imrcnn_d2.utils.files import lock_folder
 
 __all__ = ["launch_script", "leave_process_groups", "locked_output"]
 
 logger = logging.getLogger(__name__)
+
 
 # Of one collective: the others wait in it while the main process computes confidence intervals.
 TIMEOUT = timedelta(minutes=30)

@@ -4,6 +4,7 @@ repeated.
 """
 
 import contextlib
+import ctypes
 import logging
 import time
 
@@ -13,11 +14,69 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch.nn.modules.batchnorm import _NormBase
 
-from imrcnn_d2.data.sampler import ResumableBatchSampler, seed_generators
+from imrcnn_d2.data.loader import ResumableBatchSampler, seed_generators
 
-__all__ = ["TrainStep", "amp_dtype", "distribute", "training_seed"]
+__all__ = [
+    "TrainStep",
+    "amp_dtype",
+    "distribute",
+    "keep_freed_memory",
+    "training_seed",
+    "use_channels_last",
+]
 
 logger = logging.getLogger(__name__)
+
+
+def use_channels_last(model):
+    """
+    Put a detector into channels-last memory format (MODEL.CHANNELS_LAST).
+
+    On a CPU only what lies below the pyramid, whose depthwise convolutions gain: the gradient by
+    the weights of a dense 3x3 convolution, as in pyramid and heads, takes three times as long in
+    that format.
+
+    Args:
+        model (nn.Module): on the device that it is to run on; changed in place.
+
+    Returns:
+        nn.Module: ``model``.
+    """
+    bottom_up = getattr(getattr(model, "backbone", None), "bottom_up", None)
+    if bottom_up is None or next(model.parameters()).device.type != "cpu":
+        return model.to(memory_format=torch.channels_last)
+    bottom_up.to(memory_format=torch.channels_last)
+    bottom_up.register_forward_hook(_back_to_channels_first)
+    return model
+
+
+def _back_to_channels_first(module, inputs, features: dict[str, torch.Tensor]):
+    return {name: feature.contiguous() for name, feature in features.items()}
+
+
+# <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory():
+    """
+    Let glibc keep the large blocks that are freed, for the whole process.
+
+    By default it gives them back to the system, and a network on the CPU takes the same ones again
+    in the next step or image, each page cleared first: a tenth of a light training step's time. The
+    process keeps what it needed at most, as it does on a GPU. To be called by programs, not by
+    modules.
+
+    Returns:
+        bool: whether it was done; other C libraries are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # Older versions refuse more than 32 MiB.
+    kept = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
+    return bool(kept and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def distribute(model, **kwargs):

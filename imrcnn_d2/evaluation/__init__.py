@@ -1,17 +1,16 @@
 """What the numbers mean: matching, counts, curves and the evaluators."""
 
-from .bootstrap import Bootstrap
-from .lesion_evaluator import LesionEvaluator
-from .lesions import LesionResults, evaluate_lesions
-from .recognition import RecognitionResults, evaluate_recognition
-from .recognition_evaluator import RecognitionEvaluator
+from imrcnn_d2.evaluation.classification import ClassificationResults, evaluate_classification
+from imrcnn_d2.evaluation.detection.results import LesionResults, evaluate_lesions
+from imrcnn_d2.evaluation.evaluators import ClassificationEvaluator, LesionEvaluator
+from imrcnn_d2.evaluation.statistics import Bootstrap
 
 __all__ = [
     "Bootstrap",
     "LesionEvaluator",
     "LesionResults",
-    "RecognitionEvaluator",
-    "RecognitionResults",
+    "ClassificationEvaluator",
+    "ClassificationResults",
     "evaluate_lesions",
-    "evaluate_recognition",
+    "evaluate_classification",
 ]

@@ -9,6 +9,7 @@ __all__ = ["BINS", "Calibration"]
 
 logger = logging.getLogger(__name__)
 
+
 # Bins of equal width between 0 and 1.
 BINS = 10
 

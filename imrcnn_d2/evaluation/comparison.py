@@ -11,9 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .intervals import confidence_intervals, resampled_figures
-from .measures import Measures
-from .significance import bootstrap_difference, mcnemar_exact
+from imrcnn_d2.evaluation.detection.metrics import Measures
+from imrcnn_d2.evaluation.statistics import (
+    bootstrap_difference,
+    confidence_intervals,
+    mcnemar_exact,
+    resampled_metrics,
+)
 
 __all__ = [
     "AveragedMeasures",
@@ -86,7 +90,7 @@ class ModelFigures:
             :meth:`LesionResults.groups`, "froc", and "tau_val.lesion" and the like where every run
             has an operating point.
         runs (list[dict[str, dict[str, float]]]): the same for each run.
-        resampled (dict[str, dict[str, np.ndarray]]): (B,) each, as :func:`resampled_figures`.
+        resampled (dict[str, dict[str, np.ndarray]]): (B,) each, as :func:`resampled_metrics`.
         intervals (dict[str, dict[str, tuple[float, float]]]): as :func:`confidence_intervals`.
         measures (AveragedMeasures): what ``figures`` and ``resampled`` were computed with.
         taus (list[float or None]): the operating point of each run, None where it has none.
@@ -118,7 +122,7 @@ class ModelFigures:
 def model_figures(results, bootstrap=None):
     """
     Args:
-        results (list[LesionResults] or list[RecognitionResults]): of runs that differ by seed, on
+        results (list of results of detection or classification): of runs that differ by seed, on
             the same test set.
         bootstrap (Bootstrap or None): how to resample; None for no intervals.
 
@@ -135,7 +139,7 @@ def model_figures(results, bootstrap=None):
     resampled, intervals = {}, {}
     if bootstrap is not None:
         averaged = SimpleNamespace(measures=measures)
-        resampled = resampled_figures(averaged, bootstrap)
+        resampled = resampled_metrics(averaged, bootstrap)
         intervals, _ = confidence_intervals(averaged, bootstrap, resampled)
     taus = [one.own_tau for one in results]
     return ModelFigures(figures, runs, resampled, intervals, measures, taus)
@@ -166,7 +170,7 @@ def image_level_test(first, second, tau_val=False):
     negative where there is none, or their class.
 
     Args:
-        first, second (list[LesionResults] or list[RecognitionResults]): of two models on the same
+        first, second (lists of results of detection or classification): of two models on the same
             images.
         tau_val (bool): at each model's operating point instead of the common threshold.
 

@@ -1,5 +1,4 @@
-from .attention import CBAM
-from .backbones import (
+from imrcnn_d2.modeling.backbones import (
     build_resnet_pafpn_backbone,
     build_retinanet_resnet_pafpn_backbone,
     build_retinanet_timm_pafpn_backbone,
@@ -7,11 +6,12 @@ from .backbones import (
     build_timm_fpn_backbone,
     build_timm_pafpn_backbone,
 )
-from .classifier import ImageClassifier
-from .cpu_gradients import SeparableGradientROIAlign, SparseGradientRPNHead
-from .pafpn import PAFPN
-from .roi_heads import AMPSafeMaskHead, AMPSafeROIHeads, FP32ROIPooler
-from .timm_backbone import TimmBackbone
+from imrcnn_d2.modeling.cbam import CBAM
+from imrcnn_d2.modeling.classifier import ImageClassifier
+from imrcnn_d2.modeling.cpu_gradients import SeparableGradientROIAlign, SparseGradientRPNHead
+from imrcnn_d2.modeling.pafpn import PAFPN
+from imrcnn_d2.modeling.roi_heads import AMPSafeMaskHead, AMPSafeROIHeads, FP32ROIPooler
+from imrcnn_d2.modeling.timm_backbone import TimmBackbone
 
 __all__ = [
     "AMPSafeMaskHead",

@@ -4,8 +4,8 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
-from .pafpn import PAFPN
-from .timm_backbone import TimmBackbone
+from imrcnn_d2.modeling.pafpn import PAFPN
+from imrcnn_d2.modeling.timm_backbone import TimmBackbone
 
 __all__ = [
     "build_resnet_pafpn_backbone",

@@ -9,6 +9,7 @@ from torchvision.ops import roi_align
 
 __all__ = ["SeparableGradientROIAlign", "SparseGradientRPNHead"]
 
+
 # Larger maps than this many positions (128 x 128) would ask for more multiplications and memory
 # than torchvision's own gradient.
 _MAX_POSITIONS = 128 * 128

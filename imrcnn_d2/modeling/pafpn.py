@@ -13,8 +13,7 @@ from detectron2.modeling.backbone import FPN
 from torch import nn
 
 from imrcnn_d2.config import get_node
-
-from .attention import CBAM
+from imrcnn_d2.modeling.cbam import CBAM
 
 __all__ = ["PAFPN"]
 

@@ -7,7 +7,7 @@ from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead, StandardROIH
 from detectron2.structures import Boxes
 from torch import nn
 
-from .cpu_gradients import SeparableGradientROIAlign
+from imrcnn_d2.modeling.cpu_gradients import SeparableGradientROIAlign
 
 __all__ = ["AMPSafeMaskHead", "AMPSafeROIHeads", "FP32ROIPooler"]
 

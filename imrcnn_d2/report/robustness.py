@@ -5,17 +5,18 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..data.distortions import DISTORTIONS, SEVERITIES, distort
-from ..evaluation.metrics import COUNTS
-from .page_tables import NOT_PERCENT
-from .style import STYLES, legend_label, save_figure, tidy
+from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES, distort
+from imrcnn_d2.evaluation.detection.metrics import COUNTS
+from imrcnn_d2.report.html.tables import NOT_PERCENT
+from imrcnn_d2.report.plots.style import STYLES, legend_label, save_figure, tidy
 
-__all__ = ["draw_distortions", "draw_robustness"]
+__all__ = ["plot_distortions", "plot_robustness"]
+
 
 COLUMNS = 4
 
 
-def draw_robustness(documents, path, *, figure="lesion/f1"):
+def plot_robustness(documents, path, *, figure="lesion/f1"):
     """
     Draw a panel for each distortion, with a line for each model from the images as they are, at
     the left, to the highest severity.
@@ -76,7 +77,7 @@ def draw_robustness(documents, path, *, figure="lesion/f1"):
     return canvas
 
 
-def draw_distortions(image, path, seed=0):
+def plot_distortions(image, path, seed=0):
     """
     Show an image under every distortion: a row each, severity rising to the right.
 

@@ -8,17 +8,27 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..engine.config import read_yaml
-from ..evaluation import Bootstrap, evaluate_lesions, evaluate_recognition
-from ..evaluation.files import RESULTS, file_sha256, results_document, strict_json
-from ..evaluation.intervals import with_intervals
-from ..evaluation.operating_point import OperatingPoint
-from ..evaluation.recognition_files import RECOGNITION_RESULTS, recognition_document
-from ..evaluation.run_files import TEXT, WHOLE, check_fields, read_metrics, read_run_record
+from imrcnn_d2.engine.config import read_yaml
+from imrcnn_d2.evaluation import Bootstrap, evaluate_classification, evaluate_lesions
+from imrcnn_d2.evaluation.detection.results import OperatingPoint
+from imrcnn_d2.evaluation.output import (
+    CLASSIFICATION_RESULTS,
+    RESULTS,
+    TEXT,
+    WHOLE,
+    check_fields,
+    read_metrics,
+    read_run_record,
+    recognition_document,
+    results_document,
+)
+from imrcnn_d2.evaluation.statistics import add_intervals
+from imrcnn_d2.utils.files import file_sha256, strict_json
 
 __all__ = ["Run", "load_run"]
 
 logger = logging.getLogger(__name__)
+
 
 MOST_RESAMPLES = 10_000  # of a report, whatever a run records: they take its time
 SPLITS = ("train", "val", "test")
@@ -167,7 +177,7 @@ class Run:
     @functools.cached_property
     def results(self):
         """
-        LesionResults or RecognitionResults: the recorded predictions, scored again with the
+        LesionResults or ClassificationResults: the recorded predictions, scored again with the
         recorded settings.
 
         Raises:
@@ -177,7 +187,7 @@ class Run:
         meta = self.meta
         places = [Path(meta["dt"])] if meta.get("dt") else []
         if self.task == "recognition":
-            places.insert(0, self.folder / RECOGNITION_RESULTS)
+            places.insert(0, self.folder / CLASSIFICATION_RESULTS)
         elif meta.get("scored") is not False:  # a folder of masks has no scores, its copy here has
             places.insert(0, self.folder / RESULTS)
         detections = next((p for p in places if p.is_file() or p.is_dir()), None)
@@ -188,7 +198,7 @@ class Run:
                 "(tools/train_net.py --eval-only), or its results (tools/evaluate.py)."
             )
         if self.task == "recognition":
-            return evaluate_recognition(self.gt_path, detections)
+            return evaluate_classification(self.gt_path, detections)
         settings = {key: meta[key] for key in ("tau", "iou_threshold", "iou_type")}
         chosen = self.recorded.get("tau_val")
         if chosen:
@@ -211,7 +221,7 @@ class Run:
             bootstrap = Bootstrap(resamples, bootstrap["seed"], all_coco)
         results, unit = self.results, self.results.measures.unit
         make = recognition_document if self.task == "recognition" else results_document
-        document = json.loads(strict_json(make(with_intervals(results, bootstrap or None))))
+        document = json.loads(strict_json(make(add_intervals(results, bootstrap or None))))
         about = {**asdict(bootstrap), "unit": unit} if bootstrap else None
         return {**document, "meta": {**self.meta, **results.meta, "bootstrap": about}}
 

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.rejects import for_terminal
-from ..evaluation.files import csv_text, write_atomically
-from ..evaluation.metrics import COUNTS
+from imrcnn_d2.evaluation.detection.metrics import COUNTS
+from imrcnn_d2.utils.files import csv_text, for_terminal, write_atomically
 
 __all__ = [
     "Table",
-    "figures_table",
-    "format_figure",
+    "metrics_table",
+    "format_value",
     "latex_text",
     "markdown_table",
     "markdown_text",
     "write_table",
 ]
+
 
 # What would be a link, an image, HTML, code or emphasis, or end a cell. Brackets around numbers,
 # signs between them and underscores within names are none of these, and stay readable.
@@ -143,7 +143,7 @@ def markdown_table(cells, text_columns=1):
     return escaped.to_markdown(index=False, colalign=align, disable_numparse=True)
 
 
-def figures_table(groups, intervals=None):
+def metrics_table(groups, intervals=None):
     """
     Args:
         groups (dict[str, dict[str, float]]): columns, each with its figures by name.
@@ -158,7 +158,7 @@ def figures_table(groups, intervals=None):
     for group, figures in groups.items():
         of_group = (intervals or {}).get(group, {})
         columns[group] = [
-            format_figure(name, figures[name], of_group.get(name), decimals=2)
+            format_value(name, figures[name], of_group.get(name), decimals=2)
             if name in figures
             else ""
             for name in names
@@ -166,7 +166,7 @@ def figures_table(groups, intervals=None):
     return markdown_table(pd.DataFrame(columns))
 
 
-def format_figure(name, value, interval=None, *, sd=None, decimals=1):
+def format_value(name, value, interval=None, *, sd=None, decimals=1):
     """
     Args:
         name (str): of the figure; counts are given without decimals where they are whole.

@@ -10,14 +10,14 @@ import yaml
 from PIL import Image
 from rectangles import rectangle
 
-from imrcnn_d2.data.prepare import SplitOptions, prepare_dataset
-from imrcnn_d2.data.rejects import BadInputError, Rejects
-from imrcnn_d2.data.synthetic import generate
+from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
+from imrcnn_d2.data.prepare.synthetic import generate
 from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.bootstrap import Bootstrap
-from imrcnn_d2.evaluation.files import write_results
-from imrcnn_d2.evaluation.operating_point import OperatingPoint
+from imrcnn_d2.evaluation.detection.results import OperatingPoint
+from imrcnn_d2.evaluation.output import write_results
+from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.report.runs import load_run
+from imrcnn_d2.utils.files import BadInputError, Rejects
 
 SIZE = 60
 

@@ -6,8 +6,8 @@ from PIL import Image
 from rectangles import rectangle
 
 from imrcnn_d2.evaluation import Bootstrap
-from imrcnn_d2.evaluation.agreement import agreement, read_annotator, read_model
-from imrcnn_d2.report.agreement import agreement_table, draw_agreement, draw_disagreements
+from imrcnn_d2.evaluation.annotator_agreement import agreement, read_annotator, read_model
+from imrcnn_d2.report.agreement import agreement_table, plot_agreement, plot_disagreements
 
 
 def annotator(name, regions, number=4):
@@ -50,7 +50,7 @@ def test_table(found):
 
 
 def test_matrices(found, tmp_path):
-    figure = draw_agreement(found, tmp_path / "matrix.png")
+    figure = plot_agreement(found, tmp_path / "matrix.png")
     with Image.open(tmp_path / "matrix.png") as image:
         image.load()
     f1, dice, kappa = figure.axes
@@ -65,14 +65,14 @@ def test_matrices(found, tmp_path):
 
 
 def test_contact_sheet(found, images):
-    figure = draw_disagreements(found, images, images / "sheet.png")
+    figure = plot_disagreements(found, images, images / "sheet.png")
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["2.png\nanna, not model", "3.png\nanna, not ben"]
     lines = figure.axes[0].lines  # 2.png: Anna's and Ben's
     assert len(lines) == 2 and lines[0].get_color() != lines[1].get_color()
     assert lines[1].get_ydata().max() == 4
     with pytest.raises(FileNotFoundError):
-        draw_disagreements(found, images / "none", images / "none.png")
+        plot_disagreements(found, images / "none", images / "none.png")
 
 
 def test_two_annotators_and_how_far_they_differ(images):
@@ -80,10 +80,10 @@ def test_two_annotators_and_how_far_they_differ(images):
         annotator("a", [rectangle(1, 0, 0, 10, 10), rectangle(2, 0, 0, 10, 10)]),
         annotator("b", [rectangle(1, 0, 0, 10, 5), rectangle(2, 0, 0, 10, 8)]),
     ]
-    figure = draw_disagreements(agreement(pair), images, images / "sheet.png", max_images=1)
+    figure = plot_disagreements(agreement(pair), images, images / "sheet.png", max_images=1)
     assert [axes.get_title() for axes in figure.axes] == ["1.png\nDice 67 %"]
     assert (
-        draw_disagreements(agreement([pair[0], annotator("c", [])]), images, images / "s.png")
+        plot_disagreements(agreement([pair[0], annotator("c", [])]), images, images / "s.png")
         .axes[0]
         .get_title()
         == "1.png\na, not c"
@@ -93,5 +93,5 @@ def test_two_annotators_and_how_far_they_differ(images):
 def test_no_sheet_where_all_agree(images):
     regions = [rectangle(1, 0, 0, 10, 10)]
     same = agreement([annotator("a", regions), annotator("b", regions)])
-    assert draw_disagreements(same, images, images / "sheet.png") is None
+    assert plot_disagreements(same, images, images / "sheet.png") is None
     assert not (images / "sheet.png").exists()

@@ -11,10 +11,8 @@ from PIL import Image
 from planted_faults import Planted
 
 from imrcnn_d2.data.audit.audit import audit
-from imrcnn_d2.data.audit.findings import finding
-from imrcnn_d2.data.audit.records import read_entries
-from imrcnn_d2.report.audit_files import write_audit
-from imrcnn_d2.report.audit_page import TILES
+from imrcnn_d2.data.audit.findings import finding, read_entries
+from imrcnn_d2.report.audit import TILES, write_audit
 
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import beta
 
 from imrcnn_d2.evaluation.calibration import Calibration
-from imrcnn_d2.report.calibration import draw_calibration
+from imrcnn_d2.report.plots.curves import plot_calibration
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def calibration():
 
 
 def test_points_intervals_and_counts(calibration, tmp_path):
-    figure = draw_calibration({"polyp": calibration}, tmp_path / "calibration.png")
+    figure = plot_calibration({"polyp": calibration}, tmp_path / "calibration.png")
     top, bottom = figure.axes
     (container,) = top.containers
     points, _, (bars,) = container.lines
@@ -35,7 +35,7 @@ def test_points_intervals_and_counts(calibration, tmp_path):
 def test_several_runs(calibration, tmp_path):
     nothing = Calibration(np.zeros(0), np.zeros(0, bool), np.zeros(0, int), 1)
     runs = {"a": calibration, "b": calibration, "none": nothing}
-    figure = draw_calibration(runs, tmp_path / "calibration.svg")
+    figure = plot_calibration(runs, tmp_path / "calibration.svg")
     top, bottom = figure.axes
     lines = [container.lines[0] for container in top.containers]
     assert len({line.get_color() for line in lines}) == 3

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_curve
 
-from imrcnn_d2.evaluation import evaluate_recognition
-from imrcnn_d2.report.class_roc import draw_class_roc
+from imrcnn_d2.evaluation import evaluate_classification
+from imrcnn_d2.report.plots.curves import plot_class_roc
 
 
 def scored(classes, number=40, seed=0, absent=()):
@@ -21,13 +21,13 @@ def scored(classes, number=40, seed=0, absent=()):
         ],
     }
     results = [{"image_id": i, "scores": row.tolist()} for i, row in enumerate(scores)]
-    return evaluate_recognition(truth, results), labels, scores
+    return evaluate_classification(truth, results), labels, scores
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_a_panel_a_class(classes, tmp_path):
     results, labels, scores = scored(classes)
-    figure = draw_class_roc({"one": results, "two": results}, tmp_path / "roc.png")
+    figure = plot_class_roc({"one": results, "two": results}, tmp_path / "roc.png")
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert len(panels) == classes
     called = scores.argmax(axis=1)
@@ -46,6 +46,6 @@ def test_a_panel_a_class(classes, tmp_path):
 
 def test_a_class_without_images_has_no_curve(tmp_path):
     results, *_ = scored(3, absent=(1,))
-    figure = draw_class_roc({"one": results}, tmp_path / "roc.svg")
+    figure = plot_class_roc({"one": results}, tmp_path / "roc.svg")
     assert "one: n/a" in [line.get_label() for line in figure.axes[1].get_lines()]
     assert (tmp_path / "roc.svg").stat().st_size > 5000

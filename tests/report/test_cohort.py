@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from imrcnn_d2.evaluation.files import file_sha256
 from imrcnn_d2.report.cohort import cohort
 from imrcnn_d2.report.runs import load_run
+from imrcnn_d2.utils.files import file_sha256
 
 
 def test_what_a_prepared_data_set_holds(study, study_runs):

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from matplotlib.image import AxesImage
 
-from imrcnn_d2.evaluation.confusion import ConfusionMatrix
-from imrcnn_d2.report.confusion_matrix import draw_confusion_matrix
+from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix
+from imrcnn_d2.report.plots.matrices import plot_confusion_matrix
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def matrix():
 
 
 def test_cells(matrix, tmp_path):
-    figure = draw_confusion_matrix({"IMR-CNN": matrix}, tmp_path / "matrix.png")
+    figure = plot_confusion_matrix({"IMR-CNN": matrix}, tmp_path / "matrix.png")
     (axes,) = figure.axes
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert cells[0, 0] == "6\n75.0 %"  # x is the prediction, y the truth
@@ -29,6 +29,6 @@ def test_cells(matrix, tmp_path):
 
 
 def test_side_by_side(matrix, tmp_path):
-    figure = draw_confusion_matrix({"a": matrix, "b": matrix}, tmp_path / "matrix.svg")
+    figure = plot_confusion_matrix({"a": matrix, "b": matrix}, tmp_path / "matrix.svg")
     assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
     assert (tmp_path / "matrix.svg").stat().st_size

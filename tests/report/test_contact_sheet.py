@@ -4,7 +4,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from imrcnn_d2.report.contact_sheet import OUTLINES, draw_contact_sheet
+from imrcnn_d2.report.plots.images import OUTLINES, plot_contact_sheet
 
 SIZE = 60
 
@@ -64,7 +64,7 @@ def test_four_kinds_of_outlines_where_they_belong(make, tmp_path):
         square(1, 2, 42, 10, score=0.95),  # in the crowd: counts nowhere
         square(1, 30, 0, score=0.6),  # below the threshold: the lesion stays missed
     ]
-    figure = draw_contact_sheet(gt, results, tmp_path, tmp_path / "sheet.png", tau=0.7)
+    figure = plot_contact_sheet(gt, results, tmp_path, tmp_path / "sheet.png", tau=0.7)
     (tile,) = tiles(figure)
     assert outlines(tile) == {
         "ground truth": [(0, 0, 19, 19)],
@@ -91,7 +91,7 @@ def test_a_hole_is_outlined_too(make, tmp_path):
     ring[20:30, 20:30] = 0
     rle = mask_util.encode(np.asfortranarray(ring))
     gt = make(1, [square(1, 0, 0) | {"segmentation": rle, "bbox": [10, 10, 30, 30]}])
-    figure = draw_contact_sheet(gt, [], tmp_path, tmp_path / "sheet.png")
+    figure = plot_contact_sheet(gt, [], tmp_path, tmp_path / "sheet.png")
     assert len(outlines(tiles(figure)[0])["missed lesion"]) == 2
 
 
@@ -100,7 +100,7 @@ def test_boxes_alone(make, tmp_path):
     results = [square(1, 0, 0, score=0.9)]
     for record in (*annotations, *results):
         del record["segmentation"]
-    figure = draw_contact_sheet(make(2, annotations), results, tmp_path, tmp_path / "sheet.png")
+    figure = plot_contact_sheet(make(2, annotations), results, tmp_path, tmp_path / "sheet.png")
     missed, hit = tiles(figure)
     assert missed.get_title() == "2.png\nscore 0.00 · missed"
     assert hit.get_title() == "1.png\nscore 0.90 · box IoU 100 %"
@@ -116,9 +116,9 @@ def test_worst_first_then_a_spread_of_the_rest(make, tmp_path):
     gt = make(8, [square(i, 0, 0) for i in range(1, 7)])
     results = [square(i, i - 1, 0, score=0.9) for i in range(1, 6)] + [square(7, 0, 0, score=0.8)]
     path = tmp_path / "sheet.png"
-    everything = names(draw_contact_sheet(gt, results, tmp_path, path))
+    everything = names(plot_contact_sheet(gt, results, tmp_path, path))
     assert everything == [6, 7, 5, 4, 3, 2, 1, 8]
-    chosen = names(draw_contact_sheet(gt, results, tmp_path, path, max_images=4))
+    chosen = names(plot_contact_sheet(gt, results, tmp_path, path, max_images=4))
     assert chosen == [6, 7, 5, 8]
 
 
@@ -127,7 +127,7 @@ def test_titles(make, tmp_path):
     name = "a_very_long_name_of_a_file_that_is_no_use_in_a_title.png"
     (tmp_path / "1.png").rename(tmp_path / name)
     gt["images"][0]["file_name"] = name
-    figure = draw_contact_sheet(gt, [], tmp_path, tmp_path / "sheet.png")
+    figure = plot_contact_sheet(gt, [], tmp_path, tmp_path / "sheet.png")
     first, second = tiles(figure)[0].get_title().split("\n")
     assert len(first) == 30
     assert first.startswith("a_very_long_nam")
@@ -140,11 +140,11 @@ def test_an_image_that_is_not_there(make, tmp_path):
     gt = make(1)
     (tmp_path / "1.png").unlink()
     with pytest.raises(FileNotFoundError, match="1.png"):
-        draw_contact_sheet(gt, [], tmp_path, tmp_path / "sheet.png")
+        plot_contact_sheet(gt, [], tmp_path, tmp_path / "sheet.png")
 
 
 def test_no_images(make, tmp_path):
-    assert not tiles(draw_contact_sheet(make(0), [], tmp_path, tmp_path / "sheet.png"))
+    assert not tiles(plot_contact_sheet(make(0), [], tmp_path, tmp_path / "sheet.png"))
 
 
 def test_real_images(kvasir_352, tmp_path):
@@ -160,7 +160,7 @@ def test_real_images(kvasir_352, tmp_path):
             records.append({"image_id": number, "category_id": 1, "segmentation": rle})
         results[-1]["score"] = 0.9
     gt = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "polyp"}]}
-    figure = draw_contact_sheet(gt, results, kvasir_352 / "images", tmp_path / "sheet.png")
+    figure = plot_contact_sheet(gt, results, kvasir_352 / "images", tmp_path / "sheet.png")
     assert len(tiles(figure)) == 3
     for tile in tiles(figure):
         assert set(outlines(tile)) == {"ground truth", "hit"}

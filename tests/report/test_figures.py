@@ -1,5 +1,5 @@
 from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.report.figures import draw_figures
+from imrcnn_d2.report.plots.draw_all import plot_curves
 
 
 def boxes(*scores):
@@ -19,7 +19,7 @@ def names(paths):
 
 def test_pictures(tmp_path):
     results = evaluate_lesions(*boxes(0.9, 0.4), iou_type="bbox")
-    paths = draw_figures(results, tmp_path)
+    paths = plot_curves(results, tmp_path)
     expected = {"pr_curve", "froc", "calibration", "thresholds", "confusion_matrix"}
     assert names(paths) == {f"{name}.png" for name in expected}
     assert all(path.stat().st_size for path in paths)
@@ -27,8 +27,8 @@ def test_pictures(tmp_path):
 
 def test_without_scores_there_are_no_curves(tmp_path):
     results = evaluate_lesions(*boxes(None, None), iou_type="bbox")
-    assert names(draw_figures(results, tmp_path)) == {"confusion_matrix.png"}
+    assert names(plot_curves(results, tmp_path)) == {"confusion_matrix.png"}
 
 
 def test_without_detections(tmp_path):
-    assert len(draw_figures(evaluate_lesions(*boxes(), iou_type="bbox"), tmp_path)) == 5
+    assert len(plot_curves(evaluate_lesions(*boxes(), iou_type="bbox"), tmp_path)) == 5

@@ -7,21 +7,19 @@ import re
 import shutil
 from pathlib import Path
 
-import compare
 import pytest
-import report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_json
 from PIL import Image
 
-from imrcnn_d2.data.rejects import BadInputError
-from imrcnn_d2.evaluation.files import file_sha256
-from imrcnn_d2.report.compare_files import write_comparison
+from imrcnn_d2.cli import compare, report
+from imrcnn_d2.report.comparison.pages import write_comparison
+from imrcnn_d2.report.html.page import render_report
 from imrcnn_d2.report.model_card import write_model_card
-from imrcnn_d2.report.page import render_report
 from imrcnn_d2.report.runs import load_run
 from imrcnn_d2.report.tables import latex_text, markdown_text
+from imrcnn_d2.utils.files import BadInputError, file_sha256
 
 METRICS, DETECTIONS = "metrics.json", "coco_instances_results.json"
 HOSTILE = "<img src=x onerror=1>[a](http://x.y)|`=1`"
@@ -249,7 +247,7 @@ def test_a_run_cannot_name_any_ground_truth(home, secret):
 def test_a_picture_of_the_run_that_is_a_link(home, secret):
     folder = home / "run/inference/study_test"
     (folder / "grad_cam.png").symlink_to(secret)
-    from imrcnn_d2.report.recognition_page import _grad_cams
+    from imrcnn_d2.report.html.classification import _grad_cams
 
     with pytest.raises(BadInputError, match="leads out"):
         _grad_cams([load_run(home / "run")])

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from imrcnn_d2.evaluation.froc import FROC
-from imrcnn_d2.report.froc import draw_froc
+from imrcnn_d2.evaluation.detection.curves import FROC
+from imrcnn_d2.report.plots.curves import plot_froc
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def froc():
 
 
 def test_steps_and_operating_point(froc, tmp_path):
-    figure = draw_froc({"polyp": froc}, tmp_path / "froc.png", tau=0.7)
+    figure = plot_froc({"polyp": froc}, tmp_path / "froc.png", tau=0.7)
     (axes,) = figure.axes
     steps, beyond, point, *_ = axes.lines
     assert steps.get_drawstyle() == "steps-post"  # up at a hit, never on a slope
@@ -33,14 +33,14 @@ def test_steps_and_operating_point(froc, tmp_path):
 
 
 def test_a_point_without_false_alarms_is_on_the_edge(froc, tmp_path):
-    figure = draw_froc({"polyp": froc}, tmp_path / "froc.svg", tau=0.85)
+    figure = plot_froc({"polyp": froc}, tmp_path / "froc.svg", tau=0.85)
     assert np.ravel(figure.axes[0].lines[2].get_xydata()) == pytest.approx([1 / 32, 100 / 3])
 
 
 def test_several_runs_and_none_without_scores(froc, tmp_path):
     unscored = FROC(np.ones(4), froc.hit, froc.image, froc.lesions, scored=False)
     runs = {"a": froc, "b": froc, "masks": unscored}
-    figure = draw_froc(runs, tmp_path / "froc.png")
+    figure = plot_froc(runs, tmp_path / "froc.png")
     legend = figure.axes[0].get_legend()
     assert [t.get_text().split(":")[1][:4] for t in legend.get_texts()[:3]][2] == " n/a"
     colours = [line.get_color() for line in legend.get_lines()[:3]]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imrcnn_d2.report.gallery import CLOSENESS, gallery_data
-from imrcnn_d2.report.outlines import outlines
+from imrcnn_d2.report.html.gallery import CLOSENESS, gallery_data
+from imrcnn_d2.report.plots.images import outlines
 from imrcnn_d2.report.runs import load_run
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from imrcnn_d2.data.register import register_classification_dataset
+from imrcnn_d2.data.catalog import register_classification_dataset
 from imrcnn_d2.engine import load_config
-from imrcnn_d2.evaluation import RecognitionEvaluator
+from imrcnn_d2.evaluation import ClassificationEvaluator
 from imrcnn_d2.modeling import ImageClassifier
-from imrcnn_d2.report.grad_cam import choose_hits_and_misses, draw_test_grad_cams
+from imrcnn_d2.report.plots.images import choose_hits_and_misses, plot_test_grad_cams
 
 CLASSES = ["cancer", "ulcer", "gastritis"]
 
@@ -45,7 +45,7 @@ def evaluated(tmp_path):
     opts = [*("MODEL.DEVICE", "cpu"), *("MODEL.TIMM.NAME", "resnet18"), *("INPUT.SIZE", 64)]
     opts += [*("DATASETS.TEST", (name,)), *("OUTPUT_DIR", str(tmp_path))]
     cfg = load_config("configs/recognition/resnet50.yaml", opts)
-    evaluator = RecognitionEvaluator(name, output_dir=str(tmp_path / "inference" / name))
+    evaluator = ClassificationEvaluator(name, output_dir=str(tmp_path / "inference" / name))
     for i in range(1, 7):
         evaluator.process([{"image_id": i}], [{"scores": torch.tensor([0.5, 0.3, 0.2])}])
     evaluator.evaluate()
@@ -57,7 +57,7 @@ def evaluated(tmp_path):
 def test_a_picture_lies_beside_the_evaluation(evaluated, monkeypatch, caplog):
     cfg, model, folder = evaluated
     pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
-    draw_test_grad_cams(cfg, model)
+    plot_test_grad_cams(cfg, model)
     picture = cv2.imread(str(folder / "grad_cam.png"))
     assert picture.shape[1] > picture.shape[0] > 300
     assert np.unique(picture.reshape(-1, 3), axis=0).shape[0] > 1000, "images and heat, in colour"
@@ -65,9 +65,9 @@ def test_a_picture_lies_beside_the_evaluation(evaluated, monkeypatch, caplog):
 
 def test_without_the_package_there_is_a_hint(evaluated, monkeypatch, caplog):
     cfg, model, folder = evaluated
-    monkeypatch.setattr("imrcnn_d2.report.grad_cam.find_spec", lambda name: None)
+    monkeypatch.setattr("imrcnn_d2.report.plots.images.find_spec", lambda name: None)
     with caplog.at_level("INFO"):
-        draw_test_grad_cams(cfg, model)
+        plot_test_grad_cams(cfg, model)
     assert "pip install grad-cam" in caplog.text
     assert not (folder / "grad_cam.png").exists()
 
@@ -76,6 +76,6 @@ def test_a_network_without_feature_maps_is_no_error(evaluated, caplog):
     cfg, _, folder = evaluated
     pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
     cfg.INPUT.SIZE = 224
-    draw_test_grad_cams(cfg, ImageClassifier("vit_tiny_patch16_224", 3))
+    plot_test_grad_cams(cfg, ImageClassifier("vit_tiny_patch16_224", 3))
     assert "'vit_tiny_patch16_224' does not have" in caplog.text
     assert not (folder / "grad_cam.png").exists()

@@ -5,8 +5,8 @@ from PIL import Image
 from rectangles import rectangle
 
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
-from imrcnn_d2.evaluation.groups import By, with_groups
-from imrcnn_d2.report.groups import draw_groups, groups_table
+from imrcnn_d2.evaluation.subgroups import By, with_groups
+from imrcnn_d2.report.subgroups import groups_table, plot_groups
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def test_patients_that_only_one_group_knows(tmp_path):
     rows = cells(groups_table(whole, "centre"))
     assert rows["images"] == ["3", "2", "1"]
     assert rows["patients"] == ["", "1", ""]
-    draw_groups(whole, "centre", tmp_path / "by.png")
+    plot_groups(whole, "centre", tmp_path / "by.png")
 
 
 def test_picture(results, tmp_path):
-    figure = draw_groups(results, "centre", tmp_path / "by.png")
+    figure = plot_groups(results, "centre", tmp_path / "by.png")
     with Image.open(tmp_path / "by.png") as image:
         image.load()
     titles = [axes.get_title() for axes in figure.axes]
@@ -88,5 +88,5 @@ def test_figures_that_nothing_defines_are_not_drawn(results, tmp_path):
         "annotations": [rectangle(i, 0, 0, 10, 10) for i in (1, 2, 3)],
     }
     whole = with_groups(evaluate_lesions(data, []), [By("centre")])
-    titles = [a.get_title() for a in draw_groups(whole, "centre", tmp_path / "by.png").axes]
+    titles = [a.get_title() for a in plot_groups(whole, "centre", tmp_path / "by.png").axes]
     assert "specificity (images)" not in titles and "recall (lesions)" in titles

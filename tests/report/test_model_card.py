@@ -4,9 +4,8 @@ import shutil
 
 import pytest
 
-from imrcnn_d2.evaluation.test_log import log_test_evaluation
-from imrcnn_d2.report.checklists import CLAIM, TRIPOD_AI
-from imrcnn_d2.report.model_card import write_model_card
+from imrcnn_d2.evaluation.output import log_test_evaluation
+from imrcnn_d2.report.model_card import CLAIM, TRIPOD_AI, write_model_card
 from imrcnn_d2.report.runs import load_run
 
 OPEN = "*to be filled in by the authors*"

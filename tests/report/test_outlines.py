@@ -2,8 +2,8 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 
-from imrcnn_d2.evaluation.records import Regions
-from imrcnn_d2.report.outlines import STYLES, choose_images, outlines
+from imrcnn_d2.evaluation.detection.inputs import Regions
+from imrcnn_d2.report.plots.images import STYLES, choose_images, outlines
 
 
 def row(errors, overlap=np.nan):

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from imrcnn_d2.report.page_facts import UNKNOWN, config_differences, configs, facts
+from imrcnn_d2.report.html.page import UNKNOWN, config_differences, configs, facts
 
 
 @pytest.fixture(scope="module")

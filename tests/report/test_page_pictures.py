@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from imrcnn_d2.report.page_pictures import pictures
+from imrcnn_d2.report.html.page import pictures
 from imrcnn_d2.report.runs import load_run
 
 PREFIX = "data:image/svg+xml;base64,"

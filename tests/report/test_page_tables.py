@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from imrcnn_d2.report.page_tables import (
+from imrcnn_d2.report.html.tables import (
     cell,
     confusions,
-    figure_tables,
-    key_figures,
+    key_metrics,
+    metric_tables,
     patient_table,
     screening,
     size_tables,
@@ -60,7 +60,7 @@ def document(study, model):
 
 
 def test_key_figures_are_those_of_metrics_json(runs, study):
-    cards = {card["title"]: card for card in key_figures(runs)}
+    cards = {card["title"]: card for card in key_metrics(runs)}
     assert list(cards) == ["Average precision", "Sensitivity", "Precision", "IoU"]
     for model, (name, found) in zip(MODELS, cards["Sensitivity"]["cells"], strict=True):
         lesion = document(study, model)["lesion"]
@@ -74,7 +74,7 @@ def test_key_figures_are_those_of_metrics_json(runs, study):
 
 
 def test_figures_at_both_thresholds(runs, study):
-    tables = {table["title"]: table for table in figure_tables(runs)}
+    tables = {table["title"]: table for table in metric_tables(runs)}
     titles = ["Detection, over all scores"]
     titles += [
         f"{unit}{at}" for unit in ("Lesions", "Images", "Patients") for at in ("", ", τ_val")
@@ -91,7 +91,7 @@ def test_figures_at_both_thresholds(runs, study):
 
 
 def test_older_runs_have_fewer_tables_and_the_same_sizes(runs, without):
-    titles = [table["title"] for table in figure_tables(without("tau_val", "patient"))]
+    titles = [table["title"] for table in metric_tables(without("tau_val", "patient"))]
     assert titles == ["Detection, over all scores", "Lesions", "Images", "Patients"]
     assert size_tables(without("by_size")) == size_tables(runs)
 

@@ -2,7 +2,7 @@ import json
 
 from PIL import Image
 
-from imrcnn_d2.report.pictures import draw_pictures
+from imrcnn_d2.report.plots.draw_all import plot_run
 
 
 def test_all_pictures_from_the_files_of_an_evaluation(tmp_path):
@@ -18,7 +18,7 @@ def test_all_pictures_from_the_files_of_an_evaluation(tmp_path):
     (tmp_path / "gt.json").write_text(json.dumps(gt))
     results = tmp_path / "out" / "coco_instances_results.json"
     results.write_text(json.dumps([box | {"score": 0.9}]))
-    pictures = draw_pictures(tmp_path / "out", tmp_path / "gt.json", tmp_path / "images")
+    pictures = plot_run(tmp_path / "out", tmp_path / "gt.json", tmp_path / "images")
     expected = {"pr_curve", "froc", "calibration", "thresholds", "confusion_matrix"}
     assert {path.stem for path in pictures} == {*expected, "contact_sheet"}
     for path in pictures:

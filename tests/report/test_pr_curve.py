@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imrcnn_d2.evaluation.curves import pr_curve
-from imrcnn_d2.report.pr_curve import draw_pr_curves, draw_pr_panels, read_pr_curves
+from imrcnn_d2.evaluation.detection.curves import pr_curve
+from imrcnn_d2.report.plots.curves import plot_pr_curves, plot_pr_panels, read_pr_curves
 
 HEADER = "iou_type,class,score,tp,fp,n_gt,precision,recall,precision_envelope"
 
@@ -40,7 +40,7 @@ def test_reads_what_was_written(tmp_path):
 
 
 def test_the_picture_shows_curve_and_points(curve, tmp_path):
-    figure = draw_pr_curves({"polyp": curve}, tmp_path / "pr.png", tau=0.7)
+    figure = plot_pr_curves({"polyp": curve}, tmp_path / "pr.png", tau=0.7)
     (axes,) = figure.axes
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend[0] == "polyp: AP50_voc 56.7, BEP 50.0"
@@ -57,7 +57,7 @@ def test_the_picture_shows_curve_and_points(curve, tmp_path):
 
 def test_several_runs_differ_in_colour_and_style(curve, tmp_path):
     names = ["MR-CNN", "IBMR-CNN", "IMR-CNN"]
-    figure = draw_pr_curves(dict.fromkeys(names, curve), tmp_path / "pr.svg")
+    figure = plot_pr_curves(dict.fromkeys(names, curve), tmp_path / "pr.svg")
     steps = [line for line in figure.axes[0].lines if line.get_drawstyle() == "steps-pre"]
     assert len({line.get_color() for line in steps}) == 3
     assert len({str(line.get_linestyle()) for line in steps}) == 3
@@ -69,7 +69,7 @@ def test_panels(curve, tmp_path):
     """One a class, four of them in rows of three; the same figure in two formats."""
     panels = {f"class {i}": {"one": curve, "two": curve} for i in range(4)}
     paths = [tmp_path / "pr.png", tmp_path / "pr.svg"]
-    figure = draw_pr_panels(panels, paths, tau=0.7)
+    figure = plot_pr_panels(panels, paths, tau=0.7)
     assert [axes.get_title() for axes in figure.axes] == list(panels)
     for axes in figure.axes:
         steps = [line for line in axes.lines if line.get_drawstyle() == "steps-pre"]
@@ -81,7 +81,7 @@ def test_panels(curve, tmp_path):
 
 def test_no_point_where_there_is_none(curve, tmp_path):
     few = pr_curve(np.array([0.5]), np.array([True]), 3)  # no break-even point, none above 0.7
-    figure = draw_pr_curves({"few": few}, tmp_path / "pr.png", tau=0.7)
+    figure = plot_pr_curves({"few": few}, tmp_path / "pr.png", tau=0.7)
     assert not points(figure.axes[0])
     assert "BEP n/a" in figure.axes[0].get_legend().get_texts()[0].get_text()
 
@@ -89,6 +89,6 @@ def test_no_point_where_there_is_none(curve, tmp_path):
 def test_without_a_detection(tmp_path):
     (tmp_path / "pr_curve.csv").write_text(HEADER + "\n")
     curves = read_pr_curves(tmp_path / "pr_curve.csv")
-    figure = draw_pr_curves(curves, tmp_path / "pr.png")
+    figure = plot_pr_curves(curves, tmp_path / "pr.png")
     assert (tmp_path / "pr.png").exists()
     assert [text.get_text() for text in figure.axes[0].texts] == ["No detections"]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imrcnn_d2.report.predictive_values import predictive_values
+from imrcnn_d2.report.html.tables import predictive_values
 
 
 def test_by_counting():

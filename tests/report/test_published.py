@@ -1,6 +1,6 @@
 import pytest
 
-from imrcnn_d2.report.published import PAPER_DATA, published_values
+from imrcnn_d2.report.names import PAPER_DATA, published_values
 
 
 def values(dataset, table):

@@ -6,8 +6,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from recognition_runs import draw_classes, prepare_classes, write_classifier
 
-from imrcnn_d2.data.register import register_classification_dataset
-from imrcnn_d2.report.final_pictures import draw_test_pictures
+from imrcnn_d2.data.catalog import register_classification_dataset
+from imrcnn_d2.report.plots.draw_all import plot_test_results
 
 NAME = "gastric_recognition_test"  # of the folder that write_classifier makes
 
@@ -25,7 +25,7 @@ def output(tmp_path):
 
 
 def test_a_training_ends_with_pictures(output):
-    draw_test_pictures(str(output), [NAME], tau=0.7)
+    plot_test_results(str(output), [NAME], tau=0.7)
     folder = output / "inference" / NAME
     for stem in ("confusion_matrix", "roc_curve", "calibration"):
         pixels = np.asarray(Image.open(folder / f"{stem}.png").convert("L"))

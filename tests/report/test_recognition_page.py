@@ -7,8 +7,8 @@ import pytest
 from chromium import chromium, opened
 from recognition_runs import draw_classes, prepare_classes, write_classifier
 
-from imrcnn_d2.report.recognition_gallery import recognition_gallery
-from imrcnn_d2.report.recognition_page import render_recognition_report
+from imrcnn_d2.report.html.classification import render_classification_report
+from imrcnn_d2.report.html.gallery import classification_gallery
 from imrcnn_d2.report.runs import load_run
 
 HOSTILE = "</script><img src=x onerror=hacked=1>.png"
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
-    return render_recognition_report(runs, tmp_path_factory.mktemp("page") / "report.html")
+    return render_classification_report(runs, tmp_path_factory.mktemp("page") / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +91,14 @@ def test_confusions_and_who_was_in(runs, tree):
 
 
 def test_a_large_test_set_is_cut(runs, tmp_path):
-    path = render_recognition_report(runs, tmp_path / "report.html", max_images=10)
+    path = render_classification_report(runs, tmp_path / "report.html", max_images=10)
     text = path.read_text(encoding="utf-8")
     assert text.count('"jpeg"') == 10
     assert "10 of 36 test images" in text
     truth = runs[0].results.ground_truth
     own = [run.results.probability[range(36), truth.label] for run in runs]
     worst = (own[0] + own[1]).argsort()[:5]
-    names = [image["name"] for image in recognition_gallery(runs, 10)["images"]]
+    names = [image["name"] for image in classification_gallery(runs, 10)["images"]]
     assert {truth.images[i]["file_name"] for i in worst} <= set(names)
     assert len(set(names)) == 10
 
@@ -107,7 +107,7 @@ def test_without_images_the_gallery_is_left_out(runs, tmp_path):
     images = runs[0].gt_path.parent.parent / "images"
     images.rename(images.with_name("gone"))
     try:
-        page = render_recognition_report(runs, tmp_path / "report.html")
+        page = render_classification_report(runs, tmp_path / "report.html")
     finally:
         images.with_name("gone").rename(images)
     text = page.read_text(encoding="utf-8")

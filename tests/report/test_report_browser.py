@@ -5,7 +5,7 @@ import csv
 import pytest
 from chromium import chromium, opened
 
-from imrcnn_d2.report.page import render_report
+from imrcnn_d2.report.html.page import render_report
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imrcnn_d2.report.review_sheets import draw_review_sheets
+from imrcnn_d2.report.plots.images import plot_review_sheets
 
 
 def test_every_image_is_shown(tmp_path):
@@ -12,7 +12,7 @@ def test_every_image_is_shown(tmp_path):
     images.mkdir()
     for i in range(23):
         Image.new("RGB", (500, 400), (0, 10 * i, 255 - 10 * i)).save(images / f"{i:02d}.png")
-    sheets = draw_review_sheets(images, tmp_path / "sheets")
+    sheets = plot_review_sheets(images, tmp_path / "sheets")
     assert [sheet.name for sheet in sheets] == ["sheet_001.jpg", "sheet_002.jpg"]
     first, second = (np.asarray(Image.open(sheet)).astype(int) for sheet in sheets)
     assert first.shape == (4 * 368, 5 * 352, 3) and second.shape == (368, 5 * 352, 3)
@@ -22,4 +22,4 @@ def test_every_image_is_shown(tmp_path):
         assert abs(sheet[y, x] - (0, 10 * i, 255 - 10 * i)).max() < 6
         assert (sheet[y + 212 : y + 226, x - 172 : x] < 100).any(), "its name"
     with pytest.raises(FileExistsError, match="is not empty"):
-        draw_review_sheets(images, tmp_path / "sheets")
+        plot_review_sheets(images, tmp_path / "sheets")

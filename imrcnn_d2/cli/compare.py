@@ -1,0 +1,52 @@
+"""Compare models: the paper's Tables 3, 4 and 5 and its Figure 4 for your own runs; classifiers.
+
+    tools/compare.py output/mrcnn output/ibmrcnn output/imrcnn --output comparison/
+    tools/compare.py "MR-CNN=old/mrcnn" "IMR-CNN=old/imrcnn" --baseline MR-CNN --output comparison/
+
+A run is the OUTPUT_DIR of a training or the folder of an evaluation; NAME=RUN names its model. Runs
+of one model that differ by seed, and folds of a cross-validation, are grouped. comparison.md holds
+everything; each table is there as Markdown, CSV and LaTeX too, the figure as PNG and SVG.
+"""
+
+import argparse
+from pathlib import Path
+
+from imrcnn_d2.evaluation.statistics import Bootstrap
+from imrcnn_d2.report.comparison.models import compare, gather
+from imrcnn_d2.report.comparison.pages import write_classification_comparison, write_comparison
+from imrcnn_d2.report.runs import load_run
+from imrcnn_d2.utils.files import for_terminal
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, or NAME=FOLDER")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the files")
+    parser.add_argument(
+        "--primary",
+        metavar="GROUP/FIGURE",
+        help="the one endpoint whose p-values are not adjusted (segm/AP50_voc; of classifiers "
+        "recognition/balanced_accuracy)",
+    )
+    parser.add_argument("--baseline", metavar="NAME", help="compare with this model only")
+    parser.add_argument("--dataset", help="which evaluation, where a run has several")
+    parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    parser.add_argument(
+        "--ci-all", action="store_true", help="intervals and tests of COCO's AP too, which is slow"
+    )
+    args = parser.parse_args(argv)
+
+    try:
+        runs = [load_run(path, dataset=args.dataset) for path in args.runs]
+        bootstrap = Bootstrap(args.resamples, args.seed, args.ci_all)
+        comparison = compare(gather(runs), bootstrap, primary=args.primary, baseline=args.baseline)
+        recognised = comparison.task == "recognition"
+        write = write_classification_comparison if recognised else write_comparison
+        page, *files = write(comparison, args.output)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
+    print(for_terminal(page.read_text(encoding="utf-8")))
+    print(f"Written: {', '.join(str(path) for path in (page, *files))}")

@@ -1,0 +1,89 @@
+"""
+Cross-validation: every model x data set x seed x fold is trained and evaluated, by Hydra.
+
+    python tools/cross_validate.py model=mrcnn_lite,imrcnn_lite dataset=kvasir_seg folds=5 seed=0,1
+
+configs/cross_validation/sweep.yaml has all options, such as hydra/launcher=submitit_slurm. The
+folds are made once, beside the prepared data set, and are the same for all models. A run that
+breaks is named and the others go on; the same command again resumes what was interrupted and leaves
+alone what is finished. On SIGTERM or Ctrl-C the training that runs is saved, and the exit code is
+75. Ends with a table and the command that compares the models.
+"""
+
+import logging
+import sys
+import tempfile
+import time
+from collections import Counter
+
+import hydra
+
+from imrcnn_d2.data.images import check_no_way_out
+from imrcnn_d2.engine import cross_validation
+from imrcnn_d2.engine.cross_validation import FoldRun, describe_runs, prepare_folds
+from imrcnn_d2.engine.hooks import Interrupted, interruptible
+
+WAIT_SECONDS = 5
+
+
+def application(task):
+    """A task as a Hydra application that takes its overrides from the command line."""
+    folder = str(cross_validation.ROOT / "configs" / "cross_validation")
+    return hydra.main(version_base="1.3", config_path=folder, config_name="sweep")(task)
+
+
+def train(cfg):
+    FoldRun.from_config(cfg).train()
+
+
+def planned_runs():
+    """The runs that the command line stands for: Hydra's own sweep, with a task that notes them."""
+    configs = []
+
+    def note(cfg):
+        configs.append(cfg)
+
+    own = [a for a in sys.argv if not a.startswith(("hydra.launcher", "hydra/launcher"))]
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
+    everything, sys.argv = sys.argv, own
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            sys.argv = [*own, *quiet, f"hydra.sweep.dir={scratch}", "hydra/launcher=basic"]
+            application(note)()
+    finally:
+        sys.argv = everything
+    runs = [FoldRun.from_config(cfg) for cfg in configs]
+    twice = [name for name, n in Counter(run.name for run in runs).items() if n > 1]
+    if twice:
+        raise ValueError(f"Two runs would share the folder {twice[0]}: give each its own output=.")
+    return runs
+
+
+def main():
+    if any(a.startswith("-") and a not in ("-m", "--multirun") for a in sys.argv[1:]):
+        return application(train)()  # --help, --cfg job and the like start nothing
+    with interruptible():
+        return cross_validate()
+
+
+def cross_validate():
+    try:
+        runs = planned_runs()
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        for output in {run.output for run in runs}:
+            check_no_way_out(output)
+        prepare_folds(runs)
+    except (OSError, ValueError) as error:
+        return str(error)
+    try:
+        application(train)()
+    except Interrupted:
+        raise
+    except SystemExit:
+        # A launcher gives up on all jobs when one of them was killed; the others still run.
+        logging.getLogger(__name__).error("The launcher gave up; waiting for what still runs.")
+        while any(run.state() == "running" for run in runs):
+            time.sleep(WAIT_SECONDS)
+    text, complete = describe_runs(runs)
+    print(f"\n{text}")
+    return 0 if complete else 1

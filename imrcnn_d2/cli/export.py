@@ -1,0 +1,182 @@
+"""Write a trained model as one file that needs nothing else to predict with.
+
+    tools/export.py --format safetensors --precision fp16 --weights output/imrcnn/model_best.pth \\
+        --images datasets/kvasir_seg/images --output imrcnn.safetensors
+    tools/export.py --format openvino --weights output/imrcnn/model_best.pth \\
+        --images datasets/kvasir_seg/images --output imrcnn.openvino
+
+The file holds the network, config, class names and τ, and tools/predict.py takes it as --weights.
+safetensors are weights, which MODEL.WEIGHTS takes too; onnx and openvino are for the runtimes of
+these names (pip install -e '.[deploy]'), for any number and size of images. int8 is
+fitted to training images, those of the config's DATASETS.TRAIN unless others are given.
+
+The file is compared with the original on real images; the largest differences are printed, and
+where one is above its bound no file is written.
+"""
+
+import argparse
+import math
+import os
+import tempfile
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog
+from tqdm import tqdm
+
+from imrcnn_d2.data.images import read_image
+from imrcnn_d2.deploy import Predictor
+from imrcnn_d2.deploy.inputs import find_inputs
+from imrcnn_d2.deploy.loading import load_model
+from imrcnn_d2.deploy.runtimes import graph_files
+from imrcnn_d2.deploy.runtimes import graph_files as artifact
+from imrcnn_d2.deploy.runtimes.agreement import compare_predictors
+from imrcnn_d2.deploy.runtimes.graph_files import GraphRuntime
+from imrcnn_d2.utils.files import for_terminal
+
+PRECISIONS = {"safetensors": tuple(artifact.PRECISIONS), **graph_files.PRECISIONS}
+# What may differ: detections in one of the two only, in percent of all, those above τ and any;
+# scores, boxes in percent of the image's longer side, overlap of masks. Of two boxes that suppress
+# each other, bf16 and int8 may take the other one: these bounds hold for a share of the detections.
+BOUNDS = {
+    "exact": {"lost": 0, "unmatched": 0, "score": 0, "box": 0, "mask_iou": 1},
+    "fp32": {"lost": 0, "unmatched": 1, "score": 0.001, "box": 0.05, "mask_iou": 0.999},
+    "fp16": {"lost": 0, "unmatched": 3, "score": 0.02, "box": 1, "mask_iou": 0.97},
+    "bf16": {"lost": 0, "unmatched": 5, "score": 0.1, "box": 3, "mask_iou": 0.9, "share": 0.9},
+    "int8": {"lost": 2, "unmatched": 10, "score": 0.25, "box": 5, "mask_iou": 0.85, "share": 0.95},
+}
+
+# Of those given, spread evenly over them.
+MOST_IMAGES = 50  # that are compared
+MOST_CALIBRATION = 300
+
+
+def main(argv=None):
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    if args.output.suffix != f".{args.format}":
+        parser.error(f"--output {args.output} must end with .{args.format}")
+    if args.precision not in PRECISIONS[args.format]:
+        known = ", ".join(PRECISIONS[args.format])
+        parser.error(f"there is no {args.precision} of {args.format}; choose of {known}")
+    if args.calibration and args.precision != "int8":
+        parser.error("--calibration is for --precision int8")
+    try:
+        export(args)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
+    except ModuleNotFoundError as error:
+        missing = f"{parser.prog}: this needs {error.name}: pip install -e '.[deploy]'\n"
+        parser.exit(1, missing)
+
+
+def argument_parser():
+    bounds = (
+        f"{name}: {b['unmatched']} % of the detections in one of the two only ({b['lost']} % and "
+        f"above τ), scores {b['score']}, boxes {b['box']} % of the image, overlap of "
+        f"masks {b['mask_iou']}"
+        + (f"; each for {100 * b['share']:.0f} % of the detections" if "share" in b else "")
+        for name, b in BOUNDS.items()
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="bounds (exact: of safetensors in fp32):\n  " + "\n  ".join(bounds),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--format", choices=PRECISIONS, required=True, help="of the file")
+    parser.add_argument("--config-file", type=Path, help="as for tools/predict.py")
+    parser.add_argument("--weights", required=True, help="the trained model")
+    parser.add_argument(
+        "--precision",
+        choices=sorted({name for names in PRECISIONS.values() for name in names}),
+        default="fp32",
+        help="fp16 has half the size (safetensors), bf16 is faster where the processor has such "
+        "arithmetic (openvino), int8 has a third of the size and is faster still "
+        "(openvino) (fp32)",
+    )
+    parser.add_argument(
+        "--images", required=True, nargs="+", metavar="PATH", help="what to compare on; 50 at most"
+    )
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="PATH",
+        help=f"images to fit int8 to, none that it is tested on; {MOST_CALIBRATION} at most",
+    )
+    parser.add_argument("--output", required=True, type=Path, help="the file to write")
+    return parser
+
+
+def export(args):
+    """Write the file beside its place, compare, and move it there."""
+    images = find_images(args.images, MOST_IMAGES, "--images")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
+        path = Path(folder) / args.output.name
+        original = Predictor(args.config_file, args.weights, device="cpu")
+        write(args, original, images[0], path)
+        agreement = compare_predictors(original, Predictor(None, path, device="cpu"), images)
+        if not agreement.detections:
+            raise ValueError(
+                "Nothing was found on --images: name images with lesions to compare on"
+            )
+        score, box, mask_iou = agreement.largest()
+        print(
+            f"On {agreement.images} images, {agreement.detections} detections, "
+            f"{agreement.unmatched} of them in one of the two only: largest difference of a score "
+            f"{score:.2g}, of a box {box:.2g} % of the image; smallest overlap of masks "
+            f"{mask_iou:.4f}"
+        )
+        exact = args.format == "safetensors" and args.precision == "fp32"
+        if exceeded := agreement.exceeded(**BOUNDS["exact" if exact else args.precision]):
+            raise ValueError(f"{args.output} was not written: {'; '.join(exceeded)}")
+        os.replace(path, args.output)
+    print(f"Written: {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+def write(args, original, example, path):
+    """The file, at a place of its own; `original` prepares images as the network sees them."""
+    loaded = load_model(args.config_file, args.weights, device="cpu")
+    if isinstance(loaded.model, GraphRuntime):
+        raise ValueError(f"{args.weights} is an export already: name the weights it was made of")
+    if args.format == "safetensors":
+        artifact.write_safetensors(loaded, path, precision=args.precision)
+        return
+    int8 = args.precision == "int8"
+    calibration = calibration_images(loaded.cfg, args.calibration) if int8 else ()
+    graph_files.write_graph(
+        loaded,
+        path,
+        args.format,
+        example=original.prepare(read_image(example)),
+        precision=args.precision,
+        calibration=[
+            original.prepare(read_image(image))
+            for image in tqdm(calibration, desc="Reading images", disable=not calibration)
+        ],
+    )
+
+
+def calibration_images(cfg, paths=None):
+    """Among the inputs `paths`, else of the training set."""
+    if paths:
+        return find_images(paths, MOST_CALIBRATION, "--calibration")
+    try:
+        records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(
+            "int8 is fitted to training images, and those of the config cannot be read "
+            f"({error}): name images with --calibration"
+        ) from error
+    return _spread([Path(record["file_name"]) for record in records], MOST_CALIBRATION)
+
+
+def find_images(paths, most, option):
+    """Images among the inputs, at most so many."""
+    images = [source.path for source in find_inputs(paths)[1] if source.kind == "image"]
+    if not images:
+        raise ValueError(f"{option} names no image")
+    return _spread(images, most)
+
+
+def _spread(images, most):
+    return images[:: max(1, math.ceil(len(images) / most))]

@@ -1,0 +1,180 @@
+"""Find lesions in images, videos and DICOM files.
+
+    tools/predict.py --weights output/imrcnn/model_best.pth --input images --output found --overlays
+    tools/predict.py --weights demo --input 'clips/*.mp4' scan.dcm --output found --overlays --masks
+
+writes predictions.json (COCO: all detections with their scores), predictions.csv (a row an image)
+and what else is asked for; failed.csv lists what could not be read. Pictures, masks, LabelMe files
+and the CSV take the detections with a score of at least τ: the operating point that was chosen on
+validation data and is in the weights, else MODEL.IMRCNN.SCORE_THRESH.
+
+The same command again goes on after an interruption, and does only what is new. Research use only,
+not for diagnosis.
+
+    tools/predict.py --engine ray --actors 16 --weights demo --input archive --output found
+
+is for millions of images: processes of this machine, or of the Ray cluster at RAY_ADDRESS, write
+Parquet files, a row an image, into predictions.parquet (pip install -e '.[ray]').
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+
+from imrcnn_d2.deploy import Predictor
+from imrcnn_d2.deploy.arguments import predictor_arguments
+from imrcnn_d2.deploy.batch import FAILED, predict_files, printable
+from imrcnn_d2.deploy.live import predict_live
+from imrcnn_d2.deploy.outputs import OUTPUTS
+from imrcnn_d2.engine.train_step import keep_freed_memory
+from imrcnn_d2.utils.files import for_terminal
+
+
+def main(argv=None):
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or args.actors < 1 or not 0 <= (args.tau or 0) <= 1:
+        parser.error("--batch-size and --actors are at least 1, and --tau from 0 to 1")
+    save = [kind for kind in OUTPUTS if getattr(args, kind)]
+    if args.engine == "ray" and (save or args.live):
+        parser.error(
+            "--engine ray writes Parquet files: no --overlays, --masks, --labelme or --live"
+        )
+    if args.live and (save or args.batch_size > 1):
+        parser.error("--live draws live.mp4: no --overlays, --masks, --labelme or --batch-size")
+    keep_freed_memory()
+    setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
+    arguments = {
+        "config": args.config_file,
+        "weights": args.weights,
+        "runtime": args.runtime,
+        "tau": args.tau,
+        "crop_view": args.crop_view,
+    }
+    try:
+        if args.engine == "ray":
+            from imrcnn_d2.deploy.ray import predict_with_ray
+
+            listed = "rows with an error"
+            done = predict_with_ray(
+                arguments,
+                args.input,
+                args.output,
+                actors=args.actors,
+                batch_size=args.batch_size,
+                follow_links=args.follow_links,
+            )
+        elif args.live:
+            live = predict_live(Predictor(**arguments), args.live, args.output)
+            report_live(live, args.output)
+            return
+        else:
+            listed = FAILED
+            done = predict_files(
+                Predictor(**arguments),
+                args.input,
+                args.output,
+                save=save,
+                batch_size=args.batch_size,
+                follow_links=args.follow_links,
+            )
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
+    except ModuleNotFoundError as error:
+        extra = "ray" if args.engine == "ray" else "deploy"
+        missing = f"this needs {error.name}: pip install -e '.[{extra}]'"
+        parser.exit(1, f"{parser.prog}: {missing}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "Interrupted: the same command goes on where this one was\n")
+    report(done, args.output, listed)
+    if done.failed and not done.images and not done.skipped:
+        parser.exit(1)
+
+
+def argument_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[predictor_arguments()],
+    )
+    parser.add_argument(
+        "--weights", required=True, help="file, URL, or demo: the ones that come along"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help="images, videos, DICOM files, folders of these, patterns such as 'clips/*.mp4'",
+    )
+    source.add_argument(
+        "--live",
+        metavar="DEVICE|URL",
+        help="the newest frame of a camera (/dev/video0) or stream, until Ctrl-C; a video file is "
+        "played at its speed. Writes live.mp4 and, with latencies, live.json",
+    )
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read through links in a folder that lead out of it, else left out",
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder for the results")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="this process, or Ray's, for Parquet files (%(default)s)",
+    )
+    parser.add_argument(
+        "--actors",
+        type=int,
+        default=1,
+        help="processes of --engine ray, each with the model, on one core or its share of the GPUs "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--overlays", action="store_true", help="pictures with outlines; of a video, a video"
+    )
+    parser.add_argument(
+        "--masks",
+        action="store_true",
+        help="PNGs: 0 is background; one class is 255, several 1, 2, ...",
+    )
+    parser.add_argument(
+        "--labelme",
+        action="store_true",
+        help="LabelMe files, to correct by hand; of a video, of frames in which there is something",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        help="images that the network sees at once (%(default)s)",
+    )
+    parser.add_argument("--tau", type=float, help="another score from which on detections count")
+    return parser
+
+
+def report(done, output, listed):
+    """Say what was done, and where what failed is listed."""
+    parts = [f"{done.images} images predicted"]
+    if done.skipped:
+        parts.append(f"{done.skipped} inputs were done before")
+    if done.failed:
+        parts.append(f"{len(done.failed)} inputs could not be read to their end: {listed}")
+    print(f"{'; '.join(parts)}. Written to {output}")
+    if done.kept:
+        names = ", ".join(printable(str(path.relative_to(output))) for path in done.kept[:5])
+        more = f" and {len(done.kept) - 5} more" if len(done.kept) > 5 else ""
+        print(f"Left as they are, since they are not as they were written: {names}{more}")
+
+
+def report_live(live, output):
+    """Say how quick it was."""
+    latency = ", ".join(f"{name} {ms:.0f} ms" for name, ms in live["latency_ms"].items())
+    print(
+        f"{live['predicted']} of {live['received']} frames predicted, {live['dropped_percent']} % "
+        f"dropped; from frame in to overlay out: {latency}. Written to {output}"
+    )

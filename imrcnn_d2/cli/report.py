@@ -1,0 +1,64 @@
+"""Write one HTML page about a run, or about several on the same test set.
+
+    tools/report.py output/imrcnn --output report.html --card model_card.md
+    tools/report.py MR-CNN=output/mrcnn IMR-CNN=output/imrcnn --output report.html
+
+RUN is the OUTPUT_DIR of a training, or a folder that tools/evaluate.py wrote; its detections are
+scored anew. The page holds all it needs, the images among it: pass it on only as the data set's
+terms allow.
+"""
+
+import argparse
+from pathlib import Path
+
+from imrcnn_d2.report.html.classification import render_classification_report
+from imrcnn_d2.report.html.page import render_report
+from imrcnn_d2.report.model_card import write_model_card
+from imrcnn_d2.report.runs import load_run
+from imrcnn_d2.utils.files import for_terminal
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="what to report on")
+    parser.add_argument("--output", required=True, type=Path, help="the page to write")
+    parser.add_argument(
+        "--prevalence",
+        nargs="+",
+        type=float,
+        default=[0.005, 0.05],
+        metavar="P",
+        help="shares of images with a lesion, at which PPV and NPV are given (0.005 0.05)",
+    )
+    parser.add_argument(
+        "--max-images", type=int, default=300, metavar="N", help="images in the gallery (300)"
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder that file_name is relative to (images/ beside the ground truth's folder)",
+    )
+    parser.add_argument(
+        "--card", type=Path, metavar="FILE", help="write a model card, in Markdown, of the one RUN"
+    )
+    args = parser.parse_args(argv)
+    if args.card and len(args.runs) > 1:
+        parser.error("--card is of one model: give it with one RUN")
+    try:
+        runs = [load_run(run, images=args.images) for run in args.runs]
+        if runs[0].task == "recognition":
+            if args.card:
+                raise ValueError("--card: there are no model cards of classifiers yet")
+            render_classification_report(runs, args.output, max_images=args.max_images)
+        else:
+            how = {"prevalences": args.prevalence, "max_images": args.max_images}
+            render_report(runs, args.output, **how)
+        written = [args.output]
+        if args.card:
+            written.append(write_model_card(runs[0], args.card))
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
+    print(f"Written: {', '.join(map(str, written))}")

@@ -1,0 +1,177 @@
+"""Evaluate a detector on blurred, badly lit, compressed and turned copies of a data set.
+
+    tools/robustness.py --weights output/imrcnn/model_best.pth --dataset kvasir_seg_test --output r/
+    tools/robustness.py --plot MR-CNN=r/mrcnn IMR-CNN=r/imrcnn --output comparison/
+
+The first writes robustness.json and robustness.csv, a row for each distortion and severity with all
+figures of an evaluation, and robustness.png; the same command again goes on after an interruption.
+The second draws several models into one picture. Figures are in percent but for counts and
+fp_per_image. distortions.jpg shows an image at every severity.
+"""
+
+import argparse
+import logging
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+from torch import Tensor
+
+from imrcnn_d2.data.distortions import DISTORTIONS
+from imrcnn_d2.data.images import read_image
+from imrcnn_d2.deploy import Predictor
+from imrcnn_d2.deploy.outputs import instance_records
+from imrcnn_d2.evaluation.output import log_test_evaluation, read_robustness
+from imrcnn_d2.evaluation.robustness import ROBUSTNESS, evaluate_robustness, read_ground_truth
+from imrcnn_d2.report.robustness import plot_distortions, plot_robustness
+from imrcnn_d2.utils.files import file_sha256, for_terminal
+
+
+class Item(NamedTuple):
+    """An image on its way through the network."""
+
+    size: tuple[int, int]
+    prepared: Tensor
+
+
+def main(argv=None):
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    if args.weights and not args.dataset:
+        parser.error("--weights needs --dataset")
+    if (
+        args.batch_size < 1
+        or (args.num_images is not None and args.num_images < 1)
+        or not 0 <= (args.tau or 0) <= 1
+    ):
+        parser.error("--batch-size and --num-images are at least 1, and --tau from 0 to 1")
+    setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
+    try:
+        documents = read_documents(args.plot) if args.plot else evaluate(args)
+        picture = args.output / "robustness.png"
+        plot_robustness(documents, picture, figure=args.figure)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
+    for name, document in documents.items():
+        print(for_terminal(f"{name}: {args.figure}"))
+        print(summary(document, args.figure))
+    print(f"Written: {picture}")
+
+
+def argument_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", type=Path, help="as for tools/predict.py")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--weights", help="file or URL, or demo: the ones that come along")
+    what.add_argument(
+        "--plot",
+        nargs="+",
+        metavar="DIR",
+        help="draw results that are there, as DIR or NAME=DIR, into one picture",
+    )
+    parser.add_argument("--dataset", help="registered data set, such as kvasir_seg_test")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the results")
+    parser.add_argument(
+        "--distortions",
+        nargs="+",
+        choices=DISTORTIONS,
+        default=list(DISTORTIONS),
+        help="which ones (all); others can be added later",
+    )
+    parser.add_argument("--num-images", type=int, help="evaluate a random choice of so many (all)")
+    parser.add_argument("--seed", type=int, default=0, help="of that choice and the distortions")
+    parser.add_argument(
+        "--tau",
+        type=float,
+        help="score from which on detections count (the operating point that is in the weights, "
+        "else MODEL.IMRCNN.SCORE_THRESH)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="images that the network sees at once (1)"
+    )
+    parser.add_argument(
+        "--figure", default="lesion/f1", help="what is drawn and printed (%(default)s)"
+    )
+    return parser
+
+
+def evaluate(args):
+    """{name of the model: document}; the evaluation is noted beside a test set."""
+    predictor = Predictor(args.config_file, args.weights, tau=args.tau)
+    if predictor.is_classifier:
+        raise ValueError(f"{args.weights}: a recognition model finds no lesions")
+    DatasetCatalog.get(args.dataset)  # sets the metadata
+    metadata = MetadataCatalog.get(args.dataset)
+    ground_truth = read_ground_truth(metadata.json_file)
+    category_ids = sorted(category["id"] for category in ground_truth.dataset["categories"])
+    if len(category_ids) != len(predictor.classes):
+        raise ValueError(
+            f"{args.weights} knows the classes {predictor.classes}, but {args.dataset} has "
+            f"{len(category_ids)}: choose the data set that it was trained for"
+        )
+
+    def predict(images):
+        items = [Item(image.shape[:2], predictor.prepare(image)) for image in images]
+        found = [
+            instance_records(predictor, output, *item.size)
+            for item, output in predictor.in_batches(items, args.batch_size)
+        ]
+        for record in chain.from_iterable(found):
+            record["category_id"] = category_ids[record["category_id"] - 1]
+        return found
+
+    document = evaluate_robustness(
+        predict,
+        ground_truth,
+        metadata.image_root,
+        args.output,
+        tau=predictor.tau,
+        about={
+            **{key: value for key, value in predictor.about.items() if key != "tau"},
+            "dataset": args.dataset,
+            "dataset_sha256": file_sha256(metadata.json_file),
+        },
+        distortions=args.distortions,
+        num_images=args.num_images,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    log_test_evaluation(
+        metadata.json_file,
+        what=args.weights,
+        sha256=predictor.about["weights_sha256"],
+        output=args.output,
+    )
+    first = min(ground_truth.dataset["images"], key=lambda image: image["id"])
+    example = read_image(Path(metadata.image_root) / first["file_name"])
+    plot_distortions(example, args.output / "distortions.jpg", seed=(args.seed, first["id"]))
+    return {predictor.about["model"]: document}
+
+
+def read_documents(folders):
+    """{name: document} of what --plot names."""
+    documents = {}
+    for text in folders:
+        name, _, folder = text.rpartition("=")
+        document = read_robustness(Path(folder) / ROBUSTNESS)
+        name = name or document["meta"]["model"]
+        if name in documents:
+            raise ValueError(f"two models are called {name}: give names as NAME=DIR")
+        documents[name] = document
+    return documents
+
+
+def summary(document, figure):
+    """str: a row a distortion, severity rising to the right."""
+    rows = {}
+    for row in document["rows"]:
+        rows.setdefault(row["distortion"], []).append(row[figure])
+    clean = rows.pop("clean", [None])
+    table = [[name, *clean, *values] for name, values in rows.items()]
+    headers = ["", "none", *range(1, max(map(len, table), default=2) - 1)]
+    return tabulate(table, headers, floatfmt=".1f", missingval="n/a")

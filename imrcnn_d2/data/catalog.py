@@ -1,0 +1,610 @@
+"""The data sets in Detectron2's catalogs.
+
+Importing this module registers ``{kvasir_seg,egc,synthetic,gastric_recognition}_{train,val,test}``
+and touches no disk. What ``tools/prepare_dataset.py`` wrote is found under ``$IMRCNN_DATASETS``
+(default ``datasets/``) when a data set is loaded. `register_lesion_dataset` gives any other COCO
+file a name, `register_classification_dataset` any other file of images with a class each.
+"""
+
+import contextlib
+import copy
+import functools
+import logging
+import operator
+import os
+import pickle
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import ijson
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data.detection_utils import check_metadata_consistency
+from detectron2.structures import BoxMode
+from torch.utils.data import ConcatDataset, Dataset
+
+from imrcnn_d2.data.formats.coco import check_records, is_box, to_rles
+from imrcnn_d2.data.masks import check_outline, check_size
+from imrcnn_d2.data.prepare.splits import SPLITS
+from imrcnn_d2.utils.files import BadInputError
+
+__all__ = [
+    "DATASET_CLASSES",
+    "Catalog",
+    "LabelledCatalog",
+    "balanced_weights",
+    "labels_of",
+    "load_catalog",
+    "load_datasets",
+    "load_labelled_catalog",
+    "register_classification_dataset",
+    "register_lesion_dataset",
+]
+
+logger = logging.getLogger(__name__)
+
+
+# What Detectron2 takes from an annotation besides its segmentation, and what we add.
+_ANNOTATION_KEYS = ("iscrowd", "bbox", "keypoints", "category_id", "lesion_id")
+
+
+class Catalog(Dataset, Sequence):
+    """
+    The dataset dicts of a COCO file, as ``load_coco_json`` of Detectron2 gives them, and with
+    ``lesion_id`` and all fields of the image.
+
+    Each record is made anew when it is read: changing one changes nothing here. Images and
+    annotations are kept serialized, one behind the other in one tensor, so that the processes of a
+    DataLoader share them without a copy, and the garbage collector has nothing to look through.
+    Being a ``torch.utils.data.Dataset``, it passes through Detectron2's loaders as it is; these do
+    not filter such data sets (``filter_empty``), see :func:`load_datasets`.
+    """
+
+    def __init__(self, categories, image_root, pieces, starts, order, bounds, lesion_counts):
+        """
+        Args:
+            categories (dict[int, str]): id -> name, by rising id; a record's ``category_id`` is the
+                place in it.
+            image_root (str): what file names are relative to.
+            pieces (Tensor): uint8, serialized images and annotations.
+            starts (Tensor): int64, where each of these begins, and the end of the last.
+            order (Tensor): int64, their numbers: an image, its annotations, the next image, ...
+            bounds (Tensor): (N, 2) int64, the part of ``order`` that makes a record.
+            lesion_counts (Tensor): (N,) int64.
+        """
+        self.categories = categories
+        self._image_root = image_root
+        self._pieces = pieces
+        self._starts = starts
+        self._order = order
+        self._bounds = bounds
+        self._lesion_counts = lesion_counts
+
+    @property
+    def lesion_counts(self):
+        """(N,) int64 array: annotations of each record that are no crowd."""
+        return self._lesion_counts.numpy()
+
+    def with_lesions(self):
+        """
+        Returns:
+            Catalog: of the records with a lesion; it shares this one's memory.
+        """
+        kept = self._lesion_counts > 0
+        subset = copy.copy(self)
+        subset._bounds, subset._lesion_counts = self._bounds[kept], self._lesion_counts[kept]
+        return subset
+
+    def __len__(self):
+        return len(self._bounds)
+
+    def __getitem__(self, index):
+        """
+        Args:
+            index (int or slice):
+
+        Returns:
+            dict, or list[dict] for a slice.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        begin, end = self._bounds[operator.index(index)].tolist()
+        image, *annotations = map(self._piece, self._order[begin:end].tolist())
+        image["file_name"] = os.path.join(self._image_root, image["file_name"])
+        for annotation in annotations:
+            annotation["bbox_mode"] = BoxMode.XYWH_ABS
+        image["annotations"] = annotations
+        return image
+
+    def _piece(self, number):
+        begin, end = self._starts[number : number + 2].tolist()
+        return pickle.loads(self._pieces[begin:end].numpy())  # noqa: S301 (what _add wrote)
+
+
+_BATCH = 200  # records that are checked at once
+
+_loaded = {}  # absolute path of a COCO file -> what shows that it changed, its Catalog
+
+
+def load_catalog(json_file, image_root):
+    """
+    A COCO instance file as a Catalog. The file is streamed: what was read last is kept, and read
+    again only when the file or ``image_root`` changed.
+
+    Args:
+        json_file (str or Path): COCO instance JSON.
+        image_root (str or Path): the folder that each ``file_name`` is relative to.
+
+    Returns:
+        Catalog: by rising image id.
+
+    Raises:
+        ValueError: the file is no COCO instance JSON; it names the file.
+    """
+    json_file = Path(json_file).absolute()
+    stat = json_file.stat()
+    state = stat.st_ino, stat.st_size, stat.st_mtime_ns, str(image_root)
+    known, catalogue = _loaded.get(json_file, (None, None))
+    if state != known:
+        catalogue = _Builder(json_file).build(str(image_root))
+        _loaded[json_file] = state, catalogue
+    return catalogue
+
+
+class _Nothing:
+    """Instead of a JSON object whose values nobody wants."""
+
+    __slots__ = ()
+
+    def __setitem__(self, key, value):
+        pass
+
+
+class _Builder:
+    """Streams a COCO file, once for its keys and once for each of its lists."""
+
+    def __init__(self, json_file):
+        self._json_file = json_file
+        self._bytes = bytearray()
+        self._starts = array("q", [0])
+
+    def build(self, image_root):
+        self._check_keys()
+        categories = list(self._items("categories", ("id", "name"), {"id": int}))
+        categories = dict(sorted((c["id"], c["name"]) for c in categories))
+        if not categories:
+            raise ValueError(f"{self._json_file}: there are no categories in this file")
+        sizes = {}
+        images = self._items("images", ("id", "file_name"), {"file_name": str})
+        image_ids = [self._add_image(image, sizes) for image in images]
+        try:
+            places = {image_id: place for place, image_id in enumerate(sorted(image_ids))}
+        except TypeError as error:
+            raise BadInputError(self._json_file, "image ids are numbers and texts") from error
+        if len(places) < len(image_ids):
+            raise ValueError(f"Image ids in '{self._json_file}' are not unique!")
+        owners = array("q", map(places.get, image_ids))  # of each piece: the record's place
+        lesion_counts = np.zeros(len(places), np.int64)
+        self._add_annotations(places, sizes, list(categories), owners, lesion_counts)
+
+        owners = np.frombuffer(owners, np.int64)
+        ends = np.bincount(owners, minlength=len(places)).cumsum()
+        bounds = np.stack([np.append(0, ends)[:-1], ends], axis=1)
+        logger.info(
+            "%s: %d images with %d annotations, %d images without any; %.1f MiB in memory",
+            self._json_file,
+            len(places),
+            lesion_counts.sum(),
+            (lesion_counts == 0).sum(),
+            len(self._bytes) / 2**20,
+        )
+        return Catalog(
+            categories,
+            image_root,
+            torch.from_numpy(np.frombuffer(self._bytes, np.uint8)),
+            torch.frombuffer(self._starts, dtype=torch.int64),
+            torch.from_numpy(owners.argsort(kind="stable")),
+            torch.from_numpy(bounds),
+            torch.from_numpy(lesion_counts),
+        )
+
+    def _check_keys(self):
+        """A list that is there twice would be streamed as one, while others read the last."""
+        seen = set()
+        with self._reading() as file:
+            for key, value in ijson.kvitems(file, "", use_float=True, map_type=_Nothing):
+                if key in seen:
+                    raise BadInputError(self._json_file, f"the key {key!r} is there twice")
+                if key in ("images", "annotations", "categories") and not isinstance(value, list):
+                    raise BadInputError(self._json_file, f"it has no list of {key}")
+                seen.add(key)
+
+    def _items(self, key, needed, kinds=None):
+        """The records of a list, checked a batch at a time."""
+        with self._reading() as file:
+            records = ijson.items(file, f"{key}.item", use_float=True)
+            while batch := [*islice(records, _BATCH)]:
+                check_records(batch, key, self._json_file, needed, kinds)
+                yield from batch
+
+    @contextlib.contextmanager
+    def _reading(self):
+        try:
+            with open(self._json_file, "rb") as file:
+                yield file
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self._json_file} is no valid JSON: {error}") from error
+
+    def _add(self, record):
+        self._bytes += pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
+        self._starts.append(len(self._bytes))
+
+    def _add_image(self, image, sizes):
+        image_id = image.pop("id")
+        self._add({**image, "image_id": image_id})
+        if "height" in image and "width" in image:
+            try:
+                sizes[image_id] = check_size(image["height"], image["width"])
+            except ValueError as error:
+                raise BadInputError(self._json_file, f"image {image_id}: {error}") from error
+        return image_id
+
+    def _add_annotations(self, places, sizes, category_ids, owners, lesion_counts):
+        classes = {category_id: index for index, category_id in enumerate(category_ids)}
+        ids, homeless, without_outline = set(), 0, 0
+        annotations = self._checked_rles(
+            self._items("annotations", ("id", "image_id", "category_id")), places, sizes
+        )
+        for count, annotation in enumerate(annotations, start=1):
+            place = places.get(annotation["image_id"])
+            if place is None:
+                homeless += 1
+                continue
+            ids.add(annotation["id"])
+            if len(ids) + homeless < count:
+                raise ValueError(f"Annotation ids in '{self._json_file}' are not unique!")
+            record = self._record(annotation, classes, sizes)
+            if record is None:
+                without_outline += 1
+                continue
+            self._add(record)
+            owners.append(place)
+            lesion_counts[place] += not record.get("iscrowd", 0)
+        if homeless:
+            logger.warning(
+                "%s: %d annotations belong to images that the file does not have; left out",
+                self._json_file,
+                homeless,
+            )
+        if without_outline:
+            logger.warning(
+                "%s: %d annotations have polygons of fewer than three points only; left out",
+                self._json_file,
+                without_outline,
+            )
+
+    def _checked_rles(self, annotations, places, sizes):
+        """The annotations, those with RLE once it was checked."""
+        while batch := [*islice(annotations, _BATCH)]:
+            own = [
+                a
+                for a in batch
+                if a["image_id"] in places and isinstance(a.get("segmentation"), dict)
+            ]
+            of_own = [self._size(annotation, sizes) for annotation in own]
+            try:
+                rles = to_rles(
+                    [annotation["segmentation"] for annotation in own],
+                    of_own,
+                    lambda i, own=own: f"annotation {own[i]['id']}",
+                )
+            except ValueError as error:
+                raise BadInputError(self._json_file, str(error)) from error
+            for annotation, rle in zip(own, rles, strict=True):
+                annotation["segmentation"] = rle
+            yield from batch
+
+    def _size(self, annotation, sizes):
+        image_id = annotation["image_id"]
+        if image_id not in sizes:
+            raise BadInputError(
+                self._json_file, f"image {image_id} has no height and width, which masks need"
+            )
+        return sizes[image_id]
+
+    def _record(self, annotation, classes, sizes):
+        """What ``load_coco_json`` makes of an annotation; None for one that it leaves out."""
+        where = f"{self._json_file}: annotation {annotation['id']}"
+        if annotation.get("ignore", 0):
+            raise ValueError(f'{where}: "ignore" in COCO json file is not supported.')
+        record = {key: annotation[key] for key in _ANNOTATION_KEYS if key in annotation}
+        if "bbox" in record and not record["bbox"]:
+            raise ValueError(f"{where} of image {annotation['image_id']} has an empty 'bbox'")
+        if "bbox" in record and not is_box(record["bbox"]):
+            raise ValueError(f"{where} has no 'bbox' [x, y, width, height]")
+        if annotation.get("iscrowd", 0) not in (0, 1):
+            raise ValueError(f"{where} has an 'iscrowd' that is neither 0 nor 1")
+        outline = annotation.get("segmentation")
+        if outline and not isinstance(outline, dict):
+            if not isinstance(outline, list) or {type(polygon) for polygon in outline} != {list}:
+                raise ValueError(f"{where} has neither polygons nor RLE")
+            outline = [p for p in outline if len(p) % 2 == 0 and len(p) >= 6]
+            if not outline:
+                return None
+            size = self._size(annotation, sizes)
+            try:
+                for polygon in outline:
+                    check_outline(polygon, *size)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        if outline:
+            record["segmentation"] = outline
+        if keypoints := annotation.get("keypoints"):
+            # COCO gives the pixel; coordinates of its centre are half a pixel more.
+            record["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(keypoints)]
+        if record["category_id"] not in classes:
+            raise KeyError(
+                f"{where}: category_id={record['category_id']} does not exist in 'categories'"
+            )
+        record["category_id"] = classes[record["category_id"]]
+        return record
+
+
+class LabelledCatalog(Dataset, Sequence):
+    """
+    The dataset dicts of a COCO file with one annotation an image: as of :class:`Catalog`, with
+    ``label`` (int, place of the class in ``categories``) instead of ``annotations``.
+    """
+
+    def __init__(self, catalogue):
+        """
+        Args:
+            catalogue (Catalog): with one annotation an image.
+        """
+        self._catalogue = catalogue
+        self.categories = catalogue.categories
+
+    def __len__(self):
+        return len(self._catalogue)
+
+    def __getitem__(self, index):
+        """
+        Args:
+            index (int):
+
+        Returns:
+            dict:
+        """
+        record = self._catalogue[index]
+        (annotation,) = record.pop("annotations")
+        return {**record, "label": annotation["category_id"]}
+
+
+def load_labelled_catalog(json_file, image_root):
+    """
+    Args:
+        json_file (str or Path): COCO image-classification JSON, as ``tools/prepare_dataset.py
+            classification`` writes it.
+        image_root (str or Path): the folder that each ``file_name`` is relative to.
+
+    Returns:
+        LabelledCatalog: by rising image id.
+
+    Raises:
+        ValueError: the file is no such JSON, or an image has no class or several.
+        KeyError: an annotation's class is not in the file.
+    """
+    catalogue = load_catalog(json_file, image_root)
+    wrong = np.flatnonzero(catalogue.lesion_counts != 1)
+    if len(wrong):
+        record = catalogue[wrong[0]]
+        raise ValueError(
+            f"{json_file}: {len(wrong)} images do not have exactly one class, such as "
+            f"{record['file_name']} with {len(record['annotations'])}; make the file with "
+            "tools/prepare_dataset.py classification"
+        )
+    return LabelledCatalog(catalogue)
+
+
+def labels_of(records):
+    """
+    Args:
+        records (sequence of dict): dataset dicts with ``label``.
+
+    Returns:
+        np.ndarray: (N,) int.
+    """
+    return np.array([records[i]["label"] for i in range(len(records))], dtype=int)
+
+
+def balanced_weights(labels, num_classes):
+    """
+    Weights of the classes under which all weigh the same together, and an image 1 on average.
+
+    Args:
+        labels (np.ndarray): (N,) int, the class of each training image.
+        num_classes (int): K.
+
+    Returns:
+        np.ndarray: (K,) float, N / (K * images of the class).
+
+    Raises:
+        ValueError: a class has no image.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    if not counts.all() or len(counts) > num_classes:
+        raise ValueError(
+            f"Images of the {num_classes} classes in the training set: {counts.tolist()}. Each "
+            "class needs some, and there must be no other."
+        )
+    return len(labels) / (num_classes * counts)
+
+
+DATASET_CLASSES = {
+    "kvasir_seg": ["polyp"],
+    "egc": ["early gastric cancer"],
+    "synthetic": ["lesion"],
+    "lesion_free": ["lesion"],
+}
+_PREPARE = {
+    "kvasir_seg": "kvasir-seg --root DIR",
+    "egc": "coco --annotations FILE --images DIR",
+    "synthetic": "synthetic --num-images 160 --size 256",
+    "lesion_free": "lesion-free --root DIR",
+    "gastric_recognition": "classification --root DIR",
+}
+# what loading sets; Detectron2's Metadata refuses to change a value, so these are cleared first
+_SET_ON_LOADING = ("thing_classes", "thing_dataset_id_to_contiguous_id", "json_file", "image_root")
+
+
+def register_lesion_dataset(
+    name: str,
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    thing_classes: list[str] | None = None,
+) -> None:
+    """Registers a COCO instance file under `name`, read when the data set is loaded.
+
+    Args:
+        name: the name for ``DATASETS.{TRAIN,VAL,TEST}``.
+        json_file: COCO instance JSON; what `tools/prepare_dataset.py coco` writes, or any other.
+        image_root: the folder that each ``file_name`` is relative to.
+        thing_classes: class names to know before loading; the file's categories, by rising id,
+            replace them.
+
+    Raises:
+        AssertionError: the name is taken (Detectron2's own check).
+    """
+    paths = Path(json_file), Path(image_root)
+    _register(name, lambda: paths, f"Check the path given for data set {name!r}.", thing_classes)
+
+
+def register_classification_dataset(
+    name: str, json_file: str | os.PathLike, image_root: str | os.PathLike
+) -> None:
+    """Registers a COCO image-classification file under `name`, read when the data set is loaded.
+
+    Its dataset dicts have ``label``, the place of the class in the metadata's ``thing_classes``.
+
+    Args:
+        name: the name for ``DATASETS.{TRAIN,VAL,TEST}``.
+        json_file: COCO JSON with one annotation an image; what `tools/prepare_dataset.py
+            classification` writes, or any other.
+        image_root: the folder that each ``file_name`` is relative to.
+
+    Raises:
+        AssertionError: the name is taken (Detectron2's own check).
+    """
+    paths = Path(json_file), Path(image_root)
+    remedy = f"Check the path given for data set {name!r}."
+    _register(name, lambda: paths, remedy, None, load_labelled_catalog)
+
+
+def _register(
+    name: str,
+    locate: Callable[[], tuple[Path, Path]],
+    remedy: str,
+    thing_classes: list[str] | None,
+    read: Callable[[Path, Path], Catalog | LabelledCatalog] = load_catalog,
+) -> None:
+    DatasetCatalog.register(name, lambda: _load(name, locate, remedy, read))
+    metadata = MetadataCatalog.get(name)
+    # Detectron2's own scripts choose their evaluator by it.
+    metadata.evaluator_type = "coco" if read is load_catalog else "recognition"
+    if thing_classes is not None:
+        metadata.thing_classes = list(thing_classes)
+
+
+def _load(
+    name: str,
+    locate: Callable[[], tuple[Path, Path]],
+    remedy: str,
+    read: Callable[[Path, Path], Catalog | LabelledCatalog],
+) -> Catalog | LabelledCatalog:
+    json_file, image_root = locate()
+    if not json_file.is_file():
+        raise FileNotFoundError(f"{json_file}: no such file. {remedy}")
+    if not image_root.is_dir():
+        raise FileNotFoundError(f"{image_root}: no such folder. {remedy}")
+
+    catalogue = read(json_file, image_root)
+    classes = list(catalogue.categories.values())
+    metadata = MetadataCatalog.get(name)
+    known = metadata.get("thing_classes")
+    for key in _SET_ON_LOADING:
+        vars(metadata).pop(key, None)
+    metadata.set(
+        thing_classes=classes,
+        thing_dataset_id_to_contiguous_id={id_: i for i, id_ in enumerate(catalogue.categories)},
+        json_file=str(json_file),
+        image_root=str(image_root),
+    )
+    if known is not None and known != classes:
+        logger.warning(
+            "Classes of %s are %s (from %s), not %s: MODEL.ROI_HEADS.NUM_CLASSES must be %d.",
+            name,
+            classes,
+            json_file,
+            known,
+            len(classes),
+        )
+    return catalogue
+
+
+def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> Dataset:
+    """One data set of dataset dicts out of those with these names, ours or others.
+
+    It is Detectron2's ``get_detection_dataset_dicts`` for a `Catalog`, which that function
+    neither filters nor counts.
+
+    Args:
+        names: as in ``DATASETS.TRAIN``, or a single one.
+        filter_empty: leave out images without lesions (``DATALOADER.FILTER_EMPTY_ANNOTATIONS``).
+
+    Raises:
+        ValueError: one of them holds no images, or their classes differ.
+    """
+    names = [names] if isinstance(names, str) else names
+    datasets = [_load_dataset(name, filter_empty) for name in names]
+    with contextlib.suppress(AttributeError):  # a foreign data set need not name its classes
+        check_metadata_consistency("thing_classes", names)
+    return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+
+
+def _load_dataset(name: str, filter_empty: bool) -> Dataset:
+    dataset = DatasetCatalog.get(name)
+    if filter_empty:
+        if isinstance(dataset, Catalog):
+            dataset = dataset.with_lesions()
+        elif not isinstance(dataset, Dataset):
+            dataset = filter_images_with_only_crowd_annotations(dataset)
+    if not len(dataset):
+        raise ValueError(f"Data set {name} holds no images{' with lesions' * filter_empty}")
+    return dataset if isinstance(dataset, Dataset) else DatasetFromList(dataset)
+
+
+def _locate_prepared(dataset: str, split: str) -> tuple[Path, Path]:
+    root = Path(os.environ.get("IMRCNN_DATASETS", "datasets")) / dataset
+    return root / "annotations" / f"{split}.json", root / "images"
+
+
+def _register_prepared() -> None:
+    for dataset, command in _PREPARE.items():
+        remedy = (
+            f"Make it with: python tools/prepare_dataset.py {command} --out "
+            f"$IMRCNN_DATASETS/{dataset} (datasets/{dataset} where the variable is unset)."
+        )
+        classes = DATASET_CLASSES.get(dataset)  # of classified images the user's own
+        read = load_catalog if classes else load_labelled_catalog
+        for split in SPLITS:
+            name = f"{dataset}_{split}"
+            if name not in DatasetCatalog:
+                locate = functools.partial(_locate_prepared, dataset, split)
+                _register(name, locate, remedy, classes, read)
+
+
+_register_prepared()

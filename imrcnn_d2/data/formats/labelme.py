@@ -1,0 +1,380 @@
+"""LabelMe: a JSON file for each image. Read into COCO, and written from it.
+
+https://github.com/wkentaro/labelme; the format of its versions 3 to 6.
+"""
+
+import base64
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import pycocotools.mask as mask_util
+from PIL import Image
+from tqdm import tqdm
+
+from imrcnn_d2.data.formats.coco import to_rle
+from imrcnn_d2.data.images import check_name, inspect_image, list_files, open_image
+from imrcnn_d2.data.masks import (
+    ANNOTATION_FIELDS,
+    IMAGE_FIELDS,
+    Region,
+    annotate,
+    check_classes,
+    check_extent,
+    ellipse_rle,
+    further_fields,
+    named_categories,
+    outlines,
+    patch_rle,
+    polygon_rle,
+    rectangle,
+)
+from imrcnn_d2.data.prepare.data_set import Sample, Source
+from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, read_json
+
+__all__ = ["SHAPE_KEYS", "draw", "labelme_document", "read_labelme", "shape_rle"]
+
+
+# What LabelMe reads of a shape; it keeps other keys as they are.
+SHAPE_KEYS = ("label", "points", "group_id", "shape_type", "flags", "mask")
+_POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}
+
+
+def shape_rle(shape: Mapping, height: int, width: int) -> dict:
+    """Compressed COCO RLE of a shape in an image of that size.
+
+    Raises:
+        ValueError: it is no area, or malformed.
+    """
+    kind = shape.get("shape_type") or "polygon"  # not in old files
+    points = shape.get("points")
+    if not isinstance(points, list) or not all(
+        isinstance(point, list) and len(point) == 2 for point in points
+    ):
+        raise ValueError("its points are no list of [x, y]")
+    if not isinstance(kind, str) or kind not in (*_POINTS, "polygon"):
+        raise ValueError(f"{kind!r} is no area; outline it, or take it out of the file")
+    if len(points) != _POINTS.get(kind, len(points)):
+        raise ValueError(f"a {kind} has {len(points)} points instead of {_POINTS[kind]}")
+    flat = list(chain.from_iterable(points))
+    check_extent(flat, height, width)
+    if kind == "rectangle":
+        return polygon_rle(rectangle(*flat).tolist(), height, width)
+    if kind == "circle":
+        (x, y), (x_edge, y_edge) = points
+        radius = float(np.hypot(x_edge - x, y_edge - y))
+        return ellipse_rle((x, y), (radius, radius), height, width)
+    if kind == "mask":
+        left, top = (round(value) for value in flat[:2])
+        return patch_rle(_decode(shape.get("mask")), left, top, height, width)
+    return polygon_rle(points, height, width)
+
+
+def draw(
+    annotation: Mapping,
+    label: str,
+    height: int,
+    width: int,
+    group_id: int,
+    fill_holes: bool = False,
+) -> list[dict]:
+    """The shapes of a COCO annotation, several of one `group_id` where it has several parts.
+
+    Args:
+        annotation: its mask becomes polygons; with holes that count, a LabelMe mask, which has no
+            points to move. Without a mask, its box becomes a rectangle.
+        label: name of its class.
+        height, width: of the image in pixels.
+        group_id: of this annotation alone.
+        fill_holes: polygons all the same.
+    """
+    areas = _areas(annotation, height, width, fill_holes)
+    further = further_fields(annotation, (*ANNOTATION_FIELDS, *SHAPE_KEYS, "score"))
+    flags = {key: further.pop(key) for key in list(further) if isinstance(further[key], bool)}
+    if annotation.get("iscrowd"):
+        flags["iscrowd"] = True
+    description = str(further.pop("description", ""))
+    if annotation.get("score") is not None:
+        description = f"score {annotation['score']:.4f}"
+    common = {
+        **further,
+        "label": label,
+        "group_id": group_id if len(areas) > 1 else None,
+        "description": description,
+        "flags": flags,
+        "mask": None,
+    }
+    return [{**common, **area} for area in areas]
+
+
+def _areas(annotation: Mapping, height: int, width: int, fill_holes: bool) -> list[dict]:
+    """Type and points of each shape."""
+    if "segmentation" not in annotation:
+        x, y, box_width, box_height = annotation["bbox"]
+        points = [[x, y], [x + box_width, y + box_height]]
+        return [{"shape_type": "rectangle", "points": points}]
+    rle = to_rle(annotation["segmentation"], height, width)
+    mask = mask_util.decode(rle)
+    lines = outlines(mask, fill_holes)
+    if lines is not None:
+        return [{"shape_type": "polygon", "points": line.tolist()} for line in lines]
+    left, top, box_width, box_height = mask_util.toBbox(rle).astype(int).tolist()
+    right, bottom = left + box_width, top + box_height
+    return [
+        {
+            "shape_type": "mask",
+            "points": [[left, top], [right - 1, bottom - 1]],  # pixels, the last one included
+            "mask": _encode(mask[top:bottom, left:right]),
+        }
+    ]
+
+
+def _encode(patch: np.ndarray) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(patch).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def _decode(text: object) -> np.ndarray:
+    """(h, w) bool of a base64 PNG."""
+    if not isinstance(text, str):
+        raise ValueError("its mask is no text of base64")
+    try:
+        with open_image(io.BytesIO(base64.b64decode(text, validate=True)), ["PNG"]) as file:
+            patch = np.asarray(file)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise ValueError(f"its mask is no PNG in base64 ({error})") from error
+    if patch.ndim != 2:
+        raise ValueError("its mask has several channels; LabelMe's have one")
+    return patch != 0
+
+
+VERSION = "5.5.0"  # of the format
+_FILE_KEYS = ("version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
+# Flags of a shape become fields of its annotation; COCO's own are no flags, but for iscrowd.
+_NO_FLAGS = tuple(name for name in ANNOTATION_FIELDS if name != "iscrowd")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A LabelMe file, but for the image it may hold.
+
+    Attributes:
+        path: the JSON file.
+        image_path: what it names, relative to the images' folder; None if only its pixels are
+            in the file.
+        content: its JSON without ``imageData``.
+    """
+
+    path: Path
+    image_path: Path | None
+    content: dict
+
+
+def read_labelme(
+    root: Path,
+    rejects: Rejects,
+    scratch: Path,
+    images: Path | None = None,
+    classes: Sequence[str] | None = None,
+) -> Source:
+    """Reads a folder of LabelMe files. Every image needs one; without shapes it is lesion-free.
+
+    Polygons, rectangles, circles and masks are areas; those of one label and ``group_id`` are one
+    instance. Flags become fields of the image or annotation, as do further keys that LabelMe
+    keeps for others; a shape's flag ``iscrowd`` is COCO's.
+
+    Args:
+        root: has the JSON files, in folders of its own or not.
+        rejects: takes bad input.
+        scratch: an empty folder for images that are only in the files; it must stay.
+        images: has the images, laid out as the JSON files are; None if each lies where its file
+            says, inside `root`.
+        classes: the labels in their order; None takes those found, sorted.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        BadInputError: bad input under ``on_error="raise"``, such as an image without a file;
+            always if there is no usable file at all.
+    """
+    folder = root if images is None else images
+    there = list_files(folder, rejects)
+    paths = there if images is None else list_files(root, rejects)
+    paths = [path for path in paths if path.suffix.lower() == ".json"]
+    files: list[_File] = []
+    for path in tqdm(paths, desc="Reading LabelMe files", unit="file"):
+        with rejects.catch():
+            files.append(_read(path, root, images, rejects.follow_links))
+    if not files:
+        raise BadInputError(root, "there is no LabelMe file (*.json) in it that can be used")
+    labels = {shape["label"] for file in files for shape in file.content["shapes"]}
+    categories = named_categories(labels, classes, root)
+    ids = {category["name"]: category["id"] for category in categories}
+    notes: list[str] = []
+
+    def samples() -> Iterator[Sample]:
+        uses = Counter(file.image_path for file in files)
+        for file in tqdm(files, desc="Reading images", unit="image"):
+            with rejects.catch():
+                if file.image_path is not None and uses[file.image_path] > 1:
+                    raise BadInputError(
+                        file.path, f"duplicate: several LabelMe files are of {file.image_path}"
+                    )
+                yield _sample(file, root, folder, scratch, ids, notes)
+        for path in there:
+            if path.suffix.lower() in Image.registered_extensions() and path not in uses:
+                with rejects.catch():
+                    raise BadInputError(
+                        path,
+                        "has no LabelMe file, so nobody has said whether it shows a lesion; save "
+                        "one, or give lesion-free images as --negatives",
+                    )
+
+    return Source(samples(), categories, {"description": "from LabelMe"}, notes)
+
+
+def labelme_document(
+    annotations: Sequence[Mapping],
+    names: Mapping[int, str],
+    image_path: str,
+    height: int,
+    width: int,
+    *,
+    fields: Mapping | None = None,
+    fill_holes: bool = False,
+) -> dict:
+    """What a LabelMe file of an image holds. LabelMe opens it, and keeps what it does not know.
+
+    Args:
+        annotations: COCO annotations, see `draw`; those without an area, which name a class of the
+            whole image, have no shape.
+        names: of the classes by category id.
+        image_path: relative to where the file will lie.
+        height, width: of the image in pixels.
+        fields: further fields of the image; truth values become its flags.
+        fill_holes: see `draw`.
+    """
+    shapes: list[dict] = []
+    for number, annotation in enumerate(annotations, start=1):
+        if "bbox" in annotation:
+            label = names[annotation["category_id"]]
+            shapes += draw(annotation, label, height, width, number, fill_holes)
+    fields = dict(fields or {})
+    flags = {key: fields.pop(key) for key in list(fields) if isinstance(fields[key], bool)}
+    return {
+        **{key: value for key, value in fields.items() if key not in _FILE_KEYS},
+        "version": VERSION,
+        "flags": flags,
+        "shapes": shapes,
+        "imagePath": image_path,
+        "imageData": None,
+        "imageHeight": height,
+        "imageWidth": width,
+    }
+
+
+def _read(path: Path, root: Path, images: Path | None, follow_links: bool) -> _File:
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"shapes", "imagePath"} <= content.keys():
+        raise BadInputError(path, "is no LabelMe file: it has no shapes and imagePath")
+    shapes = content["shapes"]
+    if not isinstance(shapes, list) or not all(isinstance(shape, dict) for shape in shapes):
+        raise BadInputError(path, "its shapes are no list of objects")
+    for i, shape in enumerate(shapes):
+        if not isinstance(shape.get("label"), str) or not shape["label"]:
+            raise BadInputError(path, f"shapes[{i}] has no label")
+    for key in ("imageHeight", "imageWidth"):
+        if not isinstance(content.get(key), int | None):
+            raise BadInputError(path, f"its {key} {content[key]!r} is no number of pixels")
+    _check_flags(path, content, IMAGE_FIELDS)
+    embedded = content.pop("imageData", None)
+    image = _locate(path, content["imagePath"], root, images)
+    if image is not None:
+        check_inside(root if images is None else images, image, follow_links)
+    if image is None or not image.is_file():
+        if not isinstance(embedded, str):
+            where = content["imagePath"] if image is None else image
+            raise BadInputError(
+                path, f"there is no image {where}; name the folder of images with --images"
+            )
+        image = None
+    return _File(path, image, content)
+
+
+def _check_flags(path: Path, entry: dict, own: Sequence[str]) -> None:
+    flags = entry.get("flags") or {}
+    if not isinstance(flags, dict) or not all(isinstance(v, bool) for v in flags.values()):
+        raise BadInputError(path, f"the flags {flags!r} are not all true or false")
+    if clash := sorted(set(flags) & set(own)):
+        raise BadInputError(path, f"there is a flag called {clash[0]!r}; give it another name")
+
+
+def _locate(path: Path, image_path: object, root: Path, images: Path | None) -> Path | None:
+    """Where the image should lie; None if that is outside the folder."""
+    if not isinstance(image_path, str) or not image_path:
+        raise BadInputError(path, f"its imagePath {image_path!r} is no file name")
+    check_name(image_path, path)
+    named = PureWindowsPath(image_path)  # which takes / as well
+    beside = path.parent.relative_to(root)
+    if images is not None:
+        return images / beside / named.name
+    if named.is_absolute() or named.drive or named.root:
+        return path.parent / named.name  # of the computer it was drawn on
+    relative = PurePosixPath(os.path.normpath(beside / named.as_posix()))
+    return None if ".." in relative.parts else root / relative
+
+
+def _sample(
+    file: _File,
+    root: Path,
+    folder: Path,
+    scratch: Path,
+    category_ids: Mapping[str, int],
+    notes: list[str],
+) -> Sample:
+    path, content = file.image_path, file.content
+    if path is None:
+        path, folder = _unpack(file, root, scratch), scratch
+        notes.append(f"{file.path}: its image is not there, the copy inside the file is used")
+    image = inspect_image(path)
+    size = (content.get("imageWidth") or image.width, content.get("imageHeight") or image.height)
+    check_classes((shape["label"] for shape in content["shapes"]), category_ids, file.path)
+    regions = (_region(file.path, i, shape, *size) for i, shape in enumerate(content["shapes"]))
+    annotations = annotate(image, size, regions, category_ids, notes)
+    fields = further_fields(content, (*IMAGE_FIELDS, *_FILE_KEYS))
+    fields |= content.get("flags") or {}
+    return Sample(path.relative_to(folder).as_posix(), image, annotations, fields)
+
+
+def _region(path: Path, number: int, shape: dict, width: int, height: int) -> Region:
+    _check_flags(path, shape, _NO_FLAGS)
+    label, group = shape["label"], shape.get("group_id")
+    try:
+        if not isinstance(group, int | str | None):
+            raise ValueError(f"its group_id {group!r} is no number")
+        rle = shape_rle(shape, height, width)
+    except ValueError as error:
+        raise BadInputError(path, f"shapes[{number}], {label!r}: {error}") from error
+    fields = further_fields(shape, (*ANNOTATION_FIELDS, *SHAPE_KEYS))
+    if not fields.get("description"):
+        fields.pop("description", None)
+    return Region(label, rle, group, {**fields, **(shape.get("flags") or {})})
+
+
+def _unpack(file: _File, root: Path, scratch: Path) -> Path:
+    """Writes the image that is in the file, and returns where."""
+    try:
+        data = base64.b64decode(read_json(file.path)["imageData"], validate=True)
+        with open_image(io.BytesIO(data)) as image:
+            suffix = ".jpg" if image.format == "JPEG" else f".{image.format.lower()}"
+    except Exception as error:  # as of any image, see images.py
+        raise BadInputError(file.path, f"its imageData is no readable image ({error})") from error
+    target = scratch / file.path.relative_to(root).with_suffix(suffix)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+    return target

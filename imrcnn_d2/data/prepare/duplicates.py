@@ -1,0 +1,295 @@
+"""Near-duplicate images: copies, re-framed copies, and frames taken moments apart.
+
+Every image's local features are looked up among those of all images, as in Sivic and Zisserman,
+"Video Google" (ICCV 2003): images that share distinctive features are candidates. A candidate is a
+near-duplicate if one image, aligned to the other, correlates with it. A plain perceptual hash does
+not do for endoscopy: it sees the dark frame and the light in the middle, which all images of an
+endoscope share, and it misses the same picture stored with another frame.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
+
+from imrcnn_d2.data.images import open_image
+
+__all__ = [
+    "MIN_CORRELATION",
+    "Features",
+    "Pair",
+    "compare_images",
+    "describe_image",
+    "find_near_duplicates",
+    "group_labels",
+]
+
+
+# Chosen by looking at the pairs of Kvasir-SEG: above 0.31 all show the same scene, under 0.25
+# hardly any does. Between them both occur, and a pair too many harms a split less than one missed.
+# What passes wrongly shares writing on the screen, the more so in a small set.
+MIN_CORRELATION = 0.25
+
+_SIZE = 352  # side that all images are resized to, in pixels; lengths below refer to it
+_FEATURES = 300  # of an image
+_NEIGHBOURS = 12  # features looked up for each one
+_DISTINCT = 0.85  # of the distance to the last of them: nearer ones are matches
+_MIN_MATCHES = 5
+_MIN_MIRRORED = 12  # of the features of the mirrored image, with which only copies are looked for
+_STAYS = 4  # matches that moved less may be of text on the screen
+_HOPELESS, _GOOD = 0.1, 0.9  # correlations between which the alignment is refined
+_MIN_OVERLAP = 0.3  # share of the image in which both show tissue
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two near-duplicates: indices a < b of the images, and their correlation once aligned."""
+
+    a: int
+    b: int
+    correlation: float
+
+
+@dataclass(frozen=True)
+class Features:
+    """Local features of an image, in pixels of the size that all are resized to.
+
+    Attributes:
+        points: (F, 2) float32 positions.
+        descriptors: (F, 128) uint8, SIFT.
+    """
+
+    points: np.ndarray
+    descriptors: np.ndarray
+
+
+def find_near_duplicates(
+    paths: Sequence[Path], min_correlation: float = MIN_CORRELATION
+) -> list[Pair]:
+    """Compares all images with one another; turned and mirrored copies are found as well.
+
+    It is the picture that is compared, so images of one lesion from two sides are no pair. The
+    same files in the same order give the same pairs. About 1 MB of memory for ten images.
+
+    Args:
+        paths: the images, of any sizes.
+        min_correlation: of the aligned images, in (0, 1]; see `MIN_CORRELATION`.
+
+    Returns:
+        the pairs, sorted.
+    """
+    points, descriptors, owners = _features(paths)
+    candidates = _candidates(descriptors, owners)
+    pairs = []
+    for a, b in tqdm(sorted(candidates), desc="Comparing images", unit="pair"):
+        matches = np.array(sorted(candidates[a, b]))
+        correlation = _correlation(paths[a], paths[b], *points[matches].transpose(1, 0, 2))
+        if correlation >= min_correlation:
+            pairs.append(Pair(a, b, round(correlation, 3)))
+    return pairs
+
+
+def group_labels(count: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Labels items that are connected by pairs, over any number of steps, alike: (count,) int."""
+    edges = np.array(list(pairs), dtype=int).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges)), edges.T), shape=(count, count))
+    return connected_components(graph, directed=False)[1]
+
+
+def describe_image(path: Path) -> Features:
+    """The local features of an image, for `compare_images`."""
+    sift = cv2.SIFT_create(nfeatures=_FEATURES, contrastThreshold=0.02)
+    equaliser = cv2.createCLAHE(3, (8, 8))  # mucosa has little contrast
+    gray = _read(path)
+    keypoints, found = sift.detectAndCompute(equaliser.apply(gray), _tissue(gray, 8))
+    points = np.array([k.pt for k in keypoints], np.float32).reshape(-1, 2)
+    # whole numbers up to 255, though of type float32
+    found = np.empty((0, 128), np.uint8) if found is None else found.astype(np.uint8)
+    return Features(points, found)
+
+
+def compare_images(
+    path: Path, features: Features, others: Sequence[tuple[Path, Features]]
+) -> list[float]:
+    """Correlation of an image with others that look like it, each aligned as well as can be.
+
+    It is the comparison of `find_near_duplicates` where candidates are known, in time that depends
+    on their number alone. What features are distinct is judged by those of the others.
+
+    Args:
+        path, features: the image.
+        others: likewise; at least some should be no near-duplicates.
+
+    Returns:
+        a correlation for each of the others, -1 if nothing suggests that they show the same.
+    """
+    parts = [features, *(other for _, other in others)]
+    owners = np.repeat(np.arange(len(parts)), [len(part.points) for part in parts])
+    points = np.concatenate([part.points for part in parts])
+    values = _root_sift(np.concatenate([part.descriptors for part in parts]).astype(np.float32))
+    own, theirs = values[owners == 0], values[owners > 0]
+    correlations = [-1.0] * len(others)
+    if len(theirs) <= _NEIGHBOURS:
+        return correlations
+    best: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for queries, least in ((_mirrored(own), _MIN_MIRRORED), (own, _MIN_MATCHES)):
+        squares = 2 - 2 * queries @ theirs.T  # they have length 1
+        furthest = np.partition(squares, _NEIGHBOURS - 1, axis=1)[:, _NEIGHBOURS - 1]
+        rows, columns = np.nonzero(squares < _DISTINCT**2 * furthest[:, None])
+        columns += len(own)
+        for i in np.unique(owners[columns]).tolist():
+            of_image = owners[columns] == i
+            if of_image.sum() >= max(least, len(best[i][0]) if i in best else 0):
+                best[i] = rows[of_image], columns[of_image]
+    for i, (rows, columns) in best.items():
+        matched = points[rows], points[columns]
+        correlations[i - 1] = _correlation(path, others[i - 1][0], *matched)
+    return correlations
+
+
+def _features(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions (F, 2), RootSIFT descriptors (F, 128) and image indices (F,) of all features."""
+    found = [describe_image(path) for path in tqdm(paths, desc="Describing images", unit="image")]
+    points = [np.empty((0, 2), np.float32), *(features.points for features in found)]
+    descriptors = [np.empty((0, 128), np.uint8), *(features.descriptors for features in found)]
+    owners = np.repeat(np.arange(len(paths)), [len(p) for p in points[1:]])
+    values = _root_sift(np.concatenate(descriptors).astype(np.float32))
+    return np.concatenate(points), values, owners
+
+
+def _root_sift(descriptors: np.ndarray) -> np.ndarray:
+    """ "RootSIFT", Arandjelovic and Zisserman, CVPR 2012."""
+    return np.sqrt(descriptors / np.maximum(descriptors.sum(axis=1, keepdims=True), 1e-6))
+
+
+def _candidates(
+    descriptors: np.ndarray, owners: np.ndarray
+) -> dict[tuple[int, int], set[tuple[int, int]]]:
+    """Pairs of images with their matching features.
+
+    A feature matches those that are distinctly nearer than the last of its nearest. One that many
+    images have, such as a letter on the screen, has many equally near ones and so matches none.
+    """
+    if len(owners) <= _NEIGHBOURS:
+        return {}
+    cv2.setRNGSeed(0)  # the trees are drawn at random
+    index = cv2.flann_Index(descriptors, {"algorithm": 1, "trees": 4})
+    candidates = {}
+    for queries, least in ((_mirrored(descriptors), _MIN_MIRRORED), (descriptors, _MIN_MATCHES)):
+        found = defaultdict(set)
+        neighbours, squares = index.knnSearch(queries, _NEIGHBOURS, params={"checks": 96})
+        near = squares < _DISTINCT**2 * squares[:, -1:]
+        rows, columns = np.nonzero(near & (owners[neighbours] != owners[:, None]))
+        for i, j in zip(rows, neighbours[rows, columns], strict=True):
+            i, j = sorted((int(i), int(j)))
+            found[int(owners[i]), int(owners[j])].add((i, j))
+        for pair, matches in found.items():
+            if len(matches) >= max(least, len(candidates.get(pair, ()))):
+                candidates[pair] = matches
+    return candidates
+
+
+def _mirrored(descriptors: np.ndarray) -> np.ndarray:
+    """Descriptors of the same features in the mirrored image.
+
+    SIFT turns with a feature's direction; across it, cells swap and gradients change sign.
+    """
+    cells = descriptors.reshape(-1, 4, 4, 8)
+    return np.ascontiguousarray(cells[:, ::-1][..., -np.arange(8) % 8].reshape(-1, 128))
+
+
+def _correlation(a: Path, b: Path, points_a: np.ndarray, points_b: np.ndarray) -> float:
+    """The best correlation of image `a`, aligned by the matching (M, 2) points, with `b`."""
+    moved = np.abs(points_a - points_b).max(axis=1) > _STAYS
+    best = -1.0
+    for chosen in (np.ones_like(moved), moved):
+        if chosen.sum() < _MIN_MATCHES:
+            continue
+        affine, _ = cv2.estimateAffine2D(
+            points_a[chosen], points_b[chosen], ransacReprojThreshold=8, maxIters=1000
+        )
+        for aligned in _alignments(affine, a, b):
+            best = max(best, aligned)
+    return best
+
+
+def _alignments(affine: np.ndarray | None, a: Path, b: Path) -> Iterator[float]:
+    """The correlation after an alignment, and after its refinement where that may help."""
+    if affine is None or not _is_plausible(affine):
+        return
+    first = _overlap_correlation(affine, a, b)
+    yield first
+    if not _HOPELESS <= first < _GOOD or _stays(affine):
+        return
+    half = cv2.invertAffineTransform(affine).astype(np.float32)
+    half[:, 2] /= 2
+    small = {"dsize": None, "fx": 0.5, "fy": 0.5}
+    (detail_a, _), (detail_b, tissue_b) = _detail(a), _detail(b)
+    try:
+        _, half = cv2.findTransformECC(
+            cv2.resize(detail_b, **small),
+            cv2.resize(detail_a, **small),
+            half,
+            cv2.MOTION_AFFINE,
+            (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 30, 1e-3),
+            cv2.resize(tissue_b, **small),
+            5,
+        )
+    except cv2.error:  # did not converge
+        return
+    half[:, 2] *= 2
+    if _is_plausible(half):
+        yield _overlap_correlation(cv2.invertAffineTransform(half), a, b)
+
+
+def _stays(affine: np.ndarray) -> bool:
+    """Whether an alignment moves nothing: of other images than copies, it is that of the screen."""
+    corners = np.array([[0, 0, 1], [_SIZE, 0, 1], [0, _SIZE, 1], [_SIZE, _SIZE, 1]])
+    return bool(np.abs(corners @ affine.T - corners[:, :2]).max() <= _STAYS)
+
+
+def _is_plausible(affine: np.ndarray) -> bool:
+    """Whether an alignment scales and distorts little enough for two views of one scene."""
+    largest, smallest = np.linalg.svd(affine[:, :2], compute_uv=False)
+    return smallest > 0.4 and largest < 2.5 and largest < 2 * smallest
+
+
+def _overlap_correlation(affine: np.ndarray, a: Path, b: Path) -> float:
+    (detail_a, tissue_a), (detail_b, tissue_b) = _detail(a), _detail(b)
+    moved = cv2.warpAffine(detail_a, affine, (_SIZE, _SIZE))
+    both = (cv2.warpAffine(tissue_a, affine, (_SIZE, _SIZE)) & tissue_b) > 0
+    if both.mean() < _MIN_OVERLAP or moved[both].std() == 0 or detail_b[both].std() == 0:
+        return -1.0
+    return float(np.corrcoef(moved[both], detail_b[both])[0, 1])
+
+
+@functools.lru_cache(maxsize=256)
+def _detail(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Detail of equal strength everywhere, (S, S) float32, and where there is tissue, (S, S) uint8.
+
+    Light and shade are left out, and what is strong, highlights above all, counts no more.
+    """
+    gray = _read(path)
+    values = gray.astype(np.float32)
+    detail = cv2.GaussianBlur(values, (0, 0), 2) - cv2.GaussianBlur(values, (0, 0), 12)
+    strength = np.sqrt(cv2.GaussianBlur(detail**2, (0, 0), 12)) + 4
+    return np.clip(detail / strength, -2, 2), _tissue(gray, 12)
+
+
+def _tissue(gray: np.ndarray, margin: int) -> np.ndarray:
+    """Where an image is neither the dark frame, with its thin writing, nor near it: 0 or 1."""
+    bright = cv2.morphologyEx((gray > 28).astype(np.uint8), cv2.MORPH_OPEN, np.ones((13, 13)))
+    return cv2.erode(bright, np.ones((2 * margin + 1,) * 2), borderType=0, borderValue=0)
+
+
+def _read(path: Path) -> np.ndarray:
+    with open_image(path) as image:
+        return np.asarray(image.convert("L").resize((_SIZE, _SIZE), Image.Resampling.BOX))

@@ -1,0 +1,381 @@
+"""Groups of images that must not be parted: near-duplicates, and those of one patient."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from imrcnn_d2.data.prepare.duplicates import MIN_CORRELATION, find_near_duplicates, group_labels
+from imrcnn_d2.utils.files import read_json
+
+__all__ = [
+    "SPLITS",
+    "FixedTest",
+    "Item",
+    "group_images",
+    "largest_remainder",
+    "make_folds",
+    "make_splits",
+    "parse_ratio",
+    "read_splits",
+    "sha256",
+    "splits_from_prefixes",
+]
+
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to assign.
+
+    Attributes:
+        name: its file name.
+        stratum: what all splits get their share of: whether it shows a lesion, or its class.
+        patient: None if not known.
+    """
+
+    name: str
+    stratum: Hashable
+    patient: str | int | None = None
+
+
+@dataclass(frozen=True)
+class FixedTest:
+    """A test set of fixed size; validation images come out of the rest.
+
+    Attributes:
+        per_stratum: test images of each stratum.
+        val_percent: share of the others for validation, in (0, 100).
+
+    Raises:
+        ValueError: no images, or no such share.
+    """
+
+    per_stratum: int
+    val_percent: int = 10
+
+    def __post_init__(self):
+        if self.per_stratum < 1 or not 0 < self.val_percent < 100:
+            raise ValueError(
+                f"{self.per_stratum} test images of each class and {self.val_percent} % of the "
+                "others for validation: give at least 1, and 1 to 99"
+            )
+
+    def targets(self, counts: np.ndarray) -> np.ndarray:
+        """As `_targets`, from the (K,) images of each stratum."""
+        if counts.size and counts.min() <= self.per_stratum:
+            raise ValueError(
+                f"a test set of {self.per_stratum} images of each class leaves nothing for "
+                f"training: a class has only {counts.min()} images"
+            )
+        rest = _targets(counts - self.per_stratum, (100 - self.val_percent, self.val_percent))
+        return np.vstack([rest, np.full(len(counts), self.per_stratum)])
+
+
+def parse_ratio(text: str) -> tuple[int, ...]:
+    """Reads train:val:test, e.g. "12:3:5".
+
+    Raises:
+        ValueError: not three whole numbers of which none is negative and the first is positive.
+    """
+    parts = text.split(":")
+    if (
+        len(parts) != len(SPLITS)
+        or not all(part.isdecimal() for part in parts)
+        or int(parts[0]) == 0
+    ):
+        raise ValueError(f"ratio {text!r}: give train:val:test as whole numbers, e.g. 12:3:5")
+    return tuple(int(part) for part in parts)
+
+
+def largest_remainder(total: int, ratio: Sequence[int]) -> list[int]:
+    """Shares `total` by `ratio` in whole numbers that add up; earlier parts win ties."""
+    shares = [divmod(total * part, sum(ratio)) for part in ratio]
+    counts = [whole for whole, _ in shares]
+    by_remainder = sorted(range(len(ratio)), key=lambda i: -shares[i][1])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def make_splits(
+    items: Iterable[Item],
+    ratio: Sequence[int] | FixedTest = (12, 3, 5),
+    seed: int = 0,
+    by_patient: bool = True,
+    earlier: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, list[str]]:
+    """Assigns images to train, val and test.
+
+    Sizes are exact by largest remainder, images of each stratum shared alike. Images of one patient
+    stay together under `by_patient`; sizes are then as near as the patients allow.
+
+    Args:
+        items: the images; names must be unique.
+        ratio: train : val : test, or a test set of fixed size.
+        seed: another seed gives another assignment.
+        by_patient: keep the images of a patient together. Images of unknown patients are free.
+        earlier: file names by split; these stay where they were, and so do their patients.
+
+    Returns:
+        sorted file names by split.
+
+    Raises:
+        ValueError: `earlier` has a patient in two splits and `by_patient` is set; a stratum is too
+            small for a test set of fixed size.
+    """
+    split_of = {
+        name: i for i, split in enumerate(SPLITS) for name in (earlier or {}).get(split, ())
+    }
+    parts = _partition(list(items), ratio, seed, by_patient, split_of)
+    return dict(zip(SPLITS, parts, strict=True))
+
+
+def make_folds(
+    items: Iterable[Item], count: int, seed: int = 0, by_patient: bool = True
+) -> list[dict[str, list[str]]]:
+    """Cross-validation: every image is in one fold's test part; the rest is train and val, 4:1.
+
+    Args: as for `make_splits`; `count` folds, at least 2.
+
+    Returns:
+        sorted file names by split, one mapping a fold.
+
+    Raises:
+        ValueError: fewer than 2 folds.
+    """
+    if count < 2:
+        raise ValueError(f"{count} folds: cross-validation needs at least 2")
+    items = list(items)
+    folds = []
+    for test in _partition(items, [1] * count, seed, by_patient, {}):
+        rest = [item for item in items if item.name not in set(test)]
+        train, val = _partition(rest, (4, 1), seed, by_patient, {})
+        folds.append({"train": train, "val": val, "test": test})
+    return folds
+
+
+def sha256(splits: Mapping[str, Sequence[str]]) -> str:
+    """Hash of the three lists of file names; equal for equal splits."""
+    lists = json.dumps([sorted(splits[split]) for split in SPLITS])
+    return hashlib.sha256(lists.encode()).hexdigest()
+
+
+def read_splits(path: Path) -> dict[str, list[str]]:
+    """Reads file names by split from a splits.json, ours or one written by hand.
+
+    Raises:
+        ValueError: no such lists, a name listed twice, or a list edited after its hash was written.
+    """
+    content = read_json(path)
+    try:
+        splits = {split: [str(name) for name in content[split]] for split in SPLITS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: no JSON object with lists train, val and test ({error!r})"
+        ) from error
+    twice = [name for name, n in Counter(sum(splits.values(), [])).items() if n > 1]
+    if twice:
+        raise ValueError(f"{path}: {twice[0]} is listed more than once")
+    if content.get("sha256", sha256(splits)) != sha256(splits):
+        raise ValueError(
+            f"{path}: the lists were edited after their hash was written; remove sha256 if meant"
+        )
+    return splits
+
+
+def _partition(
+    items: list[Item],
+    ratio: Sequence[int] | FixedTest,
+    seed: int,
+    by_patient: bool,
+    part_of: Mapping[str, int],
+) -> list[list[str]]:
+    """Shares items over the parts of `ratio`; `part_of` fixes those it names."""
+    groups: dict[tuple, list[Item]] = {}
+    for item in items:
+        grouped = by_patient and item.patient is not None
+        groups.setdefault(
+            ("patient", str(item.patient)) if grouped else ("", item.name), []
+        ).append(item)
+    # the largest groups first, so that small ones are left to fill the gaps
+    keys = sorted(groups, key=lambda key: (-len(groups[key]), _rank(seed, key)))
+    strata = sorted({item.stratum for item in items})
+    counts = [Counter(item.stratum for item in groups[key]) for key in keys]
+    # images of each stratum, (G, K)
+    sizes = np.array([[c[s] for s in strata] for c in counts], dtype=int)
+    sizes = sizes.reshape(len(keys), len(strata))
+    if isinstance(ratio, FixedTest):
+        targets = ratio.targets(sizes.sum(axis=0))
+        wanted = np.full(len(targets), True)
+    else:
+        targets = _targets(sizes.sum(axis=0), ratio)
+        wanted = np.array(ratio) > 0
+
+    parts = np.full(len(keys), -1)
+    for g, key in enumerate(keys):
+        fixed = {part_of[item.name] for item in groups[key] if item.name in part_of}
+        if len(fixed) > 1:
+            raise ValueError(
+                f"the given splits have patient {key[1]} in more than one part; split by image "
+                "(--split-by image) to keep them so"
+            )
+        if fixed:
+            parts[g] = fixed.pop()
+    is_free = parts < 0
+
+    missing = targets.copy()  # (S, K), images that each part still needs
+    np.subtract.at(missing, parts[~is_free], sizes[~is_free])
+    for g in np.flatnonzero(is_free):
+        # relative need, so that large and small patients go to every part alike
+        need = (missing / np.maximum(targets, 1)) @ sizes[g]
+        fits = (missing >= sizes[g]).all(axis=1)
+        parts[g] = max(range(len(wanted)), key=lambda i: (wanted[i], fits[i], need[i]))
+        missing[parts[g]] -= sizes[g]
+    _improve(parts, is_free, sizes, missing, targets)
+    return [
+        sorted(item.name for g in np.flatnonzero(parts == part) for item in groups[keys[g]])
+        for part in range(len(wanted))
+    ]
+
+
+def _rank(seed: int, key: tuple) -> bytes:
+    return hashlib.sha256(json.dumps([seed, *key]).encode()).digest()
+
+
+def _targets(counts: np.ndarray, ratio: Sequence[int]) -> np.ndarray:
+    """Images of each of K strata wanted in each of S parts, (S, K), from the (K,) there are.
+
+    The parts' sizes and the rarest stratum are exact by largest remainder. So are the rarest ones
+    taken together, two, three and so on: what rounding leaves over falls to the frequent ones.
+    """
+    targets = np.empty((len(ratio), len(counts)), dtype=int)
+    before, total = np.zeros(len(ratio), dtype=int), 0
+    for k in np.argsort(counts, kind="stable"):
+        total += int(counts[k])
+        through = np.array(largest_remainder(total, ratio))
+        targets[:, k] = through - before
+        before = through
+    return targets
+
+
+def _improve(
+    parts: np.ndarray,
+    is_free: np.ndarray,
+    sizes: np.ndarray,
+    missing: np.ndarray,
+    targets: np.ndarray,
+) -> None:
+    """Moves or swaps free groups while that brings sizes nearer; changes `parts` and `missing`."""
+
+    def distance(gap: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Of each stratum, twice as much of the whole; a part without any, or one, is worst."""
+        lacking = ((target > 0) & (gap >= target)).sum(axis=-1)
+        lacking = lacking + (gap.sum(axis=-1) >= max(target.sum(), 1))
+        size = np.abs(gap).sum(axis=-1) + 2 * np.abs(gap.sum(axis=-1))
+        return size + 4 * sizes.sum() * lacking
+
+    while distance(missing, targets).any():
+        best_gain, best = 0, None
+        for a, b in combinations(range(len(missing)), 2):
+            from_a, from_b = (_kinds(np.flatnonzero(is_free & (parts == p)), sizes) for p in (a, b))
+            net = from_a[1][:, None] - from_b[1][None, :]
+            before = distance(missing[a], targets[a]) + distance(missing[b], targets[b])
+            after = distance(missing[a] + net, targets[a]) + distance(missing[b] - net, targets[b])
+            gain = before - after
+            i, j = np.unravel_index(np.argmax(gain), gain.shape)
+            if gain[i, j] > best_gain:
+                best_gain, best = gain[i, j], (a, b, from_a[0][i], from_b[0][j], net[i, j])
+        if best is None:
+            return
+        a, b, group_a, group_b, net = best
+        missing[a] += net
+        missing[b] -= net
+        if group_a >= 0:
+            parts[group_a] = b
+        if group_b >= 0:
+            parts[group_b] = a
+
+
+def _kinds(groups: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One group of each size, and -1 with size (0, 0) for none at all."""
+    kinds, first = np.unique(sizes[groups], axis=0, return_index=True)
+    return np.append(groups[first], -1), np.pad(kinds, ((0, 1), (0, 0)))
+
+
+_SPLIT_OF_PREFIX = {"train": "train", "val": "val", "valid": "val", "test": "test"}
+
+
+def splits_from_prefixes(names: Iterable[str]) -> dict[str, list[str]]:
+    """Reads the split of each file from its prefix: train_, val_ or valid_, test_.
+
+    The copies of Kvasir-SEG with the 800/100/100 split of EffiSegNet (Vezakis et al., 2024) carry
+    such names.
+
+    Args:
+        names: file names, which may lie in folders.
+
+    Returns:
+        sorted file names by split.
+
+    Raises:
+        ValueError: a name has none of these prefixes.
+    """
+    splits = {split: [] for split in SPLITS}
+    for name in sorted(names):
+        prefix, underscore, _ = PurePosixPath(name).name.partition("_")
+        if not underscore or prefix not in _SPLIT_OF_PREFIX:
+            expected = ", ".join(f"{prefix}_" for prefix in _SPLIT_OF_PREFIX)
+            raise ValueError(
+                f"{name}: states no split (expected one of {expected} at its start); rename it, "
+                "or choose another --split-by"
+            )
+        splits[_SPLIT_OF_PREFIX[prefix]].append(name)
+    return splits
+
+
+def group_images(
+    folder: Path, names: Sequence[str], patients: Sequence[str | int | None]
+) -> tuple[dict[str, int], dict]:
+    """Groups images by near-duplicates and, where patients are known, by patient.
+
+    Args:
+        folder: of the images.
+        names: their file names.
+        patients: of each; None if not known.
+
+    Returns:
+        group by file name, counted from 1, of the images that share it with another one; and for
+        the user, as JSON, the ``groups`` as lists of names, and the ``pairs`` of near-duplicates
+        with their ``correlation``.
+    """
+    pairs = find_near_duplicates([folder / name for name in names])
+    of_patient = defaultdict(list)
+    for i, patient in enumerate(patients):
+        if patient is not None:
+            of_patient[patient].append(i)
+    edges = [(pair.a, pair.b) for pair in pairs]
+    edges += [edge for images in of_patient.values() for edge in pairwise(images)]
+
+    members = defaultdict(list)
+    for name, label in zip(names, group_labels(len(names), edges), strict=True):
+        members[label].append(name)
+    groups = [group for group in members.values() if len(group) > 1]
+    return (
+        {name: i for i, group in enumerate(groups, start=1) for name in group},
+        {
+            "min_correlation": MIN_CORRELATION,
+            "groups": groups,
+            "pairs": [
+                {"images": [names[pair.a], names[pair.b]], "correlation": pair.correlation}
+                for pair in pairs
+            ],
+        },
+    )

@@ -1,0 +1,556 @@
+"""The files that a comparison of annotators leaves."""
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from imrcnn_d2.evaluation.detection.counts import add_up, divide, number_units, union_overlaps
+from imrcnn_d2.evaluation.detection.inputs import (
+    Detections,
+    GroundTruth,
+    read_ground_truth,
+    read_results,
+)
+from imrcnn_d2.evaluation.detection.matching import overlaps
+from imrcnn_d2.evaluation.detection.metrics import Measures
+from imrcnn_d2.evaluation.output import with_intervals
+from imrcnn_d2.evaluation.statistics import add_intervals
+from imrcnn_d2.utils.files import csv_text, read_json, strict_json, write_atomically
+from imrcnn_d2.versions import package_versions
+
+__all__ = [
+    "COLUMNS",
+    "FIGURES",
+    "Agreement",
+    "AgreementMeasures",
+    "Annotator",
+    "agreement",
+    "agreement_document",
+    "agreement_rows",
+    "cohen_kappa",
+    "compare_annotations",
+    "fleiss_kappa",
+    "pair_metrics",
+    "pair_name",
+    "read_annotator",
+    "read_model",
+    "write_agreement",
+]
+
+
+# Of a pair; in percent but for kappa, which lies in [-1, 1].
+FIGURES = ("f1", "iou", "dice", "union_iou", "union_dice", "kappa", "same_call")
+# What happened in an image between two, of which the figures are made.
+COLUMNS = (
+    "images",
+    "matched",
+    "only_a",
+    "only_b",
+    "iou",
+    "dice",
+    "either",
+    "union_iou",
+    "union_dice",
+    "both",
+    "image_only_a",
+    "image_only_b",
+    "neither",
+)
+BETWEEN, WITH_MODEL, DIFFERENCE, TOGETHER = "annotators", "model", "difference", "with_model"
+
+
+def compare_annotations(a, b, iou_threshold):
+    """
+    Args:
+        a, b (GroundTruth): of the same I images and classes, without crowds, with masks.
+        iou_threshold (float): least overlap of two outlines of one lesion, in (0, 1].
+
+    Returns:
+        np.ndarray: (I, K) what happened in each image, by COLUMNS; overlaps in [0, 1].
+    """
+    number = len(a.images)
+    other = Detections(b.regions, np.ones(len(b.regions)))
+    pairs = overlaps(a, other, "segm")
+    matched, iou, dice = np.zeros(number), np.zeros(number), np.zeros(number)
+    image = a.regions.image[pairs.gt]
+    enough = np.flatnonzero(pairs.iou >= min(iou_threshold, 1 - 1e-10))
+    for position in np.unique(image[enough]):
+        own = enough[image[enough] == position]
+        rows, row = np.unique(pairs.gt[own], return_inverse=True)
+        columns, column = np.unique(pairs.dt[own], return_inverse=True)
+        gain = np.zeros((len(rows), len(columns)))
+        most = min(gain.shape)  # a pair more is worth more than all overlaps together
+        gain[row, column] = most + pairs.iou[own]
+        values = gain[linear_sum_assignment(gain, maximize=True)]
+        values = values[values > 0] - most
+        matched[position] = len(values)
+        iou[position] = values.sum()
+        dice[position] = (2 * values / (1 + values)).sum()
+    union = union_overlaps(a, other, np.ones(len(b.regions), dtype=bool))
+    in_a, in_b = a.lesions > 0, b.lesions > 0
+    columns = (
+        np.ones(number),
+        matched,
+        a.lesions - matched,
+        b.lesions - matched,
+        iou,
+        dice,
+        in_a | in_b,
+        union,
+        2 * union / (1 + union),
+        in_a & in_b,
+        in_a & ~in_b,
+        in_b & ~in_a,
+        ~in_a & ~in_b,
+    )
+    return np.stack(columns, axis=1).astype(float)
+
+
+class AgreementMeasures:
+    """The figures as functions of how often each unit counts, as Measures is."""
+
+    def __init__(self, pairs, called, model, images):
+        """
+        Args:
+            pairs (dict[tuple[str, str], np.ndarray]): (I, K) of every two, see :class:`Agreement`.
+            called (np.ndarray): (I, A) bool, whether each annotator saw a lesion in each image.
+            model (str or None): the last of them is a model.
+            images (list[dict]): the I records, whose patients are resampled where known.
+        """
+        self.unit, self.unit_of_image, self.num_units = number_units(images)
+        self.width = self.num_units
+        self._pairs, self._model = pairs, model
+        self._raters = {BETWEEN: called[:, :-1] if model else called}
+        if model:
+            self._raters[TOGETHER] = called
+
+    def __call__(self, weights, *, all_coco=False):
+        """dict[str, dict[str, np.ndarray]]: group -> figure -> (B,), of (B, num_units) weights."""
+        figures, among, with_model = {}, [], []
+        for pair, columns in self.columns.items():
+            own = pair_metrics(dict(zip(COLUMNS, (weights @ columns).T, strict=True)))
+            figures[pair_name(*pair)] = own
+            (with_model if self._model in pair else among).append(own)
+        for name, of in ((BETWEEN, among), (WITH_MODEL, with_model)):
+            if of:
+                figures[name] = {f: np.mean([own[f] for own in of], axis=0) for f in FIGURES}
+        if among and with_model:
+            figures[DIFFERENCE] = {f: figures[WITH_MODEL][f] - figures[BETWEEN][f] for f in FIGURES}
+        for name, columns in self._fleiss.items():
+            kappa = fleiss_kappa(*(weights @ columns).T, self._raters[name].shape[1])
+            figures.setdefault(name, {})["fleiss_kappa"] = kappa
+        return figures
+
+    once = Measures.once
+
+    def proportions(self):
+        """As of Measures, of the pairs."""
+        shares = {}
+        for pair, columns in self.columns.items():
+            sums = dict(zip(COLUMNS, columns.sum(axis=0), strict=True))
+            lesions = sums["matched"] + sums["only_a"] + sums["only_b"]
+            same = sums["both"] + sums["neither"]
+            shares[pair_name(*pair)] = {
+                "f1": (sums["matched"], lesions),
+                "same_call": (same, sums["images"]),
+            }
+        return shares
+
+    @cached_property
+    def columns(self):
+        """dict[tuple[str, str], np.ndarray]: (num_units, K) sums over the images of each unit."""
+        return {
+            pair: add_up(own, self.unit_of_image, self.num_units)
+            for pair, own in self._pairs.items()
+        }
+
+    @cached_property
+    def _fleiss(self):
+        """{group: (num_units, 3)}: images, raters that saw a lesion, agreeing pairs of raters."""
+        columns = {}
+        for name, called in self._raters.items():
+            raters, saw = called.shape[1], called.sum(axis=1)
+            if raters > 2:
+                agreeing = (saw * (saw - 1) + (raters - saw) * (raters - saw - 1)) / 2
+                own = np.stack([np.ones(len(saw)), saw, agreeing], axis=1)
+                columns[name] = add_up(own, self.unit_of_image, self.num_units)
+        return columns
+
+
+def pair_name(a, b):
+    """str: what the figures of two annotators go by."""
+    return f"{a} vs {b}"
+
+
+def pair_metrics(sums):
+    """
+    Args:
+        sums (dict[str, np.ndarray]): (...,) sums over images, by COLUMNS.
+
+    Returns:
+        dict[str, np.ndarray]: (...,) by FIGURES; NaN where undefined.
+    """
+    lesions = 2 * sums["matched"] + sums["only_a"] + sums["only_b"]
+    table = [sums[name] for name in ("both", "image_only_a", "image_only_b", "neither")]
+    return {
+        "f1": 100 * divide(2 * sums["matched"], lesions),
+        "iou": 100 * divide(sums["iou"], sums["matched"]),
+        "dice": 100 * divide(sums["dice"], sums["matched"]),
+        "union_iou": 100 * divide(sums["union_iou"], sums["either"]),
+        "union_dice": 100 * divide(sums["union_dice"], sums["either"]),
+        "kappa": cohen_kappa(*table),
+        "same_call": 100 * divide(table[0] + table[3], sums["images"]),
+    }
+
+
+def cohen_kappa(both, only_a, only_b, neither):
+    """
+    Cohen's kappa of two raters who said yes or no (Cohen 1960), also in many resamples at once.
+
+    Args:
+        both, only_a, only_b, neither (np.ndarray): (...,) cases that both, one or none affirmed.
+
+    Returns:
+        np.ndarray: (...,) in [-1, 1]; NaN where both gave all cases the same one answer.
+    """
+    cases = both + only_a + only_b + neither
+    yes_a, yes_b = divide(both + only_a, cases), divide(both + only_b, cases)
+    by_chance = yes_a * yes_b + (1 - yes_a) * (1 - yes_b)
+    return divide(divide(both + neither, cases) - by_chance, 1 - by_chance)
+
+
+def fleiss_kappa(cases, yes, agreeing, raters):
+    """
+    Fleiss' kappa of three or more raters who said yes or no (Fleiss 1971).
+
+    Args:
+        cases (np.ndarray): (...,) how many.
+        yes (np.ndarray): (...,) answers that were yes, over all cases and raters.
+        agreeing (np.ndarray): (...,) pairs of raters that gave the same answer, over all cases.
+        raters (int): of every case.
+
+    Returns:
+        np.ndarray: (...,) at most 1; NaN where all answers are the same.
+    """
+    observed = divide(agreeing, cases * raters * (raters - 1) / 2)
+    share = divide(yes, cases * raters)
+    by_chance = share**2 + (1 - share) ** 2
+    return divide(observed - by_chance, 1 - by_chance)
+
+
+@dataclass(frozen=True, eq=False)
+class Annotator:
+    """
+    Attributes:
+        name (str):
+        truth (GroundTruth): what they outlined; every region has a mask.
+    """
+
+    name: str
+    truth: GroundTruth
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """
+    Attributes:
+        annotators (list[Annotator]): of the I shared images, in one order and with the same
+            classes, crowds left out; the model last.
+        model (str or None): name of the one that is a model.
+        missing (dict[str, list[str]]): file name -> who does not have it, of the images that are
+            left out because not all have them.
+        notes (list[str]): what else was left out.
+        pairs (dict[tuple[str, str], np.ndarray]): (I, K) a row an image, a column for each of
+            COLUMNS, of every two.
+        figures (dict[str, dict[str, float]]): those of FIGURES for "A vs B" of every pair; means
+            over the pairs of "annotators" and of the "model" with each of them, and the
+            "difference" model minus annotators; fleiss_kappa of the annotators, and of all
+            ("with_model"), where they are three or more.
+        intervals, undefined_shares (dict): as in :class:`LesionResults`.
+        meta (dict): the settings.
+        measures (AgreementMeasures): the figures as functions of how often each unit counts.
+    """
+
+    annotators: list
+    model: str | None
+    missing: dict
+    notes: list
+    pairs: dict
+    figures: dict
+    meta: dict
+    measures: object
+    intervals: dict = field(default_factory=dict)
+    undefined_shares: dict = field(default_factory=dict)
+
+    @property
+    def images(self):
+        """list[dict]: the I records of the shared images."""
+        return self.annotators[0].truth.images
+
+    def dice(self):
+        """(P, I) float: union Dice in [0, 1] of every pair in every image; NaN where neither has
+        a lesion."""
+        either, dice = (COLUMNS.index(name) for name in ("either", "union_dice"))
+        return np.stack([divide(own[:, dice], own[:, either]) for own in self.pairs.values()])
+
+
+def read_annotator(name, gt):
+    """
+    Args:
+        name (str):
+        gt (dict, str or Path): COCO annotations, see :func:`read_ground_truth`.
+
+    Returns:
+        Annotator:
+
+    Raises:
+        ValueError: see :func:`read_ground_truth`; or two images have one file name, or an
+            annotation has no mask.
+    """
+    return _checked(name, read_ground_truth(gt))
+
+
+def read_model(name, results, tau, images_of):
+    """
+    Args:
+        name (str):
+        results: see :func:`read_results`. A COCO file with ``images`` is of these; a list is of
+            the images and ids of ``images_of``.
+        tau (float): score from which on a detection counts.
+        images_of (Annotator):
+
+    Returns:
+        Annotator:
+
+    Raises:
+        ValueError: on bad input, and a tau that is none.
+    """
+    if not 0 <= tau < math.inf:
+        raise ValueError(f"tau is {tau}; it must be a number that is not negative.")
+    truth, content, source = images_of.truth, results, None
+    if isinstance(content, str | Path) and Path(content).is_file():
+        content, source = read_json(Path(content)), content
+    if isinstance(content, dict) and content.get("images"):
+        truth = read_ground_truth({**content, "annotations": []}, source)
+        content = content.get("annotations")
+    found = read_results(content, truth, source)
+    regions = found.regions.take(np.flatnonzero(found.score >= tau))
+    return _checked(name, _outlined(truth.images, truth.categories, regions))
+
+
+def agreement(annotators, model=None, *, iou_threshold=0.5, bootstrap=None):
+    """
+    Compare every two annotators, image by image, on the images that all of them have.
+
+    Args:
+        annotators (list[Annotator]): two or more; images are the same if their ``file_name`` is,
+            classes if their ``name`` is, or if every annotator has a single one.
+        model (Annotator or None): one more, that is told apart. With it one annotator is enough.
+        iou_threshold (float): least overlap of two outlines of one lesion, in (0, 1].
+        bootstrap (Bootstrap or None): how to resample patients (where the first annotator's images
+            all have a ``patient_id``) or images for ``intervals``.
+
+    Returns:
+        Agreement: f1 of lesions: 2 pairs / (lesions of one + lesions of the other); iou and dice,
+        means over the pairs; union_iou and union_dice, of all that each outlined in an image,
+        means over the images in which either outlined something; kappa (Cohen 1960) and same_call,
+        of images called with or without a lesion.
+
+    Raises:
+        ValueError: fewer than two, two of one name, no image in common, or images of two sizes.
+    """
+    everyone = [*annotators, *([model] if model else [])]
+    names = [annotator.name for annotator in everyone]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"Agreement is between two or more of different names, not {names}.")
+    if not 0 < iou_threshold <= 1:
+        raise ValueError(f"iou_threshold is {iou_threshold}; it must lie in (0, 1].")
+    shared, missing = _shared(everyone)
+    everyone, notes = _aligned(everyone, shared)
+    pairs = {
+        (a.name, b.name): compare_annotations(a.truth, b.truth, iou_threshold)
+        for a, b in combinations(everyone, 2)
+    }
+    called = np.stack([annotator.truth.lesions > 0 for annotator in everyone], axis=1)
+    measures = AgreementMeasures(pairs, called, model and model.name, everyone[0].truth.images)
+    meta = {
+        "annotators": names,
+        "model": model and model.name,
+        "iou_threshold": iou_threshold,
+        "images": len(shared),
+        "patients": measures.num_units if measures.unit == "patient" else None,
+        "lesions": {one.name: int(one.truth.lesions.sum()) for one in everyone},
+        "bootstrap": bootstrap and {**asdict(bootstrap), "unit": measures.unit},
+    }
+    found = Agreement(
+        everyone, meta["model"], missing, notes, pairs, measures.once(), meta, measures
+    )
+    return add_intervals(found, bootstrap)
+
+
+def _checked(name, truth):
+    files = Counter(image.get("file_name") for image in truth.images)
+    for file, number in files.items():
+        if file is None or number > 1:
+            raise ValueError(
+                f"{name}: {number} images have the file_name {file!r}; it must tell images apart."
+            )
+    if truth.regions.masks is None:
+        raise ValueError(f"{name}: an annotation has no mask. Agreement is of outlines.")
+    return Annotator(name, truth)
+
+
+def _outlined(images, categories, regions):
+    """GroundTruth of regions that are no crowds."""
+    nothing = np.zeros(len(regions))
+    fields = [{}] * len(regions)
+    return GroundTruth(images, categories, regions, fields, nothing.astype(bool), nothing)
+
+
+def _shared(everyone):
+    """File names that all have, in the first one's order; {file name: who lacks it}."""
+    names = {one.name: {image["file_name"] for image in one.truth.images} for one in everyone}
+    first = everyone[0].truth.images
+    shared = [i["file_name"] for i in first if all(i["file_name"] in own for own in names.values())]
+    if not shared:
+        examples = ", ".join(f"{name}: {min(own, default='none')}" for name, own in names.items())
+        raise ValueError(f"No image is in all files; the first of each is called {examples}.")
+    missing = {
+        file: [name for name, own in names.items() if file not in own]
+        for file in sorted(set.union(*names.values()) - set(shared))
+    }
+    return shared, missing
+
+
+def _aligned(everyone, shared):
+    """The annotators on the shared images, with the same classes; and notes."""
+    place = {file: position for position, file in enumerate(shared)}
+    single = all(len(one.truth.categories) == 1 for one in everyone)
+    classes = {}  # name: its record
+    for one in everyone:
+        for category in one.truth.categories:
+            key = "" if single else category["name"]
+            classes.setdefault(key, {**category, "id": len(classes) + 1})
+    numbers = {name: number for number, name in enumerate(classes)}
+    aligned, notes = [], []
+    for one in everyone:
+        truth, regions = one.truth, one.truth.regions
+        own = [category["name"] for category in truth.categories]
+        if not single and (lacking := [name for name in classes if name not in own]):
+            notes.append(f"{one.name} has no class {', '.join(lacking)}")
+        if truth.crowd.any():
+            notes.append(f"{one.name}: {int(truth.crowd.sum())} crowd regions left out")
+        records = {image["file_name"]: image for image in truth.images}
+        images = [records[file] for file in shared]
+        for mine, other in zip(images, aligned[0].truth.images if aligned else images, strict=True):
+            sizes = [(i.get("width"), i.get("height")) for i in (mine, other)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"{mine['file_name']} is {sizes[0]} (width, height) in {one.name}, but "
+                    f"{sizes[1]} in {aligned[0].name}."
+                )
+        image = np.array([place.get(i["file_name"], -1) for i in truth.images])[regions.image]
+        rows = np.flatnonzero((image >= 0) & ~truth.crowd)
+        rows = rows[np.argsort(image[rows], kind="stable")]
+        category = np.array([0 if single else numbers[name] for name in own], dtype=int)
+        taken = regions.take(rows)
+        taken = replace(taken, image=image[rows], category=category[taken.category])
+        aligned.append(Annotator(one.name, _outlined(images, list(classes.values()), taken)))
+    return aligned, notes
+
+
+def write_agreement(found, folder, **meta):
+    """
+    Write ``agreement.json`` (every figure with its interval), ``agreement.csv`` (a row a pair),
+    ``per_image.csv`` (a row an image and pair) and ``missing.csv`` (images that not all have).
+
+    Args:
+        found (Agreement):
+        folder (str or Path): made if it does not exist.
+        **meta: what else to note under ``meta``; JSON values.
+
+    Returns:
+        list[Path]: the files.
+    """
+    document = agreement_document(found)
+    document["meta"] = {**meta, **found.meta, "versions": package_versions()}
+    pairs = []
+    for name, figures in document["agreement"].items():
+        row = {"pair": name, **{k: v for k, v in figures.items() if not isinstance(v, list)}}
+        for figure in (key.removesuffix("_ci") for key in figures if key.endswith("_ci")):
+            row[f"{figure}_low"], row[f"{figure}_high"] = figures[f"{figure}_ci"]
+        pairs.append(row)
+    missing = [
+        {"file_name": file, "missing_in": ", ".join(names)} for file, names in found.missing.items()
+    ]
+    texts = {
+        "agreement.json": strict_json(document),
+        "agreement.csv": csv_text(pairs, ["pair", *FIGURES]),
+        "per_image.csv": csv_text(agreement_rows(found), ["file_name"]),
+        "missing.csv": csv_text(missing, ["file_name", "missing_in"]),
+    }
+    for name, text in texts.items():
+        write_atomically(Path(folder) / name, text)
+    return [Path(folder) / name for name in texts]
+
+
+def agreement_document(found):
+    """
+    Args:
+        found (Agreement):
+
+    Returns:
+        dict: for agreement.json: the figures of every group with their intervals, those of pairs
+        with counts; what was left out; ``meta``.
+    """
+    groups = {
+        name: with_intervals(figures, found.intervals.get(name, {}))
+        for name, figures in found.figures.items()
+    }
+    for (a, b), columns in found.pairs.items():
+        counts = dict(zip(COLUMNS, columns.sum(axis=0).astype(int).tolist(), strict=True))
+        for overlap in ("iou", "dice", "union_iou", "union_dice"):
+            del counts[overlap]
+        name = pair_name(a, b)
+        groups[name] = {"a": a, "b": b, **counts, **groups[name]}
+    return {
+        "agreement": groups,
+        "missing": found.missing,
+        "notes": found.notes,
+        "undefined_shares": found.undefined_shares,
+        "meta": found.meta,
+    }
+
+
+def agreement_rows(found):
+    """
+    Args:
+        found (Agreement):
+
+    Returns:
+        list[dict]: a row an image and pair: image, a, b, lesions of each and pairs of them, mean
+        overlaps of the pairs and overlaps of the unions in percent.
+    """
+    rows = []
+    for (a, b), columns in found.pairs.items():
+        for record, values in zip(found.images, columns, strict=True):
+            own = dict(zip(COLUMNS, values.tolist(), strict=True))
+            row = {"file_name": record["file_name"], "a": a, "b": b}
+            row["lesions_a"] = int(own["matched"] + own["only_a"])
+            row["lesions_b"] = int(own["matched"] + own["only_b"])
+            row["matched"] = int(own["matched"])
+            for name, of in (
+                ("iou", "matched"),
+                ("dice", "matched"),
+                ("union_iou", "either"),
+                ("union_dice", "either"),
+            ):
+                row[name] = float(100 * divide(own[name], own[of]))
+            rows.append(row)
+    return rows

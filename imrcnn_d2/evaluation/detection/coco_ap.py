@@ -1,0 +1,167 @@
+"""COCO's average precision, by faster-coco-eval: pycocotools' figures, computed in C++."""
+
+import contextlib
+import io
+from collections import defaultdict
+from itertools import product
+
+import numpy as np
+from faster_coco_eval import COCOeval_faster
+from pycocotools.cocoeval import COCOeval
+
+from imrcnn_d2.evaluation.detection.curves import RankedDetections, Ranking
+from imrcnn_d2.evaluation.detection.inputs import mask_areas
+
+__all__ = ["coco_average_precision", "ranked_by_coco"]
+
+
+# Positions in COCOeval.stats.
+STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+# Positions of COCO's IoU thresholds (0.5, 0.55, ... 0.95) and of its area ranges (all, small,
+# medium, large), over which each figure is a mean.
+PARTS = {
+    "AP": (range(10), 0),
+    "AP75": ((5,), 0),
+    "APs": (range(10), 1),
+    "APm": (range(10), 2),
+    "APl": (range(10), 3),
+}
+
+
+class _OverlapsGiven:
+    """
+    Spares either COCOeval the overlaps, and so the masks, and an index of what is in order already.
+    Images and classes go by their positions.
+    """
+
+    def computeIoU(self, image, category):
+        """(D, G) array, detections by falling score and ground truths in file order; [] if none."""
+        return self.overlaps.get((image, category), [])
+
+
+class _Fast(_OverlapsGiven, COCOeval_faster):
+    def _prepare(self):
+        for side, records in ((self.gt_dataset, self.truth), (self.dt_dataset, self.found)):
+            for record in records:
+                side.append_ref(record["image_id"], record["category_id"], record)
+        self._nonempty_iou_pairs = self.overlaps.keys()
+
+
+class _Readable(_OverlapsGiven, COCOeval):
+    """pycocotools' own, which hands out what it matched."""
+
+    def _prepare(self):
+        self._gts, self._dts = defaultdict(list), defaultdict(list)
+        for side, records in ((self._gts, self.truth), (self._dts, self.found)):
+            for record in records:
+                side[record["image_id"], record["category_id"]].append(record)
+
+
+def coco_average_precision(gt, detections, overlaps, iou_type):
+    """
+    What detectron2's COCOEvaluator reports, also without a detection: 0 where there are ground
+    truths.
+
+    Args:
+        gt (GroundTruth):
+        detections (Detections):
+        overlaps (Overlaps or None): of masks or of boxes; None where there are no masks.
+        iou_type (str): which they are of, "segm" or "bbox": sizes are those of masks or of boxes.
+
+    Returns:
+        dict[str, float]: AP AP50 AP75 APs APm APl in percent. NaN where the data set has no ground
+        truth (of that size), without overlaps and for detections without scores.
+    """
+    if not detections.scored or overlaps is None:
+        return dict.fromkeys(STATS, float("nan"))
+    evaluation = _evaluate(_Fast, gt, detections, overlaps, iou_type)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {
+        name: float(100 * value) if value >= 0 else float("nan")  # COCO says -1 for undefined
+        for name, value in zip(STATS, evaluation.stats, strict=False)
+    }
+
+
+def ranked_by_coco(gt, detections, overlaps, iou_type, unit_of_image, num_units):
+    """
+    What COCO's figures are made of, to be made under other weights: pycocotools matches once, at
+    each IoU threshold and for each range of areas, and leaves out what it ignores there.
+
+    Args:
+        gt (GroundTruth):
+        detections (Detections):
+        overlaps (Overlaps): of masks or of boxes.
+        iou_type (str): which they are of, "segm" or "bbox".
+        unit_of_image (np.ndarray): (number of images,) int in [0, num_units).
+        num_units (int):
+
+    Returns:
+        dict[str, list[RankedDetections]]: AP AP75 APs APm APl -> one for each class and IoU
+        threshold, over whose ``sampled_area`` the figure is a mean.
+    """
+    evaluation = _evaluate(_Readable, gt, detections, overlaps, iou_type)
+    images = len(gt.images)
+    ranked = {}
+    for k, a in product(range(len(gt.categories)), range(4)):
+        start = (k * 4 + a) * images
+        parts = [part for part in evaluation.evalImgs[start : start + images] if part]
+        if not parts:
+            continue
+        units = unit_of_image[[part["image_id"] for part in parts]]
+        unit = np.repeat(units, [len(part["dtIds"]) for part in parts])
+        score = np.concatenate([part["dtScores"] for part in parts])
+        hit = np.concatenate([part["dtMatches"] for part in parts], axis=1) > 0
+        ignored = np.concatenate([part["dtIgnore"] for part in parts], axis=1).astype(bool)
+        truths = [np.sum(np.asarray(part["gtIgnore"]) == 0) for part in parts]
+        lesions = np.bincount(units, truths, minlength=num_units).astype(int)
+        for t in range(len(hit)):
+            own = ~ignored[t]
+            ranking = Ranking(score[own], unit[own])
+            ranked[k, a, t] = RankedDetections(ranking, hit[t, own], lesions)
+    return {
+        name: [curve for (_, a, t), curve in ranked.items() if a == area and t in thresholds]
+        for name, (thresholds, area) in PARTS.items()
+    }
+
+
+def _evaluate(cls, gt, detections, overlaps, iou_type):
+    """An evaluation of class ``cls``, which has matched."""
+    if iou_type == "segm":
+        area = mask_areas(detections.regions.masks)
+    else:
+        area = detections.regions.boxes[:, 2] * detections.regions.boxes[:, 3]
+    evaluation = cls(iouType="bbox")  # "segm" would decode all masks
+    evaluation.params.imgIds = list(range(len(gt.images)))
+    evaluation.params.catIds = list(range(len(gt.categories)))
+    crowd = gt.crowd.astype(int)
+    evaluation.truth = _records(gt.regions, area=gt.area, iscrowd=crowd, ignore=crowd)
+    evaluation.found = _records(detections.regions, area=area, score=detections.score)
+    evaluation.overlaps = _dense(detections.regions, len(gt.categories), overlaps)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+    return evaluation
+
+
+def _dense(regions, num_categories, overlaps):
+    """{(image, category): (D, G) overlaps} where there are both."""
+    key = (regions.image * num_categories + regions.category)[overlaps.dt]
+    limits = np.flatnonzero(np.diff(key, prepend=-1, append=-1))
+    last = overlaps.dt[limits[1:] - 1]
+    parts = np.split(overlaps.iou, limits[1:-1])[: len(last)]
+    columns = (values[last].tolist() for values in (regions.image, regions.category, overlaps.rank))
+    return {
+        (image, category): part.reshape(rank + 1, -1)
+        for image, category, rank, part in zip(*columns, parts, strict=True)
+    }
+
+
+def _records(regions, **columns):
+    """Regions as COCO annotations, each with the value that every column has for it."""
+    columns |= {"image_id": regions.image, "category_id": regions.category}
+    # From 1: COCOeval takes a match with the ground truth of id 0 for none.
+    columns["id"] = np.arange(1, len(regions) + 1)
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]

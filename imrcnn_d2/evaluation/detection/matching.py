@@ -1,0 +1,163 @@
+"""Which detection hits which ground truth.
+
+One rule for the whole package, per image and class: detections go by falling score, each takes the
+free ground truth that it overlaps most, if they overlap enough. Since the rule never looks ahead,
+the matching of the detections above any score threshold is part of the matching of all of them: it
+is made once and every threshold read off it.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pycocotools.mask as mask_util
+from tqdm import tqdm
+
+__all__ = ["MAX_DETECTIONS", "Matching", "Overlaps", "match", "overlaps"]
+
+
+# Detections considered per image and class, as in COCO.
+MAX_DETECTIONS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Overlaps:
+    """
+    Overlaps of the P pairs of a detection and a ground truth of the same image and class: by image,
+    then class, then falling score, then the ground truths' file order.
+
+    Attributes:
+        dt (np.ndarray): (P,) int, positions in ``Detections``.
+        gt (np.ndarray): (P,) int, positions in ``GroundTruth.regions``.
+        iou (np.ndarray): (P,) float in [0, 1]; for a crowd the intersection over the detection's
+            own area, as in COCO.
+        rank (np.ndarray): (number of detections,) int, place of each by falling score in its image
+            and class, from 0. From MAX_DETECTIONS on they are in no pair.
+    """
+
+    dt: np.ndarray
+    gt: np.ndarray
+    iou: np.ndarray
+    rank: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """
+    Attributes:
+        gt (np.ndarray): (N,) int, for each detection the position of the ground truth it hits, or
+            -1: a false alarm, at whatever threshold it is let through.
+        iou (np.ndarray): (N,) float in [0, 1], overlap with it; NaN for false alarms.
+        counts (np.ndarray): (N,) bool, False for detections that match only a crowd and those
+            beyond MAX_DETECTIONS: they are neither hits nor false alarms, and count nowhere.
+    """
+
+    gt: np.ndarray
+    iou: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def hit(self):
+        """np.ndarray: (N,) bool, the detection hits a ground truth."""
+        return self.gt >= 0
+
+
+def overlaps(gt, detections, iou_type):
+    """
+    Args:
+        gt (GroundTruth):
+        detections (Detections):
+        iou_type (str): "segm" (both must have masks) or "bbox".
+
+    Returns:
+        Overlaps:
+    """
+    size = len(gt.categories)
+    key, truth_key = (
+        regions.image * size + regions.category for regions in (detections.regions, gt.regions)
+    )
+    order = np.lexsort((-detections.score, key))  # stable: ties stay in file order
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order)) - np.searchsorted(key[order], key[order])
+    truths = np.argsort(truth_key, kind="stable")
+    # Each detection with all the ground truths of its group.
+    dt = order[rank[order] < MAX_DETECTIONS]
+    first, last = (np.searchsorted(truth_key[truths], key[dt], side) for side in ("left", "right"))
+    number = last - first
+    ends = np.cumsum(number)
+    pairs = np.arange(number.sum()) - np.repeat(ends - number - first, number)
+    dt, truth = np.repeat(dt, number), truths[pairs]
+    if iou_type == "bbox":
+        iou = _box_overlaps(detections.regions.boxes[dt], gt.regions.boxes[truth], gt.crowd[truth])
+    else:
+        iou = _mask_overlaps(detections.regions, gt, dt, truth, key[dt])
+    return Overlaps(dt, truth, iou, rank)
+
+
+def _box_overlaps(boxes, truths, crowd):
+    """(P,) overlaps of (P, 4) XYWH boxes, as pycocotools'."""
+    low = np.maximum(boxes[:, :2], truths[:, :2])
+    high = np.minimum(boxes[:, :2] + boxes[:, 2:], truths[:, :2] + truths[:, 2:])
+    both = np.prod(np.maximum(high - low, 0), axis=1)
+    own, theirs = boxes[:, 2] * boxes[:, 3], truths[:, 2] * truths[:, 3]
+    whole = np.where(crowd, own, own + theirs - both)
+    return np.divide(both, whole, out=np.zeros(len(both)), where=both > 0)
+
+
+def _mask_overlaps(regions, gt, dt, truth, key):
+    """(P,) overlaps of masks: group by group, all of a group's detections and ground truths."""
+    iou = np.zeros(len(dt))
+    limits = np.flatnonzero(np.diff(key, prepend=-1, append=-1)).tolist()
+    dt, truth, crowd = dt.tolist(), truth.tolist(), gt.crowd.tolist()
+    for start, end in tqdm([*pairwise(limits)], desc="Overlaps of masks", delay=2):
+        columns = 1  # ground truths of the group: the pairs of its first detection
+        while start + columns < end and dt[start + columns] == dt[start]:
+            columns += 1
+        theirs = truth[start : start + columns]
+        ours = [regions.masks[d] for d in dt[start:end:columns]]
+        outlines = [gt.regions.masks[g] for g in theirs]
+        iou[start:end] = mask_util.iou(ours, outlines, [crowd[g] for g in theirs]).ravel()
+    return iou
+
+
+def match(gt, detections, overlaps, threshold):
+    """
+    Match all detections of a data set. A ground truth is taken once, a crowd any number of times,
+    and only by a detection that finds no free ground truth. Of equal overlaps the last in file
+    order is taken, as in pycocotools.
+
+    Args:
+        gt (GroundTruth):
+        detections (Detections): N of them.
+        overlaps (Overlaps): from :func:`overlaps` of these two.
+        threshold (float): least IoU of a match, in (0, 1].
+
+    Returns:
+        Matching: of N detections.
+    """
+    hit = np.full(len(detections.score), -1, dtype=np.int64)
+    iou = np.full(len(hit), np.nan)
+    # pycocotools' own slack, so that an IoU of 1 meets a threshold of 1.
+    enough = np.flatnonzero(overlaps.iou >= min(threshold, 1 - 1e-10))
+    crowd = gt.crowd[overlaps.gt[enough]]
+    crowded, enough = enough[crowd], enough[~crowd]
+    taken = np.zeros(len(gt.crowd), dtype=bool)
+    # One rank at a time: that is at most one detection of each image and class.
+    rank = overlaps.rank[overlaps.dt[enough]]
+    for pairs in _split(enough, rank):
+        pairs = pairs[~taken[overlaps.gt[pairs]]]
+        pairs = pairs[np.lexsort((overlaps.iou[pairs], overlaps.dt[pairs]))]
+        best = pairs[np.append(np.diff(overlaps.dt[pairs]) != 0, True)] if len(pairs) else pairs
+        hit[overlaps.dt[best]] = overlaps.gt[best]
+        iou[overlaps.dt[best]] = overlaps.iou[best]
+        taken[overlaps.gt[best]] = True
+    counts = overlaps.rank < MAX_DETECTIONS
+    in_crowd = overlaps.dt[crowded]
+    counts[in_crowd[hit[in_crowd] < 0]] = False
+    return Matching(hit, iou, counts)
+
+
+def _split(values, key):
+    """The values by ascending key, an array for each key there is."""
+    order = np.argsort(key, kind="stable")
+    return np.split(values[order], np.flatnonzero(np.diff(key[order])) + 1)

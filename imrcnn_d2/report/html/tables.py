@@ -1,0 +1,382 @@
+"""How the models on the page differ, from the comparison that tools/compare.py makes."""
+
+import itertools
+import math
+
+from imrcnn_d2.evaluation.detection import metrics
+from imrcnn_d2.evaluation.output import patient_rows
+from imrcnn_d2.evaluation.statistics import Bootstrap
+from imrcnn_d2.report.comparison.models import compare, gather
+from imrcnn_d2.report.names import metric_name
+
+__all__ = [
+    "cell",
+    "confusions",
+    "differences",
+    "metric_rows",
+    "metric_tables",
+    "key_metrics",
+    "patient_table",
+    "predictive_values",
+    "screening",
+    "size_tables",
+]
+
+
+def predictive_values(sensitivity, specificity, prevalence):
+    """
+    Positive and negative predictive value by Bayes' theorem.
+
+    Args:
+        sensitivity (float), specificity (float): in percent.
+        prevalence (float): in (0, 1).
+
+    Returns:
+        tuple[float, float]: PPV and NPV in percent. NaN where one of the figures is, and where
+        nothing is ever called positive, or negative.
+
+    Raises:
+        ValueError: if the prevalence is not between 0 and 1.
+
+    Both grow with sensitivity and with specificity. So from the lower 95 % limits of the two follow
+    lower limits of both values, and from the upper limits upper ones; these are wider than 95 %,
+    since the two would have to be off in the same direction.
+    """
+    if not 0 < prevalence < 1:
+        raise ValueError(f"prevalence is {prevalence}; it must lie between 0 and 1.")
+    ill, healthy = prevalence, 1 - prevalence
+    hits, alarms = ill * sensitivity / 100, healthy * (1 - specificity / 100)
+    misses, cleared = ill * (1 - sensitivity / 100), healthy * specificity / 100
+    return _percent(hits, hits + alarms), _percent(cleared, cleared + misses)
+
+
+def _percent(part, whole):
+    return 100 * part / whole if whole > 0 else math.nan
+
+
+COUNTS = (*metrics.COUNTS, "n")
+NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image", "cross_entropy")
+
+# (figure, label, hint)
+CURVE_FIGURES = (
+    ("AP50_voc", "AP50_voc", "area under the precision-recall curve at IoU 0.5"),
+    ("BEP", "BEP", "where precision equals recall"),
+    ("AP50", "AP50", "COCO, at IoU 0.5"),
+    ("AP75", "AP75", "COCO, at IoU 0.75"),
+    ("AP", "AP", "COCO, mean over IoU 0.5 to 0.95"),
+)
+LESION_FIGURES = (
+    ("recall", "sensitivity (recall)", "lesions that were found"),
+    ("precision", "precision", "detections that are a lesion"),
+    ("f1", "F1", ""),
+    ("iou", "IoU", "of the lesions found"),
+    ("dice", "Dice", "of the lesions found"),
+    ("iou_all", "IoU, all lesions", "a missed one counts 0"),
+    ("fp_per_image", "false alarms per image", ""),
+    ("TP", "hits", ""),
+    ("FP", "false alarms", ""),
+    ("FN", "missed lesions", ""),
+)
+IMAGE_FIGURES = (
+    ("recall", "sensitivity", ""),
+    ("specificity", "specificity", ""),
+    ("precision", "precision", "at the test set’s own prevalence"),
+    ("f1", "F1", ""),
+    ("accuracy", "accuracy", ""),
+    ("auroc", "AUROC", ""),
+    ("localised_recall", "localised sensitivity", "a detection hits the lesion"),
+    ("miou", "mIoU", "all that is outlined against all lesions"),
+    ("mdice", "mDice", "likewise"),
+)
+UNIT_TITLES = {"lesion": "Lesions", "image": "Images", "patient": "Patients"}
+KEY_FIGURES = (
+    ("curve", "AP50_voc", "Average precision", "area under the precision-recall curve at IoU 0.5"),
+    ("lesion", "recall", "Sensitivity", "share of the lesions that were found"),
+    ("lesion", "precision", "Precision", "share of the detections that are a lesion"),
+    ("lesion", "iou", "IoU", "overlap with the lesion where one was found"),
+)
+
+
+def cell(figures, name):
+    """
+    Args:
+        figures (dict): a group of metrics.json, or part of one.
+        name (str): of a figure.
+
+    Returns:
+        dict: ``text``, ``interval`` ("" where there is none) and ``bar``, None or the figure and
+        the ends of its interval, if it is a share in percent.
+    """
+    value, interval = figures.get(name), figures.get(f"{name}_ci")
+    if name in COUNTS:
+        return _text("n/a" if value is None else f"{value:,.0f}")
+    return _cell(value, interval, digits=2 if name in NOT_PERCENT else 1)
+
+
+def _cell(value, interval=None, digits=1):
+    if value is None or math.isnan(value):
+        return _text("n/a")
+    known = interval and None not in interval and not any(map(math.isnan, interval))
+    low, high = interval if known else (value, value)
+    return {
+        "text": f"{value:.{digits}f}",
+        "interval": f"[{low:.{digits}f}, {high:.{digits}f}]" if known else "",
+        "bar": [round(number, 2) for number in (value, low, high)] if digits == 1 else None,
+    }
+
+
+def _text(text):
+    return {"text": text, "interval": "", "bar": None}
+
+
+def key_metrics(runs):
+    """list[dict]: title, hint and cells [(run's name, cell)] of the four figures on top."""
+    cards = []
+    for group, name, title, hint in KEY_FIGURES:
+        cells = []
+        for run in runs:
+            figures = _curve_group(run)[1] if group == "curve" else run.metrics[group]
+            shown = "iou_box" if name == "iou" and figures.get("iou") is None else name
+            cells.append((run.name, cell(figures, shown)))
+        tau = "" if group == "curve" else f", {_at(runs)}"
+        cards.append({"title": title, "hint": f"{hint}{tau}", "cells": cells})
+    return cards
+
+
+def _at(runs):
+    taus = sorted({run.metrics["meta"]["tau"] for run in runs})
+    return "score ≥ " + ", ".join(f"{tau:g}" for tau in taus)
+
+
+def _curve_group(run):
+    """("mask" or "box", its figures)."""
+    segm = run.metrics.get("segm") or {}
+    if segm.get("AP50_voc") is not None:
+        return "mask", segm
+    return "box", run.metrics.get("bbox") or {}
+
+
+def metric_tables(runs):
+    """list[dict]: title, caption and rows (label, hint and a cell for each run)."""
+    kinds = " and ".join(dict.fromkeys(_curve_group(run)[0] for run in runs))
+    curve = [_curve_group(run)[1] for run in runs]
+    tables = [
+        {
+            "title": "Detection, over all scores",
+            "caption": f"Overlap of {kinds}s",
+            "rows": metric_rows(CURVE_FIGURES, curve),
+        }
+    ]
+    for unit, title in UNIT_TITLES.items():
+        if not any(run.metrics.get(unit) for run in runs):
+            continue
+        wanted = LESION_FIGURES if unit == "lesion" else IMAGE_FIGURES
+        groups = [run.metrics.get(unit) or {} for run in runs]
+        tables.append({"title": title, "caption": _at(runs), "rows": metric_rows(wanted, groups)})
+        chosen = [run.metrics.get("tau_val") or {} for run in runs]
+        if not any(chosen):
+            continue
+        rows = metric_rows(wanted, [own.get(unit) or {} for own in chosen])
+        thresholds = [_text(f"{own['tau']:.3g}" if own else "n/a") for own in chosen]
+        rules = ", ".join(sorted({str(own.get("rule")) for own in chosen if own}))
+        label = {"label": "score threshold", "hint": f"rule: {rules}", "cells": thresholds}
+        caption = "At the threshold that was chosen on validation data"
+        tables.append({"title": f"{title}, τ_val", "caption": caption, "rows": [label, *rows]})
+    return tables
+
+
+def metric_rows(wanted, groups):
+    """list[dict]: label, hint and a cell for each group, of the figures that some group has."""
+    return [
+        {"label": label, "hint": hint, "cells": [cell(group, name) for group in groups]}
+        for name, label, hint in wanted
+        if any(name in group for group in groups)
+    ]
+
+
+def confusions(runs):
+    """list[dict]: name, tau, classes and rows [(class, [(count, share of the row)])]."""
+    tables = []
+    for run in runs:
+        matrix = run.results.confusion
+        rows = []
+        for name, counts in zip(matrix.classes, matrix.rows(), strict=True):
+            total = sum(count for count in counts if count) or 1
+            # False alarms are a share of nothing that can be counted.
+            shaded = name != matrix.classes[-1]
+            shares = [(f"{n:,}", round(n / total, 3) * shaded) for n in counts if n is not None]
+            rows.append((name, shares + [("–", 0)] * (len(counts) - len(shares))))
+        tau = f"{run.metrics['meta']['tau']:g}"
+        tables.append({"name": run.name, "tau": tau, "classes": matrix.classes, "rows": rows})
+    return tables
+
+
+def size_tables(runs):
+    """list[dict]: caption, columns and rows, for shares of the image and for COCO's sizes."""
+    captions = {
+        "share_of_image": f"Sensitivity and IoU by share of the image’s area, {_at(runs)}",
+        "coco": f"By COCO’s sizes (below 32², below 96² pixels, larger), {_at(runs)}",
+    }
+    known = [run.metrics["by_size"] for run in runs]
+    tables = []
+    for key, caption in captions.items():
+        if not all(key in sizes for sizes in known):
+            continue
+        columns = ["size", "lesions"]
+        columns += [f"{run.name}: {name}" for run in runs for name in ("sensitivity", "IoU")]
+        rows = []
+        for size, figures in known[0][key].items():
+            cells = [cell(own[key][size], name) for own in known for name in ("recall", "iou")]
+            rows.append({"label": size, "hint": "", "cells": [cell(figures, "n"), *cells]})
+        tables.append({"caption": caption, "columns": columns, "rows": rows})
+    return tables
+
+
+def patient_table(runs, most=50):
+    """dict: caption, columns, rows (patients with most errors first, at most ``most``), notes."""
+    scored = [run.results for run in runs]
+    if scored[0].measures.unit != "patient":
+        note = "Patients are not known: the images have no patient_id, so that intervals and "
+        return {"rows": [], "notes": [note + "figures take each image as a patient of its own."]}
+    own = [patient_rows(one.ground_truth, one.counts, one.detections.scored) for one in scored]
+    patients = sorted(
+        zip(*own, strict=True), key=lambda of: -sum(row["FP"] + row["FN"] for row in of)
+    )
+    rows = [
+        [str(of[0]["patient_id"]), of[0]["images"], of[0]["n_gt"]]
+        + [f"{row['TP']} / {row['FP']} / {row['FN']}" for row in of]
+        for of in patients[:most]
+    ]
+    columns = ["patient", "images", "lesions"]
+    columns += [f"{run.name}: hits / false alarms / missed" for run in runs]
+    caption = f"{len(rows)} of {len(patients)} patients, most errors first, {_at(runs)}"
+    return {"rows": rows, "columns": columns, "caption": caption, "notes": []}
+
+
+def screening(runs, prevalences):
+    """dict: caption, rows, sentences and missing (list[str])."""
+    for prevalence in prevalences:  # a wrong one is an error whatever the data
+        predictive_values(100, 100, prevalence)
+    if not runs[0].results.meta["lesion_free_images"]:
+        text = (
+            "PPV and NPV are undefined: the test set has no image without a lesion, so it cannot "
+            "tell how often a model raises a false alarm on one (specificity is undefined)."
+        )
+        return {"rows": [], "sentences": [], "missing": [text]}
+    points = {_at(runs): [run.metrics["image"] for run in runs]}
+    chosen = [(run.metrics.get("tau_val") or {}).get("image") for run in runs]
+    if all(chosen):
+        points["τ_val"] = chosen
+    rows, sentences = [], []
+    for at, images in points.items():
+        for prevalence in prevalences:
+            for which, label in enumerate(("PPV", "NPV")):
+                cells = [_predicted(image, prevalence, which) for image in images]
+                label = f"{label} at {100 * prevalence:g} %"
+                rows.append({"label": label, "hint": at, "cells": cells})
+    for run, prevalence in itertools.product(runs, prevalences):
+        sentences.append(_in_natural_frequencies(run, prevalence))
+    caption = (
+        "In brackets: with sensitivity and specificity both at the lower and both at the upper end "
+        "of their 95 % intervals, so wider than a 95 % interval"
+    )
+    return {"rows": rows, "caption": caption, "sentences": sentences, "missing": []}
+
+
+def _predicted(image, prevalence, which):
+    """The cell of PPV (0) or NPV (1), of the figures of images."""
+    if image["specificity"] is None or image["recall"] is None:
+        return _cell(None)
+    value = predictive_values(image["recall"], image["specificity"], prevalence)[which]
+    limits = image.get("recall_ci"), image.get("specificity_ci")
+    interval = None
+    if all(limits) and None not in (*limits[0], *limits[1]):
+        ends = zip(*limits, strict=True)
+        interval = [predictive_values(*end, prevalence)[which] for end in ends]
+    return _cell(value, interval)
+
+
+def _in_natural_frequencies(run, prevalence):
+    image, ill = run.metrics["image"], 1000 * prevalence
+    if image["recall"] is None:
+        return f"{run.name}: sensitivity is undefined, as no image shows a lesion."
+    hits, alarms = ill * image["recall"] / 100, (1000 - ill) * (1 - image["specificity"] / 100)
+    return (
+        f"{run.name}, {_at([run])}: of 1,000 images of which {ill:g} show a lesion, "
+        f"{hits + alarms:.1f} raise an alarm, {hits:.1f} of them rightly; {ill - hits:.1f} with a "
+        "lesion raise none."
+    )
+
+
+GROUPS = {
+    "segm": "masks",
+    "bbox": "boxes",
+    "lesion": "lesions",
+    "image": "images",
+    "patient": "patients",
+    "tau_val.lesion": "lesions, τ_val",
+    "tau_val.image": "images, τ_val",
+    "tau_val.patient": "patients, τ_val",
+}
+FIGURES = {"recall": "sensitivity", "iou": "IoU", "iou_box": "IoU", "miou": "mIoU", "f1": "F1"}
+AT_A_GLANCE = (
+    *("lesion/recall", "lesion/precision", "lesion/iou"),
+    *("recognition/top1", "recognition/auroc", "cancer/recall", "cancer/specificity"),
+)
+
+
+def differences(runs):
+    """
+    Args:
+        runs (list[Run]): of one test set.
+
+    Returns:
+        dict or None: ``columns``, ``rows`` of the primary endpoint and a few others, ``all_rows``
+        (list[list[str]]), ``caption`` and ``note``. None for less than two models; runs that differ
+        by seed only are one.
+    """
+    settings = [run.metrics["meta"].get("bootstrap") for run in runs]
+    known = next((one for one in settings if one), {})
+    bootstrap = Bootstrap(**{key: known[key] for key in ("resamples", "seed") if key in known})
+    gathered = gather(runs)
+    if len(gathered.split) < 2:
+        return None
+    found = compare(gathered, bootstrap)
+    chosen = (found.primary, *AT_A_GLANCE)
+    rows = {test: _row(test) for test in found.tests}
+    return {
+        "columns": ["models", "figure", "difference", "95 % interval", "p", "test"],
+        "rows": [row for test, row in rows.items() if test.endpoint in chosen],
+        "all_rows": list(rows.values()),
+        "caption": "First model minus second, in percentage points",
+        "note": (
+            f"{bootstrap.resamples:,} paired resamples of {found.settings['unit']}s. "
+            f"Primary endpoint: {_name(found.primary)}; the p-values of the other "
+            f"{len(rows) - sum(test.primary for test in rows)} tests are adjusted by Holm’s method."
+        ),
+        "remarks": found.remarks,
+    }
+
+
+def _row(test):
+    p = test.p if test.primary else test.p_holm
+    interval = f"[{_signed(test.low)},\u00a0{_signed(test.high)}]"
+    return [
+        f"{test.first} − {test.second}",
+        _name(test.endpoint) + (" (primary)" if test.primary else ""),
+        _signed(test.estimate),
+        "n/a" if math.isnan(test.low) else interval,
+        "n/a" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}",
+        test.test,
+    ]
+
+
+def _name(endpoint):
+    group, _, figure = endpoint.partition("/")
+    if group in ("recognition", "cancer"):
+        return metric_name(endpoint)
+    return f"{FIGURES.get(figure, figure)}, {GROUPS.get(group, group)}"
+
+
+def _signed(value):
+    return "n/a" if math.isnan(value) else f"{value:+.1f}".replace("-", "−")

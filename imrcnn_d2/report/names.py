@@ -1,0 +1,192 @@
+"""What was published on gastric image recognition, with what has to be said beside it."""
+
+from dataclasses import dataclass
+
+__all__ = [
+    "CITATION",
+    "CLASSIFICATION_CITATION",
+    "LEVELS",
+    "MODEL",
+    "NAMES",
+    "PAPER_DATA",
+    "REMARKS",
+    "Published",
+    "metric_name",
+    "published_accuracy",
+    "published_values",
+]
+
+
+NAMES = {"f1": "F1", "auroc": "AUROC", "miou": "mIoU", "mdice": "mDice"}
+OF_ALL_CLASSES = {
+    "top1": "top-1 accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1, mean of classes",
+    "auroc": "AUROC, mean of classes",
+    "cross_entropy": "cross-entropy",
+}
+LEVELS = {"lesion": "lesions", "image": "images", "patient": "patients"}
+
+
+def metric_name(endpoint):
+    """
+    Args:
+        endpoint (str): group/figure.
+
+    Returns:
+        str: for readers, such as "IoU (masks)".
+    """
+    group, _, figure = endpoint.partition("/")
+    if group == "recognition":
+        name, _, of_class = figure.partition("_")
+        if figure in OF_ALL_CLASSES:
+            return OF_ALL_CLASSES[figure]
+        return f"{NAMES.get(name, name)} of {of_class}"
+    if group == "cancer":
+        figure = "sensitivity" if figure == "recall" else figure
+        return f"{NAMES.get(figure, figure)} (cancer against benign)"
+    at = " at tau_val" if group.startswith("tau_val.") else ""
+    group = group.removeprefix("tau_val.")
+    if figure in ("iou", "iou_box"):
+        return f"IoU ({'boxes' if figure == 'iou_box' else 'masks'}){at}"
+    of = {"segm": "masks", "bbox": "boxes", **LEVELS}.get(group, group)
+    return f"{NAMES.get(figure, figure)} ({of}){at}"
+
+
+CITATION = (
+    "Zhang et al., Early gastric cancer detection and lesion segmentation based on deep learning "
+    "and gastroscopic images, Sci Rep 14:7847, 2024, doi 10.1038/s41598-024-58361-8"
+)
+
+# Data sets of the paper, by the beginning of the registered name.
+PAPER_DATA = {"kvasir_seg": "Kvasir-SEG", "egc": "the paper's own early gastric cancer images"}
+
+_AP = (
+    "The paper does not say how AP was computed, nor whether of masks or boxes: read as the area "
+    "under the all-point precision-recall curve at IoU 0.5 (AP50_voc)."
+)
+_IOU = (
+    "Read as the mean IoU of matched pairs; the paper's Table 2 speaks of boxes, so masks and "
+    "boxes are given here."
+)
+_OPEN = (
+    "The paper leaves open the depth of the backbone, the optimizer and what '100 iterations' are "
+    "(read as epochs)."
+)
+_SPLIT = "Its random split 12:3:5 is not published: the test images differ from those here."
+_FOLDS = "Five folds, ± is the population sd; the paper's folds are not published."
+_TABLE_5 = "Score threshold 0.7, as the paper's 'threshold 0.7' is read."
+_NOT_COMPARABLE = (
+    "Not comparable: the paper's five percentages fit no whole counts below 296 regions and need "
+    "about one 'normal region' per lesion, where a test split of 280 images holds about 35 healthy "
+    "ones."
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """
+    Attributes:
+        data (str): key of PAPER_DATA.
+        model (str): "MR-CNN", "IBMR-CNN" or "IMR-CNN".
+        table (str): "3" (one split), "4" (five folds) or "5" (operating point).
+        figure (str): what stands in for it here, group/figure.
+        value (float): in percent.
+        sd (float or None): population sd over folds, percentage points.
+        comparable (bool): False where no figure of ours means the same.
+        remarks (tuple[str, ...]): what to know before comparing.
+    """
+
+    data: str
+    model: str
+    table: str
+    figure: str
+    value: float
+    sd: float | None = None
+    comparable: bool = True
+    remarks: tuple = ()
+
+
+def _rows():
+    for data, table in {
+        "egc": {"MR-CNN": (90.7, 78.3), "IBMR-CNN": (91.5, 78.8), "IMR-CNN": (93.5, 79.1)},
+        "kvasir_seg": {"MR-CNN": (89.8, 83.2), "IBMR-CNN": (90.7, 84.5), "IMR-CNN": (91.6, 84.6)},
+    }.items():
+        for model, (ap, iou) in table.items():
+            yield Published(data, model, "3", "segm/AP50_voc", ap, remarks=(_AP, _SPLIT, _OPEN))
+            yield Published(data, model, "3", "lesion/iou", iou, remarks=(_IOU, _SPLIT, _OPEN))
+    for model, ap, iou in (
+        ("MR-CNN", (90.6, 0.4), (78.4, 0.2)),
+        ("IBMR-CNN", (91.5, 0.4), (78.8, 0.3)),
+        ("IMR-CNN", (93.5, 0.5), (79.0, 0.3)),
+    ):
+        yield Published("egc", model, "4", "segm/AP50_voc", *ap, remarks=(_AP, _FOLDS, _OPEN))
+        yield Published("egc", model, "4", "lesion/iou", *iou, remarks=(_IOU, _FOLDS, _OPEN))
+    for figure, value in {
+        "precision": 92.9,
+        "recall": 95.3,
+        "accuracy": 93.9,
+        "specificity": 92.5,
+        "f1": 94.1,
+    }.items():
+        comparable = figure not in ("accuracy", "specificity")
+        yield Published(
+            "egc",
+            "IMR-CNN",
+            "5",
+            f"lesion/{figure}",
+            value,
+            comparable=comparable,
+            remarks=(_TABLE_5, _SPLIT, _OPEN) if comparable else (_NOT_COMPARABLE,),
+        )
+
+
+def published_values(dataset, table):
+    """
+    Args:
+        dataset (str or None): registered name, such as "kvasir_seg_test".
+        table (str): "3", "4" or "5".
+
+    Returns:
+        list[Published]: those for the data set; empty where the paper has none.
+    """
+    if not dataset:
+        return []
+    return [row for row in _rows() if row.table == table and dataset.startswith(f"{row.data}_")]
+
+
+CLASSIFICATION_CITATION = (
+    "Gastric image recognition by transfer learning (VGG19, ResNet50, Inception-V3), Academic "
+    "Journal of Naval Medical University, 2019"
+)
+MODEL = "ResNet50"  # its best
+# By a word of the class's name.
+ACCURACY = {"cancer": 93.0, "ulcer": 92.0, "gastritis": 88.0}
+REMARKS = (
+    "Per-class accuracy is read as the share of that class's 150 test images that were called it; "
+    "the values are of ResNet50, the best of its three models.",
+    "Trained on 1,851, 1,969 and 2,018 images of gastric cancer, gastric ulcer and chronic "
+    "gastritis. The images are not public: those here differ, and so does their difficulty.",
+    "With 150 images of a class, 93 % has a 95 % interval of about 88 to 97 % (Clopper-Pearson).",
+)
+
+
+def published_accuracy(dataset, classes):
+    """
+    Args:
+        dataset (str or None): registered name, such as "gastric_recognition_test".
+        classes (list[str]): of the data set.
+
+    Returns:
+        dict[str, float]: accuracy in percent by class; empty unless the data set is of gastric
+        recognition and has just the three classes, each known by a word of its name.
+    """
+    if not (dataset or "").startswith("gastric_recognition_") or len(classes) != len(ACCURACY):
+        return {}
+    found = {
+        name: value
+        for word, value in ACCURACY.items()
+        for name in classes
+        if word in name.casefold()
+    }
+    return found if len(found) == len(ACCURACY) else {}

@@ -1,0 +1,242 @@
+"""A cross-validation as a user starts it: two folds, a few iterations, a run that breaks."""
+
+import fcntl
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import run_script
+
+from imrcnn_d2.cli import cross_validate, prepare_dataset
+from imrcnn_d2.engine import load_config
+from imrcnn_d2.engine.cross_validation import FoldRun
+from imrcnn_d2.evaluation.output import read_test_log
+
+pytestmark = pytest.mark.slow
+
+SUBMITIT = importlib.util.find_spec("submitit") is not None
+MODEL = "imrcnn_lite"
+OPTS = [
+    *("INPUT.MIN_SIZE_TRAIN", "'(64,)'", "INPUT.MIN_SIZE_TEST", "64", "MODEL.DEVICE", "cpu"),
+    *("MODEL.TIMM.WEIGHTS", "''", "MODEL.FPN.OUT_CHANNELS", "32", "DATALOADER.NUM_WORKERS", "0"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "5"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
+    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    """An environment in which a small prepared data set is found."""
+    folder = tmp_path_factory.mktemp("datasets")
+    prepare = ["synthetic", "--out", str(folder / "synthetic"), "--num-images", "24"]
+    prepare_dataset.main([*prepare, "--size", "64"])
+    return {**os.environ, "IMRCNN_DATASETS": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def command(output, models, *overrides, opts=OPTS):
+    return [
+        *("tools/cross_validate.py", f"model={models}", "dataset=synthetic", "folds=2"),
+        *(f"output={output}", f"opts=[{','.join(opts)}]", *overrides),
+    ]
+
+
+def start(env, *args, **kwargs):
+    return run_script(*command(*args, **kwargs), env=env)
+
+
+def states(text):
+    """{run: state} of the table at the end."""
+    rows = [line.split() for line in text.splitlines() if line.startswith("synthetic/")]
+    return {row[0]: row[1] for row in rows if not row[0].endswith(":")}
+
+
+@pytest.fixture(scope="module")
+def sweep(env, tmp_path_factory):
+    """
+    What a sweep of a sound and a broken model leaves, of which one run was finished before, as a
+    job where submitit is installed, and another was killed: folder, process, the killed run.json.
+    """
+    output = tmp_path_factory.mktemp("cv")
+    jobs = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60") if SUBMITIT else ()
+    done = start(env, output, MODEL, "fold=1", *jobs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert states(done.stdout) == {f"synthetic/{MODEL}/seed0/fold1": "finished"}
+
+    fold = output / "synthetic" / MODEL / "seed0" / "fold0"
+    process = subprocess.Popen(
+        [sys.executable, *command(output, MODEL, "fold=0")],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 1800
+    while not (fold / "last_checkpoint").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, 9)
+    process.wait()
+    killed = json.loads((fold / "run.json").read_text())
+
+    broken = output / "broken.yaml"
+    broken.write_text('MODEL:\n  BACKBONE:\n    NAME: "build_no_such_backbone"\n')
+    return output, start(env, output, f"{broken},{MODEL}", "fold=0"), killed
+
+
+def fold_run(output, env, fold, opts=OPTS):
+    return FoldRun(
+        dataset="synthetic",
+        config_file=Path(f"configs/synthetic/{MODEL}.yaml").resolve(),
+        seed=0,
+        fold=fold,
+        folds=2,
+        output=output,
+        datasets=Path(env["IMRCNN_DATASETS"]),
+        opts=tuple(value.strip("'") for value in opts),
+        num_gpus=1,
+    )
+
+
+def modified(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix != ".lock"}
+
+
+def test_the_broken_runs_are_named_and_the_others_go_on(sweep):
+    output, done, _ = sweep
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert states(done.stdout) == {
+        "synthetic/broken/seed0/fold0": "broken",
+        f"synthetic/{MODEL}/seed0/fold0": "finished",
+    }, done.stdout + done.stderr
+    log = output / "synthetic" / "broken" / "seed0" / "fold0" / "console.log"
+    assert str(log) in done.stdout and "build_no_such_backbone" in done.stdout
+    assert "1 of 2 runs are not finished" in done.stdout
+    assert f"tools/compare.py {output / 'synthetic' / MODEL / 'seed0' / 'fold0'}" in done.stdout
+
+
+def test_a_killed_run_is_resumed(sweep):
+    output, _, killed = sweep
+    fold = output / "synthetic" / MODEL / "seed0" / "fold0"
+    assert killed["finished"] is None
+    run = json.loads((fold / "run.json").read_text())
+    assert run["finished"] and run["started"] == killed["started"]
+    log = (fold / "console.log").read_text()
+    assert re.findall(r"Starting training from iteration (\d)", log) in (["0", "1"], ["0", "2"])
+
+
+def test_each_run_sees_its_fold(sweep, env):
+    output, _, _ = sweep
+    tested = []
+    for i in (0, 1):
+        run = json.loads((output / f"synthetic/{MODEL}/seed0/fold{i}/run.json").read_text())
+        assert run["fold"] == {"index": i, "of": 2}
+        gt = Path(run["datasets"]["synthetic_test"]["gt"])
+        assert gt.parents[2].name == f"fold{i}"
+        tested += [image["file_name"] for image in json.loads(gt.read_text())["images"]]
+        assert len(read_test_log(gt)) == 1
+    images = os.listdir(Path(env["IMRCNN_DATASETS"], "synthetic", "images"))
+    assert sorted(tested) == sorted(images)
+
+
+def test_finished_runs_are_not_run_again(sweep, env, caplog):
+    output, _, _ = sweep
+    run = fold_run(output, env, 1)
+    assert run.log.read_text().count("$ IMRCNN_DATASETS=") == 1
+    before = modified(run.folder)
+    caplog.set_level("INFO")
+    run.train()
+    assert "finished before, not run again" in caplog.text
+    assert modified(run.folder) == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(sweep, env, caplog):
+    output, _, _ = sweep
+    other = fold_run(output, env, 0, opts=[*OPTS, "SOLVER.BASE_LR", "0.1"])
+    before = modified(other.folder)
+    assert other.state() == "broken"
+    other.train()
+    assert "trained with other settings or on other data" in caplog.text
+    assert fold_run(output, env, 0).state() == "finished"
+    changed = {path for path, time in modified(other.folder).items() if before[path] != time}
+    assert changed == {other.log}
+
+
+def test_a_run_is_not_trained_twice_at_once(sweep, env, caplog):
+    output, _, _ = sweep
+    run = fold_run(output, env, 1)
+    with open(run.folder / "training.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run.state() == "running"
+        run.train()
+    assert "another process trains it" in caplog.text
+    assert run.state() == "finished"
+
+
+@pytest.mark.parametrize("whom", [os.kill, os.killpg])
+def test_a_request_lets_the_training_save(env, tmp_path, whom):
+    endless = [*OPTS, "SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, *command(tmp_path, MODEL, "fold=0", opts=endless)],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    fold = tmp_path / "synthetic" / MODEL / "seed0" / "fold0"
+    while not ((fold / "metrics.json").is_file() and (fold / "metrics.json").stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.05)
+    whom(process.pid, signal.SIGTERM)
+    assert process.wait(600) == 75
+    log = (fold / "console.log").read_text()
+    assert "saved after iteration" in log, log
+    assert (fold / "last_checkpoint").is_file()
+
+
+def test_jobs_went_through_submitit(sweep):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    assert list(sweep[0].glob("sweeps/*/.submitit/*/*_result.pkl"))
+
+
+@pytest.fixture
+def plan(env, tmp_path, monkeypatch):
+    """Returns a function: overrides -> the runs that cross_validate.py would make of them."""
+    monkeypatch.setenv("IMRCNN_DATASETS", env["IMRCNN_DATASETS"])
+
+    def runs(*overrides):
+        line = ["cross_validate.py", *overrides, "dataset=synthetic", f"output={tmp_path}"]
+        monkeypatch.setattr(sys, "argv", line)
+        return cross_validate.planned_runs()
+
+    return runs
+
+
+def test_models_seeds_and_folds_are_multiplied(plan, tmp_path):
+    runs = plan("model=mrcnn_lite,imrcnn_R_50", "seed=0,3", "folds=3", "hydra/launcher=any")
+    assert sorted(run.folder.relative_to(tmp_path).as_posix() for run in runs) == sorted(
+        f"synthetic/{model}/seed{seed}/fold{fold}"
+        for model in ("mrcnn_lite", "imrcnn_R_50")
+        for seed in (0, 3)
+        for fold in range(3)
+    )
+    assert [run.fold for run in plan("fold=2", "folds=3")] == [2]
+    (run,) = plan("fold=0", "opts=[SOLVER.STEPS,[1,2],SOLVER.BASE_LR,1e-3]")
+    assert load_config(str(run.config_file), run.opts).SOLVER.STEPS == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model=imrcnn_tiny"], "imrcnn_tiny.yaml: no such config.*mrcnn_R_50"),
+        (["fold=5"], "fold=5: with folds=5 they are 0..4"),
+        (["opts=[SEED,1],[SEED,2]"], "share the folder synthetic/imrcnn_lite/seed0/fold0"),
+    ],
+)
+def test_what_cannot_be_run_is_named_before_anything_runs(plan, overrides, named):
+    with pytest.raises((FileNotFoundError, ValueError), match=named):
+        plan(*overrides)

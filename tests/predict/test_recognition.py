@@ -1,0 +1,100 @@
+"""Models that name an image's class go through the same predictor and tools."""
+
+import csv
+import json
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+
+from imrcnn_d2.data.mapper import ClassificationMapper
+from imrcnn_d2.deploy import Predictor
+from imrcnn_d2.deploy.batch import predict_files
+from imrcnn_d2.deploy.loading import load_model
+from imrcnn_d2.deploy.runtimes.agreement import compare_predictors
+from imrcnn_d2.deploy.runtimes.graph_files import FORMATS, write_graph, write_safetensors
+from imrcnn_d2.engine import load_config
+
+from .conftest import picture
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Of a classifier that has learnt nothing."""
+    folder = tmp_path_factory.mktemp("recognition")
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", "", "INPUT.SIZE", 64]
+    cfg = load_config("configs/recognition/lite.yaml", opts)
+    (folder / "config.yaml").write_text(cfg.dump())
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    torch.save({"model": model.state_dict()}, folder / "model.pth")
+    return folder / "model.pth"
+
+
+@pytest.fixture(scope="module")
+def classifier(weights):
+    return Predictor(None, weights)
+
+
+def test_it_is_what_the_evaluation_sees(classifier, weights, image_folder):
+    loaded = load_model(None, weights)
+    mapper = ClassificationMapper(loaded.cfg, is_train=False)
+    paths = [image_folder / "a.png", image_folder / "b" / "c.jpg"]
+    with torch.no_grad():
+        expected = loaded.model([mapper({"file_name": str(path)}) for path in paths])
+    for found, output in zip(classifier(paths, batch_size=2), expected, strict=True):
+        torch.testing.assert_close(found, output["scores"], rtol=1e-4, atol=1e-5)
+        assert found.sum().item() == pytest.approx(1, abs=1e-5)
+    assert classifier.tau is None
+    assert len(classifier.classes) == 3
+
+
+def test_the_files(classifier, image_folder, tmp_path):
+    done = predict_files(classifier, [image_folder], tmp_path, save=["overlays", "labelme"])
+    assert done.images == 3
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    probabilities = classifier(image_folder / "a.png").tolist()
+    best = classifier.classes[probabilities.index(max(probabilities))]
+    assert rows[0]["class"] == best
+    written = [float(rows[0][f"probability {name}"]) for name in classifier.classes]
+    assert written == pytest.approx(probabilities)
+    annotation = json.loads((tmp_path / "predictions.json").read_text())["annotations"][0]
+    assert annotation["image_id"] == 1 and "bbox" not in annotation
+    assert annotation["score"] == pytest.approx(max(probabilities))
+    assert json.loads((tmp_path / "labelme" / "a.json").read_text())["flags"] == {best: True}
+    with Image.open(tmp_path / "overlays" / "a.jpg") as overlay:
+        assert overlay.size == (80, 60)
+
+
+def test_there_are_no_masks_and_no_threshold(classifier, weights, image_folder, tmp_path):
+    with pytest.raises(ValueError, match="ImageClassifier outlines nothing|gives no masks"):
+        predict_files(classifier, [image_folder], tmp_path, save=["masks"])
+    with pytest.raises(ValueError, match="likeliest class"):
+        Predictor(None, weights, tau=0.5)
+
+
+def test_an_export_agrees(classifier, weights, image_folder, tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(load_model(None, weights), path, precision="fp16")
+    other = Predictor(None, path)
+    assert other.classes == classifier.classes and other.tau is None
+    agreement = compare_predictors(classifier, other, [image_folder / "a.png"])
+    assert agreement.detections == 1 and 0 < agreement.largest()[0] < 0.02
+    bf16 = Predictor(None, path, runtime="torch-bf16")(picture(0))
+    assert bf16.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_files_of_other_runtimes_agree(classifier, weights, image_folder, tmp_path, form):
+    path = tmp_path / f"model.{form}"
+    write_graph(load_model(None, weights), path, form, example=classifier.prepare(picture(0)))
+    other = Predictor(None, path)
+    assert other.classes == classifier.classes and other.tau is None
+    images = [picture(seed) for seed in range(3)]
+    for one, two in zip(classifier(images, 3), other(images, 3), strict=True):
+        # as of detectors in test_graph_files.py: every runtime orders its sums in its own way
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-4)

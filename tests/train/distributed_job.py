@@ -1,0 +1,117 @@
+"""
+What test_launch.py starts in several processes. ``--config-file`` names a JSON file:
+
+    action      "step", "train", "wait", "before" or "after", see the functions below
+    folder      where they write
+    datasets    name -> COCO JSON file, to be registered
+    opts        overrides of the light IMR-CNN's config
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from detectron2.engine import HookBase, TrainerBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from imrcnn_d2.data.catalog import register_lesion_dataset
+from imrcnn_d2.engine import Trainer, launch_script, load_config
+from imrcnn_d2.engine.checkpoint import Checkpointer
+from imrcnn_d2.engine.hooks import Interruption
+
+
+def gradients(cfg):
+    """Of the first training step, name -> tensor."""
+    torch.manual_seed(0)
+    trainer = Trainer(cfg)
+    with EventStorage():
+        trainer._trainer.iter = 0
+        trainer._trainer.run_step()
+    named = trainer.model.named_parameters()
+    return {n.removeprefix("module."): p.grad for n, p in named if p.grad is not None}
+
+
+def step(cfg, folder):
+    """Gradients of one step, and the final evaluation of a new model."""
+    torch.save(gradients(cfg), folder / f"gradients_{comm.get_rank()}.pth")
+    torch.manual_seed(0)
+    Trainer.test(cfg, Trainer.build_model(cfg))
+    assert torch.distributed.is_initialized()
+
+
+class Kill(HookBase):
+    """Kill process 1 in the first attempt of torchrun, after iteration 2 of 0, 1, 2, ..."""
+
+    def after_step(self):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and comm.get_rank() == 1 and self.trainer.iter == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(cfg, folder, resume):
+    """A whole training; where ``kill`` lies in the folder, with :class:`Kill`."""
+    torch.manual_seed(0)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume)
+    if (folder / "kill").exists():
+        trainer.register_hooks([Kill()])
+    if comm.is_main_process():
+        (folder / "starts.txt").open("a").write(f"{trainer.start_iter}\n")
+    trainer.train()
+
+
+def write_pid(folder):
+    path = folder / f"pid_{comm.get_rank()}"
+    path.with_suffix(".tmp").write_text(str(os.getpid()))
+    path.with_suffix(".tmp").rename(path)
+
+
+class Idle(TrainerBase):
+    """Nothing but iterations."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+        self.register_hooks([Interruption(Checkpointer(nn.Linear(1, 1), str(folder)))])
+
+    def run_step(self):
+        time.sleep(0.05)
+        if self.iter == 3:
+            write_pid(self.folder)
+
+
+def outside(folder, moment):
+    """Process 0 works, and the others wait for it, "before" or "after" the iterations."""
+    if moment == "after":
+        Idle(folder).train(0, 2)
+    write_pid(folder)
+    if comm.is_main_process():
+        time.sleep(600)
+    comm.synchronize()
+
+
+def main(args):
+    settings = json.loads(Path(args.config_file).read_text())
+    folder = Path(settings["folder"])
+    if settings["action"] == "wait":
+        Idle(folder).train(0, 10**6)
+        return
+    if settings["action"] in ("before", "after"):
+        outside(folder, settings["action"])
+        return
+    for name, json_file in settings["datasets"].items():
+        register_lesion_dataset(name, json_file, Path(json_file).parent)
+    cfg = load_config("configs/synthetic/imrcnn_lite.yaml", settings["opts"])
+    if settings["action"] == "step":
+        step(cfg, folder)
+    else:
+        train(cfg, folder, args.resume)
+
+
+if __name__ == "__main__":
+    launch_script(main)
