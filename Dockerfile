@@ -1,7 +1,7 @@
 # docker build -t imrcnn-d2 .                                          from the package index
 # docker build -t imrcnn-d2 --build-context bundle=BUNDLE .            from a folder of `make bundle`
 # docker run --rm --gpus all --shm-size 2g -v "$PWD/datasets:/data" -v "$PWD/output:/outputs" \
-#     imrcnn-d2 --config-file configs/kvasir_seg/imrcnn_R_50.yaml      docker/entrypoint.sh has more
+#     imrcnn-d2 --config-file configs/imrcnn_R_50.yaml --data kvasir_seg      docker/entrypoint.sh has more
 #
 # For a machine without a GPU:
 # docker build -t imrcnn-d2:cpu --build-arg BASE_IMAGE=debian:12-slim \

@@ -42,12 +42,11 @@ from inference_benchmark import ISA, STOCK, TORCHVISION, compare_predictions
 from neck_benchmark import NECKS, choose_clock, compare_necks
 from train_benchmark import compare_steps, draw_losses, native_precision
 
-from imrcnn_d2.engine import load_config
-from imrcnn_d2.engine.config import choose_device
+from imrcnn_d2.engine.config import choose_device, load_training_config, register_root
 from imrcnn_d2.report.tables import metrics_table
 from imrcnn_d2.utils.files import write_atomically
 
-CONFIG = Path(__file__).parents[1] / "configs" / "kvasir_seg" / "imrcnn_lite.yaml"
+CONFIG = Path(__file__).parents[1] / "configs" / "imrcnn_lite.yaml"
 
 # Our evaluation's time over COCOeval's, at so many images.
 EVALUATION_BOUND, BOUND_IMAGES = 1.0, 10_000
@@ -122,10 +121,18 @@ def catalogue(args):
     return int(max(f["ours, MiB more, peak"] for f in results.values()) > CATALOGUE_BOUND)
 
 
+def load(config_file, opts, eval_only=False):
+    """A config with its data set, by default Kvasir-SEG for the default config."""
+    data = ["DATASETS.ROOT", "kvasir_seg"] if config_file == CONFIG else []
+    cfg = load_training_config(config_file, [*data, *opts], eval_only)
+    register_root(cfg)
+    return cfg
+
+
 def train(args):
     torch.set_num_threads(args.threads)
     opts = ["MODEL.DEVICE", args.device or choose_device(), *args.opts]
-    cfg = load_config(str(args.config_file), opts)
+    cfg = load(args.config_file, opts)
     precision = {None: native_precision(), "fp32": "", "bf16": "bf16"}[args.precision]
     figures, ours, theirs = compare_steps(cfg, args.iterations, precision)
     print(metrics_table({f"{precision or 'fp32'}, {args.threads} threads": figures}))
@@ -139,7 +146,7 @@ def train(args):
 
 
 def inference(args):
-    cfg = load_config(str(args.config_file), ["MODEL.DEVICE", "cpu", *args.opts])
+    cfg = load(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts], eval_only=True)
     precision = native_precision() if args.isa == "native" else ""
     results, best = compare_predictions(
         cfg,

@@ -104,12 +104,12 @@ run -- bash -c '
 
 step "Another tool by name"
 run -- prepare_dataset synthetic --out /data/synthetic --num-images 40 --size 128
-config=configs/synthetic/imrcnn_lite_demo.yaml
+config=(configs/imrcnn_lite_demo.yaml --data synthetic)
 short=(SOLVER.MAX_EPOCHS 0 SOLVER.STEPS "()" SOLVER.WARMUP_ITERS 2 TEST.EVAL_PERIOD 0
     SOLVER.CHECKPOINT_PERIOD 1000 DATALOADER.NUM_WORKERS 1)
 
 step "Training by the entry point"
-run -- --config-file $config "${short[@]}" SOLVER.MAX_ITER 4 OUTPUT_DIR output/short
+run -- --config-file "${config[@]}" "${short[@]}" SOLVER.MAX_ITER 4 OUTPUT_DIR output/short
 test -s "$work/outputs/short/model_final.pth" || fail "no weights in the volume"
 foreign="$(find "$work/outputs" "$work/data" ! \( -uid $uid -gid $gid \))"
 [ -z "$foreign" ] || fail "files of another user: $foreign"
@@ -118,7 +118,7 @@ test -s "$work/outputs/report.html"
 
 step "Any other user, as docker run --user"
 install -d -o 4321 -g 4321 "$work/outputs/other"
-run --user 4321:4321 -- --config-file $config "${short[@]}" SOLVER.MAX_ITER 2 \
+run --user 4321:4321 -- --config-file "${config[@]}" "${short[@]}" SOLVER.MAX_ITER 2 \
     OUTPUT_DIR /outputs/other/run
 [ "$(stat -c %u:%g "$work/outputs/other/run/model_final.pth")" = 4321:4321 ] || fail "uid of --user"
 
@@ -129,7 +129,7 @@ descendant() { # PID NAME: the process NAME below PID
         if [ "$(cat "/proc/$child/comm")" = "$2" ]; then echo "$child"; else descendant "$child" "$2"; fi
     done
 }
-run -- --config-file $config --resume "${short[@]}" SOLVER.MAX_ITER 100000 \
+run -- --config-file "${config[@]}" --resume "${short[@]}" SOLVER.MAX_ITER 100000 \
     OUTPUT_DIR output/stopped > "$work/stopped.log" 2>&1 &
 job=$!
 for _ in $(seq 300); do
@@ -145,7 +145,7 @@ wait $job || code=$?
 echo "Exit code $code after $((SECONDS - started)) s"
 [ $code = 75 ] || { tail "$work/stopped.log"; fail "exit code $code instead of 75"; }
 reached="$(grep -o 'iter: [0-9]*' "$work/stopped.log" | tail -n 1 | cut -d' ' -f2)"
-run -- --config-file $config --resume "${short[@]}" SOLVER.MAX_ITER $((reached + 25)) \
+run -- --config-file "${config[@]}" --resume "${short[@]}" SOLVER.MAX_ITER $((reached + 25)) \
     OUTPUT_DIR output/stopped | tee "$work/resumed.log" | grep -i 'iteration\|iter:' | head -n 5
 test -s "$work/outputs/stopped/model_final.pth" || fail "it was not resumed"
 

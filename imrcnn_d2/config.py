@@ -84,6 +84,10 @@ def add_imrcnn_config(cfg):
     # lesion-level F1; "recall>=95": the highest threshold with at least that sensitivity, percent.
     cfg.MODEL.IMRCNN.TAU_RULE = "f1"
 
+    # A prepared data set: its folder, or a short name such as "kvasir_seg" for a folder in
+    # $IMRCNN_DATASETS. Its splits fill what of DATASETS.TRAIN, VAL and TEST is not given, as
+    # NAME_train, NAME_val and NAME_test with the folder's name.
+    cfg.DATASETS.ROOT = ""
     # Data sets that EvalHook and the best checkpoint look at. DATASETS.TEST is for the end.
     cfg.DATASETS.VAL = ()
 

@@ -15,12 +15,10 @@ from imrcnn_d2.data.mapper import LesionMapper
 from imrcnn_d2.engine.schedule import new_layer_lr_factor
 from imrcnn_d2.evaluation import LesionEvaluator
 
-dataset = "kvasir_seg"
-
 
 def _test_loader(split):
     return L(build_detection_test_loader)(
-        dataset=L(load_datasets)(names=f"{dataset}_{split}"),
+        dataset=L(load_datasets)(names=f"${{train.dataset}}_{split}"),
         mapper=L(LesionMapper)(
             is_train=False,
             augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
@@ -32,7 +30,7 @@ def _test_loader(split):
 
 dataloader = OmegaConf.create()
 dataloader.train = L(build_train_loader)(
-    dataset=L(load_datasets)(names=f"{dataset}_train"),
+    dataset=L(load_datasets)(names="${train.dataset}_train"),
     mapper=L(LesionMapper)(
         is_train=True,
         augmentations=[
@@ -58,11 +56,11 @@ dataloader.train = L(build_train_loader)(
 dataloader.val = _test_loader("val")
 dataloader.test = _test_loader("test")
 dataloader.val_evaluator = L(LesionEvaluator)(
-    dataset_name=f"{dataset}_val",
+    dataset_name="${train.dataset}_val",
     tau=0.7,
     tau_rule="f1",  # as MODEL.IMRCNN.TAU_RULE
 )
-dataloader.test_evaluator = L(LesionEvaluator)(dataset_name=f"{dataset}_test", tau=0.7)
+dataloader.test_evaluator = L(LesionEvaluator)(dataset_name="${train.dataset}_test", tau=0.7)
 
 optimizer = L(torch.optim.SGD)(
     params=L(get_default_optimizer_params)(
@@ -84,6 +82,8 @@ lr_multiplier = L(WarmupParamScheduler)(
 
 train = model_zoo.get_config("common/train.py").train
 train.device = ""  # tools/lazyconfig_train_net.py chooses; name one to insist
+# A prepared data set, which --data names as well: its folder, or a short name such as "kvasir_seg".
+train.dataset = ""
 train.max_iter = 3000
 train.eval_period = 300
 train.log_period = 10

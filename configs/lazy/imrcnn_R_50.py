@@ -1,4 +1,4 @@
-"""IMR-CNN, ResNet-50: the model of kvasir_seg/imrcnn_R_50.yaml."""
+"""IMR-CNN, ResNet-50: the model of imrcnn_R_50.yaml."""
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
@@ -17,7 +17,7 @@ model.roi_heads.box_pooler = L(FP32ROIPooler)(pooler=model.roi_heads.box_pooler)
 model.roi_heads.mask_pooler = L(FP32ROIPooler)(pooler=model.roi_heads.mask_pooler)
 model.roi_heads.mask_head._target_ = AMPSafeMaskHead
 
-train.output_dir = "output/kvasir_seg/imrcnn_R_50_lazy"
+train.output_dir = "output/${train.dataset}/imrcnn_R_50_lazy"
 train.init_checkpoint = (
     "detectron2://COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217.pkl"
 )

@@ -1,4 +1,4 @@
-"""The light IMR-CNN: the model of kvasir_seg/imrcnn_lite.yaml."""
+"""The light IMR-CNN: the model of imrcnn_lite.yaml."""
 
 import torch
 from detectron2.config import LazyCall as L
@@ -43,7 +43,7 @@ optimizer = L(torch.optim.AdamW)(params=optimizer.params, lr=0.0005, weight_deca
 optimizer.params.lr_factor_func.factor = 1.0
 lr_multiplier.warmup_length = 50 / 1000
 
-train.output_dir = "output/kvasir_seg/imrcnn_lite_lazy"
+train.output_dir = "output/${train.dataset}/imrcnn_lite_lazy"
 train.init_checkpoint = ""
 train.ema_decay = 0.99
 train.max_iter = 1000

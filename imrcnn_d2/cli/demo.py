@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "configs/synthetic/imrcnn_lite_demo.yaml"
+CONFIG = "configs/imrcnn_lite_demo.yaml"
 
 
 def run(command, env):
@@ -30,7 +30,7 @@ def main():
 
     prepare = ["tools/prepare_dataset.py", "synthetic", "--out", str(data)]
     run([*prepare, "--num-images", "160", "--size", "256"], env)
-    train = ["tools/train_net.py", "--config-file", CONFIG, "--resume"]
+    train = ["tools/train_net.py", "--config-file", CONFIG, "--data", str(data), "--resume"]
     run([*train, "OUTPUT_DIR", str(output)], env)
 
     report, card = output / "report.html", output / "model_card.md"

@@ -31,6 +31,7 @@ from imrcnn_d2.deploy.runtimes import graph_files
 from imrcnn_d2.deploy.runtimes import graph_files as artifact
 from imrcnn_d2.deploy.runtimes.agreement import compare_predictors
 from imrcnn_d2.deploy.runtimes.graph_files import GraphRuntime
+from imrcnn_d2.engine.config import register_root
 from imrcnn_d2.utils.files import for_terminal
 
 PRECISIONS = {"safetensors": tuple(artifact.PRECISIONS), **graph_files.PRECISIONS}
@@ -161,6 +162,7 @@ def calibration_images(cfg, paths=None):
     if paths:
         return find_images(paths, MOST_CALIBRATION, "--calibration")
     try:
+        register_root(cfg)
         records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
     except (KeyError, OSError, ValueError) as error:
         raise ValueError(

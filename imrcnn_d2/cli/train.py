@@ -5,9 +5,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 import imrcnn_d2  # noqa: F401  (registers models and data sets)
-from imrcnn_d2.engine import Trainer, load_config, load_weights
+from imrcnn_d2.engine import Trainer, load_weights
 from imrcnn_d2.engine.checkpoint import Checkpointer
-from imrcnn_d2.engine.config import is_classifier
+from imrcnn_d2.engine.config import is_classifier, load_training_config, register_root
 from imrcnn_d2.engine.launch import locked_output
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.report.plots.draw_all import plot_test_results
@@ -15,7 +15,11 @@ from imrcnn_d2.report.plots.images import plot_test_grad_cams
 
 
 def setup(args):
-    cfg = load_config(args.config_file, args.opts)
+    # Quoted, so that a folder called 2024 stays a string.
+    root = getattr(args, "data", "")  # absent from Detectron2's own parser
+    data = ["DATASETS.ROOT", repr(root)] if root else []
+    cfg = load_training_config(args.config_file, [*data, *args.opts], args.eval_only)
+    register_root(cfg)
     if args.eval_only:
         cfg.MODEL.TIMM.WEIGHTS = ""  # MODEL.WEIGHTS has the whole model
     cfg.freeze()

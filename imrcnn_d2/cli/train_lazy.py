@@ -8,6 +8,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 
 import imrcnn_d2  # noqa: F401  (registers data sets)
+from imrcnn_d2.data.catalog import SHORT_NAMES, data_set_name, register_data_set
 from imrcnn_d2.engine import choose_device, load_weights
 from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.engine.launch import locked_output
@@ -26,9 +27,22 @@ def main(args):
     if not cfg.train.device and not any(o.startswith("train.device=") for o in args.opts):
         cfg.train.device = choose_device()
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    _register_data_set(cfg, getattr(args, "data", ""))
     with locked_output(cfg.train.output_dir):
         default_setup(cfg, args)
         return train_or_evaluate(cfg, args)
+
+
+def _register_data_set(cfg, data):
+    """The data set of --data or train.dataset, whose splits the config then names."""
+    if data := data or cfg.train.get("dataset", ""):
+        register_data_set(data)
+        cfg.train.dataset = data_set_name(data)
+    elif cfg.dataloader.train.dataset.names == "_train":
+        raise ValueError(
+            "No data set is named: add --data DIR or train.dataset=DIR, where DIR is a folder that "
+            f"tools/prepare_dataset.py wrote, or one of {', '.join(SHORT_NAMES)}"
+        )
 
 
 def train_or_evaluate(cfg, args):

@@ -1,9 +1,10 @@
 """The data sets in Detectron2's catalogs.
 
-Importing this module registers ``{kvasir_seg,egc,synthetic,gastric_recognition}_{train,val,test}``
-and touches no disk. What ``tools/prepare_dataset.py`` wrote is found under ``$IMRCNN_DATASETS``
-(default ``datasets/``) when a data set is loaded. `register_lesion_dataset` gives any other COCO
-file a name, `register_classification_dataset` any other file of images with a class each.
+`register_data_set` registers the splits of a folder that ``tools/prepare_dataset.py`` wrote.
+Importing this module does so for the short names, such as ``kvasir_seg``, and touches no disk:
+their folders are looked for, see `prepared_folder`, when a data set is loaded.
+`register_lesion_dataset` gives any other COCO file a name, `register_classification_dataset` any
+other file of images with a class each.
 """
 
 import contextlib
@@ -34,14 +35,19 @@ from imrcnn_d2.utils.files import BadInputError
 
 __all__ = [
     "DATASET_CLASSES",
+    "SHORT_NAMES",
     "Catalog",
     "LabelledCatalog",
     "balanced_weights",
+    "data_set_name",
     "labels_of",
     "load_catalog",
     "load_datasets",
     "load_labelled_catalog",
+    "prepared_folder",
+    "read_classes",
     "register_classification_dataset",
+    "register_data_set",
     "register_lesion_dataset",
 ]
 
@@ -174,10 +180,7 @@ class _Builder:
 
     def build(self, image_root):
         self._check_keys()
-        categories = list(self._items("categories", ("id", "name"), {"id": int}))
-        categories = dict(sorted((c["id"], c["name"]) for c in categories))
-        if not categories:
-            raise ValueError(f"{self._json_file}: there are no categories in this file")
+        categories = self.categories()
         sizes = {}
         images = self._items("images", ("id", "file_name"), {"file_name": str})
         image_ids = [self._add_image(image, sizes) for image in images]
@@ -211,6 +214,14 @@ class _Builder:
             torch.from_numpy(bounds),
             torch.from_numpy(lesion_counts),
         )
+
+    def categories(self):
+        """Names by id, by rising id."""
+        categories = self._items("categories", ("id", "name"), {"id": int})
+        categories = dict(sorted((c["id"], c["name"]) for c in categories))
+        if not categories:
+            raise ValueError(f"{self._json_file}: there are no categories in this file")
+        return categories
 
     def _check_keys(self):
         """A list that is there twice would be streamed as one, while others read the last."""
@@ -457,6 +468,7 @@ _PREPARE = {
     "lesion_free": "lesion-free --root DIR",
     "gastric_recognition": "classification --root DIR",
 }
+SHORT_NAMES = tuple(_PREPARE)
 # what loading sets; Detectron2's Metadata refuses to change a value, so these are cleared first
 _SET_ON_LOADING = ("thing_classes", "thing_dataset_id_to_contiguous_id", "json_file", "image_root")
 
@@ -544,14 +556,7 @@ def _load(
         image_root=str(image_root),
     )
     if known is not None and known != classes:
-        logger.warning(
-            "Classes of %s are %s (from %s), not %s: MODEL.ROI_HEADS.NUM_CLASSES must be %d.",
-            name,
-            classes,
-            json_file,
-            known,
-            len(classes),
-        )
+        logger.warning("Classes of %s are %s (from %s), not %s.", name, classes, json_file, known)
     return catalogue
 
 
@@ -587,24 +592,92 @@ def _load_dataset(name: str, filter_empty: bool) -> Dataset:
     return dataset if isinstance(dataset, Dataset) else DatasetFromList(dataset)
 
 
-def _locate_prepared(dataset: str, split: str) -> tuple[Path, Path]:
-    root = Path(os.environ.get("IMRCNN_DATASETS", "datasets")) / dataset
+def prepared_folder(data: str | os.PathLike) -> Path:
+    """The folder of a prepared data set, which need not be there.
+
+    Args:
+        data: the folder, or a short name, which is looked for in ``$IMRCNN_DATASETS``, else in
+            ``$DETECTRON2_DATASETS``, else in ``datasets/``.
+    """
+    if str(data) not in SHORT_NAMES:
+        return Path(data)
+    if root := os.environ.get("IMRCNN_DATASETS"):
+        return Path(root) / data
+    shared = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / data
+    return shared if shared.is_dir() else Path("datasets") / data
+
+
+def data_set_name(data: str | os.PathLike) -> str:
+    """What the splits of a prepared data set are registered as: the name of its folder.
+
+    Raises:
+        ValueError: a folder without a name.
+    """
+    name = os.path.basename(os.path.abspath(data))
+    if not name:
+        raise ValueError(f"{data}: a data set is registered by the name of its folder, give one")
+    return name
+
+
+def read_classes(data: str | os.PathLike) -> list[str] | None:
+    """The class names of a prepared data set, or None where it has no annotations.
+
+    Raises:
+        ValueError: the annotations cannot be read; it names the file.
+    """
+    for split in SPLITS:
+        path = prepared_folder(data) / "annotations" / f"{split}.json"
+        if path.is_file():
+            return list(_Builder(path).categories().values())
+    return None
+
+
+def register_data_set(data: str | os.PathLike, classification: bool = False) -> None:
+    """Registers ``NAME_train``, ``NAME_val`` and ``NAME_test`` of a prepared data set.
+
+    NAME is its folder's name, see `data_set_name`. What was registered for another folder of this
+    name is replaced.
+
+    Args:
+        data: the folder, or a short name, see `prepared_folder`.
+        classification: whether each image has a class, and not annotations.
+
+    Raises:
+        ValueError: data sets of other origin have these names.
+    """
+    name = data_set_name(data)
+    short = str(data) in SHORT_NAMES
+    state = None if short else os.path.abspath(data), classification
+    if _registered.get(name) == state:
+        return
+    classes = DATASET_CLASSES.get(name) if short and not classification else None
+    read = load_labelled_catalog if classification else load_catalog
+    remedy = (
+        f"Make it with: python tools/prepare_dataset.py {_PREPARE[name]} --out "
+        f"$IMRCNN_DATASETS/{name} (datasets/{name} where the variable is unset)."
+        if short
+        else "Name a folder that tools/prepare_dataset.py wrote (--data DIR, DATASETS.ROOT), or "
+        f"one of {', '.join(SHORT_NAMES)}."
+    )
+    for split in SPLITS:
+        full_name = f"{name}_{split}"
+        if full_name in DatasetCatalog:
+            if name not in _registered:
+                raise ValueError(f"{data}: {full_name} is another data set; rename this folder")
+            DatasetCatalog.remove(full_name)
+            MetadataCatalog.remove(full_name)
+        locate = functools.partial(_locate_split, data, split)
+        _register(full_name, locate, remedy, classes, read)
+    _registered[name] = state
+
+
+_registered = {}  # name of a prepared data set -> its folder (None: by short name), the kind
+
+
+def _locate_split(data: str | os.PathLike, split: str) -> tuple[Path, Path]:
+    root = prepared_folder(data)
     return root / "annotations" / f"{split}.json", root / "images"
 
 
-def _register_prepared() -> None:
-    for dataset, command in _PREPARE.items():
-        remedy = (
-            f"Make it with: python tools/prepare_dataset.py {command} --out "
-            f"$IMRCNN_DATASETS/{dataset} (datasets/{dataset} where the variable is unset)."
-        )
-        classes = DATASET_CLASSES.get(dataset)  # of classified images the user's own
-        read = load_catalog if classes else load_labelled_catalog
-        for split in SPLITS:
-            name = f"{dataset}_{split}"
-            if name not in DatasetCatalog:
-                locate = functools.partial(_locate_prepared, dataset, split)
-                _register(name, locate, remedy, classes, read)
-
-
-_register_prepared()
+for _name in SHORT_NAMES:
+    register_data_set(_name, classification=_name not in DATASET_CLASSES)

@@ -4,6 +4,9 @@ A config may come from anybody, so nothing in a file leads out of it: a ``_BASE_
 config's own tree (the nearest folder named ``configs`` above it, else its own folder) or one of the
 configs that this package and Detectron2 ship, and no value is an address, but for Detectron2's own
 weights. What the user's command line says may be any.
+
+Configs name no data set: ``DATASETS.ROOT`` is the folder of a prepared one, and names what
+DATASETS.TRAIN, VAL and TEST leave open.
 """
 
 import contextlib
@@ -11,7 +14,7 @@ import logging
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +25,28 @@ from detectron2.config import CfgNode, get_cfg
 from fvcore.common.config import BASE_KEY
 
 from imrcnn_d2.config import add_imrcnn_config
-from imrcnn_d2.data.catalog import balanced_weights, labels_of, load_datasets
+from imrcnn_d2.data.catalog import (
+    SHORT_NAMES,
+    balanced_weights,
+    data_set_name,
+    labels_of,
+    load_datasets,
+    read_classes,
+    register_data_set,
+)
+from imrcnn_d2.data.prepare.splits import SPLITS
 from imrcnn_d2.modeling.classifier import ImageClassifier, timm_input
 
 __all__ = [
     "choose_device",
+    "find_config",
     "is_classifier",
     "load_config",
     "load_config_text",
+    "load_training_config",
+    "num_classes_key",
     "read_yaml",
+    "register_root",
     "resolve_class_weights",
     "resolve_input",
 ]
@@ -75,6 +91,22 @@ def is_classifier(cfg):
         bool: whether MODEL.META_ARCHITECTURE is :class:`ImageClassifier`.
     """
     return cfg.MODEL.META_ARCHITECTURE == ImageClassifier.__name__
+
+
+def num_classes_key(cfg: CfgNode) -> str | None:
+    """The config key of the number of classes; None for models whose key is not known here."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if is_classifier(cfg):
+        return "MODEL.CLASSIFIER.NUM_CLASSES"
+    if architecture == "RetinaNet":
+        return "MODEL.RETINANET.NUM_CLASSES"
+    return "MODEL.ROI_HEADS.NUM_CLASSES" if architecture.endswith("RCNN") else None
+
+
+def register_root(cfg: CfgNode) -> None:
+    """Register the data set of DATASETS.ROOT, if any, for the config's task."""
+    if cfg.DATASETS.ROOT:
+        register_data_set(cfg.DATASETS.ROOT, classification=is_classifier(cfg))
 
 
 def resolve_input(cfg):
@@ -150,13 +182,17 @@ _WRONG = (
 def load_config(config_file: str | Path = "", opts: Sequence = ()) -> CfgNode:
     """
     Args:
-        config_file: a YAML file; "" for the defaults.
+        config_file: a YAML file, or the name of one that is shipped, such as "imrcnn_lite.yaml"; ""
+            for the defaults. Names of earlier versions, such as "kvasir_seg/imrcnn_lite.yaml",
+            give the config of then, with a warning.
         opts: ``[KEY, VALUE, ...]``, applied after the file.
 
     Returns:
         CfgNode: Detectron2's defaults and ours, the file and the overrides; MODEL.DEVICE is what
             these name, else the result of :func:`choose_device`; what images a classifier takes is
-            resolved, see :func:`resolve_input`. Not frozen.
+            resolved, see :func:`resolve_input`. Where DATASETS.ROOT is set, its splits are named in
+            DATASETS.TRAIN, VAL and TEST, except in those that are given, and OUTPUT_DIR is
+            output/DATA_SET/CONFIG unless given. No data set is read. Not frozen.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -166,8 +202,42 @@ def load_config(config_file: str | Path = "", opts: Sequence = ()) -> CfgNode:
             hence for MODEL.LOAD_PROPOSALS. A ``_BASE_`` is outside of the file's tree, or a value
             that is not in ``opts`` is an address: see this module.
     """
-    content = _read(Path(config_file), [_tree(config_file), *SHIPPED], []) if config_file else {}
+    content = {}
+    if config_file:
+        path = find_config(config_file) or Path(config_file)
+        content = _read(path, [_tree(path), *SHIPPED], [])
     return _config(content, config_file, opts)
+
+
+def load_training_config(
+    config_file: str | Path = "", opts: Sequence = (), eval_only: bool = False
+) -> CfgNode:
+    """
+    As :func:`load_config`, with a data set (see :func:`register_root`): the model has as many
+    classes as its annotations, unless ``opts`` give the number.
+
+    Args:
+        config_file, opts: see :func:`load_config`.
+        eval_only: whether DATASETS.TEST is what is needed, and not DATASETS.TRAIN.
+
+    Raises:
+        ValueError: no data set is named; or see :func:`load_config`.
+    """
+    cfg = load_config(config_file, opts)
+    names = cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN
+    if not names:
+        raise ValueError(
+            f"{config_file or 'The config'} names no data set: add --data DIR (or the config key "
+            "DATASETS.ROOT), where DIR is a folder that tools/prepare_dataset.py wrote, or "
+            f"{', '.join(SHORT_NAMES)} for the folder of that name in $IMRCNN_DATASETS"
+        )
+    key = num_classes_key(cfg)
+    of_root = {name for split in _split_names(cfg.DATASETS.ROOT).values() for name in split}
+    if key and key not in opts[::2] and of_root.issuperset(names):
+        classes = read_classes(cfg.DATASETS.ROOT)
+        if classes:
+            cfg.merge_from_list([key, len(classes)])
+    return cfg
 
 
 def load_config_text(text: str, source: str | Path, opts: Sequence = ()) -> CfgNode:
@@ -258,7 +328,12 @@ def _read(path: Path, admitted: Sequence[Path], files: list[Path]) -> dict:
     if len(files) > MOST_FILES:
         raise ValueError(f"{files[0]} is made of more than {MOST_FILES} files: see {BASE_KEY}")
     named = path if path is files[0] else f"{files[0]}: its {BASE_KEY} {path}"
-    content, merged = read_yaml(path, named), {}
+    content, merged = _earlier_config(path), {}
+    if content is None:
+        content = read_yaml(path, named)
+    else:
+        data = f" with --data {content['DATASETS']['ROOT']}" if "DATASETS" in content else ""
+        logger.warning("%s is now %s%s; this name still works", named, content[BASE_KEY], data)
     bases = content.pop(BASE_KEY, [])
     for base in bases if isinstance(bases, list) else [bases]:
         merged = _merge(merged, _read(_base(path, base, admitted), admitted, files))
@@ -269,12 +344,47 @@ def _base(path: Path, base: str, admitted: Sequence[Path]) -> Path:
     with _told(f"{path}: {BASE_KEY} {_short(base)}"):
         found = Path(os.path.realpath(path.parent / base))
         inside = any(found.is_relative_to(folder) for folder in admitted)
-        if not inside or not os.path.isfile(found):
+        if not inside or not (os.path.isfile(found) or _earlier_config(found)):
             raise ValueError(
                 f"no file in {admitted[0]}, nor a config that comes with imrcnn_d2 or Detectron2: "
                 "copy it there, or put both files below a folder named configs"
             )
     return found
+
+
+def find_config(path: str | Path) -> Path | None:
+    """The file itself, else the shipped one of this name, of now or of earlier versions."""
+    path = Path(path)
+    shipped = SHIPPED[0].joinpath(*path.parts[path.parts[:1] == ("configs",) :])
+    places = (path, shipped)  # the same for an absolute path
+    return next((p for p in places if p.is_file() or _earlier_config(p)), None)
+
+
+def _earlier_config(path: Path) -> dict | None:
+    """What a config held that earlier versions shipped for each data set; else None."""
+    path = Path(os.path.realpath(path))
+    if path.is_file() or not path.is_relative_to(SHIPPED[0]):
+        return None
+    *folders, name = path.relative_to(SHIPPED[0]).parts
+    folder, stem = "/".join(folders), Path(name).stem
+    content: dict = {}
+    if folder in ("kvasir_seg", "egc", "synthetic"):
+        output = "demo" if stem == "imrcnn_lite_demo" else f"{folder}/{stem}"
+        content = {"DATASETS": {"ROOT": folder}, "OUTPUT_DIR": f"output/{output}"}
+    elif folder == "recognition":
+        root = {"ROOT": "gastric_recognition"}
+        content = {"DATASETS": root, "OUTPUT_DIR": f"output/recognition/{stem}"}
+        name = {"lite.yaml": "efficientnet_lite0.yaml"}.get(name, name)
+    elif name == "Base-Recognition.yaml":
+        content = {"DATASETS": {"ROOT": "gastric_recognition"}, "OUTPUT_DIR": "./output"}
+        name = "Base-Classifier.yaml"
+    elif not folder and name.startswith("Base-"):
+        model, _, size = name.removeprefix("Base-").partition("-")
+        name = f"{model.lower()}_{size}"
+    base = SHIPPED[0] / name
+    if not base.is_file():
+        return None
+    return {BASE_KEY: str(base), **content}
 
 
 def _tree(config_file: str | Path) -> Path:
@@ -301,8 +411,14 @@ def _config(content: dict, source: str | Path, opts: Sequence) -> CfgNode:
         if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise ValueError(f"VERSION is {content['VERSION']}, and Detectron2's {cfg.VERSION}")
         cfg.merge_from_other_cfg(CfgNode(content))
+    of_file = cfg.DATASETS.clone()
     with _told("KEY VALUE ..."):
         cfg.merge_from_list(list(opts))
+    if cfg.DATASETS.ROOT:
+        _name_splits(cfg, of_file, {*(content.get("DATASETS") or ())}, opts[::2])
+    if cfg.DATASETS.ROOT and source and "OUTPUT_DIR" not in content | dict.fromkeys(opts[::2]):
+        name = data_set_name(cfg.DATASETS.ROOT)
+        cfg.OUTPUT_DIR = os.path.join("output", name, Path(source).stem)
     _check_addresses(cfg, source, opts[::2])
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
@@ -314,6 +430,31 @@ def _config(content: dict, source: str | Path, opts: Sequence) -> CfgNode:
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = choose_device()
     return cfg
+
+
+def _split_names(root: str) -> dict[str, tuple[str, ...]]:
+    name = data_set_name(root) if root else ""
+    return {split.upper(): (f"{name}_{split}",) if root else () for split in SPLITS}
+
+
+def _name_splits(
+    cfg: CfgNode, of_file: CfgNode, in_file: Collection[str], given: Sequence[str]
+) -> None:
+    """Name the splits of DATASETS.ROOT where neither the file nor the command line names others."""
+    of_root = _split_names(of_file.ROOT)
+    for key, names in _split_names(cfg.DATASETS.ROOT).items():
+        if f"DATASETS.{key}" in given:
+            continue
+        # A config.yaml of a run has all keys: those that came from its ROOT follow the new one.
+        if key not in in_file or tuple(of_file[key]) == of_root[key]:
+            cfg.DATASETS[key] = names
+        elif "DATASETS.ROOT" in given and tuple(of_file[key]) != names:
+            logger.warning(
+                "DATASETS.%s is %s, as the config names it, and not taken from %s",
+                key,
+                tuple(of_file[key]),
+                cfg.DATASETS.ROOT,
+            )
 
 
 def _check_addresses(cfg: CfgNode, source: str | Path, given: Sequence[str]) -> None:

@@ -17,8 +17,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import imrcnn_d2
+from imrcnn_d2.data.catalog import prepared_folder
 from imrcnn_d2.data.prepare.data_set import write_folds
-from imrcnn_d2.engine.config import load_config
+from imrcnn_d2.engine.config import find_config, load_training_config
 from imrcnn_d2.engine.run_record import RunRecord, config_sha256
 from imrcnn_d2.evaluation.output import read_metrics, read_run_record
 from imrcnn_d2.utils.files import file_sha256
@@ -49,11 +50,11 @@ class FoldRun:
     One model, data set, seed and fold.
 
     Attributes:
-        dataset (str): "kvasir_seg", "egc", "synthetic" or "gastric_recognition".
+        dataset (str): name of the prepared data set's folder.
         config_file (Path): of the model; its stem is the model's name.
         seed (int), fold (int), folds (int):
         output (Path): of the whole cross-validation.
-        datasets (Path): folder of the prepared data sets.
+        datasets (Path): folder that the data set's folder is in.
         opts (tuple[str]): KEY VALUE ..., for every run.
         num_gpus (int): processes of one training, as train_net.py's ``--num-gpus``.
     """
@@ -75,28 +76,31 @@ class FoldRun:
             cfg (DictConfig): configs/cross_validation/sweep.yaml for one run.
 
         Raises:
-            FileNotFoundError: there is no config for that model and data set.
+            FileNotFoundError: there is no config of that model.
             ValueError: there is no such fold.
         """
         path = Path(cfg.model) if str(cfg.model).endswith(".yaml") else None
-        folder = ROOT / "configs" / str(cfg.dataset)
-        path = path or folder / f"{cfg.model}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "nothing"
+        configs = ROOT / "configs"
+        path = find_config(path or configs / f"{cfg.model}.yaml")
+        if path is None:
+            known = sorted(f.stem for f in configs.glob("*.yaml") if not f.stem.startswith("Base-"))
             raise FileNotFoundError(
-                f"{path}: no such config. For dataset={cfg.dataset} there are {known}; a path that "
+                f"{cfg.model}.yaml: no such config. There are {', '.join(known)}; a path that "
                 "ends in .yaml names any other."
             )
         if not 0 <= cfg.fold < cfg.folds:
             raise ValueError(f"fold={cfg.fold}: with folds={cfg.folds} they are 0..{cfg.folds - 1}")
+        root = Path(cfg.datasets).resolve() / str(cfg.dataset)
+        if not root.is_dir():
+            root = prepared_folder(cfg.dataset).resolve()
         return cls(
-            dataset=cfg.dataset,
+            dataset=root.name,
             config_file=path.resolve(),
             seed=cfg.seed,
             fold=cfg.fold,
             folds=cfg.folds,
             output=Path(cfg.output).resolve(),
-            datasets=Path(cfg.datasets).resolve(),
+            datasets=root.parent,
             opts=tuple(str(value) for value in OmegaConf.to_container(cfg.opts)),
             num_gpus=cfg.num_gpus,
         )
@@ -125,6 +129,11 @@ class FoldRun:
     def fold_datasets(self):
         """Path: what the training sees as $IMRCNN_DATASETS."""
         return self.datasets / f"{self.dataset}.folds{self.folds}" / f"fold{self.fold}"
+
+    @property
+    def fold_root(self):
+        """Path: the fold as a prepared data set."""
+        return self.fold_datasets / self.dataset
 
     def state(self):
         """
@@ -217,11 +226,12 @@ class FoldRun:
         if not path.is_file():
             return False
         record = read_run_record(path)
-        cfg = load_config(str(self.config_file), [*self._overrides(), "MODEL.DEVICE", "cpu"])
+        opts = ["DATASETS.ROOT", repr(str(self.fold_root)), *self._overrides()]
+        cfg = load_training_config(self.config_file, [*opts, "MODEL.DEVICE", "cpu"])
         same = record.get("config_sha256") == config_sha256(cfg)
         for name, data in (record.get("datasets") or {}).items():
             split = name.removeprefix(f"{self.dataset}_")
-            gt = self.fold_datasets / self.dataset / "annotations" / f"{split}.json"
+            gt = self.fold_root / "annotations" / f"{split}.json"
             same = same and gt.is_file() and data.get("gt_sha256") == file_sha256(gt)
         if not same:
             raise ValueError(
@@ -237,7 +247,7 @@ class FoldRun:
         """Runs train_net.py to its end; returns its exit code."""
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--resume"]
         command += ["--config-file", str(self.config_file), "--num-gpus", str(self.num_gpus)]
-        command += self._overrides()
+        command += ["--data", str(self.fold_root), *self._overrides()]
         logger.info(f"{self.name}: training, log in {self.log}")
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(f"$ IMRCNN_DATASETS={self.fold_datasets} {shlex.join(command)}\n")

@@ -72,6 +72,13 @@ def launch_script(main):
 
 def _launch(main):
     parser = default_argument_parser()
+    parser.add_argument(
+        "--data",
+        default="",
+        metavar="DIR",
+        help="folder of a prepared data set, or a short name such as kvasir_seg for one in "
+        "$IMRCNN_DATASETS",
+    )
     args = parser.parse_args()
     if _TORCHRUN <= os.environ.keys():
         args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

@@ -151,11 +151,11 @@ def config_sha256(cfg):
         cfg (CfgNode): as loaded, before epochs are turned into iterations; not changed.
 
     Returns:
-        str: sha256 of ``cfg.dump()`` without OUTPUT_DIR and MODEL.DEVICE.
+        str: sha256 of ``cfg.dump()`` without OUTPUT_DIR, MODEL.DEVICE and DATASETS.ROOT.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    del cfg["OUTPUT_DIR"], cfg.MODEL["DEVICE"]
+    del cfg["OUTPUT_DIR"], cfg.MODEL["DEVICE"], cfg.DATASETS["ROOT"]
     return hashlib.sha256(cfg.dump().encode()).hexdigest()
 
 

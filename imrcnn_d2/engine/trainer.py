@@ -1,5 +1,6 @@
 """Training from a LazyConfig: what Trainer does for YAML files."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from imrcnn_d2.data.loader import build_train_loader
 from imrcnn_d2.data.mapper import ClassificationMapper, LesionMapper
 from imrcnn_d2.engine.checkpoint import Checkpointer, last_weights, log_test_evaluations
-from imrcnn_d2.engine.config import is_classifier, resolve_class_weights
+from imrcnn_d2.engine.config import is_classifier, num_classes_key, resolve_class_weights
 from imrcnn_d2.engine.hooks import (
     EMA,
     BestCheckpointer,
@@ -269,12 +270,10 @@ class Trainer(DefaultTrainer):
 
 
 def _check_classes(cfg):
-    if is_classifier(cfg):
-        key, wanted = "MODEL.CLASSIFIER.NUM_CLASSES", cfg.MODEL.CLASSIFIER.NUM_CLASSES
-    elif cfg.MODEL.META_ARCHITECTURE.endswith("RCNN"):
-        key, wanted = "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    else:
+    key = num_classes_key(cfg)
+    if key is None:
         return
+    wanted = functools.reduce(getattr, key.split("."), cfg)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL):
         DatasetCatalog.get(name)  # class names are known once the file was read
         classes = MetadataCatalog.get(name).get("thing_classes", [])

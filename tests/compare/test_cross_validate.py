@@ -92,7 +92,7 @@ def sweep(env, tmp_path_factory):
 def fold_run(output, env, fold, opts=OPTS):
     return FoldRun(
         dataset="synthetic",
-        config_file=Path(f"configs/synthetic/{MODEL}.yaml").resolve(),
+        config_file=Path(f"configs/{MODEL}.yaml").resolve(),
         seed=0,
         fold=fold,
         folds=2,

@@ -28,7 +28,7 @@ OPTS = [
 @pytest.fixture
 def weights(kvasir_original, tmp_path, monkeypatch):
     """Of a tiny random model; five real images are the test set."""
-    cfg = load_config("configs/kvasir_seg/imrcnn_lite.yaml", OPTS)
+    cfg = load_config("configs/imrcnn_lite.yaml", ["DATASETS.ROOT", "kvasir_seg", *OPTS])
     (tmp_path / "config.yaml").write_text(cfg.dump())
     torch.manual_seed(0)
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")

@@ -106,7 +106,7 @@ def test_the_cases_are_the_shapes_of_the_shipped_models():
         model, side = name.rsplit("_", 1)
         cfg = get_cfg()
         add_imrcnn_config(cfg)
-        cfg.merge_from_file(f"{CONFIGS}/Base-IMRCNN-{model.replace('light', 'lite')}.yaml")
+        cfg.merge_from_file(f"{CONFIGS}/imrcnn_{model.replace('light', 'lite')}.yaml")
         cfg.MODEL.TIMM.WEIGHTS = ""
         with torch.device("meta"):
             backbone = build_backbone(cfg, ShapeSpec(channels=3))
@@ -176,7 +176,8 @@ def tiny_training(tmp_path, monkeypatch):
     monkeypatch.setenv("IMRCNN_DATASETS", str(out.parent))
     torch.manual_seed(0)  # of some weights, rounding makes other proposals
     return [
-        *("--config-file", f"{CONFIGS}/synthetic/imrcnn_lite.yaml", "--device", "cpu"),
+        *("--config-file", f"{CONFIGS}/imrcnn_lite.yaml", "--device", "cpu"),
+        *("DATASETS.ROOT", "synthetic"),
         *("--iterations", "3", "--precision", "fp32", "--threads", "1"),
         *("MODEL.TIMM.WEIGHTS", "", "INPUT.MIN_SIZE_TRAIN", "(96,)", "SOLVER.IMS_PER_BATCH", "2"),
         *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
@@ -209,9 +210,18 @@ def test_inference_compares_the_same_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inference_benchmark, "EXPORTED", {"OpenVINO": ("openvino", "fp32")})
     monkeypatch.setattr(benchmark, "INFERENCE_BOUNDS", {"": 1000.0, "bf16": 1000.0})
     file = tmp_path / "inference.json"
-    command = ["inference", "--config-file", f"{CONFIGS}/synthetic/imrcnn_lite.yaml"]
+    command = ["inference", "--config-file", f"{CONFIGS}/imrcnn_lite.yaml"]
     command += ["--runs", "3", "--accuracy", "2", "--threads", "1", "--isa", "avx2"]
-    command += ["--output", str(file), "INPUT.MIN_SIZE_TEST", "96", "MODEL.TIMM.WEIGHTS", ""]
+    command += [
+        "--output",
+        str(file),
+        "DATASETS.ROOT",
+        "synthetic",
+        "INPUT.MIN_SIZE_TEST",
+        "96",
+        "MODEL.TIMM.WEIGHTS",
+        "",
+    ]
     command += ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
     assert benchmark.main(command) == 1, "it is not a thousand times as fast"
     document = json.loads(file.read_text())
@@ -243,7 +253,8 @@ def test_drawn_weights_tell_detections_apart(tmp_path, monkeypatch):
     out = tmp_path / "datasets" / "synthetic"
     prepare_dataset.main(["synthetic", "--out", str(out), "--num-images", "10", "--size", "96"])
     monkeypatch.setenv("IMRCNN_DATASETS", str(out.parent))
-    cfg = load_config(f"{CONFIGS}/synthetic/imrcnn_lite.yaml", ["MODEL.TIMM.WEIGHTS", ""])
+    opts = ["DATASETS.ROOT", "synthetic", "MODEL.TIMM.WEIGHTS", ""]
+    cfg = load_config(f"{CONFIGS}/imrcnn_lite.yaml", opts)
     (tmp_path / "config.yaml").write_text(cfg.dump())
     weights = inference_benchmark._drawn_weights(cfg, tmp_path)
     predictor = Predictor(tmp_path / "config.yaml", weights, device="cpu")
@@ -258,7 +269,8 @@ def test_accuracy_is_that_of_the_data_set(tmp_path, monkeypatch):
     out = tmp_path / "datasets" / "synthetic"
     prepare_dataset.main(["synthetic", "--out", str(out), "--num-images", "10", "--size", "96"])
     monkeypatch.setenv("IMRCNN_DATASETS", str(out.parent))
-    cfg = load_config(f"{CONFIGS}/synthetic/imrcnn_lite.yaml", ["MODEL.TIMM.WEIGHTS", ""])
+    opts = ["DATASETS.ROOT", "synthetic", "MODEL.TIMM.WEIGHTS", ""]
+    cfg = load_config(f"{CONFIGS}/imrcnn_lite.yaml", opts)
     records = DatasetCatalog.get("synthetic_test")
     truth = json.loads((out / "annotations" / "test.json").read_text())
     classes = {c["id"]: i for i, c in enumerate(sorted(truth["categories"], key=lambda c: c["id"]))}
@@ -287,7 +299,7 @@ def test_a_side_that_fails_says_why(tmp_path):
 
 
 def test_the_other_side_is_of_detectron2s_own_parts():
-    cfg = load_config(f"{CONFIGS}/synthetic/imrcnn_lite.yaml", ["MODEL.TIMM.WEIGHTS", ""])
+    cfg = load_config(f"{CONFIGS}/imrcnn_lite.yaml", ["MODEL.TIMM.WEIGHTS", ""])
     cfg.MODEL.DEVICE = "meta"
     model = build_model(train_benchmark.stock_config(cfg))
     assert type(model.roi_heads) is StandardROIHeads

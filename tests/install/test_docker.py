@@ -160,7 +160,7 @@ def test_compose():
     train = services["train"]
     assert train["command"][-1] == "--resume" and train["restart"].startswith("on-failure")
     config = re.search(r"\$\{CONFIG:-(.+)\}", train["command"][1])[1]
-    assert (ROOT / config).is_file()
+    assert (ROOT / config).is_file() and "--data" in train["command"]
     assert {volume.rpartition(":")[2] for volume in train["volumes"]} == {"/data", "/outputs"}
     assert "stop_grace_period" in train and "shm_size" in train and "user" in train
     assert services["tensorboard"]["image"] == train["image"]

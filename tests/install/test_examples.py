@@ -173,7 +173,7 @@ def test_weights_with_a_part_set_back_are_those_of_a_model_without_it(tmp_path):
     def model(name):
         cfg = get_cfg()
         add_imrcnn_config(cfg)
-        cfg.merge_from_file(str(EXAMPLES.parent / "configs" / f"Base-{name}-lite.yaml"))
+        cfg.merge_from_file(str(EXAMPLES.parent / "configs" / f"{name.lower()}_lite.yaml"))
         cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""])
         return build_model(cfg).eval().backbone
 

@@ -30,7 +30,7 @@ OPTS = [
 def tiny_run(tmp_path_factory):
     """The folder that a training leaves: config.yaml and model_best.pth."""
     folder = tmp_path_factory.mktemp("run")
-    cfg = load_config("configs/kvasir_seg/imrcnn_lite.yaml", OPTS)
+    cfg = load_config("configs/imrcnn_lite.yaml", ["DATASETS.ROOT", "kvasir_seg", *OPTS])
     cfg.OUTPUT_DIR = str(folder)
     (folder / "config.yaml").write_text(cfg.dump())
     torch.manual_seed(0)

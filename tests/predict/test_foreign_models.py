@@ -30,7 +30,7 @@ def weights(tmp_path_factory):
         *("TEST.DETECTIONS_PER_IMAGE", 4),
         *("MODEL.IMRCNN.SCORE_THRESH", 0.0),
     ]
-    cfg = load_config("configs/kvasir_seg/imrcnn_lite.yaml", opts)
+    cfg = load_config("configs/imrcnn_lite.yaml", ["DATASETS.ROOT", "kvasir_seg", *opts])
     (folder / "config.yaml").write_text(cfg.dump())
     torch.manual_seed(0)
     torch.save({"model": build_model(cfg).state_dict()}, folder / "model.pth")

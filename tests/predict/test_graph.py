@@ -32,7 +32,9 @@ CASES = {
 
 def detector(opts):
     torch.manual_seed(0)
-    model = build_model(load_config("configs/kvasir_seg/imrcnn_lite.yaml", [*OPTS, *opts])).eval()
+    model = build_model(
+        load_config("configs/imrcnn_lite.yaml", ["DATASETS.ROOT", "kvasir_seg", *OPTS, *opts])
+    ).eval()
     with torch.no_grad():  # surer of itself, so that scores differ
         model.roi_heads.box_predictor.cls_score.weight.normal_(std=0.5)
         model.roi_heads.box_predictor.bbox_pred.weight.normal_(std=0.1)
@@ -79,6 +81,8 @@ def test_other_models_are_refused():
         *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
         *("MODEL.MASK_ON", False),
     ]
-    model = build_model(load_config("configs/kvasir_seg/imrcnn_lite.yaml", [*OPTS, *opts])).eval()
+    model = build_model(
+        load_config("configs/imrcnn_lite.yaml", ["DATASETS.ROOT", "kvasir_seg", *OPTS, *opts])
+    ).eval()
     with pytest.raises(ValueError, match="RetinaNet cannot be exported"):
         DetectorGraph(model)

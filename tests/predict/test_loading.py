@@ -31,7 +31,7 @@ def test_the_config_is_found_beside_the_weights(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("model", ["mrcnn", "ibmrcnn"])
 def test_weights_of_another_architecture_are_refused(tiny_run, model):
-    cfg = load_config(f"configs/kvasir_seg/{model}_lite.yaml", OPTS)
+    cfg = load_config(f"configs/{model}_lite.yaml", ["DATASETS.ROOT", "kvasir_seg", *OPTS])
     with pytest.raises(
         ValueError, match="model_best.pth: .*another architecture.*not this model's, such as .*cbam"
     ):

@@ -29,7 +29,7 @@ OPTS = [
 def case(tmp_path_factory):
     """Weights, and a folder with an image and a file that is none."""
     folder = tmp_path_factory.mktemp("predict")
-    cfg = load_config("configs/kvasir_seg/imrcnn_lite.yaml", OPTS)
+    cfg = load_config("configs/imrcnn_lite.yaml", ["DATASETS.ROOT", "kvasir_seg", *OPTS])
     (folder / "config.yaml").write_text(cfg.dump())
     torch.manual_seed(0)
     torch.save({"model": build_model(cfg).state_dict()}, folder / "model.pth")
@@ -102,7 +102,7 @@ def test_errors_are_a_line(case, tmp_path, capsys):
         ("--weights", "nothing"): "no weights named 'nothing'",
         ("--weights", case / "none.pth"): "none.pth: no such file of weights",
         ("--weights", case / "config.yaml"): "config.yaml cannot be read",
-        ("--weights", case / "model.pth", "--config-file", "configs/kvasir_seg/mrcnn_lite.yaml"): (
+        ("--weights", case / "model.pth", "--config-file", "configs/mrcnn_lite.yaml"): (
             "another architecture"
         ),
         ("--weights", case / "model.pth", "--config-file", tmp_path / "none.yaml"): (

@@ -24,7 +24,9 @@ def weights(tmp_path_factory):
     """Of a classifier that has learnt nothing."""
     folder = tmp_path_factory.mktemp("recognition")
     opts = ["MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", "", "INPUT.SIZE", 64]
-    cfg = load_config("configs/recognition/lite.yaml", opts)
+    cfg = load_config(
+        "configs/efficientnet_lite0.yaml", ["DATASETS.ROOT", "gastric_recognition", *opts]
+    )
     (folder / "config.yaml").write_text(cfg.dump())
     torch.manual_seed(0)
     model = build_model(cfg)

@@ -45,7 +45,7 @@ def load(**keys):
         "INPUT.AUG.COLOR": 0.0,
         **keys,
     }
-    return load_config("configs/synthetic/imrcnn_lite.yaml", [x for kv in opts.items() for x in kv])
+    return load_config("configs/imrcnn_lite.yaml", [x for kv in opts.items() for x in kv])
 
 
 @pytest.mark.parametrize("seed", range(8))

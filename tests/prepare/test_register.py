@@ -73,7 +73,8 @@ def test_import_registers_and_touches_no_disk(tmp_path):
 
 def test_registering_again_changes_nothing():
     before = {name: DatasetCatalog[name] for name in NAMES}
-    register._register_prepared()
+    for data in register.SHORT_NAMES:
+        register.register_data_set(data, classification=data == "gastric_recognition")
     assert {name: DatasetCatalog[name] for name in NAMES} == before
 
 
@@ -112,7 +113,7 @@ def test_the_file_decides_the_classes(prepared, caplog):
         records = DatasetCatalog.get("egc_train")
     assert metadata.thing_classes == ["cancer", "ulcer"]
     assert [r["annotations"][0]["category_id"] for r in records[:2]] == [1, 0]
-    assert "MODEL.ROI_HEADS.NUM_CLASSES must be 2" in caplog.text
+    assert "egc_train" in caplog.text and "ulcer" in caplog.text
 
 
 def test_root_is_read_when_loading(prepared, tmp_path, monkeypatch):
@@ -129,6 +130,46 @@ def test_root_is_read_when_loading(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").rename(tmp_path / "datasets")
     assert len(DatasetCatalog.get("synthetic_train")) == 3
+
+
+def test_short_names_are_looked_for_where_detectron2_has_data(prepared, monkeypatch):
+    out = prepared("synthetic")
+    monkeypatch.delenv("IMRCNN_DATASETS")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(out.parent))
+    assert len(DatasetCatalog.get("synthetic_train")) == 3
+    assert register.read_classes("synthetic") == ["early gastric cancer"]
+
+
+@pytest.fixture
+def folder(prepared):
+    """A prepared folder that is no short name; its data sets are forgotten after the test."""
+    yield prepared("my polyps")
+    register._registered.pop("my polyps", None)
+    for name in [name for name in DatasetCatalog if name.startswith("my polyps_")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_a_folder_is_registered_under_its_name(folder, tmp_path):
+    register.register_data_set(folder)
+    assert len(DatasetCatalog.get("my polyps_train")) == 3
+    other = tmp_path / "other" / folder.name
+    other.parent.mkdir()
+    folder.rename(other)
+    register.register_data_set(other)
+    assert len(DatasetCatalog.get("my polyps_train")) == 3
+    assert MetadataCatalog.get("my polyps_train").image_root == str(other / "images")
+
+
+def test_a_folder_does_not_replace_data_sets_of_others(tmp_path):
+    with pytest.raises(ValueError, match="coco_2017_train"):
+        register.register_data_set(tmp_path / "coco_2017")
+
+
+def test_a_folder_that_is_missing_is_named(folder, tmp_path):
+    register.register_data_set(tmp_path / "none" / folder.name)
+    with pytest.raises(FileNotFoundError, match="none.*my polyps.*prepare_dataset"):
+        DatasetCatalog.get("my polyps_train")
 
 
 @pytest.mark.parametrize(

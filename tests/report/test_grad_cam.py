@@ -44,7 +44,7 @@ def evaluated(tmp_path):
     register_classification_dataset(name, tmp_path / "coco.json", tmp_path)
     opts = [*("MODEL.DEVICE", "cpu"), *("MODEL.TIMM.NAME", "resnet18"), *("INPUT.SIZE", 64)]
     opts += [*("DATASETS.TEST", (name,)), *("OUTPUT_DIR", str(tmp_path))]
-    cfg = load_config("configs/recognition/resnet50.yaml", opts)
+    cfg = load_config("configs/resnet50.yaml", opts)
     evaluator = ClassificationEvaluator(name, output_dir=str(tmp_path / "inference" / name))
     for i in range(1, 7):
         evaluator.process([{"image_id": i}], [{"scores": torch.tensor([0.5, 0.3, 0.2])}])

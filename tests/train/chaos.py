@@ -31,8 +31,9 @@ TIMES = {"started", "hours"}
 
 def settings(output, iterations, workers):
     return load_config(
-        "configs/synthetic/imrcnn_lite.yaml",
+        "configs/imrcnn_lite.yaml",
         [
+            *("DATASETS.ROOT", "synthetic"),
             *("DATALOADER.NUM_WORKERS", workers),
             *("INPUT.MIN_SIZE_TRAIN", (SIZE - 16, SIZE)),
             *("INPUT.MIN_SIZE_TEST", SIZE),

@@ -100,7 +100,7 @@ def tiny_opts(tiny_datasets, tmp_path):
 @pytest.fixture
 def tiny_cfg(tiny_opts):
     """The light IMR-CNN on the tiny data set."""
-    return load_config("configs/synthetic/imrcnn_lite.yaml", tiny_opts)
+    return load_config("configs/imrcnn_lite.yaml", tiny_opts)
 
 
 CLASSES = ("cancer", "ulcer", "gastritis")
@@ -163,7 +163,7 @@ def tiny_classifier_opts(tiny_class_datasets, tmp_path):
 @pytest.fixture
 def tiny_classifier_cfg(tiny_classifier_opts):
     """The light classifier on the tiny data set."""
-    return load_config("configs/recognition/lite.yaml", tiny_classifier_opts)
+    return load_config("configs/efficientnet_lite0.yaml", tiny_classifier_opts)
 
 
 def _cbam(x, weights, scale):

@@ -106,7 +106,7 @@ def main(args):
         return
     for name, json_file in settings["datasets"].items():
         register_lesion_dataset(name, json_file, Path(json_file).parent)
-    cfg = load_config("configs/synthetic/imrcnn_lite.yaml", settings["opts"])
+    cfg = load_config("configs/imrcnn_lite.yaml", settings["opts"])
     if settings["action"] == "step":
         step(cfg, folder)
     else:

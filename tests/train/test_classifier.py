@@ -143,7 +143,7 @@ def test_images_of_different_sizes_are_refused(resnet18):
 
 
 def test_a_config_with_another_colour_order_is_refused():
-    cfg = load_config("configs/recognition/lite.yaml", ["MODEL.DEVICE", "cpu"])
+    cfg = load_config("configs/efficientnet_lite0.yaml", ["MODEL.DEVICE", "cpu"])
     cfg.INPUT.FORMAT = "BGR"
     with pytest.raises(ValueError, match="INPUT.FORMAT is 'BGR'"):
         ImageClassifier(cfg)

@@ -16,8 +16,8 @@ from imrcnn_d2.engine.config import load_config_text
 pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
 
 OPTS = ["MODEL.DEVICE", "cpu"]
-DETECTOR = load_config("configs/kvasir_seg/imrcnn_R_50.yaml", OPTS).dump()
-CLASSIFIER = load_config("configs/recognition/lite.yaml", OPTS).dump()
+DETECTOR = load_config("configs/imrcnn_R_50.yaml", OPTS).dump()
+CLASSIFIER = load_config("configs/efficientnet_lite0.yaml", OPTS).dump()
 VALUES = st.sampled_from(
     """*id001 *none &id001 &a [*a] {a:&b*b} !!binary !!timestamp !!int !!float !!set !!omap
     !!python/tuple ~ .nan .inf 1e999 0x1f 0b 0o9 1:60 190:20:30 2024-01-01 0001-01-01T00:00:00+23:59

@@ -19,7 +19,7 @@ def run(tmp_path):
     """A run that has finished."""
     run = FoldRun(
         dataset="synthetic",
-        config_file=Path("configs/synthetic/imrcnn_lite.yaml").resolve(),
+        config_file=Path("configs/imrcnn_lite.yaml").resolve(),
         seed=0,
         fold=0,
         folds=2,
@@ -30,7 +30,8 @@ def run(tmp_path):
     )
     run.metrics_file.parent.mkdir(parents=True)
     run.log.write_text("the log\n")
-    cfg = load_config(str(run.config_file), [*OPTS, "SEED", "0", "OUTPUT_DIR", str(run.folder)])
+    opts = [*OPTS, "DATASETS.ROOT", "synthetic", "SEED", "0", "OUTPUT_DIR", str(run.folder)]
+    cfg = load_config(run.config_file, opts)
     record = {"config_sha256": config_sha256(cfg), "datasets": {}, "finished": "2026"}
     (run.folder / "run.json").write_text(json.dumps(record))
     run.metrics_file.write_text(json.dumps({**FIGURES, "meta": META}))

@@ -32,13 +32,13 @@ def unusable_card(no_cuda, monkeypatch, tmp_path):
 
 def test_an_unusable_card_stops_the_run(unusable_card):
     with pytest.raises(RuntimeError, match="390.157") as error:
-        load_config("configs/synthetic/imrcnn_lite.yaml")
+        load_config("configs/imrcnn_lite.yaml")
     assert torch.__version__ in str(error.value)
     assert "MODEL.DEVICE cpu" in str(error.value)
 
 
 def test_a_named_device_is_not_questioned(unusable_card):
-    cfg = load_config("configs/synthetic/imrcnn_lite.yaml", ["MODEL.DEVICE", "cpu"])
+    cfg = load_config("configs/imrcnn_lite.yaml", ["MODEL.DEVICE", "cpu"])
     assert cfg.MODEL.DEVICE == "cpu"
 
 
@@ -49,4 +49,4 @@ def test_a_hidden_card_counts_as_absent(unusable_card, monkeypatch):
 
 def test_no_config_is_left_without_a_device(no_cuda, monkeypatch, tmp_path):
     monkeypatch.setattr(device, "_NVIDIA_DRIVER", tmp_path / "absent")
-    assert load_config("configs/synthetic/imrcnn_lite.yaml").MODEL.DEVICE == "cpu"
+    assert load_config("configs/imrcnn_lite.yaml").MODEL.DEVICE == "cpu"

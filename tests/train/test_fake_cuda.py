@@ -133,7 +133,7 @@ def check_inference(model):
 @pytest.mark.parametrize("backbone", ["lite", pytest.param("R_50", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("system", ["MRCNN", "IBMRCNN", "IMRCNN"])
 def test_a_detector_trains_and_detects(system, backbone):
-    cfg = config(f"Base-{system}-{backbone}")
+    cfg = config(f"{system.lower()}_{backbone}")
     with FakeTensorMode():
         model = build(cfg)
         assert is_on_cuda([*model.parameters(), *model.buffers()])
@@ -163,7 +163,7 @@ def test_a_retinanet_trains_and_detects(bottom_up):
 )
 def test_other_settings_of_the_neck(keys):
     keys = {f"MODEL.PAFPN.{key}": value for key, value in keys.items()}
-    cfg = config("Base-IMRCNN-lite", **keys, **{"MODEL.CBAM.GATE": "sigmoid"})
+    cfg = config("imrcnn_lite", **keys, **{"MODEL.CBAM.GATE": "sigmoid"})
     with FakeTensorMode():
         with torch.device("cuda"):
             backbone = build_backbone(cfg)

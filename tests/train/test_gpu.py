@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card"),
 ]
 DEVICE = "cuda"
-YAML = "configs/synthetic/imrcnn_lite.yaml"
+YAML = "configs/imrcnn_lite.yaml"
 
 
 @pytest.fixture

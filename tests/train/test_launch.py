@@ -114,7 +114,7 @@ def test_two_machines_compute_what_one_does(settings, tiny_datasets, tmp_path):
     assert [code for code, _ in ended] == [0, 0], ended
 
     register_lesion_dataset(name, lesions, lesions.parent)
-    single = gradients(load_config("configs/synthetic/imrcnn_lite.yaml", settings["opts"]))
+    single = gradients(load_config("configs/imrcnn_lite.yaml", settings["opts"]))
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
     ours, other = (torch.load(tmp_path / f"job/gradients_{rank}.pth") for rank in (0, 1))

@@ -16,7 +16,7 @@ def models(request):
     """The model of the LazyConfig and that of the YAML file, with the same random weights."""
     lazy_cfg = LazyConfig.load(f"configs/lazy/imrcnn_{request.param}.py")
     yaml_cfg = load_config(
-        f"configs/kvasir_seg/imrcnn_{request.param}.yaml",
+        f"configs/imrcnn_{request.param}.yaml",
         ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0],
     )
     lazy_cfg.model.roi_heads.box_predictor.test_score_thresh = 0.0

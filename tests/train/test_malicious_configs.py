@@ -263,7 +263,7 @@ def test_the_model_zoo_s_weights_stay_there():
         ("project/configs/deep/er/a.yaml", "../../Base.yaml"),
         ("a.yaml", "parts/b.yaml"),
         ("a.yaml", ["parts/b.yaml", "./Base.yaml"]),
-        ("a.yaml", Path("configs/kvasir_seg/imrcnn_R_50.yaml").resolve()),
+        ("a.yaml", Path("configs/imrcnn_R_50.yaml").resolve()),
         ("a.yaml", "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"),
         ("a.yaml", "COCO-InstanceSegmentation/mask_rcnn_X_101_32x8d_FPN_3x.yaml"),
     ],
@@ -292,7 +292,7 @@ def test_a_base_in_the_tree_or_of_a_package(place, base, tmp_path):
 def test_our_own_config_comes_back(folder):
     """As training dumps it: with aliases of YAML's and, here, the address that its user gave."""
     opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "https://example.com/w.pth"]
-    cfg = load_config("configs/kvasir_seg/imrcnn_R_50.yaml", opts)
+    cfg = load_config("configs/imrcnn_R_50.yaml", opts)
     (folder / "config.yaml").write_text(cfg.dump())
     assert "*id001" in cfg.dump()
     with pytest.raises(ValueError, match=r"config.yaml.*MODEL.WEIGHTS.*example.com"):

@@ -14,7 +14,7 @@ from imrcnn_d2.cli import compare, cross_validate, evaluate, prepare_dataset, re
 from imrcnn_d2.cli import train as train_net
 from imrcnn_d2.cli import train_lazy as lazyconfig_train_net
 
-YAML = "configs/synthetic/imrcnn_lite.yaml"
+YAML = "configs/imrcnn_lite.yaml"
 LAZY = "configs/lazy/imrcnn_lite.py"
 
 

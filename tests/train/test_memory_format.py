@@ -11,7 +11,7 @@ LAST = torch.channels_last
 
 def test_on_a_cpu_what_lies_below_the_pyramid():
     opts = ["MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""]
-    model = build_model(load_config("configs/synthetic/imrcnn_lite.yaml", opts)).eval()
+    model = build_model(load_config("configs/imrcnn_lite.yaml", opts)).eval()
     other = use_channels_last(copy.deepcopy(model))
     assert other.backbone.bottom_up.body.conv_stem.weight.is_contiguous(memory_format=LAST)
     assert not other.backbone.fpn_output2.weight.is_contiguous(memory_format=LAST)

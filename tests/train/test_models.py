@@ -64,7 +64,7 @@ def imrcnn(stock, tmp_path_factory):
     """IMR-CNN R-50 for one class, with the stock model's weights; and what it was before those."""
     file = tmp_path_factory.mktemp("weights") / "stock.pth"
     torch.save({"model": stock.state_dict()}, file)
-    model = build(config("Base-IMRCNN-R_50.yaml")).eval()
+    model = build(config("imrcnn_R_50.yaml")).eval()
     before = copy.deepcopy(model.state_dict())
     DetectionCheckpointer(model).load(str(file))
     file.unlink()
@@ -74,7 +74,7 @@ def imrcnn(stock, tmp_path_factory):
 @pytest.fixture(scope="module")
 def light():
     """The light IMR-CNN with a neck that does something, and predictions of every score."""
-    cfg = config("Base-IMRCNN-lite.yaml")
+    cfg = config("imrcnn_lite.yaml")
     cfg.MODEL.PAFPN.INIT = "xavier"
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     cfg.TEST.DETECTIONS_PER_IMAGE = 5
@@ -82,7 +82,7 @@ def light():
 
 
 def test_every_key_of_a_stock_mask_rcnn_loads(stock):
-    cfg = config("Base-IMRCNN-R_50.yaml")
+    cfg = config("imrcnn_R_50.yaml")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
@@ -117,7 +117,7 @@ def test_fine_tuning_starts_from_exactly_the_model_that_was_loaded(stock, imrcnn
 
 @pytest.mark.parametrize("system", ["MRCNN", "IBMRCNN", "IMRCNN"])
 def test_training_on_batches_with_no_some_and_only_lesion_free_images(system, tmp_path):
-    cfg = config(f"Base-{system}-lite.yaml", **{"MODEL.RPN.POST_NMS_TOPK_TRAIN": 50})
+    cfg = config(f"{system.lower()}_lite.yaml", **{"MODEL.RPN.POST_NMS_TOPK_TRAIN": 50})
     cfg.INPUT.MIN_SIZE_TRAIN = (64, 96)
     mapper = LesionMapper(cfg, is_train=True)
     mask = np.zeros((120, 160), dtype=np.uint8)

@@ -31,11 +31,11 @@ def run_json(tmp_path):
 )
 def test_models_are_named_as_in_the_paper(config, expected):
     opts = ["MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""]
-    assert describe_model(build_model(load_config(f"configs/egc/{config}.yaml", opts))) == expected
+    assert describe_model(build_model(load_config(f"configs/{config}.yaml", opts))) == expected
 
 
 def test_other_models_are_named_by_their_class():
-    cfg = load_config("configs/egc/imrcnn_R_50.yaml", ["MODEL.DEVICE", "cpu"])
+    cfg = load_config("configs/imrcnn_R_50.yaml", ["MODEL.DEVICE", "cpu"])
     cfg.MODEL.MASK_ON = False
     assert describe_model(build_model(cfg)) == ("GeneralizedRCNN", "R-50")
     assert describe_model(torch.nn.Linear(1, 1)) == ("Linear", "NoneType")

@@ -18,18 +18,18 @@ PHASES = [
 
 @pytest.mark.parametrize(
     ("config", "size", "mean"),
-    [("inception_v3", 299, 127.5), ("resnet50", 224, 123.675), ("lite", 224, 127.5)],
+    [("inception_v3", 299, 127.5), ("resnet50", 224, 123.675), ("efficientnet_lite0", 224, 127.5)],
 )
 def test_timm_says_what_images_a_classifier_takes(config, size, mean):
-    cfg = load_config(f"configs/recognition/{config}.yaml", ["MODEL.DEVICE", "cpu"])
+    cfg = load_config(f"configs/{config}.yaml", ["MODEL.DEVICE", "cpu"])
     assert (cfg.INPUT.SIZE, cfg.INPUT.FORMAT) == (size, "RGB")
     assert cfg.MODEL.PIXEL_MEAN[0] == pytest.approx(mean)
 
 
 def test_a_size_that_is_given_stays_and_detectors_are_left_alone():
     opts = [*("MODEL.DEVICE", "cpu"), *("INPUT.SIZE", 96)]
-    assert load_config("configs/recognition/resnet50.yaml", opts).INPUT.SIZE == 96
-    detector = load_config("configs/Base-MRCNN-R_50.yaml", ["MODEL.DEVICE", "cpu"])
+    assert load_config("configs/resnet50.yaml", opts).INPUT.SIZE == 96
+    detector = load_config("configs/mrcnn_R_50.yaml", ["MODEL.DEVICE", "cpu"])
     assert (detector.INPUT.SIZE, detector.INPUT.FORMAT) == (0, "BGR")
     assert detector.MODEL.PIXEL_MEAN == [103.53, 116.28, 123.675]
 
@@ -62,7 +62,7 @@ def test_each_network_trains_in_two_phases(
     tiny_classifier_opts, tiny_class_datasets, tmp_path, config, size
 ):
     opts = [*tiny_classifier_opts, *("INPUT.SIZE", size), *("SOLVER.PHASES", PHASES)]
-    cfg = load_config(f"configs/recognition/{config}.yaml", opts)
+    cfg = load_config(f"configs/{config}.yaml", opts)
     torch.manual_seed(0)
     trainer = Trainer(cfg)
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}

@@ -80,6 +80,6 @@ def test_it_is_learned(task, tmp_path, monkeypatch):
     ]
     torch.manual_seed(0)
     np.random.seed(0)
-    trainer = Trainer(load_config("configs/recognition/lite.yaml", opts))
+    trainer = Trainer(load_config("configs/efficientnet_lite0.yaml", opts))
     results = trainer.train()
     assert results["recognition"]["balanced_accuracy"] > 55, "by chance it is 33"

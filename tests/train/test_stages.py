@@ -12,7 +12,7 @@ def mask_rcnn():
     """MR-CNN on ResNet-50, with stem and res2 frozen from the start."""
     opts = [*("MODEL.DEVICE", "cpu"), *("MODEL.FPN.OUT_CHANNELS", 16), *("MODEL.WEIGHTS", "")]
     opts += [*("MODEL.ROI_BOX_HEAD.FC_DIM", 16), *("MODEL.ROI_MASK_HEAD.CONV_DIM", 16)]
-    return build_model(load_config("configs/Base-MRCNN-R_50.yaml", opts))
+    return build_model(load_config("configs/mrcnn_R_50.yaml", opts))
 
 
 def named(model, *prefixes):

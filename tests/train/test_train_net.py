@@ -27,10 +27,10 @@ pytestmark = pytest.mark.slow
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96"),
     *("DATALOADER.NUM_WORKERS", "0"),
-    *("MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""),
+    *("DATASETS.ROOT", "synthetic", "MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""),
     *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "1"),
 ]
-YAML = "configs/synthetic/imrcnn_lite.yaml"
+YAML = "configs/imrcnn_lite.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,11 @@ def test_a_folder_that_another_job_writes_to_is_left_alone(
 ):
     monkeypatch.setattr("imrcnn_d2.engine.launch.LOCK_TIMEOUT", 0)
     config, key = {
-        "train_net": (YAML, ("OUTPUT_DIR", str(tmp_path))),
-        "lazyconfig_train_net": ("configs/lazy/imrcnn_lite.py", (f"train.output_dir={tmp_path}",)),
+        "train_net": (YAML, ("DATASETS.ROOT", "synthetic", "OUTPUT_DIR", str(tmp_path))),
+        "lazyconfig_train_net": (
+            "configs/lazy/imrcnn_lite.py",
+            (f"train.output_dir={tmp_path}", "train.dataset=synthetic"),
+        ),
     }[script]
     args = default_argument_parser().parse_args(["--config-file", config, *arguments, *key])
     with locked_output(str(tmp_path)), pytest.raises(ValueError, match=str(tmp_path)):
@@ -187,13 +190,10 @@ def test_the_lazy_script_trains(env, tmp_path):
         "dataloader.train.total_batch_size=2",
         "dataloader.train.mapper.augmentations.0.short_edge_length=[96]",
     ]
-    for split in ("train", "val", "test"):
-        overrides.append(f"dataloader.{split}.dataset.names=synthetic_{split}")
     for split in ("val", "test"):
         overrides.append(f"dataloader.{split}.num_workers=0")
         overrides.append(f"dataloader.{split}.mapper.augmentations.0.short_edge_length=96")
-        overrides.append(f"dataloader.{split}_evaluator.dataset_name=synthetic_{split}")
-    config = ("--config-file", "configs/lazy/imrcnn_lite.py")
+    config = ("--config-file", "configs/lazy/imrcnn_lite.py", "--data", "synthetic")
     done = start(env, "tools/lazyconfig_train_net.py", *config, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("metrics.json", "pr_curve.png", "contact_sheet.png"):
@@ -225,7 +225,8 @@ def recognition_env(tmp_path_factory):
 
 def test_a_classifier_trains_in_phases_in_two_processes(recognition_env, tmp_path):
     phase = "{{'name': '{}', 'iterations': 2, 'lr': 0.003, 'trainable': '{}'}}".format
-    common = ("--config-file", "configs/recognition/lite.yaml", "INPUT.SIZE", 48)
+    common = ("--config-file", "configs/efficientnet_lite0.yaml", "INPUT.SIZE", 48)
+    common += ("DATASETS.ROOT", "gastric_recognition")
     common += ("MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0)
     common += ("SOLVER.IMS_PER_BATCH", 8, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 0)
     common += ("SOLVER.PHASES", f"[{phase('one', 'head')}, {phase('two', 'all')}]")

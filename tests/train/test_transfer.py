@@ -50,9 +50,9 @@ def classifiers():
 @pytest.mark.parametrize(
     ("name", "config", "opts"),
     [
-        ("resnet50", "Base-IMRCNN-R_50", RESNET),
-        ("resnet50", "Base-IMRCNN-lite", [*("MODEL.TIMM.NAME", "resnet50"), *IMAGENET]),
-        (LITE0, "Base-MRCNN-lite", []),
+        ("resnet50", "imrcnn_R_50", RESNET),
+        ("resnet50", "imrcnn_lite", [*("MODEL.TIMM.NAME", "resnet50"), *IMAGENET]),
+        (LITE0, "mrcnn_lite", []),
     ],
     ids=["Detectron2's ResNet-50", "timm's ResNet-50", "lite"],
 )
@@ -82,14 +82,14 @@ def test_the_feature_maps_are_the_classifier_s(classifiers, tmp_path, caplog, na
 def test_another_network_s_weights_are_refused(classifiers):
     state = classifiers[LITE0].state_dict()
     with pytest.raises(ValueError, match="none of the .* build both on the same network"):
-        classifier_backbone(state, detector("Base-MRCNN-R_50", *RESNET))
+        classifier_backbone(state, detector("mrcnn_R_50", *RESNET))
 
 
 def test_what_does_not_fit_is_reported(classifiers, caplog):
     state = classifiers["resnet50"].state_dict()
     state["backbone.conv1.weight"] = torch.zeros(64, 3, 3, 3)
     del state["backbone.bn1.bias"]
-    found = classifier_backbone(state, detector("Base-MRCNN-R_50", *RESNET))
+    found = classifier_backbone(state, detector("mrcnn_R_50", *RESNET))
     assert "backbone.bottom_up.stem.conv1.weight" not in found
     assert "nothing, or other shapes, for 2 of the 265 tensors" in caplog.text
     assert "stem.conv1.weight" in caplog.text and "stem.conv1.norm.bias" in caplog.text
@@ -99,9 +99,9 @@ def test_weights_to_start_from(tmp_path):
     """A detector's start one with other heads and another neck, on the same backbone alone."""
     heads = ("MODEL.ROI_HEADS.NUM_CLASSES", 7)
     detectors = {
-        "lite": detector("Base-MRCNN-lite", *heads),
-        "R-50": detector("Base-MRCNN-R_50", *heads),
-        "R-101": detector("Base-MRCNN-R_50", "MODEL.RESNETS.DEPTH", 101),
+        "lite": detector("mrcnn_lite", *heads),
+        "R-50": detector("mrcnn_R_50", *heads),
+        "R-101": detector("mrcnn_R_50", "MODEL.RESNETS.DEPTH", 101),
     }
     files = {}
     for name, model in detectors.items():
@@ -115,8 +115,8 @@ def test_weights_to_start_from(tmp_path):
     files["ImageNet"].write_bytes(pickle.dumps(content | {"matching_heuristics": True}))
 
     models = {
-        "Base-IMRCNN-lite": {"lite"},
-        "Base-IMRCNN-R_50": {"R-50", "R-101", "ImageNet"},  # the latter has all blocks of the first
+        "imrcnn_lite": {"lite"},
+        "imrcnn_R_50": {"R-50", "R-101", "ImageNet"},  # the latter has all blocks of the first
     }
     for config, fitting in models.items():
         for name, file in files.items():
@@ -136,6 +136,6 @@ def test_weights_to_start_from(tmp_path):
 def test_other_images_or_strides_are_refused(classifiers):
     state = classifiers["resnet50"].state_dict()
     with pytest.raises(ValueError, match=r"INPUT.FORMAT RGB MODEL.PIXEL_MEAN '\[123.675, "):
-        classifier_backbone(state, detector("Base-MRCNN-R_50"))
+        classifier_backbone(state, detector("mrcnn_R_50"))
     with pytest.raises(ValueError, match="set MODEL.RESNETS.STRIDE_IN_1X1 False"):
-        classifier_backbone(state, detector("Base-MRCNN-R_50", *IMAGENET))
+        classifier_backbone(state, detector("mrcnn_R_50", *IMAGENET))
