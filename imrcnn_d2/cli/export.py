@@ -33,7 +33,7 @@ from imrcnn_d2.deploy.runtimes.agreement import compare_predictors
 from imrcnn_d2.deploy.runtimes.graph_files import GraphRuntime
 from imrcnn_d2.utils.files import for_terminal
 
-PRECISIONS = {"safetensors": tuple(artifact.PRECISIONS), **graph_files.PRECISIONS}
+PRECISIONS = {"safetensors": tuple(artifact.WEIGHTS_PRECISIONS), **graph_files.PRECISIONS}
 # What may differ: detections in one of the two only, in percent of all, those above τ and any;
 # scores, boxes in percent of the image's longer side, overlap of masks. Of two boxes that suppress
 # each other, bf16 and int8 may take the other one: these bounds hold for a share of the detections.
