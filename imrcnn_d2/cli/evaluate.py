@@ -24,9 +24,7 @@ from imrcnn_d2.evaluation.output import (
     RESULTS,
     coco_results,
     log_test_evaluation,
-    sources,
-    write_classification,
-    write_results,
+    write_evaluation,
 )
 from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
 from imrcnn_d2.report.plots.draw_all import plot_classification, plot_curves
@@ -48,8 +46,7 @@ def main(argv=None):
     how = {"iou_threshold": args.iou, "iou_type": args.iou_type}
     try:
         bys = [parse_by(text) for text in args.by]
-        known = sources(args.gt, args.dt, args.images)
-        point = operating_point(args, how, known["gt_sha256"]) if args.tau_from else None
+        point = operating_point(args, how) if args.tau_from else None
         bootstrap = None
         if args.resamples:
             bootstrap = Bootstrap(args.resamples, args.seed, all_coco=args.ci_all)
@@ -58,9 +55,7 @@ def main(argv=None):
         results = with_groups(results, bys, **resampled)
         detections = coco_results(results.detections, results.ground_truth)
         write_atomically(args.output / RESULTS, json.dumps(detections))
-        paths = [*write_results(results, args.output, **known).values(), args.output / RESULTS]
-        sha256 = file_sha256(args.dt) if args.dt.is_file() else None
-        log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
+        paths = [*write_and_log(results, args), args.output / RESULTS]
         paths += plot_curves(results, args.output)
         if args.images:
             sheet = args.output / "contact_sheet.png"
@@ -72,18 +67,23 @@ def main(argv=None):
     print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
 
 
+def write_and_log(results, args):
+    """The files written; the evaluation is recorded next to a test set."""
+    paths = write_evaluation(results, args.output, gt=args.gt, dt=args.dt, image_root=args.images)
+    sha256 = file_sha256(args.dt) if args.dt.is_file() else None
+    log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
+    return paths.values()
+
+
 def score_classification(args):
     """Score, write and print the classes of whole images."""
-    known = sources(args.gt, args.dt, args.images)
     bootstrap = Bootstrap(args.resamples, args.seed) if args.resamples else None
     bys = [parse_by(text) for text in args.by]
     results = evaluate_classification(args.gt, args.dt, bootstrap=bootstrap)
     results = with_groups(results, bys, bootstrap=bootstrap)
     copy = args.output / CLASSIFICATION_RESULTS
     write_atomically(copy, args.dt.read_bytes())
-    paths = [*write_classification(results, args.output, **known).values(), copy]
-    sha256 = file_sha256(args.dt)
-    log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
+    paths = [*write_and_log(results, args), copy]
     paths += plot_classification(results, args.output)
     for groups in (results.groups(), {"calibration": results.calibration}):
         print(metrics_table(groups, results.intervals), end="\n\n")
@@ -149,10 +149,10 @@ def argument_parser():
     return parser
 
 
-def operating_point(args, how, gt_sha256):
+def operating_point(args, how):
     """The threshold chosen on the validation set of --tau-from."""
     gt, dt = args.tau_from
-    if sources(gt, dt, None)["gt_sha256"] == gt_sha256:
+    if file_sha256(gt) == file_sha256(args.gt):
         raise ValueError(
             f"--tau-from {gt} is the ground truth to be scored: a threshold is never chosen on a "
             "test set. Give a validation set."

@@ -25,7 +25,7 @@ from imrcnn_d2.data.images import read_image
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.outputs import instance_records
 from imrcnn_d2.evaluation.output import log_test_evaluation, read_robustness
-from imrcnn_d2.evaluation.robustness import ROBUSTNESS, evaluate_robustness, read_ground_truth
+from imrcnn_d2.evaluation.robustness import ROBUSTNESS, evaluate_robustness, load_coco
 from imrcnn_d2.report.robustness import plot_distortions, plot_robustness
 from imrcnn_d2.utils.files import file_sha256, for_terminal
 
@@ -107,7 +107,7 @@ def evaluate(args):
         raise ValueError(f"{args.weights}: a recognition model finds no lesions")
     DatasetCatalog.get(args.dataset)  # sets the metadata
     metadata = MetadataCatalog.get(args.dataset)
-    ground_truth = read_ground_truth(metadata.json_file)
+    ground_truth = load_coco(metadata.json_file)
     category_ids = sorted(category["id"] for category in ground_truth.dataset["categories"])
     if len(category_ids) != len(predictor.classes):
         raise ValueError(

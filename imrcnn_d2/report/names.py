@@ -2,30 +2,29 @@
 
 from dataclasses import dataclass
 
+from imrcnn_d2.evaluation.detection.metrics import METRICS
+
 __all__ = [
     "CITATION",
     "CLASSIFICATION_CITATION",
     "LEVELS",
     "MODEL",
-    "NAMES",
     "PAPER_DATA",
     "REMARKS",
     "Published",
+    "metric_label",
     "metric_name",
     "published_accuracy",
     "published_values",
 ]
 
 
-NAMES = {"f1": "F1", "auroc": "AUROC", "miou": "mIoU", "mdice": "mDice"}
-OF_ALL_CLASSES = {
-    "top1": "top-1 accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "f1": "F1, mean of classes",
-    "auroc": "AUROC, mean of classes",
-    "cross_entropy": "cross-entropy",
-}
 LEVELS = {"lesion": "lesions", "image": "images", "patient": "patients"}
+
+
+def metric_label(name):
+    """str: the label of a metric, or the name of one that the table of metrics does not have."""
+    return METRICS[name].label if name in METRICS else name
 
 
 def metric_name(endpoint):
@@ -39,18 +38,19 @@ def metric_name(endpoint):
     group, _, figure = endpoint.partition("/")
     if group == "recognition":
         name, _, of_class = figure.partition("_")
-        if figure in OF_ALL_CLASSES:
-            return OF_ALL_CLASSES[figure]
-        return f"{NAMES.get(name, name)} of {of_class}"
+        if figure in METRICS:
+            mean = ", mean of classes" if figure in ("f1", "auroc") else ""
+            return f"{METRICS[figure].label}{mean}"
+        return f"{metric_label(name)} of {of_class}"
     if group == "cancer":
         figure = "sensitivity" if figure == "recall" else figure
-        return f"{NAMES.get(figure, figure)} (cancer against benign)"
+        return f"{metric_label(figure)} (cancer against benign)"
     at = " at tau_val" if group.startswith("tau_val.") else ""
     group = group.removeprefix("tau_val.")
     if figure in ("iou", "iou_box"):
         return f"IoU ({'boxes' if figure == 'iou_box' else 'masks'}){at}"
     of = {"segm": "masks", "bbox": "boxes", **LEVELS}.get(group, group)
-    return f"{NAMES.get(figure, figure)} ({of}){at}"
+    return f"{metric_label(figure)} ({of}){at}"
 
 
 CITATION = (

@@ -6,8 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES, distort
-from imrcnn_d2.evaluation.detection.metrics import COUNTS
-from imrcnn_d2.report.html.tables import NOT_PERCENT
+from imrcnn_d2.evaluation.detection.metrics import is_percent
 from imrcnn_d2.report.plots.style import STYLES, legend_label, save_figure, tidy
 
 __all__ = ["plot_distortions", "plot_robustness"]
@@ -34,7 +33,7 @@ def plot_robustness(documents, path, *, figure="lesion/f1"):
     """
     _check(documents, figure)
     group, key = figure.split("/")
-    percent = key not in (*NOT_PERCENT, *COUNTS)
+    percent = is_percent(key)
     label = f"{group}: {key}{' (%)' if percent else ''}"
     shown = [
         name

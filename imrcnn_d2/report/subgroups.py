@@ -157,7 +157,7 @@ def _groups(results, column):
     """[(name, n, figures, intervals)]: all first."""
     yield ALL, _size(results), results.compared(), results.intervals
     for name, group in results.by_group[column].groups.items():
-        yield name, group.n, group.figures, group.intervals
+        yield name, group.n, group.values, group.intervals
 
 
 def _size(results):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from imrcnn_d2.evaluation.detection.metrics import COUNTS
+from imrcnn_d2.evaluation.detection.metrics import is_count
 from imrcnn_d2.utils.files import csv_text, for_terminal, write_atomically
 
 __all__ = [
@@ -186,7 +186,7 @@ def format_value(name, value, interval=None, *, sd=None, decimals=1):
     if math.isnan(value):
         return "n/a"
     varies = sd is not None and not math.isnan(sd)
-    if name in COUNTS and value == round(value) and not varies:
+    if is_count(name) and value == round(value) and not varies:
         return f"{value:.0f}"
     cell = text(value)
     if varies:

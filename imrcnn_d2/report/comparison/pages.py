@@ -98,14 +98,14 @@ def document(comparison, models, published, definitions, **more):
         "runs": [_about_run(label, run) for label, run in comparison.runs],
         "models": {
             label: {
-                "figures": model.figures,
+                "figures": model.values,
                 "intervals": model.intervals,
                 "runs": model.runs,
                 **models.get(label, {}),
             }
             for label, model in comparison.models.items()
         },
-        "folds": {label: [one.figures for one in own] for label, own in comparison.folds.items()},
+        "folds": {label: [one.values for one in own] for label, own in comparison.folds.items()},
         **more,
         "tests": [asdict(test) for test in comparison.tests],
         "fold_tests": [asdict(test) for test in comparison.fold_tests],
@@ -525,7 +525,7 @@ def _pictures(comparison, folder):
     for path in paths:
         plot_confusion_matrix(matrices, path)
     if shown:
-        calibrations = {name: results.measures.calibration for name, results in shown.items()}
+        calibrations = {name: results.metrics.calibration for name, results in shown.items()}
         for suffix in ("png", "svg"):
             paths += [folder / f"{stem}.{suffix}" for stem in ("roc", "calibration")]
             plot_class_roc(shown, paths[-2])

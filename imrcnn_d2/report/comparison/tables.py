@@ -7,7 +7,7 @@ import pandas as pd
 
 from imrcnn_d2.evaluation.detection.counts import named
 from imrcnn_d2.evaluation.detection.metrics import COUNTS
-from imrcnn_d2.report.names import LEVELS, NAMES, metric_name, published_values
+from imrcnn_d2.report.names import LEVELS, metric_label, metric_name, published_values
 from imrcnn_d2.report.tables import Table, format_value
 
 __all__ = [
@@ -38,14 +38,14 @@ OVER_FOLDS = "± is the population standard deviation over folds; the sample's i
 def metric_row(label, model, group, figure, **more):
     """
     Args:
-        label (str), model (ModelFigures): the model.
+        label (str), model (ModelMetrics): the model.
         group (str), figure (str): such as "segm", "AP50_voc".
         **more: further columns.
 
     Returns:
         dict: a row of a CSV in long form.
     """
-    value = model.figures.get(group, {}).get(figure, NAN)
+    value = model.values.get(group, {}).get(figure, NAN)
     low, high = model.intervals.get(group, {}).get(figure, (NAN, NAN))
     return {
         "model": label,
@@ -182,14 +182,14 @@ def table_4(comparison):
 def over_folds(folds, endpoint):
     """
     Args:
-        folds (list[ModelFigures]): of a model.
+        folds (list[ModelMetrics]): of a model.
         endpoint (str): such as "segm/AP50_voc".
 
     Returns:
         tuple[dict, dict]: each fold, mean and standard deviation, as numbers and as texts.
     """
     group, _, figure = endpoint.partition("/")
-    values = np.array([one.figures[group].get(figure, NAN) for one in folds])
+    values = np.array([one.values[group].get(figure, NAN) for one in folds])
     mean, sd = float(values.mean()), float(values.std())
     numbers = {f"fold_{index}": value for index, value in enumerate(values)}
     numbers |= {"mean": mean, "sd_population": sd, "sd_sample": float(values.std(ddof=1))}
@@ -215,7 +215,7 @@ def table_5(comparison):
         own = f" = {model.taus[0]:.3g}" if len(model.taus) == 1 and model.taus[0] else ""
         for prefix, threshold in (("", f"{tau:g}"), ("tau_val.", f"tau_val{own}")):
             for level, name in LEVELS.items():
-                if prefix + level not in model.figures:
+                if prefix + level not in model.values:
                     continue
                 rows = [
                     metric_row(label, model, prefix + level, figure, threshold=threshold)
@@ -244,7 +244,7 @@ def table_5(comparison):
     ]
     for text in _remarks(published):
         notes.append(text.replace("Published: Not comparable", "† Published, not comparable"))
-    frame = pd.DataFrame(cells).rename(columns=NAMES)
+    frame = pd.DataFrame(cells).rename(columns=metric_label)
     title = "Table 5: counts, and figures in percent, at the operating points"
     return Table("table_5", title, frame, pd.DataFrame(data), tuple(notes), text_columns=3)
 
@@ -259,10 +259,10 @@ class _Pooled:
 
     def __init__(self, folds):
         self.runs, self.intervals, self.taus = [self], {}, []
-        self.figures = {
-            group: formulas(named(sum(one.measures.columns[group][0].sum(axis=0) for one in folds)))
-            for group, (_, formulas, _) in folds[0].measures.columns.items()
-            if all(group in one.measures.columns for one in folds)
+        self.values = {
+            group: formulas(named(sum(one.metrics.columns[group][0].sum(axis=0) for one in folds)))
+            for group, (_, formulas, _) in folds[0].metrics.columns.items()
+            if all(group in one.metrics.columns for one in folds)
         }
 
     def sd(self, group, figure, *, sample=False):

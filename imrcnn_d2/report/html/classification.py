@@ -188,7 +188,7 @@ def _pictures(runs):
             "expected calibration error in percent",
             as_data(
                 plot_calibration,
-                {name: own.measures.calibration for name, own in results.items()},
+                {name: own.metrics.calibration for name, own in results.items()},
                 of=("Right", "Images"),
             ),
         ),

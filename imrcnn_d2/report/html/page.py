@@ -274,7 +274,7 @@ def pictures(runs):
     if not results:
         return [], missing
     tau = {"tau": runs[0].metrics["meta"]["tau"]}
-    measures = {name: own.measures for name, own in results.items()}
+    measures = {name: own.metrics for name, own in results.items()}
     drawn = [
         picture(
             "Precision and recall",

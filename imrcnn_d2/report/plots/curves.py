@@ -161,7 +161,7 @@ def plot_froc(curves, path, *, tau=0.7):
         colour, style = STYLES[number % len(STYLES)]
         curve = froc.curve()
         x, y = curve["fp_per_image"], curve["sensitivity"]
-        mean = froc.figures()["mean"]
+        mean = froc.values()["mean"]
         label = legend_label(f"{name}: mean {mean:.1f}" if np.isfinite(mean) else f"{name}: n/a")
         steps = dict(color=colour, where="post")
         axes.step([0, *x], [0, *y], label=label, linestyle=style, linewidth=1.8, **steps)
@@ -275,7 +275,7 @@ def plot_class_roc(results, path):
             false, true, _ = roc_curve(positive, score, drop_intermediate=False)
             line = dict(color=colour, linestyle=style, linewidth=1.8)
             axes.plot(100 * false, 100 * true, label=f"{label}: AUROC {area:.1f}", **line)
-            called = own.measures.called == k
+            called = own.metrics.predicted == k
             point = 100 * called[~positive].mean(), 100 * called[positive].mean()
             mark = dict(markersize=8, markeredgewidth=1.3, markeredgecolor="white", zorder=4)
             axes.plot(*point, "o", color=colour, **mark)
@@ -314,7 +314,7 @@ def plot_calibration(calibrations, path, *, of=("Hits", "Detections")):
     top.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1, label="ideal")
     for number, (name, calibration) in enumerate(calibrations.items()):
         colour, style = STYLES[number % len(STYLES)]
-        bins, figures = calibration.diagram(), calibration.figures()
+        bins, figures = calibration.diagram(), calibration.values()
         filled = bins["detections"] > 0
         x, y = bins["mean_score"][filled], bins["hit_rate"][filled]
         intervals = [
@@ -377,7 +377,8 @@ def plot_thresholds(tables, path, *, tau=0.7):
     in one panel for one model, in a panel a figure for several.
 
     Args:
-        tables (dict[str, list[dict]]): rows of :func:`threshold_table`, by the name in the legend.
+        tables (dict[str, list[dict]]): :attr:`LesionResults.thresholds`, by the name in
+            the legend.
         path (str or Path): .png, .svg or .pdf.
         tau (float): the threshold to mark.
 

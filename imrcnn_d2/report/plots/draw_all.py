@@ -57,8 +57,8 @@ def plot_curves(results, folder):
         }
         name = classes[0] if len(classes) == 1 else "all classes"
         plot_pr_curves(curves, folder / "pr_curve.png", tau=tau)
-        plot_froc({name: results.measures.froc}, folder / "froc.png", tau=tau)
-        plot_calibration({name: results.measures.calibration}, folder / "calibration.png")
+        plot_froc({name: results.metrics.froc}, folder / "froc.png", tau=tau)
+        plot_calibration({name: results.metrics.calibration}, folder / "calibration.png")
         plot_thresholds({name: results.thresholds}, folder / "thresholds.png", tau=tau)
         paths += [folder / f"{name}.png" for name in ("pr_curve", "froc", "calibration")]
         paths.append(folder / "thresholds.png")
@@ -83,7 +83,7 @@ def plot_classification(results, folder, name="this model"):
     paths = [Path(folder) / f"{stem}.png" for stem in stems]
     plot_confusion_matrix({name: results.confusion}, paths[0])
     plot_class_roc({name: results}, paths[1])
-    plot_calibration({name: results.measures.calibration}, paths[2], of=("Right", "Images"))
+    plot_calibration({name: results.metrics.calibration}, paths[2], of=("Right", "Images"))
     return paths + plot_all_groups(results, Path(folder))
 
 

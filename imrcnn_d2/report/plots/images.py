@@ -67,7 +67,7 @@ def regions_by_kind(scored, position):
     """
     truth, found = scored.ground_truth.regions, scored.detections.regions
     lesions = np.flatnonzero((truth.image == position) & ~scored.ground_truth.crowd)
-    shown = np.flatnonzero(scored.counted & (found.image == position))
+    shown = np.flatnonzero(scored.above_threshold & (found.image == position))
     matched = scored.matching.gt[shown]
     return [
         ("ground truth", truth, np.intersect1d(lesions, matched)),
