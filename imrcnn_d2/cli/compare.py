@@ -12,8 +12,7 @@ import argparse
 from pathlib import Path
 
 from imrcnn_d2.evaluation.statistics import Bootstrap
-from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.comparison.pages import write_classification_comparison, write_comparison
+from imrcnn_d2.report.comparison import compare, gather, write_comparison
 from imrcnn_d2.report.runs import load_run
 from imrcnn_d2.utils.files import for_terminal
 
@@ -43,9 +42,7 @@ def main(argv=None):
         runs = [load_run(path, dataset=args.dataset) for path in args.runs]
         bootstrap = Bootstrap(args.resamples, args.seed, args.ci_all)
         comparison = compare(gather(runs), bootstrap, primary=args.primary, baseline=args.baseline)
-        recognised = comparison.task == "recognition"
-        write = write_classification_comparison if recognised else write_comparison
-        page, *files = write(comparison, args.output)
+        page, *files = write_comparison(comparison, args.output)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     print(for_terminal(page.read_text(encoding="utf-8")))
