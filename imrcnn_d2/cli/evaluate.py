@@ -33,8 +33,7 @@ def score_lesions(args: argparse.Namespace) -> None:
     from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
     from imrcnn_d2.evaluation.output import RESULTS, coco_results, sources, write_results
     from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
-    from imrcnn_d2.report.plots.draw_all import plot_curves
-    from imrcnn_d2.report.plots.images import plot_contact_sheet
+    from imrcnn_d2.report.plots import draw_all
 
     matching = {"iou_threshold": args.iou, "iou_type": args.iou_type}
     columns = [parse_by(text) for text in args.by]
@@ -50,11 +49,7 @@ def score_lesions(args: argparse.Namespace) -> None:
     write_atomically(args.output / RESULTS, json.dumps(detections))
     paths = [*write_results(results, args.output, **known).values(), args.output / RESULTS]
     log_evaluation(args)
-    paths += plot_curves(results, args.output)
-    if args.images:
-        sheet = args.output / "contact_sheet.png"
-        plot_contact_sheet(args.gt, args.output / RESULTS, args.images, sheet, tau=args.tau)
-        paths.append(sheet)
+    paths += draw_all(results, args.output, args.images)
     print_lesions(results)
     print_written(args.output, paths)
 
@@ -64,7 +59,7 @@ def score_classification(args: argparse.Namespace) -> None:
     from imrcnn_d2.evaluation import Bootstrap, evaluate_classification
     from imrcnn_d2.evaluation.output import CLASSIFICATION_RESULTS, sources, write_classification
     from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
-    from imrcnn_d2.report.plots.draw_all import plot_classification
+    from imrcnn_d2.report.plots import draw_all
     from imrcnn_d2.report.tables import metrics_table
 
     known = sources(args.gt, args.dt, args.images)
@@ -76,7 +71,7 @@ def score_classification(args: argparse.Namespace) -> None:
     write_atomically(copy, args.dt.read_bytes())
     paths = [*write_classification(results, args.output, **known).values(), copy]
     log_evaluation(args)
-    paths += plot_classification(results, args.output)
+    paths += draw_all(results, args.output)
     for groups in (results.groups(), {"calibration": results.calibration}):
         print(metrics_table(groups, results.intervals), end="\n\n")
     print_subgroups(results)
@@ -190,7 +185,7 @@ def print_lesions(results):
 
 def print_subgroups(results):
     """Print the headline metrics of each group of images."""
-    from imrcnn_d2.report.subgroups import groups_table
+    from imrcnn_d2.report.tables import groups_table
 
     for column in results.by_group:
         print(f"By {column}:\n{groups_table(results, column)}\n")

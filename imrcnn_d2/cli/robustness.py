@@ -46,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--batch-size and --num-images are at least 1, and --tau from 0 to 1")
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     with one_line_errors(parser):
-        from imrcnn_d2.report.robustness import plot_robustness
+        from imrcnn_d2.report.plots import plot_robustness
 
         documents = read_documents(args.plot) if args.plot else evaluate(args)
         plot = args.output / "robustness.png"
-        plot_robustness(documents, plot, figure=args.figure)
+        plot_robustness(documents, plot, metric=args.figure)
     for name, document in documents.items():
         print(for_terminal(f"{name}: {args.figure}"))
         print(summary(document, args.figure))
@@ -100,7 +100,7 @@ def evaluate(args):
     from imrcnn_d2.deploy.outputs import instance_records
     from imrcnn_d2.evaluation.output import log_test_evaluation
     from imrcnn_d2.evaluation.robustness import evaluate_robustness, read_ground_truth
-    from imrcnn_d2.report.robustness import plot_distortions
+    from imrcnn_d2.report.plots import plot_distortions
 
     predictor = Predictor(args.config_file, args.weights, tau=args.tau)
     if predictor.is_classifier:

@@ -8,6 +8,7 @@ grammar. A LazyConfig runs as Python code: load only files that you trust.
 """
 
 import argparse
+from pathlib import Path
 
 from detectron2.engine.defaults import default_argument_parser
 
@@ -24,7 +25,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """One process of a training or evaluation; returns the results of the final test."""
+    """One process of a training or evaluation; returns the metrics of the final test."""
     from imrcnn_d2.engine.train_step import keep_freed_memory
 
     keep_freed_memory()
@@ -41,8 +42,7 @@ def _run_yaml_config(args):
     from imrcnn_d2.engine.checkpoint import Checkpointer
     from imrcnn_d2.engine.config import is_classifier
     from imrcnn_d2.engine.launch import locked_output
-    from imrcnn_d2.report.plots.draw_all import plot_test_results
-    from imrcnn_d2.report.plots.images import plot_test_grad_cams
+    from imrcnn_d2.report.plots import plot_test_grad_cams
 
     cfg = load_config(args.config_file, args.opts)
     if args.eval_only:
@@ -55,18 +55,18 @@ def _run_yaml_config(args):
             checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, whole=True)
             resumed = args.resume and checkpointer.has_checkpoint()
             path = checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
-            results = Trainer.final_test(cfg, model, load_weights(checkpointer, path))
+            metrics, results = Trainer.final_test(cfg, model, load_weights(checkpointer, path))
         else:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
-            results = trainer.train()
+            metrics, results = trainer.train(), trainer.test_results
             model = trainer.evaluated_model
         if comm.is_main_process():
-            plot_test_results(cfg.OUTPUT_DIR, cfg.DATASETS.TEST, tau=cfg.MODEL.IMRCNN.SCORE_THRESH)
+            draw_test_results(results, cfg.OUTPUT_DIR)
             if is_classifier(cfg):
                 plot_test_grad_cams(cfg, model)
-            verify_results(cfg, results)
-    return results
+            verify_results(cfg, metrics)
+    return metrics
 
 
 def _run_lazy_config(args):
@@ -78,7 +78,6 @@ def _run_lazy_config(args):
     from imrcnn_d2.engine.checkpoint import Checkpointer
     from imrcnn_d2.engine.launch import locked_output
     from imrcnn_d2.engine.trainer import LazyTrainer, build_lazy_model, evaluate
-    from imrcnn_d2.report.plots.draw_all import plot_test_results
 
     cfg = LazyConfig.load(args.config_file)
     if not cfg.train.device and not any(o.startswith("train.device=") for o in args.opts):
@@ -89,12 +88,22 @@ def _run_lazy_config(args):
         if args.eval_only:
             model = build_lazy_model(cfg)
             weights = load_weights(Checkpointer(model, whole=True), cfg.train.init_checkpoint)
-            results = evaluate(cfg, model, "test", weights)
+            metrics, results = evaluate(cfg, model, "test", weights)
         else:
             trainer = LazyTrainer(cfg)
             trainer.resume_or_load(args.resume)
-            results = trainer.train()
+            metrics, results = trainer.train(), trainer.test_results
         if comm.is_main_process():
-            evaluator = cfg.dataloader.test_evaluator
-            plot_test_results(cfg.train.output_dir, [evaluator.dataset_name], tau=evaluator.tau)
-    return results
+            draw_test_results(results, cfg.train.output_dir)
+    return metrics
+
+
+def draw_test_results(results: dict, output_dir: str) -> None:
+    """Draw the plots of each test set next to its files; `results` are by data set."""
+    from detectron2.data import MetadataCatalog
+
+    from imrcnn_d2.report.plots import draw_all
+
+    for name, scored in results.items():
+        folder = Path(output_dir, "inference", name)
+        draw_all(scored, folder, MetadataCatalog.get(name).get("image_root", ""))

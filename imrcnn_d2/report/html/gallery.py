@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from imrcnn_d2.data.images import image_inside, read_image
-from imrcnn_d2.report.plots.images import choose_images, outlines, regions_by_kind
+from imrcnn_d2.report.plots.images import choose_images, region_contours, regions_by_kind
 
 __all__ = ["embed", "gallery_data", "classification_gallery", "svg_path"]
 
@@ -120,13 +120,13 @@ def _found(results, row, position, lesions, scale, overlap):
 
 def _path(regions, chosen, scale):
     """One SVG path around the chosen regions."""
-    return svg_path([line for region in chosen for line in outlines(regions, region)], scale)
+    return svg_path([line for region in chosen for line in region_contours(regions, region)], scale)
 
 
 def svg_path(lines, scale):
     """
     Args:
-        lines (list[np.ndarray]): closed lines, see :func:`outlines`.
+        lines (list[np.ndarray]): closed lines, see :func:`region_contours`.
         scale (float): original pixels in one of the picture that they are drawn on.
 
     Returns:

@@ -34,7 +34,7 @@ from imrcnn_d2.report.plots.curves import (
     plot_roc_curves,
     plot_thresholds,
 )
-from imrcnn_d2.report.plots.images import HALO_WIDTH, LIGHT_HALO, STYLES
+from imrcnn_d2.report.plots.images import CONTOUR_STYLES, HALO_WIDTH, LIGHT_HALO
 from imrcnn_d2.utils.files import write_atomically
 
 __all__ = [
@@ -467,7 +467,7 @@ def contour_lines(outlines):
     """
     lines = {}
     for name, (kind, label) in outlines.items():
-        style = STYLES[kind]
+        style = CONTOUR_STYLES[kind]
         dash = "none"
         if style["linestyle"] != "-":  # matplotlib's dashes are in line widths
             dash = " ".join(f"{part * style['linewidth']:.1f}" for part in style["linestyle"][1])

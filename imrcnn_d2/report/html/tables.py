@@ -7,7 +7,7 @@ from imrcnn_d2.evaluation.detection import metrics
 from imrcnn_d2.evaluation.output import patient_rows
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.names import metric_name
+from imrcnn_d2.report.names import NOT_PERCENT, metric_name
 
 __all__ = [
     "cell",
@@ -55,7 +55,6 @@ def _percent(part, whole):
 
 
 COUNTS = (*metrics.COUNTS, "n")
-NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image", "cross_entropy")
 
 # (figure, label, hint)
 CURVE_FIGURES = (
