@@ -46,21 +46,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.card and len(args.runs) > 1:
         parser.error("--card describes one model: give it with one RUN")
-    from imrcnn_d2.report.html.classification import render_classification_report
-    from imrcnn_d2.report.html.page import render_report
+    from imrcnn_d2.report.html import render_report
     from imrcnn_d2.report.model_card import write_model_card
     from imrcnn_d2.report.runs import load_run
 
     with one_line_errors(parser):
         runs = [load_run(run, images=args.images) for run in args.runs]
-        if runs[0].task == "recognition":
-            if args.card:
-                raise ValueError("--card: there are no model cards of classifiers yet")
-            render_classification_report(runs, args.output, max_images=args.max_images)
-        else:
-            render_report(
-                runs, args.output, prevalences=args.prevalence, max_images=args.max_images
-            )
+        if args.card and runs[0].task == "recognition":
+            raise ValueError("--card: there are no model cards of classifiers yet")
+        render_report(runs, args.output, prevalences=args.prevalence, max_images=args.max_images)
         written = [args.output]
         if args.card:
             written.append(write_model_card(runs[0], args.card))
