@@ -14,13 +14,17 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, leads_out, regular_file
 
@@ -35,6 +39,7 @@ __all__ = [
     "annotated_on_stored_pixels",
     "image_file",
     "image_inside",
+    "in_threads",
     "inspect_image",
     "install_image",
     "is_dicom",
@@ -654,3 +659,19 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def in_threads(function: Callable, items: Sequence, description: str) -> list:
+    """[function(item) for item in items], one thread per core, with a bar.
+
+    What takes the time, in Pillow, OpenCV and NumPy, runs side by side in threads; processes would
+    each have to import torch first.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    inner = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        with threadpool_limits(1), ThreadPool(cores) as pool:
+            return list(tqdm(pool.imap(function, items), description, len(items), unit="image"))
+    finally:
+        cv2.setNumThreads(inner)

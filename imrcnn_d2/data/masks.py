@@ -17,6 +17,7 @@ from imrcnn_d2.utils.files import BadInputError
 __all__ = [
     "ANNOTATION_FIELDS",
     "IMAGE_FIELDS",
+    "MIN_AREA",
     "MIN_IOU",
     "MOST_INSTANCES",
     "Region",
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 
+# pixels; JPEG leaves specks of 1 in Kvasir-SEG's masks, its smallest polyps have over 200
+MIN_AREA = 16
 MOST_INSTANCES = 1000  # of one mask: each takes a pass over all its pixels
 
 

@@ -105,7 +105,7 @@ def render_audit(audit, output):
             ("Errors", severities["error"], "make training or its figures wrong"),
             ("Warnings", severities["warning"], "should be looked at"),
             ("Images to look at", len(flagged), f"{_share(len(flagged), len(entries))} of all"),
-            ("Pairs that show the same", len(audit.twins), _crossing(audit)),
+            ("Pairs that show the same", len(audit.duplicates), _crossing(audit)),
         ],
         splits=_split_rows(audit),
         areas=[
@@ -131,7 +131,7 @@ def _share(part, whole):
 
 def _crossing(audit):
     entries = audit.data.entries
-    across = sum(entries[pair.a].split != entries[pair.b].split for pair in audit.twins)
+    across = sum(entries[pair.a].split != entries[pair.b].split for pair in audit.duplicates)
     return f"{across:,} of them in two splits"
 
 
@@ -277,7 +277,7 @@ def _document(audit):
             for kind, counts in audit.counts().items()
         },
         "findings": [found.as_json() for found in audit.findings],
-        "groups": [[entries[i].name for i in group] for group in groups(entries, audit.twins)],
+        "groups": [[entries[i].name for i in group] for group in groups(entries, audit.duplicates)],
         "notes": audit.notes,
         "versions": package_versions(),
     }
@@ -327,5 +327,5 @@ def _pair_rows(audit):
             "kind": pair.kind,
             "correlation": pair.correlation,
         }
-        for pair in audit.twins
+        for pair in audit.duplicates
     ]

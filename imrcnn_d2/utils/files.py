@@ -1,4 +1,4 @@
-"""x."""
+"""Files: strict JSON and CSV, atomic writes, hashes, links, and errors that name a file."""
 
 import contextlib
 import csv
@@ -8,7 +8,9 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,12 +27,14 @@ __all__ = [
     "csv_text",
     "file_sha256",
     "for_terminal",
+    "is_empty",
     "leads_out",
     "lock_folder",
     "plain_cell",
     "read_json",
     "read_rows",
     "regular_file",
+    "staged",
     "strict_json",
     "write_atomically",
 ]
@@ -306,6 +310,23 @@ def write_atomically(path, content):
     """
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A new folder next to `out`, to be renamed to it when complete; removed if it was not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    stage.chmod(0o755)  # mkdtemp's is private
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether it is a folder with nothing in it."""
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def lock_folder(folder: str | Path, option: str, timeout: float = 0) -> FileLock:

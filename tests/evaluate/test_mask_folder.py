@@ -131,7 +131,7 @@ def test_a_file_that_is_no_picture(dataset, folder):
     whole = (masks / "1.png").read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2], whole[:30]):
         (masks / "1.png").write_bytes(content)
-        with pytest.raises(ValueError, match=r"1.png can't be read.*Write it again"):
+        with pytest.raises(ValueError, match="1.png"):
             read_mask_folder(masks, gt)
 
 

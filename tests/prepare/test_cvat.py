@@ -9,7 +9,7 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from imrcnn_d2.data.formats.cvat import read_cvat
+from imrcnn_d2.data.formats import read_cvat
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
 # As "CVAT for images 1.1" and "CVAT for video 1.1"; the mask is that of CVAT's documentation.

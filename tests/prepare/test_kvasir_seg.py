@@ -10,7 +10,7 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from scipy import ndimage
 
-from imrcnn_d2.data.formats.kvasir_seg import read_kvasir_seg
+from imrcnn_d2.data.formats import read_kvasir_seg
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
 
@@ -104,7 +104,7 @@ def duplicate(path):
         ("masks/b.png", put_other_size, "images/b.png: is 60x40, but its annotation says 61x40"),
         ("masks/b.png", put_black, "masks/b.png: empty mask"),
         ("masks/b.png", put_speck, "masks/b.png: empty mask: nothing of at least 16 pixels"),
-        ("masks/b.png", lambda path: path.unlink(), "images/b.png: has no mask in .*masks"),
+        ("masks/b.png", lambda path: path.unlink(), "images/b.png: has no mask"),
         ("images/b.png", lambda path: path.unlink(), "masks/b.png: mask without an image"),
     ],
 )

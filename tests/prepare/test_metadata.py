@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from imrcnn_d2.data.formats.coco import read_coco
+from imrcnn_d2.data.formats import read_coco
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.data.prepare.metadata import read_metadata, with_metadata
 from imrcnn_d2.evaluation import evaluate_lesions

@@ -2,25 +2,21 @@
 
 import functools
 import hashlib
-import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing.pool import ThreadPool
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
-from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from imrcnn_d2.data.audit.findings import Entry, Finding, finding
 from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.formats.coco import to_rle
-from imrcnn_d2.data.images import annotated_on_stored_pixels, inspect_image, read_image
-from imrcnn_d2.data.prepare.duplicates import compare_images, describe_image, group_labels
+from imrcnn_d2.data.images import annotated_on_stored_pixels, in_threads, inspect_image, read_image
+from imrcnn_d2.data.prepare.duplicates import find_near_duplicates, joined_groups, positions
 from imrcnn_d2.utils.files import BadInputError
 
 __all__ = [
@@ -30,16 +26,15 @@ __all__ = [
     "ImageMeasures",
     "Line",
     "Outline",
-    "DuplicateGroup",
+    "DuplicatePair",
     "category_findings",
     "draw_outlines",
-    "exact_duplicate_groups",
+    "exact_duplicates",
     "examine_all",
     "file_findings",
     "groups",
-    "in_threads",
     "measure_image",
-    "near_duplicate_groups",
+    "near_duplicates",
     "annotation_findings",
     "repeated_id_findings",
     "text_lines",
@@ -427,22 +422,6 @@ def examine_all(entries: Sequence[Entry], category_ids: set | None) -> list[Exam
     return in_threads(examine, entries, "Examining")
 
 
-def in_threads(function: Callable, items: Sequence, what: str) -> list:
-    """[function(image) for image in items], one thread a core, with a bar.
-
-    What takes the time, in Pillow, OpenCV and NumPy, runs side by side in threads; processes would
-    each have to import torch first.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    inner = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        with threadpool_limits(1), ThreadPool(cores) as pool:
-            return list(tqdm(pool.imap(function, items), what, len(items), unit="image"))
-    finally:
-        cv2.setNumThreads(inner)
-
-
 def _examine(entry: Entry, category_ids: set | None) -> Examined:
     def say(kind: str, detail: str) -> Finding:
         return finding(kind, [entry.name], [entry.split], detail)
@@ -557,7 +536,7 @@ _BLOCK = 512  # images that are looked up at once
 
 
 @dataclass(frozen=True)
-class DuplicateGroup:
+class DuplicatePair:
     """Two images that show the same.
 
     Attributes:
@@ -574,20 +553,26 @@ class DuplicateGroup:
     detail: str
 
 
-def exact_duplicate_groups(examined: Sequence[Examined]) -> list[DuplicateGroup]:
+def exact_duplicates(examined: Sequence[Examined]) -> list[DuplicatePair]:
     """Images with the same bytes or the same pixels, each with the one before it."""
-    twins = []
-    for places in _places(e.measures.pixel_hash if e.measures else None for e in examined).values():
-        for a, b in pairwise(places):
+    pairs = []
+    for copies in _by_pixels(examined).values():
+        for a, b in pairwise(copies):
             files = [examined[i].measures.file_hash for i in (a, b)]
-            what = "files" if files[0] == files[1] else "pixels"
-            twins.append(DuplicateGroup(a, b, "exact_duplicate", 1.0, f"The {what} are the same."))
-    return sorted(twins, key=lambda pair: (pair.a, pair.b))
+            same = "files" if files[0] == files[1] else "pixels"
+            detail = f"The {same} are the same."
+            pairs.append(DuplicatePair(a, b, "exact_duplicate", 1.0, detail))
+    return sorted(pairs, key=lambda pair: (pair.a, pair.b))
 
 
-def near_duplicate_groups(
+def _by_pixels(examined: Sequence[Examined]) -> dict[str, list[int]]:
+    """Positions of the images with the same pixels."""
+    return positions(one.measures.pixel_hash if one.measures else None for one in examined)
+
+
+def near_duplicates(
     examined: Sequence[Examined], embeddings: np.ndarray | None
-) -> list[DuplicateGroup]:
+) -> list[DuplicatePair]:
     """Images that show the same scene, exact duplicates left out.
 
     The images most alike by their embeddings or perceptual hashes are aligned with each other and
@@ -599,47 +584,26 @@ def near_duplicate_groups(
             alone, which find copies but few frames of a moment later.
     """
     # One image of each set of exact duplicates stands for all.
-    known = _places(e.measures.pixel_hash if e.measures else None for e in examined)
-    places = sorted(own[0] for own in known.values())
+    places = sorted(copies[0] for copies in _by_pixels(examined).values())
     if len(places) < 2:
         return []
     hashes = np.stack([examined[i].measures.hashes for i in places])
     vectors = None if embeddings is None else embeddings[places]
-    neighbours = _neighbours(hashes, vectors)
     paths = [examined[i].entry.path for i in places]
-    features = in_threads(describe_image, paths, "Describing")
-    tasks = [
-        (paths[i], features[i], [(paths[j], features[j]) for j in neighbours[i]], neighbours[i], i)
-        for i in range(len(places))
-    ]
-    best: dict[tuple[int, int], float] = {}
-    for found in in_threads(_compare, tasks, "Comparing"):
-        for pair, correlation in found.items():
-            best[pair] = max(correlation, best.get(pair, -1))
     return [
-        DuplicateGroup(
-            *sorted((places[a], places[b])),
+        DuplicatePair(
+            places[pair.a],
+            places[pair.b],
             "near_duplicate",
-            round(correlation, 3),
-            f"Aligned with each other, they correlate with {correlation:.2f}.",
+            pair.correlation,
+            f"Aligned with each other, they correlate with {pair.correlation:.2f}.",
         )
-        for (a, b), correlation in sorted(best.items())
-        if correlation >= MIN_CORRELATION
+        for pair in find_near_duplicates(paths, MIN_CORRELATION, _neighbours(hashes, vectors))
     ]
-
-
-def _compare(task) -> dict[tuple[int, int], float]:
-    path, features, others, neighbours, i = task
-    correlations = compare_images(path, features, others)
-    return {
-        (min(i, j), max(i, j)): correlation
-        for j, correlation in zip(neighbours, correlations, strict=True)
-        if correlation > 0
-    }
 
 
 def _neighbours(hashes: np.ndarray, vectors: np.ndarray | None) -> list[list[int]]:
-    """Of each image the places of those that may be its twins, (N, 8, 32) hashes given."""
+    """Of each image the places of those that may be its duplicates, (N, 8, 32) hashes given."""
     bits = np.unpackbits(hashes, axis=2).astype(np.float32) * 2 - 1
     upright, count = bits[:, 0], len(bits)
     found: list[set[int]] = [set() for _ in range(count)]
@@ -666,10 +630,10 @@ def _add_best(
         found[row].update(own[values >= least].tolist())
 
 
-def duplicate_findings(entries: Sequence[Entry], twins: Iterable[DuplicateGroup]) -> list[Finding]:
+def duplicate_findings(entries: Sequence[Entry], pairs: Iterable[DuplicatePair]) -> list[Finding]:
     """A finding for each pair; an error where it crosses splits."""
     findings = []
-    for pair in twins:
+    for pair in pairs:
         a, b = entries[pair.a], entries[pair.b]
         crosses = a.split != b.split
         where = f" They are in {a.split} and {b.split}." if crosses else ""
@@ -689,7 +653,7 @@ def duplicate_findings(entries: Sequence[Entry], twins: Iterable[DuplicateGroup]
 def patient_findings(entries: Sequence[Entry]) -> list[Finding]:
     """Patients whose images are in several splits."""
     findings = []
-    for patient, places in _places(e.record.get("patient_id") for e in entries).items():
+    for patient, places in positions(e.record.get("patient_id") for e in entries).items():
         own = [entries[i] for i in places]
         splits = list(dict.fromkeys(entry.split for entry in own))
         if len(splits) > 1:
@@ -700,19 +664,7 @@ def patient_findings(entries: Sequence[Entry]) -> list[Finding]:
     return findings
 
 
-def groups(entries: Sequence[Entry], twins: Iterable[DuplicateGroup]) -> list[list[int]]:
-    """Places of images that must not be parted: twins and those of one patient, two or more."""
-    edges = [(pair.a, pair.b) for pair in twins]
-    of_patient = _places(entry.record.get("patient_id") for entry in entries)
-    edges += [edge for places in of_patient.values() for edge in pairwise(places)]
-    labels = group_labels(len(entries), edges).tolist()
-    return [places for places in _places(labels).values() if len(places) > 1]
-
-
-def _places(values: Iterable[Hashable]) -> dict[Hashable, list[int]]:
-    """Places of each value but None."""
-    places = defaultdict(list)
-    for place, value in enumerate(values):
-        if value is not None:
-            places[value].append(place)
-    return dict(places)
+def groups(entries: Sequence[Entry], pairs: Iterable[DuplicatePair]) -> list[list[int]]:
+    """Positions of images that must stay together: duplicates and those of one patient."""
+    patients = positions(entry.record.get("patient_id") for entry in entries).values()
+    return joined_groups(len(entries), [*((pair.a, pair.b) for pair in pairs), *patients])

@@ -26,9 +26,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from imrcnn_d2.data.audit.audit import Audit
-from imrcnn_d2.data.audit.checks import in_threads
 from imrcnn_d2.data.audit.findings import AuditedData, Entry, Finding, finding
-from imrcnn_d2.data.images import read_image
+from imrcnn_d2.data.images import in_threads, read_image
 
 __all__ = [
     "MIN_IMAGES",

@@ -4,6 +4,7 @@ An annotation that cannot be used rejects its whole image: dropping only the ann
 its lesion to be learnt as healthy mucosa.
 """
 
+import argparse
 import math
 import re
 import reprlib
@@ -16,6 +17,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
+from imrcnn_d2.data.formats.base import Format, Sample, Source
 from imrcnn_d2.data.images import annotated_on_stored_pixels, inspect_image, orient, path_inside
 from imrcnn_d2.data.masks import (
     IMAGE_FIELDS,
@@ -24,12 +26,12 @@ from imrcnn_d2.data.masks import (
     check_size,
     union,
 )
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects, read_json
 
 __all__ = [
     "FARTHEST",
     "NUMBER",
+    "Coco",
     "check_records",
     "is_box",
     "read_coco",
@@ -53,6 +55,20 @@ _KINDS = {"id": _ID, "image_id": _ID, "category_id": _ID, "name": str}
 _MOST_CATEGORIES = 200  # each takes its passes, and a row and a column in tables and plots
 _LONGEST_NAME = 200
 _OWN_TOP_FIELDS = ("images", "annotations", "categories", "info")
+
+
+class Coco(Format):
+    name = "coco"
+    help = "own data: a COCO instance JSON and a folder of images"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--annotations", type=Path, required=True, help="COCO instance JSON")
+        parser.add_argument(
+            "--images", type=Path, required=True, help="folder of the file_name entries"
+        )
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        return read_coco(args.annotations, args.images, rejects)
 
 
 def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:

@@ -1,5 +1,7 @@
-"""Writing CVAT's XML for images, version 1.1, and the labels of its task."""
+"""CVAT's XML, version 1.1: for images and video read into COCO, for images written from it."""
 
+import argparse
+import json
 import math
 import re
 from bisect import bisect_left, bisect_right
@@ -15,6 +17,7 @@ import pycocotools.mask as mask_util
 from defusedxml.ElementTree import parse
 from tqdm import tqdm
 
+from imrcnn_d2.data.formats.base import Format, Sample, Source, add_class_arguments
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import inspect_image, list_files, path_inside
 from imrcnn_d2.data.masks import (
@@ -32,18 +35,47 @@ from imrcnn_d2.data.masks import (
     polygon_rle,
     rectangle,
 )
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects, regular_file
 
-__all__ = [
-    "attributes_of",
-    "cvat_documents",
-    "draw",
-    "integer",
-    "read_cvat",
-    "region",
-    "with_attributes",
-]
+__all__ = ["Cvat", "cvat_documents", "read_cvat"]
+
+
+class Cvat(Format):
+    name = "cvat"
+    help = "own data: CVAT's XML for images or video, 1.1"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_class_arguments(parser)
+        parser.add_argument(
+            "--annotations", type=Path, nargs="+", required=True, help="XML of one or several tasks"
+        )
+        parser.add_argument(
+            "--images",
+            type=Path,
+            required=True,
+            help="folder of the images or of the video's frames",
+        )
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        return read_cvat(args.annotations, args.images, rejects, args.classes)
+
+    def write(self, source: Source, names: Mapping[int, str], stage: Path, out: Path) -> list[str]:
+        """Writes annotations.xml (CVAT for images 1.1) and labels.json, to make a task with.
+
+        As `LabelMe.write`.
+        """
+        lost: set[str] = set()
+
+        def samples() -> Iterator[Sample]:
+            for sample in source.samples:
+                lost.update(further_fields(sample.fields, IMAGE_FIELDS))
+                yield sample
+
+        text, labels = cvat_documents(samples(), names)
+        stage.joinpath("annotations.xml").write_text(text, encoding="utf-8")
+        text = json.dumps(labels, ensure_ascii=False, indent=2)
+        stage.joinpath("labels.json").write_text(text + "\n", encoding="utf-8")
+        return [f"not in CVAT's file: {', '.join(sorted(lost))} of the images"] if lost else []
 
 
 def integer(text: str | None) -> int:

@@ -3,8 +3,10 @@
 https://github.com/wkentaro/labelme; the format of its versions 3 to 6.
 """
 
+import argparse
 import base64
 import io
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,13 @@ import pycocotools.mask as mask_util
 from PIL import Image
 from tqdm import tqdm
 
+from imrcnn_d2.data.formats.base import (
+    Format,
+    Sample,
+    Source,
+    add_class_arguments,
+    unique_samples,
+)
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import check_name, inspect_image, list_files, open_image
 from imrcnn_d2.data.masks import (
@@ -34,14 +43,63 @@ from imrcnn_d2.data.masks import (
     polygon_rle,
     rectangle,
 )
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, read_json
 
-__all__ = ["SHAPE_KEYS", "draw", "labelme_document", "read_labelme", "shape_rle"]
+__all__ = ["LabelMe", "labelme_document", "read_labelme"]
+
+
+class LabelMe(Format):
+    name = "labelme"
+    help = "own data: LabelMe's JSON files"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_class_arguments(parser)
+        parser.add_argument("--root", type=Path, required=True, help="folder of the JSON files")
+        parser.add_argument(
+            "--images",
+            type=Path,
+            help="folder of images, laid out as --root is (default: where each file says, in "
+            "--root)",
+        )
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        return read_labelme(args.root, rejects, scratch, args.images, args.classes)
+
+    def write(self, source: Source, names: Mapping[int, str], stage: Path, out: Path) -> list[str]:
+        """Writes NAME.json for each image, with the path of the image.
+
+        Args:
+            source: the data set; its samples are used up.
+            names: of the classes by category id.
+            stage: an empty folder to write into.
+            out: what `stage` will be renamed to.
+
+        Returns:
+            notes for the user: what the format cannot keep.
+
+        Raises:
+            BadInputError: the format cannot hold what the data set has.
+        """
+        for sample in unique_samples(source):
+            name = PurePosixPath(sample.file_name).with_suffix(".json")
+            path = stage / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image_path = os.path.relpath(sample.image.path.resolve(), (out / name).parent.resolve())
+            document = labelme_document(
+                sample.annotations,
+                names,
+                Path(image_path).as_posix(),
+                sample.image.height,
+                sample.image.width,
+                fields=further_fields(sample.fields, IMAGE_FIELDS),
+            )
+            text = json.dumps(document, ensure_ascii=False, indent=2)
+            path.write_text(text + "\n", encoding="utf-8")
+        return []
 
 
 # What LabelMe reads of a shape; it keeps other keys as they are.
-SHAPE_KEYS = ("label", "points", "group_id", "shape_type", "flags", "mask")
+_SHAPE_KEYS = ("label", "points", "group_id", "shape_type", "flags", "mask")
 _POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}
 
 
@@ -94,7 +152,7 @@ def draw(
         fill_holes: polygons all the same.
     """
     areas = _areas(annotation, height, width, fill_holes)
-    further = further_fields(annotation, (*ANNOTATION_FIELDS, *SHAPE_KEYS, "score"))
+    further = further_fields(annotation, (*ANNOTATION_FIELDS, *_SHAPE_KEYS, "score"))
     flags = {key: further.pop(key) for key in list(further) if isinstance(further[key], bool)}
     if annotation.get("iscrowd"):
         flags["iscrowd"] = True
@@ -360,7 +418,7 @@ def _region(path: Path, number: int, shape: dict, width: int, height: int) -> Re
         rle = shape_rle(shape, height, width)
     except ValueError as error:
         raise BadInputError(path, f"shapes[{number}], {label!r}: {error}") from error
-    fields = further_fields(shape, (*ANNOTATION_FIELDS, *SHAPE_KEYS))
+    fields = further_fields(shape, (*ANNOTATION_FIELDS, *_SHAPE_KEYS))
     if not fields.get("description"):
         fields.pop("description", None)
     return Region(label, rle, group, {**fields, **(shape.get("flags") or {})})

@@ -27,10 +27,10 @@ import pycocotools.mask as mask_util
 from PIL import Image
 
 from imrcnn_d2.data.endoscope_view import View, find_view
+from imrcnn_d2.data.formats.base import Sample, Source
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import SourceImage, inspect_image, read_image
 from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS, annotation_from_mask
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects, csv_lines, read_rows, regular_file
 
 __all__ = ["PrivateRejects", "Pseudonyms", "deidentified", "parse_keep"]

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from imrcnn_d2.data.formats.base import Sample, Source
 from imrcnn_d2.data.images import list_files, own_words, read_header
 from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects, plain_cell, regular_file
 
 __all__ = [

@@ -1,16 +1,21 @@
-"""Groups of images that must not be parted: near-duplicates, and those of one patient."""
+"""Splits and folds that keep the images of a patient, and near-duplicates, together."""
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from imrcnn_d2.data.prepare.duplicates import MIN_CORRELATION, find_near_duplicates, group_labels
+from imrcnn_d2.data.prepare.duplicates import (
+    MIN_CORRELATION,
+    find_near_duplicates,
+    joined_groups,
+    positions,
+)
 from imrcnn_d2.utils.files import read_json
 
 __all__ = [
@@ -352,22 +357,13 @@ def group_images(
         patients: of each; None if not known.
 
     Returns:
-        group by file name, counted from 1, of the images that share it with another one; and for
-        the user, as JSON, the ``groups`` as lists of names, and the ``pairs`` of near-duplicates
-        with their ``correlation``.
+        group by file name, counted from 1, of the images that share it with another one; and the
+        content of near_duplicates.json: the ``groups`` as lists of names, and the ``pairs`` of
+        near-duplicates with their ``correlation``.
     """
     pairs = find_near_duplicates([folder / name for name in names])
-    of_patient = defaultdict(list)
-    for i, patient in enumerate(patients):
-        if patient is not None:
-            of_patient[patient].append(i)
-    edges = [(pair.a, pair.b) for pair in pairs]
-    edges += [edge for images in of_patient.values() for edge in pairwise(images)]
-
-    members = defaultdict(list)
-    for name, label in zip(names, group_labels(len(names), edges), strict=True):
-        members[label].append(name)
-    groups = [group for group in members.values() if len(group) > 1]
+    together = [*((pair.a, pair.b) for pair in pairs), *positions(patients).values()]
+    groups = [[names[i] for i in group] for group in joined_groups(len(names), together)]
     return (
         {name: i for i, group in enumerate(groups, start=1) for name in group},
         {

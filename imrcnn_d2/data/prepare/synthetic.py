@@ -4,6 +4,7 @@ An image is a relief (folds, bumps, lesions) lit by a lamp beside the camera, se
 aperture. Nothing in it comes from a patient.
 """
 
+import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,17 +14,30 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from imrcnn_d2.data.formats.base import Format, Sample, Source
 from imrcnn_d2.data.images import inspect_image
 from imrcnn_d2.data.masks import annotation_from_mask
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.data.prepare.splits import largest_remainder
+from imrcnn_d2.utils.files import Rejects
 
-__all__ = ["draw_view", "generate"]
+__all__ = ["draw_view", "generate", "Synthetic"]
 
 
 HEALTHY = (1, 7)  # one image in eight shows no lesion, as in the paper's data
 MAX_VIEWS = 5
 _BLOOD = np.array([0.25, 1.0, 0.9], np.float32)  # what it absorbs of red, green and blue
+
+
+class Synthetic(Format):
+    name = "synthetic"
+    help = "draw the embedded data set"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--num-images", type=int, required=True)
+        parser.add_argument("--size", type=int, required=True, help="width and height in pixels")
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        return generate(scratch, args.num_images, args.size, args.seed)
 
 
 def generate(folder: Path, num_images: int, size: int, seed: int = 0) -> Source:
