@@ -226,7 +226,7 @@ def test_a_sparse_file(folder, opener):
 
 
 READERS = {
-    **{name: OPENERS[name] for name in ("inspect_image", "detector", "report", "masks to score")},
+    **{name: OPENERS[name] for name in ("inspect_image", "detector", "report")},
     "json": read_json,
     "table": lambda path: read_metadata(path, Rejects()),
     "splits": read_splits,
