@@ -1,4 +1,4 @@
-"""Audits a data set: bad files, wrong outlines, duplicates, leakage between the splits.
+"""Audits a data set: bad files, wrong annotations, duplicates, leakage between the splits.
 
 python tools/audit_dataset.py --dataset kvasir_seg --output audit/kvasir_seg
 python tools/audit_dataset.py --annotations train.json test.json --images DIR --output audit/own
@@ -151,6 +151,6 @@ def _fix_splits(found: Audit, prepared: Path, out: Path, follow_links: bool) -> 
         print(for_terminal(f"{move.name}: {move.source} -> {move.target}"))
     print(
         f"{out}: written, {len(moves)} images moved. Runs on the old split are void: their test "
-        "figures count images whose like was trained on, and the new test set has images that they "
+        "metrics count images whose like was trained on, and the new test set has images that they "
         "were trained on. Train and evaluate again on the new one."
     )

@@ -44,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--ratio", type=_ratio, help="train:val:test (default 12:3:5; of lesion-free 0:0:1)"
     )
-    common.add_argument("--seed", type=int, default=0, help="of the splits and of drawing (0)")
+    common.add_argument("--seed", type=int, default=0, help="of splits and synthetic images (0)")
     common.add_argument(
         "--split-by",
         choices=SPLIT_BY,
@@ -114,8 +114,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--key",
         type=Path,
         metavar="FILE",
-        help="the key, outside OUT; made if it does not exist. FILE.names.csv says which became "
-        "which: keep both from whoever gets the data set",
+        help="the key, outside OUT; made if it does not exist. FILE.names.csv lists old and new "
+        "names: keep both from whoever gets the data set",
     )
     private.add_argument(
         "--keep",
@@ -138,7 +138,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--review",
         type=Path,
         metavar="DIR",
-        help="also draw sheets of the new images there, for a person to look for writing in them",
+        help="also plot sheets of the new images there, for a person to look for writing in them",
     )
 
     for name, form in FORMATS.items():
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _described(source: Source, args: argparse.Namespace, rejects: Rejects) -> Source:
-    """The data set with the patients and columns that tables, names or DICOM files tell."""
+    """The data set with the patients and columns of tables, file names or DICOM files."""
     if args.patients is not None:
         source = with_patients_from_csv(source, args.patients, rejects)
     elif args.patient_pattern is not None:

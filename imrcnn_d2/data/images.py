@@ -48,7 +48,7 @@ __all__ = [
     "list_files",
     "open_image",
     "orient",
-    "own_words",
+    "hide_details",
     "path_inside",
     "read_header",
     "read_image",
@@ -194,8 +194,8 @@ _silence()  # before another thread sets filters for a block, and these ones aga
 
 
 @contextlib.contextmanager
-def own_words(path: Path, problem: str) -> Iterator[None]:
-    """Keeps to itself what pydicom says: errors, warnings and log quote the file, so the patient.
+def hide_details(path: Path, problem: str) -> Iterator[None]:
+    """Hides pydicom's messages: errors, warnings and log quote the file, so the patient.
 
     Its warnings and its log stay silent afterwards: filters of warnings that are set for a block
     are those of all threads.
@@ -223,7 +223,7 @@ def read_header(path: Path, **how) -> Any:
     import pydicom
 
     regular_file(path)
-    with own_words(path, "is no readable DICOM file"):
+    with hide_details(path, "is no readable DICOM file"):
         with open(path, "rb") as file:
             head = io.BytesIO(file.read(_LONGEST_HEADER))
         pydicom.filereader.read_preamble(head, force=False)
@@ -275,7 +275,7 @@ def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
     from pydicom.pixels import get_decoder, iter_pixels
     from pydicom.uid import JPEGTransferSyntaxes
 
-    with own_words(path, "its pixels cannot be read"):
+    with hide_details(path, "its pixels cannot be read"):
         if "Rows" not in header or "Columns" not in header:
             raise BadInputError(path, "is a DICOM file without an image")
         if not header.Rows or not header.Columns:
@@ -556,8 +556,8 @@ def read_values(path: Path) -> tuple[np.ndarray, bool]:
 def annotated_on_stored_pixels(image: SourceImage, width: int, height: int) -> bool:
     """Whether annotations of a `width` x `height` frame need `orient` to fit the image as read.
 
-    Where both frames of an EXIF-rotated image have that size, they are taken to be drawn on what is
-    shown.
+    Where both frames of an EXIF-rotated image have that size, they are taken to be of the rotated
+    image.
 
     Raises:
         BadInputError: the size fits neither frame.

@@ -37,10 +37,10 @@ def plot_annotations(audit, path):
     """
     heat, shares = np.zeros((CELLS, CELLS)), []
     for one in audit.examined:
-        for outline in one.outlines:
-            mask = mask_util.decode(outline.rle).astype(np.float32)
+        for annotation in one.annotations:
+            mask = mask_util.decode(annotation.rle).astype(np.float32)
             heat += cv2.resize(mask, (CELLS, CELLS), interpolation=cv2.INTER_AREA)
-            shares.append(outline.area / mask.size)
+            shares.append(annotation.area / mask.size)
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     place, size, classes = figure.subplots(1, 3)
 
@@ -57,7 +57,7 @@ def plot_annotations(audit, path):
     tidy(size)
 
     counts = Counter(
-        outline.annotation["category_id"] for one in audit.examined for outline in one.outlines
+        annotation.record["category_id"] for one in audit.examined for annotation in one.annotations
     )
     names = {category["id"]: str(category["name"]) for category in audit.data.categories}
     order = sorted(names, key=lambda number: counts[number])
@@ -91,7 +91,7 @@ def render_audit(audit, output):
     flagged = audit.flagged
     thumbnails = _Thumbnails(audit)
     severities = Counter(found.severity for found in audit.findings)
-    drawn = any(one.outlines for one in audit.examined)
+    drawn = any(one.annotations for one in audit.examined)
     return write_html(
         "audit",
         output,
@@ -222,13 +222,15 @@ class _Thumbnails:
         made |= {"jpeg": jpeg, "width": width, "height": height}
         kinds = [
             "alarm"
-            if annotation_id is not None and o.annotation.get("id") == annotation_id
+            if annotation_id is not None and o.record.get("id") == annotation_id
             else "truth"
-            for o in one.outlines
+            for o in one.annotations
         ]
-        shown = sorted(zip(kinds, one.outlines, strict=True), key=lambda shown: shown[0])[:OUTLINED]
-        for kind, outline in reversed(shown):  # what the finding is of last, on top
-            made["paths"].append((kind, svg_path(mask_contours(outline.rle), scale)))
+        shown = sorted(zip(kinds, one.annotations, strict=True), key=lambda shown: shown[0])[
+            :OUTLINED
+        ]
+        for kind, annotation in reversed(shown):  # what the finding is of last, on top
+            made["paths"].append((kind, svg_path(mask_contours(annotation.rle), scale)))
         return made
 
 

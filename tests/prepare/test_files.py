@@ -108,7 +108,7 @@ def test_images_are_opened_in_one_place():
     opened = re.compile(r"\bImage\.open\(|\bcv2\.imread|VideoCapture")
     paths = [*ROOT.glob("imrcnn_d2/**/*.py"), *ROOT.glob("tools/*.py")]
     found = {path.name for path in paths if opened.search(path.read_text(encoding="utf-8"))}
-    assert found == {"files.py"}
+    assert found == {"images.py"}
 
 
 def png(width, height, mode=2, bits=8):

@@ -193,5 +193,5 @@ def test_bad_options(folder):
 
 def test_two_masks_of_one_image(folder):
     folders = folder({"a.png": TWO, "a.bmp": TWO, "b.png": TWO})
-    with pytest.raises(BadInputError, match="a.png: same image as .*a.bmp"):
+    with pytest.raises(BadInputError, match="a.png: duplicate: same image as .*a.bmp"):
         read(folders)

@@ -157,10 +157,9 @@ def test_rejects_are_listed_and_leave_no_file(kvasir_folder, tmp_path):
     root, out = kvasir_folder(), tmp_path / "out"
     (root / "masks" / "b.png").unlink()
     prepare(root, out, "reject")
-    assert (out / "rejected.csv").read_text().splitlines() == [
-        "file,reason",
-        f"{root}/images/b.png,has no mask in {root}/masks",
-    ]
+    header, row = (out / "rejected.csv").read_text().splitlines()
+    assert header == "file,reason"
+    assert row.startswith(f"{root}/images/b.png,has no mask")
     assert sorted(os.listdir(out / "images")) == ["a.png", "c.png"]
 
 

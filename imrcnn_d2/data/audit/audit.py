@@ -38,7 +38,7 @@ class Audit:
 
     Attributes:
         data: the data set.
-        examined: what is known of each image, in the order of ``data.entries``.
+        examined: the images, in the order of ``data.entries``.
         duplicates: images that show the same.
         findings: by kind, then severity, then score, the strongest first.
         notes: what was not checked, and why.
@@ -103,16 +103,16 @@ def audit(
             looked for by; None to do without.
 
     Raises:
-        ModuleNotFoundError: what a check needs is not installed; the error says how.
+        ModuleNotFoundError: a package that a check needs is missing.
     """
     ids = None if data.classified else {category["id"] for category in data.categories}
     examined = examine_all(data.entries, ids)
     findings = [found for one in examined for found in one.findings]
     for file, annotation in data.strays:
-        told = f"{file}: there is no image with id {annotation['image_id']!r}."
+        detail = f"{file}: there is no image with id {annotation['image_id']!r}."
         number = annotation.get("id")
         number = number if isinstance(number, int) else None
-        findings.append(finding("malformed", (), (), told, annotation_id=number))
+        findings.append(finding("malformed", (), (), detail, annotation_id=number))
     findings += repeated_id_findings(data.entries)
     findings += file_findings(examined)
     annotations = [a for entry in data.entries for a in entry.annotations]

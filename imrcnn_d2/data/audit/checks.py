@@ -1,4 +1,4 @@
-"""Images that show the same, and patients in several splits."""
+"""Checks of images, annotations, duplicates and patients of a data set."""
 
 import functools
 import hashlib
@@ -25,10 +25,10 @@ __all__ = [
     "Examined",
     "ImageMeasures",
     "Line",
-    "Outline",
+    "DecodedAnnotation",
     "DuplicatePair",
     "category_findings",
-    "draw_outlines",
+    "decode_annotations",
     "exact_duplicates",
     "examine_all",
     "file_findings",
@@ -72,7 +72,7 @@ class ImageMeasures:
         chroma: mean difference of a pixel's largest and smallest channel, in the view.
         red_minus_blue: their mean difference in the view.
         view_share: share of the image that is the endoscope's view.
-        text: boxes (x0, y0, x1, y1) of what looks like a line of writing beside the view.
+        text: boxes (x0, y0, x1, y1) of what looks like a line of writing next to the view.
     """
 
     width: int
@@ -133,7 +133,7 @@ def measure_image(image: np.ndarray, view: View, file_hash: str) -> ImageMeasure
 
 
 def text_lines(image: np.ndarray, view: View) -> list[Line]:
-    """Boxes (x0, y0, x1, y1) around what looks like a line of writing beside the view.
+    """Boxes (x0, y0, x1, y1) around what looks like a line of writing next to the view.
 
     It is not read: what counts are strokes side by side, in a row, that stand out from the
     background. The frames of insets are no writing.
@@ -208,41 +208,41 @@ def _not_installed(name: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(f"{name} is not installed: pip install -e '.[audit]'")
 
 
-# Of the frame, but at least so many pixels: 8x8 at 352x352. Smaller outlines are clicks and specks.
+# Of the frame, but at least so many pixels: 8x8 at 352x352. What is smaller is a click or a speck.
 TINY_SHARE, TINY_PIXELS = 0.0005, 16
-OUTSIDE_SHARE = 0.25  # of an outline, beyond the view
-SAME_IOU = 0.75  # of two outlines of one lesion
+OUTSIDE_SHARE = 0.25  # of an annotation, beyond the view
+SAME_IOU = 0.75  # of two annotations of one lesion
 CROSSING_SHARE = 0.01  # of a polygon's area, that changes with how its crossings are read
 IMBALANCE = 10  # times as many annotations
-PAIRED = 200  # outlines of an image that are compared in pairs
+PAIRED = 200  # annotations of an image that are compared in pairs
 
 
 @dataclass(frozen=True)
-class Outline:
-    """An annotation that could be drawn.
+class DecodedAnnotation:
+    """An annotation with a mask.
 
     Attributes:
-        annotation: as in the file.
+        record: as in the file.
         rle: compressed RLE of its mask.
         area: pixels.
     """
 
-    annotation: dict
+    record: dict
     rle: dict
     area: int
 
 
-def draw_outlines(
+def decode_annotations(
     entry: Entry, width: int, height: int, category_ids: set
-) -> tuple[list[Outline], list[Finding]]:
-    """The outlines of an image, and findings on those that cannot be drawn.
+) -> tuple[list[DecodedAnnotation], list[Finding]]:
+    """Decodes the annotations of an image; findings on those that have no mask.
 
     Args:
         entry: the image.
         width, height: pixels that it was annotated at.
         category_ids: the categories there are.
     """
-    outlines, findings = [], []
+    decoded, findings = [], []
 
     def add(kind: str, annotation: dict, detail: str) -> None:
         findings.append(
@@ -265,18 +265,18 @@ def draw_outlines(
         elif not (area := int(mask_util.area(rle))):
             add("empty", annotation, f"The mask covers no pixel of the {width}x{height} image.")
         else:
-            outlines.append(Outline(annotation, rle, area))
-    return outlines, findings
+            decoded.append(DecodedAnnotation(annotation, rle, area))
+    return decoded, findings
 
 
 def annotation_findings(
-    entry: Entry, outlines: Sequence[Outline], view: np.ndarray
+    entry: Entry, decoded: Sequence[DecodedAnnotation], view: np.ndarray
 ) -> Iterator[Finding]:
-    """Tiny outlines, such outside the view, in pairs on one lesion, and polygons that cross.
+    """Tiny annotations, such outside the view, in pairs on one lesion, and polygons that cross.
 
     Args:
         entry: the image.
-        outlines: of :func:`draw_outlines`.
+        annotations: of `decode_annotations`.
         view: (H, W) bool, the endoscope's view with what is laid over it.
 
     Raises:
@@ -285,36 +285,36 @@ def annotation_findings(
     where = [entry.name], [entry.split]
     least = max(TINY_PIXELS, TINY_SHARE * view.size)
     shown = mask_util.encode(np.asfortranarray(view, dtype=np.uint8))
-    for outline in outlines:
-        about = {"annotation_id": _id(outline.annotation)}
-        if outline.area < least:
-            told = f"It covers {outline.area} pixels, less than {least:.0f}."
-            yield finding("tiny", *where, told, score=float(outline.area), **about)
-        inside = mask_util.area(mask_util.merge([outline.rle, shown], intersect=True))
-        outside = 1 - int(inside) / outline.area if view.any() else 0.0
+    for annotation in decoded:
+        about = {"annotation_id": _id(annotation.record)}
+        if annotation.area < least:
+            detail = f"It covers {annotation.area} pixels, less than {least:.0f}."
+            yield finding("tiny", *where, detail, score=float(annotation.area), **about)
+        inside = mask_util.area(mask_util.merge([annotation.rle, shown], intersect=True))
+        outside = 1 - int(inside) / annotation.area if view.any() else 0.0
         if outside > OUTSIDE_SHARE:
-            told = f"{outside:.0%} of it is outside the endoscope's view."
-            yield finding("outside_view", *where, told, score=float(outside), **about)
-        crossing = _crossing(outline.annotation["segmentation"])
+            detail = f"{outside:.0%} of it is outside the endoscope's view."
+            yield finding("outside_view", *where, detail, score=float(outside), **about)
+        crossing = _crossing(annotation.record["segmentation"])
         if crossing > CROSSING_SHARE:
-            told = f"{crossing:.0%} of its area depends on how the crossings are read."
-            yield finding("self_crossing", *where, told, score=crossing, **about)
-    yield from _pairs(entry, [o for o in outlines if not o.annotation.get("iscrowd")])
+            detail = f"{crossing:.0%} of its area depends on how the crossings are read."
+            yield finding("self_crossing", *where, detail, score=crossing, **about)
+    yield from _pairs(entry, [a for a in decoded if not a.record.get("iscrowd")])
 
 
-def _pairs(entry: Entry, outlines: Sequence[Outline]) -> Iterator[Finding]:
-    if len(outlines) > PAIRED:
-        told = f"Of {len(outlines)} outlines only the first {PAIRED} were compared in pairs."
-        yield finding("overlapping", [entry.name], [entry.split], told, severity="info")
-    masks = [outline.rle for outline in outlines[:PAIRED]]
+def _pairs(entry: Entry, decoded: Sequence[DecodedAnnotation]) -> Iterator[Finding]:
+    if len(decoded) > PAIRED:
+        detail = f"Of {len(decoded)} annotations only the first {PAIRED} were compared in pairs."
+        yield finding("overlapping", [entry.name], [entry.split], detail, severity="info")
+    masks = [annotation.rle for annotation in decoded[:PAIRED]]
     overlaps = mask_util.iou(masks, masks, [0] * len(masks)) if len(masks) > 1 else np.zeros((0, 0))
     for i, j in np.argwhere(np.triu(overlaps, 1) > SAME_IOU).tolist():
-        a, b = outlines[i].annotation, outlines[j].annotation
+        a, b = decoded[i].record, decoded[j].record
         if a["category_id"] == b["category_id"]:
-            told = f"Annotations {a.get('id')} and {b.get('id')} overlap with an IoU of "
-            told += f"{overlaps[i, j]:.2f}."
+            detail = f"Annotations {a.get('id')} and {b.get('id')} overlap with an IoU of "
+            detail += f"{overlaps[i, j]:.2f}."
             about = {"annotation_id": _id(a), "score": float(overlaps[i, j])}
-            yield finding("overlapping", [entry.name], [entry.split], told, **about)
+            yield finding("overlapping", [entry.name], [entry.split], detail, **about)
 
 
 def _crossing(segmentation: object) -> float:
@@ -357,9 +357,9 @@ def category_findings(
     largest = max(counts, key=counts.get)
     for name, count in counts.items():
         if count * imbalance < counts[largest]:
-            told = f"{name}: {count} annotations, {largest}: {counts[largest]}."
+            detail = f"{name}: {count} annotations, {largest}: {counts[largest]}."
             ratio = counts[largest] / count if count else None
-            yield finding("class_imbalance", (), (), told, score=ratio)
+            yield finding("class_imbalance", (), (), detail, score=ratio)
 
 
 def repeated_id_findings(entries: Iterable[Entry]) -> Iterator[Finding]:
@@ -376,9 +376,9 @@ def repeated_id_findings(entries: Iterable[Entry]) -> Iterator[Finding]:
     for (split, number), own in sharing.items():
         if len(own) > 1:
             names = list(dict.fromkeys(entry.name for entry in own))
-            told = f"{len(own)} annotations have the id {number!r}; give each its own."
+            detail = f"{len(own)} annotations have the id {number!r}; give each its own."
             about = {"annotation_id": _id({"id": number})}
-            yield finding("malformed", names, [split] * len(names), told, **about)
+            yield finding("malformed", names, [split] * len(names), detail, **about)
 
 
 def _id(annotation: dict) -> int | None:
@@ -401,13 +401,13 @@ class Examined:
     Attributes:
         entry: the image.
         measures: None where it cannot be read.
-        outlines: the annotations that could be drawn.
-        findings: what is wrong with it, as far as it can be told without the other images.
+        annotations: those that have a mask.
+        findings: what is wrong with it, as far as it shows without the other images.
     """
 
     entry: Entry
     measures: ImageMeasures | None
-    outlines: tuple[Outline, ...]
+    annotations: tuple[DecodedAnnotation, ...]
     findings: tuple[Finding, ...]
 
 
@@ -416,7 +416,7 @@ def examine_all(entries: Sequence[Entry], category_ids: set | None) -> list[Exam
 
     Args:
         entries: the images.
-        category_ids: the categories there are; None where there are no outlines to check.
+        category_ids: the categories there are; None where there are no masks to check.
     """
     examine = functools.partial(_examine, category_ids=category_ids)
     return in_threads(examine, entries, "Examining")
@@ -434,11 +434,11 @@ def _examine(entry: Entry, category_ids: set | None) -> Examined:
     except BadInputError as error:
         kind = "unreadable" if entry.path.exists() else "missing_file"
         findings.append(say(kind, f"It {error.reason}."))
-        outlines = ()
+        decoded = ()
         if category_ids is not None and _is_size(width) and _is_size(height):
-            outlines, wrong = draw_outlines(entry, width, height, category_ids)
+            decoded, wrong = decode_annotations(entry, width, height, category_ids)
             findings += wrong
-        return Examined(entry, None, tuple(outlines), tuple(findings))
+        return Examined(entry, None, tuple(decoded), tuple(findings))
 
     view = find_view(image)
     measures = measure_image(image, view, file.sha256)
@@ -450,14 +450,14 @@ def _examine(entry: Entry, category_ids: set | None) -> Examined:
         findings.append(say("wrong_size", f"It {error.reason}."))
     if category_ids is None or not _is_size(width) or not _is_size(height):
         return Examined(entry, measures, (), tuple(findings))
-    outlines, wrong = draw_outlines(entry, width, height, category_ids)
+    decoded, wrong = decode_annotations(entry, width, height, category_ids)
     findings += wrong
     if fits:
         covered = view.mask.copy()
         for box in view.insets:
             covered[box.slices] = True
-        findings += annotation_findings(entry, outlines, covered)
-    return Examined(entry, measures, tuple(outlines), tuple(findings))
+        findings += annotation_findings(entry, decoded, covered)
+    return Examined(entry, measures, tuple(decoded), tuple(findings))
 
 
 def _is_size(value: object) -> bool:
@@ -476,7 +476,7 @@ CAST_DISTANCE = 30  # in CIELAB's a and b
 
 
 def file_findings(examined: Sequence[Examined]) -> Iterator[Finding]:
-    """Black, blurred and over-exposed images, unusual colours, writing beside the view.
+    """Black, blurred and over-exposed images, unusual colours, writing next to the view.
 
     Args:
         examined: all images, since colours are compared with those of the others.
@@ -488,22 +488,22 @@ def file_findings(examined: Sequence[Examined]) -> Iterator[Finding]:
         measures = one.measures
         where = [one.entry.name], [one.entry.split]
         if measures.text:
-            told = f"{len(measures.text)} lines that look like writing: it was not read."
-            yield finding("text_outside_view", *where, told, score=float(len(measures.text)))
+            detail = f"{len(measures.text)} lines that look like writing: it was not read."
+            yield finding("text_outside_view", *where, detail, score=float(len(measures.text)))
         if measures.brightness < BLACK:
-            told = f"95 % of it are darker than {measures.brightness:.0f} of 255."
-            yield finding("black_frame", *where, told, score=measures.brightness)
-            continue  # nothing else can be told
+            detail = f"95 % of it are darker than {measures.brightness:.0f} of 255."
+            yield finding("black_frame", *where, detail, score=measures.brightness)
+            continue  # nothing else can be seen
         if measures.white > WHITE_SHARE:
-            told = f"{measures.white:.0%} of the view are white."
-            yield finding("overexposed", *where, told, score=measures.white)
+            detail = f"{measures.white:.0%} of the view are white."
+            yield finding("overexposed", *where, detail, score=measures.white)
         if measures.blur > BLURRED:
-            told = f"Blur effect {measures.blur:.2f}, where 0 is sharp and 1 blurred."
-            yield finding("blur", *where, told, score=measures.blur)
-        told = _colour_fault(measures, middle, spread)
-        if told and measures.white <= WHITE_SHARE:
+            detail = f"Blur effect {measures.blur:.2f}, where 0 is sharp and 1 blurred."
+            yield finding("blur", *where, detail, score=measures.blur)
+        detail = _colour_fault(measures, middle, spread)
+        if detail and measures.white <= WHITE_SHARE:
             distance = float(np.hypot(*(np.array(measures.colour[1:]) - middle)))
-            yield finding("colour", *where, told, score=distance)
+            yield finding("colour", *where, detail, score=distance)
 
 
 def _usual_colour(colours: np.ndarray) -> tuple[np.ndarray, float]:
@@ -658,9 +658,9 @@ def patient_findings(entries: Sequence[Entry]) -> list[Finding]:
         splits = list(dict.fromkeys(entry.split for entry in own))
         if len(splits) > 1:
             counts = ", ".join(f"{sum(e.split == s for e in own)} in {s}" for s in splits)
-            told = f"Patient {patient} has {len(own)} images: {counts}."
+            detail = f"Patient {patient} has {len(own)} images: {counts}."
             names = [entry.name for entry in own]
-            findings.append(finding("patient_across_splits", names, [e.split for e in own], told))
+            findings.append(finding("patient_across_splits", names, [e.split for e in own], detail))
     return findings
 
 

@@ -37,8 +37,8 @@ from imrcnn_d2.data.masks import (
     check_extent,
     ellipse_rle,
     further_fields,
+    mask_polygons,
     named_categories,
-    outlines,
     patch_rle,
     polygon_rle,
     rectangle,
@@ -103,7 +103,7 @@ _SHAPE_KEYS = ("label", "points", "group_id", "shape_type", "flags", "mask")
 _POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}
 
 
-def shape_rle(shape: Mapping, height: int, width: int) -> dict:
+def _shape_rle(shape: Mapping, height: int, width: int) -> dict:
     """Compressed COCO RLE of a shape in an image of that size.
 
     Raises:
@@ -116,7 +116,7 @@ def shape_rle(shape: Mapping, height: int, width: int) -> dict:
     ):
         raise ValueError("its points are no list of [x, y]")
     if not isinstance(kind, str) or kind not in (*_POINTS, "polygon"):
-        raise ValueError(f"{kind!r} is no area; outline it, or take it out of the file")
+        raise ValueError(f"{kind!r} is no area; make it a polygon, or take it out of the file")
     if len(points) != _POINTS.get(kind, len(points)):
         raise ValueError(f"a {kind} has {len(points)} points instead of {_POINTS[kind]}")
     flat = list(chain.from_iterable(points))
@@ -133,7 +133,7 @@ def shape_rle(shape: Mapping, height: int, width: int) -> dict:
     return polygon_rle(points, height, width)
 
 
-def draw(
+def _shapes(
     annotation: Mapping,
     label: str,
     height: int,
@@ -178,9 +178,9 @@ def _areas(annotation: Mapping, height: int, width: int, fill_holes: bool) -> li
         return [{"shape_type": "rectangle", "points": points}]
     rle = to_rle(annotation["segmentation"], height, width)
     mask = mask_util.decode(rle)
-    lines = outlines(mask, fill_holes)
-    if lines is not None:
-        return [{"shape_type": "polygon", "points": line.tolist()} for line in lines]
+    polygons = mask_polygons(mask, fill_holes)
+    if polygons is not None:
+        return [{"shape_type": "polygon", "points": points.tolist()} for points in polygons]
     left, top, box_width, box_height = mask_util.toBbox(rle).astype(int).tolist()
     right, bottom = left + box_width, top + box_height
     return [
@@ -261,8 +261,8 @@ def read_labelme(
             always if there is no usable file at all.
     """
     folder = root if images is None else images
-    there = list_files(folder, rejects)
-    paths = there if images is None else list_files(root, rejects)
+    files_of_images = list_files(folder, rejects)
+    paths = files_of_images if images is None else list_files(root, rejects)
     paths = [path for path in paths if path.suffix.lower() == ".json"]
     files: list[_File] = []
     for path in tqdm(paths, desc="Reading LabelMe files", unit="file"):
@@ -284,7 +284,7 @@ def read_labelme(
                         file.path, f"duplicate: several LabelMe files are of {file.image_path}"
                     )
                 yield _sample(file, root, folder, scratch, ids, notes)
-        for path in there:
+        for path in files_of_images:
             if path.suffix.lower() in Image.registered_extensions() and path not in uses:
                 with rejects.catch():
                     raise BadInputError(
@@ -309,19 +309,19 @@ def labelme_document(
     """What a LabelMe file of an image holds. LabelMe opens it, and keeps what it does not know.
 
     Args:
-        annotations: COCO annotations, see `draw`; those without an area, which name a class of the
-            whole image, have no shape.
+        annotations: COCO annotations, those without an area, which name a class of the whole image,
+            have no shape.
         names: of the classes by category id.
         image_path: relative to where the file will lie.
         height, width: of the image in pixels.
         fields: further fields of the image; truth values become its flags.
-        fill_holes: see `draw`.
+        fill_holes: fill holes of masks, which become polygons in any case.
     """
     shapes: list[dict] = []
     for number, annotation in enumerate(annotations, start=1):
         if "bbox" in annotation:
             label = names[annotation["category_id"]]
-            shapes += draw(annotation, label, height, width, number, fill_holes)
+            shapes += _shapes(annotation, label, height, width, number, fill_holes)
     fields = dict(fields or {})
     flags = {key: fields.pop(key) for key in list(fields) if isinstance(fields[key], bool)}
     return {
@@ -364,11 +364,11 @@ def _read(path: Path, root: Path, images: Path | None, follow_links: bool) -> _F
     return _File(path, image, content)
 
 
-def _check_flags(path: Path, entry: dict, own: Sequence[str]) -> None:
+def _check_flags(path: Path, entry: dict, reserved: Sequence[str]) -> None:
     flags = entry.get("flags") or {}
     if not isinstance(flags, dict) or not all(isinstance(v, bool) for v in flags.values()):
         raise BadInputError(path, f"the flags {flags!r} are not all true or false")
-    if clash := sorted(set(flags) & set(own)):
+    if clash := sorted(set(flags) & set(reserved)):
         raise BadInputError(path, f"there is a flag called {clash[0]!r}; give it another name")
 
 
@@ -378,12 +378,12 @@ def _locate(path: Path, image_path: object, root: Path, images: Path | None) -> 
         raise BadInputError(path, f"its imagePath {image_path!r} is no file name")
     check_name(image_path, path)
     named = PureWindowsPath(image_path)  # which takes / as well
-    beside = path.parent.relative_to(root)
+    folder = path.parent.relative_to(root)
     if images is not None:
-        return images / beside / named.name
+        return images / folder / named.name
     if named.is_absolute() or named.drive or named.root:
-        return path.parent / named.name  # of the computer it was drawn on
-    relative = PurePosixPath(os.path.normpath(beside / named.as_posix()))
+        return path.parent / named.name  # of the computer that it was annotated on
+    relative = PurePosixPath(os.path.normpath(folder / named.as_posix()))
     return None if ".." in relative.parts else root / relative
 
 
@@ -415,7 +415,7 @@ def _region(path: Path, number: int, shape: dict, width: int, height: int) -> Re
     try:
         if not isinstance(group, int | str | None):
             raise ValueError(f"its group_id {group!r} is no number")
-        rle = shape_rle(shape, height, width)
+        rle = _shape_rle(shape, height, width)
     except ValueError as error:
         raise BadInputError(path, f"shapes[{number}], {label!r}: {error}") from error
     fields = further_fields(shape, (*ANNOTATION_FIELDS, *_SHAPE_KEYS))

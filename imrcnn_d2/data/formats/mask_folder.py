@@ -300,7 +300,7 @@ class _Reader:
         if annotated_on_stored_pixels(image, values.shape[1], values.shape[0]):
             values = orient(values, image.orientation)
         elif image.orientation != 1:
-            notes.append(f"{path}: EXIF-rotated image, mask taken as annotated as shown")
+            notes.append(f"{path}: EXIF-rotated image, mask taken as of the rotated image")
         return values
 
     def _instances(self, values: np.ndarray, path: Path, label: str) -> list[dict]:

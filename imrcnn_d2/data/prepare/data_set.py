@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-# Grows beside a data set with every evaluation of its test part (evaluation/test_log.py).
+# Grows next to a data set with every evaluation of its test part (evaluation/test_log.py).
 TEST_LOG = "test_evaluations.csv"
 
 
@@ -132,7 +132,7 @@ class SplitOptions:
 
 @dataclass
 class Prepared:
-    """What `prepare_dataset` made: COCO contents by split, and what to tell the user."""
+    """What `prepare_dataset` made: COCO contents by split, and notes for the user."""
 
     out: Path
     coco: dict[str, dict]
@@ -143,7 +143,7 @@ class Prepared:
 def prepare_dataset(source: Source, out: Path, options: SplitOptions, rejects: Rejects) -> Prepared:
     """Installs the images, splits them and writes the annotations.
 
-    The folder is built beside `out` and renamed at the end, so a failed run leaves nothing behind.
+    The folder is built next to `out` and renamed at the end, so a failed run leaves nothing.
     If `out` holds exactly what would be written it stays as it is; nothing else is overwritten.
 
     Raises:
@@ -271,13 +271,13 @@ def _group(stage: Path, samples: list[Sample], notes: list[str]) -> None:
 def _check_classes(
     samples: list[Sample], splits: Mapping[str, Sequence[str]], categories: list[dict]
 ) -> None:
-    """Where whole images are classified, a split without a class could teach or tell nothing."""
+    """Raises ValueError for a split without images of a class, in a classification data set."""
     label_of = {sample.file_name: sample.label for sample in samples}
     if None in label_of.values():
         return
     for split, names in splits.items():
-        there = {label_of[name] for name in names}
-        missing = [c["name"] for c in categories if c["id"] not in there]
+        labels = {label_of[name] for name in names}
+        missing = [c["name"] for c in categories if c["id"] not in labels]
         if missing and names:
             raise ValueError(
                 f"{split} has no image of {', '.join(missing)}: every split needs all "
@@ -316,9 +316,9 @@ def fold_settings(settings: Mapping) -> dict:
 
 
 def write_folds(prepared: Path, count: int) -> list[Path]:
-    """Writes ``<prepared>.folds<count>/fold<i>/<name>/`` beside a prepared data set, once.
+    """Writes ``<prepared>.folds<count>/fold<i>/<name>/`` next to a prepared data set, once.
 
-    Each is a prepared data set of its own: annotations with the ids of the original, a splits.json
+    Each is a prepared data set: annotations with the ids of the original, a splits.json
     with ``fold`` and ``folds``, and ``images`` as a relative link to the original's. The folds are
     those of `make_folds` with the seed and the ``split_by`` of the original. What is already there
     stays as it is if it is what would be written.
@@ -530,7 +530,7 @@ def _with_old_groups(images: Sequence[Mapping], groups: Iterable[Sequence[str]])
 
 
 def strata_of(annotations: Iterable[Mapping]) -> dict:
-    """What splits get their share of, by image id; images without a lesion are left out.
+    """The stratum of each image by id; images without a lesion are left out.
 
     Of classified images, which have no boxes, it is the class; else that there is a lesion.
     """

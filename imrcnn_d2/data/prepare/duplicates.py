@@ -4,7 +4,7 @@ Every image's local features are looked up among those of all images, as in Sivi
 "Video Google" (ICCV 2003): images that share distinctive features are candidates. A candidate is a
 near-duplicate if one image, aligned to the other, correlates with it. A plain perceptual hash does
 not do for endoscopy: it sees the dark frame and the light in the middle, which all images of an
-endoscope share, and it misses the same picture stored with another frame.
+endoscope share, and it misses the same image stored with another frame.
 """
 
 import functools
@@ -79,7 +79,7 @@ def find_near_duplicates(
 ) -> list[Pair]:
     """Finds images that show the same scene; turned and mirrored copies are found as well.
 
-    It is the picture that is compared, so images of one lesion from two sides are no pair. The
+    It is the pixels that are compared, so images of one lesion from two sides are no pair. The
     same files in the same order give the same pairs. About 1 MB of memory for ten images.
 
     Args:
@@ -172,16 +172,16 @@ def _compare(paths: Sequence[Path], features: Sequence[Features]) -> list[float]
     Which features are distinct is judged by those of the others.
     """
     points, descriptors, owners = _joined_features(features)
-    own, others = descriptors[owners == 0], descriptors[owners > 0]
+    queried, others = descriptors[owners == 0], descriptors[owners > 0]
     correlations = [-1.0] * (len(paths) - 1)
     if len(others) <= _NEIGHBOURS:
         return correlations
     best: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for queries, least in ((_mirrored(own), _MIN_MIRRORED), (own, _MIN_MATCHES)):
+    for queries, least in ((_mirrored(queried), _MIN_MIRRORED), (queried, _MIN_MATCHES)):
         squares = 2 - 2 * queries @ others.T  # they have length 1
         furthest = np.partition(squares, _NEIGHBOURS - 1, axis=1)[:, _NEIGHBOURS - 1]
         rows, columns = np.nonzero(squares < _DISTINCT**2 * furthest[:, None])
-        columns += len(own)
+        columns += len(queried)
         for i in np.unique(owners[columns]).tolist():
             of_image = owners[columns] == i
             if of_image.sum() >= max(least, len(best[i][0]) if i in best else 0):

@@ -42,7 +42,7 @@ class Item:
 
     Attributes:
         name: its file name.
-        stratum: what all splits get their share of: whether it shows a lesion, or its class.
+        stratum: of which all splits get their share: whether it shows a lesion, or its class.
         patient: None if not known.
     """
 
@@ -256,7 +256,7 @@ def _rank(seed: int, key: tuple) -> bytes:
 
 
 def _targets(counts: np.ndarray, ratio: Sequence[int]) -> np.ndarray:
-    """Images of each of K strata wanted in each of S parts, (S, K), from the (K,) there are.
+    """Images of each of K strata for each of S parts, (S, K), from the (K,) in all.
 
     The parts' sizes and the rarest stratum are exact by largest remainder. So are the rarest ones
     taken together, two, three and so on: what rounding leaves over falls to the frequent ones.
@@ -281,7 +281,7 @@ def _improve(
     """Moves or swaps free groups while that brings sizes nearer; changes `parts` and `missing`."""
 
     def distance(gap: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Of each stratum, twice as much of the whole; a part without any, or one, is worst."""
+        """Deviation per stratum plus twice that in size; empty parts or strata cost most."""
         lacking = ((target > 0) & (gap >= target)).sum(axis=-1)
         lacking = lacking + (gap.sum(axis=-1) >= max(target.sum(), 1))
         size = np.abs(gap).sum(axis=-1) + 2 * np.abs(gap.sum(axis=-1))
