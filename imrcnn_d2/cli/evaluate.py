@@ -29,10 +29,8 @@ from imrcnn_d2.evaluation.output import (
     write_results,
 )
 from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
-from imrcnn_d2.report.plots.draw_all import plot_classification, plot_curves
-from imrcnn_d2.report.plots.images import plot_contact_sheet
-from imrcnn_d2.report.subgroups import groups_table
-from imrcnn_d2.report.tables import metrics_table
+from imrcnn_d2.report.plots import draw_all
+from imrcnn_d2.report.tables import groups_table, metrics_table
 from imrcnn_d2.utils.files import file_sha256, for_terminal, write_atomically
 
 
@@ -61,11 +59,7 @@ def main(argv=None):
         paths = [*write_results(results, args.output, **known).values(), args.output / RESULTS]
         sha256 = file_sha256(args.dt) if args.dt.is_file() else None
         log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
-        paths += plot_curves(results, args.output)
-        if args.images:
-            sheet = args.output / "contact_sheet.png"
-            plot_contact_sheet(args.gt, args.output / RESULTS, args.images, sheet, tau=args.tau)
-            paths.append(sheet)
+        paths += draw_all(results, args.output, args.images)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     report(results)
@@ -84,7 +78,7 @@ def score_classification(args):
     paths = [*write_classification(results, args.output, **known).values(), copy]
     sha256 = file_sha256(args.dt)
     log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
-    paths += plot_classification(results, args.output)
+    paths += draw_all(results, args.output)
     for groups in (results.groups(), {"calibration": results.calibration}):
         print(metrics_table(groups, results.intervals), end="\n\n")
     report_groups(results)

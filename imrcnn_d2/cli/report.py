@@ -11,8 +11,7 @@ terms allow.
 import argparse
 from pathlib import Path
 
-from imrcnn_d2.report.html.classification import render_classification_report
-from imrcnn_d2.report.html.page import render_report
+from imrcnn_d2.report.html import render_report
 from imrcnn_d2.report.model_card import write_model_card
 from imrcnn_d2.report.runs import load_run
 from imrcnn_d2.utils.files import for_terminal
@@ -49,13 +48,10 @@ def main(argv=None):
         parser.error("--card is of one model: give it with one RUN")
     try:
         runs = [load_run(run, images=args.images) for run in args.runs]
-        if runs[0].task == "recognition":
-            if args.card:
-                raise ValueError("--card: there are no model cards of classifiers yet")
-            render_classification_report(runs, args.output, max_images=args.max_images)
-        else:
-            how = {"prevalences": args.prevalence, "max_images": args.max_images}
-            render_report(runs, args.output, **how)
+        if args.card and runs[0].task == "recognition":
+            raise ValueError("--card: there are no model cards of classifiers yet")
+        options = {"prevalences": args.prevalence, "max_images": args.max_images}
+        render_report(runs, args.output, **options)
         written = [args.output]
         if args.card:
             written.append(write_model_card(runs[0], args.card))

@@ -26,7 +26,7 @@ from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.outputs import instance_records
 from imrcnn_d2.evaluation.output import log_test_evaluation, read_robustness
 from imrcnn_d2.evaluation.robustness import ROBUSTNESS, evaluate_robustness, read_ground_truth
-from imrcnn_d2.report.robustness import plot_distortions, plot_robustness
+from imrcnn_d2.report.plots import plot_distortions, plot_robustness
 from imrcnn_d2.utils.files import file_sha256, for_terminal
 
 
@@ -52,7 +52,7 @@ def main(argv=None):
     try:
         documents = read_documents(args.plot) if args.plot else evaluate(args)
         picture = args.output / "robustness.png"
-        plot_robustness(documents, picture, figure=args.figure)
+        plot_robustness(documents, picture, metric=args.figure)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     for name, document in documents.items():

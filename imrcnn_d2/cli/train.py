@@ -1,5 +1,8 @@
 """Train or evaluate a detector or classifier: Detectron2's training script with our trainer."""
 
+import os
+
+from detectron2.data import MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -10,8 +13,7 @@ from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.engine.config import is_classifier
 from imrcnn_d2.engine.launch import locked_output
 from imrcnn_d2.engine.train_step import keep_freed_memory
-from imrcnn_d2.report.plots.draw_all import plot_test_results
-from imrcnn_d2.report.plots.images import plot_test_grad_cams
+from imrcnn_d2.report.plots import draw_all, plot_test_grad_cams
 
 
 def setup(args):
@@ -36,15 +38,22 @@ def train_or_evaluate(cfg, args):
         checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, whole=True)
         resumed = args.resume and checkpointer.has_checkpoint()
         path = checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
-        results = Trainer.final_test(cfg, model, load_weights(checkpointer, path))
+        metrics, results = Trainer.final_test(cfg, model, load_weights(checkpointer, path))
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-        results = trainer.train()
+        metrics, results = trainer.train(), trainer.test_results
         model = trainer.evaluated_model
     if comm.is_main_process():
-        plot_test_results(cfg.OUTPUT_DIR, cfg.DATASETS.TEST, tau=cfg.MODEL.IMRCNN.SCORE_THRESH)
+        draw_test_results(results, cfg.OUTPUT_DIR)
         if is_classifier(cfg):
             plot_test_grad_cams(cfg, model)
-        verify_results(cfg, results)
-    return results
+        verify_results(cfg, metrics)
+    return metrics
+
+
+def draw_test_results(results, output_dir):
+    """Draw the plots of each test set next to its files; ``results`` are by data set."""
+    for name, scored in results.items():
+        folder = os.path.join(output_dir, "inference", name)
+        draw_all(scored, folder, MetadataCatalog.get(name).get("image_root", ""))

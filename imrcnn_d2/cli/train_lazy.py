@@ -8,12 +8,12 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 
 import imrcnn_d2  # noqa: F401  (registers data sets)
+from imrcnn_d2.cli.train import draw_test_results
 from imrcnn_d2.engine import choose_device, load_weights
 from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.engine.launch import locked_output
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.engine.trainer import LazyTrainer, build_lazy_model, evaluate
-from imrcnn_d2.report.plots.draw_all import plot_test_results
 
 
 def main(args):
@@ -35,12 +35,11 @@ def train_or_evaluate(cfg, args):
     if args.eval_only:
         model = build_lazy_model(cfg)
         weights = load_weights(Checkpointer(model, whole=True), cfg.train.init_checkpoint)
-        results = evaluate(cfg, model, "test", weights)
+        metrics, results = evaluate(cfg, model, "test", weights)
     else:
         trainer = LazyTrainer(cfg)
         trainer.resume_or_load(args.resume)
-        results = trainer.train()
+        metrics, results = trainer.train(), trainer.test_results
     if comm.is_main_process():
-        evaluator = cfg.dataloader.test_evaluator
-        plot_test_results(cfg.train.output_dir, [evaluator.dataset_name], tau=evaluator.tau)
-    return results
+        draw_test_results(results, cfg.train.output_dir)
+    return metrics
