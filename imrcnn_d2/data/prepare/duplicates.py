@@ -17,8 +17,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from imrcnn_d2.data.images import in_threads, open_image
@@ -137,6 +135,10 @@ def joined_groups(count: int, groups: Iterable[Sequence[int]]) -> list[list[int]
     Returns:
         groups of two items or more, sorted; no two share an item.
     """
+    # Half of the time of `import imrcnn_d2`, and needed by few.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     edges = np.array([edge for group in groups for edge in pairwise(group)], dtype=int)
     edges = edges.reshape(-1, 2)
     graph = coo_array((np.ones(len(edges)), edges.T), shape=(count, count))
