@@ -1,11 +1,11 @@
 """Write a trained model as one file that needs nothing else to predict with.
 
-    tools/export.py --format safetensors --precision fp16 --weights output/imrcnn/model_best.pth \\
+    imrcnn export --format safetensors --precision fp16 --weights output/imrcnn/model_best.pth \\
         --images datasets/kvasir_seg/images --output imrcnn.safetensors
-    tools/export.py --format openvino --weights output/imrcnn/model_best.pth \\
+    imrcnn export --format openvino --weights output/imrcnn/model_best.pth \\
         --images datasets/kvasir_seg/images --output imrcnn.openvino
 
-The file holds the network, config, class names and τ, and tools/predict.py takes it as --weights.
+The file holds the network, config, class names and τ, and imrcnn predict takes it as --weights.
 safetensors are weights, which MODEL.WEIGHTS takes too; onnx and openvino are for the runtimes of
 these names (pip install -e '.[deploy]'), for any number and size of images. int8 is
 fitted to training images, those of the config's DATASETS.TRAIN unless others are given.
@@ -20,21 +20,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog
-from tqdm import tqdm
-
+from imrcnn_d2.cli import new_parser, one_line_errors
 from imrcnn_d2.data.images import read_image
-from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.deploy.inputs import find_inputs
-from imrcnn_d2.deploy.loading import load_model
-from imrcnn_d2.deploy.runtimes import graph_files
-from imrcnn_d2.deploy.runtimes import graph_files as artifact
-from imrcnn_d2.deploy.runtimes.agreement import compare_predictors
-from imrcnn_d2.deploy.runtimes.graph_files import GraphRuntime
-from imrcnn_d2.engine.config import register_root
-from imrcnn_d2.utils.files import for_terminal
 
-PRECISIONS = {"safetensors": tuple(artifact.PRECISIONS), **graph_files.PRECISIONS}
+FORMATS = ("safetensors", "onnx", "openvino")
 # What may differ: detections in one of the two only, in percent of all, those above τ and any;
 # scores, boxes in percent of the image's longer side, overlap of masks. Of two boxes that suppress
 # each other, bf16 and int8 may take the other one: these bounds hold for a share of the detections.
@@ -46,31 +35,34 @@ BOUNDS = {
     "int8": {"lost": 2, "unmatched": 10, "score": 0.25, "box": 5, "mask_iou": 0.85, "share": 0.95},
 }
 
-# Of those given, spread evenly over them.
 MOST_IMAGES = 50  # that are compared
 MOST_CALIBRATION = 300
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
     if args.output.suffix != f".{args.format}":
         parser.error(f"--output {args.output} must end with .{args.format}")
-    if args.precision not in PRECISIONS[args.format]:
-        known = ", ".join(PRECISIONS[args.format])
-        parser.error(f"there is no {args.precision} of {args.format}; choose of {known}")
+    precisions = known_precisions()[args.format]
+    if args.precision not in precisions:
+        parser.error(
+            f"there is no {args.precision} of {args.format}; choose of {', '.join(precisions)}"
+        )
     if args.calibration and args.precision != "int8":
         parser.error("--calibration is for --precision int8")
-    try:
+    with one_line_errors(parser, extra="deploy"):
         export(args)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
-    except ModuleNotFoundError as error:
-        missing = f"{parser.prog}: this needs {error.name}: pip install -e '.[deploy]'\n"
-        parser.exit(1, missing)
 
 
-def argument_parser():
+def known_precisions() -> dict[str, tuple[str, ...]]:
+    """{format: precisions}"""
+    from imrcnn_d2.deploy.runtimes.graph_files import PRECISIONS, WEIGHTS_PRECISIONS
+
+    return {"safetensors": tuple(WEIGHTS_PRECISIONS), **PRECISIONS}
+
+
+def argument_parser() -> argparse.ArgumentParser:
     bounds = (
         f"{name}: {b['unmatched']} % of the detections in one of the two only ({b['lost']} % and "
         f"above τ), scores {b['score']}, boxes {b['box']} % of the image, overlap of "
@@ -78,17 +70,14 @@ def argument_parser():
         + (f"; each for {100 * b['share']:.0f} % of the detections" if "share" in b else "")
         for name, b in BOUNDS.items()
     )
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="bounds (exact: of safetensors in fp32):\n  " + "\n  ".join(bounds),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--format", choices=PRECISIONS, required=True, help="of the file")
-    parser.add_argument("--config-file", type=Path, help="as for tools/predict.py")
+    epilog = "bounds (exact: of safetensors in fp32):\n  " + "\n  ".join(bounds)
+    parser = new_parser(__doc__, epilog=epilog)
+    parser.add_argument("--format", choices=FORMATS, required=True, help="of the file")
+    parser.add_argument("--config-file", type=Path, help="as for imrcnn predict")
     parser.add_argument("--weights", required=True, help="the trained model")
     parser.add_argument(
         "--precision",
-        choices=sorted({name for names in PRECISIONS.values() for name in names}),
+        choices=sorted(set(BOUNDS) - {"exact"}),
         default="fp32",
         help="fp16 has half the size (safetensors), bf16 is faster where the processor has such "
         "arithmetic (openvino), int8 has a third of the size and is faster still "
@@ -108,7 +97,10 @@ def argument_parser():
 
 
 def export(args):
-    """Write the file beside its place, compare, and move it there."""
+    """Write the file next to its place, compare, and move it there."""
+    from imrcnn_d2.deploy import Predictor
+    from imrcnn_d2.deploy.runtimes.agreement import compare_predictors
+
     images = find_images(args.images, MOST_IMAGES, "--images")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
@@ -135,16 +127,21 @@ def export(args):
 
 
 def write(args, original, example, path):
-    """The file, at a place of its own; `original` prepares images as the network sees them."""
+    """Write the file to `path`; the predictor `original` prepares images for the network."""
+    from tqdm import tqdm
+
+    from imrcnn_d2.deploy.loading import load_model
+    from imrcnn_d2.deploy.runtimes.graph_files import GraphRuntime, write_graph, write_safetensors
+
     loaded = load_model(args.config_file, args.weights, device="cpu")
     if isinstance(loaded.model, GraphRuntime):
         raise ValueError(f"{args.weights} is an export already: name the weights it was made of")
     if args.format == "safetensors":
-        artifact.write_safetensors(loaded, path, precision=args.precision)
+        write_safetensors(loaded, path, precision=args.precision)
         return
     int8 = args.precision == "int8"
     calibration = calibration_images(loaded.cfg, args.calibration) if int8 else ()
-    graph_files.write_graph(
+    write_graph(
         loaded,
         path,
         args.format,
@@ -158,11 +155,15 @@ def write(args, original, example, path):
 
 
 def calibration_images(cfg, paths=None):
-    """Among the inputs `paths`, else of the training set."""
+    """Paths of images among the inputs `paths`, by default of the training set."""
+    from detectron2.data import DatasetCatalog
+
+    from imrcnn_d2.engine.config import register_root
+
     if paths:
         return find_images(paths, MOST_CALIBRATION, "--calibration")
+    register_root(cfg)
     try:
-        register_root(cfg)
         records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
     except (KeyError, OSError, ValueError) as error:
         raise ValueError(
@@ -173,7 +174,9 @@ def calibration_images(cfg, paths=None):
 
 
 def find_images(paths, most, option):
-    """Images among the inputs, at most so many."""
+    """At most so many images among the inputs, spread evenly over them."""
+    from imrcnn_d2.deploy.inputs import find_inputs
+
     images = [source.path for source in find_inputs(paths)[1] if source.kind == "image"]
     if not images:
         raise ValueError(f"{option} names no image")

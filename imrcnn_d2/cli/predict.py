@@ -1,20 +1,20 @@
 """Find lesions in images, videos and DICOM files.
 
-    tools/predict.py --weights output/imrcnn/model_best.pth --input images --output found --overlays
-    tools/predict.py --weights demo --input 'clips/*.mp4' scan.dcm --output found --overlays --masks
+    imrcnn predict --weights output/imrcnn/model_best.pth --input images --output found --overlays
+    imrcnn predict --weights demo --input 'clips/*.mp4' scan.dcm --output found --overlays --masks
 
-writes predictions.json (COCO: all detections with their scores), predictions.csv (a row an image)
-and what else is asked for; failed.csv lists what could not be read. Pictures, masks, LabelMe files
-and the CSV take the detections with a score of at least τ: the operating point that was chosen on
-validation data and is in the weights, else MODEL.IMRCNN.SCORE_THRESH.
+writes predictions.json (COCO: all detections with their scores), predictions.csv (one row per
+image) and what else is requested; failed.csv lists what could not be read. Overlays, masks,
+LabelMe files and the CSV have the detections with a score of at least τ: the operating point that
+was chosen on validation data and is in the weights, else MODEL.IMRCNN.SCORE_THRESH.
 
 The same command again goes on after an interruption, and does only what is new. Research use only,
 not for diagnosis.
 
-    tools/predict.py --engine ray --actors 16 --weights demo --input archive --output found
+    imrcnn predict --engine ray --actors 16 --weights demo --input archive --output found
 
 is for millions of images: processes of this machine, or of the Ray cluster at RAY_ADDRESS, write
-Parquet files, a row an image, into predictions.parquet (pip install -e '.[ray]').
+Parquet files, one row per image, into predictions.parquet (pip install -e '.[ray]').
 """
 
 import argparse
@@ -23,27 +23,26 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.deploy.arguments import predictor_arguments
-from imrcnn_d2.deploy.batch import FAILED, predict_files, printable
-from imrcnn_d2.deploy.live import predict_live
-from imrcnn_d2.deploy.outputs import OUTPUTS
-from imrcnn_d2.engine.train_step import keep_freed_memory
-from imrcnn_d2.utils.files import for_terminal
+from imrcnn_d2.cli import new_parser, one_line_errors, predictor_arguments
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.actors < 1 or not 0 <= (args.tau or 0) <= 1:
         parser.error("--batch-size and --actors are at least 1, and --tau from 0 to 1")
-    save = [kind for kind in OUTPUTS if getattr(args, kind)]
+    save = [kind for kind in ("overlays", "masks", "labelme") if getattr(args, kind)]
     if args.engine == "ray" and (save or args.live):
         parser.error(
             "--engine ray writes Parquet files: no --overlays, --masks, --labelme or --live"
         )
     if args.live and (save or args.batch_size > 1):
-        parser.error("--live draws live.mp4: no --overlays, --masks, --labelme or --batch-size")
+        parser.error("--live writes live.mp4: no --overlays, --masks, --labelme or --batch-size")
+    from imrcnn_d2.deploy import Predictor
+    from imrcnn_d2.deploy.batch import FAILED, predict_files
+    from imrcnn_d2.deploy.live import predict_live
+    from imrcnn_d2.engine.train_step import keep_freed_memory
+
     keep_freed_memory()
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     arguments = {
@@ -54,38 +53,33 @@ def main(argv=None):
         "crop_view": args.crop_view,
     }
     try:
-        if args.engine == "ray":
-            from imrcnn_d2.deploy.ray import predict_with_ray
+        with one_line_errors(parser, extra="ray" if args.engine == "ray" else "deploy"):
+            if args.engine == "ray":
+                from imrcnn_d2.deploy.ray import predict_with_ray
 
-            listed = "rows with an error"
-            done = predict_with_ray(
-                arguments,
-                args.input,
-                args.output,
-                actors=args.actors,
-                batch_size=args.batch_size,
-                follow_links=args.follow_links,
-            )
-        elif args.live:
-            live = predict_live(Predictor(**arguments), args.live, args.output)
-            report_live(live, args.output)
-            return
-        else:
-            listed = FAILED
-            done = predict_files(
-                Predictor(**arguments),
-                args.input,
-                args.output,
-                save=save,
-                batch_size=args.batch_size,
-                follow_links=args.follow_links,
-            )
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
-    except ModuleNotFoundError as error:
-        extra = "ray" if args.engine == "ray" else "deploy"
-        missing = f"this needs {error.name}: pip install -e '.[{extra}]'"
-        parser.exit(1, f"{parser.prog}: {missing}\n")
+                listed = "rows with an error"
+                done = predict_with_ray(
+                    arguments,
+                    args.input,
+                    args.output,
+                    actors=args.actors,
+                    batch_size=args.batch_size,
+                    follow_links=args.follow_links,
+                )
+            elif args.live:
+                live = predict_live(Predictor(**arguments), args.live, args.output)
+                report_live(live, args.output)
+                return
+            else:
+                listed = FAILED
+                done = predict_files(
+                    Predictor(**arguments),
+                    args.input,
+                    args.output,
+                    save=save,
+                    batch_size=args.batch_size,
+                    follow_links=args.follow_links,
+                )
     except KeyboardInterrupt:
         parser.exit(130, "Interrupted: the same command goes on where this one was\n")
     report(done, args.output, listed)
@@ -93,15 +87,9 @@ def main(argv=None):
         parser.exit(1)
 
 
-def argument_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[predictor_arguments()],
-    )
-    parser.add_argument(
-        "--weights", required=True, help="file, URL, or demo: the ones that come along"
-    )
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__, parents=[predictor_arguments()])
+    parser.add_argument("--weights", required=True, help="file, URL, or demo: those in the package")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
@@ -135,7 +123,7 @@ def argument_parser():
         "(%(default)s)",
     )
     parser.add_argument(
-        "--overlays", action="store_true", help="pictures with outlines; of a video, a video"
+        "--overlays", action="store_true", help="images with contours; of a video, a video"
     )
     parser.add_argument(
         "--masks",
@@ -153,12 +141,16 @@ def argument_parser():
         default=1,
         help="images that the network sees at once (%(default)s)",
     )
-    parser.add_argument("--tau", type=float, help="another score from which on detections count")
+    parser.add_argument(
+        "--tau", type=float, help="another score from which on a detection is positive"
+    )
     return parser
 
 
 def report(done, output, listed):
-    """Say what was done, and where what failed is listed."""
+    """Print what was done, and where what failed is listed."""
+    from imrcnn_d2.deploy.batch import printable
+
     parts = [f"{done.images} images predicted"]
     if done.skipped:
         parts.append(f"{done.skipped} inputs were done before")
@@ -172,7 +164,7 @@ def report(done, output, listed):
 
 
 def report_live(live, output):
-    """Say how quick it was."""
+    """Print how quick it was."""
     latency = ", ".join(f"{name} {ms:.0f} ms" for name, ms in live["latency_ms"].items())
     print(
         f"{live['predicted']} of {live['received']} frames predicted, {live['dropped_percent']} % "

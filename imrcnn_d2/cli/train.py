@@ -1,54 +1,135 @@
-"""Train or evaluate a detector or classifier: Detectron2's training script with our trainer."""
+"""Train or evaluate a detector or classifier: Detectron2's training script with our trainer.
 
-from detectron2.engine import default_setup
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
+    imrcnn train --config-file configs/imrcnn_lite.yaml --data DIR
+    imrcnn train --config-file configs/lazy/imrcnn_lite.py --data DIR train.max_iter=1000
 
-import imrcnn_d2  # noqa: F401  (registers models and data sets)
-from imrcnn_d2.engine import Trainer, load_weights
-from imrcnn_d2.engine.checkpoint import Checkpointer
-from imrcnn_d2.engine.config import is_classifier, load_training_config, register_root
-from imrcnn_d2.engine.launch import locked_output
-from imrcnn_d2.engine.train_step import keep_freed_memory
-from imrcnn_d2.report.plots.draw_all import plot_test_results
-from imrcnn_d2.report.plots.images import plot_test_grad_cams
+A config file is YAML, with overrides as KEY VALUE, or a LazyConfig (.py), with overrides in Hydra's
+grammar. A LazyConfig runs as Python code: load only files that you trust.
+"""
+
+import argparse
+from pathlib import Path
+
+from detectron2.engine.defaults import default_argument_parser
 
 
-def setup(args):
+def main(argv: list[str] | None = None) -> None:
+    args = argument_parser().parse_args(argv)
+    from imrcnn_d2.engine.launch import launch_script
+
+    launch_script(run, args)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--data",
+        default="",
+        metavar="DIR",
+        help="folder of a prepared data set, or a short name such as kvasir_seg for one in "
+        "$IMRCNN_DATASETS",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict:
+    """One process of a training or evaluation; returns the metrics of the final test."""
+    from imrcnn_d2.engine.train_step import keep_freed_memory
+
+    keep_freed_memory()
+    lazy = args.config_file.endswith(".py")
+    return _run_lazy_config(args) if lazy else _run_yaml_config(args)
+
+
+def _run_yaml_config(args):
+    from detectron2.engine import default_setup
+    from detectron2.evaluation import verify_results
+    from detectron2.utils import comm
+
+    from imrcnn_d2.engine import Trainer, load_weights
+    from imrcnn_d2.engine.checkpoint import Checkpointer
+    from imrcnn_d2.engine.config import is_classifier, load_training_config, register_root
+    from imrcnn_d2.engine.launch import locked_output
+    from imrcnn_d2.report.plots import plot_test_grad_cams
+
     # Quoted, so that a folder called 2024 stays a string.
-    root = getattr(args, "data", "")  # absent from Detectron2's own parser
-    data = ["DATASETS.ROOT", repr(root)] if root else []
+    data = ["DATASETS.ROOT", repr(args.data)] if args.data else []
     cfg = load_training_config(args.config_file, [*data, *args.opts], args.eval_only)
     register_root(cfg)
     if args.eval_only:
         cfg.MODEL.TIMM.WEIGHTS = ""  # MODEL.WEIGHTS has the whole model
     cfg.freeze()
-    return cfg
-
-
-def main(args):
-    keep_freed_memory()
-    cfg = setup(args)
     with locked_output(cfg.OUTPUT_DIR):
         default_setup(cfg, args)
-        return train_or_evaluate(cfg, args)
+        if args.eval_only:
+            model = Trainer.build_model(cfg)
+            checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, whole=True)
+            resumed = args.resume and checkpointer.has_checkpoint()
+            path = checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
+            metrics, results = Trainer.final_test(cfg, model, load_weights(checkpointer, path))
+        else:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+            metrics, results = trainer.train(), trainer.test_results
+            model = trainer.evaluated_model
+        if comm.is_main_process():
+            draw_test_results(results, cfg.OUTPUT_DIR)
+            if is_classifier(cfg):
+                plot_test_grad_cams(cfg, model)
+            verify_results(cfg, metrics)
+    return metrics
 
 
-def train_or_evaluate(cfg, args):
-    if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, whole=True)
-        resumed = args.resume and checkpointer.has_checkpoint()
-        path = checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
-        results = Trainer.final_test(cfg, model, load_weights(checkpointer, path))
-    else:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        results = trainer.train()
-        model = trainer.evaluated_model
-    if comm.is_main_process():
-        plot_test_results(cfg.OUTPUT_DIR, cfg.DATASETS.TEST, tau=cfg.MODEL.IMRCNN.SCORE_THRESH)
-        if is_classifier(cfg):
-            plot_test_grad_cams(cfg, model)
-        verify_results(cfg, results)
-    return results
+def _run_lazy_config(args):
+    from detectron2.config import LazyConfig
+    from detectron2.engine import default_setup
+    from detectron2.utils import comm
+
+    from imrcnn_d2.engine import choose_device, load_weights
+    from imrcnn_d2.engine.checkpoint import Checkpointer
+    from imrcnn_d2.engine.launch import locked_output
+    from imrcnn_d2.engine.trainer import LazyTrainer, build_lazy_model, evaluate
+
+    cfg = LazyConfig.load(args.config_file)
+    if not cfg.train.device and not any(o.startswith("train.device=") for o in args.opts):
+        cfg.train.device = choose_device()
+    cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    _register_data_set(cfg, args.data)
+    with locked_output(cfg.train.output_dir):
+        default_setup(cfg, args)
+        if args.eval_only:
+            model = build_lazy_model(cfg)
+            weights = load_weights(Checkpointer(model, whole=True), cfg.train.init_checkpoint)
+            metrics, results = evaluate(cfg, model, "test", weights)
+        else:
+            trainer = LazyTrainer(cfg)
+            trainer.resume_or_load(args.resume)
+            metrics, results = trainer.train(), trainer.test_results
+        if comm.is_main_process():
+            draw_test_results(results, cfg.train.output_dir)
+    return metrics
+
+
+def _register_data_set(cfg, data):
+    """The data set of --data or train.dataset, whose splits the config then names."""
+    from imrcnn_d2.data.catalog import SHORT_NAMES, data_set_name, register_data_set
+
+    if data := data or cfg.train.get("dataset", ""):
+        register_data_set(data)
+        cfg.train.dataset = data_set_name(data)
+    elif cfg.dataloader.train.dataset.names == "_train":
+        raise ValueError(
+            "No data set is named: add --data DIR or train.dataset=DIR, where DIR is a folder that "
+            f"tools/prepare_dataset.py wrote, or one of {', '.join(SHORT_NAMES)}"
+        )
+
+
+def draw_test_results(results: dict, output_dir: str) -> None:
+    """Draw the plots of each test set next to its files; `results` are by data set."""
+    from detectron2.data import MetadataCatalog
+
+    from imrcnn_d2.report.plots import draw_all
+
+    for name, scored in results.items():
+        folder = Path(output_dir, "inference", name)
+        draw_all(scored, folder, MetadataCatalog.get(name).get("image_root", ""))

@@ -13,11 +13,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import default_argument_parser
 from detectron2.engine.launch import _find_free_port
 from processes import run_script
 
-from imrcnn_d2.cli import prepare_dataset, train, train_lazy
+from imrcnn_d2.cli import prepare_dataset, train
 from imrcnn_d2.engine.launch import locked_output
 from imrcnn_d2.evaluation.output import read_test_log
 
@@ -160,22 +159,19 @@ def test_what_is_refused_is_one_line(env, tmp_path, processes):
     assert "Traceback" not in refused.stderr + refused.stdout
 
 
-@pytest.mark.parametrize("script", [train, train_lazy])
+@pytest.mark.parametrize("config", [YAML, "configs/lazy/imrcnn_lite.py"])
 @pytest.mark.parametrize("arguments", [(), ("--resume",), ("--eval-only",)])
 def test_a_folder_that_another_job_writes_to_is_left_alone(
-    env, tmp_path, monkeypatch, script, arguments
+    env, tmp_path, monkeypatch, config, arguments
 ):
     monkeypatch.setattr("imrcnn_d2.engine.launch.LOCK_TIMEOUT", 0)
-    config, key = {
-        train: (YAML, ("DATASETS.ROOT", "synthetic", "OUTPUT_DIR", str(tmp_path))),
-        "lazyconfig_train_net": (
-            "configs/lazy/imrcnn_lite.py",
-            (f"train.output_dir={tmp_path}", "train.dataset=synthetic"),
-        ),
-    }[script]
-    args = default_argument_parser().parse_args(["--config-file", config, *arguments, *key])
+    lazy = config.endswith(".py")
+    key = (f"train.output_dir={tmp_path}",) if lazy else ("OUTPUT_DIR", str(tmp_path))
+    args = train.argument_parser().parse_args(
+        ["--config-file", config, "--data", "synthetic", *arguments, *key]
+    )
     with locked_output(str(tmp_path)), pytest.raises(ValueError, match=str(tmp_path)):
-        script.main(args)
+        train.run(args)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
