@@ -39,16 +39,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
     from imrcnn_d2.evaluation.statistics import Bootstrap
-    from imrcnn_d2.report.comparison.models import compare, gather
-    from imrcnn_d2.report.comparison.pages import write_classification_comparison, write_comparison
+    from imrcnn_d2.report.comparison import compare, gather, write_comparison
     from imrcnn_d2.report.runs import load_run
 
     with one_line_errors(parser):
         runs = [load_run(path, dataset=args.dataset) for path in args.runs]
         bootstrap = Bootstrap(args.resamples, args.seed, args.ci_all)
         comparison = compare(gather(runs), bootstrap, primary=args.primary, baseline=args.baseline)
-        classifiers = comparison.task == "recognition"
-        write = write_classification_comparison if classifiers else write_comparison
-        page, *files = write(comparison, args.output)
+        page, *files = write_comparison(comparison, args.output)
     print(for_terminal(page.read_text(encoding="utf-8")))
     print(f"Written: {', '.join(str(path) for path in (page, *files))}")

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from imrcnn_d2.evaluation.statistics import Bootstrap
-from imrcnn_d2.report.comparison.models import compare, gather
+from imrcnn_d2.report.comparison import compare, gather
 from imrcnn_d2.report.runs import load_run
 
 BOOTSTRAP = Bootstrap(60)
@@ -83,7 +83,7 @@ def test_seeds_are_one_model(gt, write_run):
     found = compare(gather([*runs, load_run(write_run("b", gt, model="MR-CNN"))]), BOOTSTRAP)
     model = found.models["IMR-CNN"]
     values = [run.results.segm["AP50_voc"] for run in runs]
-    assert model.figures["segm"]["AP50_voc"] == pytest.approx(np.mean(values))
+    assert model.values["segm"]["AP50_voc"] == pytest.approx(np.mean(values))
     assert model.sd("segm", "AP50_voc") == pytest.approx(np.std(values))
     # Three outcomes an image are not one: no McNemar's test.
     assert not of(found.tests, "image/accuracy")

@@ -10,8 +10,8 @@ from recognition_runs import CLASSES, draw_classes, prepare_classes, write_class
 
 from imrcnn_d2.evaluation.classification import evaluate_classification
 from imrcnn_d2.evaluation.statistics import Bootstrap
-from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.comparison.pages import class_table, write_classification_comparison
+from imrcnn_d2.report.comparison import compare, gather, write_comparison
+from imrcnn_d2.report.comparison.tables import class_table
 from imrcnn_d2.report.names import published_accuracy
 from imrcnn_d2.report.runs import load_run
 
@@ -51,12 +51,12 @@ def test_figures_of_seeds_are_those_of_averaged_confusions(comparison, study):
     results = [run.results for run in comparison.gathered.split["VGG19"]]
     counts = np.mean([own.confusion.counts for own in results], axis=0)
     recall = np.diag(counts) / counts.sum(axis=1)
-    assert model.figures["recognition"]["balanced_accuracy"] == pytest.approx(100 * recall.mean())
+    assert model.values["recognition"]["balanced_accuracy"] == pytest.approx(100 * recall.mean())
     precision = 100 * np.diag(counts) / counts.sum(axis=0)
     for k, name in enumerate(sorted(CLASSES)):
-        assert model.figures["recognition"][f"precision_{name}"] == pytest.approx(precision[k])
+        assert model.values["recognition"][f"precision_{name}"] == pytest.approx(precision[k])
     areas = [own.recognition["auroc"] for own in results]
-    assert model.figures["recognition"]["auroc"] == pytest.approx(np.mean(areas))
+    assert model.values["recognition"]["auroc"] == pytest.approx(np.mean(areas))
 
 
 def test_what_is_tested(comparison):
@@ -76,7 +76,7 @@ def test_what_is_tested(comparison):
 
 
 def test_the_files(comparison, tmp_path):
-    page, document, *files = write_classification_comparison(comparison, tmp_path)
+    page, document, *files = write_comparison(comparison, tmp_path)
     text = page.read_text()
     assert "ResNet50, published" in text and "the best of its three models" in text
     for path in files:
@@ -87,7 +87,7 @@ def test_the_files(comparison, tmp_path):
     assert {"confusion.svg", "roc.svg", "calibration.svg", "classes.tex"} <= names
     content = json.loads(document.read_text())
     model = comparison.models["ResNet50"]
-    of_cancer = model.figures["recognition"]["accuracy_gastric cancer"]
+    of_cancer = model.values["recognition"]["accuracy_gastric cancer"]
     assert content["models"]["ResNet50"]["figures"]["recognition"]["accuracy_gastric cancer"] == (
         of_cancer
     )
@@ -133,7 +133,7 @@ def test_folds(tmp_path):
             (output / "run.json").write_text(json.dumps({**record, "seed": 0}))
             runs.append(load_run(output))
     comparison = compare(gather(runs), Bootstrap(20))
-    files = {path.name for path in write_classification_comparison(comparison, tmp_path / "out")}
+    files = {path.name for path in write_comparison(comparison, tmp_path / "out")}
     assert {"folds.csv", "fold_tests.csv", "confusion.png"} <= files
     rows = pd.read_csv(tmp_path / "out" / "folds.csv")
     row = rows[(rows.model == "VGG19") & (rows.figure == "recognition/balanced_accuracy")].iloc[0]

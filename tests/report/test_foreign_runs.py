@@ -14,7 +14,7 @@ from mutations import damaged_bytes, damaged_json
 from PIL import Image
 
 from imrcnn_d2.cli import compare, report
-from imrcnn_d2.report.comparison.pages import write_comparison
+from imrcnn_d2.report.comparison import write_comparison
 from imrcnn_d2.report.html import render_report
 from imrcnn_d2.report.model_card import write_model_card
 from imrcnn_d2.report.runs import load_run

@@ -30,7 +30,7 @@ __all__ = [
     "by_id",
     "mask_areas",
     "read_ground_truth",
-    "read_mask_folder",
+    "read_predicted_masks",
     "read_results",
     "with_ids_of",
 ]
@@ -103,7 +103,7 @@ def _translation(records, targets, field, what, simplify=lambda name: name):
 NAMED_AT_MOST = 5
 
 
-def read_mask_folder(folder, gt):
+def read_predicted_masks(folder, gt):
     """
     Read masks as detections without scores: one for each connected component (8-connectivity) of
     each class, down to single pixels, the largest first.
@@ -401,7 +401,7 @@ def read_results(results, gt, source=None):
             ``annotations`` carry a ``score``, as ``tools/predict.py`` writes. The latter's own
             ``images`` and ``categories`` are matched with those of the ground truth by
             ``file_name`` and ``name``, since its ids may have been given independently. Or a folder
-            of masks, see :func:`read_mask_folder`. Where every ``score`` is null, as
+            of masks, see :func:`read_predicted_masks`. Where every ``score`` is null, as
             :func:`coco_results` has it for such a folder, the results know no scores. What was read
             already stays as it is.
         gt (GroundTruth): what the results are for.
@@ -419,7 +419,7 @@ def read_results(results, gt, source=None):
         return results
     source = source or (results if isinstance(results, str | Path) else "the results")
     is_folder = isinstance(results, str | Path) and Path(results).is_dir()
-    results = read_mask_folder(results, gt) if is_folder else _load(results)
+    results = read_predicted_masks(results, gt) if is_folder else _load(results)
     if isinstance(results, dict):
         if "annotations" not in results:
             raise BadInputError(
