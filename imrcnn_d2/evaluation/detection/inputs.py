@@ -17,7 +17,7 @@ import pycocotools.mask as mask_util
 from tqdm import tqdm
 
 from imrcnn_d2.data.formats.coco import FARTHEST, NUMBER, check_records, is_box, to_rles
-from imrcnn_d2.data.images import open_image
+from imrcnn_d2.data.images import read_values
 from imrcnn_d2.data.masks import check_size
 from imrcnn_d2.evaluation.detection.matching import MAX_DETECTIONS
 from imrcnn_d2.utils.files import BadInputError, read_json
@@ -187,18 +187,7 @@ def _some(names):
 
 def _read(path, image):
     """(H, W) integers or bool."""
-    try:
-        with open_image(path) as file:
-            mask = np.asarray(file)
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        reason = getattr(error, "reason", error)
-        raise ValueError(f"{path} can't be read: {reason}. Write it again.") from error
-    if mask.ndim == 3:
-        if not (mask == mask[..., :1]).all():
-            raise ValueError(
-                f"{path} is in colour: save it with one channel that holds the number of the class."
-            )
-        mask = mask[..., 0]
+    mask, _ = read_values(path)
     size = [image.get("height", mask.shape[0]), image.get("width", mask.shape[1])]
     if list(mask.shape) != size:
         raise ValueError(
