@@ -350,10 +350,9 @@ def read_ground_truth(gt, source=None):
         return gt
     source = source or (gt if isinstance(gt, str | Path) else "the ground truth")
     dataset = _load(gt)
-    if not isinstance(dataset, dict):
-        raise BadInputError(source, "is no COCO instance file: it is no object")
     for key, (needed, kinds) in GROUND_TRUTH.items():
-        check_records(dataset.get(key), key, source, needed, kinds)
+        records = dataset.get(key) if isinstance(dataset, dict) else None
+        check_records(records, key, source, needed, kinds)
     images, categories = (by_id(dataset[key], key, source) for key in ("images", "categories"))
     names = Counter(category["name"] for category in categories)
     for name, count in names.items():
@@ -375,7 +374,7 @@ def read_ground_truth(gt, source=None):
                 )
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
     outline = regions.boxes[:, 2] * regions.boxes[:, 3]
-    if regions.masks:
+    if regions.masks and not all("area" in annotation for annotation in annotations):
         outline = mask_areas(regions.masks)
     area = np.array([a.get("area", o) for a, o in zip(annotations, outline, strict=True)], float)
     fields = [{k: v for k, v in a.items() if k not in _REGION} for a in annotations]
@@ -516,10 +515,10 @@ def _lacks(record, field):
 
 
 def _size(image, source):
-    """Height and width of an image; None where the record does not have both."""
-    if "height" not in image or "width" not in image:
+    """Height and width of an image; None where the record does not say."""
+    if "height" not in image and "width" not in image:
         return None
-    return _checked_size(image["height"], image["width"], image, source)
+    return _checked_size(image.get("height"), image.get("width"), image, source)
 
 
 def _checked_size(height, width, image, source):
