@@ -24,9 +24,9 @@ WAIT_SECONDS = 5
 
 def application(task):
     """A task as a Hydra application that takes its overrides from the command line."""
-    from imrcnn_d2.engine.cross_validation import ROOT
+    from imrcnn_d2.engine.config import SHIPPED
 
-    folder = str(ROOT / "configs" / "cross_validation")
+    folder = str(SHIPPED[0] / "cross_validation")
     return hydra.main(version_base="1.3", config_path=folder, config_name="sweep")(task)
 
 

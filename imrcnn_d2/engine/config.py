@@ -161,7 +161,7 @@ LARGEST = 100_000  # bytes of a file, and of what its aliases stand for; a whole
 MOST_FILES = 30  # that a config is made of
 SHIPPED = tuple(
     Path(os.path.realpath(folder / "configs"))
-    for folder in (Path(__file__).parents[2], Path(model_zoo.__file__).parent)
+    for folder in (Path(__file__).parents[1], Path(model_zoo.__file__).parent)
 )
 # Both name files of one server: a file's sender chooses neither the server nor, since the tools'
 # downloads stay in their folder, where the file is put.

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import imrcnn_d2
 from imrcnn_d2.data.catalog import prepared_folder
 from imrcnn_d2.data.prepare.data_set import write_folds
-from imrcnn_d2.engine.config import find_config, load_training_config
+from imrcnn_d2.engine.config import SHIPPED, find_config, load_training_config
 from imrcnn_d2.engine.run_record import RunRecord, config_sha256
 from imrcnn_d2.evaluation.output import read_metrics, read_run_record
 from imrcnn_d2.utils.files import file_sha256
@@ -29,7 +29,7 @@ __all__ = ["FoldRun", "describe_runs", "prepare_folds"]
 logger = logging.getLogger(__name__)
 
 
-# The training script and the configs lie in the checkout, not in the package.
+# The training script lies in the checkout, not in the package.
 ROOT = Path(imrcnn_d2.__file__).resolve().parents[1]
 FIGURES = {  # column -> group and name in metrics.json
     "AP50 (all-point)": ("segm", "AP50_voc"),
@@ -80,7 +80,7 @@ class FoldRun:
             ValueError: there is no such fold.
         """
         path = Path(cfg.model) if str(cfg.model).endswith(".yaml") else None
-        configs = ROOT / "configs"
+        configs = SHIPPED[0]
         path = find_config(path or configs / f"{cfg.model}.yaml")
         if path is None:
             known = sorted(f.stem for f in configs.glob("*.yaml") if not f.stem.startswith("Base-"))
