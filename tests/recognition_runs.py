@@ -6,7 +6,7 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw
 
-from imrcnn_d2.data.formats.classification import read_class_folders
+from imrcnn_d2.data.formats import read_class_folders
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.evaluation import Bootstrap, evaluate_classification
 from imrcnn_d2.evaluation.output import CLASSIFICATION_RESULTS, write_results
@@ -35,7 +35,7 @@ def draw_classes(root, numbers=(16, 16, 16), size=48, classes=CLASSES):
 def prepare_classes(root, out, **options):
     """Prepare the folders of `root`; returns what prepare_dataset does."""
     rejects = Rejects()
-    source, _ = read_class_folders(root, rejects)
+    source = read_class_folders(root, rejects)
     return prepare_dataset(source, out, SplitOptions(**options), rejects)
 
 
