@@ -1,4 +1,4 @@
-"""A web page for trying a model: drop images, see what it outlines, move τ, download files.
+"""A web page for trying a model: drop images, see contours, move τ, download files.
 
     tools/demo_app.py
     tools/demo_app.py --weights output/imrcnn/model_best.pth --port 8080
@@ -14,8 +14,8 @@ import signal
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
+from imrcnn_d2.cli.predict import predictor_arguments
 from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.deploy.arguments import predictor_arguments
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.utils.files import for_terminal
 

@@ -27,23 +27,9 @@ from imrcnn_d2.data.images import read_image
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.inputs import find_inputs
 from imrcnn_d2.deploy.loading import load_model
-from imrcnn_d2.deploy.runtimes import graph_files
-from imrcnn_d2.deploy.runtimes import graph_files as artifact
-from imrcnn_d2.deploy.runtimes.agreement import compare_predictors
-from imrcnn_d2.deploy.runtimes.graph_files import GraphRuntime
+from imrcnn_d2.deploy.runtimes import EXPORTS, Runtime
+from imrcnn_d2.deploy.runtimes.check import BOUNDS
 from imrcnn_d2.utils.files import for_terminal
-
-PRECISIONS = {"safetensors": tuple(artifact.PRECISIONS), **graph_files.PRECISIONS}
-# What may differ: detections in one of the two only, in percent of all, those above τ and any;
-# scores, boxes in percent of the image's longer side, overlap of masks. Of two boxes that suppress
-# each other, bf16 and int8 may take the other one: these bounds hold for a share of the detections.
-BOUNDS = {
-    "exact": {"lost": 0, "unmatched": 0, "score": 0, "box": 0, "mask_iou": 1},
-    "fp32": {"lost": 0, "unmatched": 1, "score": 0.001, "box": 0.05, "mask_iou": 0.999},
-    "fp16": {"lost": 0, "unmatched": 3, "score": 0.02, "box": 1, "mask_iou": 0.97},
-    "bf16": {"lost": 0, "unmatched": 5, "score": 0.1, "box": 3, "mask_iou": 0.9, "share": 0.9},
-    "int8": {"lost": 2, "unmatched": 10, "score": 0.25, "box": 5, "mask_iou": 0.85, "share": 0.95},
-}
 
 # Of those given, spread evenly over them.
 MOST_IMAGES = 50  # that are compared
@@ -55,8 +41,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.output.suffix != f".{args.format}":
         parser.error(f"--output {args.output} must end with .{args.format}")
-    if args.precision not in PRECISIONS[args.format]:
-        known = ", ".join(PRECISIONS[args.format])
+    precisions = EXPORTS[args.format].precisions
+    if args.precision not in precisions:
+        known = ", ".join(precisions)
         parser.error(f"there is no {args.precision} of {args.format}; choose of {known}")
     if args.calibration and args.precision != "int8":
         parser.error("--calibration is for --precision int8")
@@ -82,12 +69,12 @@ def argument_parser():
         epilog="bounds (exact: of safetensors in fp32):\n  " + "\n  ".join(bounds),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--format", choices=PRECISIONS, required=True, help="of the file")
+    parser.add_argument("--format", choices=EXPORTS, required=True, help="of the file")
     parser.add_argument("--config-file", type=Path, help="as for tools/predict.py")
     parser.add_argument("--weights", required=True, help="the trained model")
     parser.add_argument(
         "--precision",
-        choices=sorted({name for names in PRECISIONS.values() for name in names}),
+        choices=sorted({name for runtime in EXPORTS.values() for name in runtime.precisions}),
         default="fp32",
         help="fp16 has half the size (safetensors), bf16 is faster where the processor has such "
         "arithmetic (openvino), int8 has a third of the size and is faster still "
@@ -107,46 +94,43 @@ def argument_parser():
 
 
 def export(args):
-    """Write the file beside its place, compare, and move it there."""
+    """Write the file next to its place, compare, and move it there."""
+    runtime = EXPORTS[args.format]
     images = find_images(args.images, MOST_IMAGES, "--images")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         path = Path(folder) / args.output.name
         original = Predictor(args.config_file, args.weights, device="cpu")
-        write(args, original, images[0], path)
-        agreement = compare_predictors(original, Predictor(None, path, device="cpu"), images)
-        if not agreement.detections:
+        write(runtime, args, original, images[0], path)
+        exported = Predictor(None, path, device="cpu")
+        differences, exceeded = runtime.check(original, exported, images, args.precision)
+        if not differences.detections:
             raise ValueError(
                 "Nothing was found on --images: name images with lesions to compare on"
             )
-        score, box, mask_iou = agreement.largest()
+        score, box, mask_iou = differences.largest()
         print(
-            f"On {agreement.images} images, {agreement.detections} detections, "
-            f"{agreement.unmatched} of them in one of the two only: largest difference of a score "
-            f"{score:.2g}, of a box {box:.2g} % of the image; smallest overlap of masks "
+            f"On {differences.images} images, {differences.detections} detections, "
+            f"{differences.unmatched} of them in one of the two only: largest difference of a "
+            f"score {score:.2g}, of a box {box:.2g} % of the image; smallest overlap of masks "
             f"{mask_iou:.4f}"
         )
-        exact = args.format == "safetensors" and args.precision == "fp32"
-        if exceeded := agreement.exceeded(**BOUNDS["exact" if exact else args.precision]):
+        if exceeded:
             raise ValueError(f"{args.output} was not written: {'; '.join(exceeded)}")
         os.replace(path, args.output)
     print(f"Written: {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
 
 
-def write(args, original, example, path):
-    """The file, at a place of its own; `original` prepares images as the network sees them."""
+def write(runtime: type[Runtime], args, original: Predictor, example: Path, path: Path):
+    """Write the file to a path; `original` prepares images as the network sees them."""
     loaded = load_model(args.config_file, args.weights, device="cpu")
-    if isinstance(loaded.model, GraphRuntime):
+    if isinstance(loaded.model, Runtime):
         raise ValueError(f"{args.weights} is an export already: name the weights it was made of")
-    if args.format == "safetensors":
-        artifact.write_safetensors(loaded, path, precision=args.precision)
-        return
     int8 = args.precision == "int8"
     calibration = calibration_images(loaded.cfg, args.calibration) if int8 else ()
-    graph_files.write_graph(
+    runtime.export(
         loaded,
         path,
-        args.format,
         example=original.prepare(read_image(example)),
         precision=args.precision,
         calibration=[

@@ -3,18 +3,18 @@
     tools/predict.py --weights output/imrcnn/model_best.pth --input images --output found --overlays
     tools/predict.py --weights demo --input 'clips/*.mp4' scan.dcm --output found --overlays --masks
 
-writes predictions.json (COCO: all detections with their scores), predictions.csv (a row an image)
-and what else is asked for; failed.csv lists what could not be read. Pictures, masks, LabelMe files
-and the CSV take the detections with a score of at least τ: the operating point that was chosen on
-validation data and is in the weights, else MODEL.IMRCNN.SCORE_THRESH.
+writes predictions.json (COCO: all detections with their scores), predictions.csv (one row per
+image) and the requested outputs; failed.csv lists the inputs that could not be read. Overlays,
+masks, LabelMe files and the CSV have the detections with a score of at least τ: the operating point
+that was chosen on validation data and is in the weights, else MODEL.IMRCNN.SCORE_THRESH.
 
-The same command again goes on after an interruption, and does only what is new. Research use only,
-not for diagnosis.
+The same command again goes on after an interruption, and predicts on new inputs only. Research use
+only, not for diagnosis.
 
     tools/predict.py --engine ray --actors 16 --weights demo --input archive --output found
 
 is for millions of images: processes of this machine, or of the Ray cluster at RAY_ADDRESS, write
-Parquet files, a row an image, into predictions.parquet (pip install -e '.[ray]').
+Parquet files, one row per image, into predictions.parquet (pip install -e '.[ray]').
 """
 
 import argparse
@@ -24,10 +24,10 @@ from pathlib import Path
 from detectron2.utils.logger import setup_logger
 
 from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.deploy.arguments import predictor_arguments
-from imrcnn_d2.deploy.batch import FAILED, predict_files, printable
+from imrcnn_d2.deploy.batch import FAILED, Summary, predict_files
 from imrcnn_d2.deploy.live import predict_live
 from imrcnn_d2.deploy.outputs import OUTPUTS
+from imrcnn_d2.deploy.runtimes import RUNTIMES
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.utils.files import for_terminal
 
@@ -43,7 +43,7 @@ def main(argv=None):
             "--engine ray writes Parquet files: no --overlays, --masks, --labelme or --live"
         )
     if args.live and (save or args.batch_size > 1):
-        parser.error("--live draws live.mp4: no --overlays, --masks, --labelme or --batch-size")
+        parser.error("--live writes live.mp4: no --overlays, --masks, --labelme or --batch-size")
     keep_freed_memory()
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     arguments = {
@@ -93,6 +93,30 @@ def main(argv=None):
         parser.exit(1)
 
 
+def predictor_arguments() -> argparse.ArgumentParser:
+    """For ``parents``: ``--config-file``, ``--runtime`` and ``--crop-view`` of a `Predictor`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--config-file",
+        type=Path,
+        help="the config that the weights were trained with; not needed for files of "
+        "tools/export.py, nor if config.yaml of the training is next to the weights",
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=(*RUNTIMES, "auto"),
+        help="runs the network (torch, or the runtime of an exported file); auto takes the fastest "
+        "one here",
+    )
+    parser.add_argument(
+        "--crop-view",
+        action="store_true",
+        help="show the network the endoscope's view only, without banners and insets, as data "
+        "prepared with --deidentify are; results are of the whole frame",
+    )
+    return parser
+
+
 def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -135,7 +159,7 @@ def argument_parser():
         "(%(default)s)",
     )
     parser.add_argument(
-        "--overlays", action="store_true", help="pictures with outlines; of a video, a video"
+        "--overlays", action="store_true", help="images with contours; of a video, a video"
     )
     parser.add_argument(
         "--masks",
@@ -145,7 +169,7 @@ def argument_parser():
     parser.add_argument(
         "--labelme",
         action="store_true",
-        help="LabelMe files, to correct by hand; of a video, of frames in which there is something",
+        help="LabelMe files, to correct by hand; of a video, of frames with detections",
     )
     parser.add_argument(
         "--batch-size",
@@ -153,12 +177,12 @@ def argument_parser():
         default=1,
         help="images that the network sees at once (%(default)s)",
     )
-    parser.add_argument("--tau", type=float, help="another score from which on detections count")
+    parser.add_argument("--tau", type=float, help="another threshold of scores")
     return parser
 
 
-def report(done, output, listed):
-    """Say what was done, and where what failed is listed."""
+def report(done: Summary, output: Path, listed: str):
+    """Print the numbers of inputs, and where failed ones are listed."""
     parts = [f"{done.images} images predicted"]
     if done.skipped:
         parts.append(f"{done.skipped} inputs were done before")
@@ -166,13 +190,15 @@ def report(done, output, listed):
         parts.append(f"{len(done.failed)} inputs could not be read to their end: {listed}")
     print(f"{'; '.join(parts)}. Written to {output}")
     if done.kept:
-        names = ", ".join(printable(str(path.relative_to(output))) for path in done.kept[:5])
+        names = ", ".join(
+            for_terminal(path.relative_to(output), one_line=True) for path in done.kept[:5]
+        )
         more = f" and {len(done.kept) - 5} more" if len(done.kept) > 5 else ""
         print(f"Left as they are, since they are not as they were written: {names}{more}")
 
 
-def report_live(live, output):
-    """Say how quick it was."""
+def report_live(live: dict, output: Path):
+    """Print how fast it was."""
     latency = ", ".join(f"{name} {ms:.0f} ms" for name, ms in live["latency_ms"].items())
     print(
         f"{live['predicted']} of {live['received']} frames predicted, {live['dropped_percent']} % "

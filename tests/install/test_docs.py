@@ -14,7 +14,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser
 
 from imrcnn_d2 import add_imrcnn_config
-from imrcnn_d2.deploy.arguments import predictor_arguments
+from imrcnn_d2.cli.predict import predictor_arguments
 
 ROOT = Path(__file__).parents[2]
 # What a reader is told, outside the code.

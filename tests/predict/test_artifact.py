@@ -8,7 +8,7 @@ import torch
 
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.loading import load_model
-from imrcnn_d2.deploy.runtimes.graph_files import write_safetensors
+from imrcnn_d2.deploy.runtimes import TorchRuntime
 from imrcnn_d2.engine import Trainer, load_weights
 from imrcnn_d2.engine.checkpoint import Checkpointer
 
@@ -21,17 +21,17 @@ def loaded(tiny_run):
 
 
 def test_it_needs_nothing_else(loaded, predictor, tmp_path):
-    write_safetensors(loaded, tmp_path / "model.safetensors")
+    TorchRuntime.export(loaded, tmp_path / "model.safetensors")
     other = Predictor(None, tmp_path / "model.safetensors")
     assert (other.tau, other.classes) == (TAU, ["polyp"])
-    assert other.about["config_sha256"] == predictor.about["config_sha256"]
+    assert other.metadata["config_sha256"] == predictor.metadata["config_sha256"]
     expected = loaded.model.state_dict()
     found = load_model(None, tmp_path / "model.safetensors").model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_metadata(loaded, tiny_run, tmp_path):
-    write_safetensors(loaded, tmp_path / "model.safetensors", precision="fp16")
+    TorchRuntime.export(loaded, tmp_path / "model.safetensors", precision="fp16")
     with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         texts = file.metadata()
     assert texts.pop("format") == "pt"
@@ -46,7 +46,7 @@ def test_metadata(loaded, tiny_run, tmp_path):
 
 def test_fp16_rounds_kernels_alone(loaded, tmp_path):
     path = tmp_path / "model.safetensors"
-    write_safetensors(loaded, path, precision="fp16")
+    TorchRuntime.export(loaded, path, precision="fp16")
     for name, tensor in safetensors.torch.load_file(path).items():
         original = loaded.model.state_dict()[name]
         if original.ndim < 2:
@@ -61,13 +61,13 @@ def test_what_fp16_cannot_hold_is_named(tiny_run, tmp_path):
     with torch.no_grad():
         loaded.model.backbone.fpn_lateral2.weight[0, 0] = 1e6
     with pytest.raises(ValueError, match=r"backbone.fpn_lateral2.weight has values up to 1e\+06"):
-        write_safetensors(loaded, tmp_path / "model.safetensors", precision="fp16")
+        TorchRuntime.export(loaded, tmp_path / "model.safetensors", precision="fp16")
     assert not list(tmp_path.iterdir())
 
 
 def test_model_weights_takes_it(loaded, tmp_path):
     path = tmp_path / "model.safetensors"
-    write_safetensors(loaded, path, precision="fp16")
+    TorchRuntime.export(loaded, path, precision="fp16")
     model = Trainer.build_model(loaded.cfg)
     weights = load_weights(Checkpointer(model), str(path))
     assert weights.operating_point.tau == TAU

@@ -47,7 +47,7 @@ def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
     assert names == ["a.png", "b/c.jpg", "d.png"]
     assert coco["categories"] == [{"id": 1, "name": "polyp"}]
     assert coco["info"]["tau"] == TAU
-    assert coco["info"]["weights_sha256"] == predictor.about["weights_sha256"]
+    assert coco["info"]["weights_sha256"] == predictor.metadata["weights_sha256"]
     # in the same batches: else fp32 sums, and a mask's edge with them, could end otherwise
     found = predictor([image_folder / name for name in names], batch_size=2)
     assert len(coco["annotations"]) == sum(map(len, found)) > 3
@@ -63,19 +63,19 @@ def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
         assert float(row["score"]) == pytest.approx(instances.scores.max().item())
         area = instances.pred_masks[counts].any(dim=0).float().mean() * 100
         assert float(row["area_percent"]) == pytest.approx(area.item(), abs=1e-3)
-        assert (row["tau"], row["version"]) == (str(TAU), predictor.about["version"])
+        assert (row["tau"], row["version"]) == (str(TAU), predictor.metadata["version"])
 
     for name, instances in zip(("a", "b/c", "d"), found, strict=True):
         with Image.open(output / "masks" / f"{name}.png") as file:
             mask = np.asarray(file)
-            assert json.loads(file.text["Comment"])["version"] == predictor.about["version"]
+            assert json.loads(file.text["Comment"])["version"] == predictor.metadata["version"]
         union = instances.pred_masks[instances.scores >= TAU].any(dim=0).numpy()
         assert set(np.unique(mask)) <= {0, 255} and ((mask == 255) == union).all()
         with Image.open(output / "overlays" / f"{name}.jpg") as overlay:
             assert overlay.size == (80, 60)
             assert json.loads(overlay.info["comment"])["tau"] == TAU
         labelme = json.loads((output / "labelme" / f"{name}.json").read_text())
-        assert labelme["predicted_by"]["weights_sha256"] == predictor.about["weights_sha256"]
+        assert labelme["predicted_by"]["weights_sha256"] == predictor.metadata["weights_sha256"]
         original = output / "labelme" / f"{name}.json"
         assert (original.parent / labelme["imagePath"]).resolve().is_relative_to(image_folder)
         drawn = Image.new("1", (80, 60))

@@ -210,7 +210,7 @@ def test_an_uploaded_file_is_shown_by_its_content(predictor, tmp_path, name):
     path = write_dicom(tmp_path / "upload", picture(0), BurnedInAnnotation="YES")
     public = public_name(path)
     finding = find(predictor, path, name)
-    assert (finding.name, finding.picture, finding.frame) == (public, None, None)
+    assert (finding.name, finding.jpeg, finding.png) == (public, None, None)
 
 
 def jpeg(path):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from imrcnn_d2.deploy.runtimes import TorchRuntime
 from imrcnn_d2.deploy.runtimes.graph import DetectorGraph
-from imrcnn_d2.deploy.runtimes.runtime import TorchRuntime
 from imrcnn_d2.engine import load_config
 
 from .conftest import OPTS, picture

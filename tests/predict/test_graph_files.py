@@ -13,23 +13,21 @@ from PIL import Image
 from imrcnn_d2.cli import export
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.loading import load_model
-from imrcnn_d2.deploy.runtimes.graph_files import (
-    ABOUT,
-    ARTIFACT_VERSION,
-    FORMATS,
-    GRAPH_FORMATS,
-    OPENVINO_PARTS,
-    PRECISIONS,
-    GraphRuntime,
-    describe,
-    open_graph,
-    write_graph,
+from imrcnn_d2.deploy.runtimes import (
+    EXPORT_VERSION,
+    EXPORTS,
+    OnnxRuntime,
+    OpenVINORuntime,
+    export_metadata,
 )
+from imrcnn_d2.deploy.runtimes.graph import METADATA_KEY
+from imrcnn_d2.deploy.runtimes.openvino import OPENVINO_PARTS
 from imrcnn_d2.utils.files import BadInputError
 from imrcnn_d2.utils.safe_loading import UnsafeFileError, load_torch_file
 
 from .conftest import TAU, picture
 
+GRAPHS = ("onnx", "openvino")
 SIZES = ((60, 80), (64, 64), (90, 64))
 
 
@@ -42,16 +40,16 @@ def loaded(tiny_run):
 def files(loaded, predictor, tmp_path_factory):
     """A file of each format in fp32."""
     folder = tmp_path_factory.mktemp("graphs")
-    for form in FORMATS:
+    for form in GRAPHS:
         example = predictor.prepare(picture(0))
-        write_graph(loaded, folder / f"model.{form}", form, example=example)
+        EXPORTS[form].export(loaded, folder / f"model.{form}", example=example)
     return folder
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", GRAPHS)
 def test_it_predicts_what_pytorch_does(files, predictor, form):
     other = Predictor(None, files / f"model.{form}")
-    assert other.about == {**predictor.about, "runtime": GRAPH_FORMATS[form]}
+    assert other.metadata == {**predictor.metadata, "runtime": EXPORTS[form].name}
     assert (other.tau, other.classes) == (TAU, ["polyp"])
     for height, width in SIZES:
         images = [picture(seed, height, width) for seed in range(3)]
@@ -69,7 +67,7 @@ def test_it_predicts_what_pytorch_does(files, predictor, form):
 
 def test_bf16(loaded, predictor, tmp_path):
     path, example = tmp_path / "model.openvino", predictor.prepare(picture(0))
-    write_graph(loaded, path, "openvino", example=example, precision="bf16")
+    OpenVINORuntime.export(loaded, path, example=example, precision="bf16")
     one, two = (each(picture(9)) for each in (predictor, Predictor(None, path)))
     assert abs(one.scores[0] - two.scores[0]) < 0.05  # fp32, where the processor has no bf16
 
@@ -77,8 +75,8 @@ def test_bf16(loaded, predictor, tmp_path):
 def test_int8(loaded, predictor, tmp_path):
     calibration = [predictor.prepare(picture(seed)) for seed in range(4)]
     path = tmp_path / "model.openvino"
-    write_graph(
-        loaded, path, "openvino", example=calibration[0], precision="int8", calibration=calibration
+    OpenVINORuntime.export(
+        loaded, path, example=calibration[0], precision="int8", calibration=calibration
     )
     with zipfile.ZipFile(path) as archive:
         graph = ElementTree.fromstring(archive.read(OPENVINO_PARTS[0]))
@@ -125,14 +123,13 @@ def test_an_export_is_not_exported(files, tmp_path, capsys):
 def test_what_cannot_be_had_is_said(loaded, predictor, tmp_path):
     example = predictor.prepare(picture(0))
     with pytest.raises(ValueError, match="no bf16 of onnx; choose of fp32"):
-        write_graph(loaded, tmp_path / "m.onnx", "onnx", example=example, precision="bf16")
+        OnnxRuntime.export(loaded, tmp_path / "m.onnx", example=example, precision="bf16")
     with pytest.raises(ValueError, match="int8 needs images of the training set"):
-        write_graph(loaded, tmp_path / "m.openvino", "openvino", example=example, precision="int8")
+        OpenVINORuntime.export(loaded, tmp_path / "m.openvino", example=example, precision="int8")
     assert not list(tmp_path.iterdir())
-    assert set(PRECISIONS) == set(FORMATS) == set(GRAPH_FORMATS)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", GRAPHS)
 def test_damaged_files_are_named(files, tmp_path, form):
     path = tmp_path / f"damaged.{form}"
     content = (files / f"model.{form}").read_bytes()
@@ -145,8 +142,8 @@ def test_damaged_files_are_named(files, tmp_path, form):
 def test_files_of_others_and_of_later_versions_are_refused(files, tmp_path):
     model = onnx.load(files / "model.onnx")
     about = json.loads(model.metadata_props[0].value)
-    about["artifact"] = ARTIFACT_VERSION + 1
-    onnx.helper.set_model_props(model, {ABOUT: json.dumps(about)})
+    about["artifact"] = EXPORT_VERSION + 1
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(about)})
     onnx.save(model, tmp_path / "later.onnx")
     with pytest.raises(ValueError, match="later.onnx was written by a later version"):
         Predictor(None, tmp_path / "later.onnx")
@@ -164,7 +161,7 @@ def test_config_and_runtime_are_the_file_s(files, tiny_run):
 
 
 def test_where_it_was_trained_is_nobody_s_business(files, tiny_run):
-    for form in FORMATS:
+    for form in GRAPHS:
         path = files / f"model.{form}"
         content = path.read_bytes()
         if zipfile.is_zipfile(path):
@@ -195,7 +192,7 @@ class Evil(torch.nn.Module):
 
 def test_programs_are_not_loaded(tmp_path):
     path = tmp_path / "evil.torchscript"
-    torch.jit.save(torch.jit.script(Evil(str(tmp_path / "made"))), path, {ABOUT: "{}"})
+    torch.jit.save(torch.jit.script(Evil(str(tmp_path / "made"))), path, {METADATA_KEY: "{}"})
     with pytest.raises(UnsafeFileError, match=r"evil.torchscript .*tools/export.py"):
         Predictor(None, path)
     with pytest.raises(ValueError, match="evil.pth "):
@@ -219,7 +216,7 @@ def small_onnx(*, nodes=(), weights=(), sparse=(), about="{}", **options):
     domains = [onnx.helper.make_opsetid(domain, 1) for domain in ("com.microsoft", "evil")]
     domains.append(onnx.helper.make_opsetid("", 17))
     model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=8, **options)
-    onnx.helper.set_model_props(model, {ABOUT: about})
+    onnx.helper.set_model_props(model, {METADATA_KEY: about})
     return model.SerializeToString()
 
 
@@ -270,19 +267,19 @@ def test_an_onnx_file_is_all_in_one_and_of_onnx_s_operators(tmp_path, monkeypatc
     (tmp_path / "secret.bin").write_bytes(np.ones(4, np.float32).tobytes())
     (tmp_path / "a.onnx").write_bytes(ONNX[what]())
     with pytest.raises(UnsafeFileError, match=f"a.onnx was refused: .*{what}"):
-        open_graph(tmp_path / "a.onnx")
+        OnnxRuntime.load(tmp_path / "a.onnx")
     with zipfile.ZipFile(tmp_path / "a.openvino", "w") as archive:  # OpenVINO reads ONNX too
         archive.writestr(OPENVINO_PARTS[0], ONNX[what]())
         archive.writestr(OPENVINO_PARTS[1], b"")
-        archive.writestr(ABOUT, '{"precision": "fp32"}')
+        archive.writestr(METADATA_KEY, '{"precision": "fp32"}')
     with pytest.raises(UnsafeFileError, match="a.openvino was refused: its model.xml"):
-        open_graph(tmp_path / "a.openvino")
+        OpenVINORuntime.load(tmp_path / "a.openvino")
 
 
 def test_an_onnx_file_is_not_taken_for_one_of_onnx_runtime_s(tmp_path):
     (tmp_path / "a.onnx").write_bytes(small_onnx(weights=[W], producer_name="ORTM"))
     assert (tmp_path / "a.onnx").read_bytes()[4:8] == b"ORTM"  # how its other format is known
-    assert open_graph(tmp_path / "a.onnx").name == "onnxruntime"
+    assert OnnxRuntime.load(tmp_path / "a.onnx").name == "onnxruntime"
 
 
 def rewritten(path, target, compression=zipfile.ZIP_STORED, **parts):
@@ -293,7 +290,7 @@ def rewritten(path, target, compression=zipfile.ZIP_STORED, **parts):
     return target
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", GRAPHS)
 def test_a_flipped_bit_and_a_compressed_part(files, loaded, tmp_path, form):
     path = tmp_path / f"flipped.{form}"
     content = bytearray((files / f"model.{form}").read_bytes())
@@ -308,7 +305,7 @@ def test_a_flipped_bit_and_a_compressed_part(files, loaded, tmp_path, form):
             Predictor(None, path)
 
 
-ABOUTS = {
+METADATA_VALUES = {
     "operating_point": [{"tau": float("nan"), "rule": "f1", "dataset": None}, [], {"tau": 0.5}],
     "classes": [[], "polyp", [1], ["a", "b"], [{}], ["\x1b[2J"], None],
     "artifact": ["1", None, [1]],
@@ -321,10 +318,12 @@ ABOUTS = {
 
 @pytest.fixture(scope="module")
 def about(loaded):
-    return {**describe(loaded, "fp32"), "format": "onnx"}
+    return {**export_metadata(loaded, "fp32"), "format": "onnx"}
 
 
-@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in ABOUTS.items() for v in values])
+@pytest.mark.parametrize(
+    ("key", "value"), [(k, v) for k, values in METADATA_VALUES.items() for v in values]
+)
 def test_what_a_file_says_about_itself_is_checked(about, tmp_path, key, value):
     path = tmp_path / "a.onnx"
     for changed in ({**about, key: value}, {k: v for k, v in about.items() if k != key}):
@@ -359,6 +358,6 @@ IMAGE, BOXES, ONES = np.zeros(2, np.int64), np.ones((2, 4), np.float32), np.ones
     ],
 )
 def test_what_a_graph_gives_is_checked(outputs):
-    runtime = GraphRuntime("onnxruntime", lambda batch: outputs, {"classes": ["polyp"]})
+    runtime = OnnxRuntime(lambda batch: outputs, {"classes": ["polyp"]})
     with pytest.raises(ValueError, match="The graph"):
         runtime([torch.zeros(3, 8, 8, dtype=torch.uint8)])

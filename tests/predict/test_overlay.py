@@ -5,15 +5,15 @@ import pycocotools.mask as mask_util
 import pytest
 from rectangles import rectangle
 
-from imrcnn_d2.deploy.outputs import OUTLINE, draw_overlay, footer
+from imrcnn_d2.deploy.outputs import CONTOUR, draw_overlay, footer
 
-ABOUT = {"weights_sha256": "0123456789abcdef", "tau": 0.5}
+METADATA = {"weights_sha256": "0123456789abcdef", "tau": 0.5}
 CLASSES = ["polyp", "ulcère"]
 
 
 def yellow(picture):
     """(H, W) bool."""
-    return (abs(picture.astype(int) - OUTLINE) < 60).all(axis=2)
+    return (abs(picture.astype(int) - CONTOUR) < 60).all(axis=2)
 
 
 def test_the_outline_is_on_the_edge_of_the_mask():
@@ -50,7 +50,7 @@ def white(picture):
 def test_the_footer_is_there_whatever_the_size(size):
     image = np.full((*size, 3), 200, np.uint8)
     box = rectangle(1, 0, 0, 1, 1, 2, size=size, score=0.9)
-    picture = draw_overlay(image, [box], CLASSES, footer(ABOUT))
+    picture = draw_overlay(image, [box], CLASSES, footer(METADATA))
     assert picture.shape == image.shape
     if min(size) > 100:
         bottom = picture[-size[0] // 30 :]
@@ -59,7 +59,7 @@ def test_the_footer_is_there_whatever_the_size(size):
 
 
 def test_what_the_footer_says():
-    assert footer(ABOUT) == "Research use only, not for diagnosis · weights 01234567 · τ 0.5"
+    assert footer(METADATA) == "Research use only, not for diagnosis · weights 01234567 · τ 0.5"
 
 
 def test_a_class_is_written_on_the_image():

@@ -122,7 +122,7 @@ def test_errors_are_a_line(case, tmp_path, capsys):
     assert failing(predict, capsys, *ray, "--actors", 0)[0] == 2
     live = [*weights, "--live", "a.mp4"]
     for more in (["--masks"], ["--batch-size", 2]):
-        assert "--live draws live.mp4: no" in failing(predict, capsys, *live, *more)[1]
+        assert "--live writes live.mp4: no" in failing(predict, capsys, *live, *more)[1]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "bad.png").write_bytes(b"")
     assert failing(predict, capsys, *weights, "--input", tmp_path / "only")[0] == 1

@@ -80,11 +80,11 @@ def test_the_order_of_channels_is_the_config_s(predictor, tiny_run):
 
 
 def test_tau_is_that_of_the_weights_unless_given(predictor, tiny_run):
-    assert predictor.tau == predictor.about["tau"] == TAU
+    assert predictor.tau == predictor.metadata["tau"] == TAU
     other = Predictor(None, tiny_run / "model_best.pth", tau=0.25)
-    assert other.tau == other.about["tau"] == 0.25
+    assert other.tau == other.metadata["tau"] == 0.25
     assert predictor.classes == ["polyp"]
-    assert predictor.about["model"] == "IMR-CNN"
+    assert predictor.metadata["model"] == "IMR-CNN"
 
 
 def test_a_device_of_another_machine_is_not_looked_for(tiny_run):

@@ -19,7 +19,7 @@ from PIL import Image
 from imrcnn_d2.cli import predict
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.batch import predict_files
-from imrcnn_d2.deploy.runtimes.agreement import compare_records
+from imrcnn_d2.deploy.runtimes.check import compare_records
 
 from .conftest import TAU, picture
 
@@ -109,13 +109,13 @@ def test_an_actor_is_killed(cluster, predictor, tiny_run, folder, bad_files, tmp
         for key in ("width", "height", "frame", "time"):
             assert row[key] == image.get(key)
         assert set(row["classes"]) == {"polyp"}
-        assert (row["tau"], row["weights_sha256"]) == (TAU, predictor.about["weights_sha256"])
+        assert (row["tau"], row["weights_sha256"]) == (TAU, predictor.metadata["weights_sha256"])
     # How fp32 sums are ordered, so their last digits, depends on batch size, threads and processor
     # (with AMX, scores differed by 1.7e-6). A wrong weight or image changes far more than this.
     sizes = [(image["height"], image["width"]) for image in one["images"]]
-    agreement = compare_records(annotations, detections, sizes, TAU)
-    assert agreement.detections > IMAGES
-    assert not agreement.exceeded(lost=0, unmatched=0, score=1e-4, box=1e-2, mask_iou=0.99)
+    differences = compare_records(annotations, detections, sizes, TAU)
+    assert differences.detections > IMAGES
+    assert not differences.exceeded(lost=0, unmatched=0, score=1e-4, box=1e-2, mask_iou=0.99)
     failed = [(row["file_name"], row["error"]) for row in two if row["error"] is not None]
     assert failed == done.failed
     assert {name for name, _ in failed} == bad_files.keys()
@@ -148,7 +148,7 @@ def test_a_cluster_of_its_own_listens_to_this_machine_alone():
     code = """
 import glob, json, os
 from pathlib import Path
-from imrcnn_d2.deploy import ray_engine
+from imrcnn_d2.deploy import ray as ray_engine
 
 def descendants(process):
     yield process

@@ -12,8 +12,8 @@ from imrcnn_d2.data.mapper import ClassificationMapper
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.loading import load_model
-from imrcnn_d2.deploy.runtimes.agreement import compare_predictors
-from imrcnn_d2.deploy.runtimes.graph_files import FORMATS, write_graph, write_safetensors
+from imrcnn_d2.deploy.runtimes import EXPORTS, TorchRuntime
+from imrcnn_d2.deploy.runtimes.check import compare_predictors
 from imrcnn_d2.engine import load_config
 
 from .conftest import picture
@@ -71,7 +71,7 @@ def test_the_files(classifier, image_folder, tmp_path):
 
 
 def test_there_are_no_masks_and_no_threshold(classifier, weights, image_folder, tmp_path):
-    with pytest.raises(ValueError, match="ImageClassifier outlines nothing|gives no masks"):
+    with pytest.raises(ValueError, match="ImageClassifier"):
         predict_files(classifier, [image_folder], tmp_path, save=["masks"])
     with pytest.raises(ValueError, match="likeliest class"):
         Predictor(None, weights, tau=0.5)
@@ -79,7 +79,7 @@ def test_there_are_no_masks_and_no_threshold(classifier, weights, image_folder, 
 
 def test_an_export_agrees(classifier, weights, image_folder, tmp_path):
     path = tmp_path / "model.safetensors"
-    write_safetensors(load_model(None, weights), path, precision="fp16")
+    TorchRuntime.export(load_model(None, weights), path, precision="fp16")
     other = Predictor(None, path)
     assert other.classes == classifier.classes and other.tau is None
     agreement = compare_predictors(classifier, other, [image_folder / "a.png"])
@@ -88,10 +88,10 @@ def test_an_export_agrees(classifier, weights, image_folder, tmp_path):
     assert bf16.dtype == torch.float32
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_files_of_other_runtimes_agree(classifier, weights, image_folder, tmp_path, form):
     path = tmp_path / f"model.{form}"
-    write_graph(load_model(None, weights), path, form, example=classifier.prepare(picture(0)))
+    EXPORTS[form].export(load_model(None, weights), path, example=classifier.prepare(picture(0)))
     other = Predictor(None, path)
     assert other.classes == classifier.classes and other.tau is None
     images = [picture(seed) for seed in range(3)]

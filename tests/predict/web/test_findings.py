@@ -113,7 +113,7 @@ def test_no_identifier_of_a_patient_is_shown_or_written(predictor, tmp_path):
         find(predictor, burned, "scan.dcm"),
         find(predictor, frames, "KIS-4711.dcm"),
     ]
-    assert findings[1].picture is None and findings[1].annotations
+    assert findings[1].jpeg is None and findings[1].annotations
     assert "holds 2 or more frames" in findings[2].error
     made = [cards_html(findings, predictor, TAU).encode()]
     for kind in DOWNLOADS:
