@@ -41,10 +41,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.output.suffix != f".{args.format}":
         parser.error(f"--output {args.output} must end with .{args.format}")
-    precisions = EXPORTS[args.format].precisions
-    if args.precision not in precisions:
-        known = ", ".join(precisions)
-        parser.error(f"there is no {args.precision} of {args.format}; choose of {known}")
+    try:
+        EXPORTS[args.format].check_precision(args.precision)
+    except ValueError as error:
+        parser.error(str(error))
     if args.calibration and args.precision != "int8":
         parser.error("--calibration is for --precision int8")
     try:
@@ -81,7 +81,7 @@ def argument_parser():
         "(openvino) (fp32)",
     )
     parser.add_argument(
-        "--images", required=True, nargs="+", metavar="PATH", help="what to compare on; 50 at most"
+        "--images", required=True, nargs="+", metavar="PATH", help="to compare on; 50 at most"
     )
     parser.add_argument(
         "--calibration",
@@ -105,9 +105,7 @@ def export(args):
         exported = Predictor(None, path, device="cpu")
         differences, exceeded = runtime.check(original, exported, images, args.precision)
         if not differences.detections:
-            raise ValueError(
-                "Nothing was found on --images: name images with lesions to compare on"
-            )
+            raise ValueError("No detections on --images: name images with lesions to compare on")
         score, box, mask_iou = differences.largest()
         print(
             f"On {differences.images} images, {differences.detections} detections, "

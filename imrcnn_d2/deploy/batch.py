@@ -417,15 +417,12 @@ class Journal:
             file.write(json.dumps(head)[:-1].encode() + b',\n"images": [')
             _write_list(file, (image for image, _ in self.frames()))
             file.write(b'],\n"annotations": [')
-            _write_list(
-                file,
-                (
-                    {"image_id": image["id"], **annotation}
-                    for image, annotations in self.frames()
-                    for annotation in annotations
-                ),
-                numbered=True,
+            annotations = (
+                {"image_id": image["id"], **annotation}
+                for image, annotations in self.frames()
+                for annotation in annotations
             )
+            _write_list(file, annotations)
             file.write(b"]}\n")
 
     def _write_csv(self, file_name, rows):
@@ -439,10 +436,10 @@ class Journal:
                 file.write(lines.encode("utf-8", "backslashreplace"))
 
 
-def _write_list(file, records, numbered=False):
+def _write_list(file, records):
     for number, record in enumerate(records, 1):
-        record = {"id": number, **record} if numbered else record
-        file.write((b",\n" if number > 1 else b"\n") + json.dumps(record).encode())
+        line = json.dumps({"id": number, **record})
+        file.write((b",\n" if number > 1 else b"\n") + line.encode())
 
 
 def _row(image, annotations, metadata, classes):

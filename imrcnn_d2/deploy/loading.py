@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 LONGEST_NAME = 200
 # The weights are those of the whole model, wherever its training started from. The device is
-# replaced; one that is not there would be refused.
+# replaced later; a missing one would be refused.
 _OVERRIDES = ["MODEL.WEIGHTS", "", "MODEL.TIMM.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
-# What a config may ask of a prediction: memory and time that the size of its weights does not show.
+# Limits of keys that cost memory and time which the size of the weights does not show.
 _MOST = {
     "INPUT.MAX_SIZE_TEST": 10_000,
     "INPUT.MIN_SIZE_TEST": 3_000,

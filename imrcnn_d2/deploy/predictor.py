@@ -1,7 +1,6 @@
 """Images in, lesions out."""
 
 import importlib.metadata
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from imrcnn_d2.engine.config import is_classifier
 from imrcnn_d2.engine.run_record import config_sha256
 
 __all__ = ["FrameViews", "Predictor", "in_whole_frame"]
-
-logger = logging.getLogger(__name__)
 
 
 FIRST_FRAMES = 10

@@ -307,11 +307,9 @@ def _predict(left, worker_arguments, actors) -> int:
     """Returns the number of images predicted; ``left`` keeps the lost inputs, by name."""
     images = 0
     with _cluster(), tqdm(desc="Predicting", unit="input", total=len(left)) as bar:
-        for attempt in range(2):
-            # Inputs that were lost together with others are tried alone.
-            shards = (
-                _shards(left.values(), actors) if attempt == 0 else [[s] for s in left.values()]
-            )
+        for alone in (False, True):  # inputs that were lost together with others are tried alone
+            sources = list(left.values())
+            shards = [[source] for source in sources] if alone else _shards(sources, actors)
             for done in _results(shards, worker_arguments, actors):
                 for name in done["inputs"]:
                     del left[name]

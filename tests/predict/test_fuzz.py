@@ -23,7 +23,7 @@ from imrcnn_d2.deploy.runtimes.openvino import OPENVINO_PARTS
 from imrcnn_d2.evaluation.detection.results import OperatingPoint
 from imrcnn_d2.utils.safe_loading import load_checkpoint_file
 
-from .test_graph_files import W, small_onnx
+from .test_runtimes import W, small_onnx
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
 some_hundred = settings(

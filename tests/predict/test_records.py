@@ -8,11 +8,11 @@ from rectangles import rectangle
 from imrcnn_d2.deploy.inputs import Frame
 from imrcnn_d2.deploy.outputs import above_threshold, frame_record, label_map, records
 
-from .conftest import picture
+from .conftest import random_image
 
 
 def test_records_are_the_instances(predictor):
-    image = picture(0)
+    image = random_image(0)
     instances = predictor(image)
     found = records(predictor, predictor.forward([predictor.prepare(image)])[0], 60, 80)
     assert len(found) == len(instances) > 1

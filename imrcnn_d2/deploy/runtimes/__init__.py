@@ -1,4 +1,4 @@
-"""Runtimes: what runs a model's network, and the files that each of them takes.
+"""Runtimes, which run a model's network, and the files that each of them writes and reads.
 
 `RUNTIMES` maps names to `Runtime` classes; a new runtime is a subclass in its own file and an entry
 here. `EXPORTS` has those that write files, by the file's format, which is its suffix.

@@ -87,6 +87,16 @@ class Runtime(ABC):
         raise ValueError(f"The runtime {cls.name} has no files")
 
     @classmethod
+    def check_precision(cls, precision: str) -> None:
+        """
+        Raises:
+            ValueError: it is none of ``precisions``.
+        """
+        if precision not in cls.precisions:
+            known = ", ".join(cls.precisions)
+            raise ValueError(f"There is no {precision} of {cls.suffix[1:]}; choose of {known}")
+
+    @classmethod
     def load(cls, path: Path) -> Runtime | None:
         """The runtime of an exported file; None if the file holds weights, not the network."""
         return None

@@ -115,9 +115,7 @@ class GraphRuntime(Runtime):
     @classmethod
     def _graph(cls, model, example, precision="fp32", calibration=()) -> bytes:
         """A file without metadata."""
-        if precision not in cls.precisions:
-            known = ", ".join(cls.precisions)
-            raise ValueError(f"There is no {precision} of {cls.suffix[1:]}; choose of {known}")
+        cls.check_precision(precision)
         if precision == "int8" and not len(calibration):
             raise ValueError("int8 needs images of the training set, for the ranges of its values")
         is_classifier = isinstance(model, ImageClassifier)
@@ -134,7 +132,7 @@ class GraphRuntime(Runtime):
     @classmethod
     @abstractmethod
     def _open(cls, content: bytes) -> tuple[Callable, object]:
-        """What runs a file's graph, see `__init__`, and its metadata, None if it has none."""
+        """The function of a file's graph, see `__init__`, and its metadata, None if missing."""
 
     @classmethod
     @abstractmethod
@@ -325,7 +323,7 @@ def _suppress(boxes, scores, groups, threshold, height, width):
     moved apart, which rounds coordinates to some thousandths of a pixel.
     """
     apart = torch.as_tensor(height + width).to(boxes) * groups.to(boxes.dtype)
-    moved = (boxes + apart[:, None]).reshape(-1, 4)  # OpenVINO wants to know that there are four
+    moved = (boxes + apart[:, None]).reshape(-1, 4)  # OpenVINO needs a constant 4
     return nms(moved, scores, threshold)
 
 

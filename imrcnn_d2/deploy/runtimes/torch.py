@@ -56,6 +56,7 @@ class TorchRuntime(Runtime):
         Raises:
             ValueError: a weight is too large for fp16; the error names it.
         """
+        cls.check_precision(precision)
         kernels = {name for name, tensor in loaded.model.named_parameters() if tensor.ndim > 1}
         tensors = {
             name: _rounded(name, tensor, _DTYPES[precision] if name in kernels else tensor.dtype)

@@ -1,4 +1,4 @@
-"""The page: what is on it and what happens when something on it is moved."""
+"""The page: its parts and their events."""
 
 import base64
 import io
@@ -136,7 +136,7 @@ def unique_names(names: list[str]) -> list[str]:
     """Uploaded files' names without folders; of equal ones, the second is "a (2).jpg"."""
     ret, taken = [], Counter()
     for name in names:
-        # Of any system, and without what no file can be named by.
+        # Folders are those of any system; no file name contains a zero byte.
         name = PurePosixPath(name.replace("\\", "/").replace("\0", "")).name
         name = "image" if name in ("", "..") else name
         while name in ret:
@@ -309,7 +309,7 @@ MAX_WAITING = 100  # who have dropped files, and for whom the network has no tim
 MAX_SESSIONS, MAX_KEPT_MB = 200, 1000  # of tabs, which may never close: then the oldest goes
 TITLE = "IMR-CNN"
 DIGITS = 3  # of τ on the slider
-LEAST_SCORE = 0.05  # Detectron2's, of what is found at all
+LEAST_SCORE = 0.05  # Detectron2's, of all detections
 _FOLDER = resources.files("imrcnn_d2.deploy.web") / "templates"
 # Of gr.mount_gradio_app. Fonts are the reader's own: nothing is fetched.
 LOOK = {
@@ -328,7 +328,7 @@ _KINDS = {"masks": "Masks (PNG)", "labelme": "LabelMe", "coco": "COCO"}
 
 
 async def _as_it_is(path):
-    """Gradio's own copies any file of this machine, and fetches a URL; `look` takes neither."""
+    """Gradio's default copies any file of this machine, and fetches URLs; `look` takes neither."""
     return path
 
 
