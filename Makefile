@@ -1,10 +1,11 @@
 ## IMR-CNN on Detectron2. Targets:
 ##
 ##   make install   .venv with torch, Detectron2, this package and its tools
-##   make test      install, then lint and run the test suite
+##   make test      install, lint, then run the fast tests and some slow ones (about 8 minutes)
+##   make test-all  install, lint, then run all tests
 ##   make test-fast install, then run the tests that train nothing and start no browser
 ##   make demo      install, then train, evaluate and report on generated images
-##   make lint      install, then ruff alone
+##   make lint      install, then ruff, the import directions and the banned words
 ##   make docs      install, then write the documentation to site/
 ##   make bundle    fill the folder BUNDLE=DIR with all that OFFLINE=DIR needs elsewhere
 ##   make clean     remove .venv and caches
@@ -44,7 +45,7 @@ ifneq ($(TORCH_BUILD),$(TORCH_THERE))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help install test test-fast demo lint docs bundle clean
+.PHONY: help install test test-all test-fast demo lint docs bundle clean
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -84,6 +85,9 @@ PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reo
 	--durations 15
 
 test: lint
+	$(PYTEST) -m "not slow or story"
+
+test-all: lint
 	$(PYTEST)
 
 test-fast: install
@@ -92,12 +96,14 @@ test-fast: install
 lint: install
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/lint-imports
+	.ci/words
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 demo: install
-	$(VENV)/bin/python tools/demo.py
+	$(VENV)/bin/python -m imrcnn demo
 
 bundle: $(VENV)/constraints.txt
 	@test -n "$(BUNDLE)" || { echo "Which folder? make bundle BUNDLE=DIR" >&2; exit 1; }

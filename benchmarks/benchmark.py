@@ -173,7 +173,7 @@ def inference(args):
     return int(max(f["times as fast"] for f in ours.values()) < bound or bool(too_much))
 
 
-def main(argv=None):
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -261,6 +261,11 @@ def main(argv=None):
     command.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
     command.set_defaults(run=inference)
 
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argument_parser()
     args = parser.parse_args(argv)
     return args.run(args)
 

@@ -208,7 +208,7 @@ def collect(folder, torch, package, constraint, weights):
     print(f"{folder}: {len(names)} files, {size / 1e9:.2f} GB; {SUMS} has {sha256(folder / SUMS)}")
 
 
-def main():
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -223,7 +223,12 @@ def main():
     )
     command = commands.add_parser("check", help="is this a whole bundle for this Python?")
     command.add_argument("folder", metavar="DIR", type=Path)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser()
+    arguments = parser.parse_args(argv)
     if arguments.command == "check":
         check(arguments.folder)
         return

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-from imrcnn_d2.cli.train_lazy import main
-from imrcnn_d2.engine import launch_script
+from imrcnn_d2.cli.train import main
 
 if __name__ == "__main__":
-    launch_script(main)
+    main()

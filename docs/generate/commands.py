@@ -1,129 +1,85 @@
-"""The page of commands, read off their source: nothing is imported."""
+"""The page of commands, made from their argument parsers."""
 
-import ast
+import argparse
+import importlib
+import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 __all__ = ["commands_page"]
 
 INTRODUCTION = """# Commands
 
-Every script says the same with `--help`. In percent are all figures they print but counts, scores
-and thresholds, which lie between 0 and 1.
+`imrcnn COMMAND --help` prints/COMMAND.py` is the same command
+(`tools/train_net.py` for `train`). Metrics are printed in percent, except counts, scores and
+thresholds, which lie between 0 and 1.
 """
-# As a user meets them; what is new comes last.
-ORDER = (
-    "prepare_dataset",
-    "export_annotations",
-    "audit_dataset",
-    "train",
-    "train_lazy",
-    "evaluate",
-    "robustness",
-    "compare",
-    "agreement",
-    "report",
-    "predict",
-    "demo_app",
-    "export",
-    "cross_validate",
-    "annotation_suspects",
-    "demo",
-    "benchmark",
-    "install_detectron2",
-    "bundle",
-)
+# Scripts of a checkout, in benchmarks/ and packaging/.
+SCRIPTS = {"benchmark": "benchmarks/benchmark.py", "bundle": "packaging/bundle.py"}
 
 
-def commands_page(*folders):
-    """
-    Args:
-        folders (Path): of the scripts.
+def commands_page(root: Path) -> str:
+    """The page, in Markdown: the commands in the order of `imrcnn --help`, then the scripts."""
+    sys.path += [str(root), *(str((root / path).parent) for path in SCRIPTS.values())]
+    commands = importlib.import_module("imrcnn").COMMANDS
+    sections = [
+        _section(
+            f"imrcnn {name}", importlib.import_module(f"imrcnn_d2.cli.{name.replace('-', '_')}")
+        )
+        for name in commands
+    ]
+    sections += [_section(path, importlib.import_module(name)) for name, path in SCRIPTS.items()]
+    return "\n".join([INTRODUCTION, *sections])
 
-    Returns:
-        str: the page, in Markdown. Files without a ``main`` are left out.
-    """
-    paths = [path for folder in folders for path in Path(folder).glob("*.py")]
-    scripts = {path.stem: path.read_text(encoding="utf-8") for path in paths}
-    scripts = {name: text for name, text in scripts.items() if "\ndef main(" in text}
-    names = sorted(scripts, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
-    return "\n".join([INTRODUCTION, *(_section(name, scripts[name]) for name in names)])
 
-
-def _section(name, source):
-    tree = ast.parse(source)
-    first, *rest = ast.get_docstring(tree).split("\n\n")
-    parts = [f"## {name}.py\n", _text(first)]
-    for paragraph in rest:
-        literal = paragraph.startswith(("    ", "python ", "tools/"))
+def _section(title: str, module: ModuleType) -> str:
+    parts = [f"## {title}\n"]
+    for paragraph in module.__doc__.strip().split("\n\n"):
+        literal = paragraph.startswith("    ")
         parts.append(f"```\n{textwrap.dedent(paragraph)}\n```" if literal else _text(paragraph))
-    for heading, arguments in _groups(tree).items():
-        parts += [heading, "\n".join(arguments)] if heading else ["\n".join(arguments)]
+    if hasattr(module, "argument_parser"):
+        parts += _options(module.argument_parser())
     return "\n\n".join(parts) + "\n"
 
 
-def _groups(tree):
-    """{heading: definitions of the arguments below it}; subcommands have a heading each."""
-    subcommands, sharing, groups, part_of = {}, {}, {}, {}
-    nodes = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
-    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
-        if isinstance(node, ast.Assign) and _calls(node.value, "add_parser"):
-            options = _options(node.value)
-            name = ast.literal_eval(node.value.args[0])
-            heading = f"**{name}**: {ast.literal_eval(options['help'])}"
-            subcommands[node.targets[0].id] = heading
-            for parent in options["parents"].elts if "parents" in options else ():
-                sharing.setdefault(parent.id, []).append(f"**{name}**")
-        elif isinstance(node, ast.Assign) and _calls(node.value, "add_mutually_exclusive_group"):
-            part_of[node.targets[0].id] = ast.unparse(node.value.func.value)
-        elif _calls(node, "add_argument"):
-            parser = ast.unparse(node.func.value)
-            parser = part_of.get(parser, parser)
-            heading = subcommands.get(parser, parser)
-            groups.setdefault(heading, []).append(_argument(node))
-    return {
-        heading if heading.startswith("**") else ", ".join(sharing.get(heading, ())): arguments
-        for heading, arguments in groups.items()
-    }
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """Definitions of the options; those that all subcommands share, then each one's others."""
+    parts = ["\n".join(_definitions(parser))]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            texts = {choice.dest: choice.help for choice in action._choices_actions}
+            lists = {name: _definitions(choice) for name, choice in action.choices.items()}
+            shared = [
+                one for one in next(iter(lists.values())) if all(one in x for x in lists.values())
+            ]
+            for name, definitions in lists.items():
+                others = [one for one in definitions if one not in shared]
+                parts += [f"**{name}**: {texts[name]}", "\n".join(others)]
+            parts += ["**All of these**:", "\n".join(shared)] if shared else []
+    return [part for part in parts if part]
 
 
-def _calls(node, method):
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == method
-    )
+def _definitions(parser: argparse.ArgumentParser) -> list[str]:
+    return [
+        _definition(action, parser._get_formatter())
+        for action in parser._actions
+        if not isinstance(action, (argparse._HelpAction, argparse._SubParsersAction))
+    ]
 
 
-def _options(call):
-    return {keyword.arg: keyword.value for keyword in call.keywords}
-
-
-def _text(paragraph):
-    return " ".join(line.strip() for line in paragraph.splitlines())
-
-
-def _argument(node):
-    """A definition of one argument, with its help text."""
-    options = _options(node)
-    flags = ", ".join(ast.literal_eval(flag) for flag in node.args)
+def _definition(action: argparse.Action, formatter: argparse.HelpFormatter) -> str:
+    flags = ", ".join(action.option_strings) or action.dest
     values = ""
-    if "choices" in options:
-        try:
-            values = " {" + ",".join(map(str, ast.literal_eval(options["choices"]))) + "}"
-        except ValueError:  # a name of something in the package
-            values = ""
-    elif "metavar" in options:
-        names = ast.literal_eval(options["metavar"])
+    if action.choices:
+        values = " {" + ",".join(map(str, action.choices)) + "}"
+    elif action.metavar:
+        names = action.metavar
         values = " " + (names if isinstance(names, str) else " ".join(names))
-    try:
-        text = ast.literal_eval(options["help"]) if "help" in options else ""
-    except ValueError:  # an f-string
-        text = "".join(
-            part.value if isinstance(part, ast.Constant) else f"`{ast.unparse(part.value)}`"
-            for part in options["help"].values
-        )
-    if "default" in options and "%(default)s" in text:
-        text = text.replace("%(default)s", ast.unparse(options["default"]))
-    required = " *(required)*" if "required" in options else ""
-    return f"`{flags}{values}`{required}\n:   {text or '—'}\n"
+    required = " *(required)*" if action.required and action.option_strings else ""
+    text = _text(formatter._expand_help(action)) if action.help else "—"
+    return f"`{flags}{values}`{required}\n:   {text}\n"
+
+
+def _text(paragraph: str) -> str:
+    return " ".join(line.strip() for line in paragraph.splitlines())

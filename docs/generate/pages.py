@@ -42,9 +42,7 @@ def on_files(files, config):
         files.append(File.generated(config, page, content=relink(text, source, page)))
     generated = {
         "reference/config.md": config_page((ROOT / "imrcnn_d2" / "config.py").read_text()),
-        "reference/commands.md": commands_page(
-            ROOT / "imrcnn_d2/cli", ROOT / "benchmarks", ROOT / "packaging"
-        ),
+        "reference/commands.md": commands_page(ROOT),
         **{f"reference/{name}.md": package_page(name) for name in PACKAGES},
     }
     for page, text in generated.items():

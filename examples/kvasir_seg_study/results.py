@@ -20,12 +20,16 @@ from leakage import drawn, figure, kvasir
 
 from imrcnn_d2.evaluation.robustness import ROBUSTNESS
 from imrcnn_d2.evaluation.statistics import Bootstrap
-from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.comparison.pages import median_runs
-from imrcnn_d2.report.comparison.tables import table_3, table_4, table_5, table_of_tests
-from imrcnn_d2.report.html.tables import NOT_PERCENT
-from imrcnn_d2.report.plots.curves import plot_pr_panels
-from imrcnn_d2.report.robustness import plot_robustness
+from imrcnn_d2.report.comparison import compare, gather
+from imrcnn_d2.report.comparison.tables import (
+    median_runs,
+    table_3,
+    table_4,
+    table_5,
+    table_of_tests,
+)
+from imrcnn_d2.report.names import NOT_PERCENT
+from imrcnn_d2.report.plots import plot_pr_panels, plot_robustness
 from imrcnn_d2.report.runs import load_run
 from imrcnn_d2.report.tables import format_value, markdown_table
 from imrcnn_d2.utils.files import write_atomically

@@ -1,34 +1,36 @@
 """How far annotators agree: two or more COCO files of the same images, and a model as one more.
 
-    tools/agreement.py --annotations anna.json ben.json --images DIR --output agreement/
-    tools/agreement.py --annotations anna.json ben.json eva.json --dt predictions.json --output ...
+    imrcnn agreement --annotations anna.json ben.json --images DIR --output agreement/
+    imrcnn agreement --annotations anna.json ben.json eva.json --dt predictions.json --output ...
 
-prints, for every two, F1 of lesions, IoU and Dice of the lesions that both outlined and of all that
-each outlined in an image, and Cohen's kappa of images with a lesion against those without; with
-three or more Fleiss' kappa; all with 95 % intervals, in percent but for kappa. Writes
-agreement.json, agreement.csv, per_image.csv, missing.csv (images that not all files have), a
-picture of the matrix and, with --images, a contact sheet of the images that differ most. Images are
-the same if their file_name is.
+prints for every pair F1 of lesions, IoU and Dice of the lesions that both annotated and of all that
+each annotated in an image, and Cohen's kappa of images with a lesion against those without; with
+three or more annotators Fleiss' kappa; all with 95 % intervals, in percent but for kappa. Writes
+agreement.json, agreement.csv, per_image.csv, missing.csv (images that not all files have), a plot
+of the matrix and, with --images, a contact sheet of the images that differ most. Images are the
+same if their file_name is.
 """
 
 import argparse
 from pathlib import Path
 
-from imrcnn_d2.evaluation import Bootstrap
-from imrcnn_d2.evaluation.annotator_agreement import (
-    agreement,
-    read_annotator,
-    read_model,
-    write_agreement,
-)
-from imrcnn_d2.report.agreement import agreement_table, plot_agreement, plot_disagreements
+from imrcnn_d2.cli import new_parser, one_line_errors
 from imrcnn_d2.utils.files import file_sha256, for_terminal
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
-    try:
+    from imrcnn_d2.evaluation import Bootstrap
+    from imrcnn_d2.evaluation.annotator_agreement import (
+        agreement,
+        read_annotator,
+        read_model,
+        write_agreement,
+    )
+    from imrcnn_d2.report.agreement import agreement_table, plot_agreement, plot_disagreements
+
+    with one_line_errors(parser):
         names = args.names or unique_names(args.annotations)
         if len(names) != len(args.annotations):
             raise ValueError(f"{len(args.annotations)} files, but {len(names)} --names.")
@@ -39,37 +41,40 @@ def main(argv=None):
         if args.dt is not None:
             model = read_model(args.model_name, args.dt, args.tau, annotators[0])
         bootstrap = Bootstrap(args.resamples, args.seed) if args.resamples else None
-        found = agreement(annotators, model, iou_threshold=args.iou, bootstrap=bootstrap)
+        result = agreement(annotators, model, iou_threshold=args.iou, bootstrap=bootstrap)
         files = [*args.annotations, *([args.dt] if args.dt else [])]
         meta = {
             "files": [str(file.absolute()) for file in files],
             "sha256": [file_sha256(file) if file.is_file() else None for file in files],
             "tau": args.tau if args.dt else None,
         }
-        paths = write_agreement(found, args.output, **meta)
+        paths = write_agreement(result, args.output, **meta)
         paths.append(args.output / "agreement.png")
-        plot_agreement(found, paths[-1])
+        plot_agreement(result, paths[-1])
         if args.images:
             sheet = args.output / "disagreements.png"
-            if plot_disagreements(found, args.images, sheet) is not None:
+            if plot_disagreements(result, args.images, sheet) is not None:
                 paths.append(sheet)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
-    report(found)
+    print(f"{len(result.images)} images")
+    for note in result.notes:
+        print(for_terminal(note))
+    if result.missing:
+        print(f"{len(result.missing)} images left out, since not all files have them:")
+        for file, names in result.missing.items():
+            print(for_terminal(f"  {file}: not in {', '.join(names)}"))
+    print(f"\n{agreement_table(result)}\n")
     print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
 
 
-def argument_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--annotations",
         nargs="+",
         required=True,
         type=Path,
         metavar="FILE",
-        help="COCO instance annotations, a file for each annotator",
+        help="COCO instance annotations, one file per annotator",
     )
     parser.add_argument(
         "--names", nargs="+", metavar="NAME", help="of the annotators (default: the files' names)"
@@ -83,7 +88,10 @@ def argument_parser():
     parser.add_argument("--tau", type=float, default=0.7, help="score threshold of --dt (0.7)")
     parser.add_argument("--model-name", default="model", metavar="NAME", help="of --dt (model)")
     parser.add_argument(
-        "--iou", type=float, default=0.5, help="least overlap of outlines of one lesion (0.5)"
+        "--iou",
+        type=float,
+        default=0.5,
+        help="least overlap of two annotations of one lesion (0.5)",
     )
     parser.add_argument(
         "--resamples", type=int, default=2000, help="of the bootstrap (2000); 0: no intervals"
@@ -101,15 +109,3 @@ def unique_names(files):
     stems = [file.stem for file in files]
     same = len(set(stems)) < len(stems)
     return [str(file.with_suffix("")) for file in files] if same else stems
-
-
-def report(found):
-    """Print the figures and what was left out."""
-    print(f"{len(found.images)} images")
-    for note in found.notes:
-        print(for_terminal(note))
-    if found.missing:
-        print(f"{len(found.missing)} images left out, since not all files have them:")
-        for file, names in found.missing.items():
-            print(for_terminal(f"  {file}: not in {', '.join(names)}"))
-    print(f"\n{agreement_table(found)}\n")

@@ -1,8 +1,8 @@
-"""Rank the outlines of a data set by how much models that never saw them disagree.
+"""Rank a data set's annotations by how much models that never saw them disagree.
 
-    tools/annotation_suspects.py --runs output/cross_validation --output suspects/
+    imrcnn annotation-suspects --runs output/cross_validation --output suspects/
 
-reads the runs of a cross-validation (tools/cross_validate.py), several models and seeds together,
+reads the runs of a cross-validation (imrcnn cross-validate), several models and seeds together,
 and compares each one's predictions for its test fold with the outlines: confident detections where
 nothing is outlined, outlines that no model finds, and outlines that fit badly. Writes suspects.csv
 with all of them, the most suspect first; and of the first images suspects.json (findings as an
@@ -13,35 +13,33 @@ can be wrong as well: this is a list to look at, not one to correct by.
 import argparse
 from pathlib import Path
 
-from tabulate import tabulate
-
-from imrcnn_d2.report.label_errors import COLUMNS, gather_label_errors, write_label_errors
+from imrcnn_d2.cli import new_parser, one_line_errors
 from imrcnn_d2.utils.files import for_terminal
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
     if args.number < 1:
         parser.error("--number is at least 1")
-    try:
+    from tabulate import tabulate
+
+    from imrcnn_d2.report.label_errors import COLUMNS, gather_label_errors, write_label_errors
+
+    with one_line_errors(parser):
         cases, runs = gather_label_errors(args.runs)
         paths = write_label_errors(cases, runs, args.output, number=args.number)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     rows = [{"rank": rank, **case.row} for rank, case in enumerate(cases[: args.number], 1)]
     print(
         for_terminal(tabulate([[row[name] for name in COLUMNS] for row in rows], headers=COLUMNS))
     )
-    print(f"\n{len(runs)} runs, {len(cases)} outlines and detections compared")
+    print(f"\n{len(runs)} runs, {len(cases)} annotations and detections compared")
     named = ", ".join(path.name for path in paths[:3])
     print(f"Written to {args.output}: {named}, labelme/ ({len(paths) - 3} files)")
 
 
-def argument_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--runs",
         required=True,

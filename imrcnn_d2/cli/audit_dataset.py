@@ -1,8 +1,8 @@
-"""Audits a data set: bad files, wrong outlines, duplicates, leakage between the splits.
+"""Audit a data set: bad files, wrong annotations, duplicates, leakage between the splits.
 
-python tools/audit_dataset.py --dataset kvasir_seg --output audit/kvasir_seg
-python tools/audit_dataset.py --annotations train.json test.json --images DIR --output audit/own
-python tools/audit_dataset.py --dataset egc --output audit/egc --fix-splits fixed/egc
+    imrcnn audit-dataset --dataset kvasir_seg --output audit/kvasir_seg
+    imrcnn audit-dataset --annotations train.json test.json --images DIR --output audit/own
+    imrcnn audit-dataset --dataset egc --output audit/egc --fix-splits fixed/egc
 
 Writes audit.json, findings.csv, images.csv, twins.csv and audit.html, a page with thumbnails.
 Nothing in the data set is changed. Needs pip install -e '.[audit]', and '.[lite]' for
@@ -15,21 +15,16 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from imrcnn_d2.cli import new_parser
 from imrcnn_d2.data.audit.audit import Audit, audit, check_can_fix, write_fixed_splits
 from imrcnn_d2.data.audit.checks import groups
 from imrcnn_d2.data.audit.findings import KINDS, find_prepared, read_entries
-from imrcnn_d2.data.audit.validity import validity_findings
 from imrcnn_d2.data.prepare.splits import SPLITS
-from imrcnn_d2.engine.embedding import WEIGHTS, embed_images
-from imrcnn_d2.engine.train_step import keep_freed_memory
-from imrcnn_d2.report.audit import write_audit
 from imrcnn_d2.utils.files import BadInputError, for_terminal
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--dataset",
         metavar="NAME",
@@ -65,7 +60,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = get_parser()
+    parser = argument_parser()
     args = parser.parse_args(argv)
     if (args.dataset is None) == (args.annotations is None):
         parser.error("give either --dataset or --annotations with --images")
@@ -81,6 +76,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from imrcnn_d2.engine.train_step import keep_freed_memory
+    from imrcnn_d2.report.audit import write_audit
+
     keep_freed_memory()
     if args.dataset is not None:
         prepared = find_prepared(args.dataset)
@@ -102,6 +100,8 @@ def run(args: argparse.Namespace) -> None:
     if note:
         found.notes.append(note)
     if args.validity:
+        from imrcnn_d2.data.audit.validity import validity_findings
+
         found.add(validity_findings(found), "validity")
     page = write_audit(found, args.output)
     _print_counts(found)
@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _embedding():
     """The function that embeds images, else None and why there is none."""
+    from imrcnn_d2.engine.embedding import WEIGHTS, embed_images
+
     if find_spec(WEIGHTS.replace("-", "_")) is None:
         return None, (
             "Near-duplicates were looked for by perceptual hash alone, which finds copies but few "
@@ -150,6 +152,6 @@ def _fix_splits(found: Audit, prepared: Path, out: Path, follow_links: bool) -> 
         print(for_terminal(f"{move.name}: {move.source} -> {move.target}"))
     print(
         f"{out}: written, {len(moves)} images moved. Runs on the old split are void: their test "
-        "figures count images whose like was trained on, and the new test set has images that they "
-        "were trained on. Train and evaluate again on the new one."
+        "images have near-duplicates among their training images, and the new test set has images "
+        "that they were trained on. Train and evaluate again on the new one."
     )

@@ -1,7 +1,7 @@
 """Compare models: the paper's Tables 3, 4 and 5 and its Figure 4 for your own runs; classifiers.
 
-    tools/compare.py output/mrcnn output/ibmrcnn output/imrcnn --output comparison/
-    tools/compare.py "MR-CNN=old/mrcnn" "IMR-CNN=old/imrcnn" --baseline MR-CNN --output comparison/
+    imrcnn compare output/mrcnn output/ibmrcnn output/imrcnn --output comparison/
+    imrcnn compare "MR-CNN=old/mrcnn" "IMR-CNN=old/imrcnn" --baseline MR-CNN --output comparison/
 
 A run is the OUTPUT_DIR of a training or the folder of an evaluation; NAME=RUN names its model. Runs
 of one model that differ by seed, and folds of a cross-validation, are grouped. comparison.md holds
@@ -11,22 +11,17 @@ everything; each table is there as Markdown, CSV and LaTeX too, the figure as PN
 import argparse
 from pathlib import Path
 
-from imrcnn_d2.evaluation.statistics import Bootstrap
-from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.comparison.pages import write_classification_comparison, write_comparison
-from imrcnn_d2.report.runs import load_run
+from imrcnn_d2.cli import new_parser, one_line_errors
 from imrcnn_d2.utils.files import for_terminal
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, or NAME=FOLDER")
     parser.add_argument("--output", required=True, type=Path, help="folder for the files")
     parser.add_argument(
         "--primary",
-        metavar="GROUP/FIGURE",
+        metavar="GROUP/METRIC",
         help="the one endpoint whose p-values are not adjusted (segm/AP50_voc; of classifiers "
         "recognition/balanced_accuracy)",
     )
@@ -37,16 +32,20 @@ def main(argv=None):
     parser.add_argument(
         "--ci-all", action="store_true", help="intervals and tests of COCO's AP too, which is slow"
     )
-    args = parser.parse_args(argv)
+    return parser
 
-    try:
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    from imrcnn_d2.evaluation.statistics import Bootstrap
+    from imrcnn_d2.report.comparison import compare, gather, write_comparison
+    from imrcnn_d2.report.runs import load_run
+
+    with one_line_errors(parser):
         runs = [load_run(path, dataset=args.dataset) for path in args.runs]
         bootstrap = Bootstrap(args.resamples, args.seed, args.ci_all)
         comparison = compare(gather(runs), bootstrap, primary=args.primary, baseline=args.baseline)
-        recognised = comparison.task == "recognition"
-        write = write_classification_comparison if recognised else write_comparison
-        page, *files = write(comparison, args.output)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
+        page, *files = write_comparison(comparison, args.output)
     print(for_terminal(page.read_text(encoding="utf-8")))
     print(f"Written: {', '.join(str(path) for path in (page, *files))}")

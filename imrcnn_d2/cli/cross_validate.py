@@ -1,10 +1,9 @@
-"""
-Cross-validation: every model x data set x seed x fold is trained and evaluated, by Hydra.
+"""Cross-validation: every model x data set x seed x fold is trained and evaluated, by Hydra.
 
-    python tools/cross_validate.py model=mrcnn_lite,imrcnn_lite dataset=kvasir_seg folds=5 seed=0,1
+    imrcnn cross-validate model=mrcnn_lite,imrcnn_lite dataset=kvasir_seg folds=5 seed=0,1
 
 configs/cross_validation/sweep.yaml has all options, such as hydra/launcher=submitit_slurm. The
-folds are made once, beside the prepared data set, and are the same for all models. A run that
+folds are made once, next to the prepared data set, and are the same for all models. A run that
 breaks is named and the others go on; the same command again resumes what was interrupted and leaves
 alone what is finished. On SIGTERM or Ctrl-C the training that runs is saved, and the exit code is
 75. Ends with a table and the command that compares the models.
@@ -19,39 +18,42 @@ from collections import Counter
 import hydra
 
 from imrcnn_d2.data.images import check_no_way_out
-from imrcnn_d2.engine import cross_validation
-from imrcnn_d2.engine.cross_validation import FoldRun, describe_runs, prepare_folds
-from imrcnn_d2.engine.hooks import Interrupted, interruptible
 
 WAIT_SECONDS = 5
 
 
 def application(task):
     """A task as a Hydra application that takes its overrides from the command line."""
-    folder = str(cross_validation.ROOT / "configs" / "cross_validation")
+    from imrcnn_d2.engine.cross_validation import ROOT
+
+    folder = str(ROOT / "configs" / "cross_validation")
     return hydra.main(version_base="1.3", config_path=folder, config_name="sweep")(task)
 
 
 def train(cfg):
+    from imrcnn_d2.engine.cross_validation import FoldRun
+
     FoldRun.from_config(cfg).train()
 
 
 def planned_runs():
-    """The runs that the command line stands for: Hydra's own sweep, with a task that notes them."""
+    """The runs of the command line: Hydra's own sweep, with a task that collects the configs."""
+    from imrcnn_d2.engine.cross_validation import FoldRun
+
     configs = []
 
-    def note(cfg):
+    def collect(cfg):
         configs.append(cfg)
 
-    own = [a for a in sys.argv if not a.startswith(("hydra.launcher", "hydra/launcher"))]
+    overrides = [a for a in sys.argv if not a.startswith(("hydra.launcher", "hydra/launcher"))]
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
-    everything, sys.argv = sys.argv, own
+    original_argv = sys.argv
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            sys.argv = [*own, *quiet, f"hydra.sweep.dir={scratch}", "hydra/launcher=basic"]
-            application(note)()
+            sys.argv = [*overrides, *quiet, f"hydra.sweep.dir={scratch}", "hydra/launcher=basic"]
+            application(collect)()
     finally:
-        sys.argv = everything
+        sys.argv = original_argv
     runs = [FoldRun.from_config(cfg) for cfg in configs]
     twice = [name for name, n in Counter(run.name for run in runs).items() if n > 1]
     if twice:
@@ -59,14 +61,21 @@ def planned_runs():
     return runs
 
 
-def main():
+def main(argv: list[str] | None = None) -> int | str | None:
+    if argv is not None:
+        sys.argv = [sys.argv[0], *argv]  # where Hydra reads them
     if any(a.startswith("-") and a not in ("-m", "--multirun") for a in sys.argv[1:]):
         return application(train)()  # --help, --cfg job and the like start nothing
+    from imrcnn_d2.engine.hooks import interruptible
+
     with interruptible():
         return cross_validate()
 
 
 def cross_validate():
+    from imrcnn_d2.engine.cross_validation import describe_runs, prepare_folds
+    from imrcnn_d2.engine.hooks import Interrupted
+
     try:
         runs = planned_runs()
         logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,6 +1,7 @@
-"""
-From nothing to a trained and evaluated IMR-CNN with its report, on generated images: the commands
-that a user would give, one after the other. An interrupted demo goes on where it stopped.
+"""From nothing to a trained and evaluated IMR-CNN with its report, on synthetic images.
+
+The demo runs the commands that a user would give, one after the other. An interrupted demo goes on
+where it stopped.
 """
 
 import argparse
@@ -11,30 +12,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+from imrcnn_d2.cli import new_parser
+
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "configs/synthetic/imrcnn_lite_demo.yaml"
+CONFIG = ROOT / "configs" / "synthetic" / "imrcnn_lite_demo.yaml"
 
 
-def run(command, env):
-    """Show a command of this repository and run it."""
-    print(f"\n$ python {shlex.join(command)}", flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, env=env, check=True)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo")
-    output = parser.parse_args().output.resolve()
+def main(argv: list[str] | None = None) -> None:
+    output = argument_parser().parse_args(argv).output.resolve()
     data = output / "datasets" / "synthetic"
-    env = {**os.environ, "IMRCNN_DATASETS": str(data.parent)}
-
-    prepare = ["tools/prepare_dataset.py", "synthetic", "--out", str(data)]
-    run([*prepare, "--num-images", "160", "--size", "256"], env)
-    train = ["tools/train_net.py", "--config-file", CONFIG, "--resume"]
-    run([*train, "OUTPUT_DIR", str(output)], env)
-
     report, card = output / "report.html", output / "model_card.md"
-    run(["tools/report.py", str(output), "--output", str(report), "--card", str(card)], env)
+    commands = (
+        ("prepare-dataset", "synthetic", "--out", data, "--num-images", 160, "--size", 256),
+        ("train", "--config-file", CONFIG, "--resume", "OUTPUT_DIR", output),
+        ("report", output, "--output", report, "--card", card),
+    )
+    for command in (list(map(str, command)) for command in commands):
+        print(f"\n$ imrcnn {shlex.join(command)}", flush=True)
+        subprocess.run(
+            [sys.executable, "-m", "imrcnn", *command],
+            env={**os.environ, "IMRCNN_DATASETS": str(data.parent)},
+            check=True,
+        )
 
     results = output / "inference" / "synthetic_test"
     metrics = json.loads((results / "metrics.json").read_text())
@@ -49,3 +48,11 @@ def main():
     print(output / "model_best.pth")
     print(card)
     print(f"\nThe report, to open in a browser: {report}")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "output" / "demo", help="(%(default)s)"
+    )
+    return parser

@@ -1,7 +1,7 @@
-"""A web page for trying a model: drop images, see contours, move τ, download files.
+"""A web page for trying a model: drop images, see the contours of lesions, move τ, download files.
 
-    tools/demo_app.py
-    tools/demo_app.py --weights output/imrcnn/model_best.pth --port 8080
+    imrcnn demo-app
+    imrcnn demo-app --weights output/imrcnn/model_best.pth --port 8080
 
 Open the address that it prints. It answers this computer alone unless --host says otherwise, asks
 nothing of any other, and keeps no image. Research use only, not for diagnosis.
@@ -14,50 +14,43 @@ import signal
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from imrcnn_d2.cli.predict import predictor_arguments
-from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.engine.train_step import keep_freed_memory
-from imrcnn_d2.utils.files import for_terminal
+from imrcnn_d2.cli import new_parser, one_line_errors, predictor_arguments
 
 MAX_PIXELS = 48_000_000  # of an image; four times as many would take a minute and gigabytes
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
     if not 0 <= args.port < 2**16:
         parser.error("--port is from 0, for a free one, to 65535")
+    from imrcnn_d2.deploy import Predictor
+    from imrcnn_d2.engine.train_step import keep_freed_memory
+
     keep_freed_memory()
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     try:
-        from imrcnn_d2.deploy.web.server import serve
+        with one_line_errors(parser, extra="demo"):
+            from imrcnn_d2.deploy.web.server import serve
 
-        predictor = Predictor(
-            args.config_file, args.weights, runtime=args.runtime, crop_view=args.crop_view
-        )
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # by which `open_image` refuses images
-        # As Ctrl-C does, so that the folder of uploads goes.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        serve(predictor, args.host, args.port)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
-    except ModuleNotFoundError as error:
-        extra = "demo" if error.name in ("gradio", "uvicorn", "fastapi") else "deploy"
-        parser.exit(1, f"{parser.prog}: this needs {error.name}: pip install -e '.[{extra}]'\n")
+        with one_line_errors(parser, extra="deploy"):
+            predictor = Predictor(
+                args.config_file, args.weights, runtime=args.runtime, crop_view=args.crop_view
+            )
+            Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # by which `open_image` refuses images
+            # As Ctrl-C does, so that the folder of uploads is removed.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            serve(predictor, args.host, args.port)
     except KeyboardInterrupt:
         parser.exit(130)
 
 
-def argument_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[predictor_arguments()],
-    )
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__, parents=[predictor_arguments()])
     parser.add_argument(
         "--weights",
         default="demo",
-        help="file, URL, or the name of weights that come along (%(default)s)",
+        help="file, URL, or the name of weights in the package (%(default)s)",
     )
     parser.add_argument(
         "--host",

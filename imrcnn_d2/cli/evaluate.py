@@ -1,14 +1,14 @@
 """Score COCO results, or a folder of masks, against COCO ground truth: no model needed.
 
-    tools/evaluate.py --gt annotations/test.json --dt predictions.json --output scores/
-    tools/evaluate.py --recognition --gt annotations/test.json --dt probabilities.json --output ...
-    tools/evaluate.py --gt test.json --dt test_dt.json --tau-from val.json val_dt.json --output ...
-    tools/evaluate.py --gt test.json --dt test_dt.json --by centre --by size_mm:5,10,20 --output ...
+    imrcnn evaluate --gt annotations/test.json --dt predictions.json --output scores/
+    imrcnn evaluate --recognition --gt annotations/test.json --dt probabilities.json --output ...
+    imrcnn evaluate --gt test.json --dt test_dt.json --tau-from val.json val_dt.json --output ...
+    imrcnn evaluate --gt test.json --dt test_dt.json --by centre --by size_mm:5,10,20 --output ...
 
-prints the figures with their 95 % intervals, in percent but for counts and fp_per_image (n/a is
-undefined), and writes metrics.json, tables (CSV) and pictures (PNG). Masks are PNGs named as their
-images: 0 is background, and what is not is the lesion; with several classes, 1, 2, ... are the
-categories by ascending id. They have no scores, so that figures made of scores are undefined.
+prints the metrics with their 95 % intervals, in percent but for counts and fp_per_image (n/a is
+undefined), and writes metrics.json, tables (CSV) and plots (PNG). Masks are PNGs named as their
+images: 0 is background, all else is the lesion; with several classes, 1, 2, ... are the categories
+by ascending id. They have no scores, so that metrics made of scores are undefined.
 With --recognition, the classes of whole images are scored: --dt is a list of {image_id, scores},
 the probabilities of the classes by ascending category id.
 """
@@ -17,84 +17,81 @@ import argparse
 import json
 from pathlib import Path
 
-from imrcnn_d2.evaluation import Bootstrap, evaluate_classification, evaluate_lesions
-from imrcnn_d2.evaluation.detection.results import choose_operating_point
-from imrcnn_d2.evaluation.output import (
-    CLASSIFICATION_RESULTS,
-    RESULTS,
-    coco_results,
-    log_test_evaluation,
-    sources,
-    write_classification,
-    write_results,
-)
-from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
-from imrcnn_d2.report.plots.draw_all import plot_classification, plot_curves
-from imrcnn_d2.report.plots.images import plot_contact_sheet
-from imrcnn_d2.report.subgroups import groups_table
-from imrcnn_d2.report.tables import metrics_table
-from imrcnn_d2.utils.files import file_sha256, for_terminal, write_atomically
+from imrcnn_d2.cli import new_parser, one_line_errors
+from imrcnn_d2.utils.files import file_sha256, write_atomically
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
-    if args.recognition:
-        try:
-            score_classification(args)
-        except (OSError, ValueError) as error:
-            parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
-        return
-    how = {"iou_threshold": args.iou, "iou_type": args.iou_type}
-    try:
-        bys = [parse_by(text) for text in args.by]
-        known = sources(args.gt, args.dt, args.images)
-        point = operating_point(args, how, known["gt_sha256"]) if args.tau_from else None
-        bootstrap = None
-        if args.resamples:
-            bootstrap = Bootstrap(args.resamples, args.seed, all_coco=args.ci_all)
-        resampled = {"operating_point": point, "bootstrap": bootstrap}
-        results = evaluate_lesions(args.gt, args.dt, tau=args.tau, **resampled, **how)
-        results = with_groups(results, bys, **resampled)
-        detections = coco_results(results.detections, results.ground_truth)
-        write_atomically(args.output / RESULTS, json.dumps(detections))
-        paths = [*write_results(results, args.output, **known).values(), args.output / RESULTS]
-        sha256 = file_sha256(args.dt) if args.dt.is_file() else None
-        log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
-        paths += plot_curves(results, args.output)
-        if args.images:
-            sheet = args.output / "contact_sheet.png"
-            plot_contact_sheet(args.gt, args.output / RESULTS, args.images, sheet, tau=args.tau)
-            paths.append(sheet)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
-    report(results)
-    print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
+    with one_line_errors(parser):
+        (score_classification if args.recognition else score_lesions)(args)
 
 
-def score_classification(args):
-    """Score, write and print the classes of whole images."""
+def score_lesions(args: argparse.Namespace) -> None:
+    """Score, write, plot and print the lesions of images."""
+    from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
+    from imrcnn_d2.evaluation.output import RESULTS, coco_results, sources, write_results
+    from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
+    from imrcnn_d2.report.plots import draw_all
+
+    matching = {"iou_threshold": args.iou, "iou_type": args.iou_type}
+    columns = [parse_by(text) for text in args.by]
+    known = sources(args.gt, args.dt, args.images)
+    point = operating_point(args, matching, known["gt_sha256"]) if args.tau_from else None
+    bootstrap = None
+    if args.resamples:
+        bootstrap = Bootstrap(args.resamples, args.seed, all_coco=args.ci_all)
+    resampled = {"operating_point": point, "bootstrap": bootstrap}
+    results = evaluate_lesions(args.gt, args.dt, tau=args.tau, **resampled, **matching)
+    results = with_groups(results, columns, **resampled)
+    detections = coco_results(results.detections, results.ground_truth)
+    write_atomically(args.output / RESULTS, json.dumps(detections))
+    paths = [*write_results(results, args.output, **known).values(), args.output / RESULTS]
+    log_evaluation(args)
+    paths += draw_all(results, args.output, args.images)
+    print_lesions(results)
+    print_written(args.output, paths)
+
+
+def score_classification(args: argparse.Namespace) -> None:
+    """Score, write, plot and print the classes of whole images."""
+    from imrcnn_d2.evaluation import Bootstrap, evaluate_classification
+    from imrcnn_d2.evaluation.output import CLASSIFICATION_RESULTS, sources, write_classification
+    from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
+    from imrcnn_d2.report.plots import draw_all
+    from imrcnn_d2.report.tables import metrics_table
+
     known = sources(args.gt, args.dt, args.images)
     bootstrap = Bootstrap(args.resamples, args.seed) if args.resamples else None
-    bys = [parse_by(text) for text in args.by]
+    columns = [parse_by(text) for text in args.by]
     results = evaluate_classification(args.gt, args.dt, bootstrap=bootstrap)
-    results = with_groups(results, bys, bootstrap=bootstrap)
+    results = with_groups(results, columns, bootstrap=bootstrap)
     copy = args.output / CLASSIFICATION_RESULTS
     write_atomically(copy, args.dt.read_bytes())
     paths = [*write_classification(results, args.output, **known).values(), copy]
-    sha256 = file_sha256(args.dt)
-    log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
-    paths += plot_classification(results, args.output)
+    log_evaluation(args)
+    paths += draw_all(results, args.output)
     for groups in (results.groups(), {"calibration": results.calibration}):
         print(metrics_table(groups, results.intervals), end="\n\n")
-    report_groups(results)
-    print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
+    print_subgroups(results)
+    print_written(args.output, paths)
 
 
-def argument_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def log_evaluation(args):
+    """Note the evaluation next to the ground truth: how often was the test set looked at?"""
+    from imrcnn_d2.evaluation.output import log_test_evaluation
+
+    sha256 = file_sha256(args.dt) if args.dt.is_file() else None
+    log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
+
+
+def print_written(output, paths):
+    print(f"Written to {output}: {', '.join(path.name for path in paths)}")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument("--gt", required=True, type=Path, help="COCO instance annotations")
     parser.add_argument(
         "--dt",
@@ -112,12 +109,12 @@ def argument_parser():
         nargs=2,
         type=Path,
         metavar=("VAL_GT", "VAL_DT"),
-        help="choose a second threshold on a validation set; its figures are called tau_val",
+        help="choose a second threshold on a validation set; its metrics form the group tau_val",
     )
     parser.add_argument(
         "--tau-rule",
         default="f1",
-        help="how --tau-from chooses: f1 (default), or a wished recall such as 'recall>=95'",
+        help="how --tau-from chooses: f1 (default), or a requested recall such as 'recall>=95'",
     )
     parser.add_argument("--iou", type=float, default=0.5, help="least overlap of a hit (0.5)")
     parser.add_argument(
@@ -138,7 +135,7 @@ def argument_parser():
         action="append",
         default=[],
         metavar="COLUMN",
-        help="figures for each value of a field of the images or of the annotations, such as "
+        help="metrics for each value of a field of the images or of the annotations, such as "
         "centre; of numbers with the limits of bins, such as size_mm:5,10,20, or centre:each; may "
         "be given several times",
     )
@@ -149,19 +146,24 @@ def argument_parser():
     return parser
 
 
-def operating_point(args, how, gt_sha256):
+def operating_point(args, matching, gt_sha256):
     """The threshold chosen on the validation set of --tau-from."""
+    from imrcnn_d2.evaluation import evaluate_lesions
+    from imrcnn_d2.evaluation.detection.results import choose_operating_point
+    from imrcnn_d2.evaluation.output import sources
+
     gt, dt = args.tau_from
     if sources(gt, dt, None)["gt_sha256"] == gt_sha256:
         raise ValueError(
             f"--tau-from {gt} is the ground truth to be scored: a threshold is never chosen on a "
             "test set. Give a validation set."
         )
-    return choose_operating_point(evaluate_lesions(gt, dt, **how), args.tau_rule, str(gt))
+    return choose_operating_point(evaluate_lesions(gt, dt, **matching), args.tau_rule, str(gt))
 
 
-def report(results):
-    """Print the figures."""
+def print_lesions(results):
+    from imrcnn_d2.report.tables import metrics_table
+
     groups = results.groups()
     curves = {name: groups.pop(name) for name in ("bbox", "segm")}
     print(metrics_table(curves, results.intervals), end="\n\n")
@@ -173,7 +175,7 @@ def report(results):
         intervals = {name: results.intervals.get(f"tau_val.{name}") for name in names}
         print("Score ≥ {tau:g} (tau_val), chosen on {dataset} by {rule}:".format(**results.tau_val))
         print(metrics_table({name: results.tau_val[name] for name in names}, intervals), end="\n\n")
-    report_groups(results)
+    print_subgroups(results)
     if not scored:
         return
     calibration = {name: results.calibration[name] for name in ("ece", "brier")}
@@ -181,7 +183,9 @@ def report(results):
     print(metrics_table(others, results.intervals), end="\n\n")
 
 
-def report_groups(results):
-    """Print the headline figures of each group."""
+def print_subgroups(results):
+    """Print the headline metrics of each group of images."""
+    from imrcnn_d2.report.tables import groups_table
+
     for column in results.by_group:
         print(f"By {column}:\n{groups_table(results, column)}\n")

@@ -1,24 +1,23 @@
-"""Writes COCO annotations for LabelMe, CVAT, or as mask images, to correct them there.
+"""Write COCO annotations for LabelMe, CVAT, or as mask images, to correct them there.
 
-python tools/export_annotations.py --annotations datasets/egc/annotations/train.json \\
-    --images datasets/egc/images --to labelme --output egc_labelme
+    imrcnn export-annotations --annotations datasets/egc/annotations/train.json \\
+        --images datasets/egc/images --to labelme --output egc_labelme
 
-What comes back is read by tools/prepare_dataset.py labelme, cvat or masks --kind files.
+What comes back is read by imrcnn prepare-dataset labelme, cvat or masks --kind files.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from imrcnn_d2.cli import new_parser
 from imrcnn_d2.data.formats.coco import read_coco
 from imrcnn_d2.data.formats.export import FORMATS, export
 from imrcnn_d2.utils.files import Rejects, for_terminal
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument("--annotations", type=Path, required=True, help="COCO instance JSON")
     parser.add_argument(
         "--images", type=Path, required=True, help="folder of the file_name entries; stays as it is"
@@ -27,15 +26,15 @@ def get_parser() -> argparse.ArgumentParser:
         "--to",
         choices=tuple(FORMATS),
         required=True,
-        help="labelme: a JSON an image; cvat: one XML, and the labels to make a task with; masks: "
-        "a PNG an instance",
+        help="labelme: one JSON per image; cvat: one XML, and the labels to make a task with; "
+        "masks: one PNG per instance",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    args = argument_parser().parse_args(argv)
     try:
         # The images are measured where they are, and nothing of them is written.
         source = read_coco(args.annotations, args.images, Rejects(follow_links=True))

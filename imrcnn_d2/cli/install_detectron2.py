@@ -187,7 +187,7 @@ def install(offline, index, constraint, from_source):
     subprocess.run([sys.executable, "-W", "ignore", "-c", check], check=True)
 
 
-def main():
+def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -203,7 +203,11 @@ def main():
         metavar="DIR",
         help="only put the repacked wheel into DIR, for --offline",
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(argv=None):
+    arguments = argument_parser().parse_args(argv)
     index = ["--no-index", "--find-links", arguments.offline] if arguments.offline else []
     constraint = ["--constraint", arguments.constraint] if arguments.constraint else []
     try:

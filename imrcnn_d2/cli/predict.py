@@ -1,7 +1,7 @@
 """Find lesions in images, videos and DICOM files.
 
-    tools/predict.py --weights output/imrcnn/model_best.pth --input images --output found --overlays
-    tools/predict.py --weights demo --input 'clips/*.mp4' scan.dcm --output found --overlays --masks
+    imrcnn predict --weights output/imrcnn/model_best.pth --input images --output found --overlays
+    imrcnn predict --weights demo --input 'clips/*.mp4' scan.dcm --output found --overlays --masks
 
 writes predictions.json (COCO: all detections with their scores), predictions.csv (one row per
 image) and the requested outputs; failed.csv lists the inputs that could not be read. Overlays,
@@ -11,7 +11,7 @@ that was chosen on validation data and is in the weights, else MODEL.IMRCNN.SCOR
 The same command again goes on after an interruption, and predicts on new inputs only. Research use
 only, not for diagnosis.
 
-    tools/predict.py --engine ray --actors 16 --weights demo --input archive --output found
+    imrcnn predict --engine ray --actors 16 --weights demo --input archive --output found
 
 is for millions of images: processes of this machine, or of the Ray cluster at RAY_ADDRESS, write
 Parquet files, one row per image, into predictions.parquet (pip install -e '.[ray]').
@@ -23,27 +23,27 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.deploy.batch import FAILED, Summary, predict_files
-from imrcnn_d2.deploy.live import predict_live
-from imrcnn_d2.deploy.outputs import OUTPUTS
-from imrcnn_d2.deploy.runtimes import RUNTIMES
-from imrcnn_d2.engine.train_step import keep_freed_memory
+from imrcnn_d2.cli import new_parser, one_line_errors, predictor_arguments
 from imrcnn_d2.utils.files import for_terminal
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.actors < 1 or not 0 <= (args.tau or 0) <= 1:
         parser.error("--batch-size and --actors are at least 1, and --tau from 0 to 1")
-    save = [kind for kind in OUTPUTS if getattr(args, kind)]
+    save = [kind for kind in ("overlays", "masks", "labelme") if getattr(args, kind)]
     if args.engine == "ray" and (save or args.live):
         parser.error(
             "--engine ray writes Parquet files: no --overlays, --masks, --labelme or --live"
         )
     if args.live and (save or args.batch_size > 1):
         parser.error("--live writes live.mp4: no --overlays, --masks, --labelme or --batch-size")
+    from imrcnn_d2.deploy import Predictor
+    from imrcnn_d2.deploy.batch import FAILED, predict_files
+    from imrcnn_d2.deploy.live import predict_live
+    from imrcnn_d2.engine.train_step import keep_freed_memory
+
     keep_freed_memory()
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     arguments = {
@@ -54,38 +54,33 @@ def main(argv=None):
         "crop_view": args.crop_view,
     }
     try:
-        if args.engine == "ray":
-            from imrcnn_d2.deploy.ray import predict_with_ray
+        with one_line_errors(parser, extra="ray" if args.engine == "ray" else "deploy"):
+            if args.engine == "ray":
+                from imrcnn_d2.deploy.ray import predict_with_ray
 
-            listed = "rows with an error"
-            done = predict_with_ray(
-                arguments,
-                args.input,
-                args.output,
-                actors=args.actors,
-                batch_size=args.batch_size,
-                follow_links=args.follow_links,
-            )
-        elif args.live:
-            live = predict_live(Predictor(**arguments), args.live, args.output)
-            report_live(live, args.output)
-            return
-        else:
-            listed = FAILED
-            done = predict_files(
-                Predictor(**arguments),
-                args.input,
-                args.output,
-                save=save,
-                batch_size=args.batch_size,
-                follow_links=args.follow_links,
-            )
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
-    except ModuleNotFoundError as error:
-        extra = "ray" if args.engine == "ray" else "deploy"
-        missing = f"this needs {error.name}: pip install -e '.[{extra}]'"
-        parser.exit(1, f"{parser.prog}: {missing}\n")
+                listed = "rows with an error"
+                done = predict_with_ray(
+                    arguments,
+                    args.input,
+                    args.output,
+                    actors=args.actors,
+                    batch_size=args.batch_size,
+                    follow_links=args.follow_links,
+                )
+            elif args.live:
+                live = predict_live(Predictor(**arguments), args.live, args.output)
+                report_live(live, args.output)
+                return
+            else:
+                listed = FAILED
+                done = predict_files(
+                    Predictor(**arguments),
+                    args.input,
+                    args.output,
+                    save=save,
+                    batch_size=args.batch_size,
+                    follow_links=args.follow_links,
+                )
     except KeyboardInterrupt:
         parser.exit(130, "Interrupted: the same command goes on where this one was\n")
     report(done, args.output, listed)
@@ -93,39 +88,9 @@ def main(argv=None):
         parser.exit(1)
 
 
-def predictor_arguments() -> argparse.ArgumentParser:
-    """For ``parents``: ``--config-file``, ``--runtime`` and ``--crop-view`` of a `Predictor`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--config-file",
-        type=Path,
-        help="the config that the weights were trained with; not needed for files of "
-        "tools/export.py, nor if config.yaml of the training is next to the weights",
-    )
-    parser.add_argument(
-        "--runtime",
-        choices=(*RUNTIMES, "auto"),
-        help="runs the network (torch, or the runtime of an exported file); auto takes the fastest "
-        "one here",
-    )
-    parser.add_argument(
-        "--crop-view",
-        action="store_true",
-        help="show the network the endoscope's view only, without banners and insets, as data "
-        "prepared with --deidentify are; results are of the whole frame",
-    )
-    return parser
-
-
-def argument_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[predictor_arguments()],
-    )
-    parser.add_argument(
-        "--weights", required=True, help="file, URL, or demo: the ones that come along"
-    )
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__, parents=[predictor_arguments()])
+    parser.add_argument("--weights", required=True, help="file, URL, or demo: those in the package")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
@@ -177,11 +142,13 @@ def argument_parser():
         default=1,
         help="images that the network sees at once (%(default)s)",
     )
-    parser.add_argument("--tau", type=float, help="another threshold of scores")
+    parser.add_argument(
+        "--tau", type=float, help="another score from which on a detection is positive"
+    )
     return parser
 
 
-def report(done: Summary, output: Path, listed: str):
+def report(done, output, listed):
     """Print the numbers of inputs, and where failed ones are listed."""
     parts = [f"{done.images} images predicted"]
     if done.skipped:
@@ -197,7 +164,7 @@ def report(done: Summary, output: Path, listed: str):
         print(f"Left as they are, since they are not as they were written: {names}{more}")
 
 
-def report_live(live: dict, output: Path):
+def report_live(live, output):
     """Print how fast it was."""
     latency = ", ".join(f"{name} {ms:.0f} ms" for name, ms in live["latency_ms"].items())
     print(

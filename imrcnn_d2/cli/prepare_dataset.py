@@ -1,13 +1,13 @@
-"""Prepares a data set for training: checked COCO annotations, linked images and splits.
+"""Prepare a data set for training: checked COCO annotations, linked images and splits.
 
-python tools/prepare_dataset.py kvasir-seg --root DIR --out datasets/kvasir_seg
-python tools/prepare_dataset.py coco --annotations FILE --images DIR --out datasets/egc
-python tools/prepare_dataset.py masks --images DIR --masks DIR --out datasets/egc
-python tools/prepare_dataset.py labelme --root DIR --out datasets/egc
-python tools/prepare_dataset.py cvat --annotations FILE --images DIR --out datasets/egc
-python tools/prepare_dataset.py classification --root DIR --out datasets/gastric_recognition
-python tools/prepare_dataset.py lesion-free --root DIR --out datasets/lesion_free
-python tools/prepare_dataset.py synthetic --num-images 160 --size 256 --out datasets/synthetic
+imrcnn prepare-dataset kvasir-seg --root DIR --out datasets/kvasir_seg
+imrcnn prepare-dataset coco --annotations FILE --images DIR --out datasets/egc
+imrcnn prepare-dataset masks --images DIR --masks DIR --out datasets/egc
+imrcnn prepare-dataset labelme --root DIR --out datasets/egc
+imrcnn prepare-dataset cvat --annotations FILE --images DIR --out datasets/egc
+imrcnn prepare-dataset classification --root DIR --out datasets/gastric_recognition
+imrcnn prepare-dataset lesion-free --root DIR --out datasets/lesion_free
+imrcnn prepare-dataset synthetic --num-images 160 --size 256 --out datasets/synthetic
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from imrcnn_d2.cli import new_parser
 from imrcnn_d2.data.formats import classification, coco, cvat, kvasir_seg, labelme, mask_folder
 from imrcnn_d2.data.formats import kvasir_seg as lesion_free
 from imrcnn_d2.data.prepare import synthetic
@@ -38,14 +39,11 @@ from imrcnn_d2.data.prepare.metadata import (
     with_patients_from_csv,
 )
 from imrcnn_d2.data.prepare.splits import FixedTest, parse_ratio, read_splits
-from imrcnn_d2.report.plots.images import plot_review_sheets
 from imrcnn_d2.utils.files import BadInputError, Rejects, for_terminal
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
@@ -274,7 +272,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = get_parser()
+    parser = argument_parser()
     args = parser.parse_args(argv)
     if args.deidentify != (args.key is not None):
         parser.error("--deidentify and --key FILE need each other")
@@ -320,6 +318,8 @@ def main(argv: list[str] | None = None) -> None:
             print(for_terminal(summarise(prepared.coco, ratio, prepared.notes, rejects.errors)))
         print(f"\n{args.out}: {'already there, unchanged' if prepared.unchanged else 'written'}")
         if args.review:
+            from imrcnn_d2.report.plots.images import plot_review_sheets
+
             plot_review_sheets(args.out / "images", args.review)
     except BadInputError as error:
         sys.exit(f"{error}\nCorrect it, or list such files and go on with --on-error reject.")

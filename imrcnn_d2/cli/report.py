@@ -1,27 +1,21 @@
 """Write one HTML page about a run, or about several on the same test set.
 
-    tools/report.py output/imrcnn --output report.html --card model_card.md
-    tools/report.py MR-CNN=output/mrcnn IMR-CNN=output/imrcnn --output report.html
+    imrcnn report output/imrcnn --output report.html --card model_card.md
+    imrcnn report MR-CNN=output/mrcnn IMR-CNN=output/imrcnn --output report.html
 
-RUN is the OUTPUT_DIR of a training, or a folder that tools/evaluate.py wrote; its detections are
-scored anew. The page holds all it needs, the images among it: pass it on only as the data set's
+RUN is the OUTPUT_DIR of a training, or a folder that imrcnn evaluate wrote; its detections are
+scored anew. The page holds all it needs, the images included: pass it on only as the data set's
 terms allow.
 """
 
 import argparse
 from pathlib import Path
 
-from imrcnn_d2.report.html.classification import render_classification_report
-from imrcnn_d2.report.html.page import render_report
-from imrcnn_d2.report.model_card import write_model_card
-from imrcnn_d2.report.runs import load_run
-from imrcnn_d2.utils.files import for_terminal
+from imrcnn_d2.cli import new_parser, one_line_errors
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="what to report on")
     parser.add_argument("--output", required=True, type=Path, help="the page to write")
     parser.add_argument(
@@ -39,26 +33,29 @@ def main(argv=None):
         "--images",
         type=Path,
         metavar="DIR",
-        help="folder that file_name is relative to (images/ beside the ground truth's folder)",
+        help="folder that file_name is relative to (images/ next to the ground truth's folder)",
     )
     parser.add_argument(
-        "--card", type=Path, metavar="FILE", help="write a model card, in Markdown, of the one RUN"
+        "--card", type=Path, metavar="FILE", help="write a model card of the one RUN, in Markdown"
     )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser()
     args = parser.parse_args(argv)
     if args.card and len(args.runs) > 1:
-        parser.error("--card is of one model: give it with one RUN")
-    try:
+        parser.error("--card describes one model: give it with one RUN")
+    from imrcnn_d2.report.html import render_report
+    from imrcnn_d2.report.model_card import write_model_card
+    from imrcnn_d2.report.runs import load_run
+
+    with one_line_errors(parser):
         runs = [load_run(run, images=args.images) for run in args.runs]
-        if runs[0].task == "recognition":
-            if args.card:
-                raise ValueError("--card: there are no model cards of classifiers yet")
-            render_classification_report(runs, args.output, max_images=args.max_images)
-        else:
-            how = {"prevalences": args.prevalence, "max_images": args.max_images}
-            render_report(runs, args.output, **how)
+        if args.card and runs[0].task == "recognition":
+            raise ValueError("--card: there are no model cards of classifiers yet")
+        render_report(runs, args.output, prevalences=args.prevalence, max_images=args.max_images)
         written = [args.output]
         if args.card:
             written.append(write_model_card(runs[0], args.card))
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
     print(f"Written: {', '.join(map(str, written))}")

@@ -1,11 +1,11 @@
 """Evaluate a detector on blurred, badly lit, compressed and turned copies of a data set.
 
-    tools/robustness.py --weights output/imrcnn/model_best.pth --dataset kvasir_seg_test --output r/
-    tools/robustness.py --plot MR-CNN=r/mrcnn IMR-CNN=r/imrcnn --output comparison/
+    imrcnn robustness --weights output/imrcnn/model_best.pth --dataset kvasir_seg_test --output r/
+    imrcnn robustness --plot MR-CNN=r/mrcnn IMR-CNN=r/imrcnn --output comparison/
 
-The first writes robustness.json and robustness.csv, a row for each distortion and severity with all
-figures of an evaluation, and robustness.png; the same command again goes on after an interruption.
-The second draws several models into one picture. Figures are in percent but for counts and
+The first writes robustness.json and robustness.csv, one row per distortion and severity with all
+metrics of an evaluation, and robustness.png; the same command again goes on after an interruption.
+The second plots several models in one figure. Metrics are in percent but for counts and
 fp_per_image. distortions.jpg shows an image at every severity.
 """
 
@@ -20,13 +20,9 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import Tensor
 
+from imrcnn_d2.cli import new_parser, one_line_errors
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.data.images import read_image
-from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.deploy.outputs import instance_records
-from imrcnn_d2.evaluation.output import log_test_evaluation, read_robustness
-from imrcnn_d2.evaluation.robustness import ROBUSTNESS, evaluate_robustness, read_ground_truth
-from imrcnn_d2.report.robustness import plot_distortions, plot_robustness
 from imrcnn_d2.utils.files import file_sha256, for_terminal
 
 
@@ -37,7 +33,7 @@ class Item(NamedTuple):
     prepared: Tensor
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
     if args.weights and not args.dataset:
@@ -49,30 +45,28 @@ def main(argv=None):
     ):
         parser.error("--batch-size and --num-images are at least 1, and --tau from 0 to 1")
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
-    try:
+    with one_line_errors(parser):
+        from imrcnn_d2.report.plots import plot_robustness
+
         documents = read_documents(args.plot) if args.plot else evaluate(args)
-        picture = args.output / "robustness.png"
-        plot_robustness(documents, picture, figure=args.figure)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {for_terminal(error)}\n")
+        plot = args.output / "robustness.png"
+        plot_robustness(documents, plot, metric=args.figure)
     for name, document in documents.items():
         print(for_terminal(f"{name}: {args.figure}"))
         print(summary(document, args.figure))
-    print(f"Written: {picture}")
+    print(f"Written: {plot}")
 
 
-def argument_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", type=Path, help="as for tools/predict.py")
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    parser.add_argument("--config-file", type=Path, help="as for imrcnn predict")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--weights", help="file or URL, or demo: the ones that come along")
     what.add_argument(
         "--plot",
         nargs="+",
         metavar="DIR",
-        help="draw results that are there, as DIR or NAME=DIR, into one picture",
+        help="plot results that are there, as DIR or NAME=DIR, in one figure",
     )
     parser.add_argument("--dataset", help="registered data set, such as kvasir_seg_test")
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
@@ -88,23 +82,29 @@ def argument_parser():
     parser.add_argument(
         "--tau",
         type=float,
-        help="score from which on detections count (the operating point that is in the weights, "
+        help="score from which on detections are positive (the operating point in the weights, "
         "else MODEL.IMRCNN.SCORE_THRESH)",
     )
     parser.add_argument(
         "--batch-size", type=int, default=1, help="images that the network sees at once (1)"
     )
     parser.add_argument(
-        "--figure", default="lesion/f1", help="what is drawn and printed (%(default)s)"
+        "--figure", default="lesion/f1", help="the metric that is plotted and printed (%(default)s)"
     )
     return parser
 
 
 def evaluate(args):
-    """{name of the model: document}; the evaluation is noted beside a test set."""
+    """{name of the model: document}; the evaluation is logged next to a test set."""
+    from imrcnn_d2.deploy import Predictor
+    from imrcnn_d2.deploy.outputs import instance_records
+    from imrcnn_d2.evaluation.output import log_test_evaluation
+    from imrcnn_d2.evaluation.robustness import evaluate_robustness, read_ground_truth
+    from imrcnn_d2.report.plots import plot_distortions
+
     predictor = Predictor(args.config_file, args.weights, tau=args.tau)
     if predictor.is_classifier:
-        raise ValueError(f"{args.weights}: a recognition model finds no lesions")
+        raise ValueError(f"{args.weights}: a classifier finds no lesions")
     DatasetCatalog.get(args.dataset)  # sets the metadata
     metadata = MetadataCatalog.get(args.dataset)
     ground_truth = read_ground_truth(metadata.json_file)
@@ -117,13 +117,13 @@ def evaluate(args):
 
     def predict(images):
         items = [Item(image.shape[:2], predictor.prepare(image)) for image in images]
-        found = [
+        records = [
             instance_records(predictor, output, *item.size)
             for item, output in predictor.in_batches(items, args.batch_size)
         ]
-        for record in chain.from_iterable(found):
+        for record in chain.from_iterable(records):
             record["category_id"] = category_ids[record["category_id"] - 1]
-        return found
+        return records
 
     document = evaluate_robustness(
         predict,
@@ -154,7 +154,10 @@ def evaluate(args):
 
 
 def read_documents(folders):
-    """{name: document} of what --plot names."""
+    """{name: document} of the folders of --plot."""
+    from imrcnn_d2.evaluation.output import read_robustness
+    from imrcnn_d2.evaluation.robustness import ROBUSTNESS
+
     documents = {}
     for text in folders:
         name, _, folder = text.rpartition("=")
@@ -167,7 +170,7 @@ def read_documents(folders):
 
 
 def summary(document, figure):
-    """str: a row a distortion, severity rising to the right."""
+    """A table, one row per distortion, severity rising to the right."""
     rows = {}
     for row in document["rows"]:
         rows.setdefault(row["distortion"], []).append(row[figure])

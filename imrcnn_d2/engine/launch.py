@@ -44,9 +44,9 @@ _INTERRUPTED = (
 _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
-def launch_script(main):
+def launch_script(main, args=None):
     """
-    Read Detectron2's usual arguments and run ``main(args)`` in as many processes as they ask for.
+    Run ``main(args)`` in as many processes as ``args`` ask for.
 
     ``--num-gpus`` is the number of processes on this machine: one on each card, or on the CPU where
     there is no card. With ``--num-machines`` the same command is given on every machine, with its
@@ -59,6 +59,7 @@ def launch_script(main):
 
     Args:
         main (callable): defined at the top level of a module.
+        args (argparse.Namespace): Detectron2's usual arguments; by default the command line's.
 
     Raises:
         SystemExit: with ``EXIT_INTERRUPTED`` if the job was interrupted, else with the code of the
@@ -67,12 +68,10 @@ def launch_script(main):
         ValueError: for arguments that do not fit this machine.
     """
     with interruptible():
-        _launch(main)
+        _launch(main, args or default_argument_parser().parse_args())
 
 
-def _launch(main):
-    parser = default_argument_parser()
-    args = parser.parse_args()
+def _launch(main, args):
     if _TORCHRUN <= os.environ.keys():
         args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         store, rank, world_size = next(dist.rendezvous("env://", timeout=CONNECT_TIMEOUT))
@@ -86,7 +85,9 @@ def _launch(main):
             world_size=world_size,
         )
     elif args.num_gpus * args.num_machines > 1:
-        if args.num_machines > 1 and args.dist_url == parser.get_default("dist_url"):
+        if args.num_machines > 1 and args.dist_url == default_argument_parser().get_default(
+            "dist_url"
+        ):
             raise ValueError(
                 f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT, the same "
                 "on all machines: a name or address of machine 0 and a free port there"

@@ -68,7 +68,7 @@ class RunRecord(HookBase):
             "backbone": backbone,
             "input": _input_facts(model),
             "seed": seed if seed >= 0 else None,
-            "command": shlex.join(["python", *sys.argv]),
+            "command": _command_line(),
             "git": git_state(),
             "versions": {"python": sys.version.split()[0], **package_versions()},
             "config_sha256": config_hash,
@@ -141,6 +141,12 @@ def describe_model(model):
         ]
         return name, f"R-{len(layers) + 2}"
     return name, type(bottom_up).__name__
+
+
+def _command_line():
+    program, *arguments = sys.argv
+    program = program if program.startswith("imrcnn ") else f"python {shlex.quote(program)}"
+    return f"{program} {shlex.join(arguments)}".strip()
 
 
 def config_sha256(cfg):

@@ -182,15 +182,16 @@ class Trainer(DefaultTrainer):
         Train, load the weights that were best on DATASETS.VAL, evaluate DATASETS.TEST once.
 
         Returns:
-            dict: the results on DATASETS.TEST; {} on other than the main process.
+            dict: the metrics on DATASETS.TEST; {} on other than the main process.
+            ``test_results`` then holds the results by data set, as of :meth:`final_test`.
         """
         super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
         weights = (self._best and self._best.load_best()) or last_weights(
             self.checkpointer, self._ema
         )
-        results = self.final_test(self.cfg, self.evaluated_model, weights)
+        metrics, self.test_results = self.final_test(self.cfg, self.evaluated_model, weights)
         self._record.finish()
-        return results
+        return metrics
 
     def validate(self):
         """
@@ -214,12 +215,14 @@ class Trainer(DefaultTrainer):
             weights (Weights): see :func:`load_weights`.
 
         Returns:
-            dict: as :meth:`test`.
+            tuple[dict, dict[str, LesionResults or ClassificationResults]]: the metrics, as
+            :meth:`test`, and the results by data set; empty on other than the main process.
         """
         names = cfg.DATASETS.TEST
-        results = cls.test(cfg, model, [cls.build_evaluator(cfg, name, weights) for name in names])
+        evaluators = [cls.build_evaluator(cfg, name, weights) for name in names]
+        metrics = cls.test(cfg, model, evaluators)
         log_test_evaluations(names, cfg.OUTPUT_DIR, weights)
-        return results
+        return metrics, _results_by_name(names, evaluators)
 
     @classmethod
     def build_model(cls, cfg):
@@ -285,6 +288,11 @@ def _check_classes(cfg):
             )
 
 
+def _results_by_name(names, evaluators):
+    pairs = zip(names, evaluators, strict=True)
+    return {name: evaluator.results for name, evaluator in pairs if evaluator.results is not None}
+
+
 def build_lazy_model(cfg):
     """
     Args:
@@ -307,7 +315,8 @@ def evaluate(cfg, model, split, weights=None):
             beside the data set.
 
     Returns:
-        dict: as of ``LesionEvaluator``.
+        tuple[dict, dict[str, LesionResults]]: the metrics, as of ``LesionEvaluator``, and the
+        results by data set; empty on other than the main process.
     """
     loader_cfg = cfg.dataloader[split]
     evaluator_cfg = cfg.dataloader[f"{split}_evaluator"].copy()
@@ -315,12 +324,13 @@ def evaluate(cfg, model, split, weights=None):
     evaluator_cfg.output_dir = os.path.join(cfg.train.output_dir, "inference", name)
     if weights is not None:
         evaluator_cfg.update(weights.evaluator_arguments())
-    results = inference_on_dataset(model, instantiate(loader_cfg), instantiate(evaluator_cfg))
+    evaluator = instantiate(evaluator_cfg)
+    metrics = inference_on_dataset(model, instantiate(loader_cfg), evaluator)
     if weights is not None:
         log_test_evaluations([name], cfg.train.output_dir, weights)
     if comm.is_main_process():
-        print_csv_format(results)
-    return results
+        print_csv_format(metrics)
+    return metrics, _results_by_name([name], [evaluator])
 
 
 class LazyTrainer(TrainerBase):
@@ -360,7 +370,7 @@ class LazyTrainer(TrainerBase):
         )
         evaluator = cfg.dataloader.val_evaluator
         name = evaluator.dataset_name
-        validation = EvalHook(period, lambda: evaluate(cfg, evaluated, "val"))
+        validation = EvalHook(period, lambda: evaluate(cfg, evaluated, "val")[0])
         self.best = BestCheckpointer(
             evaluated, output_dir, validation, tau_rule=evaluator.get("tau_rule"), dataset=name
         )
@@ -394,13 +404,13 @@ class LazyTrainer(TrainerBase):
     def train(self):
         """
         Returns:
-            dict: the results on ``dataloader.test``.
+            dict: the metrics on ``dataloader.test``; ``test_results`` then holds the results.
         """
         super().train(self.start_iter, self.max_iter)
         weights = self.best.load_best() or last_weights(self.checkpointer, self._ema)
-        results = evaluate(self.cfg, self._evaluated_model, "test", weights)
+        metrics, self.test_results = evaluate(self.cfg, self._evaluated_model, "test", weights)
         self._record.finish()
-        return results
+        return metrics
 
     def run_step(self):
         self._trainer.iter = self.iter

@@ -103,6 +103,7 @@ class LesionEvaluator(DatasetEvaluator):
         self._operating_point = operating_point
         self._bootstrap = bootstrap
         self._meta = meta or {}
+        self.results = None  # LesionResults of the last evaluation, on the main process
         # It brings foreign data sets into COCO's format and turns Instances into COCO records. Its
         # evaluate() is not called: it keeps to itself what it collected from the processes, and
         # gives no figures for a model that detects nothing.
@@ -153,7 +154,7 @@ class LesionEvaluator(DatasetEvaluator):
                 f"{absent} of the {len(dataset['images'])} images of {self._dataset_name} were not "
                 "evaluated: they count as images without a detection."
             )
-        scored = evaluate_lesions(
+        self.results = scored = evaluate_lesions(
             dataset,
             results,
             tau=self._tau,
@@ -226,6 +227,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         self._distributed = distributed
         self._bootstrap = bootstrap
         self._meta = meta or {}
+        self.results = None  # ClassificationResults of the last evaluation, on the main process
         self._predictions = []
 
     def reset(self):
@@ -250,7 +252,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         if predictions is None:
             return OrderedDict()
         gt = self._metadata.json_file
-        scored = evaluate_classification(gt, predictions, bootstrap=self._bootstrap)
+        self.results = scored = evaluate_classification(gt, predictions, bootstrap=self._bootstrap)
         if self._output_dir:
             path = Path(self._output_dir) / CLASSIFICATION_RESULTS
             write_atomically(path, json.dumps(predictions) + "\n")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from imrcnn_d2.evaluation.annotator_agreement import COLUMNS, FIGURES, pair_name
-from imrcnn_d2.report.plots.images import HALO_WIDTH, outlines, show_tile, tile_grid
+from imrcnn_d2.report.plots.images import HALO_WIDTH, region_contours, show_tile, tile_grid
 from imrcnn_d2.report.plots.style import (
     GREEN,
     ORANGE,
@@ -144,7 +144,7 @@ def plot_disagreements(found, image_root, path, *, max_images=16):
         for annotator, style in zip(found.annotators, styles, strict=True):
             regions = annotator.truth.regions
             for region in np.flatnonzero(regions.image == position):
-                for line in outlines(regions, region):
+                for line in region_contours(regions, region):
                     axes.plot(*line.T, **style)
     handles = [
         Line2D([], [], label=legend_label(annotator.name), **style)

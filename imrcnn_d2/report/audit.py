@@ -113,7 +113,7 @@ def render_audit(audit, output):
             for area, title in AREAS.items()
         ],
         kinds=[_kind(audit, kind, thumbnails) for kind in audit.counts()],
-        picture=as_data(plot_annotations, audit) if drawn else None,
+        plot=as_data(plot_annotations, audit) if drawn else None,
         notes=audit.notes,
         tiles=TILES,
     )

@@ -15,7 +15,7 @@ from imrcnn_d2.data.audit.findings import KINDS, finding
 from imrcnn_d2.data.formats.labelme import labelme_document
 from imrcnn_d2.data.images import image_inside, path_inside
 from imrcnn_d2.evaluation.label_errors import Suspect, find_label_errors, pool_label_errors
-from imrcnn_d2.report.plots.images import HALO_WIDTH, outlines, show_tile, tile_grid
+from imrcnn_d2.report.plots.images import HALO_WIDTH, region_contours, show_tile, tile_grid
 from imrcnn_d2.report.plots.style import SKY, VERMILION, save_figure
 from imrcnn_d2.report.runs import Run, load_run
 from imrcnn_d2.utils.files import csv_text, strict_json, write_atomically
@@ -269,5 +269,5 @@ def plot_label_errors(chosen, total, path):
 
 
 def _draw(axes, regions, region, style):
-    for line in outlines(regions, region):
+    for line in region_contours(regions, region):
         axes.plot(*line.T, **LINES[style])

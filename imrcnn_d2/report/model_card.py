@@ -10,9 +10,9 @@ from imrcnn_d2.evaluation.output import read_test_log
 from imrcnn_d2.report.cohort import cohort
 from imrcnn_d2.report.html.page import UNKNOWN, facts
 from imrcnn_d2.report.html.tables import (
-    CURVE_FIGURES,
-    IMAGE_FIGURES,
-    LESION_FIGURES,
+    CURVE_METRICS,
+    IMAGE_METRICS,
+    LESION_METRICS,
     UNIT_TITLES,
     cell,
 )
@@ -192,10 +192,10 @@ def _groups(run):
     tau, chosen = run.metrics["meta"]["tau"], run.metrics.get("tau_val")
     columns = [f"score ≥ {tau:g}"]
     columns += [f"score ≥ {chosen['tau']:.3g} (τ_val)"] if chosen else []
-    groups = [{"title": "Over all scores", "columns": [""], "rows": _rows(CURVE_FIGURES, [curve])}]
+    groups = [{"title": "Over all scores", "columns": [""], "rows": _rows(CURVE_METRICS, [curve])}]
     for unit, title in UNIT_TITLES.items():
         if run.metrics.get(unit):
-            wanted = LESION_FIGURES if unit == "lesion" else IMAGE_FIGURES
+            wanted = LESION_METRICS if unit == "lesion" else IMAGE_METRICS
             figures = [run.metrics[unit], *([chosen.get(unit) or {}] if chosen else [])]
             groups.append({"title": title, "columns": columns, "rows": _rows(wanted, figures)})
     return groups

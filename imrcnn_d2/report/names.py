@@ -1,4 +1,4 @@
-"""What was published on gastric image recognition, with what has to be said beside it."""
+"""Names of metrics for readers, and the published values with the remarks that go with them."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ __all__ = [
     "LEVELS",
     "MODEL",
     "NAMES",
+    "NOT_PERCENT",
     "PAPER_DATA",
     "REMARKS",
     "Published",
@@ -18,39 +19,32 @@ __all__ = [
 
 
 NAMES = {"f1": "F1", "auroc": "AUROC", "miou": "mIoU", "mdice": "mDice"}
-OF_ALL_CLASSES = {
+LEVELS = {"lesion": "lesions", "image": "images", "patient": "patients"}
+NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image", "cross_entropy")
+_OF_ALL_CLASSES = {
     "top1": "top-1 accuracy",
     "balanced_accuracy": "balanced accuracy",
     "f1": "F1, mean of classes",
     "auroc": "AUROC, mean of classes",
     "cross_entropy": "cross-entropy",
 }
-LEVELS = {"lesion": "lesions", "image": "images", "patient": "patients"}
 
 
-def metric_name(endpoint):
-    """
-    Args:
-        endpoint (str): group/figure.
-
-    Returns:
-        str: for readers, such as "IoU (masks)".
-    """
-    group, _, figure = endpoint.partition("/")
+def metric_name(endpoint: str) -> str:
+    """The name of "group/metric" for readers, such as "IoU (masks)"."""
+    group, _, metric = endpoint.partition("/")
     if group == "recognition":
-        name, _, of_class = figure.partition("_")
-        if figure in OF_ALL_CLASSES:
-            return OF_ALL_CLASSES[figure]
-        return f"{NAMES.get(name, name)} of {of_class}"
+        name, _, class_name = metric.partition("_")
+        return _OF_ALL_CLASSES.get(metric) or f"{NAMES.get(name, name)} of {class_name}"
     if group == "cancer":
-        figure = "sensitivity" if figure == "recall" else figure
-        return f"{NAMES.get(figure, figure)} (cancer against benign)"
+        metric = "sensitivity" if metric == "recall" else metric
+        return f"{NAMES.get(metric, metric)} (cancer against benign)"
     at = " at tau_val" if group.startswith("tau_val.") else ""
     group = group.removeprefix("tau_val.")
-    if figure in ("iou", "iou_box"):
-        return f"IoU ({'boxes' if figure == 'iou_box' else 'masks'}){at}"
-    of = {"segm": "masks", "bbox": "boxes", **LEVELS}.get(group, group)
-    return f"{NAMES.get(figure, figure)} ({of}){at}"
+    if metric in ("iou", "iou_box"):
+        return f"IoU ({'boxes' if metric == 'iou_box' else 'masks'}){at}"
+    level = {"segm": "masks", "bbox": "boxes", **LEVELS}.get(group, group)
+    return f"{NAMES.get(metric, metric)} ({level}){at}"
 
 
 CITATION = (
@@ -86,15 +80,17 @@ _NOT_COMPARABLE = (
 @dataclass(frozen=True)
 class Published:
     """
+    A published value.
+
     Attributes:
-        data (str): key of PAPER_DATA.
-        model (str): "MR-CNN", "IBMR-CNN" or "IMR-CNN".
-        table (str): "3" (one split), "4" (five folds) or "5" (operating point).
-        figure (str): what stands in for it here, group/figure.
-        value (float): in percent.
-        sd (float or None): population sd over folds, percentage points.
-        comparable (bool): False where no figure of ours means the same.
-        remarks (tuple[str, ...]): what to know before comparing.
+        data: key of PAPER_DATA.
+        model: "MR-CNN", "IBMR-CNN" or "IMR-CNN".
+        table: "3" (one split), "4" (five folds) or "5" (operating point).
+        figure: the endpoint that stands in for it here, "group/metric".
+        value: in percent.
+        sd: population sd over folds, percentage points.
+        comparable: False where no metric of ours means the same.
+        remarks: what to know before comparing.
     """
 
     data: str
@@ -104,7 +100,7 @@ class Published:
     value: float
     sd: float | None = None
     comparable: bool = True
-    remarks: tuple = ()
+    remarks: tuple[str, ...] = ()
 
 
 def _rows():
@@ -141,14 +137,10 @@ def _rows():
         )
 
 
-def published_values(dataset, table):
+def published_values(dataset: str | None, table: str) -> list[Published]:
     """
-    Args:
-        dataset (str or None): registered name, such as "kvasir_seg_test".
-        table (str): "3", "4" or "5".
-
-    Returns:
-        list[Published]: those for the data set; empty where the paper has none.
+    The values of table "3", "4" or "5" for a data set's registered name, such as
+    "kvasir_seg_test"; empty where the paper has none.
     """
     if not dataset:
         return []
@@ -163,30 +155,25 @@ MODEL = "ResNet50"  # its best
 # By a word of the class's name.
 ACCURACY = {"cancer": 93.0, "ulcer": 92.0, "gastritis": 88.0}
 REMARKS = (
-    "Per-class accuracy is read as the share of that class's 150 test images that were called it; "
-    "the values are of ResNet50, the best of its three models.",
+    "Per-class accuracy is read as the share of that class's 150 test images that were "
+    "predicted as it; the values are of ResNet50, the best of its three models.",
     "Trained on 1,851, 1,969 and 2,018 images of gastric cancer, gastric ulcer and chronic "
     "gastritis. The images are not public: those here differ, and so does their difficulty.",
     "With 150 images of a class, 93 % has a 95 % interval of about 88 to 97 % (Clopper-Pearson).",
 )
 
 
-def published_accuracy(dataset, classes):
+def published_accuracy(dataset: str | None, classes: list[str]) -> dict[str, float]:
     """
-    Args:
-        dataset (str or None): registered name, such as "gastric_recognition_test".
-        classes (list[str]): of the data set.
-
-    Returns:
-        dict[str, float]: accuracy in percent by class; empty unless the data set is of gastric
-        recognition and has just the three classes, each known by a word of its name.
+    Accuracy in percent by class; empty unless the data set, by its registered name, is of gastric
+    images and has just the three classes, each known by a word of its name.
     """
     if not (dataset or "").startswith("gastric_recognition_") or len(classes) != len(ACCURACY):
         return {}
-    found = {
+    values = {
         name: value
         for word, value in ACCURACY.items()
         for name in classes
         if word in name.casefold()
     }
-    return found if len(found) == len(ACCURACY) else {}
+    return values if len(values) == len(ACCURACY) else {}

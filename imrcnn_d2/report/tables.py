@@ -1,22 +1,29 @@
-"""Figures as tables: Markdown, CSV and LaTeX."""
+"""Metrics as tables: Markdown, CSV and LaTeX."""
 
 import math
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from imrcnn_d2.evaluation.classification import ClassificationResults
 from imrcnn_d2.evaluation.detection.metrics import COUNTS
+from imrcnn_d2.evaluation.detection.results import LesionResults
 from imrcnn_d2.utils.files import csv_text, for_terminal, write_atomically
 
 __all__ = [
     "Table",
-    "metrics_table",
     "format_value",
+    "group_endpoints",
+    "group_rows",
+    "groups_table",
     "latex_text",
     "markdown_table",
     "markdown_text",
+    "metrics_table",
+    "value_of",
     "write_table",
 ]
 
@@ -57,36 +64,30 @@ LATEX = {
 class Table:
     """
     Attributes:
-        stem (str): file name without suffix.
-        title (str): one line.
-        cells (pd.DataFrame): what readers see, all strings.
-        data (pd.DataFrame): the same and more at full precision, for the CSV; NaN is undefined.
-        notes (tuple[str, ...]): sentences below the table.
-        text_columns (int): how many columns, from the left, hold words and not figures.
+        stem: file name without suffix.
+        title: one line.
+        cells: what readers see, all strings.
+        data: the same and more at full precision, for the CSV; NaN is undefined.
+        notes: sentences below the table.
+        text_columns: how many columns, from the left, hold words and not numbers.
     """
 
     stem: str
     title: str
     cells: pd.DataFrame
     data: pd.DataFrame
-    notes: tuple = ()
+    notes: tuple[str, ...] = ()
     text_columns: int = 1
 
-    def markdown(self):
-        """
-        Returns:
-            str: title, table and notes.
-        """
+    def markdown(self) -> str:
+        """Title, table and notes."""
         notes = [f"- {markdown_text(note)}" for note in self.notes]
         table = markdown_table(self.cells, self.text_columns)
         title = f"**{markdown_text(self.title)}**"
         return "\n".join([title, "", table, *([""] if notes else []), *notes, ""])
 
-    def latex(self):
-        """
-        Returns:
-            str: a table environment for the packages booktabs and adjustbox.
-        """
+    def latex(self) -> str:
+        """A table environment for the packages booktabs and adjustbox."""
         columns = self.cells.shape[1]
         layout = "l" * self.text_columns + "r" * (columns - self.text_columns)
         cells = self.cells.map(latex_text).rename(columns=latex_text)
@@ -107,17 +108,8 @@ class Table:
         return "\n".join([*lines, r"\end{table}", ""])
 
 
-def write_table(table, folder):
-    """
-    Write a table as Markdown, CSV and LaTeX.
-
-    Args:
-        table (Table):
-        folder (str or Path):
-
-    Returns:
-        list[Path]: the files.
-    """
+def write_table(table: Table, folder: str | Path) -> list[Path]:
+    """Write a table as Markdown, CSV and LaTeX; returns the files."""
     texts = {
         ".md": table.markdown(),
         ".csv": csv_text(table.data.to_dict("records"), list(table.data)),
@@ -129,54 +121,46 @@ def write_table(table, folder):
     return paths
 
 
-def markdown_table(cells, text_columns=1):
-    """
-    Args:
-        cells (pd.DataFrame): strings.
-        text_columns (int): how many columns, from the left, are not flush right.
-
-    Returns:
-        str: a Markdown table.
-    """
+def markdown_table(cells: pd.DataFrame, text_columns: int = 1) -> str:
+    """A Markdown table of strings; ``text_columns``, from the left, are not flush right."""
     align = ["left"] * text_columns + ["right"] * (cells.shape[1] - text_columns)
     escaped = cells.map(markdown_text).rename(columns=markdown_text)
     return escaped.to_markdown(index=False, colalign=align, disable_numparse=True)
 
 
-def metrics_table(groups, intervals=None):
+def metrics_table(
+    groups: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+) -> str:
     """
-    Args:
-        groups (dict[str, dict[str, float]]): columns, each with its figures by name.
-        intervals (dict[str, dict[str, tuple[float, float]]] or None): beside the figures.
-
-    Returns:
-        str: a Markdown table with a row for every figure that some group has. Undefined figures
-        are given as n/a; cells of figures that a group does not have are empty.
+    A Markdown table with one column per group and one row for every metric that some group has,
+    with its interval. Undefined metrics are given as n/a; cells of metrics that a group does not
+    have are empty.
     """
-    names = list(dict.fromkeys(name for figures in groups.values() for name in figures))
+    names = list(dict.fromkeys(name for metrics in groups.values() for name in metrics))
     columns = {"": names}
-    for group, figures in groups.items():
-        of_group = (intervals or {}).get(group, {})
+    for group, metrics in groups.items():
+        limits = (intervals or {}).get(group) or {}
         columns[group] = [
-            format_value(name, figures[name], of_group.get(name), decimals=2)
-            if name in figures
+            format_value(name, metrics[name], limits.get(name), decimals=2)
+            if name in metrics
             else ""
             for name in names
         ]
     return markdown_table(pd.DataFrame(columns))
 
 
-def format_value(name, value, interval=None, *, sd=None, decimals=1):
+def format_value(
+    name: str,
+    value: float,
+    interval: tuple[float, float] | None = None,
+    *,
+    sd: float | None = None,
+    decimals: int = 1,
+) -> str:
     """
-    Args:
-        name (str): of the figure; counts are given without decimals where they are whole.
-        value (float): NaN is undefined.
-        interval (tuple[float, float] or None): left out where it is undefined.
-        sd (float or None): left out where it is undefined.
-        decimals (int):
-
-    Returns:
-        str: such as "87.7 ± 0.4 [83.0, 91.5]".
+    A value as text, such as "87.7 ± 0.4 [83.0, 91.5]"; NaN is "n/a". Undefined intervals and
+    deviations are left out, and the decimals of counts, known by ``name``, that are whole.
     """
 
     def text(number):
@@ -196,30 +180,96 @@ def format_value(name, value, interval=None, *, sd=None, decimals=1):
     return cell
 
 
-def markdown_text(text):
+def markdown_text(text: object) -> str:
     """
-    Args:
-        text (str): of data, such as the name of a class or a path.
-
-    Returns:
-        str: Markdown that shows it: one line without a link, an image, HTML or any other markup of
-        its own, in a cell or anywhere else.
+    Markdown that shows the text of data, such as the name of a class or a path: one line without a
+    link, an image, HTML or any other markup of its own, in a cell or anywhere else.
     """
     line = for_terminal(" ".join(str(text).split()))
-    line = MARKUP.sub(lambda found: "&lt;" if found[0] == "<" else "&amp;", line)
-    line = MARKDOWN.sub(lambda found: f"\\{found[0]}", line)
+    line = MARKUP.sub(lambda match: "&lt;" if match[0] == "<" else "&amp;", line)
+    line = MARKDOWN.sub(lambda match: f"\\{match[0]}", line)
     if begins := BLOCK.match(line):
         number = begins[0].rstrip("#>+=[-")
         line = f"{number}\\{line[len(number) :]}"
     return line
 
 
-def latex_text(text):
-    """
-    Args:
-        text (str): of data.
-
-    Returns:
-        str: LaTeX that shows it: one line without a command of its own.
-    """
+def latex_text(text: object) -> str:
+    """LaTeX that shows the text of data: one line without a command of its own."""
     return " ".join(str(text).split()).translate(str.maketrans(LATEX))
+
+
+# "group/metric" in the order of a table.
+HEADLINE = {
+    "image": (
+        "{kind}/AP",
+        "{kind}/AP50",
+        "lesion/precision",
+        "lesion/recall",
+        "lesion/f1",
+        "lesion/iou",
+        "lesion/dice",
+        "lesion/fp_per_image",
+        "image/recall",
+        "image/specificity",
+        "image/auroc",
+        "image/mdice",
+    ),
+    "lesion": ("lesion/recall", "lesion/iou", "lesion/iou_box", "lesion/iou_all", "lesion/dice"),
+    "recognition": (
+        "recognition/top1",
+        "recognition/balanced_accuracy",
+        "recognition/f1",
+        "recognition/auroc",
+        "recognition/cross_entropy",
+        "cancer/recall",
+        "cancer/specificity",
+        "cancer/auroc",
+    ),
+}
+
+
+def groups_table(results: LesionResults | ClassificationResults, column: str) -> str:
+    """
+    A Markdown table of results that are grouped by ``column``: one column for all and one for each
+    group, with its size and its headline metrics with their intervals.
+    """
+    endpoints = group_endpoints(results, column, HEADLINE)
+    rows = list(group_rows(results, column))
+    # Patients may be known of some groups only.
+    sizes = list(dict.fromkeys(size for _, n, *_ in rows for size in n))
+    table = {"": [*sizes, *(endpoint.replace("/", " ") for endpoint in endpoints)]}
+    for name, n, metrics, intervals in rows:
+        table[name] = [str(n.get(size, "")) for size in sizes]
+        for endpoint in endpoints:
+            value, interval = value_of(metrics, endpoint), value_of(intervals, endpoint)
+            table[name].append(format_value(endpoint, value, interval, decimals=2))
+    return markdown_table(pd.DataFrame(table))
+
+
+def group_rows(
+    results: LesionResults | ClassificationResults, column: str
+) -> Iterator[tuple[str, dict, dict, dict]]:
+    """Yield name, {images, lesions, patients: how many}, metrics and intervals: "all" first."""
+    names = ("images", "lesions", "patients")
+    sizes = {name: results.meta[name] for name in names if results.meta.get(name) is not None}
+    yield "all", sizes, results.compared(), results.intervals
+    for name, group in results.by_group[column].groups.items():
+        yield name, group.n, group.figures, group.intervals
+
+
+def group_endpoints(
+    results: LesionResults | ClassificationResults, column: str, endpoints: Mapping[str, tuple]
+) -> list[str]:
+    """Those of ``endpoints``, as HEADLINE, that the groups of a column have."""
+    if results.meta.get("task") == "recognition":
+        groups = results.groups()
+        return [e for e in endpoints["recognition"] if e.partition("/")[0] in groups]
+    level, kind = results.by_group[column].level, results.meta["iou_type"]
+    return [endpoint.format(kind=kind) for endpoint in endpoints[level]]
+
+
+def value_of(groups: Mapping[str, Mapping], endpoint: str):
+    """The value of "group/metric"; None where there is none."""
+    group, _, name = endpoint.partition("/")
+    return groups.get(group, {}).get(name)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from imrcnn_d2.evaluation.statistics import Bootstrap
-from imrcnn_d2.report.comparison.models import compare, gather
+from imrcnn_d2.report.comparison import compare, gather
 from imrcnn_d2.report.runs import load_run
 
 BOOTSTRAP = Bootstrap(60)

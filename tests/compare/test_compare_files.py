@@ -9,8 +9,7 @@ from PIL import Image
 
 from imrcnn_d2.evaluation.detection.curves import pr_curve
 from imrcnn_d2.evaluation.statistics import Bootstrap
-from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.comparison.pages import write_comparison
+from imrcnn_d2.report.comparison import compare, gather, write_comparison
 from imrcnn_d2.report.names import metric_name
 from imrcnn_d2.report.runs import load_run
 
@@ -170,7 +169,7 @@ def test_differences(split):
     data = rows(folder / "differences.csv")
     assert len(table) == len(data) == len(comparison.tests)
     first = comparison.tests[0]
-    assert table[0]["figure"] == "AP50_voc (masks) (primary)"
+    assert table[0]["metric"] == "AP50_voc (masks) (primary)"
     assert table[0]["models"] == "IMR-CNN − MR-CNN" and table[0]["p (Holm)"] == ""
     numbers = [f"{n:.1f}".replace("-", "−") for n in (first.estimate, first.low, first.high)]
     assert table[0]["difference"] == "{} [{}, {}]".format(*numbers)

@@ -10,8 +10,8 @@ from recognition_runs import CLASSES, draw_classes, prepare_classes, write_class
 
 from imrcnn_d2.evaluation.classification import evaluate_classification
 from imrcnn_d2.evaluation.statistics import Bootstrap
-from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.comparison.pages import class_table, write_classification_comparison
+from imrcnn_d2.report.comparison import compare, gather, write_comparison
+from imrcnn_d2.report.comparison.tables import class_table
 from imrcnn_d2.report.names import published_accuracy
 from imrcnn_d2.report.runs import load_run
 
@@ -76,7 +76,7 @@ def test_what_is_tested(comparison):
 
 
 def test_the_files(comparison, tmp_path):
-    page, document, *files = write_classification_comparison(comparison, tmp_path)
+    page, document, *files = write_comparison(comparison, tmp_path)
     text = page.read_text()
     assert "ResNet50, published" in text and "the best of its three models" in text
     for path in files:
@@ -133,7 +133,7 @@ def test_folds(tmp_path):
             (output / "run.json").write_text(json.dumps({**record, "seed": 0}))
             runs.append(load_run(output))
     comparison = compare(gather(runs), Bootstrap(20))
-    files = {path.name for path in write_classification_comparison(comparison, tmp_path / "out")}
+    files = {path.name for path in write_comparison(comparison, tmp_path / "out")}
     assert {"folds.csv", "fold_tests.csv", "confusion.png"} <= files
     rows = pd.read_csv(tmp_path / "out" / "folds.csv")
     row = rows[(rows.model == "VGG19") & (rows.figure == "recognition/balanced_accuracy")].iloc[0]

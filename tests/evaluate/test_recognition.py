@@ -12,8 +12,8 @@ from imrcnn_d2.evaluation import Bootstrap, evaluate_classification
 from imrcnn_d2.evaluation.output import write_classification
 from imrcnn_d2.evaluation.statistics import clopper_pearson
 from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
-from imrcnn_d2.report.plots.draw_all import plot_classification
-from imrcnn_d2.report.subgroups import groups_table
+from imrcnn_d2.report.plots import draw_all
+from imrcnn_d2.report.tables import groups_table
 
 CLASSES = ("gastric cancer", "ulcer", "gastritis")
 
@@ -208,7 +208,7 @@ def test_groups_of_images_are_data_sets_of_their_own(tmp_path):
     figures = json.loads((tmp_path / "metrics.json").read_text())["by_group"]["age"]["groups"]
     assert figures["<15"]["recognition"]["top1"] == groups["<15"].figures["recognition"]["top1"]
     assert "age,image,<15,14,7,recognition,top1," in (tmp_path / "by_group.csv").read_text()
-    plot_classification(grouped, tmp_path)
+    draw_all(grouped, tmp_path)
     assert (tmp_path / "by_age.png").stat().st_size
     table = groups_table(grouped, "age")
     assert "| recognition top1" in table and "| cancer recall" in table and "lesions" not in table

@@ -1,5 +1,6 @@
 """The documentation site: it builds without a warning, is complete, and names only what exists."""
 
+import argparse
 import ast
 import importlib.util
 import re
@@ -11,10 +12,8 @@ import pytest
 from chromium import chromium
 from config_keys import flat
 from detectron2.config import get_cfg
-from detectron2.engine import default_argument_parser
 
 from imrcnn_d2 import add_imrcnn_config
-from imrcnn_d2.cli.predict import predictor_arguments
 
 ROOT = Path(__file__).parents[2]
 # What a reader is told, outside the code.
@@ -116,30 +115,32 @@ def test_nothing_is_fetched(site):
             assert not re.search(r'(?:src|href)="(?:https?:)?//', tag), (page, tag)
 
 
-def flags_of(script):
-    """What tools/<script>.py takes."""
-    names = {"train_net.py": "train.py", "lazyconfig_train_net.py": "train_lazy.py"}
-    folders = (ROOT / "imrcnn_d2" / "cli", ROOT / "benchmarks", ROOT / "packaging")
-    paths = [folder / names.get(script, script) for folder in folders]
-    text = next(path for path in paths if path.exists()).read_text()
-    own = set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', text))
-    if "predictor_arguments()" in text:
-        own |= {flag for action in predictor_arguments()._actions for flag in action.option_strings}
-    if script.endswith("train_net.py"):
-        actions = default_argument_parser()._actions
-        own |= {flag for action in actions for flag in action.option_strings}
-    if script == "cross_validate.py":
-        own |= {"--cfg", "--multirun"}  # Hydra's
-    return own | {"--help"}
+def flags_of(command):
+    """The options of `imrcnn COMMAND`, or of tools/COMMAND.py."""
+    name = command.replace("-", "_")
+    name = {"train_net": "train", "lazyconfig_train_net": "train"}.get(name, name)
+    if name == "cross_validate":
+        return {"--cfg", "--multirun", "--help"}  # Hydra's
+    parser = importlib.import_module(f"imrcnn_d2.cli.{name}").argument_parser()
+    subparsers = [choice for action in parser._actions for choice in subcommands(action)]
+    actions = [action for one in (parser, *subparsers) for action in one._actions]
+    return {flag for action in actions for flag in action.option_strings}
+
+
+def subcommands(action):
+    return action.choices.values() if isinstance(action, argparse._SubParsersAction) else ()
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_written_names_only_what_exists(path):
     text = path.read_text(encoding="utf-8")
-    # From the name of a script to the end of the command.
-    for script, rest in re.findall(r"\btools/(\w+\.py)((?:\\\n|[^\n`])*)", text):
-        unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)) - flags_of(script)
-        assert not unknown, f"{script} takes no {sorted(unknown)}"
+    # From the name of a command to its end.
+    for script, command, rest in re.findall(
+        r"(?:\btools/(\w+)\.py|^imrcnn ([a-z2-]+))((?:\\\n|[^\n`])*)", text, re.MULTILINE
+    ):
+        name = script or command
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)) - flags_of(name)
+        assert not unknown, f"{name} takes no {sorted(unknown)}"
 
     cfg = get_cfg()
     add_imrcnn_config(cfg)

@@ -49,7 +49,7 @@ def test_it_says_what_was_found(audited, output):
     assert set(sections) == {"results", "annotations", *kinds}
     assert "1 finding" in sections["overlapping"]
     assert f"{HOSTILE} train" in sections["overlapping"]
-    assert "no picture" in sections["unreadable"]
+    assert "cannot be read" in sections["unreadable"]
     assert "Blurred" in sections["results"] and "Like no other image" not in sections["results"]
     assert (
         "Patient <b>p</b> has 2 images: 1 in train, 1 in test."

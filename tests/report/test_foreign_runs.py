@@ -14,8 +14,8 @@ from mutations import damaged_bytes, damaged_json
 from PIL import Image
 
 from imrcnn_d2.cli import compare, report
-from imrcnn_d2.report.comparison.pages import write_comparison
-from imrcnn_d2.report.html.page import render_report
+from imrcnn_d2.report.comparison import write_comparison
+from imrcnn_d2.report.html import render_report
 from imrcnn_d2.report.model_card import write_model_card
 from imrcnn_d2.report.runs import load_run
 from imrcnn_d2.report.tables import latex_text, markdown_text
@@ -247,7 +247,7 @@ def test_a_run_cannot_name_any_ground_truth(home, secret):
 def test_a_picture_of_the_run_that_is_a_link(home, secret):
     folder = home / "run/inference/study_test"
     (folder / "grad_cam.png").symlink_to(secret)
-    from imrcnn_d2.report.html.classification import _grad_cams
+    from imrcnn_d2.report.html.page import _grad_cams
 
     with pytest.raises(BadInputError, match="leads out"):
         _grad_cams([load_run(home / "run")])

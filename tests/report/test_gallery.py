@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imrcnn_d2.report.html.gallery import CLOSENESS, gallery_data
-from imrcnn_d2.report.plots.images import outlines
+from imrcnn_d2.report.plots.images import region_contours
 from imrcnn_d2.report.runs import load_run
 
 
@@ -62,7 +62,7 @@ def test_outlines_are_off_by_half_a_pixel_at_most(runs, data):
     for region, position in enumerate(truth.regions.image):
         of_image = np.flatnonzero(truth.regions.image == position).tolist()
         drawn = polygons(data["images"][position]["truth"][of_image.index(region)])
-        exact = outlines(truth.regions, region)
+        exact = region_contours(truth.regions, region)
         assert len(drawn) == len(exact)
         for ours, theirs in zip(drawn, exact, strict=True):
             contour = ours.astype(np.float32)[:, None]

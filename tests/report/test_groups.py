@@ -6,7 +6,8 @@ from rectangles import rectangle
 
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
 from imrcnn_d2.evaluation.subgroups import By, with_groups
-from imrcnn_d2.report.subgroups import groups_table, plot_groups
+from imrcnn_d2.report.plots import plot_groups
+from imrcnn_d2.report.tables import groups_table
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import re
 import html5lib
 import pytest
 
-from imrcnn_d2.report.html.page import render_report
+from imrcnn_d2.report.html import render_report
 from imrcnn_d2.report.runs import load_run
 
 

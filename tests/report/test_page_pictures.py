@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from imrcnn_d2.report.html.page import pictures
+from imrcnn_d2.report.html.page import curve_plots
 from imrcnn_d2.report.runs import load_run
 
 PREFIX = "data:image/svg+xml;base64,"
@@ -22,14 +22,14 @@ def words(picture):
 
 
 def test_all_curves_of_all_models(runs):
-    drawn, missing = pictures(runs)
+    drawn, missing = curve_plots(runs)
     assert missing == []
     assert [picture["title"] for picture in drawn] == [
         "Precision and recall",
         "Free-response ROC",
         "ROC of images",
         "Calibration",
-        "Figures over the threshold",
+        "Metrics over the threshold",
     ]
     for picture in drawn:
         text = words(picture)
@@ -46,7 +46,7 @@ def test_all_curves_of_all_models(runs):
 
 def test_classes_have_a_curve_each(write_gt, write_run, tmp_path):
     gt = write_gt(tmp_path / "gt.json", classes=("polyp", "cancer"))
-    drawn, _ = pictures([load_run(f"mine={write_run('a', gt)}")])
+    drawn, _ = curve_plots([load_run(f"mine={write_run('a', gt)}")])
     text = " ".join(words(drawn[0]))
     assert "mine, polyp" in text
     assert "mine, cancer" in text
@@ -54,6 +54,6 @@ def test_classes_have_a_curve_each(write_gt, write_run, tmp_path):
 
 def test_what_cannot_be_drawn_is_said(write_gt, write_run, tmp_path):
     gt = write_gt(tmp_path / "gt.json", images=1)  # with one lesion
-    drawn, missing = pictures([load_run(write_run("a", gt, dt=[]))])
+    drawn, missing = curve_plots([load_run(write_run("a", gt, dt=[]))])
     assert "ROC of images" not in [picture["title"] for picture in drawn]
     assert missing == ["No ROC curve: the test set has no image without a lesion."]

@@ -7,7 +7,7 @@ import pytest
 from chromium import chromium, opened
 from recognition_runs import draw_classes, prepare_classes, write_classifier
 
-from imrcnn_d2.report.html.classification import render_classification_report
+from imrcnn_d2.report.html import render_report
 from imrcnn_d2.report.html.gallery import classification_gallery
 from imrcnn_d2.report.runs import load_run
 
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
-    return render_classification_report(runs, tmp_path_factory.mktemp("page") / "report.html")
+    return render_report(runs, tmp_path_factory.mktemp("page") / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_figures_are_those_of_the_evaluation(runs, tree):
         assert f"{run.metrics['cancer']['specificity']:.1f}" in results
         for name in run.metrics["meta"]["classes"]:
             assert f"{figures[f'accuracy_{name}']:.1f}" in results
-            assert f"{figures[f'precision_{name}']:.1f}" in section(tree, "figures")
+            assert f"{figures[f'precision_{name}']:.1f}" in section(tree, "metrics")
     assert "ResNet50, published" in results and "93" in results
     assert "ResNet50 − VGG19 balanced accuracy (primary)" in results
 
@@ -91,7 +91,7 @@ def test_confusions_and_who_was_in(runs, tree):
 
 
 def test_a_large_test_set_is_cut(runs, tmp_path):
-    path = render_classification_report(runs, tmp_path / "report.html", max_images=10)
+    path = render_report(runs, tmp_path / "report.html", max_images=10)
     text = path.read_text(encoding="utf-8")
     assert text.count('"jpeg"') == 10
     assert "10 of 36 test images" in text
@@ -107,7 +107,7 @@ def test_without_images_the_gallery_is_left_out(runs, tmp_path):
     images = runs[0].gt_path.parent.parent / "images"
     images.rename(images.with_name("gone"))
     try:
-        page = render_classification_report(runs, tmp_path / "report.html")
+        page = render_report(runs, tmp_path / "report.html")
     finally:
         images.with_name("gone").rename(images)
     text = page.read_text(encoding="utf-8")

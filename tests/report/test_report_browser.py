@@ -5,7 +5,7 @@ import csv
 import pytest
 from chromium import chromium, opened
 
-from imrcnn_d2.report.html.page import render_report
+from imrcnn_d2.report.html import render_report
 
 pytestmark = pytest.mark.slow
 
@@ -112,7 +112,7 @@ def test_sorting_by_a_figure_of_one_model(page, outcomes, key, column, falling):
 
 def test_the_gallery_and_the_dialog_by_keyboard_alone(page):
     order = names(page)
-    page.locator("input[name=outlines]").focus()
+    page.locator("input[name=contours]").focus()
     page.keyboard.press("Tab")
     focused = "document.activeElement.querySelector('.name').firstChild.data"
     assert page.evaluate(focused) == order[0]
@@ -144,7 +144,7 @@ def test_the_gallery_and_the_dialog_by_keyboard_alone(page):
     assert dialog.get_attribute("open") is None
     page.wait_for_function(f"last => {focused} === last", arg=order[-1])
     page.keyboard.press("Shift+Tab")  # the gallery is one stop
-    assert page.evaluate("document.activeElement.name") == "outlines"
+    assert page.evaluate("document.activeElement.name") == "contours"
 
 
 def test_a_click_enlarges(page, outcomes):
@@ -167,11 +167,11 @@ def test_a_click_enlarges(page, outcomes):
     assert page.locator("dialog").get_attribute("open") is None
 
 
-def test_outlines_can_be_taken_away(page):
-    outlines = page.locator(".tiles .outlines").first
-    assert outlines.is_visible()
-    page.locator("input[name=outlines]").uncheck()
-    assert not outlines.is_visible()
+def test_contours_can_be_taken_away(page):
+    contours = page.locator(".tiles .contours").first
+    assert contours.is_visible()
+    page.locator("input[name=contours]").uncheck()
+    assert not contours.is_visible()
 
 
 def test_tiles_are_drawn_when_they_come_near(page):
@@ -183,13 +183,13 @@ def test_tiles_are_drawn_when_they_come_near(page):
     last.scroll_into_view_if_needed()
     last.locator("svg").first.wait_for()
     loaded = """button => Promise.all([...button.querySelectorAll('image')].map(async image => {
-        const picture = new Image(); picture.src = image.href.baseVal;
-        await picture.decode(); return picture.naturalWidth; }))"""
+        const photo = new Image(); photo.src = image.href.baseVal;
+        await photo.decode(); return photo.naturalWidth; }))"""
     assert last.evaluate(loaded) == [96] * 4
 
 
 def test_an_outline_lies_on_its_lesion(page, study_runs):
-    """Filled, and half a pixel wider, outlines cover what the masks do."""
+    """Filled, and half a pixel wider, contours cover what the masks do."""
     counts = page.evaluate(
         """() => {
           const data = JSON.parse(document.getElementById('gallery-data').textContent);

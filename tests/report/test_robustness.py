@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES
-from imrcnn_d2.report.robustness import plot_distortions, plot_robustness
+from imrcnn_d2.report.plots import plot_distortions, plot_robustness
 
 
 def document(values, clean=90, images=10, names=("jpeg", "rotation")):
@@ -38,7 +38,7 @@ def test_a_panel_for_each_distortion_and_a_line_for_each_model(tmp_path):
 
 def test_all_distortions_and_a_figure_that_is_no_percentage(tmp_path):
     models = {"a": document([1] * 5, names=tuple(DISTORTIONS))}
-    figure = plot_robustness(models, tmp_path / "r.svg", figure="lesion/fp_per_image")
+    figure = plot_robustness(models, tmp_path / "r.svg", metric="lesion/fp_per_image")
     shown = [axes.get_title() for axes in figure.axes if axes.axison]
     assert shown == [distortion.title for distortion in DISTORTIONS.values()]
     assert figure.axes[0].get_ylabel() == "lesion: fp_per_image"
@@ -48,8 +48,8 @@ def test_refused(tmp_path):
     models = {"a": document([1] * 5), "b": document([1] * 5, images=5)}
     with pytest.raises(ValueError, match=r"different images: images is {'a': 10, 'b': 5}"):
         plot_robustness(models, tmp_path / "r.png")
-    with pytest.raises(ValueError, match="a has no figure 'segm/AP': there are lesion/f1, "):
-        plot_robustness({"a": document([1] * 5)}, tmp_path / "r.png", figure="segm/AP")
+    with pytest.raises(ValueError, match="a has no metric 'segm/AP': there are lesion/f1, "):
+        plot_robustness({"a": document([1] * 5)}, tmp_path / "r.png", metric="segm/AP")
     assert not list(tmp_path.iterdir())
 
 

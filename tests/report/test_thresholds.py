@@ -1,12 +1,16 @@
 import numpy as np
 import pytest
 
-from imrcnn_d2.report.plots.curves import SHOWN, plot_thresholds
+from imrcnn_d2.report.plots.curves import THRESHOLD_COLUMNS, plot_thresholds
 
 
 def table(specificity):
     return [
-        {**dict.fromkeys(SHOWN, 100 * (1 - tau)), "tau": tau, "image_specificity": specificity}
+        {
+            **dict.fromkeys(THRESHOLD_COLUMNS, 100 * (1 - tau)),
+            "tau": tau,
+            "image_specificity": specificity,
+        }
         for tau in (0.1, 0.5, 0.9)
     ]
 
@@ -23,7 +27,7 @@ def test_one_run_is_one_panel(tmp_path):
 
 def test_several_runs_have_a_panel_a_figure(tmp_path):
     figure = plot_thresholds({"a": table(50), "b": table(np.nan)}, tmp_path / "t.svg")
-    assert [axes.get_title() for axes in figure.axes] == list(SHOWN.values())
+    assert [axes.get_title() for axes in figure.axes] == list(THRESHOLD_COLUMNS.values())
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert legend == ["a", "b", "threshold 0.7"]
     assert not figure.axes[3].texts

@@ -122,6 +122,6 @@ def test_a_lazy_config_trains_resumes_and_evaluates(lazy_cfg, tmp_path):
     resumed.resume_or_load(resume=True)
     assert resumed.start_iter == 2
     assert resumed.best.best_score == trainer.best.best_score is not None
-    again = evaluate(lazy_cfg, trainer.model, "test")
+    again, _ = evaluate(lazy_cfg, trainer.model, "test")
     for group, figures in results.items():
         assert again[group] == pytest.approx(figures, nan_ok=True), group

@@ -148,7 +148,7 @@ def in_a_training(text, folder, capsys):
     args = default_argument_parser().parse_args(args)
     args.opts = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder / "output"), "DATASETS.TEST", "()"]
     with pytest.raises((OSError, ValueError)) as refused:
-        train_net.main(args)
+        train_net.run(args)
     return str(refused.value)
 
 

@@ -11,8 +11,7 @@ import torch
 from detectron2.engine import default_argument_parser
 
 from imrcnn_d2.cli import compare, cross_validate, evaluate, prepare_dataset, report
-from imrcnn_d2.cli import train as train_net
-from imrcnn_d2.cli import train_lazy as lazyconfig_train_net
+from imrcnn_d2.cli import train as train_command
 
 YAML = "configs/synthetic/imrcnn_lite.yaml"
 LAZY = "configs/lazy/imrcnn_lite.py"
@@ -77,7 +76,7 @@ def train(tiny_opts):
     def start(*arguments, opts=(), config=YAML):
         args = default_argument_parser().parse_args(["--config-file", str(config), *arguments])
         args.opts = [*map(str, tiny_opts), *opts]
-        train_net.main(args)
+        train_command.run(args)
 
     return start
 
@@ -98,7 +97,7 @@ def train_lazily(tiny_datasets, tmp_path):
             *(f"dataloader.{s}_evaluator.dataset_name={tiny_datasets[s]}" for s in ("val", "test")),
             *overrides,
         ]
-        lazyconfig_train_net.main(args)
+        train_command.run(args)
 
     return start
 
@@ -159,14 +158,12 @@ def test_weights_of_a_timm_backbone(train, train_lazily, plant, name):
         train_lazily(overrides=[f"model.backbone.bottom_up.weights={path}"])
 
 
-def test_a_yaml_config(train, train_lazily, malicious_yaml, tmp_path):
+def test_a_yaml_config(train, malicious_yaml, tmp_path):
     based_on_it = tmp_path / "based_on_it.yaml"
     based_on_it.write_text(f"_BASE_: {malicious_yaml.name}\n")
     for config in (malicious_yaml, based_on_it):
         with pytest.raises(ValueError, match=rf"(?s){config.name}.*no plain YAML.*os\.mkdir"):
             train(config=config)
-    with pytest.raises(ValueError, match="malicious.yaml.*LazyConfig is a .py file"):
-        train_lazily(config=malicious_yaml)
 
 
 def test_values_on_the_command_line(train, marker):

@@ -1,6 +1,5 @@
 """The training scripts as a user starts them, on a prepared data set."""
 
-import importlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.engine.launch import _find_free_port
 from processes import run_script
 
-from imrcnn_d2.cli import prepare_dataset
+from imrcnn_d2.cli import prepare_dataset, train
 from imrcnn_d2.engine.launch import locked_output
 from imrcnn_d2.evaluation.output import read_test_log
 
@@ -161,19 +160,17 @@ def test_what_is_refused_is_one_line(env, tmp_path, processes):
     assert "Traceback" not in refused.stderr + refused.stdout
 
 
-@pytest.mark.parametrize("script", ["train_net", "lazyconfig_train_net"])
+@pytest.mark.parametrize("config", [YAML, "configs/lazy/imrcnn_lite.py"])
 @pytest.mark.parametrize("arguments", [(), ("--resume",), ("--eval-only",)])
 def test_a_folder_that_another_job_writes_to_is_left_alone(
-    env, tmp_path, monkeypatch, script, arguments
+    env, tmp_path, monkeypatch, config, arguments
 ):
     monkeypatch.setattr("imrcnn_d2.engine.launch.LOCK_TIMEOUT", 0)
-    config, key = {
-        "train_net": (YAML, ("OUTPUT_DIR", str(tmp_path))),
-        "lazyconfig_train_net": ("configs/lazy/imrcnn_lite.py", (f"train.output_dir={tmp_path}",)),
-    }[script]
+    lazy = config.endswith(".py")
+    key = (f"train.output_dir={tmp_path}",) if lazy else ("OUTPUT_DIR", str(tmp_path))
     args = default_argument_parser().parse_args(["--config-file", config, *arguments, *key])
     with locked_output(str(tmp_path)), pytest.raises(ValueError, match=str(tmp_path)):
-        importlib.import_module(script).main(args)
+        train.run(args)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 

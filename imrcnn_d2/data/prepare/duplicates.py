@@ -16,8 +16,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from imrcnn_d2.data.images import open_image
@@ -99,6 +97,10 @@ def find_near_duplicates(
 
 def group_labels(count: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
     """Labels items that are connected by pairs, over any number of steps, alike: (count,) int."""
+    # Half of the time of `import imrcnn_d2`, and needed by few.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     edges = np.array(list(pairs), dtype=int).reshape(-1, 2)
     graph = coo_array((np.ones(len(edges)), edges.T), shape=(count, count))
     return connected_components(graph, directed=False)[1]

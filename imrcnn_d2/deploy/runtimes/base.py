@@ -12,7 +12,7 @@ import torch
 from detectron2.structures import Instances
 from torch import nn
 
-from imrcnn_d2.deploy.runtimes.check import BOUNDS, Differences, compare_predictors
+from imrcnn_d2.deploy.runtimes.check import Differences, compare_predictors
 from imrcnn_d2.engine.run_record import config_sha256
 
 if TYPE_CHECKING:
@@ -34,12 +34,14 @@ class Runtime(ABC):
         name: in ``RUNTIMES`` and ``--runtime``.
         suffix: of the files that it exports; None if it exports none.
         precisions: of these files.
+        exact_precisions: those in which an export predicts exactly what its original does.
         metadata: of the file that it was loaded from, see `export_metadata`; else empty.
     """
 
     name: ClassVar[str]
     suffix: ClassVar[str | None] = None
     precisions: ClassVar[tuple[str, ...]] = ()
+    exact_precisions: ClassVar[tuple[str, ...]] = ()
     metadata: dict = {}
 
     @abstractmethod
@@ -102,17 +104,12 @@ class Runtime(ABC):
         return None
 
     @classmethod
-    def bounds(cls, precision: str) -> dict[str, float]:
-        """How far an exported file's predictions may differ, see `Differences.exceeded`."""
-        return BOUNDS[precision]
-
-    @classmethod
     def check(
-        cls, original: Predictor, exported: Predictor, images: list[Path], precision: str
+        cls, original: Predictor, exported: Predictor, images: list[Path], bounds: dict[str, float]
     ) -> tuple[Differences, list[str]]:
-        """Compares an exported file with its original; also returns what is out of bounds."""
+        """Compares an exported file with its original, and returns `Differences.exceeded` too."""
         differences = compare_predictors(original, exported, images)
-        return differences, differences.exceeded(**cls.bounds(precision))
+        return differences, differences.exceeded(**bounds)
 
 
 def export_metadata(loaded: LoadedModel, precision: str) -> dict:

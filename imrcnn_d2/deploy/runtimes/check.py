@@ -13,17 +13,8 @@ from imrcnn_d2.deploy.outputs import records
 if TYPE_CHECKING:
     from imrcnn_d2.deploy.predictor import Predictor
 
-__all__ = ["BOUNDS", "LEAST_SCORE", "Differences", "compare_predictors", "compare_records"]
+__all__ = ["LEAST_SCORE", "Differences", "compare_predictors", "compare_records"]
 
-# What may differ, see `Differences.exceeded`. Of two boxes that suppress each other, bf16 and int8
-# may take the other one: these bounds hold for a share of the detections.
-BOUNDS = {
-    "exact": {"lost": 0, "unmatched": 0, "score": 0, "box": 0, "mask_iou": 1},
-    "fp32": {"lost": 0, "unmatched": 1, "score": 0.001, "box": 0.05, "mask_iou": 0.999},
-    "fp16": {"lost": 0, "unmatched": 3, "score": 0.02, "box": 1, "mask_iou": 0.97},
-    "bf16": {"lost": 0, "unmatched": 5, "score": 0.1, "box": 3, "mask_iou": 0.9, "share": 0.9},
-    "int8": {"lost": 2, "unmatched": 10, "score": 0.25, "box": 5, "mask_iou": 0.85, "share": 0.95},
-}
 LEAST_SCORE = 0.3  # of detections that the other predictor must have too
 LEAST_IOU = 0.5  # of two detections that are taken for the same
 

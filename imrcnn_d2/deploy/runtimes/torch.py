@@ -10,7 +10,6 @@ from detectron2.modeling.poolers import ROIPooler
 from torch import nn
 
 from imrcnn_d2.deploy.runtimes.base import Runtime, export_metadata
-from imrcnn_d2.deploy.runtimes.check import BOUNDS
 from imrcnn_d2.modeling.roi_heads import FP32ROIPooler
 from imrcnn_d2.utils.files import write_atomically
 from imrcnn_d2.utils.safe_loading import CHECKSUM, tensors_checksum
@@ -25,7 +24,7 @@ class TorchRuntime(Runtime):
 
     name = "torch"
     suffix = ".safetensors"
-    precisions = tuple(_DTYPES)
+    precisions, exact_precisions = tuple(_DTYPES), ("fp32",)
     _autocast = False
 
     def __init__(self, model: nn.Module):
@@ -67,10 +66,6 @@ class TorchRuntime(Runtime):
         texts[CHECKSUM] = tensors_checksum(tensors, texts)
         write_atomically(path, safetensors.torch.save(tensors, texts))
 
-    @classmethod
-    def bounds(cls, precision):
-        return BOUNDS["exact" if precision == "fp32" else precision]
-
 
 class TorchBF16Runtime(TorchRuntime):
     """
@@ -79,7 +74,7 @@ class TorchBF16Runtime(TorchRuntime):
     """
 
     name = "torch-bf16"
-    suffix, precisions = None, ()
+    suffix, precisions, exact_precisions = None, (), ()
     _autocast = True
 
     def __init__(self, model: nn.Module):

@@ -1,0 +1,6 @@
+"""Comparison of models: which runs belong together, how they differ, and the files about it."""
+
+from imrcnn_d2.report.comparison.models import Comparison, compare, gather
+from imrcnn_d2.report.comparison.pages import write_comparison
+
+__all__ = ["Comparison", "compare", "gather", "write_comparison"]

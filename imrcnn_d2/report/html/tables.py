@@ -1,4 +1,4 @@
-"""How the models on the page differ, from the comparison that tools/compare.py makes."""
+"""The tables of a report: metrics, confusion matrices, sizes, patients, screening, differences."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from imrcnn_d2.evaluation.detection import metrics
 from imrcnn_d2.evaluation.output import patient_rows
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.names import metric_name
+from imrcnn_d2.report.names import MODEL, NOT_PERCENT, metric_name
 
 __all__ = [
     "cell",
@@ -55,17 +55,16 @@ def _percent(part, whole):
 
 
 COUNTS = (*metrics.COUNTS, "n")
-NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image", "cross_entropy")
 
-# (figure, label, hint)
-CURVE_FIGURES = (
+# (metric, label, hint)
+CURVE_METRICS = (
     ("AP50_voc", "AP50_voc", "area under the precision-recall curve at IoU 0.5"),
     ("BEP", "BEP", "where precision equals recall"),
     ("AP50", "AP50", "COCO, at IoU 0.5"),
     ("AP75", "AP75", "COCO, at IoU 0.75"),
     ("AP", "AP", "COCO, mean over IoU 0.5 to 0.95"),
 )
-LESION_FIGURES = (
+LESION_METRICS = (
     ("recall", "sensitivity (recall)", "lesions that were found"),
     ("precision", "precision", "detections that are a lesion"),
     ("f1", "F1", ""),
@@ -77,7 +76,7 @@ LESION_FIGURES = (
     ("FP", "false alarms", ""),
     ("FN", "missed lesions", ""),
 )
-IMAGE_FIGURES = (
+IMAGE_METRICS = (
     ("recall", "sensitivity", ""),
     ("specificity", "specificity", ""),
     ("precision", "precision", "at the test set’s own prevalence"),
@@ -85,11 +84,11 @@ IMAGE_FIGURES = (
     ("accuracy", "accuracy", ""),
     ("auroc", "AUROC", ""),
     ("localised_recall", "localised sensitivity", "a detection hits the lesion"),
-    ("miou", "mIoU", "all that is outlined against all lesions"),
+    ("miou", "mIoU", "all detections against all lesions"),
     ("mdice", "mDice", "likewise"),
 )
 UNIT_TITLES = {"lesion": "Lesions", "image": "Images", "patient": "Patients"}
-KEY_FIGURES = (
+KEY_METRICS = (
     ("curve", "AP50_voc", "Average precision", "area under the precision-recall curve at IoU 0.5"),
     ("lesion", "recall", "Sensitivity", "share of the lesions that were found"),
     ("lesion", "precision", "Precision", "share of the detections that are a lesion"),
@@ -132,7 +131,7 @@ def _text(text):
 def key_metrics(runs):
     """list[dict]: title, hint and cells [(run's name, cell)] of the four figures on top."""
     cards = []
-    for group, name, title, hint in KEY_FIGURES:
+    for group, name, title, hint in KEY_METRICS:
         cells = []
         for run in runs:
             figures = _curve_group(run)[1] if group == "curve" else run.metrics[group]
@@ -164,13 +163,13 @@ def metric_tables(runs):
         {
             "title": "Detection, over all scores",
             "caption": f"Overlap of {kinds}s",
-            "rows": metric_rows(CURVE_FIGURES, curve),
+            "rows": metric_rows(CURVE_METRICS, curve),
         }
     ]
     for unit, title in UNIT_TITLES.items():
         if not any(run.metrics.get(unit) for run in runs):
             continue
-        wanted = LESION_FIGURES if unit == "lesion" else IMAGE_FIGURES
+        wanted = LESION_METRICS if unit == "lesion" else IMAGE_METRICS
         groups = [run.metrics.get(unit) or {} for run in runs]
         tables.append({"title": title, "caption": _at(runs), "rows": metric_rows(wanted, groups)})
         chosen = [run.metrics.get("tau_val") or {} for run in runs]
@@ -306,6 +305,126 @@ def _in_natural_frequencies(run, prevalence):
         f"{hits + alarms:.1f} raise an alarm, {hits:.1f} of them rightly; {ill - hits:.1f} with a "
         "lesion raise none."
     )
+
+
+CLASSIFICATION_METRICS = (
+    ("balanced_accuracy", "balanced accuracy", "mean of the classes’ accuracies"),
+    ("top1", "top-1 accuracy", "images predicted rightly"),
+    ("f1", "F1", "mean of the classes"),
+    ("auroc", "AUROC", "mean of the classes, each against all others"),
+    ("cross_entropy", "cross-entropy", "of the probability of the true class; 0 is perfect"),
+)
+CLASS_METRICS = (
+    ("precision", "precision", "of the images predicted as it, those that are"),
+    ("specificity", "specificity", "of all others, those not predicted as it"),
+    ("f1", "F1", ""),
+    ("auroc", "AUROC", "against all others"),
+)
+CANCER_METRICS = (
+    ("recall", "sensitivity", "cancers predicted as cancer"),
+    ("specificity", "specificity", "benign images predicted as benign"),
+    ("precision", "precision", "at the test set’s own prevalence"),
+    ("f1", "F1", ""),
+    ("accuracy", "accuracy", ""),
+    ("auroc", "AUROC", "of the probability of cancer"),
+    ("TP", "cancer predicted as cancer", ""),
+    ("FN", "cancer predicted as benign", ""),
+    ("FP", "benign predicted as cancer", ""),
+    ("TN", "benign predicted as benign", ""),
+)
+CALIBRATION_METRICS = (
+    ("ece", "expected calibration error", ""),
+    ("brier", "Brier score", ""),
+    ("mean_score", "mean probability", "of the predicted class"),
+    ("hit_rate", "share predicted rightly", ""),
+)
+
+
+def class_key_metrics(runs, cancers):
+    """list[dict]: as of :func:`key_metrics`."""
+    cards = [
+        ("recognition", "balanced_accuracy", "Balanced accuracy", "mean accuracy of the classes"),
+        ("recognition", "auroc", "AUROC", "each class against all others, mean of the classes"),
+    ]
+    if cancers:
+        cards += [
+            ("cancer", "recall", "Sensitivity for cancer", "cancers predicted as cancer"),
+            (
+                "cancer",
+                "specificity",
+                "Specificity for cancer",
+                "benign images predicted as benign",
+            ),
+        ]
+    else:
+        cards.append(("recognition", "top1", "Top-1 accuracy", "images predicted rightly"))
+    return [
+        {
+            "title": title,
+            "hint": hint,
+            "cells": [(run.name, cell(run.metrics[group], name)) for run in runs],
+        }
+        for group, name, title, hint in cards
+    ]
+
+
+def class_accuracy(runs, classes, published):
+    """dict: columns and rows, a class each, with what was published."""
+    rows = []
+    for name in classes:
+        cells = [cell(run.metrics["recognition"], f"accuracy_{name}") for run in runs]
+        if published:
+            cells.append(_text(f"{published[name]:.0f}"))
+        rows.append({"label": name, "hint": "", "cells": cells})
+    columns = ["class", *(run.name for run in runs)]
+    return {"columns": columns + [f"{MODEL}, published"] * bool(published), "rows": rows}
+
+
+def class_metric_tables(runs, classes, cancers):
+    """list[dict]: as of :func:`metric_tables`."""
+
+    def table(title, caption, group, metrics, suffix=""):
+        named = [(f"{name}{suffix}", label, hint) for name, label, hint in metrics]
+        rows = metric_rows(named, [run.metrics[group] for run in runs])
+        return {"title": title, "caption": caption, "rows": rows}
+
+    tables = [
+        table(
+            "All classes",
+            "In percent, but for the cross-entropy",
+            "recognition",
+            CLASSIFICATION_METRICS,
+        )
+    ]
+    if cancers:
+        caption = f"Cancer: {', '.join(cancers)}; benign: all else"
+        tables.append(table("Cancer against benign", caption, "cancer", CANCER_METRICS))
+    tables += [
+        table(
+            f"Class: {name}",
+            "Predicted as it, or as anything else",
+            "recognition",
+            CLASS_METRICS,
+            f"_{name}",
+        )
+        for name in classes
+    ]
+    caption = "Of the probability of the predicted class, as that of being right"
+    return [*tables, table("Calibration", caption, "calibration", CALIBRATION_METRICS)]
+
+
+def class_confusions(runs):
+    """list[dict]: name, and rows [(class, [(count, share of the row as text, as number)])]."""
+    tables = []
+    for run in runs:
+        matrix = run.results.confusion
+        rows = []
+        for name, counts in zip(matrix.classes, matrix.rows(), strict=True):
+            total = sum(counts) or math.nan
+            shares = [(f"{n:,}", f"{100 * n / total:.1f} %", n / total) for n in counts]
+            rows.append((name, [(*texts, 0 if math.isnan(s) else s) for *texts, s in shares]))
+        tables.append({"name": run.name, "rows": rows})
+    return tables
 
 
 GROUPS = {

@@ -1,94 +1,80 @@
-"""What figures do as the score threshold moves: one model's, or those of several."""
+"""Metrics against the score threshold, by group and by distortion: of one model or of several."""
 
 import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from imrcnn_d2.evaluation.detection.curves import RATES, PRCurve
+from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES
+from imrcnn_d2.evaluation.calibration import Calibration
+from imrcnn_d2.evaluation.classification import ClassificationResults
+from imrcnn_d2.evaluation.detection.counts import UnitCounts
+from imrcnn_d2.evaluation.detection.curves import FROC, RATES, PRCurve
+from imrcnn_d2.evaluation.detection.metrics import COUNTS
+from imrcnn_d2.evaluation.detection.results import LesionResults
 from imrcnn_d2.evaluation.statistics import clopper_pearson
+from imrcnn_d2.report.names import NOT_PERCENT, metric_name
 from imrcnn_d2.report.plots.style import (
-    STYLES,
+    BLUE,
+    DOT,
+    LEGEND,
     label_operating_point,
     legend_label,
+    line_style,
     save_figure,
     tidy,
 )
-from imrcnn_d2.utils.files import read_rows
+from imrcnn_d2.report.tables import group_endpoints, group_rows, value_of
 
 __all__ = [
     "plot_calibration",
     "plot_class_roc",
     "plot_froc",
+    "plot_groups",
     "plot_pr_curves",
     "plot_pr_panels",
+    "plot_robustness",
     "plot_roc_curves",
     "plot_thresholds",
-    "read_pr_curves",
 ]
 
+# All functions take what they plot by the name in the legend, write it to a .png, .svg or .pdf and
+# return the figure that was saved.
 
-def read_pr_curves(path, iou_type="segm"):
+
+def plot_pr_curves(curves: Mapping[str, PRCurve], path: str | Path, *, tau: float = 0.7) -> Figure:
     """
-    Args:
-        path (str or Path): a ``pr_curve.csv`` of :func:`imrcnn_d2.evaluation.output.write_results`.
-        iou_type (str): "segm" or "bbox".
-
-    Returns:
-        dict[str, PRCurve]: by class name. Classes without ground truth, and without a detection,
-        have no curve.
-    """
-    rows = {}
-    for row in read_rows(path, ("iou_type", "class", "score", "tp", "fp", "n_gt")):
-        if row["iou_type"] == iou_type and int(row["n_gt"]):
-            rows.setdefault(row["class"], []).append(row)
-    return {
-        name: PRCurve(
-            score=np.array([float(row["score"]) for row in own]),
-            tp=np.array([int(row["tp"]) for row in own]),
-            fp=np.array([int(row["fp"]) for row in own]),
-            num_gt=int(own[0]["n_gt"]),
-        )
-        for name, own in rows.items()
-    }
-
-
-def plot_pr_curves(curves, path, *, tau=0.7):
-    """
-    Draw each curve as it is (thin) and its envelope, whose area is AP50_voc, with the operating
+    Plot each curve as it is (thin) and its envelope, whose area is AP50_voc, with the operating
     point at ``tau`` (dot) and the break-even point, on the diagonal (diamond).
-
-    Args:
-        curves (dict[str, PRCurve]): by the name in the legend: classes of a run, or runs.
-        path (str or Path): .png, .svg or .pdf.
-        tau (float): score threshold of the operating point.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
     """
-    title = "Precision and recall at IoU 0.5"
-    return plot_pr_panels({title: curves}, [path], tau=tau)
+    return plot_pr_panels({"Precision and recall at IoU 0.5": curves}, [path], tau=tau)
 
 
-def plot_pr_panels(panels, paths, *, tau=0.7):
+def plot_pr_panels(
+    panels: Mapping[str, Mapping[str, PRCurve]], paths: Sequence[str | Path], *, tau: float = 0.7
+) -> Figure:
     """
-    Draw several pictures as those of :func:`plot_pr_curves` side by side, such as one a class with
-    the curves of all models.
-
-    Args:
-        panels (dict[str, dict[str, PRCurve]]): by title.
-        paths (list[str or Path]): where to save it, .png, .svg or .pdf.
-        tau (float): score threshold of the operating point.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+    Plot several panels as of :func:`plot_pr_curves` by title, such as one per class with the
+    curves of all models, and save them to each path.
     """
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(6 * columns, 6.1 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, curves) in zip(grid, panels.items(), strict=False):
-        _draw_panel(axes, title, curves, tau)
+        _square(axes, left=0)
+        for number, (name, curve) in enumerate(curves.items()):
+            _plot_pr_curve(axes, name, curve, tau, line_style(number))
+        if not curves:
+            axes.text(50, 50, "No detections", ha="center", va="center", fontsize=12)
+        mark = label_operating_point(axes, tau)
+        axes.plot([], [], marker="D", color="white", label="break-even point (BEP)", **mark)
+        axes.set(xlabel="Recall (%)", ylabel="Precision (%)", title=title)
+        axes.legend(loc="lower left", **LEGEND)
     for axes in grid[len(panels) :]:
         axes.remove()
     for path in paths:
@@ -96,197 +82,137 @@ def plot_pr_panels(panels, paths, *, tau=0.7):
     return figure
 
 
-def _draw_panel(axes, title, curves, tau):
+def _square(axes: Axes, left: float = -1):
+    """Both axes from 0 to 100, with the diagonal."""
     axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
-    for number, (name, curve) in enumerate(curves.items()):
-        colour, style = STYLES[number % len(STYLES)]
-        _draw(axes, name, curve, tau, colour, style)
-    if not curves:
-        axes.text(50, 50, "No detections", ha="center", va="center", fontsize=12)
-    dot = label_operating_point(axes, tau)
-    axes.plot([], [], marker="D", color="white", label="break-even point (BEP)", **dot)
-    axes.set(
-        xlabel="Recall (%)",
-        ylabel="Precision (%)",
-        xlim=(0, 101),
-        ylim=(0, 101),
-        aspect="equal",
-        title=title,
-    )
+    axes.set(xlim=(left, 101), ylim=(0, 101), aspect="equal")
     tidy(axes)
-    axes.legend(loc="lower left", fontsize=8.5, framealpha=0.95, handlelength=3.2)
 
 
-def _draw(axes, name, curve, tau, colour, style):
-    even = 100 * curve.break_even_point
+def _plot_pr_curve(axes, name, curve, tau, style):
+    break_even = 100 * curve.break_even_point
     label = f"{legend_label(name)}: AP50_voc {100 * curve.area:.1f}, "
-    label += "BEP n/a" if np.isnan(even) else f"BEP {even:.1f}"
+    label += "BEP n/a" if np.isnan(break_even) else f"BEP {break_even:.1f}"
     recall, precision, envelope = (
         100 * values for values in (curve.recall, curve.precision, curve.envelope)
     )
     # The envelope holds up to each recall from the one before: steps that fall at its end.
     x = np.concatenate([[0], recall, recall[-1:]])
     y = np.concatenate([envelope[:1], envelope, [0]])
-    axes.step(x, y, where="pre", color=colour, linestyle=style, linewidth=1.8, label=label)
+    colour = style["color"]
+    axes.step(x, y, where="pre", linewidth=1.8, label=label, **style)
     axes.plot(recall, precision, color=colour, linewidth=0.7, alpha=0.45)
-    mark = dict(markersize=8, markeredgewidth=1.3, zorder=4)
     at_tau = np.flatnonzero(curve.score >= tau)[-1:]
-    axes.plot(recall[at_tau], precision[at_tau], "o", color=colour, markeredgecolor="white", **mark)
-    if np.isfinite(curve.break_even_point):
-        even = [100 * curve.break_even_point]
-        axes.plot(even, even, "D", color="white", markeredgecolor=colour, **mark)
+    axes.plot(recall[at_tau], precision[at_tau], "o", color=colour, **DOT)
+    if np.isfinite(break_even):
+        mark = {**DOT, "markeredgecolor": colour}
+        axes.plot([break_even], [break_even], "D", color="white", **mark)
 
 
-# False alarms per image at the left edge, where the logarithmic axis begins.
-LEAST = 1 / 32
+LOWEST_RATE = 1 / 32  # false alarms per image, where the logarithmic axis begins
 
 
-def plot_froc(curves, path, *, tau=0.7):
+def plot_froc(curves: Mapping[str, FROC], path: str | Path, *, tau: float = 0.7) -> Figure:
     """
-    Draw sensitivity for lesions against false alarms per image, with the operating point at
-    ``tau`` (dot). Past its last detection a curve goes on as a thin line.
-
-    Args:
-        curves (dict[str, FROC]): by the name in the legend.
-        path (str or Path): .png, .svg or .pdf.
-        tau (float): score threshold of the operating point.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+    Plot sensitivity for lesions against false alarms per image, with the operating point at
+    ``tau`` (dot). Past its last detection a curve continues as a thin line.
     """
     figure = Figure(figsize=(6, 4.8), layout="constrained")
-    axes = figure.add_subplot(xlim=(LEAST, RATES[-1]))
+    axes = figure.add_subplot(xlim=(LOWEST_RATE, RATES[-1]))
     axes.set_xscale("log", base=2)
     for number, (name, froc) in enumerate(curves.items()):
-        colour, style = STYLES[number % len(STYLES)]
-        curve = froc.curve()
+        curve, style = froc.curve(), line_style(number)
         x, y = curve["fp_per_image"], curve["sensitivity"]
         mean = froc.figures()["mean"]
         label = legend_label(f"{name}: mean {mean:.1f}" if np.isfinite(mean) else f"{name}: n/a")
-        steps = dict(color=colour, where="post")
-        axes.step([0, *x], [0, *y], label=label, linestyle=style, linewidth=1.8, **steps)
+        axes.step([0, *x], [0, *y], where="post", label=label, linewidth=1.8, **style)
+        colour = style["color"]
         if len(x):
-            axes.step([x[-1], RATES[-1]], [y[-1]] * 2, linewidth=0.8, alpha=0.6, **steps)
+            thin = dict(where="post", color=colour, linewidth=0.8, alpha=0.6)
+            axes.step([x[-1], RATES[-1]], [y[-1]] * 2, **thin)
         at_tau = np.flatnonzero(curve["score"] >= tau)[-1:]
         # A point left of the axis, without a false alarm, is shown on its edge.
-        axes.plot(
-            np.maximum(x[at_tau], LEAST),
-            y[at_tau],
-            "o",
-            color=colour,
-            markersize=8,
-            markeredgecolor="white",
-            markeredgewidth=1.3,
-            zorder=4,
-            clip_on=False,
-        )
+        left = np.maximum(x[at_tau], LOWEST_RATE)
+        axes.plot(left, y[at_tau], "o", color=colour, clip_on=False, **DOT)
     label_operating_point(axes, tau)
-    ticks = [LEAST, LEAST * 2, *RATES]
     axes.set(
         xlabel="False alarms per image (mean)",
         ylabel="Sensitivity for lesions (%)",
         ylim=(-1, 101),
         title="Lesions found against false alarms",
     )
+    ticks = [LOWEST_RATE, LOWEST_RATE * 2, *RATES]
     axes.set_xticks(ticks, [f"1/{1 / t:.0f}" if t < 1 else f"{t:g}" for t in ticks])
     tidy(axes)
-    axes.legend(loc="lower right", fontsize=8.5, framealpha=0.95, handlelength=3.2)
+    axes.legend(loc="lower right", **LEGEND)
     save_figure(figure, path, dpi=200)
     return figure
 
 
-def plot_roc_curves(counts, path, *, tau=0.7):
+def plot_roc_curves(
+    counts: Mapping[str, UnitCounts], path: str | Path, *, tau: float = 0.7
+) -> Figure:
     """
-    Draw sensitivity against false alarms on lesion-free images, as the threshold on an image's
-    highest score falls, with the operating point at ``tau`` (dot).
-
-    Args:
-        counts (dict[str, UnitCounts]): of images, by the name in the legend. There must be images
-            with and without a lesion.
-        path (str or Path): .png, .svg or .pdf.
-        tau (float): score threshold of the operating point.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+    Plot sensitivity against false alarms on lesion-free images, as the threshold on an image's
+    highest score falls, with the operating point at ``tau`` (dot). There must be images with and
+    without a lesion.
     """
     from sklearn.metrics import roc_auc_score, roc_curve  # three seconds
 
     figure = Figure(figsize=(6, 6.1), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
-    for number, (name, own) in enumerate(counts.items()):
-        colour, style = STYLES[number % len(STYLES)]
-        false, true, threshold = roc_curve(own.positive, own.score, drop_intermediate=False)
-        area = 100 * roc_auc_score(own.positive, own.score)
-        line = dict(color=colour, linestyle=style, linewidth=1.8)
-        axes.plot(100 * false, 100 * true, label=legend_label(f"{name}: AUROC {area:.1f}"), **line)
+    _square(axes)
+    for number, (name, images) in enumerate(counts.items()):
+        style = line_style(number)
+        false, true, threshold = roc_curve(images.positive, images.score, drop_intermediate=False)
+        label = f"{name}: AUROC {100 * roc_auc_score(images.positive, images.score):.1f}"
+        axes.plot(100 * false, 100 * true, linewidth=1.8, label=legend_label(label), **style)
         at_tau = np.flatnonzero(threshold >= tau)[-1]
-        mark = dict(markersize=8, markeredgewidth=1.3, markeredgecolor="white", zorder=4)
-        axes.plot(100 * false[at_tau], 100 * true[at_tau], "o", color=colour, **mark)
+        axes.plot(100 * false[at_tau], 100 * true[at_tau], "o", color=style["color"], **DOT)
     label_operating_point(axes, tau)
     axes.set(
         xlabel="1 − specificity (%)",
         ylabel="Sensitivity (%)",
-        xlim=(-1, 101),
-        ylim=(0, 101),
-        aspect="equal",
         title="Is there a lesion in this image?",
     )
-    tidy(axes)
-    axes.legend(loc="lower right", fontsize=8.5, framealpha=0.95, handlelength=3.2)
+    axes.legend(loc="lower right", **LEGEND)
     save_figure(figure, path)
     return figure
 
 
-MOST_IN_A_ROW = 3
-
-
-def plot_class_roc(results, path):
+def plot_class_roc(results: Mapping[str, ClassificationResults], path: str | Path) -> Figure:
     """
-    Draw sensitivity against false alarms as the threshold on the probability of a class falls. The
-    dot is what the highest probability decides.
-
-    Args:
-        results (dict[str, ClassificationResults]): by the name in the legend; of the same classes.
-        path (str or Path): .png, .svg or .pdf.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+    Plot a panel per class: sensitivity against false alarms as the threshold on its probability
+    falls. The dot is the decision by the highest probability. All models are of the same classes.
     """
     from sklearn.metrics import roc_curve  # three seconds
 
     classes = next(iter(results.values())).ground_truth.classes
-    columns = min(len(classes), MOST_IN_A_ROW)
+    columns = min(len(classes), 3)
     rows = math.ceil(len(classes) / columns)
     figure = Figure(figsize=(4.4 * columns + 0.4, 4.9 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in panels.flat[len(classes) :]:
         axes.set_visible(False)
     for k, (axes, name) in enumerate(zip(panels.flat, classes, strict=False)):
-        axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
-        for number, (model, own) in enumerate(results.items()):
-            label = legend_label(model)
-            colour, style = STYLES[number % len(STYLES)]
-            positive, score = own.ground_truth.label == k, own.probability[:, k]
-            area = own.recognition[f"auroc_{name}"]
+        _square(axes)
+        for number, (model, scored) in enumerate(results.items()):
+            label, style = legend_label(model), line_style(number)
+            positive, score = scored.ground_truth.label == k, scored.probability[:, k]
             if not positive.any() or positive.all():
-                axes.plot([], [], color=colour, linestyle=style, label=f"{label}: n/a")
+                axes.plot([], [], label=f"{label}: n/a", **style)
                 continue
+            label += f": AUROC {scored.recognition[f'auroc_{name}']:.1f}"
             false, true, _ = roc_curve(positive, score, drop_intermediate=False)
-            line = dict(color=colour, linestyle=style, linewidth=1.8)
-            axes.plot(100 * false, 100 * true, label=f"{label}: AUROC {area:.1f}", **line)
-            called = own.measures.called == k
-            point = 100 * called[~positive].mean(), 100 * called[positive].mean()
-            mark = dict(markersize=8, markeredgewidth=1.3, markeredgecolor="white", zorder=4)
-            axes.plot(*point, "o", color=colour, **mark)
-        axes.set(xlim=(-1, 101), ylim=(0, 101), aspect="equal")
-        # The lowest panel of a column has the label.
-        if k + columns >= len(classes):
+            axes.plot(100 * false, 100 * true, linewidth=1.8, label=label, **style)
+            predicted = scored.measures.called == k
+            point = 100 * predicted[~positive].mean(), 100 * predicted[positive].mean()
+            axes.plot(*point, "o", color=style["color"], **DOT)
+        if k + columns >= len(classes):  # the lowest panel of its column
             axes.set_xlabel("1 − specificity (%)")
             axes.tick_params(labelbottom=True)
         axes.set_title(f"{name} against all others", fontsize=11)
-        tidy(axes)
-        axes.legend(loc="lower right", fontsize=8.5, framealpha=0.95, handlelength=3.2)
+        axes.legend(loc="lower right", **LEGEND)
     for first in panels[:, 0]:
         first.set_ylabel("Sensitivity (%)")
     save_figure(figure, path)
@@ -296,74 +222,65 @@ def plot_class_roc(results, path):
 MARKERS = "osD^vPX"
 
 
-def plot_calibration(calibrations, path, *, of=("Hits", "Detections")):
+def plot_calibration(
+    calibrations: Mapping[str, Calibration],
+    path: str | Path,
+    *,
+    of: tuple[str, str] = ("Hits", "Detections"),
+) -> Figure:
     """
-    Draw the share of hits against the mean score of each bin, with exact 95 % intervals, and below
-    it the number of detections in each.
-
-    Args:
-        calibrations (dict[str, Calibration]): by the name in the legend.
-        path (str or Path): .png, .svg or .pdf.
-        of (tuple[str, str]): what the two axes count: what is right, and what there is.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+    Plot the share of hits against the mean score of each bin, with exact 95 % intervals, and below
+    it the number of detections in each. ``of`` names what is right, and what there is.
     """
     figure = Figure(figsize=(6, 7.2), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3.6, 1))
     top.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1, label="ideal")
     for number, (name, calibration) in enumerate(calibrations.items()):
-        colour, style = STYLES[number % len(STYLES)]
-        bins, figures = calibration.diagram(), calibration.figures()
-        filled = bins["detections"] > 0
+        style = line_style(number)
+        bins, values = calibration.diagram(), calibration.figures()
+        counts = bins["detections"]
+        filled = counts > 0
         x, y = bins["mean_score"][filled], bins["hit_rate"][filled]
         intervals = [
-            clopper_pearson(*bin_)
-            for bin_ in zip(bins["hits"][filled], bins["detections"][filled], strict=True)
+            clopper_pearson(*pair)
+            for pair in zip(bins["hits"][filled], counts[filled], strict=True)
         ]
         low, high = 100 * np.array(intervals).reshape(-1, 2).T
         label = f"{name}: n/a"
         if filled.any():
-            label = f"{name}: ECE {figures['ece']:.1f} %, Brier {figures['brier'] / 100:.3f}"
+            label = f"{name}: ECE {values['ece']:.1f} %, Brier {values['brier'] / 100:.3f}"
         top.errorbar(
             x,
             y,
             yerr=(np.maximum(y - low, 0), np.maximum(high - y, 0)),
-            color=colour,
-            linestyle=style,
             marker=MARKERS[number % len(MARKERS)],
             markersize=6,
             linewidth=1.6,
             elinewidth=0.8,
             capsize=2.5,
             label=legend_label(label),
+            **style,
         )
         edges = 100 * np.append(bins["lower"], 1)
-        bottom.stairs(bins["detections"], edges, color=colour, linestyle=style, linewidth=1.6)
+        bottom.stairs(counts, edges, linewidth=1.6, **style)
         if len(calibrations) == 1:
-            bottom.stairs(bins["detections"], edges, color=colour, fill=True, alpha=0.25)
-            for centre, count in zip((edges[:-1] + edges[1:]) / 2, bins["detections"], strict=True):
-                bottom.annotate(
-                    str(count),
-                    (centre, count),
-                    (0, 2),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=7.5,
-                )
+            bottom.stairs(counts, edges, color=style["color"], fill=True, alpha=0.25)
+            above = dict(xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+            for centre, count in zip((edges[:-1] + edges[1:]) / 2, counts, strict=True):
+                bottom.annotate(str(count), (centre, count), **above)
     top.set(ylabel=f"{of[0]} (%)", ylim=(-1, 101), title="Do scores mean what they say?")
     bottom.set(xlabel="Score (%)", ylabel=of[1], xlim=(0, 101))
     bottom.margins(y=0.18)
     bottom.set_ylim(bottom=0)
     for axes in (top, bottom):
         tidy(axes)
-    top.legend(loc="upper left", fontsize=8.5, framealpha=0.95, handlelength=3.2)
+    top.legend(loc="upper left", **LEGEND)
     save_figure(figure, path, dpi=200)
     return figure
 
 
 # Columns of thresholds.csv.
-SHOWN = {
+THRESHOLD_COLUMNS = {
     "lesion_precision": "Precision",
     "lesion_recall": "Recall",
     "lesion_f1": "F1",
@@ -371,39 +288,34 @@ SHOWN = {
 }
 
 
-def plot_thresholds(tables, path, *, tau=0.7):
+def plot_thresholds(
+    tables: Mapping[str, list[dict]], path: str | Path, *, tau: float = 0.7
+) -> Figure:
     """
-    Draw precision, recall and F1 for lesions and the specificity for images against the threshold:
-    in one panel for one model, in a panel a figure for several.
-
-    Args:
-        tables (dict[str, list[dict]]): rows of :func:`threshold_table`, by the name in the legend.
-        path (str or Path): .png, .svg or .pdf.
-        tau (float): the threshold to mark.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+    Plot precision, recall and F1 for lesions and the specificity for images against the threshold:
+    in one panel for one model, in one panel per metric for several. ``tables`` holds the rows of
+    :func:`threshold_table`; ``tau`` is marked.
     """
     alone = len(tables) == 1
     figure = Figure(figsize=(6, 4.8) if alone else (8.4, 7.2), layout="constrained")
     if alone:
-        panels = [figure.add_subplot()] * len(SHOWN)
-        panels[0].set(title=f"Figures against the threshold: {next(iter(tables))}")
+        panels = [figure.add_subplot()] * len(THRESHOLD_COLUMNS)
+        panels[0].set(title=f"Metrics against the threshold: {next(iter(tables))}")
     else:
         panels = [*figure.subplots(2, 2, sharex=True, sharey=True).flat]
-    for number, (axes, (column, title)) in enumerate(zip(panels, SHOWN.items(), strict=True)):
-        for run, (name, rows) in enumerate(tables.items()):
+    for i, (axes, (column, title)) in enumerate(
+        zip(panels, THRESHOLD_COLUMNS.items(), strict=True)
+    ):
+        for j, (name, rows) in enumerate(tables.items()):
             defined = [row for row in rows if not math.isnan(row[column])]
             if alone and not defined:  # such as the specificity where every image has a lesion
                 continue
-            colour, style = STYLES[(number if alone else run) % len(STYLES)]
             axes.plot(
                 [row["tau"] for row in defined],
                 [row[column] for row in defined],
-                color=colour,
-                linestyle=style,
                 linewidth=1.8,
                 label=title if alone else legend_label(name),
+                **line_style(i if alone else j),
             )
         if not alone:
             axes.set_title(title)
@@ -415,6 +327,138 @@ def plot_thresholds(tables, path, *, tau=0.7):
         tidy(axes)
     figure.supxlabel("Score threshold", fontsize=10)
     figure.supylabel("%", fontsize=10)
-    panels[0].legend(loc="best", fontsize=8.5, framealpha=0.95, handlelength=3.2)
+    panels[0].legend(loc="best", **LEGEND)
     save_figure(figure, path, dpi=200)
     return figure
+
+
+# Those of HEADLINE in report.tables that are plotted, all in percent.
+PLOTTED = {
+    "image": (
+        "{kind}/AP50",
+        "lesion/precision",
+        "lesion/recall",
+        "lesion/iou",
+        "image/specificity",
+    ),
+    "lesion": ("lesion/recall", "lesion/iou", "lesion/dice"),
+    "recognition": (
+        "recognition/top1",
+        "recognition/balanced_accuracy",
+        "recognition/auroc",
+        "cancer/recall",
+        "cancer/specificity",
+    ),
+}
+
+
+def plot_groups(
+    results: LesionResults | ClassificationResults, column: str, path: str | Path
+) -> Figure:
+    """
+    Plot the headline metrics of each group of a column with their 95 % intervals, those of all as
+    a band behind them. Metrics that are undefined for all together are left out.
+    """
+    rows = list(group_rows(results, column))
+    requested = group_endpoints(results, column, PLOTTED)
+    shown = [e for e in requested if not math.isnan(value_of(results.compared(), e))]
+    shown = shown or requested[:1]
+    labels = ["\n".join([*textwrap.wrap(name, 26, max_lines=2), _sizes(n)]) for name, n, *_ in rows]
+    figure = Figure(figsize=(1.6 + 2.1 * len(shown), 1.1 + 0.5 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, endpoint in zip(panels, shown, strict=True):
+        for y, (_, _, metrics, intervals) in enumerate(rows):
+            value = value_of(metrics, endpoint)
+            if math.isnan(value):
+                centred = dict(ha="center", va="center", color="0.5", fontsize=8)
+                axes.text(0.5, y, "n/a", transform=axes.get_yaxis_transform(), **centred)
+                continue
+            colour, marker = ("0.25", "D") if y == 0 else (BLUE, "o")
+            interval = value_of(intervals, endpoint) or (math.nan, math.nan)
+            axes.plot(interval, [y] * 2, color=colour, linewidth=1.8, solid_capstyle="butt")
+            style = dict(color=colour, markersize=6, markeredgecolor="white", zorder=4)
+            axes.plot(value, y, marker, **style)
+            if y == 0:
+                axes.axvline(value, color="0.25", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+                if not np.isnan(interval).any():
+                    axes.axvspan(*interval, color="0.93", zorder=0)
+        low, high = axes.get_xlim()
+        axes.set(xlim=(max(low, -2), min(high, 102)))
+        axes.set_title(metric_name(endpoint), fontsize=9)
+        axes.set_xlabel("%", fontsize=8)
+        axes.tick_params(labelsize=8)
+        tidy(axes)
+        axes.grid(axis="y", visible=False)
+    panels[0].set_yticks(range(len(rows)), labels)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.suptitle(f"By {column}, with 95 % intervals", fontsize=10)
+    save_figure(figure, path, dpi=170)
+    return figure
+
+
+def _sizes(n):
+    words = {"lesions": "lesion", "images": "image", "patients": "patient"}
+    return ", ".join(f"{n[k]} {word}{'s' * (n[k] != 1)}" for k, word in words.items() if k in n)
+
+
+def plot_robustness(
+    documents: Mapping[str, dict], path: str | Path, *, metric: str = "lesion/f1"
+) -> Figure:
+    """
+    Plot a panel for each distortion, with a line for each model from the images as they are, at
+    the left, to the highest severity.
+
+    Args:
+        documents: of :func:`evaluate_robustness`.
+        metric: "group/name".
+
+    Raises:
+        ValueError: no row of a document has this metric, or they are of different images.
+    """
+    _check_documents(documents, metric)
+    group, name = metric.split("/")
+    percent = name not in (*NOT_PERCENT, *COUNTS)
+    measured = {row["distortion"] for d in documents.values() for row in d["rows"]}
+    shown = [distortion for distortion in DISTORTIONS if distortion in measured]
+    columns = min(4, max(len(shown), 1))
+    rows = max(math.ceil(len(shown) / columns), 1)
+    figure = Figure(figsize=(0.6 + 2.5 * columns, 0.5 + 2.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for key, axes in zip(shown, grid, strict=False):
+        for number, (model, document) in enumerate(documents.items()):
+            style = line_style(number)
+            points = [r for r in document["rows"] if r["distortion"] == key or not r["severity"]]
+            x = [row["severity"] for row in points]
+            y = [np.nan if row[metric] is None else row[metric] for row in points]
+            axes.plot(x, y, label=legend_label(model), linewidth=1.6, **style)
+            axes.plot(x, y, "o", color=style["color"], markersize=3.5)
+        distortion = DISTORTIONS[key]
+        levels = [f"{abs(level):g}" for level in distortion.levels]
+        axes.set_xticks([0, *SEVERITIES], ["none", *levels], fontsize=7.5)
+        axes.set_title(distortion.title, fontsize=9.5)
+        axes.set_xlabel(distortion.unit, fontsize=8)
+        axes.tick_params(axis="y", labelsize=7.5)
+        tidy(axes)
+    for axes in grid[::columns]:
+        axes.set_ylabel(f"{group}: {name}{' (%)' if percent else ''}", fontsize=8)
+        if percent:
+            axes.set_ylim(-2, 102)
+    for axes in grid[len(shown) :]:
+        axes.axis("off")
+    handles = grid[0].get_legend_handles_labels()
+    style = dict(ncols=4, fontsize=9, handlelength=3, frameon=False)
+    figure.legend(*handles, loc="outside lower center", **style)
+    save_figure(figure, path, dpi=200)
+    return figure
+
+
+def _check_documents(documents, metric):
+    for key in ("dataset_sha256", "images", "seed"):
+        seen = {model: document["meta"].get(key) for model, document in documents.items()}
+        if len(set(seen.values())) > 1:
+            raise ValueError(f"The results are of different images: {key} is {seen}")
+    for model, document in documents.items():
+        rows = document["rows"]
+        if not rows or any(metric not in row for row in rows):
+            known = sorted({k for row in rows for k in row if "/" in k})
+            raise ValueError(f"{model} has no metric {metric!r}: there are {', '.join(known)}")

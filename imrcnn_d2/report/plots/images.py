@@ -1,39 +1,45 @@
-"""Sheets of all images of a folder, for a person to look through."""
+"""Test images with contours, distortions or Grad-CAM, and sheets of all images of a folder."""
 
 import logging
 import math
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib import patheffects
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES, distort
 from imrcnn_d2.data.images import image_inside, list_files, open_image, read_image
 from imrcnn_d2.data.mapper import ClassificationMapper
-from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.modeling.classifier import grad_cam
+from imrcnn_d2.evaluation.detection.inputs import Regions
+from imrcnn_d2.evaluation.detection.results import LesionResults
+from imrcnn_d2.modeling.classifier import ImageClassifier, grad_cam
 from imrcnn_d2.report.plots.style import GREEN, PURPLE, SKY, VERMILION, YELLOW, save_figure
 from imrcnn_d2.utils.files import read_rows
 
 __all__ = [
+    "CONTOUR_STYLES",
     "HALO_WIDTH",
     "LIGHT_HALO",
-    "STYLES",
     "choose_hits_and_misses",
     "choose_images",
+    "mask_contours",
     "plot_contact_sheet",
+    "plot_distortions",
     "plot_grad_cam",
     "plot_review_sheets",
     "plot_test_grad_cams",
-    "mask_contours",
-    "outlines",
+    "region_contours",
     "regions_by_kind",
     "show_tile",
     "tile_grid",
@@ -42,88 +48,75 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-# Sky blue and purple are the truth, yellow and vermilion the model's word.
-STYLES = {
+# Sky blue and purple are the ground truth, yellow and vermilion the model's detections.
+CONTOUR_STYLES = {
     "ground truth": dict(color=SKY, linestyle="-", linewidth=1.6),
     "hit": dict(color=YELLOW, linestyle=(0, (4, 2)), linewidth=1.6),
     "missed lesion": dict(color=PURPLE, linestyle=(0, (1, 1)), linewidth=2.8),
     "false alarm": dict(color=VERMILION, linestyle=(0, (5, 1.2, 1, 1.2)), linewidth=2.2),
 }
-# Halos set the lines off from mucosa, which comes in all lightnesses and is orange itself: what
-# went wrong in white, the rest in black.
+# Halos set the lines off from mucosa, which comes in all lightnesses and is orange itself: errors
+# in white, the rest in black.
 LIGHT_HALO = ("missed lesion", "false alarm")
 HALO_WIDTH = 4.2
+DARK = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black", alpha=0.5)]
+LIGHT = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="white", alpha=0.9)]
+CONTOURS = {
+    kind: {**line, "path_effects": LIGHT if kind in LIGHT_HALO else DARK}
+    for kind, line in CONTOUR_STYLES.items()
+}
+TILE = 2.4  # inches
+NAME_LENGTH = 30
 
 
-def regions_by_kind(scored, position):
+def regions_by_kind(results: LesionResults, position: int) -> list[tuple[str, Regions, np.ndarray]]:
     """
-    Args:
-        scored (LesionResults): what a model found.
-        position (int): of the image among ``scored.ground_truth.images``.
-
-    Returns:
-        list[tuple[str, Regions, np.ndarray]]: key of ``STYLES``, and which (K,) of the regions are
-        of that kind, in the order of drawing. Crowds, and detections that only match one, are not.
+    The regions of the image at ``position`` in ``results.ground_truth.images``: key of
+    ``CONTOUR_STYLES``, the regions, and which (K,) of them are of that kind, in the order of
+    plotting. Crowds, and detections that only match one, are left out.
     """
-    truth, found = scored.ground_truth.regions, scored.detections.regions
-    lesions = np.flatnonzero((truth.image == position) & ~scored.ground_truth.crowd)
-    shown = np.flatnonzero(scored.counted & (found.image == position))
-    matched = scored.matching.gt[shown]
+    truth, detections = results.ground_truth.regions, results.detections.regions
+    lesions = np.flatnonzero((truth.image == position) & ~results.ground_truth.crowd)
+    shown = np.flatnonzero(results.counted & (detections.image == position))
+    matched = results.matching.gt[shown]
     return [
         ("ground truth", truth, np.intersect1d(lesions, matched)),
         ("missed lesion", truth, np.setdiff1d(lesions, matched)),
-        ("false alarm", found, shown[matched < 0]),
-        ("hit", found, shown[matched >= 0]),
+        ("false alarm", detections, shown[matched < 0]),
+        ("hit", detections, shown[matched >= 0]),
     ]
 
 
-def outlines(regions, region):
+def region_contours(regions: Regions, row: int) -> list[np.ndarray]:
     """
-    Args:
-        regions (Regions):
-        region (int): position of the one asked for.
-
-    Returns:
-        list[np.ndarray]: closed lines (K, 2) of xy around it, holes included. Whole numbers are the
-        centres of pixels. Where there are no masks, its box.
+    Closed lines (K, 2) of xy around a region, holes included. Whole numbers are the centres of
+    pixels. Where there are no masks, its box.
     """
     if regions.masks is None:
-        x, y, width, height = regions.boxes[region]
+        x, y, width, height = regions.boxes[row]
         corners = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
         return [np.array(corners) - 0.5]
-    return mask_contours(regions.masks[region])
+    return mask_contours(regions.masks[row])
 
 
-def mask_contours(rle):
-    """
-    Args:
-        rle (dict): compressed RLE of a mask.
-
-    Returns:
-        list[np.ndarray]: as of :func:`outlines`.
-    """
+def mask_contours(rle: dict) -> list[np.ndarray]:
+    """Closed lines around a mask in compressed RLE, as of :func:`region_contours`."""
     contours, _ = cv2.findContours(mask_util.decode(rle), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     return [np.concatenate([contour[:, 0], contour[:1, 0]]) for contour in contours]
 
 
-def choose_images(rows, number):
+def choose_images(rows: list[list[dict]], number: int) -> list[int]:
     """
-    Choose which images stand for all. The first half of the choice are the worst, by the number of
-    misses and false alarms, then by overlap; the other half is spread evenly over the rest, so that
-    failures are shown without being all that is shown.
+    Choose at most ``number`` images that stand for all; returns their positions, worst first.
 
-    Args:
-        rows (list[list[dict]]): for each image, its row of ``per_image`` from each model.
-        number (int): how many at most.
-
-    Returns:
-        list[int]: positions of the chosen, worst first.
+    The first half are the worst, by the number of misses and false alarms, then by overlap; the
+    other half is spread evenly over the rest, so that failures are shown without being all that is
+    shown. ``rows`` holds for each image its row of ``per_image`` from each model.
     """
 
     def badness(position):
-        own = rows[position]
-        overlaps = [row["union_iou"] for row in own if not math.isnan(row["union_iou"])]
-        errors = sum(row["FP"] + row["FN"] for row in own)
+        overlaps = [r["union_iou"] for r in rows[position] if not math.isnan(r["union_iou"])]
+        errors = sum(row["FP"] + row["FN"] for row in rows[position])
         return errors, 100 - np.mean(overlaps) if overlaps else 0.0
 
     ranked = sorted(range(len(rows)), key=badness, reverse=True)
@@ -134,65 +127,53 @@ def choose_images(rows, number):
     return worst + [rest[i] for i in spread]
 
 
-DARK = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black", alpha=0.5)]
-LIGHT = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="white", alpha=0.9)]
-OUTLINES = {
-    kind: {**line, "path_effects": LIGHT if kind in LIGHT_HALO else DARK}
-    for kind, line in STYLES.items()
-}
-COLUMNS = 4
-TILE = 2.4  # inches
-NAME_LENGTH = 30
-
-
-def plot_contact_sheet(gt, results, image_root, path, *, tau=0.7, max_images=16):
+def plot_contact_sheet(
+    results: LesionResults, image_root: str | Path, path: str | Path, *, max_images: int = 16
+) -> Figure:
     """
-    Outline ground truth, hits, misses and false alarms in a choice of test images.
-
-    The first half of the choice are the worst images, by the number of misses and false alarms,
-    then by overlap; the other half is spread evenly over the rest, so that the sheet shows failures
-    without being made of them. Worst first.
+    Show ground truth, hits, misses and false alarms in up to ``max_images`` test images, chosen by
+    :func:`choose_images`.
 
     Args:
-        gt (dict, COCO, str or Path): COCO ground truth, see :func:`evaluate_lesions`.
-        results (list[dict], dict, str or Path): COCO results, likewise.
-        image_root (str or Path): folder that ``file_name`` is relative to.
-        path (str or Path): the picture to write, .png, .jpg or .pdf.
-        tau (float): score from which on a detection is shown.
-        max_images (int): tiles at most.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+        image_root: folder that ``file_name`` is relative to.
+        path: .png, .jpg or .pdf.
 
     Raises:
-        FileNotFoundError: if one of the images is not there.
-        ValueError: on bad input, see :func:`evaluate_lesions`.
+        FileNotFoundError: one of the images does not exist.
     """
-    scored = evaluate_lesions(gt, results, tau=tau)
-    chosen = choose_images([[row] for row in scored.per_image], max_images)
-    figure, tiles = tile_grid(
-        len(chosen),
-        f"{len(chosen)} of {len(scored.per_image)} images, worst first; "
-        f"detections with score ≥ {tau:g}",
-    )
+    chosen = choose_images([[row] for row in results.per_image], max_images)
+    title = f"{len(chosen)} of {len(results.per_image)} images, worst first"
+    if results.detections.scored:
+        title += f"; detections with score ≥ {results.meta['tau']:g}"
+    figure, tiles = tile_grid(len(chosen), title)
     for axes, position in zip(tiles, chosen, strict=True):
-        _draw_tile(axes, scored, position, Path(image_root))
-    handles = [Line2D([], [], label=name, **line) for name, line in OUTLINES.items()]
+        file_name = results.ground_truth.images[position]["file_name"]
+        show_tile(axes, Path(image_root), file_name, _summary(results.per_image[position]))
+        for kind, regions, rows in regions_by_kind(results, position):
+            for row in rows:
+                for line in region_contours(regions, row):
+                    axes.plot(*line.T, **CONTOURS[kind])
+    handles = [Line2D([], [], label=name, **line) for name, line in CONTOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     save_figure(figure, path)
     return figure
 
 
-def tile_grid(number, title):
-    """
-    Args:
-        number (int): of tiles.
-        title (str): above them all.
+def _summary(row):
+    """What happened in an image, in a few words."""
+    score = "" if math.isnan(row["score"]) else f"score {row['score']:.2f} · "
+    if not row["n_gt"]:
+        return f"no lesion · {score}".removesuffix(" · ")
+    if not math.isnan(row["union_iou"]):
+        return f"{score}IoU {row['union_iou']:.0f} %"
+    if not math.isnan(row["iou_box"]):
+        return f"{score}box IoU {row['iou_box']:.0f} %"
+    return f"{score}missed"
 
-    Returns:
-        tuple[Figure, list[Axes]]: a sheet with that many empty tiles.
-    """
-    columns = min(COLUMNS, max(number, 1))
+
+def tile_grid(number: int, title: str) -> tuple[Figure, list[Axes]]:
+    """A sheet with ``number`` empty tiles under a title."""
+    columns = min(4, max(number, 1))
     rows = max(math.ceil(number / columns), 1)
     figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.36) + 0.7), layout="constrained")
     figure.suptitle(title, fontsize=9)
@@ -202,17 +183,13 @@ def tile_grid(number, title):
     return figure, list(grid[:number])
 
 
-def show_tile(axes, image_root, file_name, summary):
+def show_tile(axes: Axes, image_root: Path, file_name: str, summary: str):
     """
-    Args:
-        axes (matplotlib.axes.Axes): gets the image, to draw on in its pixels, and its name.
-        image_root (Path): folder that ``file_name`` is relative to.
-        file_name (str):
-        summary (str): a few words below the name.
+    Show an image, whose pixels become the axes' coordinates, under its name and a summary.
 
     Raises:
-        FileNotFoundError: the image is not there.
-        BadInputError: it cannot be read, or is no file of that folder.
+        FileNotFoundError: the image does not exist.
+        BadInputError: it cannot be read, or lies outside ``image_root``.
     """
     axes.imshow(read_image(image_inside(image_root, file_name, image_root)))
     axes.autoscale(False)  # a box may lead out of the image
@@ -222,42 +199,36 @@ def show_tile(axes, image_root, file_name, summary):
     axes.set_title(f"{name}\n{summary}", fontsize=7.5)
 
 
-def _draw_tile(axes, scored, position, image_root):
-    record, row = scored.ground_truth.images[position], scored.per_image[position]
-    show_tile(axes, image_root, record["file_name"], _summary(row))
-    for kind, regions, chosen in regions_by_kind(scored, position):
-        for region in chosen:
-            for line in outlines(regions, region):
-                axes.plot(*line.T, **OUTLINES[kind])
-
-
-def _summary(row):
-    """What happened in an image, in a few words."""
-    score = f"score {row['score']:.2f}"
-    if not row["n_gt"]:
-        return f"no lesion · {score}"
-    if not math.isnan(row["union_iou"]):
-        return f"{score} · IoU {row['union_iou']:.0f} %"
-    if not math.isnan(row["iou_box"]):
-        return f"{score} · box IoU {row['iou_box']:.0f} %"
-    return f"{score} · missed"
+def plot_distortions(image: np.ndarray, path: str | Path, seed: int | Sequence[int] = 0) -> Figure:
+    """
+    Show an (H, W, 3) uint8 RGB image under every distortion: one row each, severity rising to the
+    right. ``seed`` is of directions and places.
+    """
+    figure = Figure(figsize=(1.5 * (1 + len(SEVERITIES)), 1.6 * len(DISTORTIONS)))
+    grid = figure.subplots(len(DISTORTIONS), 1 + len(SEVERITIES), squeeze=False)
+    for (name, distortion), row in zip(DISTORTIONS.items(), grid, strict=True):
+        for severity, axes in enumerate(row):
+            axes.imshow(distort(image, name, severity, seed) if severity else image)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            level = f"{distortion.levels[severity - 1]:g}" if severity else "none"
+            axes.set_title(level, fontsize=7.5, pad=2)
+        row[0].set_ylabel(f"{distortion.title}\n{distortion.unit}", fontsize=7.5)
+    figure.subplots_adjust(0.07, 0.01, 0.99, 0.98, wspace=0.03, hspace=0.14)
+    save_figure(figure, path, dpi=110)
+    return figure
 
 
 GRAD_CAM_TILE = 1.7  # inches
-OPACITY = 0.45
 
 
-def plot_test_grad_cams(cfg, model):
+def plot_test_grad_cams(cfg: CfgNode, model: ImageClassifier):
     """
-    Draw ``grad_cam.png`` beside the files of each evaluation of DATASETS.TEST; nothing but a hint
+    Plot ``grad_cam.png`` next to the files of each evaluation of DATASETS.TEST; nothing but a hint
     where the grad-cam package is not installed, or the network has no feature maps (a ViT).
-
-    Args:
-        cfg (CfgNode): of the evaluation.
-        model (ImageClassifier): that was evaluated.
     """
     if find_spec("pytorch_grad_cam") is None:
-        logger.info("No Grad-CAM pictures: they need a package (pip install grad-cam)")
+        logger.info("No Grad-CAM plots: they need a package (pip install grad-cam)")
         return
     mapper = ClassificationMapper(cfg, is_train=False)
     for name in cfg.DATASETS.TEST:
@@ -265,24 +236,28 @@ def plot_test_grad_cams(cfg, model):
         try:
             plot_grad_cam(model, mapper, name, folder)
         except ValueError as error:
-            logger.warning("No Grad-CAM pictures: %s", error)
+            logger.warning("No Grad-CAM plots: %s", error)
             return
         logger.info("Grad-CAM: %s", folder / "grad_cam.png")
 
 
-def plot_grad_cam(model, mapper, dataset_name, folder, *, each=3):
+def plot_grad_cam(
+    model: ImageClassifier,
+    mapper: Callable[[dict], dict],
+    dataset_name: str,
+    folder: str | Path,
+    *,
+    each: int = 3,
+) -> Figure:
     """
-    Overlay hits and misses of each class with Grad-CAM of the class that was called.
+    Overlay hits and misses of each class with Grad-CAM of the predicted class.
 
     Args:
-        model (ImageClassifier): whose predictions ``per_image.csv`` has.
-        mapper (callable): dataset dict -> what the model takes.
-        dataset_name (str): a registered data set of images with classes.
-        folder (str or Path): of the evaluation; ``grad_cam.png`` is written there.
-        each (int): hits, and misses, of a class at most.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+        model: whose predictions ``per_image.csv`` has.
+        mapper: dataset dict -> the model's input.
+        dataset_name: a registered data set of images with classes.
+        folder: of the evaluation; ``grad_cam.png`` is written there.
+        each: hits, and misses, of a class at most.
     """
     rows = read_rows(Path(folder) / "per_image.csv", ("image_id", "label", "predicted", "score"))
     records = {str(record["image_id"]): record for record in DatasetCatalog.get(dataset_name)}
@@ -293,8 +268,8 @@ def plot_grad_cam(model, mapper, dataset_name, folder, *, each=3):
         layout="constrained",
     )
     figure.suptitle(
-        "Grad-CAM of the class called: what speaks for it is bright. Left hits, evenly spread over "
-        "their scores; right misses, most confident first",
+        "Grad-CAM of the predicted class: what speaks for it is bright. Left hits, evenly spread "
+        "over their scores; right misses, most confident first",
         fontsize=8,
         wrap=True,
     )
@@ -304,56 +279,51 @@ def plot_grad_cam(model, mapper, dataset_name, folder, *, each=3):
     for line, name in zip(grid, classes, strict=True):
         hits, misses = chosen[name]
         for axes, row in [*zip(line, hits, strict=False), *zip(line[each:], misses, strict=False)]:
-            _draw_grad_cam_tile(axes, model, mapper(records[row["image_id"]]), row, classes)
+            _show_grad_cam(axes, model, mapper(records[row["image_id"]]), row, classes)
     save_figure(figure, Path(folder) / "grad_cam.png")
     return figure
 
 
-def choose_hits_and_misses(rows, classes, each):
+def choose_hits_and_misses(
+    rows: list[dict], classes: list[str], each: int
+) -> dict[str, tuple[list[dict], list[dict]]]:
     """
-    Args:
-        rows (list[dict]): of per_image.csv: "label", "predicted" and "score" of each image.
-        classes (list[str]): names.
-        each (int): how many of a kind at most.
-
-    Returns:
-        dict[str, tuple[list[dict], list[dict]]]: of each class hits, evenly spread over their
-        scores, and misses, by falling score.
+    Of each class at most ``each`` hits, evenly spread over their scores, and as many misses, by
+    falling score. ``rows``, of per_image.csv, have "label", "predicted" and "score".
     """
     chosen = {}
     for name in classes:
-        own = sorted(
-            (row for row in rows if row["label"] == name), key=lambda row: -float(row["score"])
-        )
-        hits = [row for row in own if row["predicted"] == name]
+        images = [row for row in rows if row["label"] == name]
+        images.sort(key=lambda row: -float(row["score"]))
+        hits = [row for row in images if row["predicted"] == name]
+        misses = [row for row in images if row["predicted"] != name]
         spread = np.linspace(0, len(hits) - 1, min(each, len(hits))).astype(int)
-        misses = [row for row in own if row["predicted"] != name]
         chosen[name] = ([hits[i] for i in spread], misses[:each])
     return chosen
 
 
-def _draw_grad_cam_tile(axes, model, sample, row, classes):
+def _show_grad_cam(axes, model, sample, row, classes):
     (heat,) = grad_cam(model, [sample], [classes.index(row["predicted"])])
     axes.imshow(sample["image"].permute(1, 2, 0).numpy())
-    axes.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=OPACITY)
+    axes.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.45)
     hit = row["label"] == row["predicted"]
-    said = f"{row['label']}\ncalled so" if hit else f"{row['label']}\ncalled {row['predicted']}"
-    axes.set_title(
-        f"{said}, {float(row['score']):.2f}", fontsize=7, color=GREEN if hit else VERMILION
-    )
+    title = f"{row['label']}\npredicted {'so' if hit else row['predicted']}"
+    title += f", {float(row['score']):.2f}"
+    axes.set_title(title, fontsize=7, color=GREEN if hit else VERMILION)
 
 
-_COLUMNS, _ROWS = 5, 4
-_TILE = 352  # pixels: writing can still be told from mucosa
-_NAME = 16  # pixels for the line below
+SHEET_COLUMNS, SHEET_ROWS = 5, 4
+SHEET_TILE = 352  # pixels: text in the image stays recognisable
+SHEET_NAME = 16  # pixels for the line below
 
 
 def plot_review_sheets(images: Path, folder: Path) -> list[Path]:
-    """Draws 20 images a sheet, each with its name, in the order of their names.
+    """
+    Show 20 images of a folder per sheet, each with its name, in the order of their names.
 
     Args:
         images: the folder of images.
-        folder: for sheet_001.jpg, sheet_002.jpg, ...; must not hold any before.
+        folder: for sheet_001.jpg, sheet_002.jpg, ...; must be empty or not exist.
 
     Returns:
         the sheets.
@@ -365,22 +335,23 @@ def plot_review_sheets(images: Path, folder: Path) -> list[Path]:
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder}: is not empty; choose another folder for the sheets")
     paths, sheets = list_files(images), []
-    number = math.ceil(len(paths) / (_COLUMNS * _ROWS))
-    for i in tqdm(range(number), desc="Review sheets", unit="sheet"):
-        part = paths[i * _COLUMNS * _ROWS : (i + 1) * _COLUMNS * _ROWS]
-        sheets.append(folder / f"sheet_{i + 1:03d}.jpg")
-        _drawn(part, images).save(sheets[-1], quality=92)
+    per_sheet = SHEET_COLUMNS * SHEET_ROWS
+    for start in tqdm(range(0, len(paths), per_sheet), desc="Review sheets", unit="sheet"):
+        sheets.append(folder / f"sheet_{len(sheets) + 1:03d}.jpg")
+        _review_sheet(paths[start : start + per_sheet], images).save(sheets[-1], quality=92)
     return sheets
 
 
-def _drawn(paths: list[Path], root: Path) -> Image.Image:
-    rows = math.ceil(len(paths) / _COLUMNS)
-    sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * (_TILE + _NAME)), "white")
+def _review_sheet(paths: list[Path], root: Path) -> Image.Image:
+    rows = math.ceil(len(paths) / SHEET_COLUMNS)
+    size = (SHEET_COLUMNS * SHEET_TILE, rows * (SHEET_TILE + SHEET_NAME))
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, path in enumerate(paths):
-        x, y = i % _COLUMNS * _TILE, i // _COLUMNS * (_TILE + _NAME)
+        x = i % SHEET_COLUMNS * SHEET_TILE
+        y = i // SHEET_COLUMNS * (SHEET_TILE + SHEET_NAME)
         with open_image(path) as image:
-            image.thumbnail((_TILE - 4, _TILE - 4))
+            image.thumbnail((SHEET_TILE - 4, SHEET_TILE - 4))
             sheet.paste(image, (x + 2, y + 2))
-        draw.text((x + 4, y + _TILE), path.relative_to(root).as_posix(), "black")
+        draw.text((x + 4, y + SHEET_TILE), path.relative_to(root).as_posix(), "black")
     return sheet

@@ -1,25 +1,22 @@
-"""Confusion matrices as a picture: one model's, or those of several side by side."""
+"""Confusion matrices: one model's, or those of several side by side."""
+
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix
 from imrcnn_d2.report.plots.style import save_figure
 
 __all__ = ["plot_confusion_matrix"]
 
 
-def plot_confusion_matrix(matrices, path):
+def plot_confusion_matrix(matrices: Mapping[str, ConfusionMatrix], path: str | Path) -> Figure:
     """
-    Draw counts and, in the rows of classes, their share of the row, by which cells are shaded; the
-    last row of a detector's is background.
-
-    Args:
-        matrices (dict[str, ConfusionMatrix]): by the name above each; all of the same classes.
-        path (str or Path): .png, .svg or .pdf.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+    Plot counts and, in the rows of classes, their share of the row, by which cells are shaded; the
+    last row of a detector's is background. The matrices, by title, are of the same classes.
     """
     size = len(next(iter(matrices.values())).classes)
     width = 1.0 + 0.95 * size

@@ -1,8 +1,10 @@
-"""What all pictures share: colours, and how they are saved."""
+"""What all plots share: colours, legends, and how they are saved."""
 
 import io
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from imrcnn_d2.utils.files import write_atomically
@@ -10,27 +12,27 @@ from imrcnn_d2.utils.files import write_atomically
 __all__ = [
     "BLACK",
     "BLUE",
+    "DOT",
     "GREEN",
+    "LEGEND",
     "ORANGE",
     "PURPLE",
     "SKY",
-    "STYLES",
     "VERMILION",
     "YELLOW",
     "label_operating_point",
     "legend_label",
+    "line_style",
     "save_figure",
     "tidy",
 ]
 
 
-# Okabe and Ito's palette, told apart with every common colour blindness
+# Okabe and Ito's palette, distinct with every common colour blindness
 # (https://jfly.uni-koeln.de/color/). Line styles differ as well, for print in grey.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
-
-
-# Line colours and styles of models in one picture, in their order.
+# Lines of several models in one plot, in their order.
 STYLES = [
     (BLUE, "-"),
     (VERMILION, "--"),
@@ -40,32 +42,26 @@ STYLES = [
     (SKY, (0, (1, 1))),
     (BLACK, (0, (9, 3))),
 ]
-
+DOT = dict(markersize=8, markeredgewidth=1.3, markeredgecolor="white", zorder=4)
+LEGEND = dict(fontsize=8.5, framealpha=0.95, handlelength=3.2)
 MOST_PIXELS = 8000
 
 
-def tidy(axes):
-    """
-    Args:
-        axes (matplotlib.axes.Axes): gets a faint grid behind what is drawn, and no frame above and
-            to the right.
-    """
+def line_style(number: int) -> dict:
+    """Colour and line style of the ``number``-th line of a plot."""
+    colour, style = STYLES[number % len(STYLES)]
+    return {"color": colour, "linestyle": style}
+
+
+def tidy(axes: Axes):
+    """Give the axes a faint grid below the lines, and no frame above and to the right."""
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def label_operating_point(axes, tau):
-    """
-    Say in the legend what the dots on curves are.
-
-    Args:
-        axes (matplotlib.axes.Axes):
-        tau (float): score threshold of the dots.
-
-    Returns:
-        dict: style of a marker in the legend.
-    """
+def label_operating_point(axes: Axes, tau: float) -> dict:
+    """Name the dots on curves in the legend; returns the style of a marker there."""
     mark = dict(linestyle="none", markeredgecolor="0.2", markersize=7)
     axes.plot([], [], marker="o", color="0.6", label=f"operating point, score ≥ {tau:g}", **mark)
     return mark
@@ -76,17 +72,14 @@ def legend_label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def save_figure(figure, path, dpi=150):
+def save_figure(figure: Figure, path: str | Path, dpi: float = 150):
     """
-    Texts are shown as they are: names of classes and models come from files, and ``$`` in them
-    begins no mathematics.
+    Save a figure in the format of the path's suffix, such as .png or .svg. An existing file is
+    replaced only by a complete one.
 
-    Args:
-        figure (matplotlib.figure.Figure):
-        path (str or Path): its suffix is the format, such as .png or .svg. An existing file is
-            replaced only by a complete one.
-        dpi (int): pixels per inch of raster formats; fewer where a side would have more than
-            MOST_PIXELS, as with very many classes.
+    Texts are shown as they are: names of classes and models come from files, and ``$`` in them
+    begins no mathematics. ``dpi`` is lowered where a side would have more than MOST_PIXELS, as
+    with very many classes.
     """
     for text in figure.findobj(Text):
         text.set_parse_math(False)

@@ -27,10 +27,10 @@ const judged = (results) => {
   return model === "" ? results : [results[model]];
 };
 
-// describe(image): its tile in words; panels(image): nodes in its tile, with frames; pictures(image): nodes to go into
-// these frames once it is near; figures(image): nodes of the enlarged image; filters: {key: image => is it shown?};
+// describe(image): its tile in words; panels(image): nodes in its tile, with .frame; frames(image): nodes to go into
+// these frames once it is near; enlarged(image): nodes of the enlarged image; filters: {key: image => is it shown?};
 // sorts: {key: comparison of two images}; isMeant(image): is it in question, whatever the filter?
-const showGallery = ({ describe, panels, pictures, figures, filters, sorts, isMeant = () => true }) => {
+const showGallery = ({ describe, panels, frames, enlarged, filters, sorts, isMeant = () => true }) => {
   const PRINTED = 12; // tiles on paper; report.css hides the others
   const FILTERS = { all: () => true, ...filters };
   const SORTS = { name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }), ...sorts };
@@ -46,7 +46,7 @@ const showGallery = ({ describe, panels, pictures, figures, filters, sorts, isMe
   const fill = (image) => {
     if (image.drawn) return;
     image.drawn = true;
-    const drawn = pictures(image);
+    const drawn = frames(image);
     image.button.querySelectorAll(".frame").forEach((place, i) => place.append(drawn[i]));
   };
   const near = new IntersectionObserver(
@@ -122,7 +122,7 @@ const showGallery = ({ describe, panels, pictures, figures, filters, sorts, isMe
     dialog.querySelector("#viewer-name").textContent = image.name;
     dialog.querySelector(".viewer-place").textContent =
       `${current + 1} of ${shown.length}${image.patient === null ? "" : `, patient ${image.patient}`}`;
-    dialog.querySelector(".viewer-panels").replaceChildren(...figures(image));
+    dialog.querySelector(".viewer-panels").replaceChildren(...enlarged(image));
     // Not "disabled", which would lose the focus of a button that is held down.
     dialog.querySelector("[data-do=previous]").setAttribute("aria-disabled", current === 0);
     dialog.querySelector("[data-do=next]").setAttribute("aria-disabled", current === shown.length - 1);

@@ -3,7 +3,7 @@ import pycocotools.mask as mask_util
 import pytest
 
 from imrcnn_d2.evaluation.detection.inputs import Regions
-from imrcnn_d2.report.plots.images import STYLES, choose_images, outlines
+from imrcnn_d2.report.plots.images import CONTOUR_STYLES, choose_images, region_contours
 
 
 def row(errors, overlap=np.nan):
@@ -31,7 +31,7 @@ def test_outlines_run_through_the_outermost_pixels():
     regions = Regions(
         np.zeros(1, int), np.zeros(1, int), np.array([[5.0, 3, 12, 6]]), [mask_util.encode(mask)]
     )
-    lines = sorted(outlines(regions, 0), key=len)
+    lines = sorted(region_contours(regions, 0), key=len)
     assert all((line[0] == line[-1]).all() for line in lines)
     assert [line.min(axis=0).tolist() for line in lines] == [[7, 4], [5, 3]]
     assert [line.max(axis=0).tolist() for line in lines] == [[12, 7], [16, 8]]
@@ -39,11 +39,11 @@ def test_outlines_run_through_the_outermost_pixels():
 
 def test_a_box_is_half_a_pixel_wider():
     regions = Regions(np.zeros(1, int), np.zeros(1, int), np.array([[5.0, 3, 12, 6]]), None)
-    (line,) = outlines(regions, 0)
+    (line,) = region_contours(regions, 0)
     assert line.min(axis=0).tolist() == [4.5, 2.5]
     assert line.max(axis=0).tolist() == [16.5, 8.5]
 
 
 @pytest.mark.parametrize("key", ["color", "linestyle"])
 def test_kinds_differ_in_colour_and_in_line(key):
-    assert len({style[key] for style in STYLES.values()}) == len(STYLES)
+    assert len({style[key] for style in CONTOUR_STYLES.values()}) == len(CONTOUR_STYLES)

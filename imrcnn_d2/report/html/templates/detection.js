@@ -1,4 +1,4 @@
-// The gallery of lesions: each image with its ground truth and what each model outlined.
+// The gallery of lesions: each image with its ground truth and each model's detections.
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const svg = (tag, attributes) => {
@@ -25,12 +25,12 @@
     `${image.name}${image.patient === null ? "" : `, patient ${image.patient}`}, ${lesions(image)}. ` +
     image.runs.map((run, i) => `${data.runs[i]}: ${inWords(run)}.`).join(" ");
 
-  // The picture with the ground truth (run undefined) or with what a model made of it.
+  // The image with the ground truth (run undefined) or with a model's detections.
   const draw = (image, run) => {
     const { width, height } = image;
     const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true", focusable: "false" });
     root.append(svg("image", { href: url(image), width, height }));
-    const group = svg("g", { class: "outlines", transform: "translate(.5 .5)" });
+    const group = svg("g", { class: "contours", transform: "translate(.5 .5)" });
     const add = (kind, d) => {
       if (!d) return;
       group.append(svg("path", { class: `halo halo-${kind}`, d }), svg("path", { class: kind, d }));
@@ -54,13 +54,13 @@
   };
   const caption = (image, run, i) => {
     if (!run) return [element("b", {}, "Ground truth"), element("span", {}, lesions(image))];
-    const figures = [];
-    if (run.score !== null) figures.push(`score\u00a0${run.score.toFixed(2)}`);
-    if (run.iou !== null) figures.push(`${data.overlap}\u00a0${run.iou.toFixed(0)}`);
+    const values = [];
+    if (run.score !== null) values.push(`score\u00a0${run.score.toFixed(2)}`);
+    if (run.iou !== null) values.push(`${data.overlap}\u00a0${run.iou.toFixed(0)}`);
     return [
       element("b", {}, data.runs[i]),
       element("span", { class: "badges" }, ...badges(run)),
-      element("span", {}, figures.join(" · ")),
+      element("span", {}, values.join(" · ")),
     ];
   };
 
@@ -68,15 +68,15 @@
   const ofEach = (image, make) => [make(), ...image.runs.map(make)];
   const panels = (image) =>
     ofEach(image, (run, i) => element("span", { class: "panel" }, frame(image), ...caption(image, run, i)));
-  const pictures = (image) => ofEach(image, (run) => draw(image, run));
-  const figures = (image) =>
+  const frames = (image) => ofEach(image, (run) => draw(image, run));
+  const enlarged = (image) =>
     ofEach(image, (run, i) => {
-      const picture = draw(image, run);
-      picture.removeAttribute("aria-hidden");
-      picture.setAttribute("role", "img");
+      const drawing = draw(image, run);
+      drawing.removeAttribute("aria-hidden");
+      drawing.setAttribute("role", "img");
       const words = run ? `${data.runs[i]}: ${inWords(run)}` : `Ground truth: ${lesions(image)}`;
-      picture.setAttribute("aria-label", words);
-      return element("figure", {}, picture, element("figcaption", {}, ...caption(image, run, i)));
+      drawing.setAttribute("aria-label", words);
+      return element("figure", {}, drawing, element("figcaption", {}, ...caption(image, run, i)));
     });
 
   // ---- Filter and sort
@@ -103,17 +103,17 @@
     "iou-low": (a, b) => overlap(a, 101) - overlap(b, 101),
     "iou-high": (a, b) => overlap(b, -1) - overlap(a, -1),
   };
-  showGallery({ describe, panels, pictures, figures, filters, sorts });
+  showGallery({ describe, panels, frames, enlarged, filters, sorts });
 
   // ---- Outlines can be taken away
 
-  const setOutlines = (on) => {
+  const setContours = (on) => {
     document.body.classList.toggle("bare", !on);
-    form.elements.outlines.checked = on;
-    dialog.querySelector("[data-do=outlines]").setAttribute("aria-pressed", on);
+    form.elements.contours.checked = on;
+    dialog.querySelector("[data-do=contours]").setAttribute("aria-pressed", on);
   };
-  form.elements.outlines.addEventListener("change", (event) => setOutlines(event.target.checked));
+  form.elements.contours.addEventListener("change", (event) => setContours(event.target.checked));
   dialog.addEventListener("click", (event) => {
-    if (event.target.dataset.do === "outlines") setOutlines(document.body.classList.contains("bare"));
+    if (event.target.dataset.do === "contours") setContours(document.body.classList.contains("bare"));
   });
 })();

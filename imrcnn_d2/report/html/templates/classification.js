@@ -1,10 +1,10 @@
 // The gallery of classified images: each with a bar for the probability of each class, model by model.
 (() => {
-  const calledBy = (scores) => scores.indexOf(Math.max(...scores));
+  const predictedClass = (scores) => scores.indexOf(Math.max(...scores));
   const percent = (share) => `${(100 * share).toFixed(0)} %`;
   const inWords = (scores, label) => {
-    const called = calledBy(scores);
-    return `${called === label ? "rightly" : "wrongly"} called ${data.classes[called]}, ${percent(scores[called])}`;
+    const predicted = predictedClass(scores);
+    return `${predicted === label ? "rightly" : "wrongly"} predicted as ${data.classes[predicted]}, ${percent(scores[predicted])}`;
   };
   const describe = (image) =>
     `${image.name}, ${data.classes[image.label]}. ` +
@@ -15,17 +15,17 @@
 
   // What one model says: a bar for each class.
   const verdict = (image, i) => {
-    const called = calledBy(image.scores[i]);
+    const predicted = predictedClass(image.scores[i]);
     const box = element("span", { class: "verdict" });
-    const badge = called === image.label ? "badge" : "badge alarm-badge";
+    const badge = predicted === image.label ? "badge" : "badge alarm-badge";
     box.append(
       element("b", {}, data.runs[i]),
-      element("span", { class: badge }, called === image.label ? "right" : "wrong"),
+      element("span", { class: badge }, predicted === image.label ? "right" : "wrong"),
     );
     image.scores[i].forEach((score, k) => {
       const kind = k === image.label ? "chance truth-chance" : "chance";
       const name = element("span", {}, data.classes[k]);
-      if (k === called) name.append(element("span", { class: "mark" }, " ◂ called"));
+      if (k === predicted) name.append(element("span", { class: "mark" }, " ◂ predicted"));
       const bar = element("span", { class: kind, style: `--share: ${score}` }, name, element("i", {}, percent(score)));
       box.append(bar);
     });
@@ -37,8 +37,8 @@
     element("span", { class: "panel" }, frame(image), element("b", {}, data.classes[image.label])),
     element("span", { class: "verdicts" }, ...verdicts(image)),
   ];
-  const pictures = (image) => [photo(image, "")];
-  const figures = (image) => {
+  const frames = (image) => [photo(image, "")];
+  const enlarged = (image) => {
     const label = data.classes[image.label];
     return [
       element("figure", {}, photo(image, label), element("figcaption", {}, element("b", {}, label))),
@@ -52,9 +52,9 @@
   const ofTruth = (image) => mean(judged(image.scores).map((scores) => scores[image.label]));
   const sure = (image) => mean(judged(image.scores).map((scores) => Math.max(...scores)));
   const filters = {
-    wrong: (image) => judged(image.scores).some((scores) => calledBy(scores) !== image.label),
-    right: (image) => judged(image.scores).every((scores) => calledBy(scores) === image.label),
-    disagree: (image) => new Set(image.scores.map(calledBy)).size > 1,
+    wrong: (image) => judged(image.scores).some((scores) => predictedClass(scores) !== image.label),
+    right: (image) => judged(image.scores).every((scores) => predictedClass(scores) === image.label),
+    disagree: (image) => new Set(image.scores.map(predictedClass)).size > 1,
   };
   const sorts = {
     worst: (a, b) => ofTruth(a) - ofTruth(b),
@@ -62,5 +62,5 @@
     unsure: (a, b) => sure(a) - sure(b),
   };
   const isMeant = (image) => form.elements.label.value === "" || image.label === Number(form.elements.label.value);
-  showGallery({ describe, panels, pictures, figures, filters, sorts, isMeant });
+  showGallery({ describe, panels, frames, enlarged, filters, sorts, isMeant });
 })();
