@@ -9,7 +9,7 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from imrcnn_d2.evaluation.annotator_agreement import COLUMNS, FIGURES, pair_name
+from imrcnn_d2.evaluation.annotator_agreement import PAIR_COLUMNS, PAIR_METRICS, pair_name
 from imrcnn_d2.report.plots.images import HALO_WIDTH, region_contours, show_tile, tile_grid
 from imrcnn_d2.report.plots.style import (
     GREEN,
@@ -46,14 +46,14 @@ HALO = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black", alpha=0
 def agreement_table(found):
     """
     Args:
-        found (Agreement):
+        found (AnnotatorAgreement):
 
     Returns:
         str: a Markdown table with a row for each pair and mean, figures with their intervals.
     """
-    names = [*FIGURES, "fleiss_kappa"]
+    names = [*PAIR_METRICS, "fleiss_kappa"]
     rows = []
-    for group, figures in found.figures.items():
+    for group, figures in found.values.items():
         intervals = found.intervals.get(group, {})
         cells = [
             format_value(name, figures[name], intervals.get(name), decimals=_decimals(name))
@@ -71,7 +71,7 @@ def plot_agreement(found, path):
     Draw lesion F1, union Dice and Cohen's kappa of every two, each as a matrix.
 
     Args:
-        found (Agreement):
+        found (AnnotatorAgreement):
         path (str or Path): .png, .svg or .pdf.
 
     Returns:
@@ -86,7 +86,7 @@ def plot_agreement(found, path):
         values = np.full((len(names),) * 2, np.nan)
         axes.set_facecolor("0.93")
         for a, b in found.pairs:
-            value = found.figures[pair_name(a, b)][figure_]
+            value = found.values[pair_name(a, b)][figure_]
             interval = found.intervals.get(pair_name(a, b), {}).get(figure_)
             text = format_value(figure_, value, interval, decimals=_decimals(figure_))
             text = text.replace(" [", "\n[")
@@ -116,7 +116,7 @@ def plot_disagreements(found, image_root, path, *, max_images=16):
     outlined, with everybody's outlines; least agreement first.
 
     Args:
-        found (Agreement):
+        found (AnnotatorAgreement):
         image_root (str or Path): folder that ``file_name`` is relative to.
         path (str or Path): .png, .jpg or .pdf.
         max_images (int): tiles at most.
@@ -160,7 +160,7 @@ def plot_disagreements(found, image_root, path, *, max_images=16):
 def _summary(found, position, pair):
     """The two who differ most, and how far."""
     (a, b), columns = list(found.pairs.items())[pair]
-    happened = dict(zip(COLUMNS, columns[position], strict=True))
+    happened = dict(zip(PAIR_COLUMNS, columns[position], strict=True))
     if happened["image_only_a"] or happened["image_only_b"]:
         return f"{a}, not {b}" if happened["image_only_a"] else f"{b}, not {a}"
     text = f"Dice {100 * happened['union_dice']:.0f} %"

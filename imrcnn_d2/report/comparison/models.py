@@ -10,25 +10,23 @@ from tqdm import tqdm
 
 from imrcnn_d2.evaluation.classification import check_same_images
 from imrcnn_d2.evaluation.comparison import (
-    ModelFigures,
+    ModelMetrics,
     check_same_units,
     image_level_test,
     model_figures,
     paired_difference,
 )
+from imrcnn_d2.evaluation.detection.metrics import ENDPOINTS, PRIMARY, endpoints_of
 from imrcnn_d2.evaluation.output import read_coco_records
 from imrcnn_d2.evaluation.statistics import corrected_resampled_t_test, holm
 from imrcnn_d2.utils.files import file_sha256
 
 __all__ = [
-    "ENDPOINTS",
-    "PRIMARY",
     "Comparison",
     "Gathered",
     "Test",
     "bootstrap_tests",
     "compare",
-    "endpoints_of",
     "flat_config",
     "fold_tests",
     "gather",
@@ -258,53 +256,6 @@ def flat_config(config, prefix=""):
     return flat
 
 
-# By task.
-PRIMARY = {"lesions": "segm/AP50_voc", "recognition": "recognition/balanced_accuracy"}
-# What is tested, fixed before any figure is seen: the more tests, the weaker each. As
-# group/figure; those that a comparison does not have are left out.
-ENDPOINTS = (
-    "segm/AP50_voc",
-    "bbox/AP50_voc",
-    "segm/AP",
-    "bbox/AP",
-    "lesion/iou",
-    "lesion/iou_box",
-    "lesion/precision",
-    "lesion/recall",
-    "lesion/f1",
-    "tau_val.lesion/precision",
-    "tau_val.lesion/recall",
-    "tau_val.lesion/f1",
-    "image/recall",
-    "image/specificity",
-    "image/auroc",
-    "image/miou",
-    "patient/recall",
-    "patient/specificity",
-    "patient/auroc",
-)
-
-
-def endpoints_of(task, classes=(), cancer_classes=()):
-    """
-    Args:
-        task (str): "lesions" or "recognition".
-        classes (list[str]), cancer_classes (list[str]): of a recognition data set.
-
-    Returns:
-        tuple[str, ...]: what is tested, group/figure.
-    """
-    if task == "lesions":
-        return ENDPOINTS
-    return (
-        *("recognition/balanced_accuracy", "recognition/top1", "recognition/auroc"),
-        *(f"recognition/accuracy_{name}" for name in classes),
-        # Of a single cancer class sensitivity is its accuracy: no reason to test it twice.
-        *(["cancer/recall"] if len(cancer_classes) > 1 else []),
-        *("cancer/specificity", "cancer/auroc"),
-    )
-
-
 @dataclass(frozen=True)
 class Test:
     """
@@ -353,7 +304,7 @@ def bootstrap_tests(split, models, primary, baseline, endpoints=ENDPOINTS):
 
     Args:
         split (dict[str, list[Run]]): the runs by label.
-        models (dict[str, ModelFigures]): their figures.
+        models (dict[str, ModelMetrics]): their figures.
         primary (str): the primary endpoint, group/figure.
         baseline (str or None): as for :func:`imrcnn_d2.report.comparison.models.compare`.
         endpoints (tuple[str, ...]): see :func:`endpoints_of`.
@@ -368,7 +319,7 @@ def bootstrap_tests(split, models, primary, baseline, endpoints=ENDPOINTS):
         def has(group, figure, pair=pair):
             return all(
                 figure in model.resampled.get(group, ())
-                and not math.isnan(model.figures[group][figure])
+                and not math.isnan(model.values[group][figure])
                 for model in pair
             )
 
@@ -379,7 +330,7 @@ def bootstrap_tests(split, models, primary, baseline, endpoints=ENDPOINTS):
         for prefix in ("", "tau_val."):
             outcome = image_level_test(*results, tau_val=bool(prefix))
             if outcome is not None:
-                recognised = "recognition" in pair[0].figures
+                recognised = "recognition" in pair[0].values
                 endpoint = "recognition/top1" if recognised else f"{prefix}image/accuracy"
                 difference = paired_difference(*pair, *endpoint.split("/", 1))
                 name = f"McNemar's exact, {outcome.only_first} : {outcome.only_second}"
@@ -393,7 +344,7 @@ def fold_tests(folds, n_train, n_test, primary, baseline, endpoints=ENDPOINTS):
     Corrected resampled t-test of the endpoints for each pair of models.
 
     Args:
-        folds (dict[str, list[ModelFigures]]): by label, a fold each.
+        folds (dict[str, list[ModelMetrics]]): by label, a fold each.
         n_train, n_test (float): images of a fold for training and for testing.
         primary (str), baseline (str or None), endpoints (tuple[str, ...]): as for
             :func:`bootstrap_tests`.
@@ -408,7 +359,7 @@ def fold_tests(folds, n_train, n_test, primary, baseline, endpoints=ENDPOINTS):
             """(2, k) figures of the two models; NaN where a fold has none."""
             return np.array(
                 [
-                    [one.figures.get(group, {}).get(figure, np.nan) for one in folds[label]]
+                    [one.values.get(group, {}).get(figure, np.nan) for one in folds[label]]
                     for label in pair
                 ]
             )
@@ -448,8 +399,8 @@ class Comparison:
     """
     Attributes:
         gathered (Gathered): the runs.
-        models (dict[str, ModelFigures]): on one split, by label; empty without such runs.
-        folds (dict[str, list[ModelFigures]]): of a cross-validation, a fold each.
+        models (dict[str, ModelMetrics]): on one split, by label; empty without such runs.
+        folds (dict[str, list[ModelMetrics]]): of a cross-validation, a fold each.
         tests (list[Test]), fold_tests (list[Test]): the differences.
         n_train, n_test (float or None): images that a fold's models were trained on (without those
             for validation) and tested on, means over the folds.
@@ -459,8 +410,8 @@ class Comparison:
     """
 
     gathered: Gathered
-    models: dict[str, ModelFigures]
-    folds: dict[str, list[ModelFigures]]
+    models: dict[str, ModelMetrics]
+    folds: dict[str, list[ModelMetrics]]
     tests: list
     fold_tests: list
     n_train: float | None
@@ -493,7 +444,7 @@ class Comparison:
     @property
     def clustered(self):
         """bool: some patient has several images."""
-        measures = next(iter(self.models.values())).measures
+        measures = next(iter(self.models.values())).metrics
         return measures.unit == "patient" and measures.num_units < len(measures.unit_of_image)
 
 
@@ -542,7 +493,7 @@ def compare(gathered, bootstrap, *, primary=None, baseline=None):
     settings = {key: meta[key] for key in about if key in meta}
     settings.update(asdict(bootstrap), primary=primary, baseline=baseline)
     if models:
-        settings["unit"] = next(iter(models.values())).measures.unit
+        settings["unit"] = next(iter(models.values())).metrics.unit
     return Comparison(
         gathered=gathered,
         models=models,
@@ -567,7 +518,7 @@ def compare(gathered, bootstrap, *, primary=None, baseline=None):
 def _check_primary(primary, models, folds, endpoints):
     group, _, figure = primary.partition("/")
     available = [model.resampled for model in models.values()]
-    available += [one.figures for own in folds.values() for one in own]
+    available += [one.values for own in folds.values() for one in own]
     if all(figure in figures.get(group, ()) for figures in available):
         return
     raise ValueError(
@@ -591,7 +542,7 @@ def _gaps(models, folds, primary):
     """[remarks on models that lack what is to be tested, or what others have]."""
     group, _, figure = primary.partition("/")
     every = [*((label, [model]) for label, model in models.items()), *folds.items()]
-    undefined = [k for k, own in every if any(math.isnan(m.figures[group][figure]) for m in own)]
+    undefined = [k for k, own in every if any(math.isnan(m.values[group][figure]) for m in own)]
     without_point = [k for k, own in every if any(None in m.taus for m in own)]
     remarks = []
     if undefined:

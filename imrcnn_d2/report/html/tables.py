@@ -3,11 +3,10 @@
 import itertools
 import math
 
-from imrcnn_d2.evaluation.detection import metrics
-from imrcnn_d2.evaluation.output import patient_rows
+from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.names import MODEL, NOT_PERCENT, metric_name
+from imrcnn_d2.report.names import MODEL, metric_name
 
 __all__ = [
     "cell",
@@ -53,8 +52,6 @@ def predictive_values(sensitivity, specificity, prevalence):
 def _percent(part, whole):
     return 100 * part / whole if whole > 0 else math.nan
 
-
-COUNTS = (*metrics.COUNTS, "n")
 
 # (metric, label, hint)
 CURVE_METRICS = (
@@ -107,9 +104,9 @@ def cell(figures, name):
         the ends of its interval, if it is a share in percent.
     """
     value, interval = figures.get(name), figures.get(f"{name}_ci")
-    if name in COUNTS:
+    if is_count(name):
         return _text("n/a" if value is None else f"{value:,.0f}")
-    return _cell(value, interval, digits=2 if name in NOT_PERCENT else 1)
+    return _cell(value, interval, digits=1 if is_percent(name) else 2)
 
 
 def _cell(value, interval=None, digits=1):
@@ -234,10 +231,10 @@ def size_tables(runs):
 def patient_table(runs, most=50):
     """dict: caption, columns, rows (patients with most errors first, at most ``most``), notes."""
     scored = [run.results for run in runs]
-    if scored[0].measures.unit != "patient":
+    if scored[0].metrics.unit != "patient":
         note = "Patients are not known: the images have no patient_id, so that intervals and "
         return {"rows": [], "notes": [note + "figures take each image as a patient of its own."]}
-    own = [patient_rows(one.ground_truth, one.counts, one.detections.scored) for one in scored]
+    own = [one.per_patient for one in scored]
     patients = sorted(
         zip(*own, strict=True), key=lambda of: -sum(row["FP"] + row["FN"] for row in of)
     )
