@@ -93,9 +93,9 @@ def training_images(run: Run) -> int | None:
     if facts:
         names = ((run.config or {}).get("DATASETS") or {}).get("TRAIN") or [facts[0][0]]
         return sum(about["images"] for name, about in facts if name in names) or None
-    beside = run.gt_path.with_name("train.json")
-    if beside.is_file() and beside != run.gt_path:
-        return len(read_coco_records(beside)["images"]) or None
+    training = run.gt_path.with_name("train.json")
+    if training.is_file() and training != run.gt_path:
+        return len(read_coco_records(training)["images"]) or None
     return None
 
 
