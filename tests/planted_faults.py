@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imrcnn_d2.data.masks import annotation_from_mask
-from imrcnn_d2.data.prepare.synthetic import draw_view
+from imrcnn_d2.data.prepare.synthetic import render_view
 
 __all__ = ["CATEGORIES", "Planted", "draw"]
 
@@ -19,7 +19,7 @@ CATEGORIES = [{"id": 1, "name": "polyp"}, {"id": 2, "name": "ulcer"}]
 
 def draw(patient: int, size: int = SIZE) -> tuple[np.ndarray, list[np.ndarray]]:
     """A view of a patient of its own: image and masks of its lesions."""
-    return draw_view(size, seed=7, patient=patient, view=0)
+    return render_view(size, seed=7, patient=patient, view=0)
 
 
 class Planted:

@@ -6,10 +6,10 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw
 
-from imrcnn_d2.data.formats.classification import read_class_folders
+from imrcnn_d2.data.formats import read_class_folders
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.evaluation import Bootstrap, evaluate_classification
-from imrcnn_d2.evaluation.output import CLASSIFICATION_RESULTS, write_classification
+from imrcnn_d2.evaluation.output import CLASSIFICATION_RESULTS, write_results
 from imrcnn_d2.utils.files import Rejects, file_sha256
 
 __all__ = ["CLASSES", "draw_classes", "prepare_classes", "write_classifier"]
@@ -35,7 +35,7 @@ def draw_classes(root, numbers=(16, 16, 16), size=48, classes=CLASSES):
 def prepare_classes(root, out, **options):
     """Prepare the folders of `root`; returns what prepare_dataset does."""
     rejects = Rejects()
-    source, _ = read_class_folders(root, rejects)
+    source = read_class_folders(root, rejects)
     return prepare_dataset(source, out, SplitOptions(**options), rejects)
 
 
@@ -57,7 +57,7 @@ def write_classifier(
     scored = evaluate_classification(gt, results, bootstrap=Bootstrap(100))
     meta = {"dataset": dataset, "gt": str(gt), "gt_sha256": file_sha256(gt)}
     meta |= {"image_root": str(gt.parent.parent / "images"), "checkpoint_sha256": "c" * 64}
-    write_classification(scored, folder, **meta)
+    write_results(scored, folder, **meta)
     (folder / CLASSIFICATION_RESULTS).write_text(json.dumps(results))
     config = {"DATASETS": {"TEST": [dataset], "TRAIN": ["train"]}, "SEED": seed}
     config["MODEL"] = {"META_ARCHITECTURE": "ImageClassifier", "TIMM": {"NAME": backbone}}

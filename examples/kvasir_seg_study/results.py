@@ -18,6 +18,7 @@ import jinja2
 import pandas as pd
 from leakage import drawn, figure, kvasir
 
+from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
 from imrcnn_d2.evaluation.robustness import ROBUSTNESS
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.report.comparison import compare, gather
@@ -28,7 +29,6 @@ from imrcnn_d2.report.comparison.tables import (
     table_5,
     table_of_tests,
 )
-from imrcnn_d2.report.names import NOT_PERCENT
 from imrcnn_d2.report.plots import plot_pr_panels, plot_robustness
 from imrcnn_d2.report.runs import load_run
 from imrcnn_d2.report.tables import format_value, markdown_table
@@ -121,7 +121,7 @@ class Study:
                 values = [figure(metrics, name)[0] for metrics in every]
                 key = name.rpartition("/")[2]
                 mean, low, high = (
-                    format_value(key, value, decimals=2 if key in NOT_PERCENT else 1)
+                    format_value(key, value, decimals=1 if is_percent(key) or is_count(key) else 2)
                     for value in (statistics.mean(values), min(values), max(values))
                 )
                 texts[heading] = f"{mean} ({low}–{high})"

@@ -16,9 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from imrcnn_d2.cli import new_parser
-from imrcnn_d2.data.audit.audit import Audit, audit, check_can_fix, write_fixed_splits
+from imrcnn_d2.data.audit.audit import Audit, audit
 from imrcnn_d2.data.audit.checks import groups
 from imrcnn_d2.data.audit.findings import KINDS, find_prepared, read_entries
+from imrcnn_d2.data.prepare.data_set import check_can_fix, write_fixed_splits
 from imrcnn_d2.data.prepare.splits import SPLITS
 from imrcnn_d2.utils.files import BadInputError, for_terminal
 
@@ -139,10 +140,10 @@ def _print_counts(found: Audit) -> None:
 
 def _fix_splits(found: Audit, prepared: Path, out: Path, follow_links: bool) -> None:
     entries = found.data.entries
-    together = [[entries[i].name for i in group] for group in groups(entries, found.twins)]
+    together = [[entries[i].name for i in group] for group in groups(entries, found.duplicates)]
     pairs = [
         {"images": [entries[t.a].name, entries[t.b].name], "correlation": t.correlation}
-        for t in found.twins
+        for t in found.duplicates
     ]
     moves = write_fixed_splits(prepared, out, together, pairs, follow_links)
     if not moves:

@@ -31,14 +31,13 @@ def main(argv: list[str] | None = None) -> None:
 def score_lesions(args: argparse.Namespace) -> None:
     """Score, write, plot and print the lesions of images."""
     from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
-    from imrcnn_d2.evaluation.output import RESULTS, coco_results, sources, write_results
+    from imrcnn_d2.evaluation.output import RESULTS, coco_results
     from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
     from imrcnn_d2.report.plots import draw_all
 
     matching = {"iou_threshold": args.iou, "iou_type": args.iou_type}
     columns = [parse_by(text) for text in args.by]
-    known = sources(args.gt, args.dt, args.images)
-    point = operating_point(args, matching, known["gt_sha256"]) if args.tau_from else None
+    point = operating_point(args, matching) if args.tau_from else None
     bootstrap = None
     if args.resamples:
         bootstrap = Bootstrap(args.resamples, args.seed, all_coco=args.ci_all)
@@ -47,8 +46,7 @@ def score_lesions(args: argparse.Namespace) -> None:
     results = with_groups(results, columns, **resampled)
     detections = coco_results(results.detections, results.ground_truth)
     write_atomically(args.output / RESULTS, json.dumps(detections))
-    paths = [*write_results(results, args.output, **known).values(), args.output / RESULTS]
-    log_evaluation(args)
+    paths = [*write_and_log(results, args), args.output / RESULTS]
     paths += draw_all(results, args.output, args.images)
     print_lesions(results)
     print_written(args.output, paths)
@@ -57,20 +55,18 @@ def score_lesions(args: argparse.Namespace) -> None:
 def score_classification(args: argparse.Namespace) -> None:
     """Score, write, plot and print the classes of whole images."""
     from imrcnn_d2.evaluation import Bootstrap, evaluate_classification
-    from imrcnn_d2.evaluation.output import CLASSIFICATION_RESULTS, sources, write_classification
+    from imrcnn_d2.evaluation.output import CLASSIFICATION_RESULTS
     from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
     from imrcnn_d2.report.plots import draw_all
     from imrcnn_d2.report.tables import metrics_table
 
-    known = sources(args.gt, args.dt, args.images)
     bootstrap = Bootstrap(args.resamples, args.seed) if args.resamples else None
     columns = [parse_by(text) for text in args.by]
     results = evaluate_classification(args.gt, args.dt, bootstrap=bootstrap)
     results = with_groups(results, columns, bootstrap=bootstrap)
     copy = args.output / CLASSIFICATION_RESULTS
     write_atomically(copy, args.dt.read_bytes())
-    paths = [*write_classification(results, args.output, **known).values(), copy]
-    log_evaluation(args)
+    paths = [*write_and_log(results, args), copy]
     paths += draw_all(results, args.output)
     for groups in (results.groups(), {"calibration": results.calibration}):
         print(metrics_table(groups, results.intervals), end="\n\n")
@@ -78,12 +74,15 @@ def score_classification(args: argparse.Namespace) -> None:
     print_written(args.output, paths)
 
 
-def log_evaluation(args):
-    """Note the evaluation next to the ground truth: how often was the test set looked at?"""
-    from imrcnn_d2.evaluation.output import log_test_evaluation
+def write_and_log(results, args):
+    """The files of the evaluation, which is recorded next to a test set."""
+    from imrcnn_d2.evaluation.output import log_test_evaluation, write_evaluation
+
+    paths = write_evaluation(results, args.output, gt=args.gt, dt=args.dt, image_root=args.images)
 
     sha256 = file_sha256(args.dt) if args.dt.is_file() else None
     log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
+    return paths.values()
 
 
 def print_written(output, paths):
@@ -146,14 +145,13 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def operating_point(args, matching, gt_sha256):
+def operating_point(args, matching):
     """The threshold chosen on the validation set of --tau-from."""
     from imrcnn_d2.evaluation import evaluate_lesions
     from imrcnn_d2.evaluation.detection.results import choose_operating_point
-    from imrcnn_d2.evaluation.output import sources
 
     gt, dt = args.tau_from
-    if sources(gt, dt, None)["gt_sha256"] == gt_sha256:
+    if file_sha256(gt) == file_sha256(args.gt):
         raise ValueError(
             f"--tau-from {gt} is the ground truth to be scored: a threshold is never chosen on a "
             "test set. Give a validation set."

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 from imrcnn_d2.cli import new_parser
-from imrcnn_d2.data.formats.coco import read_coco
-from imrcnn_d2.data.formats.export import FORMATS, export
+from imrcnn_d2.data.formats import FORMATS, export, read_coco
 from imrcnn_d2.utils.files import Rejects, for_terminal
 
 
@@ -24,7 +23,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--to",
-        choices=tuple(FORMATS),
+        choices=[name for name, form in FORMATS.items() if form.write],
         required=True,
         help="labelme: one JSON per image; cvat: one XML, and the labels to make a task with; "
         "masks: one PNG per instance",
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         # The images are measured where they are, and nothing of them is written.
         source = read_coco(args.annotations, args.images, Rejects(follow_links=True))
-        notes = export(source, args.to, args.output)
+        notes = export(source, FORMATS[args.to], args.output)
     except (OSError, ValueError) as error:
         sys.exit(for_terminal(error))
     print(for_terminal("\n".join([*notes, f"{args.output}: written"])))

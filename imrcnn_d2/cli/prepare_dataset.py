@@ -17,18 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from imrcnn_d2.cli import new_parser
-from imrcnn_d2.data.formats import classification, coco, cvat, kvasir_seg, labelme, mask_folder
-from imrcnn_d2.data.formats import kvasir_seg as lesion_free
-from imrcnn_d2.data.prepare import synthetic
-from imrcnn_d2.data.prepare.data_set import (
-    SPLIT_BY,
-    Source,
-    SplitOptions,
-    is_empty,
-    prepare_dataset,
-    summarise,
-    summarise_classes,
-)
+from imrcnn_d2.data.formats import FORMATS, Source
+from imrcnn_d2.data.formats.lesion_free import with_lesion_free
+from imrcnn_d2.data.prepare.data_set import SPLIT_BY, SplitOptions, prepare_dataset, summarise
 from imrcnn_d2.data.prepare.deidentify import PrivateRejects, Pseudonyms, deidentified, parse_keep
 from imrcnn_d2.data.prepare.metadata import (
     patients_from_dicom,
@@ -38,8 +29,8 @@ from imrcnn_d2.data.prepare.metadata import (
     with_patients,
     with_patients_from_csv,
 )
-from imrcnn_d2.data.prepare.splits import FixedTest, parse_ratio, read_splits
-from imrcnn_d2.utils.files import BadInputError, Rejects, for_terminal
+from imrcnn_d2.data.prepare.splits import parse_ratio, read_splits
+from imrcnn_d2.utils.files import BadInputError, Rejects, for_terminal, is_empty
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -51,7 +42,7 @@ def argument_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--ratio", type=_ratio, help="train:val:test (default 12:3:5; of lesion-free 0:0:1)"
     )
-    common.add_argument("--seed", type=int, default=0, help="of the splits and of drawing (0)")
+    common.add_argument("--seed", type=int, default=0, help="of splits and synthetic images (0)")
     common.add_argument(
         "--split-by",
         choices=SPLIT_BY,
@@ -121,8 +112,8 @@ def argument_parser() -> argparse.ArgumentParser:
         "--key",
         type=Path,
         metavar="FILE",
-        help="the key, outside OUT; made if it does not exist. FILE.names.csv says which became "
-        "which: keep both from whoever gets the data set",
+        help="the key, outside OUT; made if it does not exist. FILE.names.csv lists old and new "
+        "names: keep both from whoever gets the data set",
     )
     private.add_argument(
         "--keep",
@@ -145,129 +136,11 @@ def argument_parser() -> argparse.ArgumentParser:
         "--review",
         type=Path,
         metavar="DIR",
-        help="also draw sheets of the new images there, for a person to look for writing in them",
+        help="also plot sheets of the new images there, for a person to look for writing in them",
     )
 
-    kvasir = commands.add_parser(
-        "kvasir-seg", parents=[common], help="images/ and masks/ in a folder"
-    )
-    kvasir.add_argument("--root", type=Path, required=True, help="has images/ and masks/")
-    kvasir.add_argument("--negatives", type=Path, help="folder of images without a lesion to add")
-    kvasir.add_argument(
-        "--min-area",
-        type=int,
-        default=kvasir_seg.MIN_AREA,
-        help="smaller parts of a mask, in pixels, are dropped as specks (default %(default)s)",
-    )
-
-    healthy = commands.add_parser(
-        "lesion-free",
-        parents=[common],
-        help="images without a lesion only, all for testing: a detector's false alarms",
-    )
-    healthy.add_argument("--root", type=Path, required=True, help="folder of images")
-
-    own = commands.add_parser(
-        "coco", parents=[common], help="own data: a COCO instance JSON and a folder of images"
-    )
-    own.add_argument("--annotations", type=Path, required=True, help="COCO instance JSON")
-    own.add_argument("--images", type=Path, required=True, help="folder of the file_name entries")
-
-    outlined = argparse.ArgumentParser(add_help=False)
-    outlined.add_argument(
-        "--negatives", type=Path, metavar="DIR", help="folder of images without a lesion to add"
-    )
-    outlined.add_argument(
-        "--classes",
-        nargs="+",
-        metavar="LABEL",
-        help="the classes in their order (default: those found, sorted; of masks that name none, "
-        "lesion)",
-    )
-
-    masks = commands.add_parser(
-        "masks", parents=[common, outlined], help="own data: mask images, of four kinds"
-    )
-    masks.add_argument("--images", type=Path, required=True, help="folder of images")
-    masks.add_argument("--masks", type=Path, required=True, help="folder of masks, named alike")
-    masks.add_argument(
-        "--kind",
-        choices=mask_folder.KINDS,
-        default="binary",
-        help="binary (default): white is lesion, each connected part an instance; classes: pixels "
-        "number the class; instances: pixels number the instance; files: a file for each instance, "
-        "NAME_1.png or NAME/1.png, perhaps with its class, NAME_polyp_1.png",
-    )
-    masks.add_argument(
-        "--suffix", default="", metavar="TEXT", help="of the masks' names, e.g. _segmentation"
-    )
-    masks.add_argument(
-        "--min-area",
-        type=int,
-        default=kvasir_seg.MIN_AREA,
-        help="smaller parts of a mask, in pixels, are dropped as specks (default %(default)s)",
-    )
-
-    by_labelme = commands.add_parser(
-        "labelme", parents=[common, outlined], help="own data: LabelMe's JSON files"
-    )
-    by_labelme.add_argument("--root", type=Path, required=True, help="folder of the JSON files")
-    by_labelme.add_argument(
-        "--images",
-        type=Path,
-        help="folder of images, laid out as --root is (default: where each file says, in --root)",
-    )
-
-    by_cvat = commands.add_parser(
-        "cvat", parents=[common, outlined], help="own data: CVAT's XML for images or video, 1.1"
-    )
-    by_cvat.add_argument(
-        "--annotations", type=Path, nargs="+", required=True, help="XML of one or several tasks"
-    )
-    by_cvat.add_argument(
-        "--images", type=Path, required=True, help="folder of the images or of the video's frames"
-    )
-
-    labelled = commands.add_parser(
-        "classification", parents=[common], help="images with a class each: folders or a CSV"
-    )
-    labelled.add_argument(
-        "--root", type=Path, required=True, help="has one folder a class, or the files of --csv"
-    )
-    labelled.add_argument(
-        "--csv",
-        type=Path,
-        help="table with the columns file (relative to --root), label and, if known, patient_id "
-        "and split (train, val, test or empty)",
-    )
-    labelled.add_argument(
-        "--classes", nargs="+", help="the classes in their order (default: those found, sorted)"
-    )
-    labelled.add_argument(
-        "--cancer",
-        nargs="+",
-        metavar="CLASS",
-        help="classes that are cancer, for the two-class table of cancer against benign (default: "
-        "those with cancer or carcinoma in their name)",
-    )
-    labelled.add_argument(
-        "--test-per-class",
-        type=int,
-        metavar="N",
-        help="a test set of N images of each class instead of --ratio; 150 as published",
-    )
-    labelled.add_argument(
-        "--val-percent",
-        type=int,
-        default=10,
-        metavar="P",
-        help="validation images in percent of those not for testing, with --test-per-class or "
-        "where the table has training and no validation images (default %(default)s)",
-    )
-
-    drawn = commands.add_parser("synthetic", parents=[common], help="draw the embedded data set")
-    drawn.add_argument("--num-images", type=int, required=True)
-    drawn.add_argument("--size", type=int, required=True, help="width and height in pixels")
+    for name, form in FORMATS.items():
+        form.add_arguments(commands.add_parser(name, parents=[common], help=form.help))
     return parser
 
 
@@ -290,20 +163,19 @@ def main(argv: list[str] | None = None) -> None:
         else:
             rejects = Rejects(args.on_error, args.follow_links)
         with tempfile.TemporaryDirectory() as scratch:
+            form = FORMATS[args.command]
+            earlier = None if args.splits is None else read_splits(args.splits)
+            source = form.read(args, rejects, Path(scratch))
+            if getattr(args, "negatives", None) is not None:
+                source = with_lesion_free(source, args.negatives, rejects)
             options = SplitOptions(
                 # No default of the parsers: an argument that they share has one for all.
-                ratio=args.ratio or ((0, 0, 1) if args.command == "lesion-free" else (12, 3, 5)),
+                ratio=form.ratio(args),
                 seed=args.seed,
                 split_by=args.split_by,
-                earlier=None if args.splits is None else read_splits(args.splits),
+                earlier=source.splits or earlier,
                 folds=args.folds,
             )
-            if args.command == "classification":
-                if args.csv and (args.patients or args.patient_pattern or args.patients_from_dicom):
-                    raise ValueError(f"patients of {args.csv} belong in its column patient_id")
-                source, options = _read_classification(args, rejects, options)
-            else:
-                source = _read(args, rejects, Path(scratch))
             source = _described(source, args, rejects)
             if names:
                 folder = Path(scratch, "deidentified")
@@ -311,11 +183,8 @@ def main(argv: list[str] | None = None) -> None:
                 source = deidentified(source, folder, names, rejects, keep)
                 options = _renamed(options, names)
             prepared = prepare_dataset(source, args.out, options, rejects)
-        if args.command == "classification":
-            print(for_terminal(summarise_classes(prepared.coco, prepared.notes, rejects.errors)))
-        else:
-            ratio = options.sizes.get("ratio")
-            print(for_terminal(summarise(prepared.coco, ratio, prepared.notes, rejects.errors)))
+        ratio = options.sizes.get("ratio")
+        print(for_terminal(summarise(prepared.coco, ratio, prepared.notes, rejects.errors)))
         print(f"\n{args.out}: {'already there, unchanged' if prepared.unchanged else 'written'}")
         if args.review:
             from imrcnn_d2.report.plots.images import plot_review_sheets
@@ -327,33 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(for_terminal(error))
 
 
-def _read(args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
-    if args.command == "kvasir-seg":
-        return kvasir_seg.read_kvasir_seg(args.root, rejects, args.negatives, args.min_area)
-    if args.command == "coco":
-        return coco.read_coco(args.annotations, args.images, rejects)
-    if args.command == "lesion-free":
-        return lesion_free.read_lesion_free(args.root, rejects)
-    if args.command == "synthetic":
-        return synthetic.generate(scratch, args.num_images, args.size, args.seed)
-    source = _read_outlined(args, rejects, scratch)
-    if args.negatives is not None:
-        source = lesion_free.with_lesion_free(source, args.negatives, rejects)
-    return source
-
-
-def _read_outlined(args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
-    """What was drawn in an annotation tool."""
-    if args.command == "labelme":
-        return labelme.read_labelme(args.root, rejects, scratch, args.images, args.classes)
-    if args.command == "cvat":
-        return cvat.read_cvat(args.annotations, args.images, rejects, args.classes)
-    how = {"classes": args.classes, "suffix": args.suffix, "min_area": args.min_area}
-    return mask_folder.read_mask_folder(args.images, args.masks, rejects, args.kind, **how)
-
-
 def _described(source: Source, args: argparse.Namespace, rejects: Rejects) -> Source:
-    """The data set with the patients and columns that tables, names or DICOM files tell."""
+    """The data set with the patients and columns of tables, file names or DICOM files."""
     if args.patients is not None:
         source = with_patients_from_csv(source, args.patients, rejects)
     elif args.patient_pattern is not None:
@@ -373,25 +217,6 @@ def _renamed(options: SplitOptions, names: Pseudonyms) -> SplitOptions:
         )
     earlier = options.earlier and names.of_splits(options.earlier)
     return replace(options, earlier=earlier)
-
-
-def _read_classification(
-    args: argparse.Namespace, rejects: Rejects, options: SplitOptions
-) -> tuple[Source, SplitOptions]:
-    """The data set, and the options with the splits that its table gives."""
-    chosen = rejects, args.classes, args.cancer
-    if args.csv is None:
-        source, given = classification.read_class_folders(args.root, *chosen)
-    else:
-        source, given = classification.read_label_csv(args.csv, args.root, *chosen)
-    if given and options.earlier:
-        raise ValueError(f"{args.csv} has a split column: leave it empty, or leave out --splits")
-    if given:
-        how = args.val_percent, options.seed, args.split_by != "image"
-        options = replace(options, earlier=classification.carve_validation(source, given, *how))
-    if args.test_per_class is not None:
-        options = replace(options, ratio=FixedTest(args.test_per_class, args.val_percent))
-    return source, options
 
 
 def _ratio(text: str) -> tuple[int, ...]:

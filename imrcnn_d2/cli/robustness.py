@@ -99,7 +99,7 @@ def evaluate(args):
     from imrcnn_d2.deploy import Predictor
     from imrcnn_d2.deploy.outputs import instance_records
     from imrcnn_d2.evaluation.output import log_test_evaluation
-    from imrcnn_d2.evaluation.robustness import evaluate_robustness, read_ground_truth
+    from imrcnn_d2.evaluation.robustness import evaluate_robustness, load_coco
     from imrcnn_d2.report.plots import plot_distortions
 
     predictor = Predictor(args.config_file, args.weights, tau=args.tau)
@@ -107,7 +107,7 @@ def evaluate(args):
         raise ValueError(f"{args.weights}: a classifier finds no lesions")
     DatasetCatalog.get(args.dataset)  # sets the metadata
     metadata = MetadataCatalog.get(args.dataset)
-    ground_truth = read_ground_truth(metadata.json_file)
+    ground_truth = load_coco(metadata.json_file)
     category_ids = sorted(category["id"] for category in ground_truth.dataset["categories"])
     if len(category_ids) != len(predictor.classes):
         raise ValueError(

@@ -1,9 +1,12 @@
-"""Copy-paste augmentation (Ghiasi et al., CVPR 2021): lesions of one image pasted into another."""
+"""Augmentation by INPUT.AUG, and copy-paste (Ghiasi et al., CVPR 2021) of lesions."""
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import torch
-from detectron2.data import detection_utils
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances
 
@@ -12,19 +15,11 @@ from imrcnn_d2.config import get_node
 __all__ = ["CopyPaste", "build_augmentation", "paste_lesions"]
 
 
-def build_augmentation(cfg, is_train):
-    """
-    Detectron2's resize and flip, and for training what INPUT.AUG adds.
+def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """Detectron2's resize and flip, and for training those of INPUT.AUG, in order of application.
 
     An endoscope is held at any angle, so an image may be flipped and turned freely; its light and
     colour vary with the device, so these may vary mildly.
-
-    Args:
-        cfg (CfgNode): INPUT is read.
-        is_train (bool): whether the images are for training.
-
-    Returns:
-        list[Augmentation]: in the order in which they are applied.
     """
     augmentations = detection_utils.build_augmentation(cfg, is_train)
     if not is_train:
@@ -51,13 +46,13 @@ def build_augmentation(cfg, is_train):
 
 
 class RandomHue(T.Augmentation):
-    """Shift the hue; of an RGB or BGR image alike, since both directions are as likely."""
+    """Shifts the hue; of an RGB or BGR image alike, since both directions are as likely.
 
-    def __init__(self, span):
-        """
-        Args:
-            span (float): largest shift, as a share of the colour circle, in (0, 0.5].
-        """
+    Args:
+        span: largest shift, as a share of the colour circle, in (0, 0.5].
+    """
+
+    def __init__(self, span: float):
         super().__init__()
         self.span = span
 
@@ -74,13 +69,13 @@ class RandomHue(T.Augmentation):
 
 
 class RandomBlur(T.Augmentation):
-    """Gaussian blur of a random width."""
+    """Gaussian blur of a random width.
 
-    def __init__(self, sigma_min=0.2, sigma_max=2.0):
-        """
-        Args:
-            sigma_min, sigma_max (float): standard deviation in pixels of the resized image.
-        """
+    Args:
+        sigma_min, sigma_max: standard deviation in pixels of the resized image.
+    """
+
+    def __init__(self, sigma_min: float = 0.2, sigma_max: float = 2.0):
         super().__init__()
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
@@ -90,13 +85,9 @@ class RandomBlur(T.Augmentation):
 
 
 class RandomJPEG(T.Augmentation):
-    """JPEG compression of a random quality."""
+    """JPEG compression of a random quality, from 0 (worst) to 100."""
 
-    def __init__(self, quality_min=30, quality_max=95):
-        """
-        Args:
-            quality_min, quality_max (int): from 0 (worst) to 100.
-        """
+    def __init__(self, quality_min: int = 30, quality_max: int = 95):
         super().__init__()
         self.quality_min, self.quality_max = quality_min, quality_max
 
@@ -111,18 +102,18 @@ class RandomJPEG(T.Augmentation):
 
 
 class CopyPaste:
-    """A mapper that at times pastes the lesions of another, likewise augmented training image."""
+    """A mapper that at times pastes the lesions of another, likewise augmented training image.
 
-    def __init__(self, mapper, records, probability):
-        """
-        Args:
-            mapper (LesionMapper): with INPUT.MASK_FORMAT "bitmask".
-            records (sequence of dict): dataset dicts that the pasted lesions come from.
-            probability (float): of pasting, in [0, 1].
+    Args:
+        mapper: a LesionMapper with INPUT.MASK_FORMAT "bitmask".
+        records: dataset dicts that the pasted lesions come from.
+        probability: of pasting, in [0, 1].
 
-        Raises:
-            ValueError: the mapper gives polygons.
-        """
+    Raises:
+        ValueError: the mapper gives polygons.
+    """
+
+    def __init__(self, mapper: DatasetMapper, records: Sequence[dict], probability: float):
         if mapper.instance_mask_format != "bitmask":
             raise ValueError(
                 f"INPUT.AUG.COPY_PASTE_PROB is {probability}, but INPUT.MASK_FORMAT is "
@@ -130,7 +121,7 @@ class CopyPaste:
             )
         self._mapper, self._records, self._probability = mapper, records, probability
 
-    def __call__(self, dataset_dict):
+    def __call__(self, dataset_dict: dict) -> dict:
         sample = self._mapper(dataset_dict)
         if np.random.rand() >= self._probability:
             return sample
@@ -138,18 +129,17 @@ class CopyPaste:
         return paste_lesions(donor, sample)
 
 
-def paste_lesions(donor, sample, feather=1.5):
-    """
-    Paste all lesions of one image, in their arrangement, at a random place of another.
+def paste_lesions(donor: dict, sample: dict, feather: float = 1.5) -> dict:
+    """Pastes all lesions of one image, in their arrangement, at a random place of another.
 
     Args:
-        donor, sample (dict): of a mapper: "image", uint8 tensor (C, H, W), and "instances" with
-            bitmasks; their sizes may differ.
-        feather (float): width of the soft edge inside the outline, pixels.
+        donor, sample: of a mapper: "image", uint8 tensor (C, H, W), and "instances" with bitmasks;
+            their sizes may differ.
+        feather: width of the soft edge inside the contour, pixels.
 
     Returns:
-        dict: a copy of ``sample`` with the lesions; ``sample`` itself where the donor has none, or
-            where they would hide more than half of a lesion that is there.
+        a copy of ``sample`` with the lesions; ``sample`` itself where the donor has none, or where
+        they would hide more than half of a lesion of ``sample``.
     """
     lesions = donor["instances"]
     if not len(lesions):
@@ -175,7 +165,7 @@ def paste_lesions(donor, sample, feather=1.5):
     return {**sample, "image": blended.round().to(torch.uint8), "instances": instances}
 
 
-def _random_shift(mask, size):
+def _random_shift(mask: torch.Tensor, size: Sequence[int]) -> list[int]:
     """(dy, dx) that leaves the mask's bounding box inside the image, or the image inside it."""
     shift = []
     for axis, length in enumerate(size):
@@ -185,7 +175,7 @@ def _random_shift(mask, size):
     return shift
 
 
-def _shifted(array, shift, size):
+def _shifted(array: torch.Tensor, shift: Sequence[int], size: Sequence[int]) -> torch.Tensor:
     """``array`` (..., h, w) moved by ``shift`` onto zeros of ``size`` (H, W)."""
     out = array.new_zeros((*array.shape[:-2], *size))
     source, target = [], []

@@ -28,7 +28,7 @@ from detectron2.structures import BoxMode
 from torch.utils.data import ConcatDataset, Dataset
 
 from imrcnn_d2.data.formats.coco import check_records, is_box, to_rles
-from imrcnn_d2.data.masks import check_outline, check_size
+from imrcnn_d2.data.masks import check_polygon, check_size
 from imrcnn_d2.data.prepare.splits import SPLITS
 from imrcnn_d2.utils.files import BadInputError
 
@@ -53,28 +53,36 @@ _ANNOTATION_KEYS = ("iscrowd", "bbox", "keypoints", "category_id", "lesion_id")
 
 
 class Catalog(Dataset, Sequence):
-    """
-    The dataset dicts of a COCO file, as ``load_coco_json`` of Detectron2 gives them, and with
-    ``lesion_id`` and all fields of the image.
+    """The dataset dicts of a COCO file, as of Detectron2's ``load_coco_json``.
+
+    They have ``lesion_id`` and all fields of the image as well.
 
     Each record is made anew when it is read: changing one changes nothing here. Images and
-    annotations are kept serialized, one behind the other in one tensor, so that the processes of a
+    annotations are kept serialized, one after the other in one tensor, so that the processes of a
     DataLoader share them without a copy, and the garbage collector has nothing to look through.
     Being a ``torch.utils.data.Dataset``, it passes through Detectron2's loaders as it is; these do
     not filter such data sets (``filter_empty``), see :func:`load_datasets`.
     """
 
-    def __init__(self, categories, image_root, pieces, starts, order, bounds, lesion_counts):
+    def __init__(
+        self,
+        categories: dict[int, str],
+        image_root: str,
+        pieces: torch.Tensor,
+        starts: torch.Tensor,
+        order: torch.Tensor,
+        bounds: torch.Tensor,
+        lesion_counts: torch.Tensor,
+    ):
         """
         Args:
-            categories (dict[int, str]): id -> name, by rising id; a record's ``category_id`` is the
-                place in it.
-            image_root (str): what file names are relative to.
-            pieces (Tensor): uint8, serialized images and annotations.
-            starts (Tensor): int64, where each of these begins, and the end of the last.
-            order (Tensor): int64, their numbers: an image, its annotations, the next image, ...
-            bounds (Tensor): (N, 2) int64, the part of ``order`` that makes a record.
-            lesion_counts (Tensor): (N,) int64.
+            categories: names by rising id; a record's ``category_id`` is the position in it.
+            image_root: what file names are relative to.
+            pieces: uint8, serialized images and annotations.
+            starts: int64, where each of these begins, and the end of the last.
+            order: int64, their numbers: an image, its annotations, the next image, ...
+            bounds: (N, 2) int64, the part of ``order`` that makes a record.
+            lesion_counts: (N,) int64.
         """
         self.categories = categories
         self._image_root = image_root
@@ -85,15 +93,12 @@ class Catalog(Dataset, Sequence):
         self._lesion_counts = lesion_counts
 
     @property
-    def lesion_counts(self):
-        """(N,) int64 array: annotations of each record that are no crowd."""
+    def lesion_counts(self) -> np.ndarray:
+        """(N,) int64: annotations of each record that are no crowd."""
         return self._lesion_counts.numpy()
 
-    def with_lesions(self):
-        """
-        Returns:
-            Catalog: of the records with a lesion; it shares this one's memory.
-        """
+    def with_lesions(self) -> "Catalog":
+        """The records with a lesion; it shares this one's memory."""
         kept = self._lesion_counts > 0
         subset = copy.copy(self)
         subset._bounds, subset._lesion_counts = self._bounds[kept], self._lesion_counts[kept]
@@ -102,14 +107,7 @@ class Catalog(Dataset, Sequence):
     def __len__(self):
         return len(self._bounds)
 
-    def __getitem__(self, index):
-        """
-        Args:
-            index (int or slice):
-
-        Returns:
-            dict, or list[dict] for a slice.
-        """
+    def __getitem__(self, index: int | slice) -> dict | list[dict]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         begin, end = self._bounds[operator.index(index)].tolist()
@@ -130,17 +128,14 @@ _BATCH = 200  # records that are checked at once
 _loaded = {}  # absolute path of a COCO file -> what shows that it changed, its Catalog
 
 
-def load_catalog(json_file, image_root):
-    """
-    A COCO instance file as a Catalog. The file is streamed: what was read last is kept, and read
-    again only when the file or ``image_root`` changed.
+def load_catalog(json_file: str | Path, image_root: str | Path) -> Catalog:
+    """Streams a COCO instance file into a Catalog, by rising image id.
+
+    The Catalog is kept, and the file read again only when it or ``image_root`` changed.
 
     Args:
-        json_file (str or Path): COCO instance JSON.
-        image_root (str or Path): the folder that each ``file_name`` is relative to.
-
-    Returns:
-        Catalog: by rising image id.
+        json_file: COCO instance JSON.
+        image_root: the folder that each ``file_name`` is relative to.
 
     Raises:
         ValueError: the file is no COCO instance JSON; it names the file.
@@ -155,8 +150,8 @@ def load_catalog(json_file, image_root):
     return catalogue
 
 
-class _Nothing:
-    """Instead of a JSON object whose values nobody wants."""
+class _Ignored:
+    """A JSON object whose values are not kept."""
 
     __slots__ = ()
 
@@ -216,7 +211,7 @@ class _Builder:
         """A list that is there twice would be streamed as one, while others read the last."""
         seen = set()
         with self._reading() as file:
-            for key, value in ijson.kvitems(file, "", use_float=True, map_type=_Nothing):
+            for key, value in ijson.kvitems(file, "", use_float=True, map_type=_Ignored):
                 if key in seen:
                     raise BadInputError(self._json_file, f"the key {key!r} is there twice")
                 if key in ("images", "annotations", "categories") and not isinstance(value, list):
@@ -255,56 +250,56 @@ class _Builder:
 
     def _add_annotations(self, places, sizes, category_ids, owners, lesion_counts):
         classes = {category_id: index for index, category_id in enumerate(category_ids)}
-        ids, homeless, without_outline = set(), 0, 0
+        ids, orphans, without_mask = set(), 0, 0
         annotations = self._checked_rles(
             self._items("annotations", ("id", "image_id", "category_id")), places, sizes
         )
         for count, annotation in enumerate(annotations, start=1):
             place = places.get(annotation["image_id"])
             if place is None:
-                homeless += 1
+                orphans += 1
                 continue
             ids.add(annotation["id"])
-            if len(ids) + homeless < count:
+            if len(ids) + orphans < count:
                 raise ValueError(f"Annotation ids in '{self._json_file}' are not unique!")
             record = self._record(annotation, classes, sizes)
             if record is None:
-                without_outline += 1
+                without_mask += 1
                 continue
             self._add(record)
             owners.append(place)
             lesion_counts[place] += not record.get("iscrowd", 0)
-        if homeless:
+        if orphans:
             logger.warning(
                 "%s: %d annotations belong to images that the file does not have; left out",
                 self._json_file,
-                homeless,
+                orphans,
             )
-        if without_outline:
+        if without_mask:
             logger.warning(
                 "%s: %d annotations have polygons of fewer than three points only; left out",
                 self._json_file,
-                without_outline,
+                without_mask,
             )
 
     def _checked_rles(self, annotations, places, sizes):
         """The annotations, those with RLE once it was checked."""
         while batch := [*islice(annotations, _BATCH)]:
-            own = [
+            encoded = [
                 a
                 for a in batch
                 if a["image_id"] in places and isinstance(a.get("segmentation"), dict)
             ]
-            of_own = [self._size(annotation, sizes) for annotation in own]
+            image_sizes = [self._size(annotation, sizes) for annotation in encoded]
             try:
                 rles = to_rles(
-                    [annotation["segmentation"] for annotation in own],
-                    of_own,
-                    lambda i, own=own: f"annotation {own[i]['id']}",
+                    [annotation["segmentation"] for annotation in encoded],
+                    image_sizes,
+                    lambda i, encoded=encoded: f"annotation {encoded[i]['id']}",
                 )
             except ValueError as error:
                 raise BadInputError(self._json_file, str(error)) from error
-            for annotation, rle in zip(own, rles, strict=True):
+            for annotation, rle in zip(encoded, rles, strict=True):
                 annotation["segmentation"] = rle
             yield from batch
 
@@ -328,21 +323,22 @@ class _Builder:
             raise ValueError(f"{where} has no 'bbox' [x, y, width, height]")
         if annotation.get("iscrowd", 0) not in (0, 1):
             raise ValueError(f"{where} has an 'iscrowd' that is neither 0 nor 1")
-        outline = annotation.get("segmentation")
-        if outline and not isinstance(outline, dict):
-            if not isinstance(outline, list) or {type(polygon) for polygon in outline} != {list}:
+        segmentation = annotation.get("segmentation")
+        if segmentation and not isinstance(segmentation, dict):
+            is_list = isinstance(segmentation, list)
+            if not is_list or not all(isinstance(polygon, list) for polygon in segmentation):
                 raise ValueError(f"{where} has neither polygons nor RLE")
-            outline = [p for p in outline if len(p) % 2 == 0 and len(p) >= 6]
-            if not outline:
+            segmentation = [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
+            if not segmentation:
                 return None
             size = self._size(annotation, sizes)
             try:
-                for polygon in outline:
-                    check_outline(polygon, *size)
+                for polygon in segmentation:
+                    check_polygon(polygon, *size)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
-        if outline:
-            record["segmentation"] = outline
+        if segmentation:
+            record["segmentation"] = segmentation
         if keypoints := annotation.get("keypoints"):
             # COCO gives the pixel; coordinates of its centre are half a pixel more.
             record["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(keypoints)]
@@ -355,44 +351,31 @@ class _Builder:
 
 
 class LabelledCatalog(Dataset, Sequence):
-    """
-    The dataset dicts of a COCO file with one annotation an image: as of :class:`Catalog`, with
-    ``label`` (int, place of the class in ``categories``) instead of ``annotations``.
+    """The dataset dicts of a COCO file with one annotation per image.
+
+    As of :class:`Catalog`, with ``label`` (int, position of the class in ``categories``) instead of
+    ``annotations``.
     """
 
-    def __init__(self, catalogue):
-        """
-        Args:
-            catalogue (Catalog): with one annotation an image.
-        """
+    def __init__(self, catalogue: Catalog):
         self._catalogue = catalogue
         self.categories = catalogue.categories
 
     def __len__(self):
         return len(self._catalogue)
 
-    def __getitem__(self, index):
-        """
-        Args:
-            index (int):
-
-        Returns:
-            dict:
-        """
+    def __getitem__(self, index: int) -> dict:
         record = self._catalogue[index]
         (annotation,) = record.pop("annotations")
         return {**record, "label": annotation["category_id"]}
 
 
-def load_labelled_catalog(json_file, image_root):
-    """
-    Args:
-        json_file (str or Path): COCO image-classification JSON, as ``tools/prepare_dataset.py
-            classification`` writes it.
-        image_root (str or Path): the folder that each ``file_name`` is relative to.
+def load_labelled_catalog(json_file: str | Path, image_root: str | Path) -> LabelledCatalog:
+    """Reads a COCO image-classification file, by rising image id.
 
-    Returns:
-        LabelledCatalog: by rising image id.
+    Args:
+        json_file: as of ``tools/prepare_dataset.py classification``.
+        image_root: the folder that each ``file_name`` is relative to.
 
     Raises:
         ValueError: the file is no such JSON, or an image has no class or several.
@@ -410,27 +393,20 @@ def load_labelled_catalog(json_file, image_root):
     return LabelledCatalog(catalogue)
 
 
-def labels_of(records):
-    """
-    Args:
-        records (sequence of dict): dataset dicts with ``label``.
-
-    Returns:
-        np.ndarray: (N,) int.
-    """
+def labels_of(records: Sequence[dict]) -> np.ndarray:
+    """(N,) int: ``label`` of dataset dicts."""
     return np.array([records[i]["label"] for i in range(len(records))], dtype=int)
 
 
-def balanced_weights(labels, num_classes):
-    """
-    Weights of the classes under which all weigh the same together, and an image 1 on average.
+def balanced_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Class weights under which all classes weigh the same, and an image 1 on average.
 
     Args:
-        labels (np.ndarray): (N,) int, the class of each training image.
-        num_classes (int): K.
+        labels: (N,) int, the class of each training image.
+        num_classes: K.
 
     Returns:
-        np.ndarray: (K,) float, N / (K * images of the class).
+        (K,) float, N / (K * images of the class).
 
     Raises:
         ValueError: a class has no image.

@@ -1,4 +1,4 @@
-"""What happens to pictures in endoscopy, at five severities: functions of an image and a seed.
+"""Distortions of endoscopic images at five severities: functions of an image and a seed.
 
 Blur and exposure act on linear light, as in a camera. Lengths are relative to the longer side of
 the image, so that a severity means the same at any size.
@@ -26,7 +26,7 @@ class Distortion:
     """One way to distort an image.
 
     Attributes:
-        title: what it is called in pictures.
+        title: in plots.
         unit: of the levels.
         levels: the strength at each of `SEVERITIES`.
         apply: function of an (H, W, 3) uint8 RGB image, a level and a generator.
@@ -85,7 +85,7 @@ def _motion(image: np.ndarray, length: float, rng: np.random.Generator) -> np.nd
 
 
 def _exposure(image: np.ndarray, stops: float, rng: np.random.Generator) -> np.ndarray:
-    """Doubles the light with each stop, or halves it with each below 0; what is too much is cut."""
+    """Doubles the light with each stop, or halves it with each below 0; values above 1 are cut."""
     values = np.minimum(_LINEAR * np.float32(2.0**stops), 1)
     return _encode(values)[image]
 

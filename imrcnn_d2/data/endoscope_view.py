@@ -1,7 +1,7 @@
-"""Where in a frame the endoscope's picture is.
+"""Finds the endoscope's view in a frame.
 
-An endoscopy processor shows a lit disc, octagon or square on a plain background, and writes beside
-it: banners with a patient's name, dates, a second picture, a map of the instrument's position.
+An endoscopy processor shows a lit disc, octagon or square on a plain background, and writes next
+to it: banners with a patient's name, dates, a second image, a map of the instrument's position.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ _NOISE = 8  # of the background, above its mean
 _STROKE = 0.02  # of the shorter side: what is thinner is writing
 _SPECK = 0.005  # of the frame: what is smaller is no inset
 _LARGEST_INSET = 0.35  # of the frame
-_FLAT = 8  # difference of neighbouring gray values within a drawn area
+_FLAT = 8  # difference of neighbouring gray values within a flat area
 _BLUR = 3  # pixels
 _EDGE = 24  # gray values over two pixels, at the edge of an inset
 _SHORTEST_EDGE = 0.12  # of the shorter side
 _SEEN = 0.8  # share of an edge
 _HALF = 0.5  # of the view's sides, which no inset exceeds
-_STRAIGHT = 0.88  # share of a box that a drawn area fills
+_STRAIGHT = 0.88  # share of a box that a flat area fills
 
 
 class Box(NamedTuple):
@@ -45,10 +45,10 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What `find_view` found.
+    """The view of an endoscope in a frame.
 
     Attributes:
-        mask: (H, W) bool, the endoscope's picture without the insets. Empty in a frame where
+        mask: (H, W) bool, the endoscope's view without the insets. Empty in a frame where
             nothing is lit.
         box: the smallest around `mask`; (0, 0, 0, 0) if that is empty.
         insets: picture-in-picture and blanked rectangles that lie over the view.
@@ -69,7 +69,7 @@ class View:
         return bool(self.mask.all())
 
     def crop(self, image: np.ndarray) -> np.ndarray:
-        """What `box` shows of an image of the frame's size, black where there is no view.
+        """The part in `box` of an image of the frame's size, black where there is no view.
 
         Args:
             image: (H, W) or (H, W, C); of a mask, false is black.
@@ -79,7 +79,7 @@ class View:
 
 
 def find_view(image: np.ndarray) -> View:
-    """Finds the endoscope's picture in a frame, a convex area, and what is laid over it.
+    """Finds the endoscope's view in a frame, a convex area, and insets that cover it.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -102,7 +102,7 @@ def find_view(image: np.ndarray) -> View:
         return nothing
     hull = _hull(lit)
     insets = _insets(small, hull)
-    if insets:  # a drawn area can have widened the hull
+    if insets:  # an inset can have widened the hull
         for x0, y0, x1, y1 in insets:  # nor are its blurred edges of the view
             lit[max(0, y0 - _BLUR) : y1 + _BLUR, max(0, x0 - _BLUR) : x1 + _BLUR] = False
         lit = _largest(lit)
@@ -160,17 +160,17 @@ def _largest(mask: np.ndarray) -> np.ndarray | None:
 
 
 def _hull(mask: np.ndarray) -> np.ndarray:
-    return _drawn(mask, convex=True)
+    return _filled(mask, convex=True)
 
 
-def _drawn(mask: np.ndarray, convex: bool = False) -> np.ndarray:
+def _filled(mask: np.ndarray, convex: bool = False) -> np.ndarray:
     """A mask with its holes filled; its convex hull."""
-    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     if convex:
-        outlines = [cv2.convexHull(np.concatenate(outlines))]
-    drawn = np.zeros(mask.shape, np.uint8)
-    cv2.drawContours(drawn, outlines, -1, 1, cv2.FILLED)
-    return drawn.astype(bool)
+        contours = [cv2.convexHull(np.concatenate(contours))]
+    filled = np.zeros(mask.shape, np.uint8)
+    cv2.drawContours(filled, contours, -1, 1, cv2.FILLED)
+    return filled.astype(bool)
 
 
 def _insets(image: np.ndarray, hull: np.ndarray) -> list[Box]:
@@ -182,7 +182,7 @@ def _insets(image: np.ndarray, hull: np.ndarray) -> list[Box]:
 
 
 def _coloured(image: np.ndarray, hull: np.ndarray) -> list[Box]:
-    """Drawn areas of a colour that mucosa does not have: a position map, a message."""
+    """Flat areas of a colour that mucosa does not have: a position map, a message."""
     kernel = np.ones((3, 3), np.uint8)
     red, green, blue = cv2.split(image)
     cold = cv2.max(green, blue) > cv2.add(red, 2 * _NOISE)
@@ -215,7 +215,7 @@ def _straight_parts(mask: np.ndarray, hull: np.ndarray) -> list[Box]:
         if not _SPECK * mask.size < area < _LARGEST_INSET * mask.size:
             continue
         inside = hull[box.slices]
-        part = _drawn(labels[box.slices] == i) & inside
+        part = _filled(labels[box.slices] == i) & inside
         if inside.any() and part.sum() > _STRAIGHT * inside.sum():
             boxes.append(box)
     return boxes
@@ -237,9 +237,9 @@ def _at_corners(image: np.ndarray, hull: np.ndarray) -> list[Box]:
         upright, level = (edge[flip][half] for edge in edges)
         corner = _where_edges_meet(upright, level, hull[flip][half], least)
         if corner is not None:
-            drawn = np.zeros(hull.shape, np.uint8)
-            drawn[flip][: corner[0], : corner[1]] = 1
-            x0, y0, x1, y1 = _box(drawn)
+            inset = np.zeros(hull.shape, np.uint8)
+            inset[flip][: corner[0], : corner[1]] = 1
+            x0, y0, x1, y1 = _box(inset)
             x, y = around[:2]
             boxes.append(Box(x0 + x, y0 + y, x1 + x, y1 + y))
     return boxes

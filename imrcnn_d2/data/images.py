@@ -14,13 +14,17 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, leads_out, regular_file
 
@@ -35,6 +39,7 @@ __all__ = [
     "annotated_on_stored_pixels",
     "image_file",
     "image_inside",
+    "in_threads",
     "inspect_image",
     "install_image",
     "is_dicom",
@@ -43,7 +48,7 @@ __all__ = [
     "list_files",
     "open_image",
     "orient",
-    "own_words",
+    "hide_details",
     "path_inside",
     "read_header",
     "read_image",
@@ -189,8 +194,8 @@ _silence()  # before another thread sets filters for a block, and these ones aga
 
 
 @contextlib.contextmanager
-def own_words(path: Path, problem: str) -> Iterator[None]:
-    """Keeps to itself what pydicom says: errors, warnings and log quote the file, so the patient.
+def hide_details(path: Path, problem: str) -> Iterator[None]:
+    """Hides pydicom's messages: errors, warnings and log quote the file, so the patient.
 
     Its warnings and its log stay silent afterwards: filters of warnings that are set for a block
     are those of all threads.
@@ -218,7 +223,7 @@ def read_header(path: Path, **how) -> Any:
     import pydicom
 
     regular_file(path)
-    with own_words(path, "is no readable DICOM file"):
+    with hide_details(path, "is no readable DICOM file"):
         with open(path, "rb") as file:
             head = io.BytesIO(file.read(_LONGEST_HEADER))
         pydicom.filereader.read_preamble(head, force=False)
@@ -270,7 +275,7 @@ def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
     from pydicom.pixels import get_decoder, iter_pixels
     from pydicom.uid import JPEGTransferSyntaxes
 
-    with own_words(path, "its pixels cannot be read"):
+    with hide_details(path, "its pixels cannot be read"):
         if "Rows" not in header or "Columns" not in header:
             raise BadInputError(path, "is a DICOM file without an image")
         if not header.Rows or not header.Columns:
@@ -334,6 +339,7 @@ def _dicom_to_rgb(pixels: np.ndarray, header: Any, path: Path) -> np.ndarray:
     return np.repeat(np.rint(255 * gray).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
+_LONGEST_NAME, _LONGEST_PATH = 255, 3000  # bytes; systems take no more, or 4096 with the folder
 _READ_RIGHTLY = ("1", "L", "RGB")
 # of EXIF orientations, to the left, after mirroring where they do
 _QUARTER_TURNS = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}
@@ -420,6 +426,9 @@ def check_name(file_name: object, source: Path) -> None:
     """Raises BadInputError, blaming `source`, if it can be the name of no file."""
     if not isinstance(file_name, str) or not file_name.strip("./\\") or "\0" in file_name:
         raise BadInputError(source, f"file_name {file_name!r} is no file name")
+    name = file_name.encode("utf-8", "surrogatepass")
+    if len(name) > _LONGEST_PATH or max(map(len, name.split(b"/"))) > _LONGEST_NAME:
+        raise BadInputError(source, f"file_name {file_name[:50]!r}... is too long for a file name")
 
 
 def path_inside(folder: Path, file_name: object, source: Path, follow_links: bool = False) -> Path:
@@ -551,8 +560,8 @@ def read_values(path: Path) -> tuple[np.ndarray, bool]:
 def annotated_on_stored_pixels(image: SourceImage, width: int, height: int) -> bool:
     """Whether annotations of a `width` x `height` frame need `orient` to fit the image as read.
 
-    Where both frames of an EXIF-rotated image have that size, they are taken to be drawn on what is
-    shown.
+    Where both frames of an EXIF-rotated image have that size, they are taken to be of the rotated
+    image.
 
     Raises:
         BadInputError: the size fits neither frame.
@@ -654,3 +663,19 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def in_threads(function: Callable, items: Sequence, description: str) -> list:
+    """[function(item) for item in items], one thread per core, with a bar.
+
+    What takes the time, in Pillow, OpenCV and NumPy, runs side by side in threads; processes would
+    each have to import torch first.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    inner = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        with threadpool_limits(1), ThreadPool(cores) as pool:
+            return list(tqdm(pool.imap(function, items), description, len(items), unit="image"))
+    finally:
+        cv2.setNumThreads(inner)

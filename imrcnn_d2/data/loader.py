@@ -3,6 +3,7 @@
 import itertools
 import random
 import signal
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -28,12 +29,14 @@ __all__ = [
 ]
 
 
-def seed_generators(*entropy):
-    """
-    Seed the generators of ``random``, NumPy and torch (on every device).
+EpochIndices = Callable[[torch.Generator], torch.Tensor]  # the order of one epoch, int64
+
+
+def seed_generators(*entropy: int) -> None:
+    """Seeds the generators of ``random``, NumPy and torch (on every device).
 
     Args:
-        entropy (int): one or more numbers >= 0. Other numbers, or the same in another order, give
+        entropy: one or more numbers >= 0. Other numbers, or the same in another order, give
             unrelated streams.
     """
     words = np.random.SeedSequence(entropy).generate_state(3)
@@ -42,61 +45,48 @@ def seed_generators(*entropy):
     torch.manual_seed(int(words[2]))
 
 
-def shuffled_epochs(size):
-    """
-    Args:
-        size (int): images in the training set.
-
-    Returns:
-        callable: (torch.Generator) -> (size,) LongTensor, each image once an epoch; the
-            ``epoch_indices`` of :class:`ResumableBatchSampler`.
-    """
+def shuffled_epochs(size: int) -> EpochIndices:
+    """Each of `size` images once per epoch."""
     return lambda generator: torch.randperm(size, generator=generator)
 
 
-def balanced_epochs(repeat_factors):
-    """
-    Images of rare classes repeated, as in Detectron2's ``RepeatFactorTrainingSampler``.
+def balanced_epochs(repeat_factors: torch.Tensor) -> EpochIndices:
+    """Images of rare classes repeated, as in Detectron2's ``RepeatFactorTrainingSampler``.
 
     Args:
-        repeat_factors (Tensor): (N,) float, how often each image comes in an epoch, on average.
-
-    Returns:
-        callable: (torch.Generator) -> LongTensor, an epoch; its length varies.
+        repeat_factors: (N,) float, occurrences of each image in an epoch, on average; the length of
+            epochs varies.
     """
     sampler = RepeatFactorTrainingSampler(repeat_factors, seed=0)
 
-    def epoch_indices(generator):
+    def epoch_indices(generator: torch.Generator) -> torch.Tensor:
         indices = sampler._get_epoch_indices(generator)
         return indices[torch.randperm(len(indices), generator=generator)]
 
     return epoch_indices
 
 
-def class_balanced_epochs(labels):
-    """
-    As many images of each class, in an epoch as long as the data set: of a class with too few all
-    are repeated alike, of one with too many a choice is taken, another in each epoch.
+def class_balanced_epochs(labels: np.ndarray) -> EpochIndices:
+    """As many images of each class, but for one, in an epoch as long as the data set.
+
+    Images of a class with too few are repeated alike; of a class with too many, each epoch has
+    another sample.
 
     Args:
-        labels (np.ndarray): (N,) int, the class of each image.
-
-    Returns:
-        callable: (torch.Generator) -> (N,) LongTensor, an epoch. Classes differ by one image at
-            most.
+        labels: (N,) int, the class of each image.
     """
     images_of = [torch.from_numpy(np.flatnonzero(labels == k)) for k in np.unique(labels)]
     share, left_over = divmod(len(labels), len(images_of))
 
-    def epoch_indices(generator):
+    def epoch_indices(generator: torch.Generator) -> torch.Tensor:
         # Those that get one more are others in each epoch.
-        lucky = torch.randperm(len(images_of), generator=generator)[:left_over].tolist()
+        larger = torch.randperm(len(images_of), generator=generator)[:left_over].tolist()
         chosen = []
         for k, images in enumerate(images_of):
-            wanted = share + (k in lucky)
-            rounds = -(-wanted // len(images))
+            size = share + (k in larger)
+            rounds = -(-size // len(images))
             orders = [torch.randperm(len(images), generator=generator) for _ in range(rounds)]
-            chosen.append(images[torch.cat(orders)[:wanted]])
+            chosen.append(images[torch.cat(orders)[:size]])
         indices = torch.cat(chosen)
         return indices[torch.randperm(len(indices), generator=generator)]
 
@@ -104,8 +94,7 @@ def class_balanced_epochs(labels):
 
 
 class ResumableBatchSampler(Sampler):
-    """
-    Endless batches of ``(seed, position, index)`` from any iteration on.
+    """Endless batches of ``(seed, position, index)`` from any iteration on.
 
     ``position`` counts the samples of the whole training over all processes: place k of the batch
     of iteration i is ``i * total_batch_size + k``, and of W processes the one with rank r takes the
@@ -114,15 +103,15 @@ class ResumableBatchSampler(Sampler):
     that is not, and two processes the same as one with their batches together.
     """
 
-    def __init__(self, epoch_indices, total_batch_size, seed=0):
+    def __init__(self, epoch_indices: EpochIndices, total_batch_size: int, seed: int = 0):
         """
         Args:
-            epoch_indices (callable): (torch.Generator) -> LongTensor, the order of one epoch.
-            total_batch_size (int): SOLVER.IMS_PER_BATCH, images of all processes together.
-            seed (int): >= 0; see :meth:`start_at`.
+            epoch_indices: the order of one epoch.
+            total_batch_size: SOLVER.IMS_PER_BATCH, images of all processes together.
+            seed: >= 0; see :meth:`start_at`.
 
         Raises:
-            ValueError: if the processes cannot share the batch evenly.
+            ValueError: the processes cannot share the batch evenly.
         """
         self._rank, world_size = comm.get_rank(), comm.get_world_size()
         if total_batch_size <= 0 or total_batch_size % world_size:
@@ -135,22 +124,18 @@ class ResumableBatchSampler(Sampler):
         self._share = total_batch_size // world_size
         self._seed, self._iteration = seed, 0
 
-    def start_at(self, seed, iteration):
-        """
-        Args:
-            seed (int): >= 0, of the whole training.
-            iteration (int): whose batch comes first when iteration over this object begins.
-        """
+    def start_at(self, seed: int, iteration: int) -> None:
+        """Sets the seed (>= 0) of the training, and the iteration whose batch comes first."""
         self._seed, self._iteration = seed, iteration
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         first = self._iteration * self._total
         samples = self._samples(first)
         while True:
             batch = list(itertools.islice(samples, self._total))
             yield batch[self._rank * self._share : (self._rank + 1) * self._share]
 
-    def _samples(self, first):
+    def _samples(self, first: int) -> Iterator[tuple[int, int, int]]:
         generator = torch.Generator()
         position = 0
         for epoch in itertools.count():
@@ -164,24 +149,20 @@ class ResumableBatchSampler(Sampler):
 class SeededDataset(Dataset):
     """Training samples whose augmentation is a function of the seed and the sample's position."""
 
-    def __init__(self, records, mapper):
+    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict]):
         """
         Args:
-            records (sequence of dict): Detectron2's dataset dicts.
-            mapper (callable): dataset dict -> what the model takes; it draws from the generators of
-                ``random``, NumPy and torch, and keeps no state.
+            records: Detectron2's dataset dicts.
+            mapper: dataset dict -> the model's input; it samples from the generators of ``random``,
+                NumPy and torch, and keeps no state.
         """
         self._records, self._mapper = records, mapper
 
     def __len__(self):
         return len(self._records)
 
-    def __getitem__(self, sample):
-        """
-        Args:
-            sample (tuple[int, int, int]): seed, position and index, as of
-                :class:`ResumableBatchSampler`.
-        """
+    def __getitem__(self, sample: tuple[int, int, int]) -> dict:
+        """The mapped record of (seed, position, index), see :class:`ResumableBatchSampler`."""
         seed, position, index = sample
         seed_generators(seed, 0, position)
         return self._mapper(self._records[index])
@@ -225,22 +206,28 @@ def _epoch_indices(cfg, records):
 
 
 @configurable(from_config=_from_config)
-def build_train_loader(dataset, *, mapper, total_batch_size, epoch_indices=None, num_workers=0):
-    """
-    Detectron2's ``build_detection_train_loader`` for trainings that can be resumed exactly. There
-    is no grouping by aspect ratio: its buckets would be state.
+def build_train_loader(
+    dataset: Sequence[dict],
+    *,
+    mapper: Callable[[dict], dict],
+    total_batch_size: int,
+    epoch_indices: EpochIndices | None = None,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Detectron2's ``build_detection_train_loader`` for trainings that can be resumed exactly.
+
+    There is no grouping by aspect ratio: its buckets would be state.
 
     Args:
-        dataset (sequence of dict): dataset dicts.
-        mapper (callable): see :class:`SeededDataset`.
-        total_batch_size (int): images a batch, of all processes together.
-        epoch_indices (callable or None): order of an epoch, see :class:`ResumableBatchSampler`;
-            None shuffles.
-        num_workers (int): processes that load images; any number gives the same batches.
+        dataset: dataset dicts.
+        mapper: see :class:`SeededDataset`.
+        total_batch_size: images in a batch, of all processes together.
+        epoch_indices: None shuffles.
+        num_workers: processes that load images; any number gives the same batches.
 
     Returns:
-        DataLoader: of lists of mapped samples; its ``batch_sampler`` is a
-            :class:`ResumableBatchSampler`, to be set to a seed and an iteration before use.
+        lists of mapped samples; its ``batch_sampler`` is a :class:`ResumableBatchSampler`, to be
+        set to a seed and an iteration before use.
     """
     epoch_indices = epoch_indices or shuffled_epochs(len(dataset))
     return DataLoader(
@@ -252,7 +239,7 @@ def build_train_loader(dataset, *, mapper, total_batch_size, epoch_indices=None,
     )
 
 
-def _leave_signals_to_the_training(worker_id):
+def _leave_signals_to_the_training(worker_id: int) -> None:
     # Ctrl-C and many a scheduler signal the whole process group. The training finishes its
     # iteration and saves then, for which it needs its workers; they end when it does.
     for number in (signal.SIGTERM, signal.SIGINT):

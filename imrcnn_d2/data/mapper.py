@@ -1,10 +1,10 @@
-"""From the dataset dict of an image with a class to what a classifier takes."""
+"""Mappers: from dataset dicts to the inputs of detectors and classifiers."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, PolygonMasks
@@ -16,26 +16,21 @@ __all__ = ["ClassificationMapper", "LesionMapper"]
 
 
 class LesionMapper(DatasetMapper):
-    """
-    :class:`DatasetMapper` with the augmentation of INPUT.AUG, for images with and without lesions.
-    """
+    """:class:`DatasetMapper` with the augmentation of INPUT.AUG; images may have no lesion."""
 
     @configurable
-    def __init__(self, is_train, **kwargs):
-        """
-        Args: as in :class:`DatasetMapper`.
-        """
+    def __init__(self, is_train: bool, **kwargs):
         super().__init__(is_train, **kwargs)
 
     @classmethod
-    def from_config(cls, cfg, is_train=True):
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         ret = super().from_config(cfg, is_train)
         # Detectron2 puts its crop, where there is one, before the augmentation.
         crop = ret["augmentations"][: int(is_train and cfg.INPUT.CROP.ENABLED)]
         ret["augmentations"] = crop + build_augmentation(cfg, is_train)
         return ret
 
-    def __call__(self, dataset_dict):
+    def __call__(self, dataset_dict: dict) -> dict:
         with open_image(Path(dataset_dict["file_name"])):  # Detectron2 would open any format
             return super().__call__(dataset_dict)
 
@@ -56,31 +51,27 @@ class LesionMapper(DatasetMapper):
 
 
 class ClassificationMapper:
-    """
-    Reads an image, squeezes the whole of it into a square and, in training, augments it as
-    INPUT.AUG says. Nothing is cut off, since a lesion may lie at the rim; in training INPUT.CROP
-    cuts before the resize, which varies scale and shape.
+    """Reads an image, squeezes it into a square and, in training, augments it by INPUT.AUG.
+
+    Nothing is cut off, since a lesion may lie at the rim; in training INPUT.CROP crops before the
+    resize, which varies scale and shape.
     """
 
     @configurable
-    def __init__(self, *, augmentations, image_format):
+    def __init__(self, *, augmentations: list[T.Augmentation], image_format: str):
         """
         Args:
-            augmentations (list[Augmentation]): the last image must have the wanted size.
-            image_format (str): as of ``detection_utils.read_image``.
+            augmentations: the last image has the size of the model's input.
+            image_format: as of ``detection_utils.read_image``.
         """
         self._augmentations = T.AugmentationList(augmentations)
         self._image_format = image_format
 
     @classmethod
-    def from_config(cls, cfg, is_train=True):
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         """
-        Args:
-            cfg (CfgNode): INPUT is read.
-            is_train (bool): whether to augment.
-
         Raises:
-            ValueError: INPUT.SIZE is not known.
+            ValueError: INPUT.SIZE is not positive.
         """
         size = cfg.INPUT.SIZE
         if size <= 0:
@@ -93,14 +84,8 @@ class ClassificationMapper:
             augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
         return {"augmentations": augmentations, "image_format": cfg.INPUT.FORMAT}
 
-    def __call__(self, record):
-        """
-        Args:
-            record (dict): with ``file_name``.
-
-        Returns:
-            dict: the record with "image": (3, H, W) uint8 tensor.
-        """
+    def __call__(self, record: dict) -> dict:
+        """The record with "image": (3, H, W) uint8 tensor."""
         with open_image(Path(record["file_name"])):  # Detectron2 would open any format
             image = detection_utils.read_image(record["file_name"], self._image_format)
         detection_utils.check_image_size(record, image)

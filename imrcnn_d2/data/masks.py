@@ -1,4 +1,4 @@
-"""From drawn regions to COCO annotations, as annotation tools need it."""
+"""Masks, polygons and shapes of annotation tools as COCO annotations."""
 
 import math
 import reprlib
@@ -17,6 +17,7 @@ from imrcnn_d2.utils.files import BadInputError
 __all__ = [
     "ANNOTATION_FIELDS",
     "IMAGE_FIELDS",
+    "MIN_AREA",
     "MIN_IOU",
     "MOST_INSTANCES",
     "Region",
@@ -24,13 +25,13 @@ __all__ = [
     "annotation_from_mask",
     "check_classes",
     "check_extent",
-    "check_outline",
+    "check_polygon",
     "check_size",
     "components",
     "ellipse_rle",
     "further_fields",
     "named_categories",
-    "outlines",
+    "mask_polygons",
     "patch_rle",
     "polygon_rle",
     "rectangle",
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 
+# pixels; JPEG leaves specks of 1 in Kvasir-SEG's masks, its smallest polyps have over 200
+MIN_AREA = 16
 MOST_INSTANCES = 1000  # of one mask: each takes a pass over all its pixels
 
 
@@ -94,7 +97,7 @@ MIN_IOU = 0.99
 # enough is taken. 0 follows every pixel.
 _TOLERANCES = (4.0, 3.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.0)
 # Of an image: JPEG's longest side, and the area from which on Pillow refuses to decode. What is
-# declared larger has no image behind it.
+# declared larger is no image.
 _MAX_SIDE, _MAX_PIXELS = 65_535, 178_956_970
 # pycocotools walks along every edge, pixel by pixel, and keeps them all: times the image's size
 # that a shape may reach beyond it, and times its width and height together that it may be long.
@@ -134,7 +137,7 @@ def check_extent(values: Sequence[float], height: int, width: int) -> np.ndarray
     return coordinates
 
 
-def check_outline(flat: Sequence[float], height: int, width: int) -> None:
+def check_polygon(flat: Sequence[float], height: int, width: int) -> None:
     """Raises ValueError for a polygon x1, y1, x2, y2, ... that is none, or that goes to and fro.
 
     What passes takes bounded memory and time to fill.
@@ -145,8 +148,8 @@ def check_outline(flat: Sequence[float], height: int, width: int) -> None:
     length = np.abs(points - np.roll(points, -1, axis=0)).max(axis=1).sum()
     if length > _MAX_PERIMETER * (height + width):
         raise ValueError(
-            f"a polygon of {len(points)} points is {length:.0f} pixels long, which no outline in a "
-            f"{width}x{height} image is; outline it anew"
+            f"a polygon of {len(points)} points is {length:.0f} pixels long, which no contour in a "
+            f"{width}x{height} image is; annotate it again"
         )
 
 
@@ -154,10 +157,10 @@ def polygon_rle(points: Sequence[Sequence[float]], height: int, width: int) -> d
     """Compressed COCO RLE of a polygon of [x, y] points.
 
     Raises:
-        ValueError: as `check_outline`.
+        ValueError: as `check_polygon`.
     """
     flat = [value for point in points for value in point]
-    check_outline(flat, height, width)
+    check_polygon(flat, height, width)
     return mask_util.frPyObjects([flat], height, width)[0]
 
 
@@ -222,7 +225,7 @@ def patch_rle(patch: np.ndarray, left: int, top: int, height: int, width: int) -
     return _encode(mask)
 
 
-def outlines(mask: np.ndarray, fill_holes: bool = False) -> list[np.ndarray] | None:
+def mask_polygons(mask: np.ndarray, fill_holes: bool = False) -> list[np.ndarray] | None:
     """Polygons around the parts of a mask, of few points, at an IoU of at least `MIN_IOU`.
 
     Args:
@@ -274,18 +277,18 @@ def _encode(mask: np.ndarray) -> dict:
     return mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
 
 
-# What COCO records say themselves; annotation tools cannot set it by a flag or attribute.
+# Fields of COCO itself, which annotation tools cannot set by a flag or attribute.
 IMAGE_FIELDS = ("id", "file_name", "width", "height")
 ANNOTATION_FIELDS = ("id", "image_id", "category_id", "segmentation", "bbox", "area", "iscrowd")
 
 
 @dataclass
 class Region:
-    """One drawn area.
+    """One annotated area.
 
     Attributes:
         label: name of its class.
-        rle: compressed COCO RLE in the frame that was drawn on.
+        rle: compressed COCO RLE in the frame that was annotated.
         group: areas of one group and label are parts of one instance; None is no group.
         fields: further COCO annotation fields. ``iscrowd`` may be among them.
     """
@@ -311,7 +314,7 @@ def named_categories(
     """
     names = sorted(set(labels)) if classes is None else list(classes)
     if not names:
-        raise BadInputError(where, "nothing is outlined in it; name the classes with --classes")
+        raise BadInputError(where, "nothing is annotated in it; name the classes with --classes")
     if len(set(names)) < len(names):
         raise BadInputError(where, f"a class is given twice: {', '.join(names)}")
     return [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
@@ -326,10 +329,13 @@ def check_classes(labels: Iterable[str], category_ids: Mapping[str, int], path: 
         )
 
 
-def further_fields(entry: Mapping, own: Iterable[str]) -> dict:
-    """The texts, numbers and truth values of a record that are not among its `own` keys."""
-    own = set(own)
-    return {k: v for k, v in entry.items() if k not in own and isinstance(v, str | int | float)}
+def further_fields(record: Mapping, standard: Iterable[str]) -> dict:
+    """The texts, numbers and truth values of a record but for its `standard` keys."""
+    return {
+        key: value
+        for key, value in record.items()
+        if key not in standard and isinstance(value, str | int | float)
+    }
 
 
 def annotate(
@@ -342,11 +348,11 @@ def annotate(
     """COCO annotations of the instances in an image.
 
     Args:
-        image: what was drawn on.
+        image: the annotated image.
         size: width and height that the annotation file gives for it.
-        regions: in the frame of that size, drawn only after it was found to be the image's.
+        regions: in the frame of that size; read after the size was checked.
         category_ids: by label, of all labels there are.
-        notes: told if an EXIF-rotated image leaves a choice.
+        notes: takes a note where an EXIF-rotated image leaves a choice.
 
     Raises:
         BadInputError: the size is of no frame of the image, an instance covers no pixel or is there
@@ -355,7 +361,7 @@ def annotate(
     turned = annotated_on_stored_pixels(image, *size)
     regions = list(regions)
     if image.orientation != 1 and not turned and regions:
-        notes.append(f"{image.path}: EXIF-rotated, annotations taken as drawn on what is shown")
+        notes.append(f"{image.path}: EXIF-rotated, annotations taken as of the rotated image")
     annotations: list[dict] = []
     seen: set[tuple[str, str]] = set()
     for parts in _instances(regions):
@@ -367,7 +373,7 @@ def annotate(
         mask = mask_util.decode(rle)
         if turned:
             mask = orient(mask, image.orientation)
-        annotation = {**_joined(parts), **annotation_from_mask(mask, category_ids[label])}
+        annotation = {**_joined_fields(parts), **annotation_from_mask(mask, category_ids[label])}
         annotation["iscrowd"] = int(any(part.fields.get("iscrowd") for part in parts))
         content = label, annotation["segmentation"]["counts"]
         if content in seen:
@@ -385,8 +391,8 @@ def _instances(regions: Sequence[Region]) -> list[list[Region]]:
     return list(groups.values())
 
 
-def _joined(parts: Sequence[Region]) -> dict:
-    """Fields of an instance: true where it is of some part, else what the first part says."""
+def _joined_fields(parts: Sequence[Region]) -> dict:
+    """Fields of an instance: true where true of some part, else those of the first part."""
     joined: dict = {}
     for part in parts:
         for key, value in part.fields.items():

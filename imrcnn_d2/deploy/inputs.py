@@ -17,7 +17,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from imrcnn_d2.data.images import is_dicom, iter_rgb, list_files, own_words, read_header, read_image
+from imrcnn_d2.data.images import (
+    hide_details,
+    is_dicom,
+    iter_rgb,
+    list_files,
+    read_header,
+    read_image,
+)
 from imrcnn_d2.utils.files import BadInputError, Rejects, atomic_file, file_sha256, regular_file
 
 __all__ = [
@@ -338,7 +345,7 @@ def may_show_patient(path):
         something else than that they have not.
     """
     header = read_header(path)
-    with own_words(path, "says nothing clear of its pixels"):
+    with hide_details(path, "says nothing clear of its pixels"):
         return str(header.get("BurnedInAnnotation") or "NO").strip().upper() != "NO"
 
 
@@ -360,7 +367,7 @@ def read_dicom(path):
     from pydicom.encaps import generate_frames
 
     header = read_header(path)
-    with own_words(path, "is no readable DICOM file"):
+    with hide_details(path, "is no readable DICOM file"):
         if "Rows" not in header or "Columns" not in header:
             raise BadInputError(path, "is a DICOM file without an image")
         syntax = str(header.file_meta.get("TransferSyntaxUID", ""))

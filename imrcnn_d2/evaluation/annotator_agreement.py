@@ -1,4 +1,4 @@
-"""The files that a comparison of annotators leaves."""
+"""Agreement of annotators, and of a model with them, on the same images."""
 
 import math
 from collections import Counter
@@ -18,17 +18,17 @@ from imrcnn_d2.evaluation.detection.inputs import (
     read_results,
 )
 from imrcnn_d2.evaluation.detection.matching import overlaps
-from imrcnn_d2.evaluation.detection.metrics import Measures
-from imrcnn_d2.evaluation.output import with_intervals
+from imrcnn_d2.evaluation.detection.metrics import ResampledMetrics
+from imrcnn_d2.evaluation.output import interleave_intervals
 from imrcnn_d2.evaluation.statistics import add_intervals
 from imrcnn_d2.utils.files import csv_text, read_json, strict_json, write_atomically
 from imrcnn_d2.versions import package_versions
 
 __all__ = [
-    "COLUMNS",
-    "FIGURES",
-    "Agreement",
-    "AgreementMeasures",
+    "PAIR_COLUMNS",
+    "PAIR_METRICS",
+    "AnnotatorAgreement",
+    "AgreementMetrics",
     "Annotator",
     "agreement",
     "agreement_document",
@@ -45,9 +45,9 @@ __all__ = [
 
 
 # Of a pair; in percent but for kappa, which lies in [-1, 1].
-FIGURES = ("f1", "iou", "dice", "union_iou", "union_dice", "kappa", "same_call")
-# What happened in an image between two, of which the figures are made.
-COLUMNS = (
+PAIR_METRICS = ("f1", "iou", "dice", "union_iou", "union_dice", "kappa", "same_call")
+# What happened in an image between two annotators, which the metrics are made of.
+PAIR_COLUMNS = (
     "images",
     "matched",
     "only_a",
@@ -65,14 +65,14 @@ COLUMNS = (
 BETWEEN, WITH_MODEL, DIFFERENCE, TOGETHER = "annotators", "model", "difference", "with_model"
 
 
-def compare_annotations(a, b, iou_threshold):
+def compare_annotations(a: GroundTruth, b: GroundTruth, iou_threshold: float) -> np.ndarray:
     """
     Args:
-        a, b (GroundTruth): of the same I images and classes, without crowds, with masks.
-        iou_threshold (float): least overlap of two outlines of one lesion, in (0, 1].
+        a, b: of the same I images and classes, without crowds, with masks.
+        iou_threshold: least overlap of two masks of one lesion, in (0, 1].
 
     Returns:
-        np.ndarray: (I, K) what happened in each image, by COLUMNS; overlaps in [0, 1].
+        (I, K) what happened in each image, by PAIR_COLUMNS; overlaps in [0, 1].
     """
     number = len(a.images)
     other = Detections(b.regions, np.ones(len(b.regions)))
@@ -81,12 +81,12 @@ def compare_annotations(a, b, iou_threshold):
     image = a.regions.image[pairs.gt]
     enough = np.flatnonzero(pairs.iou >= min(iou_threshold, 1 - 1e-10))
     for position in np.unique(image[enough]):
-        own = enough[image[enough] == position]
-        rows, row = np.unique(pairs.gt[own], return_inverse=True)
-        columns, column = np.unique(pairs.dt[own], return_inverse=True)
+        of_image = enough[image[enough] == position]
+        rows, row = np.unique(pairs.gt[of_image], return_inverse=True)
+        columns, column = np.unique(pairs.dt[of_image], return_inverse=True)
         gain = np.zeros((len(rows), len(columns)))
-        most = min(gain.shape)  # a pair more is worth more than all overlaps together
-        gain[row, column] = most + pairs.iou[own]
+        most = min(gain.shape)  # one more pair is worth more than all overlaps together
+        gain[row, column] = most + pairs.iou[of_image]
         values = gain[linear_sum_assignment(gain, maximize=True)]
         values = values[values > 0] - most
         matched[position] = len(values)
@@ -112,48 +112,47 @@ def compare_annotations(a, b, iou_threshold):
     return np.stack(columns, axis=1).astype(float)
 
 
-class AgreementMeasures:
-    """The figures as functions of how often each unit counts, as Measures is."""
+class AgreementMetrics(ResampledMetrics):
+    """The metrics of every two annotators, and means over the pairs."""
 
-    def __init__(self, pairs, called, model, images):
+    def __init__(self, pairs, positive, model, images):
         """
         Args:
-            pairs (dict[tuple[str, str], np.ndarray]): (I, K) of every two, see :class:`Agreement`.
-            called (np.ndarray): (I, A) bool, whether each annotator saw a lesion in each image.
-            model (str or None): the last of them is a model.
+            pairs (dict[tuple[str, str], np.ndarray]): (I, K) of every two, see
+                :class:`AnnotatorAgreement`.
+            positive (np.ndarray): (I, A) bool, whether each annotator has a lesion in each image.
+            model (str or None): name of the model, the last of them.
             images (list[dict]): the I records, whose patients are resampled where known.
         """
-        self.unit, self.unit_of_image, self.num_units = number_units(images)
-        self.width = self.num_units
+        super().__init__(*number_units(images))
         self._pairs, self._model = pairs, model
-        self._raters = {BETWEEN: called[:, :-1] if model else called}
+        self._raters = {BETWEEN: positive[:, :-1] if model else positive}
         if model:
-            self._raters[TOGETHER] = called
+            self._raters[TOGETHER] = positive
 
     def __call__(self, weights, *, all_coco=False):
-        """dict[str, dict[str, np.ndarray]]: group -> figure -> (B,), of (B, num_units) weights."""
-        figures, among, with_model = {}, [], []
-        for pair, columns in self.columns.items():
-            own = pair_metrics(dict(zip(COLUMNS, (weights @ columns).T, strict=True)))
-            figures[pair_name(*pair)] = own
-            (with_model if self._model in pair else among).append(own)
-        for name, of in ((BETWEEN, among), (WITH_MODEL, with_model)):
-            if of:
-                figures[name] = {f: np.mean([own[f] for own in of], axis=0) for f in FIGURES}
+        values, among, with_model = {}, [], []
+        for pair, columns in self._pair_columns.items():
+            of_pair = pair_metrics(dict(zip(PAIR_COLUMNS, (weights @ columns).T, strict=True)))
+            values[pair_name(*pair)] = of_pair
+            (with_model if self._model in pair else among).append(of_pair)
+        for name, pairs in ((BETWEEN, among), (WITH_MODEL, with_model)):
+            if pairs:
+                values[name] = {m: np.mean([p[m] for p in pairs], axis=0) for m in PAIR_METRICS}
         if among and with_model:
-            figures[DIFFERENCE] = {f: figures[WITH_MODEL][f] - figures[BETWEEN][f] for f in FIGURES}
+            values[DIFFERENCE] = {
+                m: values[WITH_MODEL][m] - values[BETWEEN][m] for m in PAIR_METRICS
+            }
         for name, columns in self._fleiss.items():
             kappa = fleiss_kappa(*(weights @ columns).T, self._raters[name].shape[1])
-            figures.setdefault(name, {})["fleiss_kappa"] = kappa
-        return figures
-
-    once = Measures.once
+            values.setdefault(name, {})["fleiss_kappa"] = kappa
+        return values
 
     def proportions(self):
-        """As of Measures, of the pairs."""
+        """As of the base class, of the pairs."""
         shares = {}
-        for pair, columns in self.columns.items():
-            sums = dict(zip(COLUMNS, columns.sum(axis=0), strict=True))
+        for pair, columns in self._pair_columns.items():
+            sums = dict(zip(PAIR_COLUMNS, columns.sum(axis=0), strict=True))
             lesions = sums["matched"] + sums["only_a"] + sums["only_b"]
             same = sums["both"] + sums["neither"]
             shares[pair_name(*pair)] = {
@@ -163,38 +162,38 @@ class AgreementMeasures:
         return shares
 
     @cached_property
-    def columns(self):
-        """dict[tuple[str, str], np.ndarray]: (num_units, K) sums over the images of each unit."""
+    def _pair_columns(self):
+        """{pair: (num_units, K) sums over the images of each unit}."""
         return {
-            pair: add_up(own, self.unit_of_image, self.num_units)
-            for pair, own in self._pairs.items()
+            pair: add_up(columns, self.unit_of_image, self.num_units)
+            for pair, columns in self._pairs.items()
         }
 
     @cached_property
     def _fleiss(self):
-        """{group: (num_units, 3)}: images, raters that saw a lesion, agreeing pairs of raters."""
+        """{group: (num_units, 3)}: images, positive answers, agreeing pairs of raters."""
         columns = {}
-        for name, called in self._raters.items():
-            raters, saw = called.shape[1], called.sum(axis=1)
+        for name, positive in self._raters.items():
+            raters, yes = positive.shape[1], positive.sum(axis=1)
             if raters > 2:
-                agreeing = (saw * (saw - 1) + (raters - saw) * (raters - saw - 1)) / 2
-                own = np.stack([np.ones(len(saw)), saw, agreeing], axis=1)
-                columns[name] = add_up(own, self.unit_of_image, self.num_units)
+                agreeing = (yes * (yes - 1) + (raters - yes) * (raters - yes - 1)) / 2
+                of_images = np.stack([np.ones(len(yes)), yes, agreeing], axis=1)
+                columns[name] = add_up(of_images, self.unit_of_image, self.num_units)
         return columns
 
 
-def pair_name(a, b):
-    """str: what the figures of two annotators go by."""
+def pair_name(a: str, b: str) -> str:
+    """The group of metrics of two annotators."""
     return f"{a} vs {b}"
 
 
 def pair_metrics(sums):
     """
     Args:
-        sums (dict[str, np.ndarray]): (...,) sums over images, by COLUMNS.
+        sums (dict[str, np.ndarray]): (...,) sums over images, by PAIR_COLUMNS.
 
     Returns:
-        dict[str, np.ndarray]: (...,) by FIGURES; NaN where undefined.
+        dict[str, np.ndarray]: (...,) by PAIR_METRICS; NaN where undefined.
     """
     lesions = 2 * sums["matched"] + sums["only_a"] + sums["only_b"]
     table = [sums[name] for name in ("both", "image_only_a", "image_only_b", "neither")]
@@ -248,8 +247,7 @@ def fleiss_kappa(cases, yes, agreeing, raters):
 class Annotator:
     """
     Attributes:
-        name (str):
-        truth (GroundTruth): what they outlined; every region has a mask.
+        truth: the annotations; every region has a mask.
     """
 
     name: str
@@ -257,7 +255,7 @@ class Annotator:
 
 
 @dataclass(frozen=True, eq=False)
-class Agreement:
+class AnnotatorAgreement:
     """
     Attributes:
         annotators (list[Annotator]): of the I shared images, in one order and with the same
@@ -266,15 +264,15 @@ class Agreement:
         missing (dict[str, list[str]]): file name -> who does not have it, of the images that are
             left out because not all have them.
         notes (list[str]): what else was left out.
-        pairs (dict[tuple[str, str], np.ndarray]): (I, K) a row an image, a column for each of
-            COLUMNS, of every two.
-        figures (dict[str, dict[str, float]]): those of FIGURES for "A vs B" of every pair; means
-            over the pairs of "annotators" and of the "model" with each of them, and the
+        pairs (dict[tuple[str, str], np.ndarray]): (I, K) one row per image, one column per name in
+            PAIR_COLUMNS, of every two.
+        values (dict[str, dict[str, float]]): those of PAIR_METRICS for "A vs B" of every pair;
+            means over the pairs of "annotators" and of the "model" with each of them, and the
             "difference" model minus annotators; fleiss_kappa of the annotators, and of all
             ("with_model"), where they are three or more.
         intervals, undefined_shares (dict): as in :class:`LesionResults`.
         meta (dict): the settings.
-        measures (AgreementMeasures): the figures as functions of how often each unit counts.
+        metrics (AgreementMetrics): as functions of how often each unit counts.
     """
 
     annotators: list
@@ -282,9 +280,9 @@ class Agreement:
     missing: dict
     notes: list
     pairs: dict
-    figures: dict
+    values: dict
     meta: dict
-    measures: object
+    metrics: AgreementMetrics
     intervals: dict = field(default_factory=dict)
     undefined_shares: dict = field(default_factory=dict)
 
@@ -296,8 +294,8 @@ class Agreement:
     def dice(self):
         """(P, I) float: union Dice in [0, 1] of every pair in every image; NaN where neither has
         a lesion."""
-        either, dice = (COLUMNS.index(name) for name in ("either", "union_dice"))
-        return np.stack([divide(own[:, dice], own[:, either]) for own in self.pairs.values()])
+        either, dice = (PAIR_COLUMNS.index(name) for name in ("either", "union_dice"))
+        return np.stack([divide(pair[:, dice], pair[:, either]) for pair in self.pairs.values()])
 
 
 def read_annotator(name, gt):
@@ -341,7 +339,7 @@ def read_model(name, results, tau, images_of):
         content = content.get("annotations")
     found = read_results(content, truth, source)
     regions = found.regions.take(np.flatnonzero(found.score >= tau))
-    return _checked(name, _outlined(truth.images, truth.categories, regions))
+    return _checked(name, _ground_truth(truth.images, truth.categories, regions))
 
 
 def agreement(annotators, model=None, *, iou_threshold=0.5, bootstrap=None):
@@ -351,16 +349,16 @@ def agreement(annotators, model=None, *, iou_threshold=0.5, bootstrap=None):
     Args:
         annotators (list[Annotator]): two or more; images are the same if their ``file_name`` is,
             classes if their ``name`` is, or if every annotator has a single one.
-        model (Annotator or None): one more, that is told apart. With it one annotator is enough.
-        iou_threshold (float): least overlap of two outlines of one lesion, in (0, 1].
+        model (Annotator or None): one more, reported separately. With it one annotator is enough.
+        iou_threshold (float): least overlap of two masks of one lesion, in (0, 1].
         bootstrap (Bootstrap or None): how to resample patients (where the first annotator's images
             all have a ``patient_id``) or images for ``intervals``.
 
     Returns:
-        Agreement: f1 of lesions: 2 pairs / (lesions of one + lesions of the other); iou and dice,
-        means over the pairs; union_iou and union_dice, of all that each outlined in an image,
-        means over the images in which either outlined something; kappa (Cohen 1960) and same_call,
-        of images called with or without a lesion.
+        f1 of lesions: 2 pairs / (lesions of one + lesions of the other); iou and dice, means over
+        the pairs; union_iou and union_dice, of the union of each one's masks in an image, means
+        over the images in which either has a lesion; kappa (Cohen 1960) and same_call, of images
+        annotated with or without a lesion.
 
     Raises:
         ValueError: fewer than two, two of one name, no image in common, or images of two sizes.
@@ -377,19 +375,19 @@ def agreement(annotators, model=None, *, iou_threshold=0.5, bootstrap=None):
         (a.name, b.name): compare_annotations(a.truth, b.truth, iou_threshold)
         for a, b in combinations(everyone, 2)
     }
-    called = np.stack([annotator.truth.lesions > 0 for annotator in everyone], axis=1)
-    measures = AgreementMeasures(pairs, called, model and model.name, everyone[0].truth.images)
+    positive = np.stack([annotator.truth.lesions > 0 for annotator in everyone], axis=1)
+    metrics = AgreementMetrics(pairs, positive, model and model.name, everyone[0].truth.images)
     meta = {
         "annotators": names,
         "model": model and model.name,
         "iou_threshold": iou_threshold,
         "images": len(shared),
-        "patients": measures.num_units if measures.unit == "patient" else None,
+        "patients": metrics.num_units if metrics.unit == "patient" else None,
         "lesions": {one.name: int(one.truth.lesions.sum()) for one in everyone},
-        "bootstrap": bootstrap and {**asdict(bootstrap), "unit": measures.unit},
+        "bootstrap": bootstrap and {**asdict(bootstrap), "unit": metrics.unit},
     }
-    found = Agreement(
-        everyone, meta["model"], missing, notes, pairs, measures.once(), meta, measures
+    found = AnnotatorAgreement(
+        everyone, meta["model"], missing, notes, pairs, metrics.once(), meta, metrics
     )
     return add_intervals(found, bootstrap)
 
@@ -402,11 +400,11 @@ def _checked(name, truth):
                 f"{name}: {number} images have the file_name {file!r}; it must tell images apart."
             )
     if truth.regions.masks is None:
-        raise ValueError(f"{name}: an annotation has no mask. Agreement is of outlines.")
+        raise ValueError(f"{name}: an annotation has no mask, of which agreement is computed.")
     return Annotator(name, truth)
 
 
-def _outlined(images, categories, regions):
+def _ground_truth(images, categories, regions):
     """GroundTruth of regions that are no crowds."""
     nothing = np.zeros(len(regions))
     fields = [{}] * len(regions)
@@ -461,19 +459,19 @@ def _aligned(everyone, shared):
         category = np.array([0 if single else numbers[name] for name in own], dtype=int)
         taken = regions.take(rows)
         taken = replace(taken, image=image[rows], category=category[taken.category])
-        aligned.append(Annotator(one.name, _outlined(images, list(classes.values()), taken)))
+        aligned.append(Annotator(one.name, _ground_truth(images, list(classes.values()), taken)))
     return aligned, notes
 
 
 def write_agreement(found, folder, **meta):
     """
-    Write ``agreement.json`` (every figure with its interval), ``agreement.csv`` (a row a pair),
-    ``per_image.csv`` (a row an image and pair) and ``missing.csv`` (images that not all have).
+    Write ``agreement.json`` (every metric with its interval), ``agreement.csv`` (one row per pair),
+    ``per_image.csv`` (one row per image and pair) and ``missing.csv`` (images that not all have).
 
     Args:
-        found (Agreement):
+        found (AnnotatorAgreement):
         folder (str or Path): made if it does not exist.
-        **meta: what else to note under ``meta``; JSON values.
+        **meta: what else to record under ``meta``; JSON values.
 
     Returns:
         list[Path]: the files.
@@ -481,17 +479,17 @@ def write_agreement(found, folder, **meta):
     document = agreement_document(found)
     document["meta"] = {**meta, **found.meta, "versions": package_versions()}
     pairs = []
-    for name, figures in document["agreement"].items():
-        row = {"pair": name, **{k: v for k, v in figures.items() if not isinstance(v, list)}}
-        for figure in (key.removesuffix("_ci") for key in figures if key.endswith("_ci")):
-            row[f"{figure}_low"], row[f"{figure}_high"] = figures[f"{figure}_ci"]
+    for name, values in document["agreement"].items():
+        row = {"pair": name, **{k: v for k, v in values.items() if not isinstance(v, list)}}
+        for metric in (key.removesuffix("_ci") for key in values if key.endswith("_ci")):
+            row[f"{metric}_low"], row[f"{metric}_high"] = values[f"{metric}_ci"]
         pairs.append(row)
     missing = [
         {"file_name": file, "missing_in": ", ".join(names)} for file, names in found.missing.items()
     ]
     texts = {
         "agreement.json": strict_json(document),
-        "agreement.csv": csv_text(pairs, ["pair", *FIGURES]),
+        "agreement.csv": csv_text(pairs, ["pair", *PAIR_METRICS]),
         "per_image.csv": csv_text(agreement_rows(found), ["file_name"]),
         "missing.csv": csv_text(missing, ["file_name", "missing_in"]),
     }
@@ -503,18 +501,18 @@ def write_agreement(found, folder, **meta):
 def agreement_document(found):
     """
     Args:
-        found (Agreement):
+        found (AnnotatorAgreement):
 
     Returns:
-        dict: for agreement.json: the figures of every group with their intervals, those of pairs
+        dict: for agreement.json: the metrics of every group with their intervals, those of pairs
         with counts; what was left out; ``meta``.
     """
     groups = {
-        name: with_intervals(figures, found.intervals.get(name, {}))
-        for name, figures in found.figures.items()
+        name: interleave_intervals(values, found.intervals.get(name, {}))
+        for name, values in found.values.items()
     }
     for (a, b), columns in found.pairs.items():
-        counts = dict(zip(COLUMNS, columns.sum(axis=0).astype(int).tolist(), strict=True))
+        counts = dict(zip(PAIR_COLUMNS, columns.sum(axis=0).astype(int).tolist(), strict=True))
         for overlap in ("iou", "dice", "union_iou", "union_dice"):
             del counts[overlap]
         name = pair_name(a, b)
@@ -531,26 +529,26 @@ def agreement_document(found):
 def agreement_rows(found):
     """
     Args:
-        found (Agreement):
+        found (AnnotatorAgreement):
 
     Returns:
-        list[dict]: a row an image and pair: image, a, b, lesions of each and pairs of them, mean
+        list[dict]: one row per image and pair: image, a, b, lesions of each and pairs of them, mean
         overlaps of the pairs and overlaps of the unions in percent.
     """
     rows = []
     for (a, b), columns in found.pairs.items():
         for record, values in zip(found.images, columns, strict=True):
-            own = dict(zip(COLUMNS, values.tolist(), strict=True))
+            counts = dict(zip(PAIR_COLUMNS, values.tolist(), strict=True))
             row = {"file_name": record["file_name"], "a": a, "b": b}
-            row["lesions_a"] = int(own["matched"] + own["only_a"])
-            row["lesions_b"] = int(own["matched"] + own["only_b"])
-            row["matched"] = int(own["matched"])
-            for name, of in (
+            row["lesions_a"] = int(counts["matched"] + counts["only_a"])
+            row["lesions_b"] = int(counts["matched"] + counts["only_b"])
+            row["matched"] = int(counts["matched"])
+            for name, total in (
                 ("iou", "matched"),
                 ("dice", "matched"),
                 ("union_iou", "either"),
                 ("union_dice", "either"),
             ):
-                row[name] = float(100 * divide(own[name], own[of]))
+                row[name] = float(100 * divide(counts[name], counts[total]))
             rows.append(row)
     return rows

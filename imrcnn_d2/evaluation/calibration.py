@@ -17,7 +17,7 @@ BINS = 10
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """
-    The scores of all detections that count, whatever the threshold, as probabilities of a hit.
+    Scores as probabilities of a hit, of all evaluated detections at any threshold.
 
     Attributes:
         score (np.ndarray): (N,) float in [0, 1].
@@ -32,24 +32,17 @@ class Calibration:
     num_images: int
 
     @classmethod
-    def of(cls, gt, detections, matching):
+    def of_scores(cls, score, hit, image, num_images, *, scored=True):
         """
-        Args:
-            gt (GroundTruth):
-            detections (Detections): if they know no scores, or have some above 1 (which is logged),
-                none is taken: scores that are no probabilities are not calibrated.
-            matching (Matching): of these two.
+        The arguments are the attributes. Without scores (``scored`` False), or with some above 1
+        (which is logged), nothing remains: scores that are no probabilities are not calibrated.
         """
-        taken = matching.counts & detections.scored
-        if (detections.score[taken] > 1).any():
+        if scored and (score > 1).any():
             logger.warning("There are scores above 1: their calibration is undefined.")
-            taken = np.zeros_like(taken)
-        return cls(
-            detections.score[taken],
-            matching.hit[taken],
-            detections.regions.image[taken],
-            len(gt.images),
-        )
+            scored = False
+        if not scored:
+            score, hit, image = score[:0], hit[:0], image[:0]
+        return cls(score, hit, image, num_images)
 
     def diagram(self):
         """
@@ -75,7 +68,7 @@ class Calibration:
             "hit_rate": 100 * hits / filled,
         }
 
-    def figures(self, weights=None):
+    def values(self, weights=None):
         """
         Args:
             weights (np.ndarray or None): (B, I) how often each image is taken; None is once each.
@@ -89,7 +82,7 @@ class Calibration:
         columns = self.columns()
         if weights is not None:
             return self.formulas(weights @ columns)
-        return {name: float(figure) for name, figure in self.formulas(columns.sum(axis=0)).items()}
+        return {name: float(value) for name, value in self.formulas(columns.sum(axis=0)).items()}
 
     @staticmethod
     def formulas(total):
@@ -98,7 +91,7 @@ class Calibration:
             total (np.ndarray): (..., 4 + BINS) sums of :meth:`columns`.
 
         Returns:
-            dict[str, np.ndarray]: (...,) each, as :meth:`figures`.
+            dict[str, np.ndarray]: (...,) each, as :meth:`values`.
         """
         number, squared, score, hits = (total[..., i] for i in range(4))
         filled = np.where(number, number, np.nan) / 100

@@ -1,6 +1,6 @@
 """Score class probabilities of whole images, without a model."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from imrcnn_d2.evaluation.detection.curves import weighted_auroc
 from imrcnn_d2.evaluation.detection.inputs import GROUND_TRUTH, by_id
 from imrcnn_d2.evaluation.detection.metrics import (
     COUNTS,
-    Measures,
+    GroupFormulas,
+    ResampledMetrics,
     mean_where,
     ratios,
     table_proportions,
 )
-from imrcnn_d2.evaluation.output import beside_records
-from imrcnn_d2.evaluation.statistics import add_intervals
+from imrcnn_d2.evaluation.output import EvaluationResults, rows_per_image
+from imrcnn_d2.evaluation.statistics import Bootstrap, add_intervals
 from imrcnn_d2.utils.files import read_json
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 
-# Of a sum of probabilities: half-precision softmax is off by less.
+# Of a sum of probabilities: half-precision softmax deviates less.
 SUM_TOLERANCE = 0.01
 
 
@@ -59,17 +60,14 @@ class LabelledImages:
         return [category["name"] for category in self.categories]
 
 
-def read_labels(gt):
+def read_labels(gt) -> LabelledImages:
     """
     Args:
         gt (dict, str, Path or LabelledImages): COCO image classification: images, categories and an
             annotation {id, image_id, category_id} for each image; or what was read already.
 
-    Returns:
-        LabelledImages:
-
     Raises:
-        ValueError: on anything else, saying which record is wrong and why.
+        ValueError: on anything else, naming the record and the reason.
     """
     if isinstance(gt, LabelledImages):
         return gt
@@ -83,7 +81,7 @@ def read_labels(gt):
             raise ValueError(f"{where} has no {key}: it must be COCO image classification.")
     images, categories = (by_id(gt[key], key, where) for key in ("images", "categories"))
     if len(categories) < 2:
-        raise ValueError(f"{where} has one class, {categories[0]['name']}: nothing to tell apart.")
+        raise ValueError(f"{where} has one class, {categories[0]['name']}: two are needed.")
     position = {category["id"]: k for k, category in enumerate(categories)}
     known = {image["id"] for image in images}
     label = {}
@@ -133,25 +131,27 @@ def read_probabilities(results, truth):
     k, ids = len(truth.categories), {image["id"] for image in truth.images}
     scores = {}
     for result in results:
-        image, own = result["image_id"], result["scores"]
-        if not all(isinstance(score, NUMBER) and type(score) is not bool for score in own):
-            raise ValueError(f"{where} give image {image} the scores {own}: not all are numbers.")
-        own = np.array(own, dtype=float)
+        image, values = result["image_id"], result["scores"]
+        if not all(isinstance(score, NUMBER) and type(score) is not bool for score in values):
+            raise ValueError(
+                f"{where} give image {image} the scores {values}: not all are numbers."
+            )
+        values = np.array(values, dtype=float)
         if image not in ids:
             raise ValueError(f"{where} have image {image}, which the ground truth lacks.")
         if image in scores:
             raise ValueError(f"{where} have image {image} twice.")
-        if own.shape != (k,):
+        if values.shape != (k,):
             raise ValueError(
-                f"{where} give image {image} {own.size} scores, but there are {k} classes "
+                f"{where} give image {image} {values.size} scores, but there are {k} classes "
                 f"({', '.join(truth.classes)}): set MODEL.CLASSIFIER.NUM_CLASSES to that."
             )
-        if not (own >= 0).all() or not abs(own.sum() - 1) <= SUM_TOLERANCE:
+        if not (values >= 0).all() or not abs(values.sum() - 1) <= SUM_TOLERANCE:
             raise ValueError(
-                f"{where} give image {image} the scores {own.tolist()}, which are no probabilities "
-                "that sum to 1."
+                f"{where} give image {image} the scores {values.tolist()}, which are no "
+                "probabilities that sum to 1."
             )
-        scores[image] = own
+        scores[image] = values
     missing = [image for image in truth.images if image["id"] not in scores]
     if missing:
         name = missing[0].get("file_name", missing[0]["id"])
@@ -163,96 +163,76 @@ def read_probabilities(results, truth):
 
 # Of the true class; keeps the cross-entropy of a probability of 0 finite, as scikit-learn does.
 LEAST = np.finfo(np.float64).eps
-OF_CLASS = ("precision", "recall", "specificity", "f1")
+CLASS_METRICS = ("precision", "recall", "specificity", "f1")
 
 
-class ClassificationMetrics:
+class ClassificationMetrics(ResampledMetrics):
     """
-    Confusions are counted per unit (patients where all images have one, else images), so that
-    figures are formulas over sums of columns, the AUROCs aside.
+    The metrics of a classifier, of confusions counted per unit: patients where all images have one,
+    else images.
+
+    Attributes:
+        predicted (np.ndarray): (N,) int in [0, K), the class predicted.
+        calibration (Calibration): of its probability.
     """
 
-    def __init__(self, truth, probability):
+    def __init__(self, truth: LabelledImages, probability: np.ndarray):
         """
         Args:
-            truth (LabelledImages): of N images and K classes.
-            probability (np.ndarray): (N, K) float.
+            truth: of N images and K classes.
+            probability: (N, K) float.
         """
+        super().__init__(*number_units(truth.images))
         self.truth, self.probability = truth, probability
-        self.called = probability.argmax(axis=1)
-        self.unit, self.unit_of_image, self.num_units = number_units(truth.images)
-        own = probability[np.arange(len(probability)), truth.label]
-        self._cross_entropy = -np.log(np.clip(own, LEAST, 1))
+        self.predicted = probability.argmax(axis=1)
+        of_truth = probability[np.arange(len(probability)), truth.label]
+        self._cross_entropy = -np.log(np.clip(of_truth, LEAST, 1))
         self.calibration = Calibration(
             np.clip(probability.max(axis=1), 0, 1),
-            self.called == truth.label,
+            self.predicted == truth.label,
             np.arange(len(probability)),
             len(probability),
         )
 
     def __call__(self, weights, *, all_coco=False):
-        """
-        Args:
-            weights (np.ndarray): (B, num_units) int, how often each of B resamples holds each unit.
-            all_coco (bool): of lesions; here it changes nothing.
-
-        Returns:
-            dict[str, dict[str, np.ndarray]]: group -> figure -> (B,), as in ClassificationResults.
-        """
-        figures = {
-            group: formulas(weights @ columns)
-            for group, (columns, formulas, _) in self.columns.items()
-        }
-        of_class = {}
+        """As of the base class; groups as in ClassificationResults."""
+        values = super().__call__(weights)
+        areas = []
         for k, name in enumerate(self.truth.classes):
-            area = self._auroc(self.truth.label == k, self.probability[:, k], weights)
-            of_class[name] = figures["recognition"][f"auroc_{name}"] = area
-        areas = list(of_class.values())
-        figures["recognition"]["auroc"] = mean_where(areas, map(np.isfinite, areas), len(weights))
+            areas.append(self._auroc(self.truth.label == k, self.probability[:, k], weights))
+            values["recognition"][f"auroc_{name}"] = areas[-1]
+        values["recognition"]["auroc"] = mean_where(areas, map(np.isfinite, areas), len(weights))
         if self.truth.cancer is not None:
             cancer = self.truth.cancer
             score = self.probability[:, cancer].sum(axis=1)
-            area = self._auroc(cancer[self.truth.label], score, weights)
-            figures["cancer"]["auroc"] = area
-        figures["calibration"] = self.calibration.formulas(weights @ self._calibration)
-        return figures
+            values["cancer"]["auroc"] = self._auroc(cancer[self.truth.label], score, weights)
+        values["calibration"] = self.calibration.formulas(weights @ self._calibration)
+        return values
 
-    once = Measures.once
-    named = staticmethod(lambda sums: sums)  # what the formulas take
-
-    def proportions(self):
-        """As of Measures."""
-        return {
-            group: proportions(columns.sum(axis=0))
-            for group, (columns, _, proportions) in self.columns.items()
-        }
+    @staticmethod
+    def named(sums):
+        """The sums as they are, whose number depends on that of the classes."""
+        return sums
 
     @property
     def width(self):
-        """int: numbers that a resample takes, to size chunks by."""
-        return max(self.num_units, len(self.called) * (len(self.truth.classes) + 1))
+        return max(self.num_units, len(self.predicted) * (len(self.truth.classes) + 1))
 
     @cached_property
     def columns(self):
-        """As of Measures: "recognition" and, with cancer classes, "cancer"."""
+        """ "recognition" and, with cancer classes, "cancer"."""
         k = len(self.truth.classes)
-        columns = np.zeros((len(self.called), k * k + 1))
-        columns[np.arange(len(self.called)), self.truth.label * k + self.called] = 1
+        columns = np.zeros((len(self.predicted), k * k + 1))
+        columns[np.arange(len(self.predicted)), self.truth.label * k + self.predicted] = 1
         columns[:, -1] = self._cross_entropy
         columns = add_up(columns, self.unit_of_image, self.num_units)
-        groups = {"recognition": (columns, self._recognition, self._proportions)}
+        groups = {"recognition": GroupFormulas(columns, self._recognition, self._proportions)}
         if self.truth.cancer is not None:
-            groups["cancer"] = (columns, self._cancer, self._cancer_proportions)
+            groups["cancer"] = GroupFormulas(columns, self._cancer, self._cancer_proportions)
         return groups
 
-    def confusion(self, sums):
-        """
-        Args:
-            sums (np.ndarray): (..., K * K + 1) sums of the columns.
-
-        Returns:
-            np.ndarray: (..., K, K) images, rows by truth, columns by what they are called.
-        """
+    def confusion(self, sums: np.ndarray) -> np.ndarray:
+        """(..., K, K) images, rows by truth, of (..., K * K + 1) sums of the columns."""
         k = len(self.truth.classes)
         return sums[..., :-1].reshape(*sums.shape[:-1], k, k)
 
@@ -268,36 +248,35 @@ class ClassificationMetrics:
         return tables
 
     def _recognition(self, sums):
-        """Of (B, K * K + 1) sums."""
         tables = self._tables(sums)
         by_class = {name: ratios(*table) for name, table in tables.items()}
         present = [tp + fn > 0 for tp, _, fn, _ in tables.values()]
         total = sum(tables[self.truth.classes[0]])
         right = sum(tp for tp, *_ in tables.values())
 
-        def mean(figure):
-            values = [own[figure] for own in by_class.values()]
+        def mean(metric):
+            values = [of_class[metric] for of_class in by_class.values()]
             return mean_where(values, present, len(total))
 
-        figures = {
+        values = {
             "top1": 100 * divide(right, total),
             "balanced_accuracy": mean("recall"),
             "f1": mean("f1"),
             "cross_entropy": divide(sums[..., -1], total),
         }
-        for name, own in by_class.items():
-            figures[f"accuracy_{name}"] = own["recall"]
-            figures.update({f"{figure}_{name}": own[figure] for figure in OF_CLASS})
-        return figures
+        for name, of_class in by_class.items():
+            values[f"accuracy_{name}"] = of_class["recall"]
+            values.update({f"{metric}_{name}": of_class[metric] for metric in CLASS_METRICS})
+        return values
 
     def _proportions(self, sums):
         tables = self._tables(sums)
         total = sum(tables[self.truth.classes[0]])
         shares = {"top1": (sum(tp for tp, *_ in tables.values()), total)}
         for name, table in tables.items():
-            own = table_proportions(*table)
-            shares[f"accuracy_{name}"] = own["recall"]
-            shares.update({f"{figure}_{name}": own[figure] for figure in OF_CLASS})
+            of_class = table_proportions(*table)
+            shares[f"accuracy_{name}"] = of_class["recall"]
+            shares.update({f"{metric}_{name}": of_class[metric] for metric in CLASS_METRICS})
         return shares
 
     def _cancer_table(self, sums):
@@ -328,73 +307,42 @@ class ClassificationMetrics:
         return add_up(self.calibration.columns(), self.unit_of_image, self.num_units)
 
 
-@dataclass(frozen=True, eq=False)
-class ClassificationResults:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClassificationResults(EvaluationResults):
     """
     Attributes:
-        recognition (dict[str, float]): top1; balanced_accuracy, f1 and auroc, means over the
-            classes; cross_entropy; and of each class, against all others, accuracy_NAME (the share
-            of its images that are called it, as the published tables mean accuracy; the same as
-            recall_NAME), precision_NAME, recall_NAME, specificity_NAME, f1_NAME, auroc_NAME.
-        cancer (dict[str, float] or None): cancer against benign: TP FP FN TN precision recall
-            (sensitivity) specificity accuracy f1 of the classes called, and the auroc of the
-            probability of all cancer classes together. None where no class is cancer.
-        calibration (dict[str, float]): n, ece, brier, mean_score, hit_rate of the probability of
-            the class called, as that of being right; the diagram is ``measures.calibration``.
-        confusion (ConfusionMatrix): of the K classes.
-        per_image (list[dict]): a row an image by ascending id, with the fields of its record.
-        meta (dict): the size of the data set, and how was resampled.
-        ground_truth (LabelledImages), probability (np.ndarray): what was scored; (N, K).
-        measures (ClassificationMetrics): the figures as functions of how often each unit counts.
-        intervals (dict[str, dict[str, tuple[float, float]]]), undefined_shares (dict[str, float]):
-            as in :class:`LesionResults`.
-        by_group (dict[str, GroupedMetrics]): by column, see :func:`with_groups`; empty without.
+        recognition: top1; balanced_accuracy, f1 and auroc, means over the classes; cross_entropy;
+            and of each class, against all others, accuracy_NAME (the share of its images that are
+            predicted as it, as the published tables mean accuracy; the same as recall_NAME),
+            precision_NAME, recall_NAME, specificity_NAME, f1_NAME, auroc_NAME.
+        cancer: cancer against benign: TP FP FN TN precision recall (sensitivity) specificity
+            accuracy f1 of the classes predicted, and the auroc of the probability of all cancer
+            classes together. None where no class is cancer.
+        ground_truth, probability: what was scored; (N, K).
 
-    All figures are in percent but for counts and cross_entropy; undefined ones are NaN. The class
-    called is that of the highest probability, of equal ones the first.
+    The class predicted is that of the highest probability, of equal ones the first;
+    ``calibration`` is of its probability.
     """
 
-    recognition: dict
-    cancer: dict | None
-    calibration: dict
-    confusion: ConfusionMatrix
-    per_image: list
-    meta: dict
+    recognition: dict[str, float]
+    cancer: dict[str, float] | None
     ground_truth: LabelledImages
     probability: np.ndarray
-    measures: ClassificationMetrics
-    intervals: dict = field(default_factory=dict)
-    undefined_shares: dict = field(default_factory=dict)
-    by_group: dict = field(default_factory=dict)
 
     def groups(self):
-        """dict[str, dict[str, float]]: the groups of figures, in the order of a report."""
         groups = {"recognition": self.recognition}
         if self.cancer is not None:
             groups["cancer"] = self.cancer
         return groups
 
-    compared = groups
-    own_tau = None  # there is no threshold
-
     def part(self, positions, *, operating_point=None, bootstrap=None):
-        """
-        Args:
-            positions (np.ndarray): (M,) int, images, ascending.
-            operating_point (None): there is no threshold.
-            bootstrap (Bootstrap or None): see :func:`evaluate_classification`.
-
-        Returns:
-            ClassificationResults: of these images alone.
-        """
         truth = self.ground_truth
         images = [truth.images[position] for position in positions]
         part = replace(truth, images=images, label=truth.label[positions])
         return evaluate_classification(part, self.probability[positions], bootstrap=bootstrap)
 
     def right(self, tau_val=False):
-        """(N,) bool array, the images that are called what they are; None at a ``tau_val``."""
-        return None if tau_val else self.measures.called == self.ground_truth.label
+        return None if tau_val else self.metrics.predicted == self.ground_truth.label
 
 
 def check_same_images(first, second, names=("the first", "the second")):
@@ -404,8 +352,8 @@ def check_same_images(first, second, names=("the first", "the second")):
     """
     one, two = first.ground_truth, second.ground_truth
     same = one.classes == two.classes and np.array_equal(one.label, two.label)
-    for field_ in ("id", "file_name", "patient_id"):
-        same = same and [i.get(field_) for i in one.images] == [i.get(field_) for i in two.images]
+    for field in ("id", "file_name", "patient_id"):
+        same = same and [i.get(field) for i in one.images] == [i.get(field) for i in two.images]
     if not same:
         raise ValueError(
             f"The test sets of {names[0]} and {names[1]} differ in images or classes "
@@ -414,58 +362,57 @@ def check_same_images(first, second, names=("the first", "the second")):
         )
 
 
-def evaluate_classification(gt, results, *, bootstrap=None):
+def evaluate_classification(
+    gt, results, *, bootstrap: Bootstrap | None = None
+) -> ClassificationResults:
     """
     Args:
         gt (dict, str, Path or LabelledImages): see :func:`read_labels`.
         results (list[dict], str, Path or np.ndarray): see :func:`read_probabilities`.
-        bootstrap (Bootstrap or None): how to resample for ``intervals``; None for none.
-
-    Returns:
-        ClassificationResults:
+        bootstrap: how to resample for ``intervals``; None for none.
 
     Raises:
-        ValueError: on bad input, saying which record is wrong and why.
+        ValueError: on bad input, naming the record and the reason.
     """
     truth = read_labels(gt)
     probability = read_probabilities(results, truth)
-    measures = ClassificationMetrics(truth, probability)
-    figures = measures.once()
+    metrics = ClassificationMetrics(truth, probability)
+    values = metrics.once()
     classes = truth.classes
-    counts = measures.confusion(measures.columns["recognition"][0].sum(axis=0))
+    counts = metrics.confusion(metrics.columns["recognition"][0].sum(axis=0))
     scored = ClassificationResults(
-        recognition=figures["recognition"],
-        cancer=figures.get("cancer"),
-        calibration=figures["calibration"],
+        recognition=values["recognition"],
+        cancer=values.get("cancer"),
+        calibration=values["calibration"],
         confusion=ConfusionMatrix(classes, counts),
-        per_image=_image_rows(truth, probability, measures.called),
+        per_image=_image_rows(truth, probability, metrics.predicted),
         meta={
             "task": "recognition",
             "images": len(truth.images),
             "classes": classes,
             "images_of_class": np.bincount(truth.label, minlength=len(classes)).tolist(),
             "cancer_classes": [
-                name for name, is_cancer in zip(classes, truth.cancer, strict=True) if is_cancer
-            ]
-            if truth.cancer is not None
-            else [],
-            "patients": measures.num_units if measures.unit == "patient" else None,
-            "bootstrap": bootstrap and {**asdict(bootstrap), "unit": measures.unit},
+                name
+                for k, name in enumerate(classes)
+                if truth.cancer is not None and truth.cancer[k]
+            ],
+            "patients": metrics.num_units if metrics.unit == "patient" else None,
+            "bootstrap": bootstrap and {**asdict(bootstrap), "unit": metrics.unit},
         },
         ground_truth=truth,
         probability=probability,
-        measures=measures,
+        metrics=metrics,
     )
     return add_intervals(scored, bootstrap)
 
 
-def _image_rows(truth, probability, called):
+def _image_rows(truth, probability, predicted):
     names = np.array(truth.classes, dtype=object)
     columns = {
         "label": names[truth.label],
-        "predicted": names[called],
-        "outcome": np.where(called == truth.label, "right", "wrong"),
+        "predicted": names[predicted],
+        "outcome": np.where(predicted == truth.label, "right", "wrong"),
         "score": probability.max(axis=1),
         **{f"score_{name}": probability[:, k] for k, name in enumerate(truth.classes)},
     }
-    return beside_records(truth.images, columns)
+    return rows_per_image(truth.images, columns)

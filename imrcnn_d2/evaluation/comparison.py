@@ -1,18 +1,20 @@
 """Two models on the same patients or images: is one better than the other?
 
 A model is given by the results of its runs, which differ by seed only. What happened in each image
-is averaged over the runs before figures are made of it; figures that depend on the order of scores
+is averaged over the runs before metrics are made of it; metrics that depend on the order of scores
 (AP, break-even point, AUROC, FROC) are averaged themselves.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
 
 import numpy as np
 
-from imrcnn_d2.evaluation.detection.metrics import Measures
+from imrcnn_d2.evaluation.detection.metrics import GroupFormulas, ResampledMetrics
 from imrcnn_d2.evaluation.statistics import (
+    Bootstrap,
+    Difference,
+    McNemar,
     bootstrap_difference,
     confidence_intervals,
     mcnemar_exact,
@@ -20,8 +22,8 @@ from imrcnn_d2.evaluation.statistics import (
 )
 
 __all__ = [
-    "AveragedMeasures",
-    "ModelFigures",
+    "AveragedMetrics",
+    "ModelMetrics",
     "check_same_units",
     "image_level_test",
     "model_figures",
@@ -29,30 +31,28 @@ __all__ = [
 ]
 
 
-class AveragedMeasures:
-    """As :class:`Measures`, averaged over runs that were scored on the same units."""
+class AveragedMetrics(ResampledMetrics):
+    """The metrics of runs that were scored on the same units, averaged."""
 
-    def __init__(self, measures):
-        """
-        Args:
-            measures (list[Measures]): one a run.
-        """
-        self.measures = measures
-        self.unit, self.num_units = measures[0].unit, measures[0].num_units
-        self.unit_of_image = measures[0].unit_of_image
-        self.width = max(one.width for one in measures)
+    def __init__(self, runs: list[ResampledMetrics]):
+        super().__init__(runs[0].unit, runs[0].unit_of_image, runs[0].num_units)
+        self.runs = runs
 
     def __call__(self, weights, *, all_coco=False):
-        figures = _mean([one(weights, all_coco=all_coco) for one in self.measures])
-        named = self.measures[0].named
-        for group, (columns, formulas, _) in self.columns.items():
-            figures[group].update(formulas(named(weights @ columns)))
-        return figures
+        values = _mean([run(weights, all_coco=all_coco) for run in self.runs])
+        for group, of_group in super().__call__(weights).items():
+            values[group].update(of_group)
+        return values
 
-    once = Measures.once
+    def named(self, sums):
+        return self.runs[0].named(sums)
+
+    @property
+    def width(self):
+        return max(run.width for run in self.runs)
 
     def proportions(self):
-        shares = _mean([one.proportions() for one in self.measures])
+        shares = _mean([run.proportions() for run in self.runs])
         return {
             group: {name: tuple(share) for name, share in of_group.items()}
             for group, of_group in shares.items()
@@ -60,17 +60,16 @@ class AveragedMeasures:
 
     @cached_property
     def columns(self):
-        """As of Measures: columns averaged over the runs, formulas and proportions, by group."""
-        each = [one.columns for one in self.measures]
+        each = [run.columns for run in self.runs]
         return {
-            group: (np.mean([of_run[group][0] for of_run in each], axis=0), *rest)
+            group: GroupFormulas(np.mean([of_run[group][0] for of_run in each], axis=0), *rest)
             for group, (_, *rest) in each[0].items()
             if all(group in of_run for of_run in each)
         }
 
 
 def _mean(runs):
-    """Mean of {group: {figure: value}} over the runs, of the groups and figures that all have."""
+    """Mean of {group: {metric: value}} over the runs, of the groups and metrics that all have."""
     return {
         group: {
             name: np.mean([of_run[group][name] for of_run in runs], axis=0)
@@ -83,105 +82,92 @@ def _mean(runs):
 
 
 @dataclass(frozen=True, eq=False)
-class ModelFigures:
+class ModelMetrics:
     """
     Attributes:
-        figures (dict[str, dict[str, float]]): group -> figure; groups as in
-            :meth:`LesionResults.groups`, "froc", and "tau_val.lesion" and the like where every run
-            has an operating point.
-        runs (list[dict[str, dict[str, float]]]): the same for each run.
-        resampled (dict[str, dict[str, np.ndarray]]): (B,) each, as :func:`resampled_metrics`.
-        intervals (dict[str, dict[str, tuple[float, float]]]): as :func:`confidence_intervals`.
-        measures (AveragedMeasures): what ``figures`` and ``resampled`` were computed with.
-        taus (list[float or None]): the operating point of each run, None where it has none.
+        values: group -> metric; groups as in :meth:`LesionResults.groups`, "froc", and
+            "tau_val.lesion" and the like where every run has an operating point.
+        runs: the same for each run.
+        resampled: (B,) each, as :func:`resampled_metrics`.
+        intervals: as :func:`confidence_intervals`.
+        metrics: what ``values`` and ``resampled`` were computed with.
+        taus: the operating point of each run, None where it has none.
 
     ``resampled`` and ``intervals`` are empty without a bootstrap.
     """
 
-    figures: dict
-    runs: list
-    resampled: dict
-    intervals: dict
-    measures: AveragedMeasures
-    taus: list
+    values: dict[str, dict[str, float]]
+    runs: list[dict[str, dict[str, float]]]
+    resampled: dict[str, dict[str, np.ndarray]]
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    metrics: AveragedMetrics
+    taus: list[float | None]
 
-    def sd(self, group, figure, *, sample=False):
-        """
-        Args:
-            group (str), figure (str): such as "segm", "AP50_voc".
-            sample (bool): the sample's standard deviation instead of the population's.
-
-        Returns:
-            float: over the runs; NaN for a single one.
-        """
+    def sd(self, group: str, metric: str, *, sample: bool = False) -> float:
+        """Standard deviation over the runs, the population's or the ``sample``'s; NaN for one."""
         if len(self.runs) < 2:
             return float("nan")
-        return float(np.std([run[group][figure] for run in self.runs], ddof=int(sample)))
+        return float(np.std([run[group][metric] for run in self.runs], ddof=int(sample)))
 
 
-def model_figures(results, bootstrap=None):
+def model_figures(results: list, bootstrap: Bootstrap | None = None) -> ModelMetrics:
     """
     Args:
-        results (list of results of detection or classification): of runs that differ by seed, on
+        results (list of LesionResults or ClassificationResults): of runs that differ by seed, on
             the same test set.
-        bootstrap (Bootstrap or None): how to resample; None for no intervals.
-
-    Returns:
-        ModelFigures:
+        bootstrap: how to resample; None for no intervals.
     """
-    measures = AveragedMeasures([one.measures for one in results])
-    runs = [one.compared() for one in results]
-    figures = _mean(runs)
-    once = measures.once()
-    for group in figures.keys() & measures.columns.keys():
-        figures[group].update(once[group])
-    figures = {group: {k: float(v) for k, v in of.items()} for group, of in figures.items()}
+    metrics = AveragedMetrics([of_run.metrics for of_run in results])
+    runs = [of_run.compared() for of_run in results]
+    values = _mean(runs)
+    once = metrics.once()
+    for group in values.keys() & metrics.columns.keys():
+        values[group].update(once[group])
+    values = {group: {k: float(v) for k, v in one.items()} for group, one in values.items()}
     resampled, intervals = {}, {}
     if bootstrap is not None:
-        averaged = SimpleNamespace(measures=measures)
-        resampled = resampled_metrics(averaged, bootstrap)
-        intervals, _ = confidence_intervals(averaged, bootstrap, resampled)
-    taus = [one.own_tau for one in results]
-    return ModelFigures(figures, runs, resampled, intervals, measures, taus)
+        resampled = resampled_metrics(metrics, bootstrap)
+        intervals, _ = confidence_intervals(metrics, bootstrap, resampled)
+    taus = [of_run.chosen_tau for of_run in results]
+    return ModelMetrics(values, runs, resampled, intervals, metrics, taus)
 
 
-def paired_difference(first, second, group, figure):
+def paired_difference(
+    first: ModelMetrics, second: ModelMetrics, group: str, metric: str
+) -> Difference:
     """
-    Paired bootstrap of one figure of two models.
-
-    Args:
-        first, second (ModelFigures): with the same bootstrap on the same units.
-        group (str), figure (str): such as "segm", "AP50_voc".
+    Paired bootstrap of a metric, such as "segm", "AP50_voc", of two models with the same bootstrap
+    on the same units.
 
     Returns:
-        Difference: first minus second. NaN where either model has no such figure.
+        first minus second. NaN where either model has no such metric.
     """
     nothing = np.zeros(0)
-    one, two = (model.figures.get(group, {}).get(figure, np.nan) for model in (first, second))
-    samples = [model.resampled.get(group, {}).get(figure, nothing) for model in (first, second)]
+    values = [model.values.get(group, {}).get(metric, np.nan) for model in (first, second)]
+    samples = [model.resampled.get(group, {}).get(metric, nothing) for model in (first, second)]
     if not all(map(len, samples)):
         samples = [nothing, nothing]
-    return bootstrap_difference(one - two, *samples)
+    return bootstrap_difference(values[0] - values[1], *samples)
 
 
-def image_level_test(first, second, tau_val=False):
+def image_level_test(first: list, second: list, tau_val: bool = False) -> McNemar | None:
     """
-    McNemar's exact test of which images are called rightly: positive where there is a lesion and
+    McNemar's exact test of which images are predicted rightly: positive where there is a lesion and
     negative where there is none, or their class.
 
     Args:
         first, second (lists of results of detection or classification): of two models on the same
             images.
-        tau_val (bool): at each model's operating point instead of the common threshold.
+        tau_val: at each model's operating point instead of the common threshold.
 
     Returns:
-        McNemar or None: None for several runs of a model, whose outcomes are not one, and for
-        results without an operating point where that is asked for.
+        None for several runs of a model, whose outcomes are not one, and for results without an
+        operating point where that is requested.
     """
     if len(first) > 1 or len(second) > 1:
         return None
     right = [results[0].right(tau_val) for results in (first, second)]
-    return None if any(own is None for own in right) else mcnemar_exact(*right)
+    return None if any(images is None for images in right) else mcnemar_exact(*right)
 
 
 def check_same_units(first, second, names=("the first", "the second")):
@@ -190,17 +176,29 @@ def check_same_units(first, second, names=("the first", "the second")):
         ValueError: two LesionResults are not of the same images, lesions and patients.
     """
     one, two = first.ground_truth, second.ground_truth
-    of = f"{names[0]} and {names[1]}"
-    for field, what in (("id", "images"), ("file_name", "images"), ("patient_id", "patients")):
-        ours, theirs = ([image.get(field) for image in gt.images] for gt in (one, two))
-        if ours != theirs:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None
+    both = f"{names[0]} and {names[1]}"
+    for field, kind in (("id", "images"), ("file_name", "images"), ("patient_id", "patients")):
+        first_values, second_values = (
+            [image.get(field) for image in gt.images] for gt in (one, two)
+        )
+        if first_values != second_values:
+            place = next(
+                (
+                    i
+                    for i, (a, b) in enumerate(zip(first_values, second_values, strict=False))
+                    if a != b
+                ),
+                None,
             )
-            example = "" if at is None else f", such as {ours[at]!r} and {theirs[at]!r}"
+            example = (
+                ""
+                if place is None
+                else f", such as {first_values[place]!r} and {second_values[place]!r}"
+            )
             raise ValueError(
-                f"The test sets of {of} have different {what} ({len(ours)} and {len(theirs)} "
-                f"images{example}): only models on the same test set can be compared."
+                f"The test sets of {both} have different {kind} ({len(first_values)} and "
+                f"{len(second_values)} images{example}): only models on the same test set can be "
+                "compared."
             )
     same = [c["name"] for c in one.categories] == [c["name"] for c in two.categories]
     for field in ("image", "category", "boxes"):
@@ -209,6 +207,6 @@ def check_same_units(first, second, names=("the first", "the second")):
         same = same and np.array_equal(getattr(one, field), getattr(two, field))
     if not same:
         raise ValueError(
-            f"The test sets of {of} have the same images but different lesions or classes: only "
+            f"The test sets of {both} have the same images but different lesions or classes: only "
             "models scored against the same ground truth can be compared."
         )

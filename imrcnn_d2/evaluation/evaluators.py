@@ -1,4 +1,4 @@
-"""The figures of an image classifier, as one of Detectron2's evaluators."""
+"""The evaluators of lesions and of image classes, as Detectron2's."""
 
 import itertools
 import json
@@ -21,9 +21,7 @@ from imrcnn_d2.evaluation.detection.results import (
 from imrcnn_d2.evaluation.output import (
     CLASSIFICATION_RESULTS,
     RESULTS,
-    sources,
-    write_classification,
-    write_results,
+    write_evaluation,
 )
 from imrcnn_d2.utils.files import write_atomically
 
@@ -39,24 +37,24 @@ def gather_predictions(predictions, distributed):
         distributed (bool): collect from all processes, else these are all.
 
     Returns:
-        list[dict] or None: one prediction an image, on the main process; on others None.
+        list[dict] or None: one prediction per image, on the main process; on others None.
     """
     if distributed:
         comm.synchronize()
         predictions = list(itertools.chain(*comm.gather(predictions, dst=0)))
         if not comm.is_main_process():
             return None
-    # A sampler that pads the last batch hands out some images twice.
-    once = {}
+    # A sampler that pads the last batch repeats some images.
+    unique = {}
     for prediction in predictions:
-        once.setdefault(prediction["image_id"], prediction)
-    return list(once.values())
+        unique.setdefault(prediction["image_id"], prediction)
+    return list(unique.values())
 
 
 class LesionEvaluator(DatasetEvaluator):
     """
-    Evaluate instance segmentation, or detection, of lesions: COCO's figures, and those that
-    clinical readers expect at a score threshold. See :func:`evaluate_lesions` for what they mean.
+    Evaluate instance segmentation, or detection, of lesions: COCO's metrics, and those that
+    clinical readers expect at a score threshold, as :func:`evaluate_lesions` defines them.
 
     Works for any data set that COCOEvaluator works for. Like it, it collects the predictions of
     all processes on the main one; the others return ``{}``.
@@ -77,17 +75,17 @@ class LesionEvaluator(DatasetEvaluator):
         """
         Args:
             dataset_name (str): a registered data set, in COCO's format or in Detectron2's.
-            tau (float): score from which on a detection counts (MODEL.IMRCNN.SCORE_THRESH).
+            tau (float): score threshold (MODEL.IMRCNN.SCORE_THRESH).
             output_dir (str or None): where the files of :func:`write_results` and the predictions
                 (``coco_instances_results.json``) go. None writes nothing, and
                 is refused for data sets in Detectron2's own format, which are converted there.
             distributed (bool): collect from all processes, else evaluate this one's predictions.
             tau_rule (str or None): for validation sets only: choose a threshold by this rule of
-                :func:`choose_operating_point` and return it as the figure ``lesion/tau_val``, NaN
+                :func:`choose_operating_point` and return it as the metric ``lesion/tau_val``, NaN
                 where there is no lesion or no detection.
             operating_point (OperatingPoint or None), bootstrap (Bootstrap or None): see
                 :func:`evaluate_lesions`. For the final evaluation.
-            meta (dict or None): what else to note under ``meta`` in metrics.json.
+            meta (dict or None): what else to record under ``meta`` in metrics.json.
         """
         metadata = MetadataCatalog.get(dataset_name)
         set_by_loader = ("json_file", "thing_dataset_id_to_contiguous_id")
@@ -104,15 +102,15 @@ class LesionEvaluator(DatasetEvaluator):
         self._bootstrap = bootstrap
         self._meta = meta or {}
         self.results = None  # LesionResults of the last evaluation, on the main process
-        # It brings foreign data sets into COCO's format and turns Instances into COCO records. Its
-        # evaluate() is not called: it keeps to itself what it collected from the processes, and
-        # gives no figures for a model that detects nothing.
+        # It converts foreign data sets into COCO's format and Instances into COCO records. Its
+        # evaluate() is not called: it does not expose the predictions collected from the processes,
+        # and returns no metrics for a model that detects nothing.
         self._coco = COCOEvaluator(
             dataset_name,
             distributed=False,
             output_dir=output_dir,
             use_fast_impl=False,
-            allow_cached_coco=False,  # a stale cache would be scored against without notice
+            allow_cached_coco=False,  # a stale cache would be used without notice
         )
         self._class_to_id = {
             index: id_
@@ -152,7 +150,7 @@ class LesionEvaluator(DatasetEvaluator):
         if absent:
             logger.warning(
                 f"{absent} of the {len(dataset['images'])} images of {self._dataset_name} were not "
-                "evaluated: they count as images without a detection."
+                "evaluated: they are taken as images without a detection."
             )
         self.results = scored = evaluate_lesions(
             dataset,
@@ -163,20 +161,22 @@ class LesionEvaluator(DatasetEvaluator):
         )
         if self._output_dir:
             metadata = MetadataCatalog.get(self._dataset_name)
-            known = sources(
-                PathManager.get_local_path(metadata.json_file),
-                Path(self._output_dir) / RESULTS,
-                metadata.get("image_root"),
+            write_evaluation(
+                scored,
+                self._output_dir,
+                gt=PathManager.get_local_path(metadata.json_file),
+                dt=Path(self._output_dir) / RESULTS,
+                image_root=metadata.get("image_root"),
+                dataset=self._dataset_name,
                 **self._meta,
             )
-            write_results(scored, self._output_dir, dataset=self._dataset_name, **known)
-        figures = OrderedDict(scored.groups())
+        metrics = OrderedDict(scored.groups())
         if self._tau_rule is not None:
-            figures["lesion"] = {**figures["lesion"], "tau_val": self._choose_tau(scored)}
-        return figures
+            metrics["lesion"] = {**metrics["lesion"], "tau_val": self._choose_tau(scored)}
+        return metrics
 
     def _choose_tau(self, scored):
-        if not scored.ground_truth.lesions.any() or not scored.matching.counts.any():
+        if not scored.ground_truth.lesions.any() or not scored.matching.evaluated.any():
             return math.nan
         return choose_operating_point(scored, self._tau_rule, self._dataset_name).tau
 
@@ -205,11 +205,11 @@ class ClassificationEvaluator(DatasetEvaluator):
         Args:
             dataset_name (str): of a data set that was registered with its JSON file, see
                 :func:`imrcnn_d2.data.catalog.register_classification_dataset`.
-            output_dir (str or None): where the files of :func:`write_classification` and the
+            output_dir (str or None): where the files of :func:`write_results` and the
                 predictions (``recognition_results.json``) go. None writes nothing.
             distributed (bool): collect from all processes, else evaluate this one's predictions.
             bootstrap (Bootstrap or None): how to resample for intervals, for the final evaluation.
-            meta (dict or None): what else to note under ``meta`` in metrics.json.
+            meta (dict or None): what else to record under ``meta`` in metrics.json.
 
         Raises:
             ValueError: the data set has no JSON file.
@@ -256,6 +256,13 @@ class ClassificationEvaluator(DatasetEvaluator):
         if self._output_dir:
             path = Path(self._output_dir) / CLASSIFICATION_RESULTS
             write_atomically(path, json.dumps(predictions) + "\n")
-            known = sources(gt, path, self._metadata.get("image_root"), **self._meta)
-            write_classification(scored, self._output_dir, dataset=self._dataset_name, **known)
+            write_evaluation(
+                scored,
+                self._output_dir,
+                gt=gt,
+                dt=path,
+                image_root=self._metadata.get("image_root"),
+                dataset=self._dataset_name,
+                **self._meta,
+            )
         return OrderedDict(scored.groups())

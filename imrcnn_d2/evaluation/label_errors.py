@@ -21,7 +21,7 @@ import pycocotools.mask as mask_util
 
 from imrcnn_d2.data.masks import union
 
-__all__ = ["KINDS", "Suspect", "find_label_errors", "pool_label_errors"]
+__all__ = ["KINDS", "LabelError", "find_label_errors", "pool_label_errors"]
 
 
 KINDS = ("unlabelled_lesion", "unmatched_outline", "badly_fitting_outline")
@@ -29,7 +29,7 @@ _MEET = 0.1  # IoU
 
 
 @dataclass(frozen=True)
-class Suspect:
+class LabelError:
     """
     Attributes:
         kind (str): one of ``KINDS``.
@@ -56,7 +56,7 @@ def find_label_errors(results):
         results (LesionResults): of a model on images that it was not trained on.
 
     Returns:
-        list[Suspect]: one for each outline that is no crowd, and for each detection let through
+        list[LabelError]: one for each outline that is no crowd, and for each detection let through
         that hits no lesion and meets no outline that is missed otherwise.
     """
     gt, detections = results.ground_truth, results.detections
@@ -67,9 +67,9 @@ def find_label_errors(results):
         of_outline[int(region)].append((int(dt), float(iou)))
     hit_by = {
         int(results.matching.gt[dt]): int(dt)
-        for dt in np.flatnonzero(results.counted & (results.matching.gt >= 0))
+        for dt in np.flatnonzero(results.above_threshold & (results.matching.gt >= 0))
     }
-    alarms = set(np.flatnonzero(results.counted & (results.matching.gt < 0)).tolist())
+    alarms = set(np.flatnonzero(results.above_threshold & (results.matching.gt < 0)).tolist())
     # An alarm and a missed outline that meet are one suspicion; those that meet best come first.
     meetings = sorted(
         (-iou, -detections.score[dt], region, dt)
@@ -84,12 +84,12 @@ def find_label_errors(results):
     suspects = []
     for region in np.flatnonzero(~gt.crowd).tolist():
         suspect = _of_outline(of_outline[region], hit_by.get(region), detections)
-        suspects.append(Suspect(image=int(gt.regions.image[region]), region=region, **suspect))
+        suspects.append(LabelError(image=int(gt.regions.image[region]), region=region, **suspect))
     outside = _outside(sorted(alarms), results)
     for dt, share in outside.items():
         score = float(detections.score[dt]) * share
         image = int(detections.regions.image[dt])
-        suspects.append(Suspect("unlabelled_lesion", min(score, 1.0), image, None, dt, 0.0))
+        suspects.append(LabelError("unlabelled_lesion", min(score, 1.0), image, None, dt, 0.0))
     return suspects
 
 
@@ -135,12 +135,12 @@ def pool_label_errors(models):
     What several models, or one with several seeds, say of the same images together.
 
     Args:
-        models (list[list[Suspect]]): of each, on the same ground truth.
+        models (list[list[LabelError]]): of each, on the same ground truth.
 
     Returns:
-        list[tuple[Suspect, int]]: by falling score: for each outline, and for the detections
+        list[tuple[LabelError, int]]: by falling score: for each outline, and for the detections
         without an outline of an image, the mean over the models of the highest score, as the
-        Suspect of the model with the highest; and the position of that model.
+        LabelError of the model with the highest; and the position of that model.
     """
     best = defaultdict(dict)  # what it is about -> model -> suspect
     for model, suspects in enumerate(models):
@@ -154,5 +154,5 @@ def pool_label_errors(models):
         model, top = max(own.items(), key=lambda item: item[1].score)
         score = sum(suspect.score for suspect in own.values()) / len(models)
         fields = {**vars(top), "score": score}
-        pooled.append((Suspect(**fields), model))
+        pooled.append((LabelError(**fields), model))
     return sorted(pooled, key=lambda item: (-item[0].score, item[0].image))

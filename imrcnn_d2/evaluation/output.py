@@ -1,17 +1,17 @@
-"""How often a test set was looked at: a line for each evaluation, beside the data set."""
+"""The files of an evaluation: written, read with every field checked, and the log of evaluations
+of a test set."""
 
 import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from imrcnn_d2.evaluation.detection.counts import divide
-from imrcnn_d2.evaluation.detection.metrics import image_metrics, lesion_metrics
 from imrcnn_d2.utils.files import (
     BadInputError,
     csv_line,
@@ -28,157 +28,61 @@ __all__ = [
     "CLASSIFICATION_RESULTS",
     "RESULTS",
     "TEST_LOG",
-    "THRESHOLDS",
-    "beside_records",
+    "EvaluationResults",
     "check_fields",
     "coco_results",
     "confusion_rows",
-    "group_documents",
-    "group_rows",
-    "image_rows",
+    "interleave_intervals",
     "log_test_evaluation",
-    "patient_rows",
     "read_coco_records",
     "read_metrics",
     "read_robustness",
     "read_run_record",
     "read_split_settings",
     "read_test_log",
-    "recognition_document",
-    "results_document",
-    "sources",
-    "threshold_table",
+    "rows_per_image",
     "transposed",
-    "with_intervals",
-    "write_classification",
+    "write_evaluation",
     "write_results",
 ]
 
 logger = logging.getLogger(__name__)
 
 
-# 0.05, 0.10 ... 0.95
-THRESHOLDS = tuple(n / 20 for n in range(1, 20))
-
-
-def image_rows(gt, counts, scored):
+def rows_per_image(images: list[dict], columns: dict[str, np.ndarray]) -> list[dict]:
     """
     Args:
-        gt (GroundTruth):
-        counts (UnitCounts): per image.
-        scored (bool): False if the results know no scores; they are NaN then.
+        images: I COCO image records.
+        columns: (I,) each, what happened in them.
 
     Returns:
-        list[dict]: a row an image by ascending id: image_id and file_name, the other fields of its
-        record, and what happened in it.
-    """
-    columns = _columns(counts, scored, "image_outcome")
-    columns["union_iou"] = np.where(counts.positive, 100 * counts.union_iou, np.nan)
-    columns["union_dice"] = np.where(counts.positive, 100 * counts.union_dice, np.nan)
-    return beside_records(gt.images, columns)
-
-
-def beside_records(images, columns):
-    """
-    Args:
-        images (list[dict]): COCO image records.
-        columns (dict[str, np.ndarray]): (I,) each, what happened in them.
-
-    Returns:
-        list[dict]: a row an image: image_id and file_name, the other fields of its record, and the
-        columns.
+        One row per image: image_id and file_name, the other fields of its record, and the columns.
     """
     rows = []
     for record, *values in zip(images, *(c.tolist() for c in columns.values()), strict=True):
-        passed = {"image_id": record["id"], "file_name": record.get("file_name"), **record}
-        del passed["id"]
-        # Fields of the data set that have the name of a figure keep both.
-        passed = {(f"images.{k}" if k in columns else k): value for k, value in passed.items()}
-        rows.append({**passed, **dict(zip(columns, values, strict=True))})
-    return rows
-
-
-def patient_rows(gt, counts, scored):
-    """
-    Args:
-        gt (GroundTruth): whose images all have a ``patient_id``.
-        counts (UnitCounts): per image.
-        scored (bool): False if the results know no scores; they are NaN then.
-
-    Returns:
-        list[dict]: a row for each patient, in the order of their first images: patient_id, images,
-        and what happened in them.
-    """
-    patients = [record["patient_id"] for record in gt.images]
-    number = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
-    unit = np.array([number[patient] for patient in patients], dtype=int)
-    columns = {
-        "patient_id": np.array(list(number), dtype=object),
-        "images": np.bincount(unit),
-        **_columns(counts.merged(unit), scored, "patient_outcome"),
-    }
-    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def _columns(counts, scored, outcome):
-    """What happened in each unit: counts, its outcome, mean overlaps of the hits in percent."""
-    positive, called = counts.positive, counts.called
-    return {
-        "n_gt": counts.lesions,
-        "n_det": counts.tp + counts.fp,
-        "TP": counts.tp,
-        "FP": counts.fp,
-        "FN": counts.fn,
-        outcome: np.where(positive, np.where(called, "TP", "FN"), np.where(called, "FP", "TN")),
-        "score": counts.score if scored else np.full(len(counts.score), np.nan),
-        "iou": 100 * divide(counts.iou, counts.tp),
-        "dice": 100 * divide(counts.dice, counts.tp),
-        "iou_box": 100 * divide(counts.iou_box, counts.tp),
-    }
-
-
-def threshold_table(results):
-    """
-    Figures at every threshold of THRESHOLDS; the matching is made once. It is for looking at: a
-    threshold that was chosen by it is no longer tested by the same data.
-
-    Args:
-        results (LesionResults):
-
-    Returns:
-        list[dict[str, float]]: a row a threshold: "tau", the figures of lesions as "lesion_..." and
-        those of images as "image_...". No row for results that know no scores.
-    """
-    if not results.detections.scored:
-        return []
-    rows = []
-    counts = None
-    for tau in THRESHOLDS:
-        counts = results.counts_at(tau, counts)
-        sums = counts.sums()
-        groups = {"lesion": lesion_metrics(sums), "image": image_metrics(sums)}
-        row = {f"{group}_{k}": float(v) for group, own in groups.items() for k, v in own.items()}
-        rows.append({"tau": tau, **row})
+        fields = {"image_id": record["id"], "file_name": record.get("file_name"), **record}
+        del fields["id"]
+        # Fields of the data set that have the name of a column keep both.
+        fields = {(f"images.{k}" if k in columns else k): value for k, value in fields.items()}
+        rows.append({**fields, **dict(zip(columns, values, strict=True))})
     return rows
 
 
 class Kind(NamedTuple):
     """
-    What a value must be; null and nothing at all are admitted too, unless it is needed.
+    What a value must be; null and an absent field are admitted too, unless it is needed.
 
     Attributes:
-        name (str): of such values.
-        admits (callable): of a value, whether it is one.
-        needed (bool): it must be there.
+        name: of such values.
+        admits: whether a value is one.
+        needed: it must be present.
     """
 
     name: str
-    admits: Callable
+    admits: Callable[[Any], bool]
     needed: bool = False
 
-    def always(self):
-        """Kind: the same, needed."""
+    def always(self) -> "Kind":
         return self._replace(needed=True)
 
 
@@ -208,11 +112,11 @@ OVERLAP = Kind("a number above 0, at most 1", lambda value: _is_number(value) an
 REGIONS = Kind("'segm' or 'bbox'", lambda value: value in ("segm", "bbox"))
 TASK = Kind("'lesions' or 'recognition'", lambda value: value in ("lesions", "recognition"))
 NAME = Kind("a text that is not empty", lambda value: isinstance(value, str) and value.strip())
-FIGURE = Kind(
+VALUE = Kind(
     "a finite number, or two",
     lambda value: all(v is None or _is_number(v) for v in _listed(value)),
 )
-FIGURES = {str: FIGURE}
+VALUES = {str: VALUE}
 FOLDS = 1000
 VERSIONS = {str: TEXT}
 
@@ -230,10 +134,10 @@ METRICS = {
         },
         "versions": VERSIONS,
     },
-    **dict.fromkeys(("bbox", "segm", "lesion", "image", "patient"), FIGURES),
-    **dict.fromkeys(("recognition", "cancer"), FIGURES),
+    **dict.fromkeys(("bbox", "segm", "lesion", "image", "patient"), VALUES),
+    **dict.fromkeys(("recognition", "cancer"), VALUES),
 }
-# What the figures of detections were made with.
+# The settings of an evaluation of detections.
 LESIONS = {
     "meta": {
         "tau": SHARE.always(),
@@ -275,14 +179,14 @@ ROBUSTNESS = {
 }
 
 
-def check_fields(path, value, kinds, where=""):
+def check_fields(path: str | Path, value, kinds, where: str = ""):
     """
     Args:
-        path (str or Path): the file that is blamed.
-        value: what it holds.
+        path: the file that errors name.
+        value: its content.
         kinds (Kind, dict or list): what ``value`` must be: an object with these fields, one with
             any names of fields ({str: kind}), or a list of such values ([kind]).
-        where (str): name of the field in the file.
+        where: name of the field in the file.
 
     Raises:
         BadInputError: it is something else.
@@ -297,8 +201,8 @@ def check_fields(path, value, kinds, where=""):
         return
     is_list = isinstance(kinds, list)
     if not isinstance(value, list if is_list else dict):
-        what = "a list" if is_list else "an object"
-        raise BadInputError(path, f"{where or 'its content'} is {_shown(value)}; it must be {what}")
+        kind = "a list" if is_list else "an object"
+        raise BadInputError(path, f"{where or 'its content'} is {_shown(value)}; it must be {kind}")
     if is_list:
         for place, item in enumerate(value):
             check_fields(path, {} if item is None else item, kinds[0], f"{where}[{place}]")
@@ -318,14 +222,11 @@ def _shown(value):
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def read_metrics(path):
+def read_metrics(path: str | Path) -> dict:
     """
-    Args:
-        path (Path): a metrics.json.
-
     Returns:
-        dict: what it holds: the settings in ``meta`` and ``tau_val`` can be used; its figures are
-        numbers, but may be any.
+        The content of a metrics.json: the settings in ``meta`` and ``tau_val`` can be used; its
+        metrics are numbers, but may be any.
 
     Raises:
         BadInputError: it is none.
@@ -340,8 +241,8 @@ def read_metrics(path):
     return content
 
 
-def read_run_record(path):
-    """dict: a run.json, checked as :func:`read_metrics` does."""
+def read_run_record(path: str | Path) -> dict:
+    """A run.json, checked as :func:`read_metrics` does."""
     record = _read(path, RUN)
     fold = record.get("fold")
     if fold and fold["index"] >= fold["of"]:
@@ -349,27 +250,27 @@ def read_run_record(path):
     return record
 
 
-def read_coco_records(path):
-    """dict: a COCO file whose images, annotations and categories can be counted."""
+def read_coco_records(path: str | Path) -> dict:
+    """A COCO file whose images, annotations and categories can be counted."""
     content = _read(path, COCO)
     if content.get("images") is None:
         raise BadInputError(path, "lacks images")
     return content
 
 
-def read_split_settings(path):
-    """dict: a splits.json, which says how the splits were made."""
+def read_split_settings(path: str | Path) -> dict:
+    """A splits.json, which holds the settings of the splits."""
     return _read(path, SPLITS)
 
 
-def read_robustness(path):
-    """dict: a robustness.json, ``meta`` and ``rows``."""
+def read_robustness(path: str | Path) -> dict:
+    """A robustness.json, ``meta`` and ``rows``."""
     content = _read(path, ROBUSTNESS)
     if missing := [name for name in ROBUSTNESS if content.get(name) is None]:
         raise BadInputError(path, f"lacks {', '.join(missing)}")
     for row in content["rows"]:
-        figures = {name: value for name, value in row.items() if "/" in name}
-        check_fields(path, figures, {str: NUMBER}, f"{row['distortion']} {row['severity']}")
+        values = {name: value for name, value in row.items() if "/" in name}
+        check_fields(path, values, {str: NUMBER}, f"{row['distortion']} {row['severity']}")
     return content
 
 
@@ -381,163 +282,184 @@ def _read(path, kinds):
     return content
 
 
-# The scored detections, as COCOEvaluator names them.
+# The scored detections, as COCOEvaluator names them, and the probabilities of each image.
 RESULTS = "coco_instances_results.json"
+CLASSIFICATION_RESULTS = "recognition_results.json"
 
 
-CURVE_COLUMNS = (
-    "iou_type",
-    "class",
-    "score",
-    "tp",
-    "fp",
-    "n_gt",
-    "precision",
-    "recall",
-    "precision_envelope",
-)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EvaluationResults:
+    """
+    What the evaluations of detection and of classification have in common.
+
+    Attributes:
+        calibration: n, ece, brier, mean_score, hit_rate of the scores, as probabilities of being
+            right; the diagram is ``metrics.calibration``.
+        confusion (ConfusionMatrix):
+        per_image: one row per image by ascending id, with the fields of its record.
+        meta: the settings, and the size of the data set.
+        metrics (ResampledMetrics): as functions of how often each unit counts.
+        intervals: group -> metric -> (low, high), see :func:`confidence_intervals`; empty without a
+            bootstrap.
+        undefined_shares: "group.metric" -> share in (0, 1] of the resamples in which it is
+            undefined, where there are any.
+        by_group (dict[str, GroupedMetrics]): by column, see :func:`with_groups`; empty without.
+        chosen_tau: the operating point, where there is one.
+
+    All metrics are in percent but for those of other units in ``METRICS``; undefined ones are NaN.
+    """
+
+    calibration: dict[str, float]
+    confusion: Any
+    per_image: list[dict]
+    meta: dict
+    metrics: Any
+    intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    undefined_shares: dict[str, float] = field(default_factory=dict)
+    by_group: dict = field(default_factory=dict)
+
+    chosen_tau: ClassVar[float | None] = None
+
+    def groups(self) -> dict[str, dict[str, float]]:
+        """The groups of metrics, in the order of a report."""
+        raise NotImplementedError
+
+    def compared(self) -> dict[str, dict[str, float]]:
+        """The groups that models are compared by."""
+        return self.groups()
+
+    def part(self, positions: np.ndarray, *, operating_point=None, bootstrap=None):
+        """
+        Args:
+            positions: (M,) int, images, ascending.
+            operating_point (OperatingPoint or None), bootstrap (Bootstrap or None): for the part.
+
+        Returns:
+            results of these images alone, with the same settings.
+        """
+        raise NotImplementedError
+
+    def right(self, tau_val: bool = False) -> np.ndarray | None:
+        """(I,) bool, the images that are predicted as what they are, at the operating point with
+        ``tau_val``; None without one where that is requested."""
+        raise NotImplementedError
+
+    def document(self) -> dict:
+        """What metrics.json holds, but for ``meta``."""
+        document = {
+            **self._documents(),
+            "confusion_matrix": {
+                "classes": self.confusion.classes,
+                "counts": self.confusion.rows(),
+            },
+            **self._strata(),
+        }
+        if self.by_group:
+            document["by_group"] = _group_documents(self.by_group)
+        document["undefined_shares"] = self.undefined_shares
+        return document
+
+    def _documents(self):
+        groups = {**self.groups(), "calibration": self.calibration}
+        return {group: self._document(values, group) for group, values in groups.items()}
+
+    def _document(self, values, group):
+        return interleave_intervals(values, self.intervals.get(group, {}))
+
+    def _strata(self):
+        return {}
+
+    def tables(self) -> dict[str, tuple[list[dict], list[str]]]:
+        """file name -> rows and the columns that there are even without a row."""
+        tables = {
+            "per_image.csv": (self.per_image, ["image_id"]),
+            "confusion_matrix.csv": (confusion_rows(self.confusion), ["truth"]),
+            "calibration.csv": transposed(self.metrics.calibration.diagram()),
+        }
+        if self.by_group:
+            tables["by_group.csv"] = (_group_rows(self.by_group), ["column"])
+        return tables
 
 
-def write_results(results, folder, **meta):
+def write_results(results: EvaluationResults, folder: str | Path, **meta) -> dict[str, Path]:
     """
     Write the files of an evaluation; each replaces its predecessor at once, or not at all. What is
-    undefined is null in JSON and empty in CSV; shares are in percent.
+    undefined is null in JSON and empty in CSV; shares are in percent, but for the probabilities of
+    classes, in [0, 1].
 
-    - ``metrics.json``: all figures, each with its interval ``<key>_ci`` if there is one; ``meta``.
-    - ``per_image.csv``: a row an image, and ``per_patient.csv``: a row a patient, where known.
-    - ``pr_curve.csv``: a row for each detection let through, by IoU type and class, from the
-      highest score down: hits and false alarms so far, precision, recall and the best precision
-      at this recall or a higher one.
-    - ``froc.csv``: a row a score, from the highest down: hits and false alarms so far, sensitivity
-      and false alarms per image.
-    - ``calibration.csv``: a row for each bin of scores.
-    - ``thresholds.csv``: a row for each threshold from 0.05 to 0.95: figures of lesions and images.
-    - ``by_size.csv``: a row a stratum, with intervals; ``confusion_matrix.csv``: rows are truth.
-    - ``by_group.csv``, where the results have groups: a row a figure of a group.
+    - ``metrics.json``: all metrics, each with its interval ``<key>_ci`` if there is one; ``meta``.
+    - ``per_image.csv``: one row per image; ``confusion_matrix.csv``: rows are truth;
+      ``calibration.csv``: one row per bin of scores.
+    - ``by_group.csv``, where the results have groups: one row per metric of a group.
+
+    Of detections also:
+
+    - ``per_patient.csv``: one row per patient, where known.
+    - ``pr_curve.csv``: one row per evaluated detection, by IoU type and class, from the highest
+      score down: hits and false alarms so far, precision, recall and the best precision at this
+      recall or a higher one.
+    - ``froc.csv``: one row per score, from the highest down: hits and false alarms so far,
+      sensitivity and false alarms per image.
+    - ``thresholds.csv``: one row per threshold from 0.05 to 0.95: metrics of lesions and images.
+    - ``by_size.csv``: one row per stratum, with intervals.
 
     Args:
-        results (LesionResults):
-        folder (str or Path): made if it does not exist.
-        **meta: what else to note under ``meta``, such as the data set's name; JSON values.
+        results:
+        folder: made if it does not exist.
+        **meta: what else to record under ``meta``, such as the data set's name; JSON values.
 
     Returns:
-        dict[str, Path]: file name -> path.
+        file name -> path.
     """
-    folder = Path(folder)
-    document = results_document(results)
+    document = results.document()
     document["meta"] = {**meta, **results.meta, "versions": package_versions()}
-    gt, measures = results.ground_truth, results.measures
-    tables = {
-        "per_image.csv": (results.per_image, ["image_id"]),
-        "pr_curve.csv": (_curve_rows(results.curves), CURVE_COLUMNS),
-        "froc.csv": transposed(measures.froc.curve()),
-        "calibration.csv": transposed(measures.calibration.diagram()),
-        "thresholds.csv": (results.thresholds, ["tau"]),
-        "by_size.csv": (_size_rows(results), ["scale", "size"]),
-        "confusion_matrix.csv": (confusion_rows(results.confusion), ["truth"]),
-    }
-    if measures.unit == "patient":
-        rows = patient_rows(gt, results.counts, results.detections.scored)
-        tables["per_patient.csv"] = (rows, ["patient_id"])
-    if results.by_group:
-        tables["by_group.csv"] = (group_rows(results.by_group), ["column"])
     texts = {"metrics.json": strict_json(document)}
-    texts.update({name: csv_text(*table) for name, table in tables.items()})
-    paths = {name: folder / name for name in texts}
+    texts.update({name: csv_text(*table) for name, table in results.tables().items()})
+    paths = {name: Path(folder) / name for name in texts}
     for name, path in paths.items():
         write_atomically(path, texts[name])
     return paths
 
 
-def results_document(results):
+def write_evaluation(
+    results: EvaluationResults, folder: str | Path, *, gt, dt, image_root=None, **meta
+) -> dict[str, Path]:
     """
+    :func:`write_results` with the sources under ``meta``: gt, dt and image_root as absolute paths,
+    gt_sha256 of the file's bytes, checkpoint and checkpoint_sha256; None where unknown.
+
     Args:
-        results (LesionResults):
-
-    Returns:
-        dict: what metrics.json holds, but for ``meta``.
+        results:
+        folder: made if it does not exist.
+        gt, dt (str or Path): ground truth and predictions.
+        image_root (str, Path or None): folder that ``file_name`` is relative to.
+        **meta: what else to record; JSON values.
     """
-
-    def own(figures, group):
-        return with_intervals(figures, results.intervals.get(group, {}))
-
-    document = {name: own(figures, name) for name, figures in results.groups().items()}
-    if results.tau_val is not None:
-        document["tau_val"] = {
-            key: own(value, f"tau_val.{key}") if isinstance(value, dict) else value
-            for key, value in results.tau_val.items()
-        }
-    document["froc"] = own(results.froc, "froc")
-    document["calibration"] = own(results.calibration, "calibration")
-    document["confusion_matrix"] = {
-        "classes": results.confusion.classes,
-        "counts": results.confusion.rows(),
+    gt = Path(gt).absolute()
+    known = {
+        "gt": str(gt),
+        "gt_sha256": file_sha256(gt),
+        "image_root": None if image_root is None else str(Path(image_root).absolute()),
+        "dt": str(Path(dt).absolute()),
+        "checkpoint": None,
+        "checkpoint_sha256": None,
     }
-    document["by_size"] = {
-        scale: {name: own(figures, f"by_size.{scale}.{name}") for name, figures in strata.items()}
-        for scale, strata in results.by_size.items()
-    }
-    if results.by_class:
-        document["by_class"] = {
-            name: own(figures, f"by_class.{name}") for name, figures in results.by_class.items()
-        }
-    if results.by_group:
-        document["by_group"] = group_documents(results.by_group)
-    document["undefined_shares"] = results.undefined_shares
-    return document
+    dataset = {"dataset": meta.pop("dataset")} if "dataset" in meta else {}
+    return write_results(results, folder, **dataset, **{**known, **meta})
 
 
-def with_intervals(figures, intervals):
-    """
-    Args:
-        figures (dict[str, float]): by name.
-        intervals (dict[str, tuple[float, float]]): of those that have one.
-
-    Returns:
-        dict: the figures, each with its interval behind it as ``<name>_ci``.
-    """
-    beside = {}
-    for name, figure in figures.items():
-        beside[name] = figure
+def interleave_intervals(values: dict, intervals: dict) -> dict:
+    """The values, each followed by its interval, where it has one, as ``<name>_ci``."""
+    interleaved = {}
+    for name, value in values.items():
+        interleaved[name] = value
         if name in intervals:
-            beside[f"{name}_ci"] = list(intervals[name])
-    return beside
+            interleaved[f"{name}_ci"] = list(intervals[name])
+    return interleaved
 
 
-def _curve_rows(curves):
-    rows = []
-    for iou_type, name, curve in curves:
-        columns = (curve.precision, curve.recall, curve.envelope)
-        points = zip(curve.score, curve.tp, curve.fp, *columns, strict=True)
-        for score, tp, fp, *shares in points:
-            values = [iou_type, name, float(score), int(tp), int(fp), curve.num_gt]
-            values += [100 * float(share) for share in shares]
-            rows.append(dict(zip(CURVE_COLUMNS, values, strict=True)))
-    return rows
-
-
-def _size_rows(results):
-    rows = []
-    for scale, strata in results.by_size.items():
-        for size, figures in strata.items():
-            row = {"scale": scale, "size": size}
-            intervals = results.intervals.get(f"by_size.{scale}.{size}", {})
-            for name, figure in figures.items():
-                row[name] = figure
-                if name in intervals:
-                    row[f"{name}_low"], row[f"{name}_high"] = intervals[name]
-            rows.append(row)
-    return rows
-
-
-def group_documents(by_group):
-    """
-    Args:
-        by_group (dict[str, GroupedMetrics]): by column.
-
-    Returns:
-        dict: column -> level and groups; group -> n, figures with intervals, undefined_shares.
-    """
+def _group_documents(by_group):
+    """column -> level and groups; group -> n, metrics with intervals, undefined_shares."""
     return {
         column: {
             "level": grouped.level,
@@ -545,8 +467,8 @@ def group_documents(by_group):
                 name: {
                     "n": group.n,
                     **{
-                        level: with_intervals(own, group.intervals.get(level, {}))
-                        for level, own in group.figures.items()
+                        level: interleave_intervals(values, group.intervals.get(level, {}))
+                        for level, values in group.values.items()
                     },
                     "undefined_shares": group.undefined_shares,
                 }
@@ -557,74 +479,37 @@ def group_documents(by_group):
     }
 
 
-def group_rows(by_group):
-    """
-    Args:
-        by_group (dict[str, GroupedMetrics]): by column.
-
-    Returns:
-        list[dict]: a row a figure of a group, with what is in the group.
-    """
+def _group_rows(by_group):
+    """One row per metric of a group, with the size of the group."""
     rows = []
     for column, grouped in by_group.items():
         for name, group in grouped.groups.items():
-            about = {"column": column, "of": grouped.level, "group": name, **group.n}
-            for level, figures in group.figures.items():
-                for figure, value in figures.items():
-                    low, high = group.intervals.get(level, {}).get(figure, (math.nan,) * 2)
-                    own = {"level": level, "figure": figure, "value": value}
-                    rows.append({**about, **own, "low": low, "high": high})
+            fields = {"column": column, "of": grouped.level, "group": name, **group.n}
+            for level, values in group.values.items():
+                for metric, value in values.items():
+                    low, high = group.intervals.get(level, {}).get(metric, (math.nan,) * 2)
+                    row = {"level": level, "figure": metric, "value": value}
+                    rows.append({**fields, **row, "low": low, "high": high})
     return rows
 
 
-def confusion_rows(confusion):
-    """list[dict]: rows of a ConfusionMatrix, by class, with the class under "truth"."""
+def confusion_rows(confusion) -> list[dict]:
+    """Rows of a ConfusionMatrix, by class, with the class under "truth"."""
     return [
         {"truth": truth, **dict(zip(confusion.classes, counts, strict=True))}
         for truth, counts in zip(confusion.classes, confusion.rows(), strict=True)
     ]
 
 
-def transposed(columns):
-    """tuple[list[dict], list[str]]: rows and their names, of a dict of arrays."""
+def transposed(columns: dict[str, np.ndarray]) -> tuple[list[dict], list[str]]:
+    """The rows of columns of one length, and the names of the columns."""
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in values], list(columns)
 
 
-def sources(gt, dt, image_root, **others):
-    """
-    What the figures are of, for ``meta`` of :func:`write_results`.
-
-    Args:
-        gt, dt (str or Path): ground truth and detections.
-        image_root (str, Path or None): folder that ``file_name`` is relative to.
-        **others: what else is known: checkpoint, checkpoint_sha256, and more.
-
-    Returns:
-        dict: gt, dt and image_root as absolute paths, gt_sha256 of the file's bytes, checkpoint and
-        checkpoint_sha256; None where unknown.
-    """
-    gt = Path(gt).absolute()
-    return {
-        "gt": str(gt),
-        "gt_sha256": file_sha256(gt),
-        "image_root": None if image_root is None else str(Path(image_root).absolute()),
-        "dt": str(Path(dt).absolute()),
-        "checkpoint": None,
-        "checkpoint_sha256": None,
-        **others,
-    }
-
-
-def coco_results(detections, gt):
-    """
-    Args:
-        detections (Detections):
-        gt (GroundTruth): what they are for.
-
-    Returns:
-        list[dict]: a COCO results list; ``score`` is None where they know no scores.
-    """
+def coco_results(detections, gt) -> list[dict]:
+    """Detections for a GroundTruth as a COCO results list; ``score`` is None where they have no
+    scores."""
     regions = detections.regions
     records = []
     for row, box in enumerate(regions.boxes.tolist()):
@@ -642,85 +527,24 @@ def coco_results(detections, gt):
     return records
 
 
-# The probabilities of each image.
-CLASSIFICATION_RESULTS = "recognition_results.json"
-
-
-def write_classification(results, folder, **meta):
-    """
-    Write the files of an evaluation; each replaces its predecessor at once, or not at all. What is
-    undefined is null in JSON and empty in CSV; shares are in percent, but probabilities in [0, 1].
-
-    - ``metrics.json``: all figures, each with its interval ``<key>_ci`` if there is one; ``meta``.
-    - ``per_image.csv``: a row an image: label, class predicted, right or wrong, probabilities.
-    - ``confusion_matrix.csv``: rows are truth; ``calibration.csv``: a row for each bin of scores.
-    - ``by_group.csv``, where the results have groups: a row a figure of a group.
-
-    Args:
-        results (ClassificationResults):
-        folder (str or Path): made if it does not exist.
-        **meta: what else to note under ``meta``, such as the data set's name; JSON values.
-
-    Returns:
-        dict[str, Path]: file name -> path.
-    """
-    document = recognition_document(results)
-    document["meta"] = {**meta, **results.meta, "versions": package_versions()}
-    texts = {
-        "metrics.json": strict_json(document),
-        "per_image.csv": csv_text(results.per_image, ["image_id"]),
-        "confusion_matrix.csv": csv_text(confusion_rows(results.confusion), ["truth"]),
-        "calibration.csv": csv_text(*transposed(results.measures.calibration.diagram())),
-    }
-    if results.by_group:
-        texts["by_group.csv"] = csv_text(group_rows(results.by_group), ["column"])
-    paths = {name: Path(folder) / name for name in texts}
-    for name, path in paths.items():
-        write_atomically(path, texts[name])
-    return paths
-
-
-def recognition_document(results):
-    """
-    Args:
-        results (ClassificationResults):
-
-    Returns:
-        dict: what metrics.json holds, but for ``meta``.
-    """
-    groups = {**results.groups(), "calibration": results.calibration}
-    document = {
-        name: with_intervals(figures, results.intervals.get(name, {}))
-        for name, figures in groups.items()
-    }
-    document["confusion_matrix"] = {
-        "classes": results.confusion.classes,
-        "counts": results.confusion.rows(),
-    }
-    if results.by_group:
-        document["by_group"] = group_documents(results.by_group)
-    document["undefined_shares"] = results.undefined_shares
-    return document
-
-
 TEST_LOG = "test_evaluations.csv"
-COLUMNS = ("date", "what", "sha256", "output")
+LOG_COLUMNS = ("date", "what", "sha256", "output")
 
 
 def log_test_evaluation(gt_path, *, what, sha256, output):
     """
-    Note that a test set was evaluated. Every look at it is a chance to choose what does well on it,
-    so reports say how many there were.
+    Record that a test set was evaluated. Every evaluation is a chance to choose what does well on
+    it, so reports state how many there were.
 
-    Appends a line to ``test_evaluations.csv`` beside ``splits.json`` where ``gt_path`` is the
+    Appends a line to ``test_evaluations.csv`` next to ``splits.json`` where ``gt_path`` is the
     ``annotations/test.json`` of a prepared data set, and does nothing for any other file. A folder
-    that cannot be written to is warned of, not fatal.
+    that cannot be written to causes a warning, no error.
 
     Args:
         gt_path (str or Path or None): ground truth of the evaluation.
         what (str or Path): the checkpoint, or the results, that was evaluated.
         sha256 (str or None): of that file.
-        output (str or Path): where the figures went.
+        output (str or Path): folder of the evaluation's files.
     """
     path = _log_of(gt_path)
     if path is None:
@@ -730,19 +554,16 @@ def log_test_evaluation(gt_path, *, what, sha256, output):
     try:
         with open(path, "ab", buffering=0, opener=_no_link) as file:
             # One write, at the end of the file: lines of evaluations at the same time stay whole.
-            file.write(row if file.tell() else csv_line(COLUMNS).encode() + row)
+            file.write(row if file.tell() else csv_line(LOG_COLUMNS).encode() + row)
     except OSError as error:
-        logger.warning(f"{path}: this evaluation of the test set could not be noted ({error}).")
+        logger.warning(f"{path}: this evaluation of the test set could not be recorded ({error}).")
 
 
-def read_test_log(gt_path):
+def read_test_log(gt_path: str | Path) -> list[dict[str, str]]:
     """
-    Args:
-        gt_path (str or Path): as of :func:`log_test_evaluation`.
-
     Returns:
-        list[dict[str, str]]: date (UTC, ISO 8601), what, sha256 and output of each evaluation, in
-            the order of time; empty if none was noted.
+        date (UTC, ISO 8601), what, sha256 and output of each evaluation of a test set, in the order
+        of time; empty if none was recorded.
 
     Raises:
         ValueError: the log is no such table.
@@ -751,7 +572,7 @@ def read_test_log(gt_path):
     if path is None or not path.is_file():
         return []
     # Two first evaluations at once may both have written the header.
-    return [row for row in read_rows(path, COLUMNS) if tuple(row.values()) != COLUMNS]
+    return [row for row in read_rows(path, LOG_COLUMNS) if tuple(row.values()) != LOG_COLUMNS]
 
 
 def _log_of(gt_path):

@@ -16,7 +16,7 @@ from imrcnn_d2.evaluation.detection.results import evaluate_lesions
 from imrcnn_d2.evaluation.output import read_robustness
 from imrcnn_d2.utils.files import csv_text, strict_json, write_atomically
 
-__all__ = ["CLEAN", "ROBUSTNESS", "choose_subset", "evaluate_robustness", "read_ground_truth"]
+__all__ = ["CLEAN", "ROBUSTNESS", "choose_subset", "evaluate_robustness", "load_coco"]
 
 
 ROBUSTNESS = "robustness.json"
@@ -24,7 +24,7 @@ CLEAN = "clean"  # the row of the images as they are, of severity 0
 LEAST_PART = 0.5  # of a lesion, in an image that was turned
 
 
-def read_ground_truth(json_file):
+def load_coco(json_file):
     """
     Args:
         json_file (str or Path): COCO instance annotations.
@@ -76,7 +76,7 @@ def evaluate_robustness(
         predict (callable): list of (H, W, 3) uint8 RGB images -> for each a list of COCO records
             with ``category_id`` (ids of the ground truth), ``bbox``, ``score`` and
             ``segmentation``.
-        ground_truth (COCO): instances with masks, see :func:`read_ground_truth`.
+        ground_truth (COCO): instances with masks, see :func:`load_coco`.
         image_root (str or Path): folder that ``file_name`` is relative to.
         output (str or Path): folder for the files; made if it does not exist.
         tau (float): score from which on a detection counts.

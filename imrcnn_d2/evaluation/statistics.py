@@ -1,4 +1,4 @@
-"""Tests of a difference between two models, on plain arrays."""
+"""Bootstrap intervals of all metrics, and tests of a difference between two models."""
 
 import logging
 from collections import defaultdict
@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from imrcnn_d2.evaluation.detection.metrics import COUNTS
+from imrcnn_d2.evaluation.detection.metrics import is_count
 
 __all__ = [
     "LEVEL",
@@ -35,21 +35,21 @@ logger = logging.getLogger(__name__)
 # Coverage of all intervals.
 LEVEL = 0.95
 
-# Numbers held at a time while resamples are drawn, unless told otherwise.
+# Numbers held at a time while resampling, unless a chunk is given.
 CHUNK = 2_000_000
 
 
 @dataclass(frozen=True)
 class Bootstrap:
     """
-    Resamples of a data set's units: as many units as there are, drawn with replacement.
+    Resamples of a data set's units: as many units as there are, sampled with replacement.
 
     Attributes:
-        resamples (int): how many.
-        seed (int): of the draws. Two models scored on the same units with the same seed see the
-            same resamples, in the same order.
-        all_coco (bool): resample COCO's AP, AP75, APs, APm and APl too, which takes about forty
-            times as long as AP50.
+        resamples: how many.
+        seed: two models scored on the same units with the same seed see the same resamples, in the
+            same order.
+        all_coco: resample COCO's AP, AP75, APs, APm and APl too, which takes about forty times as
+            long as AP50.
     """
 
     resamples: int = 2000
@@ -60,13 +60,13 @@ class Bootstrap:
         if self.resamples < 1:
             raise ValueError(f"resamples is {self.resamples}; it must be at least 1.")
 
-    def weights(self, num_units, chunk=None):
+    def weights(self, num_units: int, chunk: int | None = None):
         """
-        How often each unit is drawn, a chunk of resamples at a time.
+        How often each unit is sampled, a chunk of resamples at a time.
 
         Args:
-            num_units (int): U, patients or images.
-            chunk (int or None): resamples in a chunk; the draws do not depend on it.
+            num_units: U, patients or images.
+            chunk: resamples in a chunk; the samples do not depend on it.
 
         Yields:
             np.ndarray: (at most chunk, U) int32, rows that sum to U.
@@ -78,20 +78,22 @@ class Bootstrap:
             if not num_units:
                 yield np.zeros((rows, 0), dtype=np.int32)
                 continue
-            drawn = rng.integers(num_units, size=(rows, num_units))
-            drawn += np.arange(rows)[:, None] * num_units
-            counts = np.bincount(drawn.ravel(), minlength=rows * num_units)
+            sampled = rng.integers(num_units, size=(rows, num_units))
+            sampled += np.arange(rows)[:, None] * num_units
+            counts = np.bincount(sampled.ravel(), minlength=rows * num_units)
             yield counts.reshape(rows, num_units).astype(np.int32)
 
 
-def percentile_interval(samples):
+def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
     """
+    The percentiles between which the central 95 % of the defined samples lie (Efron and Tibshirani
+    1993, chapter 13).
+
     Args:
-        samples (np.ndarray): (B,) a figure in each resample, NaN where it is undefined.
+        samples: (B,) a metric in each resample, NaN where it is undefined.
 
     Returns:
-        tuple[float, float]: the percentiles between which the central 95 % of the defined samples
-        lie (Efron and Tibshirani 1993, chapter 13). NaN without a defined one.
+        NaN without a defined sample.
     """
     defined = samples[~np.isnan(samples)]
     if not len(defined):
@@ -101,16 +103,13 @@ def percentile_interval(samples):
     return float(low), float(high)
 
 
-def clopper_pearson(part, whole):
+def clopper_pearson(part: int, whole: int) -> tuple[float, float]:
     """
-    The exact 95 % interval of a binomial proportion (Clopper and Pearson 1934).
+    The exact 95 % interval of a binomial proportion (Clopper and Pearson 1934), in [0, 1].
 
     Args:
-        part (int): cases that have it, in [0, whole].
-        whole (int): independent cases, at least 1.
-
-    Returns:
-        tuple[float, float]: in [0, 1].
+        part: cases that have it, in [0, whole].
+        whole: independent cases, at least 1.
     """
     from scipy.stats import binomtest  # two seconds, which no start of a training should take
 
@@ -118,94 +117,90 @@ def clopper_pearson(part, whole):
     return float(interval.low), float(interval.high)
 
 
-def resampled_metrics(results, bootstrap):
+def resampled_metrics(metrics, bootstrap: Bootstrap) -> dict[str, dict[str, np.ndarray]]:
     """
-    Every figure in every resample. Two models scored on the same units with the same bootstrap see
-    the same resamples in the same order, so that figures can be subtracted (a paired comparison).
+    Every metric in every resample. Two models scored on the same units with the same bootstrap see
+    the same resamples in the same order, so that values can be subtracted (a paired comparison).
 
     Args:
-        results (LesionResults):
-        bootstrap (Bootstrap):
+        metrics (ResampledMetrics):
+        bootstrap: of COCO's metrics AP50 is resampled, the others only with ``all_coco``.
 
     Returns:
-        dict[str, dict[str, np.ndarray]]: group -> figure -> (B,), in the units of the figures and
-        NaN where undefined. Groups as in :meth:`LesionResults.groups`, "froc", "calibration",
-        "by_size.share_of_image.<1 %" and so on, "by_class.NAME" with several classes and, with a
-        second threshold, "tau_val.lesion", "tau_val.image", "tau_val.patient". Of COCO's figures
-        AP50, the others only with ``bootstrap.all_coco``.
+        group -> metric -> (B,), in the units of the metrics and NaN where undefined.
     """
-    measures = results.measures
-    rows = max(1, CHUNK // measures.width)
+    rows = max(1, CHUNK // metrics.width)
     parts = defaultdict(lambda: defaultdict(list))
     # The products are small: several threads would mostly wait for each other.
     with (
         threadpool_limits(1, user_api="blas"),
         tqdm(total=bootstrap.resamples, desc="Resamples", delay=2) as bar,
     ):
-        for weights in bootstrap.weights(measures.num_units, chunk=rows):
-            for group, figures in measures(weights, all_coco=bootstrap.all_coco).items():
-                for name, values in figures.items():
+        for weights in bootstrap.weights(metrics.num_units, chunk=rows):
+            for group, of_group in metrics(weights, all_coco=bootstrap.all_coco).items():
+                for name, values in of_group.items():
                     parts[group][name].append(values)
             bar.update(len(weights))
     return {
-        group: {name: np.concatenate(values) for name, values in figures.items()}
-        for group, figures in parts.items()
+        group: {name: np.concatenate(values) for name, values in of_group.items()}
+        for group, of_group in parts.items()
     }
 
 
-def add_intervals(results, bootstrap):
+def add_intervals(results, bootstrap: Bootstrap | None):
     """
     Args:
-        results (LesionResults or ClassificationResults):
-        bootstrap (Bootstrap or None):
+        results (dataclass): with ``metrics``, ``intervals`` and ``undefined_shares``.
+        bootstrap: None leaves the results as they are.
 
     Returns:
-        the results with :func:`confidence_intervals`; as they are without a bootstrap.
+        the results with :func:`confidence_intervals`.
     """
     if bootstrap is None:
         return results
-    intervals, undefined_shares = confidence_intervals(results, bootstrap)
+    intervals, undefined_shares = confidence_intervals(results.metrics, bootstrap)
     return replace(results, intervals=intervals, undefined_shares=undefined_shares)
 
 
-def confidence_intervals(results, bootstrap, resampled=None):
+def confidence_intervals(metrics, bootstrap: Bootstrap, resampled: dict | None = None):
     """
-    95 % intervals of all figures but counts: percentiles of the resampled figures. Resamples in
-    which a figure is undefined are left out.
+    95 % intervals of all metrics but counts: percentiles of the resampled values. Resamples in
+    which a metric is undefined are left out.
 
-    Where a proportion is exactly 0 or 100 %, all resamples agree and say nothing; its interval is
-    then Clopper and Pearson's for independent cases, F1's by way of TP / (TP + FP + FN). Other
-    figures of which the resamples agree (such as an AUROC of 100 %) have no interval: NaN.
+    Where a proportion is exactly 0 or 100 %, all resamples agree and carry no information; its
+    interval is then Clopper and Pearson's for independent cases, F1's by way of
+    TP / (TP + FP + FN). Other metrics of which the resamples agree (such as an AUROC of 100 %) have
+    no interval: NaN.
 
     Args:
-        results (LesionResults):
-        bootstrap (Bootstrap):
-        resampled (dict or None): :func:`resampled_metrics` of these, where they are at hand.
+        metrics (ResampledMetrics):
+        bootstrap:
+        resampled: :func:`resampled_metrics` of these, where already computed.
 
     Returns:
-        tuple: intervals, dict[str, dict[str, tuple[float, float]]]: group -> figure -> (low, high),
-        NaN where undefined; and the shares in (0, 1] of resamples in which a figure that the data
-        set defines is undefined, dict[str, float] by "group.figure".
+        tuple: intervals, dict[str, dict[str, tuple[float, float]]]: group -> metric -> (low, high),
+        NaN where undefined; and the shares in (0, 1] of resamples in which a metric that the data
+        set defines is undefined, dict[str, float] by "group.metric".
     """
     if resampled is None:
-        resampled = resampled_metrics(results, bootstrap)
-    once = results.measures.once(all_coco=bootstrap.all_coco)
-    proportions = results.measures.proportions()
+        resampled = resampled_metrics(metrics, bootstrap)
+    once = metrics.once(all_coco=bootstrap.all_coco)
+    proportions = metrics.proportions()
     intervals, undefined = {}, {}
-    for group, figures in resampled.items():
+    for group, of_group in resampled.items():
         intervals[group] = {}
-        for name, samples in figures.items():
-            if name in COUNTS or name == "n":
+        for name, samples in of_group.items():
+            if is_count(name):
                 continue
-            figure = once[group][name]
+            value = once[group][name]
             share = float(np.isnan(samples).mean())
-            if np.isnan(figure):
+            if np.isnan(value):
                 intervals[group][name] = (float("nan"), float("nan"))
                 continue
             if share:
                 undefined[f"{group}.{name}"] = share
             exact = proportions.get(group, {}).get(name)
-            if exact and figure in (0, 100):
+            if exact and value in (0, 100):
                 intervals[group][name] = _exact(name, *exact)
             else:
                 low, high = percentile_interval(samples)
@@ -226,10 +221,10 @@ NAN = float("nan")
 class Difference:
     """
     Attributes:
-        estimate (float): first minus second, in the unit of the figure.
+        estimate (float): first minus second, in the unit of the metric.
         low, high (float): 95 % interval.
         p (float): two-sided, of the hypothesis that there is no difference.
-        undefined_share (float): of the resamples left out, in which a figure is undefined.
+        undefined_share (float): of the resamples left out, in which a metric is undefined.
 
     Undefined is NaN.
     """
@@ -260,7 +255,7 @@ def bootstrap_difference(estimate, first, second):
 
     Args:
         estimate (float): the difference on all units.
-        first, second (np.ndarray): (B,) a figure of either model, resample by resample. NaN where
+        first, second (np.ndarray): (B,) a metric of either model, resample by resample. NaN where
             it is undefined.
 
     Returns:

@@ -1,18 +1,22 @@
-"""Figures by group: of the images, or of the lesions, that share the value of a column.
+"""Metrics by group: of the images, or of the lesions, that share the value of a column.
 
-A column of images (centre, device, age of the patient) parts the data set: each part is evaluated
-as if it were all there is, and has every figure. A column of lesions (Paris class, size in mm)
-parts the lesions alone; false alarms are of no lesion, so that there are recall and overlaps only.
+A column of images (centre, device, age of the patient) divides the data set: each part is evaluated
+as a data set, with every metric. A column of lesions (Paris class, size in mm) divides the lesions
+alone; false alarms belong to no lesion, so that there are recall and overlaps only.
 """
 
 import re
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 
-from imrcnn_d2.evaluation.detection.counts import add_up, by_stratum, named
-from imrcnn_d2.evaluation.detection.metrics import Measures, size_metrics, size_proportions
+from imrcnn_d2.evaluation.detection.counts import add_up
+from imrcnn_d2.evaluation.detection.metrics import (
+    GroupFormulas,
+    ResampledMetrics,
+    size_metrics,
+    size_proportions,
+)
 from imrcnn_d2.evaluation.statistics import confidence_intervals
 
 __all__ = [
@@ -29,7 +33,7 @@ __all__ = [
 
 # Name of the group of those for which the column has no value.
 UNKNOWN = "not known"
-# More are mostly a column of numbers or names; each takes an evaluation of its own.
+# More are mostly a column of numbers or names; each takes an evaluation.
 MAX_GROUPS = 30
 EACH = "each"
 
@@ -57,14 +61,14 @@ class Group:
     Attributes:
         n (dict[str, int]): images, lesions and patients in it, as far as there are such; of a group
             of lesions the images and patients that have such lesions.
-        figures (dict[str, dict[str, float]]): as of :meth:`LesionResults.compared`; of a group of
+        values (dict[str, dict[str, float]]): as of :meth:`LesionResults.compared`; of a group of
             lesions "lesion" alone, with recall iou iou_box iou_all dice.
         intervals (dict[str, dict[str, tuple[float, float]]]), undefined_shares (dict[str, float]):
             as in :class:`LesionResults`.
     """
 
     n: dict
-    figures: dict
+    values: dict
     intervals: dict
     undefined_shares: dict
 
@@ -127,9 +131,9 @@ def with_groups(results, bys, *, operating_point=None, bootstrap=None):
             raise ValueError(f"{by.column!r} is to be grouped by twice: once is possible.")
         level, names, group = group_values(gt, by)
         if level == "image":
-            of = {"operating_point": operating_point, "bootstrap": bootstrap}
+            resampling = {"operating_point": operating_point, "bootstrap": bootstrap}
             groups = {
-                name: _of_images(results, np.flatnonzero(group == number), **of)
+                name: _of_images(results, np.flatnonzero(group == number), **resampling)
                 for number, name in enumerate(names)
             }
         else:
@@ -151,31 +155,31 @@ def group_values(gt, by):
     Raises:
         ValueError: see :func:`with_groups`.
     """
-    of = {"image": gt.images, "lesion": getattr(gt, "annotations", [])}
+    records_of = {"image": gt.images, "lesion": getattr(gt, "annotations", [])}
     levels = [
         level
-        for level, records in of.items()
+        for level, records in records_of.items()
         if any(record.get(by.column) is not None for record in records)
     ]
     if not levels:
-        there = {
+        fields = {
             level: ", ".join(sorted({key for record in records for key in record})) or "nothing"
-            for level, records in of.items()
+            for level, records in records_of.items()
         }
         raise ValueError(
             f"No image and no annotation has a value of {by.column!r}. Images have "
-            f"{there['image']}; annotations have {there['lesion']}."
+            f"{fields['image']}; annotations have {fields['lesion']}."
         )
     if len(levels) > 1:
         raise ValueError(
             f"Images and annotations both have {by.column!r}: rename one of the two columns."
         )
-    values = [record.get(by.column) for record in of[levels[0]]]
+    values = [record.get(by.column) for record in records_of[levels[0]]]
     names, group = _grouped(values, by)
     if len(names) > MAX_GROUPS:
         raise ValueError(
-            f"{by.column!r} has {len(names)} groups, more than the {MAX_GROUPS} that can be told "
-            "apart: group by something coarser."
+            f"{by.column!r} has {len(names)} groups, more than the {MAX_GROUPS} that a reader can "
+            "distinguish: group by something coarser."
         )
     return levels[0], names, group
 
@@ -195,9 +199,9 @@ def _grouped(values, by):
             len(names) if value is None else np.searchsorted(by.limits, value, side="right")
             for value in values
         ]
-        there = sorted(set(group))
-        names = [[*names, UNKNOWN][number] for number in there]
-        return names, np.searchsorted(there, group)
+        present = sorted(set(group))
+        names = [[*names, UNKNOWN][number] for number in present]
+        return names, np.searchsorted(present, group)
     if numbers and not by.each:
         raise ValueError(
             f"{by.column!r} holds numbers from {min(known):g} to {max(known):g}: give the limits "
@@ -224,70 +228,56 @@ def _hashable(values, column):
     return values
 
 
-def _of_images(results, positions, **how):
-    """Group of the images at (I,) positions, evaluated on its own."""
-    own = results.part(positions, **how)
-    n = {name: own.meta.get(name) for name in ("images", "lesions", "patients")}
+def _of_images(results, positions, **resampling):
+    """Group of the images at (I,) positions, evaluated alone."""
+    part = results.part(positions, **resampling)
+    n = {name: part.meta.get(name) for name in ("images", "lesions", "patients")}
     n = {name: number for name, number in n.items() if number is not None}
-    return Group(n, own.compared(), own.intervals, own.undefined_shares)
+    return Group(n, part.compared(), part.intervals, part.undefined_shares)
 
 
 def _of_lesions(results, names, group, bootstrap):
     """{name: Group} of (R,) regions."""
-    gt, measures = results.ground_truth, results.measures
-    strata = by_stratum(
-        *(gt, results.detections, results.overlaps, results.matching, results.counted),
-        *(group, names),
-    )
-    own = StratumMeasures(strata, measures.unit_of_image, measures.num_units)
-    figures, intervals, shares = own.once(), {}, {}
+    units = results.metrics
+    strata = results.counter.by_stratum(results.above_threshold, group, names)
+    metrics = StratumMetrics(strata, units)
+    values, intervals, shares = metrics.once(), {}, {}
     if bootstrap is not None:
-        intervals, shares = confidence_intervals(SimpleNamespace(measures=own), bootstrap)
+        intervals, shares = confidence_intervals(metrics, bootstrap)
     groups = {}
     for name, counts in strata.items():
         n = {"images": int((counts.lesions > 0).sum()), "lesions": int(counts.lesions.sum())}
-        if measures.unit == "patient":
-            n["patients"] = len(np.unique(measures.unit_of_image[counts.lesions > 0]))
+        if units.unit == "patient":
+            n["patients"] = len(np.unique(units.unit_of_image[counts.lesions > 0]))
         if not n["lesions"]:  # of crowds
             continue
-        of = {figure: value for figure, value in figures[name].items() if figure != "n"}
-        own_shares = {
+        of_lesions = {metric: value for metric, value in values[name].items() if metric != "n"}
+        undefined = {
             f"lesion.{key.removeprefix(f'{name}.')}": share
             for key, share in shares.items()
             if key.rpartition(".")[0] == name
         }
-        groups[name] = Group(n, {"lesion": of}, {"lesion": intervals.get(name, {})}, own_shares)
+        groups[name] = Group(
+            n, {"lesion": of_lesions}, {"lesion": intervals.get(name, {})}, undefined
+        )
     return groups
 
 
-class StratumMeasures:
-    """Figures of groups of lesions as functions of how often each unit counts, as Measures is."""
+class StratumMetrics(ResampledMetrics):
+    """The metrics of groups of lesions."""
 
-    def __init__(self, strata, unit_of_image, num_units):
+    def __init__(self, strata: dict, units: ResampledMetrics):
         """
         Args:
             strata (dict[str, UnitCounts]): per image, by the name of the group.
-            unit_of_image (np.ndarray): (number of images,) int in [0, num_units).
-            num_units (int):
+            units: whose units are resampled.
         """
-        self.num_units = self.width = num_units
+        super().__init__(units.unit, units.unit_of_image, units.num_units)
         self.columns = {
-            name: (add_up(own.columns(), unit_of_image, num_units), size_metrics, size_proportions)
-            for name, own in strata.items()
-        }
-
-    def __call__(self, weights, *, all_coco=False):
-        """dict[str, dict[str, np.ndarray]]: group -> figure -> (B,), of (B, num_units) weights."""
-        return {
-            name: figures(named(weights @ columns))
-            for name, (columns, figures, _) in self.columns.items()
-        }
-
-    once = Measures.once
-
-    def proportions(self):
-        """As of Measures."""
-        return {
-            name: proportions(named(columns.sum(axis=0)))
-            for name, (columns, _, proportions) in self.columns.items()
+            name: GroupFormulas(
+                add_up(counts.columns(), self.unit_of_image, self.num_units),
+                size_metrics,
+                size_proportions,
+            )
+            for name, counts in strata.items()
         }

@@ -9,7 +9,12 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from imrcnn_d2.evaluation.annotator_agreement import COLUMNS, FIGURES, Agreement, pair_name
+from imrcnn_d2.evaluation.annotator_agreement import (
+    PAIR_COLUMNS,
+    PAIR_METRICS,
+    AnnotatorAgreement,
+    pair_name,
+)
 from imrcnn_d2.report.plots.images import HALO_WIDTH, region_contours, show_tile, tile_grid
 from imrcnn_d2.report.plots.style import (
     GREEN,
@@ -43,11 +48,11 @@ LINES = [
 HALO = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black", alpha=0.55)]
 
 
-def agreement_table(agreement: Agreement) -> str:
+def agreement_table(agreement: AnnotatorAgreement) -> str:
     """A Markdown table with a row for each pair and mean, metrics with their intervals."""
-    names = [*FIGURES, "fleiss_kappa"]
+    names = [*PAIR_METRICS, "fleiss_kappa"]
     rows = []
-    for group, metrics in agreement.figures.items():
+    for group, metrics in agreement.values.items():
         intervals = agreement.intervals.get(group, {})
         cells = [
             format_value(name, metrics[name], intervals.get(name), decimals=_decimals(name))
@@ -60,7 +65,7 @@ def agreement_table(agreement: Agreement) -> str:
     return markdown_table(cells.loc[:, (cells != "").any()])
 
 
-def plot_agreement(agreement: Agreement, path: str | Path) -> Figure:
+def plot_agreement(agreement: AnnotatorAgreement, path: str | Path) -> Figure:
     """Plot lesion F1, union Dice and Cohen's kappa of every two annotators, each as a matrix."""
     names = [annotator.name for annotator in agreement.annotators]
     labels = [textwrap.shorten(name, 22, placeholder="…") for name in names]
@@ -71,7 +76,7 @@ def plot_agreement(agreement: Agreement, path: str | Path) -> Figure:
         values = np.full((len(names),) * 2, np.nan)
         axes.set_facecolor("0.93")
         for a, b in agreement.pairs:
-            value = agreement.figures[pair_name(a, b)][metric]
+            value = agreement.values[pair_name(a, b)][metric]
             interval = agreement.intervals.get(pair_name(a, b), {}).get(metric)
             text = format_value(metric, value, interval, decimals=_decimals(metric))
             text = text.replace(" [", "\n[")
@@ -96,7 +101,7 @@ def plot_agreement(agreement: Agreement, path: str | Path) -> Figure:
 
 
 def plot_disagreements(
-    agreement: Agreement, image_root: str | Path, path: str | Path, *, max_images: int = 16
+    agreement: AnnotatorAgreement, image_root: str | Path, path: str | Path, *, max_images: int = 16
 ) -> Figure | None:
     """
     Show the images in which two of the annotators differ most, by the Dice of the unions of their
@@ -138,7 +143,7 @@ def plot_disagreements(
 def _summary(agreement, position, pair):
     """The two annotators who differ most, and how much."""
     (a, b), columns = list(agreement.pairs.items())[pair]
-    row = dict(zip(COLUMNS, columns[position], strict=True))
+    row = dict(zip(PAIR_COLUMNS, columns[position], strict=True))
     if row["image_only_a"] or row["image_only_b"]:
         return f"{a}, not {b}" if row["image_only_a"] else f"{b}, not {a}"
     text = f"Dice {100 * row['union_dice']:.0f} %"

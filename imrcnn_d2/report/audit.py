@@ -31,10 +31,10 @@ def plot_annotations(audit: Audit, path: str | Path) -> Figure:
     """
     heat, shares = np.zeros((CELLS, CELLS)), []
     for one in audit.examined:
-        for outline in one.outlines:
-            mask = mask_util.decode(outline.rle).astype(np.float32)
+        for annotation in one.annotations:
+            mask = mask_util.decode(annotation.rle).astype(np.float32)
             heat += cv2.resize(mask, (CELLS, CELLS), interpolation=cv2.INTER_AREA)
-            shares.append(outline.area / mask.size)
+            shares.append(annotation.area / mask.size)
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     place, size, classes = figure.subplots(1, 3)
 
@@ -51,7 +51,7 @@ def plot_annotations(audit: Audit, path: str | Path) -> Figure:
     tidy(size)
 
     counts = Counter(
-        outline.annotation["category_id"] for one in audit.examined for outline in one.outlines
+        annotation.record["category_id"] for one in audit.examined for annotation in one.annotations
     )
     names = {category["id"]: str(category["name"]) for category in audit.data.categories}
     order = sorted(names, key=lambda number: counts[number])
@@ -78,7 +78,7 @@ def render_audit(audit: Audit, output: str | Path) -> Path:
     flagged = audit.flagged
     thumbnails = _Thumbnails(audit)
     severities = Counter(found.severity for found in audit.findings)
-    annotated = any(one.outlines for one in audit.examined)
+    annotated = any(one.annotations for one in audit.examined)
     return write_html(
         "audit",
         output,
@@ -92,7 +92,7 @@ def render_audit(audit: Audit, output: str | Path) -> Path:
             ("Errors", severities["error"], "make training or its metrics wrong"),
             ("Warnings", severities["warning"], "should be looked at"),
             ("Images to look at", len(flagged), f"{_share(len(flagged), len(entries))} of all"),
-            ("Pairs that show the same", len(audit.twins), _crossing(audit)),
+            ("Pairs that show the same", len(audit.duplicates), _crossing(audit)),
         ],
         splits=_split_rows(audit),
         areas=[
@@ -118,7 +118,7 @@ def _share(part, whole):
 
 def _crossing(audit):
     entries = audit.data.entries
-    across = sum(entries[pair.a].split != entries[pair.b].split for pair in audit.twins)
+    across = sum(entries[pair.a].split != entries[pair.b].split for pair in audit.duplicates)
     return f"{across:,} of them in two splits"
 
 
@@ -211,15 +211,15 @@ class _Thumbnails:
         thumbnail |= {"jpeg": jpeg, "width": width, "height": height}
         kinds = [
             "alarm"
-            if annotation_id is not None and o.annotation.get("id") == annotation_id
+            if annotation_id is not None and o.record.get("id") == annotation_id
             else "truth"
-            for o in one.outlines
+            for o in one.annotations
         ]
-        shown = sorted(zip(kinds, one.outlines, strict=True), key=lambda shown: shown[0])[
+        shown = sorted(zip(kinds, one.annotations, strict=True), key=lambda shown: shown[0])[
             :MOST_ANNOTATIONS
         ]
-        for kind, outline in reversed(shown):  # the annotation of the finding last, on top
-            thumbnail["paths"].append((kind, svg_path(mask_contours(outline.rle), scale)))
+        for kind, annotation in reversed(shown):  # the annotation of the finding last, on top
+            thumbnail["paths"].append((kind, svg_path(mask_contours(annotation.rle), scale)))
         return thumbnail
 
 
@@ -261,7 +261,7 @@ def _document(audit):
             for kind, counts in audit.counts().items()
         },
         "findings": [found.as_json() for found in audit.findings],
-        "groups": [[entries[i].name for i in group] for group in groups(entries, audit.twins)],
+        "groups": [[entries[i].name for i in group] for group in groups(entries, audit.duplicates)],
         "notes": audit.notes,
         "versions": package_versions(),
     }
@@ -311,5 +311,5 @@ def _pair_rows(audit):
             "kind": pair.kind,
             "correlation": pair.correlation,
         }
-        for pair in audit.twins
+        for pair in audit.duplicates
     ]

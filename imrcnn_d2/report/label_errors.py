@@ -15,7 +15,7 @@ from tqdm import tqdm
 from imrcnn_d2.data.audit.findings import KINDS, Finding, finding
 from imrcnn_d2.data.formats.labelme import labelme_document
 from imrcnn_d2.data.images import image_inside, path_inside
-from imrcnn_d2.evaluation.label_errors import Suspect, find_label_errors, pool_label_errors
+from imrcnn_d2.evaluation.label_errors import LabelError, find_label_errors, pool_label_errors
 from imrcnn_d2.report.plots.images import HALO_WIDTH, region_contours, show_tile, tile_grid
 from imrcnn_d2.report.plots.style import SKY, VERMILION, save_figure
 from imrcnn_d2.report.runs import Run, load_run
@@ -46,7 +46,7 @@ class Case:
         models: how many did not see the image in training.
     """
 
-    suspect: Suspect
+    suspect: LabelError
     run: Run
     models: int
 

@@ -2,32 +2,29 @@
 
 from dataclasses import dataclass
 
+from imrcnn_d2.evaluation.detection.metrics import METRICS
+
 __all__ = [
     "CITATION",
     "CLASSIFICATION_CITATION",
     "LEVELS",
     "MODEL",
-    "NAMES",
-    "NOT_PERCENT",
     "PAPER_DATA",
     "REMARKS",
     "Published",
+    "metric_label",
     "metric_name",
     "published_accuracy",
     "published_values",
 ]
 
 
-NAMES = {"f1": "F1", "auroc": "AUROC", "miou": "mIoU", "mdice": "mDice"}
 LEVELS = {"lesion": "lesions", "image": "images", "patient": "patients"}
-NOT_PERCENT = ("fp_per_image", "fp_per_lesion_free_image", "cross_entropy")
-_OF_ALL_CLASSES = {
-    "top1": "top-1 accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "f1": "F1, mean of classes",
-    "auroc": "AUROC, mean of classes",
-    "cross_entropy": "cross-entropy",
-}
+
+
+def metric_label(name: str) -> str:
+    """The label of a metric, or the name of one that the table of metrics does not have."""
+    return METRICS[name].label if name in METRICS else name
 
 
 def metric_name(endpoint: str) -> str:
@@ -35,16 +32,19 @@ def metric_name(endpoint: str) -> str:
     group, _, metric = endpoint.partition("/")
     if group == "recognition":
         name, _, class_name = metric.partition("_")
-        return _OF_ALL_CLASSES.get(metric) or f"{NAMES.get(name, name)} of {class_name}"
+        if metric in METRICS:
+            mean = ", mean of classes" if metric in ("f1", "auroc") else ""
+            return f"{metric_label(metric)}{mean}"
+        return f"{metric_label(name)} of {class_name}"
     if group == "cancer":
         metric = "sensitivity" if metric == "recall" else metric
-        return f"{NAMES.get(metric, metric)} (cancer against benign)"
+        return f"{metric_label(metric)} (cancer against benign)"
     at = " at tau_val" if group.startswith("tau_val.") else ""
     group = group.removeprefix("tau_val.")
     if metric in ("iou", "iou_box"):
         return f"IoU ({'boxes' if metric == 'iou_box' else 'masks'}){at}"
     level = {"segm": "masks", "bbox": "boxes", **LEVELS}.get(group, group)
-    return f"{NAMES.get(metric, metric)} ({level}){at}"
+    return f"{metric_label(metric)} ({level}){at}"
 
 
 CITATION = (

@@ -25,8 +25,6 @@ from imrcnn_d2.evaluation.output import (
     check_fields,
     read_metrics,
     read_run_record,
-    recognition_document,
-    results_document,
 )
 from imrcnn_d2.evaluation.statistics import add_intervals
 from imrcnn_d2.utils.files import file_sha256, strict_json
@@ -222,9 +220,9 @@ class Run:
             all_coco = bool(bootstrap.get("all_coco"))
             resamples = min(bootstrap["resamples"], MOST_RESAMPLES)
             bootstrap = Bootstrap(resamples, bootstrap["seed"], all_coco)
-        results, unit = self.results, self.results.measures.unit
-        make = recognition_document if self.task == "recognition" else results_document
-        document = json.loads(strict_json(make(add_intervals(results, bootstrap or None))))
+        results, unit = self.results, self.results.metrics.unit
+        document = add_intervals(results, bootstrap or None).document()
+        document = json.loads(strict_json(document))
         settings = {**asdict(bootstrap), "unit": unit} if bootstrap else None
         return {**document, "meta": {**self.meta, **results.meta, "bootstrap": settings}}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from imrcnn_d2.evaluation.classification import ClassificationResults
-from imrcnn_d2.evaluation.detection.metrics import COUNTS
+from imrcnn_d2.evaluation.detection.metrics import is_count
 from imrcnn_d2.evaluation.detection.results import LesionResults
 from imrcnn_d2.utils.files import csv_text, for_terminal, write_atomically
 
@@ -170,7 +170,7 @@ def format_value(
     if math.isnan(value):
         return "n/a"
     varies = sd is not None and not math.isnan(sd)
-    if name in COUNTS and value == round(value) and not varies:
+    if is_count(name) and value == round(value) and not varies:
         return f"{value:.0f}"
     cell = text(value)
     if varies:
@@ -255,7 +255,7 @@ def group_rows(
     sizes = {name: results.meta[name] for name in names if results.meta.get(name) is not None}
     yield "all", sizes, results.compared(), results.intervals
     for name, group in results.by_group[column].groups.items():
-        yield name, group.n, group.figures, group.intervals
+        yield name, group.n, group.values, group.intervals
 
 
 def group_endpoints(

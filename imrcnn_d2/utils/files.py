@@ -1,4 +1,4 @@
-"""x."""
+"""Files: strict JSON and CSV, atomic writes, hashes, links, and errors that name a file."""
 
 import contextlib
 import csv
@@ -8,10 +8,13 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -25,12 +28,14 @@ __all__ = [
     "csv_text",
     "file_sha256",
     "for_terminal",
+    "is_empty",
     "leads_out",
     "lock_folder",
     "plain_cell",
     "read_json",
     "read_rows",
     "regular_file",
+    "staged",
     "strict_json",
     "write_atomically",
 ]
@@ -44,7 +49,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 def csv_line(values: Iterable) -> str:
     """One line of a table, its end included.
 
-    Texts that would be run as a formula get an apostrophe before them, which says "text" to a
+    Texts that would be run as a formula get an apostrophe before them, which marks text in a
     spreadsheet program; numbers, as numbers or as texts, stay as they are.
     """
     text = io.StringIO()
@@ -255,8 +260,8 @@ def _finite(text: str) -> float:
 _LONGEST_NAME = 255  # bytes, as nearly all file systems have it
 
 
-def file_sha256(path):
-    """str: sha256 of a file's bytes."""
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -265,60 +270,64 @@ def file_sha256(path):
 
 
 @contextlib.contextmanager
-def atomic_file(path, mark=""):
-    """
-    Open a file for writing that replaces its predecessor at once, or not at all: it is written
-    beside, reaches the disk, and takes the name when the block ends without an error. Nothing is
-    written through a link that somebody left under either name.
+def atomic_file(path: str | Path, mark: str = "") -> Iterator[BinaryIO]:
+    """Opens a file for writing that replaces its predecessor at once, or not at all.
+
+    A temporary file next to it is written to the disk, and renamed when the block ends without an
+    error. Nothing is written through a link that somebody left under either name.
 
     Args:
-        path (str or Path): its folder is made if it does not exist.
-        mark (str): in the name of the file beside, where others may be writing the same one.
-
-    Yields:
-        BinaryIO
+        path: its folder is made if it does not exist.
+        mark: in the name of the temporary file, where others may be writing the same one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}{mark}.tmp")
-    if len(os.fsencode(beside.name)) > _LONGEST_NAME:
-        beside = path.with_name(hashlib.sha256(os.fsencode(beside.name)).hexdigest() + ".tmp")
-    beside.unlink(missing_ok=True)  # of a process that was killed
-    file = open(beside, "xb")  # noqa: SIM115  (closed below)
+    temporary = path.with_name(f"{path.name}{mark}.tmp")
+    if len(os.fsencode(temporary.name)) > _LONGEST_NAME:
+        temporary = path.with_name(hashlib.sha256(os.fsencode(temporary.name)).hexdigest() + ".tmp")
+    temporary.unlink(missing_ok=True)  # of a process that was killed
+    file = open(temporary, "xb")  # noqa: SIM115  (closed below)
     try:
         with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def write_atomically(path, content):
-    """
-    Write a whole file through :func:`atomic_file`.
-
-    Args:
-        path (str or Path): its folder is made if it does not exist.
-        content (str or bytes): text is written as UTF-8.
-    """
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Writes a whole file through `atomic_file`, text as UTF-8."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A new folder next to `out`, to be renamed to it when complete; removed if it was not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    stage.chmod(0o755)  # mkdtemp's is private
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether it is a folder with nothing in it."""
+    return folder.is_dir() and not any(folder.iterdir())
+
+
 def lock_folder(folder: str | Path, option: str, timeout: float = 0) -> FileLock:
-    """
-    Lock a folder for one writer, until the lock is released or the process ends, however it ends.
+    """Locks a folder for one writer, until the lock is released or the process ends.
 
     Args:
-        folder (str or Path): made if it does not exist.
-        option (str): what chose it, such as "--output", for the error.
-        timeout (float): seconds to wait for another writer to end.
-
-    Returns:
-        FileLock: acquired.
+        folder: made if it does not exist.
+        option: that chose it, such as "--output", for the error.
+        timeout: seconds to wait for another writer to end.
 
     Raises:
         ValueError: another run is writing into the folder.
@@ -335,18 +344,12 @@ def lock_folder(folder: str | Path, option: str, timeout: float = 0) -> FileLock
     return lock
 
 
-def strict_json(document):
-    """
-    Args:
-        document (dict): of JSON values; floats that are not finite become null.
-
-    Returns:
-        str: indented JSON that every reader takes.
-    """
+def strict_json(document: dict) -> str:
+    """Indented JSON that every reader takes: floats that are not finite become null."""
     return json.dumps(_nan_to_null(document), indent=2, allow_nan=False) + "\n"
 
 
-def _nan_to_null(value):
+def _nan_to_null(value: object) -> object:
     if isinstance(value, dict):
         return {key: _nan_to_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -354,9 +357,11 @@ def _nan_to_null(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def csv_text(rows, columns):
-    """str: the rows under all their keys, in the order of their first appearance; without a row
-    ``columns`` alone. NaN is empty."""
+def csv_text(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
+    """The rows under all their keys, in the order of their first appearance; NaN is empty.
+
+    Without rows, it is the header of `columns` alone.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row)) or columns
     values = ([row.get(column) for column in columns] for row in rows)
     known = ([None if isinstance(v, float) and math.isnan(v) else v for v in row] for row in values)

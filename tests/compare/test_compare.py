@@ -6,7 +6,7 @@ from rectangles import rectangle
 
 from imrcnn_d2.cli import compare
 from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.output import sources, write_results
+from imrcnn_d2.evaluation.output import write_evaluation
 
 
 def region(image_id, x, width=10, **fields):
@@ -29,7 +29,7 @@ def scored(tmp_path):
         for path, content in zip(paths, (gt, dt), strict=True):
             path.write_text(json.dumps(content))
         gt, dt = map(str, paths)
-        write_results(evaluate_lesions(gt, dt), tmp_path / name, **sources(gt, dt, None))
+        write_evaluation(evaluate_lesions(gt, dt), tmp_path / name, gt=gt, dt=dt)
         return tmp_path / name
 
     return do

@@ -51,12 +51,12 @@ def test_figures_of_seeds_are_those_of_averaged_confusions(comparison, study):
     results = [run.results for run in comparison.gathered.split["VGG19"]]
     counts = np.mean([own.confusion.counts for own in results], axis=0)
     recall = np.diag(counts) / counts.sum(axis=1)
-    assert model.figures["recognition"]["balanced_accuracy"] == pytest.approx(100 * recall.mean())
+    assert model.values["recognition"]["balanced_accuracy"] == pytest.approx(100 * recall.mean())
     precision = 100 * np.diag(counts) / counts.sum(axis=0)
     for k, name in enumerate(sorted(CLASSES)):
-        assert model.figures["recognition"][f"precision_{name}"] == pytest.approx(precision[k])
+        assert model.values["recognition"][f"precision_{name}"] == pytest.approx(precision[k])
     areas = [own.recognition["auroc"] for own in results]
-    assert model.figures["recognition"]["auroc"] == pytest.approx(np.mean(areas))
+    assert model.values["recognition"]["auroc"] == pytest.approx(np.mean(areas))
 
 
 def test_what_is_tested(comparison):
@@ -87,7 +87,7 @@ def test_the_files(comparison, tmp_path):
     assert {"confusion.svg", "roc.svg", "calibration.svg", "classes.tex"} <= names
     content = json.loads(document.read_text())
     model = comparison.models["ResNet50"]
-    of_cancer = model.figures["recognition"]["accuracy_gastric cancer"]
+    of_cancer = model.values["recognition"]["accuracy_gastric cancer"]
     assert content["models"]["ResNet50"]["figures"]["recognition"]["accuracy_gastric cancer"] == (
         of_cancer
     )

@@ -83,7 +83,7 @@ def test_seeds_are_one_model(gt, write_run):
     found = compare(gather([*runs, load_run(write_run("b", gt, model="MR-CNN"))]), BOOTSTRAP)
     model = found.models["IMR-CNN"]
     values = [run.results.segm["AP50_voc"] for run in runs]
-    assert model.figures["segm"]["AP50_voc"] == pytest.approx(np.mean(values))
+    assert model.values["segm"]["AP50_voc"] == pytest.approx(np.mean(values))
     assert model.sd("segm", "AP50_voc") == pytest.approx(np.std(values))
     # Three outcomes an image are not one: no McNemar's test.
     assert not of(found.tests, "image/accuracy")

@@ -5,7 +5,7 @@ import pytest
 
 from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.comparison import (
-    AveragedMeasures,
+    AveragedMetrics,
     check_same_units,
     image_level_test,
     model_figures,
@@ -50,8 +50,8 @@ def resampled(gt, results, drawn):
 
 
 def test_equal_runs_are_as_one(scored):
-    one = scored[0].measures
-    average = AveragedMeasures([one, one, one])
+    one = scored[0].metrics
+    average = AveragedMetrics([one, one, one])
     weights = next(Bootstrap(20, seed=1).weights(one.num_units))
     for ours, theirs in (
         (average(weights), one(weights)),
@@ -67,19 +67,19 @@ def test_equal_runs_are_as_one(scored):
 def test_outcomes_are_averaged_and_rank_figures_too(scored):
     model = model_figures(scored)
     tp, fp, fn = (np.mean([one.lesion[key] for one in scored]) for key in ("TP", "FP", "FN"))
-    assert model.figures["lesion"]["TP"] == pytest.approx(tp)
-    assert model.figures["lesion"]["precision"] == pytest.approx(100 * tp / (tp + fp))
-    assert model.figures["lesion"]["f1"] == pytest.approx(200 * tp / (2 * tp + fp + fn))
+    assert model.values["lesion"]["TP"] == pytest.approx(tp)
+    assert model.values["lesion"]["precision"] == pytest.approx(100 * tp / (tp + fp))
+    assert model.values["lesion"]["f1"] == pytest.approx(200 * tp / (2 * tp + fp + fn))
     # A mean over all hits of all runs, not of the runs' means.
     iou = sum(one.lesion["iou"] * one.lesion["TP"] for one in scored) / (3 * tp)
-    assert model.figures["lesion"]["iou"] == pytest.approx(iou)
+    assert model.values["lesion"]["iou"] == pytest.approx(iou)
     for group, name in (("segm", "AP50_voc"), ("bbox", "AP"), ("image", "auroc")):
         values = [one.groups()[group][name] for one in scored]
-        assert model.figures[group][name] == pytest.approx(np.mean(values))
+        assert model.values[group][name] == pytest.approx(np.mean(values))
         assert model.sd(group, name) == pytest.approx(np.std(values))
         assert model.sd(group, name, sample=True) == pytest.approx(np.std(values, ddof=1))
     called = np.mean([one.tau_val["image"]["recall"] for one in scored])
-    assert model.figures["tau_val.image"]["recall"] == pytest.approx(called)
+    assert model.values["tau_val.image"]["recall"] == pytest.approx(called)
     assert model.taus == [0.3, 0.3, 0.3]
     assert np.isnan(model_figures(scored[:1]).sd("segm", "AP50_voc"))
 
@@ -104,7 +104,7 @@ def test_intervals_are_percentiles_of_the_resamples(scored):
     for group, name in (("segm", "AP50_voc"), ("lesion", "precision")):
         low, high = np.percentile(model.resampled[group][name], [2.5, 97.5])
         assert model.intervals[group][name] == pytest.approx((low, high))
-        assert low < model.figures[group][name] < high
+        assert low < model.values[group][name] < high
 
 
 def test_a_model_does_not_differ_from_itself(scored):

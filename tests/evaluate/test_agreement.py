@@ -14,7 +14,7 @@ from statsmodels.stats.inter_rater import fleiss_kappa as reference_fleiss
 
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
 from imrcnn_d2.evaluation.annotator_agreement import (
-    FIGURES,
+    PAIR_METRICS,
     agreement,
     agreement_rows,
     cohen_kappa,
@@ -43,7 +43,7 @@ def two(dataset, region):
 
 
 def test_worked_example(two):
-    figures = compare(*two).figures["a vs b"]
+    figures = compare(*two).values["a vs b"]
     assert figures["f1"] == pytest.approx(100 * 6 / 8)  # 3 pairs of 4 and 4 lesions
     assert figures["iou"] == pytest.approx(100 * (0.8 + 0.6 + 1) / 3)
     assert figures["dice"] == pytest.approx(100 * (1.6 / 1.8 + 1.2 / 1.6 + 1) / 3)
@@ -61,11 +61,11 @@ def test_nobody_comes_first(random_case, dataset, seed):
     data, results = random_case(seed)
     other = {**data, "annotations": [{**r, "id": i} for i, r in enumerate(results)]}
     there, back = compare(data, other), compare(other, data)
-    for name in FIGURES:
-        assert there.figures["a vs b"][name] == pytest.approx(
-            back.figures["a vs b"][name], nan_ok=True
+    for name in PAIR_METRICS:
+        assert there.values["a vs b"][name] == pytest.approx(
+            back.values["a vs b"][name], nan_ok=True
         )
-    same = compare(data, data).figures["a vs b"]
+    same = compare(data, data).values["a vs b"]
     lesions = [a for a in data["annotations"] if not a["iscrowd"]]
     if lesions:
         assert [same[f] for f in ("f1", "iou", "dice", "union_dice")] == pytest.approx([100] * 4)
@@ -83,7 +83,7 @@ def test_union_is_that_of_an_evaluation(random_case, seed):
         return
     other = {**data, "annotations": results}
     scored = evaluate_lesions(data, [{**r, "score": 1.0} for r in results])
-    figures = compare(data, other).figures["a vs b"]
+    figures = compare(data, other).values["a vs b"]
     assert figures["union_iou"] == pytest.approx(scored.image["miou"])
     assert figures["union_dice"] == pytest.approx(scored.image["mdice"])
 
@@ -95,17 +95,17 @@ def test_as_many_pairs_as_there_can_be(dataset, region):
     boxes = [mask_util.iou([x["segmentation"]], [y["segmentation"]], [False])[0, 0]
              for x in a["annotations"] for y in b["annotations"]]  # fmt: skip
     assert boxes == pytest.approx([16 / 24, 16 / 24, 12 / 28, 4 / 36])
-    found = compare(a, b, iou_threshold=0.4).figures["a vs b"]
+    found = compare(a, b, iou_threshold=0.4).values["a vs b"]
     assert found["f1"] == 100
     assert found["iou"] == pytest.approx(100 * (16 / 24 + 12 / 28) / 2)
-    assert compare(a, b).figures["a vs b"]["f1"] == 50
+    assert compare(a, b).values["a vs b"]["f1"] == 50
 
 
 def test_a_pair_more_is_worth_more_than_all_overlaps(dataset, region):
     """Three pairs of IoU 3/17, or two that are the same."""
     a = dataset(1, [region(1, x, 0, 10, 10) for x in (0, 7, 14)])
     b = dataset(1, [region(1, x, 0, 10, 10) for x in (7, 14, 21)])
-    found = compare(a, b, iou_threshold=0.1).figures["a vs b"]
+    found = compare(a, b, iou_threshold=0.1).values["a vs b"]
     assert (found["f1"], found["iou"]) == (100, pytest.approx(100 * 3 / 17))
 
 
@@ -147,10 +147,10 @@ def test_three_annotators_and_a_model(dataset, region):
     results = [{**r, "score": 0.9} for r in m["annotations"]] + [region(1, 0, 0, 9, 9, score=0.1)]
     model = read_model("net", results, 0.5, read_annotator("a", a))
     found = compare(a, b, c, model=model, bootstrap=Bootstrap(200))
-    figures = found.figures
+    figures = found.values
     assert found.model == "net" and found.meta["lesions"]["net"] == answers[3].sum()
     assert list(figures)[:6] == ["a vs b", "a vs c", "a vs net", "b vs c", "b vs net", "c vs net"]
-    for name in FIGURES:
+    for name in PAIR_METRICS:
         among = np.mean([figures[p][name] for p in ("a vs b", "a vs c", "b vs c")])
         with_net = np.mean([figures[f"{p} vs net"][name] for p in "abc"])
         assert figures["annotators"][name] == pytest.approx(among)
@@ -208,7 +208,7 @@ def test_images_are_matched_by_name(dataset, region, two, tmp_path):
     found = compare(a, moved)
     assert found.missing == {"new.png": ["a"], "old.png": ["b"]}
     plain = compare(*two)
-    assert found.figures["a vs b"] == pytest.approx(plain.figures["a vs b"])
+    assert found.values["a vs b"] == pytest.approx(plain.values["a vs b"])
     assert [image["file_name"] for image in found.images] == ["1.png", "2.png", "3.png", "4.png"]
     assert found.annotators[1].truth.regions.image.tolist() == [0, 1, 2, 2]  # as Regions has it
     names = {path.name for path in write_agreement(found, tmp_path)}
@@ -225,18 +225,18 @@ def test_classes(dataset, region):
     """Of several, lesions of one class are compared; single ones need no common name."""
     a = dataset(1, [region(1, 0, 0, 9, 9), region(1, 20, 0, 9, 9, 2)], classes=("x", "y"))
     b = dataset(1, [region(1, 0, 0, 9, 9), region(1, 20, 0, 9, 9, 1)], classes=("y", "x"))
-    assert compare(a, b).figures["a vs b"]["f1"] == 50  # the second is x to a, y to b
+    assert compare(a, b).values["a vs b"]["f1"] == 50  # the second is x to a, y to b
     lone = dataset(1, [region(1, 0, 0, 9, 9)], classes=("z",))
     assert compare(a, lone).notes == ["a has no class z", "b has no class x, y"]
     other = dataset(1, [region(1, 0, 0, 9, 9)], classes=("polyp",))
-    assert compare(lone, other).figures["a vs b"]["f1"] == 100
+    assert compare(lone, other).values["a vs b"]["f1"] == 100
 
 
 def test_crowds_are_left_out(dataset, region):
     a = dataset(1, [region(1, 0, 0, 9, 9), region(1, 20, 0, 9, 9, iscrowd=1)])
     b = dataset(1, [region(1, 0, 0, 9, 9)])
     found = compare(a, b)
-    assert found.figures["a vs b"]["union_iou"] == 100
+    assert found.values["a vs b"]["union_iou"] == 100
     assert found.notes == ["a: 1 crowd regions left out"]
 
 
@@ -247,12 +247,12 @@ def test_a_prediction_file_has_its_own_images(dataset, region, two):
     model = read_model("net", results, 0.5, read_annotator("a", two[0]))
     found = compare(two[0], model=model)
     assert list(found.missing) == ["1.png", "2.png"]
-    assert found.figures["a vs net"]["f1"] == pytest.approx(100 * 2 / 3)
+    assert found.values["a vs net"]["f1"] == pytest.approx(100 * 2 / 3)
 
 
 def test_undefined_is_nan(dataset):
     found = compare(dataset(3), dataset(3), bootstrap=Bootstrap(10))
-    figures = found.figures["a vs b"]
+    figures = found.values["a vs b"]
     assert figures.pop("same_call") == 100
     assert np.isnan(list(figures.values())).all()
 

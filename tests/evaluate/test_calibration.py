@@ -7,16 +7,12 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
+from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.calibration import BINS, Calibration
-from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
-from imrcnn_d2.evaluation.detection.matching import match, overlaps
 
 
 def calibration_of(data, results):
-    gt = read_ground_truth(data)
-    detections = read_results(results, gt)
-    matching = match(gt, detections, overlaps(gt, detections, "segm"), 0.5)
-    return Calibration.of(gt, detections, matching)
+    return evaluate_lesions(data, results).metrics.calibration
 
 
 def test_worked_by_hand(dataset, region):
@@ -43,7 +39,7 @@ def test_worked_by_hand(dataset, region):
     assert diagram["mean_score"][[6, 9]] == pytest.approx([63, 95])
     assert diagram["hit_rate"][[6, 9]] == pytest.approx([50, 100])
     assert np.isnan(diagram["hit_rate"]).sum() == 8
-    figures = calibration.figures()
+    figures = calibration.values()
     assert figures["ece"] == pytest.approx((2 * 13 + 1 * 5) / 3)
     assert figures["brier"] == pytest.approx(100 * (0.05**2 + 0.35**2 + 0.61**2) / 3)
     assert figures["mean_score"] == pytest.approx((95 + 65 + 61) / 3)
@@ -57,7 +53,7 @@ def test_against_scikit_learn(random_case, seed, scores):
     """Scores on the bins' edges, which "tied" ones all are, too; several classes and crowds."""
     calibration = calibration_of(*random_case(seed, scores))
     score, hit = calibration.score, calibration.hit
-    figures, diagram = calibration.figures(), calibration.diagram()
+    figures, diagram = calibration.values(), calibration.diagram()
     if not len(score):
         assert np.isnan(figures["ece"]) and np.isnan(figures["brier"])
         return
@@ -80,7 +76,7 @@ def test_against_scikit_learn(random_case, seed, scores):
 def test_weights_are_copies(random_case, seed):
     calibration = calibration_of(*random_case(seed, "distinct"))
     weights = np.random.default_rng(seed).multinomial(6, [1 / 6] * 6, size=3)
-    weighted = calibration.figures(weights)
+    weighted = calibration.values(weights)
     for b, row in enumerate(weights):
         times = row[calibration.image]
         copies = Calibration(
@@ -89,7 +85,7 @@ def test_weights_are_copies(random_case, seed):
             np.repeat(calibration.image, times),
             6,
         )
-        for name, value in copies.figures().items():
+        for name, value in copies.values().items():
             assert weighted[name][b] == pytest.approx(value, nan_ok=True)
 
 
@@ -98,6 +94,6 @@ def test_scores_that_are_no_probabilities(dataset, region, caplog):
     with caplog.at_level(logging.WARNING):
         calibration = calibration_of(data, [region(1, 0, 0, 10, 10, score=87.0)])
     assert "above 1" in caplog.text
-    assert np.isnan(calibration.figures()["ece"])
-    assert calibration.figures()["n"] == 0
-    assert np.isnan(calibration_of(data, []).figures()["brier"])
+    assert np.isnan(calibration.values()["ece"])
+    assert calibration.values()["n"] == 0
+    assert np.isnan(calibration_of(data, []).values()["brier"])

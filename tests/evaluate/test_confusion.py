@@ -67,7 +67,7 @@ def test_sums_and_one_class(random_case, seed, classes):
     assert (np.nansum(counts[:, :-1], axis=0) <= at_tau).all()
     if not gt.crowd.any():
         assert counts[:, :-1].sum(axis=0).tolist() == at_tau.tolist()
-    counted = matching.counts & (detections.score >= 0.5)
+    counted = matching.evaluated & (detections.score >= 0.5)
     if classes == 1:
         tp = int((counted & matching.hit).sum())
         fp = int((counted & ~matching.hit).sum())

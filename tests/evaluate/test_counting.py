@@ -4,19 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imrcnn_d2.evaluation.detection.counts import UnitCounts, count_images
-from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
-from imrcnn_d2.evaluation.detection.matching import match, overlaps
+from imrcnn_d2.evaluation import evaluate_lesions
+from imrcnn_d2.evaluation.detection.counts import UnitCounts
 
 
-def counted_at(dataset, results, tau, iou_type="segm"):
-    """(gt, detections, chosen, UnitCounts) at a threshold."""
-    gt = read_ground_truth(dataset)
-    detections = read_results(results, gt)
-    groups = {kind: overlaps(gt, detections, kind) for kind in ("bbox", "segm")}
-    matching = match(gt, detections, groups[iou_type], 0.5)
-    chosen = matching.counts & (detections.score >= tau)
-    return gt, detections, chosen, count_images(gt, detections, groups, matching, chosen)
+def counts_at(dataset, results, tau, iou_type="segm"):
+    return evaluate_lesions(dataset, results, tau=tau, iou_type=iou_type).counts
 
 
 def test_by_hand(dataset, region):
@@ -35,13 +28,13 @@ def test_by_hand(dataset, region):
         region(2, 0, 0, 10, 10, score=0.95),  # in the crowd: counts nowhere
         region(3, 0, 0, 10, 10, score=0.6),  # false alarm below the threshold
     ]
-    gt, detections, chosen, counts = counted_at(truth, results, 0.7)
+    counts = counts_at(truth, results, 0.7)
     assert counts.lesions.tolist() == [2, 0, 0]
     assert counts.tp.tolist() == [1, 0, 0]
     assert counts.fp.tolist() == [1, 0, 0]
     assert counts.fn.tolist() == [1, 0, 0]
     assert counts.positive.tolist() == [True, False, False]
-    assert counts.called.tolist() == [True, False, False]
+    assert counts.predicted_positive.tolist() == [True, False, False]
     assert counts.score.tolist() == [0.9, 0, 0.6]
     assert counts.iou == pytest.approx([0.8, 0, 0])
     assert counts.iou_box == pytest.approx([0.8, 0, 0])
@@ -55,9 +48,9 @@ def test_masks_matched_by_boxes(dataset, region):
     """What is counted depends on the matching; overlaps stay those of masks and of boxes."""
     truth = dataset(1, [region(1, 0, 0, 10, 10)])
     result = region(1, 0, 0, 10, 4, score=0.9) | {"bbox": [0, 0, 10, 10]}
-    *_, counts = counted_at(truth, [result], 0.7, iou_type="bbox")
+    counts = counts_at(truth, [result], 0.7, iou_type="bbox")
     assert (counts.tp[0], counts.iou[0], counts.iou_box[0]) == (1, pytest.approx(0.4), 1)
-    *_, counts = counted_at(truth, [result], 0.7, iou_type="segm")
+    counts = counts_at(truth, [result], 0.7, iou_type="segm")
     assert (counts.tp[0], counts.iou[0], counts.iou_box[0]) == (0, 0, 0)
 
 
@@ -80,7 +73,7 @@ def test_merged_into_patients():
 @given(seed=st.integers(0, 10**6), tau=st.sampled_from([0.0, 0.5, 0.7]))
 def test_agrees_with_pixels_and_plain_loops(random_case, seed, tau):
     dataset, results = random_case(seed)
-    gt, detections, chosen, counts = counted_at(dataset, results, tau)
+    counts = counts_at(dataset, results, tau)
 
     def pixels(record):
         return mask_util.decode(record["segmentation"]).astype(bool)

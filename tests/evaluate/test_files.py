@@ -8,7 +8,7 @@ import pytest
 from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.detection.inputs import mask_areas, read_results
 from imrcnn_d2.evaluation.detection.results import OperatingPoint
-from imrcnn_d2.evaluation.output import coco_results, sources, write_results
+from imrcnn_d2.evaluation.output import coco_results, write_evaluation, write_results
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.utils.files import write_atomically
 
@@ -169,10 +169,12 @@ def test_coco_results_are_what_was_read(scored):
     assert not again.scored and again.score.tolist() == [1, 1, 1]
 
 
-def test_sources(tmp_path, monkeypatch):
+def test_sources(scored, tmp_path, monkeypatch):
     (tmp_path / "gt.json").write_bytes(b"{}\n")
     monkeypatch.chdir(tmp_path)
-    assert sources("gt.json", "dt.json", None, checkpoint="c") == {
+    write_evaluation(scored, tmp_path, gt="gt.json", dt="dt.json", checkpoint="c")
+    meta = json.loads((tmp_path / "metrics.json").read_text())["meta"]
+    assert {key: meta[key] for key in list(meta)[:6]} == {
         "gt": str(tmp_path / "gt.json"),
         # sha256sum's
         "gt_sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356",

@@ -3,15 +3,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.detection.curves import FROC, RATES
-from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
-from imrcnn_d2.evaluation.detection.matching import match, overlaps
 
 
 def froc_of(data, results):
-    gt = read_ground_truth(data)
-    detections = read_results(results, gt)
-    return FROC.of(gt, detections, match(gt, detections, overlaps(gt, detections, "segm"), 0.5))
+    return evaluate_lesions(data, results).metrics.froc
 
 
 @pytest.fixture
@@ -52,7 +49,7 @@ def test_worked_by_hand(worked):
     assert curve["fp"].tolist() == [0, 1, 2, 3, 3]
     assert curve["sensitivity"] == pytest.approx([20, 20, 40, 40, 60])
     assert curve["fp_per_image"] == pytest.approx([0, 0.25, 0.5, 0.75, 0.75])
-    figures = froc.figures()
+    figures = froc.values()
     # 1/8 of an alarm in each of four images is half an alarm: none. 0.7 brings the second.
     expected = {0.125: 20, 0.25: 20, 0.5: 40, 1: 60, 2: 60, 4: 60, 8: 60}
     for rate, sensitivity in expected.items():
@@ -65,21 +62,21 @@ def test_a_tie_is_let_through_together(dataset, region):
     data = dataset(2, [region(1, 0, 0, 10, 10)])
     tied = [region(1, 0, 0, 10, 10, score=0.5), region(2, 0, 0, 10, 10, score=0.5)]
     for results in (tied, tied[::-1]):
-        figures = froc_of(data, results).figures()
+        figures = froc_of(data, results).values()
         assert figures["sensitivity_at_0.25"] == 0
         assert figures["sensitivity_at_0.5"] == 100
 
 
 def test_undefined(dataset, region, worked):
-    figures = froc_of(dataset(2), [region(1, 0, 0, 10, 10, score=0.5)]).figures()
+    figures = froc_of(dataset(2), [region(1, 0, 0, 10, 10, score=0.5)]).values()
     assert len(figures) == 8 and np.isnan(list(figures.values())).all()
-    figures = froc_of(worked[0], []).figures()
+    figures = froc_of(worked[0], []).values()
     assert list(figures.values()) == [0] * 8
     froc = froc_of(*worked)
     unscored = FROC(np.ones(6), froc.hit, froc.image, froc.lesions, scored=False)
-    assert np.isnan(list(unscored.figures().values())).all()
+    assert np.isnan(list(unscored.values().values())).all()
     assert not len(unscored.curve()["score"])
-    assert np.isnan(list(FROC(*np.zeros((4, 0), int)).figures().values())).all()
+    assert np.isnan(list(FROC(*np.zeros((4, 0), int)).values().values())).all()
 
 
 def brute_force(froc, rate):
@@ -97,12 +94,12 @@ def brute_force(froc, rate):
 def test_against_brute_force_and_copies_of_images(random_case, seed, scores):
     froc = froc_of(*random_case(seed, scores))
     if froc.lesions.sum():
-        figures = froc.figures()
+        figures = froc.values()
         for rate in RATES:
             assert figures[f"sensitivity_at_{rate:g}"] == pytest.approx(brute_force(froc, rate))
     # Weights are copies.
     weights = np.random.default_rng(seed).multinomial(6, [1 / 6] * 6, size=3)
-    weighted = froc.figures(weights)
+    weighted = froc.values(weights)
     for b, row in enumerate(weights):
         times = row[froc.image]
         images = np.concatenate([[0], np.cumsum(row)[:-1]])[froc.image]  # any copy will do
@@ -112,5 +109,5 @@ def test_against_brute_force_and_copies_of_images(random_case, seed, scores):
             np.repeat(images, times),
             np.repeat(froc.lesions, row),
         )
-        for name, value in copies.figures().items():
+        for name, value in copies.values().items():
             assert weighted[name][b] == pytest.approx(value, nan_ok=True)

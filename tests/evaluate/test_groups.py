@@ -51,7 +51,7 @@ def test_a_group_of_images_is_a_data_set_of_its_own(random_case, seed, per_patie
         assert group.n["lesions"] == alone.meta["lesions"]
         assert group.n.get("patients") == alone.meta["patients"]
         for level, figures in alone.compared().items():
-            assert_same(group.figures[level], figures)
+            assert_same(group.values[level], figures)
         for level, intervals in alone.intervals.items():
             assert_same(group.intervals[level], intervals)
 
@@ -63,8 +63,8 @@ def test_masks_without_scores_stay_without(dataset, region):
         image["centre"] = centre
     whole = evaluate_lesions(data, [region(1, 0, 0, 10, 10, score=None)])
     groups = with_groups(whole, [By("centre")]).by_group["centre"].groups
-    assert np.isnan(groups["B"].figures["segm"]["AP50"])
-    assert groups["B"].figures["lesion"]["recall"] == 0
+    assert np.isnan(groups["B"].values["segm"]["AP50"])
+    assert groups["B"].values["lesion"]["recall"] == 0
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_groups_of_lesions(sized):
     whole = evaluate_lesions(*sized)
     grouped = with_groups(whole, [parse_by("size_mm:5,10,20")]).by_group["size_mm"]
     assert grouped.level == "lesion"
-    figures = {name: group.figures["lesion"] for name, group in grouped.groups.items()}
+    figures = {name: group.values["lesion"] for name, group in grouped.groups.items()}
     assert list(figures) == ["<5", "5-10", "10-20", UNKNOWN]  # 40 mm is a crowd
     assert [own["recall"] for own in figures.values()] == [100, 0, 100, 100]
     assert figures["<5"]["iou"] == pytest.approx(80)

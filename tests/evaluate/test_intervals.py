@@ -73,7 +73,7 @@ def test_all_of_coco_on_request(case):
     asked = evaluate_lesions(*case, bootstrap=Bootstrap(resamples=100, all_coco=True))
     low, high = asked.intervals["segm"]["AP"]
     assert 0 < low < asked.segm["AP"] < high < 100
-    samples = resampled_metrics(asked, Bootstrap(resamples=100, all_coco=True))["segm"]
+    samples = resampled_metrics(asked.metrics, Bootstrap(resamples=100, all_coco=True))["segm"]
     assert np.all(samples["AP"] <= samples["AP50"] + 1e-9)
 
 
@@ -149,7 +149,7 @@ def test_models_on_the_same_units_see_the_same_resamples(case):
     truth, results = case
     better = [*results, *({**r, "image_id": r["image_id"] + 7} for r in results[:2])]
     one, two = (
-        resampled_metrics(evaluate_lesions(truth, found), Bootstrap(resamples=200))
+        resampled_metrics(evaluate_lesions(truth, found).metrics, Bootstrap(resamples=200))
         for found in (results, better)
     )
     # The second finds what the first does and two lesions more, in every resample.

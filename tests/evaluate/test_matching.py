@@ -63,7 +63,7 @@ def matched_overlaps(iou, crowd, threshold):
 )
 def test_one_image_by_hand(iou, crowd, expected):
     matching = matched_overlaps(iou, crowd, 0.5)
-    assert np.where(matching.counts, matching.gt, -2).tolist() == expected
+    assert np.where(matching.evaluated, matching.gt, -2).tolist() == expected
 
 
 def test_a_perfect_overlap_meets_a_threshold_of_one():
@@ -83,7 +83,7 @@ def test_falling_score_then_file_order(dataset, region):
     assert detections.score.tolist() == [0.8, 0.9, 0.5, 0.5]
     assert matching.gt.tolist() == [-1, 0, 1, -1]
     assert matching.iou[[1, 2]] == pytest.approx([1.0, 0.9])
-    assert matching.counts.all()
+    assert matching.evaluated.all()
 
 
 def test_classes_and_images_do_not_mix(dataset, region):
@@ -101,7 +101,7 @@ def test_overlap_with_a_crowd_is_of_the_detection(dataset, region):
     truth = dataset(1, [region(1, 0, 0, 20, 20, iscrowd=1)])
     results = [region(1, 5, 5, 10, 10, score=0.9), region(1, 30, 0, 10, 10, score=0.8)]
     _, _, matching = matched(truth, results)
-    assert matching.counts.tolist() == [False, True]
+    assert matching.evaluated.tolist() == [False, True]
     assert not matching.hit.any()
 
 
@@ -119,9 +119,9 @@ def test_a_hundred_detections_per_image_and_class(dataset, region):
     late = region(1, 0, 0, 10, 10, score=0.4)  # would hit, but is the 101st
     others = [region(1, 0, 0, 9, 9, category_id=2, score=0.1), region(2, 0, 0, 9, 9, score=0.1)]
     _, detections, matching = matched(truth, [late, *many, *others])
-    assert matching.counts[detections.score == 0.5].all()
-    assert not matching.counts[detections.score == 0.4].any()
-    assert matching.counts[detections.score == 0.1].all()
+    assert matching.evaluated[detections.score == 0.5].all()
+    assert not matching.evaluated[detections.score == 0.4].any()
+    assert matching.evaluated[detections.score == 0.1].all()
     assert not matching.hit.any()
 
 
@@ -151,7 +151,7 @@ def test_agrees_with_pycocotools(random_case, seed, iou_type):
         theirs.update(zip(image["dtIds"], image["dtMatches"][0].astype(int), strict=True))
     for row, number in enumerate(order):
         match_id = theirs[number + 1]
-        assert matching.counts[row] == (match_id not in crowds)
+        assert matching.evaluated[row] == (match_id not in crowds)
         if matching.hit[row]:
             assert gt_ids[matching.gt[row]] == match_id
         else:
@@ -167,4 +167,4 @@ def test_a_threshold_takes_part_of_the_matching(random_case, seed, tau):
     _, _, alone = matched(dataset, [r for r in results if r["score"] >= tau])
     above = detections.score >= tau
     assert everything.gt[above].tolist() == alone.gt.tolist()
-    assert everything.counts[above].tolist() == alone.counts.tolist()
+    assert everything.evaluated[above].tolist() == alone.evaluated.tolist()

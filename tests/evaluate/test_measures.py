@@ -10,7 +10,7 @@ POINT = OperatingPoint(0.3, "f1", "validation")
 
 
 def all_figures(scored):
-    """{group: {figure: value}} of results, as Measures names them."""
+    """{group: {figure: value}} of results, as DetectionMetrics names them."""
     groups = {**scored.groups(), "froc": scored.froc, "calibration": scored.calibration}
     for group in ("lesion", "image", "patient"):
         if group in scored.tau_val:
@@ -61,10 +61,10 @@ def test_weights_are_copies_of_patients_or_images(
         for image, patient in zip(dataset["images"], patients, strict=True):
             image["patient_id"] = patient
     scored = evaluate_lesions(dataset, results, operating_point=POINT)
-    measures = scored.measures
-    assert measures.unit == ("patient" if of_patients else "image")
+    metrics = scored.metrics
+    assert metrics.unit == ("patient" if of_patients else "image")
     weights = np.array([times[::2] if of_patients else times])
-    weighted = measures(weights, all_coco=True)
+    weighted = metrics(weights, all_coco=True)
     copies = copied(dataset, results, dict(zip(ids, times, strict=True)), patients)
     expected = all_figures(evaluate_lesions(*copies, operating_point=POINT))
     expected["lesion"].pop("selection")
@@ -76,7 +76,7 @@ def test_weights_are_copies_of_patients_or_images(
 
 def test_once_is_what_the_results_say(random_case):
     scored = evaluate_lesions(*random_case(3), operating_point=POINT)
-    once = scored.measures.once(all_coco=True)
+    once = scored.metrics.once(all_coco=True)
     for group, figures in all_figures(scored).items():
         figures = {name: value for name, value in figures.items() if name != "selection"}
         assert once[group] == pytest.approx(figures, nan_ok=True)
@@ -91,8 +91,8 @@ def test_a_class_that_a_resample_has_no_ground_truth_of_is_left_out(dataset, reg
         region(1, 0, 0, 10, 10, score=0.9),
         region(2, 20, 20, 10, 10, category_id=2, score=0.8),
     ]
-    measures = evaluate_lesions(truth, results).measures
-    weighted = measures(np.array([[1, 1], [2, 0], [0, 2]]), all_coco=True)
+    metrics = evaluate_lesions(truth, results).metrics
+    weighted = metrics(np.array([[1, 1], [2, 0], [0, 2]]), all_coco=True)
     for name in ("AP", "AP50", "AP50_voc", "BEP"):
         assert weighted["segm"][name] == pytest.approx([50, 100, 0])
 

@@ -81,9 +81,9 @@ def test_what_cannot_be_chosen(validation, dataset):
 def test_against_scoring_at_every_threshold(random_case, seed, scores):
     data, found = random_case(seed, scores, num_images=3)
     results = evaluate_lesions(data, found)
-    if not results.matching.counts.any() or not results.ground_truth.lesions.any():
+    if not results.matching.evaluated.any() or not results.ground_truth.lesions.any():
         return
-    candidates = set(results.detections.score[results.matching.counts].tolist())
+    candidates = set(results.detections.score[results.matching.evaluated].tolist())
     at = {t: evaluate_lesions(data, found, tau=t).lesion for t in candidates}
     best = choose_operating_point(results).tau
     assert at[best]["f1"] == max(figures["f1"] for figures in at.values())

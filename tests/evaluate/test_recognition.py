@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from imrcnn_d2.evaluation import Bootstrap, evaluate_classification
-from imrcnn_d2.evaluation.output import write_classification
+from imrcnn_d2.evaluation.output import write_results
 from imrcnn_d2.evaluation.statistics import clopper_pearson
 from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
 from imrcnn_d2.report.plots import draw_all
@@ -200,13 +200,13 @@ def test_groups_of_images_are_data_sets_of_their_own(tmp_path):
         alone = evaluate_classification(part, make_results(probability[rows]), bootstrap=bootstrap)
         assert group.n == {"images": len(rows), "patients": len(rows) // 2}
         for name, figures in alone.groups().items():
-            assert group.figures[name] == pytest.approx(figures, nan_ok=True)
+            assert group.values[name] == pytest.approx(figures, nan_ok=True)
         for name, interval in alone.intervals["recognition"].items():
             own = group.intervals["recognition"][name]
             assert own == pytest.approx(interval, nan_ok=True), name
-    write_classification(grouped, tmp_path)
+    write_results(grouped, tmp_path)
     figures = json.loads((tmp_path / "metrics.json").read_text())["by_group"]["age"]["groups"]
-    assert figures["<15"]["recognition"]["top1"] == groups["<15"].figures["recognition"]["top1"]
+    assert figures["<15"]["recognition"]["top1"] == groups["<15"].values["recognition"]["top1"]
     assert "age,image,<15,14,7,recognition,top1," in (tmp_path / "by_group.csv").read_text()
     draw_all(grouped, tmp_path)
     assert (tmp_path / "by_age.png").stat().st_size

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from imrcnn_d2.cli import robustness
-from imrcnn_d2.data.formats.kvasir_seg import read_kvasir_seg
+from imrcnn_d2.data.formats import read_kvasir_seg
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.evaluation.output import read_test_log

@@ -4,14 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.output import THRESHOLDS, image_rows, patient_rows, threshold_table
+from imrcnn_d2.evaluation.detection.results import THRESHOLDS
 
 
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 10**6))
 def test_thresholds_are_evaluations(random_case, seed):
     data, results = random_case(seed, num_images=4)
-    table = threshold_table(evaluate_lesions(data, results))
+    table = evaluate_lesions(data, results).thresholds
     assert [row["tau"] for row in table] == pytest.approx(np.arange(1, 20) * 0.05)
     for row in table[::3]:
         scored = evaluate_lesions(data, results, tau=row["tau"])
@@ -26,7 +26,7 @@ def test_a_score_at_a_threshold_counts(dataset, region):
     assert THRESHOLDS[2] == 0.15 and THRESHOLDS[5] == 0.3 and THRESHOLDS[13] == 0.7
     data = dataset(1, [region(1, 0, 0, 10, 10)])
     for tau in THRESHOLDS:
-        table = threshold_table(evaluate_lesions(data, [region(1, 0, 0, 10, 10, score=tau)]))
+        table = evaluate_lesions(data, [region(1, 0, 0, 10, 10, score=tau)]).thresholds
         assert [row["tau"] for row in table if row["lesion_TP"]][-1] == tau
 
 
@@ -43,7 +43,7 @@ def test_patients(dataset, region):
         region(4, 0, 0, 10, 10, score=0.6),
     ]
     scored = evaluate_lesions(data, results)
-    seven, b = patient_rows(scored.ground_truth, scored.counts, scored=True)
+    seven, b = scored.per_patient
     assert seven["iou"] == pytest.approx(90) and seven["iou_box"] == pytest.approx(90)
     assert seven["dice"] == pytest.approx(50 * (1.6 / 1.8 + 1))
     for name in ("iou", "dice", "iou_box"):
@@ -65,7 +65,7 @@ def test_patients(dataset, region):
 
 def test_without_scores(dataset, region):
     scored = evaluate_lesions(
-        dataset(1, [region(1, 0, 0, 10, 10)], patients=["a"]), [region(1, 0, 0, 10, 10, score=1)]
+        dataset(1, [region(1, 0, 0, 10, 10)], patients=["a"]), [region(1, 0, 0, 10, 10, score=None)]
     )
-    for rows in (image_rows, patient_rows):
-        assert np.isnan(rows(scored.ground_truth, scored.counts, scored=False)[0]["score"])
+    for rows in (scored.per_image, scored.per_patient):
+        assert np.isnan(rows[0]["score"])

@@ -117,7 +117,7 @@ def test_against_counting_lesion_by_lesion(random_case, seed):
     scored = evaluate_lesions(data, results, tau=0.5)
     gt, found = scored.ground_truth, scored.detections
     hits = {}
-    for d in np.flatnonzero(scored.counted & scored.matching.hit):
+    for d in np.flatnonzero(scored.above_threshold & scored.matching.hit):
         lesion = scored.matching.gt[d]
         pair = [found.regions.masks[d]], [gt.regions.masks[lesion]]
         hits[lesion] = mask_util.iou(*pair, [False])[0, 0]

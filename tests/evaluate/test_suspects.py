@@ -1,7 +1,7 @@
 import pytest
 
 from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.label_errors import Suspect, find_label_errors, pool_label_errors
+from imrcnn_d2.evaluation.label_errors import LabelError, find_label_errors, pool_label_errors
 
 OUTLINE = 10, 10, 20, 10  # x, y, width, height
 
@@ -85,10 +85,10 @@ def test_crowds_are_no_suspects_and_hide_what_is_in_them(suspects_of):
 
 def test_models_are_pooled_by_their_mean():
     def outline(score, region=0):
-        return Suspect("unmatched_outline", score, 3, region, None, 0.0)
+        return LabelError("unmatched_outline", score, 3, region, None, 0.0)
 
     def alarm(score, detection):
-        return Suspect("unlabelled_lesion", score, 4, None, detection, 0.0)
+        return LabelError("unlabelled_lesion", score, 4, None, detection, 0.0)
 
     first = [outline(0.4), outline(1.0, 1), alarm(0.9, 0), alarm(0.5, 1)]
     second = [outline(0.8), outline(0.9, 1)]

@@ -19,8 +19,8 @@ from mutations import damaged_bytes
 from PIL import Image
 from pydicom.uid import JPEGBaseline8Bit
 
+from imrcnn_d2.data.formats import Sample
 from imrcnn_d2.data.images import inspect_image, is_dicom, read_header, read_image, read_still
-from imrcnn_d2.data.prepare.data_set import Sample
 from imrcnn_d2.data.prepare.metadata import patients_from_dicom
 from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.inputs import VideoWriter, may_show_patient, public_name, read_dicom

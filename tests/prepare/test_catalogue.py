@@ -16,7 +16,7 @@ from detectron2.data.datasets import load_coco_json
 from torch.utils.data import DataLoader
 
 from imrcnn_d2.data.catalog import load_catalog
-from imrcnn_d2.data.formats.kvasir_seg import read_kvasir_seg
+from imrcnn_d2.data.formats import read_kvasir_seg, with_lesion_free
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.utils.files import Rejects
 
@@ -83,7 +83,7 @@ def test_records_are_those_of_detectron2(written):
 
 def test_prepared_data_are_read_as_by_detectron2(kvasir_original, no_polyp, tmp_path):
     rejects = Rejects()
-    source = read_kvasir_seg(kvasir_original, rejects, no_polyp)
+    source = with_lesion_free(read_kvasir_seg(kvasir_original, rejects), no_polyp, rejects)
     prepare_dataset(source, tmp_path / "set", SplitOptions(ratio=(1, 0, 0)), rejects)
     json_file = tmp_path / "set" / "annotations" / "train.json"
     expected = load_coco_json(str(json_file), str(tmp_path / "set" / "images"))

@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imrcnn_d2.data.formats.classification import (
-    carve_validation,
-    read_class_folders,
-    read_label_csv,
-)
+from imrcnn_d2.data.formats import read_class_folders, read_label_csv
+from imrcnn_d2.data.formats.classification import carve_validation
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset, write_folds
 from imrcnn_d2.data.prepare.splits import FixedTest
 from imrcnn_d2.utils.files import BadInputError, Rejects
@@ -63,8 +60,8 @@ def labels(content):
 
 
 def test_folders_become_a_data_set(root, tmp_path):
-    source, given = read_class_folders(root, Rejects())
-    assert given == {}
+    source = read_class_folders(root, Rejects())
+    assert source.splits == {}
     coco = prepared(source, tmp_path / "out").coco
     assert [c["name"] for c in coco["test"]["categories"]] == sorted(CLASSES)
     assert [c["supercategory"] for c in coco["test"]["categories"]] == [
@@ -89,7 +86,7 @@ def test_folders_become_a_data_set(root, tmp_path):
 
 
 def test_a_test_set_of_fixed_size_as_published(root, tmp_path):
-    source, _ = read_class_folders(root, Rejects())
+    source = read_class_folders(root, Rejects())
     coco = prepared(source, tmp_path / "out", ratio=FixedTest(5, 10)).coco
     assert Counter(labels(coco["test"]).values()) == dict.fromkeys(CLASSES, 5)
     # A tenth of 7 + 11 + 15 for validation.
@@ -106,7 +103,7 @@ def test_a_test_set_of_fixed_size_as_published(root, tmp_path):
 
 
 def test_classes_have_the_order_asked_for_and_cancers_can_be_named(root):
-    source, _ = read_class_folders(root, Rejects(), CLASSES, ["ulcer", "cancer"])
+    source = read_class_folders(root, Rejects(), CLASSES, ["ulcer", "cancer"])
     assert [(c["id"], c["name"], c["supercategory"]) for c in source.categories] == [
         (1, "cancer", "cancer"),
         (2, "ulcer", "cancer"),
@@ -119,15 +116,15 @@ def test_classes_have_the_order_asked_for_and_cancers_can_be_named(root):
 
 def test_without_a_cancer_class_nothing_is_called_benign(root):
     (root / "cancer").rename(root / "polyp")
-    source, _ = read_class_folders(root, Rejects())
+    source = read_class_folders(root, Rejects())
     assert not any("supercategory" in category for category in source.categories)
 
 
 def test_a_table_with_patients(root, table, tmp_path):
     rows = all_rows(root, patient=lambda i: f"p{i // 3}")
     path = table([[*row[:3], "", "A"] for row in rows], "file,label,patient_id,split,centre")
-    source, given = read_label_csv(path, root, Rejects())
-    assert given == {}
+    source = read_label_csv(path, root, Rejects())
+    assert source.splits == {}
     coco = prepared(source, tmp_path / "out").coco
     patients = [{image["patient_id"] for image in c["images"]} for c in coco.values()]
     assert sum(map(len, patients)) == len(set.union(*patients)) == 16
@@ -138,8 +135,8 @@ def test_a_table_with_patients(root, table, tmp_path):
 def test_a_table_that_gives_the_splits(root, table, tmp_path, separator):
     rows = all_rows(root, split=lambda i: ("train", "val", "test", "")[i % 4])
     header = separator.join(("file", "label", "patient_id", "split"))
-    source, given = read_label_csv(table(rows, header, separator), root, Rejects())
-    coco = prepared(source, tmp_path / "out", given).coco
+    source = read_label_csv(table(rows, header, separator), root, Rejects())
+    coco = prepared(source, tmp_path / "out", source.splits).coco
     for name, label, _, split in rows:
         if split:
             assert labels(coco[split])[name] == label
@@ -148,8 +145,9 @@ def test_a_table_that_gives_the_splits(root, table, tmp_path, separator):
 
 def test_validation_is_carved_from_training_and_never_from_the_test_set(root, table, tmp_path):
     rows = all_rows(root, lambda i: f"p{i // 2}", lambda i: "test" if i // 2 % 4 == 0 else "train")
-    source, given = read_label_csv(table(rows), root, Rejects())
-    carved = carve_validation(source, given, 25)
+    source = read_label_csv(table(rows), root, Rejects())
+    given = source.splits
+    carved = carve_validation(source, 25)
     assert carved["test"] == given["test"]
     assert sorted(carved["train"] + carved["val"]) == sorted(given["train"])
     assert len(carved["val"]) == pytest.approx(len(given["train"]) / 4, abs=2)
@@ -159,14 +157,14 @@ def test_validation_is_carved_from_training_and_never_from_the_test_set(root, ta
     coco = prepared(source, tmp_path / "out", carved).coco
     assert sorted(labels(coco["test"])) == sorted(given["test"])
     with pytest.raises(ValueError, match="100 % of the training images"):
-        carve_validation(source, given, 100)
+        carve_validation(source, 100)
     # Those that are given are left alone.
-    with_val = {**given, "val": given["train"][:3], "train": given["train"][3:]}
-    assert carve_validation(source, with_val, 25) == with_val
+    source.splits = {**given, "val": given["train"][:3], "train": given["train"][3:]}
+    assert carve_validation(source, 25) == source.splits
 
 
 def test_folds_are_stratified_by_class(root, tmp_path):
-    source, _ = read_class_folders(root, Rejects())
+    source = read_class_folders(root, Rejects())
     out = prepared(source, tmp_path / "gastric_recognition", folds=4).out
     tested = Counter()
     for folder in write_folds(out, 4):
@@ -186,8 +184,8 @@ def test_a_converted_image_keeps_its_split(root, table, tmp_path):
     Image.fromarray(np.linspace(0, 65000, 72, dtype=np.uint16).reshape(8, 9)).save(
         root / "ulcer" / "deep.tiff"
     )
-    source, given = read_label_csv(table(rows), root, Rejects())
-    coco = prepared(source, tmp_path / "out", given).coco
+    source = read_label_csv(table(rows), root, Rejects())
+    coco = prepared(source, tmp_path / "out", source.splits).coco
     assert labels(coco["test"])["ulcer/deep.png"] == "ulcer"
 
 
@@ -221,7 +219,7 @@ def test_bad_files_are_listed_and_left_out(root, tmp_path):
     put(root, "ulcer/z.png", (root / "ulcer/01.png").read_bytes())
     (root / "polyp").mkdir()
     rejects = Rejects("reject")
-    source, _ = read_class_folders(root, rejects)
+    source = read_class_folders(root, rejects)
     out = prepare_dataset(source, tmp_path / "out", SplitOptions(), rejects)
     reasons = [(error.file.removeprefix(f"{root}/"), error.reason) for error in rejects.errors]
     assert [name for name, _ in reasons] == [
@@ -280,14 +278,14 @@ def test_a_table_without_its_columns(root, table, tmp_path):
 
 def test_every_split_needs_every_class(root, table, tmp_path):
     rows = all_rows(root, split=lambda i: "train" if i < 12 else ("train", "val", "test")[i % 3])
-    source, given = read_label_csv(table(rows), root, Rejects())
+    source = read_label_csv(table(rows), root, Rejects())
     with pytest.raises(ValueError, match="val has no image of cancer: every split needs all 3"):
-        prepared(source, tmp_path / "out", given)
+        prepared(source, tmp_path / "out", source.splits)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_patient_in_two_given_splits(root, table, tmp_path):
     rows = all_rows(root, lambda i: f"p{i // 2}", lambda i: ("train", "val", "test")[i % 3])
-    source, given = read_label_csv(table(rows), root, Rejects())
+    source = read_label_csv(table(rows), root, Rejects())
     with pytest.raises(ValueError, match="have patient p.* in more than one part"):
-        prepared(source, tmp_path / "out", given)
+        prepared(source, tmp_path / "out", source.splits)

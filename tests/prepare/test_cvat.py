@@ -9,7 +9,7 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from imrcnn_d2.data.formats.cvat import read_cvat
+from imrcnn_d2.data.formats import read_cvat
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
 # As "CVAT for images 1.1" and "CVAT for video 1.1"; the mask is that of CVAT's documentation.
@@ -210,7 +210,7 @@ def test_a_video_without_frames(images, tmp_path, frames):
 
 MASK = 'rle="3, 5, 7'
 BAD = {
-    "polyline": ("<polygon", "<polyline", "is no area; outline it"),
+    "polyline": ("<polygon", "<polyline", "is no area"),
     "points": ("30.00,5.00;", "30.00;", "its points are not x,y;x,y"),
     "text": ("30.00,5.00;", "x,5.00;", "'x' is no number"),
     "infinite": ("30.00,5.00;", "inf,5.00;", "'inf' is no number"),
@@ -260,7 +260,7 @@ BAD_FILES = {
         '<annotations><version>1.1</version><image id="0"/><track id="0"/></annotations>',
         "has both images and tracks",
     ),
-    "nothing": ("<annotations><version>1.1</version></annotations>", "nothing is outlined in it"),
+    "nothing": ("<annotations><version>1.1</version></annotations>", "nothing is annotated in it"),
 }
 
 

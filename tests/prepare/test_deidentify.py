@@ -10,10 +10,9 @@ from endoscope_frames import draw_frame
 from PIL import Image
 
 from imrcnn_d2.data.endoscope_view import find_view
-from imrcnn_d2.data.formats.coco import read_coco
+from imrcnn_d2.data.formats import Sample, Source, read_coco
 from imrcnn_d2.data.images import inspect_image, read_image
 from imrcnn_d2.data.masks import annotation_from_mask
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.data.prepare.deidentify import Pseudonyms, deidentified, parse_keep
 from imrcnn_d2.utils.files import BadInputError, Rejects
 

@@ -8,7 +8,7 @@ import pytest
 
 from imrcnn_d2.cli import export_annotations, prepare_dataset
 
-FORMATS = Path(__file__).parents[1] / "data" / "formats"
+FORMATS = Path(__file__).parent / "formats"
 
 
 def run(capsys, module, *args):

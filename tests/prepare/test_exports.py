@@ -13,20 +13,25 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from imrcnn_d2.data.formats.coco import read_coco
-from imrcnn_d2.data.formats.cvat import read_cvat
-from imrcnn_d2.data.formats.export import export
-from imrcnn_d2.data.formats.kvasir_seg import read_kvasir_seg
-from imrcnn_d2.data.formats.labelme import read_labelme
-from imrcnn_d2.data.formats.mask_folder import read_mask_folder
+from imrcnn_d2.data.formats import (
+    FORMATS,
+    Sample,
+    Source,
+    export,
+    read_coco,
+    read_cvat,
+    read_kvasir_seg,
+    read_labelme,
+    read_mask_folder,
+)
 from imrcnn_d2.data.images import inspect_image, read_mask
 from imrcnn_d2.data.masks import annotation_from_mask
-from imrcnn_d2.data.prepare.data_set import Sample, Source, SplitOptions, prepare_dataset
+from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
 CATEGORIES = [{"id": 1, "name": "adenoma"}, {"id": 2, "name": "early cancer"}]
 CLASSES = [category["name"] for category in CATEGORIES]
-FORMATS = ("labelme", "cvat", "masks")
+WRITABLE = [name for name, form in FORMATS.items() if form.write]
 
 
 def back(to, out, images, classes=CLASSES):
@@ -66,7 +71,7 @@ def check_masks(samples, returned, least):
             assert overlaps.max() >= least
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", WRITABLE)
 def test_lesions_and_back(to, kvasir_352, tmp_path):
     masks = {}
     for path in sorted((kvasir_352 / "masks").iterdir())[:60]:
@@ -74,12 +79,12 @@ def test_lesions_and_back(to, kvasir_352, tmp_path):
         masks[f"{path.stem}.png"] = [(mask, 1, {})]
     masks["healthy.png"] = []
     samples = saved(tmp_path / "images", masks)
-    assert export(Source(samples, CATEGORIES, {}), to, tmp_path / "out") == []
+    assert export(Source(samples, CATEGORIES, {}), FORMATS[to], tmp_path / "out") == []
     returned = back(to, tmp_path / "out", tmp_path / "images")
     check_masks(samples, returned.samples, 1 if to == "masks" else 0.99)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", WRITABLE)
 @given(data=st.data())
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_mask_and_back(to, data, tmp_path_factory):
@@ -90,7 +95,7 @@ def test_any_mask_and_back(to, data, tmp_path_factory):
     assume(len(lesions) == len(drawn))
     samples = saved(tmp_path / "images", {"a.png": list(lesions.values())})
     assume(lesions)
-    export(Source(samples, CATEGORIES, {}), to, tmp_path / "out")
+    export(Source(samples, CATEGORIES, {}), FORMATS[to], tmp_path / "out")
     returned = back(to, tmp_path / "out", tmp_path / "images")
     check_masks(samples, returned.samples, 1 if to == "masks" else 0.99)
 
@@ -112,7 +117,7 @@ def described(tmp_path):
 @pytest.mark.parametrize("to", ["labelme", "cvat"])
 def test_fields(to, described, tmp_path):
     source, images = described
-    notes = export(source, to, tmp_path / "out")
+    notes = export(source, FORMATS[to], tmp_path / "out")
     returned = back(to, tmp_path / "out", images)
     first, second = returned.samples
     lesion, crowd = first.annotations
@@ -127,7 +132,7 @@ def test_fields(to, described, tmp_path):
 
 
 def test_labels_of_a_cvat_task(described, tmp_path):
-    export(described[0], "cvat", tmp_path / "out")
+    export(described[0], FORMATS["cvat"], tmp_path / "out")
     adenoma, cancer = json.loads((tmp_path / "out" / "labels.json").read_text())
     assert (adenoma["name"], cancer["name"]) == tuple(CLASSES)
     kinds = {a["name"]: (a["input_type"], a["values"]) for a in adenoma["attributes"]}
@@ -145,41 +150,41 @@ def test_what_only_some_lesions_have_stays_unknown_in_cvat(described, tmp_path):
     source, images = described
     lesion, crowd = source.samples[0].annotations
     crowd["category_id"] = 1
-    export(source, "cvat", tmp_path / "out")
+    export(source, FORMATS["cvat"], tmp_path / "out")
     adenoma, _ = json.loads((tmp_path / "out" / "labels.json").read_text())
     kinds = {a["name"]: (a["input_type"], a["values"]) for a in adenoma["attributes"]}
     assert kinds["size_mm"] == kinds["sure"] == ("text", [""])
     assert kinds["iscrowd"] == ("checkbox", ["false"])
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", WRITABLE)
 def test_lists_and_objects_are_told(to, described, tmp_path):
     source, _ = described
     source.samples[0].annotations.pop()
     source.samples[0].annotations[0]["keypoints"] = [1, 2, 2]
     source.samples[0].fields["device"] = {"maker": "x"}
-    notes = export(source, to, tmp_path / "out")
+    notes = export(source, FORMATS[to], tmp_path / "out")
     assert "lists and objects cannot be kept: device, keypoints" in notes
 
 
 def test_what_masks_cannot_keep(described, tmp_path):
     source, images = described
     with pytest.raises(BadInputError, match="a.png: has a crowd region"):
-        export(source, "masks", tmp_path / "out")
+        export(source, FORMATS["masks"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     source.samples[0].annotations.pop()
-    notes = export(source, "masks", tmp_path / "out")
+    notes = export(source, FORMATS["masks"], tmp_path / "out")
     assert notes == ["not in the masks: blurred, lesion_id, occluded, patient_id, size_mm, sure"]
     written = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.png"))
     assert list(map(str, written)) == ["a/adenoma_1.png", "b/c/0.png"]
     for name in ("x/y", "cancer_2", "7", "_"):
         odd = replace(source, categories=[{"id": 1, "name": name}])
         with pytest.raises(BadInputError, match="cannot be told from a file's name; rename it"):
-            export(odd, "masks", tmp_path / "other")
+            export(odd, FORMATS["masks"], tmp_path / "other")
 
 
 def test_labelme_finds_the_images(described, tmp_path):
-    export(described[0], "labelme", tmp_path / "deep" / "out")
+    export(described[0], FORMATS["labelme"], tmp_path / "deep" / "out")
     for name in ("a", "b/c"):
         path = tmp_path / "deep" / "out" / f"{name}.json"
         image_path = json.loads(path.read_text())["imagePath"]
@@ -192,30 +197,30 @@ def test_two_images_that_would_share_a_file(tmp_path):
     samples = saved(tmp_path / "images", {"a.png": [(mask, 1, {})], "a.bmp": [(mask, 1, {})]})
     for to in ("labelme", "masks"):
         with pytest.raises(BadInputError, match="a.bmp: would share its file with .*a.png"):
-            export(Source(samples, CATEGORIES, {}), to, tmp_path / "out")
+            export(Source(samples, CATEGORIES, {}), FORMATS[to], tmp_path / "out")
 
 
 def test_text_that_xml_cannot_hold(tmp_path):
     mask = np.ones((4, 4), bool)
     samples = saved(tmp_path / "images", {"a.png": [(mask, 1, {"remark": "a\x01b"})]})
     with pytest.raises(BadInputError, match="XML cannot hold '.x01'"):
-        export(Source(samples, CATEGORIES, {}), "cvat", tmp_path / "out")
+        export(Source(samples, CATEGORIES, {}), FORMATS["cvat"], tmp_path / "out")
 
 
 def test_a_folder_that_is_not_empty(described, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(FileExistsError, match="exists; choose another --output"):
-        export(described[0], "labelme", tmp_path / "out")
+        export(described[0], FORMATS["labelme"], tmp_path / "out")
 
 
 def test_polygons_of_coco(coco_folder, tmp_path):
     json_file, images = coco_folder()
     names = ["early gastric cancer"]
-    for to in FORMATS:
+    for to in WRITABLE:
         samples = list(read_coco(json_file, images, Rejects()).samples)
         source = Source(samples, [{"id": 1, "name": names[0]}], {})
-        export(source, to, tmp_path / to)
+        export(source, FORMATS[to], tmp_path / to)
         returned = back(to, tmp_path / to, images, names)
         boxes = [[a["bbox"] for a in sample.annotations] for sample in returned.samples]
         assert boxes == [[[10, 10, 20, 10]], [[10, 10, 20, 10]], []]

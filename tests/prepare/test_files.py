@@ -20,13 +20,12 @@ from PIL import EpsImagePlugin, Image
 from imrcnn_d2 import add_imrcnn_config
 from imrcnn_d2.data import images
 from imrcnn_d2.data import images as files
-from imrcnn_d2.data.formats.coco import read_coco
+from imrcnn_d2.data.formats import read_coco
 from imrcnn_d2.data.images import is_dicom, read_header
 from imrcnn_d2.data.mapper import ClassificationMapper, LesionMapper
 from imrcnn_d2.data.prepare.duplicates import describe_image
 from imrcnn_d2.data.prepare.metadata import read_metadata
 from imrcnn_d2.data.prepare.splits import read_splits
-from imrcnn_d2.evaluation.detection import inputs as mask_folder
 from imrcnn_d2.report.html.gallery import embed
 from imrcnn_d2.report.plots.images import plot_review_sheets, show_tile
 from imrcnn_d2.utils.files import BadInputError, Rejects, read_json
@@ -49,7 +48,6 @@ OPENERS = {
     "near_duplicates": describe_image,
     "detector": lambda path: train(LesionMapper, path),
     "classifier": lambda path: train(ClassificationMapper, path),
-    "masks to score": lambda path: mask_folder._read(path, {}),
     "report": embed,
     "contact sheet": lambda path: show_tile(Figure().subplots(), path.parent, path.name, ""),
     "review sheets": lambda path: plot_review_sheets(path.parent, path.parent.parent / "review"),
@@ -71,7 +69,7 @@ def folder(tmp_path):
 def test_formats_that_are_opened(folder, picture, kind, opener):
     pixels = picture(48, 64)
     Image.fromarray(pixels).save(folder / "a.png", format=kind)
-    if opener is not OPENERS["read_values"] and opener is not OPENERS["masks to score"]:
+    if opener is not OPENERS["read_values"]:
         opener(folder / "a.png")
     with files.open_image(folder / "a.png") as image:
         assert image.format == kind and image.size == (64, 48)
@@ -108,9 +106,9 @@ def test_postscript_starts_no_program(folder, picture, opener, monkeypatch):
 
 def test_images_are_opened_in_one_place():
     opened = re.compile(r"\bImage\.open\(|\bcv2\.imread|VideoCapture")
-    paths = [*ROOT.glob("imrcnn_d2/**/*.py"), *ROOT.glob("tools/*.py")]
+    paths = [*ROOT.glob("imrcnn_d2/**/*.py"), *ROOT.glob("benchmarks/*.py")]
     found = {path.name for path in paths if opened.search(path.read_text(encoding="utf-8"))}
-    assert found == {"files.py"}
+    assert found == {"images.py"}
 
 
 def png(width, height, mode=2, bits=8):
@@ -228,7 +226,7 @@ def test_a_sparse_file(folder, opener):
 
 
 READERS = {
-    **{name: OPENERS[name] for name in ("inspect_image", "detector", "report", "masks to score")},
+    **{name: OPENERS[name] for name in ("inspect_image", "detector", "report")},
     "json": read_json,
     "table": lambda path: read_metadata(path, Rejects()),
     "splits": read_splits,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imrcnn_d2.data.formats.kvasir_seg import read_kvasir_seg
+from imrcnn_d2.data.formats import read_kvasir_seg
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset, write_folds
 from imrcnn_d2.data.prepare.splits import read_splits
 from imrcnn_d2.data.prepare.synthetic import generate

@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_csv, damaged_header, damaged_json, damaged_xml
 from PIL import Image
 
-from imrcnn_d2.data.formats.coco import read_coco
-from imrcnn_d2.data.formats.cvat import read_cvat
-from imrcnn_d2.data.formats.labelme import read_labelme
+from imrcnn_d2.data.formats import read_coco, read_cvat, read_labelme
 from imrcnn_d2.data.images import (
     IMAGE_FORMATS,
     inspect_image,

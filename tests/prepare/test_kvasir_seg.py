@@ -10,7 +10,7 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from scipy import ndimage
 
-from imrcnn_d2.data.formats.kvasir_seg import read_kvasir_seg
+from imrcnn_d2.data.formats import read_kvasir_seg
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
 
@@ -53,12 +53,6 @@ def test_min_area(kvasir_folder):
     Image.fromarray(mask).save(root / "masks" / "a.png")
     assert [len(read(root, min_area=n)[0][0].annotations) for n in (15, 16)] == [2, 1]
     assert read(root)[1] == ["1 specks of fewer than 16 pixels left out of the masks"]
-
-
-def test_negatives(kvasir_folder, no_polyp):
-    samples, _, _ = read(kvasir_folder(), negatives=no_polyp)
-    assert len(samples) == 13
-    assert [sample.annotations for sample in samples[3:]] == [[]] * 10
 
 
 def test_mask_and_image_may_differ_in_suffix(kvasir_folder):
@@ -104,7 +98,7 @@ def duplicate(path):
         ("masks/b.png", put_other_size, "images/b.png: is 60x40, but its annotation says 61x40"),
         ("masks/b.png", put_black, "masks/b.png: empty mask"),
         ("masks/b.png", put_speck, "masks/b.png: empty mask: nothing of at least 16 pixels"),
-        ("masks/b.png", lambda path: path.unlink(), "images/b.png: has no mask in .*masks"),
+        ("masks/b.png", lambda path: path.unlink(), "images/b.png: has no mask"),
         ("images/b.png", lambda path: path.unlink(), "masks/b.png: mask without an image"),
     ],
 )
@@ -153,7 +147,7 @@ def test_masks_of_exif_rotated_images(kvasir_folder, orientation, drawn_on):
     lesion = mask_util.decode(sample.annotations[0]["segmentation"])
     if (orientation, drawn_on) == (3, "stored"):  # nothing tells the two apart: said, not guessed
         assert np.array_equal(lesion, stored > 0)
-        assert "taken as drawn on what is shown" in notes[0]
+        assert "EXIF-rotated" in notes[0]
     else:
         assert np.array_equal(lesion, bright)
 

@@ -199,7 +199,7 @@ def top(**changes):
 
 PNG = base64.b64encode(b"no png").decode()
 BAD = {
-    "line": (shape(shape_type="line"), "shapes.0., 'polyp': 'line' is no area; outline it"),
+    "line": (shape(shape_type="line"), "shapes.0., 'polyp': 'line' is no area"),
     "kind": (shape(shape_type=[1]), "is no area"),
     "no points": (shape(points=None), "its points are no list"),
     "flat": (shape(points=[1, 2, 3, 4, 5, 6]), "its points are no list"),

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from imrcnn_d2.data.formats.kvasir_seg import read_lesion_free
+from imrcnn_d2.data.formats import read_lesion_free
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.utils.files import BadInputError, Rejects
 

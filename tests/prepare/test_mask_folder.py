@@ -5,8 +5,7 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from imrcnn_d2.data.formats.kvasir_seg import read_kvasir_seg
-from imrcnn_d2.data.formats.mask_folder import read_mask_folder
+from imrcnn_d2.data.formats import read_kvasir_seg, read_mask_folder
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
 TWO = np.zeros((40, 60), np.uint8)
@@ -194,5 +193,5 @@ def test_bad_options(folder):
 
 def test_two_masks_of_one_image(folder):
     folders = folder({"a.png": TWO, "a.bmp": TWO, "b.png": TWO})
-    with pytest.raises(BadInputError, match="a.png: same image as .*a.bmp"):
+    with pytest.raises(BadInputError, match="a.png: duplicate: same image as .*a.bmp"):
         read(folders)

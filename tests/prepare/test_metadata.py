@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from imrcnn_d2.data.formats.coco import read_coco
+from imrcnn_d2.data.formats import read_coco
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.data.prepare.metadata import read_metadata, with_metadata
 from imrcnn_d2.evaluation import evaluate_lesions
@@ -136,8 +136,8 @@ def test_a_column_that_is_almost_numbers(join):
     ("text", "message"),
     [
         ("name,x\na,1\n", "none of the columns file, patient_id, lesion_id.*it has name, x"),
-        ("file,width,id\n1.png,5,3\n", "columns id, width are COCO's own"),
-        ("lesion_id,area\nL1,5\n", "columns area are COCO's own"),
+        ("file,width,id\n1.png,5,3\n", "columns id, width are COCO's"),
+        ("lesion_id,area\nL1,5\n", "columns area are COCO's"),
         ("file,x\n,1\n", "line 2: has no file"),
         ("file,x\n1.png,1\n./1.png,2\n", "line 3: 1.png is in line 2 already"),
         ("file,x\none.png,1\n", r"no file in it is .* one\.png \(line 2\).*set 1\.png, 2\.png"),

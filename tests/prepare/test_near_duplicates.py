@@ -3,11 +3,11 @@
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from imrcnn_d2.data.prepare.duplicates import MIN_CORRELATION, find_near_duplicates, group_labels
+from imrcnn_d2.data.prepare.duplicates import MIN_CORRELATION, find_near_duplicates, joined_groups
 
 # Found in Kvasir-SEG by looking: a frame stored twice, one with and without the endoscope's screen,
 # and one moments later.
-TWINS = [("test_0016", "train_0222"), ("test_0033", "test_0051"), ("train_0515", "valid_0075")]
+KNOWN = [("test_0016", "train_0222"), ("test_0033", "test_0051"), ("train_0515", "valid_0075")]
 
 
 def reframed(image):
@@ -36,9 +36,12 @@ def frames(kvasir_352):
 
 @pytest.fixture(scope="module")
 def pairs(frames, kvasir_352, tmp_path_factory):
-    """Pairs of names among frames, their changed copies and the twins."""
+    """Pairs of names among frames, their changed copies and the duplicates."""
     folder = tmp_path_factory.mktemp("copies")
-    paths = [*frames, *(kvasir_352 / "images" / f"{name}.jpg" for twins in TWINS for name in twins)]
+    paths = [
+        *frames,
+        *(kvasir_352 / "images" / f"{name}.jpg" for duplicates in KNOWN for name in duplicates),
+    ]
     for frame, (name, change) in zip(frames, CHANGES.items(), strict=False):
         with Image.open(frame) as image:
             change(image).save(folder / f"{name}.jpg", quality=60)
@@ -49,16 +52,16 @@ def pairs(frames, kvasir_352, tmp_path_factory):
     return {(paths[pair.a].stem, paths[pair.b].stem): pair.correlation for pair in found}
 
 
-def test_copies_and_twins_stand_out(pairs, frames):
+def test_copies_and_duplicates_stand_out(pairs, frames):
     copies = {(frame.stem, name) for frame, name in zip(frames, CHANGES, strict=False)}
-    assert {pair for pair, correlation in pairs.items() if correlation > 0.5} == copies | set(TWINS)
-    assert len(pairs) <= len(copies | set(TWINS)) + 1
+    assert {pair for pair, correlation in pairs.items() if correlation > 0.5} == copies | set(KNOWN)
+    assert len(pairs) <= len(copies | set(KNOWN)) + 1
 
 
 def test_copies_correlate(pairs):
     correlations = {name: value for (_, name), value in pairs.items() if name in CHANGES}
     assert min(correlations.values()) > 0.9, correlations
-    assert pairs[TWINS[0]] > 0.95 > pairs[TWINS[2]]
+    assert pairs[KNOWN[0]] > 0.95 > pairs[KNOWN[2]]
 
 
 def test_mirrored_copies(kvasir_352, tmp_path):
@@ -83,8 +86,7 @@ def test_images_without_detail(tmp_path):
     assert find_near_duplicates([]) == []
 
 
-def test_group_labels():
-    labels = group_labels(6, [(0, 3), (5, 3)])
-    assert labels[0] == labels[3] == labels[5]
-    assert len(set(labels.tolist())) == 4
-    assert len(set(group_labels(3, []).tolist())) == 3
+def test_joined_groups():
+    assert joined_groups(6, [(0, 3), (5, 3)]) == [[0, 3, 5]]
+    assert joined_groups(4, [(0, 1, 2), [3]]) == [[0, 1, 2]]
+    assert joined_groups(3, []) == []

@@ -5,8 +5,7 @@ import re
 
 import pytest
 
-from imrcnn_d2.data.formats.coco import read_coco
-from imrcnn_d2.data.formats.kvasir_seg import read_kvasir_seg
+from imrcnn_d2.data.formats import read_coco, read_kvasir_seg
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.data.prepare.metadata import (
     patients_from_dicom,

@@ -16,7 +16,7 @@ from detectron2.data import (
 from processes import run_script
 
 from imrcnn_d2.data import catalog as register
-from imrcnn_d2.data.formats.coco import read_coco
+from imrcnn_d2.data.formats import read_coco
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.utils.files import Rejects
 

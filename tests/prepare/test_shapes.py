@@ -16,7 +16,7 @@ from imrcnn_d2.data.masks import (
     check_extent,
     check_size,
     ellipse_rle,
-    outlines,
+    mask_polygons,
     patch_rle,
     polygon_rle,
     rectangle,
@@ -31,7 +31,7 @@ def decoded(rle):
 
 
 def redrawn(mask):
-    lines = [polygon_rle(line.tolist(), *mask.shape) for line in outlines(mask, True)]
+    lines = [polygon_rle(line.tolist(), *mask.shape) for line in mask_polygons(mask, True)]
     return decoded(mask_util.merge(lines))
 
 
@@ -42,7 +42,7 @@ def iou(a, b):
 @given(MASKS)
 def test_outlines_are_near_the_mask_or_none(mask):
     assume(mask.any())
-    lines = outlines(mask)
+    lines = mask_polygons(mask)
     if lines is None:
         assert (ndimage.binary_fill_holes(mask) != mask).any()
     else:
@@ -55,27 +55,27 @@ def test_outlines_keep_the_mask(mask):
     filled = ndimage.binary_fill_holes(mask)
     assume(mask.any())
     assert iou(redrawn(mask), filled) >= MIN_IOU
-    assert len(outlines(mask, True)) == ndimage.label(filled, np.ones((3, 3)))[1]
+    assert len(mask_polygons(mask, True)) == ndimage.label(filled, np.ones((3, 3)))[1]
 
 
 def test_holes():
     mask = np.zeros((60, 80), bool)
     mask[5:55, 5:75] = True  # of 3,500 pixels
     mask[20, 20:25] = False
-    (line,) = outlines(mask)  # a speck does not keep anybody from moving points
+    (line,) = mask_polygons(mask)  # a speck does not keep anybody from moving points
     assert len(line) == 4
     mask[20:30, 20:25] = False
-    assert outlines(mask) is None
-    assert [len(line) for line in outlines(mask, fill_holes=True)] == [4]
+    assert mask_polygons(mask) is None
+    assert [len(line) for line in mask_polygons(mask, fill_holes=True)] == [4]
 
 
 def test_outlines_of_lesions(kvasir_352):
     points = []
     for path in sorted((kvasir_352 / "masks").iterdir())[:40]:
         mask = read_mask(path)
-        assert outlines(mask) is not None, "specks alone"
+        assert mask_polygons(mask) is not None, "specks alone"
         assert iou(redrawn(mask), mask) >= MIN_IOU
-        points.append(sum(map(len, outlines(mask))))
+        points.append(sum(map(len, mask_polygons(mask))))
     assert np.median(points) < 50, "to be moved by hand"
 
 
@@ -83,7 +83,7 @@ def test_outlines_lie_on_the_edges_of_pixels():
     mask = np.zeros((10, 12), bool)
     mask[2:5, 3:9] = True
     mask[7, 1] = True
-    first, second = outlines(mask)
+    first, second = mask_polygons(mask)
     assert sorted(map(tuple, first)) == [(3, 2), (3, 5), (9, 2), (9, 5)]
     assert sorted(map(tuple, second)) == [(1, 7), (1, 8), (2, 7), (2, 8)]
 

@@ -9,7 +9,8 @@ def content(num_images, lesions, patient=None):
             {"id": i, "width": 10, "height": 10, "patient_id": patient} for i in range(num_images)
         ],
         "annotations": [
-            {"image_id": i, "area": area, "iscrowd": crowd} for i, area, crowd in lesions
+            {"image_id": i, "area": area, "bbox": [], "iscrowd": crowd}
+            for i, area, crowd in lesions
         ],
     }
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imrcnn_d2.data.prepare.synthetic import draw_view, generate
+from imrcnn_d2.data.prepare.synthetic import generate, render_view
 
 
 def read(folder, num_images, size=64, seed=0):
@@ -50,7 +50,7 @@ def test_any_size(tmp_path, size):
 
 @pytest.mark.parametrize("patient", range(12))
 def test_lesions_differ_from_the_mucosa_around_them(patient):
-    image, masks = draw_view(192, 0, patient, 0)
+    image, masks = render_view(192, 0, patient, 0)
     assert 1 <= len(masks) <= 2
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(float)
     for mask in masks:
@@ -65,7 +65,7 @@ def test_lesions_differ_from_the_mucosa_around_them(patient):
 def test_views_share_a_look_and_differ_in_pose():
     colours = {}
     for patient in range(6):
-        views = [draw_view(96, 0, patient, view, healthy=True)[0] for view in range(4)]
+        views = [render_view(96, 0, patient, view, healthy=True)[0] for view in range(4)]
         centre = [view[24:72, 24:72].reshape(-1, 3).astype(float) for view in views]
         # the ratio of red to green does not depend on the light's strength
         colours[patient] = [np.median(c[:, 0] / np.maximum(c[:, 1], 1)) for c in centre]
@@ -76,7 +76,7 @@ def test_views_share_a_look_and_differ_in_pose():
 
 
 def test_healthy_views_have_no_mask():
-    assert draw_view(64, 0, 0, 0, healthy=True)[1] == []
+    assert render_view(64, 0, 0, 0, healthy=True)[1] == []
 
 
 @pytest.mark.parametrize(("num_images", "size"), [(0, 64), (5, 32)])

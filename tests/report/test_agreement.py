@@ -43,7 +43,7 @@ def test_table(found):
         [cell.strip() for cell in line.split("|")] for line in agreement_table(found).split("\n")
     ]
     table = {row[1]: dict(zip(rows[0], row, strict=True)) for row in rows}
-    assert table["anna vs ben"]["f1"].startswith(f"{found.figures['anna vs ben']['f1']:.1f} [")
+    assert table["anna vs ben"]["f1"].startswith(f"{found.values['anna vs ben']['f1']:.1f} [")
     assert table["anna vs ben"]["kappa"].startswith("0.50")
     assert "fleiss_kappa" in table[""] and table["annotators"]["fleiss_kappa"] == ""
     assert table["with_model"]["fleiss_kappa"] and not table["with_model"]["f1"]
@@ -57,7 +57,7 @@ def test_matrices(found, tmp_path):
     values = np.array(f1.images[0].get_array().filled(np.nan))
     expected = {"anna vs ben": (0, 1), "anna vs model": (0, 2), "ben vs model": (1, 2)}
     for name, (row, column) in expected.items():
-        assert values[row, column] == pytest.approx(found.figures[name]["f1"] / 100)
+        assert values[row, column] == pytest.approx(found.values[name]["f1"] / 100)
     np.testing.assert_equal(values, values.T)
     assert np.isnan(values.diagonal()).all()
     texts = {text.get_position(): text.get_text() for text in kappa.texts}

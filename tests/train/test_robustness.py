@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.data.masks import annotation_from_mask, components
 from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.robustness import choose_subset, evaluate_robustness, read_ground_truth
+from imrcnn_d2.evaluation.robustness import choose_subset, evaluate_robustness, load_coco
 from imrcnn_d2.utils.files import BadInputError
 
 SIZE = 120
@@ -35,7 +35,7 @@ def data(tmp_path_factory):
         Image.fromarray(image).save(folder / f"{i}.png")
         coco["images"].append({"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE})
     (folder / "gt.json").write_text(json.dumps(coco))
-    return read_ground_truth(folder / "gt.json"), folder
+    return load_coco(folder / "gt.json"), folder
 
 
 def bright_spots(images):
@@ -155,7 +155,7 @@ def test_subsets():
 
 
 def test_ground_truth_is_read_silently(data, capsys):
-    ground_truth = read_ground_truth(data[1] / "gt.json")
+    ground_truth = load_coco(data[1] / "gt.json")
     assert isinstance(ground_truth, COCO)
     assert capsys.readouterr().out == ""
 

@@ -1,26 +1,22 @@
-"""Images that show the same, and patients in several splits."""
+"""Checks of images, annotations, duplicates and patients of a data set."""
 
 import functools
 import hashlib
-import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing.pool import ThreadPool
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
-from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from imrcnn_d2.data.audit.findings import Entry, Finding, finding
 from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.formats.coco import to_rle
-from imrcnn_d2.data.images import annotated_on_stored_pixels, inspect_image, read_image
-from imrcnn_d2.data.prepare.duplicates import compare_images, describe_image, group_labels
+from imrcnn_d2.data.images import annotated_on_stored_pixels, in_threads, inspect_image, read_image
+from imrcnn_d2.data.prepare.duplicates import find_near_duplicates, joined_groups, positions
 from imrcnn_d2.utils.files import BadInputError
 
 __all__ = [
@@ -29,17 +25,16 @@ __all__ = [
     "Examined",
     "ImageMeasures",
     "Line",
-    "Outline",
-    "DuplicateGroup",
+    "DecodedAnnotation",
+    "DuplicatePair",
     "category_findings",
-    "draw_outlines",
-    "exact_duplicate_groups",
+    "decode_annotations",
+    "exact_duplicates",
     "examine_all",
     "file_findings",
     "groups",
-    "in_threads",
     "measure_image",
-    "near_duplicate_groups",
+    "near_duplicates",
     "annotation_findings",
     "repeated_id_findings",
     "text_lines",
@@ -77,7 +72,7 @@ class ImageMeasures:
         chroma: mean difference of a pixel's largest and smallest channel, in the view.
         red_minus_blue: their mean difference in the view.
         view_share: share of the image that is the endoscope's view.
-        text: boxes (x0, y0, x1, y1) of what looks like a line of writing beside the view.
+        text: boxes (x0, y0, x1, y1) of what looks like a line of writing next to the view.
     """
 
     width: int
@@ -138,7 +133,7 @@ def measure_image(image: np.ndarray, view: View, file_hash: str) -> ImageMeasure
 
 
 def text_lines(image: np.ndarray, view: View) -> list[Line]:
-    """Boxes (x0, y0, x1, y1) around what looks like a line of writing beside the view.
+    """Boxes (x0, y0, x1, y1) around what looks like a line of writing next to the view.
 
     It is not read: what counts are strokes side by side, in a row, that stand out from the
     background. The frames of insets are no writing.
@@ -213,41 +208,41 @@ def _not_installed(name: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(f"{name} is not installed: pip install -e '.[audit]'")
 
 
-# Of the frame, but at least so many pixels: 8x8 at 352x352. Smaller outlines are clicks and specks.
+# Of the frame, but at least so many pixels: 8x8 at 352x352. What is smaller is a click or a speck.
 TINY_SHARE, TINY_PIXELS = 0.0005, 16
-OUTSIDE_SHARE = 0.25  # of an outline, beyond the view
-SAME_IOU = 0.75  # of two outlines of one lesion
+OUTSIDE_SHARE = 0.25  # of an annotation, beyond the view
+SAME_IOU = 0.75  # of two annotations of one lesion
 CROSSING_SHARE = 0.01  # of a polygon's area, that changes with how its crossings are read
 IMBALANCE = 10  # times as many annotations
-PAIRED = 200  # outlines of an image that are compared in pairs
+PAIRED = 200  # annotations of an image that are compared in pairs
 
 
 @dataclass(frozen=True)
-class Outline:
-    """An annotation that could be drawn.
+class DecodedAnnotation:
+    """An annotation with a mask.
 
     Attributes:
-        annotation: as in the file.
+        record: as in the file.
         rle: compressed RLE of its mask.
         area: pixels.
     """
 
-    annotation: dict
+    record: dict
     rle: dict
     area: int
 
 
-def draw_outlines(
+def decode_annotations(
     entry: Entry, width: int, height: int, category_ids: set
-) -> tuple[list[Outline], list[Finding]]:
-    """The outlines of an image, and findings on those that cannot be drawn.
+) -> tuple[list[DecodedAnnotation], list[Finding]]:
+    """Decodes the annotations of an image; findings on those that have no mask.
 
     Args:
         entry: the image.
         width, height: pixels that it was annotated at.
         category_ids: the categories there are.
     """
-    outlines, findings = [], []
+    decoded, findings = [], []
 
     def add(kind: str, annotation: dict, detail: str) -> None:
         findings.append(
@@ -270,18 +265,18 @@ def draw_outlines(
         elif not (area := int(mask_util.area(rle))):
             add("empty", annotation, f"The mask covers no pixel of the {width}x{height} image.")
         else:
-            outlines.append(Outline(annotation, rle, area))
-    return outlines, findings
+            decoded.append(DecodedAnnotation(annotation, rle, area))
+    return decoded, findings
 
 
 def annotation_findings(
-    entry: Entry, outlines: Sequence[Outline], view: np.ndarray
+    entry: Entry, decoded: Sequence[DecodedAnnotation], view: np.ndarray
 ) -> Iterator[Finding]:
-    """Tiny outlines, such outside the view, in pairs on one lesion, and polygons that cross.
+    """Tiny annotations, such outside the view, in pairs on one lesion, and polygons that cross.
 
     Args:
         entry: the image.
-        outlines: of :func:`draw_outlines`.
+        annotations: of `decode_annotations`.
         view: (H, W) bool, the endoscope's view with what is laid over it.
 
     Raises:
@@ -290,36 +285,36 @@ def annotation_findings(
     where = [entry.name], [entry.split]
     least = max(TINY_PIXELS, TINY_SHARE * view.size)
     shown = mask_util.encode(np.asfortranarray(view, dtype=np.uint8))
-    for outline in outlines:
-        about = {"annotation_id": _id(outline.annotation)}
-        if outline.area < least:
-            told = f"It covers {outline.area} pixels, less than {least:.0f}."
-            yield finding("tiny", *where, told, score=float(outline.area), **about)
-        inside = mask_util.area(mask_util.merge([outline.rle, shown], intersect=True))
-        outside = 1 - int(inside) / outline.area if view.any() else 0.0
+    for annotation in decoded:
+        about = {"annotation_id": _id(annotation.record)}
+        if annotation.area < least:
+            detail = f"It covers {annotation.area} pixels, less than {least:.0f}."
+            yield finding("tiny", *where, detail, score=float(annotation.area), **about)
+        inside = mask_util.area(mask_util.merge([annotation.rle, shown], intersect=True))
+        outside = 1 - int(inside) / annotation.area if view.any() else 0.0
         if outside > OUTSIDE_SHARE:
-            told = f"{outside:.0%} of it is outside the endoscope's view."
-            yield finding("outside_view", *where, told, score=float(outside), **about)
-        crossing = _crossing(outline.annotation["segmentation"])
+            detail = f"{outside:.0%} of it is outside the endoscope's view."
+            yield finding("outside_view", *where, detail, score=float(outside), **about)
+        crossing = _crossing(annotation.record["segmentation"])
         if crossing > CROSSING_SHARE:
-            told = f"{crossing:.0%} of its area depends on how the crossings are read."
-            yield finding("self_crossing", *where, told, score=crossing, **about)
-    yield from _pairs(entry, [o for o in outlines if not o.annotation.get("iscrowd")])
+            detail = f"{crossing:.0%} of its area depends on how the crossings are read."
+            yield finding("self_crossing", *where, detail, score=crossing, **about)
+    yield from _pairs(entry, [a for a in decoded if not a.record.get("iscrowd")])
 
 
-def _pairs(entry: Entry, outlines: Sequence[Outline]) -> Iterator[Finding]:
-    if len(outlines) > PAIRED:
-        told = f"Of {len(outlines)} outlines only the first {PAIRED} were compared in pairs."
-        yield finding("overlapping", [entry.name], [entry.split], told, severity="info")
-    masks = [outline.rle for outline in outlines[:PAIRED]]
+def _pairs(entry: Entry, decoded: Sequence[DecodedAnnotation]) -> Iterator[Finding]:
+    if len(decoded) > PAIRED:
+        detail = f"Of {len(decoded)} annotations only the first {PAIRED} were compared in pairs."
+        yield finding("overlapping", [entry.name], [entry.split], detail, severity="info")
+    masks = [annotation.rle for annotation in decoded[:PAIRED]]
     overlaps = mask_util.iou(masks, masks, [0] * len(masks)) if len(masks) > 1 else np.zeros((0, 0))
     for i, j in np.argwhere(np.triu(overlaps, 1) > SAME_IOU).tolist():
-        a, b = outlines[i].annotation, outlines[j].annotation
+        a, b = decoded[i].record, decoded[j].record
         if a["category_id"] == b["category_id"]:
-            told = f"Annotations {a.get('id')} and {b.get('id')} overlap with an IoU of "
-            told += f"{overlaps[i, j]:.2f}."
+            detail = f"Annotations {a.get('id')} and {b.get('id')} overlap with an IoU of "
+            detail += f"{overlaps[i, j]:.2f}."
             about = {"annotation_id": _id(a), "score": float(overlaps[i, j])}
-            yield finding("overlapping", [entry.name], [entry.split], told, **about)
+            yield finding("overlapping", [entry.name], [entry.split], detail, **about)
 
 
 def _crossing(segmentation: object) -> float:
@@ -362,9 +357,9 @@ def category_findings(
     largest = max(counts, key=counts.get)
     for name, count in counts.items():
         if count * imbalance < counts[largest]:
-            told = f"{name}: {count} annotations, {largest}: {counts[largest]}."
+            detail = f"{name}: {count} annotations, {largest}: {counts[largest]}."
             ratio = counts[largest] / count if count else None
-            yield finding("class_imbalance", (), (), told, score=ratio)
+            yield finding("class_imbalance", (), (), detail, score=ratio)
 
 
 def repeated_id_findings(entries: Iterable[Entry]) -> Iterator[Finding]:
@@ -381,9 +376,9 @@ def repeated_id_findings(entries: Iterable[Entry]) -> Iterator[Finding]:
     for (split, number), own in sharing.items():
         if len(own) > 1:
             names = list(dict.fromkeys(entry.name for entry in own))
-            told = f"{len(own)} annotations have the id {number!r}; give each its own."
+            detail = f"{len(own)} annotations have the id {number!r}; give each its own."
             about = {"annotation_id": _id({"id": number})}
-            yield finding("malformed", names, [split] * len(names), told, **about)
+            yield finding("malformed", names, [split] * len(names), detail, **about)
 
 
 def _id(annotation: dict) -> int | None:
@@ -406,13 +401,13 @@ class Examined:
     Attributes:
         entry: the image.
         measures: None where it cannot be read.
-        outlines: the annotations that could be drawn.
-        findings: what is wrong with it, as far as it can be told without the other images.
+        annotations: those that have a mask.
+        findings: what is wrong with it, as far as it shows without the other images.
     """
 
     entry: Entry
     measures: ImageMeasures | None
-    outlines: tuple[Outline, ...]
+    annotations: tuple[DecodedAnnotation, ...]
     findings: tuple[Finding, ...]
 
 
@@ -421,26 +416,10 @@ def examine_all(entries: Sequence[Entry], category_ids: set | None) -> list[Exam
 
     Args:
         entries: the images.
-        category_ids: the categories there are; None where there are no outlines to check.
+        category_ids: the categories there are; None where there are no masks to check.
     """
     examine = functools.partial(_examine, category_ids=category_ids)
     return in_threads(examine, entries, "Examining")
-
-
-def in_threads(function: Callable, items: Sequence, what: str) -> list:
-    """[function(image) for image in items], one thread a core, with a bar.
-
-    What takes the time, in Pillow, OpenCV and NumPy, runs side by side in threads; processes would
-    each have to import torch first.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    inner = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        with threadpool_limits(1), ThreadPool(cores) as pool:
-            return list(tqdm(pool.imap(function, items), what, len(items), unit="image"))
-    finally:
-        cv2.setNumThreads(inner)
 
 
 def _examine(entry: Entry, category_ids: set | None) -> Examined:
@@ -455,11 +434,11 @@ def _examine(entry: Entry, category_ids: set | None) -> Examined:
     except BadInputError as error:
         kind = "unreadable" if entry.path.exists() else "missing_file"
         findings.append(say(kind, f"It {error.reason}."))
-        outlines = ()
+        decoded = ()
         if category_ids is not None and _is_size(width) and _is_size(height):
-            outlines, wrong = draw_outlines(entry, width, height, category_ids)
+            decoded, wrong = decode_annotations(entry, width, height, category_ids)
             findings += wrong
-        return Examined(entry, None, tuple(outlines), tuple(findings))
+        return Examined(entry, None, tuple(decoded), tuple(findings))
 
     view = find_view(image)
     measures = measure_image(image, view, file.sha256)
@@ -471,14 +450,14 @@ def _examine(entry: Entry, category_ids: set | None) -> Examined:
         findings.append(say("wrong_size", f"It {error.reason}."))
     if category_ids is None or not _is_size(width) or not _is_size(height):
         return Examined(entry, measures, (), tuple(findings))
-    outlines, wrong = draw_outlines(entry, width, height, category_ids)
+    decoded, wrong = decode_annotations(entry, width, height, category_ids)
     findings += wrong
     if fits:
         covered = view.mask.copy()
         for box in view.insets:
             covered[box.slices] = True
-        findings += annotation_findings(entry, outlines, covered)
-    return Examined(entry, measures, tuple(outlines), tuple(findings))
+        findings += annotation_findings(entry, decoded, covered)
+    return Examined(entry, measures, tuple(decoded), tuple(findings))
 
 
 def _is_size(value: object) -> bool:
@@ -497,7 +476,7 @@ CAST_DISTANCE = 30  # in CIELAB's a and b
 
 
 def file_findings(examined: Sequence[Examined]) -> Iterator[Finding]:
-    """Black, blurred and over-exposed images, unusual colours, writing beside the view.
+    """Black, blurred and over-exposed images, unusual colours, writing next to the view.
 
     Args:
         examined: all images, since colours are compared with those of the others.
@@ -509,22 +488,22 @@ def file_findings(examined: Sequence[Examined]) -> Iterator[Finding]:
         measures = one.measures
         where = [one.entry.name], [one.entry.split]
         if measures.text:
-            told = f"{len(measures.text)} lines that look like writing: it was not read."
-            yield finding("text_outside_view", *where, told, score=float(len(measures.text)))
+            detail = f"{len(measures.text)} lines that look like writing: it was not read."
+            yield finding("text_outside_view", *where, detail, score=float(len(measures.text)))
         if measures.brightness < BLACK:
-            told = f"95 % of it are darker than {measures.brightness:.0f} of 255."
-            yield finding("black_frame", *where, told, score=measures.brightness)
-            continue  # nothing else can be told
+            detail = f"95 % of it are darker than {measures.brightness:.0f} of 255."
+            yield finding("black_frame", *where, detail, score=measures.brightness)
+            continue  # nothing else can be seen
         if measures.white > WHITE_SHARE:
-            told = f"{measures.white:.0%} of the view are white."
-            yield finding("overexposed", *where, told, score=measures.white)
+            detail = f"{measures.white:.0%} of the view are white."
+            yield finding("overexposed", *where, detail, score=measures.white)
         if measures.blur > BLURRED:
-            told = f"Blur effect {measures.blur:.2f}, where 0 is sharp and 1 blurred."
-            yield finding("blur", *where, told, score=measures.blur)
-        told = _colour_fault(measures, middle, spread)
-        if told and measures.white <= WHITE_SHARE:
+            detail = f"Blur effect {measures.blur:.2f}, where 0 is sharp and 1 blurred."
+            yield finding("blur", *where, detail, score=measures.blur)
+        detail = _colour_fault(measures, middle, spread)
+        if detail and measures.white <= WHITE_SHARE:
             distance = float(np.hypot(*(np.array(measures.colour[1:]) - middle)))
-            yield finding("colour", *where, told, score=distance)
+            yield finding("colour", *where, detail, score=distance)
 
 
 def _usual_colour(colours: np.ndarray) -> tuple[np.ndarray, float]:
@@ -557,7 +536,7 @@ _BLOCK = 512  # images that are looked up at once
 
 
 @dataclass(frozen=True)
-class DuplicateGroup:
+class DuplicatePair:
     """Two images that show the same.
 
     Attributes:
@@ -574,20 +553,26 @@ class DuplicateGroup:
     detail: str
 
 
-def exact_duplicate_groups(examined: Sequence[Examined]) -> list[DuplicateGroup]:
+def exact_duplicates(examined: Sequence[Examined]) -> list[DuplicatePair]:
     """Images with the same bytes or the same pixels, each with the one before it."""
-    twins = []
-    for places in _places(e.measures.pixel_hash if e.measures else None for e in examined).values():
-        for a, b in pairwise(places):
+    pairs = []
+    for copies in _by_pixels(examined).values():
+        for a, b in pairwise(copies):
             files = [examined[i].measures.file_hash for i in (a, b)]
-            what = "files" if files[0] == files[1] else "pixels"
-            twins.append(DuplicateGroup(a, b, "exact_duplicate", 1.0, f"The {what} are the same."))
-    return sorted(twins, key=lambda pair: (pair.a, pair.b))
+            same = "files" if files[0] == files[1] else "pixels"
+            detail = f"The {same} are the same."
+            pairs.append(DuplicatePair(a, b, "exact_duplicate", 1.0, detail))
+    return sorted(pairs, key=lambda pair: (pair.a, pair.b))
 
 
-def near_duplicate_groups(
+def _by_pixels(examined: Sequence[Examined]) -> dict[str, list[int]]:
+    """Positions of the images with the same pixels."""
+    return positions(one.measures.pixel_hash if one.measures else None for one in examined)
+
+
+def near_duplicates(
     examined: Sequence[Examined], embeddings: np.ndarray | None
-) -> list[DuplicateGroup]:
+) -> list[DuplicatePair]:
     """Images that show the same scene, exact duplicates left out.
 
     The images most alike by their embeddings or perceptual hashes are aligned with each other and
@@ -599,47 +584,26 @@ def near_duplicate_groups(
             alone, which find copies but few frames of a moment later.
     """
     # One image of each set of exact duplicates stands for all.
-    known = _places(e.measures.pixel_hash if e.measures else None for e in examined)
-    places = sorted(own[0] for own in known.values())
+    places = sorted(copies[0] for copies in _by_pixels(examined).values())
     if len(places) < 2:
         return []
     hashes = np.stack([examined[i].measures.hashes for i in places])
     vectors = None if embeddings is None else embeddings[places]
-    neighbours = _neighbours(hashes, vectors)
     paths = [examined[i].entry.path for i in places]
-    features = in_threads(describe_image, paths, "Describing")
-    tasks = [
-        (paths[i], features[i], [(paths[j], features[j]) for j in neighbours[i]], neighbours[i], i)
-        for i in range(len(places))
-    ]
-    best: dict[tuple[int, int], float] = {}
-    for found in in_threads(_compare, tasks, "Comparing"):
-        for pair, correlation in found.items():
-            best[pair] = max(correlation, best.get(pair, -1))
     return [
-        DuplicateGroup(
-            *sorted((places[a], places[b])),
+        DuplicatePair(
+            places[pair.a],
+            places[pair.b],
             "near_duplicate",
-            round(correlation, 3),
-            f"Aligned with each other, they correlate with {correlation:.2f}.",
+            pair.correlation,
+            f"Aligned with each other, they correlate with {pair.correlation:.2f}.",
         )
-        for (a, b), correlation in sorted(best.items())
-        if correlation >= MIN_CORRELATION
+        for pair in find_near_duplicates(paths, MIN_CORRELATION, _neighbours(hashes, vectors))
     ]
-
-
-def _compare(task) -> dict[tuple[int, int], float]:
-    path, features, others, neighbours, i = task
-    correlations = compare_images(path, features, others)
-    return {
-        (min(i, j), max(i, j)): correlation
-        for j, correlation in zip(neighbours, correlations, strict=True)
-        if correlation > 0
-    }
 
 
 def _neighbours(hashes: np.ndarray, vectors: np.ndarray | None) -> list[list[int]]:
-    """Of each image the places of those that may be its twins, (N, 8, 32) hashes given."""
+    """Of each image the places of those that may be its duplicates, (N, 8, 32) hashes given."""
     bits = np.unpackbits(hashes, axis=2).astype(np.float32) * 2 - 1
     upright, count = bits[:, 0], len(bits)
     found: list[set[int]] = [set() for _ in range(count)]
@@ -666,10 +630,10 @@ def _add_best(
         found[row].update(own[values >= least].tolist())
 
 
-def duplicate_findings(entries: Sequence[Entry], twins: Iterable[DuplicateGroup]) -> list[Finding]:
+def duplicate_findings(entries: Sequence[Entry], pairs: Iterable[DuplicatePair]) -> list[Finding]:
     """A finding for each pair; an error where it crosses splits."""
     findings = []
-    for pair in twins:
+    for pair in pairs:
         a, b = entries[pair.a], entries[pair.b]
         crosses = a.split != b.split
         where = f" They are in {a.split} and {b.split}." if crosses else ""
@@ -689,30 +653,18 @@ def duplicate_findings(entries: Sequence[Entry], twins: Iterable[DuplicateGroup]
 def patient_findings(entries: Sequence[Entry]) -> list[Finding]:
     """Patients whose images are in several splits."""
     findings = []
-    for patient, places in _places(e.record.get("patient_id") for e in entries).items():
+    for patient, places in positions(e.record.get("patient_id") for e in entries).items():
         own = [entries[i] for i in places]
         splits = list(dict.fromkeys(entry.split for entry in own))
         if len(splits) > 1:
             counts = ", ".join(f"{sum(e.split == s for e in own)} in {s}" for s in splits)
-            told = f"Patient {patient} has {len(own)} images: {counts}."
+            detail = f"Patient {patient} has {len(own)} images: {counts}."
             names = [entry.name for entry in own]
-            findings.append(finding("patient_across_splits", names, [e.split for e in own], told))
+            findings.append(finding("patient_across_splits", names, [e.split for e in own], detail))
     return findings
 
 
-def groups(entries: Sequence[Entry], twins: Iterable[DuplicateGroup]) -> list[list[int]]:
-    """Places of images that must not be parted: twins and those of one patient, two or more."""
-    edges = [(pair.a, pair.b) for pair in twins]
-    of_patient = _places(entry.record.get("patient_id") for entry in entries)
-    edges += [edge for places in of_patient.values() for edge in pairwise(places)]
-    labels = group_labels(len(entries), edges).tolist()
-    return [places for places in _places(labels).values() if len(places) > 1]
-
-
-def _places(values: Iterable[Hashable]) -> dict[Hashable, list[int]]:
-    """Places of each value but None."""
-    places = defaultdict(list)
-    for place, value in enumerate(values):
-        if value is not None:
-            places[value].append(place)
-    return dict(places)
+def groups(entries: Sequence[Entry], pairs: Iterable[DuplicatePair]) -> list[list[int]]:
+    """Positions of images that must stay together: duplicates and those of one patient."""
+    patients = positions(entry.record.get("patient_id") for entry in entries).values()
+    return joined_groups(len(entries), [*((pair.a, pair.b) for pair in pairs), *patients])

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-# In falling weight. An error makes training or its figures wrong; a warning should be looked at.
+# In falling weight. An error makes training or its metrics wrong; a warning should be looked at.
 SEVERITIES = ("error", "warning", "info")
 # Kinds of which a low score is the stronger: it is a brightness or an area.
 LOWEST_FIRST = ("black_frame", "tiny")
@@ -35,7 +35,7 @@ AREAS = {
     "annotations": "Annotations",
     "leakage": "Duplicates and leakage",
     "validity": "Validity check",
-    "suspects": "Outlines that the models disagree with",
+    "suspects": "Annotations that the models disagree with",
 }
 
 
@@ -67,7 +67,7 @@ class Finding:
         severity: one of `SEVERITIES`.
         images: file names it is about, none if about the whole data set; of a suspect, first the
             image to look at.
-        splits: the split of each of `images`, "" where the data set has none.
+        splits: of each image, "" where the data set has none.
         annotation_id: the annotation it is about, as in the file; of several the first.
         score: how strong, in the unit that `detail` says, the higher the stronger but for
             `LOWEST_FIRST`; None if there is no degree.
@@ -108,7 +108,7 @@ def finding(
     annotation_id: int | None = None,
     score: float | None = None,
 ) -> Finding:
-    """A `Finding` that has its kind's severity unless told otherwise.
+    """A `Finding` that has its kind's severity unless given another.
 
     Raises:
         ValueError: no such kind or severity, or not one split an image.
@@ -137,8 +137,8 @@ KINDS = {
         "files",
         "error",
         "Size differs from the annotations",
-        "Width and height in the JSON are not those of the image, so that outlines are misplaced.",
-        "Find the version of the image that was outlined, or correct the sizes.",
+        "Width and height in the JSON are not those of the image, so that masks are misplaced.",
+        "Find the version of the image that was annotated, or correct the sizes.",
     ),
     "colour": Kind(
         "files",
@@ -172,7 +172,7 @@ KINDS = {
         "files",
         "warning",
         "Writing outside the view",
-        "There is something like text beside the endoscope's view: it may name the patient, and "
+        "There is something like text next to the endoscope's view: it may name the patient, and "
         "a model can learn from it.",
         "Prepare the data set anew with --deidentify.",
     ),
@@ -180,7 +180,7 @@ KINDS = {
         "annotations",
         "error",
         "Malformed annotation",
-        "The outline cannot be drawn: coordinates, run lengths, image or category are wrong; or "
+        "The annotation cannot be read: coordinates, run lengths, image or category are wrong; or "
         "another annotation has its id.",
         "Correct it in the annotation tool and export again.",
     ),
@@ -189,42 +189,42 @@ KINDS = {
         "error",
         "Empty annotation",
         "The annotation covers no pixel.",
-        "Outline the lesion, or take the annotation out.",
+        "Annotate the lesion, or take the annotation out.",
     ),
     "tiny": Kind(
         "annotations",
         "warning",
         "Tiny annotation",
         "The annotation is smaller than a lesion can be seen: mostly a click or a speck.",
-        "Take it out, or outline the lesion.",
+        "Take it out, or annotate the lesion.",
     ),
     "outside_view": Kind(
         "annotations",
         "warning",
         "Outside the view",
-        "Much of the outline lies where the endoscope sees nothing.",
-        "See whether the outline belongs to this image; correct it.",
+        "Much of the annotation lies where the endoscope sees nothing.",
+        "See whether the annotation belongs to this image; correct it.",
     ),
     "overlapping": Kind(
         "annotations",
         "warning",
-        "Outlined twice",
+        "Annotated twice",
         "Two annotations of one image and class cover nearly the same area.",
         "Keep one: the other would count as a missed lesion.",
     ),
     "self_crossing": Kind(
         "annotations",
         "warning",
-        "Outline crosses itself",
+        "Contour crosses itself",
         "The polygon's line crosses itself, so that inside and outside are not what was meant.",
-        "Draw it again in the annotation tool.",
+        "Annotate it again in the annotation tool.",
     ),
     "class_imbalance": Kind(
         "annotations",
         "info",
         "Classes of very different size",
         "One class has many times the annotations of another.",
-        "Add images of the rare one, or read its figures with its count in mind.",
+        "Add images of the rare one, or read its metrics with its count in mind.",
     ),
     "exact_duplicate": Kind(
         "leakage",
@@ -245,7 +245,7 @@ KINDS = {
         "leakage",
         "error",
         "Patient in several splits",
-        "Images of one patient are in more than one split, so that test figures come out too good.",
+        "Images of one patient are in more than one split, so that test metrics come out too good.",
         "Run with --fix-splits, or prepare anew with --split-by patient.",
     ),
     "cluster_disagrees": Kind(
@@ -265,22 +265,22 @@ KINDS = {
     "unlabelled_lesion": Kind(
         "suspects",
         "warning",
-        "Confident detection without an outline",
-        "A model that never saw the image is sure of a lesion where none is outlined.",
+        "Confident detection without an annotation",
+        "A model that never saw the image is sure of a lesion where none is annotated.",
         "Look whether a lesion was forgotten.",
     ),
     "unmatched_outline": Kind(
         "suspects",
         "warning",
-        "Outline that no model finds",
-        "No model that never saw the image finds anything where the outline is.",
+        "Annotation that no model finds",
+        "No model that never saw the image finds anything where the annotation is.",
         "Look whether there is a lesion; hard cases are right to be there.",
     ),
     "badly_fitting_outline": Kind(
         "suspects",
         "warning",
-        "Outline fits badly",
-        "A confident detection and the outline meet, but their borders are far apart.",
+        "Annotation fits badly",
+        "A confident detection and the annotation overlap, but their borders are far apart.",
         "Look at the border; correct it where the model's is the better one.",
     ),
 }
@@ -323,7 +323,7 @@ class AuditedData:
 
     @property
     def classified(self) -> bool:
-        """Whether whole images have a class each, so that there are no outlines to check."""
+        """Whether whole images have a class each, so that there are no masks to check."""
         annotations = [a for entry in self.entries for a in entry.annotations]
         return bool(annotations) and not any(
             "bbox" in a or "segmentation" in a for a in annotations
@@ -370,12 +370,12 @@ def read_entries(
     categories: list[dict] = []
     for split, path in files.items():
         content = read_coco_json(path)
-        own = sorted(content["categories"], key=lambda category: str(category["id"]))
-        if categories and _names(own) != _names(categories):
+        of_file = sorted(content["categories"], key=lambda category: str(category["id"]))
+        if categories and _names(of_file) != _names(categories):
             raise BadInputError(
-                path, f"has categories {_names(own)}, the file before it {_names(categories)}"
+                path, f"has categories {_names(of_file)}, the file before it {_names(categories)}"
             )
-        categories = own
+        categories = of_file
         for key in ("id", "file_name"):
             (value, times), *_ = Counter(str(i[key]) for i in content["images"]).most_common(1) or [
                 ("", 0)
@@ -389,13 +389,13 @@ def read_entries(
             image = path_inside(image_root, record["file_name"], path, follow_links)
             patient = record.get("patient_id")
             if not isinstance(patient, str | int | float | None):
-                told = (
-                    f"{record['file_name']} has the patient_id {patient!r}: give text or a number"
+                raise BadInputError(
+                    path,
+                    f"{record['file_name']} has the patient_id {patient!r}: give text or a number",
                 )
-                raise BadInputError(path, told)
             annotations = tuple(of_image.pop(str(record["id"]), ()))
             entries.append(Entry(record["file_name"], split, image, record, annotations))
-        strays += [(path.name, annotation) for own in of_image.values() for annotation in own]
+        strays += [(path.name, annotation) for left in of_image.values() for annotation in left]
     order = {split: place for place, split in enumerate((*SPLITS, *files))}
     entries.sort(key=lambda entry: (order[entry.split], entry.name))
     return AuditedData(title, tuple(entries), tuple(categories), tuple(strays))

@@ -26,9 +26,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from imrcnn_d2.data.audit.audit import Audit
-from imrcnn_d2.data.audit.checks import in_threads
 from imrcnn_d2.data.audit.findings import AuditedData, Entry, Finding, finding
-from imrcnn_d2.data.images import read_image
+from imrcnn_d2.data.images import in_threads, read_image
 
 __all__ = [
     "MIN_IMAGES",
@@ -227,13 +226,13 @@ def _planes(view, labels, count, repulsion):
     """Normals (count, D) and offsets (count,) of the clusters in one view."""
     normals, offsets = np.zeros((count, view.shape[1])), np.zeros(count)
     for cluster in range(count):
-        own, others = view[labels == cluster], view[labels != cluster]
+        members, others = view[labels == cluster], view[labels != cluster]
         share = repulsion if len(others) else 0.0
-        center, matrix = own.mean(axis=0), np.zeros((view.shape[1],) * 2)
+        center, matrix = members.mean(axis=0), np.zeros((view.shape[1],) * 2)
         if share:  # where the best plane of any normal goes through
             center = (center - share * others.mean(axis=0)) / (1 - share)
             matrix = -share * _moments(others, center)
-        normals[cluster] = np.linalg.eigh(matrix + _moments(own, center))[1][:, 0]
+        normals[cluster] = np.linalg.eigh(matrix + _moments(members, center))[1][:, 0]
         offsets[cluster] = -normals[cluster] @ center
     return normals, offsets
 
@@ -249,8 +248,8 @@ def _filled(labels, squares):
     for cluster in range(count):
         sizes = np.bincount(labels, minlength=count)
         if sizes[cluster] == 0:
-            own = np.where(sizes[labels] > 1, squares[np.arange(len(labels)), labels], -1)
-            labels[own.argmax()] = cluster
+            distances = np.where(sizes[labels] > 1, squares[np.arange(len(labels)), labels], -1)
+            labels[distances.argmax()] = cluster
     return labels
 
 
@@ -274,7 +273,7 @@ def _spectral(views, count, neighbors, random_state):
         random_state=check_random_state(random_state).randint(2**31 - 1),
     )
     with warnings.catch_warnings():
-        # That it falls into parts is what one hopes for.
+        # A graph in parts is good.
         warnings.filterwarnings("ignore", message="Graph is not fully connected")
         labels = clustering.fit_predict(graph)
     missing = np.setdiff1d(np.arange(count), labels)
@@ -304,7 +303,7 @@ _FOLDS = 5
 # to their own label: flags 1 to 2 % of those that are right and half of those that were exchanged.
 _MIN_MARGIN = 0.75
 _MIN_AGREEMENT = 0.7  # mean share of a label's images that lie nearest to its planes
-# Chosen on Kvasir-SEG with 25 pictures of other things among its images: all of these are above,
+# Chosen on Kvasir-SEG with 25 images of other things among its images: all of these are above,
 # and of 1,000 images one; among fewer images up to 2 %.
 _MIN_OUTLIER = 1.6
 _NEIGHBORS = 20
@@ -313,13 +312,13 @@ _NEIGHBORS = 20
 def validity_findings(result: Audit) -> list[Finding]:
     """The validity check of an audited data set: `check_validity` of the images that can be read.
 
-    Their labels are their classes, or "lesion" and "none" where lesions are outlined.
+    Their labels are their classes, or "lesion" and "none" where lesions are annotated.
 
     Args:
         result: of `audit`; without embeddings there are two views only.
 
     Raises:
-        ModuleNotFoundError: scikit-image is missing; the error says how to install it.
+        ModuleNotFoundError: scikit-image is missing.
     """
     data = result.data
     if not result.readable:
@@ -358,14 +357,14 @@ def check_validity(
         images: N file names.
         splits: of each, "" for none.
         labels: of each, such as "lesion" and "none", or its class; None if it has none.
-        views: (N, D) float arrays, whose distances tell how alike two images are.
+        views: (N, D) float arrays, whose distances are small between similar images.
 
     Returns:
         findings of the kinds "cluster_disagrees", with a score from 0.75 to 1, and "outlier", with
         the mean local outlier factor, of which 1 is usual; and as info what could not be checked.
     """
     if len(images) < MIN_IMAGES:
-        detail = f"{len(images)} images: too few to say which is unlike the others."
+        detail = f"{len(images)} images: too few to find outliers."
         return [finding("outlier", (), (), detail, severity="info")]
     reduced = [_reduced(view) for view in views]
     return [
@@ -420,14 +419,14 @@ def _disagreements(
         return [finding("cluster_disagrees", (), (), detail, severity="info")]
     known = np.flatnonzero(np.isin(labels, names))
     views = [view[known] for view in views]
-    own = np.searchsorted(names, labels[known])
-    squares = _squares_of_unseen(views, own, len(names))
-    agreement = _agreement(squares.argmin(axis=1), own)
+    labels = np.searchsorted(names, labels[known])
+    squares = _squares_of_unseen(views, labels, len(names))
+    agreement = _agreement(squares.argmin(axis=1), labels)
     free = MultiViewKPlaneClustering(len(names), random_state=0).fit(views)
     about = (
         f"Of {', '.join(f'{name} ({counts[name]})' for name in names)}, {100 * agreement:.0f} % "
-        f"lie nearest to the planes of their own label (mean over the labels); clusters found "
-        f"without the labels agree with them to {100 * _best_agreement(free.labels_, own):.0f} %."
+        f"lie nearest to the planes of their label (mean over the labels); clusters found "
+        f"without labels agree with them to {100 * _best_agreement(free.labels_, labels):.0f} %."
     )
     if skipped:
         about += f" Too few to be checked: {', '.join(skipped)}."
@@ -436,9 +435,9 @@ def _disagreements(
         return [finding("cluster_disagrees", (), (), about, severity="info")]
     rows = np.arange(len(known))
     others = squares.copy()
-    others[rows, own] = np.inf
+    others[rows, labels] = np.inf
     nearest = others.argmin(axis=1)
-    mine, other = squares[rows, own], squares[rows, nearest]
+    mine, other = squares[rows, labels], squares[rows, nearest]
     margin = (mine - other) / np.maximum(mine + other, 1e-12)
     chosen = np.flatnonzero(margin > _MIN_MARGIN)
     findings = [
@@ -446,8 +445,8 @@ def _disagreements(
             "cluster_disagrees",
             (images[known[i]],),
             (splits[known[i]],),
-            f"Labelled {names[own[i]]}, but much nearer to the planes of {names[nearest[i]]}: "
-            f"{margin[i]:.2f}, where 1 is upon them and -1 upon its own label's.",
+            f"Labelled {names[labels[i]]}, but much nearer to the planes of {names[nearest[i]]}: "
+            f"{margin[i]:.2f}, where 1 is on them and -1 on those of its label.",
             score=round(float(margin[i]), 3),
         )
         for i in chosen[np.argsort(-margin[chosen])]
@@ -455,12 +454,14 @@ def _disagreements(
     return [finding("cluster_disagrees", (), (), about, severity="info"), *findings]
 
 
-def _squares_of_unseen(views: Sequence[np.ndarray], own: np.ndarray, count: int) -> np.ndarray:
+def _squares_of_unseen(views: Sequence[np.ndarray], labels: np.ndarray, count: int) -> np.ndarray:
     """(N, count) squared distances from the labels' planes, each image's found without it."""
-    squares = np.empty((len(own), count))
-    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0).split(own, own)
+    squares = np.empty((len(labels), count))
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0).split(labels, labels)
     for rest, unseen in folds:
-        planes = MultiViewKPlaneClustering(count, repulsion=_REPULSION, init=own[rest], max_iter=1)
+        planes = MultiViewKPlaneClustering(
+            count, repulsion=_REPULSION, init=labels[rest], max_iter=1
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # one round is what is wanted
             planes.fit([view[rest] for view in views])

@@ -1,9 +1,10 @@
-"""Whole images with a class each: one folder a class, or a CSV.
+"""Whole images with a class each: one folder per class, or a CSV.
 
 Prepared, they are COCO image-classification files as iNaturalist's: an annotation is {id, image_id,
 category_id}, without a box.
 """
 
+import argparse
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +12,13 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from imrcnn_d2.data.formats.base import Format, Sample, Source
 from imrcnn_d2.data.images import inspect_image, list_files, path_inside
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.data.prepare.metadata import read_table
-from imrcnn_d2.data.prepare.splits import SPLITS, Item, make_splits
+from imrcnn_d2.data.prepare.splits import SPLITS, FixedTest, Item, make_splits
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
-__all__ = ["LabelledFile", "carve_validation", "read_class_folders", "read_label_csv"]
+__all__ = ["Classification", "carve_validation", "read_class_folders", "read_label_csv"]
 
 
 # Of class names: what makes a class one of the cancers, unless they are named.
@@ -26,9 +27,68 @@ _CANCER = ("cancer", "carcinoma")
 _OWN_COLUMNS = ("file", "label", "split", "id", "file_name", "width", "height")
 
 
+class Classification(Format):
+    name = "classification"
+    help = "images with a class each: folders or a CSV"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--root", type=Path, required=True, help="has one folder a class, or the files of --csv"
+        )
+        parser.add_argument(
+            "--csv",
+            type=Path,
+            help="table with the columns file (relative to --root), label and, if known, "
+            "patient_id and split (train, val, test or empty)",
+        )
+        parser.add_argument(
+            "--classes", nargs="+", help="the classes in their order (default: those found, sorted)"
+        )
+        parser.add_argument(
+            "--cancer",
+            nargs="+",
+            metavar="CLASS",
+            help="classes that are cancer, for the two-class table of cancer against benign "
+            "(default: those with cancer or carcinoma in their name)",
+        )
+        parser.add_argument(
+            "--test-per-class",
+            type=int,
+            metavar="N",
+            help="a test set of N images of each class instead of --ratio; 150 as published",
+        )
+        parser.add_argument(
+            "--val-percent",
+            type=int,
+            default=10,
+            metavar="P",
+            help="validation images in percent of those not for testing, with --test-per-class or "
+            "where the table has training and no validation images (default %(default)s)",
+        )
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        if args.csv is None:
+            return read_class_folders(args.root, rejects, args.classes, args.cancer)
+        if args.patients or args.patient_pattern or args.patients_from_dicom:
+            raise ValueError(f"patients of {args.csv} belong in its column patient_id")
+        source = read_label_csv(args.csv, args.root, rejects, args.classes, args.cancer)
+        if source.splits and args.splits:
+            raise ValueError(
+                f"{args.csv} has a split column: leave it empty, or leave out --splits"
+            )
+        by_patient = args.split_by != "image"
+        source.splits = carve_validation(source, args.val_percent, args.seed, by_patient)
+        return source
+
+    def ratio(self, args: argparse.Namespace) -> Sequence[int] | FixedTest:
+        if args.test_per_class is None:
+            return super().ratio(args)
+        return FixedTest(args.test_per_class, args.val_percent)
+
+
 @dataclass(frozen=True)
-class LabelledFile:
-    """One row: an image file and what is said of it.
+class _LabelledFile:
+    """One row: an image file and its class.
 
     Attributes:
         path: the image.
@@ -50,7 +110,7 @@ def read_class_folders(
     rejects: Rejects,
     classes: Sequence[str] | None = None,
     cancers: Sequence[str] | None = None,
-) -> tuple[Source, dict[str, list[str]]]:
+) -> Source:
     """Reads one folder a class, named as it; folders below these are looked into.
 
     Args:
@@ -59,9 +119,6 @@ def read_class_folders(
         classes: names of the classes in their order; None takes the folders', sorted.
         cancers: classes that are cancer, the others being benign; None for those whose name has
             "cancer" or "carcinoma" in it.
-
-    Returns:
-        the data set, and the splits that are given: none.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -85,7 +142,7 @@ def read_class_folders(
             own = [path for path in paths if path.relative_to(root).parts[0] == folder.name]
             if not own:
                 raise BadInputError(folder, "empty class: there is no image in this folder")
-            files += [LabelledFile(p, p.relative_to(root).as_posix(), folder.name) for p in own]
+            files += [_LabelledFile(p, p.relative_to(root).as_posix(), folder.name) for p in own]
     return _source(files, root, rejects, classes, cancers)
 
 
@@ -95,7 +152,7 @@ def read_label_csv(
     rejects: Rejects,
     classes: Sequence[str] | None = None,
     cancers: Sequence[str] | None = None,
-) -> tuple[Source, dict[str, list[str]]]:
+) -> Source:
     """Reads a CSV with the columns file and label and, if there, patient_id and split.
 
     Further columns are passed through to the prepared image records. An empty split is to be
@@ -107,7 +164,7 @@ def read_label_csv(
         rejects, classes, cancers: as for `read_class_folders`.
 
     Returns:
-        the data set, and file names by split of those whose split is given.
+        the data set; its ``splits`` are those of the table.
 
     Raises:
         BadInputError: bad input under ``on_error="raise"``; always if the table cannot be read.
@@ -133,52 +190,48 @@ def read_label_csv(
                 raise BadInputError(where, f"{name} is listed in line {seen[name]} already")
             seen[name] = row.line
             fields = {k: v for k, v in cells.items() if k not in _OWN_COLUMNS and v}
-            files.append(LabelledFile(path, name, label, split, fields))
+            files.append(_LabelledFile(path, name, label, split, fields))
     return _source(files, csv_file, rejects, classes, cancers)
 
 
 def carve_validation(
-    source: Source,
-    given: Mapping[str, Sequence[str]],
-    percent: int,
-    seed: int = 0,
-    by_patient: bool = True,
+    source: Source, percent: int, seed: int = 0, by_patient: bool = True
 ) -> dict[str, list[str]]:
-    """Takes validation images out of the given training images where none are given.
+    """Takes validation images out of the stated training images where none are stated.
 
     Args:
-        source: whose samples all are at hand.
-        given: file names by split.
+        source: of `read_label_csv`.
         percent: of the training images.
         seed, by_patient: as for `make_splits`.
 
     Returns:
-        file names by split; `given` as it is where it has validation or no training images.
+        file names by split; the source's as they are with validation or no training images.
 
     Raises:
         ValueError: no such share.
     """
-    if not 0 < percent < 100:
+    splits = source.splits
+    if splits and not 0 < percent < 100:
         raise ValueError(f"{percent} % of the training images for validation: give 1 to 99")
-    train = set(given.get("train", ()))
-    if given.get("val") or not train:
-        return dict(given)
+    train = set(splits.get("train", ()))
+    if splits.get("val") or not train:
+        return splits
     items = [
         Item(s.file_name, s.stratum, s.fields.get("patient_id"))
         for s in source.samples
         if s.file_name in train
     ]
     carved = make_splits(items, (100 - percent, percent, 0), seed, by_patient)
-    return {**given, "train": carved["train"], "val": carved["val"]}
+    return {**splits, "train": carved["train"], "val": carved["val"]}
 
 
 def _source(
-    files: list[LabelledFile],
+    files: list[_LabelledFile],
     where: Path,
     rejects: Rejects,
     classes: Sequence[str] | None,
     cancers: Sequence[str] | None,
-) -> tuple[Source, dict[str, list[str]]]:
+) -> Source:
     names = list(classes) if classes is not None else sorted({file.label for file in files})
     if len(names) < 2 or len(set(names)) < len(names):
         raise BadInputError(where, f"there must be two classes or more, all different: {names}")
@@ -199,7 +252,7 @@ def _source(
     cancer = [c["name"] for c in categories if c.get("supercategory") == "cancer"]
     notes = [f"cancer: {', '.join(cancer)}; all others are benign" if cancer else "no cancer class"]
     info = {"description": "one class an image"}
-    return Source(samples, categories, info, notes), dict(splits)
+    return Source(samples, categories, info, notes, splits=dict(splits))
 
 
 def _categories(ids: Mapping[str, int], cancers: Sequence[str] | None) -> list[dict]:
@@ -214,7 +267,7 @@ def _categories(ids: Mapping[str, int], cancers: Sequence[str] | None) -> list[d
     return [{"id": i, "name": name, "supercategory": kinds[name]} for name, i in ids.items()]
 
 
-def _inspected(files: Iterable[LabelledFile], rejects: Rejects, classes: Sequence[str]) -> list:
+def _inspected(files: Iterable[_LabelledFile], rejects: Rejects, classes: Sequence[str]) -> list:
     """[(file, SourceImage)] of those that can be used."""
     read = []
     for file in tqdm(files, desc="Reading images", unit="image"):
@@ -236,7 +289,7 @@ def _inspected(files: Iterable[LabelledFile], rejects: Rejects, classes: Sequenc
     return usable
 
 
-def _check_copies(file: LabelledFile, copies: Sequence[LabelledFile]) -> None:
+def _check_copies(file: _LabelledFile, copies: Sequence[_LabelledFile]) -> None:
     """Two copies of one image that agree are found later; if not, neither can be trusted."""
     for other in copies:
         if other.label != file.label:

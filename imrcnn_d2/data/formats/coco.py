@@ -1,9 +1,10 @@
-"""Own data: any COCO instance JSON with a folder of images.
+"""COCO: any instance JSON with a folder of images.
 
 An annotation that cannot be used rejects its whole image: dropping only the annotation would leave
 its lesion to be learnt as healthy mucosa.
 """
 
+import argparse
 import math
 import re
 import reprlib
@@ -16,20 +17,21 @@ import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
+from imrcnn_d2.data.formats.base import Format, Sample, Source
 from imrcnn_d2.data.images import annotated_on_stored_pixels, inspect_image, orient, path_inside
 from imrcnn_d2.data.masks import (
     IMAGE_FIELDS,
     annotation_from_mask,
-    check_outline,
+    check_polygon,
     check_size,
     union,
 )
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects, read_json
 
 __all__ = [
     "FARTHEST",
     "NUMBER",
+    "Coco",
     "check_records",
     "is_box",
     "read_coco",
@@ -52,7 +54,21 @@ _ID = (*NUMBER, str)
 _KINDS = {"id": _ID, "image_id": _ID, "category_id": _ID, "name": str}
 _MOST_CATEGORIES = 200  # each takes its passes, and a row and a column in tables and plots
 _LONGEST_NAME = 200
-_OWN_TOP_FIELDS = ("images", "annotations", "categories", "info")
+_TOP_FIELDS = ("images", "annotations", "categories", "info")
+
+
+class Coco(Format):
+    name = "coco"
+    help = "own data: a COCO instance JSON and a folder of images"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--annotations", type=Path, required=True, help="COCO instance JSON")
+        parser.add_argument(
+            "--images", type=Path, required=True, help="folder of the file_name entries"
+        )
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        return read_coco(args.annotations, args.images, rejects)
 
 
 def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:
@@ -75,7 +91,7 @@ def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:
         categories=sorted(content["categories"], key=lambda category: category["id"]),
         info=content.get("info") or {},
         notes=notes,
-        extra={key: value for key, value in content.items() if key not in _OWN_TOP_FIELDS},
+        extra={key: value for key, value in content.items() if key not in _TOP_FIELDS},
     )
 
 
@@ -111,7 +127,7 @@ def check_records(
     Args:
         records: what a file has under `key`.
         key: "images", "annotations", "categories" or "results".
-        source: what is blamed.
+        source: the file that errors name.
         needed: fields that none may lack.
         kinds: types of further fields; of numbers, truth values are none.
 
@@ -126,8 +142,8 @@ def check_records(
                 missing = ", ".join(name for name in needed if name not in record)
                 raise BadInputError(source, f"{key}[{i}] lacks {missing}")
     for name, allowed in {**_KINDS, **(kinds or {})}.items():
-        there = {type(record[name]) for record in records if name in record}
-        if wrong := {kind for kind in there if kind is bool or not issubclass(kind, allowed)}:
+        types = {type(record[name]) for record in records if name in record}
+        if wrong := {kind for kind in types if kind is bool or not issubclass(kind, allowed)}:
             i = next(i for i, r in enumerate(records) if name in r and type(r[name]) in wrong)
             value = reprlib.repr(records[i][name])
             raise BadInputError(source, f"{key}[{i}] has the {name} {value}")
@@ -148,7 +164,7 @@ def _check_categories(records: Sequence[dict], source: str | Path) -> None:
 
 
 def is_box(value: object) -> bool:
-    """Whether it is [x, y, width, height] in pixels, not too far out to reckon with."""
+    """Whether it is [x, y, width, height] in pixels, of numbers whose area does not overflow."""
     return (
         type(value) in (list, tuple)
         and len(value) == 4
@@ -171,7 +187,7 @@ def _samples(
             if annotation["image_id"] not in ids:
                 raise BadInputError(
                     json_file,
-                    f"{_called(annotation)}: there is no image with id {annotation['image_id']!r}",
+                    f"{_name(annotation)}: there is no image with id {annotation['image_id']!r}",
                 )
             by_image[annotation["image_id"]].append(annotation)
 
@@ -190,13 +206,13 @@ def _samples(
             width, height = record.get("width", image.width), record.get("height", image.height)
             turned = annotated_on_stored_pixels(image, width, height)
             if image.orientation != 1 and not turned and by_image[record["id"]]:
-                notes.append(f"{path}: EXIF-rotated, annotations taken as drawn on what is shown")
+                notes.append(f"{path}: EXIF-rotated, annotations taken as of the rotated image")
             annotations, seen = [], set()
             for annotation in by_image[record["id"]]:
                 try:
                     checked, moved = _check(annotation, height, width, category_ids)
                 except ValueError as error:
-                    raise BadInputError(path, f"{_called(annotation)}: {error}") from error
+                    raise BadInputError(path, f"{_name(annotation)}: {error}") from error
                 num_moved += moved
                 if turned:
                     mask = mask_util.decode(to_rle(checked["segmentation"], height, width))
@@ -206,7 +222,7 @@ def _samples(
                         iscrowd=checked["iscrowd"],
                     )
                 if _content(checked) in seen:
-                    raise BadInputError(path, f"{_called(annotation)}: listed twice")
+                    raise BadInputError(path, f"{_name(annotation)}: listed twice")
                 seen.add(_content(checked))
                 annotations.append(checked)
             fields = {k: v for k, v in record.items() if k not in IMAGE_FIELDS}
@@ -226,7 +242,7 @@ def _content(annotation: dict) -> tuple:
     return annotation["category_id"], counts if isinstance(counts, str) else tuple(counts)
 
 
-def _called(annotation: dict) -> str:
+def _name(annotation: dict) -> str:
     return f"annotation {annotation['id']}" if "id" in annotation else "an annotation without id"
 
 
@@ -316,7 +332,9 @@ def _compressed(segmentation: object, height: int, width: int) -> dict:
             raise ValueError(f"its RLE has size {size}, the image [{height}, {width}]")
         if isinstance(counts, str | bytes):
             if len(counts) > _LONGEST_COUNTS:
-                raise ValueError(f"its RLE of {len(counts)} characters is longer than any outline")
+                raise ValueError(
+                    f"its RLE of {len(counts)} characters is longer than that of any mask"
+                )
             whole = set(map(type, size)) == {int}
             return segmentation if whole else {"size": [height, width], "counts": counts}
         whole = isinstance(counts, list) and set(map(type, counts)) <= {int}
@@ -328,18 +346,18 @@ def _compressed(segmentation: object, height: int, width: int) -> dict:
     for polygon in segmentation:
         if not isinstance(polygon, list) or not _are_numbers(polygon) or len(polygon) % 2:
             raise ValueError("a polygon is not a flat list x1, y1, x2, y2, ...")
-        check_outline(polygon, height, width)
+        check_polygon(polygon, height, width)
     return union(mask_util.frPyObjects(segmentation, height, width))
 
 
 def _from_runs(runs: Sequence[int], height: int, width: int) -> dict:
     """Compressed RLE without empty runs, for which pycocotools' merge and iou are wrong."""
     runs = np.asarray(runs)
-    there = np.flatnonzero(runs)
-    changes = np.flatnonzero(np.diff(there % 2, prepend=-1))
-    counts = np.add.reduceat(runs[there], changes).tolist()
+    filled = np.flatnonzero(runs)
+    changes = np.flatnonzero(np.diff(filled % 2, prepend=-1))
+    counts = np.add.reduceat(runs[filled], changes).tolist()
     size = [height, width]
-    return mask_util.frPyObjects({"size": size, "counts": [0] * (there[0] % 2) + counts}, *size)
+    return mask_util.frPyObjects({"size": size, "counts": [0] * (filled[0] % 2) + counts}, *size)
 
 
 def _check_counts(rles: list[dict]) -> int | None:

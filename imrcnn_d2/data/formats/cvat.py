@@ -1,5 +1,7 @@
-"""Writing CVAT's XML for images, version 1.1, and the labels of its task."""
+"""CVAT's XML, version 1.1: for images and video read into COCO, for images written from it."""
 
+import argparse
+import json
 import math
 import re
 from bisect import bisect_left, bisect_right
@@ -15,6 +17,7 @@ import pycocotools.mask as mask_util
 from defusedxml.ElementTree import parse
 from tqdm import tqdm
 
+from imrcnn_d2.data.formats.base import Format, Sample, Source, add_class_arguments
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import inspect_image, list_files, path_inside
 from imrcnn_d2.data.masks import (
@@ -26,34 +29,63 @@ from imrcnn_d2.data.masks import (
     check_extent,
     ellipse_rle,
     further_fields,
+    mask_polygons,
     named_categories,
-    outlines,
     patch_rle,
     polygon_rle,
     rectangle,
 )
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects, regular_file
 
-__all__ = [
-    "attributes_of",
-    "cvat_documents",
-    "draw",
-    "integer",
-    "read_cvat",
-    "region",
-    "with_attributes",
-]
+__all__ = ["Cvat", "cvat_documents", "read_cvat"]
 
 
-def integer(text: str | None) -> int:
+class Cvat(Format):
+    name = "cvat"
+    help = "own data: CVAT's XML for images or video, 1.1"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_class_arguments(parser)
+        parser.add_argument(
+            "--annotations", type=Path, nargs="+", required=True, help="XML of one or several tasks"
+        )
+        parser.add_argument(
+            "--images",
+            type=Path,
+            required=True,
+            help="folder of the images or of the video's frames",
+        )
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        return read_cvat(args.annotations, args.images, rejects, args.classes)
+
+    def write(self, source: Source, names: Mapping[int, str], stage: Path, out: Path) -> list[str]:
+        """Writes annotations.xml (CVAT for images 1.1) and labels.json, to make a task with.
+
+        As `LabelMe.write`.
+        """
+        lost: set[str] = set()
+
+        def samples() -> Iterator[Sample]:
+            for sample in source.samples:
+                lost.update(further_fields(sample.fields, IMAGE_FIELDS))
+                yield sample
+
+        text, labels = cvat_documents(samples(), names)
+        stage.joinpath("annotations.xml").write_text(text, encoding="utf-8")
+        text = json.dumps(labels, ensure_ascii=False, indent=2)
+        stage.joinpath("labels.json").write_text(text + "\n", encoding="utf-8")
+        return [f"not in CVAT's file: {', '.join(sorted(lost))} of the images"] if lost else []
+
+
+def _integer(text: str | None) -> int:
     """A whole number of at least 0; ValueError naming what is written instead."""
     if text is None or not text.isascii() or not text.isdigit() or len(text) > 9:
         raise ValueError(f"{text!r} is no whole number")
     return int(text)
 
 
-def with_attributes(element: Element, label: str, types: Mapping[tuple[str, str], str]) -> dict:
+def _attribute_fields(element: Element, label: str, types: Mapping[tuple[str, str], str]) -> dict:
     """COCO fields of a shape or tag: its attributes, and ``occluded`` where it is.
 
     Args:
@@ -77,13 +109,13 @@ def with_attributes(element: Element, label: str, types: Mapping[tuple[str, str]
     return fields
 
 
-def region(element: Element, label: str, fields: dict, height: int, width: int) -> Region:
+def _element_region(element: Element, label: str, fields: dict, height: int, width: int) -> Region:
     """The area of a shape in an image of that size.
 
     Raises:
         ValueError: it is no area, or malformed.
     """
-    group = integer(element.get("group_id", "0")) or None
+    group = _integer(element.get("group_id", "0")) or None
     return Region(label, _rle(element, height, width), group, fields)
 
 
@@ -105,14 +137,14 @@ def _rle(element: Element, height: int, width: int) -> dict:
         return ellipse_rle((x, y), (rx, ry), height, width, degrees)
     if element.tag == "mask":
         return _mask_rle(element, height, width)
-    raise ValueError("is no area; outline it, or take it out of the task")
+    raise ValueError("is no area; make it a polygon, or take it out of the task")
 
 
 def _mask_rle(element: Element, height: int, width: int) -> dict:
-    left, top, w, h = (integer(element.get(key)) for key in ("left", "top", "width", "height"))
+    left, top, w, h = (_integer(element.get(key)) for key in ("left", "top", "width", "height"))
     if left + w > width or top + h > height:
         raise ValueError(f"it reaches outside the {width}x{height} image")
-    runs = [integer(run.strip()) for run in element.get("rle", "").split(",")]
+    runs = [_integer(run.strip()) for run in element.get("rle", "").split(",")]
     if sum(runs) != w * h:
         raise ValueError(f"its rle covers {sum(runs)} pixels, its {w}x{h} frame {w * h}")
     # of rows, background first
@@ -130,13 +162,13 @@ def _number(text: str | None) -> float:
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
-def attributes_of(annotation: Mapping) -> dict:
+def _attributes(annotation: Mapping) -> dict:
     """CVAT attributes of a COCO annotation: its further fields, and ``iscrowd`` where it is one."""
     crowd = {"iscrowd": True} if annotation.get("iscrowd") else {}
     return {**further_fields(annotation, (*ANNOTATION_FIELDS, "occluded")), **crowd}
 
 
-def draw(annotation: Mapping, height: int, width: int, group: int) -> list[tuple[str, dict]]:
+def _shapes(annotation: Mapping, height: int, width: int, group: int) -> list[tuple[str, dict]]:
     """The shapes of a COCO annotation: name of the element and XML attributes, without its label.
 
     Args:
@@ -148,8 +180,8 @@ def draw(annotation: Mapping, height: int, width: int, group: int) -> list[tuple
     rle = to_rle(annotation["segmentation"], height, width)
     mask = mask_util.decode(rle)
     common = {"source": "file", "occluded": str(int(bool(annotation.get("occluded"))))}
-    lines = outlines(mask)
-    if lines is None:
+    polygons = mask_polygons(mask)
+    if polygons is None:
         left, top, w, h = mask_util.toBbox(rle).astype(int).tolist()
         flat = mask[top : top + h, left : left + w].ravel()
         starts = np.flatnonzero(np.diff(flat, prepend=0))
@@ -158,10 +190,10 @@ def draw(annotation: Mapping, height: int, width: int, group: int) -> list[tuple
         attributes = {"rle": ", ".join(map(str, runs)), **{k: str(v) for k, v in frame.items()}}
         return [("mask", {**common, **attributes, "z_order": "0"})]
     shapes = []
-    for line in lines:
-        points = ";".join(f"{x:.2f},{y:.2f}" for x, y in line.tolist())
+    for polygon in polygons:
+        points = ";".join(f"{x:.2f},{y:.2f}" for x, y in polygon.tolist())
         attributes = {**common, "points": points, "z_order": "0"}
-        if len(lines) > 1:
+        if len(polygons) > 1:
             attributes["group_id"] = str(group)
         shapes.append(("polygon", attributes))
     return shapes
@@ -172,14 +204,14 @@ _FRAME = re.compile(r"frame_(\d+)", re.ASCII)
 
 
 @dataclass
-class _Picture:
-    """What is said of one image, not yet looked at.
+class _Entry:
+    """An image as the XML describes it, not yet read.
 
     Attributes:
         path: of the image.
         source: the XML.
-        name: what the XML calls it.
-        size: width and height by the XML; None if not said.
+        name: in the XML.
+        size: width and height by the XML; None if not stated.
         shapes: elements of areas with their label and further fields.
         fields: of the image.
         error: why it cannot be used, found while reading.
@@ -220,16 +252,16 @@ def read_cvat(
             used.
     """
     files = list_files(image_root, rejects)
-    pictures: list[_Picture] = []
+    entries: list[_Entry] = []
     for xml_file in xml_files:
         root = _parse(xml_file)
         with rejects.catch():
-            pictures += _read(root, xml_file, image_root, files, rejects)
-    labels = {label for picture in pictures for _, label, _ in picture.shapes}
+            entries += _read(root, xml_file, image_root, files, rejects)
+    labels = {label for entry in entries for _, label, _ in entry.shapes}
     where = xml_files[0] if len(xml_files) == 1 else f"{len(xml_files)} CVAT files"
     categories = named_categories(labels, classes, where)
     notes: list[str] = []
-    samples = _samples(pictures, files, image_root, categories, rejects, notes)
+    samples = _samples(entries, files, image_root, categories, rejects, notes)
     return Source(samples, categories, {"description": "from CVAT"}, notes)
 
 
@@ -255,7 +287,7 @@ def _parse(path: Path) -> Element:
 
 def _read(
     root: Element, xml_file: Path, image_root: Path, files: Sequence[Path], rejects: Rejects
-) -> list[_Picture]:
+) -> list[_Entry]:
     has_tracks = root.find("track") is not None
     if has_tracks and root.find("image") is not None:
         raise BadInputError(xml_file, "has both images and tracks; export it as one of both")
@@ -263,14 +295,14 @@ def _read(
         return _read_video(root, xml_file, image_root, files)
     types = _attribute_types(root)
     by_stem = {path.with_suffix(""): path for path in files}
-    pictures = []
+    entries = []
     for element in root.iterfind("image"):
         with rejects.catch():
-            picture = _read_image(element, xml_file, image_root, types, rejects.follow_links)
+            entry = _read_image(element, xml_file, image_root, types, rejects.follow_links)
             # frames of a video in the format for images have names without a suffix
-            picture.path = by_stem.get(picture.path, picture.path)
-            pictures.append(picture)
-    return pictures
+            entry.path = by_stem.get(entry.path, entry.path)
+            entries.append(entry)
+    return entries
 
 
 def _of_video(root: Element) -> bool:
@@ -292,41 +324,41 @@ def _attribute_types(root: Element) -> dict[tuple[str, str], str]:
 
 def _read_image(
     element: Element, xml_file: Path, image_root: Path, types: dict, follow_links: bool
-) -> _Picture:
+) -> _Entry:
     name = element.get("name")
     path = path_inside(image_root, name, xml_file, follow_links)
-    picture = _Picture(path, xml_file, name, None)
+    entry = _Entry(path, xml_file, name, None)
     if subset := element.get("subset"):
-        picture.fields["subset"] = subset
+        entry.fields["subset"] = subset
         if not path.is_file():
             name_in_subset = f"{subset}/{name}"
-            picture.path = path_inside(image_root, name_in_subset, xml_file, follow_links)
+            entry.path = path_inside(image_root, name_in_subset, xml_file, follow_links)
     try:
-        picture.size = _size(element.get("width"), element.get("height"))
+        entry.size = _size(element.get("width"), element.get("height"))
         for child in element:
             label = child.get("label")
             if not label:
                 raise ValueError(f"a {child.tag} has no label")
-            fields = with_attributes(child, label, types)
+            fields = _attribute_fields(child, label, types)
             if child.tag == "tag":
-                picture.fields |= {label: True, **fields}
+                entry.fields |= {label: True, **fields}
             else:
-                picture.shapes.append((child, label, fields))
-        if clash := sorted(set(picture.fields) & set(IMAGE_FIELDS)):
+                entry.shapes.append((child, label, fields))
+        if clash := sorted(set(entry.fields) & set(IMAGE_FIELDS)):
             raise ValueError(f"there is a tag or attribute {clash[0]!r}; give it another name")
     except ValueError as error:
         raise BadInputError(xml_file, f"image {name!r}: {error}") from error
-    return picture
+    return entry
 
 
 def _size(width: str | None, height: str | None) -> tuple[int, int] | None:
-    return None if width is None or height is None else (integer(width), integer(height))
+    return None if width is None or height is None else (_integer(width), _integer(height))
 
 
 def _read_video(
     root: Element, xml_file: Path, image_root: Path, files: Sequence[Path]
-) -> list[_Picture]:
-    """A picture for each frame that lies in the folder or is in a track."""
+) -> list[_Entry]:
+    """An entry for each frame that lies in the folder or is in a track."""
     frames = {}
     for path in files:
         if match := _FRAME.fullmatch(path.stem):
@@ -349,48 +381,48 @@ def _read_video(
         size = _size(
             root.findtext("meta//original_size/width"), root.findtext("meta//original_size/height")
         )
-        pictures = {n: _Picture(path, xml_file, path.name, size) for n, path in frames.items()}
+        entries = {n: _Entry(path, xml_file, path.name, size) for n, path in frames.items()}
         for track in root.iterfind("track"):
-            _follow(track, pictures, types)
+            _follow(track, entries, types)
     except ValueError as error:
         raise BadInputError(xml_file, str(error)) from error
-    return [pictures[number] for number in sorted(pictures)]
+    return [entries[number] for number in sorted(entries)]
 
 
-def _follow(track: Element, pictures: dict[int, _Picture], types: dict) -> None:
+def _follow(track: Element, entries: dict[int, _Entry], types: dict) -> None:
     """Adds the areas of a track to their frames; ValueError saying what is wrong with it."""
     name, label = f"track {track.get('id')}", track.get("label")
     if not label:
         raise ValueError(f"{name} has no label")
     shown = None  # the last frame that had a shape in it
-    numbers = sorted(pictures)
-    for shape in sorted(track, key=lambda shape: integer(shape.get("frame"))):
-        number = integer(shape.get("frame"))
-        if number not in pictures:
+    numbers = sorted(entries)
+    for shape in sorted(track, key=lambda shape: _integer(shape.get("frame"))):
+        number = _integer(shape.get("frame"))
+        if number not in entries:
             if shape.get("outside") != "1":
                 raise ValueError(f"{name}: the image of frame {number} is missing")
             continue
         if shown is not None:
             for between in numbers[bisect_right(numbers, shown) : bisect_left(numbers, number)]:
-                pictures[between].error = (
+                entries[between].error = (
                     f"{name} is in frames {shown} and {number}, but not in this one between; "
                     "export the video with all frames, not the key frames only"
                 )
         shown = None
         if shape.get("outside") != "1":
-            fields = {"lesion_id": track.get("id"), **with_attributes(shape, label, types)}
-            pictures[number].shapes.append((shape, label, fields))
+            fields = {"lesion_id": track.get("id"), **_attribute_fields(shape, label, types)}
+            entries[number].shapes.append((shape, label, fields))
             shown = number
     if shown is not None:
         for after in numbers[bisect_right(numbers, shown) :]:
-            pictures[after].error = (
+            entries[after].error = (
                 f"{name} is in frame {shown} and not said to have left it, but not in this one; "
                 "mark it as outside where the lesion is gone, or export the video with all frames"
             )
 
 
 def _samples(
-    pictures: Sequence[_Picture],
+    entries: Sequence[_Entry],
     files: Sequence[Path],
     image_root: Path,
     categories: Sequence[dict],
@@ -398,23 +430,27 @@ def _samples(
     notes: list[str],
 ) -> Iterator[Sample]:
     ids = {category["name"]: category["id"] for category in categories}
-    uses = Counter(picture.path for picture in pictures)
-    for picture in tqdm(pictures, desc="Reading images", unit="image"):
+    uses = Counter(entry.path for entry in entries)
+    for entry in tqdm(entries, desc="Reading images", unit="image"):
         with rejects.catch():
-            if uses[picture.path] > 1:
+            if uses[entry.path] > 1:
                 raise BadInputError(
-                    picture.source, f"duplicate: the image {picture.name!r} is there several times"
+                    entry.source, f"duplicate: the image {entry.name!r} is there several times"
                 )
-            if picture.error:
-                raise BadInputError(picture.path, picture.error)
-            image = inspect_image(picture.path)
-            size = picture.size or (image.width, image.height)
-            check_classes((label for _, label, _ in picture.shapes), ids, picture.source)
-            regions = (_region(picture, shape, *size) for shape in picture.shapes)
+            if entry.error:
+                raise BadInputError(entry.path, entry.error)
+            image = inspect_image(entry.path)
+            size = entry.size or (image.width, image.height)
+            check_classes((label for _, label, _ in entry.shapes), ids, entry.source)
+            regions = (_region(entry, shape, *size) for shape in entry.shapes)
             annotations = annotate(image, size, regions, ids, notes)
-            name = picture.path.relative_to(image_root).as_posix()
-            yield Sample(name, image, annotations, picture.fields)
-    left = [path for path in files if path not in uses and path not in {p.source for p in pictures}]
+            name = entry.path.relative_to(image_root).as_posix()
+            yield Sample(name, image, annotations, entry.fields)
+    left = [
+        path
+        for path in files
+        if path not in uses and path not in {entry.source for entry in entries}
+    ]
     if left:
         names = ", ".join(path.relative_to(image_root).as_posix() for path in left[:5])
         notes.append(
@@ -423,13 +459,13 @@ def _samples(
         )
 
 
-def _region(picture: _Picture, shape: tuple[Element, str, dict], width: int, height: int) -> Region:
+def _region(entry: _Entry, shape: tuple[Element, str, dict], width: int, height: int) -> Region:
     element, label, fields = shape
     try:
-        return region(element, label, fields, height, width)
+        return _element_region(element, label, fields, height, width)
     except ValueError as error:
         raise BadInputError(
-            picture.source, f"image {picture.name!r}: a {element.tag} {label!r}: {error}"
+            entry.source, f"image {entry.name!r}: a {element.tag} {label!r}: {error}"
         ) from error
 
 
@@ -464,11 +500,11 @@ def cvat_documents(samples: Iterable[Sample], names: Mapping[int, str]) -> tuple
         for group, annotation in enumerate(sample.annotations, start=1):
             label = names[annotation["category_id"]]
             count[label] += 1
-            attributes = attributes_of(annotation)
+            attributes = _attributes(annotation)
             for key, value in attributes.items():
                 seen[label].setdefault(key, []).append(value)
-            for tag, own in draw(annotation, height, width, group):
-                shape = SubElement(image, tag, label=label, **own)
+            for tag, shape_attributes in _shapes(annotation, height, width, group):
+                shape = SubElement(image, tag, label=label, **shape_attributes)
                 for key, value in attributes.items():
                     SubElement(shape, "attribute", name=key).text = _text(value)
     labels = [_label(name, attributes, count[name]) for name, attributes in seen.items()]
@@ -480,7 +516,7 @@ def cvat_documents(samples: Iterable[Sample], names: Mapping[int, str]) -> tuple
     if bad := _NO_XML.search(text):
         start = max(bad.start() - 30, 0)
         raise BadInputError(
-            "annotations.xml", f"XML cannot hold {bad[0]!r}, behind {text[start : bad.start()]!r}"
+            "annotations.xml", f"XML cannot hold {bad[0]!r}, after {text[start : bad.start()]!r}"
         )
     return text, labels
 
@@ -518,15 +554,15 @@ def _attribute(name: str, values: Sequence, for_all: bool) -> dict:
 def _labels_element(labels: Sequence[dict]) -> Element:
     element = Element("labels")
     for label in labels:
-        own = SubElement(element, "label")
-        SubElement(own, "name").text = label["name"]
-        SubElement(own, "type").text = label["type"]
-        attributes = SubElement(own, "attributes")
+        entry = SubElement(element, "label")
+        SubElement(entry, "name").text = label["name"]
+        SubElement(entry, "type").text = label["type"]
+        attributes = SubElement(entry, "attributes")
         for attribute in label["attributes"]:
-            entry = SubElement(attributes, "attribute")
-            SubElement(entry, "name").text = attribute["name"]
-            SubElement(entry, "mutable").text = str(attribute["mutable"])
-            SubElement(entry, "input_type").text = attribute["input_type"]
-            SubElement(entry, "default_value").text = attribute["values"][0]
-            SubElement(entry, "values").text = "\n".join(attribute["values"])
+            item = SubElement(attributes, "attribute")
+            SubElement(item, "name").text = attribute["name"]
+            SubElement(item, "mutable").text = str(attribute["mutable"])
+            SubElement(item, "input_type").text = attribute["input_type"]
+            SubElement(item, "default_value").text = attribute["values"][0]
+            SubElement(item, "values").text = "\n".join(attribute["values"])
     return element

@@ -3,8 +3,10 @@
 https://github.com/wkentaro/labelme; the format of its versions 3 to 6.
 """
 
+import argparse
 import base64
 import io
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,13 @@ import pycocotools.mask as mask_util
 from PIL import Image
 from tqdm import tqdm
 
+from imrcnn_d2.data.formats.base import (
+    Format,
+    Sample,
+    Source,
+    add_class_arguments,
+    unique_samples,
+)
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import check_name, inspect_image, list_files, open_image
 from imrcnn_d2.data.masks import (
@@ -28,24 +37,73 @@ from imrcnn_d2.data.masks import (
     check_extent,
     ellipse_rle,
     further_fields,
+    mask_polygons,
     named_categories,
-    outlines,
     patch_rle,
     polygon_rle,
     rectangle,
 )
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, read_json
 
-__all__ = ["SHAPE_KEYS", "draw", "labelme_document", "read_labelme", "shape_rle"]
+__all__ = ["LabelMe", "labelme_document", "read_labelme"]
+
+
+class LabelMe(Format):
+    name = "labelme"
+    help = "own data: LabelMe's JSON files"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_class_arguments(parser)
+        parser.add_argument("--root", type=Path, required=True, help="folder of the JSON files")
+        parser.add_argument(
+            "--images",
+            type=Path,
+            help="folder of images, laid out as --root is (default: where each file says, in "
+            "--root)",
+        )
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        return read_labelme(args.root, rejects, scratch, args.images, args.classes)
+
+    def write(self, source: Source, names: Mapping[int, str], stage: Path, out: Path) -> list[str]:
+        """Writes NAME.json for each image, with the path of the image.
+
+        Args:
+            source: the data set; its samples are used up.
+            names: of the classes by category id.
+            stage: an empty folder to write into.
+            out: what `stage` will be renamed to.
+
+        Returns:
+            notes for the user: what the format cannot keep.
+
+        Raises:
+            BadInputError: the format cannot hold what the data set has.
+        """
+        for sample in unique_samples(source):
+            name = PurePosixPath(sample.file_name).with_suffix(".json")
+            path = stage / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image_path = os.path.relpath(sample.image.path.resolve(), (out / name).parent.resolve())
+            document = labelme_document(
+                sample.annotations,
+                names,
+                Path(image_path).as_posix(),
+                sample.image.height,
+                sample.image.width,
+                fields=further_fields(sample.fields, IMAGE_FIELDS),
+            )
+            text = json.dumps(document, ensure_ascii=False, indent=2)
+            path.write_text(text + "\n", encoding="utf-8")
+        return []
 
 
 # What LabelMe reads of a shape; it keeps other keys as they are.
-SHAPE_KEYS = ("label", "points", "group_id", "shape_type", "flags", "mask")
+_SHAPE_KEYS = ("label", "points", "group_id", "shape_type", "flags", "mask")
 _POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}
 
 
-def shape_rle(shape: Mapping, height: int, width: int) -> dict:
+def _shape_rle(shape: Mapping, height: int, width: int) -> dict:
     """Compressed COCO RLE of a shape in an image of that size.
 
     Raises:
@@ -58,7 +116,7 @@ def shape_rle(shape: Mapping, height: int, width: int) -> dict:
     ):
         raise ValueError("its points are no list of [x, y]")
     if not isinstance(kind, str) or kind not in (*_POINTS, "polygon"):
-        raise ValueError(f"{kind!r} is no area; outline it, or take it out of the file")
+        raise ValueError(f"{kind!r} is no area; make it a polygon, or take it out of the file")
     if len(points) != _POINTS.get(kind, len(points)):
         raise ValueError(f"a {kind} has {len(points)} points instead of {_POINTS[kind]}")
     flat = list(chain.from_iterable(points))
@@ -75,7 +133,7 @@ def shape_rle(shape: Mapping, height: int, width: int) -> dict:
     return polygon_rle(points, height, width)
 
 
-def draw(
+def _shapes(
     annotation: Mapping,
     label: str,
     height: int,
@@ -94,7 +152,7 @@ def draw(
         fill_holes: polygons all the same.
     """
     areas = _areas(annotation, height, width, fill_holes)
-    further = further_fields(annotation, (*ANNOTATION_FIELDS, *SHAPE_KEYS, "score"))
+    further = further_fields(annotation, (*ANNOTATION_FIELDS, *_SHAPE_KEYS, "score"))
     flags = {key: further.pop(key) for key in list(further) if isinstance(further[key], bool)}
     if annotation.get("iscrowd"):
         flags["iscrowd"] = True
@@ -120,9 +178,9 @@ def _areas(annotation: Mapping, height: int, width: int, fill_holes: bool) -> li
         return [{"shape_type": "rectangle", "points": points}]
     rle = to_rle(annotation["segmentation"], height, width)
     mask = mask_util.decode(rle)
-    lines = outlines(mask, fill_holes)
-    if lines is not None:
-        return [{"shape_type": "polygon", "points": line.tolist()} for line in lines]
+    polygons = mask_polygons(mask, fill_holes)
+    if polygons is not None:
+        return [{"shape_type": "polygon", "points": points.tolist()} for points in polygons]
     left, top, box_width, box_height = mask_util.toBbox(rle).astype(int).tolist()
     right, bottom = left + box_width, top + box_height
     return [
@@ -203,8 +261,8 @@ def read_labelme(
             always if there is no usable file at all.
     """
     folder = root if images is None else images
-    there = list_files(folder, rejects)
-    paths = there if images is None else list_files(root, rejects)
+    files_of_images = list_files(folder, rejects)
+    paths = files_of_images if images is None else list_files(root, rejects)
     paths = [path for path in paths if path.suffix.lower() == ".json"]
     files: list[_File] = []
     for path in tqdm(paths, desc="Reading LabelMe files", unit="file"):
@@ -226,7 +284,7 @@ def read_labelme(
                         file.path, f"duplicate: several LabelMe files are of {file.image_path}"
                     )
                 yield _sample(file, root, folder, scratch, ids, notes)
-        for path in there:
+        for path in files_of_images:
             if path.suffix.lower() in Image.registered_extensions() and path not in uses:
                 with rejects.catch():
                     raise BadInputError(
@@ -251,19 +309,19 @@ def labelme_document(
     """What a LabelMe file of an image holds. LabelMe opens it, and keeps what it does not know.
 
     Args:
-        annotations: COCO annotations, see `draw`; those without an area, which name a class of the
-            whole image, have no shape.
+        annotations: COCO annotations, those without an area, which name a class of the whole image,
+            have no shape.
         names: of the classes by category id.
         image_path: relative to where the file will lie.
         height, width: of the image in pixels.
         fields: further fields of the image; truth values become its flags.
-        fill_holes: see `draw`.
+        fill_holes: fill holes of masks, which become polygons in any case.
     """
     shapes: list[dict] = []
     for number, annotation in enumerate(annotations, start=1):
         if "bbox" in annotation:
             label = names[annotation["category_id"]]
-            shapes += draw(annotation, label, height, width, number, fill_holes)
+            shapes += _shapes(annotation, label, height, width, number, fill_holes)
     fields = dict(fields or {})
     flags = {key: fields.pop(key) for key in list(fields) if isinstance(fields[key], bool)}
     return {
@@ -306,11 +364,11 @@ def _read(path: Path, root: Path, images: Path | None, follow_links: bool) -> _F
     return _File(path, image, content)
 
 
-def _check_flags(path: Path, entry: dict, own: Sequence[str]) -> None:
+def _check_flags(path: Path, entry: dict, reserved: Sequence[str]) -> None:
     flags = entry.get("flags") or {}
     if not isinstance(flags, dict) or not all(isinstance(v, bool) for v in flags.values()):
         raise BadInputError(path, f"the flags {flags!r} are not all true or false")
-    if clash := sorted(set(flags) & set(own)):
+    if clash := sorted(set(flags) & set(reserved)):
         raise BadInputError(path, f"there is a flag called {clash[0]!r}; give it another name")
 
 
@@ -320,12 +378,12 @@ def _locate(path: Path, image_path: object, root: Path, images: Path | None) -> 
         raise BadInputError(path, f"its imagePath {image_path!r} is no file name")
     check_name(image_path, path)
     named = PureWindowsPath(image_path)  # which takes / as well
-    beside = path.parent.relative_to(root)
+    folder = path.parent.relative_to(root)
     if images is not None:
-        return images / beside / named.name
+        return images / folder / named.name
     if named.is_absolute() or named.drive or named.root:
-        return path.parent / named.name  # of the computer it was drawn on
-    relative = PurePosixPath(os.path.normpath(beside / named.as_posix()))
+        return path.parent / named.name  # of the computer that it was annotated on
+    relative = PurePosixPath(os.path.normpath(folder / named.as_posix()))
     return None if ".." in relative.parts else root / relative
 
 
@@ -357,10 +415,10 @@ def _region(path: Path, number: int, shape: dict, width: int, height: int) -> Re
     try:
         if not isinstance(group, int | str | None):
             raise ValueError(f"its group_id {group!r} is no number")
-        rle = shape_rle(shape, height, width)
+        rle = _shape_rle(shape, height, width)
     except ValueError as error:
         raise BadInputError(path, f"shapes[{number}], {label!r}: {error}") from error
-    fields = further_fields(shape, (*ANNOTATION_FIELDS, *SHAPE_KEYS))
+    fields = further_fields(shape, (*ANNOTATION_FIELDS, *_SHAPE_KEYS))
     if not fields.get("description"):
         fields.pop("description", None)
     return Region(label, rle, group, {**fields, **(shape.get("flags") or {})})

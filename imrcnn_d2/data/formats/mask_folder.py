@@ -1,13 +1,24 @@
-"""Folders of mask images: binary, with the number of a class or an instance, or one an instance."""
+"""Folders of mask images: binary, numbering classes or instances, or one file per instance."""
 
+import argparse
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pycocotools.mask as mask_util
+from PIL import Image
 from tqdm import tqdm
 
+from imrcnn_d2.data.formats.base import (
+    Format,
+    Sample,
+    Source,
+    add_class_arguments,
+    unique_samples,
+)
+from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import (
     SourceImage,
     annotated_on_stored_pixels,
@@ -15,25 +26,102 @@ from imrcnn_d2.data.images import (
     inspect_image,
     list_files,
     orient,
+    read_mask,
     read_values,
 )
 from imrcnn_d2.data.masks import (
+    ANNOTATION_FIELDS,
+    IMAGE_FIELDS,
+    MIN_AREA,
     MOST_INSTANCES,
     annotation_from_mask,
     check_classes,
     components,
+    further_fields,
     named_categories,
 )
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
-__all__ = ["KINDS", "read_mask_folder"]
+__all__ = ["KINDS", "MaskFolder", "add_min_area_argument", "read_mask_folder"]
 
 
 KINDS = ("binary", "classes", "instances", "files")
 # Of an instance's file: its image's name, a separator, perhaps the class, perhaps a number.
 _NUMBER = re.compile(r"(^|[ _.-])\d+$", re.ASCII)
 _SEPARATORS = " _.-/"
+# A class name that could not be read back from a file name.
+_UNREADABLE_CLASS = re.compile(r'[/\\:*?"<>|\0]|^[ ._-]|[ ._-]$|[ ._-]\d+$')
+
+
+class MaskFolder(Format):
+    name = "masks"
+    help = "own data: mask images, of four kinds"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_class_arguments(parser)
+        parser.add_argument("--images", type=Path, required=True, help="folder of images")
+        parser.add_argument(
+            "--masks", type=Path, required=True, help="folder of masks, named alike"
+        )
+        parser.add_argument(
+            "--kind",
+            choices=KINDS,
+            default="binary",
+            help="binary (default): white is lesion, each connected part an instance; classes: "
+            "pixels number the class; instances: pixels number the instance; files: a file for "
+            "each instance, NAME_1.png or NAME/1.png, perhaps with its class, NAME_polyp_1.png",
+        )
+        parser.add_argument(
+            "--suffix", default="", metavar="TEXT", help="of the masks' names, e.g. _segmentation"
+        )
+        add_min_area_argument(parser)
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        return read_mask_folder(
+            args.images,
+            args.masks,
+            rejects,
+            args.kind,
+            classes=args.classes,
+            suffix=args.suffix,
+            min_area=args.min_area,
+        )
+
+    def write(self, source: Source, names: Mapping[int, str], stage: Path, out: Path) -> list[str]:
+        """Writes NAME/CLASS_1.png for each instance, 0 and 255; NAME/0.png, all 0, without one.
+
+        As `LabelMe.write`.
+        """
+        for name in names.values():
+            if _UNREADABLE_CLASS.search(name) or name.isdigit():
+                raise BadInputError(name, "this class cannot be told from a file's name; rename it")
+        lost: set[str] = set()
+        for sample in unique_samples(source):
+            folder = stage / PurePosixPath(sample.file_name).with_suffix("")
+            folder.mkdir(parents=True)
+            height, width = sample.image.height, sample.image.width
+            if not sample.annotations:
+                Image.fromarray(np.zeros((height, width), np.uint8)).save(folder / "0.png")
+            for number, annotation in enumerate(sample.annotations, start=1):
+                if annotation["iscrowd"]:
+                    raise BadInputError(
+                        sample.image.path, "has a crowd region, which masks cannot mark as one"
+                    )
+                mask = mask_util.decode(to_rle(annotation["segmentation"], height, width)) * 255
+                label = names[annotation["category_id"]]
+                Image.fromarray(mask).save(folder / f"{label}_{number}.png")
+                lost |= further_fields(annotation, ANNOTATION_FIELDS).keys()
+            lost |= further_fields(sample.fields, IMAGE_FIELDS).keys()
+        return [f"not in the masks: {', '.join(sorted(lost))}"] if lost else []
+
+
+def add_min_area_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--min-area",
+        type=int,
+        default=MIN_AREA,
+        help="smaller parts of a mask, in pixels, are dropped as specks (default %(default)s)",
+    )
 
 
 def read_mask_folder(
@@ -44,7 +132,8 @@ def read_mask_folder(
     *,
     classes: Sequence[str] | None = None,
     suffix: str = "",
-    min_area: int = 16,
+    min_area: int = MIN_AREA,
+    require_lesion: bool = False,
 ) -> Source:
     """Reads images with masks of the same name, but for the file type and `suffix`.
 
@@ -68,6 +157,8 @@ def read_mask_folder(
         suffix: of the masks' names, e.g. "_segmentation".
         min_area: with "binary" and "classes", smaller components, in pixels, are dropped and
             counted.
+        require_lesion: with "binary", for data sets distributed as JPEG: lesion is 128 or brighter
+            in files of any type, and a mask without it is bad input.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -78,43 +169,44 @@ def read_mask_folder(
         raise ValueError(f"the kind is {kind!r}; choose from {', '.join(KINDS)}")
     if kind in ("binary", "instances") and classes is not None and len(classes) != 1:
         raise ValueError(f"masks of kind {kind} are of one class, not of {len(classes)}")
-    pictures = by_stem(images, rejects)
-    files = _assign(masks, pictures, kind, suffix, rejects)
+    image_paths = by_stem(images, rejects)
+    files = _assign(masks, image_paths, kind, suffix, rejects)
     if classes is None:
-        named = {label for own in files.values() for _, label in own if label}
-        classes = sorted(named) if kind == "files" and named else ["lesion"]
+        labels = {label for masks_of_image in files.values() for _, label in masks_of_image}
+        classes = sorted(labels - {""}) or ["lesion"]
     categories = named_categories((), classes, masks)
     notes: list[str] = []
-    reader = _Reader(kind, {category["name"]: category["id"] for category in categories}, min_area)
-    samples = _samples(images, pictures, files, reader, rejects, notes)
+    category_ids = {category["name"]: category["id"] for category in categories}
+    reader = _Reader(kind, category_ids, min_area, require_lesion)
+    samples = _samples(images, image_paths, files, reader, rejects, notes)
     return Source(samples, categories, {"description": f"from masks of kind {kind}"}, notes)
 
 
 def _assign(
-    masks: Path, pictures: Collection[str], kind: str, suffix: str, rejects: Rejects
+    masks: Path, images: Collection[str], kind: str, suffix: str, rejects: Rejects
 ) -> dict[str, list[tuple[Path, str]]]:
     """The mask files of each image, with the class that the name gives, or ""."""
-    files: dict[str, list[tuple[Path, str]]] = {stem: [] for stem in pictures}
+    files: dict[str, list[tuple[Path, str]]] = {stem: [] for stem in images}
     for path in list_files(masks, rejects):
         stem = path.relative_to(masks).with_suffix("").as_posix()
         with rejects.catch():
             label = ""
             if kind == "files":
-                image, label = _image_and_label(path, stem, pictures)
+                image, label = _image_and_label(path, stem, images)
             else:
                 image = stem.removesuffix(suffix) if stem.endswith(suffix) else None
             if image not in files:
                 raise BadInputError(path, "mask without an image")
             if kind != "files" and files[image]:
-                raise BadInputError(path, f"same image as {files[image][0][0]}")
+                raise BadInputError(path, f"duplicate: same image as {files[image][0][0]}")
             files[image].append((path, label))
     return files
 
 
-def _image_and_label(path: Path, stem: str, pictures: Collection[str]) -> tuple[str | None, str]:
+def _image_and_label(path: Path, stem: str, images: Collection[str]) -> tuple[str | None, str]:
     """The image name that a mask's name starts with, and the class behind it."""
     ends = [i for i, character in enumerate(stem) if character in _SEPARATORS]
-    starts = [stem[:end] for end in [len(stem), *reversed(ends)] if stem[:end] in pictures]
+    starts = [stem[:end] for end in [len(stem), *reversed(ends)] if stem[:end] in images]
     folders = [start for start in starts if stem[len(start) :].startswith("/")]
     starts = folders[:1] or starts
     if len(starts) > 1:
@@ -129,13 +221,13 @@ def _image_and_label(path: Path, stem: str, pictures: Collection[str]) -> tuple[
 
 def _samples(
     images: Path,
-    pictures: Mapping[str, Path],
+    image_paths: Mapping[str, Path],
     files: Mapping[str, Sequence[tuple[Path, str]]],
     reader: "_Reader",
     rejects: Rejects,
     notes: list[str],
 ) -> Iterator[Sample]:
-    for stem, path in tqdm(pictures.items(), desc="Reading images", unit="image"):
+    for stem, path in tqdm(image_paths.items(), desc="Reading images", unit="image"):
         with rejects.catch():
             image = inspect_image(path)
             annotations = reader.read(image, files[stem], notes)
@@ -156,12 +248,14 @@ class _Reader:
         kind: one of `KINDS`.
         category_ids: by class, in the order of the classes.
         min_area: in pixels.
+        require_lesion: see `read_mask_folder`.
         specks, empty: components below it, and masks of nothing but 0.
     """
 
     kind: str
     category_ids: dict[str, int]
     min_area: int
+    require_lesion: bool
     specks: int = 0
     empty: int = 0
 
@@ -169,24 +263,29 @@ class _Reader:
         self, image: SourceImage, files: Sequence[tuple[Path, str]], notes: list[str]
     ) -> list[dict]:
         if not files:
-            raise BadInputError(
-                image.path,
-                "has no mask; one of nothing but 0 says that it is lesion-free, or give such "
-                "images as --negatives",
-            )
+            remedy = "give lesion-free images as --negatives"
+            if not self.require_lesion:
+                remedy += ", or one of nothing but 0"
+            raise BadInputError(image.path, f"has no mask; {remedy}")
         annotations: list[dict] = []
         for path, label in files:
             values = self._values(path, image, notes)
-            found = self._instances(values, path, label)
-            if not found and (values.any() or len(files) > 1):
+            instances = self._instances(values, path, label)
+            if not instances and self.require_lesion:
+                raise BadInputError(
+                    path,
+                    f"empty mask: nothing of at least {self.min_area} pixels is 128 or brighter; "
+                    "lesion-free images belong in the folder given as --negatives",
+                )
+            if not instances and (values.any() or len(files) > 1):
                 raise BadInputError(path, f"has no part of at least {self.min_area} pixels")
-            annotations += found
+            annotations += instances
         self.empty += not annotations
         return annotations
 
     def _values(self, path: Path, image: SourceImage, notes: list[str]) -> np.ndarray:
         """(H, W) of the mask in the frame of the image as read."""
-        values, lossy = read_values(path)
+        values, lossy = (read_mask(path), False) if self.require_lesion else read_values(path)
         if self.kind in ("binary", "files") and (lossy or len(np.unique(values)) > 2):
             highest = values.max()
             values = values >= 128
@@ -201,7 +300,7 @@ class _Reader:
         if annotated_on_stored_pixels(image, values.shape[1], values.shape[0]):
             values = orient(values, image.orientation)
         elif image.orientation != 1:
-            notes.append(f"{path}: EXIF-rotated image, mask taken as drawn on what is shown")
+            notes.append(f"{path}: EXIF-rotated image, mask taken as of the rotated image")
         return values
 
     def _instances(self, values: np.ndarray, path: Path, label: str) -> list[dict]:
@@ -227,12 +326,12 @@ class _Reader:
                 f"has the value {values.max()}; the classes are 0 background, "
                 + ", ".join(f"{i} {name}" for name, i in self.category_ids.items()),
             )
-        found = []
+        annotations = []
         for category_id in self.category_ids.values():
             try:
                 parts, specks = components(values == category_id, self.min_area)
             except ValueError as error:
                 raise BadInputError(path, str(error)) from error
             self.specks += specks
-            found += [annotation_from_mask(part, category_id) for part in parts]
-        return found
+            annotations += [annotation_from_mask(part, category_id) for part in parts]
+        return annotations

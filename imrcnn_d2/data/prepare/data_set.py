@@ -1,53 +1,57 @@
-"""What a prepared data set holds, as text."""
+"""Prepared data sets: images, COCO annotations by split, splits.json; folds; corrected splits."""
 
-import contextlib
 import filecmp
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from imrcnn_d2.data.images import SourceImage, install_image
-from imrcnn_d2.data.prepare import splits as splitting
+from imrcnn_d2.data.formats.base import Sample, Source
+from imrcnn_d2.data.images import install_image, link_or_copy
+from imrcnn_d2.data.prepare.duplicates import joined_groups, positions
 from imrcnn_d2.data.prepare.splits import (
     SPLITS,
+    FixedTest,
     Item,
     group_images,
     make_folds,
+    make_splits,
+    read_splits,
+    sha256,
     splits_from_prefixes,
 )
-from imrcnn_d2.utils.files import BadInputError, Rejects, read_json
+from imrcnn_d2.utils.files import (
+    BadInputError,
+    Rejects,
+    check_inside,
+    is_empty,
+    read_json,
+    staged,
+)
 
 __all__ = [
     "KEPT_TOGETHER",
+    "Move",
     "SPLIT_BY",
     "Prepared",
-    "Sample",
-    "Source",
     "SplitOptions",
-    "check_free",
-    "check_same",
-    "first_difference",
-    "fold_settings",
-    "is_empty",
+    "check_can_fix",
     "prepare_dataset",
-    "staged",
     "strata_of",
     "summarise",
-    "summarise_classes",
+    "write_fixed_splits",
     "write_folds",
     "write_json",
     "write_splits",
 ]
 
 
-# Grows beside a data set with every evaluation of its test part (evaluation/test_log.py).
+# Grows next to a data set with every evaluation of its test part (evaluation/test_log.py).
 TEST_LOG = "test_evaluations.csv"
 
 
@@ -56,23 +60,6 @@ def write_json(path: Path, content: dict, indent: int | None = None) -> None:
     path.parent.mkdir(exist_ok=True)
     text = json.dumps(content, sort_keys=True, allow_nan=False, indent=indent)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` to be renamed to it when complete; removed if it was not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    stage.chmod(0o755)  # mkdtemp's is private
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def is_empty(folder: Path) -> bool:
-    """Whether it is a folder with nothing in it."""
-    return folder.is_dir() and not any(folder.iterdir())
 
 
 def check_free(out: Path) -> None:
@@ -113,55 +100,6 @@ KEPT_TOGETHER = {"patient": "patient_id", "group": "group_id"}
 
 
 @dataclass
-class Sample:
-    """One checked image with its annotations.
-
-    Attributes:
-        file_name: relative to the prepared images/.
-        image: the file to install there.
-        annotations: COCO annotations without ``id`` and ``image_id``.
-        fields: further COCO image fields, e.g. ``patient_id``.
-        label: id of the image's class where whole images are classified; its one annotation then
-            is {"category_id": label}.
-    """
-
-    file_name: str
-    image: SourceImage
-    annotations: list[dict]
-    fields: dict = field(default_factory=dict)
-    label: int | None = None
-
-    @property
-    def has_lesion(self) -> bool:
-        """Whether there is an annotation other than of a crowd region."""
-        return any(not annotation["iscrowd"] for annotation in self.annotations)
-
-    @property
-    def stratum(self) -> bool | int:
-        """What all splits get their share of."""
-        return self.has_lesion if self.label is None else self.label
-
-
-@dataclass
-class Source:
-    """Where a data set comes from.
-
-    Attributes:
-        samples: yields every sample once.
-        categories: COCO categories.
-        info: COCO ``info``, or empty.
-        notes: what to tell the user, may grow while `samples` is consumed.
-        extra: further top-level COCO fields, passed through, e.g. ``licenses``.
-    """
-
-    samples: Iterable[Sample]
-    categories: list[dict]
-    info: dict
-    notes: list[str] = field(default_factory=list)
-    extra: dict = field(default_factory=dict)
-
-
-@dataclass
 class SplitOptions:
     """How to split, see `imrcnn_d2.data.prepare.splits.make_splits`.
 
@@ -175,7 +113,7 @@ class SplitOptions:
         folds: of cross-validation, 0 for none.
     """
 
-    ratio: Sequence[int] | splitting.FixedTest = (12, 3, 5)
+    ratio: Sequence[int] | FixedTest = (12, 3, 5)
     seed: int = 0
     split_by: str = "patient"
     earlier: Mapping[str, Sequence[str]] | None = None
@@ -186,7 +124,7 @@ class SplitOptions:
         """How large the splits should be, for splits.json."""
         if self.split_by == "prefix":
             return {}
-        if isinstance(self.ratio, splitting.FixedTest):
+        if isinstance(self.ratio, FixedTest):
             of_class, percent = self.ratio.per_stratum, self.ratio.val_percent
             return {"test_per_class": of_class, "val_percent": percent}
         return {"ratio": list(self.ratio)}
@@ -194,7 +132,7 @@ class SplitOptions:
 
 @dataclass
 class Prepared:
-    """What `prepare_dataset` made: COCO contents by split, and what to tell the user."""
+    """What `prepare_dataset` made: COCO contents by split, and notes for the user."""
 
     out: Path
     coco: dict[str, dict]
@@ -205,7 +143,7 @@ class Prepared:
 def prepare_dataset(source: Source, out: Path, options: SplitOptions, rejects: Rejects) -> Prepared:
     """Installs the images, splits them and writes the annotations.
 
-    The folder is built beside `out` and renamed at the end, so a failed run leaves nothing behind.
+    The folder is built next to `out` and renamed at the end, so a failed run leaves nothing.
     If `out` holds exactly what would be written it stays as it is; nothing else is overwritten.
 
     Raises:
@@ -274,26 +212,43 @@ def _write_splits_and_annotations(
     ):
         split_by = "image"
     unit = KEPT_TOGETHER.get(split_by)
-    items = [splitting.Item(s.file_name, s.stratum, s.fields.get(unit)) for s in samples]
+    items = [Item(s.file_name, s.stratum, s.fields.get(unit)) for s in samples]
     gone = sorted({name for part in earlier.values() for name in part} - {i.name for i in items})
     if gone:
         source.notes.append(f"{len(gone)} files of the given splits are gone: {', '.join(gone)}")
 
-    splits = splitting.make_splits(items, options.ratio, options.seed, earlier=earlier)
+    splits = make_splits(items, options.ratio, options.seed, earlier=earlier)
     _check_classes(samples, splits, source.categories)
     settings = {"seed": options.seed, "split_by": split_by}
-    write_splits(stage / "splits.json", splits, {**settings, **options.sizes})
     if options.folds:
-        folds = splitting.make_folds(items, options.folds, options.seed)
-        for i, fold in enumerate(folds):
-            path = stage / "folds" / f"fold{i}.json"
-            about = {"fold": i, "folds": options.folds, **fold_settings(settings)}
-            write_splits(path, fold, about)
+        for i, fold in enumerate(make_folds(items, options.folds, options.seed)):
+            fold_info = {"fold": i, "folds": options.folds, **fold_settings(settings)}
+            write_splits(stage / "folds" / f"fold{i}.json", fold, fold_info)
+    return _write_split_files(stage, splits, {**settings, **options.sizes}, _coco(samples, source))
 
-    coco = _coco_by_split(samples, splits, source)
-    for split, content in coco.items():
-        write_json(stage / "annotations" / f"{split}.json", content)
-    return coco
+
+def _write_split_files(
+    folder: Path, splits: Mapping[str, Sequence[str]], settings: dict, coco: Mapping
+) -> dict[str, dict]:
+    """Writes splits.json, and the images and annotations of each split; returns the latter.
+
+    Args:
+        folder: of the prepared data set.
+        splits: file names by split.
+        settings: how the splits came about.
+        coco: COCO content with the images and annotations of all splits, in the order to write.
+    """
+    write_splits(folder / "splits.json", splits, settings)
+    contents = {split: {**coco, "images": [], "annotations": []} for split in splits}
+    split_of = {name: split for split, names in splits.items() for name in names}
+    split_of_id = {image["id"]: split_of[image["file_name"]] for image in coco["images"]}
+    for image in coco["images"]:
+        contents[split_of_id[image["id"]]]["images"].append(image)
+    for annotation in coco["annotations"]:
+        contents[split_of_id[annotation["image_id"]]]["annotations"].append(annotation)
+    for split, content in contents.items():
+        write_json(folder / "annotations" / f"{split}.json", content)
+    return contents
 
 
 def _group(stage: Path, samples: list[Sample], notes: list[str]) -> None:
@@ -316,13 +271,13 @@ def _group(stage: Path, samples: list[Sample], notes: list[str]) -> None:
 def _check_classes(
     samples: list[Sample], splits: Mapping[str, Sequence[str]], categories: list[dict]
 ) -> None:
-    """Where whole images are classified, a split without a class could teach or tell nothing."""
+    """Raises ValueError for a split without images of a class, in a classification data set."""
     label_of = {sample.file_name: sample.label for sample in samples}
     if None in label_of.values():
         return
     for split, names in splits.items():
-        there = {label_of[name] for name in names}
-        missing = [c["name"] for c in categories if c["id"] not in there]
+        labels = {label_of[name] for name in names}
+        missing = [c["name"] for c in categories if c["id"] not in labels]
         if missing and names:
             raise ValueError(
                 f"{split} has no image of {', '.join(missing)}: every split needs all "
@@ -331,37 +286,27 @@ def _check_classes(
             )
 
 
-def _coco_by_split(
-    samples: list[Sample], splits: Mapping[str, Sequence[str]], source: Source
-) -> dict[str, dict]:
-    """COCO contents by split; ids count from 1 over all splits, in the order of `samples`."""
-    split_of = {name: split for split, names in splits.items() for name in names}
-    coco = {
-        split: {
-            **source.extra,
-            "info": source.info,
-            "categories": source.categories,
-            "images": [],
-            "annotations": [],
-        }
-        for split in splits
-    }
-    annotation_id = 0
+def _coco(samples: list[Sample], source: Source) -> dict:
+    """COCO content of all splits; ids count from 1, in the order of `samples`."""
+    images, annotations = [], []
     for image_id, sample in enumerate(samples, start=1):
-        content = coco[split_of[sample.file_name]]
         size = {"width": sample.image.width, "height": sample.image.height}
-        content["images"].append(
-            {**sample.fields, "id": image_id, "file_name": sample.file_name, **size}
-        )
+        images.append({**sample.fields, "id": image_id, "file_name": sample.file_name, **size})
         for annotation in sample.annotations:
-            annotation_id += 1
-            content["annotations"].append({**annotation, "id": annotation_id, "image_id": image_id})
-    return coco
+            ids = {"id": len(annotations) + 1, "image_id": image_id}
+            annotations.append({**annotation, **ids})
+    return {
+        **source.extra,
+        "info": source.info,
+        "categories": source.categories,
+        "images": images,
+        "annotations": annotations,
+    }
 
 
 def write_splits(path: Path, splits: Mapping[str, Sequence[str]], settings: dict) -> None:
     """Writes a splits.json: the lists, how they came about, and their hash."""
-    write_json(path, {**splits, **settings, "sha256": splitting.sha256(splits)}, indent=1)
+    write_json(path, {**splits, **settings, "sha256": sha256(splits)}, indent=1)
 
 
 def fold_settings(settings: Mapping) -> dict:
@@ -371,9 +316,9 @@ def fold_settings(settings: Mapping) -> dict:
 
 
 def write_folds(prepared: Path, count: int) -> list[Path]:
-    """Writes ``<prepared>.folds<count>/fold<i>/<name>/`` beside a prepared data set, once.
+    """Writes ``<prepared>.folds<count>/fold<i>/<name>/`` next to a prepared data set, once.
 
-    Each is a prepared data set of its own: annotations with the ids of the original, a splits.json
+    Each is a prepared data set: annotations with the ids of the original, a splits.json
     with ``fold`` and ``folds``, and ``images`` as a relative link to the original's. The folds are
     those of `make_folds` with the seed and the ``split_by`` of the original. What is already there
     stays as it is if it is what would be written.
@@ -395,10 +340,12 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
             f"{prepared}: no prepared data set is there (no splits.json). Make it with "
             "tools/prepare_dataset.py, or set IMRCNN_DATASETS to the folder that it lies in."
         )
-    settings = fold_settings(_read(prepared / "splits.json"))
-    parts = [_read(prepared / "annotations" / f"{split}.json") for split in SPLITS]
-    images = sorted((i for part in parts for i in part["images"]), key=lambda i: i["file_name"])
-    annotations = sorted((a for part in parts for a in part["annotations"]), key=lambda a: a["id"])
+    settings = fold_settings(read_json(prepared / "splits.json"))
+    contents = _read_contents(prepared)
+    _check_ids(prepared, contents)
+    images = sorted(_records(contents, "images"), key=lambda image: image["file_name"])
+    annotations = sorted(_records(contents, "annotations"), key=lambda record: record["id"])
+    coco = {**contents["train"], "images": images, "annotations": annotations}
     strata = strata_of(annotations)
     unit = KEPT_TOGETHER.get(settings["split_by"])
     items = [Item(i["file_name"], strata.get(i["id"], False), i.get(unit)) for i in images]
@@ -416,16 +363,8 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
             folder = stage / f"fold{i}" / prepared.name
             folder.mkdir(parents=True)
             (folder / "images").symlink_to(Path("..", "..", "..", prepared.name, "images"))
-            write_splits(folder / "splits.json", fold, {**settings, "fold": i, "folds": count})
-            for split, names in fold.items():
-                wanted = set(names)
-                own = [image for image in images if image["file_name"] in wanted]
-                ids = {image["id"] for image in own}
-                of_fold = [a for a in annotations if a["image_id"] in ids]
-                content = {**parts[0], "images": own, "annotations": of_fold}
-                write_json(folder / "annotations" / f"{split}.json", content)
-            if (prepared / "rejected.csv").is_file():
-                shutil.copyfile(prepared / "rejected.csv", folder / "rejected.csv")
+            _write_split_files(folder, fold, {**settings, "fold": i, "folds": count}, coco)
+            _copy_rejected(prepared, folder)
         if out.exists():
             difference = first_difference(stage, out)
             if difference is not None:
@@ -438,8 +377,160 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
     return [out / f"fold{i}" for i in range(count)]
 
 
+@dataclass(frozen=True)
+class Move:
+    """An image that changes its split: its name, from where, and to where."""
+
+    name: str
+    source: str
+    target: str
+
+
+def check_can_fix(prepared: Path, out: Path) -> None:
+    """Refuses what `write_fixed_splits` would refuse whatever the groups, before a long audit.
+
+    Raises:
+        FileExistsError: `out` is there and not empty.
+        FileNotFoundError: the data set has no splits.json.
+        ValueError: splits.json cannot be read.
+    """
+    if out.exists() and not is_empty(out):
+        raise FileExistsError(f"{out}: exists already; choose another folder for --fix-splits")
+    if not (prepared / "splits.json").is_file():
+        raise FileNotFoundError(
+            f"{prepared / 'splits.json'}: not there; --fix-splits needs a data set made with "
+            "tools/prepare_dataset.py"
+        )
+    read_splits(prepared / "splits.json")
+
+
+def write_fixed_splits(
+    prepared: Path,
+    out: Path,
+    groups: Sequence[Sequence[str]],
+    pairs: Sequence[Mapping] = (),
+    follow_links: bool = False,
+) -> list[Move]:
+    """Writes a prepared data set in which no group is in two splits.
+
+    Images of no group, and groups in one split, stay where they are; the others are assigned so
+    that the splits keep their sizes as well as may be. The prepared data set stays as it is, for
+    the runs that were trained on it. Images are hard links where possible. Folds are not taken
+    over: they are made of the new splits.
+
+    Args:
+        prepared: folder of a prepared data set.
+        out: folder to make.
+        groups: file names that must not be parted. Images with one ``group_id`` are such a group
+            as well; groups that share an image become one.
+        pairs: to list in near_duplicates.json, JSON values.
+        follow_links: whether links among the images may lead out of their folder.
+
+    Returns:
+        the moves, by name; without any nothing is written.
+
+    Raises:
+        BadInputError: an image is in two splits, an id is there twice, or an annotation's image is
+            not there.
+        FileExistsError, FileNotFoundError, ValueError: see :func:`check_can_fix`.
+    """
+    check_can_fix(prepared, out)
+    contents = _read_contents(prepared)
+    old = read_splits(prepared / "splits.json")
+    settings = read_json(prepared / "splits.json")
+    split_of: dict[str, str] = {}
+    for split, content in contents.items():
+        for image in content["images"]:
+            other = split_of.setdefault(image["file_name"], split)
+            if other != split:
+                raise BadInputError(
+                    image["file_name"], f"is in {other} and {split} of {prepared}; take one out"
+                )
+    _check_ids(prepared, contents)
+    images = _records(contents, "images")
+    groups = _with_old_groups(images, groups)
+    group_of = {name: i for i, group in enumerate(groups, start=1) for name in group}
+    crossing = {name for group in groups if len({split_of[n] for n in group}) > 1 for name in group}
+    if not crossing:
+        return []
+
+    annotations = _records(contents, "annotations")
+    strata = strata_of(annotations)
+    items = [
+        Item(i["file_name"], strata.get(i["id"], False), group_of.get(i["file_name"]))
+        for i in images
+    ]
+    kept = {split: [n for n in names if n not in crossing] for split, names in old.items()}
+    sizes = [len(contents[split]["images"]) for split in SPLITS]
+    new = make_splits(items, sizes, settings.get("seed", 0), earlier=kept)
+    target_of = {name: split for split, names in new.items() for name in names}
+
+    with staged(out) as stage:
+        for path in sorted((prepared / "images").rglob("*")):
+            if path.is_file():
+                check_inside(prepared / "images", path, follow_links)
+                target = stage / "images" / path.relative_to(prepared / "images")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(path, target)
+        left_out = (*SPLITS, "sha256", "fold", "folds")
+        settings = {k: v for k, v in settings.items() if k not in left_out}
+        settings |= {"split_by": "group", "fixed_from": sha256(old)}
+        for image in images:
+            image.pop("group_id", None)
+            if image["file_name"] in group_of:
+                image["group_id"] = group_of[image["file_name"]]
+        coco = {
+            **contents["train"],
+            "images": sorted(images, key=lambda image: image["id"]),
+            "annotations": sorted(annotations, key=lambda annotation: annotation["id"]),
+        }
+        _write_split_files(stage, new, settings, coco)
+        listed = {"groups": groups, "pairs": list(pairs)}
+        write_json(stage / "near_duplicates.json", listed, indent=1)
+        _copy_rejected(prepared, stage)
+        os.replace(stage, out)
+    return [
+        Move(name, split_of[name], target_of[name])
+        for name in sorted(crossing)
+        if split_of[name] != target_of[name]
+    ]
+
+
+def _check_ids(prepared: Path, contents: Mapping[str, dict]) -> None:
+    """Raises BadInputError unless ids are unique over all splits."""
+    seen = {"images": set(), "annotations": set()}
+    for key, ids in seen.items():
+        for split, content in contents.items():
+            path = prepared / "annotations" / f"{split}.json"
+            for record in content[key]:
+                if record["id"] in ids:
+                    raise BadInputError(
+                        path,
+                        f"{key} has the id {record['id']!r} twice in the splits; number them anew "
+                        "over the three files",
+                    )
+                ids.add(record["id"])
+                if key == "annotations" and record["image_id"] not in seen["images"]:
+                    raise BadInputError(
+                        path,
+                        f"annotation {record['id']!r} is of image {record['image_id']!r}, which no "
+                        "split has; take it out",
+                    )
+
+
+def _with_old_groups(images: Sequence[Mapping], groups: Iterable[Sequence[str]]) -> list[list[str]]:
+    """The groups and those that the images had, joined where they share an image."""
+    names = [image["file_name"] for image in images]
+    indices = {name: i for i, name in enumerate(names)}
+    old_ids = (image.get("group_id") for image in images)
+    together = list(positions(None if i is None else str(i) for i in old_ids).values())
+    together += [[indices[name] for name in group] for group in groups]
+    joined = joined_groups(len(names), together)
+    return sorted(sorted(names[i] for i in group) for group in joined)
+
+
 def strata_of(annotations: Iterable[Mapping]) -> dict:
-    """What splits get their share of, by image id; images without a lesion are left out.
+    """The stratum of each image by id; images without a lesion are left out.
 
     Of classified images, which have no boxes, it is the class; else that there is a lesion.
     """
@@ -450,8 +541,18 @@ def strata_of(annotations: Iterable[Mapping]) -> dict:
     }
 
 
-def _read(path: Path) -> dict:
-    return read_json(path)
+def _read_contents(prepared: Path) -> dict[str, dict]:
+    """COCO contents of a prepared data set by split."""
+    return {split: read_json(prepared / "annotations" / f"{split}.json") for split in SPLITS}
+
+
+def _records(contents: Mapping[str, dict], key: str) -> list[dict]:
+    return [record for content in contents.values() for record in content[key]]
+
+
+def _copy_rejected(prepared: Path, folder: Path) -> None:
+    if (prepared / "rejected.csv").is_file():
+        shutil.copyfile(prepared / "rejected.csv", folder / "rejected.csv")
 
 
 _EDGES = (0, 1, 2, 5, 10, 20, 50, 100)  # share of the image in percent
@@ -466,29 +567,30 @@ def summarise(
 ) -> str:
     """Counts by split, difference to the ratio, size histograms, notes and rejects.
 
+    Of images with a class each, it is the images of each class by split.
+
     Args:
         coco: COCO contents by split.
-        ratio: what was asked for, in the order of `coco`; None where file names state the splits.
+        ratio: as requested, in the order of `coco`; None where the splits are stated.
         notes: lines to repeat.
         rejects: what was left out, and why.
     """
+    annotations = _records(coco, "annotations")
+    classified = any("bbox" not in annotation for annotation in annotations)
+    counts = _class_counts(coco) if classified else _counts(coco, ratio)
     return "\n".join(
         [
-            *_counts(coco, ratio),
+            *counts,
             "",
             *_image_sizes(coco),
-            "",
-            *_lesion_sizes(coco),
+            *([] if classified else ["", *_lesion_sizes(coco)]),
             *_listed("Notes", notes),
             *_listed("Rejected", [str(error) for error in rejects]),
         ]
     )
 
 
-def summarise_classes(
-    coco: Mapping[str, dict], notes: Sequence[str], rejects: Sequence[BadInputError]
-) -> str:
-    """As `summarise`, for images with a class each: images of each class by split."""
+def _class_counts(coco: Mapping[str, dict]) -> list[str]:
     categories = next(iter(coco.values()))["categories"]
     widths = [max(len(category["name"]), 7) for category in categories]
     names = [category["name"].rjust(w) for category, w in zip(categories, widths, strict=True)]
@@ -503,15 +605,7 @@ def summarise_classes(
         lines.append(
             f"{split:6} {len(images):7} {_patients(images) or '-':>9}  {'  '.join(counts)}"
         )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            *_image_sizes(coco),
-            *_listed("Notes", notes),
-            *_listed("Rejected", [str(error) for error in rejects]),
-        ]
-    )
+    return lines
 
 
 def _patients(images: Sequence[dict]) -> int:
@@ -536,11 +630,7 @@ def _counts(coco: Mapping[str, dict], ratio: Sequence[int] | None) -> list[str]:
 
 
 def _image_sizes(coco: Mapping[str, dict]) -> list[str]:
-    sizes = Counter(
-        f"{image['width']}x{image['height']}"
-        for content in coco.values()
-        for image in content["images"]
-    )
+    sizes = Counter(f"{i['width']}x{i['height']}" for i in _records(coco, "images"))
     ranked = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     lines = ["Image sizes in pixels:"] + _bars(ranked[:8])
     if len(ranked) > 8:

@@ -1,4 +1,4 @@
-"""Data sets without what leads back to a person.
+"""De-identification: data sets without what identifies a person.
 
 Images are cropped to the endoscope's view, all around and over it is blanked, and they are written
 anew, so that no metadata of the old files stay. Names of files and ids become keyed hashes: without
@@ -27,10 +27,10 @@ import pycocotools.mask as mask_util
 from PIL import Image
 
 from imrcnn_d2.data.endoscope_view import View, find_view
+from imrcnn_d2.data.formats.base import Sample, Source
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import SourceImage, inspect_image, read_image
 from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS, annotation_from_mask
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects, csv_lines, read_rows, regular_file
 
 __all__ = ["PrivateRejects", "Pseudonyms", "deidentified", "parse_keep"]
@@ -44,7 +44,7 @@ class Pseudonyms:
     """New names for images, patients and lesions, by HMAC-SHA256 (RFC 2104) with a key.
 
     The same name gets the same new one with the same key. Which became which is written to
-    a table beside the key: whoever has either can lead the data set back to its patients.
+    a table next to the key: either one identifies the patients.
 
     Args:
         key_file: 64 hexadecimal digits; made, readable by its owner only, if it does not exist.
@@ -52,15 +52,15 @@ class Pseudonyms:
 
     Attributes:
         table: the file with which became which, grown by `write_table`.
-        rejected: beside it, named after `out` too, for the list of what was left out.
+        rejected: next to it, named after `out` too, for the list of what was left out.
 
     Raises:
         BadInputError: the file holds no key, others can read it, or it lies in `out`.
     """
 
     def __init__(self, key_file: Path, out: Path):
-        beside = key_file.parent.resolve() / key_file.name  # where the tables go, if it is a link
-        if out.resolve() in (*key_file.resolve().parents, *beside.parents):
+        location = key_file.parent.resolve() / key_file.name  # where the tables go, if it is a link
+        if out.resolve() in (*key_file.resolve().parents, *location.parents):
             raise BadInputError(key_file, f"the key must not lie in the data set's folder {out}")
         self._key = _read_or_make_key(key_file)
         self.table = key_file.with_name(f"{key_file.name}.names.csv")
@@ -71,7 +71,7 @@ class Pseudonyms:
         """Sixteen hexadecimal digits.
 
         Args:
-            kind: "image", "patient" or "lesion", which have names of their own.
+            kind: "image", "patient" or "lesion", each with separate names.
             name: the one to replace.
         """
         digest = hmac.new(self._key, f"{kind}:{name}".encode(), hashlib.sha256).hexdigest()
@@ -94,14 +94,14 @@ class Pseudonyms:
         """Adds the names given so far to the table: kind, old, new."""
         rows = dict(self._new)
         if self.table.exists():
-            there = read_rows(self.table, ("kind", "old", "new"))
-            rows |= {(row["kind"], row["old"]): row["new"] for row in there}
+            known = read_rows(self.table, ("kind", "old", "new"))
+            rows |= {(row["kind"], row["old"]): row["new"] for row in known}
         lines = [("kind", "old", "new"), *((*key, new) for key, new in sorted(rows.items()))]
         _write_private(self.table, lines)
 
 
 class PrivateRejects(Rejects):
-    """Rejects that name no file in the data set: the list with names lies beside the key.
+    """Rejects that name no file in the data set: the list with names lies next to the key.
 
     Args:
         on_error: "raise" or "reject".
@@ -114,7 +114,7 @@ class PrivateRejects(Rejects):
         self._private = names.rejected
 
     def write_csv(self, path: Path) -> None:
-        """Writes how many there are to `path`, and the list itself beside the key."""
+        """Writes their number to `path`, and the list itself next to the key."""
         rows = [(error.file, error.reason) for error in self.errors]
         _write_private(self._private, [("file", "reason"), *rows])
         numbered = [(n, "listed beside the key") for n in range(1, len(rows) + 1)]
@@ -144,21 +144,23 @@ def _read_or_make_key(path: Path) -> bytes:
 
 def _write_private(path: Path, rows: Sequence[Sequence]) -> None:
     """A table that its owner only can read, replaced at once or not at all."""
-    descriptor, beside = tempfile.mkstemp(prefix=".", dir=path.parent)  # readable by its owner only
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=".", dir=path.parent
+    )  # readable by its owner only
     try:
         with open(descriptor, "w", encoding="utf-8", newline="") as file:
             file.write(csv_lines(rows))
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(beside)
+        os.unlink(temporary)
         raise
 
 
 # Which values of a field pass: those listed, numbers from the first to the second, or all.
 Rule = frozenset[str] | tuple[float, float] | None
 
-_CUT = 0.01  # share of a lesion's area that may lie beyond the view without being told
-# What text of `--keep FIELD=LOW:HIGH` is a range.
+_CUT = 0.01  # share of a lesion's area that may lie beyond the view without a note
+# A range in `--keep FIELD=LOW:HIGH`.
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER}):({_NUMBER})", re.ASCII)
 _SHOWN_VALUES, _EXAMINED_IMAGES = 12, 1000  # of a field whose rule is missing
@@ -181,7 +183,7 @@ def deidentified(
     """Crops and blanks images, moves their annotations, and renames all.
 
     Of what else is known only the fields in `keep` pass, and of these only the values that its rule
-    admits: whether another is a date cannot be told. A lesion that reaches beyond the view is cut;
+    admits: whether another is a date cannot be known. A lesion that reaches beyond the view is cut;
     one outside it is bad input, as is an image in which nothing is lit.
 
     Args:
@@ -223,7 +225,7 @@ def parse_keep(texts: Sequence[str], as_is: Sequence[str], source: Source) -> di
         rules by field, for `deidentified`.
 
     Raises:
-        ValueError: a text says nothing of the values, or a field is there twice.
+        ValueError: a text names no values, or a field is there twice.
     """
     rules: dict[str, Rule] = {}
     parted = [text.partition("=") for text in texts]
@@ -241,7 +243,7 @@ def parse_keep(texts: Sequence[str], as_is: Sequence[str], source: Source) -> di
 
 
 def _without_rule(field: str, source: Source) -> str:
-    """What to say of ``--keep FIELD`` alone: the ways there are, with values of the field."""
+    """The error of ``--keep FIELD`` alone: the possible rules, with values of the field."""
     samples = list(itertools.islice(source.samples, _EXAMINED_IMAGES))
     records = [record for s in samples for record in (s.fields, *s.annotations)]
     values = [record[field] for record in records if record.get(field) is not None]
@@ -297,7 +299,7 @@ def _samples(
             if image.sha256 in seen:
                 image.path.unlink()
                 raise BadInputError(
-                    path, f"duplicate: cropped, it is the same picture as {seen[image.sha256]}"
+                    path, f"duplicate: cropped, it is the same image as {seen[image.sha256]}"
                 )
             seen[image.sha256] = made[new_name] = path
             cut, whole = cut + num_cut, whole + view.is_whole
@@ -316,7 +318,7 @@ def _samples(
         source.notes.append(f"{cut} lesions reached beyond the view and were cut")
     if whole:
         source.notes.append(
-            f"{whole} images show nothing but the view, as far as can be told: nothing was cut off"
+            f"{whole} images show nothing but the view, as far as can be seen: nothing was cut off"
         )
     if left_out:
         source.notes.append(f"fields left out: {', '.join(sorted(left_out))}")

@@ -4,13 +4,14 @@ Every image's local features are looked up among those of all images, as in Sivi
 "Video Google" (ICCV 2003): images that share distinctive features are candidates. A candidate is a
 near-duplicate if one image, aligned to the other, correlates with it. A plain perceptual hash does
 not do for endoscopy: it sees the dark frame and the light in the middle, which all images of an
-endoscope share, and it misses the same picture stored with another frame.
+endoscope share, and it misses the same image stored with another frame.
 """
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -18,16 +19,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from imrcnn_d2.data.images import open_image
+from imrcnn_d2.data.images import in_threads, open_image
 
 __all__ = [
     "MIN_CORRELATION",
     "Features",
     "Pair",
-    "compare_images",
     "describe_image",
     "find_near_duplicates",
-    "group_labels",
+    "joined_groups",
+    "positions",
 ]
 
 
@@ -70,99 +71,133 @@ class Features:
 
 
 def find_near_duplicates(
-    paths: Sequence[Path], min_correlation: float = MIN_CORRELATION
+    paths: Sequence[Path],
+    min_correlation: float = MIN_CORRELATION,
+    neighbours: Sequence[Sequence[int]] | None = None,
 ) -> list[Pair]:
-    """Compares all images with one another; turned and mirrored copies are found as well.
+    """Finds images that show the same scene; turned and mirrored copies are found as well.
 
-    It is the picture that is compared, so images of one lesion from two sides are no pair. The
+    It is the pixels that are compared, so images of one lesion from two sides are no pair. The
     same files in the same order give the same pairs. About 1 MB of memory for ten images.
 
     Args:
         paths: the images, of any sizes.
         min_correlation: of the aligned images, in (0, 1]; see `MIN_CORRELATION`.
+        neighbours: indices of the images to compare each image with, which takes time that grows
+            with their number alone; None looks the features of each image up among all others.
 
     Returns:
         the pairs, sorted.
     """
-    points, descriptors, owners = _features(paths)
+    features = in_threads(describe_image, paths, "Describing images")
+    if neighbours is None:
+        correlations = _compare_all(paths, features)
+    else:
+
+        def compare(i: int) -> list[float]:
+            images = [i, *neighbours[i]]
+            return _compare([paths[j] for j in images], [features[j] for j in images])
+
+        correlations = {}
+        compared = in_threads(compare, range(len(paths)), "Comparing images")
+        for i, values in enumerate(compared):
+            for j, value in zip(neighbours[i], values, strict=True):
+                pair = min(i, j), max(i, j)
+                correlations[pair] = max(value, correlations.get(pair, -1.0))
+    return [
+        Pair(a, b, round(correlation, 3))
+        for (a, b), correlation in sorted(correlations.items())
+        if correlation >= min_correlation
+    ]
+
+
+def _compare_all(
+    paths: Sequence[Path], features: Sequence[Features]
+) -> dict[tuple[int, int], float]:
+    """Correlations of the pairs that share distinctive features."""
+    points, descriptors, owners = _joined_features(features)
     candidates = _candidates(descriptors, owners)
-    pairs = []
+    correlations = {}
     for a, b in tqdm(sorted(candidates), desc="Comparing images", unit="pair"):
         matches = np.array(sorted(candidates[a, b]))
-        correlation = _correlation(paths[a], paths[b], *points[matches].transpose(1, 0, 2))
-        if correlation >= min_correlation:
-            pairs.append(Pair(a, b, round(correlation, 3)))
-    return pairs
+        matched = points[matches].transpose(1, 0, 2)
+        correlations[a, b] = _correlation(paths[a], paths[b], *matched)
+    return correlations
 
 
-def group_labels(count: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Labels items that are connected by pairs, over any number of steps, alike: (count,) int."""
+def joined_groups(count: int, groups: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Joins groups that share an item, over any number of steps.
+
+    Args:
+        count: of the items, which are numbered from 0.
+        groups: items that belong together; a pair is a group of two.
+
+    Returns:
+        groups of two items or more, sorted; no two share an item.
+    """
     # Half of the time of `import imrcnn_d2`, and needed by few.
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    edges = np.array(list(pairs), dtype=int).reshape(-1, 2)
+    edges = np.array([edge for group in groups for edge in pairwise(group)], dtype=int)
+    edges = edges.reshape(-1, 2)
     graph = coo_array((np.ones(len(edges)), edges.T), shape=(count, count))
-    return connected_components(graph, directed=False)[1]
+    labels = connected_components(graph, directed=False)[1].tolist()
+    return [group for group in positions(labels).values() if len(group) > 1]
+
+
+def positions(values: Iterable[Hashable]) -> dict[Hashable, list[int]]:
+    """The positions of each value but None."""
+    by_value = defaultdict(list)
+    for position, value in enumerate(values):
+        if value is not None:
+            by_value[value].append(position)
+    return dict(by_value)
 
 
 def describe_image(path: Path) -> Features:
-    """The local features of an image, for `compare_images`."""
+    """The local features of an image."""
     sift = cv2.SIFT_create(nfeatures=_FEATURES, contrastThreshold=0.02)
     equaliser = cv2.createCLAHE(3, (8, 8))  # mucosa has little contrast
     gray = _read(path)
-    keypoints, found = sift.detectAndCompute(equaliser.apply(gray), _tissue(gray, 8))
+    keypoints, descriptors = sift.detectAndCompute(equaliser.apply(gray), _tissue(gray, 8))
     points = np.array([k.pt for k in keypoints], np.float32).reshape(-1, 2)
+    if descriptors is None:
+        return Features(points, np.empty((0, 128), np.uint8))
     # whole numbers up to 255, though of type float32
-    found = np.empty((0, 128), np.uint8) if found is None else found.astype(np.uint8)
-    return Features(points, found)
+    return Features(points, descriptors.astype(np.uint8))
 
 
-def compare_images(
-    path: Path, features: Features, others: Sequence[tuple[Path, Features]]
-) -> list[float]:
-    """Correlation of an image with others that look like it, each aligned as well as can be.
+def _compare(paths: Sequence[Path], features: Sequence[Features]) -> list[float]:
+    """Correlations of the first image with the others, -1 without enough matching features.
 
-    It is the comparison of `find_near_duplicates` where candidates are known, in time that depends
-    on their number alone. What features are distinct is judged by those of the others.
-
-    Args:
-        path, features: the image.
-        others: likewise; at least some should be no near-duplicates.
-
-    Returns:
-        a correlation for each of the others, -1 if nothing suggests that they show the same.
+    Which features are distinct is judged by those of the others.
     """
-    parts = [features, *(other for _, other in others)]
-    owners = np.repeat(np.arange(len(parts)), [len(part.points) for part in parts])
-    points = np.concatenate([part.points for part in parts])
-    values = _root_sift(np.concatenate([part.descriptors for part in parts]).astype(np.float32))
-    own, theirs = values[owners == 0], values[owners > 0]
-    correlations = [-1.0] * len(others)
-    if len(theirs) <= _NEIGHBOURS:
+    points, descriptors, owners = _joined_features(features)
+    queried, others = descriptors[owners == 0], descriptors[owners > 0]
+    correlations = [-1.0] * (len(paths) - 1)
+    if len(others) <= _NEIGHBOURS:
         return correlations
     best: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for queries, least in ((_mirrored(own), _MIN_MIRRORED), (own, _MIN_MATCHES)):
-        squares = 2 - 2 * queries @ theirs.T  # they have length 1
+    for queries, least in ((_mirrored(queried), _MIN_MIRRORED), (queried, _MIN_MATCHES)):
+        squares = 2 - 2 * queries @ others.T  # they have length 1
         furthest = np.partition(squares, _NEIGHBOURS - 1, axis=1)[:, _NEIGHBOURS - 1]
         rows, columns = np.nonzero(squares < _DISTINCT**2 * furthest[:, None])
-        columns += len(own)
+        columns += len(queried)
         for i in np.unique(owners[columns]).tolist():
             of_image = owners[columns] == i
             if of_image.sum() >= max(least, len(best[i][0]) if i in best else 0):
                 best[i] = rows[of_image], columns[of_image]
     for i, (rows, columns) in best.items():
-        matched = points[rows], points[columns]
-        correlations[i - 1] = _correlation(path, others[i - 1][0], *matched)
+        correlations[i - 1] = _correlation(paths[0], paths[i], points[rows], points[columns])
     return correlations
 
 
-def _features(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _joined_features(features: Sequence[Features]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions (F, 2), RootSIFT descriptors (F, 128) and image indices (F,) of all features."""
-    found = [describe_image(path) for path in tqdm(paths, desc="Describing images", unit="image")]
-    points = [np.empty((0, 2), np.float32), *(features.points for features in found)]
-    descriptors = [np.empty((0, 128), np.uint8), *(features.descriptors for features in found)]
-    owners = np.repeat(np.arange(len(paths)), [len(p) for p in points[1:]])
+    points = [np.empty((0, 2), np.float32), *(image.points for image in features)]
+    descriptors = [np.empty((0, 128), np.uint8), *(image.descriptors for image in features)]
+    owners = np.repeat(np.arange(len(features)), [len(image.points) for image in features])
     values = _root_sift(np.concatenate(descriptors).astype(np.float32))
     return np.concatenate(points), values, owners
 
@@ -182,20 +217,20 @@ def _candidates(
     """
     if len(owners) <= _NEIGHBOURS:
         return {}
-    cv2.setRNGSeed(0)  # the trees are drawn at random
+    cv2.setRNGSeed(0)  # the trees are random
     index = cv2.flann_Index(descriptors, {"algorithm": 1, "trees": 4})
     candidates = {}
     for queries, least in ((_mirrored(descriptors), _MIN_MIRRORED), (descriptors, _MIN_MATCHES)):
-        found = defaultdict(set)
+        matches = defaultdict(set)
         neighbours, squares = index.knnSearch(queries, _NEIGHBOURS, params={"checks": 96})
         near = squares < _DISTINCT**2 * squares[:, -1:]
         rows, columns = np.nonzero(near & (owners[neighbours] != owners[:, None]))
         for i, j in zip(rows, neighbours[rows, columns], strict=True):
             i, j = sorted((int(i), int(j)))
-            found[int(owners[i]), int(owners[j])].add((i, j))
-        for pair, matches in found.items():
-            if len(matches) >= max(least, len(candidates.get(pair, ()))):
-                candidates[pair] = matches
+            matches[int(owners[i]), int(owners[j])].add((i, j))
+        for pair, features in matches.items():
+            if len(features) >= max(least, len(candidates.get(pair, ()))):
+                candidates[pair] = features
     return candidates
 
 

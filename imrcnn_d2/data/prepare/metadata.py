@@ -1,7 +1,7 @@
-"""Whose images they are: patient ids from a table, from file names, or from DICOM files.
+"""Patient ids from a table, file names or DICOM files; further metadata from tables.
 
-Images of one patient stay in one split, and figures are resampled over patients. So an image whose
-patient should be known and is not is bad input; it never silently becomes a patient of its own.
+Images of one patient stay in one split, and metrics are resampled over patients. So an image whose
+patient should be known and is not is bad input; it never becomes a separate patient silently.
 """
 
 import csv
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from imrcnn_d2.data.images import list_files, own_words, read_header
+from imrcnn_d2.data.formats.base import Sample, Source
+from imrcnn_d2.data.images import hide_details, list_files, read_header
 from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.utils.files import BadInputError, Rejects, plain_cell, regular_file
 
 __all__ = [
@@ -100,15 +100,15 @@ def read_table(csv_file: Path, needed: Sequence[str] = ()) -> Table:
         reason = f"is no readable table: line {reader.line_num}: {error}"
         raise BadInputError(csv_file, reason) from error
     columns = lines[0][1] if lines else []
-    while columns and not columns[-1]:  # what spreadsheets leave behind
+    while columns and not columns[-1]:  # which spreadsheets add
         columns.pop()
     if missing := sorted(set(needed) - set(columns)):
-        there = ", ".join(columns) or "none"
-        raise BadInputError(csv_file, f"lacks the columns {', '.join(missing)}; it has {there}")
+        present = ", ".join(columns) or "none"
+        raise BadInputError(csv_file, f"lacks the columns {', '.join(missing)}; it has {present}")
     for name in columns:
         if not name or columns.count(name) > 1:
-            what = f"two columns are named {name!r}" if name else "a column has no name"
-            raise BadInputError(csv_file, f"{what}: {', '.join(columns)}")
+            problem = f"two columns are named {name!r}" if name else "a column has no name"
+            raise BadInputError(csv_file, f"{problem}: {', '.join(columns)}")
     rows = []
     for line, cells in lines[1:]:
         if any(cells[len(columns) :]):
@@ -160,11 +160,11 @@ def _number(text: str, separator: str) -> float | None:
     return float(text)
 
 
-# Columns that say whose row it is; the order in which tables are joined.
+# Columns that identify a row; the order in which tables are joined.
 KEYS = ("file", "patient_id", "lesion_id")
 _IDS = ("patient_id", "lesion_id")
-# Fields of COCO that a prepared data set gives itself.
-_OWN_FIELDS = {
+# Fields of COCO that a prepared data set computes.
+_COMPUTED_FIELDS = {
     False: (*IMAGE_FIELDS, "group_id"),
     True: (*ANNOTATION_FIELDS, "score"),
 }
@@ -183,7 +183,7 @@ class MetadataTable:
         rows: (line, values by column) by their key. Empty cells are left out.
         columns: the other columns.
         notes: about the table itself.
-        used: keys of the rows that were asked for and found.
+        used: keys of the rows that were joined.
     """
 
     path: Path
@@ -202,17 +202,17 @@ class MetadataTable:
         """Adds the values of the row with `key` to `record`; whether there is one.
 
         Raises:
-            BadInputError: `record` says something else already; `path`, its image, is blamed.
+            BadInputError: `record` has another value; names `path`, its image.
         """
         if key not in self.rows:
             return False
         self.used.add(key)
         line, values = self.rows[key]
         for column, value in values.items():
-            there = record.get(column)
-            if there is not None and there != value and str(there) != str(value):
+            present = record.get(column)
+            if present is not None and present != value and str(present) != str(value):
                 raise BadInputError(
-                    path, f"{column} is {there!r}, but {value!r} in {self.path}, line {line}"
+                    path, f"{column} is {present!r}, but {value!r} in {self.path}, line {line}"
                 )
             record[column] = value
         return True
@@ -237,28 +237,29 @@ def read_metadata(csv_file: Path, rejects: Rejects) -> MetadataTable:
         rejects: takes rows without a key, and those whose key another one has.
 
     Raises:
-        BadInputError: it cannot be read, has no key column, or a column that is one of COCO's own.
+        BadInputError: it cannot be read, has no key column, or a column that COCO reserves.
     """
     table = read_table(csv_file)
     key = _key(table)
     columns = [column for column in table.columns if column not in key]
-    if taken := set(columns) & set(_OWN_FIELDS["lesion_id" in key]):
+    if taken := set(columns) & set(_COMPUTED_FIELDS["lesion_id" in key]):
         raise BadInputError(
-            csv_file, f"columns {', '.join(sorted(taken))} are COCO's own: give them other names"
+            csv_file,
+            f"columns {', '.join(sorted(taken))} are COCO's: give them other names",
         )
     values, notes = _values(table, columns)
     rows: dict[tuple[str, ...], tuple[int, dict]] = {}
     for row, of_row in zip(table.rows, values, strict=True):
         with rejects.catch():
-            own = tuple(row.cells[column] for column in key)
-            if not all(own):
-                raise BadInputError(table.where(row), f"has no {key[own.index('')]}")
-            own = tuple(_cleaned(c, text) for c, text in zip(key, own, strict=True))
-            if own in rows:
+            ids = tuple(row.cells[column] for column in key)
+            if not all(ids):
+                raise BadInputError(table.where(row), f"has no {key[ids.index('')]}")
+            ids = tuple(_cleaned(c, text) for c, text in zip(key, ids, strict=True))
+            if ids in rows:
                 raise BadInputError(
-                    table.where(row), f"{' '.join(own)} is in line {rows[own][0]} already"
+                    table.where(row), f"{' '.join(ids)} is in line {rows[ids][0]} already"
                 )
-            rows[own] = row.line, of_row
+            rows[ids] = row.line, of_row
     return MetadataTable(csv_file, key, rows, columns, notes)
 
 
@@ -270,7 +271,7 @@ def with_metadata(
     Args:
         source: where the images come from.
         tables: those of images are joined first, then those of patients, then those of lesions.
-        rejects: takes images and lesions that say something else than their row.
+        rejects: takes images and lesions that contradict their row.
         every_image: an image without a row is bad input, not a note.
 
     Returns:
@@ -302,12 +303,12 @@ def _joined(
             for record in sample.annotations if table.of_lesions else (sample.fields,):
                 named = {**record, "patient_id": sample.fields.get("patient_id")}
                 named["file"] = sample.file_name
-                own = tuple(named.get(column) for column in table.key)
-                if table.join(record, own, path):
+                ids = tuple(named.get(column) for column in table.key)
+                if table.join(record, ids, path):
                     continue
                 if every_image:
                     raise BadInputError(path, f"{sample.file_name} is not in {table.path}")
-                known = own if None not in own else (f"{sample.file_name} (no {table.key[0]})",)
+                known = ids if None not in ids else (f"{sample.file_name} (no {table.key[0]})",)
                 without[" ".join(known)] = None
             yield sample
     if read and table.rows and not table.used:
@@ -316,26 +317,26 @@ def _joined(
             f"no {' and '.join(table.key)} in it is one of the data set's. It has "
             f"{_few(table.unused())}; the data set {_few(list(without))}",
         )
-    of = {"file": "images", "patient_id": "patients", "lesion_id": "lesions"}[table.key[0]]
-    for number, what, which in (
-        (len(without), f"{of} have no row in {table.path}", list(without)),
+    units = {"file": "images", "patient_id": "patients", "lesion_id": "lesions"}[table.key[0]]
+    for number, problem, names in (
+        (len(without), f"{units} have no row in {table.path}", list(without)),
         (len(table.rows) - len(table.used), f"rows of {table.path} match nothing", table.unused()),
     ):
         if number:
-            source.notes.append(f"{number} {what}: {', '.join(which)}")
+            source.notes.append(f"{number} {problem}: {', '.join(names)}")
 
 
 def _key(table: Table) -> tuple[str, ...]:
-    there = [column for column in KEYS if column in table.columns]
-    if not there:
+    keys = [column for column in KEYS if column in table.columns]
+    if not keys:
         raise BadInputError(
             table.path,
-            f"has none of the columns {', '.join(KEYS)}, one of which must say whose row it is; it "
+            f"has none of the columns {', '.join(KEYS)}, one of which must identify a row; it "
             f"has {', '.join(table.columns) or 'none'}",
         )
-    if "lesion_id" in there:
-        return "lesion_id", *there[:-1]
-    return (there[0],)
+    if "lesion_id" in keys:
+        return "lesion_id", *keys[:-1]
+    return (keys[0],)
 
 
 def _cleaned(column: str, text: str) -> str:
@@ -344,7 +345,7 @@ def _cleaned(column: str, text: str) -> str:
 
 
 def _values(table: Table, columns: Sequence[str]) -> tuple[list[dict], list[str]]:
-    """{column: value} of each row, without empty cells, and what to tell of the types."""
+    """{column: value} of each row, without empty cells; notes on types."""
     values: list[dict] = [{} for _ in table.rows]
     notes = []
     for column in columns:
@@ -355,8 +356,8 @@ def _values(table: Table, columns: Sequence[str]) -> tuple[list[dict], list[str]
                 f"{table.path}: {column} is text, since {first.cells[column]!r} in line "
                 f"{first.line} is no number"
             )
-        of_column = texts if column in _IDS else typed(texts, table.separator)
-        for row, value in zip(values, of_column, strict=True):
+        typed_values = texts if column in _IDS else typed(texts, table.separator)
+        for row, value in zip(values, typed_values, strict=True):
             if value not in (None, ""):
                 row[column] = value
     return values, notes
@@ -397,7 +398,7 @@ def with_patients_from_csv(source: Source, csv_file: Path, rejects: Rejects) -> 
 
 
 def with_patients(source: Source, patient_of: PatientOf, rejects: Rejects) -> Source:
-    """Gives images the ``patient_id`` that `patient_of` says, and tells how many there are.
+    """Gives images the ``patient_id`` of `patient_of`, and notes the number of patients.
 
     Args:
         source: where the images come from.
@@ -411,14 +412,13 @@ def _identified(source: Source, patient_of: PatientOf, rejects: Rejects):
     patients, unknown = set(), 0
     for sample in source.samples:
         with rejects.catch():
-            there, patient = sample.fields.get("patient_id"), patient_of(sample)
+            present, patient = sample.fields.get("patient_id"), patient_of(sample)
             if patient is None:
-                patient = None if there is None else str(there)
-            elif there is not None and str(there) != patient:
+                patient = None if present is None else str(present)
+            elif present is not None and str(present) != patient:
                 raise BadInputError(
                     sample.image.path,
-                    f"patient_id is {there!r} in the data set, but {patient!r} by what was asked "
-                    "for",
+                    f"patient_id is {present!r} in the data set, but {patient!r} as requested",
                 )
             if patient is None:
                 unknown += 1
@@ -429,8 +429,8 @@ def _identified(source: Source, patient_of: PatientOf, rejects: Rejects):
     source.notes.append(f"{len(patients)} patients")
     if unknown:
         source.notes.append(
-            f"{unknown} images of unknown patients: each is split as if it were a patient of its "
-            "own, and figures are resampled over images instead of patients"
+            f"{unknown} images of unknown patients: each is split like a separate patient, "
+            "and metrics are resampled over images instead of patients"
         )
 
 
@@ -455,12 +455,12 @@ def patients_from_pattern(pattern: str) -> PatientOf:
     group = "patient" if "patient" in compiled.groupindex else min(compiled.groups, 1)
 
     def patient_of(sample: Sample) -> str | None:
-        found = compiled.search(sample.file_name)
-        if found is None:
+        match = compiled.search(sample.file_name)
+        if match is None:
             raise BadInputError(
                 sample.image.path, f"{sample.file_name} does not match the pattern {pattern!r}"
             )
-        return found[group] or None
+        return match[group] or None
 
     return patient_of
 
@@ -490,7 +490,7 @@ def patients_from_dicom(folder: Path | None = None, rejects: Rejects | None = No
                 raise BadInputError(path, f"there is no DICOM file {stem}.dcm in {folder}")
             path = files[stem]
         header = read_header(path, specific_tags=["PatientID"])
-        with own_words(path, "its PatientID cannot be read"):
+        with hide_details(path, "its PatientID cannot be read"):
             return str(header.get("PatientID") or "").strip() or None
 
     return patient_of

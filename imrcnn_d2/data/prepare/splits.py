@@ -1,16 +1,21 @@
-"""Groups of images that must not be parted: near-duplicates, and those of one patient."""
+"""Splits and folds that keep the images of a patient, and near-duplicates, together."""
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from imrcnn_d2.data.prepare.duplicates import MIN_CORRELATION, find_near_duplicates, group_labels
+from imrcnn_d2.data.prepare.duplicates import (
+    MIN_CORRELATION,
+    find_near_duplicates,
+    joined_groups,
+    positions,
+)
 from imrcnn_d2.utils.files import read_json
 
 __all__ = [
@@ -37,7 +42,7 @@ class Item:
 
     Attributes:
         name: its file name.
-        stratum: what all splits get their share of: whether it shows a lesion, or its class.
+        stratum: of which all splits get their share: whether it shows a lesion, or its class.
         patient: None if not known.
     """
 
@@ -251,7 +256,7 @@ def _rank(seed: int, key: tuple) -> bytes:
 
 
 def _targets(counts: np.ndarray, ratio: Sequence[int]) -> np.ndarray:
-    """Images of each of K strata wanted in each of S parts, (S, K), from the (K,) there are.
+    """Images of each of K strata for each of S parts, (S, K), from the (K,) in all.
 
     The parts' sizes and the rarest stratum are exact by largest remainder. So are the rarest ones
     taken together, two, three and so on: what rounding leaves over falls to the frequent ones.
@@ -276,7 +281,7 @@ def _improve(
     """Moves or swaps free groups while that brings sizes nearer; changes `parts` and `missing`."""
 
     def distance(gap: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Of each stratum, twice as much of the whole; a part without any, or one, is worst."""
+        """Deviation per stratum plus twice that in size; empty parts or strata cost most."""
         lacking = ((target > 0) & (gap >= target)).sum(axis=-1)
         lacking = lacking + (gap.sum(axis=-1) >= max(target.sum(), 1))
         size = np.abs(gap).sum(axis=-1) + 2 * np.abs(gap.sum(axis=-1))
@@ -352,22 +357,13 @@ def group_images(
         patients: of each; None if not known.
 
     Returns:
-        group by file name, counted from 1, of the images that share it with another one; and for
-        the user, as JSON, the ``groups`` as lists of names, and the ``pairs`` of near-duplicates
-        with their ``correlation``.
+        group by file name, counted from 1, of the images that share it with another one; and the
+        content of near_duplicates.json: the ``groups`` as lists of names, and the ``pairs`` of
+        near-duplicates with their ``correlation``.
     """
     pairs = find_near_duplicates([folder / name for name in names])
-    of_patient = defaultdict(list)
-    for i, patient in enumerate(patients):
-        if patient is not None:
-            of_patient[patient].append(i)
-    edges = [(pair.a, pair.b) for pair in pairs]
-    edges += [edge for images in of_patient.values() for edge in pairwise(images)]
-
-    members = defaultdict(list)
-    for name, label in zip(names, group_labels(len(names), edges), strict=True):
-        members[label].append(name)
-    groups = [group for group in members.values() if len(group) > 1]
+    together = [*((pair.a, pair.b) for pair in pairs), *positions(patients).values()]
+    groups = [[names[i] for i in group] for group in joined_groups(len(names), together)]
     return (
         {name: i for i, group in enumerate(groups, start=1) for name in group},
         {

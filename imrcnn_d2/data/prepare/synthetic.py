@@ -1,9 +1,10 @@
-"""The embedded data set: drawn endoscopic views with lesions, for demonstration and tests.
+"""A synthetic data set: endoscopic views with lesions, for demonstration and tests.
 
-An image is a relief (folds, bumps, lesions) lit by a lamp beside the camera, seen through a round
+An image is a relief (folds, bumps, lesions) lit by a lamp next to the camera, seen through a round
 aperture. Nothing in it comes from a patient.
 """
 
+import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from imrcnn_d2.data.formats.base import Format, Sample, Source
 from imrcnn_d2.data.images import inspect_image
 from imrcnn_d2.data.masks import annotation_from_mask
-from imrcnn_d2.data.prepare.data_set import Sample, Source
 from imrcnn_d2.data.prepare.splits import largest_remainder
+from imrcnn_d2.utils.files import Rejects
 
-__all__ = ["draw_view", "generate"]
+__all__ = ["Synthetic", "generate", "render_view"]
 
 
 HEALTHY = (1, 7)  # one image in eight shows no lesion, as in the paper's data
@@ -26,8 +28,20 @@ MAX_VIEWS = 5
 _BLOOD = np.array([0.25, 1.0, 0.9], np.float32)  # what it absorbs of red, green and blue
 
 
+class Synthetic(Format):
+    name = "synthetic"
+    help = "make a synthetic data set"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--num-images", type=int, required=True)
+        parser.add_argument("--size", type=int, required=True, help="width and height in pixels")
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        return generate(scratch, args.num_images, args.size, args.seed)
+
+
 def generate(folder: Path, num_images: int, size: int, seed: int = 0) -> Source:
-    """Draws images into `folder` while its samples are read.
+    """Writes synthetic images into `folder` while its samples are read.
 
     Args:
         folder: existing; JPEGs of quality 95 are written there.
@@ -40,7 +54,7 @@ def generate(folder: Path, num_images: int, size: int, seed: int = 0) -> Source:
     """
     if num_images < 1 or size < 64:
         raise ValueError(
-            f"{num_images} images of {size} pixels: draw at least 1 image of at least 64 pixels"
+            f"{num_images} images of {size} pixels: make at least 1 image of at least 64 pixels"
         )
     return Source(
         samples=_samples(folder, num_images, size, seed),
@@ -49,10 +63,10 @@ def generate(folder: Path, num_images: int, size: int, seed: int = 0) -> Source:
     )
 
 
-def draw_view(
+def render_view(
     size: int, seed: int, patient: int, view: int, healthy: bool = False
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Draws one view of an invented patient; all views share the mucosa's and the lesion's look.
+    """Renders one view of an invented patient; all views share the mucosa's and the lesion's look.
 
     Returns:
         (size, size, 3) uint8 RGB image; masks of its lesions, (size, size) bool each.
@@ -80,7 +94,7 @@ class _Look:
     vessels: float
     lesion: np.ndarray  # factor on the mucosa's colour
     radius: float
-    outline: np.ndarray  # (K, 2) amplitude and phase of the outline's waves
+    contour: np.ndarray  # (K, 2) amplitude and phase of the contour's waves
     elevation: float
     grain: float
     border: float  # width of the transition, share of the radius
@@ -98,7 +112,7 @@ class _Look:
             vessels=rng.uniform(0.1, 0.5),
             lesion=1 + (tint - 1) * rng.uniform(0.85, 1.15),
             radius=rng.uniform(0.17, 0.36),
-            outline=np.stack(
+            contour=np.stack(
                 [rng.normal(0, 0.24, len(waves)) / waves, rng.uniform(0, 2 * np.pi, len(waves))],
                 axis=1,
             ).astype(np.float32),
@@ -153,7 +167,7 @@ def _add_lesions(
     albedo: np.ndarray,
     visible: np.ndarray,
 ) -> list[np.ndarray]:
-    """Draws one lesion, at times two, into `height` and `albedo`; returns their masks."""
+    """Renders one lesion, at times two, into `height` and `albedo`; returns their masks."""
     size = len(u)
     bearing = rng.uniform(0, 2 * np.pi)
     distances = [rng.uniform(0.05, 0.55)] if rng.random() < 0.85 else [0.48, -0.48]
@@ -165,7 +179,7 @@ def _add_lesions(
         x = (du * math.cos(turn) + dv * math.sin(turn)) / radius
         y = (dv * math.cos(turn) - du * math.sin(turn)) / (radius * squeeze)
         angle = np.arctan2(y, x)
-        edge = 1 + sum(a * np.cos(k * angle + p) for k, (a, p) in enumerate(look.outline, start=2))
+        edge = 1 + sum(a * np.cos(k * angle + p) for k, (a, p) in enumerate(look.contour, start=2))
         r = np.hypot(x, y) / np.maximum(edge, 0.35) + 0.05 * _noise(rng, size, 10, 2)
         mask = (r < 1) & visible
         for other in masks:
@@ -235,7 +249,7 @@ def _samples(folder: Path, num_images: int, size: int, seed: int) -> Iterator[Sa
     num_healthy = largest_remainder(num_images, HEALTHY)[0]
     views = np.random.default_rng(seed)
     patient = 0
-    with tqdm(total=num_images, desc="Drawing", unit="image") as progress:
+    with tqdm(total=num_images, desc="Rendering", unit="image") as progress:
         for healthy, left in ((True, num_healthy), (False, num_images - num_healthy)):
             while left:
                 num_views = min(left, int(views.integers(2, MAX_VIEWS + 1)))
@@ -247,7 +261,7 @@ def _samples(folder: Path, num_images: int, size: int, seed: int) -> Iterator[Sa
 
 
 def _sample(folder: Path, size: int, seed: int, patient: int, view: int, healthy: bool) -> Sample:
-    image, masks = draw_view(size, seed, patient, view, healthy)
+    image, masks = render_view(size, seed, patient, view, healthy)
     path = folder / f"patient{patient:03d}_view{view}.jpg"
     cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
     annotations = [

@@ -1,4 +1,4 @@
-"""COCO's average precision, by faster-coco-eval: pycocotools' figures, computed in C++."""
+"""COCO's average precision, by faster-coco-eval: pycocotools' values, computed in C++."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ __all__ = ["coco_average_precision", "ranked_by_coco"]
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 # Positions of COCO's IoU thresholds (0.5, 0.55, ... 0.95) and of its area ranges (all, small,
-# medium, large), over which each figure is a mean.
+# medium, large), over which each metric is a mean.
 PARTS = {
     "AP": (range(10), 0),
     "AP75": ((5,), 0),
@@ -31,8 +31,8 @@ PARTS = {
 
 class _OverlapsGiven:
     """
-    Spares either COCOeval the overlaps, and so the masks, and an index of what is in order already.
-    Images and classes go by their positions.
+    Either COCOeval with the overlaps given, so that it needs no masks and no index. Images and
+    classes go by their positions.
     """
 
     def computeIoU(self, image, category):
@@ -42,18 +42,18 @@ class _OverlapsGiven:
 
 class _Fast(_OverlapsGiven, COCOeval_faster):
     def _prepare(self):
-        for side, records in ((self.gt_dataset, self.truth), (self.dt_dataset, self.found)):
+        for side, records in ((self.gt_dataset, self.truth), (self.dt_dataset, self.detected)):
             for record in records:
                 side.append_ref(record["image_id"], record["category_id"], record)
         self._nonempty_iou_pairs = self.overlaps.keys()
 
 
 class _Readable(_OverlapsGiven, COCOeval):
-    """pycocotools' own, which hands out what it matched."""
+    """pycocotools' evaluation, which exposes its matches."""
 
     def _prepare(self):
         self._gts, self._dts = defaultdict(list), defaultdict(list)
-        for side, records in ((self._gts, self.truth), (self._dts, self.found)):
+        for side, records in ((self._gts, self.truth), (self._dts, self.detected)):
             for record in records:
                 side[record["image_id"], record["category_id"]].append(record)
 
@@ -87,7 +87,7 @@ def coco_average_precision(gt, detections, overlaps, iou_type):
 
 def ranked_by_coco(gt, detections, overlaps, iou_type, unit_of_image, num_units):
     """
-    What COCO's figures are made of, to be made under other weights: pycocotools matches once, at
+    What COCO's metrics are made of, to be made under other weights: pycocotools matches once, at
     each IoU threshold and for each range of areas, and leaves out what it ignores there.
 
     Args:
@@ -100,7 +100,7 @@ def ranked_by_coco(gt, detections, overlaps, iou_type, unit_of_image, num_units)
 
     Returns:
         dict[str, list[RankedDetections]]: AP AP75 APs APm APl -> one for each class and IoU
-        threshold, over whose ``sampled_area`` the figure is a mean.
+        threshold, over whose ``sampled_area`` the metric is a mean.
     """
     evaluation = _evaluate(_Readable, gt, detections, overlaps, iou_type)
     images = len(gt.images)
@@ -118,9 +118,9 @@ def ranked_by_coco(gt, detections, overlaps, iou_type, unit_of_image, num_units)
         truths = [np.sum(np.asarray(part["gtIgnore"]) == 0) for part in parts]
         lesions = np.bincount(units, truths, minlength=num_units).astype(int)
         for t in range(len(hit)):
-            own = ~ignored[t]
-            ranking = Ranking(score[own], unit[own])
-            ranked[k, a, t] = RankedDetections(ranking, hit[t, own], lesions)
+            evaluated = ~ignored[t]
+            ranking = Ranking(score[evaluated], unit[evaluated])
+            ranked[k, a, t] = RankedDetections(ranking, hit[t, evaluated], lesions)
     return {
         name: [curve for (_, a, t), curve in ranked.items() if a == area and t in thresholds]
         for name, (thresholds, area) in PARTS.items()
@@ -138,7 +138,7 @@ def _evaluate(cls, gt, detections, overlaps, iou_type):
     evaluation.params.catIds = list(range(len(gt.categories)))
     crowd = gt.crowd.astype(int)
     evaluation.truth = _records(gt.regions, area=gt.area, iscrowd=crowd, ignore=crowd)
-    evaluation.found = _records(detections.regions, area=area, score=detections.score)
+    evaluation.detected = _records(detections.regions, area=area, score=detections.score)
     evaluation.overlaps = _dense(detections.regions, len(gt.categories), overlaps)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()

@@ -1,4 +1,4 @@
-"""The free-response receiver operating characteristic: lesions found against false alarms."""
+"""Precision-recall, receiver operating and free-response curves, also of many resamples at once."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,13 +45,13 @@ class Ranking:
         self.unit = unit[self.order]
         self.ends = np.searchsorted(falling, falling, side="right") - 1
 
-    def draw(self, weights):
+    def copies(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
         Args:
-            weights (np.ndarray): (B, U) int, how often each resample holds each unit.
+            weights: (B, U) int, how often each resample holds each unit.
 
         Returns:
-            tuple: (B, N) int each, copies of each detection and copies of all up to and with it.
+            (B, N) int each, copies of each detection, and copies of all up to and with it.
         """
         copies = np.take(weights, self.unit, axis=1)
         return copies, np.cumsum(copies, axis=1, dtype=np.int32)
@@ -63,7 +63,7 @@ class RankedDetections:
     def __init__(self, ranking, hit, lesions):
         """
         Args:
-            ranking (Ranking): of N detections, those that count.
+            ranking (Ranking): of the N evaluated detections.
             hit (np.ndarray): (N,) bool, in their original order.
             lesions (np.ndarray): (U,) int, ground truths of each unit, crowds left out.
         """
@@ -71,16 +71,13 @@ class RankedDetections:
         self.hits = np.flatnonzero(hit[ranking.order])
         self.lesions = lesions
 
-    def weigh(self, weights, drawn=None):
+    def weigh(self, weights: np.ndarray, copies: tuple | None = None) -> "WeightedCurve":
         """
         Args:
-            weights (np.ndarray): (B, U) int, how often each resample holds each unit.
-            drawn (tuple or None): what the ranking's ``draw`` gives for them, if it is known.
-
-        Returns:
-            WeightedCurve: of B resamples.
+            weights: (B, U) int, how often each resample holds each unit.
+            copies: the ranking's :meth:`Ranking.copies` for them, where known.
         """
-        copies, through = drawn or self.ranking.draw(weights)
+        copies, through = copies or self.ranking.copies(weights)
         return WeightedCurve(
             self.hits,
             self.ranking.ends[self.hits],
@@ -103,7 +100,7 @@ class WeightedCurve:
         copies (np.ndarray): (B, H) int, of each hit.
         num_gt (np.ndarray): (B,) int, ground truths.
 
-    Figures are shares in [0, 1], NaN for resamples without ground truth.
+    All metrics are shares in [0, 1], NaN for resamples without ground truth.
     """
 
     hits: np.ndarray
@@ -146,16 +143,23 @@ class WeightedCurve:
 
     @property
     def area(self):
-        """np.ndarray: (B,), the all-point average precision; see :attr:`PRCurve.area`."""
+        """
+        np.ndarray: (B,), area under the envelope, from every recall reached (the all-point average
+        precision of Pascal VOC since 2010). 0 without a detection.
+        """
         area = np.einsum("bh,bh->b", self.copies, self.envelope)
         return self._where_defined(divide(area, self.num_gt))
 
     @property
     def break_even_point(self):
-        """np.ndarray: (B,); see :attr:`PRCurve.break_even_point`."""
+        """
+        np.ndarray: (B,), share of hits among the n highest-scored detections, n being the number of
+        ground truths: there precision equals recall. NaN with fewer than n detections (but 0 with
+        none at all).
+        """
         last = self.through[:, -1] if self.through.shape[1] else np.zeros_like(self.num_gt)
         at = _search(self.through, self.num_gt[:, None], "left")
-        # Hits before the detection whose copies reach num_gt, and of its own as many as fit.
+        # Hits before the detection whose copies reach num_gt, and as many of its copies as fit.
         index = np.searchsorted(self.hits, at)
         before = np.take_along_axis(_from_zero(self.tp), index, axis=1)[:, 0]
         detections = np.take_along_axis(_from_zero(self.through), at, axis=1)[:, 0]
@@ -171,8 +175,8 @@ class WeightedCurve:
             false_alarms (np.ndarray): (B, R) float, how many are accepted.
 
         Returns:
-            np.ndarray: (B, R), the best recall with no more of them at any threshold, which lets
-            through all detections of a score together.
+            np.ndarray: (B, R), the best recall with no more of them at any threshold; detections of
+            equal scores are above it together.
         """
         cumulated = _from_zero(self.tp)
         tp = np.take(cumulated, np.searchsorted(self.hits, self.ends, side="right"), axis=1)
@@ -180,8 +184,8 @@ class WeightedCurve:
         tp = np.take_along_axis(cumulated, index, axis=1)
         return divide(tp, np.broadcast_to(self.num_gt[:, None], tp.shape))
 
-    def _where_defined(self, figure):
-        return np.where(self.num_gt > 0, figure, np.nan)
+    def _where_defined(self, values):
+        return np.where(self.num_gt > 0, values, np.nan)
 
 
 def weighted_auroc(positive, score, unit, weights):
@@ -213,8 +217,8 @@ def weighted_auroc(positive, score, unit, weights):
 def _search(ascending, values, side):
     """(B, K) positions of (B, K) values in the rows of (B, H) ascending numbers, in [0, H]."""
     rows = zip(ascending, values, strict=True)
-    found = [np.searchsorted(row, wanted, side) for row, wanted in rows]
-    return np.array(found, dtype=np.int64).reshape(values.shape)
+    places = [np.searchsorted(row, of_row, side) for row, of_row in rows]
+    return np.array(places, dtype=np.int64).reshape(values.shape)
 
 
 def _from_zero(cumulated):
@@ -225,7 +229,7 @@ def _from_zero(cumulated):
 @dataclass(frozen=True, eq=False)
 class PRCurve:
     """
-    The precision-recall curve of one class: a point for each detection let through, from the
+    The precision-recall curve of one class: a point for each detection as the threshold, from the
     highest score down.
 
     Attributes:
@@ -256,40 +260,34 @@ class PRCurve:
         return np.maximum.accumulate(self.precision[::-1])[::-1]
 
     @property
-    def area(self):
-        """
-        float: area in [0, 1] under the envelope, from every recall reached (the all-point average
-        precision of Pascal VOC since 2010). 0 without a detection, NaN without ground truth.
-        """
-        if not self.num_gt:
-            return float("nan")
-        return float(np.sum(np.diff(self.recall, prepend=0.0) * self.envelope))
+    def area(self) -> float:
+        """As :attr:`WeightedCurve.area`."""
+        return float(self._weighted.area[0])
 
     @property
-    def break_even_point(self):
-        """
-        float: share in [0, 1] of hits among the n highest-scored detections, n being the number of
-        ground truths: there precision equals recall. NaN with fewer than n detections (but 0 with
-        none at all) and without ground truth.
-        """
-        if not self.num_gt:
-            return float("nan")
-        if not len(self.tp):
-            return 0.0
-        if len(self.tp) < self.num_gt:
-            return float("nan")
-        return float(self.tp[self.num_gt - 1] / self.num_gt)
+    def break_even_point(self) -> float:
+        """As :attr:`WeightedCurve.break_even_point`."""
+        return float(self._weighted.break_even_point[0])
+
+    @cached_property
+    def _weighted(self):
+        """The WeightedCurve of one resample that holds each detection once."""
+        hits = np.flatnonzero(np.diff(self.tp, prepend=0))
+        return WeightedCurve(
+            hits,
+            hits,
+            (self.tp + self.fp)[None],
+            np.ones((1, len(hits)), int),
+            np.array([self.num_gt]),
+        )
 
 
-def pr_curve(score, hit, num_gt):
+def pr_curve(score: np.ndarray, hit: np.ndarray, num_gt: int) -> PRCurve:
     """
     Args:
-        score (np.ndarray): (N,) float, the detections that count, by image id and file order.
-        hit (np.ndarray): (N,) bool.
-        num_gt (int): ground truths, crowds left out.
-
-    Returns:
-        PRCurve:
+        score: (N,) float, the evaluated detections, by image id and file order.
+        hit: (N,) bool.
+        num_gt: ground truths, crowds left out.
     """
     order = np.argsort(-score, kind="stable")
     hit = hit[order]
@@ -305,10 +303,10 @@ class FROC:
     """
     Share of the lesions that are hit against the mean number of false alarms per image, over all
     images and classes, as the threshold falls from the highest score to the lowest. Detections of
-    the same score are let through together.
+    equal scores are above it together.
 
     Attributes:
-        score (np.ndarray): (N,) float, falling; the detections that count.
+        score (np.ndarray): (N,) float, falling; the evaluated detections.
         hit (np.ndarray): (N,) bool.
         image (np.ndarray): (N,) int, the image of each.
         lesions (np.ndarray): (I,) int, lesions in each image.
@@ -322,22 +320,10 @@ class FROC:
     scored: bool = True
 
     @classmethod
-    def of(cls, gt, detections, matching):
-        """
-        Args:
-            gt (GroundTruth):
-            detections (Detections):
-            matching (Matching): of these two.
-        """
-        order = np.flatnonzero(matching.counts)
-        order = order[np.argsort(-detections.score[order], kind="stable")]
-        return cls(
-            detections.score[order],
-            matching.hit[order],
-            detections.regions.image[order],
-            gt.lesions,
-            detections.scored,
-        )
+    def by_score(cls, score, hit, image, lesions, scored=True):
+        """The arguments are the attributes, in any order of the detections."""
+        order = np.argsort(-score, kind="stable")
+        return cls(score[order], hit[order], image[order], lesions, scored)
 
     def curve(self):
         """
@@ -357,7 +343,7 @@ class FROC:
             "fp_per_image": fp / max(len(self.lesions), 1),
         }
 
-    def figures(self, weights=None):
+    def values(self, weights=None):
         """
         The best sensitivity with no more than each of RATES false alarms per image, and the mean of
         the seven (the score of LUNA16). Unlike there, nothing is interpolated: each is reached at a
@@ -373,10 +359,10 @@ class FROC:
         """
         rows = np.ones((1, len(self.lesions)), int) if weights is None else weights
         ranked = RankedDetections(Ranking(self.score, self.image), self.hit, self.lesions)
-        figures = self.read_off(ranked.weigh(rows), rows.sum(axis=1))
+        values = self.read_off(ranked.weigh(rows), rows.sum(axis=1))
         if weights is None:
-            return {name: float(values[0]) for name, values in figures.items()}
-        return figures
+            return {name: float(value[0]) for name, value in values.items()}
+        return values
 
     def read_off(self, curve, images):
         """
@@ -385,10 +371,10 @@ class FROC:
             images (np.ndarray): (B,) int, images in each.
 
         Returns:
-            dict[str, np.ndarray]: (B,) each, as :meth:`figures`.
+            dict[str, np.ndarray]: (B,) each, as :meth:`values`.
         """
         sensitivity = 100 * curve.sensitivity(np.multiply.outer(images, RATES))
         if not self.scored:
             sensitivity[:] = np.nan
-        figures = {f"sensitivity_at_{rate:g}": sensitivity[:, i] for i, rate in enumerate(RATES)}
-        return {**figures, "mean": sensitivity.mean(axis=1)}
+        values = {f"sensitivity_at_{rate:g}": sensitivity[:, i] for i, rate in enumerate(RATES)}
+        return {**values, "mean": sensitivity.mean(axis=1)}

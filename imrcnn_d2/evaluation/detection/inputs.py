@@ -17,7 +17,7 @@ import pycocotools.mask as mask_util
 from tqdm import tqdm
 
 from imrcnn_d2.data.formats.coco import FARTHEST, NUMBER, check_records, is_box, to_rles
-from imrcnn_d2.data.images import open_image
+from imrcnn_d2.data.images import read_values
 from imrcnn_d2.data.masks import check_size
 from imrcnn_d2.evaluation.detection.matching import MAX_DETECTIONS
 from imrcnn_d2.utils.files import BadInputError, read_json
@@ -30,7 +30,7 @@ __all__ = [
     "by_id",
     "mask_areas",
     "read_ground_truth",
-    "read_mask_folder",
+    "read_predicted_masks",
     "read_results",
     "with_ids_of",
 ]
@@ -103,7 +103,7 @@ def _translation(records, targets, field, what, simplify=lambda name: name):
 NAMED_AT_MOST = 5
 
 
-def read_mask_folder(folder, gt):
+def read_predicted_masks(folder, gt):
     """
     Read masks as detections without scores: one for each connected component (8-connectivity) of
     each class, down to single pixels, the largest first.
@@ -187,18 +187,7 @@ def _some(names):
 
 def _read(path, image):
     """(H, W) integers or bool."""
-    try:
-        with open_image(path) as file:
-            mask = np.asarray(file)
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        reason = getattr(error, "reason", error)
-        raise ValueError(f"{path} can't be read: {reason}. Write it again.") from error
-    if mask.ndim == 3:
-        if not (mask == mask[..., :1]).all():
-            raise ValueError(
-                f"{path} is in colour: save it with one channel that holds the number of the class."
-            )
-        mask = mask[..., 0]
+    mask, _ = read_values(path)
     size = [image.get("height", mask.shape[0]), image.get("width", mask.shape[1])]
     if list(mask.shape) != size:
         raise ValueError(
@@ -361,10 +350,9 @@ def read_ground_truth(gt, source=None):
         return gt
     source = source or (gt if isinstance(gt, str | Path) else "the ground truth")
     dataset = _load(gt)
-    if not isinstance(dataset, dict):
-        raise BadInputError(source, "is no COCO instance file: it is no object")
     for key, (needed, kinds) in GROUND_TRUTH.items():
-        check_records(dataset.get(key), key, source, needed, kinds)
+        records = dataset.get(key) if isinstance(dataset, dict) else None
+        check_records(records, key, source, needed, kinds)
     images, categories = (by_id(dataset[key], key, source) for key in ("images", "categories"))
     names = Counter(category["name"] for category in categories)
     for name, count in names.items():
@@ -386,7 +374,7 @@ def read_ground_truth(gt, source=None):
                 )
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
     outline = regions.boxes[:, 2] * regions.boxes[:, 3]
-    if regions.masks:
+    if regions.masks and not all("area" in annotation for annotation in annotations):
         outline = mask_areas(regions.masks)
     area = np.array([a.get("area", o) for a, o in zip(annotations, outline, strict=True)], float)
     fields = [{k: v for k, v in a.items() if k not in _REGION} for a in annotations]
@@ -401,7 +389,7 @@ def read_results(results, gt, source=None):
             ``annotations`` carry a ``score``, as ``tools/predict.py`` writes. The latter's own
             ``images`` and ``categories`` are matched with those of the ground truth by
             ``file_name`` and ``name``, since its ids may have been given independently. Or a folder
-            of masks, see :func:`read_mask_folder`. Where every ``score`` is null, as
+            of masks, see :func:`read_predicted_masks`. Where every ``score`` is null, as
             :func:`coco_results` has it for such a folder, the results know no scores. What was read
             already stays as it is.
         gt (GroundTruth): what the results are for.
@@ -419,7 +407,7 @@ def read_results(results, gt, source=None):
         return results
     source = source or (results if isinstance(results, str | Path) else "the results")
     is_folder = isinstance(results, str | Path) and Path(results).is_dir()
-    results = read_mask_folder(results, gt) if is_folder else _load(results)
+    results = read_predicted_masks(results, gt) if is_folder else _load(results)
     if isinstance(results, dict):
         if "annotations" not in results:
             raise BadInputError(
@@ -527,10 +515,10 @@ def _lacks(record, field):
 
 
 def _size(image, source):
-    """Height and width of an image; None where the record does not have both."""
-    if "height" not in image or "width" not in image:
+    """Height and width of an image; None where the record does not say."""
+    if "height" not in image and "width" not in image:
         return None
-    return _checked_size(image["height"], image["width"], image, source)
+    return _checked_size(image.get("height"), image.get("width"), image, source)
 
 
 def _checked_size(height, width, image, source):

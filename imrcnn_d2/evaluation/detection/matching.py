@@ -29,8 +29,8 @@ class Overlaps:
     Attributes:
         dt (np.ndarray): (P,) int, positions in ``Detections``.
         gt (np.ndarray): (P,) int, positions in ``GroundTruth.regions``.
-        iou (np.ndarray): (P,) float in [0, 1]; for a crowd the intersection over the detection's
-            own area, as in COCO.
+        iou (np.ndarray): (P,) float in [0, 1]; for a crowd the intersection over the area of the
+            detection, as in COCO.
         rank (np.ndarray): (number of detections,) int, place of each by falling score in its image
             and class, from 0. From MAX_DETECTIONS on they are in no pair.
     """
@@ -46,15 +46,15 @@ class Matching:
     """
     Attributes:
         gt (np.ndarray): (N,) int, for each detection the position of the ground truth it hits, or
-            -1: a false alarm, at whatever threshold it is let through.
+            -1: a false alarm, at any threshold.
         iou (np.ndarray): (N,) float in [0, 1], overlap with it; NaN for false alarms.
-        counts (np.ndarray): (N,) bool, False for detections that match only a crowd and those
-            beyond MAX_DETECTIONS: they are neither hits nor false alarms, and count nowhere.
+        evaluated (np.ndarray): (N,) bool, False for detections that match only a crowd and those
+            beyond MAX_DETECTIONS: they are neither hits nor false alarms.
     """
 
     gt: np.ndarray
     iou: np.ndarray
-    counts: np.ndarray
+    evaluated: np.ndarray
 
     @property
     def hit(self):
@@ -99,8 +99,8 @@ def _box_overlaps(boxes, truths, crowd):
     low = np.maximum(boxes[:, :2], truths[:, :2])
     high = np.minimum(boxes[:, :2] + boxes[:, 2:], truths[:, :2] + truths[:, 2:])
     both = np.prod(np.maximum(high - low, 0), axis=1)
-    own, theirs = boxes[:, 2] * boxes[:, 3], truths[:, 2] * truths[:, 3]
-    whole = np.where(crowd, own, own + theirs - both)
+    area, truth_area = boxes[:, 2] * boxes[:, 3], truths[:, 2] * truths[:, 3]
+    whole = np.where(crowd, area, area + truth_area - both)
     return np.divide(both, whole, out=np.zeros(len(both)), where=both > 0)
 
 
@@ -113,10 +113,10 @@ def _mask_overlaps(regions, gt, dt, truth, key):
         columns = 1  # ground truths of the group: the pairs of its first detection
         while start + columns < end and dt[start + columns] == dt[start]:
             columns += 1
-        theirs = truth[start : start + columns]
-        ours = [regions.masks[d] for d in dt[start:end:columns]]
-        outlines = [gt.regions.masks[g] for g in theirs]
-        iou[start:end] = mask_util.iou(ours, outlines, [crowd[g] for g in theirs]).ravel()
+        group = truth[start : start + columns]
+        detected = [regions.masks[d] for d in dt[start:end:columns]]
+        annotated = [gt.regions.masks[g] for g in group]
+        iou[start:end] = mask_util.iou(detected, annotated, [crowd[g] for g in group]).ravel()
     return iou
 
 
@@ -151,10 +151,10 @@ def match(gt, detections, overlaps, threshold):
         hit[overlaps.dt[best]] = overlaps.gt[best]
         iou[overlaps.dt[best]] = overlaps.iou[best]
         taken[overlaps.gt[best]] = True
-    counts = overlaps.rank < MAX_DETECTIONS
+    evaluated = overlaps.rank < MAX_DETECTIONS
     in_crowd = overlaps.dt[crowded]
-    counts[in_crowd[hit[in_crowd] < 0]] = False
-    return Matching(hit, iou, counts)
+    evaluated[in_crowd[hit[in_crowd] < 0]] = False
+    return Matching(hit, iou, evaluated)
 
 
 def _split(values, key):

@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -11,14 +11,12 @@ import numpy as np
 
 from imrcnn_d2.evaluation.detection.coco_ap import coco_average_precision
 from imrcnn_d2.evaluation.detection.counts import (
-    ConfusionMatrix,
+    LesionCounter,
     UnitCounts,
-    by_class,
-    by_size,
     confusion_matrix,
-    count_images,
+    divide,
 )
-from imrcnn_d2.evaluation.detection.curves import pr_curve
+from imrcnn_d2.evaluation.detection.curves import PRCurve, pr_curve
 from imrcnn_d2.evaluation.detection.inputs import (
     Detections,
     GroundTruth,
@@ -26,12 +24,13 @@ from imrcnn_d2.evaluation.detection.inputs import (
     read_results,
 )
 from imrcnn_d2.evaluation.detection.matching import Matching, match, overlaps
-from imrcnn_d2.evaluation.detection.metrics import Measures
-from imrcnn_d2.evaluation.output import image_rows, threshold_table
-from imrcnn_d2.evaluation.statistics import add_intervals
+from imrcnn_d2.evaluation.detection.metrics import DetectionMetrics, image_metrics, lesion_metrics
+from imrcnn_d2.evaluation.output import EvaluationResults, rows_per_image, transposed
+from imrcnn_d2.evaluation.statistics import Bootstrap, add_intervals
 from imrcnn_d2.utils.files import BadInputError
 
 __all__ = [
+    "THRESHOLDS",
     "LesionResults",
     "OperatingPoint",
     "check_rule",
@@ -47,9 +46,9 @@ logger = logging.getLogger(__name__)
 class OperatingPoint:
     """
     Attributes:
-        tau (float): score from which on a detection counts.
-        rule (str): how it was chosen, see :func:`choose_operating_point`.
-        dataset (str or None): what it was chosen on.
+        tau: score threshold.
+        rule: how it was chosen, see :func:`choose_operating_point`.
+        dataset: name of the data set it was chosen on.
     """
 
     tau: float
@@ -59,14 +58,10 @@ class OperatingPoint:
     @classmethod
     def of_file(cls, value: object, path: str | Path) -> "OperatingPoint":
         """
-        The one that a file of weights holds.
-
-        Args:
-            value: a dict of the attributes, as it was written; checked.
-            path: of the file.
+        The operating point of a file of weights, given as a dict of the attributes.
 
         Raises:
-            BadInputError: it is none: with a tau of NaN there would be no detection in any image.
+            BadInputError: it is none: no score is above a tau of NaN.
         """
         names = [field.name for field in fields(cls)]
         if isinstance(value, dict) and sorted(value) == sorted(names):
@@ -81,68 +76,69 @@ class OperatingPoint:
         )
 
 
-def check_rule(rule):
+def check_rule(rule: str) -> float | None:
     """
-    Args:
-        rule (str): see :func:`choose_operating_point`.
-
     Returns:
-        float or None: the wished recall in percent; None for "f1".
+        The requested recall in percent of a rule of :func:`choose_operating_point`; None for "f1".
 
     Raises:
         ValueError: for another rule.
     """
-    wished = re.fullmatch(r"recall>=(\d+(?:\.\d+)?)", rule)
-    if rule != "f1" and not (wished and 0 < float(wished[1]) <= 100):
+    recall = re.fullmatch(r"recall>=(\d+(?:\.\d+)?)", rule)
+    if rule != "f1" and not (recall and 0 < float(recall[1]) <= 100):
         raise ValueError(
             f"The rule for the threshold is {rule!r}; it must be 'f1' or 'recall>=95', for a "
             "sensitivity of 95 %."
         )
-    return float(wished[1]) if wished else None
+    return float(recall[1]) if recall else None
 
 
-def choose_operating_point(results, rule="f1", dataset=None):
+def choose_operating_point(
+    results: "LesionResults", rule: str = "f1", dataset: str | None = None
+) -> OperatingPoint:
     """
-    Choose a threshold among the scores of the detections. Only ever on validation data: figures at
+    Choose a threshold among the scores of the detections. Only ever on validation data: metrics at
     a threshold chosen on the test set are those of no detector that one could use.
 
     Args:
-        results (LesionResults): of the validation set; the matching is made, whatever its tau.
-        rule (str): "f1": the largest lesion-level F1, of equal ones the highest threshold;
+        results: of the validation set; the matching is made, at any tau.
+        rule: "f1": the largest lesion-level F1, of equal ones the highest threshold;
             "recall>=95": the highest threshold with a lesion-level recall of at least 95 %.
-        dataset (str or None): name of the validation set, to be noted.
+        dataset: name of the validation set, to be recorded.
 
     Returns:
-        OperatingPoint: where a wished recall is not reached at any score, the highest threshold
-        with the largest recall; that is logged as a warning.
+        Where a requested recall is not reached at any score, the highest threshold with the
+        largest recall; that is logged as a warning.
 
     Raises:
         ValueError: for another rule, without a lesion, without a detection, and for results that
-            know no scores.
+            have no scores.
     """
-    wished = check_rule(rule)
+    recall = check_rule(rule)
     detections, matching = results.detections, results.matching
     lesions = int(results.ground_truth.lesions.sum())
-    of = f" of {dataset}" if dataset else ""
+    of_dataset = f" of {dataset}" if dataset else ""
     if not detections.scored:
-        raise ValueError(f"The results{of} know no scores, among which to choose a threshold.")
-    if not lesions or not matching.counts.any():
-        what = "detection" if lesions else "lesion"
-        raise ValueError(f"Without a {what}{of} no threshold can be chosen.")
-    score = detections.score[matching.counts]
+        raise ValueError(
+            f"The results{of_dataset} have no scores, among which to choose a threshold."
+        )
+    if not lesions or not matching.evaluated.any():
+        missing = "detection" if lesions else "lesion"
+        raise ValueError(f"Without a {missing}{of_dataset} no threshold can be chosen.")
+    score = detections.score[matching.evaluated]
     candidates, group = np.unique(-score, return_inverse=True)  # from the highest down
-    tp = np.cumsum(np.bincount(group, matching.hit[matching.counts]))
-    called = np.cumsum(np.bincount(group))
+    tp = np.cumsum(np.bincount(group, matching.hit[matching.evaluated]))
+    above = np.cumsum(np.bincount(group))
     if rule == "f1":
-        best = int(np.argmax(2 * tp / (called + lesions)))  # the first, so the highest threshold
+        best = int(np.argmax(2 * tp / (above + lesions)))  # the first, so the highest threshold
     else:
         # In whole numbers of lesions where that is exact: 95 % of 20 are 19.
-        enough = 100 * tp >= wished * lesions
+        enough = 100 * tp >= recall * lesions
         best = int(np.argmax(enough if enough.any() else tp))
         if not enough.any():
             logger.warning(
-                f"The detections{of} reach a recall of {100 * tp[-1] / lesions:.1f} % at most: the "
-                f"threshold chosen for {rule!r} gives that."
+                f"The detections{of_dataset} reach a recall of {100 * tp[-1] / lesions:.1f} % at "
+                f"most: the threshold chosen for {rule!r} gives that."
             )
     return OperatingPoint(float(-candidates[best]), rule, dataset)
 
@@ -157,7 +153,7 @@ def selection_score(lesion, image, *, has_lesions, has_lesion_free_images):
     lesion-free image. Precision and F1, where a checkpoint detects nothing, count 0.
 
     Args:
-        lesion, image (dict[str, float]): figures in percent.
+        lesion, image (dict[str, float]): metrics in percent.
         has_lesions, has_lesion_free_images (bool): of the data set.
 
     Returns:
@@ -170,112 +166,102 @@ def selection_score(lesion, image, *, has_lesions, has_lesion_free_images):
         taking_part.append(image["specificity"])
     if not taking_part:
         return float("nan")
-    return sum(0.0 if math.isnan(figure) else figure for figure in taking_part) / len(taking_part)
+    return sum(0.0 if math.isnan(value) else value for value in taking_part) / len(taking_part)
 
 
 # The IoU of AP50_voc, BEP and the PR curves, whatever IoU lesions are matched at.
 CURVE_IOU = 0.5
+# 0.05, 0.10 ... 0.95
+THRESHOLDS = tuple(n / 20 for n in range(1, 20))
+_CURVE_COLUMNS = (
+    *("iou_type", "class", "score", "tp", "fp", "n_gt"),
+    *("precision", "recall", "precision_envelope"),
+)
 
 
-@dataclass(frozen=True, eq=False)
-class LesionResults:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LesionResults(EvaluationResults):
     """
     Attributes:
-        bbox, segm (dict[str, float]): AP AP50 AP75 APs APm APl AP50_voc BEP.
-        lesion (dict[str, float]): TP FP FN TN precision recall specificity accuracy f1 iou iou_box
-            iou_all dice fp_per_image fp_per_lesion_free_image selection.
-        image (dict[str, float]): TP FP FN TN precision recall specificity accuracy f1 auroc
-            localised_recall miou mdice.
-        patient (dict[str, float] or None): as ``image``, without the last two. None unless every
-            image record has a ``patient_id``.
-        froc (dict[str, float]): sensitivity_at_0.125 ... sensitivity_at_8 and mean: the largest
-            recall with at most so many false alarms per image (of all images), at any threshold;
-            the curve is ``measures.froc``.
-        calibration (dict[str, float]): n, ece, brier, mean_score, hit_rate of the scores of all
-            detections that count, as probabilities of a hit; the diagram is
-            ``measures.calibration``.
-        by_size (dict[str, dict[str, dict[str, float]]]): "share_of_image" and "coco" -> stratum ->
-            n recall iou iou_box iou_all dice. The former is left out where the size of an image is
-            unknown.
-        by_class (dict[str, dict[str, float]]): class name -> as ``lesion``, without ``selection``,
-            and AP50, AP50_voc and BEP of masks, of boxes where there are none. Empty for a single
-            class.
-        confusion (ConfusionMatrix): at the threshold.
-        tau_val (dict or None): figures at the operating point: its tau, rule and dataset, and
-            ``lesion``, ``image`` and, where patients are known, ``patient``, without ``selection``
-            and ``auroc``. None without an operating point.
-        per_image (list[dict]): a row an image by ascending id, with the fields of its record.
-        curves (list[tuple[str, str, PRCurve]]): IoU type ("segm" or "bbox"), class name and curve
-            at IoU 0.5 of each class. Empty for results without scores.
-        counts (UnitCounts): per image, what ``lesion`` and ``image`` are made of.
-        meta (dict): the settings, and the size of the data set.
-        ground_truth (GroundTruth), detections (Detections): what was scored; N detections.
-        overlaps (dict[str, Overlaps]): by "bbox" and, where there are masks, by "segm".
-        matching (Matching): of the N detections.
-        counted (np.ndarray): (N,) bool, the detections that count at the threshold.
-        measures (Measures): the figures as functions of how often each unit counts.
-        intervals (dict[str, dict[str, tuple[float, float]]]): group -> figure -> (low, high), see
-            :func:`confidence_intervals`; empty without a bootstrap. Groups as in :meth:`groups`,
-            "froc", "calibration", "by_size.SCALE.STRATUM", "by_class.NAME", "tau_val.lesion",
-            "tau_val.image" and "tau_val.patient".
-        undefined_shares (dict[str, float]): "group.figure" -> share in (0, 1] of the resamples in
-            which it is undefined, where there are any.
-        by_group (dict[str, GroupedMetrics]): by column, see :func:`with_groups`; empty without.
+        bbox, segm: AP AP50 AP75 APs APm APl AP50_voc BEP.
+        lesion: TP FP FN TN precision recall specificity accuracy f1 iou iou_box iou_all dice
+            fp_per_image fp_per_lesion_free_image selection.
+        image: TP FP FN TN precision recall specificity accuracy f1 auroc localised_recall miou
+            mdice.
+        patient: as ``image``, without the last two. None unless every image record has a
+            ``patient_id``.
+        froc: sensitivity_at_0.125 ... sensitivity_at_8 and mean: the largest recall with at most so
+            many false alarms per image (of all images), at any threshold; the curve is
+            ``metrics.froc``.
+        by_size: "share_of_image" and "coco" -> stratum -> n recall iou iou_box iou_all dice. The
+            former is left out where the size of an image is unknown.
+        by_class: class name -> as ``lesion``, without ``selection``, and AP50, AP50_voc and BEP of
+            masks, of boxes where there are none. Empty for a single class.
+        tau_val: metrics at the operating point: its tau, rule and dataset, and ``lesion``,
+            ``image`` and, where patients are known, ``patient``, without ``selection`` and
+            ``auroc``. None without an operating point.
+        curves: IoU type ("segm" or "bbox"), class name and curve at IoU 0.5 of each class. Empty
+            for results without scores.
+        counts: per image, what ``lesion`` and ``image`` are made of.
+        counter: of the ground truth, its N detections and their matching.
+        above_threshold: (N,) bool, the evaluated detections at or above tau.
 
-    All figures are in percent but for counts and fp_per_image; undefined ones are NaN.
+    ``calibration`` is of the scores of all evaluated detections, ``confusion`` at the threshold.
+    Groups of ``intervals`` are as in :meth:`groups`, "froc", "calibration",
+    "by_size.SCALE.STRATUM", "by_class.NAME", "tau_val.lesion", "tau_val.image" and
+    "tau_val.patient".
     """
 
-    bbox: dict
-    segm: dict
-    lesion: dict
-    image: dict
-    patient: dict | None
-    froc: dict
-    calibration: dict
-    by_size: dict
-    by_class: dict
-    confusion: ConfusionMatrix
+    bbox: dict[str, float]
+    segm: dict[str, float]
+    lesion: dict[str, float]
+    image: dict[str, float]
+    patient: dict[str, float] | None
+    froc: dict[str, float]
+    by_size: dict[str, dict[str, dict[str, float]]]
+    by_class: dict[str, dict[str, float]]
     tau_val: dict | None
-    per_image: list
-    curves: list
+    curves: list[tuple[str, str, PRCurve]]
     counts: UnitCounts
-    meta: dict
-    ground_truth: GroundTruth
-    detections: Detections
-    overlaps: dict
-    matching: Matching
-    counted: np.ndarray
-    measures: Measures
-    intervals: dict = field(default_factory=dict)
-    undefined_shares: dict = field(default_factory=dict)
-    by_group: dict = field(default_factory=dict)
+    counter: LesionCounter
+    above_threshold: np.ndarray
+
+    @property
+    def ground_truth(self) -> GroundTruth:
+        return self.counter.gt
+
+    @property
+    def detections(self) -> Detections:
+        return self.counter.detections
+
+    @property
+    def overlaps(self) -> dict:
+        """Overlaps by "bbox" and, where there are masks, by "segm"."""
+        return self.counter.overlaps
+
+    @property
+    def matching(self) -> Matching:
+        return self.counter.matching
+
+    @property
+    def chosen_tau(self):
+        return self.tau_val and self.tau_val["tau"]
 
     def groups(self):
-        """dict[str, dict[str, float]]: the groups of figures, in the order of a report."""
         groups = {"bbox": self.bbox, "segm": self.segm, "lesion": self.lesion, "image": self.image}
         if self.patient is not None:
             groups["patient"] = self.patient
         return groups
 
     def compared(self):
-        """dict[str, dict[str, float]]: what models are compared by: :meth:`groups`, "froc" and,
-        with an operating point, "tau_val.lesion" and so on."""
-        figures = {**self.groups(), "froc": self.froc}
+        """:meth:`groups`, "froc" and, with an operating point, "tau_val.lesion" and so on."""
+        values = {**self.groups(), "froc": self.froc}
         for group in ("lesion", "image", "patient"):
             if self.tau_val and group in self.tau_val:
-                figures[f"tau_val.{group}"] = self.tau_val[group]
-        return figures
+                values[f"tau_val.{group}"] = self.tau_val[group]
+        return values
 
     def part(self, positions, *, operating_point=None, bootstrap=None):
-        """
-        Args:
-            positions (np.ndarray): (M,) int, images, ascending.
-            operating_point (OperatingPoint or None), bootstrap (Bootstrap or None): see
-                :func:`evaluate_lesions`.
-
-        Returns:
-            LesionResults: of these images alone, with the same settings.
-        """
         gt, detections = self.ground_truth, self.detections
         rows, regions = gt.regions.of_images(positions)
         part = GroundTruth(
@@ -295,54 +281,148 @@ class LesionResults:
             bootstrap=bootstrap,
         )
 
-    @property
-    def own_tau(self):
-        """float or None: the operating point."""
-        return self.tau_val and self.tau_val["tau"]
-
     def right(self, tau_val=False):
-        """
-        Args:
-            tau_val (bool): at the operating point instead of the threshold.
-
-        Returns:
-            np.ndarray or None: (I,) bool, the images that are called what they are, with a lesion
-            or without; None without an operating point where that is asked for.
-        """
-        counts = self.measures.counts.get("tau_val." if tau_val else "")
-        return None if counts is None else counts.called == counts.positive
+        counts = self.metrics.counts.get("tau_val." if tau_val else "")
+        return None if counts is None else counts.predicted_positive == counts.positive
 
     @cached_property
-    def thresholds(self):
-        """list[dict]: see :func:`threshold_table`."""
-        return threshold_table(self)
-
-    def counts_at(self, tau, other=None):
+    def thresholds(self) -> list[dict[str, float]]:
         """
-        Args:
-            tau (float): score from which on a detection counts.
-            other (UnitCounts or None): the same at another threshold, which saves time.
+        Metrics at every threshold of THRESHOLDS, for display: a threshold that was chosen by it is
+        no longer tested by the same data.
 
         Returns:
-            UnitCounts: per image, as ``counts`` at another threshold; the matching is reused.
+            One row per threshold: "tau", the metrics of lesions as "lesion_..." and those of images
+            as "image_...". No row for results without scores.
         """
-        gt, detections = self.ground_truth, self.detections
-        counted = self.matching.counts & (detections.score >= tau)
-        return count_images(gt, detections, self.overlaps, self.matching, counted, other)
+        rows, counts = [], None
+        for tau in THRESHOLDS if self.detections.scored else ():
+            counts = self.counts_at(tau, counts)
+            sums = counts.sums()
+            groups = {"lesion": lesion_metrics(sums), "image": image_metrics(sums)}
+            values = {f"{g}_{k}": float(v) for g, group in groups.items() for k, v in group.items()}
+            rows.append({"tau": tau, **values})
+        return rows
+
+    def counts_at(self, tau: float, other: UnitCounts | None = None) -> UnitCounts:
+        """Per image, as ``counts`` at another threshold; the matching is reused, and the unions of
+        ``other``, counts at yet another threshold."""
+        return self.counter.per_image(self.counter.above(tau), other)
+
+    @property
+    def per_patient(self) -> list[dict]:
+        """One row per patient, where all images have a ``patient_id``, in the order of their first
+        images: patient_id, images, and what happened in them."""
+        unit = self.metrics.unit_of_image
+        patients = dict.fromkeys(image["patient_id"] for image in self.ground_truth.images)
+        columns = {
+            "patient_id": np.array(list(patients), dtype=object),
+            "images": np.bincount(unit),
+            **_outcomes(self.counts.merged(unit), self.detections.scored, "patient_outcome"),
+        }
+        return transposed(columns)[0]
+
+    def _documents(self):
+        documents = {group: self._document(v, group) for group, v in self.groups().items()}
+        if self.tau_val is not None:
+            documents["tau_val"] = {
+                key: self._document(value, f"tau_val.{key}") if isinstance(value, dict) else value
+                for key, value in self.tau_val.items()
+            }
+        documents["froc"] = self._document(self.froc, "froc")
+        documents["calibration"] = self._document(self.calibration, "calibration")
+        return documents
+
+    def _strata(self):
+        by_size = {
+            scale: {
+                name: self._document(values, f"by_size.{scale}.{name}")
+                for name, values in strata.items()
+            }
+            for scale, strata in self.by_size.items()
+        }
+        by_class = {
+            name: self._document(values, f"by_class.{name}")
+            for name, values in self.by_class.items()
+        }
+        return {"by_size": by_size, **({"by_class": by_class} if by_class else {})}
+
+    def tables(self):
+        tables = {
+            **super().tables(),
+            "pr_curve.csv": (self._curve_rows(), _CURVE_COLUMNS),
+            "froc.csv": transposed(self.metrics.froc.curve()),
+            "thresholds.csv": (self.thresholds, ["tau"]),
+            "by_size.csv": (self._size_rows(), ["scale", "size"]),
+        }
+        if self.metrics.unit == "patient":
+            tables["per_patient.csv"] = (self.per_patient, ["patient_id"])
+        return tables
+
+    def _curve_rows(self):
+        rows = []
+        for iou_type, name, curve in self.curves:
+            columns = (curve.precision, curve.recall, curve.envelope)
+            points = zip(curve.score, curve.tp, curve.fp, *columns, strict=True)
+            for score, tp, fp, *shares in points:
+                values = [iou_type, name, float(score), int(tp), int(fp), curve.num_gt]
+                values += [100 * float(share) for share in shares]
+                rows.append(dict(zip(_CURVE_COLUMNS, values, strict=True)))
+        return rows
+
+    def _size_rows(self):
+        rows = []
+        for scale, strata in self.by_size.items():
+            for size, values in strata.items():
+                row = {"scale": scale, "size": size}
+                intervals = self.intervals.get(f"by_size.{scale}.{size}", {})
+                for name, value in values.items():
+                    row[name] = value
+                    if name in intervals:
+                        row[f"{name}_low"], row[f"{name}_high"] = intervals[name]
+                rows.append(row)
+        return rows
+
+
+def _outcomes(counts, scored, outcome):
+    """What happened in each unit: counts, its outcome, mean overlaps of the hits in percent."""
+    positive, predicted = counts.positive, counts.predicted_positive
+    return {
+        "n_gt": counts.lesions,
+        "n_det": counts.tp + counts.fp,
+        "TP": counts.tp,
+        "FP": counts.fp,
+        "FN": counts.fn,
+        outcome: np.where(
+            positive, np.where(predicted, "TP", "FN"), np.where(predicted, "FP", "TN")
+        ),
+        "score": counts.score if scored else np.full(len(counts.score), np.nan),
+        "iou": 100 * divide(counts.iou, counts.tp),
+        "dice": 100 * divide(counts.dice, counts.tp),
+        "iou_box": 100 * divide(counts.iou_box, counts.tp),
+    }
+
+
+def _image_rows(images, counts, scored):
+    """One row per image, with the fields of its record."""
+    columns = _outcomes(counts, scored, "image_outcome")
+    columns["union_iou"] = np.where(counts.positive, 100 * counts.union_iou, np.nan)
+    columns["union_dice"] = np.where(counts.positive, 100 * counts.union_dice, np.nan)
+    return rows_per_image(images, columns)
 
 
 def evaluate_lesions(
     gt,
     results,
     *,
-    tau=0.7,
-    operating_point=None,
-    iou_threshold=0.5,
-    iou_type="segm",
-    bootstrap=None,
-):
+    tau: float = 0.7,
+    operating_point: OperatingPoint | None = None,
+    iou_threshold: float = 0.5,
+    iou_type: str = "segm",
+    bootstrap: Bootstrap | None = None,
+) -> LesionResults:
     """
-    Compute every figure for a data set and a model's detections in it.
+    Compute every metric for a data set and a model's detections in it.
 
     With several classes, matching is done class by class and counts are summed; AP, AP50_voc and
     BEP are means over the classes that have ground truth (NaN where one of theirs is). An image is
@@ -351,22 +431,18 @@ def evaluate_lesions(
     Args:
         gt (dict, COCO, str, Path or GroundTruth): see :func:`read_ground_truth`.
         results (list[dict], dict, str, Path or Detections): see :func:`read_results`.
-        tau (float): score from which on a detection counts in ``lesion``, ``image`` and
-            ``patient``. It plays no part in AP, the curves, BEP and AUROC.
-        operating_point (OperatingPoint or None): a second threshold, chosen on another data set,
-            whose figures go to ``tau_val``.
-        iou_threshold (float): least overlap of a hit, in (0, 1]. AP50_voc, BEP and the curves
-            stay at 0.5.
-        iou_type (str): overlap of masks ("segm") or of boxes ("bbox") in matching. Where the
-            ground truth or the results have boxes only, boxes are used and a warning is logged;
-            iou, iou_all, dice, miou and mdice, which are always of masks, are then NaN.
-        bootstrap (Bootstrap or None): how to resample for ``intervals``; None for none.
-
-    Returns:
-        LesionResults:
+        tau: score threshold of ``lesion``, ``image`` and ``patient``. It plays no part in AP, the
+            curves, BEP and AUROC.
+        operating_point: a second threshold, chosen on another data set, whose metrics go to
+            ``tau_val``.
+        iou_threshold: least overlap of a hit, in (0, 1]. AP50_voc, BEP and the curves stay at 0.5.
+        iou_type: overlap of masks ("segm") or of boxes ("bbox") in matching. Where the ground truth
+            or the results have boxes only, boxes are used and a warning is logged; iou, iou_all,
+            dice, miou and mdice, which are always of masks, are then NaN.
+        bootstrap: how to resample for ``intervals``; None for none.
 
     Raises:
-        ValueError: on bad input, saying which record is wrong and why.
+        ValueError: on bad input, naming the record and the reason.
     """
     if iou_type not in ("segm", "bbox"):
         raise ValueError(f"iou_type is {iou_type!r}; it must be 'segm' or 'bbox'.")
@@ -386,57 +462,49 @@ def evaluate_lesions(
         logger.warning(f"The {side} have no masks: lesions are matched by boxes instead.")
         iou_type = "bbox"
 
-    groups = {"bbox": overlaps(gt, detections, "bbox")}
-    if has_masks:
-        groups["segm"] = overlaps(gt, detections, "segm")
-    curve_matchings = {kind: match(gt, detections, groups[kind], CURVE_IOU) for kind in groups}
+    pairs = {kind: overlaps(gt, detections, kind) for kind in ("bbox", "segm")[: 1 + has_masks]}
+    curve_matchings = {kind: match(gt, detections, pairs[kind], CURVE_IOU) for kind in pairs}
     matching = curve_matchings[iou_type]
     if iou_threshold != CURVE_IOU:
-        matching = match(gt, detections, groups[iou_type], iou_threshold)
-    counted = {
-        prefix: matching.counts & (detections.score >= threshold)
-        for prefix, threshold in thresholds.items()
-    }
-    counts = {
-        prefix: count_images(gt, detections, groups, matching, chosen)
-        for prefix, chosen in counted.items()
-    }
-    sizes = by_size(gt, detections, groups, matching, counted[""])
-    classes = {}
-    if len(gt.categories) > 1:
-        classes = by_class(gt, detections, groups, matching, counted[""])
-    measures = Measures(gt, detections, groups, curve_matchings, matching, counts, sizes, classes)
-    figures = measures.once()
+        matching = match(gt, detections, pairs[iou_type], iou_threshold)
+    counter = LesionCounter(gt, detections, pairs, matching)
+    above = {prefix: counter.above(threshold) for prefix, threshold in thresholds.items()}
+    counts = {prefix: counter.per_image(selected) for prefix, selected in above.items()}
+    sizes = counter.by_size(above[""])
+    classes = counter.by_class(above[""]) if len(gt.categories) > 1 else {}
+    confusion = confusion_matrix(
+        gt, detections, matching, tau=tau, iou_threshold=iou_threshold, iou_type=iou_type
+    )
+    metrics = DetectionMetrics(counter, curve_matchings, counts, sizes, classes)
+    values = metrics.once()
     for kind in ("bbox", "segm"):
-        coco = coco_average_precision(gt, detections, groups.get(kind), kind)
-        figures[kind] = {**coco, **{name: figures[kind][name] for name in ("AP50_voc", "BEP")}}
+        coco = coco_average_precision(gt, detections, pairs.get(kind), kind)
+        values[kind] = {**coco, **{name: values[kind][name] for name in ("AP50_voc", "BEP")}}
     positive = counts[""].positive
-    figures["lesion"]["selection"] = selection_score(
-        figures["lesion"],
-        figures["image"],
+    values["lesion"]["selection"] = selection_score(
+        values["lesion"],
+        values["image"],
         has_lesions=bool(positive.any()),
         has_lesion_free_images=bool((~positive).any()),
     )
     tau_val = None
     if operating_point is not None:
-        tau_val = {key: getattr(operating_point, key) for key in ("tau", "rule", "dataset")}
+        tau_val = asdict(operating_point)
         for group in ("lesion", "image", "patient"):
-            if f"tau_val.{group}" in figures:
-                tau_val[group] = figures[f"tau_val.{group}"]
+            if f"tau_val.{group}" in values:
+                tau_val[group] = values[f"tau_val.{group}"]
     scored = LesionResults(
-        **{group: figures[group] for group in ("bbox", "segm", "lesion", "image", "froc")},
-        patient=figures.get("patient"),
+        **{group: values[group] for group in ("bbox", "segm", "lesion", "image", "froc")},
+        patient=values.get("patient"),
         tau_val=tau_val,
-        calibration=figures["calibration"],
+        calibration=values["calibration"],
         by_size={
-            scale: {name: figures[f"by_size.{scale}.{name}"] for name in strata}
+            scale: {name: values[f"by_size.{scale}.{name}"] for name in strata}
             for scale, strata in sizes.items()
         },
-        by_class={name: figures[f"by_class.{name}"] for name in classes},
-        confusion=confusion_matrix(
-            gt, detections, matching, tau=tau, iou_threshold=iou_threshold, iou_type=iou_type
-        ),
-        per_image=image_rows(gt, counts[""], detections.scored),
+        by_class={name: values[f"by_class.{name}"] for name in classes},
+        confusion=confusion,
+        per_image=_image_rows(gt.images, counts[""], detections.scored),
         curves=_curves(gt, detections, curve_matchings),
         counts=counts[""],
         meta={
@@ -450,15 +518,12 @@ def evaluate_lesions(
             "detections": len(detections.regions),
             "scored": detections.scored,
             "classes": [category["name"] for category in gt.categories],
-            "patients": measures.num_units if measures.unit == "patient" else None,
-            "bootstrap": bootstrap and {**asdict(bootstrap), "unit": measures.unit},
+            "patients": metrics.num_units if metrics.unit == "patient" else None,
+            "bootstrap": bootstrap and {**asdict(bootstrap), "unit": metrics.unit},
         },
-        ground_truth=gt,
-        detections=detections,
-        overlaps=groups,
-        matching=matching,
-        counted=counted[""],
-        measures=measures,
+        counter=counter,
+        above_threshold=above[""],
+        metrics=metrics,
     )
     return add_intervals(scored, bootstrap)
 
@@ -471,7 +536,7 @@ def _curves(gt, detections, matchings):
     curves = []
     for kind, matching in matchings.items():
         for position, category in enumerate(gt.categories):
-            own = matching.counts & (detections.regions.category == position)
-            curve = pr_curve(detections.score[own], matching.hit[own], num_gt[position])
+            of_class = matching.evaluated & (detections.regions.category == position)
+            curve = pr_curve(detections.score[of_class], matching.hit[of_class], num_gt[position])
             curves.append((kind, category["name"], curve))
     return curves

@@ -11,26 +11,24 @@ from tqdm import tqdm
 
 from imrcnn_d2.evaluation.classification import check_same_images
 from imrcnn_d2.evaluation.comparison import (
-    ModelFigures,
+    ModelMetrics,
     check_same_units,
     image_level_test,
     model_figures,
     paired_difference,
 )
+from imrcnn_d2.evaluation.detection.metrics import ENDPOINTS, PRIMARY, endpoints_of
 from imrcnn_d2.evaluation.output import read_coco_records
 from imrcnn_d2.evaluation.statistics import Bootstrap, corrected_resampled_t_test, holm
 from imrcnn_d2.report.runs import Run
 from imrcnn_d2.utils.files import file_sha256
 
 __all__ = [
-    "ENDPOINTS",
-    "PRIMARY",
     "Comparison",
     "Gathered",
     "Test",
     "bootstrap_tests",
     "compare",
-    "endpoints_of",
     "flat_config",
     "fold_tests",
     "gather",
@@ -250,51 +248,6 @@ def flat_config(config, prefix=""):
     return flat
 
 
-# By task.
-PRIMARY = {"lesions": "segm/AP50_voc", "recognition": "recognition/balanced_accuracy"}
-# The tested endpoints, fixed before any value is seen: the more tests, the weaker each. As
-# group/metric; those that a comparison does not have are left out.
-ENDPOINTS = (
-    "segm/AP50_voc",
-    "bbox/AP50_voc",
-    "segm/AP",
-    "bbox/AP",
-    "lesion/iou",
-    "lesion/iou_box",
-    "lesion/precision",
-    "lesion/recall",
-    "lesion/f1",
-    "tau_val.lesion/precision",
-    "tau_val.lesion/recall",
-    "tau_val.lesion/f1",
-    "image/recall",
-    "image/specificity",
-    "image/auroc",
-    "image/miou",
-    "patient/recall",
-    "patient/specificity",
-    "patient/auroc",
-)
-
-
-def endpoints_of(
-    task: str, classes: Sequence[str] = (), cancer_classes: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """
-    The tested endpoints of a task, "lesions" or "recognition", the latter with the classes of its
-    data set.
-    """
-    if task == "lesions":
-        return ENDPOINTS
-    return (
-        *("recognition/balanced_accuracy", "recognition/top1", "recognition/auroc"),
-        *(f"recognition/accuracy_{name}" for name in classes),
-        # Of a single cancer class sensitivity is its accuracy: no reason to test it twice.
-        *(["cancer/recall"] if len(cancer_classes) > 1 else []),
-        *("cancer/specificity", "cancer/auroc"),
-    )
-
-
 @dataclass(frozen=True)
 class Test:
     """
@@ -339,7 +292,7 @@ def _endpoints(primary, endpoints, has):
 
 def bootstrap_tests(
     split: dict[str, list[Run]],
-    models: dict[str, ModelFigures],
+    models: dict[str, ModelMetrics],
     primary: str,
     baseline: str | None,
     endpoints: Sequence[str] = ENDPOINTS,
@@ -355,7 +308,7 @@ def bootstrap_tests(
         def has(group, metric, pair=pair):
             return all(
                 metric in model.resampled.get(group, ())
-                and not math.isnan(model.figures[group][metric])
+                and not math.isnan(model.values[group][metric])
                 for model in pair
             )
 
@@ -366,7 +319,7 @@ def bootstrap_tests(
         for prefix in ("", "tau_val."):
             outcome = image_level_test(*results, tau_val=bool(prefix))
             if outcome is not None:
-                classifiers = "recognition" in pair[0].figures
+                classifiers = "recognition" in pair[0].values
                 endpoint = "recognition/top1" if classifiers else f"{prefix}image/accuracy"
                 difference = paired_difference(*pair, *endpoint.split("/", 1))
                 name = f"McNemar's exact, {outcome.only_first} : {outcome.only_second}"
@@ -376,7 +329,7 @@ def bootstrap_tests(
 
 
 def fold_tests(
-    folds: dict[str, list[ModelFigures]],
+    folds: dict[str, list[ModelMetrics]],
     n_train: float,
     n_test: float,
     primary: str,
@@ -394,7 +347,7 @@ def fold_tests(
             """(2, k) values of the two models; NaN where a fold has none."""
             return np.array(
                 [
-                    [fold.figures.get(group, {}).get(metric, np.nan) for fold in folds[label]]
+                    [fold.values.get(group, {}).get(metric, np.nan) for fold in folds[label]]
                     for label in pair
                 ]
             )
@@ -445,8 +398,8 @@ class Comparison:
     """
 
     gathered: Gathered
-    models: dict[str, ModelFigures]
-    folds: dict[str, list[ModelFigures]]
+    models: dict[str, ModelMetrics]
+    folds: dict[str, list[ModelMetrics]]
     tests: list[Test]
     fold_tests: list[Test]
     n_train: float | None
@@ -479,8 +432,8 @@ class Comparison:
     @property
     def clustered(self) -> bool:
         """Some patient has several images."""
-        measures = next(iter(self.models.values())).measures
-        return measures.unit == "patient" and measures.num_units < len(measures.unit_of_image)
+        metrics = next(iter(self.models.values())).metrics
+        return metrics.unit == "patient" and metrics.num_units < len(metrics.unit_of_image)
 
 
 def compare(
@@ -528,7 +481,7 @@ def compare(
     settings = {key: meta[key] for key in keys if key in meta}
     settings.update(asdict(bootstrap), primary=primary, baseline=baseline)
     if models:
-        settings["unit"] = next(iter(models.values())).measures.unit
+        settings["unit"] = next(iter(models.values())).metrics.unit
     return Comparison(
         gathered=gathered,
         models=models,
@@ -553,7 +506,7 @@ def compare(
 def _check_primary(primary, models, folds, endpoints):
     group, _, metric = primary.partition("/")
     available = [model.resampled for model in models.values()]
-    available += [fold.figures for model in folds.values() for fold in model]
+    available += [fold.values for model in folds.values() for fold in model]
     if all(metric in groups.get(group, ()) for groups in available):
         return
     raise ValueError(
@@ -577,9 +530,7 @@ def _gaps(models, folds, primary):
     """[remarks on models that lack what is to be tested, or what others have]."""
     group, _, metric = primary.partition("/")
     every = [*((label, [model]) for label, model in models.items()), *folds.items()]
-    undefined = [
-        k for k, seeds in every if any(math.isnan(m.figures[group][metric]) for m in seeds)
-    ]
+    undefined = [k for k, seeds in every if any(math.isnan(m.values[group][metric]) for m in seeds)]
     without_point = [k for k, seeds in every if any(None in m.taus for m in seeds)]
     remarks = []
     if undefined:

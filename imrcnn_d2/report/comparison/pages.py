@@ -165,7 +165,7 @@ def _document(comparison, models, published, definitions, **more):
         "runs": [_about_run(label, run) for label, run in comparison.runs],
         "models": {
             label: {
-                "figures": model.figures,
+                "figures": model.values,
                 "intervals": model.intervals,
                 "runs": model.runs,
                 **models.get(label, {}),
@@ -173,7 +173,7 @@ def _document(comparison, models, published, definitions, **more):
             for label, model in comparison.models.items()
         },
         "folds": {
-            label: [fold.figures for fold in folds] for label, folds in comparison.folds.items()
+            label: [fold.values for fold in folds] for label, folds in comparison.folds.items()
         },
         **more,
         "tests": [asdict(test) for test in comparison.tests],
@@ -316,7 +316,7 @@ def _plot_classifiers(comparison, folder):
     for path in paths:
         plot_confusion_matrix(matrices, path)
     if shown:
-        calibrations = {name: results.measures.calibration for name, results in shown.items()}
+        calibrations = {name: results.metrics.calibration for name, results in shown.items()}
         for suffix in ("png", "svg"):
             paths += [folder / f"{stem}.{suffix}" for stem in ("roc", "calibration")]
             plot_class_roc(shown, paths[-2])

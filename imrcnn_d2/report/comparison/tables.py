@@ -12,8 +12,8 @@ from imrcnn_d2.report.comparison.models import Comparison, Test
 from imrcnn_d2.report.names import (
     LEVELS,
     MODEL,
-    NAMES,
     REMARKS,
+    metric_label,
     metric_name,
     published_accuracy,
     published_values,
@@ -90,7 +90,7 @@ def median_runs(comparison: Comparison, key: Callable[[Run], float]) -> dict[str
 
 def _metric_row(label, model, group, metric, **more):
     """dict: a row of a CSV in long form, of a model's "group/metric"."""
-    value = model.figures.get(group, {}).get(metric, NAN)
+    value = model.values.get(group, {}).get(metric, NAN)
     low, high = model.intervals.get(group, {}).get(metric, (NAN, NAN))
     return {
         "model": label,
@@ -222,7 +222,7 @@ def _over_folds(comparison, endpoints, source=None, remarks=None):
     for label, folds in comparison.folds.items():
         for endpoint in endpoints:
             group, _, metric = endpoint.partition("/")
-            values = np.array([fold.figures[group].get(metric, NAN) for fold in folds])
+            values = np.array([fold.values[group].get(metric, NAN) for fold in folds])
             mean, sd = float(values.mean()), float(values.std())
             row = {"model": label, "source": source, "figure": endpoint}
             row |= {f"fold_{index}": value for index, value in enumerate(values)}
@@ -249,7 +249,7 @@ def table_5(comparison: Comparison) -> Table:
         value = f" = {model.taus[0]:.3g}" if len(model.taus) == 1 and model.taus[0] else ""
         for prefix, threshold in (("", f"{tau:g}"), ("tau_val.", f"tau_val{value}")):
             for level, name in LEVELS.items():
-                if prefix + level not in model.figures:
+                if prefix + level not in model.values:
                     continue
                 rows = [
                     _metric_row(label, model, prefix + level, metric, threshold=threshold)
@@ -278,7 +278,7 @@ def table_5(comparison: Comparison) -> Table:
     ]
     for text in _remarks(published):
         notes.append(text.replace("Published: Not comparable", "† Published, not comparable"))
-    frame = pd.DataFrame(cells).rename(columns=NAMES)
+    frame = pd.DataFrame(cells).rename(columns=metric_label)
     title = "Table 5: counts, and metrics in percent, at the operating points"
     return Table("table_5", title, frame, pd.DataFrame(data), tuple(notes), text_columns=3)
 
@@ -293,12 +293,12 @@ class _Pooled:
 
     def __init__(self, folds):
         self.runs, self.intervals, self.taus = [self], {}, []
-        self.figures = {
+        self.values = {
             group: formulas(
-                named(sum(fold.measures.columns[group][0].sum(axis=0) for fold in folds))
+                named(sum(fold.metrics.columns[group][0].sum(axis=0) for fold in folds))
             )
-            for group, (_, formulas, _) in folds[0].measures.columns.items()
-            if all(group in fold.measures.columns for fold in folds)
+            for group, (_, formulas, _) in folds[0].metrics.columns.items()
+            if all(group in fold.metrics.columns for fold in folds)
         }
 
     def sd(self, group, metric, *, sample=False):

@@ -386,7 +386,7 @@ def curve_plots(runs: list[Run]) -> tuple[list[dict], list[str]]:
     if not results:
         return [], missing
     tau = {"tau": runs[0].metrics["meta"]["tau"]}
-    measures = {name: scored.measures for name, scored in results.items()}
+    measures = {name: scored.metrics for name, scored in results.items()}
     curves = _pr_curves(results)
     plots = [
         _plot(
@@ -454,7 +454,7 @@ def _pr_curves(results):
 
 def _class_plots(runs):
     results = {run.name: run.results for run in runs}
-    calibrations = {name: scored.measures.calibration for name, scored in results.items()}
+    calibrations = {name: scored.metrics.calibration for name, scored in results.items()}
     return [
         _plot(
             "ROC of each class",

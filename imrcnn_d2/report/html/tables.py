@@ -3,11 +3,10 @@
 import itertools
 import math
 
-from imrcnn_d2.evaluation.detection.metrics import COUNTS
-from imrcnn_d2.evaluation.output import patient_rows
+from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.names import MODEL, NOT_PERCENT, metric_name
+from imrcnn_d2.report.names import MODEL, metric_name
 from imrcnn_d2.report.runs import Run
 
 __all__ = [
@@ -50,8 +49,6 @@ def predictive_values(
 def _percent(part, whole):
     return 100 * part / whole if whole > 0 else math.nan
 
-
-WHOLE_NUMBERS = (*COUNTS, "n")
 
 # (metric, label, hint)
 CURVE_METRICS = (
@@ -99,9 +96,9 @@ def cell(metrics: dict, name: str) -> dict:
     ``bar``: None, or the value and the ends of its interval, if it is a share in percent.
     """
     value, interval = metrics.get(name), metrics.get(f"{name}_ci")
-    if name in WHOLE_NUMBERS:
+    if is_count(name):
         return _text("n/a" if value is None else f"{value:,.0f}")
-    return _cell(value, interval, digits=2 if name in NOT_PERCENT else 1)
+    return _cell(value, interval, digits=1 if is_percent(name) else 2)
 
 
 def _cell(value, interval=None, digits=1):
@@ -226,10 +223,10 @@ def size_tables(runs):
 def patient_table(runs, most=50):
     """dict: caption, columns, rows (patients with most errors first, at most ``most``), notes."""
     scored = [run.results for run in runs]
-    if scored[0].measures.unit != "patient":
+    if scored[0].metrics.unit != "patient":
         note = "Patients are not known: the images have no patient_id, so that intervals and "
         return {"rows": [], "notes": [note + "metrics take each image as a separate patient."]}
-    tables = [patient_rows(r.ground_truth, r.counts, r.detections.scored) for r in scored]
+    tables = [results.per_patient for results in scored]
     patients = sorted(
         zip(*tables, strict=True), key=lambda rows: -sum(row["FP"] + row["FN"] for row in rows)
     )

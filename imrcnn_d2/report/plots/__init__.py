@@ -75,7 +75,7 @@ def draw_all(
         name = "this model"
         plot_confusion_matrix({name: results.confusion}, path("confusion_matrix"))
         plot_class_roc({name: results}, path("roc_curve"))
-        calibration = {name: results.measures.calibration}
+        calibration = {name: results.metrics.calibration}
         plot_calibration(calibration, path("calibration"), of=("Right", "Images"))
     else:
         title = f"IoU ≥ {results.meta['iou_threshold']:g}"
@@ -100,6 +100,6 @@ def _draw_curves(results, path):
     }
     name = classes[0] if len(classes) == 1 else "all classes"
     plot_pr_curves(curves, path("pr_curve"), tau=tau)
-    plot_froc({name: results.measures.froc}, path("froc"), tau=tau)
-    plot_calibration({name: results.measures.calibration}, path("calibration"))
+    plot_froc({name: results.metrics.froc}, path("froc"), tau=tau)
+    plot_calibration({name: results.metrics.calibration}, path("calibration"))
     plot_thresholds({name: results.thresholds}, path("thresholds"), tau=tau)

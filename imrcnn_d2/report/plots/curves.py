@@ -14,10 +14,10 @@ from imrcnn_d2.evaluation.calibration import Calibration
 from imrcnn_d2.evaluation.classification import ClassificationResults
 from imrcnn_d2.evaluation.detection.counts import UnitCounts
 from imrcnn_d2.evaluation.detection.curves import FROC, RATES, PRCurve
-from imrcnn_d2.evaluation.detection.metrics import COUNTS
+from imrcnn_d2.evaluation.detection.metrics import is_percent
 from imrcnn_d2.evaluation.detection.results import LesionResults
 from imrcnn_d2.evaluation.statistics import clopper_pearson
-from imrcnn_d2.report.names import NOT_PERCENT, metric_name
+from imrcnn_d2.report.names import metric_name
 from imrcnn_d2.report.plots.style import (
     BLUE,
     DOT,
@@ -123,7 +123,7 @@ def plot_froc(curves: Mapping[str, FROC], path: str | Path, *, tau: float = 0.7)
     for number, (name, froc) in enumerate(curves.items()):
         curve, style = froc.curve(), line_style(number)
         x, y = curve["fp_per_image"], curve["sensitivity"]
-        mean = froc.figures()["mean"]
+        mean = froc.values()["mean"]
         label = legend_label(f"{name}: mean {mean:.1f}" if np.isfinite(mean) else f"{name}: n/a")
         axes.step([0, *x], [0, *y], where="post", label=label, linewidth=1.8, **style)
         colour = style["color"]
@@ -205,7 +205,7 @@ def plot_class_roc(results: Mapping[str, ClassificationResults], path: str | Pat
             label += f": AUROC {scored.recognition[f'auroc_{name}']:.1f}"
             false, true, _ = roc_curve(positive, score, drop_intermediate=False)
             axes.plot(100 * false, 100 * true, linewidth=1.8, label=label, **style)
-            predicted = scored.measures.called == k
+            predicted = scored.metrics.predicted == k
             point = 100 * predicted[~positive].mean(), 100 * predicted[positive].mean()
             axes.plot(*point, "o", color=style["color"], **DOT)
         if k + columns >= len(classes):  # the lowest panel of its column
@@ -237,7 +237,7 @@ def plot_calibration(
     top.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1, label="ideal")
     for number, (name, calibration) in enumerate(calibrations.items()):
         style = line_style(number)
-        bins, values = calibration.diagram(), calibration.figures()
+        bins, values = calibration.diagram(), calibration.values()
         counts = bins["detections"]
         filled = counts > 0
         x, y = bins["mean_score"][filled], bins["hit_rate"][filled]
@@ -294,7 +294,7 @@ def plot_thresholds(
     """
     Plot precision, recall and F1 for lesions and the specificity for images against the threshold:
     in one panel for one model, in one panel per metric for several. ``tables`` holds the rows of
-    :func:`threshold_table`; ``tau`` is marked.
+    :attr:`LesionResults.thresholds`; ``tau`` is marked.
     """
     alone = len(tables) == 1
     figure = Figure(figsize=(6, 4.8) if alone else (8.4, 7.2), layout="constrained")
@@ -417,7 +417,7 @@ def plot_robustness(
     """
     _check_documents(documents, metric)
     group, name = metric.split("/")
-    percent = name not in (*NOT_PERCENT, *COUNTS)
+    percent = is_percent(name)
     measured = {row["distortion"] for d in documents.values() for row in d["rows"]}
     shown = [distortion for distortion in DISTORTIONS if distortion in measured]
     columns = min(4, max(len(shown), 1))

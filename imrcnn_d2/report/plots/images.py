@@ -77,7 +77,7 @@ def regions_by_kind(results: LesionResults, position: int) -> list[tuple[str, Re
     """
     truth, detections = results.ground_truth.regions, results.detections.regions
     lesions = np.flatnonzero((truth.image == position) & ~results.ground_truth.crowd)
-    shown = np.flatnonzero(results.counted & (detections.image == position))
+    shown = np.flatnonzero(results.above_threshold & (detections.image == position))
     matched = results.matching.gt[shown]
     return [
         ("ground truth", truth, np.intersect1d(lesions, matched)),

@@ -9,7 +9,7 @@ from imrcnn_d2.data.audit.checks import (
     PAIRED,
     annotation_findings,
     category_findings,
-    draw_outlines,
+    decode_annotations,
     repeated_id_findings,
 )
 from imrcnn_d2.data.audit.findings import Entry, read_entries
@@ -23,7 +23,7 @@ def kinds(*annotations, view=None):
     """[(kind, id of the annotation)] of what is found in an image with these annotations."""
     own = [{"id": i, "category_id": 1, **annotation} for i, annotation in enumerate(annotations, 1)]
     entry = Entry("a.png", "train", None, {}, tuple(own))
-    outlines, findings = draw_outlines(entry, SIZE, SIZE, {1, 2})
+    outlines, findings = decode_annotations(entry, SIZE, SIZE, {1, 2})
     view = np.ones((SIZE, SIZE), bool) if view is None else view
     findings += annotation_findings(entry, outlines, view)
     return [(found.kind, found.annotation_id) for found in findings]

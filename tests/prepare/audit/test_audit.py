@@ -58,9 +58,10 @@ def test_what_crosses_splits_is_an_error(planted, found):
             assert one.severity == ("error" if crosses else "warning"), one
 
 
-def test_groups_hold_twins_and_patients(planted, found):
+def test_groups_hold_duplicates_and_patients(planted, found):
     together = [
-        {found.data.entries[i].name for i in g} for g in groups(found.data.entries, found.twins)
+        {found.data.entries[i].name for i in g}
+        for g in groups(found.data.entries, found.duplicates)
     ]
     wanted = [
         set(names)
@@ -71,10 +72,10 @@ def test_groups_hold_twins_and_patients(planted, found):
 
 
 def test_without_embeddings_copies_are_found(planted, found):
-    from imrcnn_d2.data.audit.checks import near_duplicate_groups
+    from imrcnn_d2.data.audit.checks import near_duplicates
 
     names = [entry.name for entry in found.data.entries]
-    near = {(names[pair.a], names[pair.b]) for pair in near_duplicate_groups(found.examined, None)}
+    near = {(names[pair.a], names[pair.b]) for pair in near_duplicates(found.examined, None)}
     copies = [set(names) for kind, names in planted.faults if kind == "near_duplicate"][:3]
     assert [pair for pair in copies if pair not in map(set, near)] == []
 

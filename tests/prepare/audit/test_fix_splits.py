@@ -5,8 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from imrcnn_d2.data.audit.audit import write_fixed_splits
-from imrcnn_d2.data.prepare.data_set import write_splits
+from imrcnn_d2.data.prepare.data_set import write_fixed_splits, write_splits
 from imrcnn_d2.data.prepare.splits import SPLITS, Item, make_splits, read_splits
 from imrcnn_d2.utils.files import BadInputError
 
