@@ -60,9 +60,9 @@ def main(argv: list[str] | None = None) -> None:
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("--config-file", type=Path, help="as for imrcnn predict")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--weights", help="file or URL, or demo: the ones that come along")
-    what.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", help="file or URL, or demo: those in the package")
+    source.add_argument(
         "--plot",
         nargs="+",
         metavar="DIR",

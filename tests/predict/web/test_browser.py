@@ -72,6 +72,7 @@ def test_what_is_there_before_anything_else(tab):
     assert "Gradio" not in text
 
 
+@pytest.mark.story
 def test_drop_slider_download(tab, site, predictor, paths, tmp_path):
     drop(tab, *paths[:2])
     found = predictor(paths[:2])
