@@ -204,7 +204,7 @@ def _assign(
 
 
 def _image_and_label(path: Path, stem: str, images: Collection[str]) -> tuple[str | None, str]:
-    """The image name that a mask's name starts with, and the class behind it."""
+    """The image name that a mask's name starts with, and the class after it."""
     ends = [i for i, character in enumerate(stem) if character in _SEPARATORS]
     starts = [stem[:end] for end in [len(stem), *reversed(ends)] if stem[:end] in images]
     folders = [start for start in starts if stem[len(start) :].startswith("/")]
