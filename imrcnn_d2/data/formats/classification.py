@@ -88,15 +88,7 @@ class Classification(Format):
 
 @dataclass(frozen=True)
 class _LabelledFile:
-    """An image file and its class.
-
-    Attributes:
-        path: the image.
-        name: relative to the root, for the prepared images/.
-        label: name of its class.
-        split: "train", "val" or "test"; None to be assigned.
-        fields: further COCO image fields, e.g. ``patient_id``.
-    """
+    """An image file and its class."""
 
     path: Path
     name: str

@@ -242,15 +242,7 @@ def _samples(
 
 @dataclass
 class _Reader:
-    """Reads the masks of one image after the other, and counts what is left out.
-
-    Attributes:
-        kind: one of `KINDS`.
-        category_ids: by class, in the order of the classes.
-        min_area: in pixels.
-        require_lesion: see `read_mask_folder`.
-        specks, empty: components below it, and masks of nothing but 0.
-    """
+    """Reads the masks of one image after the other, and counts what is left out."""
 
     kind: str
     category_ids: dict[str, int]
