@@ -27,7 +27,7 @@ COPY Makefile constraints.txt setup.py ./
 COPY packaging/bundle.py packaging/
 COPY imrcnn_d2/cli/install_detectron2.py imrcnn_d2/cli/
 # The package is to be found where it will be, when its place is noted.
-RUN touch README.md && mkdir -p imrcnn_d2 && touch imrcnn_d2/__init__.py
+RUN touch README.md imrcnn.py && mkdir -p imrcnn_d2 && touch imrcnn_d2/__init__.py
 
 # Collects the wheels, with a compiler for what has none for this platform, and the weights.
 FROM base AS collect

@@ -41,7 +41,13 @@ setup(
     py_modules=["imrcnn"],
     entry_points={"console_scripts": ["imrcnn = imrcnn:main"]},
     package_data={
-        "imrcnn_d2": ["py.typed", "weights/*"],
+        "imrcnn_d2": [
+            "py.typed",
+            "weights/*",
+            "configs/*.yaml",  # a link to configs/
+            "configs/*/*.yaml",
+            "configs/lazy/*.py",
+        ],
         "imrcnn_d2.deploy.web": ["templates/*"],
         "imrcnn_d2.report.html": ["templates/*"],
     },

@@ -13,10 +13,10 @@ neck runs PAFPN + CBAM and the plain FPN in turns on the same features, and comp
 the former takes with what its extra multiply-adds predict. Exit status 1: over 1.15 times that.
 
 evaluate runs our evaluation with its default intervals, reading included, and pycocotools' COCOeval
-(masks; evaluate and accumulate) in turns on synthesised data with five detections an image. Exit
+(masks; evaluate and accumulate) in turns on synthetic data with five detections per image. Exit
 status 1: ours takes longer at 10,000 images.
 
-catalogue loads synthesised data sets, ours and Detectron2's way (load_coco_json, DatasetFromList),
+catalogue loads synthetic data sets, ours and Detectron2's way (load_coco_json, DatasetFromList),
 each in a process of its own with two workers that read. Exit status 1: ours adds more than 1 GB.
 
 train trains a model, ours as its config has it and of Detectron2's own parts in fp32, from the same
@@ -24,7 +24,7 @@ weights on the same batches in turns. Exit status 1: ours is less than 1.7 times
 
 inference predicts on the images of the test set, from file to masks: Detectron2's DefaultPredictor,
 torchvision's maskrcnn_resnet50_fpn, and ours in each runtime, in turns, each in a process of its
-own. Without --weights they are drawn, and results are compared with Detectron2's instead of with
+own. Without --weights they are random, and results are compared with Detectron2's instead of with
 the truth. Exit status 1: the fastest of ours is less than 3 times as fast as Detectron2, 5 times
 where the processor has bf16, or a runtime loses more than 0.3 points (int8: 0.5) of AP50 or IoU.
 """
@@ -36,11 +36,16 @@ import sys
 from pathlib import Path
 
 import torch
-from catalogue_benchmark import compare_catalogs
-from evaluation_benchmark import compare_evaluations
+from data_benchmark import compare_catalogs, compare_evaluations
 from inference_benchmark import ISA, STOCK, TORCHVISION, compare_predictions
-from neck_benchmark import NECKS, choose_clock, compare_necks
-from train_benchmark import compare_steps, draw_losses, native_precision
+from model_benchmark import (
+    NECKS,
+    choose_clock,
+    compare_necks,
+    compare_steps,
+    native_precision,
+    plot_losses,
+)
 
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.engine.config import choose_device
@@ -92,7 +97,7 @@ def neck(args):
         )
         results[name]["channels last"] = float(channels_last)
     print(metrics_table(results))
-    worst = max(figures["measured / predicted"] for figures in results.values())
+    worst = max(measured["measured / predicted"] for measured in results.values())
     print(f"\nMeasured / predicted is at most {worst:.2f}; the bound is {NECK_BOUND}.")
     machine = {"device": device, "threads": args.threads, "torch": torch.__version__}
     write({"necks": results, "bound": NECK_BOUND, "runs": args.runs, **machine}, args.output)
@@ -111,11 +116,11 @@ def catalogue(args):
     results = {}
     for n in args.images:
         results[f"{n} images"] = compare_catalogs(n, n <= args.baseline_up_to)
-    # Figures that one data set lacks are shown as missing.
-    names = list(dict.fromkeys(name for figures in results.values() for name in figures))
+    # Metrics that one data set lacks are shown as missing.
+    names = list(dict.fromkeys(name for measured in results.values() for name in measured))
     table = {
-        size: {name: figures.get(name, math.nan) for name in names}
-        for size, figures in results.items()
+        size: {name: measured.get(name, math.nan) for name in names}
+        for size, measured in results.items()
     }
     print(metrics_table(table))
     write({"catalogue": results, "bound": CATALOGUE_BOUND}, args.output)
@@ -127,15 +132,15 @@ def train(args):
     opts = ["MODEL.DEVICE", args.device or choose_device(), *args.opts]
     cfg = load_config(str(args.config_file), opts)
     precision = {None: native_precision(), "fp32": "", "bf16": "bf16"}[args.precision]
-    figures, ours, theirs = compare_steps(cfg, args.iterations, precision)
-    print(metrics_table({f"{precision or 'fp32'}, {args.threads} threads": figures}))
+    measured, ours, theirs = compare_steps(cfg, args.iterations, precision)
+    print(metrics_table({f"{precision or 'fp32'}, {args.threads} threads": measured}))
     if args.picture:
-        draw_losses(ours, theirs, args.picture)
-    document = {"train": figures, "losses": {"ours": ours, "Detectron2": theirs}}
+        plot_losses(ours, theirs, args.picture)
+    document = {"train": measured, "losses": {"ours": ours, "Detectron2": theirs}}
     machine = {"threads": args.threads, "torch": torch.__version__, "precision": precision}
     document |= {"bound": TRAIN_BOUND, "config": str(args.config_file), **machine}
     write(document, args.output)
-    return int(figures["times as fast"] < TRAIN_BOUND)
+    return int(measured["times as fast"] < TRAIN_BOUND)
 
 
 def inference(args):
@@ -162,8 +167,8 @@ def inference(args):
     write(document, args.output)
     ours = {name: f for name, f in results.items() if name not in (STOCK, TORCHVISION)}
     lost = {
-        name: max(results[STOCK].get(key, 0) - figures.get(key, 0) for key in ("AP50_voc", "iou"))
-        for name, figures in ours.items()
+        name: max(results[STOCK].get(key, 0) - measured.get(key, 0) for key in ("AP50_voc", "iou"))
+        for name, measured in ours.items()
     }
     too_much = [
         name
@@ -187,7 +192,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="on the CPU (1, and processor time is measured, which a busy machine leaves alone)",
     )
     common.add_argument("--runs", type=int, default=25, help="times of each (25)")
-    common.add_argument("--output", type=Path, help="JSON file for the figures")
+    common.add_argument("--output", type=Path, help="JSON file for the results")
 
     command = commands.add_parser("neck", parents=[common], help="PAFPN + CBAM against FPN")
     command.add_argument("--case", nargs="+", choices=NECKS, help="default: all")
@@ -207,7 +212,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="sizes of the data set (1000 10000)",
     )
     command.add_argument("--runs", type=int, default=3, help="times of each (3)")
-    command.add_argument("--output", type=Path, help="JSON file for the figures")
+    command.add_argument("--output", type=Path, help="JSON file for the results")
     command.set_defaults(run=evaluate)
 
     command = commands.add_parser("catalogue", help="memory and time of a data set's records")
@@ -224,7 +229,7 @@ def argument_parser() -> argparse.ArgumentParser:
         default=100_000,
         help="largest size for Detectron2's side (100000); a million takes some 4 GiB",
     )
-    command.add_argument("--output", type=Path, help="JSON file for the figures")
+    command.add_argument("--output", type=Path, help="JSON file for the results")
     command.set_defaults(run=catalogue)
 
     command = commands.add_parser("train", help="the training step against Detectron2's")
@@ -240,7 +245,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="ours; default: bf16 where the processor has instructions for it, else fp32",
     )
     command.add_argument("--picture", type=Path, help="PNG or SVG file for the loss curves")
-    command.add_argument("--output", type=Path, help="JSON file for the figures")
+    command.add_argument("--output", type=Path, help="JSON file for the results")
     command.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
     command.set_defaults(run=train)
 
@@ -248,7 +253,7 @@ def argument_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--config-file", type=Path, default=CONFIG, help="default: IMR-CNN light on Kvasir-SEG"
     )
-    command.add_argument("--weights", default="", help="default: drawn ones")
+    command.add_argument("--weights", default="", help="default: random ones")
     command.add_argument(
         "--isa", choices=ISA, default="native", help="instructions that may be used (native)"
     )
@@ -257,7 +262,7 @@ def argument_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--accuracy", type=int, metavar="IMAGES", help="to compare results on; default: all"
     )
-    command.add_argument("--output", type=Path, help="JSON file for the figures")
+    command.add_argument("--output", type=Path, help="JSON file for the results")
     command.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
     command.set_defaults(run=inference)
 

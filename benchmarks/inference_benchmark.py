@@ -1,5 +1,7 @@
-"""A prediction from file to masks, ours against Detectron2's and torchvision's: for
-benchmarks/benchmark.py."""
+"""A prediction from file to masks, ours against Detectron2's and torchvision's.
+
+For benchmarks/benchmark.py.
+"""
 
 import contextlib
 import json
@@ -9,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,21 +21,21 @@ from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from limit_benchmark import limit
+from detectron2.utils.analysis import FlopCountAnalysis
+from model_benchmark import stock_config
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from tqdm import tqdm
-from train_benchmark import stock_config
 
 from imrcnn_d2.cli.export import calibration_images
 from imrcnn_d2.data.images import open_image, read_image
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.loading import load_model
-from imrcnn_d2.deploy.runtimes.agreement import LEAST_SCORE, compare_records
-from imrcnn_d2.deploy.runtimes.graph_files import write_graph
+from imrcnn_d2.deploy.runtimes import EXPORTS
+from imrcnn_d2.deploy.runtimes.check import LEAST_SCORE, compare_records
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.evaluation import evaluate_lesions
 
-__all__ = ["ISA", "STOCK", "compare_predictions"]
+__all__ = ["ISA", "STOCK", "compare_predictions", "limit"]
 
 STOCK, TORCHVISION = "Detectron2", "torchvision R-50"
 # Our runtimes: of the trained file, or of one exported from it.
@@ -43,7 +46,8 @@ EXPORTED = {
     "OpenVINO bf16": ("openvino", "bf16"),
     "OpenVINO int8": ("openvino", "int8"),
 }
-# Images that int8 is fitted to, of those that export.py takes, where the weights are drawn.
+SIDE, PRODUCTS = 2048, 7  # matrices whose product gives the limit, and how often it is timed
+# Images that int8 is fitted to, of those that export.py takes, where the weights are random.
 FEW = 20
 
 # What keeps a processor's libraries to instructions that any hospital PC has.
@@ -65,7 +69,7 @@ def compare_predictions(cfg, weights, *, isa, bf16, threads, runs, accuracy):
 
     Args:
         cfg (CfgNode): of a detector, with its data sets.
-        weights (str): its trained weights; "" for drawn ones.
+        weights (str): its trained weights; "" for random ones.
         isa (str): a key of ``ISA``.
         bf16 (bool): also the runtimes in bf16, ten times as slow as in fp32 where the processor has
             no such arithmetic.
@@ -77,7 +81,7 @@ def compare_predictions(cfg, weights, *, isa, bf16, threads, runs, accuracy):
         tuple[dict[str, dict[str, float]], dict[str, float]]: of each side, the median time of an
         image in ms, on the clock and of the processor; how many times less than Detectron2's it
         is, the median over the images; the process's largest size in MiB; and AP50_voc and iou on
-        the test set or, for drawn weights, the largest differences from Detectron2's detections.
+        the test set or, for random weights, the largest differences from Detectron2's detections.
         And :func:`limit`.
     """
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
@@ -93,12 +97,12 @@ def compare_predictions(cfg, weights, *, isa, bf16, threads, runs, accuracy):
         finally:
             for side in sides.values():
                 side.stop()
-    figures = {}
+    metrics = {}
     for name in sides:
         (clock, processor), (their_clock, their_processor) = (
             zip(*seconds[side], strict=True) for side in (name, STOCK)
         )
-        figures[name] = {
+        metrics[name] = {
             "ms": 1000 * statistics.median(clock),
             "times as fast": _ratio(their_clock, clock),
             "processor ms": 1000 * statistics.median(processor),
@@ -108,10 +112,10 @@ def compare_predictions(cfg, weights, *, isa, bf16, threads, runs, accuracy):
         if name == TORCHVISION:
             continue
         if weights:
-            figures[name] |= _accuracy(cfg, records[:accuracy], results[name])
+            metrics[name] |= _accuracy(cfg, records[:accuracy], results[name])
         else:
-            figures[name] |= _agreement(images[:accuracy], results[STOCK], results[name])
-    return figures, best
+            metrics[name] |= _agreement(images[:accuracy], results[STOCK], results[name])
+    return metrics, best
 
 
 class Side:
@@ -198,7 +202,7 @@ def _sides(cfg, weights, folder, bf16, threads):
     )
     config = folder / "config.yaml"
     config.write_text(cfg.dump(), encoding="utf-8")
-    loaded = load_model(config, weights or _drawn_weights(cfg, folder), device="cpu")
+    loaded = load_model(config, weights or _random_weights(cfg, folder), device="cpu")
     trained = folder / "model.pth"  # Detectron2 reads no safetensors
     torch.save({"model": loaded.model.state_dict()}, trained)
     sides = {
@@ -211,10 +215,9 @@ def _sides(cfg, weights, folder, bf16, threads):
     calibration = [prepare(read_image(path)) for path in calibration]
     for name, (format, precision) in tqdm(exported.items(), desc="Exporting", leave=False):
         path = folder / f"{precision}.{format}"
-        write_graph(
+        EXPORTS[format].export(
             loaded,
             path,
-            format,
             example=calibration[0],
             precision=precision,
             calibration=calibration if precision == "int8" else (),
@@ -223,11 +226,11 @@ def _sides(cfg, weights, folder, bf16, threads):
     return sides, limit(loaded.model, calibration[0], threads)
 
 
-def _drawn_weights(cfg, folder):
+def _random_weights(cfg, folder):
     """
-    Weights with which detections differ. As Detectron2 draws the last layers all scores are alike,
-    and ties decide which boxes are kept; here their outputs on an image are brought to zero mean
-    and a given spread, in the manner of LSUV (Mishkin & Matas, ICLR 2016).
+    Weights with which detections differ. As Detectron2 initialises the last layers, all scores are
+    alike, and ties decide which boxes are kept; here their outputs on an image are brought to zero
+    mean and a given spread, in the manner of LSUV (Mishkin & Matas, ICLR 2016).
     """
     torch.manual_seed(0)
     model = build_model(cfg).eval()
@@ -244,7 +247,7 @@ def _drawn_weights(cfg, folder):
     image = read_image_as(DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[0]["file_name"], "BGR")
     with torch.no_grad():
         model([{"image": torch.as_tensor(image.transpose(2, 0, 1).copy())}])
-    path = folder / "drawn.pth"
+    path = folder / "random.pth"
     torch.save({"model": model.state_dict()}, path)
     return path
 
@@ -282,13 +285,13 @@ def _torchvision(smallest, largest):
     @torch.inference_mode()
     def predict(path):
         image = torch.from_numpy(read_image(Path(path))).permute(2, 0, 1) / 255
-        found = model([image])[0]
+        output = model([image])[0]
         return Instances(
             tuple(image.shape[1:]),
-            pred_boxes=Boxes(found["boxes"]),
-            scores=found["scores"],
-            pred_classes=found["labels"] - 1,
-            pred_masks=found["masks"][:, 0] > 0.5,
+            pred_boxes=Boxes(output["boxes"]),
+            scores=output["scores"],
+            pred_classes=output["labels"] - 1,
+            pred_masks=output["masks"][:, 0] > 0.5,
         )
 
     return predict
@@ -339,18 +342,18 @@ def _accuracy(cfg, records, results):
         for record, detections in zip(records, results, strict=True)
         for detection in detections
     ]
-    figures = evaluate_lesions(gt, found, tau=cfg.MODEL.IMRCNN.SCORE_THRESH)
-    return {"AP50_voc": figures.segm["AP50_voc"], "iou": figures.lesion["iou"]}
+    metrics = evaluate_lesions(gt, found, tau=cfg.MODEL.IMRCNN.SCORE_THRESH)
+    return {"AP50_voc": metrics.segm["AP50_voc"], "iou": metrics.lesion["iou"]}
 
 
 def _agreement(images, reference, results):
-    """The largest differences of detections; see :class:`Agreement`."""
+    """The largest differences of detections; see :class:`Differences`."""
     sizes = [open_image(Path(path)).size[::-1] for path in images]
-    agreement = compare_records(reference, results, sizes, LEAST_SCORE)
-    score, box, mask_iou = agreement.largest()
+    differences = compare_records(reference, results, sizes, LEAST_SCORE)
+    score, box, mask_iou = differences.largest()
     return {
-        "detections": agreement.detections,
-        "in one only, %": 100 * agreement.unmatched / max(agreement.detections, 1),
+        "detections": differences.detections,
+        "in one only, %": 100 * differences.unmatched / max(differences.detections, 1),
         "scores differ by": score,
         "boxes differ by, %": box,
         "masks overlap": mask_iou,
@@ -370,3 +373,39 @@ def _environment(values):
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def limit(model, image, threads):
+    """
+    Args:
+        model (nn.Module): a detector on the CPU, in evaluation mode.
+        image (Tensor): as the network sees it, (C, H, W) uint8.
+        threads (int): that may work.
+
+    Returns:
+        dict[str, float]: multiply-adds of the network for the image, in G; those a second of a
+        product of large matrices in fp32, in G; and the ms that the former take at that rate.
+        Reading, resizing and pasting masks come on top.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            counted = FlopCountAnalysis(model, ([{"image": image}],))
+            counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            needed = counted.total() / 1e9
+            rate = SIDE**3 / _product_seconds() / 1e9
+    finally:
+        torch.set_num_threads(before)
+    return {"G multiply-adds": needed, "G a second": rate, "ms at best": 1000 * needed / rate}
+
+
+def _product_seconds():
+    matrix = torch.rand(SIDE, SIDE)
+    seconds = []
+    for _ in range(PRODUCTS + 2):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])  # the first ones set up

@@ -3,10 +3,11 @@
     imrcnn annotation-suspects --runs output/cross_validation --output suspects/
 
 reads the runs of a cross-validation (imrcnn cross-validate), several models and seeds together,
-and compares each one's predictions for its test fold with the outlines: confident detections where
-nothing is outlined, outlines that no model finds, and outlines that fit badly. Writes suspects.csv
-with all of them, the most suspect first; and of the first images suspects.json (findings as an
-audit has them), suspects.png with both outlines, and labelme/, files to open in LabelMe. A model
+and compares each one's predictions for its test fold with the annotations: confident detections
+where nothing is annotated, annotations that no model finds, and annotations that fit badly. Writes
+suspects.csv with all of them, the most suspect first; and of the first images suspects.json
+(findings as an audit has them), suspects.png with both contours, and labelme/, files to open in
+LabelMe. A model
 can be wrong as well: this is a list to look at, not one to correct by.
 """
 

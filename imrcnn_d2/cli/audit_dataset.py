@@ -50,7 +50,7 @@ def argument_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="of a prepared data set: write it anew to DIR, with near-duplicates, and the images "
-        "of one patient, in one split; what is there stays as it is",
+        "of one patient, in one split; the original is left unchanged",
     )
     parser.add_argument(
         "--validity",
@@ -97,18 +97,18 @@ def run(args: argparse.Namespace) -> None:
             files = {"": args.annotations[0]}
     data = read_entries(title, files, images, args.follow_links)
     embed, note = _embedding()
-    found = audit(data, embed)
+    result = audit(data, embed)
     if note:
-        found.notes.append(note)
+        result.notes.append(note)
     if args.validity:
         from imrcnn_d2.data.audit.validity import validity_findings
 
-        found.add(validity_findings(found), "validity")
-    page = write_audit(found, args.output)
-    _print_counts(found)
+        result.add(validity_findings(result), "validity")
+    page = write_audit(result, args.output)
+    _print_counts(result)
     print(f"\n{page}: written")
     if args.fix_splits is not None:
-        _fix_splits(found, prepared, args.fix_splits, args.follow_links)
+        _fix_splits(result, prepared, args.fix_splits, args.follow_links)
 
 
 def _embedding():
@@ -123,27 +123,27 @@ def _embedding():
     return embed_images, None
 
 
-def _print_counts(found: Audit) -> None:
+def _print_counts(result: Audit) -> None:
     print(f"{'finding':28} {'errors':>8} {'warnings':>9} {'info':>6} {'images':>7}")
-    for kind, counts in found.counts().items():
-        of_kind = len(found.images_of(kind))
+    for kind, counts in result.counts().items():
+        images = len(result.images_of(kind))
         print(
             f"{KINDS[kind].title:28.28} {counts['error'] or '-':>8} {counts['warning'] or '-':>9} "
-            f"{counts['info'] or '-':>6} {of_kind or '-':>7}"
+            f"{counts['info'] or '-':>6} {images or '-':>7}"
         )
-    total = len(found.data.entries)
-    share = 100 * len(found.flagged) / max(total, 1)
-    print(f"{len(found.flagged)} of {total} images should be looked at ({share:.1f} %)")
-    for note in found.notes:
+    total = len(result.data.entries)
+    share = 100 * len(result.flagged) / max(total, 1)
+    print(f"{len(result.flagged)} of {total} images should be looked at ({share:.1f} %)")
+    for note in result.notes:
         print(for_terminal(note))
 
 
-def _fix_splits(found: Audit, prepared: Path, out: Path, follow_links: bool) -> None:
-    entries = found.data.entries
-    together = [[entries[i].name for i in group] for group in groups(entries, found.duplicates)]
+def _fix_splits(result: Audit, prepared: Path, out: Path, follow_links: bool) -> None:
+    entries = result.data.entries
+    together = [[entries[i].name for i in group] for group in groups(entries, result.duplicates)]
     pairs = [
         {"images": [entries[t.a].name, entries[t.b].name], "correlation": t.correlation}
-        for t in found.duplicates
+        for t in result.duplicates
     ]
     moves = write_fixed_splits(prepared, out, together, pairs, follow_links)
     if not moves:

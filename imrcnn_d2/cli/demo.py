@@ -14,8 +14,8 @@ from pathlib import Path
 
 from imrcnn_d2.cli import new_parser
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs" / "synthetic" / "imrcnn_lite_demo.yaml"
+PACKAGE = Path(__file__).resolve().parents[1]
+CONFIG = PACKAGE / "configs" / "synthetic" / "imrcnn_lite_demo.yaml"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,7 +52,5 @@ def main(argv: list[str] | None = None) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "output" / "demo", help="(%(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="(%(default)s)")
     return parser

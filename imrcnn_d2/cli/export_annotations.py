@@ -3,7 +3,7 @@
     imrcnn export-annotations --annotations datasets/egc/annotations/train.json \\
         --images datasets/egc/images --to labelme --output egc_labelme
 
-What comes back is read by imrcnn prepare-dataset labelme, cvat or masks --kind files.
+imrcnn prepare-dataset labelme, cvat and masks --kind files read the corrected files.
 """
 
 import argparse

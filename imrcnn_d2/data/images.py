@@ -345,6 +345,7 @@ def _dicom_to_rgb(pixels: np.ndarray, header: Any, path: Path) -> np.ndarray:
     return np.repeat(np.rint(255 * gray).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
+_LONGEST_NAME, _LONGEST_PATH = 255, 3000  # bytes; systems take no more, or 4096 with the folder
 _READ_RIGHTLY = ("1", "L", "RGB")
 # of EXIF orientations, to the left, after mirroring where they do
 _QUARTER_TURNS = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}
@@ -431,6 +432,9 @@ def check_name(file_name: object, source: Path) -> None:
     """Raises BadInputError, blaming `source`, if it can be the name of no file."""
     if not isinstance(file_name, str) or not file_name.strip("./\\") or "\0" in file_name:
         raise BadInputError(source, f"file_name {file_name!r} is no file name")
+    name = file_name.encode("utf-8", "surrogatepass")
+    if len(name) > _LONGEST_PATH or max(map(len, name.split(b"/"))) > _LONGEST_NAME:
+        raise BadInputError(source, f"file_name {file_name[:50]!r}... is too long for a file name")
 
 
 def path_inside(folder: Path, file_name: object, source: Path, follow_links: bool = False) -> Path:

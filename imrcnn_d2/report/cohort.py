@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import PurePath
 
 from imrcnn_d2.evaluation.output import read_coco_records, read_split_settings
+from imrcnn_d2.report.runs import Run
 from imrcnn_d2.utils.files import read_rows
 
 __all__ = ["cohort"]
@@ -12,15 +13,12 @@ __all__ = ["cohort"]
 SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
 
 
-def cohort(run):
+def cohort(run: Run) -> dict:
     """
     Count what a run's prepared data set holds, as STARD's flow of participants asks.
 
-    Args:
-        run (Run):
-
     Returns:
-        dict: ``splits`` (list of dicts with name, tested, images, lesion_free, lesions, classes
+        ``splits`` (list of dicts with name, tested, images, lesion_free, lesions, classes
         (how many of each) and patients, None where they are not known), ``images`` and
         ``patients`` (over all splits), ``offered`` and ``excluded`` (images; None where only the
         test set is there), ``reasons`` (list of (reason, count)), ``rejected`` (list of (file,
@@ -102,31 +100,31 @@ def _rejected(path):
 def _caption(settings, patients_known, tested):
     ratio = ":".join(str(part) for part in settings.get("ratio") or ())
     if "fold" in settings:
-        how = f"Fold {settings['fold']} of {settings.get('folds', '?')}"
+        caption = f"Fold {settings['fold']} of {settings.get('folds', '?')}"
     elif settings.get("split_by") == "prefix":
-        how = "Split as the file names state"
+        caption = "Split as the file names state"
     else:
-        how = f"Split at random{f' {ratio}' if ratio else ''}"
+        caption = f"Split at random{f' {ratio}' if ratio else ''}"
         if "test_per_class" in settings:
-            how += f", {settings['test_per_class']} test images of each class"
+            caption += f", {settings['test_per_class']} test images of each class"
     if settings.get("split_by") != "prefix":
-        how += f", seed {settings.get('seed', 'not recorded')}"
+        caption += f", seed {settings.get('seed', 'not recorded')}"
     if settings.get("split_by") == "patient":
-        how += "; images of one patient are in one split."
+        caption += "; images of one patient are in one split."
     elif settings.get("split_by") == "group":
-        how += "; near-duplicates, and images of one patient where known, are in one split."
+        caption += "; near-duplicates, and images of one patient where known, are in one split."
     else:
-        how += "; image by image" + (
+        caption += "; image by image" + (
             ", so that one patient’s images can be in several splits." if patients_known else "."
         )
     description = (tested.get("info") or {}).get("description")
-    return f"{how} Annotations: {description}." if description else how
+    return f"{caption} Annotations: {description}." if description else caption
 
 
 def _overlap_note(contents):
-    """What to say if patients, where known, are in several splits."""
-    own = [_patients(content) for content in contents.values()]
-    shared = sum(len(patients) for patients in own) - len(set().union(*own))
+    """[a note], if patients, where known, are in several splits."""
+    by_split = [_patients(content) for content in contents.values()]
+    shared = sum(len(patients) for patients in by_split) - len(set().union(*by_split))
     if not shared:
         return []
-    return [f"Patients are in more than one split ({shared} times): figures may be too good."]
+    return [f"Patients are in more than one split ({shared} times): metrics may be too good."]

@@ -1,4 +1,4 @@
-"""Annotations that a cross-validation's models disagree with: found, and written for a review."""
+"""Possible label errors: annotations that a cross-validation's models contradict, for a review."""
 
 import functools
 import json
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib import patheffects
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from tqdm import tqdm
 
-from imrcnn_d2.data.audit.findings import KINDS, finding
+from imrcnn_d2.data.audit.findings import KINDS, Finding, finding
 from imrcnn_d2.data.formats.labelme import labelme_document
 from imrcnn_d2.data.images import image_inside, path_inside
 from imrcnn_d2.evaluation.label_errors import LabelError, find_label_errors, pool_label_errors
@@ -29,7 +30,7 @@ COLUMNS = ("rank", "kind", "score", "file_name", "test_set", "annotation_id", "i
 MODEL_LABEL = "{} (model)"  # class of a detection in a LabelMe file
 HALO = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black", alpha=0.55)]
 LINES = {
-    "outline": dict(color=SKY, linestyle="-", linewidth=1.7, path_effects=HALO),
+    "annotation": dict(color=SKY, linestyle="-", linewidth=1.7, path_effects=HALO),
     "model": dict(color=VERMILION, linestyle=(0, (5, 1.5)), linewidth=1.9, path_effects=HALO),
 }
 
@@ -37,10 +38,12 @@ LINES = {
 @dataclass(frozen=True, eq=False)
 class Case:
     """
+    A possible label error.
+
     Attributes:
-        suspect (LabelError): with the mean score over the models.
-        run (Run): of the model that says so most.
-        models (int): how many did not see the image in training.
+        suspect: with the mean score over the models.
+        run: of the model that contradicts the annotation most.
+        models: how many did not see the image in training.
     """
 
     suspect: LabelError
@@ -48,25 +51,25 @@ class Case:
     models: int
 
     @property
-    def record(self):
-        """dict: the image's COCO record."""
+    def record(self) -> dict:
+        """The image's COCO record."""
         return self.run.results.ground_truth.images[self.suspect.image]
 
     @property
-    def test_set(self):
-        """str: "fold0", or "test" of a run without folds."""
+    def test_set(self) -> str:
+        """ "fold0", or "test" of a run without folds."""
         return "test" if self.run.fold is None else f"fold{self.run.fold['index']}"
 
     @property
-    def annotation(self):
-        """dict or None: the COCO annotation it is about."""
+    def annotation(self) -> dict | None:
+        """The COCO annotation in question."""
         if self.suspect.region is None:
             return None
         return _annotations(self.run)[self.suspect.region]
 
     @property
-    def row(self):
-        """dict: of suspects.csv, but for its rank."""
+    def row(self) -> dict:
+        """A row of suspects.csv, without its rank."""
         return {
             "kind": self.suspect.kind,
             "score": round(self.suspect.score, 4),
@@ -78,8 +81,7 @@ class Case:
         }
 
     @property
-    def finding(self):
-        """Finding: as an audit has them."""
+    def finding(self) -> Finding:
         kind, row = KINDS[self.suspect.kind], self.row
         detail = f"{kind.title}: {row['score']:.2f} of 1, mean of {self.models} models"
         if self.suspect.iou:
@@ -94,17 +96,16 @@ class Case:
         )
 
 
-def gather_label_errors(root):
+def gather_label_errors(root: str | Path) -> tuple[list[Case], list[Run]]:
     """
-    Args:
-        root (str or Path): folder of a cross-validation, or of any runs; several models and seeds
-            are pooled, see :func:`pool_label_errors`.
+    Find the possible label errors of a cross-validation, or of any runs, in a folder; several
+    models and seeds are pooled, see :func:`pool_label_errors`.
 
     Returns:
-        tuple[list[Case], list[Run]]: by falling score; the runs they are from.
+        the cases by falling score, and the runs that they are from.
 
     Raises:
-        FileNotFoundError: no run evaluated on its test set is there, or its files are gone.
+        FileNotFoundError: no run evaluated on its test set exists, or its files are gone.
         ValueError: a model was trained on images of its test set, an image is in test sets of
             different content, or whole images were classified.
     """
@@ -118,15 +119,15 @@ def gather_label_errors(root):
             logger.warning(f"Left out: {error}")
             continue
         if run.task != "lesions":
-            raise ValueError(f"{folder} classifies whole images: there are no outlines to check.")
+            raise ValueError(f"{folder} classifies whole images: it has no lesions to check.")
         _check_unseen(run)
         groups.setdefault(run.meta.get("gt_sha256"), []).append(run)
     if not groups:
-        raise FileNotFoundError(f"{root}: no run with an evaluation on its test set is there.")
-    cases, owner = [], {}
+        raise FileNotFoundError(f"{root}: contains no run with an evaluation on its test set.")
+    cases, first_run = [], {}
     for runs in groups.values():
         for record in runs[0].results.ground_truth.images:
-            other = owner.setdefault(record["file_name"], runs[0])
+            other = first_run.setdefault(record["file_name"], runs[0])
             if other is not runs[0]:
                 raise ValueError(
                     f"{record['file_name']} is in the test sets of {other.folder} and of "
@@ -139,12 +140,12 @@ def gather_label_errors(root):
 
 
 def _check_unseen(run):
-    """A prediction for an image that was trained on says nothing about its outline."""
+    """A prediction for an image that was trained on says nothing about its annotation."""
     test = {record["file_name"] for record in run.results.ground_truth.images}
     trained = ((run.config or {}).get("DATASETS") or {}).get("TRAIN") or ()
-    for name, about in ((run.run or {}).get("datasets") or {}).items():
+    for name, source in ((run.run or {}).get("datasets") or {}).items():
         is_train = name in trained if trained else name.endswith("_train")
-        path = Path(about.get("gt") or "")
+        path = Path(source.get("gt") or "")
         if is_train and path.is_file():
             images = json.loads(path.read_text(encoding="utf-8"))["images"]
             seen = sorted(test & {image["file_name"] for image in images})
@@ -164,28 +165,29 @@ def _annotations(run):
     return sorted(content["annotations"], key=lambda a: place[a["image_id"]])
 
 
-def write_label_errors(cases, runs, output, *, number=24):
+def write_label_errors(
+    cases: list[Case], runs: list[Run], output: str | Path, *, number: int = 24
+) -> list[Path]:
     """
     Write ``suspects.csv`` (all, ranked), ``suspects.json`` (the first as an audit's findings),
-    ``suspects.png`` (the first images with both outlines) and ``labelme/``, a file for each of
-    these images with its outlines and, as "CLASS (model)", the detections that speak against them.
+    ``suspects.png`` (the first images with both contours) and ``labelme/``, one file for each of
+    these images with its annotations and, as "CLASS (model)", the detections that contradict them.
 
     Args:
-        cases (list[Case]), runs (list[Run]): of :func:`gather_label_errors`.
-        output (str or Path): folder.
-        number (int): of images to review, at most.
+        cases, runs: of :func:`gather_label_errors`.
+        number: of images to review, at most.
 
     Returns:
-        list[Path]: what was written. LabelMe files that are there with another content stay.
+        the files written. LabelMe files that exist with another content stay.
 
     Raises:
-        FileNotFoundError: one of the images is not there.
+        FileNotFoundError: one of the images does not exist.
     """
     output = Path(output)
-    of_image = {}
+    by_image = {}
     for case in cases:
-        of_image.setdefault(case.record["file_name"], []).append(case)
-    chosen = dict(list(of_image.items())[:number])
+        by_image.setdefault(case.record["file_name"], []).append(case)
+    chosen = dict(list(by_image.items())[:number])
     first = [case for case in cases if case.record["file_name"] in chosen]
     paths = [output / name for name in ("suspects.csv", "suspects.json", "suspects.png")]
     rows = [{"rank": rank, **case.row} for rank, case in enumerate(cases, 1)]
@@ -195,12 +197,13 @@ def write_label_errors(cases, runs, output, *, number=24):
         "findings": [case.finding.as_json() for case in first],
     }
     write_atomically(paths[1], strict_json(document))
-    plot_label_errors(chosen, len(of_image), paths[2])
-    for file_name, own in chosen.items():
-        path = path_inside(output / "labelme", file_name, own[0].run.gt_path).with_suffix(".json")
-        text = json.dumps(_labelme(own, path), indent=2) + "\n"
+    plot_label_errors(chosen, len(by_image), paths[2])
+    for file_name, image_cases in chosen.items():
+        gt_path = image_cases[0].run.gt_path
+        path = path_inside(output / "labelme", file_name, gt_path).with_suffix(".json")
+        text = json.dumps(_labelme(image_cases, path), indent=2) + "\n"
         if path.exists() and path.read_bytes() != text.encode():
-            logger.warning(f"{path} stays: it is not as it would be written, but corrected perhaps")
+            logger.warning(f"{path} stays: its content differs, perhaps because it was corrected")
             continue
         write_atomically(path, text)
         paths.append(path)
@@ -208,12 +211,12 @@ def write_label_errors(cases, runs, output, *, number=24):
 
 
 def _labelme(cases, path):
-    """The LabelMe file at ``path`` of the image that all cases are of."""
+    """The LabelMe file at ``path`` of the image of all cases."""
     run, record = cases[0].run, cases[0].record
     truth = run.results.ground_truth
     names = {category["id"]: category["name"] for category in truth.categories}
     shown = [a for a in _annotations(run) if a["image_id"] == record["id"]]
-    # Classes of the models' outlines have ids of their own.
+    # Classes of the models' detections have separate ids.
     offset = max(names) + 1
     names |= {offset + number: MODEL_LABEL.format(name) for number, name in names.items()}
     for case in cases:
@@ -227,47 +230,49 @@ def _labelme(cases, path):
 def _detection(case, categories, offset):
     detections, at = case.run.results.detections, case.suspect.detection
     regions = detections.regions
-    found = {
+    record = {
         "category_id": offset + categories[regions.category[at]]["id"],
         "bbox": regions.boxes[at].tolist(),
         "score": float(detections.score[at]),
     }
     if regions.masks is not None:
-        found["segmentation"] = regions.masks[at]
-    return found
+        record["segmentation"] = regions.masks[at]
+    return record
 
 
-def plot_label_errors(chosen, total, path):
+def plot_label_errors(chosen: dict[str, list[Case]], total: int, path: str | Path) -> Figure:
     """
-    Args:
-        chosen (dict[str, list[Case]]): of each image to show, by its name, in their order.
-        total (int): images that there are cases of.
-        path (str or Path): the picture to write.
+    Plot the annotations and the detections that contradict them.
 
-    Returns:
-        matplotlib.figure.Figure: what was saved.
+    Args:
+        chosen: the cases of each image to show, by its name, in their order.
+        total: images that have cases.
 
     Raises:
-        FileNotFoundError: one of the images is not there.
+        FileNotFoundError: one of the images does not exist.
     """
-    figure, tiles = tile_grid(len(chosen), f"{len(chosen)} of {total} images, most suspect first")
+    figure, tiles = tile_grid(
+        len(chosen), f"{len(chosen)} of {total} images, most suspicious first"
+    )
     for axes, (file_name, cases) in zip(tiles, chosen.items(), strict=True):
         top = cases[0]
         summary = f"{KINDS[top.suspect.kind].title}: {top.suspect.score:.2f}"
         show_tile(axes, top.run.image_root, file_name, summary)
         truth = top.run.results.ground_truth.regions
         for region in (truth.image == top.suspect.image).nonzero()[0]:
-            _draw(axes, truth, region, "outline")
+            _plot_contours(axes, truth, region, "annotation")
         for case in cases:
             if case.suspect.detection is not None:
-                _draw(axes, case.run.results.detections.regions, case.suspect.detection, "model")
-    labels = {"outline": "outline in the data set", "model": "model that never saw the image"}
+                _plot_contours(
+                    axes, case.run.results.detections.regions, case.suspect.detection, "model"
+                )
+    labels = {"annotation": "annotation in the data set", "model": "model that never saw the image"}
     handles = [Line2D([], [], label=labels[name], **line) for name, line in LINES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
     save_figure(figure, path)
     return figure
 
 
-def _draw(axes, regions, region, style):
+def _plot_contours(axes, regions, region, style):
     for line in region_contours(regions, region):
         axes.plot(*line.T, **LINES[style])

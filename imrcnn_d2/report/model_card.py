@@ -16,6 +16,7 @@ from imrcnn_d2.report.html.tables import (
     UNIT_TITLES,
     cell,
 )
+from imrcnn_d2.report.runs import Run
 from imrcnn_d2.report.tables import markdown_text
 from imrcnn_d2.utils.files import write_atomically
 
@@ -136,18 +137,13 @@ TRIPOD_SOURCE = (
 )
 
 
-def write_model_card(run, path):
+def write_model_card(run: Run, path: str | Path) -> Path:
     """
-    Args:
-        run (Run):
-        path (str or Path): the Markdown file; replaced at once, or not at all.
-
-    Returns:
-        Path: the file.
+    Write the model card, a Markdown file; replaced at once, or not at all.
 
     Raises:
         FileNotFoundError: ground truth or detections are gone.
-        ValueError: they are not what was scored, or a file of the data set is damaged.
+        ValueError: they are not the files that were scored, or a file of the data set is damaged.
     """
     people, log = cohort(run), read_test_log(run.gt_path)
     known = {row[0]: row[1] for row in facts([run], people["settings"])}
@@ -172,8 +168,12 @@ def write_model_card(run, path):
         log=log,
         looks=_looks(log),
         checklists=[
-            (title, source, [(item, text, answers[title].get(item)) for item, text in of.items()])
-            for title, source, of in (
+            (
+                title,
+                source,
+                [(item, text, answers[title].get(item)) for item, text in items.items()],
+            )
+            for title, source, items in (
                 ("CLAIM", CLAIM_SOURCE, CLAIM),
                 ("TRIPOD+AI", TRIPOD_SOURCE, TRIPOD_AI),
             )
@@ -195,15 +195,15 @@ def _groups(run):
     groups = [{"title": "Over all scores", "columns": [""], "rows": _rows(CURVE_METRICS, [curve])}]
     for unit, title in UNIT_TITLES.items():
         if run.metrics.get(unit):
-            wanted = LESION_METRICS if unit == "lesion" else IMAGE_METRICS
-            figures = [run.metrics[unit], *([chosen.get(unit) or {}] if chosen else [])]
-            groups.append({"title": title, "columns": columns, "rows": _rows(wanted, figures)})
+            names = LESION_METRICS if unit == "lesion" else IMAGE_METRICS
+            metrics = [run.metrics[unit], *([chosen.get(unit) or {}] if chosen else [])]
+            groups.append({"title": title, "columns": columns, "rows": _rows(names, metrics)})
     return groups
 
 
-def _rows(wanted, groups):
+def _rows(names, groups):
     rows = []
-    for name, label, hint in wanted:
+    for name, label, hint in names:
         if name in groups[0]:
             cells = [cell(group, name) if name in group else None for group in groups]
             texts = [f"{c['text']} {c['interval']}".strip() if c else "" for c in cells]
@@ -220,7 +220,7 @@ def _intervals(run):
 
 def _limits(run, people):
     meta = run.metrics["meta"]
-    limits = ["One test set, drawn from the same source as the training data, not an external one."]
+    limits = ["One test set, from the same source as the training data, not an external one."]
     if not meta["lesion_free_images"]:
         limits.append(
             "The test set has no image without a lesion: specificity, and with it PPV and NPV, are "
@@ -244,7 +244,7 @@ def _limits(run, people):
 
 def _looks(log):
     if not log:
-        return "No evaluation of this test set is on record beside the data set."
+        return "No evaluation of this test set is on record next to the data set."
     times = "Once" if len(log) == 1 else f"{len(log)} times"
     return (
         f"{times} on record: each look is a chance to choose what does well on just these images."
@@ -252,9 +252,9 @@ def _looks(log):
 
 
 def _answers(run, people, known):
-    """{"CLAIM": {item: answer}, "TRIPOD+AI": {...}}: what the run and its files tell."""
+    """{"CLAIM": {item: answer}, "TRIPOD+AI": {...}}: from the run and its files."""
 
-    def told(text):
+    def filled(text):
         """The text with facts filled in; None, so open, if one of them was not recorded."""
         return (
             None
@@ -270,16 +270,16 @@ def _answers(run, people, known):
     )
     if prepared:
         flow = f"{people['offered']} images offered, {people['excluded']} excluded; {flow}"
-    thresholds = told("fixed at {Score threshold τ}")
+    thresholds = filled("fixed at {Score threshold τ}")
     if run.metrics.get("tau_val"):
-        thresholds += told("; chosen on validation data: {τ chosen on validation}")
+        thresholds += filled("; chosen on validation data: {τ chosen on validation}")
     metrics = (
         "AP (COCO’s, and all-point at IoU 0.5), sensitivity, precision, F1, IoU and Dice of "
         "lesions; sensitivity, specificity, AUROC, mIoU and mDice of images; FROC, calibration."
     )
     claim = {
-        "22": told("{Model}, backbone {Backbone}; everything else: config.yaml."),
-        "23": told("{Versions}"),
+        "22": filled("{Model}, backbone {Backbone}; everything else: config.yaml."),
+        "23": filled("{Versions}"),
         "28": metrics,
         "29": _intervals(run) if meta.get("bootstrap") else None,
         "35": f"{flow}.",
@@ -287,15 +287,15 @@ def _answers(run, people, known):
         "38": "See Results.",
         "39": "The report’s gallery: images by outcome and by model, worst first.",
         "40": "See Limits; the authors may know more.",
-        "42": told("Code revision {Code revision}; config sha256 {Config, sha256}."),
+        "42": filled("Code revision {Code revision}; config sha256 {Config, sha256}."),
     }
     tripod = {
         "12e": metrics,
-        "12g": told("By the code at revision {Code revision}, weights {Weights, sha256}."),
-        "15": f"Outlines with scores in [0, 1]. Score thresholds: {thresholds}.",
+        "12g": filled("By the code at revision {Code revision}, weights {Weights, sha256}."),
+        "15": f"Masks with scores in [0, 1]. Score thresholds: {thresholds}.",
         "20a": f"{flow}.",
         "21": f"{flow}.",
-        "22": told("Weights, sha256 {Weights, sha256}; config.yaml."),
+        "22": filled("Weights, sha256 {Weights, sha256}; config.yaml."),
         "23a": "See Results; by lesion size: the report.",
         "26": "See Limits; the authors may know more.",
     }
@@ -310,7 +310,7 @@ def _answers(run, people, known):
         claim["32"] = f"{run.dataset or run.gt_path.name} is a split of the same data."
         tripod |= {"7": checked, "11": rejected, "12a": people["caption"]}
     if run.run is not None:
-        training = told(
+        training = filled(
             "{Iterations} iterations, seed {Seed}, on {Device}; optimizer, augmentation and all "
             "other settings: config.yaml."
         )

@@ -1,4 +1,4 @@
-"""A run as reports and comparisons see it: what was evaluated, and what of."""
+"""A run as reports and comparisons see it: an evaluation, its model and its data."""
 
 import functools
 import json
@@ -9,7 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from imrcnn_d2.engine.config import read_yaml
-from imrcnn_d2.evaluation import Bootstrap, evaluate_classification, evaluate_lesions
+from imrcnn_d2.evaluation import (
+    Bootstrap,
+    ClassificationResults,
+    LesionResults,
+    evaluate_classification,
+    evaluate_lesions,
+)
 from imrcnn_d2.evaluation.detection.results import OperatingPoint
 from imrcnn_d2.evaluation.output import (
     CLASSIFICATION_RESULTS,
@@ -30,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 MOST_RESAMPLES = 10_000  # of a report, whatever a run records: they take its time
 SPLITS = ("train", "val", "test")
-# As their publications write them; classifiers are told apart by their backbones.
+# As their publications write them; classifiers are named by their backbones.
 BACKBONES = {"vgg19": "VGG19", "resnet50": "ResNet50", "inception_v3": "Inception-V3"}
 # What is read of a config.yaml.
 CONFIG = {
@@ -50,16 +56,15 @@ class Run:
     One model's evaluation on one data set.
 
     Attributes:
-        name (str): label in tables and pictures.
-        folder (Path): of the evaluation, with metrics.json and the files beside it.
-        run_folder (Path or None): the OUTPUT_DIR of the training; None where results were scored
-            without one.
-        dataset (str or None): its registered name, such as "kvasir_seg_test".
-        recorded (dict): metrics.json: of its figures none is to be shown, see ``metrics``.
-        run (dict or None): run.json; None for runs older than that file.
-        config (dict or None): config.yaml.
-        labelled (bool): the name was given, and is not the folder's.
-        images (Path or None): folder of the images, where the user named one.
+        name: label in tables and plots.
+        folder: of the evaluation, with metrics.json and the files next to it.
+        run_folder: the OUTPUT_DIR of the training; None where results were scored without one.
+        dataset: its registered name, such as "kvasir_seg_test".
+        recorded: metrics.json; its metrics are never shown, see ``metrics``.
+        run: run.json; None for runs older than that file.
+        config: config.yaml.
+        labelled: the name was given, and is not the folder's.
+        images: folder of the images, where the user named one.
     """
 
     name: str
@@ -73,44 +78,43 @@ class Run:
     images: Path | None = None
 
     @property
-    def meta(self):
-        """dict: settings and sources, as metrics.json records them."""
+    def meta(self) -> dict:
+        """Settings and sources, as metrics.json records them."""
         return self.recorded["meta"]
 
     @property
-    def task(self):
-        """str: "lesions", or "recognition" where whole images were classified."""
+    def task(self) -> str:
+        """ "lesions", or "recognition" where whole images were classified."""
         return self.meta.get("task") or "lesions"
 
     @property
-    def model(self):
+    def model(self) -> str:
         """
-        str: such as "IMR-CNN", of a classifier its backbone, such as "ResNet50"; the run's name
-        where no run.json tells it.
+        Such as "IMR-CNN", of a classifier its backbone, such as "ResNet50"; the run's name without
+        a run.json.
         """
         if self.task == "recognition" and self.backbone:
             return BACKBONES.get(self.backbone.partition(".")[0], self.backbone)
         return (self.run or {}).get("model") or self.name
 
     @property
-    def backbone(self):
-        """str or None: such as "R-50"."""
+    def backbone(self) -> str | None:
+        """Such as "R-50"."""
         return (self.run or {}).get("backbone")
 
     @property
-    def seed(self):
-        """int or None:"""
+    def seed(self) -> int | None:
         return (self.run or {}).get("seed")
 
     @property
-    def fold(self):
-        """dict[str, int] or None: "index" and "of" where the data set is a fold."""
+    def fold(self) -> dict[str, int] | None:
+        """ "index" and "of" where the data set is a fold."""
         return (self.run or {}).get("fold")
 
     @functools.cached_property
-    def gt_path(self):
+    def gt_path(self) -> Path:
         """
-        Path: the ground truth: where it was when scored, else its place in $IMRCNN_DATASETS.
+        The ground truth: where it was when scored, else its place in $IMRCNN_DATASETS.
 
         Raises:
             FileNotFoundError: it is in neither place.
@@ -125,39 +129,39 @@ class Run:
         recorded, sha256 = self.meta.get("gt"), self.meta.get("gt_sha256")
         places = [Path(recorded)] if recorded else []
         places += [root / "annotations" / f"{split}.json" for root, split in self._prepared()]
-        found = [place for place in places if place.is_file()]
-        if not found:
+        existing = [place for place in places if place.is_file()]
+        if not existing:
             tried = ", ".join(map(str, places)) or "no path and no known data set is recorded"
             raise FileNotFoundError(
-                f"{self.folder}: its ground truth is not there ({tried}). Put it back, set "
+                f"{self.folder}: its ground truth does not exist ({tried}). Put it back, set "
                 "IMRCNN_DATASETS to the folder of the prepared data sets, or score the results "
                 "anew with tools/evaluate.py."
             )
         if not sha256:
             # A run from elsewhere could name any file: its content would be in the report.
-            if trusted := [place for place in found if _is_own(place)]:
+            if trusted := [place for place in existing if _is_own(place)]:
                 return trusted
             raise ValueError(
-                f"{self.folder}: it does not record the sha256 of its ground truth {found[0]}, "
+                f"{self.folder}: it does not record the sha256 of its ground truth {existing[0]}, "
                 "which lies outside IMRCNN_DATASETS. Score the results anew with tools/evaluate.py."
             )
-        same = [place for place in found if file_sha256(place) == sha256]
+        same = [place for place in existing if file_sha256(place) == sha256]
         if not same:
             raise ValueError(
-                f"{self.folder}: {found[0]} is not the ground truth that was scored (its sha256 is "
-                f"not {sha256[:12]}...). Evaluate the model again, or put the old file back."
+                f"{self.folder}: {existing[0]} is not the ground truth that was scored (its sha256 "
+                f"is not {sha256[:12]}...). Evaluate the model again, or put the old file back."
             )
         return same
 
     @functools.cached_property
-    def image_root(self):
+    def image_root(self) -> Path:
         """
-        Path: the folder that each image's ``file_name`` is relative to: the one that the user
-        named, else images/ of the data set that the ground truth is part of. What the run itself
-        names is not looked at: a report holds the images.
+        The folder that each image's ``file_name`` is relative to: the one that the user named,
+        else images/ of the data set that the ground truth is part of. A folder that the run itself
+        names is not used: a report holds the images.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it does not exist.
         """
         if self.images is not None:
             return self.images
@@ -167,20 +171,19 @@ class Run:
             if root.is_dir() and (_is_own(truth) or root == root.resolve()):
                 return root
         raise FileNotFoundError(
-            f"{self.folder}: its images are not there (images/ of the data set of {self.gt_path}). "
+            f"{self.folder}: its images do not exist (images/ of the data set of {self.gt_path}). "
             "Name their folder (tools/report.py --images), or set IMRCNN_DATASETS to the folder of "
             "the prepared data sets."
         )
 
     @functools.cached_property
-    def results(self):
+    def results(self) -> LesionResults | ClassificationResults:
         """
-        LesionResults or ClassificationResults: the recorded predictions, scored again with the
-        recorded settings.
+        The recorded predictions, scored again with the recorded settings.
 
         Raises:
             FileNotFoundError: ground truth or detections are gone.
-            ValueError: they are not what was scored.
+            ValueError: they are not the files that were scored.
         """
         meta = self.meta
         places = [Path(meta["dt"])] if meta.get("dt") else []
@@ -191,7 +194,7 @@ class Run:
         detections = next((p for p in places if p.is_file() or p.is_dir()), None)
         if detections is None:
             raise FileNotFoundError(
-                f"{self.folder}: its predictions are not there "
+                f"{self.folder}: its predictions do not exist "
                 f"({', '.join(map(str, places)) or 'unknown'}). Evaluate the model again "
                 "(tools/train_net.py --eval-only), or its results (tools/evaluate.py)."
             )
@@ -204,10 +207,10 @@ class Run:
         return evaluate_lesions(self.gt_path, detections, operating_point=chosen, **settings)
 
     @functools.cached_property
-    def metrics(self):
+    def metrics(self) -> dict:
         """
-        dict: as metrics.json holds it, but made anew of the predictions, with intervals by the
-        recorded bootstrap; undefined figures are None. ``meta`` has what is recorded besides.
+        As metrics.json, but computed again from the predictions, with intervals by the recorded
+        bootstrap; undefined metrics are None. ``meta`` also has what is recorded.
 
         Raises:
             FileNotFoundError, ValueError: as of ``results``.
@@ -220,23 +223,23 @@ class Run:
         results, unit = self.results, self.results.metrics.unit
         document = add_intervals(results, bootstrap or None).document()
         document = json.loads(strict_json(document))
-        about = {**asdict(bootstrap), "unit": unit} if bootstrap else None
-        return {**document, "meta": {**self.meta, **results.meta, "bootstrap": about}}
+        settings = {**asdict(bootstrap), "unit": unit} if bootstrap else None
+        return {**document, "meta": {**self.meta, **results.meta, "bootstrap": settings}}
 
     @functools.cached_property
-    def remarks(self):
-        """list[str]: that metrics.json holds other figures than the predictions give, if so."""
-        figures = self.results.groups()
+    def remarks(self) -> list[str]:
+        """A remark where metrics.json holds other values than the predictions give."""
+        groups = self.results.groups()
         differing = [
             f"{group}/{name}"
-            for group in figures
+            for group in groups
             for name, value in (self.recorded.get(group) or {}).items()
-            if name in figures[group] and not _agree(figures[group][name], value)
+            if name in groups[group] and not _agree(groups[group][name], value)
         ]
         if not differing:
             return []
         remark = (
-            f"{self.folder / 'metrics.json'} holds other figures than its detections give now "
+            f"{self.folder / 'metrics.json'} holds other metrics than its detections give now "
             f"({', '.join(differing)}): those here were scored again; evaluate it again to renew "
             "it."
         )
@@ -251,46 +254,48 @@ class Run:
         return [(_datasets() / name, split)]
 
 
-def _datasets():
-    """Path: the user's own data sets."""
+def _datasets() -> Path:
+    """The user's own data sets."""
     return Path(os.environ.get("IMRCNN_DATASETS", "datasets"))
 
 
-def _is_own(path):
-    """bool: whether a file lies in the folder of the user's own data sets."""
+def _is_own(path) -> bool:
     return _datasets().resolve() in path.resolve().parents
 
 
-def _agree(figure, recorded):
+def _agree(value, recorded):
     if recorded is None or isinstance(recorded, list):
-        return recorded is None and math.isnan(figure)
-    return math.isclose(figure, recorded, abs_tol=1e-6)
+        return recorded is None and math.isnan(value)
+    return math.isclose(value, recorded, abs_tol=1e-6)
 
 
-def load_run(path, name=None, dataset=None, images=None):
+def load_run(
+    path: str | Path,
+    name: str | None = None,
+    dataset: str | None = None,
+    images: str | Path | None = None,
+) -> Run:
     """
-    Args:
-        path (str or Path): the OUTPUT_DIR of a training, whose evaluation on its test set is
-            taken, or the folder of an evaluation. "NAME=PATH" names the run.
-        name (str or None): label; the folder's name by default.
-        dataset (str or None): which evaluation of an OUTPUT_DIR, where it has several.
-        images (str, Path or None): folder of the images that were evaluated; None for images/ of
-            the data set.
+    Read a run.
 
-    Returns:
-        Run:
+    Args:
+        path: the OUTPUT_DIR of a training, whose evaluation on its test set is taken, or the folder
+            of an evaluation. "NAME=PATH" names the run.
+        name: label; the folder's name by default.
+        dataset: which evaluation of an OUTPUT_DIR, where it has several.
+        images: folder of the images that were evaluated; None for images/ of the data set.
 
     Raises:
         FileNotFoundError: no such folder, or no evaluation in it, or no folder ``images``.
         ValueError: several evaluations.
-        BadInputError: files that cannot be read, or hold what they cannot.
+        BadInputError: files that cannot be read, or whose content is invalid.
     """
     if isinstance(path, str) and "=" in path and not Path(path).exists():
         label, _, path = path.partition("=")
         name = name or label
     path = Path(path)
     if images is not None and not Path(images).is_dir():
-        raise FileNotFoundError(f"{images}: there is no such folder of images.")
+        raise FileNotFoundError(f"{images}: no such folder of images.")
     if (path / "inference").is_dir():
         run_folder = path
         config = _read_yaml(path / "config.yaml")
@@ -301,16 +306,16 @@ def load_run(path, name=None, dataset=None, images=None):
         run_folder = parents[1] if parents[0].name == "inference" else None
         config = _read_yaml(run_folder / "config.yaml") if run_folder else None
     else:
-        what = "has no evaluation" if path.is_dir() else "does not exist"
+        fault = "has no evaluation" if path.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"{path} {what}: give the OUTPUT_DIR of a training that was evaluated, or a folder "
+            f"{path} {fault}: give the OUTPUT_DIR of a training that was evaluated, or a folder "
             "that tools/evaluate.py wrote."
         )
     recorded = read_metrics(folder / "metrics.json")
     record = run_folder / "run.json" if run_folder else None
     run = read_run_record(record) if record and record.is_file() else None
     if run is not None and not run.get("finished"):
-        logger.warning(f"{run_folder} has not finished training: its figures may still change.")
+        logger.warning(f"{run_folder} has not finished training: its metrics may still change.")
     return Run(
         name=name or (run_folder or folder).resolve().name,
         folder=folder,
@@ -325,7 +330,7 @@ def load_run(path, name=None, dataset=None, images=None):
 
 
 def _test_set(path, config, dataset):
-    """The name of the evaluation under inference/ that is meant."""
+    """The name of the requested evaluation under inference/."""
     names = sorted(file.parent.name for file in (path / "inference").glob("*/metrics.json"))
     listed = ", ".join(names) or "none"
     if dataset is not None:

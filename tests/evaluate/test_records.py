@@ -187,7 +187,7 @@ def test_bad_ground_truth_is_named(dataset, region, tmp_path):
         read_ground_truth(data)
     data = dataset(1, [region(1, 0, 0, 5, 5)])
     data["annotations"][0]["segmentation"] = [[0, 0, 5, 0, 5, 5]]
-    del data["images"][0]["height"]
+    del data["images"][0]["height"], data["images"][0]["width"]
     with pytest.raises(ValueError, match="image 1 has no height and width"):
         read_ground_truth(data)
     path = tmp_path / "broken.json"
@@ -287,7 +287,7 @@ def test_a_wrong_value_at_each_place(tmp_path, evaluate, documents, side):
 def test_masks_that_pycocotools_must_not_see(tmp_path, dataset, region, segmentation, has_size):
     data = dataset(1, [region(1, 0, 0, 5, 5)])
     if not has_size:
-        del data["images"][0]["height"]
+        del data["images"][0]["height"], data["images"][0]["width"]
     bad = region(1, 0, 0, 5, 5, score=0.5) | {"segmentation": segmentation}
     with pytest.raises(BadInputError, match="the results: .*image 1"):
         read_results([bad], read_ground_truth(data))

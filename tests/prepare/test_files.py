@@ -106,7 +106,7 @@ def test_postscript_starts_no_program(folder, picture, opener, monkeypatch):
 
 def test_images_are_opened_in_one_place():
     opened = re.compile(r"\bImage\.open\(|\bcv2\.imread|VideoCapture")
-    paths = [*ROOT.glob("imrcnn_d2/**/*.py"), *ROOT.glob("tools/*.py")]
+    paths = [*ROOT.glob("imrcnn_d2/**/*.py"), *ROOT.glob("benchmarks/*.py")]
     found = {path.name for path in paths if opened.search(path.read_text(encoding="utf-8"))}
     assert found == {"images.py"}
 

@@ -155,7 +155,7 @@ def test_the_page_says_that_there_is_no_config(home):
 def test_figures_are_those_of_the_detections(home):
     """Not those of metrics.json, of which the page says that they are others."""
     true = everything(home)
-    assert "other figures" not in "".join(true)
+    assert "other metrics" not in "".join(true)
     ours = json.loads(place(home, METRICS).read_text())
     for group in ("bbox", "segm", "lesion", "image", "patient"):
         ours[group] = {key: 98.765 if value else value for key, value in ours[group].items()}
@@ -167,7 +167,7 @@ def test_figures_are_those_of_the_detections(home):
     texts = everything(home)
     for text, expected in zip(texts, true, strict=True):
         assert "98.8" not in text and "98,765" not in text and "98.77" not in text
-        assert "metrics.json holds other figures than its detections give" in text
+        assert "metrics.json holds other metrics than its detections give" in text
         kept = [line for line in expected.splitlines() if re.search(r"\d\d\.\d", line)]
         assert len(kept) > 3
         assert [line for line in text.splitlines() if re.search(r"\d\d\.\d \[", line)] == [

@@ -226,6 +226,7 @@ def test_a_killed_job_leaves_its_folder_to_others(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.story
 def test_torchrun_restarts_exactly(settings, tmp_path):
     settings["opts"] += ["DATASETS.VAL", "()", "SOLVER.MAX_ITER", "5"]
     found = {}

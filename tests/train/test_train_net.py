@@ -61,6 +61,7 @@ def trained(env, tmp_path_factory):
     return output, done.stdout
 
 
+@pytest.mark.story
 def test_training_writes_what_it_found(trained, env):
     output, log = trained
     truth = json.loads(Path(env["IMRCNN_DATASETS"], "synthetic/annotations/test.json").read_text())

@@ -1,7 +1,8 @@
-"""The numbers of a comparison: every model's figures, and which of them differ."""
+"""The numbers of a comparison: every model's metrics, and which of them differ."""
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 
@@ -18,7 +19,8 @@ from imrcnn_d2.evaluation.comparison import (
 )
 from imrcnn_d2.evaluation.detection.metrics import ENDPOINTS, PRIMARY, endpoints_of
 from imrcnn_d2.evaluation.output import read_coco_records
-from imrcnn_d2.evaluation.statistics import corrected_resampled_t_test, holm
+from imrcnn_d2.evaluation.statistics import Bootstrap, corrected_resampled_t_test, holm
+from imrcnn_d2.report.runs import Run
 from imrcnn_d2.utils.files import file_sha256
 
 __all__ = [
@@ -45,26 +47,20 @@ SETTINGS = ("tau", "iou_threshold", "iou_type")
 class Gathered:
     """
     Attributes:
-        split (dict[str, list[Run]]): runs on one test set by model, which differ by seed.
-        folds (dict[str, list[list[Run]]]): runs of a cross-validation by model: for each fold, by
-            its index, the runs that differ by seed.
-        remarks (list[str]): what a reader of the comparison must know.
+        split: runs on one test set by model, which differ by seed.
+        folds: runs of a cross-validation by model: for each fold, by its index, the runs that
+            differ by seed.
+        remarks: what a reader of the comparison must know.
     """
 
-    split: dict
-    folds: dict
-    remarks: list
+    split: dict[str, list[Run]]
+    folds: dict[str, list[list[Run]]]
+    remarks: list[str]
 
 
-def gather(runs):
+def gather(runs: list[Run]) -> Gathered:
     """
     Group runs by the label given, else by model and backbone, and check that they can be compared.
-
-    Args:
-        runs (list[Run]):
-
-    Returns:
-        Gathered:
 
     Raises:
         ValueError: different test sets or settings; a seed or a fold given twice, a fold missing;
@@ -86,22 +82,18 @@ def gather(runs):
     return Gathered(split, folds, remarks)
 
 
-def training_images(run):
+def training_images(run: Run) -> int | None:
     """
-    Args:
-        run (Run):
-
-    Returns:
-        int or None: images that it was trained on, those for validation left out, from run.json or
-        else from the train.json beside the test set. None where neither tells.
+    Images that a run was trained on, those for validation left out, from run.json or else from the
+    train.json next to the test set. None where neither has it.
     """
     facts = list(((run.run or {}).get("datasets") or {}).items())
     if facts:
         names = ((run.config or {}).get("DATASETS") or {}).get("TRAIN") or [facts[0][0]]
         return sum(about["images"] for name, about in facts if name in names) or None
-    beside = run.gt_path.with_name("train.json")
-    if beside.is_file() and beside != run.gt_path:
-        return len(read_coco_records(beside)["images"]) or None
+    training = run.gt_path.with_name("train.json")
+    if training.is_file() and training != run.gt_path:
+        return len(read_coco_records(training)["images"]) or None
     return None
 
 
@@ -123,7 +115,7 @@ def _models(runs):
         )
         if keys.setdefault(label, key) != key:
             raise ValueError(
-                f"{_where(groups[label][0])} and {_where(run)} would both be called {label!r}: "
+                f"{_where(groups[label][0])} and {_where(run)} would both be named {label!r}: "
                 "give one of them another NAME=PATH."
             )
         groups.setdefault(label, []).append(run)
@@ -170,7 +162,7 @@ def _check_tasks(runs):
         if run.task != runs[0].task:
             raise ValueError(
                 f"{_where(runs[0])} is of {runs[0].task}, {_where(run)} of {run.task}: these have "
-                "no figures in common."
+                "no metrics in common."
             )
 
 
@@ -197,7 +189,7 @@ def _check_test_sets(runs):
             raise ValueError(
                 f"{_where(first)} ({first.dataset}, {first.gt_path}) and {_where(run)} "
                 f"({run.dataset}, {run.gt_path}) were evaluated on different test sets: their "
-                "figures cannot be compared."
+                "metrics cannot be compared."
             )
 
 
@@ -262,14 +254,14 @@ class Test:
     One difference between two models.
 
     Attributes:
-        first, second (str): labels of the models.
-        endpoint (str): group/figure.
-        estimate, low, high (float): first minus second, with its 95 % interval.
-        p (float): two-sided.
-        p_holm (float): adjusted by Holm's method; NaN for the primary endpoint.
-        primary (bool): the one endpoint that is not adjusted.
-        test (str): its name.
-        undefined_share (float): of the resamples, left out.
+        first, second: labels of the models.
+        endpoint: "group/metric".
+        estimate, low, high: first minus second, with its 95 % interval.
+        p: two-sided.
+        p_holm: adjusted by Holm's method; NaN for the primary endpoint.
+        primary: the one endpoint that is not adjusted.
+        test: its name.
+        undefined_share: of the resamples, left out.
     """
 
     first: str
@@ -286,40 +278,37 @@ class Test:
 
 
 def _pairs(labels, baseline):
-    """The pairs to compare: the later one given is the first, being the newer model."""
+    """The pairs to compare, the later of the two given first: it is the newer model."""
     if baseline is None or baseline not in labels:
         return [(b, a) for a, b in combinations(labels, 2)]
     return [(label, baseline) for label in labels if label != baseline]
 
 
 def _endpoints(primary, endpoints, has):
-    """The primary endpoint and those of ``endpoints`` for which ``has(group, figure)``."""
+    """The primary endpoint and those of ``endpoints`` for which ``has(group, metric)``."""
     chosen = dict.fromkeys([primary, *endpoints])
     return [endpoint for endpoint in chosen if has(*endpoint.split("/", 1))]
 
 
-def bootstrap_tests(split, models, primary, baseline, endpoints=ENDPOINTS):
+def bootstrap_tests(
+    split: dict[str, list[Run]],
+    models: dict[str, ModelMetrics],
+    primary: str,
+    baseline: str | None,
+    endpoints: Sequence[str] = ENDPOINTS,
+) -> list[Test]:
     """
-    Paired bootstrap of the endpoints, and McNemar's test at image level, for each pair of models.
-
-    Args:
-        split (dict[str, list[Run]]): the runs by label.
-        models (dict[str, ModelMetrics]): their figures.
-        primary (str): the primary endpoint, group/figure.
-        baseline (str or None): as for :func:`imrcnn_d2.report.comparison.models.compare`.
-        endpoints (tuple[str, ...]): see :func:`endpoints_of`.
-
-    Returns:
-        list[Test]:
+    Paired bootstrap of the endpoints, and McNemar's test at image level, for each pair of models;
+    runs and metrics are by label. ``primary`` and ``baseline`` are as for :func:`compare`.
     """
     tests = []
     for first, second in _pairs(list(models), baseline):
         pair = models[first], models[second]
 
-        def has(group, figure, pair=pair):
+        def has(group, metric, pair=pair):
             return all(
-                figure in model.resampled.get(group, ())
-                and not math.isnan(model.values[group][figure])
+                metric in model.resampled.get(group, ())
+                and not math.isnan(model.values[group][metric])
                 for model in pair
             )
 
@@ -330,8 +319,8 @@ def bootstrap_tests(split, models, primary, baseline, endpoints=ENDPOINTS):
         for prefix in ("", "tau_val."):
             outcome = image_level_test(*results, tau_val=bool(prefix))
             if outcome is not None:
-                recognised = "recognition" in pair[0].values
-                endpoint = "recognition/top1" if recognised else f"{prefix}image/accuracy"
+                classifiers = "recognition" in pair[0].values
+                endpoint = "recognition/top1" if classifiers else f"{prefix}image/accuracy"
                 difference = paired_difference(*pair, *endpoint.split("/", 1))
                 name = f"McNemar's exact, {outcome.only_first} : {outcome.only_second}"
                 test = _test(first, second, endpoint, difference, name, primary)
@@ -339,33 +328,32 @@ def bootstrap_tests(split, models, primary, baseline, endpoints=ENDPOINTS):
     return _adjusted(tests)
 
 
-def fold_tests(folds, n_train, n_test, primary, baseline, endpoints=ENDPOINTS):
+def fold_tests(
+    folds: dict[str, list[ModelMetrics]],
+    n_train: float,
+    n_test: float,
+    primary: str,
+    baseline: str | None,
+    endpoints: Sequence[str] = ENDPOINTS,
+) -> list[Test]:
     """
-    Corrected resampled t-test of the endpoints for each pair of models.
-
-    Args:
-        folds (dict[str, list[ModelMetrics]]): by label, a fold each.
-        n_train, n_test (float): images of a fold for training and for testing.
-        primary (str), baseline (str or None), endpoints (tuple[str, ...]): as for
-            :func:`bootstrap_tests`.
-
-    Returns:
-        list[Test]: of the endpoints that are defined in every fold.
+    Corrected resampled t-test of the endpoints that are defined in every fold, for each pair of
+    models. ``n_train`` and ``n_test`` are the images of a fold for training and for testing.
     """
     tests = []
     for first, second in _pairs(list(folds), baseline):
 
-        def of_folds(group, figure, pair=(first, second)):
-            """(2, k) figures of the two models; NaN where a fold has none."""
+        def of_folds(group, metric, pair=(first, second)):
+            """(2, k) values of the two models; NaN where a fold has none."""
             return np.array(
                 [
-                    [one.values.get(group, {}).get(figure, np.nan) for one in folds[label]]
+                    [fold.values.get(group, {}).get(metric, np.nan) for fold in folds[label]]
                     for label in pair
                 ]
             )
 
-        def has(group, figure, of_folds=of_folds):
-            return np.isfinite(of_folds(group, figure)).all()
+        def has(group, metric, of_folds=of_folds):
+            return np.isfinite(of_folds(group, metric)).all()
 
         for endpoint in _endpoints(primary, endpoints, has):
             one, two = of_folds(*endpoint.split("/", 1))
@@ -398,31 +386,31 @@ def _adjusted(tests):
 class Comparison:
     """
     Attributes:
-        gathered (Gathered): the runs.
-        models (dict[str, ModelMetrics]): on one split, by label; empty without such runs.
-        folds (dict[str, list[ModelMetrics]]): of a cross-validation, a fold each.
-        tests (list[Test]), fold_tests (list[Test]): the differences.
-        n_train, n_test (float or None): images that a fold's models were trained on (without those
-            for validation) and tested on, means over the folds.
-        primary (str): the primary endpoint, group/figure.
-        settings (dict): thresholds, and how was resampled.
-        remarks (list[str]): what a reader must know.
+        gathered: the runs.
+        models: on one split, by label; empty without such runs.
+        folds: of a cross-validation, one per fold.
+        tests, fold_tests: the differences.
+        n_train, n_test: images that a fold's models were trained on (without those for validation)
+            and tested on, means over the folds.
+        primary: the primary endpoint, "group/metric".
+        settings: thresholds, and the bootstrap's.
+        remarks: what a reader must know.
     """
 
     gathered: Gathered
     models: dict[str, ModelMetrics]
     folds: dict[str, list[ModelMetrics]]
-    tests: list
-    fold_tests: list
+    tests: list[Test]
+    fold_tests: list[Test]
     n_train: float | None
     n_test: float | None
     primary: str
     settings: dict
-    remarks: list
+    remarks: list[str]
 
     @property
-    def runs(self):
-        """list[tuple[str, Run]]: label and run, of all runs."""
+    def runs(self) -> list[tuple[str, Run]]:
+        """Label and run, of all runs."""
         split = [(label, run) for label, runs in self.gathered.split.items() for run in runs]
         return split + [
             (label, run)
@@ -432,38 +420,38 @@ class Comparison:
         ]
 
     @property
-    def dataset(self):
-        """str or None: the name of the (first) test set."""
+    def dataset(self) -> str | None:
+        """The name of the (first) test set."""
         return self.runs[0][1].dataset
 
     @property
-    def task(self):
-        """str: "lesions" or "recognition"."""
+    def task(self) -> str:
+        """ "lesions" or "recognition"."""
         return self.runs[0][1].task
 
     @property
-    def clustered(self):
-        """bool: some patient has several images."""
-        measures = next(iter(self.models.values())).metrics
-        return measures.unit == "patient" and measures.num_units < len(measures.unit_of_image)
+    def clustered(self) -> bool:
+        """Some patient has several images."""
+        metrics = next(iter(self.models.values())).metrics
+        return metrics.unit == "patient" and metrics.num_units < len(metrics.unit_of_image)
 
 
-def compare(gathered, bootstrap, *, primary=None, baseline=None):
+def compare(
+    gathered: Gathered,
+    bootstrap: Bootstrap,
+    *,
+    primary: str | None = None,
+    baseline: str | None = None,
+) -> Comparison:
     """
     Score all runs again, resample and test.
 
     Args:
-        gathered (Gathered):
-        bootstrap (Bootstrap):
-        primary (str or None): the primary endpoint, group/figure; None for that of PRIMARY.
-        baseline (str or None): label of the model that all others are compared with; None for all
-            pairs.
-
-    Returns:
-        Comparison:
+        primary: the primary endpoint, "group/metric"; None for that of PRIMARY.
+        baseline: label of the model that all others are compared with; None for all pairs.
 
     Raises:
-        ValueError: test sets that differ, an endpoint or a baseline that there is not.
+        ValueError: test sets that differ, an unknown endpoint or baseline.
     """
     labels = list(dict.fromkeys([*gathered.split, *gathered.folds]))
     if baseline is not None and baseline not in labels:
@@ -489,8 +477,8 @@ def compare(gathered, bootstrap, *, primary=None, baseline=None):
     primary = primary or PRIMARY[task]
     _check_primary(primary, models, folds, endpoints)
     n_train, n_test = _sizes(gathered.folds)
-    about = ("tau", "iou_threshold", "iou_type", "classes", "cancer_classes")
-    settings = {key: meta[key] for key in about if key in meta}
+    keys = ("tau", "iou_threshold", "iou_type", "classes", "cancer_classes")
+    settings = {key: meta[key] for key in keys if key in meta}
     settings.update(asdict(bootstrap), primary=primary, baseline=baseline)
     if models:
         settings["unit"] = next(iter(models.values())).metrics.unit
@@ -516,14 +504,14 @@ def compare(gathered, bootstrap, *, primary=None, baseline=None):
 
 
 def _check_primary(primary, models, folds, endpoints):
-    group, _, figure = primary.partition("/")
+    group, _, metric = primary.partition("/")
     available = [model.resampled for model in models.values()]
-    available += [one.values for own in folds.values() for one in own]
-    if all(figure in figures.get(group, ()) for figures in available):
+    available += [fold.values for model in folds.values() for fold in model]
+    if all(metric in groups.get(group, ()) for groups in available):
         return
     raise ValueError(
-        f"The primary endpoint {primary!r} is not among the figures that are resampled. Give "
-        f"GROUP/FIGURE as metrics.json has them, such as {', '.join(endpoints)}; COCO's AP, AP75, "
+        f"The primary endpoint {primary!r} is not among the metrics that are resampled. Give "
+        f"GROUP/METRIC as metrics.json has them, such as {', '.join(endpoints)}; COCO's AP, AP75, "
         "APs, APm and APl need --ci-all."
     )
 
@@ -540,10 +528,10 @@ def _sizes(folds):
 
 def _gaps(models, folds, primary):
     """[remarks on models that lack what is to be tested, or what others have]."""
-    group, _, figure = primary.partition("/")
+    group, _, metric = primary.partition("/")
     every = [*((label, [model]) for label, model in models.items()), *folds.items()]
-    undefined = [k for k, own in every if any(math.isnan(m.values[group][figure]) for m in own)]
-    without_point = [k for k, own in every if any(None in m.taus for m in own)]
+    undefined = [k for k, seeds in every if any(math.isnan(m.values[group][metric]) for m in seeds)]
+    without_point = [k for k, seeds in every if any(None in m.taus for m in seeds)]
     remarks = []
     if undefined:
         remarks.append(
@@ -563,7 +551,7 @@ def _listed(labels):
 
 
 def _unknown(runs, sizes):
-    """[remarks on what no file tells]; ``sizes``: those of the folds' training sets are missing."""
+    """[remarks on what no file records]; ``sizes``: of the folds' training sets are missing."""
     remarks = []
     old = [str(run.run_folder or run.folder) for run in runs if run.run is None]
     if old:
@@ -574,6 +562,6 @@ def _unknown(runs, sizes):
     if sizes:
         remarks.append(
             "How many images the folds' models were trained on is not known (no run.json, no "
-            "train.json beside the test set): the differences over folds are not tested."
+            "train.json next to the test set): the differences over folds are not tested."
         )
     return remarks

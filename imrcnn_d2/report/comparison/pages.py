@@ -159,7 +159,7 @@ def _images(plots, alt=None):
 
 
 def _document(comparison, models, published, definitions, **more):
-    """dict: comparison.json; ``models`` holds what there is of each besides its metrics."""
+    """dict: comparison.json; ``models`` holds more of each than its metrics."""
     return {
         "settings": comparison.settings,
         "runs": [_about_run(label, run) for label, run in comparison.runs],

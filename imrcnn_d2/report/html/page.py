@@ -108,7 +108,7 @@ CONTOURS = {
 
 
 def _detection(runs, prevalences, max_images):
-    """dict: what detection.html needs besides what all pages of runs have."""
+    """dict: the values of detection.html that not every page has."""
     plots, missing = curve_plots(runs)
     meta = runs[0].results.meta
     shown = f"the ground truth and each model’s detections at a score ≥ {meta['tau']:g}"
@@ -132,7 +132,7 @@ def _detection(runs, prevalences, max_images):
 
 
 def _classification(runs, max_images):
-    """dict: what classification.html needs besides what all pages of runs have."""
+    """dict: the values of classification.html that not every page has."""
     meta = runs[0].results.meta
     classes, cancers = meta["classes"], meta["cancer_classes"]
     published = published_accuracy(runs[0].dataset, classes)
@@ -234,7 +234,7 @@ def check_runs(runs: list[Run]):
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"Two runs are called {name!r}: name them apart by NAME=RUN.")
+            raise ValueError(f"Two runs have the name {name!r}: name them apart by NAME=RUN.")
     first = runs[0]
     for run in runs[1:]:
         if run.gt_path.read_bytes() != first.gt_path.read_bytes():

@@ -7,6 +7,7 @@ from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.report.comparison.models import compare, gather
 from imrcnn_d2.report.names import MODEL, metric_name
+from imrcnn_d2.report.runs import Run
 
 __all__ = [
     "cell",
@@ -22,24 +23,20 @@ __all__ = [
 ]
 
 
-def predictive_values(sensitivity, specificity, prevalence):
+def predictive_values(
+    sensitivity: float, specificity: float, prevalence: float
+) -> tuple[float, float]:
     """
-    Positive and negative predictive value by Bayes' theorem.
-
-    Args:
-        sensitivity (float), specificity (float): in percent.
-        prevalence (float): in (0, 1).
-
-    Returns:
-        tuple[float, float]: PPV and NPV in percent. NaN where one of the figures is, and where
-        nothing is ever called positive, or negative.
-
-    Raises:
-        ValueError: if the prevalence is not between 0 and 1.
+    PPV and NPV in percent by Bayes' theorem, from sensitivity and specificity in percent and a
+    prevalence in (0, 1). NaN where one of them is, and where nothing is ever predicted positive, or
+    negative.
 
     Both grow with sensitivity and with specificity. So from the lower 95 % limits of the two follow
     lower limits of both values, and from the upper limits upper ones; these are wider than 95 %,
     since the two would have to be off in the same direction.
+
+    Raises:
+        ValueError: the prevalence is not between 0 and 1.
     """
     if not 0 < prevalence < 1:
         raise ValueError(f"prevalence is {prevalence}; it must lie between 0 and 1.")
@@ -93,17 +90,12 @@ KEY_METRICS = (
 )
 
 
-def cell(figures, name):
+def cell(metrics: dict, name: str) -> dict:
     """
-    Args:
-        figures (dict): a group of metrics.json, or part of one.
-        name (str): of a figure.
-
-    Returns:
-        dict: ``text``, ``interval`` ("" where there is none) and ``bar``, None or the figure and
-        the ends of its interval, if it is a share in percent.
+    A metric of a group of metrics.json: ``text``, ``interval`` ("" where there is none) and
+    ``bar``: None, or the value and the ends of its interval, if it is a share in percent.
     """
-    value, interval = figures.get(name), figures.get(f"{name}_ci")
+    value, interval = metrics.get(name), metrics.get(f"{name}_ci")
     if is_count(name):
         return _text("n/a" if value is None else f"{value:,.0f}")
     return _cell(value, interval, digits=1 if is_percent(name) else 2)
@@ -126,14 +118,14 @@ def _text(text):
 
 
 def key_metrics(runs):
-    """list[dict]: title, hint and cells [(run's name, cell)] of the four figures on top."""
+    """list[dict]: title, hint and cells [(run's name, cell)] of the four metrics on top."""
     cards = []
     for group, name, title, hint in KEY_METRICS:
         cells = []
         for run in runs:
-            figures = _curve_group(run)[1] if group == "curve" else run.metrics[group]
-            shown = "iou_box" if name == "iou" and figures.get("iou") is None else name
-            cells.append((run.name, cell(figures, shown)))
+            metrics = _curve_group(run)[1] if group == "curve" else run.metrics[group]
+            shown = "iou_box" if name == "iou" and metrics.get("iou") is None else name
+            cells.append((run.name, cell(metrics, shown)))
         tau = "" if group == "curve" else f", {_at(runs)}"
         cards.append({"title": title, "hint": f"{hint}{tau}", "cells": cells})
     return cards
@@ -145,7 +137,7 @@ def _at(runs):
 
 
 def _curve_group(run):
-    """("mask" or "box", its figures)."""
+    """("mask" or "box", its metrics)."""
     segm = run.metrics.get("segm") or {}
     if segm.get("AP50_voc") is not None:
         return "mask", segm
@@ -166,26 +158,26 @@ def metric_tables(runs):
     for unit, title in UNIT_TITLES.items():
         if not any(run.metrics.get(unit) for run in runs):
             continue
-        wanted = LESION_METRICS if unit == "lesion" else IMAGE_METRICS
+        names = LESION_METRICS if unit == "lesion" else IMAGE_METRICS
         groups = [run.metrics.get(unit) or {} for run in runs]
-        tables.append({"title": title, "caption": _at(runs), "rows": metric_rows(wanted, groups)})
+        tables.append({"title": title, "caption": _at(runs), "rows": metric_rows(names, groups)})
         chosen = [run.metrics.get("tau_val") or {} for run in runs]
         if not any(chosen):
             continue
-        rows = metric_rows(wanted, [own.get(unit) or {} for own in chosen])
-        thresholds = [_text(f"{own['tau']:.3g}" if own else "n/a") for own in chosen]
-        rules = ", ".join(sorted({str(own.get("rule")) for own in chosen if own}))
+        rows = metric_rows(names, [point.get(unit) or {} for point in chosen])
+        thresholds = [_text(f"{point['tau']:.3g}" if point else "n/a") for point in chosen]
+        rules = ", ".join(sorted({str(point.get("rule")) for point in chosen if point}))
         label = {"label": "score threshold", "hint": f"rule: {rules}", "cells": thresholds}
         caption = "At the threshold that was chosen on validation data"
         tables.append({"title": f"{title}, τ_val", "caption": caption, "rows": [label, *rows]})
     return tables
 
 
-def metric_rows(wanted, groups):
-    """list[dict]: label, hint and a cell for each group, of the figures that some group has."""
+def metric_rows(names, groups):
+    """list[dict]: label, hint and a cell for each group, of the metrics that some group has."""
     return [
         {"label": label, "hint": hint, "cells": [cell(group, name) for group in groups]}
-        for name, label, hint in wanted
+        for name, label, hint in names
         if any(name in group for group in groups)
     ]
 
@@ -221,9 +213,9 @@ def size_tables(runs):
         columns = ["size", "lesions"]
         columns += [f"{run.name}: {name}" for run in runs for name in ("sensitivity", "IoU")]
         rows = []
-        for size, figures in known[0][key].items():
-            cells = [cell(own[key][size], name) for own in known for name in ("recall", "iou")]
-            rows.append({"label": size, "hint": "", "cells": [cell(figures, "n"), *cells]})
+        for size, metrics in known[0][key].items():
+            cells = [cell(sizes[key][size], name) for sizes in known for name in ("recall", "iou")]
+            rows.append({"label": size, "hint": "", "cells": [cell(metrics, "n"), *cells]})
         tables.append({"caption": caption, "columns": columns, "rows": rows})
     return tables
 
@@ -233,15 +225,15 @@ def patient_table(runs, most=50):
     scored = [run.results for run in runs]
     if scored[0].metrics.unit != "patient":
         note = "Patients are not known: the images have no patient_id, so that intervals and "
-        return {"rows": [], "notes": [note + "figures take each image as a patient of its own."]}
-    own = [one.per_patient for one in scored]
+        return {"rows": [], "notes": [note + "metrics take each image as a separate patient."]}
+    tables = [results.per_patient for results in scored]
     patients = sorted(
-        zip(*own, strict=True), key=lambda of: -sum(row["FP"] + row["FN"] for row in of)
+        zip(*tables, strict=True), key=lambda rows: -sum(row["FP"] + row["FN"] for row in rows)
     )
     rows = [
-        [str(of[0]["patient_id"]), of[0]["images"], of[0]["n_gt"]]
-        + [f"{row['TP']} / {row['FP']} / {row['FN']}" for row in of]
-        for of in patients[:most]
+        [str(models[0]["patient_id"]), models[0]["images"], models[0]["n_gt"]]
+        + [f"{row['TP']} / {row['FP']} / {row['FN']}" for row in models]
+        for models in patients[:most]
     ]
     columns = ["patient", "images", "lesions"]
     columns += [f"{run.name}: hits / false alarms / missed" for run in runs]
@@ -280,7 +272,7 @@ def screening(runs, prevalences):
 
 
 def _predicted(image, prevalence, which):
-    """The cell of PPV (0) or NPV (1), of the figures of images."""
+    """The cell of PPV (0) or NPV (1), of the metrics of images."""
     if image["specificity"] is None or image["recall"] is None:
         return _cell(None)
     value = predictive_values(image["recall"], image["specificity"], prevalence)[which]
@@ -434,43 +426,39 @@ GROUPS = {
     "tau_val.image": "images, τ_val",
     "tau_val.patient": "patients, τ_val",
 }
-FIGURES = {"recall": "sensitivity", "iou": "IoU", "iou_box": "IoU", "miou": "mIoU", "f1": "F1"}
+LABELS = {"recall": "sensitivity", "iou": "IoU", "iou_box": "IoU", "miou": "mIoU", "f1": "F1"}
 AT_A_GLANCE = (
     *("lesion/recall", "lesion/precision", "lesion/iou"),
     *("recognition/top1", "recognition/auroc", "cancer/recall", "cancer/specificity"),
 )
 
 
-def differences(runs):
+def differences(runs: list[Run]) -> dict | None:
     """
-    Args:
-        runs (list[Run]): of one test set.
-
-    Returns:
-        dict or None: ``columns``, ``rows`` of the primary endpoint and a few others, ``all_rows``
-        (list[list[str]]), ``caption`` and ``note``. None for less than two models; runs that differ
-        by seed only are one.
+    How the models differ, as in a comparison: ``columns``, ``rows`` of the primary endpoint and a
+    few others, ``all_rows`` (list[list[str]]), ``caption`` and ``note``. None for less than two
+    models; runs that differ by seed only are one.
     """
     settings = [run.metrics["meta"].get("bootstrap") for run in runs]
-    known = next((one for one in settings if one), {})
+    known = next(filter(None, settings), {})
     bootstrap = Bootstrap(**{key: known[key] for key in ("resamples", "seed") if key in known})
     gathered = gather(runs)
     if len(gathered.split) < 2:
         return None
-    found = compare(gathered, bootstrap)
-    chosen = (found.primary, *AT_A_GLANCE)
-    rows = {test: _row(test) for test in found.tests}
+    comparison = compare(gathered, bootstrap)
+    chosen = (comparison.primary, *AT_A_GLANCE)
+    rows = {test: _row(test) for test in comparison.tests}
     return {
-        "columns": ["models", "figure", "difference", "95 % interval", "p", "test"],
+        "columns": ["models", "metric", "difference", "95 % interval", "p", "test"],
         "rows": [row for test, row in rows.items() if test.endpoint in chosen],
         "all_rows": list(rows.values()),
         "caption": "First model minus second, in percentage points",
         "note": (
-            f"{bootstrap.resamples:,} paired resamples of {found.settings['unit']}s. "
-            f"Primary endpoint: {_name(found.primary)}; the p-values of the other "
+            f"{bootstrap.resamples:,} paired resamples of {comparison.settings['unit']}s. "
+            f"Primary endpoint: {_name(comparison.primary)}; the p-values of the other "
             f"{len(rows) - sum(test.primary for test in rows)} tests are adjusted by Holm’s method."
         ),
-        "remarks": found.remarks,
+        "remarks": comparison.remarks,
     }
 
 
@@ -488,10 +476,10 @@ def _row(test):
 
 
 def _name(endpoint):
-    group, _, figure = endpoint.partition("/")
+    group, _, metric = endpoint.partition("/")
     if group in ("recognition", "cancer"):
         return metric_name(endpoint)
-    return f"{FIGURES.get(figure, figure)}, {GROUPS.get(group, group)}"
+    return f"{LABELS.get(metric, metric)}, {GROUPS.get(group, group)}"
 
 
 def _signed(value):

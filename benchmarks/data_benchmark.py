@@ -1,0 +1,279 @@
+"""Evaluation and catalogue, ours against pycocotools and Detectron2, on synthetic data sets.
+
+For benchmarks/benchmark.py. Run as a script, this file is the process that one side is measured in.
+"""
+
+import contextlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+from tqdm import tqdm
+
+__all__ = ["compare_catalogs", "compare_evaluations", "synthesise", "write_coco"]
+
+SIZE = 352  # of an image
+DETECTIONS = 5  # per image
+MASKS, VERSIONS = 60, 4  # masks to choose from, each with versions slightly displaced
+WORKERS = 2  # that read a catalogue
+READ = 20_000  # records that each of them reads, all over the data set
+
+
+def lesion_masks(rng: np.random.Generator) -> list[list[tuple[dict, list]]]:
+    """(MASKS, 1 + VERSIONS) masks as (COCO segmentation, box): wavy ellipses, as lesions are."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    masks = []
+    for _ in range(MASKS):
+        center, radius = rng.uniform(80, SIZE - 80, 2), rng.uniform(25, 80, 2)
+        waves, phase = rng.integers(3, 9), rng.uniform(0, 2 * np.pi)
+        versions = []
+        for version in range(1 + VERSIONS):
+            moved = center + (rng.normal(0, 8, 2) if version else 0)
+            angle = np.arctan2(y - moved[0], x - moved[1])
+            edge = 1 + 0.1 * np.sin(waves * angle + phase)
+            inside = np.hypot((y - moved[0]) / radius[0], (x - moved[1]) / radius[1]) < edge
+            rle = mask_util.encode(np.asfortranarray(inside, dtype=np.uint8))
+            box = mask_util.toBbox(rle).tolist()
+            versions.append(({"size": [SIZE, SIZE], "counts": rle["counts"].decode()}, box))
+        masks.append(versions)
+    return masks
+
+
+def synthesise(num_images: int, seed: int = 0) -> tuple[dict, list[dict]]:
+    """
+    COCO ground truth and results as of a detector of polyps: 352x352 images, one in ten of them
+    lesion-free, the others with one lesion or, one in ten, two; five detections per image, most of
+    them false alarms of low score.
+    """
+    rng = np.random.default_rng(seed)
+    masks = lesion_masks(rng)
+    images, annotations, results = [], [], []
+    for image_id in range(1, num_images + 1):
+        name = f"{image_id:06d}.png"
+        images.append({"id": image_id, "file_name": name, "height": SIZE, "width": SIZE})
+        lesions = rng.integers(MASKS, size=rng.choice(3, p=(0.1, 0.81, 0.09)))
+        for lesion in lesions:
+            mask, box = masks[lesion][0]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": 1,
+                    "segmentation": mask,
+                    "bbox": box,
+                    "area": float(mask_util.area(mask)),
+                    "iscrowd": 0,
+                }
+            )
+        for number in range(DETECTIONS):
+            aims = number < len(lesions)
+            mask_index = lesions[number] if aims else rng.integers(MASKS)
+            mask, box = masks[mask_index][rng.integers(1, 1 + VERSIONS)]
+            score = rng.beta(5, 1.5) if aims else rng.beta(1, 5)
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": 1,
+                    "segmentation": mask,
+                    "bbox": box,
+                    "score": round(float(score), 6),
+                }
+            )
+    dataset = {
+        "images": images,
+        "categories": [{"id": 1, "name": "lesion"}],
+        "annotations": annotations,
+    }
+    return dataset, results
+
+
+def write_coco(num_images: int, path: Path, seed: int = 0) -> None:
+    """
+    Write such a ground truth, five images per patient, image by image: there may be a million.
+    """
+    rng = np.random.default_rng(seed)
+    lesions = [lesion for versions in lesion_masks(rng) for lesion in versions]
+    counts = rng.choice(3, num_images, p=(0.1, 0.81, 0.09))
+    with open(path, "w", encoding="utf-8") as file:
+        file.write('{"images": [')
+        for i in range(num_images):
+            image = {"id": i + 1, "file_name": f"{i + 1:07d}.png", "height": SIZE, "width": SIZE}
+            file.write(", " * (i > 0) + json.dumps({**image, "patient_id": f"p{i // 5:06d}"}))
+        file.write('], "annotations": [')
+        for number, i in enumerate(np.repeat(np.arange(num_images), counts).tolist()):
+            mask, box = lesions[rng.integers(len(lesions))]
+            annotation = {"id": number + 1, "image_id": i + 1, "category_id": 1, "bbox": box}
+            annotation |= {"segmentation": mask, "area": box[2] * box[3], "iscrowd": 0}
+            file.write(", " * (number > 0) + json.dumps(annotation))
+        file.write('], "categories": [{"id": 1, "name": "lesion"}]}')
+
+
+def evaluate_ours(gt: Path, dt: Path):
+    """A function that evaluates with the default intervals, reading included."""
+    from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
+
+    return lambda: evaluate_lesions(gt, dt, bootstrap=Bootstrap())
+
+
+def evaluate_coco(gt: Path, dt: Path):
+    """A function that evaluates masks by COCOeval: evaluate and accumulate, all being loaded."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    import imrcnn_d2.evaluation  # noqa: F401  so that both processes hold the same libraries
+
+    truth = COCO(str(gt))
+    evaluation = COCOeval(truth, truth.loadRes(str(dt)), "segm")
+
+    def run():
+        evaluation.evaluate()
+        evaluation.accumulate()
+
+    return run
+
+
+def load_ours(json_file: Path):
+    from imrcnn_d2.data.catalog import load_catalog
+
+    return load_catalog(json_file, "images")
+
+
+def load_detectron2(json_file: Path):
+    from detectron2.data import DatasetFromList
+    from detectron2.data.datasets import load_coco_json
+
+    return DatasetFromList(load_coco_json(str(json_file), "images"))
+
+
+EVALUATIONS = {"ours": evaluate_ours, "COCOeval": evaluate_coco}
+CATALOGS = {"ours": load_ours, "Detectron2": load_detectron2}
+
+
+def _memory(process="self"):
+    """MiB: resident now, resident at most, and resident with shared pages divided (PSS)."""
+    status = Path(f"/proc/{process}/status").read_text()
+    rss, peak = (int(status.split(f"{key}:")[1].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
+    rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+    return rss, peak, int(rollup.split("\nPss:")[1].split()[0]) / 1024
+
+
+def measure_catalog(side: str, json_file: str) -> dict[str, float]:
+    """Time and memory of one side, in this process and its workers."""
+    import imrcnn_d2.data.catalog  # noqa: F401  so that both hold the same libraries
+
+    before = _memory()
+    start = time.process_time(), time.perf_counter()
+    dataset = CATALOGS[side](Path(json_file))
+    measured = {
+        "s": time.process_time() - start[0],
+        "wall s": time.perf_counter() - start[1],
+        "MiB before": before[0],
+        "peak MiB": _memory()[1],
+        "MiB more, kept": _memory()[0] - before[0],
+        "MiB more, peak": _memory()[1] - before[0],
+    }
+    start = time.process_time()
+    some = range(0, len(dataset), max(len(dataset) // READ, 1))
+    for index in some:
+        dataset[index]
+    measured["us a record"] = 1e6 * (time.process_time() - start) / len(some)
+    pipes, workers = [], []
+    for _ in range(WORKERS):
+        ready, done = os.pipe(), os.pipe()
+        worker = os.fork()
+        if not worker:
+            for index in some:
+                dataset[index]
+            os.write(ready[1], b"1")
+            os.read(done[0], 1)
+            os._exit(0)
+        os.read(ready[0], 1)
+        workers.append(worker)
+        pipes.append(done[1])
+    memory = [_memory(process) for process in ["self", *workers]]
+    measured["MiB of workers, PSS"] = max(pss for _, _, pss in memory[1:])
+    measured["MiB of all, PSS"] = sum(pss for _, _, pss in memory)
+    for worker, pipe in zip(workers, pipes, strict=True):
+        os.write(pipe, b"1")
+        os.waitpid(worker, 0)
+    return measured
+
+
+def measure_evaluation(side: str, folder: str) -> dict[str, float]:
+    """{processor seconds, seconds, MiB} of one side, in this process."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        call = EVALUATIONS[side](Path(folder, "gt.json"), Path(folder, "dt.json"))
+        start = time.process_time(), time.perf_counter()
+        call()
+        end = time.process_time(), time.perf_counter()
+    return {"s": end[0] - start[0], "wall s": end[1] - start[1], "MiB": _memory()[1]}
+
+
+def write_evaluation(num_images: str, folder: str) -> None:
+    for name, content in zip(("gt", "dt"), synthesise(int(num_images)), strict=True):
+        Path(folder, f"{name}.json").write_text(json.dumps(content))
+
+
+def compare_evaluations(num_images: int, runs: int) -> dict[str, float]:
+    """
+    Run ours, COCOeval, ours, COCOeval, ..., each in a process of its own, on the same files.
+
+    Returns:
+        Medians of processor time and of elapsed time in seconds and largest peak of memory in MiB,
+        of each; and "ratio", the median over pairs of the processor times'.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _in_a_process(write_evaluation, num_images, folder)
+        pairs = [
+            {side: _in_a_process(measure_evaluation, side, folder) for side in EVALUATIONS}
+            for _ in tqdm(range(runs), desc=f"{num_images} images", leave=False)
+        ]
+    measured = {}
+    for side in EVALUATIONS:
+        for unit in ("s", "wall s"):
+            measured[f"{side}, {unit}"] = statistics.median(pair[side][unit] for pair in pairs)
+        measured[f"{side}, MiB"] = max(pair[side]["MiB"] for pair in pairs)
+    ratios = (pair["ours"]["s"] / pair["COCOeval"]["s"] for pair in pairs)
+    return {**measured, "ratio": statistics.median(ratios)}
+
+
+def compare_catalogs(num_images: int, baseline: bool) -> dict[str, float]:
+    """
+    Load a synthetic data set, each side in a process of its own.
+
+    Args:
+        baseline: Detectron2's side too; a million images take some 4 GiB there.
+
+    Returns:
+        Seconds (processor and elapsed), MiB before and more, and of two workers.
+    """
+    measured = {}
+    with tempfile.TemporaryDirectory() as folder:
+        json_file = Path(folder) / "coco.json"
+        write_coco(num_images, json_file)
+        measured["file, MiB"] = json_file.stat().st_size / 2**20
+        for side in tqdm(list(CATALOGS)[: 1 + baseline], leave=False):
+            one = _in_a_process(measure_catalog, side, json_file)
+            measured |= {f"{side}, {key}": value for key, value in one.items()}
+    return measured
+
+
+def _in_a_process(function, *args):
+    """What a function of this module returns when it is called in a process of its own."""
+    command = [sys.executable, __file__, function.__name__, *map(str, args)]
+    # One thread: what waits for others, on a busy machine, would count as processor time.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
