@@ -30,8 +30,8 @@ from imrcnn_d2.cli.export import calibration_images
 from imrcnn_d2.data.images import open_image, read_image
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.loading import load_model
-from imrcnn_d2.deploy.runtimes.agreement import LEAST_SCORE, compare_records
-from imrcnn_d2.deploy.runtimes.graph_files import write_graph
+from imrcnn_d2.deploy.runtimes import EXPORTS
+from imrcnn_d2.deploy.runtimes.check import LEAST_SCORE, compare_records
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.evaluation import evaluate_lesions
 
@@ -215,10 +215,9 @@ def _sides(cfg, weights, folder, bf16, threads):
     calibration = [prepare(read_image(path)) for path in calibration]
     for name, (format, precision) in tqdm(exported.items(), desc="Exporting", leave=False):
         path = folder / f"{precision}.{format}"
-        write_graph(
+        EXPORTS[format].export(
             loaded,
             path,
-            format,
             example=calibration[0],
             precision=precision,
             calibration=calibration if precision == "int8" else (),
@@ -348,13 +347,13 @@ def _accuracy(cfg, records, results):
 
 
 def _agreement(images, reference, results):
-    """The largest differences of detections; see :class:`Agreement`."""
+    """The largest differences of detections; see :class:`Differences`."""
     sizes = [open_image(Path(path)).size[::-1] for path in images]
-    agreement = compare_records(reference, results, sizes, LEAST_SCORE)
-    score, box, mask_iou = agreement.largest()
+    differences = compare_records(reference, results, sizes, LEAST_SCORE)
+    score, box, mask_iou = differences.largest()
     return {
-        "detections": agreement.detections,
-        "in one only, %": 100 * agreement.unmatched / max(agreement.detections, 1),
+        "detections": differences.detections,
+        "in one only, %": 100 * differences.unmatched / max(differences.detections, 1),
         "scores differ by": score,
         "boxes differ by, %": box,
         "masks overlap": mask_iou,

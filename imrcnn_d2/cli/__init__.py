@@ -58,7 +58,7 @@ def predictor_arguments() -> argparse.ArgumentParser:
 
 
 def _runtime(name: str) -> str:
-    from imrcnn_d2.deploy.runtimes.runtime import RUNTIMES
+    from imrcnn_d2.deploy.runtimes import RUNTIMES
 
     if name not in (known := (*RUNTIMES, "auto")):
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""A web page for trying a model: drop images, see the lesions it finds, move τ, download files.
+"""A web page for trying a model: drop images, see the contours of lesions, move τ, download files.
 
     imrcnn demo-app
     imrcnn demo-app --weights output/imrcnn/model_best.pth --port 8080

@@ -23,7 +23,6 @@ from pathlib import Path
 from imrcnn_d2.cli import new_parser, one_line_errors
 from imrcnn_d2.data.images import read_image
 
-FORMATS = ("safetensors", "onnx", "openvino")
 # What may differ: detections in one of the two only, in percent of all, those above τ and any;
 # scores, boxes in percent of the image's longer side, overlap of masks. Of two boxes that suppress
 # each other, bf16 and int8 may take the other one: these bounds hold for a share of the detections.
@@ -44,22 +43,28 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output.suffix != f".{args.format}":
         parser.error(f"--output {args.output} must end with .{args.format}")
-    precisions = known_precisions()[args.format]
-    if args.precision not in precisions:
-        parser.error(
-            f"there is no {args.precision} of {args.format}; choose of {', '.join(precisions)}"
-        )
+    try:
+        runtime_of(args.format).check_precision(args.precision)
+    except ValueError as error:
+        parser.error(str(error))
     if args.calibration and args.precision != "int8":
         parser.error("--calibration is for --precision int8")
     with one_line_errors(parser, extra="deploy"):
         export(args)
 
 
-def known_precisions() -> dict[str, tuple[str, ...]]:
-    """{format: precisions}"""
-    from imrcnn_d2.deploy.runtimes.graph_files import PRECISIONS, WEIGHTS_PRECISIONS
+def runtime_of(form: str):
+    """The `Runtime` that writes files of a format."""
+    from imrcnn_d2.deploy.runtimes import EXPORTS
 
-    return {"safetensors": tuple(WEIGHTS_PRECISIONS), **PRECISIONS}
+    if form not in EXPORTS:
+        raise argparse.ArgumentTypeError(f"{form!r} is none of {', '.join(EXPORTS)}")
+    return EXPORTS[form]
+
+
+def _format(form: str) -> str:
+    runtime_of(form)
+    return form
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -72,7 +77,13 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     epilog = "bounds (exact: of safetensors in fp32):\n  " + "\n  ".join(bounds)
     parser = new_parser(__doc__, epilog=epilog)
-    parser.add_argument("--format", choices=FORMATS, required=True, help="of the file")
+    parser.add_argument(
+        "--format",
+        type=_format,
+        metavar="NAME",
+        required=True,
+        help="of the file: safetensors, onnx or openvino",
+    )
     parser.add_argument("--config-file", type=Path, help="as for imrcnn predict")
     parser.add_argument("--weights", required=True, help="the trained model")
     parser.add_argument(
@@ -99,52 +110,48 @@ def argument_parser() -> argparse.ArgumentParser:
 def export(args):
     """Write the file next to its place, compare, and move it there."""
     from imrcnn_d2.deploy import Predictor
-    from imrcnn_d2.deploy.runtimes.agreement import compare_predictors
 
+    runtime = runtime_of(args.format)
+    exact = args.precision in runtime.exact_precisions
     images = find_images(args.images, MOST_IMAGES, "--images")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         path = Path(folder) / args.output.name
         original = Predictor(args.config_file, args.weights, device="cpu")
-        write(args, original, images[0], path)
-        agreement = compare_predictors(original, Predictor(None, path, device="cpu"), images)
-        if not agreement.detections:
-            raise ValueError(
-                "Nothing was found on --images: name images with lesions to compare on"
-            )
-        score, box, mask_iou = agreement.largest()
+        write(runtime, args, original, images[0], path)
+        exported = Predictor(None, path, device="cpu")
+        bounds = BOUNDS["exact" if exact else args.precision]
+        differences, exceeded = runtime.check(original, exported, images, bounds)
+        if not differences.detections:
+            raise ValueError("No detections on --images: name images with lesions to compare on")
+        score, box, mask_iou = differences.largest()
         print(
-            f"On {agreement.images} images, {agreement.detections} detections, "
-            f"{agreement.unmatched} of them in one of the two only: largest difference of a score "
-            f"{score:.2g}, of a box {box:.2g} % of the image; smallest overlap of masks "
+            f"On {differences.images} images, {differences.detections} detections, "
+            f"{differences.unmatched} of them in one of the two only: largest difference of a "
+            f"score {score:.2g}, of a box {box:.2g} % of the image; smallest overlap of masks "
             f"{mask_iou:.4f}"
         )
-        exact = args.format == "safetensors" and args.precision == "fp32"
-        if exceeded := agreement.exceeded(**BOUNDS["exact" if exact else args.precision]):
+        if exceeded:
             raise ValueError(f"{args.output} was not written: {'; '.join(exceeded)}")
         os.replace(path, args.output)
     print(f"Written: {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
 
 
-def write(args, original, example, path):
+def write(runtime, args, original, example, path):
     """Write the file to `path`; the predictor `original` prepares images for the network."""
     from tqdm import tqdm
 
-    from imrcnn_d2.deploy.loading import load_model
-    from imrcnn_d2.deploy.runtimes.graph_files import GraphRuntime, write_graph, write_safetensors
+    from imrcnn_d2.deploy import load_model
+    from imrcnn_d2.deploy.runtimes import Runtime
 
     loaded = load_model(args.config_file, args.weights, device="cpu")
-    if isinstance(loaded.model, GraphRuntime):
+    if isinstance(loaded.model, Runtime):
         raise ValueError(f"{args.weights} is an export already: name the weights it was made of")
-    if args.format == "safetensors":
-        write_safetensors(loaded, path, precision=args.precision)
-        return
     int8 = args.precision == "int8"
     calibration = calibration_images(loaded.cfg, args.calibration) if int8 else ()
-    write_graph(
+    runtime.export(
         loaded,
         path,
-        args.format,
         example=original.prepare(read_image(example)),
         precision=args.precision,
         calibration=[

@@ -4,12 +4,12 @@
     imrcnn predict --weights demo --input 'clips/*.mp4' scan.dcm --output found --overlays --masks
 
 writes predictions.json (COCO: all detections with their scores), predictions.csv (one row per
-image) and what else is requested; failed.csv lists what could not be read. Overlays, masks,
-LabelMe files and the CSV have the detections with a score of at least τ: the operating point that
-was chosen on validation data and is in the weights, else MODEL.IMRCNN.SCORE_THRESH.
+image) and the requested outputs; failed.csv lists the inputs that could not be read. Overlays,
+masks, LabelMe files and the CSV have the detections with a score of at least τ: the operating point
+that was chosen on validation data and is in the weights, else MODEL.IMRCNN.SCORE_THRESH.
 
-The same command again goes on after an interruption, and does only what is new. Research use only,
-not for diagnosis.
+The same command again goes on after an interruption, and predicts on new inputs only. Research use
+only, not for diagnosis.
 
     imrcnn predict --engine ray --actors 16 --weights demo --input archive --output found
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from detectron2.utils.logger import setup_logger
 
 from imrcnn_d2.cli import new_parser, one_line_errors, predictor_arguments
+from imrcnn_d2.utils.files import for_terminal
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,7 +134,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labelme",
         action="store_true",
-        help="LabelMe files, to correct by hand; of a video, of frames in which there is something",
+        help="LabelMe files, to correct by hand; of a video, of frames with detections",
     )
     parser.add_argument(
         "--batch-size",
@@ -148,9 +149,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def report(done, output, listed):
-    """Print what was done, and where what failed is listed."""
-    from imrcnn_d2.deploy.batch import printable
-
+    """Print the numbers of inputs, and where failed ones are listed."""
     parts = [f"{done.images} images predicted"]
     if done.skipped:
         parts.append(f"{done.skipped} inputs were done before")
@@ -158,13 +157,15 @@ def report(done, output, listed):
         parts.append(f"{len(done.failed)} inputs could not be read to their end: {listed}")
     print(f"{'; '.join(parts)}. Written to {output}")
     if done.kept:
-        names = ", ".join(printable(str(path.relative_to(output))) for path in done.kept[:5])
+        names = ", ".join(
+            for_terminal(path.relative_to(output), one_line=True) for path in done.kept[:5]
+        )
         more = f" and {len(done.kept) - 5} more" if len(done.kept) > 5 else ""
         print(f"Left as they are, since they are not as they were written: {names}{more}")
 
 
 def report_live(live, output):
-    """Print how quick it was."""
+    """Print how fast it was."""
     latency = ", ".join(f"{name} {ms:.0f} ms" for name, ms in live["latency_ms"].items())
     print(
         f"{live['predicted']} of {live['received']} frames predicted, {live['dropped_percent']} % "

@@ -132,7 +132,7 @@ def evaluate(args):
         args.output,
         tau=predictor.tau,
         about={
-            **{key: value for key, value in predictor.about.items() if key != "tau"},
+            **{key: value for key, value in predictor.metadata.items() if key != "tau"},
             "dataset": args.dataset,
             "dataset_sha256": file_sha256(metadata.json_file),
         },
@@ -144,13 +144,13 @@ def evaluate(args):
     log_test_evaluation(
         metadata.json_file,
         what=args.weights,
-        sha256=predictor.about["weights_sha256"],
+        sha256=predictor.metadata["weights_sha256"],
         output=args.output,
     )
     first = min(ground_truth.dataset["images"], key=lambda image: image["id"])
     example = read_image(Path(metadata.image_root) / first["file_name"])
     plot_distortions(example, args.output / "distortions.jpg", seed=(args.seed, first["id"]))
-    return {predictor.about["model"]: document}
+    return {predictor.metadata["model"]: document}
 
 
 def read_documents(folders):

@@ -1,4 +1,4 @@
-"""Many inputs, one after the other: what fails is listed, what is done is not done again."""
+"""Predictions on many inputs: failed inputs are listed, finished ones are not predicted again."""
 
 import contextlib
 import json
@@ -7,15 +7,14 @@ import os
 import queue
 import reprlib
 import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pycocotools.mask as mask_util
-from torch import Tensor
 from tqdm import tqdm
 
-from imrcnn_d2.data.endoscope_view import View
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.deploy.inputs import (
     DICOM_NAME,
@@ -29,13 +28,21 @@ from imrcnn_d2.deploy.outputs import (
     OUTPUTS,
     InputOutputs,
     OutputFolder,
+    above_threshold,
     coco_head,
-    counted,
     frame_record,
     output_folders,
     records,
 )
-from imrcnn_d2.utils.files import BadInputError, atomic_file, csv_line, file_sha256, lock_folder
+from imrcnn_d2.deploy.predictor import Predictor
+from imrcnn_d2.utils.files import (
+    BadInputError,
+    atomic_file,
+    csv_line,
+    file_sha256,
+    for_terminal,
+    lock_folder,
+)
 
 __all__ = [
     "FAILED",
@@ -46,83 +53,61 @@ __all__ = [
     "Summary",
     "ahead",
     "check_run",
-    "in_utf8",
     "is_done",
     "outdated",
     "predict_files",
     "predictions",
-    "printable",
     "run_record",
     "signature",
 ]
 
 
-# Of the records that are read back. 1 knew DICOM files by their names, and not what was written.
+# Of journals. Format 1 had DICOM files by their names, and not the files that were written.
 FORMAT = 2
 
 
-def run_record(predictor, root, save=()):
+def run_record(predictor: Predictor, root: Path, save: Iterable[str] = ()) -> dict:
     """
-    Args:
-        predictor (Predictor):
-        root (Path): folder that the names of inputs are relative to.
-        save (iterable of str): of ``OUTPUTS``.
+    What all results in a folder of outputs share, of JSON types.
 
-    Returns:
-        dict: what all results in a folder of outputs share, of JSON types.
+    Args:
+        root: folder that the names of inputs are relative to.
+        save: of ``OUTPUTS``.
     """
     run = {
-        **predictor.about,
-        "runtime": predictor.asked_runtime,  # "auto" may find another the next time
+        **predictor.metadata,
+        "runtime": predictor.requested_runtime,  # "auto" may choose another the next time
         "classes": predictor.classes,
         "outputs": sorted(save),
-        # Names are relative to it. Its path may hold a patient's name, which even a hash of it
-        # would give away to whoever guesses: its number in the file system does not.
+        # Names are relative to it. Its path may contain a patient's name, which could be guessed
+        # even from a hash of it, but not from its number in the file system.
         "inputs": os.stat(root).st_ino,
         "format": FORMAT,
     }
     return json.loads(json.dumps(run))  # as it is read back
 
 
-def check_run(folder, there, now):
+def check_run(folder: Path, previous: dict, current: dict) -> None:
     """
-    Args:
-        folder (Path): of outputs.
-        there, now (dict): of the results in it and of those to come, see :func:`run_record`.
-
     Raises:
-        ValueError: they are not of one run; the error says what differs.
+        ValueError: the previous results in a folder and the current ones are not of one run, see
+            `run_record`; the error names the differences.
     """
-    differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-    if differing:
+    differences = [
+        f"{for_terminal(key)} ({reprlib.repr(previous.get(key))}, "
+        f"now {reprlib.repr(current.get(key))})"
+        for key in sorted({**previous, **current})
+        if previous.get(key) != current.get(key)
+    ]
+    if differences:
         raise ValueError(
             f"{folder} holds the predictions of another run: it differs in "
-            + ", ".join(
-                f"{printable(k)} ({reprlib.repr(there.get(k))}, now {reprlib.repr(now.get(k))})"
-                for k in sorted(differing)
-            )
-            + ". Choose another --output"
+            f"{', '.join(differences)}. Choose another --output"
         )
 
 
-def in_utf8(name):
-    """str: a file's name as UTF-8 has it, where the file system's is none."""
-    return name.encode(errors="backslashreplace").decode()
-
-
-def printable(name):
-    """str: a name for a terminal, which obeys control characters; these are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-
-
-def signature(source):
-    """
-    Args:
-        source (Source):
-
-    Returns:
-        list[int] or None: what changes when the file does; None where it is gone.
-    """
+def signature(source: Source) -> list[int] | None:
+    """Changes when the file does; None if it is gone."""
     try:
         status = source.path.stat()
     except OSError:
@@ -130,29 +115,18 @@ def signature(source):
     return [status.st_size, status.st_mtime_ns]
 
 
-def is_done(there, source):
+def is_done(record, source: Source) -> bool:
     """
-    Args:
-        there (object or None): what is on record of an input, with ``error`` and ``signature``.
-        source (Source): the input.
-
-    Returns:
-        bool: whether it was done without an error and has not been changed since.
+    Whether an input was done without an error and has not been changed since; ``record`` has its
+    ``error`` and ``signature``, or is None.
     """
-    return there is not None and there.error is None and there.signature == signature(source)
+    return record is not None and record.error is None and record.signature == signature(source)
 
 
-def outdated(records, sources):
+def outdated(records: Iterable, sources: Iterable[Source]) -> list:
     """
-    Find the DICOM files that failed and are gone. Known by their content, they are others once they
-    are repaired; by their name, another input takes its own place.
-
-    Args:
-        records (iterable of object): what is on record of inputs, with ``error`` and ``name``.
-        sources (iterable of Source): all inputs there are.
-
-    Returns:
-        list: those of the records.
+    The records, with ``error`` and ``name``, of DICOM files that failed and are not among the
+    sources any more. Their names are from their content, and change once they are repaired.
     """
     names, prefix = {source.name for source in sources}, DICOM_NAME.partition("{")[0]
     return [
@@ -168,8 +142,8 @@ LONGEST_SIDE, MOST_PIXELS = 2**20, 2**28  # of a frame
 
 
 @dataclass(frozen=True)
-class _Input:
-    """One that was done: its lines in the file are from byte ``start`` to ``end``."""
+class _DoneInput:
+    """Its lines in the journal are from byte ``start`` to ``end``."""
 
     name: str
     signature: list | None
@@ -182,30 +156,29 @@ class _Input:
 
 class Journal:
     """
-    ``progress.jsonl``: a line that says what the run is, then for each input a line a frame, one
-    for each file written, and one that says it is done. A kill costs the input at work, never more:
-    what follows the last input that is done is cut off when the file is opened again.
+    ``progress.jsonl``: one line for the run, then for each input one line per frame, one per file
+    written, and one that says it is done. A kill costs the current input, never more: lines after
+    the last finished input are cut off when the file is opened again.
 
-    The tables of all results are made from it, a line in memory at a time. It also tells the files
-    that were written from those of the user, which are never deleted or overwritten: a file is ours
-    as long as it is in the journal, with the content that it was written with.
+    The tables of all results are made from it, one line in memory at a time. It also distinguishes
+    the files that were written from those of the user, which are never deleted or overwritten: a
+    file is ours as long as it is in the journal, with the content that it was written with.
     """
 
     FILE = "progress.jsonl"
 
-    def __init__(self, folder, run, others=()):
+    def __init__(self, folder: str | Path, run: dict, others: Iterable[str] = ()):
         """
         Args:
-            folder (Path): of the outputs; made if it does not exist.
-            run (dict): what all results in the folder share, see :func:`run_record`.
-            others (iterable of str): what is written into the folder besides the tables: names of
-                files, and of folders of files.
+            folder: of the outputs; made if it does not exist.
+            run: what all results in the folder share, see `run_record`.
+            others: names of the files and folders that are written into it besides the tables.
 
         Raises:
             ValueError: the folder has the results of another run, or files of these names that no
-                run wrote; one is writing into it; or its journal is damaged.
+                run wrote; another run is writing into it; or its journal is damaged.
         """
-        self.folder, self.run, self._others = Path(folder), run, set(others)
+        self.folder, self.run, self._other_names = Path(folder), run, set(others)
         self._path = self.folder / self.FILE
         for name in (self.FILE, ".lock"):  # through a link, another file would be cut
             path = self.folder / name
@@ -228,8 +201,8 @@ class Journal:
         self._start = self._file.tell()
 
     def _check_new(self):
-        """Of a folder without a journal, or with an empty one."""
-        names = sorted({PREDICTIONS, TABLE, FAILED, *self._others})
+        """A folder without a journal, or with an empty one, must not have files of our names."""
+        names = sorted({PREDICTIONS, TABLE, FAILED, *self._other_names})
         foreign = [name for name in names if os.path.lexists(self.folder / name)]
         if foreign:
             raise ValueError(
@@ -238,7 +211,7 @@ class Journal:
             )
 
     def _read(self):
-        """Index what is there; the file is then cut and stands at its end."""
+        """Index the inputs that are done; the file is then cut and stands at its end."""
         self._file.seek(0)
         whole = start = number = frames = broken = 0
         files, names = {}, set()
@@ -250,7 +223,7 @@ class Journal:
                 raise self._damaged(1)  # another program's file, which is not to be cut
             if content is None:
                 broken = broken or number
-            elif broken and "done" in content:  # what a kill cuts off has nothing behind it
+            elif broken and "done" in content:  # a kill cuts off the last line only
                 raise self._damaged(broken)
             elif not broken:
                 match content:
@@ -264,7 +237,7 @@ class Journal:
                         names.add(_input_name(content["image"]))
                     case {"file": str(name), "sha256": str(digest)} if number > 1:
                         self._check_name(name, number)
-                        if PurePosixPath(name).parts[0] not in self._others:
+                        if PurePosixPath(name).parts[0] not in self._other_names:
                             raise self._damaged(number, f"{name!r} is no file that is written here")
                         files[self.folder / name] = digest
                     case {"done": dict(done)} if number > 1:
@@ -290,7 +263,7 @@ class Journal:
             } if done["frames"] == frames and len(done) == 5:
                 self._check_name(name, number)
                 self._check_name(target or name, number)
-                self._done[name] = _Input(name, signature, start, end, frames, error, target)
+                self._done[name] = _DoneInput(name, signature, start, end, frames, error, target)
             case _:
                 raise self._damaged(number)
 
@@ -306,43 +279,28 @@ class Journal:
             "the results in this one"
         )
 
-    def is_done(self, source):
-        """
-        Args:
-            source (Source):
-
-        Returns:
-            bool: whether it was done without an error and has not been changed since.
-        """
+    def is_done(self, source: Source) -> bool:
+        """Whether an input was done without an error and has not been changed since."""
         return is_done(self._done.get(source.name), source)
 
-    def begin(self, source):
-        """
-        Delete the files of what an input was before it changed, but for those that the user has
-        changed.
-
-        Args:
-            source (Source):
-        """
+    def begin(self, source: Source) -> None:
+        """Deletes an input's files of before it changed, except those that the user has changed."""
         if source.name in self._done:
             self._delete(self._files(self._done[source.name]))
 
     def _files(self, done):
-        """Path -> SHA-256 of each file that was written of an input that is done."""
+        """Path -> SHA-256 of each file that was written for an input that is done."""
         lines = [line for line in self._lines(done) if "file" in line]
         return {self.folder / line["file"]: line["sha256"] for line in lines}
 
-    def _delete(self, files):
+    def _delete(self, files: dict[Path, str]):
         """
-        Delete files that are as they were written; others stay, and so does what has their name in
-        their folder: the frame that a corrected LabelMe file is of.
-
-        Args:
-            files (dict[Path, str]): -> SHA-256 of what was written.
+        Deletes files that still have the SHA-256 that was written. The others stay, and so do files
+        that differ from them in the suffix only: the frame of a corrected LabelMe file.
         """
-        there = {path: digest for path, digest in files.items() if os.path.lexists(path)}
-        ours = {path for path, digest in there.items() if self._is_as_written(path, digest)}
-        changed = {path.with_suffix("") for path in there.keys() - ours}
+        existing = {path: digest for path, digest in files.items() if os.path.lexists(path)}
+        ours = {path for path, digest in existing.items() if self._is_as_written(path, digest)}
+        changed = {path.with_suffix("") for path in existing.keys() - ours}
         for path in ours:
             if path.with_suffix("") not in changed:
                 path.unlink()
@@ -351,14 +309,8 @@ class Journal:
         is_file = self.holds(path) and path.is_file() and not path.is_symlink()
         return is_file and file_sha256(path) == digest
 
-    def holds(self, path):
-        """
-        Args:
-            path (Path): in the folder, by its name.
-
-        Returns:
-            bool: whether no link leads it elsewhere.
-        """
+    def holds(self, path: Path) -> bool:
+        """Whether a path in the folder, by its name, is not led elsewhere by a link."""
         return path.parent.resolve().is_relative_to(self.folder.resolve())
 
     def _lines(self, done):
@@ -367,59 +319,49 @@ class Journal:
             while file.tell() < done.end:
                 yield json.loads(file.readline())
 
-    def add(self, record, annotations):
-        """
-        Args:
-            record (dict): COCO image record of a frame, without its id.
-            annotations (list[dict]): what was found in it.
-        """
+    def add(self, record: dict, annotations: list[dict]) -> None:
+        """Adds the COCO image record of a frame, without an id, and its predictions."""
         self._append({"image": record, "annotations": annotations})
 
-    def add_file(self, path, digest):
-        """
-        Note a file of the input at work, before it takes its name.
-
-        Args:
-            path (Path): in the folder.
-            digest (str): SHA-256 of its content.
-        """
+    def add_file(self, path: Path, digest: str) -> None:
+        """Adds a file of the current input, with the SHA-256 of its content, before it exists."""
         name = path.relative_to(self.folder).as_posix()
         self._append({"file": name, "sha256": digest})
         self._file.flush()
 
-    def targets(self):
-        """
-        Returns:
-            dict[str, str]: by name, what the files of each input that is done are called.
-        """
+    def targets(self) -> dict[str, str]:
+        """Names of the inputs that are done -> names of their files, see `OutputFolder.target`."""
         return {done.name: done.target for done in self._done.values() if done.target}
 
-    def forget_outdated(self, sources):
-        """
-        Args:
-            sources (iterable of Source): all inputs there are, see :func:`outdated`.
-        """
+    def forget_outdated(self, sources: Iterable[Source]) -> None:
+        """Deletes the files and records of `outdated` inputs, which are not among all sources."""
         for done in outdated(self._done.values(), sources):
             self._delete(self._files(done))
             del self._done[done.name]
 
-    def finish(self, source, signature, frames, error=None, target=None):
+    def finish(
+        self,
+        name: str,
+        signature: list[int] | None,
+        frames: int,
+        error: str | None = None,
+        target: str | None = None,
+    ) -> None:
         """
-        Note that an input is done: it and its frames are now on disk.
+        Notes that an input is done: it and its frames are now on disk.
 
         Args:
-            source (Source):
-            signature (list or None): of the file as it was read, see :func:`signature`.
-            frames (int): that were predicted.
-            error (str or None): why it, or the rest of it, could not be.
-            target (str or None): what its files are called, if there are any.
+            name: of the input.
+            signature: of the file as it was read, see `signature`.
+            frames: number predicted.
+            error: why it, or the rest of it, could not be predicted.
+            target: the name of its files, if there are any.
         """
-        name = source.name
         done = dict(name=name, signature=signature, frames=frames, error=error, target=target)
         self._append({"done": done})
         self._sync()
         end = self._file.tell()
-        self._done[name] = _Input(**done, start=self._start, end=end)
+        self._done[name] = _DoneInput(**done, start=self._start, end=end)
         self._start = end
 
     def _append(self, content):
@@ -430,16 +372,12 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def close(self):
-        """Close the file, and leave the folder to others."""
+        """Closes the file and unlocks the folder."""
         self._file.close()
         self._lock.release()
 
-    def frames(self):
-        """
-        Yields:
-            tuple[dict, list[dict]]: image record with its ``id``, and the annotations, of all
-            inputs by name.
-        """
+    def frames(self) -> Iterator[tuple[dict, list[dict]]]:
+        """Yields the image record with its ``id``, and the annotations, of all inputs by name."""
         number = 0
         for done in self._by_name():
             for line in self._lines(done):
@@ -450,51 +388,41 @@ class Journal:
     def _by_name(self):
         return sorted(self._done.values(), key=lambda done: done.name)
 
-    def failed(self):
-        """
-        Returns:
-            list[tuple[str, str]]: name and reason of each input that was not, or not wholly, read.
-        """
+    def failed(self) -> list[tuple[str, str]]:
+        """Name and reason of each input that was not, or not wholly, read."""
         return [(done.name, done.error) for done in self._by_name() if done.error is not None]
 
-    def write_tables(self, about, classes):
+    def write_tables(self, metadata: dict, classes: list[str]) -> None:
         """
-        Write ``predictions.json``, ``predictions.csv`` and, if there are any, ``failed.csv``.
-
-        Args:
-            about (dict): of the :class:`Predictor`.
-            classes (list[str]):
+        Writes ``predictions.json``, ``predictions.csv`` and, on failures, ``failed.csv``, with the
+        metadata and classes of the `Predictor`.
         """
-        self._write_coco(about, classes)
-        self._write_csv(TABLE, self._rows(about, classes))
+        self._write_coco(coco_head(metadata, classes))
+        self._write_csv(TABLE, self._rows(metadata, classes))
         failed = [{"file": name, "reason": reason} for name, reason in self.failed()]
         if failed:
             self._write_csv(FAILED, failed)
         else:
             (self.folder / FAILED).unlink(missing_ok=True)
 
-    def _rows(self, about, classes):
-        for image, found in self.frames():
+    def _rows(self, metadata, classes):
+        for image, annotations in self.frames():
             try:
-                yield _row(image, found, about, classes)
+                yield _row(image, annotations, metadata, classes)
             except ValueError as error:  # a mask that was not written here
                 raise BadInputError(self._path, f"of {image['file_name']!r}, {error}") from error
 
-    def _write_coco(self, about, classes):
-        head = coco_head(about, classes)
+    def _write_coco(self, head):
         with atomic_file(self.folder / PREDICTIONS) as file:
             file.write(json.dumps(head)[:-1].encode() + b',\n"images": [')
             _write_list(file, (image for image, _ in self.frames()))
             file.write(b'],\n"annotations": [')
-            _write_list(
-                file,
-                (
-                    {"image_id": image["id"], **annotation}
-                    for image, annotations in self.frames()
-                    for annotation in annotations
-                ),
-                numbered=True,
+            annotations = (
+                {"image_id": image["id"], **annotation}
+                for image, annotations in self.frames()
+                for annotation in annotations
             )
+            _write_list(file, annotations)
             file.write(b"]}\n")
 
     def _write_csv(self, file_name, rows):
@@ -508,28 +436,28 @@ class Journal:
                 file.write(lines.encode("utf-8", "backslashreplace"))
 
 
-def _write_list(file, records, numbered=False):
+def _write_list(file, records):
     for number, record in enumerate(records, 1):
-        record = {"id": number, **record} if numbered else record
-        file.write((b",\n" if number > 1 else b"\n") + json.dumps(record).encode())
+        line = json.dumps({"id": number, **record})
+        file.write((b",\n" if number > 1 else b"\n") + line.encode())
 
 
-def _row(image, annotations, about, classes):
-    """What predictions.csv says of an image."""
+def _row(image, annotations, metadata, classes):
+    """Of an image in predictions.csv."""
     row = {key: image.get(key) for key in ("file_name", "frame", "time", "width", "height")}
     if annotations and "probabilities" in annotations[0]:
         best = annotations[0]
         row |= {"class": classes[best["category_id"] - 1], "score": best["score"]}
         row |= dict(zip((f"probability {c}" for c in classes), best["probabilities"], strict=True))
     else:
-        shown = counted(annotations, about["tau"])
+        shown = above_threshold(annotations, metadata["tau"])
         row |= {"lesions": len(shown), "score": max((a["score"] for a in annotations), default=0)}
         row |= {"area_percent": _area_percent(shown, image)}
-    return row | {key: about[key] for key in ("tau", "weights_sha256", "version")}
+    return row | {key: metadata[key] for key in ("tau", "weights_sha256", "version")}
 
 
 def _area_percent(annotations, image):
-    """Of the image, what is outlined; of boxes where there are no masks."""
+    """The share of the image that the masks cover, or the boxes if there are no masks."""
     size = image["height"], image["width"]
     masks = [to_rle(a["segmentation"], *size) for a in annotations if "segmentation" in a] or [
         mask_util.frPyObjects(np.array([a["bbox"]]), *size)[0] for a in annotations
@@ -539,13 +467,13 @@ def _area_percent(annotations, image):
 
 
 def _is_start(line):
-    """Whether it can be what a kill left of a journal's first line."""
+    """Whether it can be the first line of a journal, cut off by a kill."""
     start = b'{"run":{'
     return line.startswith(start) or start.startswith(line)
 
 
 def _parsed(line):
-    """What a line holds, a dict; None if it is none, or not whole."""
+    """The dict in a line; None if it is none, or not whole."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -556,25 +484,27 @@ def _parsed(line):
 
 
 def _input_name(image):
-    """Of the input that a frame is of, see :func:`frame_record`."""
+    """Of a frame's input, see `frame_record`."""
     number = image.get("frame")
     return image["file_name"].removesuffix(f"#{number:06d}" if isinstance(number, int) else "")
 
 
 def _is_frame(content, classes):
-    """Whether it is what :meth:`Journal.add` writes of a model with so many classes."""
+    """Whether `Journal.add` writes such a line for a model with so many classes."""
     match content:
         case {"image": {"file_name": str(), "width": int(w), "height": int(h)} as image} if (
             0 < w <= LONGEST_SIDE and 0 < h <= LONGEST_SIDE and w * h <= MOST_PIXELS
         ):
             others = [value for key, value in image.items() if key != "file_name"]
-            found = content["annotations"]
+            annotations = content["annotations"]
         case _:
             return False
     lists = [value if isinstance(value, list) else [value] for value in others if value is not None]
     if not all(map(_are_numbers, lists)):
         return False
-    return isinstance(found, list) and all(_is_annotation(a, w, h, classes) for a in found)
+    return isinstance(annotations, list) and all(
+        _is_annotation(annotation, w, h, classes) for annotation in annotations
+    )
 
 
 def _is_annotation(annotation, width, height, classes):
@@ -596,7 +526,7 @@ def _is_annotation(annotation, width, height, classes):
 
 
 def _are_numbers(values):
-    """Whether all of a list are finite."""
+    """Whether all values are finite numbers."""
     try:
         return all(type(value) in (int, float) and math.isfinite(value) for value in values)
     except OverflowError:  # an integer beyond what a float can be
@@ -606,42 +536,36 @@ def _are_numbers(values):
 @dataclass(frozen=True)
 class Item:
     """
-    A frame on its way, or the end of its input.
+    A frame of an input, or the input's end.
 
     Attributes:
-        source (Source): what it is of.
-        signature (list[int] or None): of the file when reading began, see :func:`signature`.
-        pictures (bool): False if its pixels must not reach an output.
-        frame (Frame or None): None at the end of an input.
-        view (View or None): what of the frame the network sees; None for all.
-        prepared (Tensor or None): what the network sees.
-        error (str or None): at the end of an input, why it, or the rest of it, could not be read.
+        signature: of the file when reading began, see `signature`.
+        show_pixels: False if its pixels must not reach an output.
+        frame: None at the end of an input.
+        error: at the end of an input, why it, or the rest of it, could not be read.
     """
 
     source: Source
-    signature: list | None
-    pictures: bool = True
+    signature: list[int] | None
+    show_pixels: bool = True
     frame: Frame | None = None
-    view: View | None = None
-    prepared: Tensor | None = None
     error: str | None = None
 
 
-def predictions(predictor, sources, batch_size):
+def predictions(
+    predictor: Predictor, sources: Iterable[Source], batch_size: int
+) -> Iterator[tuple[Item, list[dict] | None]]:
     """
-    Predict on inputs in turn. While the caller works on what it was given, the network is at the
-    next frames and the decoder at those after them: the whole takes as long as the slowest of the
-    three. What waits in between does not grow with the inputs.
+    Predicts on inputs in turn. While the caller works on one frame, the network is at the next and
+    the decoder at those after them: all takes as long as the slowest of the three. The number of
+    waiting frames is bounded.
 
     Args:
-        predictor (Predictor):
-        sources (iterable of Source):
-        batch_size (int): images that the network sees at once, where they are of one size to it.
+        batch_size: images that the network sees at once, if they are of one size to it.
 
     Yields:
-        tuple[Item, list[dict] or None]: each frame with what is found in it, see :func:`records`,
-        and behind the last frame of an input its end, with None. An input that cannot be read has
-        its end alone.
+        Each frame with its annotations, see `records`, and after the last frame of an input its
+        end, with None. An input that cannot be read has an end only.
     """
     room = 2 * batch_size
     with (
@@ -653,42 +577,35 @@ def predictions(predictor, sources, batch_size):
                 yield item, None
             else:
                 size = item.frame.image.shape[:2]
-                yield item, records(predictor, output, *size, item.view)
+                yield item, records(predictor, output, *size, item.frame.view)
 
 
 def _read(sources, predictor):
-    """Yields the items of all sources in turn."""
+    """Yields the items of all sources in turn, each with the network's image, or None."""
     for source in sources:
         item = Item(source, signature(source))
         try:
             if source.kind == "dicom":
-                item = replace(item, pictures=not may_show_patient(source.path))
+                item = replace(item, show_pixels=not may_show_patient(source.path))
             views = predictor.views()
             for frame in read_frames(source):
-                view = views(frame.image)
-                prepared = predictor.prepare(frame.image, view)
-                yield replace(item, frame=frame, view=view, prepared=prepared)
+                frame = frame._replace(view=views(frame.image))
+                yield replace(item, frame=frame), predictor.prepare(frame.image, frame.view)
         except BadInputError as error:
             item = replace(item, error=error.reason)
         except ModuleNotFoundError as error:  # of the extra [deploy]
             item = replace(item, error=f"needs {error.name}: pip install {error.name}")
         except Exception as error:  # readers raise nearly anything on damaged files
-            # What an unknown error quotes of a DICOM file may be the patient's.
-            said = "" if source.kind == "dicom" else f": {error}"
-            item = replace(item, error=f"cannot be predicted ({type(error).__name__}{said})")
-        yield item
+            # An unknown error may quote a patient's data from a DICOM file.
+            message = "" if source.kind == "dicom" else f": {error}"
+            item = replace(item, error=f"cannot be predicted ({type(error).__name__}{message})")
+        yield item, None
 
 
-def ahead(items, number):
+def ahead(items: Iterable, number: int) -> Iterator:
     """
-    Make items in a thread of their own, while those before are worked on.
-
-    Args:
-        items (iterable):
-        number (int): of them that may wait.
-
-    Yields:
-        what ``items`` yields; what it raises is raised here.
+    Yields items that another thread makes while the caller works on the previous ones; at most
+    ``number`` of them wait. What ``items`` raises is raised here.
     """
     waiting, end, stop = queue.Queue(number), object(), threading.Event()
 
@@ -726,44 +643,46 @@ def ahead(items, number):
 class Summary:
     """
     Attributes:
-        images (int): images and frames predicted now.
-        skipped (int): inputs that an earlier call had done.
-        failed (list[tuple[str, str]]): name and reason of each input that could not be read, or not
-            to its end.
-        kept (list[Path]): files that the user has changed or put there: they were left as they are.
+        images: images and frames predicted now.
+        skipped: inputs that an earlier call had done.
+        failed: name and reason of each input that could not be read, or not to its end.
+        kept: files that the user has changed or put there: they were left as they are.
     """
 
     images: int
     skipped: int
-    failed: list
-    kept: list = field(default_factory=list)
+    failed: list[tuple[str, str]]
+    kept: list[Path] = field(default_factory=list)
 
 
-def predict_files(predictor, inputs, output, *, save=(), batch_size=1, follow_links=False):
+def predict_files(
+    predictor: Predictor,
+    inputs: Iterable[str | Path],
+    output: str | Path,
+    *,
+    save: Iterable[str] = (),
+    batch_size: int = 1,
+    follow_links: bool = False,
+) -> Summary:
     """
-    Predict on images, videos and DICOM files, and write the tables of :meth:`Journal.write_tables`
-    and what else is wished. An input that cannot be read is listed and the others go on. Called
-    again with the same output, it goes on where it was interrupted.
+    Predicts on images, videos and DICOM files, and writes the tables of `Journal.write_tables` and
+    the requested outputs. An input that cannot be read is listed and the others go on. Called again
+    with the same output, it goes on where it was interrupted.
 
     Args:
-        predictor (Predictor):
-        inputs (list[str or Path]): see :func:`find_inputs`.
-        output (str or Path): folder; made if it does not exist.
-        save (iterable of str): of ``OUTPUTS``.
-        batch_size (int): images that the network sees at once, where they are of one size to it.
-        follow_links (bool): see :func:`find_inputs`.
-
-    Returns:
-        Summary:
+        inputs, follow_links: see `find_inputs`.
+        output: folder; made if it does not exist.
+        save: of ``OUTPUTS``.
+        batch_size: images that the network sees at once, if they are of one size to it.
 
     Raises:
         FileNotFoundError: there is no such input.
-        ValueError: the folder has the results of another run, files that no run wrote, or one is
-            writing into it; or masks are asked for of a model that gives none.
-        OSError: something cannot be written. What is done stays done.
+        ValueError: the folder has the results of another run, files that no run wrote, or another
+            run is writing into it; or masks are requested from a model without masks.
+        OSError: something cannot be written. Finished inputs stay finished.
     """
-    if "masks" in save and not predictor.outlines:
-        raise ValueError(f"{predictor.about['model']} outlines nothing: it gives no masks")
+    if "masks" in save and not predictor.has_masks:
+        raise ValueError(f"{predictor.metadata['model']} gives no masks")
     output = Path(output)
     root, sources = find_inputs(inputs, leave_out=output_folders(output), follow_links=follow_links)
     run = run_record(predictor, root, save)
@@ -771,41 +690,40 @@ def predict_files(predictor, inputs, output, *, save=(), batch_size=1, follow_li
         journal.forget_outdated(sources)
         todo = [source for source in sources if not journal.is_done(source)]
         names = [source.name for source in sources]
-        to = OutputFolder(
-            output, save, predictor.about, predictor.classes, names, taken=journal.targets()
+        folder = OutputFolder(
+            output, save, predictor.metadata, predictor.classes, names, taken=journal.targets()
         )
-        images = _predict(predictor, todo, to, journal, batch_size)
-        journal.write_tables(predictor.about, predictor.classes)
-        return Summary(images, len(sources) - len(todo), journal.failed(), to.kept)
+        images = _predict(predictor, todo, folder, journal, batch_size)
+        journal.write_tables(predictor.metadata, predictor.classes)
+        return Summary(images, len(sources) - len(todo), journal.failed(), folder.kept)
 
 
-def _predict(predictor, sources, to, journal, batch_size):
-    """Number of images predicted."""
+def _predict(predictor, sources, folder, journal, batch_size) -> int:
+    """Returns the number of images predicted."""
     stills = all(source.kind == "image" for source in sources)
-    found_in = predictions(predictor, sources, batch_size)
     outputs, number, images = None, 0, 0
     with (
-        contextlib.closing(found_in),
+        contextlib.closing(predictions(predictor, sources, batch_size)) as items,
         contextlib.ExitStack() as files,
         tqdm(desc="Predicting", unit="image", total=len(sources) if stills else None) as bar,
     ):
-        for item, found in found_in:
-            source = item.source
+        for item, annotations in items:
+            name = item.source.name
             if outputs is None:
                 outputs = files.enter_context(
-                    InputOutputs(to, source, journal, pictures=item.pictures)
+                    InputOutputs(folder, item.source, journal, show_pixels=item.show_pixels)
                 )
             if item.frame is not None:
-                outputs.add(item.frame, found)
-                journal.add(frame_record(source.name, item.frame, item.view), found)
+                outputs.add(item.frame, annotations)
+                journal.add(frame_record(name, item.frame), annotations)
                 number += 1
                 bar.update()
                 continue
             files.close()  # its files are whole before it is noted as done
-            target = to.target(source.name) if number else None
+            target = folder.target(name) if number else None
             error = item.error or outputs.error
-            journal.finish(source, item.signature, number, error, target)
+            journal.finish(name, item.signature, number, error, target)
             if error:
-                tqdm.write(printable(f"{source.name}: {error}"))
+                tqdm.write(for_terminal(f"{name}: {error}", one_line=True))
             outputs, number, images = None, 0, images + number
     return images

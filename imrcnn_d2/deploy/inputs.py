@@ -1,4 +1,4 @@
-"""What to predict on: images, videos and DICOM files, out of paths, folders and patterns."""
+"""Images, videos and DICOM files to predict on, from paths, folders and patterns."""
 
 import contextlib
 import glob
@@ -9,14 +9,16 @@ import logging
 import os
 import secrets
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from imrcnn_d2.data.endoscope_view import View
 from imrcnn_d2.data.images import (
     hide_details,
     is_dicom,
@@ -50,8 +52,8 @@ logger = logging.getLogger(__name__)
 DICOM_NAME = "dicom-{}.dcm"
 
 
-def input_key(name):
-    """str: a hash of an input's name, which is one that every output may have."""
+def input_key(name: str) -> str:
+    """A hash of an input's name, which any output may contain."""
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
@@ -73,11 +75,12 @@ _TRANSPORT_PACKETS = 188, 192, 204
 class Frame(NamedTuple):
     """
     Attributes:
-        image (np.ndarray): (H, W, 3) RGB, uint8.
-        number (int or None): from 0, in a file of several frames; None in a still.
-        time (Fraction or None): seconds, where frames follow each other in time.
-        time_base (Fraction or None): seconds that all times of the file are multiples of.
-        pixel_aspect (Fraction or None): a pixel's width to its height; None if not said: square.
+        image: (H, W, 3) RGB, uint8.
+        number: from 0, in a file of several frames; None in a still.
+        time: seconds, where frames follow each other in time.
+        time_base: seconds that all times of the file are multiples of.
+        pixel_aspect: a pixel's width to its height; None if unknown: square.
+        view: the part that the network sees; None for all.
     """
 
     image: np.ndarray
@@ -85,16 +88,12 @@ class Frame(NamedTuple):
     time: Fraction | None = None
     time_base: Fraction | None = None
     pixel_aspect: Fraction | None = None
+    view: View | None = None
 
 
-def open_video(file, path):
+def open_video(file: str | Path | BinaryIO, path: str | Path):
     """
-    Args:
-        file (str, Path or BinaryIO): what to read; no other file is opened.
-        path (Path): to be named in errors.
-
-    Returns:
-        av.container.InputContainer:
+    Opens a video as an av.container.InputContainer, and no other file; errors name ``path``.
 
     Raises:
         BadInputError: it is of a format that is not read, such as a playlist.
@@ -111,14 +110,9 @@ def open_video(file, path):
         raise BadInputError(path, reason) from error
 
 
-def decode_video(file, path):
+def decode_video(file: str | Path | BinaryIO, path: str | Path) -> Iterator[Frame]:
     """
-    Args:
-        file (str, Path or BinaryIO): what to read.
-        path (Path): to be named in errors.
-
-    Yields:
-        Frame: upright.
+    Yields the frames of a video, upright; errors name ``path``.
 
     Raises:
         BadInputError: no video, or one that ends early: after the frames that could be read.
@@ -132,53 +126,39 @@ def decode_video(file, path):
                 raise BadInputError(path, "holds no video")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            end = _End(container, stream)
+            end = _EndOfVideo(container, stream)
             for packet in container.demux():  # all streams: only the longest tells the file's end
-                end.see_packet(packet)
+                end.add_packet(packet)
                 for frame in packet.decode() if packet.stream is stream else ():
                     if frame.pts is not None:
                         time = frame.pts * frame.time_base
                     elif number and stream.average_rate:
                         time += 1 / stream.average_rate
-                    end.see_frame(frame)
-                    shape = pixel_aspect(stream, frame)
-                    yield Frame(upright(frame), number, time, stream.time_base, shape)
+                    end.add_frame(frame)
+                    aspect = pixel_aspect(stream, frame)
+                    yield Frame(upright(frame), number, time, stream.time_base, aspect)
                     number += 1
             if not number:
                 raise BadInputError(path, "holds no frame of video")
-            if why := end.missing():
-                raise BadInputError(path, f"is cut off: it ends after {number} frames, {why}")
+            if missing := end.missing():
+                raise BadInputError(path, f"is cut off: it ends after {number} frames, {missing}")
     except av.error.FFmpegError as error:
-        where = f"after {number} frames ({float(time):.2f} s)" if number else "from the start"
-        raise BadInputError(path, f"cannot be decoded {where}: {error.strerror}") from error
+        position = f"after {number} frames ({float(time):.2f} s)" if number else "from the start"
+        raise BadInputError(path, f"cannot be decoded {position}: {error.strerror}") from error
 
 
-def upright(frame):
-    """
-    Args:
-        frame (av.VideoFrame): as stored.
-
-    Returns:
-        np.ndarray: (H, W, 3) RGB, uint8, turned as the file says that it is to be shown.
-    """
+def upright(frame) -> np.ndarray:
+    """An av.VideoFrame as (H, W, 3) RGB, uint8, rotated as the file says."""
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
-def pixel_aspect(stream, frame):
-    """
-    Args:
-        stream (av.VideoStream):
-        frame (av.VideoFrame): of it.
-
-    Returns:
-        Fraction or None: a pixel's width to its height in what :func:`upright` gives; None if the
-        file does not say it.
-    """
+def pixel_aspect(stream, frame) -> Fraction | None:
+    """A pixel's width to its height in the image of `upright`; None if the file does not say it."""
     stored = stream.sample_aspect_ratio
     return 1 / stored if stored and frame.rotation % 180 else stored or None
 
 
-class _End:
+class _EndOfVideo:
     """Where a file ends, and whether that is early."""
 
     def __init__(self, container, stream):
@@ -186,7 +166,7 @@ class _End:
         # Of each stream, seconds: when what it holds last begins and ends, and its last damage.
         self._starts, self._ends, self._damages = {}, {}, {}
 
-    def see_packet(self, packet):
+    def add_packet(self, packet):
         time = packet.dts if packet.pts is None else packet.pts
         if not packet.size or time is None:
             return
@@ -197,12 +177,12 @@ class _End:
         if packet.is_corrupt:
             self._damages[stream] = start
 
-    def see_frame(self, frame):
+    def add_frame(self, frame):
         if frame.is_corrupt and frame.pts is not None and self._stream.index in self._starts:
             self._damages[self._stream.index] = frame.pts * frame.time_base
 
-    def missing(self):
-        """What is missing, in words; None if nothing is."""
+    def missing(self) -> str | None:
+        """How the file ends too early, in words; None if it does not."""
         container, stream = self._container, self._stream
         ends, end, length = self._ends, None, None
         if stream.duration is not None:
@@ -247,25 +227,24 @@ class VideoWriter:
     Use as a context manager: leaving it by an error deletes what was written.
     """
 
-    def __init__(self, path, *, time_base, comment=""):
+    def __init__(self, path: str | Path, *, time_base: Fraction, comment: str = ""):
         """
         Args:
-            path (str or Path): ends with .mp4; its folder is made if it does not exist.
-            time_base (Fraction): seconds; frame times are kept as multiples of it.
-            comment (str): for the file's metadata.
+            path: ends with .mp4; its folder is made if it does not exist.
+            time_base: seconds; frame times are kept as multiples of it.
+            comment: for the file's metadata.
         """
         self._file, self._written = atomic_file(path), contextlib.ExitStack()
         self._time_base, self._comment = time_base, comment
         self._container = self._stream = None
         self._last = None
 
-    def write(self, image, time, pixel_aspect=None):
+    def write(self, image: np.ndarray, time: Fraction, pixel_aspect: Fraction | None = None):
         """
         Args:
-            image (np.ndarray): (H, W, 3) RGB, uint8, of the first one's size.
-            time (Fraction): seconds; where it does not rise, as little as can be is added.
-            pixel_aspect (Fraction or None): a pixel's width to its height; of the first image, for
-                all.
+            image: (H, W, 3) RGB, uint8, of the first one's size.
+            time: seconds; if it does not rise, the least possible step is added.
+            pixel_aspect: a pixel's width to its height; the first image's is taken for all.
         """
         import av
 
@@ -319,15 +298,11 @@ _LONGEST_STEP = 86_400  # seconds between frames
 _LARGEST_VIDEO = 2**31  # bytes, which are held in memory
 
 
-def public_name(path):
+def public_name(path: Path) -> str:
     """
-    Args:
-        path (Path): a DICOM file. Its name, with the folders it is in, is often the patient's, in
-            ways that cannot all be told; a hash of it can be guessed.
-
-    Returns:
-        str: one made of the file's SHA-256, by which its owner finds it again; of one that cannot
-        be opened, a random one.
+    A name for a DICOM file from its SHA-256, by which its owner finds it again; a random one if the
+    file cannot be opened. Its name and folders often contain the patient's name, in ways that
+    cannot all be recognised, and a hash of them can be guessed.
     """
     try:
         return DICOM_NAME.format(file_sha256(path)[:16])
@@ -335,29 +310,17 @@ def public_name(path):
         return DICOM_NAME.format(secrets.token_hex(8))
 
 
-def may_show_patient(path):
-    """
-    Args:
-        path (Path): a DICOM file.
-
-    Returns:
-        bool: whether the file says that its pixels have the patient's data burned in, or says
-        something else than that they have not.
-    """
+def may_show_patient(path: Path) -> bool:
+    """Whether a DICOM file says anything but that no patient data are burned into its pixels."""
     header = read_header(path)
     with hide_details(path, "says nothing clear of its pixels"):
         return str(header.get("BurnedInAnnotation") or "NO").strip().upper() != "NO"
 
 
-def read_dicom(path):
+def read_dicom(path: Path) -> Iterator[Frame]:
     """
-    Read a still, a multi-frame image or a video, a frame at a time.
-
-    Args:
-        path (Path): the file.
-
-    Yields:
-        Frame: without a time in a still, and where the file gives none.
+    Yields the frames of a still, a multi-frame image or a video; without times if the file has
+    none.
 
     Raises:
         BadInputError: no DICOM file, one without pixels, or of a compression that cannot be undone
@@ -381,7 +344,7 @@ def read_dicom(path):
             pixels = dcmread(path, specific_tags=["PixelData"]).get("PixelData")
             if not pixels:
                 raise BadInputError(path, "is a DICOM file without pixels")
-            (stream,) = generate_frames(pixels, number_of_frames=1)  # to DICOM it is one
+            (stream,) = generate_frames(pixels, number_of_frames=1)  # one frame to DICOM
             yield from decode_video(io.BytesIO(stream), path)
             return
         number = int(header.get("NumberOfFrames") or 1)
@@ -392,8 +355,8 @@ def read_dicom(path):
             yield Frame(image, i if number > 1 else None, time, base)
 
 
-def _times(header, number):
-    """Of the frames in turn, in seconds; None throughout where the file gives none that can be."""
+def _times(header, number: int) -> Iterator[Fraction | None]:
+    """Of the frames in turn, in seconds; all None if the file has none that are possible."""
     vector = header.get("FrameTimeVector")
     if vector is not None and vector != "":
         steps = [_seconds(step) for step in np.atleast_1d(vector)]
@@ -433,10 +396,10 @@ DICOM = (".dcm", ".dicom")
 class Source:
     """
     Attributes:
-        path (Path): the file.
-        name (str): what outputs call it: relative to the folder that all inputs share, with "/"; of
-            a DICOM file, by its content.
-        kind (str): "image", "video" or "dicom".
+        path: the file.
+        name: in all outputs: relative to the folder that all inputs share, with "/"; of a DICOM
+            file, see `public_name`.
+        kind: "image", "video" or "dicom".
     """
 
     path: Path
@@ -444,34 +407,35 @@ class Source:
     kind: str
 
 
-def find_inputs(inputs, *, leave_out=(), follow_links=False):
+def find_inputs(
+    inputs: Iterable[str | Path], *, leave_out: Iterable[Path] = (), follow_links: bool = False
+) -> tuple[Path, list[Source]]:
     """
     Args:
-        inputs (list[str or Path]): files, folders and glob patterns of these ("**" for any
-            folders). A folder gives all images, videos and DICOM files under it; other files
-            there, and hidden ones, are left out. A file that is named is taken whatever its suffix,
-            as an image if no other.
-        leave_out (list[Path]): folders whose files are no inputs, such as those of outputs.
-        follow_links (bool): whether links in a folder may lead out of it; else they are left out.
+        inputs: files, folders and glob patterns of these ("**" for any folders). A folder gives all
+            images, videos and DICOM files under it; other files there, and hidden ones, are left
+            out. A file that is named is taken whatever its suffix, as an image if no other.
+        leave_out: folders whose files are no inputs, such as those of outputs.
+        follow_links: whether links in a folder may lead out of it; else they are left out.
 
     Returns:
-        tuple[Path, list[Source]]: the folder that all inputs share, and each file once, by name;
-        of DICOM files with the same content, the first.
+        The folder that all inputs share, and each file once, by name; of DICOM files with the same
+        content, the first.
 
     Raises:
-        FileNotFoundError: an input does not exist, or nothing at all is found.
-        BadInputError: one is a pipe or device.
+        FileNotFoundError: an input does not exist, or there is no file at all.
+        BadInputError: an input is a pipe or device.
     """
-    found, roots = {}, []
-    for given in map(os.fspath, inputs):
-        path = Path(given)
-        matches = [path] if path.exists() else list(map(Path, glob.glob(given, recursive=True)))
+    files, roots = {}, []
+    for text in map(os.fspath, inputs):
+        path = Path(text)
+        matches = [path] if path.exists() else list(map(Path, glob.glob(text, recursive=True)))
         if not matches:
-            raise FileNotFoundError(f"{given}: no such file, folder or pattern with a match")
+            raise FileNotFoundError(f"{text}: no such file, folder or pattern with a match")
         for match in matches:
-            # A link is a file of its own, with its own name.
+            # A link counts as a file with its own name.
             if match.is_dir():
-                found.update(
+                files.update(
                     (_absolute(file), kind) for file, kind in _in_folder(match, follow_links)
                 )
                 roots.append(match)
@@ -479,24 +443,24 @@ def find_inputs(inputs, *, leave_out=(), follow_links=False):
                 raise BadInputError(match, "is neither a file nor a folder: name one of these")
             else:
                 # A link that leads nowhere is listed, by no name if it is one of a DICOM file.
-                found[_absolute(match)] = _kind(match) or "image"
+                files[_absolute(match)] = _kind(match) or "image"
                 roots.append(_absolute(match).parent)
     left_out = set(map(_absolute, leave_out))
-    found = {file: kind for file, kind in found.items() if left_out.isdisjoint(file.parents)}
-    if not found:
+    files = {file: kind for file, kind in files.items() if left_out.isdisjoint(file.parents)}
+    if not files:
         raise FileNotFoundError(
             f"No image, video or DICOM file under {', '.join(map(str, inputs))}"
         )
     root = Path(os.path.commonpath(map(_absolute, roots)))
     sources = {}
-    for path in tqdm(sorted(found), desc="Listing", unit="file", delay=2, leave=False):
-        dicom = found[path] == "dicom"
-        name = public_name(path) if dicom else path.relative_to(root).as_posix()
-        sources.setdefault(name, Source(path, name, found[path]))
+    for path in tqdm(sorted(files), desc="Listing", unit="file", delay=2, leave=False):
+        is_dicom_file = files[path] == "dicom"
+        name = public_name(path) if is_dicom_file else path.relative_to(root).as_posix()
+        sources.setdefault(name, Source(path, name, files[path]))
     return root, [sources[name] for name in sorted(sources)]
 
 
-def _in_folder(folder, follow_links):
+def _in_folder(folder: Path, follow_links: bool) -> list[tuple[Path, str]]:
     """Files that can be predicted on, each with its kind."""
     checks = Rejects("reject", follow_links)
     files = list_files(folder, checks)
@@ -514,13 +478,9 @@ def _in_folder(folder, follow_links):
     return known
 
 
-def read_frames(source):
+def read_frames(source: Source) -> Iterator[Frame]:
     """
-    Args:
-        source (Source):
-
-    Yields:
-        Frame: one of an image, those of a video or DICOM file in turn.
+    Yields the one frame of an image, or those of a video or DICOM file in turn.
 
     Raises:
         BadInputError: it cannot be read, or not to its end; or it is no regular file.
@@ -539,10 +499,10 @@ def _absolute(path):
     return Path(os.path.abspath(path))
 
 
-def _kind(path):
+def _kind(path: Path) -> str | None:
     """ "image", "video" or "dicom"; None for another file."""
     suffix = path.suffix.lower()
-    # By its content first: DICOM files have any name, and what they are called must not get out.
+    # By its content first: DICOM files have any name, which must not be published.
     if suffix in DICOM or is_dicom(path):
         return "dicom"
     if suffix in VIDEOS:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,8 +14,16 @@ import numpy as np
 from tqdm import tqdm
 
 from imrcnn_d2.deploy.batch import Journal
-from imrcnn_d2.deploy.inputs import Frame, Source, VideoWriter, open_video, pixel_aspect, upright
-from imrcnn_d2.deploy.outputs import counted, draw_overlay, footer, frame_record, records
+from imrcnn_d2.deploy.inputs import Frame, VideoWriter, open_video, pixel_aspect, upright
+from imrcnn_d2.deploy.outputs import (
+    above_threshold,
+    comment,
+    draw_overlay,
+    footer,
+    frame_record,
+    records,
+)
+from imrcnn_d2.deploy.predictor import Predictor
 from imrcnn_d2.utils.files import BadInputError, write_atomically
 
 __all__ = ["LIVE_REPORT", "LIVE_VIDEO", "LiveFrames", "predict_live"]
@@ -30,22 +39,22 @@ _PATIENCE = 10.0  # seconds without a frame after which a stream has ended
 
 class LiveFrames:
     """
-    Frames of a device or stream as they come, decoded in a thread of their own.
+    Frames of a device or stream as they come, decoded in another thread.
 
-    Iterating gives the newest frame that has not been given yet and waits where there is none, up
-    to the stream's end. A file is played at the speed of its frame times, as a camera would.
+    Iterating gives the newest frame that has not been given yet and waits if there is none, up to
+    the stream's end. A file is played at the speed of its frame times, as a camera would.
 
     Attributes:
-        received (int): frames decoded so far.
-        dropped (int): of these, the ones that a newer frame came before.
-        error (str or None): why the stream ended, if not by itself.
-        pixel_aspect (Fraction or None): of the frame given last, see :class:`Frame`.
+        received: frames decoded so far.
+        dropped: frames that a newer one replaced before they were given.
+        error: why the stream ended, if not by itself.
+        pixel_aspect: of the last frame that was given, see `Frame`.
     """
 
-    def __init__(self, source):
+    def __init__(self, source: str):
         """
         Args:
-            source (str): a device such as "/dev/video0", a URL that FFmpeg knows, or a video file.
+            source: a device such as "/dev/video0", a URL that FFmpeg knows, or a video file.
 
         Raises:
             BadInputError: it cannot be opened, is something else, or has no video.
@@ -102,11 +111,10 @@ class LiveFrames:
                 self._ended = True
                 self._changed.notify()
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int, float]]:
         """
-        Yields:
-            tuple[np.ndarray, int, float]: (H, W, 3) RGB, uint8; the frame's number from 0; and
-            ``time.perf_counter()`` when it came in.
+        Yields (H, W, 3) RGB, uint8; the frame's number from 0; and ``time.perf_counter()`` when it
+        came in.
         """
         while True:
             with self._changed:
@@ -135,24 +143,29 @@ def _open_stream(source):
     )
 
 
-def predict_live(predictor, source, output, *, show=None):
+def predict_live(
+    predictor: Predictor,
+    source: str,
+    output: str | Path,
+    *,
+    show: Callable[[np.ndarray], None] | None = None,
+) -> dict:
     """
-    Predict on the newest frame of a device or stream until it ends or Ctrl-C is pressed: that lets
-    the frame at work be finished, a second one does not.
+    Predicts on the newest frame of a device or stream until it ends or Ctrl-C is pressed: that lets
+    the current frame be finished, a second one does not.
 
-    Writes the frames with outlines (``live.mp4``), the tables of :meth:`Journal.write_tables`, and
-    ``live.json``.
+    Writes the overlays (``live.mp4``), the tables of `Journal.write_tables`, and ``live.json``.
 
     Args:
-        predictor (Predictor):
-        source (str): see :class:`LiveFrames`.
-        output (Path): folder, without the results of another run.
-        show (callable or None): is called with each overlay, (H, W, 3) RGB, as soon as it is there.
+        source: see `LiveFrames`.
+        output: folder, without the results of another run.
+        show: is called with each overlay, (H, W, 3) RGB, at once.
 
     Returns:
-        dict: what ``live.json`` holds: ``received``, ``predicted`` and ``dropped`` frames,
+        The content of ``live.json``: ``received``, ``predicted`` and ``dropped`` frames,
         ``dropped_percent``; ``latency_ms``, the percentiles "p50", "p95" and "p99" of the time from
-        a frame's arrival, decoded, to its overlay; ``error``; and ``about`` of the predictor.
+        a frame's arrival, decoded, to its overlay; ``error``; and ``about``, the predictor's
+        metadata.
 
     Raises:
         BadInputError: the source cannot be opened, or gave no frame.
@@ -161,7 +174,8 @@ def predict_live(predictor, source, output, *, show=None):
     output = Path(output)
     if (output / Journal.FILE).exists():
         raise ValueError(f"{output} holds the results of another run. Choose another --output")
-    run = {**predictor.about, "classes": predictor.classes, "live": True}
+    metadata = predictor.metadata
+    run = {**metadata, "classes": predictor.classes, "live": True}
     latencies = []
     # The first call sets up kernels: not while a frame waits.
     predictor.forward([predictor.prepare(np.zeros((256, 256, 3), np.uint8))])
@@ -177,10 +191,9 @@ def predict_live(predictor, source, output, *, show=None):
                 (output / Journal.FILE).unlink()
         if not latencies:
             raise BadInputError(source, frames.error or "gave no frame")
-        name = Source(Path(LIVE_VIDEO), LIVE_VIDEO, "video")
-        journal.finish(name, None, len(latencies), frames.error)
-        journal.write_tables(predictor.about, predictor.classes)
-        report = _report(frames, latencies, predictor.about)
+        journal.finish(LIVE_VIDEO, None, len(latencies), frames.error)
+        journal.write_tables(metadata, predictor.classes)
+        report = _report(frames, latencies, metadata)
         write_atomically(output / LIVE_REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
@@ -205,32 +218,33 @@ def _first_interrupt_calls(stop):
 
 
 def _predict(predictor, frames, output, journal, latencies, show):
-    comment = json.dumps({"software": "imrcnn-d2, research use only", **predictor.about})
-    text, first, views = footer(predictor.about), None, predictor.views()
+    metadata, first, views = predictor.metadata, None, predictor.views()
+    path = output / LIVE_VIDEO
     with (
-        VideoWriter(output / LIVE_VIDEO, time_base=_TIME_BASE, comment=comment) as video,
+        VideoWriter(path, time_base=_TIME_BASE, comment=comment(metadata)) as video,
         tqdm(desc="Live", unit="image") as bar,
-        contextlib.suppress(KeyboardInterrupt),  # the second one: what is counted is kept
+        contextlib.suppress(KeyboardInterrupt),  # the second one: finished frames are kept
     ):
         for image, number, arrived in frames:
             first = arrived if first is None else first
             view = views(image)
-            output = predictor.forward([predictor.prepare(image, view)])[0]
-            found = records(predictor, output, *image.shape[:2], view)
-            shown = counted(found, predictor.tau)
-            overlay = draw_overlay(image, shown, predictor.classes, text)
+            (prediction,) = predictor.forward([predictor.prepare(image, view)])
+            annotations = records(predictor, prediction, *image.shape[:2], view)
+            shown = above_threshold(annotations, predictor.tau)
+            overlay = draw_overlay(image, shown, predictor.classes, footer(metadata))
             if show is not None:
                 show(overlay)
             latency = time.perf_counter() - arrived
-            when = Fraction(round(1000 * (arrived - first)), 1000)
-            video.write(overlay, when, frames.pixel_aspect)
-            journal.add(frame_record(LIVE_VIDEO, Frame(image, number, when), view), found)
-            latencies.append(latency)  # counts the frame: after it was written
+            seconds = Fraction(round(1000 * (arrived - first)), 1000)
+            video.write(overlay, seconds, frames.pixel_aspect)
+            frame = Frame(image, number, seconds, view=view)
+            journal.add(frame_record(LIVE_VIDEO, frame), annotations)
+            latencies.append(latency)  # once the frame is written
             bar.set_postfix(ms=round(1000 * latency), dropped=frames.dropped)
             bar.update()
 
 
-def _report(frames, latencies, about):
+def _report(frames, latencies, metadata):
     values = np.percentile(latencies, PERCENTILES) * 1000
     received = frames.received  # which may still grow
     dropped = received - len(latencies)
@@ -243,5 +257,5 @@ def _report(frames, latencies, about):
             f"p{p}": round(float(v), 1) for p, v in zip(PERCENTILES, values, strict=True)
         },
         "error": frames.error,
-        "about": about,
+        "about": metadata,
     }

@@ -15,12 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from imrcnn_d2.deploy.runtimes.graph_files import (
-    ARTIFACT_VERSION,
-    GRAPH_FORMATS,
-    GraphRuntime,
-    open_graph,
-)
+from imrcnn_d2.deploy.runtimes import EXPORT_VERSION, EXPORTS, Runtime
 from imrcnn_d2.engine.checkpoint import Checkpointer, Weights, load_weights
 from imrcnn_d2.engine.config import choose_device, is_classifier, load_config, load_config_text
 from imrcnn_d2.engine.run_record import describe_model
@@ -35,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 LONGEST_NAME = 200
 # The weights are those of the whole model, wherever its training started from. The device is
-# replaced; one that is not there would be refused.
+# replaced later; a missing one would be refused.
 _OVERRIDES = ["MODEL.WEIGHTS", "", "MODEL.TIMM.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
-# What a config may ask of a prediction: memory and time that the size of its weights does not show.
+# Limits of keys that cost memory and time which the size of the weights does not show.
 _MOST = {
     "INPUT.MAX_SIZE_TEST": 10_000,
     "INPUT.MIN_SIZE_TEST": 3_000,
@@ -64,30 +59,29 @@ _PACKAGED = resources.files("imrcnn_d2") / "weights"
 class LoadedModel:
     """
     Attributes:
-        model (nn.Module or GraphRuntime): on its device, in evaluation mode; or what runs it, of a
-            file for another runtime.
-        cfg (CfgNode): frozen.
-        weights (Weights): the file, its hash and its operating point.
-        classes (list[str]): names, by the model's class index.
+        model: on its device, in evaluation mode; or the runtime of an exported file.
+        cfg: frozen.
+        weights: the file, its hash and its operating point.
+        classes: names, by the model's class index.
     """
 
-    model: nn.Module | GraphRuntime
+    model: nn.Module | Runtime
     cfg: CfgNode
     weights: Weights
-    classes: list
+    classes: list[str]
 
     @property
-    def names(self):
-        """tuple[str, str]: of the model and of its backbone."""
-        if isinstance(self.model, GraphRuntime):
-            return self.model.about["model"], self.model.about["backbone"]
+    def names(self) -> tuple[str, str]:
+        """Of the model and of its backbone."""
+        if isinstance(self.model, Runtime):
+            return self.model.metadata["model"], self.model.metadata["backbone"]
         return describe_model(self.model)
 
     @property
-    def tau(self):
+    def tau(self) -> float | None:
         """
-        float or None: the operating point chosen on validation data, else
-        MODEL.IMRCNN.SCORE_THRESH; None of an image classifier, which takes the likeliest class.
+        The operating point chosen on validation data, else MODEL.IMRCNN.SCORE_THRESH; None of an
+        image classifier, which takes the likeliest class.
         """
         if is_classifier(self.cfg):
             return None
@@ -95,42 +89,35 @@ class LoadedModel:
         return self.cfg.MODEL.IMRCNN.SCORE_THRESH if point is None else point.tau
 
 
-def pretrained(name, folder=_PACKAGED):
+def pretrained(name: str, folder: Path = _PACKAGED) -> Path:
     """
-    Args:
-        name (str): of weights that come with the package, such as "demo".
-        folder (Path): where they lie.
-
-    Returns:
-        Path: the file; ``<name>.md`` beside it is its model card.
+    Returns the file of weights that come with the package, such as "demo"; ``<name>.md`` next to it
+    is its model card.
 
     Raises:
-        FileNotFoundError: there are no such weights; the error names those there are.
+        FileNotFoundError: there are no such weights; the error names the existing ones.
     """
-    there = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    for path in there:
+    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    for path in paths:
         if path.stem == name:
             return path
-    names = ", ".join(path.stem for path in there) or "none"
+    names = ", ".join(path.stem for path in paths) or "none"
     raise FileNotFoundError(f"The package has no weights named {name!r}; it has: {names}")
 
 
-def load_model(config, weights, *, device=None):
+def load_model(
+    config: CfgNode | str | Path | None, weights: str | Path, *, device: str | None = None
+) -> LoadedModel:
     """
-    Build a model and load its weights, of which none may be missing, too many or of another shape.
+    Builds a model and loads its weights: none may be missing, too many or of another shape.
 
     Args:
-        config (CfgNode, str, Path or None): the config or its file; None for the one that the
-            weights bring along (``tools/export.py``), else ``config.yaml`` in their folder, where
-            training leaves it.
-        weights (str or Path): any file, or URL, that MODEL.WEIGHTS takes; a file of
-            tools/export.py for another runtime; or a bare word that is no file: a name of
-            :func:`pretrained`.
-        device (str or None): None for a usable GPU, else the CPU, whatever the config says: it is
-            of the machine that the model was trained on.
-
-    Returns:
-        LoadedModel:
+        config: the config or its file; None for the one in the weights' file
+            (``tools/export.py``), else ``config.yaml`` in its folder, where training leaves it.
+        weights: any file, or URL, that MODEL.WEIGHTS takes; a file of tools/export.py for another
+            runtime; or a bare word that is no file: a name of `pretrained`.
+        device: None for a usable GPU, else the CPU, whatever the config says: it is of the machine
+            that the model was trained on.
 
     Raises:
         FileNotFoundError: there are no such weights, or no config.
@@ -146,10 +133,10 @@ def load_model(config, weights, *, device=None):
             f"{path} was refused: a program of TorchScript can read and write any file. Export the "
             "weights that it was made of to .onnx, .openvino or .safetensors (tools/export.py)"
         )
-    if path.suffix[1:] in GRAPH_FORMATS:
-        return _load_graph(config, path)
+    if path.suffix[1:] in EXPORTS and (runtime := EXPORTS[path.suffix[1:]].load(path)):
+        return _load_runtime(config, path, runtime)
     metadata = load_safetensors(path)[1] if path.suffix == ".safetensors" else {}
-    _check_about(path, metadata, metadata.keys() & {"artifact", "classes", "config"})
+    _check_metadata(path, metadata, metadata.keys() & {"artifact", "classes", "config"})
     cfg = _config(config, path, metadata.get("config"))
     cfg.MODEL.DEVICE = device or choose_device()
     cfg.MODEL.CHANNELS_LAST = False  # the runtime's affair
@@ -161,28 +148,26 @@ def load_model(config, weights, *, device=None):
     return _checked(LoadedModel(model, cfg, loaded, metadata.get("classes") or _classes(cfg)))
 
 
-def _load_graph(config, path):
-    """A model that another runtime runs, and all that its file says about it."""
+def _load_runtime(config, path: Path, runtime: Runtime) -> LoadedModel:
     if config is not None:
         raise ValueError(f"{path} brings its config along: leave out the other (--config-file)")
-    runtime = open_graph(path)
-    about = runtime.about
-    _check_about(path, about, _ABOUT)
-    cfg = _carried_config(about["config"], path)
+    metadata = runtime.metadata
+    _check_metadata(path, metadata, _METADATA)
+    cfg = _carried_config(metadata["config"], path)
     _check_demands(cfg, path)
     cfg.freeze()
-    point = about["operating_point"]
+    point = metadata["operating_point"]
     point = None if point is None else OperatingPoint.of_file(point, path)
-    weights = Weights(str(path), about["weights_sha256"], point)
-    return _checked(LoadedModel(runtime, cfg, weights, about["classes"]))
+    weights = Weights(str(path), metadata["weights_sha256"], point)
+    return _checked(LoadedModel(runtime, cfg, weights, metadata["classes"]))
 
 
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
 
 
-# What is read of what an exported file says about itself: what it has to be.
-_ABOUT = {
+# Checks of the metadata that are read of an exported file.
+_METADATA = {
     "artifact": lambda value: isinstance(value, int),
     "backbone": _is_name,
     "classes": lambda value: isinstance(value, list) and value and all(map(_is_name, value)),
@@ -194,33 +179,33 @@ _ABOUT = {
 }
 
 
-def _check_about(path: Path, about: dict, keys: Iterable[str]) -> None:
-    """Check the version and these keys of what a file says about itself."""
+def _check_metadata(path: Path, metadata: dict, keys: Iterable[str]) -> None:
+    """Checks the version and these keys of a file's metadata."""
     for key in sorted(keys):  # "artifact" is the first: a later version may have other ones
-        if key not in about or not _ABOUT[key](about[key]):
-            found = str(about.get(key, "missing"))[:LONGEST_NAME]
+        if key not in metadata or not _METADATA[key](metadata[key]):
+            value = str(metadata.get(key, "missing"))[:LONGEST_NAME]
             raise BadInputError(
-                path, f"is damaged: its {key!r} is {found!r}. Export it again (tools/export.py)"
+                path, f"is damaged: its {key!r} is {value!r}. Export it again (tools/export.py)"
             )
-        if key == "artifact" and about[key] > ARTIFACT_VERSION:
+        if key == "artifact" and metadata[key] > EXPORT_VERSION:
             raise ValueError(
-                f"{path} was written by a later version, imrcnn-d2 {about.get('version')}: "
+                f"{path} was written by a later version, imrcnn-d2 {metadata.get('version')}: "
                 "upgrade this one to load it"
             )
 
 
 def _check_demands(cfg: CfgNode, path: Path) -> None:
-    """Refuse a config that asks a prediction for far more memory and time than one needs."""
-    found = []
+    """Refuses a config that asks a prediction for far more memory and time than one needs."""
+    demands = []
     for key, most in _MOST.items():
-        found.append((key, functools.reduce(operator.getitem, key.split("."), cfg), most))
+        demands.append((key, functools.reduce(operator.getitem, key.split("."), cfg), most))
     for key in ("SIZES", "ASPECT_RATIOS", "ANGLES"):
         levels = cfg.MODEL.ANCHOR_GENERATOR[key]
         longest = max(
             len(each) if isinstance(each, list | tuple) else 1 for each in [levels, *levels]
         )
-        found.append((f"the length of MODEL.ANCHOR_GENERATOR.{key}", longest, _MOST_ANCHORS))
-    for key, value, most in found:
+        demands.append((f"the length of MODEL.ANCHOR_GENERATOR.{key}", longest, _MOST_ANCHORS))
+    for key, value, most in demands:
         if value > most:
             raise ValueError(
                 f"{path}: in its config {key} is {value}, more than the {most} that a prediction "
@@ -229,7 +214,7 @@ def _check_demands(cfg: CfgNode, path: Path) -> None:
 
 
 def _check_size(cfg: CfgNode, path: Path) -> None:
-    """Refuse a config whose model is far larger than the weights, before memory is taken for it."""
+    """Refuses a config whose model is far larger than the weights, before it takes memory."""
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
@@ -258,7 +243,7 @@ def _checked(loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
-def _config(config, weights, carried):
+def _config(config, weights: Path, carried: str | None) -> CfgNode:
     if isinstance(config, CfgNode):
         cfg = config.clone()
         cfg.defrost()
@@ -276,7 +261,7 @@ def _config(config, weights, carried):
     return load_config(config, _OVERRIDES)
 
 
-def _carried_config(text, weights):
+def _carried_config(text: str, weights: Path) -> CfgNode:
     try:
         return load_config_text(text, weights, _OVERRIDES)
     except ValueError as error:
@@ -291,7 +276,7 @@ def _number_of_classes(cfg: CfgNode) -> int:
     return nodes.get(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS).NUM_CLASSES
 
 
-def _classes(cfg):
+def _classes(cfg: CfgNode) -> list[str]:
     """Class names of the config's data sets; made up where none of them is at hand."""
     number = _number_of_classes(cfg)
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.get("VAL", ()), *cfg.DATASETS.TRAIN]

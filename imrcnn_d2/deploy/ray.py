@@ -1,4 +1,4 @@
-"""Millions of images and frames: the same prediction on many processes or machines, by Ray Data."""
+"""Prediction on millions of images and frames by many processes or machines, with Ray Data."""
 
 import contextlib
 import hashlib
@@ -8,6 +8,7 @@ import math
 import os
 import uuid
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,9 @@ from imrcnn_d2.deploy.batch import (
     Item,
     Summary,
     check_run,
-    in_utf8,
     is_done,
     outdated,
     predictions,
-    printable,
     run_record,
     signature,
 )
@@ -34,7 +33,7 @@ from imrcnn_d2.deploy.inputs import Source, find_inputs, input_key
 from imrcnn_d2.deploy.outputs import frame_record, output_folders
 from imrcnn_d2.deploy.predictor import Predictor
 from imrcnn_d2.engine.train_step import keep_freed_memory
-from imrcnn_d2.utils.files import atomic_file, lock_folder
+from imrcnn_d2.utils.files import atomic_file, for_terminal, lock_folder
 
 __all__ = ["PARTS", "Parts", "image_row", "input_row", "predict_with_ray", "write_part"]
 
@@ -66,24 +65,23 @@ _SCHEMA = pa.schema(
         "signature": pa.list_(pa.int64()),
     }
 )
-# Column -> what COCO calls it, of each detection.
+# Columns with one value per detection -> keys of COCO.
 _DETECTION = {"boxes": "bbox", "masks": "segmentation", "areas": "area"}
 
 
-def image_row(item, annotations, classes):
+def image_row(item: Item, annotations: list[dict], classes: list[str]) -> dict:
     """
-    Args:
-        item (Item): of a frame.
-        annotations (list[dict]): what was found in it, see :func:`records`.
-        classes (list[str]): names.
+    The row of a frame, without what all rows share. ``boxes`` (xywh in pixels), ``scores``,
+    ``classes``, ``masks`` (compressed RLE) and ``areas`` have one item per detection, by falling
+    score, down to MODEL.ROI_HEADS.SCORE_THRESH_TEST. Of a classification model, the likeliest class
+    and its score, and the ``probabilities`` of all.
 
-    Returns:
-        dict: a row, but for what all rows share. ``boxes`` (xywh in pixels), ``scores``,
-        ``classes``, ``masks`` (compressed RLE) and ``areas`` have an item a detection, by falling
-        score, down to MODEL.ROI_HEADS.SCORE_THRESH_TEST. Of a recognition model, the likeliest
-        class and its score, and the ``probabilities`` of all.
+    Args:
+        item: of a frame.
+        annotations: its predictions, see `records`.
+        classes: names.
     """
-    row = {**_of_input(item), **frame_record(item.source.name, item.frame, item.view)}
+    row = {**_input_columns(item), **frame_record(item.source.name, item.frame)}
     row["scores"] = [a["score"] for a in annotations]
     row["classes"] = [classes[a["category_id"] - 1] for a in annotations]
     for column, key in _DETECTION.items():
@@ -94,25 +92,24 @@ def image_row(item, annotations, classes):
     return row
 
 
-def input_row(item):
-    """dict: a row of an input that has no image, or not all of them; ``error`` says why."""
-    return {**_of_input(item), "file_name": item.source.name, "error": item.error}
+def input_row(item: Item) -> dict:
+    """The row of an input that has no image, or not all of them; ``error`` says why."""
+    return {**_input_columns(item), "file_name": item.source.name, "error": item.error}
 
 
-def _of_input(item):
+def _input_columns(item):
     return {"input": input_key(item.source.name), "signature": item.signature}
 
 
-def write_part(folder, run, sources, rows):
+def write_part(folder: Path, run: dict, sources: list[Source], rows: Iterable[dict]) -> None:
     """
-    Write a file of the folder, which appears when all of its rows are there. Written once more, it
-    takes its own place.
+    Writes a file of the folder, which appears when it is complete. Its name depends on the sources,
+    so that it replaces an earlier one of the same.
 
     Args:
-        folder (Path): made if it does not exist.
-        run (dict): see :func:`run_record`.
-        sources (list[Source]): what the rows are of.
-        rows (iterable of dict): of :func:`image_row` and :func:`input_row`.
+        folder: made if it does not exist.
+        run: see `run_record`.
+        rows: of `image_row` and `input_row`, of all sources.
 
     Raises:
         OSError: it cannot be written.
@@ -123,7 +120,9 @@ def write_part(folder, run, sources, rows):
     with _part(folder / name, run) as part:
         waiting = []
         for row in rows:
-            waiting.append({**row, "file_name": in_utf8(row["file_name"]), **shared})
+            # Not all file names are UTF-8.
+            file_name = row["file_name"].encode(errors="backslashreplace").decode()
+            waiting.append({**row, "file_name": file_name, **shared})
             if len(waiting) == ROWS:
                 part.write_table(pa.Table.from_pylist(waiting, _SCHEMA))
                 waiting = []
@@ -143,8 +142,8 @@ def _part(path, run):
 
 
 @dataclass
-class _Input:
-    """One that has rows in a file."""
+class _InputRows:
+    """An input with rows in a file."""
 
     path: Path
     name: str
@@ -153,14 +152,13 @@ class _Input:
 
 
 class Parts:
-    """Which inputs the files of a folder have the predictions of."""
+    """The inputs whose predictions are in the files of a folder."""
 
-    def __init__(self, folder, run):
+    def __init__(self, folder: Path, run: dict):
         """
         Args:
-            folder (Path): need not exist. What a kill left half written is deleted, and what is
-                there twice once.
-            run (dict): see :func:`run_record`.
+            folder: need not exist. Incomplete files are deleted, and rows that repeat others.
+            run: see `run_record`.
 
         Raises:
             ValueError: it has the results of another run, or a file that is damaged.
@@ -168,48 +166,32 @@ class Parts:
         self._run, self._inputs, repeated = run, {}, defaultdict(set)
         for path in sorted(folder.glob("*.parquet")):
             for row in _rows(path, run):
-                there = self._inputs.setdefault(
-                    row["input"], _Input(path, row["file_name"], row["signature"])
+                known = self._inputs.setdefault(
+                    row["input"], _InputRows(path, row["file_name"], row["signature"])
                 )
-                if there.path != path:  # the actors of a killed run lived on for a moment
+                if known.path != path:  # the actors of a killed run lived on for a moment
                     repeated[path].add(row["input"])
                 elif row["error"] is not None:
-                    there.name, there.error = row["file_name"], row["error"]
+                    known.name, known.error = row["file_name"], row["error"]
         for path in folder.glob("part-*.parquet*.tmp"):
             path.unlink(missing_ok=True)
         for path, keys in repeated.items():
             _drop(path, keys, run)
 
-    def is_done(self, source):
-        """
-        Args:
-            source (Source):
-
-        Returns:
-            bool: whether it was done without an error and has not been changed since.
-        """
+    def is_done(self, source: Source) -> bool:
+        """Whether an input was done without an error and has not been changed since."""
         return is_done(self._inputs.get(input_key(source.name)), source)
 
-    def failed(self):
-        """
-        Returns:
-            list[tuple[str, str]]: name and reason of each input that was not, or not wholly, read.
-        """
-        failed = [there for there in self._inputs.values() if there.error is not None]
-        return sorted((there.name, there.error) for there in failed)
+    def failed(self) -> list[tuple[str, str]]:
+        """Name and reason of each input that was not, or not wholly, read."""
+        inputs = self._inputs.values()
+        return sorted((each.name, each.error) for each in inputs if each.error is not None)
 
-    def drop(self, sources, among):
-        """
-        Take the rows of inputs that are to be done anew, and of :func:`outdated` ones, out of the
-        files.
-
-        Args:
-            sources (iterable of Source): to be done anew.
-            among (iterable of Source): all inputs there are.
-        """
-        gone = outdated(self._inputs.values(), among)
+    def drop(self, sources: Iterable[Source], all_sources: Iterable[Source]) -> None:
+        """Deletes the rows of sources that are to be done anew, and of `outdated` ones."""
+        gone = outdated(self._inputs.values(), all_sources)
         stale = defaultdict(set)
-        for key in {input_key(one.name) for one in (*sources, *gone)}:
+        for key in {input_key(each.name) for each in (*sources, *gone)}:
             if key in self._inputs:
                 stale[self._inputs.pop(key).path].add(key)
         for path, keys in stale.items():
@@ -217,7 +199,7 @@ class Parts:
 
 
 def _rows(path, run):
-    """What :class:`Parts` needs to know of each row."""
+    """The columns of each row that `Parts` needs."""
     try:
         with pq.ParquetFile(path) as file:
             check_run(path.parent, _run(file), run)
@@ -237,13 +219,13 @@ def _rows(path, run):
 
 
 def _run(file):
-    """What :func:`write_part` noted of the run; nothing where it did not write the file."""
+    """The run that `write_part` noted; empty if it did not write the file."""
     schema = file.schema_arrow
     try:
-        there = json.loads((schema.metadata or {})[_META])
+        run = json.loads((schema.metadata or {})[_META])
     except (KeyError, ValueError, RecursionError):
         return {}
-    return there if isinstance(there, dict) and schema.equals(_SCHEMA) else {}
+    return run if isinstance(run, dict) and schema.equals(_SCHEMA) else {}
 
 
 def _drop(path, keys, run):
@@ -259,50 +241,55 @@ def _drop(path, keys, run):
 
 
 if not os.environ.get("RAY_ADDRESS"):
-    # Read by `import ray`: a Ray that is of one machine listens to that machine alone.
+    # Read by `import ray`: a Ray of one machine listens to that machine alone.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 INPUTS = 256  # at most so many share a file
-FILES = 4  # at least so many an actor, so that all end at about the same time
+FILES = 4  # at least so many per actor, so that all end at about the same time
 RETRIES = 2  # of inputs whose actor died
 LOST = "the processes that worked on it died or failed, all of them: see Ray's log"
 
 
-def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1, follow_links=False):
+def predict_with_ray(
+    arguments: dict,
+    inputs: Iterable[str | Path],
+    output: str | Path,
+    *,
+    actors: int = 1,
+    batch_size: int = 1,
+    follow_links: bool = False,
+) -> Summary:
     """
-    Predict on images, videos and DICOM files, and write Parquet files into the folder
-    ``predictions.parquet``: a row an image or frame, see :func:`image_row`, and one for each input
+    Predicts on images, videos and DICOM files, and writes Parquet files into the folder
+    ``predictions.parquet``: one row per image or frame, see `image_row`, and one for each input
     that cannot be read, or not to its end, with its ``error``. Called again with the same output,
-    it goes on where it was interrupted: what is done is skipped, what is new, has changed or failed
-    is done.
+    it goes on where it was interrupted: finished inputs are skipped; those that are new, changed or
+    failed are done.
 
-    A file appears when all in it is done. What an actor that dies was at is done by another; an
-    input that actors die of time and again is listed, and the others go on.
+    A file appears when all its inputs are done. Those of an actor that dies are done by another; an
+    input that actors repeatedly die of is listed, and the others go on.
 
     Args:
-        arguments (dict): of the :class:`Predictor` that each actor makes for itself.
-        inputs (list[str or Path]): see :func:`find_inputs`; all machines have them under the same
-            path, and the weights and the output too.
-        output (str or Path): folder; made if it does not exist.
-        actors (int): processes, each with the model, one core, and where there are GPUs one of
-            these or its share. Of the Ray cluster at RAY_ADDRESS, else of this machine.
-        batch_size (int): images that the network sees at once, where they are of one size to it.
-        follow_links (bool): see :func:`find_inputs`.
-
-    Returns:
-        Summary:
+        arguments: of the `Predictor` that each actor makes for itself.
+        inputs, follow_links: see `find_inputs`; all machines have the inputs under the same path,
+            and the weights and the output too.
+        output: folder; made if it does not exist.
+        actors: processes, each with the model, one core, and one GPU or a share of it if there are
+            GPUs. Of the Ray cluster at RAY_ADDRESS, else of this machine.
+        batch_size: images that the network sees at once, if they are of one size to it.
 
     Raises:
-        FileNotFoundError: there is no such input, or see :class:`Predictor`.
-        ValueError: the folder has the results of another run, or one is writing into it; or see
-            :class:`Predictor`.
-        OSError: something cannot be written, or no actor could be started. What is done stays done.
+        FileNotFoundError: there is no such input, or see `Predictor`.
+        ValueError: the folder has the results of another run, or another run is writing into it; or
+            see `Predictor`.
+        OSError: something cannot be written, or no actor could be started. Finished inputs stay
+            finished.
     """
     folder = Path(output).absolute() / PARTS
     root, sources = find_inputs(inputs, leave_out=output_folders(output), follow_links=follow_links)
     arguments = _with_absolute_paths(arguments)
-    run = run_record(Predictor(**arguments), root)  # what is wrong with the weights shows at once
+    run = run_record(Predictor(**arguments), root)  # errors of the weights are raised at once
     with contextlib.ExitStack() as stack:
         stack.callback(lock_folder(output, "--output").release)
         parts = Parts(folder, run)
@@ -311,41 +298,41 @@ def predict_with_ray(arguments, inputs, output, *, actors=1, batch_size=1, follo
         parts.drop(left.values(), sources)
         images = _predict(left, (arguments, folder, run, batch_size), actors) if left else 0
         for source in left.values():
-            write_part(folder, run, [source], [input_row(_lost(source))])
+            lost = Item(source, signature(source), error=LOST)
+            write_part(folder, run, [source], [input_row(lost)])
         return Summary(images, skipped, Parts(folder, run).failed())
 
 
-def _predict(left, make, actors):
-    """Number of images predicted; ``left`` keeps the inputs, by name, that were lost."""
+def _predict(left, worker_arguments, actors) -> int:
+    """Returns the number of images predicted; ``left`` keeps the lost inputs, by name."""
     images = 0
     with _cluster(), tqdm(desc="Predicting", unit="input", total=len(left)) as bar:
-        # Those that were lost together with others are tried alone.
-        for share in (_shards, _one_by_one):
-            for done in _results(share(left.values(), actors), make, actors):
+        for alone in (False, True):  # inputs that were lost together with others are tried alone
+            sources = list(left.values())
+            shards = [[source] for source in sources] if alone else _shards(sources, actors)
+            for done in _results(shards, worker_arguments, actors):
                 for name in done["inputs"]:
                     del left[name]
                     bar.update()
                 for line in done["failed"]:
-                    tqdm.write(printable(line))
+                    tqdm.write(for_terminal(line, one_line=True))
                 images += done["images"]
     return images
 
 
 def _with_absolute_paths(arguments):
-    """Elsewhere the working directory is another one."""
+    """Actors have another working directory."""
     return {
-        key: str(Path(value).absolute()) if _is_file(value) else value
+        key: str(Path(value).absolute())
+        if isinstance(value, str | Path) and Path(value).is_file()
+        else value
         for key, value in arguments.items()
     }
 
 
-def _is_file(value):
-    return isinstance(value, str | Path) and Path(value).is_file()
-
-
 @contextlib.contextmanager
 def _cluster():
-    """The one at hand or at RAY_ADDRESS, else one of this machine for as long as it is needed."""
+    """The current one or that at RAY_ADDRESS, else one of this machine for as long as needed."""
     if ray.is_initialized():
         yield
         return
@@ -360,21 +347,17 @@ def _cluster():
 
 def _shards(sources, actors):
     """
-    Lists of those that share a file, and are done anew together if an actor dies. A video, which
+    Lists of sources that share a file, and are done anew together if an actor dies. A video, which
     may take hours, has its own.
     """
-    films = [[source] for source in sources if source.kind == "video"]
+    videos = [[source] for source in sources if source.kind == "video"]
     others = [source for source in sources if source.kind != "video"]
     size = max(1, min(INPUTS, math.ceil(len(others) / (FILES * actors))))
-    return films + [others[i : i + size] for i in range(0, len(others), size)]
+    return videos + [others[i : i + size] for i in range(0, len(others), size)]
 
 
-def _one_by_one(sources, actors):
-    return [[source] for source in sources]
-
-
-def _results(shards, make, actors):
-    """Yields what :class:`_Worker` says of each shard, but of those that its actor dies of."""
+def _results(shards, worker_arguments, actors):
+    """Yields each shard's result; shards whose actor died are skipped."""
     if not shards:
         return
     # File names may be no UTF-8, which Arrow's strings have to be, but not JSON's.
@@ -388,7 +371,7 @@ def _results(shards, make, actors):
     pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1)
     results = data.map_batches(
         _Worker,
-        fn_constructor_args=make,
+        fn_constructor_args=worker_arguments,
         batch_size=1,
         compute=pool,
         num_cpus=1,
@@ -407,7 +390,7 @@ def _results(shards, make, actors):
 
 
 class _Worker:
-    """An actor: its model, and how it writes a file."""
+    """An actor: it has the model, and writes one file per shard."""
 
     def __init__(self, arguments, folder, run, batch_size):
         keep_freed_memory()
@@ -421,26 +404,21 @@ class _Worker:
         try:
             write_part(self._folder, self._run, sources, self._rows(sources, done))
             done["problem"] = None
-        except OSError as error:  # would be the same with the others: not to be tried again
+        except OSError as error:  # would be the same for the others: not to be tried again
             done["problem"] = str(error)
         return {"done": [json.dumps(done)]}
 
     def _rows(self, sources, done):
-        """Yields the rows of a file; counts them."""
-        found_in = predictions(self._predictor, sources, self._batch_size)
+        """Yields the rows of a file, and counts them."""
         number = 0
-        with contextlib.closing(found_in):
-            for item, found in found_in:
+        with contextlib.closing(predictions(self._predictor, sources, self._batch_size)) as items:
+            for item, annotations in items:
                 if item.frame is not None:
                     number += 1
-                    yield image_row(item, found, self._predictor.classes)
+                    yield image_row(item, annotations, self._predictor.classes)
                     continue
                 if item.error:
                     done["failed"].append(f"{item.source.name}: {item.error}")
                 if item.error or not number:
                     yield input_row(item)
                 done["images"], number = done["images"] + number, 0
-
-
-def _lost(source):
-    return Item(source, signature(source), error=LOST)

@@ -210,7 +210,7 @@ def pair_metrics(sums):
 
 def cohen_kappa(both, only_a, only_b, neither):
     """
-    Cohen's kappa of two raters who said yes or no (Cohen 1960), also in many resamples at once.
+    Cohen's kappa of two raters who answer yes or no (Cohen 1960), also in many resamples at once.
 
     Args:
         both, only_a, only_b, neither (np.ndarray): (...,) cases that both, one or none affirmed.
@@ -226,10 +226,10 @@ def cohen_kappa(both, only_a, only_b, neither):
 
 def fleiss_kappa(cases, yes, agreeing, raters):
     """
-    Fleiss' kappa of three or more raters who said yes or no (Fleiss 1971).
+    Fleiss' kappa of three or more raters who answer yes or no (Fleiss 1971).
 
     Args:
-        cases (np.ndarray): (...,) how many.
+        cases (np.ndarray): (...,) number of cases.
         yes (np.ndarray): (...,) answers that were yes, over all cases and raters.
         agreeing (np.ndarray): (...,) pairs of raters that gave the same answer, over all cases.
         raters (int): of every case.
@@ -320,14 +320,14 @@ def read_model(name, results, tau, images_of):
         name (str):
         results: see :func:`read_results`. A COCO file with ``images`` is of these; a list is of
             the images and ids of ``images_of``.
-        tau (float): score from which on a detection counts.
+        tau (float): score threshold.
         images_of (Annotator):
 
     Returns:
         Annotator:
 
     Raises:
-        ValueError: on bad input, and a tau that is none.
+        ValueError: on bad input, and a tau that is negative or not finite.
     """
     if not 0 <= tau < math.inf:
         raise ValueError(f"tau is {tau}; it must be a number that is not negative.")
@@ -337,8 +337,8 @@ def read_model(name, results, tau, images_of):
     if isinstance(content, dict) and content.get("images"):
         truth = read_ground_truth({**content, "annotations": []}, source)
         content = content.get("annotations")
-    found = read_results(content, truth, source)
-    regions = found.regions.take(np.flatnonzero(found.score >= tau))
+    detections = read_results(content, truth, source)
+    regions = detections.regions.take(np.flatnonzero(detections.score >= tau))
     return _checked(name, _ground_truth(truth.images, truth.categories, regions))
 
 
@@ -386,10 +386,10 @@ def agreement(annotators, model=None, *, iou_threshold=0.5, bootstrap=None):
         "lesions": {one.name: int(one.truth.lesions.sum()) for one in everyone},
         "bootstrap": bootstrap and {**asdict(bootstrap), "unit": metrics.unit},
     }
-    found = AnnotatorAgreement(
+    result = AnnotatorAgreement(
         everyone, meta["model"], missing, notes, pairs, metrics.once(), meta, metrics
     )
-    return add_intervals(found, bootstrap)
+    return add_intervals(result, bootstrap)
 
 
 def _checked(name, truth):
@@ -415,12 +415,16 @@ def _shared(everyone):
     """File names that all have, in the first one's order; {file name: who lacks it}."""
     names = {one.name: {image["file_name"] for image in one.truth.images} for one in everyone}
     first = everyone[0].truth.images
-    shared = [i["file_name"] for i in first if all(i["file_name"] in own for own in names.values())]
+    shared = [
+        i["file_name"] for i in first if all(i["file_name"] in files for files in names.values())
+    ]
     if not shared:
-        examples = ", ".join(f"{name}: {min(own, default='none')}" for name, own in names.items())
-        raise ValueError(f"No image is in all files; the first of each is called {examples}.")
+        examples = ", ".join(
+            f"{name}: {min(files, default='none')}" for name, files in names.items()
+        )
+        raise ValueError(f"No image is in all files; the first of each is {examples}.")
     missing = {
-        file: [name for name, own in names.items() if file not in own]
+        file: [name for name, files in names.items() if file not in files]
         for file in sorted(set.union(*names.values()) - set(shared))
     }
     return shared, missing
@@ -439,8 +443,8 @@ def _aligned(everyone, shared):
     aligned, notes = [], []
     for one in everyone:
         truth, regions = one.truth, one.truth.regions
-        own = [category["name"] for category in truth.categories]
-        if not single and (lacking := [name for name in classes if name not in own]):
+        class_names = [category["name"] for category in truth.categories]
+        if not single and (lacking := [name for name in classes if name not in class_names]):
             notes.append(f"{one.name} has no class {', '.join(lacking)}")
         if truth.crowd.any():
             notes.append(f"{one.name}: {int(truth.crowd.sum())} crowd regions left out")
@@ -456,28 +460,28 @@ def _aligned(everyone, shared):
         image = np.array([place.get(i["file_name"], -1) for i in truth.images])[regions.image]
         rows = np.flatnonzero((image >= 0) & ~truth.crowd)
         rows = rows[np.argsort(image[rows], kind="stable")]
-        category = np.array([0 if single else numbers[name] for name in own], dtype=int)
+        category = np.array([0 if single else numbers[name] for name in class_names], dtype=int)
         taken = regions.take(rows)
         taken = replace(taken, image=image[rows], category=category[taken.category])
         aligned.append(Annotator(one.name, _ground_truth(images, list(classes.values()), taken)))
     return aligned, notes
 
 
-def write_agreement(found, folder, **meta):
+def write_agreement(result, folder, **meta):
     """
     Write ``agreement.json`` (every metric with its interval), ``agreement.csv`` (one row per pair),
     ``per_image.csv`` (one row per image and pair) and ``missing.csv`` (images that not all have).
 
     Args:
-        found (AnnotatorAgreement):
+        result (AnnotatorAgreement):
         folder (str or Path): made if it does not exist.
         **meta: what else to record under ``meta``; JSON values.
 
     Returns:
         list[Path]: the files.
     """
-    document = agreement_document(found)
-    document["meta"] = {**meta, **found.meta, "versions": package_versions()}
+    document = agreement_document(result)
+    document["meta"] = {**meta, **result.meta, "versions": package_versions()}
     pairs = []
     for name, values in document["agreement"].items():
         row = {"pair": name, **{k: v for k, v in values.items() if not isinstance(v, list)}}
@@ -485,12 +489,13 @@ def write_agreement(found, folder, **meta):
             row[f"{metric}_low"], row[f"{metric}_high"] = values[f"{metric}_ci"]
         pairs.append(row)
     missing = [
-        {"file_name": file, "missing_in": ", ".join(names)} for file, names in found.missing.items()
+        {"file_name": file, "missing_in": ", ".join(names)}
+        for file, names in result.missing.items()
     ]
     texts = {
         "agreement.json": strict_json(document),
         "agreement.csv": csv_text(pairs, ["pair", *PAIR_METRICS]),
-        "per_image.csv": csv_text(agreement_rows(found), ["file_name"]),
+        "per_image.csv": csv_text(agreement_rows(result), ["file_name"]),
         "missing.csv": csv_text(missing, ["file_name", "missing_in"]),
     }
     for name, text in texts.items():
@@ -498,20 +503,20 @@ def write_agreement(found, folder, **meta):
     return [Path(folder) / name for name in texts]
 
 
-def agreement_document(found):
+def agreement_document(result):
     """
     Args:
-        found (AnnotatorAgreement):
+        result (AnnotatorAgreement):
 
     Returns:
         dict: for agreement.json: the metrics of every group with their intervals, those of pairs
         with counts; what was left out; ``meta``.
     """
     groups = {
-        name: interleave_intervals(values, found.intervals.get(name, {}))
-        for name, values in found.values.items()
+        name: interleave_intervals(values, result.intervals.get(name, {}))
+        for name, values in result.values.items()
     }
-    for (a, b), columns in found.pairs.items():
+    for (a, b), columns in result.pairs.items():
         counts = dict(zip(PAIR_COLUMNS, columns.sum(axis=0).astype(int).tolist(), strict=True))
         for overlap in ("iou", "dice", "union_iou", "union_dice"):
             del counts[overlap]
@@ -519,25 +524,25 @@ def agreement_document(found):
         groups[name] = {"a": a, "b": b, **counts, **groups[name]}
     return {
         "agreement": groups,
-        "missing": found.missing,
-        "notes": found.notes,
-        "undefined_shares": found.undefined_shares,
-        "meta": found.meta,
+        "missing": result.missing,
+        "notes": result.notes,
+        "undefined_shares": result.undefined_shares,
+        "meta": result.meta,
     }
 
 
-def agreement_rows(found):
+def agreement_rows(result):
     """
     Args:
-        found (AnnotatorAgreement):
+        result (AnnotatorAgreement):
 
     Returns:
         list[dict]: one row per image and pair: image, a, b, lesions of each and pairs of them, mean
         overlaps of the pairs and overlaps of the unions in percent.
     """
     rows = []
-    for (a, b), columns in found.pairs.items():
-        for record, values in zip(found.images, columns, strict=True):
+    for (a, b), columns in result.pairs.items():
+        for record, values in zip(result.images, columns, strict=True):
             counts = dict(zip(PAIR_COLUMNS, values.tolist(), strict=True))
             row = {"file_name": record["file_name"], "a": a, "b": b}
             row["lesions_a"] = int(counts["matched"] + counts["only_a"])

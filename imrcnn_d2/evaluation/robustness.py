@@ -1,4 +1,4 @@
-"""What a detector's figures are on distorted copies of its test images."""
+"""The metrics of a detector on distorted copies of its test images."""
 
 import contextlib
 import json
@@ -24,28 +24,15 @@ CLEAN = "clean"  # the row of the images as they are, of severity 0
 LEAST_PART = 0.5  # of a lesion, in an image that was turned
 
 
-def load_coco(json_file):
-    """
-    Args:
-        json_file (str or Path): COCO instance annotations.
-
-    Returns:
-        COCO: read without a word on the standard output.
-    """
+def load_coco(json_file: str | Path) -> COCO:
+    """COCO instance annotations, read without output on the terminal."""
     with contextlib.redirect_stdout(None):
         return COCO(str(json_file))
 
 
-def choose_subset(count, num_images, seed):
-    """
-    Args:
-        count (int): images there are.
-        num_images (int or None): wished for; None for all.
-        seed (int): of the choice.
-
-    Returns:
-        list[int]: their indices, ascending. A larger choice with the same seed holds a smaller one.
-    """
+def choose_subset(count: int, num_images: int | None, seed: int) -> list[int]:
+    """Ascending indices of ``num_images`` (None for all) of ``count`` images. A larger subset with
+    the same seed holds a smaller one."""
     order = np.random.default_rng(seed).permutation(count)
     return sorted(order[:num_images].tolist())
 
@@ -66,11 +53,11 @@ def evaluate_robustness(
     """
     Evaluate the images as they are and with each distortion at each severity, and write
     ``robustness.json`` and ``robustness.csv`` after every one. Called again with the same
-    arguments, or with other distortions, it goes on with what is not there yet.
+    arguments, or with other distortions, it continues with what is missing.
 
-    Directions and places are drawn for each image from the seed and the image's id, so that all
+    Directions and places are sampled for each image from the seed and the image's id, so that all
     models see the same images. Under a rotation, ground truth turns with the image; a lesion of
-    which less than half stays in it counts neither as found nor as missed.
+    which less than half stays in it is taken as a crowd, neither a hit nor missed.
 
     Args:
         predict (callable): list of (H, W, 3) uint8 RGB images -> for each a list of COCO records
@@ -79,7 +66,7 @@ def evaluate_robustness(
         ground_truth (COCO): instances with masks, see :func:`load_coco`.
         image_root (str or Path): folder that ``file_name`` is relative to.
         output (str or Path): folder for the files; made if it does not exist.
-        tau (float): score from which on a detection counts.
+        tau (float): score threshold.
         about (dict): what is evaluated, as JSON values: kept in the file, and another one's results
             are not added to it.
         distortions (sequence of str): keys of ``DISTORTIONS``.
@@ -89,7 +76,7 @@ def evaluate_robustness(
 
     Returns:
         dict: as in robustness.json: ``meta`` and ``rows``; a row has distortion, severity, level
-        and all figures of :meth:`LesionResults.groups` as "group/figure".
+        and all metrics of :meth:`LesionResults.groups` as "group/metric".
 
     Raises:
         ValueError: for an unknown distortion, or results of something else in the folder.
@@ -112,9 +99,9 @@ def evaluate_robustness(
         for name, severity in missing:
             progress.set_description(f"{name} {severity}")
             copies = _Copies(ground_truth, Path(image_root), name, severity, seed)
-            figures = _evaluate(predict, copies, images, tau, batch_size, progress)
+            values = _evaluate(predict, copies, images, tau, batch_size, progress)
             level = DISTORTIONS[name].levels[severity - 1] if severity else None
-            rows.append({"distortion": name, "severity": severity, "level": level, **figures})
+            rows.append({"distortion": name, "severity": severity, "level": level, **values})
             rows.sort(key=lambda row: (order.index(row["distortion"]), row["severity"]))
             write_atomically(Path(output) / "robustness.csv", csv_text(rows, ()))
             write_atomically(Path(output) / ROBUSTNESS, strict_json(document))
@@ -122,7 +109,7 @@ def evaluate_robustness(
 
 
 class _Copies:
-    """The images of a set at one severity of a distortion, with what is to be found in them."""
+    """The images of a set at one severity of a distortion, with their annotations."""
 
     def __init__(self, ground_truth, image_root, name, severity, seed):
         self.ground_truth = ground_truth
@@ -136,18 +123,18 @@ class _Copies:
         annotations = self.ground_truth.imgToAnns[record["id"]]
         if not self._distortion:
             return image, record, annotations
-        how = *self._distortion, (self._seed, record["id"])
-        image = distort(image, *how)
+        distortion = *self._distortion, (self._seed, record["id"])
+        image = distort(image, *distortion)
         if self._distortion[0] == "rotation":
-            annotations = self._move(annotations, how)
+            annotations = self._move(annotations, distortion)
         height, width = image.shape[:2]
         return image, {**record, "height": height, "width": width}, annotations
 
-    def _move(self, annotations, how):
+    def _move(self, annotations, distortion):
         moved = []
         for annotation in annotations:
             before = self.ground_truth.annToMask(annotation).astype(bool)
-            mask = distort_mask(before, *how)
+            mask = distort_mask(before, *distortion)
             if not mask.any():
                 continue
             fields = {**annotation, **annotation_from_mask(mask, annotation["category_id"])}
@@ -158,19 +145,19 @@ class _Copies:
 
 
 def _evaluate(predict, copies, images, tau, batch_size, progress):
-    """dict[str, float]: "group/figure" -> figure."""
+    """{"group/metric": value}."""
     records, annotations, results = [], [], []
     for start in range(0, len(images), batch_size):
         batch = [copies.read(record) for record in images[start : start + batch_size]]
         predicted = predict([image for image, _, _ in batch])
-        for (_, record, own), detections in zip(batch, predicted, strict=True):
+        for (_, record, of_image), detections in zip(batch, predicted, strict=True):
             records.append(record)
-            annotations += own
+            annotations += of_image
             results += [{**detection, "image_id": record["id"]} for detection in detections]
         progress.update(len(batch))
     dataset = {**copies.ground_truth.dataset, "images": records, "annotations": annotations}
     groups = evaluate_lesions(dataset, results, tau=tau).groups()
-    return {f"{group}/{key}": value for group, own in groups.items() for key, value in own.items()}
+    return {f"{group}/{key}": v for group, values in groups.items() for key, v in values.items()}
 
 
 def _resume(output, meta):

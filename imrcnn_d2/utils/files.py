@@ -100,9 +100,10 @@ def _cell(value: object) -> object:
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def for_terminal(text: object) -> str:
+def for_terminal(text: object, one_line: bool = False) -> str:
     """The text with control characters, which names in files can hold, as ``\\x1b`` and so on."""
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], str(text))
+    escaped = _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
+    return escaped.replace("\n", r"\n") if one_line else escaped
 
 
 class BadInputError(ValueError):

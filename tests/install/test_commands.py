@@ -11,7 +11,7 @@ from processes import ROOT, run_script
 import imrcnn
 from imrcnn_d2.cli import export, predict
 from imrcnn_d2.deploy.outputs import OUTPUTS
-from imrcnn_d2.deploy.runtimes.runtime import RUNTIMES
+from imrcnn_d2.deploy.runtimes import EXPORTS, RUNTIMES
 
 CLI = Path(ROOT, "imrcnn_d2", "cli")
 MODULES = sorted(path.stem for path in CLI.glob("[!_]*.py"))
@@ -80,9 +80,10 @@ def test_the_options_are_those_of_the_package():
     """The parsers list these by hand, since importing them takes seconds."""
     help_text = " ".join(predict.argument_parser().format_help().split())
     assert all(name in help_text for name in (*RUNTIMES, *(f"--{kind}" for kind in OUTPUTS)))
-    known = export.known_precisions()
-    assert tuple(known) == export.FORMATS
-    assert {name for names in known.values() for name in names} == set(export.BOUNDS) - {"exact"}
+    help_text = export.argument_parser().format_help()
+    assert all(form in help_text for form in EXPORTS)
+    precisions = {name for runtime in EXPORTS.values() for name in runtime.precisions}
+    assert precisions == set(export.BOUNDS) - {"exact"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "cross_validate"])

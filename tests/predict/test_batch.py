@@ -24,7 +24,7 @@ from imrcnn_d2.deploy.batch import Journal, predict_files
 from imrcnn_d2.deploy.inputs import VideoWriter, decode_video, public_name
 from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
 
-from .conftest import TAU, picture
+from .conftest import TAU, random_image
 
 ALL = ("overlays", "masks", "labelme")
 
@@ -47,7 +47,7 @@ def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
     assert names == ["a.png", "b/c.jpg", "d.png"]
     assert coco["categories"] == [{"id": 1, "name": "polyp"}]
     assert coco["info"]["tau"] == TAU
-    assert coco["info"]["weights_sha256"] == predictor.about["weights_sha256"]
+    assert coco["info"]["weights_sha256"] == predictor.metadata["weights_sha256"]
     # in the same batches: else fp32 sums, and a mask's edge with them, could end otherwise
     found = predictor([image_folder / name for name in names], batch_size=2)
     assert len(coco["annotations"]) == sum(map(len, found)) > 3
@@ -58,40 +58,40 @@ def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
 
     table = rows(output / "predictions.csv")
     for row, instances in zip(table, found, strict=True):
-        counts = instances.scores >= TAU
-        assert int(row["lesions"]) == counts.sum()
+        above = instances.scores >= TAU
+        assert int(row["lesions"]) == above.sum()
         assert float(row["score"]) == pytest.approx(instances.scores.max().item())
-        area = instances.pred_masks[counts].any(dim=0).float().mean() * 100
+        area = instances.pred_masks[above].any(dim=0).float().mean() * 100
         assert float(row["area_percent"]) == pytest.approx(area.item(), abs=1e-3)
-        assert (row["tau"], row["version"]) == (str(TAU), predictor.about["version"])
+        assert (row["tau"], row["version"]) == (str(TAU), predictor.metadata["version"])
 
     for name, instances in zip(("a", "b/c", "d"), found, strict=True):
         with Image.open(output / "masks" / f"{name}.png") as file:
             mask = np.asarray(file)
-            assert json.loads(file.text["Comment"])["version"] == predictor.about["version"]
+            assert json.loads(file.text["Comment"])["version"] == predictor.metadata["version"]
         union = instances.pred_masks[instances.scores >= TAU].any(dim=0).numpy()
         assert set(np.unique(mask)) <= {0, 255} and ((mask == 255) == union).all()
         with Image.open(output / "overlays" / f"{name}.jpg") as overlay:
             assert overlay.size == (80, 60)
             assert json.loads(overlay.info["comment"])["tau"] == TAU
         labelme = json.loads((output / "labelme" / f"{name}.json").read_text())
-        assert labelme["predicted_by"]["weights_sha256"] == predictor.about["weights_sha256"]
+        assert labelme["predicted_by"]["weights_sha256"] == predictor.metadata["weights_sha256"]
         original = output / "labelme" / f"{name}.json"
         assert (original.parent / labelme["imagePath"]).resolve().is_relative_to(image_folder)
-        drawn = Image.new("1", (80, 60))
+        polygons = Image.new("1", (80, 60))
         for shape in labelme["shapes"]:
             assert shape["label"] == "polyp" and len(shape["points"]) > 2
             # as LabelMe makes a mask of it
             points = [tuple(point) for point in shape["points"]]
-            ImageDraw.Draw(drawn).polygon(points, outline=1, fill=1)
-        assert (np.asarray(drawn) & union).sum() > 0.9 * union.sum()
+            ImageDraw.Draw(polygons).polygon(points, outline=1, fill=1)
+        assert (np.asarray(polygons) & union).sum() > 0.9 * union.sum()
     assert not [path for path in output.rglob("*") if ".tmp" in path.name]
 
 
 def test_images_of_different_sizes_are_not_padded_to_each_other(predictor, tmp_path):
     (tmp_path / "images").mkdir()
     for seed in range(4):
-        image = picture(seed, 50, 90) if seed % 2 else picture(seed, 80, 60)
+        image = random_image(seed, 50, 90) if seed % 2 else random_image(seed, 80, 60)
         Image.fromarray(image).save(tmp_path / "images" / f"{seed}.png")
     scores = []
     for batch_size in (1, 4):
@@ -125,9 +125,9 @@ def test_done_is_done_and_what_is_new_or_repaired_is_not(predictor, image_folder
     first = predict_files(predictor, [image_folder], output, save=["masks"])
     assert (first.images, len(first.failed)) == (3, 1)
     before = (output / "masks" / "a.png").stat().st_mtime_ns
-    Image.fromarray(picture(7)).save(image_folder / "e.png")
-    Image.fromarray(picture(8, 50, 50)).save(image_folder / "d.png")
-    Image.fromarray(picture(9)).save(image_folder / "f.png")
+    Image.fromarray(random_image(7)).save(image_folder / "e.png")
+    Image.fromarray(random_image(8, 50, 50)).save(image_folder / "d.png")
+    Image.fromarray(random_image(9)).save(image_folder / "f.png")
     again = predict_files(predictor, [image_folder], output, save=["masks"])
     assert (again.images, again.skipped, again.failed) == (3, 2, [])
     assert (output / "masks" / "a.png").stat().st_mtime_ns == before
@@ -165,12 +165,12 @@ def test_a_video_and_its_frames(predictor, tmp_path):
     times = [Fraction(1001 * number, 30000) for number in (0, 1, 5, 6)]
     with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30000)) as video:
         for number, moment in enumerate(times):
-            video.write(picture(number), moment, Fraction(16, 11))
+            video.write(random_image(number), moment, Fraction(16, 11))
     output = tmp_path / "out"
     predict_files(predictor, [tmp_path / "v.mp4"], output, save=ALL, batch_size=3)
-    drawn = list(decode_video(output / "overlays" / "v.mp4", "v.mp4"))
-    assert [frame.time for frame in drawn] == times
-    assert {frame.pixel_aspect for frame in drawn} == {Fraction(16, 11)}
+    overlays = list(decode_video(output / "overlays" / "v.mp4", "v.mp4"))
+    assert [frame.time for frame in overlays] == times
+    assert {frame.pixel_aspect for frame in overlays} == {Fraction(16, 11)}
     images = read(output)["images"]
     assert [image["file_name"] for image in images] == [f"v.mp4#{n:06d}" for n in range(4)]
     assert [image["time"] for image in images] == [float(moment) for moment in times]
@@ -184,11 +184,13 @@ def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
     folder = tmp_path / "study" / "Musterfrau_19640812"
     folder.mkdir(parents=True)
     stills = "Musterfrau_Erika.jpg", "IM2.png", "IM3.mp4"
-    write_dicom(folder / "Musterfrau_Erika.jpg", picture(0))
-    write_dicom(folder / "IM2.png", picture(1), BurnedInAnnotation="YES")
-    write_dicom(folder / "IM3.mp4", picture(5), BurnedInAnnotation="UNKNOWN")
-    write_dicom(folder / "KIS-4711.dcm", np.stack([picture(2), picture(3)]), FrameTime="40")
-    write_dicom(folder / "broken-ACC0815.dcm", picture(4), Rows=1000)
+    write_dicom(folder / "Musterfrau_Erika.jpg", random_image(0))
+    write_dicom(folder / "IM2.png", random_image(1), BurnedInAnnotation="YES")
+    write_dicom(folder / "IM3.mp4", random_image(5), BurnedInAnnotation="UNKNOWN")
+    write_dicom(
+        folder / "KIS-4711.dcm", np.stack([random_image(2), random_image(3)]), FrameTime="40"
+    )
+    write_dicom(folder / "broken-ACC0815.dcm", random_image(4), Rows=1000)
     shutil.copy(folder / "KIS-4711.dcm", folder / "KIS-4711-2.dcm")
     output = tmp_path / "out"
     done = predict_files(predictor, [folder], output, save=ALL)
@@ -216,11 +218,11 @@ def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
 def test_dicom_is_gone_on_with_by_its_content(predictor, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
-    write_dicom(folder / "a.dcm", picture(0))
-    broken = write_dicom(folder / "b.dcm", picture(1), Rows=1000)
+    write_dicom(folder / "a.dcm", random_image(0))
+    broken = write_dicom(folder / "b.dcm", random_image(1), Rows=1000)
     assert len(predict_files(predictor, [folder], output).failed) == 1
     (folder / "a.dcm").rename(folder / "renamed.dcm")
-    write_dicom(broken, picture(1))
+    write_dicom(broken, random_image(1))
     done = predict_files(predictor, [folder], output, save=())
     assert (done.images, done.skipped, done.failed) == (1, 1, [])
     assert not (output / "failed.csv").exists()
@@ -240,7 +242,7 @@ def test_no_name_stops_a_run(predictor, tmp_path, names):
     folder, output = tmp_path / "in", tmp_path / "out"
     for seed, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture(seed)).save(folder / name)
+        Image.fromarray(random_image(seed)).save(folder / name)
     done = predict_files(predictor, [folder], output, save=ALL)
     assert (done.images, done.failed, done.kept) == (len(names), [], [])
     for kind in ALL:
@@ -265,7 +267,7 @@ def test_what_a_reader_raises_ends_its_input_alone(predictor, tmp_path, monkeypa
     folder = tmp_path / "in"
     folder.mkdir()
     for seed, name in enumerate("abc"):
-        Image.fromarray(picture(seed)).save(folder / f"{name}.png")
+        Image.fromarray(random_image(seed)).save(folder / f"{name}.png")
     whole = pipeline.read_frames
 
     def read_frames(source):
@@ -280,12 +282,12 @@ def test_what_a_reader_raises_ends_its_input_alone(predictor, tmp_path, monkeypa
 
 
 def test_names_that_differ_in_their_suffix_alone(predictor, image_folder, tmp_path):
-    Image.fromarray(picture(5)).save(image_folder / "a.jpg")
+    Image.fromarray(random_image(5)).save(image_folder / "a.jpg")
     predict_files(predictor, [image_folder], tmp_path / "out", save=["masks"])
     masks = sorted(path.name for path in (tmp_path / "out" / "masks").iterdir())
     assert masks == ["a.jpg.png", "a.png.png", "b", "d.png"]
     # One whose own name would be another's file.
-    Image.fromarray(picture(6)).save(image_folder / "a.jpg.png")
+    Image.fromarray(random_image(6)).save(image_folder / "a.jpg.png")
     predict_files(predictor, [image_folder], tmp_path / "again", save=["masks"])
     masks = sorted(path.name for path in (tmp_path / "again" / "masks").iterdir())
     assert masks == ["a.jpg.png", "a.jpg.png.png", "a.png.png", "b", "d.png"]
@@ -296,13 +298,13 @@ def test_a_later_input_takes_no_other_inputs_files(predictor, image_folder, tmp_
     predict_files(predictor, [image_folder / "a.png"], output, save=ALL)
     before = {path: path.read_bytes() for path in output.glob("*/*")}
     assert {path.name for path in before} == {"a.png", "a.jpg", "a.json"}
-    Image.fromarray(picture(5)).save(image_folder / "a.jpg")
+    Image.fromarray(random_image(5)).save(image_folder / "a.jpg")
     predict_files(predictor, [image_folder / "a.jpg"], output, save=ALL)
     assert all(path.read_bytes() == content for path, content in before.items())
     added = {path.name for path in output.glob("*/*")} - {path.name for path in before}
     assert added == {"a.jpg.jpg", "a.jpg.png", "a.jpg.json"}
     # Changed, an input replaces its own files.
-    Image.fromarray(picture(6)).save(image_folder / "a.png")
+    Image.fromarray(random_image(6)).save(image_folder / "a.png")
     predict_files(predictor, [image_folder], output, save=ALL)
     assert (output / "masks" / "a.png").read_bytes() != before[output / "masks" / "a.png"]
     assert not (output / "masks" / "a.png.png").exists()
@@ -313,7 +315,7 @@ def test_files_of_what_an_input_was_are_deleted(predictor, tmp_path):
     for number in (3, 1):
         with VideoWriter(film, time_base=Fraction(1, 25)) as video:
             for n in range(number):
-                video.write(picture(n), Fraction(n, 25))
+                video.write(random_image(n), Fraction(n, 25))
         predict_files(predictor, [film], output, save=ALL)
         assert len(list((output / "masks" / "v.mp4").glob("*.png"))) == number
         (output / "masks" / "v.mp4" / "mine.txt").touch()
@@ -369,7 +371,7 @@ def test_killed_and_run_again(tiny_run, predictor, tmp_path):
     folder.mkdir()
     number = 60
     for seed in range(number):
-        Image.fromarray(picture(seed)).save(folder / f"{seed:03d}.png")
+        Image.fromarray(random_image(seed)).save(folder / f"{seed:03d}.png")
     command = [sys.executable, "-W", "ignore", "tools/predict.py", "--masks", "--input", folder]
     command += ["--weights", tiny_run / "model_best.pth", "--output", output]
     process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)

@@ -27,22 +27,22 @@ from imrcnn_d2.deploy.inputs import VideoWriter, may_show_patient, public_name, 
 from imrcnn_d2.deploy.web.page import find
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
-from .conftest import picture
+from .conftest import random_image
 
 H264 = "1.2.840.10008.1.2.4.102"
 JPEG_LOSSLESS = "1.2.840.10008.1.2.4.70"
 
 
 def test_a_still(tmp_path):
-    path = write_dicom(tmp_path / "still", picture(0))
+    path = write_dicom(tmp_path / "still", random_image(0))
     assert is_dicom(path)
     (frame,) = read_dicom(path)
-    assert (frame.image == picture(0)).all()
+    assert (frame.image == random_image(0)).all()
     assert frame.number is None and frame.time is None
 
 
 def test_a_number_of_too_many_digits(tmp_path):
-    frames = np.stack([picture(0)] * 2)
+    frames = np.stack([random_image(0)] * 2)
     path = write_dicom(tmp_path / "a.dcm", frames, FrameTime="1e1")
     damaged(path, b"DS\4\x001e1 ", b"DS\x0c\x001e9999999999")
     with pytest.raises(BadInputError, match="a.dcm: is no readable DICOM file"):
@@ -50,7 +50,7 @@ def test_a_number_of_too_many_digits(tmp_path):
 
 
 def test_several_frames(tmp_path):
-    frames = np.stack([picture(seed) for seed in range(3)])
+    frames = np.stack([random_image(seed) for seed in range(3)])
     timed = list(read_dicom(write_dicom(tmp_path / "a.dcm", frames, FrameTime="33.25")))
     assert [frame.time for frame in timed] == [Fraction(133, 4000) * n for n in range(3)]
     assert all((frame.image == frames[frame.number]).all() for frame in timed)
@@ -68,32 +68,32 @@ def test_several_frames(tmp_path):
 
 @pytest.mark.parametrize("fields", [{"Rows": None}, {"Columns": 0}])
 def test_no_size(tmp_path, fields):
-    path = write_dicom(tmp_path / "a.dcm", picture(0), **fields)
+    path = write_dicom(tmp_path / "a.dcm", random_image(0), **fields)
     with pytest.raises(BadInputError, match="rows or columns"):
         list(read_dicom(path))
 
 
 def test_compressed_as_endoscopes_write_it(tmp_path):
     stream = io.BytesIO()
-    Image.fromarray(picture(0)).save(stream, "JPEG", quality=95)
+    Image.fromarray(random_image(0)).save(stream, "JPEG", quality=95)
     path = write_dicom(
         tmp_path / "jpeg.dcm",
-        picture(0),
+        random_image(0),
         encoded=[stream.getvalue()],
         syntax=JPEGBaseline8Bit,
         PhotometricInterpretation="YBR_FULL_422",
     )
     (frame,) = read_dicom(path)
-    assert abs(frame.image.astype(int) - picture(0)).mean() < 4, "its colours are right"
+    assert abs(frame.image.astype(int) - random_image(0)).mean() < 4, "its colours are right"
 
 
 def test_a_video_within(tmp_path):
     times = [Fraction(number, 25) for number in range(5)]
     with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 25)) as video:
         for number, time in enumerate(times):
-            video.write(picture(number), time)
+            video.write(random_image(number), time)
     encoded = [(tmp_path / "v.mp4").read_bytes()]
-    frames = np.stack([picture(number) for number in range(5)])
+    frames = np.stack([random_image(number) for number in range(5)])
     path = write_dicom(tmp_path / "video.dcm", frames, encoded=encoded, syntax=H264)
     found = list(read_dicom(path))
     assert [frame.time for frame in found] == times
@@ -122,9 +122,9 @@ def test_gray_of_many_bits(tmp_path):
 def test_bad_files_are_named(tmp_path):
     for name, path in {
         "without an image": write_dicom(tmp_path / "report.dcm"),
-        "pixels cannot be read": write_dicom(tmp_path / "cut.dcm", picture(0), Rows=1000),
+        "pixels cannot be read": write_dicom(tmp_path / "cut.dcm", random_image(0), Rows=1000),
         "gdcm": write_dicom(
-            tmp_path / "x.dcm", picture(0), encoded=[b"\xff\xd8\xff\xd9"], syntax=JPEG_LOSSLESS
+            tmp_path / "x.dcm", random_image(0), encoded=[b"\xff\xd8\xff\xd9"], syntax=JPEG_LOSSLESS
         ),
     }.items():
         with pytest.raises(BadInputError, match=name) as caught:
@@ -137,7 +137,7 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_no_name_of_a_file_is_used(tmp_path):
-    path = write_dicom(tmp_path / "file", picture(0))
+    path = write_dicom(tmp_path / "file", random_image(0))
     digits = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     assert (
         public_name(path)
@@ -154,9 +154,11 @@ def test_an_error_does_not_quote_the_name(tmp_path):
 
 
 def test_burned_in(tmp_path):
-    assert may_show_patient(write_dicom(tmp_path / "a", picture(0), BurnedInAnnotation="YES"))
-    assert not may_show_patient(write_dicom(tmp_path / "b", picture(0), BurnedInAnnotation="NO"))
-    assert not may_show_patient(write_dicom(tmp_path / "c", picture(0)))
+    assert may_show_patient(write_dicom(tmp_path / "a", random_image(0), BurnedInAnnotation="YES"))
+    assert not may_show_patient(
+        write_dicom(tmp_path / "b", random_image(0), BurnedInAnnotation="NO")
+    )
+    assert not may_show_patient(write_dicom(tmp_path / "c", random_image(0)))
 
 
 def damaged(path, old, new):
@@ -183,21 +185,21 @@ DAMAGES = {
 def test_no_message_quotes_the_file(predictor, tmp_path, capfd, caplog, damage):
     folder = tmp_path / "in"
     folder.mkdir()
-    path = damaged(write_dicom(folder / "a.dcm", picture(0)[:, :, 0]), *DAMAGES[damage])
-    said = []
+    path = damaged(write_dicom(folder / "a.dcm", random_image(0)[:, :, 0]), *DAMAGES[damage])
+    messages = []
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        said.append(predict_files(predictor, [folder], tmp_path / "out").failed)
+        messages.append(predict_files(predictor, [folder], tmp_path / "out").failed)
         rejects = Rejects("reject")
         for read in (inspect_image, read_image):
             with rejects.catch():
                 read(path)
         with rejects.catch():
             patients_from_dicom()(Sample("a.png", SimpleNamespace(path=path), [], {}))
-        said += [error.reason for error in rejects.errors]
-        said.append(find(predictor, Path(shutil.copy(path, tmp_path / "a")), "a").error)
+        messages += [error.reason for error in rejects.errors]
+        messages.append(find(predictor, Path(shutil.copy(path, tmp_path / "a")), "a").error)
     outputs = [file.read_text() for file in (tmp_path / "out").iterdir()]
-    everything = " ".join([*map(str, said), *capfd.readouterr(), caplog.text, *outputs])
+    everything = " ".join([*map(str, messages), *capfd.readouterr(), caplog.text, *outputs])
     everything += " ".join(str(warning.message) for warning in warned)
     parts = [part for value in PATIENT.values() for part in value.replace("-", "^").split("^")]
     uids = re.findall(rb"1\.2\.826\.[0-9.]{20,}", path.read_bytes())
@@ -207,25 +209,29 @@ def test_no_message_quotes_the_file(predictor, tmp_path, capfd, caplog, damage):
 
 @pytest.mark.parametrize("name", ["a.dcm", "Musterfrau.jpg"])
 def test_an_uploaded_file_is_shown_by_its_content(predictor, tmp_path, name):
-    path = write_dicom(tmp_path / "upload", picture(0), BurnedInAnnotation="YES")
+    path = write_dicom(tmp_path / "upload", random_image(0), BurnedInAnnotation="YES")
     public = public_name(path)
     finding = find(predictor, path, name)
-    assert (finding.name, finding.picture, finding.frame) == (public, None, None)
+    assert (finding.name, finding.jpeg, finding.png) == (public, None, None)
 
 
 def jpeg(path):
     stream = io.BytesIO()
-    Image.fromarray(picture(0)).save(stream, "JPEG")
+    Image.fromarray(random_image(0)).save(stream, "JPEG")
     encoded, kind = [stream.getvalue()], "YBR_FULL_422"
     return write_dicom(
-        path, picture(0), encoded=encoded, syntax=JPEGBaseline8Bit, PhotometricInterpretation=kind
+        path,
+        random_image(0),
+        encoded=encoded,
+        syntax=JPEGBaseline8Bit,
+        PhotometricInterpretation=kind,
     )
 
 
 MAKERS = {
-    "still": lambda path: write_dicom(path, picture(0), BurnedInAnnotation="NO"),
+    "still": lambda path: write_dicom(path, random_image(0), BurnedInAnnotation="NO"),
     "gray": lambda path: write_dicom(path, np.arange(4800, dtype=np.uint16).reshape(60, 80)),
-    "frames": lambda path: write_dicom(path, np.stack([picture(0)] * 2), FrameTime="40"),
+    "frames": lambda path: write_dicom(path, np.stack([random_image(0)] * 2), FrameTime="40"),
     "jpeg": jpeg,
 }
 

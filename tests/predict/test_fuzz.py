@@ -17,11 +17,13 @@ from mutations import damaged_bytes, damaged_json
 from safetensors.torch import save
 
 from imrcnn_d2.deploy.loading import load_model
-from imrcnn_d2.deploy.runtimes.graph_files import ABOUT, OPENVINO_PARTS, describe
+from imrcnn_d2.deploy.runtimes import export_metadata
+from imrcnn_d2.deploy.runtimes.graph import METADATA_KEY
+from imrcnn_d2.deploy.runtimes.openvino import OPENVINO_PARTS
 from imrcnn_d2.evaluation.detection.results import OperatingPoint
 from imrcnn_d2.utils.safe_loading import load_checkpoint_file
 
-from .test_graph_files import W, small_onnx
+from .test_runtimes import W, small_onnx
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
 some_hundred = settings(
@@ -133,7 +135,10 @@ def test_any_pickle(folder, steps, in_a_zip):
 
 @pytest.fixture(scope="module")
 def about(tiny_run):
-    return {**describe(load_model(None, tiny_run / "model_best.pth"), "fp32"), "format": "onnx"}
+    return {
+        **export_metadata(load_model(None, tiny_run / "model_best.pth"), "fp32"),
+        "format": "onnx",
+    }
 
 
 def load(path, content):
@@ -160,6 +165,8 @@ def test_graph_files(folder, about, data, form):
     text = json.dumps({**about, "config": "VERSION: 2"})
     content = {
         "onnx": small_onnx(weights=[W], about=text),
-        "openvino": zipped({OPENVINO_PARTS[0]: NET, OPENVINO_PARTS[1]: b"0123", ABOUT: text}),
+        "openvino": zipped(
+            {OPENVINO_PARTS[0]: NET, OPENVINO_PARTS[1]: b"0123", METADATA_KEY: text}
+        ),
     }[form]
     load(folder / f"b.{form}", data.draw(damaged_bytes(content)))

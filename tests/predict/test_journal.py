@@ -15,7 +15,7 @@ from imrcnn_d2.deploy.batch import Journal, predict_files
 from imrcnn_d2.deploy.inputs import Source
 from imrcnn_d2.deploy.outputs import OUTPUTS
 
-from .conftest import picture
+from .conftest import random_image
 
 ALL = tuple(OUTPUTS)
 RUN = {"classes": ["polyp"], "tau": 0.5}
@@ -28,7 +28,7 @@ def contents(folder):
 
 @pytest.fixture
 def dataset(image_folder):
-    """A data set of the user's: images, and outlines made by hand."""
+    """A data set of the user's: images, and manual annotations."""
     root = image_folder.parent
     for name in ("masks/a.png", "labelme/a.json", "masks/b/c.png", "overlays/a.jpg"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def test_the_folder_of_the_images_itself(predictor, image_folder):
         done = predict_files(predictor, [image_folder], image_folder, save=ALL)
         assert not done.failed and not done.kept
         assert before.items() <= contents(image_folder).items()
-        Image.fromarray(picture(seed)).save(image_folder / "a.png")
+        Image.fromarray(random_image(seed)).save(image_folder / "a.png")
         before[image_folder / "a.png"] = (image_folder / "a.png").read_bytes()
 
 
@@ -84,7 +84,7 @@ def test_what_was_changed_by_hand_stays(predictor, image_folder, tmp_path):
         assert overlay.read_bytes() == old[overlay]
         assert all(path.read_bytes() == old[path] for path in corrected)
     # A file that was put there before there was one of ours.
-    Image.fromarray(picture(7)).save(image_folder / "e.png")
+    Image.fromarray(random_image(7)).save(image_folder / "e.png")
     (output / "labelme" / "e.json").write_text("mine")
     assert predict_files(predictor, [image_folder], output, save=ALL).kept == [
         output / "labelme" / "e.json"

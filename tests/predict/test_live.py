@@ -16,7 +16,7 @@ from imrcnn_d2.deploy.inputs import VideoWriter, decode_video
 from imrcnn_d2.deploy.live import LiveFrames, predict_live
 from imrcnn_d2.utils.files import BadInputError
 
-from .conftest import picture
+from .conftest import random_image
 
 FRAMES, STEP = 20, Fraction(1, 20)
 
@@ -27,7 +27,7 @@ def film(tmp_path_factory):
     path = tmp_path_factory.mktemp("film") / "film.mp4"
     with VideoWriter(path, time_base=STEP) as video:
         for number in range(FRAMES):
-            video.write(picture(number), number * STEP)
+            video.write(random_image(number), number * STEP)
     return path
 
 
@@ -35,7 +35,7 @@ def test_the_newest_frame_comes_and_older_ones_are_dropped(film):
     seen, waited = [], []
     with LiveFrames(str(film)) as frames:
         for image, number, arrived in frames:
-            assert abs(image.astype(int) - picture(number)).mean() < 12
+            assert abs(image.astype(int) - random_image(number)).mean() < 12
             seen.append(number)
             waited.append(time.perf_counter() - arrived)
             time.sleep(0.22)  # slower than the camera
@@ -57,10 +57,10 @@ def test_the_report(predictor, film, tmp_path):
     assert report["dropped_percent"] == 100 * report["dropped"] / FRAMES
     latency = report["latency_ms"]
     assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
-    drawn = list(decode_video(output / "live.mp4", "live.mp4"))
+    overlays = list(decode_video(output / "live.mp4", "live.mp4"))
     images = json.loads((output / "predictions.json").read_text())["images"]
-    assert len(drawn) == len(images) == report["predicted"]
-    np.testing.assert_allclose([i["time"] for i in images], [float(f.time) for f in drawn])
+    assert len(overlays) == len(images) == report["predicted"]
+    np.testing.assert_allclose([i["time"] for i in images], [float(f.time) for f in overlays])
     numbers = [image["frame"] for image in images]
     assert numbers == sorted(set(numbers))
     with pytest.raises(ValueError, match="another run"):
@@ -125,7 +125,7 @@ def test_ctrl_c_at_any_place_keeps_what_was_shown(
 def test_ctrl_c_while_no_frame_comes(predictor, tmp_path):
     with VideoWriter(tmp_path / "slow.mp4", time_base=STEP) as video:
         for number, when in enumerate((0, 60)):
-            video.write(picture(number), Fraction(when))
+            video.write(random_image(number), Fraction(when))
     previous = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     started = time.perf_counter()
     try:
@@ -158,7 +158,7 @@ def test_a_run_without_a_frame_leaves_the_folder_to_the_next(predictor, film, tm
 
 def test_the_pixels_keep_their_shape(predictor, tmp_path):
     with VideoWriter(tmp_path / "pal.mp4", time_base=STEP) as video:
-        video.write(picture(0), Fraction(0), Fraction(16, 11))
+        video.write(random_image(0), Fraction(0), Fraction(16, 11))
     predict_live(predictor, str(tmp_path / "pal.mp4"), tmp_path / "live")
     with av.open(str(tmp_path / "live" / "live.mp4")) as container:
         assert container.streams.video[0].sample_aspect_ratio == Fraction(16, 11)

@@ -10,7 +10,7 @@ import torch
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.loading import load_model, pretrained
-from imrcnn_d2.deploy.runtimes.graph_files import ARTIFACT_VERSION, write_safetensors
+from imrcnn_d2.deploy.runtimes import EXPORT_VERSION, TorchRuntime
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.utils.files import BadInputError
 from imrcnn_d2.utils.safe_loading import CHECKSUM
@@ -76,7 +76,7 @@ def test_class_names_of_a_foreign_data_set(tiny_run):
 @pytest.fixture(scope="module")
 def artifact(tiny_run, tmp_path_factory):
     path = tmp_path_factory.mktemp("artifact") / "model.safetensors"
-    write_safetensors(load_model(None, tiny_run / "model_best.pth"), path)
+    TorchRuntime.export(load_model(None, tiny_run / "model_best.pth"), path)
     return path
 
 
@@ -91,7 +91,7 @@ def changed(path, target, **fields):
 
 def test_an_artifact_of_another_version_is_refused(artifact, tmp_path):
     later = changed(
-        artifact, tmp_path / "l.safetensors", artifact=ARTIFACT_VERSION + 1, version="9.9"
+        artifact, tmp_path / "l.safetensors", artifact=EXPORT_VERSION + 1, version="9.9"
     )
     with pytest.raises(ValueError, match="l.safetensors was written by a later version.* 9.9"):
         load_model(None, later)
@@ -191,7 +191,7 @@ def test_nothing_is_written_where_a_config_says(tiny_run, image_folder, tmp_path
     for suffix in ("pth", "safetensors"):
         path = tmp_path / "sent" / f"model_best.{suffix}"
         if not path.exists():
-            write_safetensors(load_model(None, tmp_path / "sent" / "model_best.pth"), path)
+            TorchRuntime.export(load_model(None, tmp_path / "sent" / "model_best.pth"), path)
             path = changed(path, tmp_path / "sent" / "changed.safetensors", config=cfg.dump())
         before = set(tmp_path.rglob("*"))
         predict_files(Predictor(None, path), [image_folder], tmp_path / suffix, save=["masks"])

@@ -12,7 +12,7 @@ import pytest
 from imrcnn_d2.deploy.batch import ahead, predict_files, predictions
 from imrcnn_d2.deploy.inputs import Source, VideoWriter
 
-from .conftest import picture
+from .conftest import random_image
 
 FRAMES = 40
 
@@ -22,7 +22,7 @@ def video(tmp_path):
     path = tmp_path / "v.mp4"
     with VideoWriter(path, time_base=Fraction(1, 25)) as writer:
         for number in range(FRAMES):
-            writer.write(picture(number), Fraction(number, 25))
+            writer.write(random_image(number), Fraction(number, 25))
     return path
 
 

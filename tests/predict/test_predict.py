@@ -4,7 +4,6 @@ import json
 import os
 import sys
 
-import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -13,29 +12,20 @@ from PIL import Image
 from imrcnn_d2.cli import export, predict
 from imrcnn_d2.engine import load_config
 
-OPTS = [
-    *("INPUT.MIN_SIZE_TEST", 64),
-    *("MODEL.DEVICE", "cpu"),
-    *("MODEL.TIMM.WEIGHTS", ""),
-    *("MODEL.FPN.OUT_CHANNELS", 16),
-    *("MODEL.ROI_BOX_HEAD.FC_DIM", 16),
-    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8),
-    *("MODEL.RPN.POST_NMS_TOPK_TEST", 10),
-    *("MODEL.IMRCNN.SCORE_THRESH", 0.4),
-]
+from .conftest import OPTS, random_image
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     """Weights, and a folder with an image and a file that is none."""
     folder = tmp_path_factory.mktemp("predict")
-    cfg = load_config("configs/kvasir_seg/imrcnn_lite.yaml", OPTS)
+    opts = [*OPTS, "MODEL.IMRCNN.SCORE_THRESH", 0.4]
+    cfg = load_config("configs/kvasir_seg/imrcnn_lite.yaml", opts)
     (folder / "config.yaml").write_text(cfg.dump())
     torch.manual_seed(0)
     torch.save({"model": build_model(cfg).state_dict()}, folder / "model.pth")
     (folder / "images").mkdir()
-    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "images" / "a.png")
+    Image.fromarray(random_image(0)).save(folder / "images" / "a.png")
     return folder
 
 
@@ -98,7 +88,7 @@ def test_a_folder_of_the_users_is_refused(case, tmp_path, capsys):
 def test_errors_are_a_line(case, tmp_path, capsys):
     inputs = ["--input", case / "images", "--output", tmp_path / "out"]
     (tmp_path / "odd.yaml").write_text("MODEL: {NOSUCH: 1}")
-    for arguments, said in {
+    for arguments, message in {
         ("--weights", "nothing"): "no weights named 'nothing'",
         ("--weights", case / "none.pth"): "none.pth: no such file of weights",
         ("--weights", case / "config.yaml"): "config.yaml cannot be read",
@@ -113,7 +103,7 @@ def test_errors_are_a_line(case, tmp_path, capsys):
         ),
     }.items():
         status, err = failing(predict, capsys, *arguments, *inputs)
-        assert status == 1 and said in err and "Traceback" not in err
+        assert status == 1 and message in err and "Traceback" not in err
     weights = ["--weights", case / "model.pth", "--output", tmp_path / "out"]
     assert failing(predict, capsys, *weights)[0] == 2, "neither --input nor --live"
     assert failing(predict, capsys, *weights, "--input", "a", "--tau", "7")[0] == 2
@@ -122,7 +112,7 @@ def test_errors_are_a_line(case, tmp_path, capsys):
     assert failing(predict, capsys, *ray, "--actors", 0)[0] == 2
     live = [*weights, "--live", "a.mp4"]
     for more in (["--masks"], ["--batch-size", 2]):
-        assert "--live draws live.mp4: no" in failing(predict, capsys, *live, *more)[1]
+        assert "--live writes live.mp4: no" in failing(predict, capsys, *live, *more)[1]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "bad.png").write_bytes(b"")
     assert failing(predict, capsys, *weights, "--input", tmp_path / "only")[0] == 1

@@ -10,7 +10,7 @@ from imrcnn_d2.data.mapper import LesionMapper
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.loading import load_model
 
-from .conftest import TAU, picture
+from .conftest import TAU, random_image
 
 
 def same(one, two, tolerance=1e-4):
@@ -42,7 +42,9 @@ def test_it_is_what_the_evaluation_sees(predictor, tiny_run, kvasir_original):
 
 
 def test_batches_change_nothing(predictor):
-    images = [picture(seed, *size) for seed, size in enumerate([(60, 80)] * 3 + [(80, 60)] * 2)]
+    images = [
+        random_image(seed, *size) for seed, size in enumerate([(60, 80)] * 3 + [(80, 60)] * 2)
+    ]
     alone, together = predictor(images), predictor(images, batch_size=4)
     for one, two in zip(alone, together, strict=True):
         same(one, two)
@@ -52,8 +54,8 @@ def test_batches_change_nothing(predictor):
 
 def test_files_and_arrays(predictor, image_folder):
     path = image_folder / "a.png"
-    same(predictor(path), predictor(picture(0)))
-    same(predictor([str(path)])[0], predictor(picture(0)))
+    same(predictor(path), predictor(random_image(0)))
+    same(predictor([str(path)])[0], predictor(random_image(0)))
 
 
 @pytest.mark.parametrize(
@@ -76,19 +78,19 @@ def test_the_order_of_channels_is_the_config_s(predictor, tiny_run):
     turned.defrost()
     turned.INPUT.FORMAT = "BGR"
     other = Predictor(turned, tiny_run / "model_best.pth")
-    assert torch.equal(other.prepare(picture(0)), predictor.prepare(picture(0)).flip(0))
+    assert torch.equal(other.prepare(random_image(0)), predictor.prepare(random_image(0)).flip(0))
 
 
 def test_tau_is_that_of_the_weights_unless_given(predictor, tiny_run):
-    assert predictor.tau == predictor.about["tau"] == TAU
+    assert predictor.tau == predictor.metadata["tau"] == TAU
     other = Predictor(None, tiny_run / "model_best.pth", tau=0.25)
-    assert other.tau == other.about["tau"] == 0.25
+    assert other.tau == other.metadata["tau"] == 0.25
     assert predictor.classes == ["polyp"]
-    assert predictor.about["model"] == "IMR-CNN"
+    assert predictor.metadata["model"] == "IMR-CNN"
 
 
 def test_a_device_of_another_machine_is_not_looked_for(tiny_run):
     cfg = load_model(None, tiny_run / "model_best.pth").cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cuda:7"
-    assert len(Predictor(cfg, tiny_run / "model_best.pth")(picture(0)))
+    assert len(Predictor(cfg, tiny_run / "model_best.pth")(random_image(0)))

@@ -17,18 +17,18 @@ def test_it_is_small_and_says_what_it_is_for():
     path = pretrained("demo")
     assert path.stat().st_size <= 20e6
     card = path.with_suffix(".md").read_text(encoding="utf-8")
-    for said in ("polyps of the colon, not gastric cancer", "research and education", "Kvasir-SEG"):
-        assert said in card
+    for text in ("polyps of the colon, not gastric cancer", "research and education", "Kvasir-SEG"):
+        assert text in card
 
 
-def test_it_outlines_polyps_at_original_size(predictor, kvasir_original):
+def test_it_finds_polyps_at_original_size(predictor, kvasir_original):
     ious = []
     for path in sorted((kvasir_original / "images").iterdir()):
         (mask_path,) = (kvasir_original / "masks").glob(f"{path.stem}.*")
         truth = np.asarray(Image.open(mask_path).convert("L")) >= 128
         found = predictor(path)
-        counted = found[found.scores >= predictor.tau]
-        assert counted.image_size == truth.shape
-        outlined = counted.pred_masks.any(dim=0).numpy()
-        ious.append((outlined & truth).sum() / (outlined | truth).sum())
+        lesions = found[found.scores >= predictor.tau]
+        assert lesions.image_size == truth.shape
+        mask = lesions.pred_masks.any(dim=0).numpy()
+        ious.append((mask & truth).sum() / (mask | truth).sum())
     assert len(ious) == 5 and np.median(ious) > 0.8, np.round(ious, 2)

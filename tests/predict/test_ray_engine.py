@@ -19,9 +19,9 @@ from PIL import Image
 from imrcnn_d2.cli import predict
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.batch import predict_files
-from imrcnn_d2.deploy.runtimes.agreement import compare_records
+from imrcnn_d2.deploy.runtimes.check import compare_records
 
-from .conftest import TAU, picture
+from .conftest import TAU, random_image
 
 pq = pytest.importorskip("pyarrow.parquet", reason="the ray extra is not installed")
 ray = pytest.importorskip("ray", reason="the ray extra is not installed")
@@ -42,8 +42,8 @@ def cluster():
 def folder(image_folder, bad_files):
     """Images, a DICOM sequence, and files that cannot be read."""
     for seed in range(IMAGES):
-        Image.fromarray(picture(seed, 300, 400)).save(image_folder / f"{seed:03d}.png")
-    frames = np.stack([picture(2), picture(3)])
+        Image.fromarray(random_image(seed, 300, 400)).save(image_folder / f"{seed:03d}.png")
+    frames = np.stack([random_image(2), random_image(3)])
     write_dicom(image_folder / "KIS-4711.jpg", frames, FrameTime="40")
     return image_folder
 
@@ -93,8 +93,8 @@ def test_an_actor_is_killed(cluster, predictor, tiny_run, folder, bad_files, tmp
     printed = capsys.readouterr().out
 
     done = predict_files(predictor, [folder], tmp_path / "one")
-    said = f"{done.images} images predicted; {len(done.failed)} inputs could not be read"
-    assert said in printed
+    message = f"{done.images} images predicted; {len(done.failed)} inputs could not be read"
+    assert message in printed
     one = json.loads((tmp_path / "one" / "predictions.json").read_text())
     two = rows(tmp_path / "two")
     images = [row for row in two if row["error"] is None]
@@ -109,13 +109,13 @@ def test_an_actor_is_killed(cluster, predictor, tiny_run, folder, bad_files, tmp
         for key in ("width", "height", "frame", "time"):
             assert row[key] == image.get(key)
         assert set(row["classes"]) == {"polyp"}
-        assert (row["tau"], row["weights_sha256"]) == (TAU, predictor.about["weights_sha256"])
+        assert (row["tau"], row["weights_sha256"]) == (TAU, predictor.metadata["weights_sha256"])
     # How fp32 sums are ordered, so their last digits, depends on batch size, threads and processor
     # (with AMX, scores differed by 1.7e-6). A wrong weight or image changes far more than this.
     sizes = [(image["height"], image["width"]) for image in one["images"]]
-    agreement = compare_records(annotations, detections, sizes, TAU)
-    assert agreement.detections > IMAGES
-    assert not agreement.exceeded(lost=0, unmatched=0, score=1e-4, box=1e-2, mask_iou=0.99)
+    differences = compare_records(annotations, detections, sizes, TAU)
+    assert differences.detections > IMAGES
+    assert not differences.exceeded(lost=0, unmatched=0, score=1e-4, box=1e-2, mask_iou=0.99)
     failed = [(row["file_name"], row["error"]) for row in two if row["error"] is not None]
     assert failed == done.failed
     assert {name for name, _ in failed} == bad_files.keys()
@@ -125,9 +125,9 @@ def test_an_actor_is_killed(cluster, predictor, tiny_run, folder, bad_files, tmp
 
     # What failed, has changed or is new, and nothing else.
     before = {path: path.read_bytes() for path in parts(tmp_path / "two")}
-    Image.fromarray(picture(7)).save(folder / "cut.png")
-    Image.fromarray(picture(8, 50, 50)).save(folder / "003.png")
-    Image.fromarray(picture(9)).save(folder / "new.png")
+    Image.fromarray(random_image(7)).save(folder / "cut.png")
+    Image.fromarray(random_image(8, 50, 50)).save(folder / "003.png")
+    Image.fromarray(random_image(9)).save(folder / "new.png")
     predict.main([str(part) for part in command])
     # those of the video that is cut off are done once more
     film = sum(row["frame"] is not None and row["file_name"].startswith("cut") for row in two)
@@ -144,11 +144,11 @@ def test_an_actor_is_killed(cluster, predictor, tiny_run, folder, bad_files, tmp
 
 
 def test_a_cluster_of_its_own_listens_to_this_machine_alone():
-    """Also where another one is said to run here: whoever can write to /tmp could say so."""
+    """Also where another one is announced here: whoever can write to /tmp could do so."""
     code = """
 import glob, json, os
 from pathlib import Path
-from imrcnn_d2.deploy import ray_engine
+from imrcnn_d2.deploy import ray as ray_engine
 
 def descendants(process):
     yield process
@@ -209,7 +209,7 @@ def test_what_its_actors_die_of_is_listed_and_tried_again(
     monkeypatch.setattr(
         ray_engine, "_predict", lambda left, make, actors: tried.append([*left]) or 0
     )
-    write_dicom(image_folder / "KIS-4711.png", picture(0))
+    write_dicom(image_folder / "KIS-4711.png", random_image(0))
     weights = {"config": None, "weights": tiny_run / "model_best.pth"}
     for _ in range(2):
         done = ray_engine.predict_with_ray(weights, [image_folder], tmp_path / "out")

@@ -6,13 +6,13 @@ import torch
 from rectangles import rectangle
 
 from imrcnn_d2.deploy.inputs import Frame
-from imrcnn_d2.deploy.outputs import counted, frame_record, label_map, records
+from imrcnn_d2.deploy.outputs import above_threshold, frame_record, label_map, records
 
-from .conftest import picture
+from .conftest import random_image
 
 
 def test_records_are_the_instances(predictor):
-    image = picture(0)
+    image = random_image(0)
     instances = predictor(image)
     found = records(predictor, predictor.forward([predictor.prepare(image)])[0], 60, 80)
     assert len(found) == len(instances) > 1
@@ -30,9 +30,9 @@ def test_records_are_the_instances(predictor):
 
 def test_what_counts():
     annotations = [{"score": 0.9}, {"score": 0.5}, {"score": 0.49}]
-    assert counted(annotations, 0.5) == annotations[:2]
+    assert above_threshold(annotations, 0.5) == annotations[:2]
     of_image = [{"score": 0.4, "probabilities": [0.4, 0.3, 0.3]}]
-    assert counted(of_image, 0.5) == of_image
+    assert above_threshold(of_image, 0.5) == of_image
 
 
 def test_where_two_overlap_the_surer_one_is_on_top():

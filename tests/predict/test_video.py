@@ -14,7 +14,7 @@ from imrcnn_d2.deploy.inputs import VideoWriter, decode_video
 from imrcnn_d2.deploy.live import LiveFrames
 from imrcnn_d2.utils.files import BadInputError
 
-from .conftest import picture
+from .conftest import random_image
 
 # 29.97 frames a second, with a gap.
 TIMES = [Fraction(1001 * number, 30000) for number in (0, 1, 2, 10, 11, 12, 40, 41)]
@@ -23,7 +23,7 @@ TIMES = [Fraction(1001 * number, 30000) for number in (0, 1, 2, 10, 11, 12, 40, 
 def write(path, size=(60, 80), times=TIMES):
     with VideoWriter(path, time_base=Fraction(1, 30000), comment="τ 0.5") as video:
         for number, time in enumerate(times):
-            video.write(picture(number, *size), time)
+            video.write(random_image(number, *size), time)
     return path
 
 
@@ -34,7 +34,7 @@ def test_round_trip(tmp_path, size):
     assert [frame.number for frame in frames] == list(range(8))
     for number, frame in enumerate(frames):
         image = frame.image[: size[0], : size[1]]
-        assert abs(image.astype(int) - picture(number, *size)).mean() < 12
+        assert abs(image.astype(int) - random_image(number, *size)).mean() < 12
         assert frame.image.shape[0] % 2 == frame.image.shape[1] % 2 == 0
     with av.open(str(tmp_path / "v.mp4")) as container:
         assert container.metadata["comment"] == "τ 0.5"
@@ -53,7 +53,7 @@ def test_times_that_do_not_rise_are_parted(tmp_path):
     times = [Fraction(n, 30) for n in (0, 1, 1, 1, 2, 5)]
     with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30)) as video:
         for number, time in enumerate(times):
-            video.write(picture(number), time)
+            video.write(random_image(number), time)
     found = [frame.time * 30 for frame in decode_video(tmp_path / "v.mp4", "v.mp4")]
     assert found == [0, 1, 2, 3, 4, 5]
 
@@ -61,7 +61,7 @@ def test_times_that_do_not_rise_are_parted(tmp_path):
 @pytest.mark.parametrize("aspect", [Fraction(16, 11), Fraction(8, 9), Fraction(1), None])
 def test_pixels_keep_their_shape(tmp_path, aspect):
     with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30)) as video:
-        video.write(picture(0), Fraction(0), aspect)
+        video.write(random_image(0), Fraction(0), aspect)
     (frame,) = decode_video(tmp_path / "v.mp4", "v.mp4")
     assert frame.pixel_aspect == aspect
     with av.open(str(tmp_path / "v.mp4")) as container:  # what a player goes by
@@ -74,7 +74,7 @@ def test_pixels_keep_their_shape(tmp_path, aspect):
 def test_a_video_that_breaks_off_leaves_nothing(tmp_path):
     def break_off():
         with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30)) as video:
-            video.write(picture(0), Fraction(0))
+            video.write(random_image(0), Fraction(0))
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -84,7 +84,7 @@ def test_a_video_that_breaks_off_leaves_nothing(tmp_path):
 
 def test_it_is_turned_as_the_file_says(tmp_path):
     with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30)) as video:
-        video.write(picture(0), Fraction(0), Fraction(16, 11))
+        video.write(random_image(0), Fraction(0), Fraction(16, 11))
     data = (tmp_path / "v.mp4").read_bytes()
     one, minus = (1 << 16).to_bytes(4, "big"), (-1 << 16).to_bytes(4, "big", signed=True)
     zero, last = bytes(4), (1 << 30).to_bytes(4, "big")
@@ -96,7 +96,7 @@ def test_it_is_turned_as_the_file_says(tmp_path):
     (frame,) = decode_video(tmp_path / "turned.mp4", "turned.mp4")
     assert frame.image.shape == (80, 60, 3)
     assert frame.pixel_aspect == Fraction(11, 16)
-    expected = np.rot90(picture(0), -1).astype(int)
+    expected = np.rot90(random_image(0), -1).astype(int)
     assert abs(frame.image - expected).mean() < 12
 
 
@@ -107,7 +107,7 @@ def test_a_truncated_video_gives_its_frames_and_then_says_so(tmp_path):
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.gop_size = 80, 60, 5
         for number in range(len(times)):
-            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(random_image(number), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     assert len(list(decode_video(whole, whole))) == 60
@@ -150,7 +150,7 @@ def film(path, times, sound=None, rate=20, **options):
         noise = np.random.default_rng(0).standard_normal((1, 960)).astype(np.float32) / 10
         heard = 0
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(random_image(number), format="rgb24")
             frame.pts, frame.time_base = round(time * rate), 1 / Fraction(rate)
             container.mux(video.encode(frame))
             while sound and heard < 48000 * (sound if time == times[-1] else min(sound, time)):
@@ -254,7 +254,7 @@ PLAYLISTS = {
 def test_a_playlist_opens_no_other_file(tmp_path, name, read):
     film(tmp_path / "secret.ts", STEADY)
     for number in range(3):
-        Image.fromarray(picture(number)).save(tmp_path / f"list{number}.png")
+        Image.fromarray(random_image(number)).save(tmp_path / f"list{number}.png")
     (tmp_path / name).write_text(PLAYLISTS[name])
     with pytest.raises(BadInputError) as error:
         read(tmp_path / name)

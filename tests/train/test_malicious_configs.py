@@ -18,7 +18,9 @@ from detectron2.utils.file_io import PathManager
 
 from imrcnn_d2.cli import predict
 from imrcnn_d2.cli import train as train_net
-from imrcnn_d2.deploy.runtimes.graph_files import ABOUT, GRAPH_FORMATS, OPENVINO_PARTS
+from imrcnn_d2.deploy.runtimes import EXPORTS
+from imrcnn_d2.deploy.runtimes.graph import METADATA_KEY
+from imrcnn_d2.deploy.runtimes.openvino import OPENVINO_PARTS
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.engine.cross_validation import FoldRun
 from imrcnn_d2.engine.run_record import RunRecord
@@ -100,7 +102,7 @@ def in_onnx(text, folder, capsys):
     graph = onnx.helper.make_graph([node], "g", [value], [out])
     opset = [onnx.helper.make_opsetid("", 17)]
     model = onnx.helper.make_model(graph, ir_version=8, opset_imports=opset)
-    onnx.helper.set_model_props(model, {ABOUT: json.dumps(about(text))})
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(about(text))})
     onnx.save(model, folder / "a.onnx")
     return predicted(folder, capsys, "--weights", folder / "a.onnx")
 
@@ -114,15 +116,15 @@ def in_openvino(text, folder, capsys):
     with zipfile.ZipFile(folder / "a.openvino", "w") as archive:
         for part in parts:
             archive.write(part, part.name)
-        archive.writestr(ABOUT, json.dumps(about(text)))
+        archive.writestr(METADATA_KEY, json.dumps(about(text)))
     return predicted(folder, capsys, "--weights", folder / "a.openvino")
 
 
 def in_torchscript(text, folder, capsys):
-    if "torchscript" not in GRAPH_FORMATS:
+    if "torchscript" not in EXPORTS:
         pytest.skip("no such format")
     buffer, module = io.BytesIO(), torch.jit.trace(torch.nn.ReLU(), torch.zeros(1))
-    torch.jit.save(module, buffer, {ABOUT: json.dumps(about(text)).encode()})
+    torch.jit.save(module, buffer, {METADATA_KEY: json.dumps(about(text)).encode()})
     (folder / "a.torchscript").write_bytes(buffer.getvalue())
     return predicted(folder, capsys, "--weights", folder / "a.torchscript")
 

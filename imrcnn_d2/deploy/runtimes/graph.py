@@ -1,25 +1,176 @@
-"""A detector as one graph of tensor operations, for the runtimes that are not PyTorch.
+"""A model as one graph of tensor operations, and the runtimes that run graphs.
 
 Detectron2 loops over the images of a batch and passes objects between its parts; a traced loop has
 a fixed length. Here the same computation works on all images at once, so that batch and image size
 stay free.
 """
 
+import json
+import tempfile
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
 import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import StandardROIHeads
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
-__all__ = ["OUTPUTS", "ClassifierGraph", "DetectorGraph"]
+from imrcnn_d2.deploy.runtimes.base import Runtime, export_metadata
+from imrcnn_d2.modeling.classifier import ImageClassifier
+from imrcnn_d2.utils.files import BadInputError, write_atomically
+from imrcnn_d2.utils.safe_loading import UnsafeFileError
 
+__all__ = ["INPUT", "METADATA_KEY", "OUTPUTS", "ClassifierGraph", "DetectorGraph", "GraphRuntime"]
 
-# Names of what a detector's graph returns, in this order; the last one only where it has masks.
+INPUT = "images"  # the graph's one input, (N, C, H, W) uint8
+# A detector's graph returns these, in this order; masks only where it has them.
 OUTPUTS = ("image", "boxes", "scores", "classes", "masks")
+METADATA_KEY = "imrcnn_d2"  # the key of a file's metadata, as JSON
+_OPSET = 17
+
+
+class GraphRuntime(Runtime):
+    """Runs a graph that was traced from a model. A subclass knows one format of such graphs."""
+
+    def __init__(
+        self, run: Callable[[np.ndarray], Sequence[np.ndarray]], metadata: dict | None = None
+    ):
+        """
+        Args:
+            run: images (N, C, H, W) uint8 -> the arrays that `DetectorGraph` or `ClassifierGraph`
+                returns.
+            metadata: of the graph's file; None where it was made for this run.
+        """
+        self._run = run
+        self.metadata = metadata or {}
+
+    @classmethod
+    def from_model(cls, model, example):
+        return cls(cls._open(cls._graph(model.to("cpu"), example))[0])
+
+    def __call__(self, images):
+        batch = torch.stack(images).contiguous()
+        outputs = [torch.as_tensor(output) for output in self._run(batch.numpy())]
+        num_classes = len(self.metadata.get("classes", ())) or None  # None where it is not known
+        if len(outputs) == 1:
+            _check_shapes(outputs, [(len(images), num_classes)])
+            return list(outputs[0])
+        number, mask_size = len(outputs[0]), outputs[-1].shape[2:]
+        _check_shapes(
+            outputs, [(number,), (number, 4), (number,), (number,), (number, 1, *mask_size)]
+        )
+        if num_classes and not ((outputs[3] >= 0) & (outputs[3] < num_classes)).all():
+            raise ValueError(f"The graph names classes that are none of its {num_classes}")
+        boxes, names = outputs[1], ("scores", "pred_classes", "pred_masks")
+        fields = dict(zip(names, outputs[2:], strict=False))
+        return [
+            Instances(
+                tuple(batch.shape[2:]),
+                pred_boxes=Boxes(boxes[in_image]),
+                **{name: values[in_image] for name, values in fields.items()},
+            )
+            for in_image in (outputs[0] == i for i in range(len(images)))
+        ]
+
+    @classmethod
+    def export(cls, loaded, path, *, example=None, precision="fp32", calibration=()):
+        """See `Runtime.export`. Batch and image size stay free."""
+        content = cls._graph(loaded.model, example, precision, calibration)
+        metadata = {**export_metadata(loaded, precision), "format": cls.suffix[1:]}
+        write_atomically(path, cls._with_metadata(content, json.dumps(metadata)))
+
+    @classmethod
+    def load(cls, path):
+        """
+        Raises:
+            BadInputError: it is no exported file, or damaged.
+            UnsafeFileError: it asks for more than its own content.
+            ModuleNotFoundError: the runtime is not installed.
+        """
+        try:
+            run, metadata = cls._open(path.read_bytes())
+            if not isinstance(metadata, dict | None):
+                raise ValueError(f"its {METADATA_KEY} is no JSON object")
+        except ModuleNotFoundError:
+            raise
+        except UnsafeFileError as error:
+            raise UnsafeFileError(f"{path} was refused: {error}") from None
+        except Exception as error:  # each runtime raises its own
+            text = " ".join(str(error).split())[:200]
+            raise BadInputError(path, f"cannot be opened: {text}") from error
+        if metadata is None:
+            raise BadInputError(
+                path, "was not written by tools/export.py: it does not say what its classes are"
+            )
+        return cls(run, metadata)
+
+    @classmethod
+    def _graph(cls, model, example, precision="fp32", calibration=()) -> bytes:
+        """A file without metadata."""
+        cls.check_precision(precision)
+        if precision == "int8" and not len(calibration):
+            raise ValueError("int8 needs images of the training set, for the ranges of its values")
+        is_classifier = isinstance(model, ImageClassifier)
+        graph = ClassifierGraph(model) if is_classifier else DetectorGraph(model)
+        # Two images: with one, an axis of length 1 could be taken for fixed.
+        batch = torch.stack([example, example.flip(-1)])
+        with torch.no_grad():
+            traced = torch.jit.trace(graph.eval(), (batch,), check_trace=False)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            _export_onnx(traced, graph.outputs, batch, path)
+            return cls._convert(path, calibration if precision == "int8" else ())
+
+    @classmethod
+    @abstractmethod
+    def _open(cls, content: bytes) -> tuple[Callable, object]:
+        """The function of a file's graph, see `__init__`, and its metadata, None if missing."""
+
+    @classmethod
+    @abstractmethod
+    def _convert(cls, path: Path, calibration: Sequence[torch.Tensor]) -> bytes:
+        """A file of the runtime from one of ONNX; of int8 if there are images to calibrate on."""
+
+    @classmethod
+    @abstractmethod
+    def _with_metadata(cls, content: bytes, metadata: str) -> bytes:
+        """The file with its metadata added."""
+
+
+def _check_shapes(outputs: list[torch.Tensor], shapes: list[tuple]) -> None:
+    """A shape has None for a size that is not known."""
+    for output, shape in zip(outputs, shapes, strict=False):
+        known = [size for size, other in zip(output.shape, shape, strict=False) if other is None]
+        expected = tuple(known.pop() if size is None else size for size in shape)
+        if tuple(output.shape) != expected:
+            raise ValueError(f"The graph gave {tuple(output.shape)} where {expected} is expected")
+
+
+def _export_onnx(traced, outputs, batch, path):
+    import onnx  # noqa: F401  what torch needs to write it
+
+    free = {name: {0: "detections"} for name in outputs}
+    with warnings.catch_warnings():
+        # The exporter by tracing is the one that knows torchvision's operators.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            traced,
+            (batch,),
+            str(path),
+            input_names=[INPUT],
+            output_names=list(outputs),
+            dynamic_axes={INPUT: {0: "images", 2: "height", 3: "width"}, **free},
+            opset_version=_OPSET,
+            dynamo=False,
+        )
 
 
 class DetectorGraph(nn.Module):
@@ -27,16 +178,13 @@ class DetectorGraph(nn.Module):
     ``GeneralizedRCNN.inference`` of a batch of images of one size, up to rounding.
 
     Attributes:
-        outputs (tuple[str, ...]): names of what it returns.
+        outputs: names of what it returns.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         """
-        Args:
-            model (GeneralizedRCNN): with an RPN and StandardROIHeads, in evaluation mode.
-
         Raises:
-            ValueError: it has other parts than these.
+            ValueError: it is no GeneralizedRCNN with an RPN and StandardROIHeads.
         """
         super().__init__()
         heads = getattr(model, "roi_heads", None)
@@ -54,22 +202,24 @@ class DetectorGraph(nn.Module):
         self.model = model
         self.outputs = OUTPUTS if heads.mask_on else OUTPUTS[:-1]
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """
         Args:
-            images (Tensor): uint8, (N, C, H, W), in INPUT.FORMAT.
+            images: uint8, (N, C, H, W), in INPUT.FORMAT.
 
         Returns:
-            tuple[Tensor, ...]: of D detections, by image and then by falling score: the image's
-            index (D,), boxes (D, 4) in pixels, scores (D,), classes (D,) and, where the model has
-            masks, their probabilities within the box (D, 1, h, w).
+            Of D detections, by image and then by falling score: the image's index (D,), boxes
+            (D, 4) xyxy in pixels, scores (D,), classes (D,) and, where the model has masks, their
+            probabilities within the box (D, 1, h, w).
         """
         height, width = images.shape[2:]
         features = self.model.backbone(self._normalised(images))
         rois = self._proposals(features, height, width)
         rois, scores, classes = self._detections(features, rois, height, width)
-        found = rois[:, 0].to(torch.int64), rois[:, 1:], scores, classes
-        return (*found, self._masks(features, rois, classes)) if len(self.outputs) == 5 else found
+        detections = rois[:, 0].to(torch.int64), rois[:, 1:], scores, classes
+        if "masks" in self.outputs:
+            return *detections, self._masks(features, rois, classes)
+        return detections
 
     def _normalised(self, images):
         """Padded at the right and at the bottom to what the backbone divides by."""
@@ -119,8 +269,8 @@ class DetectorGraph(nn.Module):
         boxes = predictor.box2box_transform.apply_deltas(deltas, rois[:, 1:])
         boxes = _clip(boxes.reshape(-1, 4), height, width).reshape(-1, deltas.shape[1] // 4, 4)
         roi, classes = (scores > predictor.test_score_thresh).nonzero().unbind(1)
-        one_for_all = boxes.shape[1] == 1
-        boxes = boxes[roi, 0] if one_for_all else boxes[roi, classes]
+        class_agnostic = boxes.shape[1] == 1
+        boxes = boxes[roi, 0] if class_agnostic else boxes[roi, classes]
         scores, images = scores[roi, classes], rois[roi, 0].to(torch.int64)
         groups = images * predictor.num_classes + classes
         kept = _suppress(boxes, scores, groups, predictor.test_nms_thresh, height, width)
@@ -145,11 +295,7 @@ class ClassifierGraph(nn.Module):
 
     outputs = ("probabilities",)
 
-    def __init__(self, model):
-        """
-        Args:
-            model (ImageClassifier): in evaluation mode.
-        """
+    def __init__(self, model: ImageClassifier):
         super().__init__()
         self.model = model
 
@@ -177,14 +323,14 @@ def _suppress(boxes, scores, groups, threshold, height, width):
     moved apart, which rounds coordinates to some thousandths of a pixel.
     """
     apart = torch.as_tensor(height + width).to(boxes) * groups.to(boxes.dtype)
-    moved = (boxes + apart[:, None]).reshape(-1, 4)  # OpenVINO wants to know that there are four
+    moved = (boxes + apart[:, None]).reshape(-1, 4)  # OpenVINO needs a constant 4
     return nms(moved, scores, threshold)
 
 
 def _first_of_each(images, number, limit):
     """Positions of the first `limit` entries of each of the `number` images, by image."""
-    own = images[:, None] == torch.arange(number, device=images.device)
-    rank = own.to(torch.int64).cumsum(0).gather(1, images[:, None])[:, 0]
+    is_of_image = images[:, None] == torch.arange(number, device=images.device)
+    rank = is_of_image.to(torch.int64).cumsum(0).gather(1, images[:, None])[:, 0]
     positions = (rank <= limit).nonzero()[:, 0]
     return positions[(images[positions] * images.shape[0] + positions).argsort()]
 
@@ -201,6 +347,6 @@ def _pool(pooler, maps, rois):
     )
     pooled = rois.new_zeros(rois.shape[0], maps[0].shape[1], *pooler.output_size)
     for i, (pool, x) in enumerate(zip(pooler.level_poolers, maps, strict=True)):
-        here = (level == i).nonzero()[:, 0]
-        pooled = pooled.index_put((here,), pool(x.float(), rois[here]))
+        indices = (level == i).nonzero()[:, 0]
+        pooled = pooled.index_put((indices,), pool(x.float(), rois[indices]))
     return pooled

@@ -1,1 +1,1 @@
-"""The web page: images in, outlines, scores and files out; nothing is kept."""
+"""The web page: images in; contours, scores and files out; nothing is kept."""

@@ -1,4 +1,4 @@
-"""The page: what is on it and what happens when something on it is moved."""
+"""The page: its parts and their events."""
 
 import base64
 import io
@@ -21,15 +21,16 @@ from imrcnn_d2.deploy.batch import PREDICTIONS
 from imrcnn_d2.deploy.inputs import Frame, may_show_patient, public_name
 from imrcnn_d2.deploy.outputs import (
     OutputFolder,
+    above_threshold,
     coco_head,
-    counted,
+    contours,
     frame_record,
     labelme_json,
     mask_png,
-    outline,
     png,
     records,
 )
+from imrcnn_d2.deploy.predictor import Predictor
 from imrcnn_d2.utils.files import BadInputError
 
 __all__ = [
@@ -57,59 +58,44 @@ SHOWN_QUALITY = 90
 @dataclass(frozen=True)
 class Finding:
     """
-    What is known of an uploaded file once it was looked at.
+    The predictions for an uploaded file.
 
     Attributes:
-        name (str): what the page and all downloads call it.
-        error (str or None): why it could not be looked at; all that follows is then empty.
-        image (dict): COCO image record without an id.
-        annotations (list[dict]): all detections, see :func:`records`.
-        picture (bytes or None): a JPEG to show, perhaps smaller; None if its pixels must not reach
-            an output.
-        frame (bytes or None): a PNG of an image that LabelMe cannot read in its own file.
-        key (str): of this and no other.
+        name: on the page and in all downloads.
+        error: why there are no predictions; all that follows is then empty.
+        image: COCO image record without an id.
+        annotations: all detections, see `records`.
+        jpeg: to show, perhaps smaller; None if its pixels must not reach an output.
+        png: of an image whose file LabelMe cannot read.
+        key: unique.
     """
 
     name: str
     error: str | None = None
     image: dict = field(default_factory=dict)
     annotations: list = field(default_factory=list)
-    picture: bytes | None = None
-    frame: bytes | None = None
+    jpeg: bytes | None = None
+    png: bytes | None = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
-    def size(self):
-        """tuple[int, int]: height and width in pixels."""
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
         return self.image["height"], self.image["width"]
 
     @property
-    def num_bytes(self):
-        """int: of the images in it, which are nearly all of it."""
-        return len(self.picture or b"") + len(self.frame or b"")
+    def num_bytes(self) -> int:
+        """Of the images in it, which are nearly all of it."""
+        return len(self.jpeg or b"") + len(self.png or b"")
 
-    def counted(self, tau):
-        """
-        Args:
-            tau (float or None): see :func:`counted`.
-
-        Returns:
-            list[dict]: the annotations that count.
-        """
-        return counted(self.annotations, tau)
+    def above_threshold(self, tau: float | None) -> list[dict]:
+        return above_threshold(self.annotations, tau)
 
 
-def find(predictor, path, name):
+def find(predictor: Predictor, path: Path, name: str) -> Finding:
     """
-    Look at one file.
-
-    Args:
-        predictor (Predictor):
-        path (Path): an image, or a DICOM file of one; deleted as soon as it was read.
-        name (str): as its owner calls it.
-
-    Returns:
-        Finding: with an ``error`` if it cannot be read.
+    Predicts on one file, an image or a DICOM file of one, which is deleted as soon as it is read;
+    with an ``error`` if it cannot be read. ``name`` is the user's.
     """
     dicom = is_dicom(path)
     try:
@@ -123,40 +109,34 @@ def find(predictor, path, name):
         (output,) = predictor.forward([predictor.prepare(image, view)])
         return Finding(
             name,
-            image=frame_record(name, Frame(image), view),
+            image=frame_record(name, Frame(image, view=view)),
             annotations=records(predictor, output, *image.shape[:2], view),
-            picture=_jpeg(image) if shown else None,
-            frame=png(image, predictor.about) if dicom and shown else None,
+            jpeg=_jpeg(image) if shown else None,
+            png=png(image, predictor.metadata) if dicom and shown else None,
         )
     except BadInputError as error:
         return Finding(name, error.reason)
     except ModuleNotFoundError as error:  # of the extra [deploy]
         return Finding(name, f"needs {error.name}: pip install {error.name}")
     except (OSError, RuntimeError, ValueError) as error:
-        # What an unknown error quotes of a DICOM file may be the patient's.
-        said = type(error).__name__ if dicom else error
-        return Finding(name, f"cannot be predicted ({said})")
+        # An unknown error may quote a patient's data from a DICOM file.
+        message = type(error).__name__ if dicom else error
+        return Finding(name, f"cannot be predicted ({message})")
 
 
 def _jpeg(image):
-    picture = Image.fromarray(image)
-    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+    thumbnail = Image.fromarray(image)
+    thumbnail.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=SHOWN_QUALITY)
+    thumbnail.save(stream, "JPEG", quality=SHOWN_QUALITY)
     return stream.getvalue()
 
 
-def unique_names(names):
-    """
-    Args:
-        names (list[str]): of uploaded files, perhaps with folders.
-
-    Returns:
-        list[str]: their last parts; of equal ones, the second is "a (2).jpg".
-    """
+def unique_names(names: list[str]) -> list[str]:
+    """Uploaded files' names without folders; of equal ones, the second is "a (2).jpg"."""
     ret, taken = [], Counter()
     for name in names:
-        # Of any system, and without what no file can be named by.
+        # Folders are those of any system; no file name contains a zero byte.
         name = PurePosixPath(name.replace("\\", "/").replace("\0", "")).name
         name = "image" if name in ("", "..") else name
         while name in ret:
@@ -169,41 +149,42 @@ def unique_names(names):
     return ret
 
 
-def download(findings, kind, tau, predictor):
+def download(
+    findings: list[Finding], kind: str, tau: float | None, predictor: Predictor
+) -> tuple[str, bytes]:
     """
-    Args:
-        findings (list[Finding]):
-        kind (str): of ``DOWNLOADS``.
-        tau (float or None): score from which on a detection counts. COCO has all of them.
-        predictor (Predictor): that found them.
+    Returns name and content of a file, a zip if there are several.
 
-    Returns:
-        tuple[str, bytes]: name and content of a file; a zip where there are several.
+    Args:
+        kind: of ``DOWNLOADS``.
+        tau: the threshold of scores, but for COCO, which has all detections.
 
     Raises:
-        ValueError: there is nothing to be written.
+        ValueError: there is nothing to write.
     """
-    about, classes = {**predictor.about, "tau": tau}, predictor.classes
-    found = [finding for finding in findings if finding.error is None]
-    if kind == "labelme":  # of which all others would show an image that nobody may see
-        found = [finding for finding in found if finding.picture is not None]
-    if not found:
+    metadata, classes = {**predictor.metadata, "tau": tau}, predictor.classes
+    findings = [finding for finding in findings if finding.error is None]
+    if kind == "labelme":  # whose user would see an image that nobody may see
+        findings = [finding for finding in findings if finding.jpeg is not None]
+    if not findings:
         raise ValueError("There is no image to write this file of")
     if kind == "coco":
-        return PREDICTIONS, _coco(found, about, classes).encode()
-    to = OutputFolder(Path(), [kind], about, classes, [finding.name for finding in found])
+        return PREDICTIONS, _coco(findings, metadata, classes).encode()
+    names = [finding.name for finding in findings]
+    folder = OutputFolder(Path(), [kind], metadata, classes, names)
     files = {}
-    for finding in found:
-        shown = finding.counted(tau)
+    for finding in findings:
+        shown = finding.above_threshold(tau)
         if kind == "masks":
-            path = to.path(kind, finding.name, ".png")
-            files[path.name] = mask_png(shown, *finding.size, classes, about)
+            path = folder.path(kind, finding.name, ".png")
+            files[path.name] = mask_png(shown, *finding.size, classes, metadata)
             continue
-        path, image_path = to.path(kind, finding.name, ".json"), finding.name
-        if finding.frame is not None:
+        path, image_path = folder.path(kind, finding.name, ".json"), finding.name
+        if finding.png is not None:
             image_path = path.with_suffix(".png").name
-            files[image_path] = finding.frame
-        files[path.name] = labelme_json(shown, image_path, *finding.size, classes, about).encode()
+            files[image_path] = finding.png
+        text = labelme_json(shown, image_path, *finding.size, classes, metadata)
+        files[path.name] = text.encode()
     if len(files) == 1:
         return next(iter(files.items()))
     stream = io.BytesIO()
@@ -213,7 +194,7 @@ def download(findings, kind, tau, predictor):
     return f"{kind}.zip", stream.getvalue()
 
 
-def _coco(findings, about, classes):
+def _coco(findings, metadata, classes):
     images = [{"id": i, **finding.image} for i, finding in enumerate(findings, start=1)]
     annotations = [
         {"image_id": image["id"], **annotation}
@@ -221,7 +202,9 @@ def _coco(findings, about, classes):
         for annotation in finding.annotations
     ]
     annotations = [{"id": i, **a} for i, a in enumerate(annotations, start=1)]
-    return json.dumps({**coco_head(about, classes), "images": images, "annotations": annotations})
+    return json.dumps(
+        {**coco_head(metadata, classes), "images": images, "annotations": annotations}
+    )
 
 
 ROOM = 7  # of a number, in percent of the image
@@ -240,40 +223,33 @@ def _template(name):
     return environment.get_template(name)
 
 
-def cards_html(findings, predictor, tau):
+def cards_html(findings: list[Finding], predictor: Predictor, tau: float | None) -> str:
     """
-    Args:
-        findings (list[Finding]):
-        predictor (Predictor):
-        tau (float or None): score from which on a detection is shown.
-
-    Returns:
-        str: a figure for each, with the outlines of all detections, of which those that do not
-        count are hidden; so that another τ needs :func:`captions` alone.
+    One card per image, with the contours of all detections, hidden if below the threshold, so that
+    another τ needs `captions` only.
     """
-    said = captions(findings, predictor, tau)
     return _template("cards.html").render(
         cards=[
             {
                 "finding": finding,
                 "caption": caption["html"],
                 "shown": caption["shown"],
-                "picture": finding.picture and base64.b64encode(finding.picture).decode(),
+                "jpeg": finding.jpeg and base64.b64encode(finding.jpeg).decode(),
                 "marks": [] if finding.error else _marks(finding),
             }
-            for finding, caption in zip(findings, said, strict=True)
+            for finding, caption in zip(findings, captions(findings, predictor, tau), strict=True)
         ]
     )
 
 
 def _marks(finding):
-    """Outline, and place of its number in percent, of each detection."""
+    """Contours, and place of its number in percent, of each detection."""
     height, width = finding.size
     marks, taken = [], np.empty((0, 2))
     for annotation in finding.annotations:
         if "bbox" not in annotation:
             continue
-        lines = [line.reshape(-1, 2) for line in outline(annotation)]
+        lines = [line.reshape(-1, 2) for line in contours(annotation)]
         path = "".join("M" + "L".join(f"{x} {y}" for x, y in line.tolist()) + "Z" for line in lines)
         # At the top of its largest part; further down where other numbers are.
         places = max(lines, key=len, default=np.array([[width / 2, height / 2]]))
@@ -286,18 +262,14 @@ def _marks(finding):
     return marks
 
 
-def captions(findings, predictor, tau):
+def captions(findings: list[Finding], predictor: Predictor, tau: float | None) -> list[dict]:
     """
-    Args:
-        findings (list[Finding]), predictor (Predictor), tau (float or None): as above.
-
-    Returns:
-        list[dict]: of each finding its ``key``, the caption, ``html``, and how many of its
-        detections, which come by falling score, are ``shown``.
+    Of each finding its ``key``, the caption, ``html``, and how many of its detections, which are
+    sorted by score, are ``shown``.
     """
     ret = []
     for finding in findings:
-        shown = finding.counted(tau)
+        shown = finding.above_threshold(tau)
         html = _template("caption.html").render(
             finding=finding,
             shown=shown,
@@ -309,44 +281,26 @@ def captions(findings, predictor, tau):
     return ret
 
 
-def summary_html(findings, tau):
-    """
-    Args:
-        findings (list[Finding]), tau (float or None): as above.
-
-    Returns:
-        str: counts over all images.
-    """
+def summary_html(findings: list[Finding], tau: float | None) -> str:
+    """Counts over all images."""
     read = [finding for finding in findings if finding.error is None]
-    counts = [len(finding.counted(tau)) for finding in read]
+    counts = [len(finding.above_threshold(tau)) for finding in read]
     return _template("summary.html").render(
         images=len(read),
         failed=len(findings) - len(read),
         positive=sum(map(bool, counts)),
-        marked=sum(counts),
+        detections=sum(counts),
         tau=tau,
     )
 
 
-def about_html(predictor):
-    """
-    Args:
-        predictor (Predictor):
-
-    Returns:
-        str: what predicts.
-    """
-    return _template("about.html").render(about=predictor.about, classes=predictor.classes)
+def about_html(predictor: Predictor) -> str:
+    """The model."""
+    return _template("about.html").render(about=predictor.metadata, classes=predictor.classes)
 
 
-def empty_html(predictor):
-    """
-    Args:
-        predictor (Predictor):
-
-    Returns:
-        str: what is there before the first image.
-    """
+def empty_html(predictor: Predictor) -> str:
+    """The page before the first image."""
     return _template("empty.html").render(detector=not predictor.is_classifier)
 
 
@@ -355,7 +309,7 @@ MAX_WAITING = 100  # who have dropped files, and for whom the network has no tim
 MAX_SESSIONS, MAX_KEPT_MB = 200, 1000  # of tabs, which may never close: then the oldest goes
 TITLE = "IMR-CNN"
 DIGITS = 3  # of τ on the slider
-LEAST_SCORE = 0.05  # Detectron2's, of what is found at all
+LEAST_SCORE = 0.05  # Detectron2's, of all detections
 _FOLDER = resources.files("imrcnn_d2.deploy.web") / "templates"
 # Of gr.mount_gradio_app. Fonts are the reader's own: nothing is fetched.
 LOOK = {
@@ -374,25 +328,21 @@ _KINDS = {"masks": "Masks (PNG)", "labelme": "LabelMe", "coco": "COCO"}
 
 
 async def _as_it_is(path):
-    """Gradio's own copies any file of this machine, and fetches a URL; `look` takes neither."""
+    """Gradio's default copies any file of this machine, and fetches URLs; `look` takes neither."""
     return path
 
 
-def build_page(predictor, uploads):
+def build_page(predictor: Predictor, uploads) -> gr.Blocks:
     """
-    Args:
-        predictor (Predictor):
-        uploads (Uploads): the files that may be looked at.
-
-    Returns:
-        gr.Blocks: keeps what was found in the session's state, and forgets the whole session when
-        its tab is closed, or when there are too many and it is the one that was not used longest.
+    The page, for files of ``uploads`` (`Uploads`). Findings are in the session's state. The whole
+    session is forgotten when its tab is closed, or when there are too many and it was not used for
+    the longest time.
     """
     kept = {}  # of each session, bytes
     detector = not predictor.is_classifier
 
     def exact(tau):
-        """What the slider stands for: where it starts, τ with all its digits."""
+        """The slider's value; where it starts, τ with all its digits."""
         if not detector:
             return None
         return predictor.tau if tau == round(predictor.tau, DIGITS) else tau
@@ -418,13 +368,13 @@ def build_page(predictor, uploads):
         finally:
             for path in paths:
                 path.unlink(missing_ok=True)
-        found = any(finding.error is None for finding in findings)
+        has_results = any(finding.error is None for finding in findings)
         return (
             None,
             findings,
             cards_html(findings, predictor, exact(tau)),
             summary_html(findings, exact(tau)),
-            *(gr.update(interactive=found) for _ in buttons),
+            *(gr.update(interactive=has_results) for _ in buttons),
         )
 
     def show(findings, tau):
@@ -470,7 +420,7 @@ def build_page(predictor, uploads):
                     value=start,
                     step=10**-DIGITS,
                     label="Threshold τ",
-                    info="Findings with a score of at least τ count.",
+                    info="Findings with a score of at least τ are shown.",
                     visible=detector,
                 )
                 summary = gr.HTML()
@@ -478,7 +428,7 @@ def build_page(predictor, uploads):
                     buttons = {
                         kind: gr.Button(label, interactive=False, size="sm", min_width=90)
                         for kind, label in _KINDS.items()
-                        if kind != "masks" or predictor.outlines
+                        if kind != "masks" or predictor.has_masks
                     }
                 gr.HTML(about_html(predictor))
             with gr.Column(scale=3, min_width=320):

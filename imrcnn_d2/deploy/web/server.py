@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import os
 import shutil
 import socket
@@ -10,6 +9,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 import gradio as gr
@@ -20,12 +20,11 @@ from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import JSONResponse, PlainTextResponse
 
+from imrcnn_d2.deploy.predictor import Predictor
 from imrcnn_d2.deploy.web.page import LOOK, MAX_FILES, build_page
 from imrcnn_d2.utils.files import lock_folder
 
 __all__ = ["KEPT", "MAX_FILE_MB", "Uploads", "serve", "server_of", "upload_folder"]
-
-logger = logging.getLogger(__name__)
 
 
 KEPT = 3600  # seconds at most, where nothing comes and reads it
@@ -35,7 +34,7 @@ _PREFIX = "imrcnn-uploads-"
 
 @contextlib.contextmanager
 def upload_folder() -> Iterator[Path]:
-    """Yields an empty folder, which is gone at the end; those of pages that were killed go now."""
+    """Yields an empty folder, deleted at the end; those of killed pages are deleted now."""
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
         folder = Path(name)
         lock = lock_folder(folder, "temporary folder")  # which ends with the process
@@ -55,31 +54,18 @@ def upload_folder() -> Iterator[Path]:
 
 
 class Uploads:
-    """
-    The files of a folder that were uploaded and not looked at yet. No other file is ever taken.
+    """Uploaded files that wait for prediction, in a folder, empty at first. No others are taken."""
 
-    Attributes:
-        folder (Path): where they lie.
-    """
-
-    def __init__(self, folder):
-        """
-        Args:
-            folder (Path): empty.
-        """
+    def __init__(self, folder: Path):
         self.folder = folder.resolve()
         self._waiting = {}  # path -> bytes, the oldest first
 
-    def keep(self, files):
+    def keep(self, files: list[BinaryIO]) -> list[str]:
         """
-        Args:
-            files (list[BinaryIO]):
-
-        Returns:
-            list[str]: paths of copies. For these, the oldest ones that wait may have been deleted.
+        Returns the paths of copies. The oldest waiting files may be deleted for them.
 
         Raises:
-            OSError: the disk is full; none is left.
+            OSError: the disk is full; no copy is left.
         """
         paths = []
         try:
@@ -105,13 +91,9 @@ class Uploads:
             self.drop([path])
             number, size = number - 1, size - freed
 
-    def take(self, path):
+    def take(self, path: str) -> Path:
         """
-        Args:
-            path (str): of :meth:`keep`.
-
-        Returns:
-            Path: the file, which is the caller's from now on.
+        The file of a path of `keep`, which is the caller's from now on.
 
         Raises:
             KeyError: there is no such upload, or it was taken before.
@@ -119,13 +101,8 @@ class Uploads:
         del self._waiting[path]
         return Path(path)
 
-    def drop(self, paths):
-        """
-        Delete those that nobody took.
-
-        Args:
-            paths (list[str]):
-        """
+    def drop(self, paths: list[str]) -> None:
+        """Deletes files of `keep` that were not taken."""
         for path in paths:
             if self._waiting.pop(path, None) is not None:
                 Path(path).unlink(missing_ok=True)
@@ -147,7 +124,7 @@ _BELOW = (
 )
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 _HEADERS = {
-    # Nothing is asked of another host, whatever a part of Gradio would like.
+    # The browser requests nothing from other hosts, whatever a part of Gradio would like.
     "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
     "frame-ancestors 'self'; form-action 'self'; base-uri 'self'",
     "referrer-policy": "no-referrer",
@@ -157,11 +134,11 @@ _HEADERS = {
 
 class _Fence:
     """
-    Answers what the page needs, to nobody but the page, and has the browser ask nobody else.
+    Serves the page's routes, to the page only, and forbids the browser requests to other hosts.
 
-    Any site that is open in the same browser can send requests to this computer: they say where
-    they come from. By a name of its own that leads to this computer, a site could even read the
-    answers; hence, where only this computer is heard, it has to be called by its own names.
+    Any site in the same browser can send requests to this computer; their origin shows it. With a
+    domain that resolves to this computer, a site could even read the answers; hence a server for
+    this computer only accepts its local names only.
     """
 
     def __init__(self, app, local):
@@ -192,8 +169,8 @@ def _app(predictor, uploads):
     app = FastAPI(openapi_url=None)
     places = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
-    # In place of Gradio's: that gives files of equal content one path, so that the first who
-    # deletes it takes it away from the others, and what is sent in part stays there.
+    # In place of Gradio's, which gives files of equal content one path, so that the first user who
+    # deletes it deletes it for all, and which keeps files that were sent in part.
     @app.post(f"{_API}/upload")
     async def upload(request: Request):
         async with places:
@@ -223,7 +200,7 @@ def _app(predictor, uploads):
         finally:
             await form.close()
 
-    # Nobody is told how far an upload is.
+    # Progress of uploads is not reported.
     @app.get(f"{_API}/upload_progress")
     def upload_progress():
         return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
@@ -244,7 +221,7 @@ def _app(predictor, uploads):
 
 
 class _Server(uvicorn.Server):
-    """Lets go of the connections by which Gradio knows that a tab is open, so as to end at once."""
+    """Closes the connections by which Gradio knows that a tab is open, to end at once."""
 
     async def shutdown(self, sockets=None):
         outer = self.config.app.app
@@ -266,19 +243,19 @@ async def _bounded(stream):
 
 
 @contextlib.contextmanager
-def server_of(predictor, host="127.0.0.1", port=7860):
+def server_of(
+    predictor: Predictor, host: str = "127.0.0.1", port: int = 7860
+) -> Iterator[tuple[uvicorn.Server, socket.socket, str]]:
     """
-    Args:
-        predictor (Predictor):
-        host (str): address to listen at; the default is heard on this computer alone.
-        port (int): 0 for a free one.
+    Yields a server, the socket for its ``run(sockets=[...])``, and the page's URL. Uploads are in a
+    temporary folder that is deleted at the end.
 
-    Yields:
-        tuple[uvicorn.Server, socket.socket, str]: what ``run(sockets=[...])`` serves, what it is to
-        listen at, and the page's URL. Uploads lie in a temporary folder that is gone at the end.
+    Args:
+        host: address to listen at; the default serves this computer only.
+        port: 0 for a free one.
 
     Raises:
-        OSError: it cannot listen there; the error says where.
+        OSError: it cannot listen there; the error names host and port.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -304,16 +281,8 @@ def _listen(host, port):
     return socket.create_server((host, port), family=family)
 
 
-def serve(predictor, host, port):
-    """
-    Serve the page until Ctrl-C.
-
-    Args:
-        predictor (Predictor), host (str), port (int): see :func:`server_of`.
-
-    Raises:
-        OSError: it cannot listen there.
-    """
+def serve(predictor: Predictor, host: str, port: int) -> None:
+    """Serves the page until Ctrl-C, see `server_of`."""
     with server_of(predictor, host, port) as (server, listening, url):
         print(f"Open {url} in a browser; Ctrl-C ends it", flush=True)
         server.run(sockets=[listening])

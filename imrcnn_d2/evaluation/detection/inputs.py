@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 def with_ids_of(gt, results):
     """
     Args:
-        gt (GroundTruth): whose ids are wanted.
+        gt (GroundTruth): whose ids the annotations get.
         results (dict): COCO, with ``annotations`` and, where its ids were given independently,
             ``images`` and ``categories``.
 
@@ -62,14 +62,14 @@ def with_ids_of(gt, results):
     translated = []
     for annotation in results["annotations"]:
         image, category = annotation["image_id"], annotation["category_id"]
-        for what, id_, known in (
+        for kind, id_, known in (
             ("image", image, image_ids),
             ("category", category, category_ids),
         ):
             if known.get(id_, id_) is None:
                 raise ValueError(
-                    f"The results have detections for {what} {id_}, which the ground truth lacks: "
-                    f"no {what} record there has its name. Score them on the data they are for."
+                    f"The results have detections for {kind} {id_}, which the ground truth lacks: "
+                    f"no {kind} record there has its name. Score them on the data they are for."
                 )
         translated.append(
             {
@@ -81,7 +81,7 @@ def with_ids_of(gt, results):
     return translated
 
 
-def _translation(records, targets, field, what, simplify=lambda name: name):
+def _translation(records, targets, field, kind, simplify=lambda name: name):
     """{id in the results: id in the ground truth, or None} for the records that have a name."""
     ids = {}
     for target in targets:
@@ -90,13 +90,13 @@ def _translation(records, targets, field, what, simplify=lambda name: name):
     translation = {}
     for record in records:
         if field in record:
-            found = ids.get(simplify(record[field]), [None])
-            if len(found) > 1:
+            candidates = ids.get(simplify(record[field]), [None])
+            if len(candidates) > 1:
                 raise ValueError(
-                    f"The {what} '{record[field]}' of the results could be any of the ground "
-                    f"truth's ids {found}: give it the same {field} there and here."
+                    f"The {kind} '{record[field]}' of the results could be any of the ground "
+                    f"truth's ids {candidates}: give it the same {field} in both."
                 )
-            translation[record["id"]] = found[0]
+            translation[record["id"]] = candidates[0]
     return translation
 
 
@@ -120,9 +120,9 @@ def read_predicted_masks(folder, gt):
         list[dict]: COCO results with ``segmentation`` and ``bbox``, without a ``score``.
 
     Raises:
-        ValueError: naming the file and the remedy, if masks are missing or to spare, if two images
-            would share a mask, and for a mask that can't be read, is of another size than its
-            image, or has values that stand for no class.
+        ValueError: naming the file and the remedy, if masks are missing or superfluous, if two
+            images would share a mask, and for a mask that can't be read, is of another size than
+            its image, or has values that stand for no class.
     """
     folder = Path(folder)
     results = []
@@ -132,13 +132,13 @@ def read_predicted_masks(folder, gt):
         for value, category in enumerate(gt.categories, 1):
             of_class = mask != 0 if len(gt.categories) == 1 else mask == value
             record = {"image_id": image["id"], "category_id": category["id"]}
-            count, found = _components(of_class)
+            count, components = _components(of_class)
             if count > MAX_DETECTIONS:
                 logger.warning(
                     f"{path} has {count} regions of '{category['name']}': only the "
                     f"{MAX_DETECTIONS} largest are scored, as of any detector."
                 )
-            results += [{**record, **component} for component in found]
+            results += [{**record, **component} for component in components]
     return results
 
 
@@ -153,13 +153,13 @@ def _pairs(folder, images):
         if "file_name" not in image:
             raise ValueError(
                 f"Image {image['id']} of the ground truth has no file_name, by which its mask in "
-                f"{folder} would be found."
+                f"{folder} is named."
             )
         stem = PurePosixPath(image["file_name"]).stem
         if stem in pairs:
             raise ValueError(
                 f"The images {pairs[stem][0]['file_name']} and {image['file_name']} would share "
-                f"the mask {stem}.png in {folder}: give images names of their own."
+                f"the mask {stem}.png in {folder}: give every image another name."
             )
         if stem in by_stem:
             pairs[stem] = image, by_stem[stem]
@@ -169,7 +169,7 @@ def _pairs(folder, images):
     if missing:
         raise ValueError(
             f"{folder} lacks the masks of {len(missing)} of {len(images)} images: {_some(missing)}"
-            f"{f' (but has {_some(spare)})' if spare else ''}. An image in which nothing was found "
+            f"{f' (but has {_some(spare)})' if spare else ''}. An image without a detection "
             "needs an empty mask, and a mask the name of its image."
         )
     if spare:
@@ -220,18 +220,18 @@ def _components(mask):
         mask.astype(np.uint8), connectivity=8
     )
     left, top, _, _, area = stats[1:count].T  # labels depend on OpenCV's algorithm; these do not
-    found = []
+    components = []
     for label in 1 + np.lexsort((left, top, -area))[:MAX_DETECTIONS]:
         x, y, width, height = stats[label, :4].tolist()
         rle = mask_util.encode(np.asfortranarray(labels == label, dtype=np.uint8))
-        found.append({"segmentation": rle, "bbox": [x, y, width, height]})
-    return count - 1, found
+        components.append({"segmentation": rle, "bbox": [x, y, width, height]})
+    return count - 1, components
 
 
-# What an annotation says of its place, which Regions has.
+# The fields of an annotation that Regions holds.
 _REGION = ("segmentation", "bbox")
 _IDS = ("image_id", "category_id")
-# Of the lists of ground truth: fields that are needed, and the types of others.
+# Of each list of ground truth: required fields, and the types of others.
 GROUND_TRUTH = {
     "images": (("id",), {"file_name": str, "patient_id": (*NUMBER, str, type(None))}),
     "categories": (("id", "name"), {}),
@@ -259,21 +259,17 @@ class Regions:
     def __len__(self):
         return len(self.image)
 
-    def of_images(self, positions):
+    def of_images(self, positions: np.ndarray) -> tuple[np.ndarray, "Regions"]:
         """
-        Args:
-            positions (np.ndarray): (I,) int, images, ascending.
-
-        Returns:
-            tuple: the (N,) int positions of the regions in these images; and Regions, of these
-            alone, in images that are numbered by their place in ``positions``.
+        The (N,) int positions of the regions in the images at (I,) ascending positions; and these
+        regions, in images that are numbered by their place in ``positions``.
         """
         rows = np.flatnonzero(np.isin(self.image, positions))
-        own = self.take(rows)
-        return rows, replace(own, image=np.searchsorted(positions, own.image))
+        regions = self.take(rows)
+        return rows, replace(regions, image=np.searchsorted(positions, regions.image))
 
-    def take(self, rows):
-        """Regions: those at (K,) int positions, in this order."""
+    def take(self, rows: np.ndarray) -> "Regions":
+        """Those at (K,) int positions, in this order."""
         masks = None if self.masks is None else [self.masks[row] for row in rows]
         return Regions(self.image[rows], self.category[rows], self.boxes[rows], masks)
 
@@ -299,7 +295,7 @@ class GroundTruth:
 
     @property
     def lesions(self):
-        """np.ndarray: (number of images,) int, lesions in each image; crowds are none."""
+        """np.ndarray: (number of images,) int, lesions in each image, crowds left out."""
         return np.bincount(self.regions.image[~self.crowd], minlength=len(self.images))
 
 
@@ -309,8 +305,8 @@ class Detections:
     Attributes:
         regions (Regions): the N detections.
         score (np.ndarray): (N,) float, finite and not negative.
-        scored (bool): False if the results know no scores (a folder of masks): ``score`` is then 1
-            throughout, and whatever ranks detections or units by score is undefined.
+        scored (bool): False if the results have no scores (a folder of masks): ``score`` is then 1
+            throughout, and metrics that rank detections or units by score are undefined.
     """
 
     regions: Regions
@@ -318,14 +314,8 @@ class Detections:
     scored: bool = True
 
 
-def mask_areas(masks):
-    """
-    Args:
-        masks (list[dict]): compressed RLEs.
-
-    Returns:
-        np.ndarray: (N,) float, pixels.
-    """
+def mask_areas(masks: list[dict]) -> np.ndarray:
+    """(N,) float, pixels, of compressed RLEs."""
     # One at a time: under numpy 2, pycocotools 2.0.11 overflows on more than 255 masks.
     return np.array([mask_util.area(mask) for mask in masks], dtype=float)
 
@@ -336,7 +326,7 @@ def read_ground_truth(gt, source=None):
         gt (dict, pycocotools.coco.COCO, str, Path or GroundTruth): COCO instance annotations, or
             what was read already. Masks are RLE (compressed or not) or polygons. ``iscrowd``,
             ``area`` and one of ``bbox`` and ``segmentation`` may be missing.
-        source (str, Path or None): what errors call it; None for the file's name.
+        source (str, Path or None): its name in errors; None for the file's name.
 
     Returns:
         GroundTruth: its ``regions.masks`` is None unless every annotation has a mask.
@@ -373,10 +363,10 @@ def read_ground_truth(gt, source=None):
                     f"an annotation of image {annotation['image_id']!r} has the {key} {value}",
                 )
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
-    outline = regions.boxes[:, 2] * regions.boxes[:, 3]
+    areas = regions.boxes[:, 2] * regions.boxes[:, 3]
     if regions.masks and not all("area" in annotation for annotation in annotations):
-        outline = mask_areas(regions.masks)
-    area = np.array([a.get("area", o) for a, o in zip(annotations, outline, strict=True)], float)
+        areas = mask_areas(regions.masks)
+    area = np.array([a.get("area", o) for a, o in zip(annotations, areas, strict=True)], float)
     fields = [{k: v for k, v in a.items() if k not in _REGION} for a in annotations]
     return GroundTruth(images, categories, regions, fields, crowd, area)
 
@@ -390,10 +380,10 @@ def read_results(results, gt, source=None):
             ``images`` and ``categories`` are matched with those of the ground truth by
             ``file_name`` and ``name``, since its ids may have been given independently. Or a folder
             of masks, see :func:`read_predicted_masks`. Where every ``score`` is null, as
-            :func:`coco_results` has it for such a folder, the results know no scores. What was read
-            already stays as it is.
+            :func:`coco_results` has it for such a folder, the results have no scores. Detections
+            are returned as they are.
         gt (GroundTruth): what the results are for.
-        source (str, Path or None): what errors call the results; None for the file's name.
+        source (str, Path or None): their name in errors; None for the file's name.
 
     Returns:
         Detections: its ``regions.masks`` is None unless every result has a mask.
@@ -474,29 +464,29 @@ def _read_regions(records, key, images, categories, source):
     masked = [r for r, record in enumerate(records) if not _lacks(record, "segmentation")]
     sizes = [_size(record, source) for record in images]
     segmentations = [records[row]["segmentation"] for row in masked]
-    own_sizes = [
+    mask_sizes = [
         sizes[position] or _stated_size(segmentation, images[position], source)
         for position, segmentation in zip(image[masked].tolist(), segmentations, strict=True)
     ]
     try:
-        masks = to_rles(segmentations, own_sizes, lambda i: name(masked[i]))
+        masks = to_rles(segmentations, mask_sizes, lambda i: name(masked[i]))
     except ValueError as error:
         raise BadInputError(source, str(error)) from error
-    of_row = masks
+    mask_of_row = masks
     if len(masks) < len(records):
-        of_row = dict(zip(masked, masks, strict=True))
+        mask_of_row = dict(zip(masked, masks, strict=True))
     if 0 < len(masks) < len(records):
-        without = next(row for row in range(len(records)) if row not in of_row)
+        without = next(row for row in range(len(records)) if row not in mask_of_row)
         logger.warning(
             f"{len(records) - len(masks)} of {len(records)} {key} have no segmentation (the first "
-            f"is for image {records[without]['image_id']}), so that figures of masks are undefined."
+            f"is for image {records[without]['image_id']}), so that metrics of masks are undefined."
         )
     boxes = []
     for row, record in enumerate(records):
         if _lacks(record, "bbox"):
             if _lacks(record, "segmentation"):
                 raise BadInputError(source, f"{name(row)} has neither bbox nor segmentation")
-            boxes.append(mask_util.toBbox(of_row[row]).tolist())
+            boxes.append(mask_util.toBbox(mask_of_row[row]).tolist())
         elif is_box(record["bbox"]):
             boxes.append(record["bbox"])
         else:

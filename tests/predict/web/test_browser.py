@@ -7,7 +7,7 @@ import pytest
 from chromium import TIMEOUT, chromium
 from PIL import Image
 
-from ..conftest import TAU, picture
+from ..conftest import TAU, random_image
 from .conftest import wait_for
 
 pytestmark = pytest.mark.slow
@@ -15,22 +15,22 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def tab(site):
-    """The page, opened; at the end it has complained of nothing and asked its own server alone."""
+    """The open page; at the end, it has logged no errors and requested its server only."""
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(TIMEOUT)
-        said, asked = [], []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        messages, requests = [], []
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(site.url)
         page.locator(".empty").wait_for()
         yield page
         page.close()
         # Gradio's own, of each stream that it closes
-        assert [text for text in said if text != "Method not implemented."] == []
+        assert [text for text in messages if text != "Method not implemented."] == []
         local = (site.url, "data:", f"blob:{site.url}")
-        assert [url for url in asked if not url.startswith(local)] == []
+        assert [url for url in requests if not url.startswith(local)] == []
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def paths(tmp_path_factory):
     """Two pictures and a file that is none."""
     folder = tmp_path_factory.mktemp("dropped")
     for seed, name in enumerate(("a.png", "b.png")):
-        Image.fromarray(picture(seed)).save(folder / name)
+        Image.fromarray(random_image(seed)).save(folder / name)
     (folder / "notes.txt").write_text("no image")
     return sorted(folder.iterdir())
 
@@ -57,7 +57,7 @@ def set_tau(tab, tau):
 
 
 def shown(tab):
-    """Of each figure, how many outlines, numbers and scores are to be seen."""
+    """Of each figure, the visible contours, numbers and scores."""
     return [
         tuple(figure.locator(f"{what}:visible").count() for what in ("g", ".picture .badge", "li"))
         for figure in tab.locator("figure.card").all()

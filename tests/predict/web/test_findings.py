@@ -21,13 +21,13 @@ from imrcnn_d2.deploy.web.page import (
     unique_names,
 )
 
-from ..conftest import TAU, picture
+from ..conftest import TAU, random_image
 
 
 def uploaded(folder, name, seed):
-    """A picture as it lies on the server, and what its owner calls it."""
+    """An image on the server, and its name."""
     path = folder / f"upload{seed}"
-    Image.fromarray(picture(seed)).save(path, "PNG")
+    Image.fromarray(random_image(seed)).save(path, "PNG")
     return path, name
 
 
@@ -48,7 +48,7 @@ def test_files_are_those_of_the_other_tool(predictor, findings, tmp_path):
     """The same images in a folder, by tools/predict.py."""
     for seed, finding in enumerate(findings):
         (tmp_path / "in").mkdir(exist_ok=True)
-        Image.fromarray(picture(seed)).save(tmp_path / "in" / finding.name, "PNG")
+        Image.fromarray(random_image(seed)).save(tmp_path / "in" / finding.name, "PNG")
     out = tmp_path / "out"
     predict_files(predictor, [tmp_path / "in"], out, save=["masks", "labelme"])
     findings = sorted(findings, key=lambda finding: finding.name)
@@ -105,15 +105,15 @@ def test_the_upload_is_gone_once_it_was_read(predictor, tmp_path):
 
 
 def test_no_identifier_of_a_patient_is_shown_or_written(predictor, tmp_path):
-    still = write_dicom(tmp_path / "1", picture(0))
-    burned = write_dicom(tmp_path / "2", picture(1), BurnedInAnnotation="YES")
-    frames = write_dicom(tmp_path / "3", np.stack([picture(2), picture(3)]))
+    still = write_dicom(tmp_path / "1", random_image(0))
+    burned = write_dicom(tmp_path / "2", random_image(1), BurnedInAnnotation="YES")
+    frames = write_dicom(tmp_path / "3", np.stack([random_image(2), random_image(3)]))
     findings = [
         find(predictor, still, "Musterfrau_Erika.dcm"),
         find(predictor, burned, "scan.dcm"),
         find(predictor, frames, "KIS-4711.dcm"),
     ]
-    assert findings[1].picture is None and findings[1].annotations
+    assert findings[1].jpeg is None and findings[1].annotations
     assert "holds 2 or more frames" in findings[2].error
     made = [cards_html(findings, predictor, TAU).encode()]
     for kind in DOWNLOADS:
@@ -129,7 +129,7 @@ def test_no_identifier_of_a_patient_is_shown_or_written(predictor, tmp_path):
     files = unzipped(download(findings, "labelme", TAU, predictor)[1])
     (document,) = (json.loads(content) for name, content in files.items() if "json" in name)
     with Image.open(io.BytesIO(files[document["imagePath"]])) as frame:
-        assert (np.asarray(frame) == picture(0)).all()
+        assert (np.asarray(frame) == random_image(0)).all()
     assert len(files) == 2, "of the one that shows the patient's name nothing is written"
     with pytest.raises(ValueError, match="no image to write"):
         download(findings[1:], "labelme", TAU, predictor)
@@ -158,13 +158,13 @@ def test_outlines_are_those_of_the_masks(predictor, findings):
     finding = findings[0]
     for annotation, mark in zip(finding.annotations, _marks(finding), strict=True):
         mask = mask_util.decode(annotation["segmentation"]).astype(bool)
-        drawn = np.zeros_like(mask)
+        contour = np.zeros_like(mask)
         for line in mark["path"].split("M")[1:]:
             points = np.array([p.split() for p in line.strip("Z").split("L")], int)
             assert mask[points[:, 1], points[:, 0]].all() or len(mark["path"].split("M")) > 2
-            drawn[points[:, 1], points[:, 0]] = True
-        assert (drawn & mask).sum() and 0 <= mark["left"] <= 100 and 0 <= mark["top"] <= 100
-        ys, xs = np.nonzero(drawn)
+            contour[points[:, 1], points[:, 0]] = True
+        assert (contour & mask).sum() and 0 <= mark["left"] <= 100 and 0 <= mark["top"] <= 100
+        ys, xs = np.nonzero(contour)
         my, mx = np.nonzero(mask)
         box = (xs.min(), xs.max(), ys.min(), ys.max())
         assert box == (mx.min(), mx.max(), my.min(), my.max())

@@ -8,7 +8,6 @@ import json
 import re
 import socket
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ from PIL import Image
 
 from imrcnn_d2.deploy import Predictor
 
-from ..conftest import TAU, picture
-from ..test_recognition import weights  # noqa: F401  (a fixture)
+from ..conftest import TAU, random_image, write_bad_images
+from ..test_other_models import weights  # noqa: F401  (a fixture)
 from .conftest import serving, wait_for
 
 gradio_client = pytest.importorskip("gradio_client", reason="the demo extra is not installed")
@@ -48,7 +47,7 @@ def paths(tmp_path):
     """Three pictures."""
     paths = [tmp_path / f"{name}.png" for name in "abc"]
     for seed, path in enumerate(paths):
-        Image.fromarray(picture(seed)).save(path)
+        Image.fromarray(random_image(seed)).save(path)
     return paths
 
 
@@ -128,32 +127,19 @@ def test_where_the_slider_starts_is_the_operating_point(tiny_run, paths):
         assert json.loads(saved(client, "coco", round(exact.tau, 3))[1])["info"]["tau"] == exact.tau
 
 
-def test_what_cannot_be_read_is_said_and_the_page_lives_on(client, paths, tmp_path):
-    good = paths[0].read_bytes()
-    (tmp_path / "cut.png").write_bytes(good[: len(good) // 2])
-    (tmp_path / "text.jpg").write_bytes(b"no image")
-    (tmp_path / "empty.png").touch()
-    bomb = bytearray(good)
-    bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # of a PNG, its size, before anything is decoded
-    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
-    (tmp_path / "bomb.png").write_bytes(bomb)
-    frames = [Image.fromarray(picture(seed)) for seed in range(3)]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    reasons = {
-        "cut.png": "no readable image",
-        "text.jpg": "no readable image",
-        "empty.png": "no readable image",
-        "bomb.png": "decompression bomb",
-        "moving.gif": "holds several images",
-    }
-    cards, summary = look(client, *(tmp_path / name for name in reasons), paths[0])
+def test_unreadable_files_are_listed_and_the_page_lives_on(client, paths, tmp_path):
+    (tmp_path / "bad").mkdir()
+    reasons = write_bad_images(tmp_path / "bad")
+    cards, summary = look(client, *(tmp_path / "bad" / name for name in reasons), paths[0])
     for name, reason in reasons.items():
-        (said,) = re.findall(rf'<strong class="name">{name}</strong>\s*<span>(.*?)</span>', cards)
-        assert reason in said
-    assert figures(summary)["not readable"] == 5 and figures(summary)["image"] == 1
-    assert len(client.predict(TAU, api_name="/show")[0]) == 6
+        (message,) = re.findall(
+            rf'<strong class="name">{name}</strong>\s*<span>(.*?)</span>', cards
+        )
+        assert reason in message
+    assert figures(summary)["not readable"] == len(reasons) and figures(summary)["image"] == 1
+    assert len(client.predict(TAU, api_name="/show")[0]) == 1 + len(reasons)
 
-    cards, summary = look(client, tmp_path / "text.jpg")
+    cards, summary = look(client, tmp_path / "bad" / "text.jpg")
     assert figures(summary) == {"not readable": 1}
     with pytest.raises(gradio_client.exceptions.AppError, match="no image to write"):
         saved(client, "masks", TAU)
@@ -289,7 +275,7 @@ def test_it_answers_this_computer_and_asks_no_other(site, client, tmp_path):
 
     # Neither a file of this machine nor one of another is looked at as if it were uploaded.
     own = tmp_path / "own.png"
-    Image.fromarray(picture(0)).save(own)
+    Image.fromarray(random_image(0)).save(own)
     for path, stream in itertools.product(
         (str(own), f"{site.folder}/../{own}", "http://example.com/a.png"), (False, True)
     ):

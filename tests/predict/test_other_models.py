@@ -1,4 +1,4 @@
-"""Models that name an image's class go through the same predictor and tools."""
+"""Classification models, and detectors without masks, predict and export alike."""
 
 import csv
 import json
@@ -12,11 +12,11 @@ from imrcnn_d2.data.mapper import ClassificationMapper
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.batch import predict_files
 from imrcnn_d2.deploy.loading import load_model
-from imrcnn_d2.deploy.runtimes.agreement import compare_predictors
-from imrcnn_d2.deploy.runtimes.graph_files import FORMATS, write_graph, write_safetensors
+from imrcnn_d2.deploy.runtimes import EXPORTS, TorchRuntime
+from imrcnn_d2.deploy.runtimes.check import compare_predictors
 from imrcnn_d2.engine import load_config
 
-from .conftest import picture
+from .conftest import OPTS, random_image
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_files(classifier, image_folder, tmp_path):
 
 
 def test_there_are_no_masks_and_no_threshold(classifier, weights, image_folder, tmp_path):
-    with pytest.raises(ValueError, match="ImageClassifier outlines nothing|gives no masks"):
+    with pytest.raises(ValueError, match="ImageClassifier"):
         predict_files(classifier, [image_folder], tmp_path, save=["masks"])
     with pytest.raises(ValueError, match="likeliest class"):
         Predictor(None, weights, tau=0.5)
@@ -79,22 +79,69 @@ def test_there_are_no_masks_and_no_threshold(classifier, weights, image_folder, 
 
 def test_an_export_agrees(classifier, weights, image_folder, tmp_path):
     path = tmp_path / "model.safetensors"
-    write_safetensors(load_model(None, weights), path, precision="fp16")
+    TorchRuntime.export(load_model(None, weights), path, precision="fp16")
     other = Predictor(None, path)
     assert other.classes == classifier.classes and other.tau is None
     agreement = compare_predictors(classifier, other, [image_folder / "a.png"])
     assert agreement.detections == 1 and 0 < agreement.largest()[0] < 0.02
-    bf16 = Predictor(None, path, runtime="torch-bf16")(picture(0))
+    bf16 = Predictor(None, path, runtime="torch-bf16")(random_image(0))
     assert bf16.dtype == torch.float32
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_files_of_other_runtimes_agree(classifier, weights, image_folder, tmp_path, form):
     path = tmp_path / f"model.{form}"
-    write_graph(load_model(None, weights), path, form, example=classifier.prepare(picture(0)))
+    EXPORTS[form].export(
+        load_model(None, weights), path, example=classifier.prepare(random_image(0))
+    )
     other = Predictor(None, path)
     assert other.classes == classifier.classes and other.tau is None
-    images = [picture(seed) for seed in range(3)]
+    images = [random_image(seed) for seed in range(3)]
     for one, two in zip(classifier(images, 3), other(images, 3), strict=True):
-        # as of detectors in test_graph_files.py: every runtime orders its sums in its own way
+        # as of detectors in test_runtimes.py: every runtime orders its sums in its own way
         torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def retinanet(tmp_path_factory):
+    """Of a RetinaNet."""
+    folder = tmp_path_factory.mktemp("retinanet")
+    opts = [
+        *OPTS,
+        *("MODEL.META_ARCHITECTURE", "RetinaNet"),
+        *("MODEL.BACKBONE.NAME", "build_retinanet_timm_pafpn_backbone"),
+        *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
+        *("MODEL.RETINANET.NUM_CLASSES", 2),
+        *("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]]),
+        *("MODEL.MASK_ON", False),
+        *("TEST.DETECTIONS_PER_IMAGE", 4),
+        *("MODEL.IMRCNN.SCORE_THRESH", 0.0),
+    ]
+    cfg = load_config("configs/kvasir_seg/imrcnn_lite.yaml", opts)
+    (folder / "config.yaml").write_text(cfg.dump())
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, folder / "model.pth")
+    return folder / "model.pth"
+
+
+def test_a_retinanet(retinanet, image_folder, tmp_path):
+    predictor = Predictor(None, retinanet)
+    assert predictor.classes == ["class 1", "class 2"]
+    loaded = load_model(None, retinanet)
+    image = predictor.prepare(random_image(0))
+    with torch.no_grad():
+        (expected,) = loaded.model([{"image": image, "height": 60, "width": 80}])
+    found = predictor(random_image(0))
+    torch.testing.assert_close(
+        found.pred_boxes.tensor, expected["instances"].pred_boxes.tensor, rtol=0, atol=1e-2
+    )
+    predict_files(predictor, [image_folder], tmp_path, save=["overlays", "labelme"])
+    annotations = json.loads((tmp_path / "predictions.json").read_text())["annotations"]
+    assert len(annotations) == 12 and "segmentation" not in annotations[0]
+    shapes = json.loads((tmp_path / "labelme" / "a.json").read_text())["shapes"]
+    assert [shape["shape_type"] for shape in shapes] == ["rectangle"] * 4
+    x, y, width, height = annotations[0]["bbox"]
+    assert shapes[0]["points"] == [[x, y], [x + width, y + height]]
+    with pytest.raises(ValueError, match="RetinaNet"):
+        predict_files(predictor, [image_folder], tmp_path / "masks", save=["masks"])
