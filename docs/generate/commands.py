@@ -11,7 +11,7 @@ __all__ = ["commands_page"]
 
 INTRODUCTION = """# Commands
 
-`imrcnn COMMAND --help` prints/COMMAND.py` is the same command
+`imrcnn COMMAND --help` prints the same. `python tools/COMMAND.py` in a checkout is the same command
 (`tools/train_net.py` for `train`). Metrics are printed in percent, except counts, scores and
 thresholds, which lie between 0 and 1.
 """

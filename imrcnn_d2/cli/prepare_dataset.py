@@ -1,13 +1,15 @@
 """Prepare a data set for training: checked COCO annotations, linked images and splits.
 
-imrcnn prepare-dataset kvasir-seg --root DIR --out datasets/kvasir_seg
-imrcnn prepare-dataset coco --annotations FILE --images DIR --out datasets/egc
-imrcnn prepare-dataset masks --images DIR --masks DIR --out datasets/egc
-imrcnn prepare-dataset labelme --root DIR --out datasets/egc
-imrcnn prepare-dataset cvat --annotations FILE --images DIR --out datasets/egc
-imrcnn prepare-dataset classification --root DIR --out datasets/gastric_recognition
-imrcnn prepare-dataset lesion-free --root DIR --out datasets/lesion_free
-imrcnn prepare-dataset synthetic --num-images 160 --size 256 --out datasets/synthetic
+    imrcnn prepare-dataset kvasir-seg --root DIR --out datasets/kvasir_seg
+    imrcnn prepare-dataset coco --annotations FILE --images DIR --out datasets/egc
+    imrcnn prepare-dataset masks --images DIR --masks DIR --out datasets/egc
+    imrcnn prepare-dataset labelme --root DIR --out datasets/egc
+    imrcnn prepare-dataset cvat --annotations FILE --images DIR --out datasets/egc
+    imrcnn prepare-dataset classification --root DIR --out datasets/gastric_recognition
+    imrcnn prepare-dataset lesion-free --root DIR --out datasets/lesion_free
+    imrcnn prepare-dataset synthetic --num-images 160 --size 256 --out datasets/synthetic
+
+Each format lists its options with --help.
 """
 
 import argparse

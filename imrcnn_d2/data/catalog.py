@@ -54,7 +54,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-# What Detectron2 takes from an annotation besides its segmentation, and what we add.
+# What Detectron2 takes from an annotation, next to its segmentation, and what we add.
 _ANNOTATION_KEYS = ("iscrowd", "bbox", "keypoints", "category_id", "lesion_id")
 
 

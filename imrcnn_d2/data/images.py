@@ -6,7 +6,6 @@ are converted here.
 """
 
 import contextlib
-import hashlib
 import io
 import itertools
 import logging
@@ -26,7 +25,14 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, leads_out, regular_file
+from imrcnn_d2.utils.files import (
+    BadInputError,
+    Rejects,
+    check_inside,
+    file_sha256,
+    leads_out,
+    regular_file,
+)
 
 __all__ = [
     "IMAGE_FORMATS",
@@ -585,7 +591,7 @@ def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _decode(path: Path) -> tuple[Image.Image, int, str]:
     """The image as stored, its EXIF orientation, and the sha256 of the file's bytes."""
     if is_dicom(image_file(path)):
-        return _read_dicom(path), 1, _sha256(path)
+        return _read_dicom(path), 1, file_sha256(path)
     with open_image(path) as image:
         try:
             if image.format != "MPO":  # a camera's photograph and previews of it
@@ -596,7 +602,7 @@ def _decode(path: Path) -> tuple[Image.Image, int, str]:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
             raise BadInputError(path, f"is no readable image ({error})") from error
-    return image, orientation, _sha256(path)
+    return image, orientation, file_sha256(path)
 
 
 def _check_single(image: Image.Image, path: Path) -> None:
@@ -605,17 +611,6 @@ def _check_single(image: Image.Image, path: Path) -> None:
     except EOFError:
         return
     raise BadInputError(path, "holds several images; save each in a file, or all as a video")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _read_dicom(path: Path) -> Image.Image:

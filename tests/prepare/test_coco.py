@@ -195,7 +195,7 @@ BAD_ANNOTATIONS = {
     ),
     "RLE longer than the memory": (
         edit_lesion(segmentation={**UNCOMPRESSED, "counts": "0" * (2**24 + 1)}),
-        "longer than any",
+        "longer than",
     ),
     "to and fro": (polygon(*[0, 0, 0, 39, 1, 0] * 5000), "points is .* pixels long"),
     "RLE no counts": (edit_lesion(segmentation=UNCOMPRESSED), "does not cover the 60x40"),

@@ -14,7 +14,9 @@ from mutations import damaged_bytes, damaged_json
 from PIL import Image
 
 from imrcnn_d2.cli import compare, report
-from imrcnn_d2.report.comparison import write_comparison
+from imrcnn_d2.evaluation import Bootstrap
+from imrcnn_d2.report.comparison import compare as compare_runs
+from imrcnn_d2.report.comparison import gather, write_comparison
 from imrcnn_d2.report.html import render_report
 from imrcnn_d2.report.model_card import write_model_card
 from imrcnn_d2.report.runs import load_run
@@ -62,9 +64,7 @@ def everything(home, name="mine"):
     out = home / "out"
     run = load_run(home / "run", name)
     texts = [render_report([run], out / "report.html"), write_model_card(run, out / "card.md")]
-    comparison = compare.compare(
-        compare.gather([run]), compare.Bootstrap(20), primary="bbox/AP50_voc"
-    )
+    comparison = compare_runs(gather([run]), Bootstrap(20), primary="bbox/AP50_voc")
     texts.append(write_comparison(comparison, out / "comparison")[0])
     return [path.read_text(encoding="utf-8") for path in texts]
 
@@ -353,9 +353,7 @@ def test_damaged_files_of_runs(small, data):
     try:
         runs = [load_run(root / "runs" / run) for run in "ab"]
         write_model_card(runs[0], out / "card.md")
-        comparison = compare.compare(
-            compare.gather(runs), compare.Bootstrap(5), primary="bbox/AP50_voc"
-        )
+        comparison = compare(gather(runs), compare.Bootstrap(5), primary="bbox/AP50_voc")
         write_comparison(comparison, out)
         render_report(runs, out / "report.html")
     except (FileNotFoundError, ValueError) as error:

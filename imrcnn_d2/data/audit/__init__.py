@@ -1,1 +1,1 @@
-"""Audit: what is wrong with a data set, found before it costs a training run."""
+"""Audit of a data set: checks of files, annotations and duplicates; validity of its labels."""

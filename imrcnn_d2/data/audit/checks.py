@@ -2,10 +2,12 @@
 
 import functools
 import hashlib
+import importlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 
 import cv2
 import numpy as np
@@ -37,6 +39,7 @@ __all__ = [
     "near_duplicates",
     "annotation_findings",
     "repeated_id_findings",
+    "require",
     "text_lines",
     "duplicate_findings",
 ]
@@ -154,15 +157,15 @@ def text_lines(image: np.ndarray, view: View) -> list[Line]:
     reach = max(3, round(0.025 * side))
     joined = cv2.morphologyEx(strokes, cv2.MORPH_CLOSE, np.ones((1, reach)))
     count, _, boxes, _ = cv2.connectedComponentsWithStats(joined)
-    found = []
+    lines = []
     for x, y, w, h, _ in boxes[1:count].tolist():
         if not max(4, 0.01 * side) <= h <= 0.1 * side or w < 2 * h:
             continue
         rows = strokes[y : y + h, x : x + w]
         crossings = np.count_nonzero(np.diff(rows.astype(np.int8), axis=1) == 1, axis=1)
         if np.sort(crossings)[h // 2 :].mean() >= _MIN_STROKES and 0.1 < rows.mean() < 0.8:
-            found.append(tuple(round(scale * v) for v in (x, y, x + w, y + h)))
-    return found
+            lines.append(tuple(round(scale * v) for v in (x, y, x + w, y + h)))
+    return lines
 
 
 def _reduced(image: np.ndarray, side: int, interpolation: int) -> np.ndarray:
@@ -176,11 +179,11 @@ def _blur(gray: np.ndarray) -> float:
     """Crete et al., "The blur effect" (SPIE 2007): how little changes if it is blurred again."""
     if min(gray.shape) < 16:
         return 0.0
-    return float(_skimage_measure().blur_effect(gray))
+    return float(require("skimage.measure", "scikit-image").blur_effect(gray))
 
 
 def _perceptual_hashes(gray: np.ndarray) -> np.ndarray:
-    imagehash = _imagehash()
+    imagehash = require("imagehash", "imagehash")
     tile = Image.fromarray(gray).resize((4 * _HASH, 4 * _HASH), Image.Resampling.LANCZOS)
     views = (tile if turn is None else tile.transpose(turn) for turn in ORIENTATIONS)
     return np.stack(
@@ -188,24 +191,14 @@ def _perceptual_hashes(gray: np.ndarray) -> np.ndarray:
     )
 
 
-def _imagehash():
+def require(module: str, package: str) -> ModuleType:
+    """Imports a module of the extra [audit]; the error says how to install it."""
     try:
-        import imagehash
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise _not_installed("imagehash") from error
-    return imagehash
-
-
-def _skimage_measure():
-    try:
-        from skimage import measure
-    except ModuleNotFoundError as error:
-        raise _not_installed("scikit-image") from error
-    return measure
-
-
-def _not_installed(name: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(f"{name} is not installed: pip install -e '.[audit]'")
+        raise ModuleNotFoundError(
+            f"{package} is not installed: pip install -e '.[audit]'"
+        ) from error
 
 
 # Of the frame, but at least so many pixels: 8x8 at 352x352. What is smaller is a click or a speck.
@@ -286,19 +279,19 @@ def annotation_findings(
     least = max(TINY_PIXELS, TINY_SHARE * view.size)
     shown = mask_util.encode(np.asfortranarray(view, dtype=np.uint8))
     for annotation in decoded:
-        about = {"annotation_id": _id(annotation.record)}
+        fields = {"annotation_id": _id(annotation.record)}
         if annotation.area < least:
             detail = f"It covers {annotation.area} pixels, less than {least:.0f}."
-            yield finding("tiny", *where, detail, score=float(annotation.area), **about)
+            yield finding("tiny", *where, detail, score=float(annotation.area), **fields)
         inside = mask_util.area(mask_util.merge([annotation.rle, shown], intersect=True))
         outside = 1 - int(inside) / annotation.area if view.any() else 0.0
         if outside > OUTSIDE_SHARE:
             detail = f"{outside:.0%} of it is outside the endoscope's view."
-            yield finding("outside_view", *where, detail, score=float(outside), **about)
+            yield finding("outside_view", *where, detail, score=float(outside), **fields)
         crossing = _crossing(annotation.record["segmentation"])
         if crossing > CROSSING_SHARE:
             detail = f"{crossing:.0%} of its area depends on how the crossings are read."
-            yield finding("self_crossing", *where, detail, score=crossing, **about)
+            yield finding("self_crossing", *where, detail, score=crossing, **fields)
     yield from _pairs(entry, [a for a in decoded if not a.record.get("iscrowd")])
 
 
@@ -313,8 +306,8 @@ def _pairs(entry: Entry, decoded: Sequence[DecodedAnnotation]) -> Iterator[Findi
         if a["category_id"] == b["category_id"]:
             detail = f"Annotations {a.get('id')} and {b.get('id')} overlap with an IoU of "
             detail += f"{overlaps[i, j]:.2f}."
-            about = {"annotation_id": _id(a), "score": float(overlaps[i, j])}
-            yield finding("overlapping", [entry.name], [entry.split], detail, **about)
+            fields = {"annotation_id": _id(a), "score": float(overlaps[i, j])}
+            yield finding("overlapping", [entry.name], [entry.split], detail, **fields)
 
 
 def _crossing(segmentation: object) -> float:
@@ -325,7 +318,7 @@ def _crossing(segmentation: object) -> float:
     """
     if not isinstance(segmentation, list):
         return 0.0
-    shapely = _shapely()
+    shapely = require("shapely", "shapely")
     worst = 0.0
     for polygon in segmentation:
         points = np.asarray(polygon, dtype=float).reshape(-1, 2)
@@ -373,25 +366,17 @@ def repeated_id_findings(entries: Iterable[Entry]) -> Iterator[Finding]:
         for annotation in entry.annotations:
             if annotation.get("id") is not None:
                 sharing[entry.split, annotation["id"]].append(entry)
-    for (split, number), own in sharing.items():
-        if len(own) > 1:
-            names = list(dict.fromkeys(entry.name for entry in own))
-            detail = f"{len(own)} annotations have the id {number!r}; give each its own."
-            about = {"annotation_id": _id({"id": number})}
-            yield finding("malformed", names, [split] * len(names), detail, **about)
+    for (split, number), sharers in sharing.items():
+        if len(sharers) > 1:
+            names = list(dict.fromkeys(entry.name for entry in sharers))
+            detail = f"{len(sharers)} annotations have the id {number!r}; give each its own."
+            fields = {"annotation_id": _id({"id": number})}
+            yield finding("malformed", names, [split] * len(names), detail, **fields)
 
 
 def _id(annotation: dict) -> int | None:
     number = annotation.get("id")
     return number if isinstance(number, int) else None
-
-
-def _shapely():
-    try:
-        import shapely
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("shapely is not installed: pip install -e '.[audit]'") from error
-    return shapely
 
 
 @dataclass(frozen=True)
@@ -481,12 +466,12 @@ def file_findings(examined: Sequence[Examined]) -> Iterator[Finding]:
     Args:
         examined: all images, since colours are compared with those of the others.
     """
-    seen = [one for one in examined if one.measures is not None]
-    lit = [one for one in seen if one.measures.brightness >= BLACK]
-    middle, spread = _usual_colour(np.array([one.measures.colour[1:] for one in lit]))
-    for one in seen:
-        measures = one.measures
-        where = [one.entry.name], [one.entry.split]
+    readable = [image for image in examined if image.measures is not None]
+    lit = [image for image in readable if image.measures.brightness >= BLACK]
+    middle, spread = _usual_colour(np.array([image.measures.colour[1:] for image in lit]))
+    for image in readable:
+        measures = image.measures
+        where = [image.entry.name], [image.entry.split]
         if measures.text:
             detail = f"{len(measures.text)} lines that look like writing: it was not read."
             yield finding("text_outside_view", *where, detail, score=float(len(measures.text)))
@@ -603,31 +588,31 @@ def near_duplicates(
 
 
 def _neighbours(hashes: np.ndarray, vectors: np.ndarray | None) -> list[list[int]]:
-    """Of each image the places of those that may be its duplicates, (N, 8, 32) hashes given."""
+    """Indices of the possible duplicates of each image, from (N, 8, 32) hashes."""
     bits = np.unpackbits(hashes, axis=2).astype(np.float32) * 2 - 1
     upright, count = bits[:, 0], len(bits)
-    found: list[set[int]] = [set() for _ in range(count)]
+    neighbours: list[set[int]] = [set() for _ in range(count)]
     for start in range(0, count, _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, count))
         differ = np.full((len(rows), count), np.inf, np.float32)
         for turn in range(bits.shape[1]):
             np.minimum(differ, (256 - bits[rows, turn] @ upright.T) / 2, out=differ)
-        _add_best(found, rows, -differ, _ALIKE_BY_HASH, -_HASH_BITS)
+        _add_best(neighbours, rows, -differ, _ALIKE_BY_HASH, -_HASH_BITS)
         if vectors is not None:
-            _add_best(found, rows, vectors[rows] @ vectors.T, _ALIKE, -1.0)
-    return [sorted(own) for own in found]
+            _add_best(neighbours, rows, vectors[rows] @ vectors.T, _ALIKE, -1.0)
+    return [sorted(indices) for indices in neighbours]
 
 
 def _add_best(
-    found: list[set[int]], rows: np.ndarray, alike: np.ndarray, number: int, least: float
+    neighbours: list[set[int]], rows: np.ndarray, alike: np.ndarray, number: int, least: float
 ) -> None:
     alike[np.arange(len(rows)), rows] = -np.inf
     number = min(number, alike.shape[1] - 1)
     columns = np.argpartition(-alike, number - 1, axis=1)[:, :number]
-    for row, own, values in zip(
+    for row, candidates, values in zip(
         rows.tolist(), columns, np.take_along_axis(alike, columns, axis=1), strict=True
     ):
-        found[row].update(own[values >= least].tolist())
+        neighbours[row].update(candidates[values >= least].tolist())
 
 
 def duplicate_findings(entries: Sequence[Entry], pairs: Iterable[DuplicatePair]) -> list[Finding]:
@@ -654,13 +639,15 @@ def patient_findings(entries: Sequence[Entry]) -> list[Finding]:
     """Patients whose images are in several splits."""
     findings = []
     for patient, places in positions(e.record.get("patient_id") for e in entries).items():
-        own = [entries[i] for i in places]
-        splits = list(dict.fromkeys(entry.split for entry in own))
+        images = [entries[i] for i in places]
+        splits = list(dict.fromkeys(entry.split for entry in images))
         if len(splits) > 1:
-            counts = ", ".join(f"{sum(e.split == s for e in own)} in {s}" for s in splits)
-            detail = f"Patient {patient} has {len(own)} images: {counts}."
-            names = [entry.name for entry in own]
-            findings.append(finding("patient_across_splits", names, [e.split for e in own], detail))
+            counts = ", ".join(f"{sum(e.split == s for e in images)} in {s}" for s in splits)
+            detail = f"Patient {patient} has {len(images)} images: {counts}."
+            names = [entry.name for entry in images]
+            findings.append(
+                finding("patient_across_splits", names, [e.split for e in images], detail)
+            )
     return findings
 
 

@@ -26,6 +26,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from imrcnn_d2.data.audit.audit import Audit
+from imrcnn_d2.data.audit.checks import require
 from imrcnn_d2.data.audit.findings import AuditedData, Entry, Finding, finding
 from imrcnn_d2.data.images import in_threads, read_image
 
@@ -60,16 +61,11 @@ def texture_histogram(image: np.ndarray) -> np.ndarray:
     Raises:
         ModuleNotFoundError: scikit-image is missing.
     """
-    try:
-        from skimage.feature import local_binary_pattern
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "The texture view needs scikit-image: pip install -e '.[audit]'"
-        ) from error
+    feature = require("skimage.feature", "scikit-image")
     gray = cv2.cvtColor(_squeezed(image), cv2.COLOR_RGB2GRAY)
     shares = []
     for points, radius in _RINGS:
-        patterns = local_binary_pattern(gray, points, radius, method="uniform")
+        patterns = feature.local_binary_pattern(gray, points, radius, method="uniform")
         counts = np.bincount(patterns.astype(int).ravel(), minlength=points + 2)
         shares.append(counts / counts.sum())
     return np.concatenate(shares)
@@ -423,16 +419,16 @@ def _disagreements(
     squares = _squares_of_unseen(views, labels, len(names))
     agreement = _agreement(squares.argmin(axis=1), labels)
     free = MultiViewKPlaneClustering(len(names), random_state=0).fit(views)
-    about = (
+    summary = (
         f"Of {', '.join(f'{name} ({counts[name]})' for name in names)}, {100 * agreement:.0f} % "
         f"lie nearest to the planes of their label (mean over the labels); clusters found "
         f"without labels agree with them to {100 * _best_agreement(free.labels_, labels):.0f} %."
     )
     if skipped:
-        about += f" Too few to be checked: {', '.join(skipped)}."
+        summary += f" Too few to be checked: {', '.join(skipped)}."
     if agreement < _MIN_AGREEMENT:
-        about += " The labels do not show in these views, so no image is named."
-        return [finding("cluster_disagrees", (), (), about, severity="info")]
+        summary += " The labels do not show in these views, so no image is named."
+        return [finding("cluster_disagrees", (), (), summary, severity="info")]
     rows = np.arange(len(known))
     others = squares.copy()
     others[rows, labels] = np.inf
@@ -451,7 +447,7 @@ def _disagreements(
         )
         for i in chosen[np.argsort(-margin[chosen])]
     ]
-    return [finding("cluster_disagrees", (), (), about, severity="info"), *findings]
+    return [finding("cluster_disagrees", (), (), summary, severity="info"), *findings]
 
 
 def _squares_of_unseen(views: Sequence[np.ndarray], labels: np.ndarray, count: int) -> np.ndarray:

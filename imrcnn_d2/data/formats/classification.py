@@ -88,15 +88,7 @@ class Classification(Format):
 
 @dataclass(frozen=True)
 class _LabelledFile:
-    """One row: an image file and its class.
-
-    Attributes:
-        path: the image.
-        name: relative to the root, for the prepared images/.
-        label: name of its class.
-        split: "train", "val" or "test"; None to be assigned.
-        fields: further COCO image fields, e.g. ``patient_id``.
-    """
+    """An image file and its class."""
 
     path: Path
     name: str
@@ -139,10 +131,10 @@ def read_class_folders(
     paths, files = list_files(root, rejects), []
     for folder in folders:
         with rejects.catch():
-            own = [path for path in paths if path.relative_to(root).parts[0] == folder.name]
-            if not own:
+            images = [path for path in paths if path.relative_to(root).parts[0] == folder.name]
+            if not images:
                 raise BadInputError(folder, "empty class: there is no image in this folder")
-            files += [_LabelledFile(p, p.relative_to(root).as_posix(), folder.name) for p in own]
+            files += [_LabelledFile(p, p.relative_to(root).as_posix(), folder.name) for p in images]
     return _source(files, root, rejects, classes, cancers)
 
 

@@ -247,11 +247,7 @@ def _name(annotation: dict) -> str:
 
 
 def _check(annotation: dict, height: int, width: int, category_ids: set) -> tuple[dict, bool]:
-    """The annotation without ids, box and area computed from its mask; whether the box moved.
-
-    Raises:
-        ValueError: saying what is wrong with it.
-    """
+    """The annotation without ids, box and area of its mask; whether the box moved; ValueError."""
     if annotation["category_id"] not in category_ids:
         raise ValueError(f"there is no category with id {annotation['category_id']!r}")
     if annotation.get("ignore"):

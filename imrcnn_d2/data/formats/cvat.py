@@ -86,14 +86,7 @@ def _integer(text: str | None) -> int:
 
 
 def _attribute_fields(element: Element, label: str, types: Mapping[tuple[str, str], str]) -> dict:
-    """COCO fields of a shape or tag: its attributes, and ``occluded`` where it is.
-
-    Args:
-        element: of CVAT.
-        label: name of its class.
-        types: CVAT's input_type by label and attribute: a checkbox is true or false, a number a
-            number, all else text; an empty text is left out.
-    """
+    """COCO fields of a shape or tag, by CVAT's input_type of each label and attribute."""
     fields: dict = {"occluded": True} if element.get("occluded") == "1" else {}
     for attribute in element.iterfind("attribute"):
         name, text = attribute.get("name"), attribute.text or ""
@@ -110,11 +103,7 @@ def _attribute_fields(element: Element, label: str, types: Mapping[tuple[str, st
 
 
 def _element_region(element: Element, label: str, fields: dict, height: int, width: int) -> Region:
-    """The area of a shape in an image of that size.
-
-    Raises:
-        ValueError: it is no area, or malformed.
-    """
+    """The area of a shape in an image of that size."""
     group = _integer(element.get("group_id", "0")) or None
     return Region(label, _rle(element, height, width), group, fields)
 
@@ -169,14 +158,7 @@ def _attributes(annotation: Mapping) -> dict:
 
 
 def _shapes(annotation: Mapping, height: int, width: int, group: int) -> list[tuple[str, dict]]:
-    """The shapes of a COCO annotation: name of the element and XML attributes, without its label.
-
-    Args:
-        annotation: its mask becomes polygons, of one group where it has several parts; with
-            holes that count, a CVAT mask.
-        height, width: of the image in pixels.
-        group: number of the group.
-    """
+    """The shapes of a COCO annotation: element names and attributes; with holes, a mask."""
     rle = to_rle(annotation["segmentation"], height, width)
     mask = mask_util.decode(rle)
     common = {"source": "file", "occluded": str(int(bool(annotation.get("occluded"))))}
@@ -205,22 +187,12 @@ _FRAME = re.compile(r"frame_(\d+)", re.ASCII)
 
 @dataclass
 class _Entry:
-    """An image as the XML describes it, not yet read.
-
-    Attributes:
-        path: of the image.
-        source: the XML.
-        name: in the XML.
-        size: width and height by the XML; None if not stated.
-        shapes: elements of areas with their label and further fields.
-        fields: of the image.
-        error: why it cannot be used, found while reading.
-    """
+    """An image as the XML describes it, not yet read."""
 
     path: Path
     source: Path
     name: str
-    size: tuple[int, int] | None
+    size: tuple[int, int] | None  # width and height
     shapes: list[tuple[Element, str, dict]] = field(default_factory=list)
     fields: dict = field(default_factory=dict)
     error: str = ""

@@ -104,11 +104,7 @@ _POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}
 
 
 def _shape_rle(shape: Mapping, height: int, width: int) -> dict:
-    """Compressed COCO RLE of a shape in an image of that size.
-
-    Raises:
-        ValueError: it is no area, or malformed.
-    """
+    """Compressed COCO RLE of a shape in an image of that size."""
     kind = shape.get("shape_type") or "polygon"  # not in old files
     points = shape.get("points")
     if not isinstance(points, list) or not all(
@@ -141,16 +137,7 @@ def _shapes(
     group_id: int,
     fill_holes: bool = False,
 ) -> list[dict]:
-    """The shapes of a COCO annotation, several of one `group_id` where it has several parts.
-
-    Args:
-        annotation: its mask becomes polygons; with holes that count, a LabelMe mask, which has no
-            points to move. Without a mask, its box becomes a rectangle.
-        label: name of its class.
-        height, width: of the image in pixels.
-        group_id: of this annotation alone.
-        fill_holes: polygons all the same.
-    """
+    """The shapes of a COCO annotation, of one `group_id` if several; with holes, a mask."""
     areas = _areas(annotation, height, width, fill_holes)
     further = further_fields(annotation, (*ANNOTATION_FIELDS, *_SHAPE_KEYS, "score"))
     flags = {key: further.pop(key) for key in list(further) if isinstance(further[key], bool)}
@@ -220,17 +207,10 @@ _NO_FLAGS = tuple(name for name in ANNOTATION_FIELDS if name != "iscrowd")
 
 @dataclass(frozen=True)
 class _File:
-    """A LabelMe file, but for the image it may hold.
-
-    Attributes:
-        path: the JSON file.
-        image_path: what it names, relative to the images' folder; None if only its pixels are
-            in the file.
-        content: its JSON without ``imageData``.
-    """
+    """A LabelMe file, but for the image it may hold."""
 
     path: Path
-    image_path: Path | None
+    image_path: Path | None  # None if only its pixels are in the file
     content: dict
 
 

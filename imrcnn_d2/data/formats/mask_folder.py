@@ -204,7 +204,7 @@ def _assign(
 
 
 def _image_and_label(path: Path, stem: str, images: Collection[str]) -> tuple[str | None, str]:
-    """The image name that a mask's name starts with, and the class behind it."""
+    """The image name that a mask's name starts with, and the class after it."""
     ends = [i for i, character in enumerate(stem) if character in _SEPARATORS]
     starts = [stem[:end] for end in [len(stem), *reversed(ends)] if stem[:end] in images]
     folders = [start for start in starts if stem[len(start) :].startswith("/")]
@@ -242,15 +242,7 @@ def _samples(
 
 @dataclass
 class _Reader:
-    """Reads the masks of one image after the other, and counts what is left out.
-
-    Attributes:
-        kind: one of `KINDS`.
-        category_ids: by class, in the order of the classes.
-        min_area: in pixels.
-        require_lesion: see `read_mask_folder`.
-        specks, empty: components below it, and masks of nothing but 0.
-    """
+    """Reads the masks of one image after the other, and counts what is left out."""
 
     kind: str
     category_ids: dict[str, int]

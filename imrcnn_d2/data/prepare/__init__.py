@@ -1,0 +1,1 @@
+"""Preparation: splits, metadata, de-identification, near-duplicates, synthetic images."""

@@ -230,14 +230,7 @@ def _write_splits_and_annotations(
 def _write_split_files(
     folder: Path, splits: Mapping[str, Sequence[str]], settings: dict, coco: Mapping
 ) -> dict[str, dict]:
-    """Writes splits.json, and the images and annotations of each split; returns the latter.
-
-    Args:
-        folder: of the prepared data set.
-        splits: file names by split.
-        settings: how the splits came about.
-        coco: COCO content with the images and annotations of all splits, in the order to write.
-    """
+    """Writes splits.json and the part of the COCO content of each split; returns the parts."""
     write_splits(folder / "splits.json", splits, settings)
     contents = {split: {**coco, "images": [], "annotations": []} for split in splits}
     split_of = {name: split for split, names in splits.items() for name in names}
@@ -305,7 +298,7 @@ def _coco(samples: list[Sample], source: Source) -> dict:
 
 
 def write_splits(path: Path, splits: Mapping[str, Sequence[str]], settings: dict) -> None:
-    """Writes a splits.json: the lists, how they came about, and their hash."""
+    """Writes a splits.json: the lists, their settings, and their hash."""
     write_json(path, {**splits, **settings, "sha256": sha256(splits)}, indent=1)
 
 
