@@ -48,7 +48,12 @@ def _run_yaml_config(args):
 
     from imrcnn_d2.engine import Trainer, load_weights
     from imrcnn_d2.engine.checkpoint import Checkpointer
-    from imrcnn_d2.engine.config import is_classifier, load_training_config, register_root
+    from imrcnn_d2.engine.config import (
+        find_config,
+        is_classifier,
+        load_training_config,
+        register_root,
+    )
     from imrcnn_d2.engine.launch import locked_output
     from imrcnn_d2.report.plots import plot_test_grad_cams
 
@@ -60,6 +65,8 @@ def _run_yaml_config(args):
         cfg.MODEL.TIMM.WEIGHTS = ""  # MODEL.WEIGHTS has the whole model
     cfg.freeze()
     with locked_output(cfg.OUTPUT_DIR):
+        shown = find_config(args.config_file)  # default_setup logs the file's text
+        args.config_file = str(shown) if shown and shown.is_file() else ""
         default_setup(cfg, args)
         if args.eval_only:
             model = Trainer.build_model(cfg)

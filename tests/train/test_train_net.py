@@ -254,3 +254,20 @@ def test_a_classifier_trains_in_phases_in_two_processes(recognition_env, tmp_pat
     second = json.loads((tmp_path / "again" / test / "metrics.json").read_text())
     assert {k: second["recognition"][k] for k in figures_found} == pytest.approx(figures_found)
     assert second["confusion_matrix"] == metrics["confusion_matrix"]
+
+
+@pytest.mark.parametrize("name", ["configs/kvasir_seg/imrcnn_lite.yaml", "imrcnn_lite.yaml"])
+def test_the_config_that_detectron2_logs_is_there(tmp_path, monkeypatch, name):
+    """An earlier path and a bare name are files elsewhere or none."""
+    monkeypatch.chdir(tmp_path)
+    logged = []
+
+    def setup(cfg, args):
+        logged.append(args.config_file)
+        raise InterruptedError
+
+    monkeypatch.setattr("detectron2.engine.default_setup", setup)
+    options = ["--config-file", name, "--data", "kvasir_seg", "OUTPUT_DIR", str(tmp_path / "out")]
+    with pytest.raises((InterruptedError, SystemExit)):
+        train.run(train.argument_parser().parse_args(options))
+    assert all(not path or Path(path).is_file() for path in logged) and logged
