@@ -32,6 +32,7 @@ PACKAGES = {
     "engine": "Training: schedule, hooks, checkpoints, devices, processes, cross-validation.",
     "report": "Tables, pictures, comparisons, the HTML report and the model card.",
     "deploy": "Trained models at work: prediction on files and streams, export.",
+    "utils": "Files: atomic writes, strict JSON, and loading that runs no code.",
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 

@@ -13,24 +13,15 @@ import argparse
 import logging
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
-from torch import Tensor
 
 from imrcnn_d2.cli import new_parser, one_line_errors
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.data.images import read_image
 from imrcnn_d2.utils.files import file_sha256, for_terminal
-
-
-class Item(NamedTuple):
-    """An image on its way through the network."""
-
-    size: tuple[int, int]
-    prepared: Tensor
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,10 +107,10 @@ def evaluate(args):
         )
 
     def predict(images):
-        items = [Item(image.shape[:2], predictor.prepare(image)) for image in images]
+        items = [(image.shape[:2], predictor.prepare(image)) for image in images]
         records = [
-            instance_records(predictor, output, *item.size)
-            for item, output in predictor.in_batches(items, args.batch_size)
+            instance_records(predictor, output, *size)
+            for size, output in predictor.in_batches(items, args.batch_size)
         ]
         for record in chain.from_iterable(records):
             record["category_id"] = category_ids[record["category_id"] - 1]

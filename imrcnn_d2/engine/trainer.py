@@ -288,8 +288,9 @@ def _check_classes(cfg):
 
 
 def _results_by_name(names, evaluators):
-    pairs = zip(names, evaluators, strict=True)
-    return {name: evaluator.results for name, evaluator in pairs if evaluator.results is not None}
+    """Evaluators of other projects keep no results."""
+    results = {n: getattr(e, "results", None) for n, e in zip(names, evaluators, strict=True)}
+    return {name: result for name, result in results.items() if result is not None}
 
 
 def build_lazy_model(cfg):

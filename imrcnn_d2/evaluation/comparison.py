@@ -85,7 +85,7 @@ def _mean(runs):
 class ModelMetrics:
     """
     Attributes:
-        values: group -> metric; groups as in :meth:`LesionResults.groups`, "froc", and
+        values: group -> metric; groups as in ``LesionResults.groups()``, "froc", and
             "tau_val.lesion" and the like where every run has an operating point.
         runs: the same for each run.
         resampled: (B,) each, as :func:`resampled_metrics`.

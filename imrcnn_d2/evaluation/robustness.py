@@ -76,7 +76,7 @@ def evaluate_robustness(
 
     Returns:
         dict: as in robustness.json: ``meta`` and ``rows``; a row has distortion, severity, level
-        and all metrics of :meth:`LesionResults.groups` as "group/metric".
+        and all metrics of ``LesionResults.groups()`` as "group/metric".
 
     Raises:
         ValueError: for an unknown distortion, or results of something else in the folder.

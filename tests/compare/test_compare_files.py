@@ -196,7 +196,7 @@ def test_table_4(folds):
     values = [load_run(path).results.segm["AP50_voc"] for path in paths[1::2]]
     table = cells((folder / "table_4.md").read_text())
     key = ("IMR-CNN", "AP50_voc (masks)")
-    row = next(row for row in table if (row["model"], row["figure"]) == key)
+    row = next(row for row in table if (row["model"], row["metric"]) == key)
     assert [row[f"fold {i}"] for i in range(3)] == [f"{value:.1f}" for value in values]
     assert row["mean ± sd"] == f"{np.mean(values):.1f} ± {np.std(values):.1f}"
     assert [row["mean ± sd"] for row in table if "published" in row["model"]] == [

@@ -67,7 +67,7 @@ def test_by_pixels_as_the_annotation_gives_them(worked):
 
 def test_images_of_unknown_size_have_no_shares(worked):
     data, results = worked
-    del data["images"][2]["height"]
+    del data["images"][2]["height"], data["images"][2]["width"]
     assert list(evaluate_lesions(data, results).by_size) == ["coco"]
 
 

@@ -174,9 +174,9 @@ def tiny_training(tmp_path, monkeypatch):
     torch.manual_seed(0)  # of some weights, rounding makes other proposals
     return [
         *("--config-file", f"{CONFIGS}/imrcnn_lite.yaml", "--device", "cpu"),
-        *("DATASETS.ROOT", "synthetic"),
         *("--iterations", "3", "--precision", "fp32", "--threads", "1"),
-        *("MODEL.TIMM.WEIGHTS", "", "INPUT.MIN_SIZE_TRAIN", "(96,)", "SOLVER.IMS_PER_BATCH", "2"),
+        *("DATASETS.ROOT", "synthetic", "MODEL.TIMM.WEIGHTS", ""),
+        *("INPUT.MIN_SIZE_TRAIN", "(96,)", "SOLVER.IMS_PER_BATCH", "2"),
         *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
     ]
 

@@ -37,6 +37,12 @@ def test_every_script_starts(tool):
     assert "usage:" in done.stdout or tool == "cross_validate.py"
 
 
+@pytest.fixture(autouse=True)
+def command_line(monkeypatch):
+    """`imrcnn` puts the name of its command there."""
+    monkeypatch.setattr(sys, "argv", ["imrcnn"])
+
+
 def test_every_command_has_a_module_and_a_script(capsys):
     assert sorted(name.replace("-", "_") for name in imrcnn.COMMANDS) == MODULES
     names = {"train_net": "train", "lazyconfig_train_net": "train"}
@@ -47,8 +53,7 @@ def test_every_command_has_a_module_and_a_script(capsys):
 
 
 @pytest.mark.parametrize("command", ["prepare-dataset", "prepare_dataset", "install-detectron2"])
-def test_a_command_calls_itself_as_it_was_called(monkeypatch, capsys, command):
-    monkeypatch.setattr(sys, "argv", ["imrcnn"])
+def test_a_command_calls_itself_as_it_was_called(capsys, command):
     with pytest.raises(SystemExit) as end:
         imrcnn.main([command, "--help"])
     assert end.value.code == 0

@@ -13,7 +13,6 @@ import timm
 import torch
 import yaml
 from detectron2 import model_zoo
-from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import PathManager
 
 from imrcnn_d2.cli import predict
@@ -145,7 +144,7 @@ def as_config_file(text, folder, capsys):
 def in_a_training(text, folder, capsys):
     (folder / "sent.yaml").write_text(text)
     args = ["--config-file", str(folder / "sent.yaml"), "--eval-only"]
-    args = default_argument_parser().parse_args(args)
+    args = train_net.argument_parser().parse_args(args)
     args.opts = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder / "output"), "DATASETS.TEST", "()"]
     with pytest.raises((OSError, ValueError)) as refused:
         train_net.run(args)

@@ -1,5 +1,6 @@
 """OpenVINO, and its files: zips of a graph, its weights and metadata."""
 
+import functools
 import io
 import logging
 import os
@@ -31,6 +32,17 @@ _NOT_QUANTISED = [
 ]
 
 
+@functools.cache
+def _core():
+    """
+    One for the process: OpenVINO's stack for signal handlers is freed with its core and stays
+    registered, so that the next signal, such as Ctrl-C, would crash the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVINORuntime(GraphRuntime):
     name = "openvino"
     suffix = ".openvino"
@@ -38,7 +50,6 @@ class OpenVINORuntime(GraphRuntime):
 
     @classmethod
     def _open(cls, content):
-        import openvino
 
         with open_stored(io.BytesIO(content)) as archive:
             xml, weights = (archive.read(name) for name in OPENVINO_PARTS)
@@ -48,7 +59,7 @@ class OpenVINORuntime(GraphRuntime):
             raise UnsafeFileError(
                 f"its {OPENVINO_PARTS[0]} is of another format than OpenVINO's own"
             )
-        core = openvino.Core()
+        core = _core()
         model = core.read_model(xml, weights)
         hint = "bf16" if metadata and metadata["precision"] == "bf16" else "f32"
         if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -73,7 +84,7 @@ class OpenVINORuntime(GraphRuntime):
     def _convert(cls, path, calibration):
         import openvino
 
-        model = openvino.Core().read_model(path)  # convert_model reports its use to its makers
+        model = _core().read_model(path)  # convert_model reports its use to its makers
         if len(calibration):
             model = _quantised(model, calibration)
         xml, weights = (path.with_name(name) for name in OPENVINO_PARTS)
