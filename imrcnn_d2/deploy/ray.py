@@ -15,6 +15,11 @@ from pathlib import Path
 import pyarrow as pa  # of the extra [ray]
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+if not os.environ.get("RAY_ADDRESS"):
+    # Read by `import ray`: a Ray that is of one machine listens to that machine alone.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
 import ray  # of the extra [ray]
 import ray.data
 from tqdm import tqdm
@@ -238,11 +243,6 @@ def _drop(path, keys, run):
             left += len(table)
     if not left:
         path.unlink()
-
-
-if not os.environ.get("RAY_ADDRESS"):
-    # Read by `import ray`: a Ray of one machine listens to that machine alone.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 INPUTS = 256  # at most so many share a file

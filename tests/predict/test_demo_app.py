@@ -74,7 +74,7 @@ def test_it_serves_until_it_is_told_to_end(case, tmp_path):  # noqa: F811
         with urllib.request.urlopen(url) as answer:
             assert b"IMR-CNN" in answer.read()
         assert list(tmp_path.glob("imrcnn-uploads-*"))
-        assert "decompression bomb" in looked_at(url, Image.new("L", (7000, 7000)))
+        assert "7000x7000" in looked_at(url, Image.new("L", (7000, 7000)))
         assert "figure" in looked_at(url, Image.new("L", (70, 70)))
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 130

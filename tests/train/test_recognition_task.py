@@ -10,7 +10,7 @@ import torch
 from processes import run_script
 from recognition_task import CLASSES, SIDE, write_recognition_task
 
-from imrcnn_d2.engine import Trainer, load_config
+from imrcnn_d2.engine import Trainer
 
 PHASES = [
     {"name": "pre-training", "epochs": 3, "lr": 0.003, "trainable": "head"},
@@ -69,6 +69,7 @@ def test_it_is_learned(task, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("IMRCNN_DATASETS", str(root))
     opts = [
+        *("DATASETS.ROOT", "gastric_recognition"),
         *("MODEL.DEVICE", "cpu"),
         *("DATALOADER.NUM_WORKERS", 0),
         *("INPUT.SIZE", 96),
@@ -80,6 +81,8 @@ def test_it_is_learned(task, tmp_path, monkeypatch):
     ]
     torch.manual_seed(0)
     np.random.seed(0)
-    trainer = Trainer(load_config("configs/efficientnet_lite0.yaml", opts))
+    cfg = load_training_config("configs/efficientnet_lite0.yaml", opts)
+    register_root(cfg)
+    trainer = Trainer(cfg)
     results = trainer.train()
     assert results["recognition"]["balanced_accuracy"] > 55, "by chance it is 33"

@@ -207,7 +207,7 @@ class LesionResults(EvaluationResults):
         above_threshold: (N,) bool, the evaluated detections at or above tau.
 
     ``calibration`` is of the scores of all evaluated detections, ``confusion`` at the threshold.
-    Groups of ``intervals`` are as in :meth:`groups`, "froc", "calibration",
+    Groups of ``intervals`` are as in ``groups()``, "froc", "calibration",
     "by_size.SCALE.STRATUM", "by_class.NAME", "tau_val.lesion", "tau_val.image" and
     "tau_val.patient".
     """
@@ -254,7 +254,7 @@ class LesionResults(EvaluationResults):
         return groups
 
     def compared(self):
-        """:meth:`groups`, "froc" and, with an operating point, "tau_val.lesion" and so on."""
+        """``groups()``, "froc" and, with an operating point, "tau_val.lesion" and so on."""
         values = {**self.groups(), "froc": self.froc}
         for group in ("lesion", "image", "patient"):
             if self.tau_val and group in self.tau_val:
