@@ -11,6 +11,7 @@ from processes import run_script
 from recognition_task import CLASSES, SIDE, write_recognition_task
 
 from imrcnn_d2.engine import Trainer
+from imrcnn_d2.engine.config import load_training_config, register_root
 
 PHASES = [
     {"name": "pre-training", "epochs": 3, "lr": 0.003, "trainable": "head"},
