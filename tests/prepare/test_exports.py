@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +93,10 @@ def test_any_mask_and_back(to, data, tmp_path_factory):
     shape = data.draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
     drawn = data.draw(st.lists(arrays(bool, shape), max_size=3))
     lesions = {mask.tobytes(): (mask, 1 + i % 2, {}) for i, mask in enumerate(drawn) if mask.any()}
-    assume(len(lesions) == len(drawn))
+    assume(len(lesions) == len(drawn) > 0)
+    # Masks that come back at an IoU of 0.99 may come back equal, and equal ones are refused.
+    assume(all((a & b).sum() < 0.98 * (a | b).sum() for a, b in combinations(drawn, 2)))
     samples = saved(tmp_path / "images", {"a.png": list(lesions.values())})
-    assume(lesions)
     export(Source(samples, CATEGORIES, {}), FORMATS[to], tmp_path / "out")
     returned = back(to, tmp_path / "out", tmp_path / "images")
     check_masks(samples, returned.samples, 1 if to == "masks" else 0.99)
