@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     report, card = output / "report.html", output / "model_card.md"
     commands = (
         ("prepare-dataset", "synthetic", "--out", data, "--num-images", 160, "--size", 256),
-        ("train", "--config-file", CONFIG, "--resume", "OUTPUT_DIR", output),
+        ("train", "--config-file", CONFIG, "--data", data, "--resume", "OUTPUT_DIR", output),
         ("report", output, "--output", report, "--card", card),
     )
     for command in (list(map(str, command)) for command in commands):
