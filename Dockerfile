@@ -22,14 +22,14 @@ RUN if ! { command -v make tini && python3 -c 'import ensurepip'; } > /dev/null 
     fi
 ENV PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /app
-# What is installed depends on these files alone: after other changes these layers are used again.
+# The installation depends on these files only: after other changes these layers are reused.
 COPY Makefile constraints.txt setup.py ./
 COPY packaging/bundle.py packaging/
 COPY imrcnn_d2/cli/install_detectron2.py imrcnn_d2/cli/
-# The package is to be found where it will be, when its place is noted.
+# The editable installation records the package's path, so the package must exist.
 RUN touch README.md imrcnn.py && mkdir -p imrcnn_d2 && touch imrcnn_d2/__init__.py
 
-# Collects the wheels, with a compiler for what has none for this platform, and the weights.
+# Collects the weights and the wheels, with a compiler for packages without a wheel for this platform.
 FROM base AS collect
 RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes \
     --no-install-recommends g++ python3-dev
@@ -39,17 +39,17 @@ ARG WEIGHTS=""
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     make bundle BUNDLE=/bundle TORCH="${TORCH}" WEIGHTS="${WEIGHTS}"
 
-# --build-context bundle=DIR stands in for this stage, and the one above is not run.
+# --build-context bundle=DIR replaces this stage, and the one above is not run.
 FROM scratch AS bundle
 COPY --from=collect /bundle /
 
 FROM base AS source
 COPY . /app
-# Whatever the umask of who checked it out.
+# Whatever the umask of the checkout.
 RUN chmod -R a+rX /app
 
 FROM base
-# Where Detectron2 keeps downloaded weights; it must be able to write locks there.
+# Detectron2's folder of downloaded weights, where it also writes locks.
 ENV FVCORE_CACHE=/app/weights
 RUN --mount=type=bind,from=bundle,target=/bundle \
     make install OFFLINE=/bundle \
@@ -85,7 +85,7 @@ LABEL org.opencontainers.image.title="IMR-CNN on Detectron2" \
       org.opencontainers.image.created="${CREATED}"
 USER imrcnn
 VOLUME ["/data", "/outputs"]
-# tini hands `docker stop` on to the training, which saves and exits with 75.
+# tini passes the signal of `docker stop` to the training, which saves and exits with 75.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/usr/bin/tini", "-s", "--", "/app/docker/entrypoint.sh"]
 CMD ["--help"]

@@ -4,10 +4,10 @@
 ##   make test      install, lint, then run the fast tests and some slow ones (about 8 minutes)
 ##   make test-all  install, lint, then run all tests
 ##   make test-fast install, then run the tests that train nothing and start no browser
-##   make demo      install, then train, evaluate and report on generated images
+##   make demo      install, then train, evaluate and report on synthetic images
 ##   make lint      install, then ruff, the import directions and the banned words
 ##   make docs      install, then write the documentation to site/
-##   make bundle    fill the folder BUNDLE=DIR with all that OFFLINE=DIR needs elsewhere
+##   make bundle    collect everything that OFFLINE=DIR needs in the folder BUNDLE=DIR
 ##   make clean     remove .venv and caches
 ##
 ## Variables:
@@ -15,11 +15,11 @@
 ##   PYTHON=python3.12   the Python (3.10 or newer) that .venv is made with
 ##   TORCH="..."         another torch build, in pip's words, remembered for later runs, e.g.
 ##                       TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
-##   OFFLINE=DIR         install from the bundle DIR (see `make bundle`) and ask no index
-##   WEIGHTS="URL ..."   pretrained weights that `make bundle` takes along, each URL as a config's
-##                       MODEL.WEIGHTS has it, with #sha256=HEX behind it where that is known
+##   OFFLINE=DIR         install from the bundle DIR (see `make bundle`), without a package index
+##   WEIGHTS="URL ..."   pretrained weights that `make bundle` includes: URLs as in MODEL.WEIGHTS,
+##                       with #sha256=HEX appended where the checksum is known
 
-# Threads that wait by spinning take the cores from the ones they wait for: on two busy cores a
+# Threads that wait by spinning take the cores from the threads they wait for: on two busy cores a
 # training step takes four times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -31,13 +31,13 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 ifdef OFFLINE
 INDEX := --no-index --find-links "$(OFFLINE)/wheels"
-# Nor what pip's own settings name.
+# Nor the sources in pip's settings.
 export PIP_CONFIG_FILE := /dev/null
 export PIP_FIND_LINKS :=
 export PIP_CONSTRAINT :=
 endif
 
-# The torch that .venv was once asked for stays until another one is asked for.
+# The torch build of .venv stays until another one is requested.
 TORCH_THERE := $(shell cat $(VENV)/torch.txt 2>/dev/null)
 DEFAULT_TORCH := torch torchvision$(if $(OFFLINE),, -c constraints.txt)
 export TORCH_BUILD := $(or $(TORCH),$(if $(OFFLINE),,$(TORCH_THERE)),$(DEFAULT_TORCH))
@@ -58,7 +58,7 @@ $(VENV)/bin/pip:
 	and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 
-# What torch asks for is its own affair: the pins above that line hold for every build.
+# The pins above that line hold for every build of torch; those below are for the default one.
 $(VENV)/constraints.txt: constraints.txt | $(VENV)/bin/pip
 	sed '/^# torch/,$$d' constraints.txt > $@
 
@@ -80,7 +80,7 @@ endif
 		mkdir -p "$$cache" && cp -R "$(OFFLINE)/weights/." "$$cache/"; fi
 	@touch $@
 
-# A worker a core (tests/conftest.py), each file on one of them, for the fixtures its tests share.
+# One worker per core (tests/conftest.py), each file on one worker, for the fixtures its tests share.
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
 	--durations 15
 
@@ -106,7 +106,7 @@ demo: install
 	$(VENV)/bin/python -m imrcnn demo
 
 bundle: $(VENV)/constraints.txt
-	@test -n "$(BUNDLE)" || { echo "Which folder? make bundle BUNDLE=DIR" >&2; exit 1; }
+	@test -n "$(BUNDLE)" || { echo "Name the folder: make bundle BUNDLE=DIR" >&2; exit 1; }
 	$(PIP) install --constraint $(VENV)/constraints.txt setuptools wheel
 	$(VENV)/bin/python packaging/bundle.py collect "$(BUNDLE)" --torch "$$TORCH_BUILD" \
 		--package "$(PACKAGE)" --constraint $(VENV)/constraints.txt --weights "$(WEIGHTS)"

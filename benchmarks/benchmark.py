@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Time parts of the models, and the evaluation.
+"""Time parts of the models, the evaluation and the data sets.
 
     benchmarks/benchmark.py neck [--case light_352] [--output neck.json]
     benchmarks/benchmark.py evaluate [--images 1000 10000] [--runs 3] [--output evaluate.json]
     benchmarks/benchmark.py catalogue [--images 10000 100000 1000000] [--output catalogue.json]
-    benchmarks/benchmark.py train [--iterations 30] [--picture losses.png] [--output train.json]
+    benchmarks/benchmark.py train [--iterations 30] [--plot losses.png] [--output train.json]
                              [KEY VALUE ...]
     benchmarks/benchmark.py inference [--weights FILE] [--isa avx2] [--output inference.json]
                                  [KEY VALUE ...]
 
-neck runs PAFPN + CBAM and the plain FPN in turns on the same features, and compares how much longer
-the former takes with what its extra multiply-adds predict. Exit status 1: over 1.15 times that.
+neck runs PAFPN + CBAM and the plain FPN in turns on the same features, and compares the ratio of
+their times with the ratio of their multiply-adds. Exit status 1: over 1.15 times the latter.
 
 evaluate runs our evaluation with its default intervals, reading included, and pycocotools' COCOeval
 (masks; evaluate and accumulate) in turns on synthetic data with five detections per image. Exit
@@ -19,8 +19,8 @@ status 1: ours takes longer at 10,000 images.
 catalogue loads synthetic data sets, ours and Detectron2's way (load_coco_json, DatasetFromList),
 each in a process of its own with two workers that read. Exit status 1: ours adds more than 1 GB.
 
-train trains a model, ours as its config has it and of Detectron2's own parts in fp32, from the same
-weights on the same batches in turns. Exit status 1: ours is less than 1.7 times as fast.
+train trains a model in turns, as its config says and with Detectron2's parts in fp32, from the same
+weights on the same batches. Exit status 1: ours is less than 1.7 times as fast.
 
 inference predicts on the images of the test set, from file to masks: Detectron2's DefaultPredictor,
 torchvision's maskrcnn_resnet50_fpn, and ours in each runtime, in turns, each in a process of its
@@ -37,6 +37,7 @@ from pathlib import Path
 
 import torch
 from data_benchmark import compare_catalogs, compare_evaluations
+from detectron2.config import CfgNode
 from inference_benchmark import ISA, STOCK, TORCHVISION, compare_predictions
 from model_benchmark import (
     NECKS,
@@ -53,47 +54,32 @@ from imrcnn_d2.utils.files import write_atomically
 
 CONFIG = Path(__file__).parents[1] / "configs" / "imrcnn_lite.yaml"
 
-# Our evaluation's time over COCOeval's, at so many images.
-EVALUATION_BOUND, BOUND_IMAGES = 1.0, 10_000
-
-# MiB that a data set may add to a process, reading included: 1 GB.
-CATALOGUE_BOUND = 1e9 / 2**20
-
-# Detectron2's training step over ours, in time.
-TRAIN_BOUND = 1.7
-
+NECK_BOUND = 1.15  # time over FPN's, divided by multiply-adds over FPN's
+EVALUATION_BOUND, BOUND_IMAGES = 1.0, 10_000  # our time over COCOeval's, at so many images
+CATALOGUE_BOUND = 1e9 / 2**20  # MiB that a data set may add to a process, loading included: 1 GB
+TRAIN_BOUND = 1.7  # Detectron2's training step over ours, in time
 # Detectron2's prediction over our fastest, in time, without and with native bf16; and points of
 # AP50_voc and iou that a runtime may lose.
 INFERENCE_BOUNDS = {"": 3.0, "bf16": 5.0}
 LOSS_BOUND, INT8_LOSS_BOUND = 0.3, 0.5
 
-# Time over FPN's time may exceed multiply-adds over FPN's by this factor.
-NECK_BOUND = 1.15
 
-
-def write(document, path):
-    """
-    Args:
-        document (dict): of JSON values.
-        path (Path or None): nothing is written without one.
-    """
+def write(document: dict, path: Path | None) -> None:
     if path:
         write_atomically(path, json.dumps(document, indent=2) + "\n")
         print(f"Written: {path}")
 
 
-def neck(args):
+def neck(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     device = args.device or choose_device()
     clock = choose_clock(device, args.threads)
     results = {}
     for name in args.case or NECKS:
-        channels, out_channels, size, channels_last = NECKS[name]
+        *shape, channels_last = NECKS[name]
         if args.channels_last is not None:
             channels_last = args.channels_last
-        results[name] = compare_necks(
-            channels, out_channels, size, channels_last, device, args.runs, clock
-        )
+        results[name] = compare_necks(*shape, channels_last, device, args.runs, clock)
         results[name]["channels last"] = float(channels_last)
     print(metrics_table(results))
     worst = max(measured["measured / predicted"] for measured in results.values())
@@ -103,7 +89,7 @@ def neck(args):
     return int(worst > NECK_BOUND)
 
 
-def evaluate(args):
+def evaluate(args: argparse.Namespace) -> int:
     results = {f"{n} images": compare_evaluations(n, args.runs) for n in args.images}
     print(metrics_table(results))
     write({"evaluate": results, "bound": EVALUATION_BOUND, "runs": args.runs}, args.output)
@@ -111,11 +97,8 @@ def evaluate(args):
     return int(bounded is not None and bounded["ratio"] > EVALUATION_BOUND)
 
 
-def catalogue(args):
-    results = {}
-    for n in args.images:
-        results[f"{n} images"] = compare_catalogs(n, n <= args.baseline_up_to)
-    # Metrics that one data set lacks are shown as missing.
+def catalogue(args: argparse.Namespace) -> int:
+    results = {f"{n} images": compare_catalogs(n, n <= args.baseline_up_to) for n in args.images}
     names = list(dict.fromkeys(name for measured in results.values() for name in measured))
     table = {
         size: {name: measured.get(name, math.nan) for name in names}
@@ -123,10 +106,10 @@ def catalogue(args):
     }
     print(metrics_table(table))
     write({"catalogue": results, "bound": CATALOGUE_BOUND}, args.output)
-    return int(max(f["ours, MiB more, peak"] for f in results.values()) > CATALOGUE_BOUND)
+    return int(max(m["ours, MiB more, peak"] for m in results.values()) > CATALOGUE_BOUND)
 
 
-def load(config_file, opts, eval_only=False):
+def load(config_file: Path, opts: list[str], eval_only: bool = False) -> CfgNode:
     """A config with its data set, by default Kvasir-SEG for the default config."""
     data = ["DATASETS.ROOT", "kvasir_seg"] if config_file == CONFIG else []
     cfg = load_training_config(config_file, [*data, *opts], eval_only)
@@ -134,15 +117,14 @@ def load(config_file, opts, eval_only=False):
     return cfg
 
 
-def train(args):
+def train(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
-    opts = ["MODEL.DEVICE", args.device or choose_device(), *args.opts]
-    cfg = load(args.config_file, opts)
+    cfg = load(args.config_file, ["MODEL.DEVICE", args.device or choose_device(), *args.opts])
     precision = {None: native_precision(), "fp32": "", "bf16": "bf16"}[args.precision]
     measured, ours, theirs = compare_steps(cfg, args.iterations, precision)
     print(metrics_table({f"{precision or 'fp32'}, {args.threads} threads": measured}))
-    if args.picture:
-        plot_losses(ours, theirs, args.picture)
+    if args.plot:
+        plot_losses(ours, theirs, args.plot)
     document = {"train": measured, "losses": {"ours": ours, "Detectron2": theirs}}
     machine = {"threads": args.threads, "torch": torch.__version__, "precision": precision}
     document |= {"bound": TRAIN_BOUND, "config": str(args.config_file), **machine}
@@ -150,7 +132,7 @@ def train(args):
     return int(measured["times as fast"] < TRAIN_BOUND)
 
 
-def inference(args):
+def inference(args: argparse.Namespace) -> int:
     cfg = load(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts], eval_only=True)
     precision = native_precision() if args.isa == "native" else ""
     results, best = compare_predictions(
@@ -165,24 +147,20 @@ def inference(args):
     print(metrics_table(results))
     print(
         "\nThe network's {G multiply-adds:.3g} G multiply-adds take {ms at best:.0f} ms at the "
-        "{G a second:.3g} G a second of a product of large matrices in fp32".format(**best)
+        "{G a second:.3g} G per second of a product of large matrices in fp32".format(**best)
     )
     bound = INFERENCE_BOUNDS[precision]
-    document = {"inference": results, "bound": bound, "isa": args.isa, "threads": args.threads}
-    document["limit"] = best
-    document |= {"torch": torch.__version__, "config": str(args.config_file)}
-    write(document, args.output)
-    ours = {name: f for name, f in results.items() if name not in (STOCK, TORCHVISION)}
-    lost = {
-        name: max(results[STOCK].get(key, 0) - measured.get(key, 0) for key in ("AP50_voc", "iou"))
+    machine = {"isa": args.isa, "threads": args.threads, "torch": torch.__version__}
+    document = {"inference": results, "bound": bound, "limit": best, **machine}
+    write({**document, "config": str(args.config_file)}, args.output)
+    ours = {name: m for name, m in results.items() if name not in (STOCK, TORCHVISION)}
+    loses = any(
+        results[STOCK].get(key, 0) - measured.get(key, 0)
+        > (INT8_LOSS_BOUND if "int8" in name else LOSS_BOUND)
         for name, measured in ours.items()
-    }
-    too_much = [
-        name
-        for name, points in lost.items()
-        if points > (INT8_LOSS_BOUND if "int8" in name else LOSS_BOUND)
-    ]
-    return int(max(f["times as fast"] for f in ours.values()) < bound or bool(too_much))
+        for key in ("AP50_voc", "iou")
+    )
+    return int(loses or max(m["times as fast"] for m in ours.values()) < bound)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -190,95 +168,70 @@ def argument_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--device", help="default: the CUDA device if there is one, else cpu")
-    common.add_argument(
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument(
+        "--config-file", type=Path, default=CONFIG, help="default: IMR-CNN light on Kvasir-SEG"
+    )
+    model.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
+
+    def add(run, help_text, parents=()):
+        command = commands.add_parser(run.__name__, parents=parents, help=help_text)
+        command.set_defaults(run=run)
+        command.add_argument("--output", type=Path, help="JSON file for the results")
+        return command.add_argument
+
+    option = add(neck, "PAFPN + CBAM against FPN")
+    option("--device", help="default: the CUDA device if there is one, else cpu")
+    option(
         "--threads",
         type=int,
         default=1,
-        help="on the CPU (1, and processor time is measured, which a busy machine leaves alone)",
+        help="on the CPU (1, for which processor time is measured, despite other load)",
     )
-    common.add_argument("--runs", type=int, default=25, help="times of each (25)")
-    common.add_argument("--output", type=Path, help="JSON file for the results")
-
-    command = commands.add_parser("neck", parents=[common], help="PAFPN + CBAM against FPN")
-    command.add_argument("--case", nargs="+", choices=NECKS, help="default: all")
-    command.add_argument(
+    option("--runs", type=int, default=25, help="times of each (25)")
+    option("--case", nargs="+", choices=NECKS, help="default: all")
+    option(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
-        help="default: as the model's config has it",
+        help="default: as in the model's config",
     )
-    command.set_defaults(run=neck)
 
-    command = commands.add_parser("evaluate", help="the evaluation against COCOeval")
-    command.add_argument(
-        "--images",
-        nargs="+",
-        type=int,
-        default=[1000, 10_000],
-        help="sizes of the data set (1000 10000)",
-    )
-    command.add_argument("--runs", type=int, default=3, help="times of each (3)")
-    command.add_argument("--output", type=Path, help="JSON file for the results")
-    command.set_defaults(run=evaluate)
+    option = add(evaluate, "the evaluation against COCOeval")
+    sizes = {"nargs": "+", "type": int, "help": "sizes of the data set (%(default)s)"}
+    option("--images", default=[1000, 10_000], **sizes)
+    option("--runs", type=int, default=3, help="times of each (3)")
 
-    command = commands.add_parser("catalogue", help="memory and time of a data set's records")
-    command.add_argument(
-        "--images",
-        nargs="+",
-        type=int,
-        default=[10_000, 100_000, 1_000_000],
-        help="sizes of the data set (10000 100000 1000000)",
-    )
-    command.add_argument(
+    option = add(catalogue, "memory and time of a data set's records")
+    option("--images", default=[10_000, 100_000, 1_000_000], **sizes)
+    option(
         "--baseline-up-to",
         type=int,
         default=100_000,
-        help="largest size for Detectron2's side (100000); a million takes some 4 GiB",
+        help="largest size for Detectron2's side (100000); a million takes about 4 GiB",
     )
-    command.add_argument("--output", type=Path, help="JSON file for the results")
-    command.set_defaults(run=catalogue)
 
-    command = commands.add_parser("train", help="the training step against Detectron2's")
-    command.add_argument(
-        "--config-file", type=Path, default=CONFIG, help="default: IMR-CNN light on Kvasir-SEG"
-    )
-    command.add_argument("--device", help="default: the CUDA device if there is one, else cpu")
-    command.add_argument("--threads", type=int, default=2, help="on the CPU (2)")
-    command.add_argument("--iterations", type=int, default=30, help="steps of each (30)")
-    command.add_argument(
+    option = add(train, "the training step against Detectron2's", [model])
+    option("--device", help="default: the CUDA device if there is one, else cpu")
+    option("--threads", type=int, default=2, help="on the CPU (2)")
+    option("--iterations", type=int, default=30, help="steps of each (30)")
+    option(
         "--precision",
         choices=["fp32", "bf16"],
-        help="ours; default: bf16 where the processor has instructions for it, else fp32",
+        help="ours; default: bf16 if the processor has instructions for it, else fp32",
     )
-    command.add_argument("--picture", type=Path, help="PNG or SVG file for the loss curves")
-    command.add_argument("--output", type=Path, help="JSON file for the results")
-    command.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
-    command.set_defaults(run=train)
+    option("--plot", "--picture", type=Path, help="PNG or SVG file for the loss curves")
 
-    command = commands.add_parser("inference", help="a prediction against Detectron2's")
-    command.add_argument(
-        "--config-file", type=Path, default=CONFIG, help="default: IMR-CNN light on Kvasir-SEG"
-    )
-    command.add_argument("--weights", default="", help="default: random ones")
-    command.add_argument(
-        "--isa", choices=ISA, default="native", help="instructions that may be used (native)"
-    )
-    command.add_argument("--threads", type=int, default=2, help="of each (2)")
-    command.add_argument("--runs", type=int, default=25, help="images each is timed on (25)")
-    command.add_argument(
-        "--accuracy", type=int, metavar="IMAGES", help="to compare results on; default: all"
-    )
-    command.add_argument("--output", type=Path, help="JSON file for the results")
-    command.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
-    command.set_defaults(run=inference)
-
+    option = add(inference, "a prediction against Detectron2's", [model])
+    option("--weights", default="", help="default: random ones")
+    option("--isa", choices=ISA, default="native", help="instructions that may be used (native)")
+    option("--threads", type=int, default=2, help="of each (2)")
+    option("--runs", type=int, default=25, help="images each is timed on (25)")
+    option("--accuracy", type=int, metavar="IMAGES", help="to compare results on; default: all")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argument_parser()
-    args = parser.parse_args(argv)
+    args = argument_parser().parse_args(argv)
     return args.run(args)
 
 

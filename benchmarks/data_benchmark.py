@@ -1,6 +1,6 @@
 """Evaluation and catalogue, ours against pycocotools and Detectron2, on synthetic data sets.
 
-For benchmarks/benchmark.py. Run as a script, this file is the process that one side is measured in.
+For benchmarks/benchmark.py, which runs this file as a script to measure each side in a process.
 """
 
 import contextlib
@@ -18,13 +18,11 @@ import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
-__all__ = ["compare_catalogs", "compare_evaluations", "synthesise", "write_coco"]
-
 SIZE = 352  # of an image
 DETECTIONS = 5  # per image
 MASKS, VERSIONS = 60, 4  # masks to choose from, each with versions slightly displaced
 WORKERS = 2  # that read a catalogue
-READ = 20_000  # records that each of them reads, all over the data set
+READ = 20_000  # records that each of them reads, spread over the data set
 
 
 def lesion_masks(rng: np.random.Generator) -> list[list[tuple[dict, list]]]:
@@ -48,8 +46,7 @@ def lesion_masks(rng: np.random.Generator) -> list[list[tuple[dict, list]]]:
 
 
 def synthesise(num_images: int, seed: int = 0) -> tuple[dict, list[dict]]:
-    """
-    COCO ground truth and results as of a detector of polyps: 352x352 images, one in ten of them
+    """COCO ground truth and results as of a detector of polyps: 352x352 images, one in ten of them
     lesion-free, the others with one lesion or, one in ten, two; five detections per image, most of
     them false alarms of low score.
     """
@@ -62,43 +59,22 @@ def synthesise(num_images: int, seed: int = 0) -> tuple[dict, list[dict]]:
         lesions = rng.integers(MASKS, size=rng.choice(3, p=(0.1, 0.81, 0.09)))
         for lesion in lesions:
             mask, box = masks[lesion][0]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": 1,
-                    "segmentation": mask,
-                    "bbox": box,
-                    "area": float(mask_util.area(mask)),
-                    "iscrowd": 0,
-                }
-            )
+            record = {"image_id": image_id, "category_id": 1, "segmentation": mask, "bbox": box}
+            record |= {"id": len(annotations) + 1, "area": float(mask_util.area(mask))}
+            annotations.append({**record, "iscrowd": 0})
         for number in range(DETECTIONS):
             aims = number < len(lesions)
             mask_index = lesions[number] if aims else rng.integers(MASKS)
             mask, box = masks[mask_index][rng.integers(1, 1 + VERSIONS)]
             score = rng.beta(5, 1.5) if aims else rng.beta(1, 5)
-            results.append(
-                {
-                    "image_id": image_id,
-                    "category_id": 1,
-                    "segmentation": mask,
-                    "bbox": box,
-                    "score": round(float(score), 6),
-                }
-            )
-    dataset = {
-        "images": images,
-        "categories": [{"id": 1, "name": "lesion"}],
-        "annotations": annotations,
-    }
-    return dataset, results
+            record = {"image_id": image_id, "category_id": 1, "segmentation": mask, "bbox": box}
+            results.append({**record, "score": round(float(score), 6)})
+    categories = [{"id": 1, "name": "lesion"}]
+    return {"images": images, "categories": categories, "annotations": annotations}, results
 
 
 def write_coco(num_images: int, path: Path, seed: int = 0) -> None:
-    """
-    Write such a ground truth, five images per patient, image by image: there may be a million.
-    """
+    """Write such a ground truth, image by image (there may be a million), five per patient."""
     rng = np.random.default_rng(seed)
     lesions = [lesion for versions in lesion_masks(rng) for lesion in versions]
     counts = rng.choice(3, num_images, p=(0.1, 0.81, 0.09))
@@ -124,7 +100,7 @@ def evaluate_ours(gt: Path, dt: Path):
 
 
 def evaluate_coco(gt: Path, dt: Path):
-    """A function that evaluates masks by COCOeval: evaluate and accumulate, all being loaded."""
+    """A function that evaluates masks by COCOeval: evaluate and accumulate, without loading."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -181,16 +157,16 @@ def measure_catalog(side: str, json_file: str) -> dict[str, float]:
         "MiB more, peak": _memory()[1] - before[0],
     }
     start = time.process_time()
-    some = range(0, len(dataset), max(len(dataset) // READ, 1))
-    for index in some:
+    indices = range(0, len(dataset), max(len(dataset) // READ, 1))
+    for index in indices:
         dataset[index]
-    measured["us a record"] = 1e6 * (time.process_time() - start) / len(some)
+    measured["us per record"] = 1e6 * (time.process_time() - start) / len(indices)
     pipes, workers = [], []
     for _ in range(WORKERS):
         ready, done = os.pipe(), os.pipe()
         worker = os.fork()
         if not worker:
-            for index in some:
+            for index in indices:
                 dataset[index]
             os.write(ready[1], b"1")
             os.read(done[0], 1)
@@ -223,12 +199,10 @@ def write_evaluation(num_images: str, folder: str) -> None:
 
 
 def compare_evaluations(num_images: int, runs: int) -> dict[str, float]:
-    """
-    Run ours, COCOeval, ours, COCOeval, ..., each in a process of its own, on the same files.
+    """Run ours, COCOeval, ours, COCOeval, ..., each in a process of its own, on the same files.
 
-    Returns:
-        Medians of processor time and of elapsed time in seconds and largest peak of memory in MiB,
-        of each; and "ratio", the median over pairs of the processor times'.
+    Return medians of processor and wall seconds and the peak MiB of each; and "ratio", the median
+    over pairs of the ratio of processor times.
     """
     with tempfile.TemporaryDirectory() as folder:
         _in_a_process(write_evaluation, num_images, folder)
@@ -246,14 +220,9 @@ def compare_evaluations(num_images: int, runs: int) -> dict[str, float]:
 
 
 def compare_catalogs(num_images: int, baseline: bool) -> dict[str, float]:
-    """
-    Load a synthetic data set, each side in a process of its own.
+    """Load a synthetic data set, each side in a process of its own; see `measure_catalog`.
 
-    Args:
-        baseline: Detectron2's side too; a million images take some 4 GiB there.
-
-    Returns:
-        Seconds (processor and elapsed), MiB before and more, and of two workers.
+    `baseline` includes Detectron2's side, where a million images take about 4 GiB.
     """
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -261,15 +230,15 @@ def compare_catalogs(num_images: int, baseline: bool) -> dict[str, float]:
         write_coco(num_images, json_file)
         measured["file, MiB"] = json_file.stat().st_size / 2**20
         for side in tqdm(list(CATALOGS)[: 1 + baseline], leave=False):
-            one = _in_a_process(measure_catalog, side, json_file)
-            measured |= {f"{side}, {key}": value for key, value in one.items()}
+            values = _in_a_process(measure_catalog, side, json_file)
+            measured |= {f"{side}, {key}": value for key, value in values.items()}
     return measured
 
 
 def _in_a_process(function, *args):
-    """What a function of this module returns when it is called in a process of its own."""
+    """Run a function of this module in a process of its own and return its result."""
     command = [sys.executable, __file__, function.__name__, *map(str, args)]
-    # One thread: what waits for others, on a busy machine, would count as processor time.
+    # One thread: waiting threads of a busy machine would add processor time.
     env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
     return json.loads(run.stdout.splitlines()[-1])

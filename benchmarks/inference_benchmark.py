@@ -12,9 +12,11 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image as read_image_as
 from detectron2.engine import DefaultPredictor
@@ -31,14 +33,12 @@ from imrcnn_d2.data.images import open_image, read_image
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.loading import load_model
 from imrcnn_d2.deploy.runtimes import EXPORTS
-from imrcnn_d2.deploy.runtimes.check import LEAST_SCORE, compare_records
+from imrcnn_d2.deploy.runtimes.base import LEAST_SCORE, compare_records
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.evaluation import evaluate_lesions
 
-__all__ = ["ISA", "STOCK", "compare_predictions", "limit"]
-
 STOCK, TORCHVISION = "Detectron2", "torchvision R-50"
-# Our runtimes: of the trained file, or of one exported from it.
+# Our runtimes: on the trained file, or on one exported from it.
 TORCH = {"torch": "torch", "torch bf16": "torch-bf16"}
 EXPORTED = {
     "ONNX Runtime": ("onnx", "fp32"),
@@ -47,10 +47,9 @@ EXPORTED = {
     "OpenVINO int8": ("openvino", "int8"),
 }
 SIDE, PRODUCTS = 2048, 7  # matrices whose product gives the limit, and how often it is timed
-# Images that int8 is fitted to, of those that export.py takes, where the weights are random.
-FEW = 20
+FEW = 20  # images that int8 is fitted to if the weights are random
 
-# What keeps a processor's libraries to instructions that any hospital PC has.
+# Variables that restrict libraries to the instructions of an ordinary hospital PC.
 ISA = {
     "native": {},
     "avx2": {
@@ -63,26 +62,24 @@ ISA = {
 }
 
 
-def compare_predictions(cfg, weights, *, isa, bf16, threads, runs, accuracy):
-    """
-    Every side in a process of its own, in turns on the same images of the test set.
+def compare_predictions(
+    cfg: CfgNode,
+    weights: str,
+    *,
+    isa: str,
+    bf16: bool,
+    threads: int,
+    runs: int,
+    accuracy: int | None,
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Predict with every side, each in a process of its own, in turns on the test images.
 
-    Args:
-        cfg (CfgNode): of a detector, with its data sets.
-        weights (str): its trained weights; "" for random ones.
-        isa (str): a key of ``ISA``.
-        bf16 (bool): also the runtimes in bf16, ten times as slow as in fp32 where the processor has
-            no such arithmetic.
-        threads (int): of each side.
-        runs (int): images that each is timed on, two more before.
-        accuracy (int): images of the test set to compare results on.
-
-    Returns:
-        tuple[dict[str, dict[str, float]], dict[str, float]]: of each side, the median time of an
-        image in ms, on the clock and of the processor; how many times less than Detectron2's it
-        is, the median over the images; the process's largest size in MiB; and AP50_voc and iou on
-        the test set or, for random weights, the largest differences from Detectron2's detections.
-        And :func:`limit`.
+    Without `weights` they are random. `bf16` adds the runtimes in bf16, ten times as slow as fp32
+    where it is emulated. Each side is timed on `runs` images, after two for warming up, and its
+    results are compared on `accuracy` images. Return, for each side, median ms per image (wall and
+    processor), the medians of how many times less than Detectron2's they are, the peak MiB, and
+    AP50_voc and iou or, for random weights, the largest differences from Detectron2's detections;
+    and `limit`.
     """
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     images = [record["file_name"] for record in records]
@@ -119,14 +116,10 @@ def compare_predictions(cfg, weights, *, isa, bf16, threads, runs, accuracy):
 
 
 class Side:
-    """One of those compared, in a process that waits for its turns."""
+    """One of the compared predictors, in a process that waits for its turns."""
 
-    def __init__(self, build, *args):
-        """
-        Args:
-            build (callable): a function of this module that takes ``args`` and returns what
-                predicts: the path of an image -> Instances.
-        """
+    def __init__(self, build: Callable, *args):
+        """`build(*args)` returns a predictor: path of an image -> Instances."""
         self._args = args
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
@@ -134,15 +127,12 @@ class Side:
         self._process.start()
         other.close()
 
-    def ask(self, what, path=None):
-        """
-        Args:
-            what (str): "seconds" that a prediction takes, on the clock and of the processor; its
-                "records"; or the process's largest "size" in MiB.
-            path (str): of the image.
+    def ask(self, quantity, path=None):
+        """Return the "seconds" of a prediction (wall and processor), its "records", or the
+        process's peak "size" in MiB.
         """
         try:
-            self._pipe.send((what, path))
+            self._pipe.send((quantity, path))
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise RuntimeError(
@@ -158,35 +148,30 @@ class Side:
 
 
 def _serve(pipe, build, args):
-    try:
-        keep_freed_memory()
-        predict = build(*args)
-    except Exception as error:
-        predict = error
-    while True:
-        try:
-            what, path = pipe.recv()
-        except EOFError:
-            return
-        try:
-            if isinstance(predict, Exception):
-                raise predict
-            pipe.send(_answer(predict, what, path))
-        except Exception as error:
-            pipe.send(error)
+    predict = None
+    with contextlib.suppress(EOFError):
+        while True:
+            quantity, path = pipe.recv()
+            try:
+                if predict is None:
+                    keep_freed_memory()
+                    predict = build(*args)
+                pipe.send(_answer(predict, quantity, path))
+            except Exception as error:
+                pipe.send(error)
 
 
-def _answer(predict, what, path):
-    if what == "size":
+def _answer(predict, quantity, path):
+    if quantity == "size":
         return _largest_size()
     start = time.perf_counter(), time.process_time()
     instances = predict(path)
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]
-    return seconds if what == "seconds" else instances_to_coco_json(instances.to("cpu"), path)
+    return seconds if quantity == "seconds" else instances_to_coco_json(instances.to("cpu"), path)
 
 
 def _largest_size():
-    """MiB of memory that this process had at most; NaN but on Linux."""
+    """Peak memory of this process in MiB; NaN except on Linux."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return math.nan
@@ -195,7 +180,7 @@ def _largest_size():
 
 
 def _sides(cfg, weights, folder, bf16, threads):
-    """What builds each side, with the files that they read made in `folder`; and the limit."""
+    """Builder and arguments of each side, with files written to `folder`; and the limit."""
     ours, exported = (
         {name: how for name, how in known.items() if bf16 or "bf16" not in name}
         for known in (TORCH, EXPORTED)
@@ -227,10 +212,9 @@ def _sides(cfg, weights, folder, bf16, threads):
 
 
 def _random_weights(cfg, folder):
-    """
-    Weights with which detections differ. As Detectron2 initialises the last layers, all scores are
-    alike, and ties decide which boxes are kept; here their outputs on an image are brought to zero
-    mean and a given spread, in the manner of LSUV (Mishkin & Matas, ICLR 2016).
+    """Random weights whose detections differ: with Detectron2's initial last layers all scores are
+    nearly equal, and ties decide which boxes are kept. Here their outputs on an image get zero mean
+    and a given spread, as in LSUV (Mishkin & Matas, ICLR 2016).
     """
     torch.manual_seed(0)
     model = build_model(cfg).eval()
@@ -337,12 +321,12 @@ def _accuracy(cfg, records, results):
     gt = json.loads(Path(metadata.json_file).read_text(encoding="utf-8"))
     gt["images"] = [image for image in gt["images"] if image["id"] in chosen]
     gt["annotations"] = [a for a in gt["annotations"] if a["image_id"] in chosen]
-    found = [
+    detections = [
         {**detection, "image_id": record["image_id"], "category_id": ids[detection["category_id"]]}
-        for record, detections in zip(records, results, strict=True)
-        for detection in detections
+        for record, predicted in zip(records, results, strict=True)
+        for detection in predicted
     ]
-    metrics = evaluate_lesions(gt, found, tau=cfg.MODEL.IMRCNN.SCORE_THRESH)
+    metrics = evaluate_lesions(gt, detections, tau=cfg.MODEL.IMRCNN.SCORE_THRESH)
     return {"AP50_voc": metrics.segm["AP50_voc"], "iou": metrics.lesion["iou"]}
 
 
@@ -362,30 +346,21 @@ def _agreement(images, reference, results):
 
 @contextlib.contextmanager
 def _environment(values):
-    """Variables that processes started within find set."""
-    before = {name: os.environ.get(name) for name in values}
+    """Set variables for processes that are started within."""
+    before = dict(os.environ)
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def limit(model, image, threads):
-    """
-    Args:
-        model (nn.Module): a detector on the CPU, in evaluation mode.
-        image (Tensor): as the network sees it, (C, H, W) uint8.
-        threads (int): that may work.
+    """Multiply-adds of the network in G, those per second of a product of large fp32 matrices, and
+    the ms that the network would take at that rate, without reading, resizing and pasting masks.
 
-    Returns:
-        dict[str, float]: multiply-adds of the network for the image, in G; those a second of a
-        product of large matrices in fp32, in G; and the ms that the former take at that rate.
-        Reading, resizing and pasting masks come on top.
+    `image` is (C, H, W) uint8, as the network sees it.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -408,4 +383,4 @@ def _product_seconds():
         start = time.perf_counter()
         matrix @ matrix
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])  # the first ones set up
+    return statistics.median(seconds[2:])  # without the warm-up

@@ -6,6 +6,7 @@ For benchmarks/benchmark.py.
 import itertools
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
@@ -22,6 +24,7 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
 from matplotlib import pyplot as plt
+from torch import nn
 from tqdm import tqdm
 
 from imrcnn_d2.data.loader import build_train_loader, seed_generators
@@ -30,21 +33,7 @@ from imrcnn_d2.engine.train_step import TrainStep
 from imrcnn_d2.engine.trainer import Trainer
 from imrcnn_d2.modeling import PAFPN
 
-__all__ = [
-    "NECKS",
-    "GivenFeatures",
-    "choose_clock",
-    "compare_necks",
-    "compare_steps",
-    "count_multiply_adds",
-    "native_precision",
-    "plot_losses",
-    "stock_config",
-    "time_in_turns",
-]
-
-# Losses are compared after a mean over so many iterations.
-SMOOTHING = 10
+SMOOTHING = 10  # iterations that losses are averaged over before they are compared
 
 # Channels of res2 to res5, channels of the pyramid, size of the image, memory format: the shipped
 # models at the sizes they run at.
@@ -56,42 +45,23 @@ NECKS = {
 
 
 class GivenFeatures(Backbone):
-    """Stands below a neck and hands on the features that it is given."""
+    """A backbone that returns its input: one feature map per level, res2, res3, ..."""
 
-    def __init__(self, channels):
-        """
-        Args:
-            channels (tuple[int]): of res2, res3, ...
-        """
+    def __init__(self, channels: Sequence[int]):
         super().__init__()
         self._shapes = {
             f"res{k}": ShapeSpec(channels=c, stride=2**k) for k, c in enumerate(channels, start=2)
         }
 
-    def forward(self, features):
-        """
-        Args:
-            features (list[Tensor]): one for each level.
-
-        Returns:
-            dict[str, Tensor]
-        """
+    def forward(self, features: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         return dict(zip(self._shapes, features, strict=True))
 
     def output_shape(self):
         return self._shapes
 
 
-def choose_clock(device, threads):
-    """
-    Args:
-        device (str):
-        threads (int): on the CPU.
-
-    Returns:
-        callable: gives seconds. For one thread those that it ran itself, whatever else the machine
-            does; else those that passed, with all work on the device done.
-    """
+def choose_clock(device: str, threads: int) -> Callable[[], float]:
+    """Processor time for one CPU thread, which ignores other load; else wall time, synchronised."""
     if torch.device(device).type == "cuda":
 
         def clock():
@@ -102,18 +72,8 @@ def choose_clock(device, threads):
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def time_in_turns(calls, runs, clock):
-    """
-    Run A B A B ..., so that what else the machine does falls on both alike.
-
-    Args:
-        calls (list[callable]): what to time; each is called twice beforehand to warm up.
-        runs (int): times of each.
-        clock (callable): gives seconds.
-
-    Returns:
-        list[list[float]]: milliseconds, for each call.
-    """
+def time_in_turns(calls: list[Callable], runs: int, clock: Callable) -> list[list[float]]:
+    """Milliseconds of each call, run A B A B ... so that other load affects all; two warm-ups."""
     times = [[] for _ in calls]
     for run in tqdm(range(-2, runs), leave=False):
         for call, milliseconds in zip(calls, times, strict=True):
@@ -125,34 +85,26 @@ def time_in_turns(calls, runs, clock):
     return times
 
 
-def count_multiply_adds(model, features):
-    """
-    Args:
-        model (nn.Module):
-        features (list[Tensor]): its input.
-
-    Returns:
-        int: of convolutions and linear layers; one for each value of an upsampled map.
-    """
+def count_multiply_adds(model: nn.Module, features: list[torch.Tensor]) -> int:
+    """Multiply-adds of convolutions and linear layers, and one per value of an upsampled map."""
     analysis = FlopCountAnalysis(model, (features,))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return analysis.total()
 
 
-def compare_necks(channels, out_channels, size, channels_last, device, runs, clock):
-    """
-    Args:
-        channels (tuple[int]): of the features below the neck, from stride 4 on.
-        out_channels (int): of the pyramid.
-        size (int): side of the image in pixels.
-        channels_last (bool): memory format.
-        device (str):
-        runs (int): times of each neck.
-        clock (callable): gives seconds.
+def compare_necks(
+    channels: Sequence[int],
+    out_channels: int,
+    size: int,
+    channels_last: bool,
+    device: str,
+    runs: int,
+    clock: Callable[[], float],
+) -> dict[str, float]:
+    """Median ms and multiply-adds of both necks for images of `size` pixels, and their ratios.
 
-    Returns:
-        dict[str, float]: milliseconds (medians), multiply-adds in 10^9, the ratios of both (that of
-            the times is the median over pairs of runs) and the quotient of the two.
+    `channels` are those of the features below the neck, from stride 4 on; the ratio of the times is
+    the median over pairs of runs.
     """
     generator = torch.Generator().manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -185,25 +137,15 @@ def compare_necks(channels, out_channels, size, channels_last, device, runs, clo
     }
 
 
-def native_precision():
-    """
-    Returns:
-        str: "bf16" where this machine's processor multiplies in it, else "" (fp32): emulated, bf16
-            is slower than fp32.
-    """
+def native_precision() -> str:
+    """ "bf16" if the processor multiplies in it, else "" (fp32): emulated bf16 is slower."""
     flags = Path("/proc/cpuinfo")
     known = flags.read_text().split() if flags.is_file() else []
     return "bf16" if {"amx_bf16", "avx512_bf16"} & set(known) else ""
 
 
-def stock_config(cfg):
-    """
-    Args:
-        cfg (CfgNode): of one of our models.
-
-    Returns:
-        CfgNode: the same model of Detectron2's own parts, in its memory format.
-    """
+def stock_config(cfg: CfgNode) -> CfgNode:
+    """The config of the same model with Detectron2's parts and memory format."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.CHANNELS_LAST = False
@@ -216,18 +158,13 @@ def stock_config(cfg):
 class Side:
     """A model in training."""
 
-    def __init__(self, cfg, trainer):
-        """
-        Args:
-            cfg (CfgNode): SOLVER and SEED are read.
-            trainer (SimpleTrainer):
-        """
+    def __init__(self, cfg: CfgNode, trainer: SimpleTrainer):
         self.trainer, self.losses, self.seconds, self.processor = trainer, [], [], []
         self._seed = max(cfg.SEED, 0)
         self._scheduler = build_lr_scheduler(cfg, trainer.optimizer)
 
-    def step(self, iteration):
-        """One step of the schedule; the draws are those of the other side."""
+    def step(self, iteration: int) -> None:
+        """One step of the schedule, with the same random numbers as the other side."""
         self.trainer.iter = iteration
         with EventStorage(iteration) as storage:
             seed_generators(self._seed, 1, iteration, 0)
@@ -239,17 +176,12 @@ class Side:
             self.losses.append(storage.latest()["total_loss"][0])
 
 
-def compare_steps(cfg, iterations, precision):
-    """
-    Train both sides from the same weights on the same batches, in turns.
+def compare_steps(
+    cfg: CfgNode, iterations: int, precision: str
+) -> tuple[dict[str, float], list[float], list[float]]:
+    """Train both sides from the same weights on the same batches, in turns.
 
-    Args:
-        cfg (CfgNode): of one of our models, with data set and solver.
-        iterations (int): steps of each; one more of each before is not timed.
-        precision (str): ours, "" or "bf16".
-
-    Returns:
-        tuple: metrics (dict[str, float]) and the losses of ours and of Detectron2's (lists).
+    The first step of each is not timed. Return metrics and the losses of ours and of Detectron2's.
     """
     loader = build_train_loader(cfg)
     loader.batch_sampler.start_at(max(cfg.SEED, 0), 0)
@@ -263,7 +195,7 @@ def compare_steps(cfg, iterations, precision):
     theirs = SimpleTrainer(theirs.train(), batches, build_optimizer(cfg, theirs))
     sides = Side(cfg, ours), Side(cfg, theirs)
     for iteration in tqdm(range(iterations + 1), leave=False):
-        # Who comes second finds the batch in the cache: they take turns in that too.
+        # The second side finds the batch in the cache: they take turns in that too.
         for side in sides if iteration % 2 else reversed(sides):
             side.step(iteration)
     metrics = {}
@@ -310,19 +242,13 @@ def _data_share(cfg, trainer, iterations):
     return 100 * sum(waited[1:]) / sum(taken[1:])
 
 
-def plot_losses(ours, theirs, path):
-    """
-    Args:
-        ours, theirs (list[float]): loss of each iteration.
-        path (Path): PNG or SVG.
-    """
+def plot_losses(ours: list[float], theirs: list[float], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for losses, color, name in ((theirs, "tab:gray", "Detectron2"), (ours, "tab:blue", "ours")):
         axes.plot(losses, color=color, alpha=0.3, linewidth=0.8)
         smooth = _smooth(losses)
-        axes.plot(
-            np.arange(len(smooth)) + len(losses) - len(smooth), smooth, color=color, label=name
-        )
+        iterations = np.arange(len(losses) - len(smooth), len(losses))
+        axes.plot(iterations, smooth, color=color, label=name)
     axes.set(xlabel="iteration", ylabel="total loss", ylim=(0, None))
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

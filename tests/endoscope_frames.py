@@ -1,27 +1,18 @@
-"""Frames as endoscopy processors show them, drawn with what is in them known."""
+"""Synthetic frames as endoscopy processors show them, whose content is known."""
 
 import cv2
 import numpy as np
 
-__all__ = ["BACKGROUNDS", "INSETS", "SHAPES", "draw_frame", "patient_banner"]
-
 SHAPES = ("disc", "octagon", "square", "rounded square", "cut disc", "whole")
 BACKGROUNDS = {"black": (0, 0, 0), "nearly black": (5, 4, 6), "gray": (90, 94, 99)}
-INSETS = ("none", "map", "blanked", "picture", "beside")
+INSETS = ("none", "map", "blanked", "second", "outside")
 
 
 def draw_frame(shape, background="black", inset="none", seed=0, height=480, width=640):
-    """
-    Args:
-        shape, background, inset (str): of the above. "map" is of one colour with lines in it,
-            "picture" another endoscopic one; both lie over the view's lower left corner. "beside"
-            is a picture that lies outside the view.
-        seed (int): of the mucosa.
-        height, width (int): of the frame.
+    """A frame (H, W, 3) uint8, its view (H, W) bool, and the box of the inset over it, or None.
 
-    Returns:
-        tuple: the frame (H, W, 3) uint8; the view (H, W) bool; the box of the inset over it, or
-        None.
+    Insets lie over the view's lower left corner: "map" is of one colour with lines in it, "second"
+    another endoscopic image; "outside" is one that lies outside the view.
     """
     rng = np.random.default_rng(seed)
     view = _view(shape, height, width)
@@ -29,36 +20,29 @@ def draw_frame(shape, background="black", inset="none", seed=0, height=480, widt
     frame[:] = BACKGROUNDS[background]
     if background == "nearly black":
         frame += rng.integers(0, 3, frame.shape, dtype=np.uint8)
-    mucosa = _mucosa(rng, height, width)
-    frame[view] = mucosa[view]
-    box = None
-    if inset in ("map", "blanked", "picture"):
-        columns = np.flatnonzero(view.any(axis=0))
-        rows = np.flatnonzero(view.any(axis=1))
-        x0, y1 = int(columns[0]), int(rows[-1]) + 1
-        x1, y0 = x0 + round(0.3 * len(columns)), y1 - round(0.32 * len(rows))
+    frame[view] = _mucosa(rng, height, width)[view]
+    box, other = None, np.random.default_rng(seed + 99)
+    if inset in ("map", "blanked", "second"):
+        x0, y0, width, height = cv2.boundingRect(view.astype(np.uint8))
+        x1, y1 = x0 + round(0.3 * width), y0 + height
+        y0 = y1 - round(0.32 * height)
         box = x0, y0, x1, y1
         part = frame[y0:y1, x0:x1]
+        part[:] = (20, 165, 135) if inset == "map" else 0
         if inset == "map":
-            part[:] = (20, 165, 135)
             cv2.ellipse(frame, ((x0 + x1) // 2, (y0 + y1) // 2), (9, 25), 20, 0, 360, (60, 40, 40))
             cv2.putText(frame, "Col 1", (x0 + 4, y0 + 16), 0, 0.45, (235, 235, 235))
-        elif inset == "picture":
-            part[:] = _mucosa(np.random.default_rng(seed + 99), *part.shape[:2], hue=(90, 130, 120))
-        else:
-            part[:] = 0
+        elif inset == "second":
+            part[:] = _mucosa(other, *part.shape[:2], hue=(90, 130, 120))
         view[y0:y1, x0:x1] = False
-    elif inset == "beside":
-        frame[20:100, 8:88] = _mucosa(np.random.default_rng(seed + 99), 80, 80)
+    elif inset == "outside":
+        frame[20:100, 8:88] = _mucosa(other, 80, 80)
     return frame, view, box
 
 
 def patient_banner(frame, view):
-    """
-    Writes a patient's data beside the view, where there is room.
-
-    Returns:
-        np.ndarray: (H, W) bool, what was written on.
+    """The frame with a patient's data next to the view, where there is room; what was written on,
+    (H, W) bool.
     """
     written = frame.copy()
     for row, line in enumerate(("MUSTERFRAU, ERIKA", "ID 4711", "12.08.1964", "F 62y")):
@@ -71,17 +55,15 @@ def _view(shape, height, width):
     y, x = np.mgrid[:height, :width].astype(float)
     u, v = np.abs(x - 0.62 * width), np.abs(y - 0.5 * height)  # the writing is on the left
     r = 0.47 * height if width > height else 0.36 * width
-    if shape == "disc":
-        return np.hypot(u, v) < r
-    if shape == "octagon":
-        return (np.maximum(u, v) < r) & (u + v < 1.45 * r)
-    if shape == "square":
-        return np.maximum(u, v) < r
-    if shape == "rounded square":
-        return np.hypot(np.maximum(u - 0.6 * r, 0), np.maximum(v - 0.6 * r, 0)) < 0.4 * r
-    if shape == "cut disc":
-        return np.hypot(u, v) < 1.3 * r
-    return np.ones((height, width), bool)
+    corner = np.maximum(u - 0.6 * r, 0), np.maximum(v - 0.6 * r, 0)
+    return {
+        "disc": np.hypot(u, v) < r,
+        "octagon": (np.maximum(u, v) < r) & (u + v < 1.45 * r),
+        "square": np.maximum(u, v) < r,
+        "rounded square": np.hypot(*corner) < 0.4 * r,
+        "cut disc": np.hypot(u, v) < 1.3 * r,
+        "whole": np.ones((height, width), bool),
+    }[shape]
 
 
 def _mucosa(rng, height, width, hue=(205, 110, 90)):

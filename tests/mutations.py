@@ -6,29 +6,8 @@ from xml.etree.ElementTree import fromstring, tostring
 
 from hypothesis import strategies as st
 
-__all__ = [
-    "damaged_bytes",
-    "damaged_csv",
-    "damaged_header",
-    "damaged_json",
-    "damaged_xml",
-    "with_wrong_values",
-]
-
-NASTY = (
-    "",
-    "0",
-    "-1",
-    "1e999",
-    "nan",
-    "../x",
-    "/etc/hostname",
-    "\0",
-    "\ud800",
-    "a" * 300,
-    "é\u202e",
-)
-TEXTS = st.sampled_from(NASTY) | st.text(max_size=8)
+NASTY = ["", "0", "-1", "1e999", "nan", "../x", "/etc/hostname", "\0", "\ud800", "é\u202e"]
+TEXTS = st.sampled_from([*NASTY, "a" * 300]) | st.text(max_size=8)
 NUMBERS = (
     st.integers(-3, 70)
     | st.sampled_from([2**31, -(2**63), 10**30, 10**400, 1e308, -0.0, 1e-320])
@@ -44,13 +23,9 @@ VALUES = st.recursive(
 def _places(node):
     """[(container, key)] of all that a JSON document holds."""
     keys = node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
-    places = []
-    for key in keys:
-        places += [(node, key), *_places(node[key])]
-    return places
+    return [place for key in keys for place in ((node, key), *_places(node[key]))]
 
 
-# What stands in a file instead of a value of any type; MISSING is nothing at all.
 MISSING = object()
 WRONG = (
     *(None, True, -1, 0.5, 10**300, 1e308, float("nan"), float("inf"), "", "x", "4@"),
@@ -59,11 +34,10 @@ WRONG = (
 )
 
 
-def with_wrong_values(document, values=WRONG):
-    """Yields (what was done, a copy of a JSON document) with each of its values replaced by each of
-    ``values``."""
+def with_wrong_values(document):
+    """Yield (the change, a copy of a JSON document) with each value replaced by each of WRONG."""
     for number in range(len(_places(document))):
-        for value in values:
+        for value in WRONG:
             damaged = copy.deepcopy(document)
             container, key = _places(damaged)[number]
             if value is MISSING:
@@ -87,6 +61,11 @@ def damaged_bytes(draw, data):
         else:
             data[at : at + draw(st.integers(1, 9))] = b"" if kind == "remove" else b"\xff0"
     return bytes(data)
+
+
+def _damaged_text(text):
+    data = damaged_bytes(text.encode("utf-8", "surrogatepass"))
+    return data.map(lambda damaged: damaged.decode("latin-1"))
 
 
 @st.composite
@@ -119,9 +98,7 @@ def damaged_json(draw, document):
         elif kind == "repeat" and isinstance(container, list):
             container.insert(key, copy.deepcopy(value))
         elif kind == "bend" and isinstance(value, str):
-            container[key] = draw(damaged_bytes(value.encode("utf-8", "surrogatepass"))).decode(
-                "latin-1"
-            )
+            container[key] = draw(_damaged_text(value))
         elif kind == "add" and isinstance(value, dict):
             value[draw(TEXTS)] = draw(VALUES)
         else:
@@ -143,8 +120,7 @@ def damaged_xml(draw, text):
             name = draw(st.sampled_from([*names, "group_id", "rotation", "subset"]))
             value = draw(TEXTS | NUMBERS.map(str))
             if kind == "bend":
-                whole = element.get(name, "").encode("utf-8", "surrogatepass")
-                value = draw(damaged_bytes(whole)).decode("latin-1")
+                value = draw(_damaged_text(element.get(name, "")))
             element.set(name, value)
         elif kind == "text":
             element.text = draw(TEXTS)

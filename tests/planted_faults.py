@@ -1,4 +1,4 @@
-"""A data set with faults in it, of which it is known where they are."""
+"""A data set with faults in it, whose places are known."""
 
 import json
 import shutil
@@ -11,40 +11,30 @@ from PIL import Image, ImageOps
 from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.prepare.synthetic import render_view
 
-__all__ = ["CATEGORIES", "Planted", "draw"]
-
 SIZE = 192
 CATEGORIES = [{"id": 1, "name": "polyp"}, {"id": 2, "name": "ulcer"}]
 
 
-def draw(patient: int, size: int = SIZE) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A view of a patient of its own: image and masks of its lesions."""
-    return render_view(size, seed=7, patient=patient, view=0)
+def _render(patient):
+    """The image of a patient, and the masks of its lesions."""
+    return render_view(SIZE, seed=7, patient=patient, view=0)
 
 
 class Planted:
-    """Builds the data set in a folder.
-
-    Attributes:
-        images: folder of the images.
-        faults: (kind, names of the images that it is about) of each planted fault.
-        clean: names of the images without one.
+    """Builds the data set in a folder: its faults (kind, names of their images), and the names of
+    the images that are clean.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.images = folder / "images"
+    def __init__(self, folder):
+        self.folder, self.images = folder, folder / "images"
         self.images.mkdir(parents=True)
-        self.faults: list[tuple[str, tuple[str, ...]]] = []
-        self.clean: list[str] = []
-        self._splits: dict[str, dict] = {}
-        self._count = 0
+        self.faults, self.clean, self._splits, self._count = [], [], {}, 0
 
     def add(self, image=None, masks=(), split="train", name=None, **fields):
-        """An image of the data set, drawn where none is given; returns its COCO record."""
+        """Add an image, a synthetic one where none is given; return its COCO record."""
         self._count += 1
         if image is None:
-            image, masks = draw(self._count)
+            image, masks = _render(self._count)
         name = name or f"{self._count:03}.jpg"
         quality = {"quality": 95} if name.endswith("jpg") else {}
         Image.fromarray(image).save(self.images / name, **quality)
@@ -57,70 +47,62 @@ class Planted:
         return record
 
     def annotate(self, record, split="train", **annotation):
-        """A further annotation of an image."""
-        annotations = self._splits[split]["annotations"]
+        """Add an annotation of an image."""
         number = sum(len(part["annotations"]) for part in self._splits.values()) + 1
-        annotations.append(
-            {"category_id": 1, "iscrowd": 0, **annotation, "id": number, "image_id": record["id"]}
-        )
+        fields = {"id": number, "image_id": record["id"], "category_id": 1, "iscrowd": 0}
+        self._splits[split]["annotations"].append({**fields, **annotation})
 
     def fault(self, kind, *records):
-        """Notes what is wrong with these images."""
+        """Note what is wrong with these images."""
         self.faults.append((kind, tuple(record["file_name"] for record in records)))
 
-    def write(self) -> dict[str, Path]:
-        """Writes the annotations; their files by split."""
-        files = {}
+    def write(self):
+        """Write the annotations; return their files by split."""
+        files = {split: self.folder / f"{split}.json" for split in self._splits}
         for split, content in self._splits.items():
-            files[split] = self.folder / f"{split}.json"
             files[split].write_text(json.dumps({**content, "categories": CATEGORIES}))
         return files
 
-    def plant_all(self, clean: int) -> None:
-        """Plants at least one fault of each kind, among so many images without one."""
+    def plant_all(self, clean):
+        """Plant at least one fault of each kind, among so many images without one."""
         for i in range(clean):
             split = ("train", "val", "test")[i % 3]
             self.clean.append(self.add(split=split, patient_id=f"p{i}")["file_name"])
         self._plant_files()
         self._plant_annotations()
-        self._plant_twins()
+        self._plant_duplicates()
         self.fault("class_imbalance")
 
     def _plant_files(self):
-        record = self.add()
-        (self.images / record["file_name"]).unlink()
-        self.fault("missing_file", record)
-        record = self.add()
-        path = self.images / record["file_name"]
-        path.write_bytes(path.read_bytes()[:2000])
-        self.fault("unreadable", record)
-        record = self.add()
-        (self.images / record["file_name"]).write_text("no image")
-        self.fault("unreadable", record)
+        for kind, spoil in (
+            ("missing_file", Path.unlink),
+            ("unreadable", lambda path: path.write_bytes(path.read_bytes()[:2000])),
+            ("unreadable", lambda path: path.write_text("no image")),
+        ):
+            record = self.add()
+            spoil(self.images / record["file_name"])
+            self.fault(kind, record)
         record = self.add()
         record["width"], record["height"] = 2 * SIZE, SIZE + 30
         self.fault("wrong_size", record)
 
-        def changed(kind, change):
-            self._count += 1
-            image, masks = draw(self._count)
-            self._count -= 1
-            image = change(image.astype(np.float32))
-            fit = image.shape[1] == SIZE  # no writing was added beside it
-            self.fault(kind, self.add(image, masks if fit else ()))
-
         def cut(image):
             return np.clip(image, 0, 255).astype(np.uint8)
 
-        changed("colour", lambda i: cut(np.repeat(i.mean(axis=2, keepdims=True), 3, axis=2)))
-        changed("colour", lambda i: cut(i[..., ::-1]))
-        changed("colour", lambda i: cut(i * [0.35, 1.4, 0.9]))
-        changed("black_frame", lambda i: cut(i * 0.04))
-        changed("blur", lambda i: cv2.GaussianBlur(cut(i), (0, 0), SIZE / 60))
-        changed("blur", lambda i: cv2.filter2D(cut(i), -1, np.full((15, 15), 1 / 225)))
-        changed("overexposed", lambda i: cut(i * 6 + 20 * (i > 30)))
-        changed("text_outside_view", lambda i: _with_text(cut(i), "DOE, JANE", "ID 1234567"))
-        changed("text_outside_view", lambda i: _with_text(cut(i), "12/03/1950"))
+        for kind, change in (
+            ("colour", lambda i: cut(np.repeat(i.mean(axis=2, keepdims=True), 3, axis=2))),
+            ("colour", lambda i: cut(i[..., ::-1])),
+            ("colour", lambda i: cut(i * [0.35, 1.4, 0.9])),
+            ("black_frame", lambda i: cut(i * 0.04)),
+            ("blur", lambda i: cv2.GaussianBlur(cut(i), (0, 0), SIZE / 60)),
+            ("blur", lambda i: cv2.filter2D(cut(i), -1, np.full((15, 15), 1 / 225))),
+            ("overexposed", lambda i: cut(i * 6 + 20 * (i > 30))),
+            ("text_outside_view", lambda i: _with_text(cut(i), "DOE, JANE", "ID 1234567")),
+            ("text_outside_view", lambda i: _with_text(cut(i), "12/03/1950")),
+        ):
+            image, masks = _render(self._count + 1)
+            image = change(image.astype(np.float32))
+            self.fault(kind, self.add(image, masks if image.shape[1] == SIZE else ()))
 
     def _plant_annotations(self):
         def polygon(*points):
@@ -143,15 +125,14 @@ class Planted:
             record = self.add()
             self.annotate(record, **annotation)
             self.fault(kind, record)
-        image, masks = draw(10_000)
+        image, masks = _render(10_000)
         record = self.add(image, masks)
         again = cv2.dilate(masks[0].astype(np.uint8), np.ones((3, 3))) > 0
         self.annotate(record, **annotation_from_mask(again))
         self.fault("overlapping", record)
 
-    def _plant_twins(self):
-        first = self.add()
-        second = self.add(split="test")
+    def _plant_duplicates(self):
+        first, second = self.add(), self.add(split="test")
         shutil.copy(self.images / first["file_name"], self.images / second["file_name"])
         self.fault("exact_duplicate", first, second)
         first = self.add(name="first.png")
@@ -169,8 +150,8 @@ class Planted:
             with Image.open(self.images / first["file_name"]) as image:
                 second = self.add(np.asarray(change(image)), split="test")
             self.fault("near_duplicate", first, second)
-        own = [self.add(split=split, patient_id="again") for split in ("train", "test", "test")]
-        self.fault("patient_across_splits", *own)
+        views = [self.add(split=split, patient_id="again") for split in ("train", "test", "test")]
+        self.fault("patient_across_splits", *views)
 
 
 def _with_text(image, *lines):

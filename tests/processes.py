@@ -1,9 +1,8 @@
-"""
-Scripts in processes of their own, without the seconds that imports take.
+"""Scripts in processes of their own, without the seconds that imports take.
 
-The processes are forked from a server that has imported torch, Detectron2 and the like, but nothing
-of ours: each sees our package as a new interpreter does. conftest.py tells multiprocessing what to
-import there (PRELOAD), so whoever asks for the start method "forkserver" shares the server.
+They are forked from a server that has imported torch, Detectron2 and the like, but nothing of ours:
+each sees our package as a new interpreter does. conftest.py names the imports (PRELOAD), so whoever
+asks multiprocessing for the start method "forkserver" shares the server.
 """
 
 import multiprocessing
@@ -14,19 +13,9 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-__all__ = ["PRELOAD", "ROOT", "run_script"]
-
 ROOT = Path(__file__).parents[1]
-PRELOAD = [
-    "torch",
-    "torchvision",
-    "detectron2.engine",
-    "detectron2.evaluation",
-    "detectron2.model_zoo",
-    "timm",
-    "torch.utils.tensorboard",
-    "hydra",
-]
+PRELOAD = """torch torchvision detectron2.engine detectron2.evaluation detectron2.model_zoo timm
+    torch.utils.tensorboard hydra""".split()
 
 
 def _run(argv, env, out, err):
@@ -41,20 +30,10 @@ def _run(argv, env, out, err):
 
 
 def run_script(script, *arguments, env=None, timeout=1800):
-    """
-    Run a Python script as ``python script arguments`` in the root of the repository does.
+    """Run a script as ``python script arguments`` in the root of the repository does.
 
-    Args:
-        script (str or Path): relative to the root.
-        arguments: of the script.
-        env (dict[str, str]): its environment; that of this process by default.
-        timeout (float): seconds; far more than it needs on a busy machine.
-
-    Returns:
-        subprocess.CompletedProcess: with what it printed, as text.
-
-    Raises:
-        subprocess.TimeoutExpired: it took longer and was ended.
+    Return the ``CompletedProcess`` with the output as text. The environment is this process's by
+    default; the seconds are far more than a script needs on a busy machine.
     """
     argv = [str(ROOT / script), *map(str, arguments)]
     with TemporaryDirectory() as folder:

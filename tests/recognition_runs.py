@@ -12,22 +12,20 @@ from imrcnn_d2.evaluation import Bootstrap, evaluate_classification
 from imrcnn_d2.evaluation.output import CLASSIFICATION_RESULTS, write_results
 from imrcnn_d2.utils.files import Rejects, file_sha256
 
-__all__ = ["CLASSES", "draw_classes", "prepare_classes", "write_classifier"]
-
 CLASSES = ("gastric cancer", "gastric ulcer", "chronic gastritis")
 COLOURS = ((190, 60, 70), (230, 220, 190), (220, 130, 120))
 
 
-def draw_classes(root, numbers=(16, 16, 16), size=48, classes=CLASSES):
-    """Write one folder a class, each image of another noise, the class told by a spot's colour."""
-    for k, (name, number) in enumerate(zip(classes, numbers, strict=True)):
+def draw_classes(root, numbers, size=48):
+    """Write one folder per class, of images with a spot in the class's colour."""
+    for k, (name, number) in enumerate(zip(CLASSES, numbers, strict=True)):
         (root / name).mkdir(parents=True)
         for i in range(number):
             rng = np.random.default_rng([k, i])
             pixels = rng.integers(120, 160, (size, size, 3), dtype=np.uint8)
             image = Image.fromarray(pixels)
             x, y = rng.integers(4, size // 2, 2).tolist()
-            ImageDraw.Draw(image).ellipse((x, y, x + size // 3, y + size // 3), fill=COLOURS[k % 3])
+            ImageDraw.Draw(image).ellipse((x, y, x + size // 3, y + size // 3), fill=COLOURS[k])
             image.save(root / name / f"{k}_{i:02}.png")
     return root
 
@@ -39,10 +37,8 @@ def prepare_classes(root, out, **options):
     return prepare_dataset(source, out, SplitOptions(**options), rejects)
 
 
-def write_classifier(
-    output, gt, *, skill=1.0, seed=0, backbone="resnet50", run_json=True, fold=None
-):
-    """Write an OUTPUT_DIR with an evaluation of simulated probabilities; returns it."""
+def write_classifier(output, gt, *, skill=1.0, seed=0, backbone="resnet50", fold=None):
+    """Write an OUTPUT_DIR with an evaluation of simulated probabilities; return it."""
     dataset = "gastric_recognition_test"
     folder = output / "inference" / dataset
     content = json.loads(gt.read_text())
@@ -62,10 +58,9 @@ def write_classifier(
     config = {"DATASETS": {"TEST": [dataset], "TRAIN": ["train"]}, "SEED": seed}
     config["MODEL"] = {"META_ARCHITECTURE": "ImageClassifier", "TIMM": {"NAME": backbone}}
     (output / "config.yaml").write_text(yaml.safe_dump(config))
-    if run_json:
-        record = {"model": "ImageClassifier", "backbone": backbone, "seed": seed, "fold": fold}
-        record |= {"finished": "2026-01-01", "datasets": {"train": {"images": 20}}}
-        head = {"name": "pre-training", "trainable": "head", "iterations": 30, "lr": 1e-3}
-        record |= {"input": {"size": 224}, "phases": [head]}
-        (output / "run.json").write_text(json.dumps(record))
+    record = {"model": "ImageClassifier", "backbone": backbone, "seed": seed, "fold": fold}
+    record |= {"finished": "2026-01-01", "datasets": {"train": {"images": 20}}}
+    head = {"name": "pre-training", "trainable": "head", "iterations": 30, "lr": 1e-3}
+    record |= {"input": {"size": 224}, "phases": [head]}
+    (output / "run.json").write_text(json.dumps(record))
     return output

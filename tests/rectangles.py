@@ -3,27 +3,29 @@
 import numpy as np
 import pycocotools.mask as mask_util
 
-__all__ = ["rectangle"]
-
 
 def rectangle(image_id, x, y, width, height, category_id=1, *, size=(40, 50), **fields):
-    """
-    A rectangle as a COCO annotation or, with a ``score``, as a COCO result.
-
-    Args:
-        image_id (int):
-        x, y, width, height (int): pixels.
-        category_id (int):
-        size (tuple[int, int]): height and width of the image.
-        **fields: further fields of the record.
-    """
+    """A COCO annotation or, with a ``score``, a result; ``size`` is the image's (height, width)."""
     mask = np.zeros(size, dtype=np.uint8)
     mask[y : y + height, x : x + width] = 1
     rle = mask_util.encode(np.asfortranarray(mask))
-    return {
-        "image_id": image_id,
-        "category_id": category_id,
-        "bbox": [x, y, width, height],
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-        **fields,
-    }
+    rle = {"size": rle["size"], "counts": rle["counts"].decode()}
+    box = [x, y, width, height]
+    record = {"image_id": image_id, "category_id": category_id, "bbox": box, "segmentation": rle}
+    return {**record, **fields}
+
+
+def rectangles(text):
+    """Rectangles from "image x y width height; ...", each with "class 2", "crowd" or, at the end,
+    "@0.9", its score."""
+    records = []
+    for item in text.split(";"):
+        words, fields = item.split(), {}
+        if "class" in words:
+            fields["category_id"] = int(words[words.index("class") + 1])
+        if "crowd" in words:
+            fields["iscrowd"] = 1
+        if words[-1].startswith("@"):
+            fields["score"] = float(words[-1][1:])
+        records.append(rectangle(*map(int, words[:5]), **fields))
+    return records

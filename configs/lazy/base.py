@@ -81,7 +81,7 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 
 train = model_zoo.get_config("common/train.py").train
-train.device = ""  # tools/lazyconfig_train_net.py chooses; name one to insist
+train.device = ""  # "" for the CUDA device if there is one, else the CPU
 # A prepared data set, which --data names as well: its folder, or a short name such as "kvasir_seg".
 train.dataset = ""
 train.max_iter = 3000

@@ -3,7 +3,7 @@
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
-from imrcnn_d2.modeling import PAFPN, AMPSafeMaskHead, FP32ROIPooler, SparseGradientRPNHead
+from imrcnn_d2.modeling import PAFPN, AMPSafeMaskHead, FP32SeparableROIPooler, SparseGradientRPNHead
 
 from .base import dataloader, lr_multiplier, optimizer, train
 
@@ -13,8 +13,8 @@ model.backbone.attention = "cbam"
 model.backbone.bottom_up.freeze_at = 2
 model.proposal_generator.head._target_ = SparseGradientRPNHead
 model.roi_heads.num_classes = 1
-model.roi_heads.box_pooler = L(FP32ROIPooler)(pooler=model.roi_heads.box_pooler)
-model.roi_heads.mask_pooler = L(FP32ROIPooler)(pooler=model.roi_heads.mask_pooler)
+model.roi_heads.box_pooler = L(FP32SeparableROIPooler)(pooler=model.roi_heads.box_pooler)
+model.roi_heads.mask_pooler = L(FP32SeparableROIPooler)(pooler=model.roi_heads.mask_pooler)
 model.roi_heads.mask_head._target_ = AMPSafeMaskHead
 
 train.output_dir = "output/${train.dataset}/imrcnn_R_50_lazy"

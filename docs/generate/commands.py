@@ -7,8 +7,6 @@ import textwrap
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["commands_page"]
-
 INTRODUCTION = """# Commands
 
 `imrcnn COMMAND --help` prints the same. `python tools/COMMAND.py` in a checkout is the same command
@@ -50,11 +48,10 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
         if isinstance(action, argparse._SubParsersAction):
             texts = {choice.dest: choice.help for choice in action._choices_actions}
             lists = {name: _definitions(choice) for name, choice in action.choices.items()}
-            shared = [
-                one for one in next(iter(lists.values())) if all(one in x for x in lists.values())
-            ]
+            first, *rest = lists.values()
+            shared = [item for item in first if all(item in items for items in rest)]
             for name, definitions in lists.items():
-                others = [one for one in definitions if one not in shared]
+                others = [item for item in definitions if item not in shared]
                 parts += [f"**{name}**: {texts[name]}", "\n".join(others)]
             parts += ["**All of these**:", "\n".join(shared)] if shared else []
     return [part for part in parts if part]

@@ -1,19 +1,16 @@
-"""The page of config keys, read off the source of ``add_imrcnn_config``: nothing is imported."""
+"""The page of config keys, from the source of `add_imrcnn_config`: nothing is imported."""
 
 import ast
 import io
 import re
 import tokenize
-from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["Key", "config_page", "read_keys"]
-
-FUNCTION = "add_imrcnn_config"
 INTRODUCTION = """# Config keys
 
 `imrcnn_d2.add_imrcnn_config(cfg)` adds these to Detectron2's, with these defaults; all others are
-[Detectron2's own](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references).
-In a project that does not call it the backbones run with these defaults. A config file changes
+[Detectron2's](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references).
+In a project that does not use it the backbones run with these defaults. A config file changes
 them, and so does the end of a command: `KEY VALUE KEY VALUE …`.
 """
 # Names of keys and modules, and quoted values.
@@ -23,30 +20,15 @@ CODE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Key:
-    """
-    Attributes:
-        name (str): dotted, such as "MODEL.PAFPN.INIT".
-        default (str): Python source.
-        comment (str): what stands above it, as one paragraph.
-        section (str): title of the part of the file it is in.
-    """
-
-    name: str
-    default: str
-    comment: str
-    section: str
+class Key(NamedTuple):
+    name: str  # such as "MODEL.PAFPN.INIT"
+    default: str  # Python source
+    comment: str  # the lines above it, as one paragraph
+    section: str  # title of the part of the file it is in
 
 
-def read_keys(source):
-    """
-    Args:
-        source (str): of the module that defines ``add_imrcnn_config``.
-
-    Returns:
-        list[Key]: in the order of the file.
-    """
+def read_keys(source: str) -> list[Key]:
+    """The keys of the module that defines `add_imrcnn_config`, in its order."""
     comments = {
         token.start[0]: token.string.removeprefix("#").strip()
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
@@ -55,9 +37,9 @@ def read_keys(source):
     (function,) = (
         node
         for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == FUNCTION
+        if isinstance(node, ast.FunctionDef) and node.name == "add_imrcnn_config"
     )
-    sections = {}
+    sections = {0: (0, "General")}  # first line -> last line, title
     for line, text in comments.items():
         if text.startswith("---- "):
             end = line
@@ -69,8 +51,7 @@ def read_keys(source):
     for node in function.body:
         if not isinstance(node, ast.Assign) or isinstance(node.value, ast.Call):
             continue  # the docstring, and nodes: cfg.MODEL.PAFPN = CN()
-        above = [line for line in sections if line < node.lineno]
-        end, section = sections[above[-1]] if above else (0, "General")
+        end, section = sections[max(line for line in sections if line < node.lineno)]
         first = node.lineno
         while first - 1 in comments and first - 1 > end:
             first -= 1
@@ -80,14 +61,8 @@ def read_keys(source):
     return keys
 
 
-def config_page(source):
-    """
-    Args:
-        source (str): as of :func:`read_keys`.
-
-    Returns:
-        str: the page, in Markdown; each key has the anchor of its name in lower case with dashes.
-    """
+def config_page(source: str) -> str:
+    """The page, in Markdown; the anchor of a key is its name in lower case with dashes."""
     parts, section = [INTRODUCTION], None
     for key in read_keys(source):
         if key.section != section:
@@ -102,14 +77,14 @@ def config_page(source):
     return "\n".join(parts)
 
 
-def _markdown(comment):
-    """Names as code, everything else as the characters it is."""
-    done, at = "", 0
+def _markdown(comment: str) -> str:
+    """Names as code, everything else escaped."""
+    text, start = "", 0
     for match in CODE.finditer(comment):
-        done += _plain(comment[at : match.start()]) + f"`{match[0]}`"
-        at = match.end()
-    return done + _plain(comment[at:])
+        text += _plain(comment[start : match.start()]) + f"`{match[0]}`"
+        start = match.end()
+    return text + _plain(comment[start:])
 
 
-def _plain(text):
+def _plain(text: str) -> str:
     return re.sub(r"([*_`<\[\]])", r"\\\1", text)

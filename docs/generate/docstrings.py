@@ -11,11 +11,11 @@ BLOCK = re.compile(r"::$", re.MULTILINE)
 
 
 class Roles(griffe.Extension):
-    """Links what the package has; what it has not, such as Detectron2's classes, is set as code."""
+    """Links names of the package; other names, such as Detectron2's classes, become code."""
 
     def on_package(self, *, pkg, loader, **kwargs):
         objects = list(_objects(pkg))
-        targets = {}
+        targets = {}  # (role, "evaluation.match") -> {"imrcnn_d2.evaluation.match"}
         for obj in objects:
             parts = obj.path.split(".")
             for k in range(1, len(parts) + 1):
@@ -40,8 +40,9 @@ def _role(obj):
 
 
 def _link(obj, targets, match):
+    """Prefer the object of this name that stands nearest to the docstring."""
     role, name = match.groups()
-    found = targets.get((role, name), set())
-    own = {path for path in found if path.rpartition(".")[0] in obj.path}
-    (target,) = own if len(own) == 1 else found if len(found) == 1 else (None,)
+    paths = targets.get((role, name), set())
+    near = {path for path in paths if path.rpartition(".")[0] in obj.path}
+    (target,) = near if len(near) == 1 else paths if len(paths) == 1 else (None,)
     return f"[`{name}`][{target}]" if target else f"`{name}`"

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Print what leakage does to the figures, from the runs of `make ... main groups leakage`.
+"""Print what leakage does to the metrics, from the runs of `make ... main groups leakage`.
 
     python examples/kvasir_seg_study/leakage.py output/study datasets
 
-The first table: drawn patients with two to five images each, split by image and by patient, means
-of three draws. The second: Kvasir-SEG split at random and with near-identical images kept together;
-of the random split's test images also those that have a twin in train or val, and the others.
+The first table: synthetic patients with two to five images each, split by image and by patient,
+means of three random data sets. The second: Kvasir-SEG split at random and with near-identical
+images kept together; of the random split's test images also those with a duplicate elsewhere, and
+the others.
 """
 
 import argparse
@@ -26,7 +27,7 @@ COLUMNS = {
     "F1": "lesion/f1",
     "mIoU": "image/miou",
 }
-DRAWS = 3
+SEEDS = 3
 
 
 def main(argv=None):
@@ -36,34 +37,28 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("data", type=Path, help="folder of the splits")
     args = parser.parse_args(argv)
-    print(markdown_table(pd.DataFrame(drawn(args.runs))), end="\n\n")
+    print(markdown_table(pd.DataFrame(synthetic(args.runs))), end="\n\n")
     print(markdown_table(pd.DataFrame(kvasir(args.runs, args.data))))
 
 
-def drawn(runs):
-    """Rows of mean ± population sd over the draws."""
+def synthetic(runs):
+    """Rows of mean ± population sd over the seeds."""
     for by in ("image", "patient"):
-        figures = pd.DataFrame(
-            {heading: figure(metrics, name)[0] for heading, name in COLUMNS.items()}
+        values = pd.DataFrame(
+            {heading: recorded_value(metrics, name)[0] for heading, name in COLUMNS.items()}
             for metrics in (
-                load_run(runs / "leakage" / f"by_{by}_{draw}").recorded for draw in range(DRAWS)
+                load_run(runs / "leakage" / f"by_{by}_{seed}").recorded for seed in range(SEEDS)
             )
         )
         cells = {
-            heading: f"{figures[heading].mean():.1f} ± {figures[heading].std(ddof=0):.1f}"
+            heading: f"{values[heading].mean():.1f} ± {values[heading].std(ddof=0):.1f}"
             for heading in COLUMNS
         }
-        yield {"drawn images, split": f"by {by}", **cells}
+        yield {"synthetic, split": f"by {by}", **cells}
 
 
-def figure(metrics, name):
-    """
-    A figure and its interval, or None.
-
-    Args:
-        metrics (dict): a metrics.json.
-        name (str): group/figure, such as "segm/AP50_voc" or "tau_val.lesion/f1".
-    """
+def recorded_value(metrics, name):
+    """A metric of a metrics.json and its interval or None; name is like "tau_val.lesion/f1"."""
     group, _, key = name.rpartition("/")
     for part in group.split("."):
         metrics = metrics[part]
@@ -72,7 +67,7 @@ def figure(metrics, name):
 
 
 def kvasir(runs, data):
-    """Rows of figures with 95 % intervals."""
+    """Rows of metrics with 95 % intervals."""
     random, groups = (
         evaluated(data / split / "kvasir_seg", runs / run)
         for split, run in (("random", "main/imrcnn_seed0"), ("groups", "groups/imrcnn"))
@@ -81,15 +76,15 @@ def kvasir(runs, data):
         "pairs"
     ]
     tested = {image["file_name"] for image in random[0]["images"]}
-    twins = {
+    duplicates = {
         name
         for pair in pairs
         for name in pair["images"]
         if name in tested and not set(pair["images"]) <= tested
     }
     yield row("at random", *random)
-    yield row("– with a twin in train or val", *part(random, twins))
-    yield row("– the others", *part(random, tested - twins))
+    yield row("– with a duplicate elsewhere", *part(random, duplicates))
+    yield row("– the others", *part(random, tested - duplicates))
     yield row("near-identical images together", *groups)
 
 
@@ -101,7 +96,7 @@ def evaluated(data_set, run):
 
 
 def part(whole, names):
-    """The images of these names, and what is of them."""
+    """Ground truth and results of the images of these names."""
     truth, results = whole
     images = [image for image in truth["images"] if image["file_name"] in names]
     ids = {image["id"] for image in images}
@@ -111,12 +106,12 @@ def part(whole, names):
 
 
 def row(label, truth, results):
-    found = evaluate_lesions(truth, results, bootstrap=Bootstrap(all_coco=True))
+    scored = evaluate_lesions(truth, results, bootstrap=Bootstrap(all_coco=True))
     cells = {"Kvasir-SEG, split": label, "test images": str(len(truth["images"]))}
     for heading, path in COLUMNS.items():
-        group, _, figure = path.rpartition("/")
-        interval = found.intervals.get(group, {}).get(figure)
-        cells[heading] = format_value(figure, found.groups()[group][figure], interval)
+        group, _, key = path.rpartition("/")
+        interval = scored.intervals.get(group, {}).get(key)
+        cells[heading] = format_value(key, scored.groups()[group][key], interval)
     return cells
 
 

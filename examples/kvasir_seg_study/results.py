@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Make docs/results.md, its tables and its pictures from the runs of the Makefile beside.
+"""Make docs/results.md, its tables and its plots from the runs of the Makefile in this folder.
 
     python examples/kvasir_seg_study/results.py output/study datasets
 
-The words are in results.md.j2; every figure in a table or a picture comes from a run's files. A
+The text is in results.md.j2; every value in a table or a plot comes from a run's files. A
 section whose runs are not all there, or not finished, stays on the page as it is, and is named.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
-from leakage import drawn, figure, kvasir
+from leakage import kvasir, recorded_value, synthetic
 
 from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
 from imrcnn_d2.evaluation.robustness import ROBUSTNESS
@@ -36,34 +36,33 @@ from imrcnn_d2.utils.files import write_atomically
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-# Tests that the page shows whatever came out, beside those with an adjusted p below 0.05.
+# Tests that the page always shows, next to those with an adjusted p below 0.05.
 JUDGED = ("segm/AP50_voc", "lesion/iou", "tau_val.lesion/f1", "image/miou")
 
 
 class Study:
-    """What the page's template calls. Runs are named by patterns of paths within their folder."""
+    """What the page's template uses. Runs are named by patterns of paths within their folder."""
 
-    def __init__(self, folder, data, pictures):
-        self._folder, self._data, self._pictures = folder, data, pictures
+    def __init__(self, folder, data, plots):
+        self._folder, self._data, self._plots = folder, data, plots
 
     def paths(self, *patterns):
-        """
-        The folders of runs, in order.
+        """The folders of runs, in order.
 
         Raises:
             FileNotFoundError: a pattern has none, or one that has not finished.
         """
         paths = []
         for pattern in patterns:
-            found = sorted(self._folder.glob(pattern))
-            unfinished = [str(path) for path in found if not _is_finished(path)]
-            if unfinished or not found:
+            matches = sorted(self._folder.glob(pattern))
+            unfinished = [str(path) for path in matches if not _is_finished(path)]
+            if unfinished or not matches:
                 raise FileNotFoundError(", ".join(unfinished) or str(self._folder / pattern))
-            paths += found
+            paths += matches
         return paths
 
     def comparison(self, *patterns):
-        """Comparison: of the models of these runs."""
+        """The Comparison of the models of these runs."""
         runs = [load_run(path) for path in self.paths(*patterns)]
         return compare(gather(runs), Bootstrap())
 
@@ -77,28 +76,24 @@ class Study:
             for test in compared.fold_tests or compared.tests
             if test.endpoint in JUDGED or test.p_holm < 0.05
         ]
-        return table_of_tests(compared, tests, "tests", title).markdown()
+        return table_of_tests(tests, "tests", title).markdown()
 
     def pr_curves(self, compared, stem):
-        """The curves of each model's masks, of its median seed, as a picture."""
+        """Plot the curves of each model's masks, for its median seed."""
         shown = median_runs(compared, lambda run: run.results.segm["AP50_voc"])
         curves = {
             label: next(curve for kind, _, curve in run.results.curves if kind == "segm")
             for label, run in shown.items()
         }
         panels = {"Masks, precision and recall at IoU 0.5": curves}
-        path = self._pictures / f"{stem}.png"
-        plot_pr_panels(panels, [path], tau=compared.settings["tau"])
-        return _picture(path, "Precision-recall curves")
+        path = self._plots / f"{stem}.png"
+        plot_pr_panels(panels, path, tau=compared.settings["tau"])
+        return _link(path, "Precision-recall curves")
 
-    def figures(self, rows, columns):
-        """
-        A table of single runs.
+    def metrics(self, rows, columns):
+        """A table of single runs: label -> path of the run, heading -> group/key of metrics.json.
 
-        Args:
-            rows (dict[str, str]): label -> path of the run.
-            columns (dict[str, str]): heading -> group/figure of metrics.json, "tau_val." before
-                the group for the operating point that was chosen on validation images.
+        "tau_val." before the group is the operating point that was chosen on validation images.
         """
         cells = []
         for label, path in rows.items():
@@ -108,17 +103,16 @@ class Study:
         return markdown_table(pd.DataFrame(cells))
 
     def means(self, rows, columns, dataset=None):
-        """
-        Likewise, the mean over the runs of a pattern, and their smallest and largest.
+        """Likewise, the mean over the runs of a pattern, and their smallest and largest.
 
-        ``dataset`` is what they were evaluated on, where that is not their test images.
+        `dataset` is the data set they were evaluated on, if not their test images.
         """
         cells = []
         for label, pattern in rows.items():
             every = [load_run(path, dataset=dataset).recorded for path in self.paths(pattern)]
             texts = {}
             for heading, name in columns.items():
-                values = [figure(metrics, name)[0] for metrics in every]
+                values = [recorded_value(metrics, name)[0] for metrics in every]
                 key = name.rpartition("/")[2]
                 mean, low, high = (
                     format_value(key, value, decimals=1 if is_percent(key) or is_count(key) else 2)
@@ -129,9 +123,9 @@ class Study:
         return markdown_table(pd.DataFrame(cells))
 
     def leakage(self):
-        """Two tables, of drawn patients and of near-identical images."""
+        """Two tables, of synthetic patients and of near-identical images."""
         self.paths("leakage/*", "groups/imrcnn", "main/imrcnn_seed0")
-        tables = drawn(self._folder), kvasir(self._folder, self._data)
+        tables = synthetic(self._folder), kvasir(self._folder, self._data)
         return "\n\n".join(markdown_table(pd.DataFrame(rows)) for rows in tables)
 
     def robustness(self, rows, stem):
@@ -141,9 +135,9 @@ class Study:
             for label, path in rows.items()
             for folder in self.paths(path)
         }
-        path = self._pictures / f"{stem}.png"
+        path = self._plots / f"{stem}.png"
         plot_robustness(documents, path)
-        return _picture(path, "Figures under distortions")
+        return _link(path, "Metrics under distortions")
 
     def runs(self, *patterns):
         """A table of runs: the config's hash, the revision and the hours."""
@@ -165,7 +159,7 @@ class Study:
 def _is_finished(path):
     if (path / "run.json").is_file():
         return bool(_record(path)["finished"])
-    return (path / "done").is_file()  # an evaluation alone: of the Makefile
+    return (path / "done").is_file()  # of the Makefile, for an evaluation alone
 
 
 def _record(path):
@@ -173,28 +167,23 @@ def _record(path):
 
 
 def _text(metrics, name):
-    return format_value(name.rpartition("/")[2], *figure(metrics, name))
+    return format_value(name.rpartition("/")[2], *recorded_value(metrics, name))
 
 
-def _picture(path, text):
+def _link(path, text):
     return f"![{text}](images/{path.parent.name}/{path.name})"
 
 
 def sections(text):
-    """dict[str, str]: a page's sections by heading, what comes before the first by ""."""
+    """A page's sections by heading; "" is the text before the first."""
     parts = re.split(r"^(?=##+ )", text, flags=re.MULTILINE)
     return {part.split("\n", 1)[0] if part.startswith("##") else "": part for part in parts}
 
 
 def render(template, study, page):
-    """
-    Args:
-        template (str): the page's template. A section is rendered by itself.
-        study (Study): what the template calls.
-        page (str): the page as it is.
+    """Return the new page, and the reason for each heading whose runs are missing.
 
-    Returns:
-        tuple[str, dict[str, str]]: the new page, and of the headings whose runs are not there why.
+    Sections are rendered one by one; those without runs are taken from `page`, the page as it is.
     """
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
@@ -218,9 +207,9 @@ def main(argv=None):
     parser.add_argument("data", type=Path, help="folder of the splits")
     parser.add_argument("--output", type=Path, default=DOCS / "results.md", help="the page")
     args = parser.parse_args(argv)
-    pictures = args.output.parent / "images" / "results"
-    pictures.mkdir(parents=True, exist_ok=True)
-    study = Study(args.runs, args.data, pictures)
+    plots = args.output.parent / "images" / "results"
+    plots.mkdir(parents=True, exist_ok=True)
+    study = Study(args.runs, args.data, plots)
     before = args.output.read_text(encoding="utf-8") if args.output.is_file() else ""
     template = (HERE / "results.md.j2").read_text(encoding="utf-8")
     page, missing = render(template, study, before)

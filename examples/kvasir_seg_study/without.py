@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Write trained weights with a part of the neck set back to its identity start.
+"""Write trained weights with a part of the neck reset to its identity start.
 
     python examples/kvasir_seg_study/without.py attention model_best.pth without_attention.pth
 
-attention: every gate is 1. bottom_up: nothing comes from the level below. How far the figures fall
-says what the trained network owes to the part. For weights that started with MODEL.PAFPN.INIT
-"identity".
+attention: every gate is 1. bottom_up: nothing comes from the level below. The fall of the
+metrics shows how much the trained network relies on the part. For weights that started with
+MODEL.PAFPN.INIT "identity".
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(argv=None):
     model = torch.load(args.weights, map_location="cpu", weights_only=True)["model"]
     reset = [name for name in model if PARTS[args.part].search(name)]
     if not reset:
-        parser.error(f"{args.weights} has no {args.part} to set back")
+        parser.error(f"{args.weights} has no {args.part} to reset")
     for name in reset:
         model[name].zero_()
     torch.save({"model": model}, args.output)

@@ -18,90 +18,67 @@ from imrcnn_d2.cli import new_parser, one_line_errors
 from imrcnn_d2.utils.files import file_sha256, for_terminal
 
 
+def argument_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    files = dict(nargs="+", required=True, type=Path, metavar="FILE")
+    text = "COCO instance annotations, one file per annotator"
+    parser.add_argument("--annotations", **files, help=text)
+    text = "of the annotators (default: the files' names)"
+    parser.add_argument("--names", nargs="+", metavar="NAME", help=text)
+    text = "a model's predictions.json or COCO results (of the images of the first file), or a "
+    parser.add_argument("--dt", type=Path, help=f"{text}folder of masks")
+    parser.add_argument("--tau", type=float, default=0.7, help="score threshold of --dt (0.7)")
+    parser.add_argument("--model-name", default="model", metavar="NAME", help="of --dt (model)")
+    text = "least overlap of two annotations of one lesion (0.5)"
+    parser.add_argument("--iou", type=float, default=0.5, help=text)
+    text = "of the bootstrap (2000); 0: no intervals"
+    parser.add_argument("--resamples", type=int, default=2000, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    text = "folder that file_name is relative to, for a contact sheet"
+    parser.add_argument("--images", type=Path, help=text)
+    parser.add_argument("--output", required=True, type=Path, help="folder for the results")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
-    from imrcnn_d2.evaluation import Bootstrap
-    from imrcnn_d2.evaluation.annotator_agreement import (
-        agreement,
-        read_annotator,
-        read_model,
-        write_agreement,
-    )
+    from imrcnn_d2.evaluation import Bootstrap, annotator_agreement
     from imrcnn_d2.report.agreement import agreement_table, plot_agreement, plot_disagreements
 
     with one_line_errors(parser):
         names = args.names or unique_names(args.annotations)
         if len(names) != len(args.annotations):
             raise ValueError(f"{len(args.annotations)} files, but {len(names)} --names.")
-        annotators = [
-            read_annotator(name, file) for name, file in zip(names, args.annotations, strict=True)
-        ]
-        model = None
+        annotators = list(map(annotator_agreement.read_annotator, names, args.annotations))
+        files, model, tau = [*args.annotations], None, None
         if args.dt is not None:
-            model = read_model(args.model_name, args.dt, args.tau, annotators[0])
+            files, tau = [*files, args.dt], args.tau
+            model = annotator_agreement.read_model(args.model_name, args.dt, tau, annotators[0])
         bootstrap = Bootstrap(args.resamples, args.seed) if args.resamples else None
-        result = agreement(annotators, model, iou_threshold=args.iou, bootstrap=bootstrap)
-        files = [*args.annotations, *([args.dt] if args.dt else [])]
-        meta = {
-            "files": [str(file.absolute()) for file in files],
-            "sha256": [file_sha256(file) if file.is_file() else None for file in files],
-            "tau": args.tau if args.dt else None,
-        }
-        paths = write_agreement(result, args.output, **meta)
+        settings = dict(iou_threshold=args.iou, bootstrap=bootstrap)
+        result = annotator_agreement.agreement(annotators, model, **settings)
+        paths = annotator_agreement.write_agreement(
+            result,
+            args.output,
+            files=[str(file.absolute()) for file in files],
+            sha256=[file_sha256(file) if file.is_file() else None for file in files],
+            tau=tau,
+        )
         paths.append(args.output / "agreement.png")
         plot_agreement(result, paths[-1])
-        if args.images:
-            sheet = args.output / "disagreements.png"
-            if plot_disagreements(result, args.images, sheet) is not None:
-                paths.append(sheet)
+        sheet = args.output / "disagreements.png"
+        if args.images and plot_disagreements(result, args.images, sheet) is not None:
+            paths.append(sheet)
     print(f"{len(result.images)} images")
     for note in result.notes:
         print(for_terminal(note))
     if result.missing:
         print(f"{len(result.missing)} images left out, since not all files have them:")
-        for file, names in result.missing.items():
-            print(for_terminal(f"  {file}: not in {', '.join(names)}"))
+        for file, lacking in result.missing.items():
+            print(for_terminal(f"  {file}: not in {', '.join(lacking)}"))
     print(f"\n{agreement_table(result)}\n")
     print(f"Written to {args.output}: {', '.join(path.name for path in paths)}")
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
-    parser.add_argument(
-        "--annotations",
-        nargs="+",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="COCO instance annotations, one file per annotator",
-    )
-    parser.add_argument(
-        "--names", nargs="+", metavar="NAME", help="of the annotators (default: the files' names)"
-    )
-    parser.add_argument(
-        "--dt",
-        type=Path,
-        help="a model's predictions.json or COCO results (of the images of the first file), or a "
-        "folder of masks",
-    )
-    parser.add_argument("--tau", type=float, default=0.7, help="score threshold of --dt (0.7)")
-    parser.add_argument("--model-name", default="model", metavar="NAME", help="of --dt (model)")
-    parser.add_argument(
-        "--iou",
-        type=float,
-        default=0.5,
-        help="least overlap of two annotations of one lesion (0.5)",
-    )
-    parser.add_argument(
-        "--resamples", type=int, default=2000, help="of the bootstrap (2000); 0: no intervals"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
-    parser.add_argument(
-        "--images", type=Path, help="folder that file_name is relative to, for a contact sheet"
-    )
-    parser.add_argument("--output", required=True, type=Path, help="folder for the results")
-    return parser
 
 
 def unique_names(files):

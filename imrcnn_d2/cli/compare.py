@@ -1,4 +1,4 @@
-"""Compare models: the paper's Tables 3, 4 and 5 and its Figure 4 for your own runs; classifiers.
+"""Compare models: the paper's Tables 3, 4 and 5 and its Figure 4 for your runs; classifiers.
 
     imrcnn compare output/mrcnn output/ibmrcnn output/imrcnn --output comparison/
     imrcnn compare "MR-CNN=old/mrcnn" "IMR-CNN=old/imrcnn" --baseline MR-CNN --output comparison/
@@ -19,28 +19,24 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, or NAME=FOLDER")
     parser.add_argument("--output", required=True, type=Path, help="folder for the files")
-    parser.add_argument(
-        "--primary",
-        metavar="GROUP/METRIC",
-        help="the one endpoint whose p-values are not adjusted (segm/AP50_voc; of classifiers "
-        "recognition/balanced_accuracy)",
-    )
+    text = "the one endpoint whose p-values are not adjusted (segm/AP50_voc; of classifiers "
+    text += "recognition/balanced_accuracy)"
+    parser.add_argument("--primary", metavar="GROUP/METRIC", help=text)
     parser.add_argument("--baseline", metavar="NAME", help="compare with this model only")
     parser.add_argument("--dataset", help="which evaluation, where a run has several")
     parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
-    parser.add_argument(
-        "--ci-all", action="store_true", help="intervals and tests of COCO's AP too, which is slow"
-    )
+    text = "intervals and tests of COCO's AP too, which is slow"
+    parser.add_argument("--ci-all", action="store_true", help=text)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
-    from imrcnn_d2.evaluation.statistics import Bootstrap
+    from imrcnn_d2.evaluation import Bootstrap
+    from imrcnn_d2.report import load_run
     from imrcnn_d2.report.comparison import compare, gather, write_comparison
-    from imrcnn_d2.report.runs import load_run
 
     with one_line_errors(parser):
         runs = [load_run(path, dataset=args.dataset) for path in args.runs]

@@ -4,9 +4,9 @@
 
 configs/cross_validation/sweep.yaml has all options, such as hydra/launcher=submitit_slurm. The
 folds are made once, next to the prepared data set, and are the same for all models. A run that
-breaks is named and the others go on; the same command again resumes what was interrupted and leaves
-alone what is finished. On SIGTERM or Ctrl-C the training that runs is saved, and the exit code is
-75. Ends with a table and the command that compares the models.
+breaks is listed and the others go on; the same command again resumes what was interrupted and skips
+what is finished. On SIGTERM or Ctrl-C the current training is saved, and the exit code is 75. Ends
+with a table and the command that compares the models.
 """
 
 import logging
@@ -14,51 +14,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import hydra
+from omegaconf import DictConfig
 
-from imrcnn_d2.data.images import check_no_way_out
+from imrcnn_d2.utils.files import check_no_way_out
 
 WAIT_SECONDS = 5
-
-
-def application(task):
-    """A task as a Hydra application that takes its overrides from the command line."""
-    from imrcnn_d2.engine.config import SHIPPED
-
-    folder = str(SHIPPED[0] / "cross_validation")
-    return hydra.main(version_base="1.3", config_path=folder, config_name="sweep")(task)
-
-
-def train(cfg):
-    from imrcnn_d2.engine.cross_validation import FoldRun
-
-    FoldRun.from_config(cfg).train()
-
-
-def planned_runs():
-    """The runs of the command line: Hydra's own sweep, with a task that collects the configs."""
-    from imrcnn_d2.engine.cross_validation import FoldRun
-
-    configs = []
-
-    def collect(cfg):
-        configs.append(cfg)
-
-    overrides = [a for a in sys.argv if not a.startswith(("hydra.launcher", "hydra/launcher"))]
-    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
-    original_argv = sys.argv
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            sys.argv = [*overrides, *quiet, f"hydra.sweep.dir={scratch}", "hydra/launcher=basic"]
-            application(collect)()
-    finally:
-        sys.argv = original_argv
-    runs = [FoldRun.from_config(cfg) for cfg in configs]
-    twice = [name for name, n in Counter(run.name for run in runs).items() if n > 1]
-    if twice:
-        raise ValueError(f"Two runs would share the folder {twice[0]}: give each its own output=.")
-    return runs
 
 
 def main(argv: list[str] | None = None) -> int | str | None:
@@ -69,10 +32,48 @@ def main(argv: list[str] | None = None) -> int | str | None:
     from imrcnn_d2.engine.hooks import interruptible
 
     with interruptible():
-        return cross_validate()
+        return _cross_validate()
 
 
-def cross_validate():
+def application(action: Callable[[DictConfig], None]):
+    """A Hydra application that takes its overrides from the command line."""
+    from imrcnn_d2.engine.config import SHIPPED
+
+    folder = str(SHIPPED[0] / "cross_validation")
+    return hydra.main(version_base="1.3", config_path=folder, config_name="sweep")(action)
+
+
+def train(cfg):
+    from imrcnn_d2.engine.cross_validation import FoldRun
+
+    FoldRun.from_config(cfg).train()
+
+
+def planned_runs():
+    """The runs of the command line: Hydra's own sweep, which here only collects the configs."""
+    from imrcnn_d2.engine.cross_validation import FoldRun
+
+    configs, argv = [], sys.argv
+
+    def collect(cfg):  # Hydra looks at the file of a function
+        configs.append(cfg)
+
+    overrides = [a for a in argv if not a.startswith(("hydra.launcher", "hydra/launcher"))]
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            sys.argv = [*overrides, *quiet, f"hydra.sweep.dir={scratch}", "hydra/launcher=basic"]
+            application(collect)()
+    finally:
+        sys.argv = argv
+    runs = [FoldRun.from_config(cfg) for cfg in configs]
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            raise ValueError(f"Two runs would share the folder {name}: give each its output=.")
+    return runs
+
+
+def _cross_validate():
     from imrcnn_d2.engine.cross_validation import describe_runs, prepare_folds
     from imrcnn_d2.engine.hooks import Interrupted
 

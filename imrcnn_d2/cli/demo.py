@@ -14,26 +14,22 @@ from pathlib import Path
 
 from imrcnn_d2.cli import new_parser
 
-PACKAGE = Path(__file__).resolve().parents[1]
-CONFIG = PACKAGE / "configs" / "imrcnn_lite_demo.yaml"
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "imrcnn_lite_demo.yaml"
 
 
 def main(argv: list[str] | None = None) -> None:
     output = argument_parser().parse_args(argv).output.resolve()
     data = output / "datasets" / "synthetic"
     report, card = output / "report.html", output / "model_card.md"
-    commands = (
+    for command in (
         ("prepare-dataset", "synthetic", "--out", data, "--num-images", 160, "--size", 256),
         ("train", "--config-file", CONFIG, "--data", data, "--resume", "OUTPUT_DIR", output),
         ("report", output, "--output", report, "--card", card),
-    )
-    for command in (list(map(str, command)) for command in commands):
+    ):
+        command = list(map(str, command))
         print(f"\n$ imrcnn {shlex.join(command)}", flush=True)
-        subprocess.run(
-            [sys.executable, "-m", "imrcnn", *command],
-            env={**os.environ, "IMRCNN_DATASETS": str(data.parent)},
-            check=True,
-        )
+        env = {**os.environ, "IMRCNN_DATASETS": str(data.parent)}
+        subprocess.run([sys.executable, "-m", "imrcnn", *command], env=env, check=True)
 
     results = output / "inference" / "synthetic_test"
     metrics = json.loads((results / "metrics.json").read_text())
@@ -45,9 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name in ("metrics.json", "per_image.csv", "pr_curve.png", "contact_sheet.png"):
         print(results / name)
-    print(output / "model_best.pth")
-    print(card)
-    print(f"\nThe report, to open in a browser: {report}")
+    print(f"{output / 'model_best.pth'}\n{card}\n\nThe report, to open in a browser: {report}")
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -31,12 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     try:
         with one_line_errors(parser, extra="demo"):
-            from imrcnn_d2.deploy.web.server import serve
+            from imrcnn_d2.deploy.web.app import serve
 
         with one_line_errors(parser, extra="deploy"):
-            predictor = Predictor(
-                args.config_file, args.weights, runtime=args.runtime, crop_view=args.crop_view
-            )
+            options = {"runtime": args.runtime, "crop_view": args.crop_view}
+            predictor = Predictor(args.config_file, args.weights, **options)
             Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # by which `open_image` refuses images
             # As Ctrl-C does, so that the folder of uploads is removed.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -47,17 +46,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, parents=[predictor_arguments()])
-    parser.add_argument(
-        "--weights",
-        default="demo",
-        help="file, URL, or the name of weights in the package (%(default)s)",
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen at (%(default)s); 0.0.0.0 lets in everybody on the network",
-    )
-    parser.add_argument(
-        "--port", type=int, default=7860, help="to listen at (%(default)s); 0 takes a free one"
-    )
+    weights = "file, URL, or the name of weights in the package (%(default)s)"
+    parser.add_argument("--weights", default="demo", help=weights)
+    host = "address to listen at (%(default)s); 0.0.0.0 lets in everybody on the network"
+    parser.add_argument("--host", default="127.0.0.1", help=host)
+    port = "to listen at (%(default)s); 0 takes a free one"
+    parser.add_argument("--port", type=int, default=7860, help=port)
     return parser

@@ -35,14 +35,14 @@ def score_lesions(args: argparse.Namespace) -> None:
     from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
     from imrcnn_d2.report.plots import draw_all
 
-    matching = {"iou_threshold": args.iou, "iou_type": args.iou_type}
+    iou_options = {"iou_threshold": args.iou, "iou_type": args.iou_type}
     columns = [parse_by(text) for text in args.by]
-    point = operating_point(args, matching) if args.tau_from else None
+    point = operating_point(args, iou_options) if args.tau_from else None
     bootstrap = None
     if args.resamples:
         bootstrap = Bootstrap(args.resamples, args.seed, all_coco=args.ci_all)
     resampled = {"operating_point": point, "bootstrap": bootstrap}
-    results = evaluate_lesions(args.gt, args.dt, tau=args.tau, **resampled, **matching)
+    results = evaluate_lesions(args.gt, args.dt, tau=args.tau, **resampled, **iou_options)
     results = with_groups(results, columns, **resampled)
     detections = coco_results(results.detections, results.ground_truth)
     write_atomically(args.output / RESULTS, json.dumps(detections))
@@ -79,7 +79,6 @@ def write_and_log(results, args):
     from imrcnn_d2.evaluation.output import log_test_evaluation, write_evaluation
 
     paths = write_evaluation(results, args.output, gt=args.gt, dt=args.dt, image_root=args.images)
-
     sha256 = file_sha256(args.dt) if args.dt.is_file() else None
     log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
     return paths.values()
@@ -145,7 +144,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def operating_point(args, matching):
+def operating_point(args, iou_options):
     """The threshold chosen on the validation set of --tau-from."""
     from imrcnn_d2.evaluation import evaluate_lesions
     from imrcnn_d2.evaluation.detection.results import choose_operating_point
@@ -156,7 +155,7 @@ def operating_point(args, matching):
             f"--tau-from {gt} is the ground truth to be scored: a threshold is never chosen on a "
             "test set. Give a validation set."
         )
-    return choose_operating_point(evaluate_lesions(gt, dt, **matching), args.tau_rule, str(gt))
+    return choose_operating_point(evaluate_lesions(gt, dt, **iou_options), args.tau_rule, str(gt))
 
 
 def print_lesions(results):

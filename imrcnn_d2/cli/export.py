@@ -33,7 +33,6 @@ BOUNDS = {
     "bf16": {"lost": 0, "unmatched": 5, "score": 0.1, "box": 3, "mask_iou": 0.9, "share": 0.9},
     "int8": {"lost": 2, "unmatched": 10, "score": 0.25, "box": 5, "mask_iou": 0.85, "share": 0.95},
 }
-
 MOST_IMAGES = 50  # that are compared
 MOST_CALIBRATION = 300
 
@@ -41,10 +40,10 @@ MOST_CALIBRATION = 300
 def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
-    if args.output.suffix != f".{args.format}":
-        parser.error(f"--output {args.output} must end with .{args.format}")
+    if args.output.suffix != args.format.suffix:
+        parser.error(f"--output {args.output} must end with {args.format.suffix}")
     try:
-        runtime_of(args.format).check_precision(args.precision)
+        args.format.check_precision(args.precision)
     except ValueError as error:
         parser.error(str(error))
     if args.calibration and args.precision != "int8":
@@ -54,17 +53,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def runtime_of(form: str):
-    """The `Runtime` that writes files of a format."""
+    """The `Runtime` that writes files of a format, for --format."""
     from imrcnn_d2.deploy.runtimes import EXPORTS
 
     if form not in EXPORTS:
         raise argparse.ArgumentTypeError(f"{form!r} is none of {', '.join(EXPORTS)}")
     return EXPORTS[form]
-
-
-def _format(form: str) -> str:
-    runtime_of(form)
-    return form
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -77,51 +71,51 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     epilog = "bounds (exact: of safetensors in fp32):\n  " + "\n  ".join(bounds)
     parser = new_parser(__doc__, epilog=epilog)
-    parser.add_argument(
-        "--format",
-        type=_format,
-        metavar="NAME",
-        required=True,
-        help="of the file: safetensors, onnx or openvino",
-    )
-    parser.add_argument("--config-file", type=Path, help="as for imrcnn predict")
-    parser.add_argument("--weights", required=True, help="the trained model")
-    parser.add_argument(
+    add = parser.add_argument
+    form = "of the file: safetensors, onnx or openvino"
+    add("--format", type=runtime_of, metavar="NAME", required=True, help=form)
+    add("--config-file", type=Path, help="as for imrcnn predict")
+    add("--weights", required=True, help="the trained model")
+    add(
         "--precision",
         choices=sorted(set(BOUNDS) - {"exact"}),
         default="fp32",
         help="fp16 has half the size (safetensors), bf16 is faster where the processor has such "
-        "arithmetic (openvino), int8 has a third of the size and is faster still "
-        "(openvino) (fp32)",
+        "arithmetic, int8 has a third of the size and is faster still (openvino) (fp32)",
     )
-    parser.add_argument(
-        "--images", required=True, nargs="+", metavar="PATH", help="what to compare on; 50 at most"
-    )
-    parser.add_argument(
-        "--calibration",
-        nargs="+",
-        metavar="PATH",
-        help=f"images to fit int8 to, none that it is tested on; {MOST_CALIBRATION} at most",
-    )
-    parser.add_argument("--output", required=True, type=Path, help="the file to write")
+    images = f"what to compare on; {MOST_IMAGES} at most"
+    add("--images", required=True, nargs="+", metavar="PATH", help=images)
+    calibration = f"images to fit int8 to, none that it is tested on; {MOST_CALIBRATION} at most"
+    add("--calibration", nargs="+", metavar="PATH", help=calibration)
+    add("--output", required=True, type=Path, help="the file to write")
     return parser
 
 
 def export(args):
     """Write the file next to its place, compare, and move it there."""
-    from imrcnn_d2.deploy import Predictor
+    from tqdm import tqdm
 
-    runtime = runtime_of(args.format)
+    from imrcnn_d2.deploy import Predictor, load_model
+    from imrcnn_d2.deploy.runtimes import Runtime
+
+    runtime = args.format
     exact = args.precision in runtime.exact_precisions
     images = find_images(args.images, MOST_IMAGES, "--images")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         path = Path(folder) / args.output.name
         original = Predictor(args.config_file, args.weights, device="cpu")
-        write(runtime, args, original, images[0], path)
+        loaded = load_model(args.config_file, args.weights, device="cpu")
+        if isinstance(loaded.model, Runtime):
+            raise ValueError(f"{args.weights} is an export already: name the original weights")
+        int8 = args.precision == "int8"
+        fitted = calibration_images(loaded.cfg, args.calibration) if int8 else ()
+        bar = tqdm(fitted, desc="Reading images", disable=not fitted)
+        example, *calibration = (original.prepare(read_image(p)) for p in (images[0], *bar))
+        options = {"precision": args.precision, "calibration": calibration}
+        runtime.export(loaded, path, example=example, **options)
         exported = Predictor(None, path, device="cpu")
-        bounds = BOUNDS["exact" if exact else args.precision]
-        differences, exceeded = runtime.check(original, exported, images, bounds)
+        differences = runtime.check(original, exported, images)
         if not differences.detections:
             raise ValueError("No detections on --images: name images with lesions to compare on")
         score, box, mask_iou = differences.largest()
@@ -131,34 +125,10 @@ def export(args):
             f"score {score:.2g}, of a box {box:.2g} % of the image; smallest overlap of masks "
             f"{mask_iou:.4f}"
         )
-        if exceeded:
+        if exceeded := differences.exceeded(**BOUNDS["exact" if exact else args.precision]):
             raise ValueError(f"{args.output} was not written: {'; '.join(exceeded)}")
         os.replace(path, args.output)
     print(f"Written: {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
-
-
-def write(runtime, args, original, example, path):
-    """Write the file to `path`; the predictor `original` prepares images for the network."""
-    from tqdm import tqdm
-
-    from imrcnn_d2.deploy import load_model
-    from imrcnn_d2.deploy.runtimes import Runtime
-
-    loaded = load_model(args.config_file, args.weights, device="cpu")
-    if isinstance(loaded.model, Runtime):
-        raise ValueError(f"{args.weights} is an export already: name the weights it was made of")
-    int8 = args.precision == "int8"
-    calibration = calibration_images(loaded.cfg, args.calibration) if int8 else ()
-    runtime.export(
-        loaded,
-        path,
-        example=original.prepare(read_image(example)),
-        precision=args.precision,
-        calibration=[
-            original.prepare(read_image(image))
-            for image in tqdm(calibration, desc="Reading images", disable=not calibration)
-        ],
-    )
 
 
 def calibration_images(cfg, paths=None):
@@ -177,7 +147,8 @@ def calibration_images(cfg, paths=None):
             "int8 is fitted to training images, and those of the config cannot be read "
             f"({error}): name images with --calibration"
         ) from error
-    return _spread([Path(record["file_name"]) for record in records], MOST_CALIBRATION)
+    images = [Path(record["file_name"]) for record in records]
+    return images[:: max(1, math.ceil(len(images) / MOST_CALIBRATION))]
 
 
 def find_images(paths, most, option):
@@ -187,8 +158,4 @@ def find_images(paths, most, option):
     images = [source.path for source in find_inputs(paths)[1] if source.kind == "image"]
     if not images:
         raise ValueError(f"{option} names no image")
-    return _spread(images, most)
-
-
-def _spread(images, most):
-    return images[:: max(1, math.ceil(len(images) / most))]
+    return images[:: math.ceil(len(images) / most)]

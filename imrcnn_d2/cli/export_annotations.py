@@ -17,18 +17,17 @@ from imrcnn_d2.utils.files import Rejects, for_terminal
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
-    parser.add_argument("--annotations", type=Path, required=True, help="COCO instance JSON")
-    parser.add_argument(
-        "--images", type=Path, required=True, help="folder of the file_name entries; stays as it is"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--annotations", type=Path, required=True, help="COCO instance JSON")
+    add("--images", type=Path, required=True, help="folder of the file_name entries")
+    add(
         "--to",
         choices=[name for name, form in FORMATS.items() if form.write],
         required=True,
         help="labelme: one JSON per image; cvat: one XML, and the labels to make a task with; "
         "masks: one PNG per instance",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    add("--output", type=Path, required=True, help="folder to make")
     return parser
 
 

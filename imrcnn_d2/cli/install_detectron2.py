@@ -66,11 +66,11 @@ def installed_version():
 
 
 def verify(wheel):
-    """Exit unless the file ``wheel`` (Path) has the SHA-256 that was looked at and pinned."""
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != SHA256:
+    """Exit unless the file ``wheel`` (Path) has the pinned SHA-256."""
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != SHA256:
         sys.exit(
-            f"{wheel.name} has SHA-256 {found}, expected {SHA256}: not the file this script was "
+            f"{wheel.name} has SHA-256 {digest}, expected {SHA256}: not the file this script was "
             "written for, so it is not installed. Empty pip's cache (`pip cache purge`) and try "
             "another index, or use --from-source."
         )

@@ -34,9 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--batch-size and --actors are at least 1, and --tau from 0 to 1")
     save = [kind for kind in ("overlays", "masks", "labelme") if getattr(args, kind)]
     if args.engine == "ray" and (save or args.live):
-        parser.error(
-            "--engine ray writes Parquet files: no --overlays, --masks, --labelme or --live"
-        )
+        parser.error("--engine ray writes Parquet files: no --overlays, --masks, --labelme, --live")
     if args.live and (save or args.batch_size > 1):
         parser.error("--live writes live.mp4: no --overlays, --masks, --labelme or --batch-size")
     from imrcnn_d2.deploy import Predictor
@@ -46,41 +44,24 @@ def main(argv: list[str] | None = None) -> None:
 
     keep_freed_memory()
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
-    arguments = {
-        "config": args.config_file,
-        "weights": args.weights,
-        "runtime": args.runtime,
-        "tau": args.tau,
-        "crop_view": args.crop_view,
-    }
+    names = ("weights", "runtime", "tau", "crop_view")
+    arguments = {"config": args.config_file, **{name: getattr(args, name) for name in names}}
+    options = {"batch_size": args.batch_size, "follow_links": args.follow_links}
     try:
         with one_line_errors(parser, extra="ray" if args.engine == "ray" else "deploy"):
             if args.engine == "ray":
                 from imrcnn_d2.deploy.ray import predict_with_ray
 
-                listed = "rows with an error"
-                done = predict_with_ray(
-                    arguments,
-                    args.input,
-                    args.output,
-                    actors=args.actors,
-                    batch_size=args.batch_size,
-                    follow_links=args.follow_links,
-                )
+                listed, options["actors"] = "rows with an error", args.actors
+                done = predict_with_ray(arguments, args.input, args.output, **options)
             elif args.live:
-                live = predict_live(Predictor(**arguments), args.live, args.output)
-                report_live(live, args.output)
+                report_live(
+                    predict_live(Predictor(**arguments), args.live, args.output), args.output
+                )
                 return
             else:
-                listed = FAILED
-                done = predict_files(
-                    Predictor(**arguments),
-                    args.input,
-                    args.output,
-                    save=save,
-                    batch_size=args.batch_size,
-                    follow_links=args.follow_links,
-                )
+                listed, options["save"] = FAILED, save
+                done = predict_files(Predictor(**arguments), args.input, args.output, **options)
     except KeyboardInterrupt:
         parser.exit(130, "Interrupted: the same command goes on where this one was\n")
     report(done, args.output, listed)
@@ -90,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, parents=[predictor_arguments()])
-    parser.add_argument("--weights", required=True, help="file, URL, or demo: those in the package")
+    add = parser.add_argument
+    add("--weights", required=True, help="file, URL, or demo: those in the package")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
@@ -104,47 +86,26 @@ def argument_parser() -> argparse.ArgumentParser:
         help="the newest frame of a camera (/dev/video0) or stream, until Ctrl-C; a video file is "
         "played at its speed. Writes live.mp4 and, with latencies, live.json",
     )
-    parser.add_argument(
-        "--follow-links",
-        action="store_true",
-        help="read through links in a folder that lead out of it, else left out",
-    )
-    parser.add_argument("--output", required=True, type=Path, help="folder for the results")
-    parser.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="this process, or Ray's, for Parquet files (%(default)s)",
-    )
-    parser.add_argument(
+    links = "read through links in a folder that lead out of it, else left out"
+    add("--follow-links", action="store_true", help=links)
+    add("--output", required=True, type=Path, help="folder for the results")
+    engine = "this process, or Ray's, for Parquet files (%(default)s)"
+    add("--engine", choices=("local", "ray"), default="local", help=engine)
+    add(
         "--actors",
         type=int,
         default=1,
         help="processes of --engine ray, each with the model, on one core or its share of the GPUs "
         "(%(default)s)",
     )
-    parser.add_argument(
-        "--overlays", action="store_true", help="images with contours; of a video, a video"
-    )
-    parser.add_argument(
-        "--masks",
-        action="store_true",
-        help="PNGs: 0 is background; one class is 255, several 1, 2, ...",
-    )
-    parser.add_argument(
-        "--labelme",
-        action="store_true",
-        help="LabelMe files, to correct by hand; of a video, of frames with detections",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=1,
-        help="images that the network sees at once (%(default)s)",
-    )
-    parser.add_argument(
-        "--tau", type=float, help="another score from which on a detection is positive"
-    )
+    add("--overlays", action="store_true", help="images with contours; of a video, a video")
+    masks = "PNGs: 0 is background; one class is 255, several 1, 2, ..."
+    add("--masks", action="store_true", help=masks)
+    labelme = "LabelMe files, to correct by hand; of a video, of frames with detections"
+    add("--labelme", action="store_true", help=labelme)
+    batch_size = "images that the network sees at once (%(default)s)"
+    add("--batch-size", type=int, default=1, help=batch_size)
+    add("--tau", type=float, help="another score from which on a detection is positive")
     return parser
 
 
@@ -157,15 +118,13 @@ def report(done, output, listed):
         parts.append(f"{len(done.failed)} inputs could not be read to their end: {listed}")
     print(f"{'; '.join(parts)}. Written to {output}")
     if done.kept:
-        names = ", ".join(
-            for_terminal(path.relative_to(output), one_line=True) for path in done.kept[:5]
-        )
+        paths = [path.relative_to(output) for path in done.kept[:5]]
+        names = ", ".join(for_terminal(path, one_line=True) for path in paths)
         more = f" and {len(done.kept) - 5} more" if len(done.kept) > 5 else ""
         print(f"Left as they are, since they are not as they were written: {names}{more}")
 
 
 def report_live(live, output):
-    """Print how fast it was."""
     latency = ", ".join(f"{name} {ms:.0f} ms" for name, ms in live["latency_ms"].items())
     print(
         f"{live['predicted']} of {live['received']} frames predicted, {live['dropped_percent']} % "

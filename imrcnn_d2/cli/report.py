@@ -18,23 +18,15 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="what to report on")
     parser.add_argument("--output", required=True, type=Path, help="the page to write")
+    text = "shares of images with a lesion, at which PPV and NPV are given (0.005 0.05)"
     parser.add_argument(
-        "--prevalence",
-        nargs="+",
-        type=float,
-        default=[0.005, 0.05],
-        metavar="P",
-        help="shares of images with a lesion, at which PPV and NPV are given (0.005 0.05)",
+        "--prevalence", nargs="+", type=float, default=[0.005, 0.05], metavar="P", help=text
     )
     parser.add_argument(
         "--max-images", type=int, default=300, metavar="N", help="images in the gallery (300)"
     )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="folder that file_name is relative to (images/ next to the ground truth's folder)",
-    )
+    text = "folder that file_name is relative to (images/ next to the ground truth's folder)"
+    parser.add_argument("--images", type=Path, metavar="DIR", help=text)
     parser.add_argument(
         "--card", type=Path, metavar="FILE", help="write a model card of the one RUN, in Markdown"
     )
@@ -46,16 +38,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.card and len(args.runs) > 1:
         parser.error("--card describes one model: give it with one RUN")
+    from imrcnn_d2.report import load_run
     from imrcnn_d2.report.html import render_report
     from imrcnn_d2.report.model_card import write_model_card
-    from imrcnn_d2.report.runs import load_run
+    from imrcnn_d2.task import DETECTION
 
     with one_line_errors(parser):
         runs = [load_run(run, images=args.images) for run in args.runs]
-        if args.card and runs[0].task == "recognition":
+        if args.card and runs[0].task is not DETECTION:
             raise ValueError("--card: there are no model cards of classifiers yet")
         render_report(runs, args.output, prevalences=args.prevalence, max_images=args.max_images)
-        written = [args.output]
-        if args.card:
-            written.append(write_model_card(runs[0], args.card))
-    print(f"Written: {', '.join(map(str, written))}")
+        card = f", {write_model_card(runs[0], args.card)}" if args.card else ""
+    print(f"Written: {args.output}{card}")

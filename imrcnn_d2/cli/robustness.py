@@ -29,11 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.weights and not args.dataset:
         parser.error("--weights needs --dataset")
-    if (
-        args.batch_size < 1
-        or (args.num_images is not None and args.num_images < 1)
-        or not 0 <= (args.tau or 0) <= 1
-    ):
+    positive = args.batch_size > 0 and (args.num_images is None or args.num_images > 0)
+    if not positive or not 0 <= (args.tau or 0) <= 1:
         parser.error("--batch-size and --num-images are at least 1, and --tau from 0 to 1")
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     with one_line_errors(parser):
@@ -50,52 +47,47 @@ def main(argv: list[str] | None = None) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
-    parser.add_argument("--config-file", type=Path, help="as for imrcnn predict")
+    add = parser.add_argument
+    add("--config-file", type=Path, help="as for imrcnn predict")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", help="file or URL, or demo: those in the package")
-    source.add_argument(
-        "--plot",
-        nargs="+",
-        metavar="DIR",
-        help="plot results that are there, as DIR or NAME=DIR, in one figure",
-    )
-    parser.add_argument("--dataset", help="registered data set, such as kvasir_seg_test")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the results")
-    parser.add_argument(
+    plot = "plot results that are there, as DIR or NAME=DIR, in one figure"
+    source.add_argument("--plot", nargs="+", metavar="DIR", help=plot)
+    add("--dataset", help="registered data set, such as kvasir_seg_test")
+    add("--output", required=True, type=Path, help="folder for the results")
+    add(
         "--distortions",
         nargs="+",
         choices=DISTORTIONS,
         default=list(DISTORTIONS),
         help="which ones (all); others can be added later",
     )
-    parser.add_argument("--num-images", type=int, help="evaluate a random choice of so many (all)")
-    parser.add_argument("--seed", type=int, default=0, help="of that choice and the distortions")
-    parser.add_argument(
-        "--tau",
-        type=float,
-        help="score from which on detections are positive (the operating point in the weights, "
-        "else MODEL.IMRCNN.SCORE_THRESH)",
+    add("--num-images", type=int, help="evaluate a random choice of so many (all)")
+    add("--seed", type=int, default=0, help="of that choice and the distortions")
+    tau = (
+        "score from which on detections are positive (the operating point in the weights, else "
+        "MODEL.IMRCNN.SCORE_THRESH)"
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=1, help="images that the network sees at once (1)"
-    )
-    parser.add_argument(
-        "--figure", default="lesion/f1", help="the metric that is plotted and printed (%(default)s)"
-    )
+    add("--tau", type=float, help=tau)
+    add("--batch-size", type=int, default=1, help="images that the network sees at once (1)")
+    metric = "the metric that is plotted and printed (%(default)s)"
+    add("--figure", default="lesion/f1", help=metric)
     return parser
 
 
 def evaluate(args):
     """{name of the model: document}; the evaluation is logged next to a test set."""
     from imrcnn_d2.deploy import Predictor
-    from imrcnn_d2.deploy.outputs import instance_records
+    from imrcnn_d2.deploy.outputs import records
+    from imrcnn_d2.engine.config import register_root
     from imrcnn_d2.evaluation.output import log_test_evaluation
     from imrcnn_d2.evaluation.robustness import evaluate_robustness, load_coco
     from imrcnn_d2.report.plots import plot_distortions
 
     predictor = Predictor(args.config_file, args.weights, tau=args.tau)
-    if predictor.is_classifier:
+    if not predictor.task.localises:
         raise ValueError(f"{args.weights}: a classifier finds no lesions")
+    register_root(predictor.cfg)
     DatasetCatalog.get(args.dataset)  # sets the metadata
     metadata = MetadataCatalog.get(args.dataset)
     ground_truth = load_coco(metadata.json_file)
@@ -108,36 +100,20 @@ def evaluate(args):
 
     def predict(images):
         items = [(image.shape[:2], predictor.prepare(image)) for image in images]
-        records = [
-            instance_records(predictor, output, *size)
-            for size, output in predictor.in_batches(items, args.batch_size)
-        ]
-        for record in chain.from_iterable(records):
+        outputs = predictor.in_batches(items, args.batch_size)
+        results = [records(predictor, output, *size) for size, output in outputs]
+        for record in chain.from_iterable(results):
             record["category_id"] = category_ids[record["category_id"] - 1]
-        return records
+        return results
 
-    document = evaluate_robustness(
-        predict,
-        ground_truth,
-        metadata.image_root,
-        args.output,
-        tau=predictor.tau,
-        about={
-            **{key: value for key, value in predictor.metadata.items() if key != "tau"},
-            "dataset": args.dataset,
-            "dataset_sha256": file_sha256(metadata.json_file),
-        },
-        distortions=args.distortions,
-        num_images=args.num_images,
-        seed=args.seed,
-        batch_size=args.batch_size,
-    )
-    log_test_evaluation(
-        metadata.json_file,
-        what=args.weights,
-        sha256=predictor.metadata["weights_sha256"],
-        output=args.output,
-    )
+    meta = {key: value for key, value in predictor.metadata.items() if key != "tau"}
+    meta |= {"dataset": args.dataset, "dataset_sha256": file_sha256(metadata.json_file)}
+    names = ("distortions", "num_images", "seed", "batch_size")
+    options = {"tau": predictor.tau, "meta": meta, **{n: getattr(args, n) for n in names}}
+    folders = metadata.image_root, args.output
+    document = evaluate_robustness(predict, ground_truth, *folders, **options)
+    digest = predictor.metadata["weights_sha256"]
+    log_test_evaluation(metadata.json_file, what=args.weights, sha256=digest, output=args.output)
     first = min(ground_truth.dataset["images"], key=lambda image: image["id"])
     example = read_image(Path(metadata.image_root) / first["file_name"])
     plot_distortions(example, args.output / "distortions.jpg", seed=(args.seed, first["id"]))
@@ -160,11 +136,11 @@ def read_documents(folders):
     return documents
 
 
-def summary(document, figure):
+def summary(document, metric):
     """A table, one row per distortion, severity rising to the right."""
     rows = {}
     for row in document["rows"]:
-        rows.setdefault(row["distortion"], []).append(row[figure])
+        rows.setdefault(row["distortion"], []).append(row[metric])
     clean = rows.pop("clean", [None])
     table = [[name, *clean, *values] for name, values in rows.items()]
     headers = ["", "none", *range(1, max(map(len, table), default=2) - 1)]

@@ -34,105 +34,85 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """One process of a training or evaluation; returns the metrics of the final test."""
-    from imrcnn_d2.engine.train_step import keep_freed_memory
-
-    keep_freed_memory()
-    lazy = args.config_file.endswith(".py")
-    return _run_lazy_config(args) if lazy else _run_yaml_config(args)
-
-
-def _run_yaml_config(args):
     from detectron2.engine import default_setup
     from detectron2.evaluation import verify_results
     from detectron2.utils import comm
 
     from imrcnn_d2.engine import Trainer, load_weights
     from imrcnn_d2.engine.checkpoint import Checkpointer
-    from imrcnn_d2.engine.config import (
-        find_config,
-        is_classifier,
-        load_training_config,
-        register_root,
-    )
     from imrcnn_d2.engine.launch import locked_output
+    from imrcnn_d2.engine.train_step import keep_freed_memory
+    from imrcnn_d2.engine.trainer import LazyTrainer
     from imrcnn_d2.report.plots import plot_test_grad_cams
+    from imrcnn_d2.task import Task
 
+    keep_freed_memory()
+    lazy = args.config_file.endswith(".py")
+    cfg, trainer_class = (_lazy_config(args), LazyTrainer) if lazy else (_config(args), Trainer)
+    output_dir = trainer_class.output_dir(cfg)
+    with locked_output(output_dir):
+        default_setup(cfg, args)
+        if args.eval_only:
+            model = trainer_class.build_model(cfg)
+            checkpointer = Checkpointer(model, output_dir, whole=True)
+            resumed = args.resume and checkpointer.has_checkpoint()
+            initial = cfg.train.init_checkpoint if lazy else cfg.MODEL.WEIGHTS
+            path = checkpointer.get_checkpoint_file() if resumed else initial
+            weights = load_weights(checkpointer, path)
+            metrics, results = trainer_class.final_test(cfg, model, weights)
+        else:
+            trainer = trainer_class(cfg)
+            trainer.resume_or_load(args.resume)
+            metrics, results = trainer.train(), trainer.test_results
+            model = trainer.evaluated_model
+        if comm.is_main_process():
+            plot_test_results(results, output_dir)
+            if not lazy:
+                if not Task.of(cfg).localises:
+                    plot_test_grad_cams(cfg, model)
+                verify_results(cfg, metrics)
+    return metrics
+
+
+def _config(args):
+    from imrcnn_d2.engine.config import find_config, load_training_config, register_root
+
+    file = args.config_file and (find_config(args.config_file) or args.config_file)
     # Quoted, so that a folder called 2024 stays a string.
     data = ["DATASETS.ROOT", repr(args.data)] if args.data else []
-    cfg = load_training_config(args.config_file, [*data, *args.opts], args.eval_only)
+    cfg = load_training_config(file, [*data, *args.opts], args.eval_only)
     register_root(cfg)
     if args.eval_only:
         cfg.MODEL.TIMM.WEIGHTS = ""  # MODEL.WEIGHTS has the whole model
     cfg.freeze()
-    with locked_output(cfg.OUTPUT_DIR):
-        shown = find_config(args.config_file)  # default_setup logs the file's text
-        args.config_file = str(shown) if shown and shown.is_file() else ""
-        default_setup(cfg, args)
-        if args.eval_only:
-            model = Trainer.build_model(cfg)
-            checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, whole=True)
-            resumed = args.resume and checkpointer.has_checkpoint()
-            path = checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
-            metrics, results = Trainer.final_test(cfg, model, load_weights(checkpointer, path))
-        else:
-            trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=args.resume)
-            metrics, results = trainer.train(), trainer.test_results
-            model = trainer.evaluated_model
-        if comm.is_main_process():
-            draw_test_results(results, cfg.OUTPUT_DIR)
-            if is_classifier(cfg):
-                plot_test_grad_cams(cfg, model)
-            verify_results(cfg, metrics)
-    return metrics
+    # default_setup logs the file's text, which names of earlier versions do not have.
+    args.config_file = str(file) if Path(file).is_file() else ""
+    return cfg
 
 
-def _run_lazy_config(args):
+def _lazy_config(args):
     from detectron2.config import LazyConfig
-    from detectron2.engine import default_setup
-    from detectron2.utils import comm
 
-    from imrcnn_d2.engine import choose_device, load_weights
-    from imrcnn_d2.engine.checkpoint import Checkpointer
-    from imrcnn_d2.engine.launch import locked_output
-    from imrcnn_d2.engine.trainer import LazyTrainer, build_lazy_model, evaluate
+    from imrcnn_d2.data.catalog import SHORT_NAMES, data_set_name, register_data_set
+    from imrcnn_d2.engine import choose_device
 
     cfg = LazyConfig.load(args.config_file)
     if not cfg.train.device and not any(o.startswith("train.device=") for o in args.opts):
         cfg.train.device = choose_device()
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
-    _register_data_set(cfg, args.data)
-    with locked_output(cfg.train.output_dir):
-        default_setup(cfg, args)
-        if args.eval_only:
-            model = build_lazy_model(cfg)
-            weights = load_weights(Checkpointer(model, whole=True), cfg.train.init_checkpoint)
-            metrics, results = evaluate(cfg, model, "test", weights)
-        else:
-            trainer = LazyTrainer(cfg)
-            trainer.resume_or_load(args.resume)
-            metrics, results = trainer.train(), trainer.test_results
-        if comm.is_main_process():
-            draw_test_results(results, cfg.train.output_dir)
-    return metrics
-
-
-def _register_data_set(cfg, data):
-    """The data set of --data or train.dataset, whose splits the config then names."""
-    from imrcnn_d2.data.catalog import SHORT_NAMES, data_set_name, register_data_set
-
-    if data := data or cfg.train.get("dataset", ""):
+    if data := args.data or cfg.train.get("dataset", ""):
         register_data_set(data)
         cfg.train.dataset = data_set_name(data)
     elif cfg.dataloader.train.dataset.names == "_train":
         raise ValueError(
-            "No data set is named: add --data DIR or train.dataset=DIR, where DIR is a folder that "
-            f"tools/prepare_dataset.py wrote, or one of {', '.join(SHORT_NAMES)}"
+            f"{args.config_file} names no data set: add --data DIR or train.dataset=DIR, a folder "
+            f"that `imrcnn prepare-dataset` wrote or one of {', '.join(SHORT_NAMES)}"
         )
+    return cfg
 
 
-def draw_test_results(results: dict, output_dir: str) -> None:
-    """Draw the plots of each test set next to its files; `results` are by data set."""
+def plot_test_results(results: dict, output_dir: str) -> None:
+    """Write the plots of each test set next to its files; `results` are by data set."""
     from detectron2.data import MetadataCatalog
 
     from imrcnn_d2.report.plots import draw_all

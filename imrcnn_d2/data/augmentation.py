@@ -12,11 +12,9 @@ from detectron2.structures import BitMasks, Instances
 
 from imrcnn_d2.config import get_node
 
-__all__ = ["CopyPaste", "build_augmentation", "paste_lesions"]
-
 
 def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """Detectron2's resize and flip, and for training those of INPUT.AUG, in order of application.
+    """Return Detectron2's resize and flip, and for training those of INPUT.AUG, in order.
 
     An endoscope is held at any angle, so an image may be flipped and turned freely; its light and
     colour vary with the device, so these may vary mildly.
@@ -30,12 +28,8 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     if aug.ROT90:
         augmentations.append(T.RandomRotation([0, 90, 180, 270], sample_style="choice"))
     if aug.COLOR > 0:
-        span = (1 - aug.COLOR, 1 + aug.COLOR)
-        augmentations += [
-            T.RandomBrightness(*span),
-            T.RandomContrast(*span),
-            T.RandomSaturation(*span),
-        ]
+        for kind in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation):
+            augmentations.append(kind(1 - aug.COLOR, 1 + aug.COLOR))
     if aug.HUE > 0:
         augmentations.append(RandomHue(aug.HUE))
     if aug.BLUR_PROB > 0:
@@ -45,73 +39,57 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     return augmentations
 
 
-class RandomHue(T.Augmentation):
-    """Shifts the hue; of an RGB or BGR image alike, since both directions are as likely.
+class RandomColour(T.Augmentation):
+    """Changes colours by `apply`, a function of image and strength, uniform in [low, high]."""
 
-    Args:
-        span: largest shift, as a share of the colour circle, in (0, 0.5].
-    """
+    def __init__(self, low: float, high: float):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def get_transform(self, image):
+        strength = float(self._rand_range(self.low, self.high))
+        return T.ColorTransform(lambda image: self.apply(image, strength))
+
+
+class RandomHue(RandomColour):
+    """Shifts the hue, by at most `span` of the colour circle, in (0, 0.5]; of an RGB or BGR image
+    alike, since both directions are as likely."""
 
     def __init__(self, span: float):
-        super().__init__()
+        super().__init__(-span, span)
         self.span = span
 
-    def get_transform(self, image):
+    def apply(self, image: np.ndarray, shift: float) -> np.ndarray:
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
         # OpenCV has hues from 0 to 179.
-        shift = round(float(self._rand_range(-self.span, self.span)) * 180)
-
-        def shift_hue(image):
-            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-            hsv[..., 0] = (hsv[..., 0].astype(int) + shift) % 180
-            return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-
-        return T.ColorTransform(shift_hue)
+        hsv[..., 0] = (hsv[..., 0].astype(int) + round(shift * 180)) % 180
+        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
-class RandomBlur(T.Augmentation):
-    """Gaussian blur of a random width.
+class RandomBlur(RandomColour):
+    """Gaussian blur of a random standard deviation in pixels of the resized image."""
 
-    Args:
-        sigma_min, sigma_max: standard deviation in pixels of the resized image.
-    """
+    def __init__(self, low: float = 0.2, high: float = 2.0):
+        super().__init__(low, high)
 
-    def __init__(self, sigma_min: float = 0.2, sigma_max: float = 2.0):
-        super().__init__()
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-
-    def get_transform(self, image):
-        sigma = float(self._rand_range(self.sigma_min, self.sigma_max))
-        return T.ColorTransform(lambda image: cv2.GaussianBlur(image, (0, 0), sigma))
+    def apply(self, image: np.ndarray, sigma: float) -> np.ndarray:
+        return cv2.GaussianBlur(image, (0, 0), sigma)
 
 
-class RandomJPEG(T.Augmentation):
+class RandomJPEG(RandomColour):
     """JPEG compression of a random quality, from 0 (worst) to 100."""
 
-    def __init__(self, quality_min: int = 30, quality_max: int = 95):
-        super().__init__()
-        self.quality_min, self.quality_max = quality_min, quality_max
+    def __init__(self, low: int = 30, high: int = 95):
+        super().__init__(low, high)
 
-    def get_transform(self, image):
-        quality = round(float(self._rand_range(self.quality_min, self.quality_max)))
-
-        def compress(image):
-            _, code = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
-            return cv2.imdecode(code, cv2.IMREAD_COLOR)
-
-        return T.ColorTransform(compress)
+    def apply(self, image: np.ndarray, quality: float) -> np.ndarray:
+        _, code = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, round(quality)])
+        return cv2.imdecode(code, cv2.IMREAD_COLOR)
 
 
 class CopyPaste:
-    """A mapper that at times pastes the lesions of another, likewise augmented training image.
-
-    Args:
-        mapper: a LesionMapper with INPUT.MASK_FORMAT "bitmask".
-        records: dataset dicts that the pasted lesions come from.
-        probability: of pasting, in [0, 1].
-
-    Raises:
-        ValueError: the mapper gives polygons.
-    """
+    """A LesionMapper that pastes, with a probability, the lesions of another, likewise augmented
+    training image; raises ValueError unless INPUT.MASK_FORMAT is "bitmask"."""
 
     def __init__(self, mapper: DatasetMapper, records: Sequence[dict], probability: float):
         if mapper.instance_mask_format != "bitmask":
@@ -130,38 +108,32 @@ class CopyPaste:
 
 
 def paste_lesions(donor: dict, sample: dict, feather: float = 1.5) -> dict:
-    """Pastes all lesions of one image, in their arrangement, at a random place of another.
+    """Return a copy of `sample` with all lesions of `donor`, in their arrangement, at a random
+    place; `sample` itself where these are none, or would hide more than half of one of its lesions.
 
-    Args:
-        donor, sample: of a mapper: "image", uint8 tensor (C, H, W), and "instances" with bitmasks;
-            their sizes may differ.
-        feather: width of the soft edge inside the contour, pixels.
-
-    Returns:
-        a copy of ``sample`` with the lesions; ``sample`` itself where the donor has none, or where
-        they would hide more than half of a lesion of ``sample``.
+    Both are a mapper's, "image" (C, H, W) and "instances" with bitmasks; their sizes may differ.
+    `feather` is the width of the soft edge inside the contour, in pixels.
     """
-    lesions = donor["instances"]
+    lesions, known = donor["instances"], sample["instances"]
     if not len(lesions):
         return sample
-    shift = _random_shift(lesions.gt_masks.tensor.any(0), sample["image"].shape[1:])
-    pasted = _shifted(lesions.gt_masks.tensor, shift, sample["image"].shape[1:])
+    size = sample["image"].shape[1:]
+    shift = _random_shift(lesions.gt_masks.tensor.any(0), size)
+    pasted = _shifted(lesions.gt_masks.tensor, shift, size)
     cover = pasted.any(0)
-    known = sample["instances"]
     visible = known.gt_masks.tensor & ~cover
     if (visible.sum((1, 2)) * 2 < known.gt_masks.tensor.sum((1, 2))).any():
         return sample
 
     opacity = torch.from_numpy(cv2.GaussianBlur(cover.numpy().astype(np.float32), (0, 0), feather))
-    opacity *= cover
-    image = _shifted(donor["image"], shift, cover.shape)
-    blended = torch.lerp(sample["image"].float(), image.float(), opacity)
+    image = _shifted(donor["image"], shift, size)
+    blended = torch.lerp(sample["image"].float(), image.float(), opacity * cover)
 
-    instances = Instances(tuple(cover.shape))
-    instances.gt_masks = BitMasks(torch.cat([visible, pasted[pasted.any(2).any(1)]]))
+    inside = pasted.any(2).any(1)
+    instances = Instances(tuple(size))
+    instances.gt_masks = BitMasks(torch.cat([visible, pasted[inside]]))
     instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-    classes = lesions.gt_classes[pasted.any(2).any(1)]
-    instances.gt_classes = torch.cat([known.gt_classes, classes])
+    instances.gt_classes = torch.cat([known.gt_classes, lesions.gt_classes[inside]])
     return {**sample, "image": blended.round().to(torch.uint8), "instances": instances}
 
 
@@ -169,8 +141,8 @@ def _random_shift(mask: torch.Tensor, size: Sequence[int]) -> list[int]:
     """(dy, dx) that leaves the mask's bounding box inside the image, or the image inside it."""
     shift = []
     for axis, length in enumerate(size):
-        (where,) = torch.nonzero(mask.any(1 - axis), as_tuple=True)
-        ends = sorted((-int(where[0]), length - 1 - int(where[-1])))
+        (places,) = torch.nonzero(mask.any(1 - axis), as_tuple=True)
+        ends = sorted((-int(places[0]), length - 1 - int(places[-1])))
         shift.append(np.random.randint(ends[0], ends[1] + 1))
     return shift
 

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-__all__ = ["DISTORTIONS", "SEVERITIES", "Distortion", "distort", "distort_mask"]
-
-
 SEVERITIES = (1, 2, 3, 4, 5)
 
 # sRGB to linear light, for each of 256 values (IEC 61966-2-1)
@@ -23,44 +20,27 @@ _LINEAR = _LINEAR.astype(np.float32)
 
 @dataclass(frozen=True)
 class Distortion:
-    """One way to distort an image.
-
-    Attributes:
-        title: in plots.
-        unit: of the levels.
-        levels: the strength at each of `SEVERITIES`.
-        apply: function of an (H, W, 3) uint8 RGB image, a level and a generator.
-    """
+    """One way to distort an image."""
 
     title: str
     unit: str
-    levels: tuple[float, ...]
-    apply: Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+    levels: tuple[float, ...]  # in the unit, at each of `SEVERITIES`
+    apply: Callable[[np.ndarray, float, np.random.Generator], np.ndarray]  # of image, level
 
 
 def distort(
     image: np.ndarray, name: str, severity: int, seed: int | Sequence[int] = 0
 ) -> np.ndarray:
-    """Distorts an image.
-
-    Args:
-        image: (H, W, 3) uint8, RGB; left as it is.
-        name: key of `DISTORTIONS`.
-        severity: one of `SEVERITIES`.
-        seed: decides directions and places, which are the same at all severities.
-
-    Returns:
-        (H, W, 3) uint8; after a rotation a square of the longer side, whose corners are black.
-    """
-    distortion = DISTORTIONS[name]
-    level = distortion.levels[SEVERITIES.index(severity)]
-    return distortion.apply(image, level, np.random.default_rng(seed))
+    """Return an (H, W, 3) uint8 RGB image distorted; after a rotation a square of the longer side,
+    whose corners are black. The seed decides directions and places, the same at all severities."""
+    level = DISTORTIONS[name].levels[SEVERITIES.index(severity)]
+    return DISTORTIONS[name].apply(image, level, np.random.default_rng(seed))
 
 
 def distort_mask(
     mask: np.ndarray, name: str, severity: int, seed: int | Sequence[int] = 0
 ) -> np.ndarray:
-    """Moves an (H, W) bool mask with its image; args as for `distort`. Only a rotation moves it."""
+    """Move an (H, W) bool mask with its image, as `distort` does. Only a rotation moves it."""
     if name != "rotation":
         return mask
     level = DISTORTIONS[name].levels[SEVERITIES.index(severity)]
@@ -69,13 +49,13 @@ def distort_mask(
 
 
 def _defocus(image: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
-    """Blurs with a disc, the image of a point out of focus; radius in percent of the side."""
+    """Blur with a disc, the image of a point out of focus; radius in percent of the side."""
     pixels = radius / 100 * max(image.shape)
     return _filter(image, np.clip(pixels + 0.5 - np.hypot(*_grid(pixels)), 0, 1))
 
 
 def _motion(image: np.ndarray, length: float, rng: np.random.Generator) -> np.ndarray:
-    """Blurs along a line in any direction; length in percent of the side."""
+    """Blur along a line in any direction; length in percent of the side."""
     half = length / 200 * max(image.shape)
     angle = rng.uniform(0, np.pi)
     y, x = _grid(half)
@@ -85,20 +65,18 @@ def _motion(image: np.ndarray, length: float, rng: np.random.Generator) -> np.nd
 
 
 def _exposure(image: np.ndarray, stops: float, rng: np.random.Generator) -> np.ndarray:
-    """Doubles the light with each stop, or halves it with each below 0; values above 1 are cut."""
-    values = np.minimum(_LINEAR * np.float32(2.0**stops), 1)
-    return _encode(values)[image]
+    """Double the light with each stop, or halve it with each below 0; values above 1 are cut."""
+    return _encode(_LINEAR * np.float32(2.0**stops))[image]
 
 
 def _highlights(image: np.ndarray, percent: float, rng: np.random.Generator) -> np.ndarray:
-    """Puts soft white ellipses on the tissue until they cover that share of it."""
+    """Put soft white ellipses on the tissue until they cover that share of it."""
     height, width = image.shape[:2]
     side = max(height, width)
     tissue = image.max(axis=2) > 40
     places = np.flatnonzero(tissue)
     light = np.zeros((height, width), np.float32)
-    wanted = percent / 100 * len(places)
-    while np.count_nonzero(light[tissue]) < wanted:
+    while np.count_nonzero(light[tissue]) < percent / 100 * len(places):
         y, x = divmod(int(rng.choice(places)), width)
         long = side * np.exp(rng.uniform(np.log(0.006), np.log(0.03)))
         axes = max(round(long), 1), max(round(long * rng.uniform(0.3, 0.9)), 1)
@@ -108,23 +86,19 @@ def _highlights(image: np.ndarray, percent: float, rng: np.random.Generator) -> 
 
 
 def _jpeg(image: np.ndarray, quality: float, rng: np.random.Generator) -> np.ndarray:
-    """Compresses and decodes."""
     options = [cv2.IMWRITE_JPEG_QUALITY, int(quality)]
     encoded = cv2.imencode(".jpg", image[..., ::-1], options)[1]
     return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1])
 
 
 def _rotate(
-    image: np.ndarray,
-    angle: float,
-    rng: np.random.Generator,
-    interpolation: int = cv2.INTER_LINEAR,
+    image: np.ndarray, angle: float, rng: np.random.Generator, interpolation: int = cv2.INTER_LINEAR
 ) -> np.ndarray:
-    """Turns about the centre, to either side; angle in degrees."""
+    """Turn about the centre, to either side; angle in degrees."""
     height, width = image.shape[:2]
     side = max(height, width)
-    sign = rng.choice((-1, 1))
-    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), sign * angle, 1)
+    angle = rng.choice((-1, 1)) * angle
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
     matrix[:, 2] += (side - width) / 2, (side - height) / 2
     return cv2.warpAffine(image, matrix, (side, side), flags=interpolation)
 

@@ -9,6 +9,7 @@ import contextlib
 import io
 import itertools
 import logging
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from imrcnn_d2.utils.files import (
+    LONGEST_NAME,
     BadInputError,
     Rejects,
     check_inside,
@@ -33,35 +35,6 @@ from imrcnn_d2.utils.files import (
     leads_out,
     regular_file,
 )
-
-__all__ = [
-    "IMAGE_FORMATS",
-    "MAX_SCANS",
-    "SourceImage",
-    "by_stem",
-    "check_name",
-    "check_no_way_out",
-    "check_pixels",
-    "annotated_on_stored_pixels",
-    "image_file",
-    "image_inside",
-    "in_threads",
-    "inspect_image",
-    "install_image",
-    "is_dicom",
-    "iter_rgb",
-    "link_or_copy",
-    "list_files",
-    "open_image",
-    "orient",
-    "hide_details",
-    "path_inside",
-    "read_header",
-    "read_image",
-    "read_mask",
-    "read_still",
-]
-
 
 # Pillow opens by content. Of the formats left out, some start other programs (EPS: Ghostscript).
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -73,48 +46,25 @@ _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # thos
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def check_no_way_out(folder: str | Path) -> None:
-    """Raises BadInputError if a link in `folder` leads out of it, or a pipe lies in it.
-
-    For a folder that programs write into which follow links, and would wait for a pipe's reader.
-    """
-    for parent, folders, files in os.walk(folder):
-        for path in (Path(parent, name) for name in (*folders, *files)):
-            if leads_out(Path(folder), path):
-                raise BadInputError(
-                    path,
-                    f"is a link that leads out of {folder}, to {os.path.realpath(path)}, and what "
-                    "is written here would land there; remove it, or choose another folder",
-                )
-            if path.is_fifo():
-                raise BadInputError(path, "is a pipe, where a file is to be written; remove it")
-
-
-def image_file(path: Path) -> Path:
-    """Returns `path`, a regular file that is not larger than an image can be.
-
-    Raises:
-        BadInputError: it is none.
-    """
-    size, most = os.path.getsize(regular_file(path)), Image.MAX_IMAGE_PIXELS
-    if most is not None and size > _BYTES_PER_PIXEL * most:
-        allowed = _BYTES_PER_PIXEL * most
-        raise BadInputError(path, f"has {size} bytes, more than the {allowed} allowed of an image")
-    return path
+def max_pixels() -> float:
+    """Return Pillow's ``Image.MAX_IMAGE_PIXELS``, 89 million unless changed: a few bytes can claim
+    any number of pixels, for which memory is then taken."""
+    return math.inf if Image.MAX_IMAGE_PIXELS is None else Image.MAX_IMAGE_PIXELS
 
 
 def check_pixels(file: str | Path, width: int, height: int) -> None:
-    """Raises BadInputError for more pixels than Pillow's ``Image.MAX_IMAGE_PIXELS`` (89 million).
+    """Raise BadInputError for more than `max_pixels`."""
+    if width * height > max_pixels():
+        size = f"has {width}x{height} = {width * height} pixels"
+        raise BadInputError(file, f"{size}, more than the {max_pixels()} allowed; scale it down")
 
-    A few bytes can claim any number of pixels, for which memory is then taken.
-    """
-    most = Image.MAX_IMAGE_PIXELS
-    if most is not None and width * height > most:
-        raise BadInputError(
-            file,
-            f"has {width}x{height} = {width * height} pixels, more than the {most} allowed; "
-            "scale it down or cut it up",
-        )
+
+def image_file(path: Path) -> Path:
+    """Return `path`; raise BadInputError if it is no regular file or larger than any image."""
+    size, allowed = os.path.getsize(regular_file(path)), _BYTES_PER_PIXEL * max_pixels()
+    if size > allowed:
+        raise BadInputError(path, f"has {size} bytes, more than the {allowed} allowed of an image")
+    return path
 
 
 def _check_scans(name: str | Path, file: BinaryIO) -> None:
@@ -123,9 +73,9 @@ def _check_scans(name: str | Path, file: BinaryIO) -> None:
     data = file.read()
     file.seek(place)
     scans, end = 0, 2
-    while (found := _JPEG_MARKER.search(data, end)) and found[1] != b"\xd9":
-        scans += found[1] == b"\xda"
-        end = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    while (marker := _JPEG_MARKER.search(data, end)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        end = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     if scans > MAX_SCANS:
         raise BadInputError(
             name, f"is a JPEG of {scans} scans, more than the {MAX_SCANS} allowed; save it anew"
@@ -135,16 +85,11 @@ def _check_scans(name: str | Path, file: BinaryIO) -> None:
 def open_image(
     file: Path | BinaryIO, formats: Sequence[str] = IMAGE_FORMATS, name: str | Path = "image"
 ) -> Image.Image:
-    """Opens an image without decoding it.
-
-    Args:
-        file: its path, or what holds its bytes.
-        formats: those to admit, as Pillow calls them.
-        name: what errors call an image that has no path.
+    """Open an image, of a path or of bytes that errors call `name`, without decoding it.
 
     Raises:
         FileNotFoundError: there is none.
-        BadInputError: it is no regular file, of no such format, damaged, or too large.
+        BadInputError: it is no regular file, of none of the formats, damaged, or too large.
     """
     if isinstance(file, Path):
         file.stat()
@@ -154,9 +99,6 @@ def open_image(
     except UnidentifiedImageError as error:  # which names an address in memory
         known = ", ".join(formats)
         raise BadInputError(name, f"is no readable image (of no known format: {known})") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = f"has too many pixels ({error}); scale it down or cut it up"
-        raise BadInputError(name, reason) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadInputError(name, f"is no readable image ({error})") from error
     try:
@@ -180,8 +122,7 @@ _SILENT = ("ignore", None, Warning, re.compile("pydicom"), 0)  # a filter of war
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether it has DICOM's mark after the preamble, whatever its name; or starts without one, as
-    `read_header` does not read it."""
+    """Whether it has DICOM's mark after the preamble, whatever its name, or lacks the preamble."""
     try:
         with open(regular_file(path), "rb") as file:
             head = file.read(132)
@@ -201,14 +142,9 @@ _silence()  # before another thread sets filters for a block, and these ones aga
 
 @contextlib.contextmanager
 def hide_details(path: Path, problem: str) -> Iterator[None]:
-    """Hides pydicom's messages: errors, warnings and log quote the file, so the patient.
-
-    Its warnings and its log stay silent afterwards: filters of warnings that are set for a block
-    are those of all threads.
-
-    Raises:
-        BadInputError: `problem`, and the type of the error that ended the block.
-    """
+    """Hide pydicom's messages, which quote the file, so the patient; raise BadInputError with
+    `problem` and the type of the error instead. Its warnings and its log stay silent afterwards:
+    filters of warnings that are set for a block are those of all threads."""
     _silence()
     try:
         yield
@@ -219,12 +155,12 @@ def hide_details(path: Path, problem: str) -> Iterator[None]:
         raise BadInputError(path, f"{problem} ({kind})") from None
 
 
-def read_header(path: Path, **how) -> Any:
-    """The elements before the pixels; what of them with `how`, see `pydicom.dcmread`.
+def read_header(path: Path, **options) -> Any:
+    """Return the elements before the pixels; `options` are those of `pydicom.dcmread`.
 
     Raises:
         BadInputError: it is no readable DICOM file, or its elements take too much memory.
-        ModuleNotFoundError: pydicom, of the extra [deploy], is not there.
+        ModuleNotFoundError: pydicom, of the extra [deploy], is missing.
     """
     import pydicom
 
@@ -237,55 +173,38 @@ def read_header(path: Path, **how) -> Any:
             head, False, True, stop_when=lambda tag, *_: tag >> 16 != 2
         )
         if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
-            raise BadInputError(
-                path,
-                "is no readable DICOM file: it is deflated as a whole, to any size; save it "
-                "uncompressed",
-            )
+            raise BadInputError(path, "is a DICOM file deflated as a whole; save it otherwise")
         head.seek(0)
-        header = pydicom.dcmread(head, stop_before_pixels=True, **how)
-        whole = len(head.getbuffer()) < _LONGEST_HEADER
-        if not whole and head.read(2) not in _PIXELS:  # of a cut element pydicom says nothing
-            raise BadInputError(
-                path,
-                f"is no readable DICOM file: its elements before the pixels take more than "
-                f"{_LONGEST_HEADER} bytes; remove private ones",
-            )
+        header = pydicom.dcmread(head, stop_before_pixels=True, **options)
+        is_cut = len(head.getbuffer()) == _LONGEST_HEADER
+        if is_cut and head.read(2) not in _PIXELS:  # pydicom does not report a cut element
+            reason = "is no readable DICOM file: its elements before the pixels take more than"
+            raise BadInputError(path, f"{reason} {_LONGEST_HEADER} bytes; remove private ones")
         return header
 
 
 def read_still(path: Path) -> np.ndarray:
-    """The image of a DICOM file that holds one.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-
-    Raises:
-        BadInputError: it cannot be read, holds a video or several frames.
-    """
+    """Return the image of a DICOM file, (H, W, 3) uint8 RGB; raise BadInputError unless it holds
+    one that can be read."""
     frames = list(itertools.islice(iter_rgb(path, read_header(path)), 2))
     if len(frames) != 1:
-        raise BadInputError(
-            path, f"holds {len(frames) or 'no'} or more frames; save each in a file"
-        )
+        count = len(frames) or "no"
+        raise BadInputError(path, f"holds {count} or more frames; save each in a file")
     return frames[0]
 
 
 def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
-    """Yields the frames of a still or a sequence of stills, (H, W, 3) uint8 RGB as to be shown.
+    """Yield the frames of a still or a sequence of stills, (H, W, 3) uint8 RGB as to be shown.
 
     Raises:
-        BadInputError: a file without pixels, or of a compression that cannot be undone here, such
-            as that of a video; the error says what to install.
+        BadInputError: no pixels, or a compression that cannot be undone here, such as a video's.
     """
     from pydicom.pixels import get_decoder, iter_pixels
     from pydicom.uid import JPEGTransferSyntaxes
 
     with hide_details(path, "its pixels cannot be read"):
-        if "Rows" not in header or "Columns" not in header:
-            raise BadInputError(path, "is a DICOM file without an image")
-        if not header.Rows or not header.Columns:
-            raise BadInputError(path, "says nothing of its rows or columns")
+        if not header.get("Rows") or not header.get("Columns"):
+            raise BadInputError(path, "is a DICOM file without an image: no rows or columns")
         check_pixels(path, int(header.Columns), int(header.Rows))
         decoder = get_decoder(header.file_meta.TransferSyntaxUID)
         if not decoder.is_available:
@@ -299,7 +218,7 @@ def iter_rgb(path: Path, header: Any) -> Iterator[np.ndarray]:
 
 
 def _few_scans(frames: Iterator[np.ndarray], path: Path, header: Any) -> Iterator[np.ndarray]:
-    """Yields `frames`, which are decoded from JPEGs, up to one whose few bytes take hours."""
+    """Yield `frames`, which are decoded from JPEGs, up to one whose few bytes take hours."""
     from pydicom import dcmread
     from pydicom.encaps import generate_frames
 
@@ -312,10 +231,8 @@ def _few_scans(frames: Iterator[np.ndarray], path: Path, header: Any) -> Iterato
             file, number_of_frames=number, extended_offsets=tables if all(tables) else None
         ):
             if (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-                raise BadInputError(
-                    path,
-                    f"has a JPEG of {scans} scans, more than the {MAX_SCANS} allowed; save it anew",
-                )
+                reason = f"has a JPEG of {scans} scans, more than the {MAX_SCANS} allowed"
+                raise BadInputError(path, f"{reason}; save it anew")
             yield from itertools.islice(frames, 1)
 
 
@@ -345,7 +262,7 @@ def _dicom_to_rgb(pixels: np.ndarray, header: Any, path: Path) -> np.ndarray:
     return np.repeat(np.rint(255 * gray).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-_LONGEST_NAME, _LONGEST_PATH = 255, 3000  # bytes; systems take no more, or 4096 with the folder
+_LONGEST_PATH = 3000  # bytes; systems take no more than 4096 with the folder
 _READ_RIGHTLY = ("1", "L", "RGB")
 # of EXIF orientations, to the left, after mirroring where they do
 _QUARTER_TURNS = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}
@@ -354,33 +271,24 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image file that was decoded whole without an error.
-
-    Attributes:
-        path: the file.
-        width, height: pixels as Detectron2 reads it, EXIF orientation applied.
-        orientation: EXIF orientation, 1 (upright) to 8.
-        mode: Pillow's mode, e.g. "RGB", "I;16", "CMYK"; or "DICOM".
-        needs_conversion: whether Detectron2 could misread the file.
-        sha256: of the file's bytes.
-    """
+    """An image file that was decoded whole without an error."""
 
     path: Path
-    width: int
+    width: int  # pixels as Detectron2 reads it, EXIF orientation applied
     height: int
-    orientation: int
-    mode: str
-    needs_conversion: bool
-    sha256: str
+    orientation: int  # EXIF's, 1 (upright) to 8
+    mode: str  # Pillow's, e.g. "RGB", "I;16", "CMYK"; or "DICOM"
+    needs_conversion: bool  # Detectron2 could misread the file
+    sha256: str  # of the file's bytes
 
 
 def list_files(folder: Path, rejects: Rejects | None = None) -> list[Path]:
-    """All files under `folder`, hidden ones and those in hidden folders left out, in sorted order.
+    """Return all files under `folder`, which may be a link itself, in sorted order.
 
-    A link to a folder inside is left out, since its files are listed where they are.
+    Hidden files and folders are left out, and a link to a folder inside, since its files are listed
+    where they are.
 
     Args:
-        folder: may be a link itself.
         rejects: takes links that lead out of the folder, unless it says to follow them, and pipes,
             sockets and devices. None follows links to files, and leaves out the others.
 
@@ -415,39 +323,32 @@ def list_files(folder: Path, rejects: Rejects | None = None) -> list[Path]:
 
 
 def by_stem(folder: Path, rejects: Rejects) -> dict[str, Path]:
-    """Files by their path in `folder` without suffix, since image and mask may differ in it."""
+    """Return files by their path in `folder` without suffix, in which image and mask may differ."""
     files: dict[str, Path] = {}
     for path in list_files(folder, rejects):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         with rejects.catch():
             if stem in files:
-                raise BadInputError(
-                    path, f"duplicate: same name as {files[stem]} but for the suffix"
-                )
+                reason = f"duplicate: same name as {files[stem]} but for the suffix"
+                raise BadInputError(path, reason)
             files[stem] = path
     return files
 
 
 def check_name(file_name: object, source: Path) -> None:
-    """Raises BadInputError, blaming `source`, if it can be the name of no file."""
+    """Raise BadInputError, blaming `source`, if it can be the name of no file."""
     if not isinstance(file_name, str) or not file_name.strip("./\\") or "\0" in file_name:
         raise BadInputError(source, f"file_name {file_name!r} is no file name")
     name = file_name.encode("utf-8", "surrogatepass")
-    if len(name) > _LONGEST_PATH or max(map(len, name.split(b"/"))) > _LONGEST_NAME:
+    if len(name) > _LONGEST_PATH or max(map(len, name.split(b"/"))) > LONGEST_NAME:
         raise BadInputError(source, f"file_name {file_name[:50]!r}... is too long for a file name")
 
 
 def path_inside(folder: Path, file_name: object, source: Path, follow_links: bool = False) -> Path:
-    """`folder` / `file_name`, refused if that leads outside the folder.
-
-    Args:
-        folder: may be a link itself.
-        file_name: relative to it.
-        source: names the file, and is blamed for a name that leads outside or is none.
-        follow_links: whether links may.
+    """Return `folder` / `file_name`; `follow_links` allows links that lead out of the folder.
 
     Raises:
-        BadInputError: it leads outside, or is no name at all.
+        BadInputError: blames `source`: the name leads outside, or is no name at all.
     """
     check_name(file_name, source)
     relative = PurePosixPath(file_name)
@@ -457,12 +358,7 @@ def path_inside(folder: Path, file_name: object, source: Path, follow_links: boo
 
 
 def image_inside(folder: Path, file_name: object, source: Path) -> Path:
-    """`path_inside` of a file that is there.
-
-    Raises:
-        BadInputError: see `path_inside`.
-        FileNotFoundError: there is no such file.
-    """
+    """Return `path_inside` of a file that exists, else raise FileNotFoundError."""
     path = path_inside(folder, file_name, source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image")
@@ -470,36 +366,30 @@ def image_inside(folder: Path, file_name: object, source: Path) -> Path:
 
 
 def inspect_image(path: Path) -> SourceImage:
-    """Decodes an image whole, so that a truncated file is found now and not while training.
-
-    Raises:
-        BadInputError: missing, unreadable, truncated, several images in one file, or without a
-            clear meaning as RGB.
-    """
+    """Decode an image whole, so that a truncated file is found now and not while training; raise
+    as `read_image`."""
     image, orientation, sha256 = _decode(path)
     mode = "DICOM" if image.format == "DICOM" else image.mode
     needs_conversion = mode not in _READ_RIGHTLY or image.has_transparency_data
     if needs_conversion:
         _to_rgb(image, path)  # to fail now if at all
-    width, height = image.size
-    if orientation in _SIDEWAYS:
-        width, height = height, width
+    width, height = image.size[::-1] if orientation in _SIDEWAYS else image.size
     return SourceImage(path, width, height, orientation, mode, needs_conversion, sha256)
 
 
 def install_image(image: SourceImage, folder: Path, file_name: str) -> None:
-    """Puts `image` at `folder` / `file_name`: a hard link, else a copy; a PNG if converted."""
+    """Put `image` at `folder` / `file_name`: a hard link, else a copy; a PNG if converted."""
     target = folder / file_name
     target.parent.mkdir(parents=True, exist_ok=True)
     if image.needs_conversion:
         rgb = _to_rgb(_decode(image.path)[0], image.path)
         _turn(rgb, image.orientation).save(target)
-        return
-    link_or_copy(image.path, target)
+    else:
+        link_or_copy(image.path, target)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Makes `target` a hard link to a file, or a copy where that cannot be."""
+    """Make `target` a hard link to a file, or a copy where that cannot be."""
     source = source.resolve()
     try:
         os.link(source, target)
@@ -508,14 +398,10 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Reads an image as shown: EXIF orientation applied, 8-bit RGB whatever the file's mode.
-
-    Returns:
-        (H, W, 3) uint8.
+    """Return an image as shown: (H, W, 3) uint8 RGB whatever the mode, EXIF orientation applied.
 
     Raises:
-        BadInputError: missing, unreadable, truncated, several images in one file (an animation, a
-            stack of pages), or without a clear meaning as RGB.
+        BadInputError: missing, damaged, several images in one file, or no clear meaning as RGB.
     """
     image, orientation, _ = _decode(path)
     if image.mode not in _READ_RIGHTLY or image.has_transparency_data:
@@ -524,13 +410,11 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Reads a mask image as shown, its EXIF orientation applied.
-
-    Returns:
-        (H, W) bool, true where the gray value is at least 128: JPEG masks are not binary.
+    """Return a mask image as shown: (H, W) bool, true where the gray value is at least 128, since
+    JPEG masks are not binary.
 
     Raises:
-        BadInputError: missing, unreadable, truncated or several images in one file.
+        BadInputError: missing, damaged or several images in one file.
     """
     image, orientation, _ = _decode(path)
     if image.mode not in _READ_RIGHTLY:
@@ -539,35 +423,27 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def read_values(path: Path) -> tuple[np.ndarray, bool]:
-    """Reads a mask image whose pixels hold numbers, as shown: its EXIF orientation applied.
-
-    Returns:
-        (H, W) integers or bool, of a palette image its indices; and whether the file's format
-        changes numbers (JPEG).
+    """Return a mask image whose pixels hold numbers, as shown: (H, W) integers or bool, of a
+    palette image its indices; and whether the file's format changes numbers (JPEG).
 
     Raises:
-        BadInputError: missing, unreadable, truncated, several images in one file, in colour or with
-            fractions.
+        BadInputError: missing, damaged, several images in one file, in colour or with fractions.
     """
     image, orientation, _ = _decode(path)
     values = np.asarray(image)
     if values.ndim == 3:
         colours = values[..., : 3 if image.mode in ("RGB", "RGBA") else 1]
-        if not (colours == colours[..., :1]).all():
-            raise BadInputError(
-                path, "is in colour: save it with one channel that holds numbers, or with a palette"
-            )
         values = colours[..., 0]
+        if not (colours == values[..., None]).all():
+            raise BadInputError(path, "is in colour: save it with one channel, or with a palette")
     if values.dtype.kind not in "biu" or values.min() < 0:
         raise BadInputError(path, "its pixels are no whole numbers from 0 on")
     return orient(values, orientation), image.format == "JPEG"
 
 
 def annotated_on_stored_pixels(image: SourceImage, width: int, height: int) -> bool:
-    """Whether annotations of a `width` x `height` frame need `orient` to fit the image as read.
-
-    Where both frames of an EXIF-rotated image have that size, they are taken to be of the rotated
-    image.
+    """Whether annotations of a `width` x `height` frame need `orient` to fit the image as read; not
+    where both frames of an EXIF-rotated image have that size.
 
     Raises:
         BadInputError: the size fits neither frame.
@@ -582,7 +458,7 @@ def annotated_on_stored_pixels(image: SourceImage, width: int, height: int) -> b
 
 
 def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns (H, W) stored pixels of any type, a mask's say, as EXIF orientation 1..8 shows them."""
+    """Turn (H, W) stored pixels of any type, a mask's say, as EXIF orientation 1..8 shows them."""
     if orientation in (2, 4, 5, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(np.rot90(pixels, _QUARTER_TURNS.get(orientation, 0)))
@@ -591,11 +467,20 @@ def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _decode(path: Path) -> tuple[Image.Image, int, str]:
     """The image as stored, its EXIF orientation, and the sha256 of the file's bytes."""
     if is_dicom(image_file(path)):
-        return _read_dicom(path), 1, file_sha256(path)
+        try:
+            image = Image.fromarray(read_still(path))
+        except ModuleNotFoundError as error:
+            reason = f"is a DICOM file, which needs {error.name}: pip install -e '.[deploy]'"
+            raise BadInputError(path, reason) from error
+        image.format = "DICOM"
+        return image, 1, file_sha256(path)
     with open_image(path) as image:
         try:
             if image.format != "MPO":  # a camera's photograph and previews of it
-                _check_single(image, path)
+                with contextlib.suppress(EOFError):
+                    image.seek(1)  # to count them all can take hours
+                    reason = "holds several images; save each in a file, or all as a video"
+                    raise BadInputError(path, reason)
             image.load()
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except BadInputError:
@@ -605,26 +490,8 @@ def _decode(path: Path) -> tuple[Image.Image, int, str]:
     return image, orientation, file_sha256(path)
 
 
-def _check_single(image: Image.Image, path: Path) -> None:
-    try:
-        image.seek(1)  # to count them all can take hours
-    except EOFError:
-        return
-    raise BadInputError(path, "holds several images; save each in a file, or all as a video")
-
-
-def _read_dicom(path: Path) -> Image.Image:
-    try:
-        image = Image.fromarray(read_still(path))
-    except ModuleNotFoundError as error:
-        reason = f"is a DICOM file, which needs {error.name}: pip install -e '.[deploy]'"
-        raise BadInputError(path, reason) from error
-    image.format = "DICOM"
-    return image
-
-
 def _turn(image: Image.Image, orientation: int) -> Image.Image:
-    """Applies an EXIF orientation; the result carries none."""
+    """Apply an EXIF orientation; the result carries none."""
     upright = Image.fromarray(np.asarray(image))
     upright.getexif()[ExifTags.Base.Orientation] = orientation
     return ImageOps.exif_transpose(upright)
@@ -635,16 +502,11 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise BadInputError(
-                path,
-                f"pixels of mode {image.mode!r} have no fixed range; save it with 8 bits a channel",
-            )
+            reason = f"pixels of mode {image.mode!r} have no fixed range"
+            raise BadInputError(path, f"{reason}; save 8 bits a channel")
         if 0 < values.max() < 4096:
-            raise BadInputError(
-                path,
-                f"16-bit image with values up to {values.max()} only, so nearly black: probably "
-                "fewer bits in a 16-bit file; rescale it to 8 bits a channel",
-            )
+            reason = f"16-bit image with values up to {values.max()} only, so nearly black"
+            raise BadInputError(path, f"{reason}; rescale it to 8 bits a channel")
         gray = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
         return Image.fromarray(gray).convert("RGB")
     if image.mode == "CMYK" and "icc_profile" in image.info:
@@ -661,11 +523,8 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
 
 
 def in_threads(function: Callable, items: Sequence, description: str) -> list:
-    """[function(item) for item in items], one thread per core, with a bar.
-
-    What takes the time, in Pillow, OpenCV and NumPy, runs side by side in threads; processes would
-    each have to import torch first.
-    """
+    """Return [function(item) for item in items], one thread per core, with a bar: Pillow, OpenCV
+    and NumPy run in parallel, and processes would each have to import torch first."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     inner = cv2.getNumThreads()
     cv2.setNumThreads(1)

@@ -18,27 +18,12 @@ from imrcnn_d2.data.augmentation import CopyPaste
 from imrcnn_d2.data.catalog import labels_of, load_datasets
 from imrcnn_d2.data.mapper import ClassificationMapper, LesionMapper
 
-__all__ = [
-    "ResumableBatchSampler",
-    "SeededDataset",
-    "balanced_epochs",
-    "build_train_loader",
-    "class_balanced_epochs",
-    "seed_generators",
-    "shuffled_epochs",
-]
-
-
 EpochIndices = Callable[[torch.Generator], torch.Tensor]  # the order of one epoch, int64
 
 
 def seed_generators(*entropy: int) -> None:
-    """Seeds the generators of ``random``, NumPy and torch (on every device).
-
-    Args:
-        entropy: one or more numbers >= 0. Other numbers, or the same in another order, give
-            unrelated streams.
-    """
+    """Seed the generators of ``random``, NumPy and torch (on every device) with one or more numbers
+    >= 0. Other numbers, or the same in another order, give unrelated streams."""
     words = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
@@ -51,12 +36,8 @@ def shuffled_epochs(size: int) -> EpochIndices:
 
 
 def balanced_epochs(repeat_factors: torch.Tensor) -> EpochIndices:
-    """Images of rare classes repeated, as in Detectron2's ``RepeatFactorTrainingSampler``.
-
-    Args:
-        repeat_factors: (N,) float, occurrences of each image in an epoch, on average; the length of
-            epochs varies.
-    """
+    """Images of rare classes repeated, as in Detectron2's ``RepeatFactorTrainingSampler``, by the
+    (N,) mean occurrences of each image in an epoch; the length of epochs varies."""
     sampler = RepeatFactorTrainingSampler(repeat_factors, seed=0)
 
     def epoch_indices(generator: torch.Generator) -> torch.Tensor:
@@ -67,14 +48,9 @@ def balanced_epochs(repeat_factors: torch.Tensor) -> EpochIndices:
 
 
 def class_balanced_epochs(labels: np.ndarray) -> EpochIndices:
-    """As many images of each class, but for one, in an epoch as long as the data set.
-
-    Images of a class with too few are repeated alike; of a class with too many, each epoch has
-    another sample.
-
-    Args:
-        labels: (N,) int, the class of each image.
-    """
+    """As many images of each class, but for one, in an epoch as long as the data set, by the (N,)
+    classes of the images. Those of a class with too few are repeated alike; of a class with too
+    many, each epoch has another sample."""
     images_of = [torch.from_numpy(np.flatnonzero(labels == k)) for k in np.unique(labels)]
     share, left_over = divmod(len(labels), len(images_of))
 
@@ -103,16 +79,7 @@ class ResumableBatchSampler(Sampler):
     that is not, and two processes the same as one with their batches together.
     """
 
-    def __init__(self, epoch_indices: EpochIndices, total_batch_size: int, seed: int = 0):
-        """
-        Args:
-            epoch_indices: the order of one epoch.
-            total_batch_size: SOLVER.IMS_PER_BATCH, images of all processes together.
-            seed: >= 0; see :meth:`start_at`.
-
-        Raises:
-            ValueError: the processes cannot share the batch evenly.
-        """
+    def __init__(self, epoch_indices: EpochIndices, total_batch_size: int):
         self._rank, world_size = comm.get_rank(), comm.get_world_size()
         if total_batch_size <= 0 or total_batch_size % world_size:
             raise ValueError(
@@ -122,15 +89,14 @@ class ResumableBatchSampler(Sampler):
         self._epoch_indices = epoch_indices
         self._total = total_batch_size
         self._share = total_batch_size // world_size
-        self._seed, self._iteration = seed, 0
+        self._seed = self._iteration = 0
 
     def start_at(self, seed: int, iteration: int) -> None:
-        """Sets the seed (>= 0) of the training, and the iteration whose batch comes first."""
+        """Set the seed (>= 0) of the training, and the iteration whose batch comes first."""
         self._seed, self._iteration = seed, iteration
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        first = self._iteration * self._total
-        samples = self._samples(first)
+        samples = self._samples(self._iteration * self._total)
         while True:
             batch = list(itertools.islice(samples, self._total))
             yield batch[self._rank * self._share : (self._rank + 1) * self._share]
@@ -147,15 +113,10 @@ class ResumableBatchSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """Training samples whose augmentation is a function of the seed and the sample's position."""
+    """Training samples whose augmentation is a function of the seed and the sample's position. The
+    mapper samples from the generators of ``random``, NumPy and torch, and keeps no state."""
 
     def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict]):
-        """
-        Args:
-            records: Detectron2's dataset dicts.
-            mapper: dataset dict -> the model's input; it samples from the generators of ``random``,
-                NumPy and torch, and keeps no state.
-        """
         self._records, self._mapper = records, mapper
 
     def __len__(self):
@@ -170,21 +131,20 @@ class SeededDataset(Dataset):
 
 def _from_config(cfg):
     records = load_datasets(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    if "label" in records[0]:
+        mapper = ClassificationMapper(cfg, is_train=True)
+    else:
+        mapper = LesionMapper(cfg, is_train=True)
+        probability = get_node(cfg, "INPUT.AUG").COPY_PASTE_PROB
+        if probability > 0:
+            mapper = CopyPaste(mapper, records, probability)
     return {
         "dataset": records,
-        "mapper": _mapper(cfg, records),
+        "mapper": mapper,
         "epoch_indices": _epoch_indices(cfg, records),
         "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
     }
-
-
-def _mapper(cfg, records):
-    if "label" in records[0]:
-        return ClassificationMapper(cfg, is_train=True)
-    mapper = LesionMapper(cfg, is_train=True)
-    probability = get_node(cfg, "INPUT.AUG").COPY_PASTE_PROB
-    return CopyPaste(mapper, records, probability) if probability > 0 else mapper
 
 
 def _epoch_indices(cfg, records):
@@ -214,20 +174,11 @@ def build_train_loader(
     epoch_indices: EpochIndices | None = None,
     num_workers: int = 0,
 ) -> DataLoader:
-    """Detectron2's ``build_detection_train_loader`` for trainings that can be resumed exactly.
+    """Return Detectron2's ``build_detection_train_loader`` for trainings that can be resumed
+    exactly; without grouping by aspect ratio, whose buckets would be state.
 
-    There is no grouping by aspect ratio: its buckets would be state.
-
-    Args:
-        dataset: dataset dicts.
-        mapper: see :class:`SeededDataset`.
-        total_batch_size: images in a batch, of all processes together.
-        epoch_indices: None shuffles.
-        num_workers: processes that load images; any number gives the same batches.
-
-    Returns:
-        lists of mapped samples; its ``batch_sampler`` is a :class:`ResumableBatchSampler`, to be
-        set to a seed and an iteration before use.
+    Its ``batch_sampler`` is a :class:`ResumableBatchSampler`, to be set to a seed and an iteration
+    before use. Any number of workers gives the same batches. Without `epoch_indices` it shuffles.
     """
     epoch_indices = epoch_indices or shuffled_epochs(len(dataset))
     return DataLoader(

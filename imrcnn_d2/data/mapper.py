@@ -12,15 +12,9 @@ from detectron2.structures import BitMasks, PolygonMasks
 from imrcnn_d2.data.augmentation import build_augmentation
 from imrcnn_d2.data.images import open_image
 
-__all__ = ["ClassificationMapper", "LesionMapper"]
-
 
 class LesionMapper(DatasetMapper):
     """:class:`DatasetMapper` with the augmentation of INPUT.AUG; images may have no lesion."""
-
-    @configurable
-    def __init__(self, is_train: bool, **kwargs):
-        super().__init__(is_train, **kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -42,11 +36,10 @@ class LesionMapper(DatasetMapper):
         del dataset_dict["annotations"]
         instances = detection_utils.annotations_to_instances([], image_shape)
         if self.use_instance_mask:
-            instances.gt_masks = (
-                BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
-                if self.instance_mask_format == "bitmask"
-                else PolygonMasks([])
-            )
+            no_masks = PolygonMasks([])
+            if self.instance_mask_format == "bitmask":
+                no_masks = BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
+            instances.gt_masks = no_masks
         dataset_dict["instances"] = instances
 
 
@@ -59,25 +52,14 @@ class ClassificationMapper:
 
     @configurable
     def __init__(self, *, augmentations: list[T.Augmentation], image_format: str):
-        """
-        Args:
-            augmentations: the last image has the size of the model's input.
-            image_format: as of ``detection_utils.read_image``.
-        """
         self._augmentations = T.AugmentationList(augmentations)
         self._image_format = image_format
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        """
-        Raises:
-            ValueError: INPUT.SIZE is not positive.
-        """
         size = cfg.INPUT.SIZE
         if size <= 0:
-            raise ValueError(
-                f"INPUT.SIZE is {size}: give the side in pixels that images are resized to"
-            )
+            raise ValueError(f"INPUT.SIZE is {size}: give the side in pixels to resize images to")
         # The first resizes, for detectors.
         augmentations = [T.Resize((size, size)), *build_augmentation(cfg, is_train)[1:]]
         if is_train and cfg.INPUT.CROP.ENABLED:
@@ -85,7 +67,7 @@ class ClassificationMapper:
         return {"augmentations": augmentations, "image_format": cfg.INPUT.FORMAT}
 
     def __call__(self, record: dict) -> dict:
-        """The record with "image": (3, H, W) uint8 tensor."""
+        """Return the record with "image": (3, H, W) uint8 tensor."""
         with open_image(Path(record["file_name"])):  # Detectron2 would open any format
             image = detection_utils.read_image(record["file_name"], self._image_format)
         detection_utils.check_image_size(record, image)

@@ -11,33 +11,8 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
-from imrcnn_d2.data.images import SourceImage, annotated_on_stored_pixels, orient
+from imrcnn_d2.data.images import SourceImage, annotated_on_stored_pixels, max_pixels, orient
 from imrcnn_d2.utils.files import BadInputError
-
-__all__ = [
-    "ANNOTATION_FIELDS",
-    "IMAGE_FIELDS",
-    "MIN_AREA",
-    "MIN_IOU",
-    "MOST_INSTANCES",
-    "Region",
-    "annotate",
-    "annotation_from_mask",
-    "check_classes",
-    "check_extent",
-    "check_polygon",
-    "check_size",
-    "components",
-    "ellipse_rle",
-    "further_fields",
-    "named_categories",
-    "mask_polygons",
-    "patch_rle",
-    "polygon_rle",
-    "rectangle",
-    "union",
-]
-
 
 # pixels; JPEG leaves specks of 1 in Kvasir-SEG's masks, its smallest polyps have over 200
 MIN_AREA = 16
@@ -45,22 +20,13 @@ MOST_INSTANCES = 1000  # of one mask: each takes a pass over all its pixels
 
 
 def components(mask: np.ndarray, min_area: int) -> tuple[Iterator[np.ndarray], int]:
-    """Splits a mask into its connected components (8-connectivity).
-
-    Args:
-        mask: (H, W) bool.
-        min_area: smaller components, in pixels, are specks and left out.
-
-    Returns:
-        the components, (H, W) bool each, in raster order of their boxes' top left corners; the
-        number of specks.
+    """Return the 8-connected components of an (H, W) bool mask, (H, W) bool each, in raster order
+    of their boxes' top left corners, and the number of those smaller than `min_area`, left out.
 
     Raises:
         ValueError: more than `MOST_INSTANCES` components.
     """
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(
-        mask.astype(np.uint8), connectivity=8
-    )
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     kept = [i for i in range(1, count) if stats[i, cv2.CC_STAT_AREA] >= min_area]
     if len(kept) > MOST_INSTANCES:
         raise ValueError(
@@ -72,15 +38,14 @@ def components(mask: np.ndarray, min_area: int) -> tuple[Iterator[np.ndarray], i
     return (labels == i for i in kept), count - 1 - len(kept)
 
 
-def annotation_from_mask(mask: np.ndarray, category_id: int = 1, **fields) -> dict:
-    """A COCO annotation without ids: compressed RLE, area, and box [x, y, w, h] in pixels.
+def encode(mask: np.ndarray) -> dict:
+    """Return the compressed COCO RLE of an (H, W) mask."""
+    return mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
 
-    Args:
-        mask: (H, W) bool, not empty.
-        category_id: COCO category.
-        fields: further fields, e.g. ``lesion_id``.
-    """
-    rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+def annotation_from_mask(mask: np.ndarray, category_id: int = 1, **fields) -> dict:
+    """Return a COCO annotation, without ids, of an (H, W) bool mask that is not empty."""
+    rle = encode(mask)
     return {
         "category_id": category_id,
         "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},
@@ -91,14 +56,11 @@ def annotation_from_mask(mask: np.ndarray, category_id: int = 1, **fields) -> di
     }
 
 
-# Of a polygon made from a mask with that mask.
-MIN_IOU = 0.99
+MIN_IOU = 0.99  # of a polygon made from a mask with that mask
 # Pixels that a polygon may be off the mask's edge to have fewer points; the first that is near
 # enough is taken. 0 follows every pixel.
 _TOLERANCES = (4.0, 3.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.0)
-# Of an image: JPEG's longest side, and the area from which on Pillow refuses to decode. What is
-# declared larger is no image.
-_MAX_SIDE, _MAX_PIXELS = 65_535, 178_956_970
+_MAX_SIDE = 65_535  # JPEG's longest
 # pycocotools walks along every edge, pixel by pixel, and keeps them all: times the image's size
 # that a shape may reach beyond it, and times its width and height together that it may be long.
 _MAX_OUTSIDE = 10
@@ -108,20 +70,18 @@ _ROWS = 64
 
 
 def check_size(height: object, width: object) -> tuple[int, int]:
-    """Height and width as int; ValueError for what can be the size of no image."""
+    """Return height and width as int; ValueError for what can be the size of no image."""
     for side in (height, width):
         is_number = isinstance(side, int | float | np.number) and not isinstance(side, bool)
         if not is_number or not 0 < side <= _MAX_SIDE or side != int(side):
-            raise ValueError(
-                f"{reprlib.repr(side)} is no side of an image, 1 to {_MAX_SIDE} pixels"
-            )
-    if height * width > _MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels are more than any image has ({_MAX_PIXELS})")
+            raise ValueError(f"the side of an image is {reprlib.repr(side)}, not 1 to {_MAX_SIDE}")
+    if height * width > max_pixels():
+        raise ValueError(f"{width}x{height} pixels are more than any image has ({max_pixels()})")
     return int(height), int(width)  # some tools write 640.0
 
 
 def check_extent(values: Sequence[float], height: int, width: int) -> np.ndarray:
-    """(N,) float coordinates; ValueError if one is no finite number or far outside the image."""
+    """Return (N,) float coordinates; ValueError if one is no finite number or far outside."""
     kinds = {kind for kind in set(map(type, values)) if kind is bool or not issubclass(kind, Real)}
     if kinds:
         value = next(value for value in values if type(value) in kinds)
@@ -138,10 +98,8 @@ def check_extent(values: Sequence[float], height: int, width: int) -> np.ndarray
 
 
 def check_polygon(flat: Sequence[float], height: int, width: int) -> None:
-    """Raises ValueError for a polygon x1, y1, x2, y2, ... that is none, or that goes to and fro.
-
-    What passes takes bounded memory and time to fill.
-    """
+    """Raise ValueError for a polygon x1, y1, x2, y2, ... that is none, or goes to and fro: others
+    take bounded memory and time to fill."""
     if len(flat) < 6:
         raise ValueError(f"a polygon has {len(flat) // 2} points, at least 3 are needed")
     points = check_extent(flat, height, width).reshape(-1, 2)
@@ -154,21 +112,15 @@ def check_polygon(flat: Sequence[float], height: int, width: int) -> None:
 
 
 def polygon_rle(points: Sequence[Sequence[float]], height: int, width: int) -> dict:
-    """Compressed COCO RLE of a polygon of [x, y] points.
-
-    Raises:
-        ValueError: as `check_polygon`.
-    """
+    """Return the compressed COCO RLE of a polygon of [x, y] points; raise as `check_polygon`."""
     flat = [value for point in points for value in point]
     check_polygon(flat, height, width)
     return mask_util.frPyObjects([flat], height, width)[0]
 
 
 def union(rles: Sequence[dict]) -> dict:
-    """Compressed RLE of the pixels in any of one or more masks.
-
-    Merging all at once would read the growing union for each of them.
-    """
+    """Return the compressed RLE of the pixels in any of one or more masks. Merging all at once
+    would read the growing union for each of them."""
     while len(rles) > 1:
         groups = range(0, len(rles), _MERGED_AT_ONCE)
         rles = [mask_util.merge(rles[i : i + _MERGED_AT_ONCE]) for i in groups]
@@ -178,30 +130,17 @@ def union(rles: Sequence[dict]) -> dict:
 def rectangle(
     left: float, top: float, right: float, bottom: float, degrees: float = 0.0
 ) -> np.ndarray:
-    """(4, 2) corners of a rectangle, turned clockwise about its centre."""
+    """Return the (4, 2) corners of a rectangle, turned clockwise about its centre."""
     centre = np.array([left + right, top + bottom]) / 2
     corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
     return _turned(corners - centre, degrees) + centre
 
 
 def ellipse_rle(
-    centre: Sequence[float],
-    radii: Sequence[float],
-    height: int,
-    width: int,
-    degrees: float = 0.0,
+    centre: Sequence[float], radii: Sequence[float], height: int, width: int, degrees: float = 0.0
 ) -> dict:
-    """Compressed COCO RLE of an ellipse: the pixels whose centres are inside.
-
-    Args:
-        centre: x, y in pixels.
-        radii: along x and y, before it is turned clockwise by `degrees`.
-        height, width: of the image.
-        degrees: see above.
-
-    Raises:
-        ValueError: a radius that is not positive, or as `check_extent`.
-    """
+    """Return the compressed COCO RLE of an ellipse, x and y in pixels, turned clockwise: the pixels
+    whose centres are inside. Raise ValueError as `check_extent`, or for a radius not above 0."""
     check_extent([*centre, *radii], height, width)
     if min(radii) <= 0:
         raise ValueError(f"the radius {min(radii):g} is not positive")
@@ -212,32 +151,24 @@ def ellipse_rle(
         offsets = np.stack([x - centre[0], y + top - centre[1]], axis=-1)
         along = _turned(offsets, -degrees) / np.asarray(radii, float)
         rows[:] = (along**2).sum(axis=-1) <= 1
-    return _encode(mask)
+    return encode(mask)
 
 
 def patch_rle(patch: np.ndarray, left: int, top: int, height: int, width: int) -> dict:
-    """Compressed COCO RLE of an (h, w) bool patch at a place in the image; cut at its borders."""
+    """Return the compressed COCO RLE of an (h, w) bool patch in the image, cut at its borders."""
     mask = np.zeros((height, width), bool)
-    rows = slice(max(top, 0), max(min(top + patch.shape[0], height), 0))
-    columns = slice(max(left, 0), max(min(left + patch.shape[1], width), 0))
     part = patch[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
-    mask[rows, columns] = part
-    return _encode(mask)
+    y, x = max(top, 0), max(left, 0)
+    mask[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return encode(mask)
 
 
 def mask_polygons(mask: np.ndarray, fill_holes: bool = False) -> list[np.ndarray] | None:
-    """Polygons around the parts of a mask, of few points, at an IoU of at least `MIN_IOU`.
-
-    Args:
-        mask: (H, W) bool or 0 and 1.
-        fill_holes: holes are part of the mask.
-
-    Returns:
-        one (N, 2) float array of x, y for each part, N at least 3, in raster order of their boxes'
-        top left corners; None if the mask has holes too large to be left out.
-    """
+    """Return polygons around the parts of an (H, W) mask, of few points, at an IoU of at least
+    `MIN_IOU`: (N, 2) float x, y of each part, N at least 3, in raster order of their boxes' top
+    left corners; None if the mask has holes too large to be left out, unless `fill_holes`."""
     mask = mask.astype(np.uint8)
-    # Twice as large, each pixel has a corner of its own for each of its edges.
+    # Twice as large, each edge of a pixel has a corner that no other has.
     doubled = cv2.resize(mask, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     edges = [(contour + 1) // 2 for contour in contours]
@@ -248,7 +179,7 @@ def mask_polygons(mask: np.ndarray, fill_holes: bool = False) -> list[np.ndarray
 
 def _simplified(edge: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
     """The fewest points of an (N, 1, 2) contour of pixel edges that are near enough to the mask in
-    it, or to all of its inside without one; None if none are, for holes."""
+    it, without one to all of its inside; None if holes keep all from it."""
     left, top = edge.min(axis=0)[0]
     width, height = (edge.max(axis=0)[0] - (left, top)).tolist()
 
@@ -258,7 +189,7 @@ def _simplified(edge: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
 
     truth = rle(cv2.approxPolyDP(edge, 0, closed=True)[:, 0])
     if mask is not None:
-        part = _encode(mask[top : top + height, left : left + width])
+        part = encode(mask[top : top + height, left : left + width])
         truth = mask_util.merge([truth, part], intersect=True)
     for tolerance in _TOLERANCES:
         points = cv2.approxPolyDP(edge, tolerance, closed=True)[:, 0]
@@ -273,10 +204,6 @@ def _turned(vectors: np.ndarray, degrees: float) -> np.ndarray:
     return vectors @ np.array([[cos, sin], [-sin, cos]])
 
 
-def _encode(mask: np.ndarray) -> dict:
-    return mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
-
-
 # Fields of COCO itself, which annotation tools cannot set by a flag or attribute.
 IMAGE_FIELDS = ("id", "file_name", "width", "height")
 ANNOTATION_FIELDS = ("id", "image_id", "category_id", "segmentation", "bbox", "area", "iscrowd")
@@ -284,58 +211,39 @@ ANNOTATION_FIELDS = ("id", "image_id", "category_id", "segmentation", "bbox", "a
 
 @dataclass
 class Region:
-    """One annotated area.
+    """One annotated area."""
 
-    Attributes:
-        label: name of its class.
-        rle: compressed COCO RLE in the frame that was annotated.
-        group: areas of one group and label are parts of one instance; None is no group.
-        fields: further COCO annotation fields. ``iscrowd`` may be among them.
-    """
-
-    label: str
-    rle: dict
-    group: int | None = None
-    fields: dict = field(default_factory=dict)
+    label: str  # name of its class
+    rle: dict  # compressed COCO RLE in the frame that was annotated
+    group: int | None = None  # areas of one group and label are parts of one instance
+    fields: dict = field(default_factory=dict)  # of COCO annotations, ``iscrowd`` among them
 
 
 def named_categories(
-    labels: Iterable[str], classes: Sequence[str] | None, where: str | Path
+    labels: Iterable[str], classes: Sequence[str] | None, source: str | Path
 ) -> list[dict]:
-    """COCO categories, numbered from 1.
-
-    Args:
-        labels: all that were found.
-        classes: the classes in their order; None takes the labels, sorted.
-        where: what is blamed if there is none.
-
-    Raises:
-        BadInputError: there is no class, or one is given twice.
-    """
+    """Return COCO categories, numbered from 1: the classes in their order, else the sorted labels.
+    Raise BadInputError, blaming `source`, if there is none, or one is given twice."""
     names = sorted(set(labels)) if classes is None else list(classes)
     if not names:
-        raise BadInputError(where, "nothing is annotated in it; name the classes with --classes")
+        raise BadInputError(source, "nothing is annotated in it; name the classes with --classes")
     if len(set(names)) < len(names):
-        raise BadInputError(where, f"a class is given twice: {', '.join(names)}")
+        raise BadInputError(source, f"a class is given twice: {', '.join(names)}")
     return [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
 
 
 def check_classes(labels: Iterable[str], category_ids: Mapping[str, int], path: Path) -> None:
-    """Raises BadInputError if a label is none of the classes."""
-    unknown = sorted(set(labels) - set(category_ids))
-    if unknown:
+    """Raise BadInputError if a label is none of the classes."""
+    if unknown := sorted(set(labels) - set(category_ids)):
         raise BadInputError(
             path, f"unknown label {unknown[0]!r}; the classes are {', '.join(category_ids)}"
         )
 
 
 def further_fields(record: Mapping, standard: Iterable[str]) -> dict:
-    """The texts, numbers and truth values of a record but for its `standard` keys."""
-    return {
-        key: value
-        for key, value in record.items()
-        if key not in standard and isinstance(value, str | int | float)
-    }
+    """Return the texts, numbers and truth values of a record but for its `standard` keys."""
+    values = {key: value for key, value in record.items() if key not in standard}
+    return {key: value for key, value in values.items() if isinstance(value, str | int | float)}
 
 
 def annotate(
@@ -345,13 +253,11 @@ def annotate(
     category_ids: Mapping[str, int],
     notes: list[str],
 ) -> list[dict]:
-    """COCO annotations of the instances in an image.
+    """Return COCO annotations of the instances in an image.
 
     Args:
-        image: the annotated image.
         size: width and height that the annotation file gives for it.
         regions: in the frame of that size; read after the size was checked.
-        category_ids: by label, of all labels there are.
         notes: takes a note where an EXIF-rotated image leaves a choice.
 
     Raises:
@@ -359,17 +265,19 @@ def annotate(
             twice.
     """
     turned = annotated_on_stored_pixels(image, *size)
-    regions = list(regions)
-    if image.orientation != 1 and not turned and regions:
+    groups: dict[object, list[Region]] = {}
+    for i, region in enumerate(regions):
+        key = (i,) if region.group is None else (region.label, region.group)
+        groups.setdefault(key, []).append(region)
+    if image.orientation != 1 and not turned and groups:
         notes.append(f"{image.path}: EXIF-rotated, annotations taken as of the rotated image")
     annotations: list[dict] = []
     seen: set[tuple[str, str]] = set()
-    for parts in _instances(regions):
+    for parts in groups.values():
         label, rle = parts[0].label, union([part.rle for part in parts])
         if not mask_util.area(rle):
-            raise BadInputError(
-                image.path, f"a {label!r} covers no pixel of the {size[0]}x{size[1]} image"
-            )
+            frame = f"{size[0]}x{size[1]} image"
+            raise BadInputError(image.path, f"a {label!r} covers no pixel of the {frame}")
         mask = mask_util.decode(rle)
         if turned:
             mask = orient(mask, image.orientation)
@@ -381,14 +289,6 @@ def annotate(
         seen.add(content)
         annotations.append(annotation)
     return annotations
-
-
-def _instances(regions: Sequence[Region]) -> list[list[Region]]:
-    groups: dict[object, list[Region]] = {}
-    for i, region in enumerate(regions):
-        key = (i,) if region.group is None else (region.label, region.group)
-        groups.setdefault(key, []).append(region)
-    return list(groups.values())
 
 
 def _joined_fields(parts: Sequence[Region]) -> dict:

@@ -10,12 +10,14 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
 from imrcnn_d2.data.formats.coco import to_rle
+from imrcnn_d2.deploy import outputs
 from imrcnn_d2.deploy.inputs import (
     DICOM_NAME,
     Frame,
@@ -23,16 +25,6 @@ from imrcnn_d2.deploy.inputs import (
     find_inputs,
     may_show_patient,
     read_frames,
-)
-from imrcnn_d2.deploy.outputs import (
-    OUTPUTS,
-    InputOutputs,
-    OutputFolder,
-    above_threshold,
-    coco_head,
-    frame_record,
-    output_folders,
-    records,
 )
 from imrcnn_d2.deploy.predictor import Predictor
 from imrcnn_d2.utils.files import (
@@ -44,43 +36,23 @@ from imrcnn_d2.utils.files import (
     lock_folder,
 )
 
-__all__ = [
-    "FAILED",
-    "PREDICTIONS",
-    "TABLE",
-    "Item",
-    "Journal",
-    "Summary",
-    "ahead",
-    "check_run",
-    "is_done",
-    "outdated",
-    "predict_files",
-    "predictions",
-    "run_record",
-    "signature",
-]
-
-
 # Of journals. Format 1 had DICOM files by their names, and not the files that were written.
 FORMAT = 2
+PREDICTIONS, TABLE, FAILED = "predictions.json", "predictions.csv", "failed.csv"
+_START = b'{"run":{'  # of a journal
+LONGEST_LINE = 2**26  # bytes; a frame's line has a few hundred detections
+LONGEST_SIDE, MOST_PIXELS = 2**20, 2**28  # of a frame
 
 
 def run_record(predictor: Predictor, root: Path, save: Iterable[str] = ()) -> dict:
-    """
-    What all results in a folder of outputs share, of JSON types.
-
-    Args:
-        root: folder that the names of inputs are relative to.
-        save: of ``OUTPUTS``.
-    """
+    """What all results in a folder of outputs share; inputs are named relative to ``root``."""
     run = {
         **predictor.metadata,
         "runtime": predictor.requested_runtime,  # "auto" may choose another the next time
         "classes": predictor.classes,
         "outputs": sorted(save),
-        # Names are relative to it. Its path may contain a patient's name, which could be guessed
-        # even from a hash of it, but not from its number in the file system.
+        # The path may contain a patient's name, which could be guessed even from a hash of it, but
+        # not from its number in the file system.
         "inputs": os.stat(root).st_ino,
         "format": FORMAT,
     }
@@ -88,16 +60,12 @@ def run_record(predictor: Predictor, root: Path, save: Iterable[str] = ()) -> di
 
 
 def check_run(folder: Path, previous: dict, current: dict) -> None:
-    """
-    Raises:
-        ValueError: the previous results in a folder and the current ones are not of one run, see
-            `run_record`; the error names the differences.
-    """
+    """Raises a ValueError that names the differences of two results of `run_record`, if any."""
+    pairs = {key: (previous.get(key), current.get(key)) for key in sorted({**previous, **current})}
     differences = [
-        f"{for_terminal(key)} ({reprlib.repr(previous.get(key))}, "
-        f"now {reprlib.repr(current.get(key))})"
-        for key in sorted({**previous, **current})
-        if previous.get(key) != current.get(key)
+        f"{for_terminal(key)} ({reprlib.repr(before)}, now {reprlib.repr(now)})"
+        for key, (before, now) in pairs.items()
+        if before != now
     ]
     if differences:
         raise ValueError(
@@ -116,63 +84,31 @@ def signature(source: Source) -> list[int] | None:
 
 
 def is_done(record, source: Source) -> bool:
-    """
-    Whether an input was done without an error and has not been changed since; ``record`` has its
-    ``error`` and ``signature``, or is None.
-    """
+    """Whether an input, with the ``error`` and ``signature`` of a record or None, is done."""
     return record is not None and record.error is None and record.signature == signature(source)
 
 
 def outdated(records: Iterable, sources: Iterable[Source]) -> list:
-    """
-    The records, with ``error`` and ``name``, of DICOM files that failed and are not among the
-    sources any more. Their names are from their content, and change once they are repaired.
-    """
+    """The records of DICOM files that failed and are gone: names change with the content."""
     names, prefix = {source.name for source in sources}, DICOM_NAME.partition("{")[0]
-    return [
-        record
-        for record in records
-        if record.error is not None and record.name.startswith(prefix) and record.name not in names
-    ]
-
-
-PREDICTIONS, TABLE, FAILED = "predictions.json", "predictions.csv", "failed.csv"
-LONGEST_LINE = 2**26  # bytes; a frame's has a few hundred detections
-LONGEST_SIDE, MOST_PIXELS = 2**20, 2**28  # of a frame
-
-
-@dataclass(frozen=True)
-class _DoneInput:
-    """Its lines in the journal are from byte ``start`` to ``end``."""
-
-    name: str
-    signature: list | None
-    start: int
-    end: int
-    frames: int
-    error: str | None
-    target: str | None
+    failed = [record for record in records if record.error is not None]
+    return [each for each in failed if each.name.startswith(prefix) and each.name not in names]
 
 
 class Journal:
-    """
-    ``progress.jsonl``: one line for the run, then for each input one line per frame, one per file
-    written, and one that says it is done. A kill costs the current input, never more: lines after
-    the last finished input are cut off when the file is opened again.
+    """``progress.jsonl``: one line for the run, then for each input one line per frame, one per
+    file written, and one at its end. A kill costs the current input: lines after the last finished
+    input are cut off when the file is opened again. The tables are made from it line by line.
 
-    The tables of all results are made from it, one line in memory at a time. It also distinguishes
-    the files that were written from those of the user, which are never deleted or overwritten: a
-    file is ours as long as it is in the journal, with the content that it was written with.
+    Files of the user are never deleted or overwritten: a file is ours as long as it is in the
+    journal, with the content that it was written with.
     """
 
     FILE = "progress.jsonl"
 
     def __init__(self, folder: str | Path, run: dict, others: Iterable[str] = ()):
-        """
-        Args:
-            folder: of the outputs; made if it does not exist.
-            run: what all results in the folder share, see `run_record`.
-            others: names of the files and folders that are written into it besides the tables.
+        """Opens the journal of a `run_record`; ``others`` are names of files and folders that are
+        written into the folder next to the tables.
 
         Raises:
             ValueError: the folder has the results of another run, or files of these names that no
@@ -193,8 +129,7 @@ class Journal:
             self._read()
             if not self._file.tell():
                 self._check_new()
-                self._append({"run": self.run})
-                self._sync()
+                self._append({"run": self.run}, sync=True)
         except ValueError:
             self.close()
             raise
@@ -206,21 +141,23 @@ class Journal:
         foreign = [name for name in names if os.path.lexists(self.folder / name)]
         if foreign:
             raise ValueError(
-                f"{self.folder} holds {', '.join(foreign)}, and no {self.FILE} that says that they "
-                "were written here: they may be yours. Choose another --output"
+                f"{self.folder} holds {', '.join(foreign)}, which may be yours: no {self.FILE} "
+                "says that they were written here. Choose another --output"
             )
 
     def _read(self):
-        """Index the inputs that are done; the file is then cut and stands at its end."""
+        """Indexes the inputs that are done, and cuts the file after the last of them."""
         self._file.seek(0)
-        whole = start = number = frames = broken = 0
+        whole = end = frames = broken = 0
         files, names = {}, set()
-        while line := self._file.readline(LONGEST_LINE):
-            number += 1
-            end = start + len(line)
+        lines = iter(lambda: self._file.readline(LONGEST_LINE), b"")
+        for number, line in enumerate(lines, 1):
+            end += len(line)
             content = _parsed(line)
-            if broken == 1 or (content is None and number == 1 and not _is_start(line)):
-                raise self._damaged(1)  # another program's file, which is not to be cut
+            # Another program's file is not to be cut, a first line that a kill cut off is.
+            is_cut = line.startswith(_START) or _START.startswith(line)
+            if broken == 1 or (content is None and number == 1 and not is_cut):
+                raise self._damaged(1)
             if content is None:
                 broken = broken or number
             elif broken and "done" in content:  # a kill cuts off the last line only
@@ -234,7 +171,9 @@ class Journal:
                         if not _is_frame(content, len(self.run["classes"])):
                             raise self._damaged(number)
                         frames += 1
-                        names.add(_input_name(content["image"]))
+                        name, frame = content["image"]["file_name"], content["image"].get("frame")
+                        suffix = f"#{frame:06d}" if isinstance(frame, int) else ""
+                        names.add(name.removesuffix(suffix))  # as `frame_record` has it
                     case {"file": str(name), "sha256": str(digest)} if number > 1:
                         self._check_name(name, number)
                         if PurePosixPath(name).parts[0] not in self._other_names:
@@ -247,7 +186,6 @@ class Journal:
                         whole, frames, files, names = end, 0, {}, set()
                     case _:
                         raise self._damaged(number)
-            start = end
         self._delete(files)  # of the input that a kill cost
         self._file.truncate(whole)
         self._file.seek(whole)
@@ -256,14 +194,14 @@ class Journal:
         match done:
             case {
                 "name": str(name),
-                "signature": None | [int(), int()] as signature,
+                "signature": None | [int(), int()],
                 "frames": int(),
-                "error": None | str() as error,
+                "error": None | str(),
                 "target": None | str() as target,
             } if done["frames"] == frames and len(done) == 5:
                 self._check_name(name, number)
                 self._check_name(target or name, number)
-                self._done[name] = _DoneInput(name, signature, start, end, frames, error, target)
+                self._done[name] = SimpleNamespace(**done, start=start, end=end)  # bytes
             case _:
                 raise self._damaged(number)
 
@@ -274,43 +212,34 @@ class Journal:
             raise self._damaged(number, f"{name!r} leads out of the folder")
 
     def _damaged(self, number, reason="is no line that was written here"):
-        return ValueError(
-            f"{self._path}, line {number}: {reason}. Choose another --output, and do not trust "
-            "the results in this one"
-        )
+        advice = "Choose another --output, and do not trust the results in this one"
+        return ValueError(f"{self._path}, line {number}: {reason}. {advice}")
 
     def is_done(self, source: Source) -> bool:
-        """Whether an input was done without an error and has not been changed since."""
         return is_done(self._done.get(source.name), source)
 
-    def begin(self, source: Source) -> None:
+    def begin(self, name: str) -> None:
         """Deletes an input's files of before it changed, except those that the user has changed."""
-        if source.name in self._done:
-            self._delete(self._files(self._done[source.name]))
-
-    def _files(self, done):
-        """Path -> SHA-256 of each file that was written for an input that is done."""
-        lines = [line for line in self._lines(done) if "file" in line]
-        return {self.folder / line["file"]: line["sha256"] for line in lines}
+        lines = self._lines(self._done[name]) if name in self._done else ()
+        self._delete({self.folder / li["file"]: li["sha256"] for li in lines if "file" in li})
 
     def _delete(self, files: dict[Path, str]):
+        """Deletes files that still have the SHA-256 that was written. The others stay, and so do
+        files that differ from them in the suffix only: the frame of a corrected LabelMe file.
         """
-        Deletes files that still have the SHA-256 that was written. The others stay, and so do files
-        that differ from them in the suffix only: the frame of a corrected LabelMe file.
-        """
-        existing = {path: digest for path, digest in files.items() if os.path.lexists(path)}
-        ours = {path for path, digest in existing.items() if self._is_as_written(path, digest)}
-        changed = {path.with_suffix("") for path in existing.keys() - ours}
+        ours, changed = [], set()
+        for path in filter(os.path.lexists, files):
+            is_file = self.holds(path) and path.is_file() and not path.is_symlink()
+            if is_file and file_sha256(path) == files[path]:
+                ours.append(path)
+            else:
+                changed.add(path.with_suffix(""))
         for path in ours:
             if path.with_suffix("") not in changed:
                 path.unlink()
 
-    def _is_as_written(self, path, digest):
-        is_file = self.holds(path) and path.is_file() and not path.is_symlink()
-        return is_file and file_sha256(path) == digest
-
     def holds(self, path: Path) -> bool:
-        """Whether a path in the folder, by its name, is not led elsewhere by a link."""
+        """Whether no link leads a path in the folder elsewhere."""
         return path.parent.resolve().is_relative_to(self.folder.resolve())
 
     def _lines(self, done):
@@ -334,42 +263,26 @@ class Journal:
         return {done.name: done.target for done in self._done.values() if done.target}
 
     def forget_outdated(self, sources: Iterable[Source]) -> None:
-        """Deletes the files and records of `outdated` inputs, which are not among all sources."""
+        """Deletes the files and records of inputs that are `outdated` among all sources."""
         for done in outdated(self._done.values(), sources):
-            self._delete(self._files(done))
+            self.begin(done.name)
             del self._done[done.name]
 
     def finish(
-        self,
-        name: str,
-        signature: list[int] | None,
-        frames: int,
-        error: str | None = None,
-        target: str | None = None,
+        self, name: str, signature: list | None, frames: int, error: str | None, target: str | None
     ) -> None:
-        """
-        Notes that an input is done: it and its frames are now on disk.
-
-        Args:
-            name: of the input.
-            signature: of the file as it was read, see `signature`.
-            frames: number predicted.
-            error: why it, or the rest of it, could not be predicted.
-            target: the name of its files, if there are any.
-        """
+        """Notes that an input is done: it, its frames and the files of its target are on disk."""
         done = dict(name=name, signature=signature, frames=frames, error=error, target=target)
-        self._append({"done": done})
-        self._sync()
+        self._append({"done": done}, sync=True)
         end = self._file.tell()
-        self._done[name] = _DoneInput(**done, start=self._start, end=end)
+        self._done[name] = SimpleNamespace(**done, start=self._start, end=end)
         self._start = end
 
-    def _append(self, content):
+    def _append(self, content, sync=False):
         self._file.write(json.dumps(content, separators=(",", ":")).encode() + b"\n")
-
-    def _sync(self):
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if sync:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self):
         """Closes the file and unlocks the folder."""
@@ -378,30 +291,28 @@ class Journal:
 
     def frames(self) -> Iterator[tuple[dict, list[dict]]]:
         """Yields the image record with its ``id``, and the annotations, of all inputs by name."""
-        number = 0
-        for done in self._by_name():
-            for line in self._lines(done):
-                if "image" in line:
-                    number += 1
-                    yield {"id": number, **line["image"]}, line["annotations"]
-
-    def _by_name(self):
-        return sorted(self._done.values(), key=lambda done: done.name)
+        lines = (line for _, done in sorted(self._done.items()) for line in self._lines(done))
+        for number, line in enumerate((line for line in lines if "image" in line), 1):
+            yield {"id": number, **line["image"]}, line["annotations"]
 
     def failed(self) -> list[tuple[str, str]]:
         """Name and reason of each input that was not, or not wholly, read."""
-        return [(done.name, done.error) for done in self._by_name() if done.error is not None]
+        return [(n, done.error) for n, done in sorted(self._done.items()) if done.error is not None]
 
     def write_tables(self, metadata: dict, classes: list[str]) -> None:
-        """
-        Writes ``predictions.json``, ``predictions.csv`` and, on failures, ``failed.csv``, with the
-        metadata and classes of the `Predictor`.
-        """
-        self._write_coco(coco_head(metadata, classes))
+        """Writes ``predictions.json``, ``predictions.csv`` and, on failures, ``failed.csv``."""
+        with atomic_file(self.folder / PREDICTIONS) as file:
+            file.write(
+                json.dumps(outputs.coco_head(metadata, classes))[:-1].encode() + b',\n"images": ['
+            )
+            _write_list(file, (image for image, _ in self.frames()))
+            file.write(b'],\n"annotations": [')
+            pairs = ((image["id"], a) for image, detections in self.frames() for a in detections)
+            _write_list(file, ({"image_id": image_id, **a} for image_id, a in pairs))
+            file.write(b"]}\n")
         self._write_csv(TABLE, self._rows(metadata, classes))
-        failed = [{"file": name, "reason": reason} for name, reason in self.failed()]
-        if failed:
-            self._write_csv(FAILED, failed)
+        if failed := self.failed():
+            self._write_csv(FAILED, ({"file": name, "reason": why} for name, why in failed))
         else:
             (self.folder / FAILED).unlink(missing_ok=True)
 
@@ -412,28 +323,11 @@ class Journal:
             except ValueError as error:  # a mask that was not written here
                 raise BadInputError(self._path, f"of {image['file_name']!r}, {error}") from error
 
-    def _write_coco(self, head):
-        with atomic_file(self.folder / PREDICTIONS) as file:
-            file.write(json.dumps(head)[:-1].encode() + b',\n"images": [')
-            _write_list(file, (image for image, _ in self.frames()))
-            file.write(b'],\n"annotations": [')
-            annotations = (
-                {"image_id": image["id"], **annotation}
-                for image, annotations in self.frames()
-                for annotation in annotations
-            )
-            _write_list(file, annotations)
-            file.write(b"]}\n")
-
     def _write_csv(self, file_name, rows):
         with atomic_file(self.folder / file_name) as file:
-            columns = None
-            for row in rows:
-                lines = csv_line(row.values())
-                if columns is None:
-                    columns = list(row)
-                    lines = csv_line(columns) + lines
-                file.write(lines.encode("utf-8", "backslashreplace"))
+            for number, row in enumerate(rows):
+                header = "" if number else csv_line(row)
+                file.write((header + csv_line(row.values())).encode("utf-8", "backslashreplace"))
 
 
 def _write_list(file, records):
@@ -443,21 +337,21 @@ def _write_list(file, records):
 
 
 def _row(image, annotations, metadata, classes):
-    """Of an image in predictions.csv."""
+    """The row of an image in predictions.csv."""
     row = {key: image.get(key) for key in ("file_name", "frame", "time", "width", "height")}
     if annotations and "probabilities" in annotations[0]:
         best = annotations[0]
         row |= {"class": classes[best["category_id"] - 1], "score": best["score"]}
         row |= dict(zip((f"probability {c}" for c in classes), best["probabilities"], strict=True))
     else:
-        shown = above_threshold(annotations, metadata["tau"])
+        shown = outputs.above_threshold(annotations, metadata["tau"])
         row |= {"lesions": len(shown), "score": max((a["score"] for a in annotations), default=0)}
         row |= {"area_percent": _area_percent(shown, image)}
     return row | {key: metadata[key] for key in ("tau", "weights_sha256", "version")}
 
 
 def _area_percent(annotations, image):
-    """The share of the image that the masks cover, or the boxes if there are no masks."""
+    """What the masks cover of the image, or the boxes if there are no masks."""
     size = image["height"], image["width"]
     masks = [to_rle(a["segmentation"], *size) for a in annotations if "segmentation" in a] or [
         mask_util.frPyObjects(np.array([a["bbox"]]), *size)[0] for a in annotations
@@ -466,63 +360,42 @@ def _area_percent(annotations, image):
     return round(100 * area / np.prod(size), 4)
 
 
-def _is_start(line):
-    """Whether it can be the first line of a journal, cut off by a kill."""
-    start = b'{"run":{'
-    return line.startswith(start) or start.startswith(line)
-
-
 def _parsed(line):
     """The dict in a line; None if it is none, or not whole."""
     if not line.endswith(b"\n"):
         return None
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _input_name(image):
-    """Of a frame's input, see `frame_record`."""
-    number = image.get("frame")
-    return image["file_name"].removesuffix(f"#{number:06d}" if isinstance(number, int) else "")
+        return content if isinstance(content, dict) else None
 
 
 def _is_frame(content, classes):
     """Whether `Journal.add` writes such a line for a model with so many classes."""
     match content:
-        case {"image": {"file_name": str(), "width": int(w), "height": int(h)} as image} if (
-            0 < w <= LONGEST_SIDE and 0 < h <= LONGEST_SIDE and w * h <= MOST_PIXELS
-        ):
+        case {
+            "image": {"file_name": str(), "width": int(w), "height": int(h)} as image,
+            "annotations": list(annotations),
+        } if 0 < w <= LONGEST_SIDE and 0 < h <= LONGEST_SIDE and w * h <= MOST_PIXELS:
             others = [value for key, value in image.items() if key != "file_name"]
-            annotations = content["annotations"]
-        case _:
-            return False
-    lists = [value if isinstance(value, list) else [value] for value in others if value is not None]
-    if not all(map(_are_numbers, lists)):
-        return False
-    return isinstance(annotations, list) and all(
-        _is_annotation(annotation, w, h, classes) for annotation in annotations
-    )
+            lists = [v if isinstance(v, list) else [v] for v in others if v is not None]
+            return all(map(_are_numbers, lists)) and all(
+                _is_annotation(annotation, w, h, classes) for annotation in annotations
+            )
+    return False
 
 
 def _is_annotation(annotation, width, height, classes):
     match annotation:
-        case {"category_id": int(category), "score": score} if 1 <= category <= classes:
-            if not _are_numbers([score]):
-                return False
+        case {"category_id": int(category), "score": score, "probabilities": list(values)}:
+            fits = len(values) == classes and _are_numbers(values)
+        case {"category_id": int(category), "score": score, "bbox": [x, y, w, h], "area": area} if (
+            _are_numbers([x, y, w, h, area])
+        ):
+            inside = min(x, y, w, h) >= 0 and x + w <= width + 1 and y + h <= height + 1
+            fits = inside and isinstance(annotation.get("segmentation", {}), dict)
         case _:
             return False
-    match annotation:
-        case {"probabilities": list(values)}:
-            return len(values) == classes and _are_numbers(values)
-        case {"bbox": [_, _, _, _] as box, "area": area} if _are_numbers([*box, area]):
-            x, y, w, h = box
-            inside = x >= 0 and y >= 0 and w >= 0 and h >= 0 and x + w <= width + 1
-            mask = annotation.get("segmentation", {"size": [], "counts": ""})
-            return inside and y + h <= height + 1 and isinstance(mask, dict)
-    return False
+    return fits and 1 <= category <= classes and _are_numbers([score])
 
 
 def _are_numbers(values):
@@ -535,18 +408,12 @@ def _are_numbers(values):
 
 @dataclass(frozen=True)
 class Item:
-    """
-    A frame of an input, or the input's end.
-
-    Attributes:
-        signature: of the file when reading began, see `signature`.
-        show_pixels: False if its pixels must not reach an output.
-        frame: None at the end of an input.
-        error: at the end of an input, why it, or the rest of it, could not be read.
+    """A frame of an input, or the input's end, where ``frame`` is None and ``error`` says why it,
+    or the rest of it, could not be read. Pixels reach an output only if ``show_pixels``.
     """
 
     source: Source
-    signature: list[int] | None
+    signature: list[int] | None  # of the file when reading began
     show_pixels: bool = True
     frame: Frame | None = None
     error: str | None = None
@@ -555,29 +422,21 @@ class Item:
 def predictions(
     predictor: Predictor, sources: Iterable[Source], batch_size: int
 ) -> Iterator[tuple[Item, list[dict] | None]]:
-    """
-    Predicts on inputs in turn. While the caller works on one frame, the network is at the next and
-    the decoder at those after them: all takes as long as the slowest of the three. The number of
-    waiting frames is bounded.
-
-    Args:
-        batch_size: images that the network sees at once, if they are of one size to it.
-
-    Yields:
-        Each frame with its annotations, see `records`, and after the last frame of an input its
-        end, with None. An input that cannot be read has an end only.
+    """Yields each frame of the inputs in turn with its annotations, see `outputs.records`, and at
+    the end of an input None. While the caller works on one frame, the network is at the next and
+    the decoder at those after them; the number of waiting frames is bounded.
     """
     room = 2 * batch_size
     with (
         contextlib.closing(ahead(_read(sources, predictor), room)) as items,
-        contextlib.closing(ahead(predictor.in_batches(items, batch_size), room)) as outputs,
+        contextlib.closing(ahead(predictor.in_batches(items, batch_size), room)) as results,
     ):
-        for item, output in outputs:
+        for item, output in results:
             if item.frame is None:
                 yield item, None
             else:
                 size = item.frame.image.shape[:2]
-                yield item, records(predictor, output, *size, item.frame.view)
+                yield item, outputs.records(predictor, output, *size, item.frame.view)
 
 
 def _read(sources, predictor):
@@ -591,22 +450,24 @@ def _read(sources, predictor):
             for frame in read_frames(source):
                 frame = frame._replace(view=views(frame.image))
                 yield replace(item, frame=frame), predictor.prepare(frame.image, frame.view)
-        except BadInputError as error:
-            item = replace(item, error=error.reason)
-        except ModuleNotFoundError as error:  # of the extra [deploy]
-            item = replace(item, error=f"needs {error.name}: pip install {error.name}")
         except Exception as error:  # readers raise nearly anything on damaged files
-            # An unknown error may quote a patient's data from a DICOM file.
-            message = "" if source.kind == "dicom" else f": {error}"
-            item = replace(item, error=f"cannot be predicted ({type(error).__name__}{message})")
+            item = replace(item, error=reason_of(error, source.kind == "dicom"))
         yield item, None
 
 
+def reason_of(error: Exception, is_dicom: bool) -> str:
+    """Why an input cannot be predicted."""
+    if isinstance(error, BadInputError):
+        return error.reason
+    if isinstance(error, ModuleNotFoundError):  # of the extra [deploy]
+        return f"needs {error.name}: pip install {error.name}"
+    # An unknown error may quote a patient's data from a DICOM file.
+    message = "" if is_dicom else f": {error}"
+    return f"cannot be predicted ({type(error).__name__}{message})"
+
+
 def ahead(items: Iterable, number: int) -> Iterator:
-    """
-    Yields items that another thread makes while the caller works on the previous ones; at most
-    ``number`` of them wait. What ``items`` raises is raised here.
-    """
+    """Yields items that another thread makes ahead; at most ``number`` of them wait."""
     waiting, end, stop = queue.Queue(number), object(), threading.Event()
 
     def put(item):
@@ -641,18 +502,10 @@ def ahead(items: Iterable, number: int) -> Iterator:
 
 @dataclass(frozen=True)
 class Summary:
-    """
-    Attributes:
-        images: images and frames predicted now.
-        skipped: inputs that an earlier call had done.
-        failed: name and reason of each input that could not be read, or not to its end.
-        kept: files that the user has changed or put there: they were left as they are.
-    """
-
-    images: int
-    skipped: int
-    failed: list[tuple[str, str]]
-    kept: list[Path] = field(default_factory=list)
+    images: int  # images and frames predicted now
+    skipped: int  # inputs that an earlier call had done
+    failed: list[tuple[str, str]]  # name and reason of each input not read, or not to its end
+    kept: list[Path] = field(default_factory=list)  # files of the user, left as they are
 
 
 def predict_files(
@@ -664,44 +517,36 @@ def predict_files(
     batch_size: int = 1,
     follow_links: bool = False,
 ) -> Summary:
-    """
-    Predicts on images, videos and DICOM files, and writes the tables of `Journal.write_tables` and
-    the requested outputs. An input that cannot be read is listed and the others go on. Called again
-    with the same output, it goes on where it was interrupted.
-
-    Args:
-        inputs, follow_links: see `find_inputs`.
-        output: folder; made if it does not exist.
-        save: of ``OUTPUTS``.
-        batch_size: images that the network sees at once, if they are of one size to it.
+    """Predicts on images, videos and DICOM files of `find_inputs`, and writes the tables of
+    `Journal.write_tables` and those of ``OUTPUTS`` that ``save`` names. An input that cannot be
+    read is listed and the others go on. Called again with the same output, it goes on where it was
+    interrupted. The network sees ``batch_size`` images at once, if they are of one size to it.
 
     Raises:
-        FileNotFoundError: there is no such input.
-        ValueError: the folder has the results of another run, files that no run wrote, or another
-            run is writing into it; or masks are requested from a model without masks.
+        FileNotFoundError, ValueError: see `find_inputs` and `Journal`; or masks are requested from
+            a model without masks.
         OSError: something cannot be written. Finished inputs stay finished.
     """
     if "masks" in save and not predictor.has_masks:
         raise ValueError(f"{predictor.metadata['model']} gives no masks")
     output = Path(output)
-    root, sources = find_inputs(inputs, leave_out=output_folders(output), follow_links=follow_links)
+    leave_out = [Path(output) / kind for kind in outputs.OUTPUTS]
+    root, sources = find_inputs(inputs, leave_out=leave_out, follow_links=follow_links)
     run = run_record(predictor, root, save)
-    with contextlib.closing(Journal(output, run, OUTPUTS)) as journal:
+    with contextlib.closing(Journal(output, run, outputs.OUTPUTS)) as journal:
         journal.forget_outdated(sources)
         todo = [source for source in sources if not journal.is_done(source)]
         names = [source.name for source in sources]
-        folder = OutputFolder(
-            output, save, predictor.metadata, predictor.classes, names, taken=journal.targets()
-        )
-        images = _predict(predictor, todo, folder, journal, batch_size)
+        folder = outputs.OutputFolder(output, save, names, journal.targets(), predictor)
+        images = _predict_and_write(predictor, todo, folder, journal, batch_size)
         journal.write_tables(predictor.metadata, predictor.classes)
         return Summary(images, len(sources) - len(todo), journal.failed(), folder.kept)
 
 
-def _predict(predictor, sources, folder, journal, batch_size) -> int:
+def _predict_and_write(predictor, sources, folder, journal, batch_size) -> int:
     """Returns the number of images predicted."""
     stills = all(source.kind == "image" for source in sources)
-    outputs, number, images = None, 0, 0
+    written, number, images = None, 0, 0
     with (
         contextlib.closing(predictions(predictor, sources, batch_size)) as items,
         contextlib.ExitStack() as files,
@@ -709,21 +554,20 @@ def _predict(predictor, sources, folder, journal, batch_size) -> int:
     ):
         for item, annotations in items:
             name = item.source.name
-            if outputs is None:
-                outputs = files.enter_context(
-                    InputOutputs(folder, item.source, journal, show_pixels=item.show_pixels)
-                )
+            if written is None:
+                written = outputs.InputOutputs(folder, item.source, journal, item.show_pixels)
+                files.enter_context(written)
             if item.frame is not None:
-                outputs.add(item.frame, annotations)
-                journal.add(frame_record(name, item.frame), annotations)
+                written.add(item.frame, annotations)
+                journal.add(outputs.frame_record(name, item.frame), annotations)
                 number += 1
                 bar.update()
                 continue
             files.close()  # its files are whole before it is noted as done
             target = folder.target(name) if number else None
-            error = item.error or outputs.error
+            error = item.error or written.error
             journal.finish(name, item.signature, number, error, target)
             if error:
                 tqdm.write(for_terminal(f"{name}: {error}", one_line=True))
-            outputs, number, images = None, 0, images + number
+            written, number, images = None, 0, images + number
     return images

@@ -13,21 +13,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from imrcnn_d2.deploy import outputs
 from imrcnn_d2.deploy.batch import Journal
-from imrcnn_d2.deploy.inputs import Frame, VideoWriter, open_video, pixel_aspect, upright
-from imrcnn_d2.deploy.outputs import (
-    above_threshold,
-    comment,
-    draw_overlay,
-    footer,
-    frame_record,
-    records,
-)
+from imrcnn_d2.deploy.inputs import Frame, VideoWriter, open_video, upright
 from imrcnn_d2.deploy.predictor import Predictor
 from imrcnn_d2.utils.files import BadInputError, write_atomically
-
-__all__ = ["LIVE_REPORT", "LIVE_VIDEO", "LiveFrames", "predict_live"]
-
 
 LIVE_VIDEO, LIVE_REPORT = "live.mp4", "live.json"
 PERCENTILES = (50, 95, 99)
@@ -38,27 +28,16 @@ _PATIENCE = 10.0  # seconds without a frame after which a stream has ended
 
 
 class LiveFrames:
-    """
-    Frames of a device or stream as they come, decoded in another thread.
+    """Frames of a device such as "/dev/video0", a URL that FFmpeg knows, or a video file, played at
+    its speed, decoded in another thread. Iterating gives the newest frame that has not been given
+    yet and waits if there is none. ``received`` and ``dropped`` count frames; ``error`` says why
+    the stream ended, if not by itself; ``pixel_aspect`` is of the last frame that was given.
 
-    Iterating gives the newest frame that has not been given yet and waits if there is none, up to
-    the stream's end. A file is played at the speed of its frame times, as a camera would.
-
-    Attributes:
-        received: frames decoded so far.
-        dropped: frames that a newer one replaced before they were given.
-        error: why the stream ended, if not by itself.
-        pixel_aspect: of the last frame that was given, see `Frame`.
+    Raises:
+        BadInputError: the source cannot be opened, is something else, or has no video.
     """
 
     def __init__(self, source: str):
-        """
-        Args:
-            source: a device such as "/dev/video0", a URL that FFmpeg knows, or a video file.
-
-        Raises:
-            BadInputError: it cannot be opened, is something else, or has no video.
-        """
         import av  # of the extra [deploy]
 
         source = str(source)
@@ -112,10 +91,7 @@ class LiveFrames:
                 self._changed.notify()
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int, float]]:
-        """
-        Yields (H, W, 3) RGB, uint8; the frame's number from 0; and ``time.perf_counter()`` when it
-        came in.
-        """
+        """Yields (H, W, 3) RGB, uint8; the frame's number from 0; and its ``perf_counter()``."""
         while True:
             with self._changed:
                 # A signal handler must not take the lock to say that it is over.
@@ -124,8 +100,8 @@ class LiveFrames:
                 if self._newest is None or self._stopped.is_set():
                     return
                 (frame, number, arrived), self._newest = self._newest, None
-            self.pixel_aspect = pixel_aspect(self._container.streams.video[0], frame)
-            yield upright(frame), number, arrived
+            image, self.pixel_aspect = upright(self._container.streams.video[0], frame)
+            yield image, number, arrived
 
 
 def _open_stream(source):
@@ -135,12 +111,8 @@ def _open_stream(source):
     device = source.startswith("/dev/video")
     if not device and os.path.exists(source):
         raise BadInputError(source, "is no video file, camera or URL")
-    return av.open(
-        source,
-        format="v4l2" if device else None,
-        options=_NO_DELAY | (_REMOTE if ":" in source else {}),
-        timeout=_PATIENCE,
-    )
+    options = _NO_DELAY | (_REMOTE if ":" in source else {})
+    return av.open(source, format="v4l2" if device else None, options=options, timeout=_PATIENCE)
 
 
 def predict_live(
@@ -150,22 +122,10 @@ def predict_live(
     *,
     show: Callable[[np.ndarray], None] | None = None,
 ) -> dict:
-    """
-    Predicts on the newest frame of a device or stream until it ends or Ctrl-C is pressed: that lets
-    the current frame be finished, a second one does not.
-
-    Writes the overlays (``live.mp4``), the tables of `Journal.write_tables`, and ``live.json``.
-
-    Args:
-        source: see `LiveFrames`.
-        output: folder, without the results of another run.
-        show: is called with each overlay, (H, W, 3) RGB, at once.
-
-    Returns:
-        The content of ``live.json``: ``received``, ``predicted`` and ``dropped`` frames,
-        ``dropped_percent``; ``latency_ms``, the percentiles "p50", "p95" and "p99" of the time from
-        a frame's arrival, decoded, to its overlay; ``error``; and ``about``, the predictor's
-        metadata.
+    """Predicts on the newest frame of a source of `LiveFrames` until it ends or Ctrl-C is pressed:
+    that lets the current frame be finished, a second one does not. ``show`` is called with each
+    overlay. Writes ``live.mp4``, the tables of `Journal.write_tables`, and ``live.json``, whose
+    content is returned, with percentiles of the time from a frame, decoded, to its overlay.
 
     Raises:
         BadInputError: the source cannot be opened, or gave no frame.
@@ -185,15 +145,26 @@ def predict_live(
         contextlib.closing(Journal(output, run, (LIVE_VIDEO, LIVE_REPORT))) as journal,
     ):
         try:
-            _predict(predictor, frames, output, journal, latencies, show)
+            _predict(predictor, frames, output / LIVE_VIDEO, journal, latencies, show)
         finally:
             if not latencies:  # no results that another run could harm
                 (output / Journal.FILE).unlink()
         if not latencies:
             raise BadInputError(source, frames.error or "gave no frame")
-        journal.finish(LIVE_VIDEO, None, len(latencies), frames.error)
+        journal.finish(LIVE_VIDEO, None, len(latencies), frames.error, None)
         journal.write_tables(metadata, predictor.classes)
-        report = _report(frames, latencies, metadata)
+        received, predicted = frames.received, len(latencies)  # the first may still grow
+        milliseconds = (1000 * np.percentile(latencies, PERCENTILES)).tolist()
+        latency = zip(PERCENTILES, milliseconds, strict=True)
+        report = {
+            "received": received,
+            "predicted": predicted,
+            "dropped": received - predicted,
+            "dropped_percent": round(100 * (received - predicted) / received, 2),
+            "latency_ms": {f"p{p}": round(ms, 1) for p, ms in latency},
+            "error": frames.error,
+            "about": metadata,
+        }
         write_atomically(output / LIVE_REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
@@ -217,11 +188,10 @@ def _first_interrupt_calls(stop):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _predict(predictor, frames, output, journal, latencies, show):
+def _predict(predictor, frames, path, journal, latencies, show):
     metadata, first, views = predictor.metadata, None, predictor.views()
-    path = output / LIVE_VIDEO
     with (
-        VideoWriter(path, time_base=_TIME_BASE, comment=comment(metadata)) as video,
+        VideoWriter(path, time_base=_TIME_BASE, comment=outputs.comment(metadata)) as video,
         tqdm(desc="Live", unit="image") as bar,
         contextlib.suppress(KeyboardInterrupt),  # the second one: finished frames are kept
     ):
@@ -229,33 +199,18 @@ def _predict(predictor, frames, output, journal, latencies, show):
             first = arrived if first is None else first
             view = views(image)
             (prediction,) = predictor.forward([predictor.prepare(image, view)])
-            annotations = records(predictor, prediction, *image.shape[:2], view)
-            shown = above_threshold(annotations, predictor.tau)
-            overlay = draw_overlay(image, shown, predictor.classes, footer(metadata))
+            annotations = outputs.records(predictor, prediction, *image.shape[:2], view)
+            shown = outputs.above_threshold(annotations, predictor.tau)
+            overlay = outputs.draw_overlay(
+                image, shown, predictor.classes, outputs.footer(metadata)
+            )
             if show is not None:
                 show(overlay)
             latency = time.perf_counter() - arrived
             seconds = Fraction(round(1000 * (arrived - first)), 1000)
             video.write(overlay, seconds, frames.pixel_aspect)
             frame = Frame(image, number, seconds, view=view)
-            journal.add(frame_record(LIVE_VIDEO, frame), annotations)
+            journal.add(outputs.frame_record(path.name, frame), annotations)
             latencies.append(latency)  # once the frame is written
             bar.set_postfix(ms=round(1000 * latency), dropped=frames.dropped)
             bar.update()
-
-
-def _report(frames, latencies, metadata):
-    values = np.percentile(latencies, PERCENTILES) * 1000
-    received = frames.received  # which may still grow
-    dropped = received - len(latencies)
-    return {
-        "received": received,
-        "predicted": len(latencies),
-        "dropped": dropped,
-        "dropped_percent": round(100 * dropped / received, 2),
-        "latency_ms": {
-            f"p{p}": round(float(v), 1) for p, v in zip(PERCENTILES, values, strict=True)
-        },
-        "error": frames.error,
-        "about": metadata,
-    }

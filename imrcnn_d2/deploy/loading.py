@@ -1,11 +1,13 @@
 """From a file of weights to the model it belongs to, whole or not at all."""
 
+import contextlib
 import functools
 import logging
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,41 +17,34 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from imrcnn_d2.deploy.runtimes import EXPORT_VERSION, EXPORTS, Runtime
+from imrcnn_d2.deploy.runtimes import EXPORTS
+from imrcnn_d2.deploy.runtimes.base import EXPORT_VERSION, Runtime
 from imrcnn_d2.engine.checkpoint import Checkpointer, Weights, load_weights
-from imrcnn_d2.engine.config import choose_device, is_classifier, load_config, load_config_text
-from imrcnn_d2.engine.run_record import describe_model
+from imrcnn_d2.engine.config import choose_device, load_config, load_config_text, register_root
+from imrcnn_d2.engine.run_record import config_sha256, describe_model
 from imrcnn_d2.evaluation.detection.results import OperatingPoint
+from imrcnn_d2.task import Task
 from imrcnn_d2.utils.files import BadInputError
 from imrcnn_d2.utils.safe_loading import UnsafeFileError, load_checkpoint_file, load_safetensors
 
-__all__ = ["LoadedModel", "load_model", "pretrained"]
-
 logger = logging.getLogger(__name__)
-
 
 LONGEST_NAME = 200
 # The weights are those of the whole model, wherever its training started from. The device is
 # replaced later; a missing one would be refused.
 _OVERRIDES = ["MODEL.WEIGHTS", "", "MODEL.TIMM.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
 # Limits of keys that cost memory and time which the size of the weights does not show.
-_MOST = {
-    "INPUT.MAX_SIZE_TEST": 10_000,
-    "INPUT.MIN_SIZE_TEST": 3_000,
-    "INPUT.SIZE": 3_000,
-    "MODEL.ROI_BOX_HEAD.NUM_CONV": 100,
-    "MODEL.ROI_BOX_HEAD.NUM_FC": 100,
-    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 16,
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": 112,
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": 16,
-    "MODEL.ROI_MASK_HEAD.NUM_CONV": 100,
-    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 112,
-    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": 16,
-    "MODEL.RETINANET.NUM_CONVS": 100,
-    "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 100_000,
-    "MODEL.RPN.POST_NMS_TOPK_TEST": 10_000,
-    "MODEL.RPN.PRE_NMS_TOPK_TEST": 100_000,
-    "TEST.DETECTIONS_PER_IMAGE": 1_000,
+_LIMITS = {
+    100_000: ("MODEL.RETINANET.TOPK_CANDIDATES_TEST", "MODEL.RPN.PRE_NMS_TOPK_TEST"),
+    10_000: ("INPUT.MAX_SIZE_TEST", "MODEL.RPN.POST_NMS_TOPK_TEST"),
+    3_000: ("INPUT.MIN_SIZE_TEST", "INPUT.SIZE"),
+    1_000: ("TEST.DETECTIONS_PER_IMAGE",),
+    112: ("MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION", "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION"),
+    100: (
+        *("MODEL.ROI_BOX_HEAD.NUM_CONV", "MODEL.ROI_BOX_HEAD.NUM_FC"),
+        *("MODEL.ROI_MASK_HEAD.NUM_CONV", "MODEL.RETINANET.NUM_CONVS"),
+    ),
+    16: [f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO" for head in ("BOX", "KEYPOINT", "MASK")],
 }
 _MOST_ANCHORS = 100  # sizes, and shapes, on a level
 _PACKAGED = resources.files("imrcnn_d2") / "weights"
@@ -57,67 +52,57 @@ _PACKAGED = resources.files("imrcnn_d2") / "weights"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """
-    Attributes:
-        model: on its device, in evaluation mode; or the runtime of an exported file.
-        cfg: frozen.
-        weights: the file, its hash and its operating point.
-        classes: names, by the model's class index.
-    """
-
-    model: nn.Module | Runtime
-    cfg: CfgNode
+    model: nn.Module | Runtime  # on its device, in evaluation mode; a Runtime of an exported file
+    cfg: CfgNode  # frozen
     weights: Weights
-    classes: list[str]
+    classes: list[str]  # names, by the model's class index
 
     @property
-    def names(self) -> tuple[str, str]:
-        """Of the model and of its backbone."""
+    def facts(self) -> dict:
+        """What predictions and exported files note of a model."""
         if isinstance(self.model, Runtime):
-            return self.model.metadata["model"], self.model.metadata["backbone"]
-        return describe_model(self.model)
+            model, backbone = self.model.metadata["model"], self.model.metadata["backbone"]
+        else:
+            model, backbone = describe_model(self.model)
+        return {
+            **{"model": model, "backbone": backbone, "version": version("imrcnn-d2")},
+            "weights_sha256": self.weights.sha256,
+            "config_sha256": config_sha256(self.cfg),
+            "tau": self.tau,
+        }
 
     @property
     def tau(self) -> float | None:
+        """The operating point chosen on validation data, else MODEL.IMRCNN.SCORE_THRESH; None of an
+        image classifier.
         """
-        The operating point chosen on validation data, else MODEL.IMRCNN.SCORE_THRESH; None of an
-        image classifier, which takes the likeliest class.
-        """
-        if is_classifier(self.cfg):
+        if not Task.of(self.cfg).localises:
             return None
         point = self.weights.operating_point
         return self.cfg.MODEL.IMRCNN.SCORE_THRESH if point is None else point.tau
 
 
 def pretrained(name: str, folder: Path = _PACKAGED) -> Path:
+    """The file of weights that come with the package, such as "demo"; ``<name>.md`` next to it is
+    its model card. Raises a FileNotFoundError that names the existing ones if there are none.
     """
-    Returns the file of weights that come with the package, such as "demo"; ``<name>.md`` next to it
-    is its model card.
-
-    Raises:
-        FileNotFoundError: there are no such weights; the error names the existing ones.
-    """
-    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    for path in paths:
-        if path.stem == name:
-            return path
-    names = ", ".join(path.stem for path in paths) or "none"
-    raise FileNotFoundError(f"The package has no weights named {name!r}; it has: {names}")
+    paths = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    if name not in paths:
+        names = ", ".join(paths) or "none"
+        raise FileNotFoundError(f"The package has no weights named {name!r}; it has: {names}")
+    return paths[name]
 
 
 def load_model(
     config: CfgNode | str | Path | None, weights: str | Path, *, device: str | None = None
 ) -> LoadedModel:
-    """
-    Builds a model and loads its weights: none may be missing, too many or of another shape.
+    """Builds a model and loads its weights: none may be missing, too many or of another shape.
 
     Args:
-        config: the config or its file; None for the one in the weights' file
-            (``tools/export.py``), else ``config.yaml`` in its folder, where training leaves it.
-        weights: any file, or URL, that MODEL.WEIGHTS takes; a file of tools/export.py for another
-            runtime; or a bare word that is no file: a name of `pretrained`.
-        device: None for a usable GPU, else the CPU, whatever the config says: it is of the machine
-            that the model was trained on.
+        config: None for the one in the weights' file (`imrcnn export`), else ``config.yaml`` in its
+            folder, where training leaves it.
+        weights: what MODEL.WEIGHTS takes, a file of `imrcnn export`, or a name of `pretrained`.
+        device: None for a usable GPU, else the CPU; the config's is of another machine perhaps.
 
     Raises:
         FileNotFoundError: there are no such weights, or no config.
@@ -130,8 +115,8 @@ def load_model(
         raise FileNotFoundError(f"{weights}: no such file of weights")
     if path.suffix == ".torchscript":
         raise UnsafeFileError(
-            f"{path} was refused: a program of TorchScript can read and write any file. Export the "
-            "weights that it was made of to .onnx, .openvino or .safetensors (tools/export.py)"
+            f"{path} was refused: a program of TorchScript can read and write any file. Give the "
+            "weights that it was made of, or a file of imrcnn export"
         )
     if path.suffix[1:] in EXPORTS and (runtime := EXPORTS[path.suffix[1:]].load(path)):
         return _load_runtime(config, path, runtime)
@@ -150,10 +135,10 @@ def load_model(
 
 def _load_runtime(config, path: Path, runtime: Runtime) -> LoadedModel:
     if config is not None:
-        raise ValueError(f"{path} brings its config along: leave out the other (--config-file)")
+        raise ValueError(f"{path} brings its config along: leave out --config-file")
     metadata = runtime.metadata
     _check_metadata(path, metadata, _METADATA)
-    cfg = _carried_config(metadata["config"], path)
+    cfg = _config(None, path, metadata["config"])
     _check_demands(cfg, path)
     cfg.freeze()
     point = metadata["operating_point"]
@@ -168,13 +153,11 @@ def _is_name(value: object) -> bool:
 
 # Checks of the metadata that are read of an exported file.
 _METADATA = {
+    **dict.fromkeys(("backbone", "model", "precision"), _is_name),
     "artifact": lambda value: isinstance(value, int),
-    "backbone": _is_name,
     "classes": lambda value: isinstance(value, list) and value and all(map(_is_name, value)),
     "config": lambda value: isinstance(value, str),
-    "model": _is_name,
     "operating_point": lambda value: True,  # OperatingPoint.of_file checks it
-    "precision": _is_name,
     "weights_sha256": lambda value: value is None or _is_name(value),
 }
 
@@ -184,32 +167,29 @@ def _check_metadata(path: Path, metadata: dict, keys: Iterable[str]) -> None:
     for key in sorted(keys):  # "artifact" is the first: a later version may have other ones
         if key not in metadata or not _METADATA[key](metadata[key]):
             value = str(metadata.get(key, "missing"))[:LONGEST_NAME]
-            raise BadInputError(
-                path, f"is damaged: its {key!r} is {value!r}. Export it again (tools/export.py)"
-            )
+            raise BadInputError(path, f"is damaged: its {key!r} is {value!r}. Export it again")
         if key == "artifact" and metadata[key] > EXPORT_VERSION:
-            raise ValueError(
-                f"{path} was written by a later version, imrcnn-d2 {metadata.get('version')}: "
-                "upgrade this one to load it"
-            )
+            later = metadata.get("version")
+            raise ValueError(f"{path} was written by imrcnn-d2 {later}: upgrade to load it")
+
+
+def _value(cfg: CfgNode, key: str):
+    return functools.reduce(operator.getitem, key.split("."), cfg)
 
 
 def _check_demands(cfg: CfgNode, path: Path) -> None:
     """Refuses a config that asks a prediction for far more memory and time than one needs."""
-    demands = []
-    for key, most in _MOST.items():
-        demands.append((key, functools.reduce(operator.getitem, key.split("."), cfg), most))
+    demands = [(key, _value(cfg, key), most) for most, keys in _LIMITS.items() for key in keys]
     for key in ("SIZES", "ASPECT_RATIOS", "ANGLES"):
         levels = cfg.MODEL.ANCHOR_GENERATOR[key]
-        longest = max(
-            len(each) if isinstance(each, list | tuple) else 1 for each in [levels, *levels]
-        )
-        demands.append((f"the length of MODEL.ANCHOR_GENERATOR.{key}", longest, _MOST_ANCHORS))
+        lengths = (len(v) if isinstance(v, list | tuple) else 1 for v in [levels, *levels])
+        name = f"the length of MODEL.ANCHOR_GENERATOR.{key}"
+        demands.append((name, max(lengths), _MOST_ANCHORS))
     for key, value, most in demands:
         if value > most:
             raise ValueError(
                 f"{path}: in its config {key} is {value}, more than the {most} that a prediction "
-                "may take: name a config that asks for less (--config-file)"
+                "may take: name another (--config-file)"
             )
 
 
@@ -229,17 +209,14 @@ def _check_size(cfg: CfgNode, path: Path) -> None:
 
 
 def _checked(loaded: LoadedModel) -> LoadedModel:
-    path, cfg, classes = loaded.weights.path, loaded.cfg, loaded.classes
-    if loaded.tau is not None and not 0 <= loaded.tau <= 1:
-        raise BadInputError(
-            path, f"its config's MODEL.IMRCNN.SCORE_THRESH is {loaded.tau}: it is from 0 to 1"
-        )
-    if len(classes) != _number_of_classes(cfg):
-        raise BadInputError(
-            path,
-            f"names {len(classes)} classes, its model has {_number_of_classes(cfg)}: export it "
-            "again (tools/export.py)",
-        )
+    tau, number, expected = loaded.tau, len(loaded.classes), _number_of_classes(loaded.cfg)
+    problem = None
+    if tau is not None and not 0 <= tau <= 1:
+        problem = f"its config's MODEL.IMRCNN.SCORE_THRESH is {tau}: it is from 0 to 1"
+    elif number != expected:
+        problem = f"names {number} classes, its model has {expected}: export it again"
+    if problem:
+        raise BadInputError(loaded.weights.path, problem)
     return loaded
 
 
@@ -250,46 +227,40 @@ def _config(config, weights: Path, carried: str | None) -> CfgNode:
         cfg.merge_from_list(_OVERRIDES)
         return cfg
     if config is None and carried is not None:
-        return _carried_config(carried, weights)
-    if config is None:
-        config = weights.parent / "config.yaml"
-        if not config.is_file():
-            raise FileNotFoundError(
-                f"{weights} brings no config along and {config} does not exist: name the config "
-                "that the weights were trained with (--config-file)"
-            )
-    return load_config(config, _OVERRIDES)
-
-
-def _carried_config(text: str, weights: Path) -> CfgNode:
-    try:
-        return load_config_text(text, weights, _OVERRIDES)
-    except ValueError as error:
-        raise ValueError(
-            f"{weights}: the config that it brings along is of another version or damaged "
-            f"({error}); name one that fits (--config-file)"
-        ) from error
+        try:
+            return load_config_text(carried, weights, _OVERRIDES)
+        except ValueError as error:
+            raise ValueError(
+                f"{weights}: the config that it brings along is of another version or damaged "
+                f"({error}); name one that fits (--config-file)"
+            ) from error
+    path = weights.parent / "config.yaml" if config is None else config
+    if config is None and not path.is_file():
+        raise FileNotFoundError(
+            f"{weights} brings no config along and {path} does not exist: name the config that the "
+            "weights were trained with (--config-file)"
+        )
+    return load_config(path, _OVERRIDES)
 
 
 def _number_of_classes(cfg: CfgNode) -> int:
-    nodes = {"ImageClassifier": cfg.MODEL.CLASSIFIER, "RetinaNet": cfg.MODEL.RETINANET}
-    return nodes.get(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    return _value(cfg, Task.of(cfg).num_classes_key(cfg) or "MODEL.ROI_HEADS.NUM_CLASSES")
 
 
 def _classes(cfg: CfgNode) -> list[str]:
     """Class names of the config's data sets; made up where none of them is at hand."""
+    with contextlib.suppress(ValueError):  # another data set has the name
+        register_root(cfg)
     number = _number_of_classes(cfg)
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.get("VAL", ()), *cfg.DATASETS.TRAIN]
     names = [name for name in names if name in DatasetCatalog]
     for load in (False, True):  # the files are read only if need be
         for name in names:
-            try:
+            with contextlib.suppress(OSError, ValueError):
                 if load:
                     DatasetCatalog.get(name)
-            except (OSError, ValueError):
-                continue
-            classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
-            if len(classes) == number:
-                return classes
+                classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
+                if len(classes) == number:
+                    return classes
     logger.warning("The names of the model's %d classes are not known here", number)
     return ["lesion"] if number == 1 else [f"class {i + 1}" for i in range(number)]

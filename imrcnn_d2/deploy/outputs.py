@@ -27,106 +27,79 @@ if TYPE_CHECKING:
     from imrcnn_d2.deploy.batch import Journal
     from imrcnn_d2.deploy.predictor import Predictor
 
-__all__ = [
-    "OUTPUTS",
-    "InputOutputs",
-    "OutputFolder",
-    "above_threshold",
-    "coco_head",
-    "comment",
-    "contours",
-    "draw_overlay",
-    "footer",
-    "frame_record",
-    "instance_records",
-    "label_map",
-    "labelme_json",
-    "mask_png",
-    "output_folders",
-    "png",
-    "records",
-]
+# Folders, and the suffixes of their files.
+OUTPUTS = {"overlays": (".jpg", ".mp4"), "masks": (".png",), "labelme": (".json", ".png")}
+JPEG_QUALITY = 92
+LONGEST_NAME = 255 - len(".json.tmp")  # bytes, as nearly all file systems have it
+# Errors that the name of the input causes, or a file of the user of the same name.
+_NAME_ERRORS = {
+    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
+}
+CONTOUR = (240, 228, 66)  # Okabe and Ito's yellow, which no mucosa has
+HALO = (0, 0, 0)
+FONT_SHARE = 26  # of the image's smaller side
+SMALLEST_FONT = 9
 
 
-def instance_records(
+def records(
     predictor: "Predictor", output, height: int, width: int, view: View | None = None
 ) -> list[dict]:
+    """COCO annotations without ids, by falling score: ``category_id`` (class index + 1), ``bbox``
+    (xywh in pixels), ``score``, ``segmentation`` (compressed RLE) and ``area``. Of a classification
+    model one for the whole image: ``category_id`` of the likeliest class, its ``score``, and the
+    ``probabilities`` of all. The output of ``predictor.forward`` is used up.
     """
-    Args:
-        output: the Instances of ``predictor.forward`` for an image; used up.
-        height, width: of the original image.
-        view: the part that the network saw.
-
-    Returns:
-        COCO annotations without ids, by falling score: ``category_id`` (class index + 1), ``bbox``
-        (xywh in pixels), ``score``, ``segmentation`` (compressed RLE) and ``area``.
-    """
-    records = []
+    if not predictor.task.localises:
+        values = output.tolist()
+        score = max(values)
+        return [{"category_id": values.index(score) + 1, "score": score, "probabilities": values}]
+    annotations = []
     # One at a time: a hundred masks of a large image would fill the memory.
     for i in range(len(output)):
         finished = predictor.finish(output[i : i + 1], height, width, view)
         if not len(finished):  # a box without any extent
             continue
         x0, y0, x1, y1 = finished.pred_boxes.tensor[0].tolist()
-        record = {
+        annotation = {
             "category_id": int(finished.pred_classes[0]) + 1,
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": float(finished.scores[0]),
         }
         if finished.has("pred_masks"):
-            mask = np.asfortranarray(finished.pred_masks[0].numpy(), dtype=np.uint8)
-            rle = mask_util.encode(mask)
-            record["segmentation"] = {"size": [height, width], "counts": rle["counts"].decode()}
-            record["area"] = float(mask_util.area(rle))
+            rle = mask_util.encode(np.asfortranarray(finished.pred_masks[0].numpy(), np.uint8))
+            annotation["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+            annotation["area"] = float(mask_util.area(rle))
         else:
-            record["area"] = (x1 - x0) * (y1 - y0)
-        records.append(record)
-    return records
+            annotation["area"] = (x1 - x0) * (y1 - y0)
+        annotations.append(annotation)
+    return annotations
 
 
 def frame_record(name: str, frame: Frame) -> dict:
-    """
-    COCO image record, without an id, of a frame of the input of this name. Of one of several
-    frames, ``file_name`` ends in "#" and its number, which ``frame`` repeats next to ``time``
-    (seconds, or None). ``view`` is the box [x, y, width, height] that the network saw, if not all.
+    """COCO image record, without an id, of a frame of an input. Of one of several frames,
+    ``file_name`` ends in "#" and its number, which ``frame`` repeats next to ``time`` (seconds, or
+    None). ``view`` is the box (xywh) that the network saw, if not all.
     """
     height, width = frame.image.shape[:2]
     record = {"file_name": name, "width": width, "height": height}
     if frame.number is not None:
-        record["file_name"] = f"{name}#{frame.number:06d}"
-        record["frame"] = frame.number
-        record["time"] = None if frame.time is None else float(frame.time)
+        seconds = None if frame.time is None else float(frame.time)
+        record |= {"file_name": f"{name}#{frame.number:06d}", "frame": frame.number}
+        record["time"] = seconds
     if frame.view is not None:
         x0, y0, x1, y1 = frame.view.box
         record["view"] = [x0, y0, x1 - x0, y1 - y0]
     return record
 
 
-def records(
-    predictor: "Predictor", output, height: int, width: int, view: View | None = None
-) -> list[dict]:
-    """
-    The COCO annotations of an output, see `instance_records`. Of a classification model one
-    annotation of the whole image: ``category_id`` of the likeliest class (index + 1), its
-    ``score``, and the ``probabilities`` of all.
-    """
-    if not predictor.is_classifier:
-        return instance_records(predictor, output, height, width, view)
-    values = output.tolist()
-    score = max(values)
-    return [{"category_id": values.index(score) + 1, "score": score, "probabilities": values}]
-
-
 def coco_head(metadata: dict, classes: list[str]) -> dict:
     """``info`` and ``categories`` of a COCO file with a `Predictor`'s predictions."""
-    return {
-        "info": {
-            "description": "Predictions of research software, not for diagnosis. All "
-            "detections are listed; those with a score of at least tau count.",
-            **metadata,
-        },
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(classes)],
-    }
+    description = (
+        "Predictions of research software, not for diagnosis. All detections are listed; those "
+        "with a score of at least tau count."
+    )
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
+    return {"info": {"description": description, **metadata}, "categories": categories}
 
 
 def above_threshold(annotations: list[dict], tau: float | None) -> list[dict]:
@@ -136,33 +109,18 @@ def above_threshold(annotations: list[dict], tau: float | None) -> list[dict]:
 
 def label_map(annotations: list[dict], height: int, width: int) -> np.ndarray:
     """(H, W) uint8: the ``category_id`` with the highest score at each pixel, 0 for none."""
-    ret = np.zeros((height, width), np.uint8)
+    labels = np.zeros((height, width), np.uint8)
     for annotation in sorted(annotations, key=lambda annotation: annotation["score"]):
-        ret[mask_util.decode(annotation["segmentation"]).astype(bool)] = annotation["category_id"]
-    return ret
-
-
-CONTOUR = (240, 228, 66)  # Okabe and Ito's yellow, which no mucosa has
-HALO = (0, 0, 0)
-FONT_SHARE = 26  # of the image's smaller side
-SMALLEST_FONT = 9
+        mask = mask_util.decode(annotation["segmentation"]).astype(bool)
+        labels[mask] = annotation["category_id"]
+    return labels
 
 
 def draw_overlay(
     image: np.ndarray, annotations: list[dict], classes: list[str], footer: str
 ) -> np.ndarray:
-    """
-    Draws contours, each with its class and score; boxes if there are no masks; for a classification
-    model, the class of the image.
-
-    Args:
-        image: (H, W, 3) RGB, uint8; not changed.
-        annotations: of the image, see `records`; only those to be shown.
-        classes: names, by ``category_id`` - 1.
-        footer: a line at the bottom, which says what the overlay must not be used for.
-
-    Returns:
-        (H, W, 3) RGB, uint8.
+    """A copy of an (H, W, 3) RGB uint8 image with the annotations' contours, or boxes, each with
+    its class and score; or with the class of the image; and with a `footer`.
     """
     overlay = np.ascontiguousarray(image).copy()
     height, width = overlay.shape[:2]
@@ -176,8 +134,7 @@ def draw_overlay(
         lines = contours(annotation)
         for color, wider in ((HALO, 2), (CONTOUR, 0)):
             cv2.polylines(overlay, lines, True, color, thickness + wider, cv2.LINE_AA)
-        x, y = annotation["bbox"][:2]
-        labels.append((text, x, y))
+        labels.append((text, *annotation["bbox"][:2]))
     return _draw_texts(overlay, labels, footer)
 
 
@@ -207,13 +164,13 @@ def _draw_texts(overlay, labels, footer):
     stroke = max(1, size // 8)
     taken = []
     for text, x, y in labels:
-        long = draw.textlength(text, font)
-        x = min(max(x, stroke), max(stroke, width - long - stroke))
+        length = draw.textlength(text, font)
+        x = min(max(x, stroke), max(stroke, width - length - stroke))
         y = max(y - 1.4 * size, stroke)
-        while any(abs(y - v) < 1.2 * size and u - long < x < u + w for u, v, w in taken):
+        while any(abs(y - v) < 1.2 * size and u - length < x < u + w for u, v, w in taken):
             y += 0.2 * size  # below other labels
         y = min(y, height - strip - 1.3 * size)
-        taken.append((x, y, long))
+        taken.append((x, y, length))
         # White: of a video's yellow, H.264 keeps a quarter.
         draw.text((x, y), text, "white", font, stroke_width=stroke, stroke_fill=HALO)
     draw.text((0.015 * width, height - strip / 2), footer, "white", small, anchor="lm")
@@ -224,20 +181,6 @@ def _draw_texts(overlay, labels, footer):
 def _font(size):
     # Matplotlib's own: Pillow's has no letters but ASCII's.
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
-
-
-# Folders, and the suffixes of their files.
-OUTPUTS = {
-    "overlays": (".jpg", ".mp4"),
-    "masks": (".png",),
-    "labelme": (".json", ".png"),
-}
-JPEG_QUALITY = 92
-LONGEST_NAME = 255 - len(".json.tmp")  # bytes, as nearly all file systems have it
-# Errors that the name of the input causes, or a file of the user of the same name.
-_NAME_ERRORS = {
-    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL),
-}
 
 
 def footer(metadata: dict) -> str:
@@ -252,36 +195,19 @@ def comment(metadata: dict) -> str:
     return json.dumps({"software": "imrcnn-d2, research use only", **metadata})
 
 
-def mask_png(
-    annotations: list[dict], height: int, width: int, classes: list[str], metadata: dict
-) -> bytes:
+def mask_png(annotations: list, size: tuple, classes: list[str], metadata: dict) -> bytes:
     """A PNG file of annotations: 0 is background; one class is 255, several are 1, 2, ..."""
-    mask = label_map(annotations, height, width)
-    if len(classes) == 1:
-        mask *= 255  # visible
-    return png(mask, metadata)
+    mask = label_map(annotations, *size)
+    return png(mask * 255 if len(classes) == 1 else mask, metadata)  # 1 would not be visible
 
 
-def labelme_json(
-    annotations: list[dict],
-    image_path: str,
-    height: int,
-    width: int,
-    classes: list[str],
-    metadata: dict,
-) -> str:
-    """A LabelMe file of annotations; ``image_path`` is relative to its folder."""
+def labelme_json(annotations: list, path: str, size: tuple, classes: list, metadata: dict) -> str:
+    """A LabelMe file of annotations; the image's path is relative to its folder."""
     # the class of a whole image is a flag
     flags = {classes[a["category_id"] - 1]: True for a in annotations if "probabilities" in a}
-    document = labelme_document(
-        annotations,
-        dict(enumerate(classes, start=1)),
-        image_path,
-        height,
-        width,
-        fields={**flags, "predicted_by": metadata},
-        fill_holes=True,  # a mask has no points to correct
-    )
+    names, fields = dict(enumerate(classes, start=1)), {**flags, "predicted_by": metadata}
+    # a mask has no points to correct
+    document = labelme_document(annotations, names, path, *size, fields=fields, fill_holes=True)
     return json.dumps(document, indent=2) + "\n"
 
 
@@ -289,64 +215,44 @@ def png(image: np.ndarray, metadata: dict) -> bytes:
     """A PNG file of a uint8 image, (H, W) or (H, W, 3) RGB."""
     info = PngInfo()
     info.add_text("Comment", comment(metadata))
-    return _encoded(image, "PNG", pnginfo=info)
+    return encoded(image, "PNG", pnginfo=info)
 
 
-def output_folders(folder: str | Path) -> list[Path]:
-    """The folders of images in a folder of outputs."""
-    return [Path(folder) / kind for kind in OUTPUTS]
+def encoded(image: np.ndarray | Image.Image, image_format: str, **options) -> bytes:
+    """An image in a format of Pillow's."""
+    stream = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(stream, image_format, **options)
+    return stream.getvalue()
 
 
 class OutputFolder:
-    """
-    Where the files of each input go.
+    """Where the files of each input go. Files of the user with such names stay, and are ``kept``.
 
-    An input ``a/b.jpg`` gives ``overlays/a/b.jpg``, ``masks/a/b.png`` and ``labelme/a/b.json``; a
-    video ``v.mp4`` gives ``overlays/v.mp4``, and for each frame ``masks/v.mp4/000000.png``. If two
-    inputs differ in nothing but their suffix, or a folder has the name, the suffix is kept:
-    ``masks/a/b.jpg.png``. A name that is still not free, or is too long, is cut and gets a hash.
-
-    Attributes:
-        kept: files of the user with a name that was to be written; they stay.
+    An input ``a/b.jpg`` gives ``masks/a/b.png`` and so on, each frame of a video ``v.mp4`` gives
+    ``masks/v.mp4/000000.png``. If two inputs differ in their suffix only, or a folder has the name,
+    the suffix is kept: ``masks/a/b.jpg.png``. A name that is still not free, or too long, is cut
+    and gets a hash.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        kinds: Iterable[str],
-        metadata: dict,
-        classes: list[str],
-        names: Iterable[str],
-        taken: dict[str, str] | None = None,
+        self, folder: Path, kinds: Iterable, names: Iterable, taken: dict, predictor: "Predictor"
     ):
+        """For ``kinds`` of ``OUTPUTS`` and the names of all inputs; ``taken`` maps the names of
+        those with files in the folder to their `target`.
         """
-        Args:
-            kinds: of ``OUTPUTS``.
-            metadata, classes: of the `Predictor`.
-            names: of all inputs.
-            taken: names of inputs with files in the folder -> their `target`.
-        """
-        self.kinds, self.metadata, self.classes = tuple(kinds), metadata, classes
-        self.kept: list[Path] = []
-        self._folder = folder
-        self._targets = _targets(names, taken or {})
+        self.kinds, self.kept = tuple(kinds), []
+        self.metadata, self.classes = predictor.metadata, predictor.classes
+        self._folder, self._targets = folder, _targets(names, taken)
 
     def target(self, name: str) -> str:
         """The name of an input's files, without the suffix."""
         return self._targets.get(name) or _without_suffix(name)
 
     def path(self, kind: str, name: str, suffix: str, frame: int | None = None) -> Path:
-        """
-        The file of an input, never outside the folder.
-
-        Args:
-            kind: of ``OUTPUTS``.
-            name: of the input.
-            frame: number, for a file of a single frame.
-        """
-        if frame is not None:
-            return self._folder / kind / name / f"{frame:06d}{suffix}"
-        return self._folder / kind / f"{self.target(name)}{suffix}"
+        """The file of an input, or of a frame of it, never outside the folder."""
+        stem = self.target(name) if frame is None else f"{name}/{frame:06d}"
+        return self._folder / kind / f"{stem}{suffix}"
 
 
 def _targets(names: Iterable[str], taken: dict[str, str]) -> dict[str, str]:
@@ -358,7 +264,6 @@ def _targets(names: Iterable[str], taken: dict[str, str]) -> dict[str, str]:
     taken_targets = set(taken.values())
     # A name without a suffix is the whole name at once.
     number = {n: int(_without_suffix(n) == n) for n in everything - taken.keys()}
-    targets = {name: _candidate(name, n) for name, n in number.items()}
 
     def clashes(name, target):
         path = PurePosixPath(target)
@@ -370,13 +275,13 @@ def _targets(names: Iterable[str], taken: dict[str, str]) -> dict[str, str]:
         )
 
     while True:
+        targets = {name: _candidate(name, n) for name, n in number.items()}
         counts = Counter([*taken.values(), *targets.values()])
         clashing = [n for n, target in targets.items() if number[n] < 2 and clashes(n, target)]
         if not clashing:
             return {**targets, **taken}
         for name in clashing:
             number[name] += 1
-            targets[name] = _candidate(name, number[name])
 
 
 def _candidate(name: str, number: int) -> str:
@@ -394,31 +299,18 @@ def _without_suffix(name):
 
 
 class InputOutputs:
-    """
-    The files of one input, each written whole or not at all, and never over another.
-
-    Use as a context manager: entering it deletes the input's files of before it changed; leaving it
-    by an error deletes the video it was writing.
-
-    Attributes:
-        error: why its files, or the rest of them, cannot be written because of the input's name,
-            which stops no other input; else None.
+    """The files of one input, each written whole or not at all, and never over another; entering it
+    deletes those of before it changed. Its pixels reach an output only if ``show_pixels``. Where
+    its name keeps files from being written, ``error`` says why; this stops no other input.
     """
 
-    def __init__(
-        self, folder: OutputFolder, source: Source, journal: "Journal", *, show_pixels: bool = True
-    ):
-        """
-        Args:
-            journal: of the same folder.
-            show_pixels: False if its pixels must not reach an output.
-        """
+    def __init__(self, folder: OutputFolder, source: Source, journal: "Journal", show_pixels: bool):
         self._folder, self._source, self._journal = folder, source, journal
         self._kinds = folder.kinds if show_pixels else set(folder.kinds) & {"masks"}
         self._video = self._video_path = self.error = None
 
     def __enter__(self):
-        self._journal.begin(self._source)
+        self._journal.begin(self._source.name)
         return self
 
     def __exit__(self, *error):
@@ -431,20 +323,17 @@ class InputOutputs:
             self._journal.add_file(self._video_path, file_sha256(self._video_path))
 
     def add(self, frame: Frame, annotations: list[dict]) -> None:
-        """
-        Writes the files of a frame.
-
-        Raises:
-            OSError: nothing can be written, of any input.
-        """
+        """Writes the files of a frame. An OSError concerns all inputs, and not this one's name."""
         if self.error is not None:
             return
-        shown = above_threshold(annotations, self._folder.metadata["tau"])
+        metadata, classes = self._folder.metadata, self._folder.classes
+        shown = above_threshold(annotations, metadata["tau"])
         try:
             if "overlays" in self._kinds:
                 self._add_overlay(frame, shown)
             if "masks" in self._kinds:
-                self._add_mask(frame, shown)
+                path = self._folder.path("masks", self._source.name, ".png", frame.number)
+                self._write(path, mask_png(shown, frame.image.shape[:2], classes, metadata))
             # Of a video only frames with detections, since each is a file.
             if "labelme" in self._kinds and (shown or frame.number is None):
                 self._add_labelme(frame, shown)
@@ -454,44 +343,35 @@ class InputOutputs:
             self.error = f"its files cannot be written ({error.strerror}): rename it"
 
     def _add_overlay(self, frame, shown):
-        folder = self._folder
-        if frame.time is None:
-            path = self._path("overlays", ".jpg", frame)
-            overlay = draw_overlay(frame.image, shown, folder.classes, footer(folder.metadata))
-            options = {"quality": JPEG_QUALITY, "comment": comment(folder.metadata).encode()}
-            self._write(path, _encoded(overlay, "JPEG", **options))
-            return
-        if self._video_path is None:
-            self._video_path = folder.path("overlays", self._source.name, ".mp4")
+        metadata, classes = self._folder.metadata, self._folder.classes
+        if frame.time is not None and self._video_path is None:
+            self._video_path = self._folder.path("overlays", self._source.name, ".mp4")
             if self._is_free(self._video_path):
                 self._video = VideoWriter(
-                    self._video_path, time_base=frame.time_base, comment=comment(folder.metadata)
+                    self._video_path, time_base=frame.time_base, comment=comment(metadata)
                 )
-        if self._video is not None:
-            overlay = draw_overlay(frame.image, shown, folder.classes, footer(folder.metadata))
+        if frame.time is not None and self._video is None:
+            return
+        overlay = draw_overlay(frame.image, shown, classes, footer(metadata))
+        if frame.time is not None:
             self._video.write(overlay, frame.time, frame.pixel_aspect)
-
-    def _add_mask(self, frame, shown):
-        folder = self._folder
-        content = mask_png(shown, *frame.image.shape[:2], folder.classes, folder.metadata)
-        self._write(self._path("masks", ".png", frame), content)
+        else:
+            path = self._folder.path("overlays", self._source.name, ".jpg", frame.number)
+            options = {"quality": JPEG_QUALITY, "comment": comment(metadata).encode()}
+            self._write(path, encoded(overlay, "JPEG", **options))
 
     def _add_labelme(self, frame, shown):
-        folder = self._folder
-        path = self._path("labelme", ".json", frame)
+        metadata, classes = self._folder.metadata, self._folder.classes
+        path = self._folder.path("labelme", self._source.name, ".json", frame.number)
         if not self._is_free(path):
             return
         if self._source.kind == "image":
             image_path = os.path.relpath(self._source.path, path.parent.resolve())
         else:
-            self._write(path.with_suffix(".png"), png(frame.image, folder.metadata))
+            self._write(path.with_suffix(".png"), png(frame.image, metadata))
             image_path = path.with_suffix(".png").name
-        size = frame.image.shape[:2]
-        document = labelme_json(shown, image_path, *size, folder.classes, folder.metadata)
+        document = labelme_json(shown, image_path, frame.image.shape[:2], classes, metadata)
         self._write(path, document.encode())
-
-    def _path(self, kind, suffix, frame):
-        return self._folder.path(kind, self._source.name, suffix, frame.number)
 
     def _write(self, path, content):
         if self._is_free(path):
@@ -508,9 +388,3 @@ class InputOutputs:
             self._folder.kept.append(path)
             return False
         return True
-
-
-def _encoded(image, image_format, **options):
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, image_format, **options)
-    return stream.getvalue()

@@ -1,6 +1,5 @@
 """Images in, lesions out."""
 
-import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,16 @@ from torch import Tensor
 from imrcnn_d2.data.augmentation import build_augmentation
 from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.images import read_image
-from imrcnn_d2.data.mapper import ClassificationMapper
 from imrcnn_d2.deploy.loading import load_model, pretrained
 from imrcnn_d2.deploy.runtimes import build_runtime
-from imrcnn_d2.engine.config import is_classifier
-from imrcnn_d2.engine.run_record import config_sha256
-
-__all__ = ["FrameViews", "Predictor", "in_whole_frame"]
-
+from imrcnn_d2.task import Task
 
 FIRST_FRAMES = 10
 
 
 class FrameViews:
-    """
-    The view of an image, or of the frames of a video in turn.
-
-    It is estimated anew in each of the first ten frames, from the brightest pixels so far, and then
-    kept: a view does not move, and single frames may be dark.
+    """The view of an image, or of the frames of a video in turn: estimated anew in each of the
+    first ten frames, from the brightest pixels so far, and then kept, as single frames may be dark.
     """
 
     def __init__(self):
@@ -53,20 +44,8 @@ class FrameViews:
         return self._view
 
 
-def in_whole_frame(instances: Instances, box, height: int, width: int) -> Instances:
-    """Moves instances in the coordinates of a box to those of the frame that it is in."""
-    ret = Instances((height, width), **instances.get_fields())
-    ret.pred_boxes = instances.pred_boxes.clone()
-    ret.pred_boxes.tensor += ret.pred_boxes.tensor.new_tensor([box.x0, box.y0, box.x0, box.y0])
-    if instances.has("pred_masks"):
-        padding = box.x0, width - box.x1, box.y0, height - box.y1
-        ret.pred_masks = F.pad(instances.pred_masks, padding)
-    return ret
-
-
 class Predictor:
-    """
-    A trained model, ready for images.
+    """A trained model, ready for images.
 
     .. code-block:: python
 
@@ -74,16 +53,8 @@ class Predictor:
         instances = predictor("image.jpg")
         lesions = instances[instances.scores >= predictor.tau]
 
-    Attributes:
-        tau: the threshold of scores; None of a classification model, which takes the likeliest
-            class.
-        classes: names, by class index.
-        is_classifier: whether it is a classification model.
-        has_masks: whether it predicts masks.
-        crop_view: whether the network sees the endoscope's view only.
-        requested_runtime: the argument ``runtime``; ``metadata`` has the one chosen.
-        metadata: model, backbone, version, weights_sha256, config_sha256, tau and runtime of the
-            predictions; crop_view, if it is True.
+    ``tau`` is the threshold of scores, None of a classification model; ``classes`` are named by
+    class index; ``metadata`` are of model, weights, config and runtime.
     """
 
     def __init__(
@@ -96,46 +67,33 @@ class Predictor:
         device: str | None = None,
         crop_view: bool = False,
     ):
-        """
-        Args:
-            config, weights, device: see `load_model`.
-            runtime: see `build_runtime`.
-            tau: None for the operating point that was chosen on validation data when the weights
-                were saved, else MODEL.IMRCNN.SCORE_THRESH.
-            crop_view: show the network the endoscope's view only, black outside it, as data
-                prepared with --deidentify are; predictions are still of the whole frame.
+        """See `load_model` and `build_runtime`; ``tau`` None is that of the weights. ``crop_view``
+        shows the network the endoscope's view only, black outside it, as data prepared with
+        --deidentify are; predictions are still of the whole frame.
 
         Raises:
-            FileNotFoundError, ValueError: see `load_model`; or there is no such runtime, or ``tau``
-                is given for a classification model.
+            FileNotFoundError, ValueError: see there; or a classification model is given a ``tau``.
         """
         loaded = load_model(config, weights, device=device)
         cfg = loaded.cfg
         self.classes = loaded.classes
-        self.is_classifier, self.has_masks = is_classifier(cfg), cfg.MODEL.MASK_ON
-        self.requested_runtime = runtime
-        self.tau = loaded.tau if tau is None else tau
-        self.crop_view = crop_view
-        if self.is_classifier and tau is not None:
-            raise ValueError(
-                "A classification model takes the likeliest class: it has no threshold τ"
-            )
-        self._augmentation = T.AugmentationList(_augmentations(cfg))
+        self.cfg, self.task, self.has_masks = cfg, Task.of(cfg), cfg.MODEL.MASK_ON
+        self.requested_runtime = runtime  # the metadata have the one chosen
+        self.tau, self.crop_view = loaded.tau if tau is None else tau, crop_view
+        if tau is not None and not self.task.localises:
+            raise ValueError("A classification model takes the likeliest class: it has no τ")
+        self._augmentation = T.AugmentationList(
+            build_augmentation(cfg, is_train=False)
+            if self.task.localises
+            else self.task.mapper.from_config(cfg, is_train=False)["augmentations"]
+        )
         self._format = cfg.INPUT.FORMAT
         side = cfg.INPUT.MIN_SIZE_TEST or 512
         example = self.prepare(np.full((side, side, 3), 128, np.uint8))
         self._runtime = build_runtime(runtime, loaded.model, example)
-        model, backbone = loaded.names
-        self.metadata = {
-            "model": model,
-            "backbone": backbone,
-            "version": importlib.metadata.version("imrcnn-d2"),
-            "weights_sha256": loaded.weights.sha256,
-            "config_sha256": config_sha256(cfg),
-            "tau": self.tau,
-            "runtime": self._runtime.name,
-            **({"crop_view": True} if crop_view else {}),
-        }
+        self.metadata = {**loaded.facts, "tau": self.tau, "runtime": self._runtime.name}
+        if crop_view:
+            self.metadata["crop_view"] = True
 
     @classmethod
     def from_pretrained(cls, name: str, **kwargs) -> "Predictor":
@@ -145,17 +103,9 @@ class Predictor:
     def __call__(
         self, images: str | Path | np.ndarray | list, batch_size: int = 1
     ) -> Instances | Tensor | list:
-        """
-        Args:
-            images: files, or RGB images (H, W, 3), uint8; or one of these.
-            batch_size: images that the network sees at once, as far as they follow each other and
-                are of one size to it; it does not change the result.
-
-        Returns:
-            For each image ``pred_boxes`` (N, 4) xyxy in pixels, ``scores`` (N,), ``pred_classes``
-            (N,) and ``pred_masks`` (N, H, W) bool, by falling score, down to
-            MODEL.ROI_HEADS.SCORE_THRESH_TEST, not only those above ``tau``. Of a classification
-            model, the classes' probabilities (K,).
+        """Returns for each image, a file or RGB (H, W, 3) uint8, ``pred_boxes`` (N, 4) xyxy in
+        pixels, ``scores`` (N,), ``pred_classes`` (N,) and ``pred_masks`` (N, H, W) bool, by falling
+        score, also those below ``tau``. Of a classification model, the classes' probabilities (K,).
 
         Raises:
             BadInputError: a file cannot be read.
@@ -172,23 +122,12 @@ class Predictor:
         return (array.shape[:2], view), self.prepare(array, view)
 
     def views(self) -> Callable[[np.ndarray], View | None]:
-        """
-        Returns a function from an image, or the frames of a video in turn, to the ``view`` that
-        `prepare` and `finish` take; it gives None without ``crop_view``.
-        """
+        """A function from an image, or the frames of a video in turn, to the view for `prepare`."""
         return FrameViews() if self.crop_view else lambda image: None
 
     def prepare(self, image: np.ndarray, view: View | None = None) -> Tensor:
-        """
-        Args:
-            image: (H, W, 3) RGB, uint8.
-            view: the part that the network sees; None for all.
-
-        Returns:
-            What the network sees, (3, h, w) uint8, resized and in INPUT.FORMAT.
-
-        Raises:
-            ValueError: it is no such image, or a strip too thin to be resized.
+        """What the network sees of an image, (H, W, 3) RGB uint8, or of its view: (3, h, w) uint8,
+        resized and in INPUT.FORMAT. Raises a ValueError if it is none, or too thin to be resized.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(
@@ -215,16 +154,9 @@ class Predictor:
     def in_batches(
         self, items: Iterable[tuple[Any, Tensor | None]], batch_size: int
     ) -> Iterator[tuple[Any, Instances | Tensor | None]]:
-        """
-        Predicts on images that come one after the other. Those in a batch are of one size: padding
-        one to another's would change its predictions.
-
-        Args:
-            items: anything, and its image from `prepare`; None if it only keeps its place.
-            batch_size: the most images in a batch.
-
-        Yields:
-            Each item, in turn, and its output, or None.
+        """Yields each item with the output for its image from `prepare`; None for an item without
+        an image, which only keeps its place. The images of a batch are of one size: padding one to
+        another's would change its predictions.
         """
         waiting, batch = [], []
         for item, prepared in items:
@@ -247,26 +179,20 @@ class Predictor:
     def finish(
         self, output: Instances | Tensor, height: int, width: int, view: View | None = None
     ) -> Instances | Tensor:
+        """One of the outputs of `forward`, which is used up, scaled to the original image, whose
+        ``view`` the network saw; see `__call__`.
         """
-        Args:
-            output: one of those of `forward`; used up.
-            height, width: of the original image.
-            view: the part that the network saw, see `prepare`.
-
-        Returns:
-            The output scaled to the original; see `__call__`.
-        """
-        if self.is_classifier:
+        if not self.task.localises:
             return output
         if view is None:
             return detector_postprocess(output, height, width)
         box = view.box
-        instances = detector_postprocess(output, box.y1 - box.y0, box.x1 - box.x0)
-        return in_whole_frame(instances, box, height, width)
-
-
-def _augmentations(cfg):
-    """What evaluation does to an image before the network sees it."""
-    if is_classifier(cfg):
-        return ClassificationMapper.from_config(cfg, is_train=False)["augmentations"]
-    return build_augmentation(cfg, is_train=False)
+        cropped = detector_postprocess(output, box.y1 - box.y0, box.x1 - box.x0)
+        instances = Instances((height, width), **cropped.get_fields())
+        instances.pred_boxes = cropped.pred_boxes.clone()
+        corner = instances.pred_boxes.tensor.new_tensor([box.x0, box.y0, box.x0, box.y0])
+        instances.pred_boxes.tensor += corner
+        if instances.has("pred_masks"):
+            padding = box.x0, width - box.x1, box.y0, height - box.y1
+            instances.pred_masks = F.pad(instances.pred_masks, padding)
+        return instances

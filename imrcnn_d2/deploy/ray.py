@@ -9,8 +9,8 @@ import os
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa  # of the extra [ray]
 import pyarrow.compute as pc
@@ -24,69 +24,43 @@ import ray  # of the extra [ray]
 import ray.data
 from tqdm import tqdm
 
-from imrcnn_d2.deploy.batch import (
-    Item,
-    Summary,
-    check_run,
-    is_done,
-    outdated,
-    predictions,
-    run_record,
-    signature,
-)
+from imrcnn_d2.deploy import batch
+from imrcnn_d2.deploy.batch import Item, Summary
 from imrcnn_d2.deploy.inputs import Source, find_inputs, input_key
-from imrcnn_d2.deploy.outputs import frame_record, output_folders
+from imrcnn_d2.deploy.outputs import OUTPUTS, frame_record
 from imrcnn_d2.deploy.predictor import Predictor
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.utils.files import atomic_file, for_terminal, lock_folder
 
-__all__ = ["PARTS", "Parts", "image_row", "input_row", "predict_with_ray", "write_part"]
-
-
 PARTS = "predictions.parquet"
 ROWS = 1024  # in memory at a time
+INPUTS = 256  # at most so many share a file
+FILES = 4  # at least so many per actor, so that all end at about the same time
+RETRIES = 2  # of inputs whose actor died
+LOST = "the processes that worked on it died or failed, all of them: see Ray's log"
 _META = b"imrcnn_d2"
-_RLE = pa.struct({"size": pa.list_(pa.int32(), 2), "counts": pa.string()})
+_INT, _FLOAT, _TEXT, _FLOATS = pa.int32(), pa.float64(), pa.string(), pa.list_(pa.float64())
+_RLE = pa.struct({"size": pa.list_(_INT, 2), "counts": _TEXT})
 _SCHEMA = pa.schema(
-    {
-        "file_name": pa.string(),
-        "frame": pa.int32(),
-        "time": pa.float64(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "view": pa.list_(pa.int32()),
-        "boxes": pa.list_(pa.list_(pa.float64(), 4)),
-        "scores": pa.list_(pa.float64()),
-        "classes": pa.list_(pa.string()),
-        "masks": pa.list_(_RLE),
-        "areas": pa.list_(pa.float64()),
-        "probabilities": pa.list_(pa.float64()),
-        "error": pa.string(),
-        "tau": pa.float64(),
-        "weights_sha256": pa.string(),
-        "config_sha256": pa.string(),
-        "version": pa.string(),
-        "input": pa.string(),
-        "signature": pa.list_(pa.int64()),
-    }
+    [
+        *(("file_name", _TEXT), ("frame", _INT), ("time", _FLOAT), ("width", _INT)),
+        *(("height", _INT), ("view", pa.list_(_INT)), ("boxes", pa.list_(pa.list_(_FLOAT, 4)))),
+        *(("scores", _FLOATS), ("classes", pa.list_(_TEXT)), ("masks", pa.list_(_RLE))),
+        *(("areas", _FLOATS), ("probabilities", _FLOATS), ("error", _TEXT), ("tau", _FLOAT)),
+        *(("weights_sha256", _TEXT), ("config_sha256", _TEXT), ("version", _TEXT)),
+        *(("input", _TEXT), ("signature", pa.list_(pa.int64()))),
+    ]
 )
 # Columns with one value per detection -> keys of COCO.
 _DETECTION = {"boxes": "bbox", "masks": "segmentation", "areas": "area"}
 
 
 def image_row(item: Item, annotations: list[dict], classes: list[str]) -> dict:
+    """The row of a frame, without what all rows share: lists with one item per detection, see
+    `records`. Of a classification model, the likeliest class and the ``probabilities`` of all.
     """
-    The row of a frame, without what all rows share. ``boxes`` (xywh in pixels), ``scores``,
-    ``classes``, ``masks`` (compressed RLE) and ``areas`` have one item per detection, by falling
-    score, down to MODEL.ROI_HEADS.SCORE_THRESH_TEST. Of a classification model, the likeliest class
-    and its score, and the ``probabilities`` of all.
-
-    Args:
-        item: of a frame.
-        annotations: its predictions, see `records`.
-        classes: names.
-    """
-    row = {**_input_columns(item), **frame_record(item.source.name, item.frame)}
+    row = {"input": input_key(item.source.name), "signature": item.signature}
+    row |= frame_record(item.source.name, item.frame)
     row["scores"] = [a["score"] for a in annotations]
     row["classes"] = [classes[a["category_id"] - 1] for a in annotations]
     for column, key in _DETECTION.items():
@@ -99,26 +73,12 @@ def image_row(item: Item, annotations: list[dict], classes: list[str]) -> dict:
 
 def input_row(item: Item) -> dict:
     """The row of an input that has no image, or not all of them; ``error`` says why."""
-    return {**_input_columns(item), "file_name": item.source.name, "error": item.error}
-
-
-def _input_columns(item):
-    return {"input": input_key(item.source.name), "signature": item.signature}
+    name, key = item.source.name, input_key(item.source.name)
+    return {"file_name": name, "input": key, "signature": item.signature, "error": item.error}
 
 
 def write_part(folder: Path, run: dict, sources: list[Source], rows: Iterable[dict]) -> None:
-    """
-    Writes a file of the folder, which appears when it is complete. Its name depends on the sources,
-    so that it replaces an earlier one of the same.
-
-    Args:
-        folder: made if it does not exist.
-        run: see `run_record`.
-        rows: of `image_row` and `input_row`, of all sources.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a whole file of the sources' rows, which replaces an earlier one of the same."""
     keys = " ".join(input_key(source.name) for source in sources)
     name = f"part-{hashlib.sha256(keys.encode()).hexdigest()[:16]}.parquet"
     shared = {key: run[key] for key in _SCHEMA.names if key in run}
@@ -146,46 +106,29 @@ def _part(path, run):
         yield part
 
 
-@dataclass
-class _InputRows:
-    """An input with rows in a file."""
-
-    path: Path
-    name: str
-    signature: list | None
-    error: str | None = None
-
-
 class Parts:
-    """The inputs whose predictions are in the files of a folder."""
+    """The inputs whose predictions are in the files of a folder. Incomplete files are deleted, and
+    rows that repeat others. Raises a ValueError for those of another run, or a damaged file.
+    """
 
     def __init__(self, folder: Path, run: dict):
-        """
-        Args:
-            folder: need not exist. Incomplete files are deleted, and rows that repeat others.
-            run: see `run_record`.
-
-        Raises:
-            ValueError: it has the results of another run, or a file that is damaged.
-        """
         self._run, self._inputs, repeated = run, {}, defaultdict(set)
         for path in sorted(folder.glob("*.parquet")):
             for row in _rows(path, run):
-                known = self._inputs.setdefault(
-                    row["input"], _InputRows(path, row["file_name"], row["signature"])
-                )
+                name, signature = row["file_name"], row["signature"]
+                first = SimpleNamespace(path=path, name=name, signature=signature, error=None)
+                known = self._inputs.setdefault(row["input"], first)
                 if known.path != path:  # the actors of a killed run lived on for a moment
                     repeated[path].add(row["input"])
                 elif row["error"] is not None:
-                    known.name, known.error = row["file_name"], row["error"]
+                    known.name, known.error = name, row["error"]
         for path in folder.glob("part-*.parquet*.tmp"):
             path.unlink(missing_ok=True)
         for path, keys in repeated.items():
             _drop(path, keys, run)
 
     def is_done(self, source: Source) -> bool:
-        """Whether an input was done without an error and has not been changed since."""
-        return is_done(self._inputs.get(input_key(source.name)), source)
+        return batch.is_done(self._inputs.get(input_key(source.name)), source)
 
     def failed(self) -> list[tuple[str, str]]:
         """Name and reason of each input that was not, or not wholly, read."""
@@ -194,7 +137,7 @@ class Parts:
 
     def drop(self, sources: Iterable[Source], all_sources: Iterable[Source]) -> None:
         """Deletes the rows of sources that are to be done anew, and of `outdated` ones."""
-        gone = outdated(self._inputs.values(), all_sources)
+        gone = batch.outdated(self._inputs.values(), all_sources)
         stale = defaultdict(set)
         for key in {input_key(each.name) for each in (*sources, *gone)}:
             if key in self._inputs:
@@ -207,10 +150,15 @@ def _rows(path, run):
     """The columns of each row that `Parts` needs."""
     try:
         with pq.ParquetFile(path) as file:
-            check_run(path.parent, _run(file), run)
+            # The run that `write_part` noted; empty if it did not write the file.
+            previous, schema = {}, file.schema_arrow
+            with contextlib.suppress(KeyError, ValueError, RecursionError):
+                previous = json.loads((schema.metadata or {})[_META])
+            is_ours = isinstance(previous, dict) and schema.equals(_SCHEMA)
+            batch.check_run(path.parent, previous if is_ours else {}, run)
             columns = ["input", "signature", "file_name", "error"]
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
+            for rows in file.iter_batches(columns=columns):
+                for row in rows.to_pylist():
                     if row["input"] is None or row["file_name"] is None:
                         raise pa.ArrowInvalid("a row names no input")
                     yield row
@@ -219,36 +167,20 @@ def _rows(path, run):
             raise
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path} is damaged ({reason}). Remove it: its inputs are done anew"
+            f"{path} is damaged ({reason}). Remove it: its inputs are redone"
         ) from error
-
-
-def _run(file):
-    """The run that `write_part` noted; empty if it did not write the file."""
-    schema = file.schema_arrow
-    try:
-        run = json.loads((schema.metadata or {})[_META])
-    except (KeyError, ValueError, RecursionError):
-        return {}
-    return run if isinstance(run, dict) and schema.equals(_SCHEMA) else {}
 
 
 def _drop(path, keys, run):
     keys, left = pa.array(sorted(keys)), 0
     with pq.ParquetFile(path) as file, _part(path, run) as part:
-        for batch in file.iter_batches(ROWS):
-            table = pa.Table.from_batches([batch])
+        for rows in file.iter_batches(ROWS):
+            table = pa.Table.from_batches([rows])
             table = table.filter(pc.invert(pc.is_in(table["input"], value_set=keys)))
             part.write_table(table)
             left += len(table)
     if not left:
         path.unlink()
-
-
-INPUTS = 256  # at most so many share a file
-FILES = 4  # at least so many per actor, so that all end at about the same time
-RETRIES = 2  # of inputs whose actor died
-LOST = "the processes that worked on it died or failed, all of them: see Ray's log"
 
 
 def predict_with_ray(
@@ -260,36 +192,29 @@ def predict_with_ray(
     batch_size: int = 1,
     follow_links: bool = False,
 ) -> Summary:
-    """
-    Predicts on images, videos and DICOM files, and writes Parquet files into the folder
-    ``predictions.parquet``: one row per image or frame, see `image_row`, and one for each input
-    that cannot be read, or not to its end, with its ``error``. Called again with the same output,
-    it goes on where it was interrupted: finished inputs are skipped; those that are new, changed or
-    failed are done.
-
-    A file appears when all its inputs are done. Those of an actor that dies are done by another; an
-    input that actors repeatedly die of is listed, and the others go on.
+    """Like `predict_files`, but writes Parquet files into the folder ``predictions.parquet``: one
+    row per image or frame, and one for each input that cannot be read, or not to its end, with its
+    ``error``. A file appears when all its inputs are done. Those of an actor that dies are done by
+    another; an input that actors repeatedly die of is listed.
 
     Args:
-        arguments: of the `Predictor` that each actor makes for itself.
-        inputs, follow_links: see `find_inputs`; all machines have the inputs under the same path,
-            and the weights and the output too.
-        output: folder; made if it does not exist.
-        actors: processes, each with the model, one core, and one GPU or a share of it if there are
-            GPUs. Of the Ray cluster at RAY_ADDRESS, else of this machine.
-        batch_size: images that the network sees at once, if they are of one size to it.
+        arguments: of the `Predictor` that each actor makes for itself. All machines have weights,
+            inputs and output under the same paths.
+        actors: processes of the Ray cluster at RAY_ADDRESS, else of this machine, each with the
+            model, one core, and one GPU or a share of it if there are GPUs.
 
     Raises:
-        FileNotFoundError: there is no such input, or see `Predictor`.
-        ValueError: the folder has the results of another run, or another run is writing into it; or
-            see `Predictor`.
-        OSError: something cannot be written, or no actor could be started. Finished inputs stay
-            finished.
+        FileNotFoundError, ValueError: see `predict_files` and `Predictor`.
+        OSError: something cannot be written, or no actor could be started.
     """
     folder = Path(output).absolute() / PARTS
-    root, sources = find_inputs(inputs, leave_out=output_folders(output), follow_links=follow_links)
-    arguments = _with_absolute_paths(arguments)
-    run = run_record(Predictor(**arguments), root)  # errors of the weights are raised at once
+    leave_out = [Path(output) / kind for kind in OUTPUTS]
+    root, sources = find_inputs(inputs, leave_out=leave_out, follow_links=follow_links)
+    for key, value in arguments.items():
+        if isinstance(value, str | Path) and Path(value).is_file():
+            # Actors have another working directory.
+            arguments = {**arguments, key: str(Path(value).absolute())}
+    run = batch.run_record(Predictor(**arguments), root)  # errors of the weights are raised at once
     with contextlib.ExitStack() as stack:
         stack.callback(lock_folder(output, "--output").release)
         parts = Parts(folder, run)
@@ -298,7 +223,7 @@ def predict_with_ray(
         parts.drop(left.values(), sources)
         images = _predict(left, (arguments, folder, run, batch_size), actors) if left else 0
         for source in left.values():
-            lost = Item(source, signature(source), error=LOST)
+            lost = Item(source, batch.signature(source), error=LOST)
             write_part(folder, run, [source], [input_row(lost)])
         return Summary(images, skipped, Parts(folder, run).failed())
 
@@ -320,16 +245,6 @@ def _predict(left, worker_arguments, actors) -> int:
     return images
 
 
-def _with_absolute_paths(arguments):
-    """Actors have another working directory."""
-    return {
-        key: str(Path(value).absolute())
-        if isinstance(value, str | Path) and Path(value).is_file()
-        else value
-        for key, value in arguments.items()
-    }
-
-
 @contextlib.contextmanager
 def _cluster():
     """The current one or that at RAY_ADDRESS, else one of this machine for as long as needed."""
@@ -346,10 +261,7 @@ def _cluster():
 
 
 def _shards(sources, actors):
-    """
-    Lists of sources that share a file, and are done anew together if an actor dies. A video, which
-    may take hours, has its own.
-    """
+    """Lists of sources that share a file, and the fate of an actor; a video has its own."""
     videos = [[source] for source in sources if source.kind == "video"]
     others = [source for source in sources if source.kind != "video"]
     size = max(1, min(INPUTS, math.ceil(len(others) / (FILES * actors))))
@@ -361,19 +273,17 @@ def _results(shards, worker_arguments, actors):
     if not shards:
         return
     # File names may be no UTF-8, which Arrow's strings have to be, but not JSON's.
-    rows = [
-        {"shard": json.dumps([[str(s.path), s.name, s.kind] for s in shard])} for shard in shards
-    ]
+    texts = [json.dumps([[str(s.path), s.name, s.kind] for s in shard]) for shard in shards]
+    rows = [{"shard": text} for text in texts]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     data.context.enable_progress_bars = False
     data.context.max_errored_blocks = -1
     gpus = ray.cluster_resources().get("GPU", 0)
-    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1)
     results = data.map_batches(
         _Worker,
         fn_constructor_args=worker_arguments,
         batch_size=1,
-        compute=pool,
+        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
         num_cpus=1,
         num_gpus=1 / math.ceil(actors / gpus) if gpus else None,
         max_task_retries=RETRIES,
@@ -397,13 +307,12 @@ class _Worker:
         self._predictor = Predictor(**arguments)
         self._folder, self._run, self._batch_size = folder, run, batch_size
 
-    def __call__(self, batch):
-        (shard,) = batch["shard"]
+    def __call__(self, rows):
+        (shard,) = rows["shard"]
         sources = [Source(Path(path), name, kind) for path, name, kind in json.loads(shard)]
-        done = {"inputs": [source.name for source in sources], "images": 0, "failed": []}
+        done = {"inputs": [s.name for s in sources], "images": 0, "failed": [], "problem": None}
         try:
             write_part(self._folder, self._run, sources, self._rows(sources, done))
-            done["problem"] = None
         except OSError as error:  # would be the same for the others: not to be tried again
             done["problem"] = str(error)
         return {"done": [json.dumps(done)]}
@@ -411,7 +320,9 @@ class _Worker:
     def _rows(self, sources, done):
         """Yields the rows of a file, and counts them."""
         number = 0
-        with contextlib.closing(predictions(self._predictor, sources, self._batch_size)) as items:
+        with contextlib.closing(
+            batch.predictions(self._predictor, sources, self._batch_size)
+        ) as items:
             for item, annotations in items:
                 if item.frame is not None:
                     number += 1

@@ -1,7 +1,12 @@
+"""Training. ``trainer`` builds it from a config and runs it: ``train_step`` is one step, ``hooks``
+come between steps, ``schedule`` sets optimizer and learning rate, ``checkpoint`` saves and loads,
+``run_record`` writes run.json. ``config`` reads configs, ``launch`` starts processes, ``embedding``
+describes images, and ``cross_validation`` trains many models.
+"""
+
 from imrcnn_d2.engine.checkpoint import load_weights
 from imrcnn_d2.engine.config import choose_device, load_config
 from imrcnn_d2.engine.launch import launch_script
 from imrcnn_d2.engine.trainer import Trainer
-from imrcnn_d2.utils import safe_loading as downloads  # noqa: F401  (from here on they stay in their folder)
 
 __all__ = ["Trainer", "choose_device", "launch_script", "load_config", "load_weights"]

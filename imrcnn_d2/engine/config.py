@@ -1,12 +1,9 @@
-"""From a config file and overrides to the config that a tool runs with.
+"""From a config file and overrides to the config that a command runs with.
 
-A config may come from anybody, so nothing in a file leads out of it: a ``_BASE_`` is a file in the
-config's own tree (the nearest folder named ``configs`` above it, else its own folder) or one of the
-configs that this package and Detectron2 ship, and no value is an address, but for Detectron2's own
-weights. What the user's command line says may be any.
-
-Configs name no data set: ``DATASETS.ROOT`` is the folder of a prepared one, and names what
-DATASETS.TRAIN, VAL and TEST leave open.
+A config may come from anybody, so nothing in it leads out of it: a ``_BASE_`` is a file in the
+config's tree (the nearest folder named ``configs`` above it, else its folder) or a config that this
+package or Detectron2 ships, and no value is an address except of Detectron2's weights. Overrides
+are the user's and may be anything.
 """
 
 import contextlib
@@ -32,42 +29,34 @@ from imrcnn_d2.data.catalog import (
     labels_of,
     load_datasets,
     read_classes,
-    register_data_set,
 )
 from imrcnn_d2.data.prepare.splits import SPLITS
-from imrcnn_d2.modeling.classifier import ImageClassifier, timm_input
-
-__all__ = [
-    "choose_device",
-    "find_config",
-    "is_classifier",
-    "load_config",
-    "load_config_text",
-    "load_training_config",
-    "num_classes_key",
-    "read_yaml",
-    "register_root",
-    "resolve_class_weights",
-    "resolve_input",
-]
+from imrcnn_d2.modeling import ImageClassifier, timm_input
+from imrcnn_d2.task import CLASSIFICATION, DETECTION, Task
 
 logger = logging.getLogger(__name__)
 
-
+SHIPPED = tuple(
+    Path(os.path.realpath(folder / "configs"))
+    for folder in (Path(__file__).parents[1], Path(model_zoo.__file__).parent)
+)
+_LARGEST = 100_000  # bytes of a file, its aliases written out; a whole config has 7,000
+_MOST_FILES = 30  # that a config is made of
+# Addresses on Detectron2's server: a file's sender chooses neither the server nor, since downloads
+# stay in their folder, where the download is put.
+_MODEL_ZOO = ("detectron2://", "catalog://")
+# What PyYAML and yacs raise of impossible values and keys.
+_WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError)
+_WRONG += (TypeError, ValueError)
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def choose_device():
-    """
-    The device for MODEL.DEVICE where nobody named one.
-
-    Returns:
-        str: "cuda" where a usable NVIDIA card is, else "cpu". A card hidden with
-            ``CUDA_VISIBLE_DEVICES=""`` counts as absent.
+def choose_device() -> str:
+    """The MODEL.DEVICE of a config that names none: "cuda" with a usable NVIDIA card, else "cpu".
 
     Raises:
-        RuntimeError: if a card is present but this torch cannot use it: training on the CPU unasked
-            would cost days.
+        RuntimeError: this torch cannot use the card, and training on the CPU unasked takes days.
+            A card hidden with ``CUDA_VISIBLE_DEVICES=""`` counts as absent.
     """
     if torch.cuda.is_available():
         return "cuda"
@@ -82,65 +71,19 @@ def choose_device():
     return "cpu"
 
 
-def is_classifier(cfg):
-    """
-    Args:
-        cfg (CfgNode):
-
-    Returns:
-        bool: whether MODEL.META_ARCHITECTURE is :class:`ImageClassifier`.
-    """
-    return cfg.MODEL.META_ARCHITECTURE == ImageClassifier.__name__
-
-
-def num_classes_key(cfg: CfgNode) -> str | None:
-    """The config key of the number of classes; None for models whose key is not known here."""
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if is_classifier(cfg):
-        return "MODEL.CLASSIFIER.NUM_CLASSES"
-    if architecture == "RetinaNet":
-        return "MODEL.RETINANET.NUM_CLASSES"
-    return "MODEL.ROI_HEADS.NUM_CLASSES" if architecture.endswith("RCNN") else None
-
-
 def register_root(cfg: CfgNode) -> None:
     """Register the data set of DATASETS.ROOT, if any, for the config's task."""
     if cfg.DATASETS.ROOT:
-        register_data_set(cfg.DATASETS.ROOT, classification=is_classifier(cfg))
+        Task.of(cfg).register(cfg.DATASETS.ROOT)
 
 
-def resolve_input(cfg):
-    """
-    Set INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD of a classifier, and INPUT.SIZE where it
-    is 0, to what timm's data config says for MODEL.TIMM.NAME.
-
-    Args:
-        cfg (CfgNode): changed in place; that of another model is left as it is.
+def resolve_class_weights(cfg: CfgNode) -> CfgNode:
+    """Return ``cfg``, or a copy with numbers in place of CLASS_WEIGHTS "balanced".
 
     Raises:
-        ValueError: timm has no model of that name.
+        ValueError: a class has no training image.
     """
-    if not is_classifier(cfg):
-        return
-    about = timm_input(cfg.MODEL.TIMM.NAME)
-    cfg.INPUT.SIZE = cfg.INPUT.SIZE or about["size"]
-    cfg.INPUT.FORMAT = ImageClassifier.input_format
-    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = about["pixel_mean"], about["pixel_std"]
-
-
-def resolve_class_weights(cfg):
-    """
-    Args:
-        cfg (CfgNode): not changed.
-
-    Returns:
-        CfgNode: ``cfg`` itself, or a copy in which the numbers stand for a
-        MODEL.CLASSIFIER.CLASS_WEIGHTS of "balanced".
-
-    Raises:
-        ValueError: see :func:`balanced_weights`.
-    """
-    if not is_classifier(cfg) or cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS != "balanced":
+    if Task.of(cfg) is DETECTION or cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS != "balanced":
         return cfg
     labels = labels_of(load_datasets(cfg.DATASETS.TRAIN))
     weights = balanced_weights(labels, cfg.MODEL.CLASSIFIER.NUM_CLASSES).tolist()
@@ -157,68 +100,39 @@ def resolve_class_weights(cfg):
     return cfg
 
 
-LARGEST = 100_000  # bytes of a file, and of what its aliases stand for; a whole config has 7,000
-MOST_FILES = 30  # that a config is made of
-SHIPPED = tuple(
-    Path(os.path.realpath(folder / "configs"))
-    for folder in (Path(__file__).parents[1], Path(model_zoo.__file__).parent)
-)
-# Both name files of one server: a file's sender chooses neither the server nor, since the tools'
-# downloads stay in their folder, where the file is put.
-MODEL_ZOO = ("detectron2://", "catalog://")
-# What PyYAML and yacs raise of values and keys that cannot be.
-_WRONG = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-
-
 def load_config(config_file: str | Path = "", opts: Sequence = ()) -> CfgNode:
-    """
-    Args:
-        config_file: a YAML file, or the name of one that is shipped, such as "imrcnn_lite.yaml"; ""
-            for the defaults. Names of earlier versions, such as "kvasir_seg/imrcnn_lite.yaml",
-            give the config of then, with a warning.
-        opts: ``[KEY, VALUE, ...]``, applied after the file.
+    """Return Detectron2's defaults and ours, changed by a config file and by overrides; not frozen.
 
-    Returns:
-        CfgNode: Detectron2's defaults and ours, the file and the overrides; MODEL.DEVICE is what
-            these name, else the result of :func:`choose_device`; what images a classifier takes is
-            resolved, see :func:`resolve_input`. Where DATASETS.ROOT is set, its splits are named in
-            DATASETS.TRAIN, VAL and TEST, except in those that are given, and OUTPUT_DIR is
-            output/DATA_SET/CONFIG unless given. No data set is read. Not frozen.
+    MODEL.DEVICE is :func:`choose_device` unless named. A classifier's INPUT and MODEL.PIXEL_* are
+    those of its timm model. DATASETS.ROOT names those of DATASETS.TRAIN, VAL and TEST that are not
+    given, and OUTPUT_DIR as output/DATA_SET/CONFIG; no data set is read.
+
+    Args:
+        config_file: a YAML file, or the name of a shipped one such as "imrcnn_lite.yaml"; "" for
+            the defaults. Names of earlier versions still work, with a warning.
+        opts: ``[KEY, VALUE, ...]``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a key that there is not, or a value of another type. The file, or one that it is
-            based on, is no plain YAML: Detectron2 would run what a tag such as
-            ``!!python/object/apply`` names. So would it what a file of precomputed proposals holds,
-            hence for MODEL.LOAD_PROPOSALS. A ``_BASE_`` is outside of the file's tree, or a value
-            that is not in ``opts`` is an address: see this module.
+        ValueError: an unknown key or a value of another type; a file that is no plain YAML, leads
+            out of its tree or holds an address; MODEL.LOAD_PROPOSALS, whose files are pickles.
     """
     content = {}
     if config_file:
         path = find_config(config_file) or Path(config_file)
-        content = _read(path, [_tree(path), *SHIPPED], [])
+        folder, *above = Path(os.path.abspath(path)).parents
+        tree = next((parent for parent in (folder, *above) if parent.name == "configs"), folder)
+        content = _read(path, [Path(os.path.realpath(tree)), *SHIPPED], [])
     return _config(content, config_file, opts)
 
 
 def load_training_config(
     config_file: str | Path = "", opts: Sequence = (), eval_only: bool = False
 ) -> CfgNode:
-    """
-    As :func:`load_config`, with a data set (see :func:`register_root`): the model has as many
-    classes as its annotations, unless ``opts`` give the number.
+    """As :func:`load_config`, with as many classes as the data set has unless ``opts`` say so.
 
     Args:
-        config_file, opts: see :func:`load_config`.
-        eval_only: whether DATASETS.TEST is what is needed, and not DATASETS.TRAIN.
+        eval_only: DATASETS.TEST is needed, not DATASETS.TRAIN.
 
     Raises:
         ValueError: no data set is named; or see :func:`load_config`.
@@ -231,38 +145,27 @@ def load_training_config(
             "DATASETS.ROOT), where DIR is a folder that tools/prepare_dataset.py wrote, or "
             f"{', '.join(SHORT_NAMES)} for the folder of that name in $IMRCNN_DATASETS"
         )
-    key = num_classes_key(cfg)
-    of_root = {name for split in _split_names(cfg.DATASETS.ROOT).values() for name in split}
-    if key and key not in opts[::2] and of_root.issuperset(names):
-        classes = read_classes(cfg.DATASETS.ROOT)
-        if classes:
+    key = Task.of(cfg).num_classes_key(cfg)
+    splits_of_root = {name for split in _split_names(cfg.DATASETS.ROOT).values() for name in split}
+    if key and key not in opts[::2] and splits_of_root.issuperset(names):
+        if classes := read_classes(cfg.DATASETS.ROOT):
             cfg.merge_from_list([key, len(classes)])
     return cfg
 
 
 def load_config_text(text: str, source: str | Path, opts: Sequence = ()) -> CfgNode:
-    """
-    As :func:`load_config`, of a whole config that a file of another kind brings along.
-
-    Args:
-        text: YAML, without a ``_BASE_``.
-        source: the file, for messages.
-        opts: see :func:`load_config`.
-    """
+    """As :func:`load_config`, from the YAML ``text`` inside a file ``source``, without _BASE_."""
     content = _parse(text, source)
     if BASE_KEY in content:
         raise ValueError(
-            f"{source}: the config that it brings along asks for another file ({BASE_KEY}: "
-            f"{_short(content[BASE_KEY])}), but is written whole by tools/export.py"
+            f"{source}: its config asks for another file ({BASE_KEY}: {_short(content[BASE_KEY])}),"
+            " but tools/export.py writes whole ones"
         )
     return _config(content, source, opts)
 
 
 def read_yaml(path: str | Path, source: str | Path | None = None) -> dict:
-    """
-    Args:
-        path: a YAML file of values; its ``_BASE_`` is a value like others here.
-        source: its name in messages; None for the path.
+    """The values of a YAML file, which is called ``source`` in messages; ``_BASE_`` is not read.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -271,7 +174,7 @@ def read_yaml(path: str | Path, source: str | Path | None = None) -> dict:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such config file")
     with open(path, "rb") as file:
-        return _parse(file.read(LARGEST + 1), source or path)
+        return _parse(file.read(_LARGEST + 1), source or path)
 
 
 class _Loader(yaml.SafeLoader):
@@ -280,18 +183,14 @@ class _Loader(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    "found <<, in place of which the keys are to be written",
-                    key.start_mark,
-                )
+                problem = "'<<' is not read: write out its keys"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
 
 
 def _parse(text: str | bytes, source: str | Path) -> dict:
     try:
-        if len(text) > LARGEST:
-            raise ValueError(f"it has more than {LARGEST} bytes")
+        if len(text) > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST} bytes")
         content = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} instead of keys")
@@ -318,15 +217,15 @@ def _check_nodes(content: dict) -> None:
         elif not isinstance(node, str | int | float | None):
             raise ValueError(f"it holds a {type(node).__name__}")
         size += len(node) if isinstance(node, str) else 1
-        if size + len(nodes) > LARGEST:
-            raise ValueError(f"with its aliases written out it has more than {LARGEST} bytes")
+        if size + len(nodes) > _LARGEST:
+            raise ValueError(f"with its aliases written out it has more than {_LARGEST} bytes")
 
 
 def _read(path: Path, admitted: Sequence[Path], files: list[Path]) -> dict:
     """A file's keys over those of the files that it is based on, which lie in ``admitted``."""
     files.append(path)
-    if len(files) > MOST_FILES:
-        raise ValueError(f"{files[0]} is made of more than {MOST_FILES} files: see {BASE_KEY}")
+    if len(files) > _MOST_FILES:
+        raise ValueError(f"{files[0]} is made of more than {_MOST_FILES} files: see {BASE_KEY}")
     named = path if path is files[0] else f"{files[0]}: its {BASE_KEY} {path}"
     content, merged = _earlier_config(path), {}
     if content is None:
@@ -336,20 +235,16 @@ def _read(path: Path, admitted: Sequence[Path], files: list[Path]) -> dict:
         logger.warning("%s is now %s%s; this name still works", named, content[BASE_KEY], data)
     bases = content.pop(BASE_KEY, [])
     for base in bases if isinstance(bases, list) else [bases]:
-        merged = _merge(merged, _read(_base(path, base, admitted), admitted, files))
+        with _naming(f"{path}: {BASE_KEY} {_short(base)}"):
+            file = Path(os.path.realpath(path.parent / base))
+            inside = any(file.is_relative_to(folder) for folder in admitted)
+            if not inside or not (os.path.isfile(file) or _earlier_config(file)):
+                raise ValueError(
+                    f"no file in {admitted[0]}, nor a config of imrcnn_d2 or Detectron2: copy it "
+                    "there, or put both files below a folder named configs"
+                )
+        merged = _merge(merged, _read(file, admitted, files))
     return _merge(merged, content)
-
-
-def _base(path: Path, base: str, admitted: Sequence[Path]) -> Path:
-    with _told(f"{path}: {BASE_KEY} {_short(base)}"):
-        found = Path(os.path.realpath(path.parent / base))
-        inside = any(found.is_relative_to(folder) for folder in admitted)
-        if not inside or not (os.path.isfile(found) or _earlier_config(found)):
-            raise ValueError(
-                f"no file in {admitted[0]}, nor a config that comes with imrcnn_d2 or Detectron2: "
-                "copy it there, or put both files below a folder named configs"
-            )
-    return found
 
 
 def find_config(path: str | Path) -> Path | None:
@@ -361,36 +256,29 @@ def find_config(path: str | Path) -> Path | None:
 
 
 def _earlier_config(path: Path) -> dict | None:
-    """What a config held that earlier versions shipped for each data set; else None."""
+    """The content of a config that earlier versions shipped for each data set; else None."""
     path = Path(os.path.realpath(path))
     if path.is_file() or not path.is_relative_to(SHIPPED[0]):
         return None
     *folders, name = path.relative_to(SHIPPED[0]).parts
     folder, stem = "/".join(folders), Path(name).stem
-    content: dict = {}
+    root, output = "", ""
     if folder in ("kvasir_seg", "egc", "synthetic"):
-        output = "demo" if stem == "imrcnn_lite_demo" else f"{folder}/{stem}"
-        content = {"DATASETS": {"ROOT": folder}, "OUTPUT_DIR": f"output/{output}"}
+        root, output = folder, f"output/{folder}/{stem}"
+        output = "output/demo" if stem == "imrcnn_lite_demo" else output
     elif folder == "recognition":
-        root = {"ROOT": "gastric_recognition"}
-        content = {"DATASETS": root, "OUTPUT_DIR": f"output/recognition/{stem}"}
-        name = {"lite.yaml": "efficientnet_lite0.yaml"}.get(name, name)
+        root, output = "gastric_recognition", f"output/recognition/{stem}"
+        name = "efficientnet_lite0.yaml" if name == "lite.yaml" else name
     elif name == "Base-Recognition.yaml":
-        content = {"DATASETS": {"ROOT": "gastric_recognition"}, "OUTPUT_DIR": "./output"}
-        name = "Base-Classifier.yaml"
+        root, output, name = "gastric_recognition", "./output", "Base-Classifier.yaml"
     elif not folder and name.startswith("Base-"):
         model, _, size = name.removeprefix("Base-").partition("-")
         name = f"{model.lower()}_{size}"
     base = SHIPPED[0] / name
     if not base.is_file():
         return None
-    return {BASE_KEY: str(base), **content}
-
-
-def _tree(config_file: str | Path) -> Path:
-    own, *above = Path(os.path.abspath(config_file)).parents
-    named = (folder for folder in (own, *above) if folder.name == "configs")
-    return Path(os.path.realpath(next(named, own)))
+    data = {"DATASETS": {"ROOT": root}, "OUTPUT_DIR": output} if root else {}
+    return {BASE_KEY: str(base), **data}
 
 
 def _merge(base: dict, content: dict) -> dict:
@@ -405,28 +293,30 @@ def _merge(base: dict, content: dict) -> dict:
 def _config(content: dict, source: str | Path, opts: Sequence) -> CfgNode:
     cfg = get_cfg()
     add_imrcnn_config(cfg)
-    # A placeholder that no run ever sees, to tell "nobody named a device" from a named one.
-    cfg.MODEL.DEVICE = "auto"
-    with _told(f"{source} is no config of these models"):
+    cfg.MODEL.DEVICE = "auto"  # stays where nobody names a device
+    with _naming(f"{source} is no config of these models"):
         if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise ValueError(f"VERSION is {content['VERSION']}, and Detectron2's {cfg.VERSION}")
         cfg.merge_from_other_cfg(CfgNode(content))
-    of_file = cfg.DATASETS.clone()
-    with _told("KEY VALUE ..."):
+    file_datasets, given = cfg.DATASETS.clone(), opts[::2]
+    with _naming("KEY VALUE ..."):
         cfg.merge_from_list(list(opts))
     if cfg.DATASETS.ROOT:
-        _name_splits(cfg, of_file, {*(content.get("DATASETS") or ())}, opts[::2])
-    if cfg.DATASETS.ROOT and source and "OUTPUT_DIR" not in content | dict.fromkeys(opts[::2]):
-        name = data_set_name(cfg.DATASETS.ROOT)
-        cfg.OUTPUT_DIR = os.path.join("output", name, Path(source).stem)
-    _check_addresses(cfg, source, opts[::2])
+        _name_splits(cfg, file_datasets, {*(content.get("DATASETS") or ())}, given)
+        if source and "OUTPUT_DIR" not in content and "OUTPUT_DIR" not in given:
+            name = data_set_name(cfg.DATASETS.ROOT)
+            cfg.OUTPUT_DIR = os.path.join("output", name, Path(source).stem)
+    _check_addresses(cfg, source, given)
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS is True, but DATASETS.PROPOSAL_FILES_* are pickles, which run "
-            "whatever they hold when Detectron2 loads them. Set it to False: the models here make "
-            "their own proposals."
+            "any code: set it to False, the models make proposals themselves"
         )
-    resolve_input(cfg)
+    if Task.of(cfg) is CLASSIFICATION:
+        known = timm_input(cfg.MODEL.TIMM.NAME)
+        cfg.INPUT.SIZE = cfg.INPUT.SIZE or known["size"]
+        cfg.INPUT.FORMAT = ImageClassifier.input_format
+        cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = known["pixel_mean"], known["pixel_std"]
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = choose_device()
     return cfg
@@ -438,23 +328,20 @@ def _split_names(root: str) -> dict[str, tuple[str, ...]]:
 
 
 def _name_splits(
-    cfg: CfgNode, of_file: CfgNode, in_file: Collection[str], given: Sequence[str]
+    cfg: CfgNode, file_datasets: CfgNode, in_file: Collection[str], given: Sequence[str]
 ) -> None:
     """Name the splits of DATASETS.ROOT where neither the file nor the command line names others."""
-    of_root = _split_names(of_file.ROOT)
+    file_root = _split_names(file_datasets.ROOT)
     for key, names in _split_names(cfg.DATASETS.ROOT).items():
         if f"DATASETS.{key}" in given:
             continue
+        in_config = tuple(file_datasets[key])
         # A config.yaml of a run has all keys: those that came from its ROOT follow the new one.
-        if key not in in_file or tuple(of_file[key]) == of_root[key]:
+        if key not in in_file or in_config == file_root[key]:
             cfg.DATASETS[key] = names
-        elif "DATASETS.ROOT" in given and tuple(of_file[key]) != names:
-            logger.warning(
-                "DATASETS.%s is %s, as the config names it, and not taken from %s",
-                key,
-                tuple(of_file[key]),
-                cfg.DATASETS.ROOT,
-            )
+        elif "DATASETS.ROOT" in given and in_config != names:
+            text = "DATASETS.%s is %s, as the config names it, and not taken from %s"
+            logger.warning(text, key, in_config, cfg.DATASETS.ROOT)
 
 
 def _check_addresses(cfg: CfgNode, source: str | Path, given: Sequence[str]) -> None:
@@ -463,7 +350,7 @@ def _check_addresses(cfg: CfgNode, source: str | Path, given: Sequence[str]) -> 
         address = re.match(r"[^/]*://", re.sub(r"[\0-\x20\x7f]", "", text))
         # timm has "hf-hub:" and "local-dir:".
         address = address or (key == "MODEL.TIMM.NAME" and ":" in text)
-        if address and key not in given and not text.startswith(MODEL_ZOO):
+        if address and key not in given and not text.startswith(_MODEL_ZOO):
             raise ValueError(
                 f"{source}: {key} is the address {_short(text)}, which only the command line may "
                 f"name: give {key} there, or a local file in the config"
@@ -471,7 +358,7 @@ def _check_addresses(cfg: CfgNode, source: str | Path, given: Sequence[str]) -> 
 
 
 def _strings(node, key: str = "") -> Iterator[tuple[str, str]]:
-    """All strings of a config with the keys that they belong to."""
+    """All strings of a config with their keys."""
     if isinstance(node, str):
         yield key, node
     elif isinstance(node, dict):
@@ -483,15 +370,15 @@ def _strings(node, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _naming(source: str) -> Iterator[None]:
     try:
         yield
     except _WRONG as error:
-        raise ValueError(f"{what}: {_short(error)}") from error
+        raise ValueError(f"{source}: {_short(error)}") from error
 
 
 def _short(value) -> str:
-    """In a line that can be printed; of an error what it says, a KeyError's without quotes."""
+    """A text as one line that can be printed; an error's message, a KeyError's without quotes."""
     if isinstance(value, Exception):
         value = value.args[0] if len(value.args) == 1 else str(value) or type(value).__name__
     text = "".join(c if c.isprintable() else " " for c in str(value)[:1000])

@@ -1,4 +1,4 @@
-"""One training of a cross-validation, and what became of all of them."""
+"""One training of a cross-validation, and the state of all of them."""
 
 import contextlib
 import fcntl
@@ -9,10 +9,11 @@ import shlex
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -21,72 +22,48 @@ from imrcnn_d2.data.catalog import prepared_folder
 from imrcnn_d2.data.prepare.data_set import write_folds
 from imrcnn_d2.engine.config import SHIPPED, find_config, load_training_config
 from imrcnn_d2.engine.run_record import RunRecord, config_sha256
+from imrcnn_d2.evaluation.detection.metrics import METRICS
 from imrcnn_d2.evaluation.output import read_metrics, read_run_record
+from imrcnn_d2.task import Task
 from imrcnn_d2.utils.files import file_sha256
-
-__all__ = ["FoldRun", "describe_runs", "prepare_folds"]
 
 logger = logging.getLogger(__name__)
 
-
 # The training script lies in the checkout, not in the package.
 ROOT = Path(imrcnn_d2.__file__).resolve().parents[1]
-FIGURES = {  # column -> group and name in metrics.json
-    "AP50 (all-point)": ("segm", "AP50_voc"),
-    "IoU": ("lesion", "iou"),
-    "F1": ("lesion", "f1"),
-}
-RECOGNITION_FIGURES = {
-    "accuracy": ("recognition", "top1"),
-    "balanced accuracy": ("recognition", "balanced_accuracy"),
-}
 TAIL = 10  # lines of a broken run's log that are shown
 POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class FoldRun:
-    """
-    One model, data set, seed and fold.
+    """One model, data set, seed and fold."""
 
-    Attributes:
-        dataset (str): name of the prepared data set's folder.
-        config_file (Path): of the model; its stem is the model's name.
-        seed (int), fold (int), folds (int):
-        output (Path): of the whole cross-validation.
-        datasets (Path): folder that the data set's folder is in.
-        opts (tuple[str]): KEY VALUE ..., for every run.
-        num_gpus (int): processes of one training, as train_net.py's ``--num-gpus``.
-    """
-
-    dataset: str
-    config_file: Path
+    dataset: str  # name of the prepared data set's folder
+    config_file: Path  # of the model; its stem is the model's name
     seed: int
     fold: int
     folds: int
-    output: Path
-    datasets: Path
-    opts: tuple
-    num_gpus: int
+    output: Path  # of the whole cross-validation
+    datasets: Path  # folder that the data set's folder is in
+    opts: tuple[str, ...]  # KEY VALUE ..., for every run
+    num_gpus: int  # processes of one training
 
     @classmethod
-    def from_config(cls, cfg):
-        """
-        Args:
-            cfg (DictConfig): configs/cross_validation/sweep.yaml for one run.
+    def from_config(cls, cfg: DictConfig) -> "FoldRun":
+        """The run of configs/cross_validation/sweep.yaml with its overrides.
 
         Raises:
             FileNotFoundError: there is no config of that model.
             ValueError: there is no such fold.
         """
-        path = Path(cfg.model) if str(cfg.model).endswith(".yaml") else None
-        configs = SHIPPED[0]
-        path = find_config(path or configs / f"{cfg.model}.yaml")
+        named = Path(cfg.model) if str(cfg.model).endswith(".yaml") else None
+        path = find_config(named or SHIPPED[0] / f"{cfg.model}.yaml")
         if path is None:
-            known = sorted(f.stem for f in configs.glob("*.yaml") if not f.stem.startswith("Base-"))
+            shipped = (file.stem for file in SHIPPED[0].glob("*.yaml"))
+            known = ", ".join(sorted(name for name in shipped if not name.startswith("Base-")))
             raise FileNotFoundError(
-                f"{cfg.model}.yaml: no such config. There are {', '.join(known)}; a path that "
-                "ends in .yaml names any other."
+                f"{cfg.model}.yaml: no such config; give a path or one of {known}"
             )
         if not 0 <= cfg.fold < cfg.folds:
             raise ValueError(f"fold={cfg.fold}: with folds={cfg.folds} they are 0..{cfg.folds - 1}")
@@ -96,50 +73,36 @@ class FoldRun:
         return cls(
             dataset=root.name,
             config_file=path.resolve(),
-            seed=cfg.seed,
-            fold=cfg.fold,
-            folds=cfg.folds,
             output=Path(cfg.output).resolve(),
             datasets=root.parent,
             opts=tuple(str(value) for value in OmegaConf.to_container(cfg.opts)),
-            num_gpus=cfg.num_gpus,
+            **{key: cfg[key] for key in ("seed", "fold", "folds", "num_gpus")},
         )
 
     @property
-    def name(self):
-        """str: the run's folder in ``output``."""
+    def name(self) -> str:
         return f"{self.dataset}/{self.config_file.stem}/seed{self.seed}/fold{self.fold}"
 
     @property
-    def folder(self):
-        """Path: OUTPUT_DIR."""
+    def folder(self) -> Path:  # OUTPUT_DIR
         return self.output / self.name
 
     @property
-    def log(self):
-        """Path: all that the training printed; of a resumed run, one part after the other."""
+    def log(self) -> Path:  # all that the training printed; a resumed run appends to it
         return self.folder / "console.log"
 
     @property
-    def metrics_file(self):
-        """Path: of the test set."""
+    def metrics_file(self) -> Path:  # of the test set
         return self.folder / "inference" / f"{self.dataset}_test" / "metrics.json"
 
     @property
-    def fold_datasets(self):
-        """Path: what the training sees as $IMRCNN_DATASETS."""
-        return self.datasets / f"{self.dataset}.folds{self.folds}" / f"fold{self.fold}"
+    def fold_root(self) -> Path:  # the fold as a prepared data set
+        folds = self.datasets / f"{self.dataset}.folds{self.folds}"
+        return folds / f"fold{self.fold}" / self.dataset
 
-    @property
-    def fold_root(self):
-        """Path: the fold as a prepared data set."""
-        return self.fold_datasets / self.dataset
-
-    def state(self):
-        """
-        Returns:
-            str: "finished" (trained and evaluated with these settings on this fold), "running",
-                "broken" (begun, but neither of these) or "not started".
+    def state(self) -> str:
+        """ "finished" (trained and evaluated with these settings on this fold), "running", "broken"
+        (begun, but neither of these) or "not started".
         """
         if not self.log.is_file():
             return "not started"
@@ -148,15 +111,13 @@ class FoldRun:
                 return "running"
             try:
                 return "finished" if self._is_finished() else "broken"
-            except (OSError, ValueError, KeyError):  # the log says it
+            except (OSError, ValueError, KeyError):  # the log has it
                 return "broken"
 
-    def train(self):
-        """
-        Train and evaluate, from the last checkpoint where there is one; nothing if that is done.
+    def train(self) -> None:
+        """Train and evaluate, from the last checkpoint where there is one; nothing if that is done.
 
-        A run that breaks raises nothing, so that those behind it go on: it is named with the last
-        lines of its log.
+        A run that breaks raises nothing, so that later ones go on: its log's last lines are logged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock() as lock:
@@ -170,9 +131,9 @@ class FoldRun:
                 code = self._run(lock)
                 problem = f"exit code {code}" if code else None
             except (OSError, ValueError, KeyError) as error:
-                problem = f"{type(error).__name__}"
+                problem = type(error).__name__
                 with open(self.log, "a", encoding="utf-8") as log:
-                    log.write(f"{type(error).__name__}: {error}\n")
+                    log.write(f"{problem}: {error}\n")
             if problem is None and not self._is_finished():
                 problem = f"{RunRecord.FILE} or {self.metrics_file.name} is missing"
         if problem is None:
@@ -180,32 +141,25 @@ class FoldRun:
         else:
             logger.error(f"{self.name}: broken ({problem}). {self.tail()}")
 
-    def tail(self):
-        """str: the name of the log and its last lines."""
+    def tail(self) -> str:
+        """The name of the log and its last lines."""
         with open(self.log, encoding="utf-8", errors="replace") as log:
-            lines = "".join(deque(log, TAIL))
-        return f"The last lines of {self.log}:\n{lines}"
+            return f"The last lines of {self.log}:\n{''.join(deque(log, TAIL))}"
 
-    def figures(self):
-        """
-        dict[str, float or None]: headline figures of a finished run, as its training wrote them.
+    def headline(self) -> dict[str, float | None]:
+        """A finished run's metrics of `Task.headline`, by label.
 
         Raises:
-            BadInputError: they are damaged.
+            BadInputError: its metrics.json is damaged.
         """
         metrics = read_metrics(self.metrics_file)
-        figures = RECOGNITION_FIGURES if "recognition" in metrics else FIGURES
-        return {
-            column: (metrics.get(group) or {}).get(name)
-            for column, (group, name) in figures.items()
-        }
+        pairs = [e.split("/") for e in Task.named(metrics["meta"].get("task")).headline]
+        return {METRICS[name].label: (metrics.get(group) or {}).get(name) for group, name in pairs}
 
     @contextlib.contextmanager
     def _lock(self):
-        """
-        Yields an open file, or None if another process trains this run. The training inherits it,
-        so that the run counts as running even if the process that started it was killed.
-        """
+        """Yields an open file, or None if another process trains this run. The training inherits
+        it: the run counts as running even if the process that started it was killed."""
         with open(self.folder / "training.lock", "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,11 +171,7 @@ class FoldRun:
             yield lock
 
     def _is_finished(self):
-        """
-        Raises:
-            ValueError: the folder holds a run with other settings or on other data, or damaged
-                files.
-        """
+        """Raises ValueError for a run with other settings or data, and for damaged files."""
         path = self.folder / RunRecord.FILE
         if not path.is_file():
             return False
@@ -236,30 +186,27 @@ class FoldRun:
         if not same:
             raise ValueError(
                 f"{self.folder} was trained with other settings or on other data (see its "
-                "config.yaml and run.json). Give another output=, or remove it to train it anew."
+                "config.yaml and run.json): give another output=, or remove it to train it anew"
             )
-        return bool(record.get("finished") and self.metrics_file.is_file() and self.figures())
+        return bool(record.get("finished") and self.metrics_file.is_file() and self.headline())
 
     def _overrides(self):
         return [*self.opts, "SEED", str(self.seed), "OUTPUT_DIR", str(self.folder)]
 
     def _run(self, lock):
-        """Runs train_net.py to its end; returns its exit code."""
+        """Runs the training script to its end; returns its exit code."""
+        datasets = str(self.fold_root.parent)
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--resume"]
         command += ["--config-file", str(self.config_file), "--num-gpus", str(self.num_gpus)]
         command += ["--data", str(self.fold_root), *self._overrides()]
         logger.info(f"{self.name}: training, log in {self.log}")
         with open(self.log, "a", encoding="utf-8") as log:
-            log.write(f"$ IMRCNN_DATASETS={self.fold_datasets} {shlex.join(command)}\n")
+            log.write(f"$ IMRCNN_DATASETS={datasets} {shlex.join(command)}\n")
             log.flush()
-            with subprocess.Popen(
-                command,
-                env={**os.environ, "IMRCNN_DATASETS": str(self.fold_datasets)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(lock.fileno(),),
-            ) as process:
+            env = {**os.environ, "IMRCNN_DATASETS": datasets}
+            files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+            fds = (lock.fileno(),)
+            with subprocess.Popen(command, env=env, pass_fds=fds, **files) as process:
                 try:
                     self._watch(process)
                 except BaseException:  # a signal: the training saves, and ends by itself
@@ -274,6 +221,7 @@ class FoldRun:
 
     def _watch(self, process):
         """Shows how far the training is, until it ends."""
+        record = self.folder / RunRecord.FILE
         with tqdm(desc=self.name, unit="iteration") as bar:
             while True:
                 try:
@@ -283,7 +231,8 @@ class FoldRun:
                     iteration, loss = _last_logged(self.folder / "metrics.json")
                 if iteration is not None:
                     bar.initial = bar.initial or iteration
-                    bar.total = _iterations(self.folder / RunRecord.FILE)
+                    if record.is_file():
+                        bar.total = read_run_record(record).get("iterations")
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     bar.update(iteration - bar.n)
 
@@ -301,43 +250,28 @@ def _last_logged(path):
     return None, None
 
 
-def _iterations(path):
-    return read_run_record(path).get("iterations") if path.is_file() else None
-
-
-def prepare_folds(runs):
-    """
-    Write the fold data sets that some runs need; see :func:`write_folds`.
-
-    Args:
-        runs (list[FoldRun]):
-    """
+def prepare_folds(runs: Sequence[FoldRun]) -> None:
+    """Write the fold data sets that the runs need; see `write_folds`."""
     for root, count in dict.fromkeys((run.datasets / run.dataset, run.folds) for run in runs):
-        folds = write_folds(root, count)
-        logger.info(f"{count} folds of {root}: {folds[0].parent}")
+        logger.info(f"{count} folds of {root}: {write_folds(root, count)[0].parent}")
 
 
-def describe_runs(runs):
-    """
-    Args:
-        runs (list[FoldRun]):
-
-    Returns:
-        tuple[str, bool]: a table of the runs with their states and figures, the logs of the broken
-            ones, and the command that compares what is finished; whether all are finished.
+def describe_runs(runs: Sequence[FoldRun]) -> tuple[str, bool]:
+    """A table of the runs with their states and headline metrics, the logs of the broken ones, and
+    the command that compares the finished ones; and whether all are finished.
     """
     states = {run: run.state() for run in runs}
+    finished = [run for run, state in states.items() if state == "finished"]
     rows = [
-        {"run": run.name, "state": state, **(run.figures() if state == "finished" else {})}
+        {"run": run.name, "state": state, **(run.headline() if run in finished else {})}
         for run, state in states.items()
     ]
     parts = [tabulate(rows, headers="keys", floatfmt=".1f", missingval="n/a")]
     parts += [f"{run.name}: {run.tail()}" for run, state in states.items() if state == "broken"]
-    finished = [run for run, state in states.items() if state == "finished"]
     if len(finished) < len(runs):
         parts.append(
-            f"{len(runs) - len(finished)} of {len(runs)} runs are not finished: the same "
-            "command goes on with them."
+            f"{len(runs) - len(finished)} of {len(runs)} runs are not finished: the same command "
+            "continues them."
         )
     for dataset in dict.fromkeys(run.dataset for run in finished):
         folders = [str(run.folder) for run in finished if run.dataset == dataset]

@@ -1,4 +1,4 @@
-"""run.json: what was trained, on what, with what, so that a figure can be traced back."""
+"""run.json: what was trained, on what and with what, so that a metric can be traced back."""
 
 import hashlib
 import json
@@ -9,85 +9,85 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import FPN, ResNet
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.utils import comm
+from torch import nn
 
-from imrcnn_d2.data.catalog import labels_of
+from imrcnn_d2.evaluation.output import package_versions
 from imrcnn_d2.modeling import PAFPN, ImageClassifier, TimmBackbone
+from imrcnn_d2.task import CLASSIFICATION, DETECTION
 from imrcnn_d2.utils.files import file_sha256, read_rows, write_atomically
-from imrcnn_d2.versions import package_versions
 
-__all__ = ["RunRecord", "config_sha256", "describe_model", "git_state"]
+
+def _now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 class RunRecord(HookBase):
-    """
-    Writes ``run.json`` as training starts and completes it when :meth:`finish` is called.
+    """Writes ``run.json`` as training starts and completes it when `finish` is called.
 
     A resumed run keeps its start. ``hours`` is the time spent in iterations, validation and
-    checkpoints that the final weights come from: it goes into every checkpoint and is counted on
-    from there, so pauses, the final test and work lost in an interruption are left out.
+    checkpoints that the final weights come from: each checkpoint carries it, so pauses, the final
+    test and work lost in an interruption do not count. Register it before the periodic checkpoint,
+    on every rank; only the main process writes.
 
-    Put it before the periodic checkpoint, on every rank; only the main process writes.
+    Args:
+        config_hash: see `config_sha256`.
+        phases: see `Phases.describe`.
     """
 
     FILE = "run.json"
 
-    def __init__(self, output_dir, *, model, seed, config_hash, datasets, phases=None):
-        """
-        Args:
-            output_dir (str): folder of the file.
-            model (nn.Module): what is trained.
-            seed (int): negative if none was set.
-            config_hash (str): see :func:`config_sha256`.
-            datasets (list[str]): names of the sets for training, validation and test, in that
-                order.
-            phases (list[dict] or None): see :meth:`Phases.describe`.
-        """
-        self._path = Path(output_dir) / self.FILE
-        self._phases = phases
-        self._about = (model, seed, config_hash, list(dict.fromkeys(datasets)))
-        self._started, self._hours_before = None, 0.0
-        self._since = None
+    def __init__(
+        self, cfg: CfgNode, model: nn.Module, config_hash: str, phases: list[dict] | None = None
+    ):
+        self._path = Path(cfg.OUTPUT_DIR) / self.FILE
+        sets = cfg.DATASETS
+        self._datasets = list(dict.fromkeys([*sets.TRAIN, *sets.VAL, *sets.TEST]))
+        self._seed = cfg.SEED if cfg.SEED >= 0 else None
+        self._model, self._config_hash, self._phases = model, config_hash, phases
+        self._started, self._since, self._hours_before = None, None, 0.0
 
     def before_train(self):
         self._since = time.perf_counter()
         self._started = self._started or _now()
         if not comm.is_main_process():
             return
-        model, seed, config_hash, datasets = self._about
-        name, backbone = describe_model(model)
-        split = _split_facts(datasets[0])
+        name, backbone = describe_model(self._model)
+        device = next(self._model.parameters()).device
+        card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+        program, *arguments = sys.argv
+        program = program if program.startswith("imrcnn ") else f"python {shlex.quote(program)}"
         self._content = {
             "model": name,
             "backbone": backbone,
-            "input": _input_facts(model),
-            "seed": seed if seed >= 0 else None,
-            "command": _command_line(),
+            "input": _input_facts(self._model),
+            "seed": self._seed,
+            "command": f"{program} {shlex.join(arguments)}".strip(),
             "git": git_state(),
             "versions": {"python": sys.version.split()[0], **package_versions()},
-            "config_sha256": config_hash,
-            "device": _device(model),
+            "config_sha256": self._config_hash,
+            "device": f"{device.type}{card}",
             "processes": comm.get_world_size(),
             "started": self._started,
             "finished": None,
             "hours": self._hours_before,
             "iterations": self.trainer.max_iter,
             "phases": self._phases,
-            "datasets": {name: _dataset_facts(name) for name in datasets},
-            **split,
+            "datasets": {name: _dataset_facts(name) for name in self._datasets},
+            **_split_facts(self._datasets[0]),
         }
         self._write()
 
     def after_train(self):
         self._hours_before, self._since = self._hours(), None
 
-    def finish(self):
+    def finish(self) -> None:
         """To be called when the final test is done."""
         if comm.is_main_process():
             self._content.update(finished=_now(), hours=self._hours())
@@ -107,15 +107,10 @@ class RunRecord(HookBase):
         write_atomically(self._path, json.dumps(self._content, indent=2) + "\n")
 
 
-def describe_model(model):
-    """
-    Args:
-        model (nn.Module): built, perhaps wrapped by DistributedDataParallel.
-
-    Returns:
-        tuple[str, str]: the model's name, that is "IMR-CNN", "IBMR-CNN" or "MR-CNN" for a Mask
-            R-CNN whose neck is a PAFPN with CBAM, one without, or an FPN, else that of its class;
-            and its backbone's, such as "R-50" or "tf_efficientnet_lite0".
+def describe_model(model: nn.Module) -> tuple[str, str]:
+    """Names of a model and its backbone: "IMR-CNN", "IBMR-CNN" or "MR-CNN" for a Mask R-CNN whose
+    neck is a PAFPN with CBAM, one without, or an FPN, else that of its class; and "R-50" or
+    "tf_efficientnet_lite0". The model may be wrapped by DistributedDataParallel.
     """
     model = getattr(model, "module", model)
     backbone = getattr(model, "backbone", None)
@@ -137,27 +132,15 @@ def describe_model(model):
             for stage in bottom_up.stages
             for block in stage
             for layer in block.children()
-            if layer is not block.shortcut and isinstance(layer, torch.nn.Conv2d)
+            if layer is not block.shortcut and isinstance(layer, nn.Conv2d)
         ]
         return name, f"R-{len(layers) + 2}"
     return name, type(bottom_up).__name__
 
 
-def _command_line():
-    program, *arguments = sys.argv
-    program = program if program.startswith("imrcnn ") else f"python {shlex.quote(program)}"
-    return f"{program} {shlex.join(arguments)}".strip()
-
-
-def config_sha256(cfg):
-    """
-    Hash of a config, equal for runs that differ in nothing but where they run and write.
-
-    Args:
-        cfg (CfgNode): as loaded, before epochs are turned into iterations; not changed.
-
-    Returns:
-        str: sha256 of ``cfg.dump()`` without OUTPUT_DIR, MODEL.DEVICE and DATASETS.ROOT.
+def config_sha256(cfg: CfgNode) -> str:
+    """Hash of a config as loaded, before epochs are turned into iterations: equal for runs that
+    differ only in OUTPUT_DIR, MODEL.DEVICE and DATASETS.ROOT.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -165,36 +148,23 @@ def config_sha256(cfg):
     return hashlib.sha256(cfg.dump().encode()).hexdigest()
 
 
-def git_state():
-    """
-    Returns:
-        dict or None: "revision" and "dirty" (whether tracked files differ from it) of the checkout
-            that this package lies in; None where it was installed elsewhere.
+def git_state() -> dict | None:
+    """ "revision" and "dirty" (whether tracked files differ from it) of the checkout that this
+    package lies in; None where it was installed elsewhere.
     """
     package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments):
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
     try:
         # A package installed into a virtual environment inside some other checkout is not its.
-        _git(package, "ls-files", "--error-unmatch", "__init__.py")
-        changes = _git(package, "status", "--porcelain", "--untracked-files=no")
-        return {"revision": _git(package, "rev-parse", "HEAD"), "dirty": bool(changes)}
+        git("ls-files", "--error-unmatch", "__init__.py")
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _git(folder, *arguments):
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _now():
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _device(model):
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return device.type
 
 
 def _input_facts(model):
@@ -210,28 +180,21 @@ def _input_facts(model):
 
 
 def _dataset_facts(name):
-    records = DatasetCatalog.get(name)
+    records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
+    task = CLASSIFICATION if metadata.get("evaluator_type") == CLASSIFICATION.name else DETECTION
     patients = {r["patient_id"] for r in records if r.get("patient_id") is not None}
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("evaluator_type") == "recognition":
-        counts = np.bincount(labels_of(records), minlength=len(metadata.thing_classes)).tolist()
-        content = {"classes": dict(zip(metadata.thing_classes, counts, strict=True))}
-    else:
-        lesions = [sum(not a.get("iscrowd", 0) for a in r.get("annotations", ())) for r in records]
-        content = {"lesion_free_images": lesions.count(0), "lesions": sum(lesions)}
     json_file = metadata.get("json_file")
     gt = Path(json_file).absolute() if json_file else None
-    rejected = gt.parent.parent / "rejected.csv" if gt else None
+    # Of the whole prepared data set: what was left out belongs to no split.
+    listed = gt is not None and (gt.parent.parent / "rejected.csv").is_file()
+    rejected = read_rows(gt.parent.parent / "rejected.csv", ("reason",)) if listed else None
     return {
         "gt": str(gt) if gt else None,
         "gt_sha256": file_sha256(gt) if gt else None,
         "images": len(records),
-        **content,
+        **task.dataset_facts(records, metadata.get("thing_classes", [])),
         "patients": len(patients) or None,
-        # Of the whole prepared data set: what was left out belongs to no split.
-        "rejected": len(read_rows(rejected, ("reason",)))
-        if rejected and rejected.is_file()
-        else None,
+        "rejected": None if rejected is None else len(rejected),
     }
 
 

@@ -1,16 +1,19 @@
-"""Epochs into iterations, and the optimizer."""
+"""Epochs into iterations, phases of a training, and the optimizer."""
 
 import logging
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from imrcnn_d2.data.catalog import load_datasets
@@ -18,38 +21,19 @@ from imrcnn_d2.engine.train_step import distribute
 from imrcnn_d2.modeling.classifier import ImageClassifier
 from imrcnn_d2.modeling.timm_backbone import graph_leaves
 
-__all__ = [
-    "LRScheduler",
-    "Phase",
-    "Phases",
-    "build_optimizer",
-    "check_phases",
-    "check_trainable",
-    "frozen_norms",
-    "new_layer_lr_factor",
-    "phase_solver",
-    "phases_in_iterations",
-    "read_phases",
-    "resolve_epochs",
-    "trainable_parameters",
-]
-
 logger = logging.getLogger(__name__)
 
-
 _STAGES = re.compile(r"stages from (\d+)")
+_NEW_LAYER = re.compile(
+    r"(^|\.)(pan_|cbam)|box_predictor\.|mask_head\.predictor\.|\.cls_score\.|^head\.(weight|bias)$"
+)
 
 
-def check_trainable(text):
-    """
-    Args:
-        text (str): ``trainable`` of a phase.
-
-    Returns:
-        int or None: k of "stages from k", else None.
+def check_trainable(text: str) -> int | None:
+    """The k of "stages from k"; None for "head" and "all".
 
     Raises:
-        ValueError: it is none of "head", "stages from k" and "all".
+        ValueError: for any other `trainable` of a phase.
     """
     match = _STAGES.fullmatch(text) if isinstance(text, str) else None
     if match is None and text not in ("head", "all"):
@@ -57,19 +41,12 @@ def check_trainable(text):
     return int(match[1]) if match else None
 
 
-def trainable_parameters(model, trainable):
-    """
-    The parameters that a phase of a training names, of those that have ``requires_grad`` now.
+def trainable_parameters(model: nn.Module, trainable: str) -> set[str]:
+    """Names of the parameters that a phase trains, of those that have ``requires_grad`` now.
 
-    Args:
-        model (nn.Module): an ImageClassifier, or a detector of Detectron2 with a ``backbone``.
-        trainable (str): "head", all outside the backbone (for a backbone with a pyramid, outside
-            its ``bottom_up``); "stages from k", besides these all of the backbone but what its
-            feature maps of stride 2^(k-1) and less are made by (k = 4 for ResNet: res4 and res5);
-            or "all".
-
-    Returns:
-        set[str]: names of parameters.
+    "head" is all outside the backbone (outside the ``bottom_up`` of one with a pyramid); "stages
+    from k" is also all of the backbone that the feature maps of stride 2^(k-1) and less do not
+    depend on (k = 4 for ResNet: res4 and res5); "all" is all.
 
     Raises:
         ValueError: for another ``trainable``, and for a stage that the backbone does not have.
@@ -99,8 +76,7 @@ def _feature_maps(model):
     bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
     shapes = bottom_up.output_shape()
     size = 4 * max(shape.stride for shape in shapes.values())
-    channels = len(model.pixel_mean)
-    image = next(bottom_up.parameters()).new_zeros(1, channels, size, size)
+    image = next(bottom_up.parameters()).new_zeros(1, len(model.pixel_mean), size, size)
     was_training = bottom_up.training
     bottom_up.eval()
     features = bottom_up(image)
@@ -108,15 +84,8 @@ def _feature_maps(model):
     return {shapes[name].stride.bit_length() - 1: features[name] for name in shapes}
 
 
-def frozen_norms(model):
-    """
-    Args:
-        model (nn.Module): with ``requires_grad`` as it trains.
-
-    Returns:
-        list[nn.Module]: its layers that keep running statistics of their inputs and have no
-        parameter that learns.
-    """
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """Layers that keep running statistics of their inputs and have no parameter that learns."""
     return [
         module
         for module in model.modules()
@@ -128,32 +97,20 @@ def frozen_norms(model):
 
 @dataclass(frozen=True)
 class Phase:
-    """
-    Attributes:
-        name (str): such as "fine-tuning".
-        start (int): its first iteration.
-        iterations (int): how many, at least 1.
-        lr (float): its SOLVER.BASE_LR.
-        trainable (str): see :func:`trainable_parameters`.
-    """
+    """One of SOLVER.PHASES."""
 
     name: str
-    start: int
+    start: int  # its first iteration
     iterations: int
-    lr: float
-    trainable: str
+    lr: float  # its SOLVER.BASE_LR
+    trainable: str  # see `trainable_parameters`
 
 
-def check_phases(entries):
-    """
-    Args:
-        entries (list[dict]): SOLVER.PHASES.
-
-    Returns:
-        str: "epochs" or "iterations", in which their lengths are given; "" for no phases.
+def check_phases(entries: list[dict]) -> str:
+    """The unit of their lengths, "epochs" or "iterations"; "" for no phases.
 
     Raises:
-        ValueError: a phase lacks a key or has one too many, or a value makes no sense.
+        ValueError: a phase lacks a key or has an unknown one, or a value is out of range.
     """
     unit = ""
     for number, entry in enumerate(entries, 1):
@@ -166,31 +123,22 @@ def check_phases(entries):
             value = entry[key]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(
-                    f"{where}: {key} is {value!r}; give a number above 0 (1e-4 is text in YAML: "
+                    f"{where}: {key} is {value!r}; give a number above 0 (YAML reads 1e-4 as text: "
                     "write 1.0e-4)"
                 )
         try:
             check_trainable(entry["trainable"])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-    twice = [name for name, n in Counter(entry["name"] for entry in entries).items() if n > 1]
-    if twice:
-        raise ValueError(f"SOLVER.PHASES has several phases named {twice[0]!r}; rename all but one")
+    for name, count in Counter(entry["name"] for entry in entries).items():
+        if count > 1:
+            raise ValueError(f"SOLVER.PHASES has several phases named {name!r}; rename all but one")
     return unit
 
 
-def phases_in_iterations(entries, iterations):
-    """
-    Args:
-        entries (list[dict]): SOLVER.PHASES with ``epochs``.
-        iterations (callable): epochs -> iterations.
-
-    Returns:
-        list[dict]: the same with ``iterations``; a phase ends where the sum of epochs up to its own
-        does.
-
-    Raises:
-        ValueError: a phase is shorter than an iteration.
+def phases_in_iterations(entries: list[dict], iterations: Callable[[float], int]) -> list[dict]:
+    """SOLVER.PHASES with ``iterations`` in place of ``epochs``: a phase ends where the sum of
+    epochs so far does. A phase shorter than an iteration is a ValueError.
     """
     ret, start, epochs = [], 0, 0
     for entry in entries:
@@ -207,43 +155,31 @@ def phases_in_iterations(entries, iterations):
     return ret
 
 
-def read_phases(entries):
-    """
-    Args:
-        entries (list[dict]): SOLVER.PHASES with ``iterations``.
-
-    Returns:
-        list[Phase]: without gaps from iteration 0 on.
-    """
+def read_phases(entries: list[dict]) -> list[Phase]:
+    """SOLVER.PHASES with ``iterations``, one after the other from iteration 0 on."""
     starts = accumulate((entry["iterations"] for entry in entries), initial=0)
     return [Phase(**entry, start=start) for entry, start in zip(entries, starts, strict=False)]
 
 
 class Phases(HookBase):
+    """Switches a training from phase to phase: what learns, with which optimizer and schedule.
+
+    A phase starts with a new optimizer, so without the momentum of the previous one. Batch norms
+    whose weights do not learn keep their running statistics. A checkpoint belongs to the phase of
+    its iteration: call `start_at` before its state is loaded. Register it first, on every rank.
+
+    Args:
+        model: not wrapped by DistributedDataParallel; what needs no gradient now never learns.
+        build_solver: (Phase) -> (optimizer, scheduler) of the parameters that need gradients.
+
+    Raises:
+        ValueError: the model has no such stage.
     """
-    Switches a training from phase to phase: what learns, with which optimizer and schedule.
 
-    A phase starts with a new optimizer, so without the momentum of the one before. Batch norms
-    whose weights do not learn keep their running statistics as well. A checkpoint belongs to the
-    phase of its iteration: :meth:`start_at` has to come before its state is loaded.
-
-    Put it first, on every rank.
-    """
-
-    def __init__(self, phases, model, build_solver):
-        """
-        Args:
-            phases (list[Phase]): at least one.
-            model (nn.Module): as it was built, not wrapped by DistributedDataParallel; what needs
-                no gradient now will not learn in any phase. Left as the first phase has it.
-            build_solver (callable): (Phase) -> (optimizer, scheduler) for the model's parameters
-                that need gradients.
-
-        Raises:
-            ValueError: the model has no such stage.
-        """
+    def __init__(self, phases: list[Phase], model: nn.Module, build_solver: Callable):
         self._phases, self._model, self._build_solver = phases, model, build_solver
         self._learning = [trainable_parameters(model, phase.trainable) for phase in phases]
+        self._sizes = {name: p.numel() for name, p in model.named_parameters()}
         self._current, self._norms = None, []
         self.optimizer, self.scheduler = self._start(0)
 
@@ -254,80 +190,46 @@ class Phases(HookBase):
             parameter.requires_grad = name in names
             if name not in names:
                 parameter.grad = None
-        for norm in self._norms:  # of the phase before
+        for norm in self._norms:  # of the previous phase
             norm.train(self._model.training)
         self._norms = frozen_norms(self._model)
         self._current = index
-        sizes = {name: p.numel() for name, p in self._model.named_parameters()}
+        learning, total = (n / 1e6 for n in (self._count(names), self._count(self._sizes)))
         logger.info(
-            "Phase %d of %d, %r, from iteration %d on, %d iterations: %r learns at learning rate "
-            "%g, %.2f of %.2f million parameters: %s",
-            index + 1,
-            len(self._phases),
-            phase.name,
-            phase.start,
-            phase.iterations,
-            phase.trainable,
-            phase.lr,
-            sum(sizes[name] for name in names) / 1e6,
-            sum(sizes.values()) / 1e6,
-            ", ".join(_summary(sizes, names)),
+            f"Phase {index + 1} of {len(self._phases)}, {phase.name!r}, from iteration "
+            f"{phase.start} on, {phase.iterations} iterations: {phase.trainable!r} learns at "
+            f"learning rate {phase.lr:g}, {learning:.2f} of {total:.2f} million parameters"
         )
         return self._build_solver(phase)
 
-    def start_at(self, iteration):
-        """
-        Put model, optimizer and schedule in the state that an iteration's phase begins with.
+    def _count(self, names):
+        return sum(self._sizes[name] for name in names)
 
-        Args:
-            iteration (int): from 0; any after the last phase belongs to that.
-        """
-        index = self._index(iteration)
+    def start_at(self, iteration: int) -> None:
+        """Put model, optimizer and schedule in the state that an iteration's phase begins with."""
+        index = [i for i, phase in enumerate(self._phases) if phase.start <= iteration][-1]
         if index == self._current:
             return
-        optimizer, scheduler = self._start(index)
         trainer = self.trainer
-        trainer.optimizer, trainer.scheduler = optimizer, scheduler
+        trainer.optimizer, trainer.scheduler = self._start(index)
         if trainer.model is not self._model:
             # DistributedDataParallel waits for the gradients that it was built with.
             trainer.model = distribute(self._model)
 
-    def _index(self, iteration):
-        started = [i for i, phase in enumerate(self._phases) if phase.start <= iteration]
-        return started[-1]
-
     def before_step(self):
         self.start_at(self.trainer.iter)
-        # Each time: whoever evaluates the model puts all of it back into training mode.
+        # Each time: an evaluation puts the whole model back into training mode.
         for norm in self._norms:
             norm.eval()
 
-    def describe(self):
-        """list[dict]: the phases, for run.json, with the number of ``parameters`` that learn."""
-        sizes = {name: p.numel() for name, p in self._model.named_parameters()}
-        return [
-            {**asdict(phase), "parameters": sum(sizes[name] for name in names)}
-            for phase, names in zip(self._phases, self._learning, strict=True)
-        ]
-
-
-def _summary(names, chosen, prefix=""):
-    """The chosen of some parameters, "layer4.*" where that is all of a part."""
-    mine = [name for name in names if name.startswith(prefix)]
-    if all(name in chosen for name in mine):
-        return [f"{prefix}*" if len(mine) > 1 else mine[0]]
-    found = []
-    for part in dict.fromkeys(name[len(prefix) :].split(".")[0] for name in mine):
-        whole = prefix + part
-        if whole in mine:
-            found += [whole] * (whole in chosen)
-        elif any(name.startswith(f"{whole}.") for name in chosen):
-            found += _summary(names, chosen, f"{whole}.")
-    return found
+    def describe(self) -> list[dict]:
+        """The phases, for run.json, with the number of ``parameters`` that learn."""
+        pairs = zip(self._phases, self._learning, strict=True)
+        return [{**asdict(phase), "parameters": self._count(names)} for phase, names in pairs]
 
 
 class LRScheduler(hooks.LRScheduler):
-    """Detectron2's, for an optimizer that is another one from some iteration on."""
+    """Detectron2's, for an optimizer that another one replaces at some iteration."""
 
     def before_step(self):
         if self._optimizer is not self.trainer.optimizer:
@@ -335,122 +237,74 @@ class LRScheduler(hooks.LRScheduler):
             self.before_train()
 
 
-_NEW_LAYER = re.compile(
-    r"(^|\.)(pan_|cbam)|box_predictor\.|mask_head\.predictor\.|\.cls_score\.|^head\.(weight|bias)$"
-)
-
-
-def resolve_epochs(cfg):
-    """
-    Turn a schedule in epochs into one in iterations.
+def resolve_epochs(cfg: CfgNode) -> CfgNode:
+    """A copy of the config with all in iterations; `cfg` itself where nothing is in epochs.
 
     With SOLVER.MAX_EPOCHS above 0, MAX_ITER becomes ceil(epochs * images / IMS_PER_BATCH), and
     SOLVER.STEPS, SOLVER.WARMUP_ITERS, SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD, given in
-    epochs, become iterations in the same way. SOLVER.PHASES, where there are any, take the place
-    of MAX_EPOCHS.
-
-    Args:
-        cfg (CfgNode): not changed.
-
-    Returns:
-        CfgNode: ``cfg`` itself where nothing is in epochs, else a copy in which nothing is.
+    epochs, become iterations in the same way. SOLVER.PHASES, if any, replace MAX_EPOCHS.
 
     Raises:
-        ValueError: see :func:`check_phases`.
+        ValueError: see `check_phases`.
     """
     entries = cfg.SOLVER.PHASES
     unit = check_phases(entries)
-    epochs = sum(entry["epochs"] for entry in entries) if unit == "epochs" else 0
-    if not unit:
-        epochs = cfg.SOLVER.MAX_EPOCHS
-    if epochs <= 0:
-        return _with_length_of_phases(cfg)
-    images = len(load_datasets(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS))
-
-    def iterations(epochs):
-        return math.ceil(epochs * images / cfg.SOLVER.IMS_PER_BATCH)
-
-    frozen, cfg = cfg.is_frozen(), cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.MAX_ITER = iterations(epochs)
-    cfg.SOLVER.STEPS = tuple(iterations(s) for s in cfg.SOLVER.STEPS)
-    cfg.SOLVER.WARMUP_ITERS = iterations(cfg.SOLVER.WARMUP_ITERS)
-    cfg.SOLVER.CHECKPOINT_PERIOD = iterations(cfg.SOLVER.CHECKPOINT_PERIOD)
-    cfg.TEST.EVAL_PERIOD = iterations(cfg.TEST.EVAL_PERIOD)
-    logger.info(
-        "%g epochs of %d images in batches of %d: %d iterations, steps at %s, warm-up %d, "
-        "a checkpoint every %d, validation every %d",
-        epochs,
-        images,
-        cfg.SOLVER.IMS_PER_BATCH,
-        cfg.SOLVER.MAX_ITER,
-        cfg.SOLVER.STEPS,
-        cfg.SOLVER.WARMUP_ITERS,
-        cfg.SOLVER.CHECKPOINT_PERIOD,
-        cfg.TEST.EVAL_PERIOD,
-    )
-    cfg.SOLVER.MAX_EPOCHS = 0
-    cfg.SOLVER.PHASES = phases_in_iterations(entries, iterations)
-    if frozen:
-        cfg.freeze()
-    return cfg
-
-
-def _with_length_of_phases(cfg):
-    total = sum(entry["iterations"] for entry in cfg.SOLVER.PHASES)
-    if total in (0, cfg.SOLVER.MAX_ITER):
+    epochs = 0 if unit == "iterations" else cfg.SOLVER.MAX_EPOCHS
+    if unit == "epochs":
+        epochs = sum(entry["epochs"] for entry in entries)
+    length = sum(entry["iterations"] for entry in entries) if unit == "iterations" else 0
+    if epochs <= 0 and length in (0, cfg.SOLVER.MAX_ITER):
         return cfg
     frozen, cfg = cfg.is_frozen(), cfg.clone()
     cfg.defrost()
-    cfg.SOLVER.MAX_ITER = total
+    solver = cfg.SOLVER
+    if epochs <= 0:
+        solver.MAX_ITER = length
+    else:
+        images = len(load_datasets(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS))
+
+        def iterations(epochs):
+            return math.ceil(epochs * images / solver.IMS_PER_BATCH)
+
+        solver.MAX_ITER = iterations(epochs)
+        solver.STEPS = tuple(iterations(step) for step in solver.STEPS)
+        solver.WARMUP_ITERS = iterations(solver.WARMUP_ITERS)
+        solver.CHECKPOINT_PERIOD = iterations(solver.CHECKPOINT_PERIOD)
+        cfg.TEST.EVAL_PERIOD = iterations(cfg.TEST.EVAL_PERIOD)
+        solver.MAX_EPOCHS = 0
+        solver.PHASES = phases_in_iterations(entries, iterations)
+        logger.info(
+            f"{epochs:g} epochs of {images} images in batches of {solver.IMS_PER_BATCH}: "
+            f"{solver.MAX_ITER} iterations, steps at {solver.STEPS}, warm-up "
+            f"{solver.WARMUP_ITERS}, a checkpoint every {solver.CHECKPOINT_PERIOD}, validation "
+            f"every {cfg.TEST.EVAL_PERIOD}"
+        )
     if frozen:
         cfg.freeze()
     return cfg
 
 
-def phase_solver(cfg, phase):
-    """
-    Args:
-        cfg (CfgNode): in iterations; not changed.
-        phase (Phase): one of its phases.
-
-    Returns:
-        CfgNode: a copy with the phase's learning rate and length; SOLVER.WARMUP_ITERS and STEPS
-        count from its beginning.
+def phase_solver(cfg: CfgNode, phase: Phase) -> CfgNode:
+    """A copy of a config in iterations with the learning rate and length of one of its phases;
+    SOLVER.WARMUP_ITERS and STEPS count from the phase's beginning.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SOLVER.BASE_LR = phase.lr
-    cfg.SOLVER.MAX_ITER = phase.iterations
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER = phase.lr, phase.iterations
     cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step < phase.iterations)
     return cfg
 
 
-def new_layer_lr_factor(factor):
-    """
-    The ``lr_factor_func`` of Detectron2's ``get_default_optimizer_params`` for the layers that no
-    Mask R-CNN checkpoint brings along.
-
-    Args:
-        factor (float): SOLVER.NEW_LAYER_LR_FACTOR.
-
-    Returns:
-        callable: parameter name -> ``factor`` for pan_*, cbam* and the class predictors of the box,
-            mask and one-stage heads and of classifiers, 1 for all others.
+def new_layer_lr_factor(factor: float) -> Callable[[str], float]:
+    """Detectron2's ``lr_factor_func``: `factor` for the layers that no Mask R-CNN checkpoint has
+    (pan_*, cbam* and the class predictors of all heads and of classifiers), 1 for all others.
     """
     return lambda name: factor if _NEW_LAYER.search(name) else 1.0
 
 
-def build_optimizer(cfg, model):
-    """
-    SGD or AdamW with Detectron2's parameter groups and SOLVER.NEW_LAYER_LR_FACTOR.
-
-    Args:
-        cfg (CfgNode): SOLVER is read.
-        model (nn.Module): parameters that need no gradient are left out.
-
-    Returns:
-        torch.optim.Optimizer: clips gradients where SOLVER.CLIP_GRADIENTS is enabled.
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW with Detectron2's parameter groups, SOLVER.NEW_LAYER_LR_FACTOR and, where
+    SOLVER.CLIP_GRADIENTS is enabled, clipped gradients.
 
     Raises:
         ValueError: for an unknown SOLVER.OPTIMIZER.
@@ -466,9 +320,8 @@ def build_optimizer(cfg, model):
     )
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZER == "SGD":
-        optimizer = torch.optim.SGD(
-            params, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **common
-        )
+        common |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+        optimizer = torch.optim.SGD(params, **common)
     elif solver.OPTIMIZER == "ADAMW":
         optimizer = torch.optim.AdamW(params, **common)
     else:

@@ -1,46 +1,33 @@
-"""
-One training step on any device; Detectron2's DDP and AMPTrainer need CUDA, and its step cannot be
-repeated.
+"""One training step on any device; Detectron2's DDP and AMPTrainer need CUDA, and its step cannot
+be repeated.
 """
 
 import contextlib
 import ctypes
 import logging
 import time
+from collections.abc import Iterable
 
 import torch
 from detectron2.engine import SimpleTrainer, create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from imrcnn_d2.data.loader import ResumableBatchSampler, seed_generators
 
-__all__ = [
-    "TrainStep",
-    "amp_dtype",
-    "distribute",
-    "keep_freed_memory",
-    "training_seed",
-    "use_channels_last",
-]
-
 logger = logging.getLogger(__name__)
 
+# <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
-def use_channels_last(model):
-    """
-    Put a detector into channels-last memory format (MODEL.CHANNELS_LAST).
 
-    On a CPU only what lies below the pyramid, whose depthwise convolutions gain: the gradient by
-    the weights of a dense 3x3 convolution, as in pyramid and heads, takes three times as long in
-    that format.
+def use_channels_last(model: nn.Module) -> nn.Module:
+    """Put a detector, in place, into channels-last memory format (MODEL.CHANNELS_LAST).
 
-    Args:
-        model (nn.Module): on the device that it is to run on; changed in place.
-
-    Returns:
-        nn.Module: ``model``.
+    On a CPU only what lies below the pyramid, whose depthwise convolutions gain: the gradient of
+    the weights of a dense 3x3 convolution takes three times as long in that format.
     """
     bottom_up = getattr(getattr(model, "backbone", None), "bottom_up", None)
     if bottom_up is None or next(model.parameters()).device.type != "cpu":
@@ -54,21 +41,12 @@ def _back_to_channels_first(module, inputs, features: dict[str, torch.Tensor]):
     return {name: feature.contiguous() for name, feature in features.items()}
 
 
-# <malloc.h>
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+def keep_freed_memory() -> bool:
+    """Let glibc keep the large blocks that are freed, for the whole process; False where the C
+    library is another one. For programs to call, not for modules.
 
-
-def keep_freed_memory():
-    """
-    Let glibc keep the large blocks that are freed, for the whole process.
-
-    By default it gives them back to the system, and a network on the CPU takes the same ones again
-    in the next step or image, each page cleared first: a tenth of a light training step's time. The
-    process keeps what it needed at most, as it does on a GPU. To be called by programs, not by
-    modules.
-
-    Returns:
-        bool: whether it was done; other C libraries are left as they are.
+    By default it returns them to the system, and a network on the CPU takes the same ones again in
+    the next step or image, each page cleared first: a tenth of a light training step's time.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -79,33 +57,18 @@ def keep_freed_memory():
     return bool(kept and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def distribute(model, **kwargs):
-    """
-    Detectron2's ``create_ddp_model`` for models on any device.
-
-    Args:
-        model (nn.Module): with its parameters on the device it trains on.
-        kwargs: of ``create_ddp_model``.
-
-    Returns:
-        nn.Module: ``model`` itself in a single process, else wrapped.
-    """
+def distribute(model: nn.Module, **kwargs) -> nn.Module:
+    """Detectron2's ``create_ddp_model``, with its arguments, for a model on any device."""
     if next(model.parameters()).device.type != "cuda":
         kwargs["device_ids"] = None  # DDP refuses device_ids for a model on the CPU
-    # Where batch norms learn statistics, all processes go on with those of the first, which
+    # Where batch norms learn statistics, all processes take over those of the first, which
     # checkpoints store.
     learns = any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
     return create_ddp_model(model, **{"broadcast_buffers": learns, **kwargs})
 
 
-def amp_dtype(precision, device_type):
-    """
-    Args:
-        precision (str): SOLVER.AMP.PRECISION.
-        device_type (str): "cpu" or "cuda".
-
-    Returns:
-        torch.dtype
+def amp_dtype(precision: str, device_type: str) -> torch.dtype:
+    """The type of SOLVER.AMP.PRECISION on "cpu" or "cuda".
 
     Raises:
         ValueError: for an unknown precision, and for fp16 on a CPU.
@@ -118,14 +81,8 @@ def amp_dtype(precision, device_type):
     return dtypes[precision]
 
 
-def training_seed(seed):
-    """
-    Args:
-        seed (int): SEED of the config.
-
-    Returns:
-        int: ``seed``; where that is negative, one that is drawn and the same in all processes.
-    """
+def training_seed(seed: int) -> int:
+    """SEED; where that is negative, a random one, the same in all processes."""
     if seed < 0:
         seed = comm.shared_random_seed()
         logger.info("SEED is not set: training with seed %d", seed)
@@ -133,32 +90,32 @@ def training_seed(seed):
 
 
 class TrainStep(SimpleTrainer):
-    """
-    :class:`SimpleTrainer` in any precision, whose step is a function of the weights, the optimizer,
-    the seed and the iteration alone: a training resumed from its checkpoint goes on exactly.
+    """`SimpleTrainer` whose step is a function of the weights, the optimizer, the seed and the
+    iteration alone: a training with `build_train_loader`'s loader is resumed exactly. A loss that
+    is not finite stops it before it reaches the weights, or is skipped.
 
-    A loss that is not finite stops the training before it reaches the weights, or is skipped.
+    Args:
+        seed: >= 0, of the whole training.
+        precision: "" for fp32, "bf16" or, on CUDA, "fp16", whose gradients are scaled.
+        max_skipped: batches with a loss that is not finite to skip before the training stops.
     """
 
-    def __init__(self, model, data_loader, optimizer, *, seed, precision="", max_skipped=0):
-        """
-        Args:
-            model, optimizer: as in :class:`SimpleTrainer`.
-            data_loader (iterable): of batches; :func:`build_train_loader`'s is resumed exactly.
-            seed (int): >= 0, of the whole training.
-            precision (str): "" for fp32, "bf16" or, on CUDA, "fp16", whose gradients are scaled.
-            max_skipped (int): batches whose loss is not finite to leave out before the training
-                stops.
-        """
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int,
+        precision: str = "",
+        max_skipped: int = 0,
+    ):
         super().__init__(model, data_loader, optimizer)
-        self.seed = seed
-        self.skipped = 0
-        self._max_skipped = max_skipped
+        self.seed, self.skipped, self._max_skipped = seed, 0, max_skipped
         self._device_type = next(model.parameters()).device.type
         self._dtype = amp_dtype(precision, self._device_type) if precision else None
-        self.grad_scaler = torch.amp.GradScaler(
-            self._device_type, enabled=self._dtype == torch.float16
-        )
+        scales = self._dtype == torch.float16
+        self.grad_scaler = torch.amp.GradScaler(self._device_type, enabled=scales)
 
     @property
     def _data_loader_iter(self):
@@ -179,7 +136,8 @@ class TrainStep(SimpleTrainer):
 
         seed_generators(self.seed, 1, self.iter, comm.get_rank())
         with _advice_if_out_of_memory():
-            with self._autocast():
+            enabled = self._dtype is not None
+            with torch.autocast(self._device_type, dtype=self._dtype, enabled=enabled):
                 loss_dict = self.model(data)
                 losses = sum(loss_dict.values())
             self.optimizer.zero_grad()
@@ -194,33 +152,26 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _autocast(self):
-        if self._dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device_type, dtype=self._dtype)
-
     def _all_finite(self, losses, loss_dict, data):
         """Whether to go on with this batch; all processes decide alike."""
-        mine = None
+        problem = None
         if not torch.isfinite(losses):
             values = {name: value.item() for name, value in loss_dict.items()}
-            mine = f"images {[sample.get('file_name') for sample in data]}, losses {values}"
-        found = [text for text in comm.all_gather(mine) if text is not None]
-        if not found:
+            problem = f"images {[sample.get('file_name') for sample in data]}, losses {values}"
+        problems = [text for text in comm.all_gather(problem) if text is not None]
+        if not problems:
             return True
-        where = f"Loss is not finite at iteration {self.iter}: " + "; ".join(found)
+        text = f"Loss is not finite at iteration {self.iter}: " + "; ".join(problems)
         if self.skipped >= self._max_skipped:
             raise FloatingPointError(
-                f"{where}. Weights and checkpoints are as before this batch. Look at these images "
+                f"{text}. Weights and checkpoints are as before this batch. Look at these images "
                 "and their annotations, lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, enable "
-                "SOLVER.CLIP_GRADIENTS, or leave out such batches: SOLVER.MAX_SKIPPED_BATCHES "
+                "SOLVER.CLIP_GRADIENTS, or skip such batches: SOLVER.MAX_SKIPPED_BATCHES "
                 f"(now {self._max_skipped}, all used)"
             )
         self.skipped += 1
         get_event_storage().put_scalar("skipped_batches", self.skipped)
-        logger.warning(
-            "%s. Left out; %d of at most %d such batches", where, self.skipped, self._max_skipped
-        )
+        logger.warning("%s. Skipped, %d of at most %d", text, self.skipped, self._max_skipped)
         return False
 
     def state_dict(self):
@@ -233,14 +184,12 @@ class TrainStep(SimpleTrainer):
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        if state_dict.get("seed", self.seed) != self.seed:
+        seed = state_dict.get("seed", self.seed)
+        if seed != self.seed:
             logger.warning(
-                "The training goes on with the seed it began with, %d, not %d",
-                state_dict["seed"],
-                self.seed,
+                "SEED is %d, but the training goes on with its first, %d", self.seed, seed
             )
-        self.seed = state_dict.get("seed", self.seed)
-        self.skipped = state_dict.get("skipped", 0)
+        self.seed, self.skipped = seed, state_dict.get("skipped", 0)
         self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
 
 

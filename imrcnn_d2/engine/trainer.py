@@ -1,30 +1,27 @@
-"""Training from a LazyConfig: what Trainer does for YAML files."""
+"""The trainers of YAML configs and of LazyConfigs."""
 
 import functools
 import hashlib
 import json
-import logging
 import os
 import weakref
+from collections.abc import Iterable
 
-from detectron2.config import instantiate
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, TrainerBase, default_writers, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
+from imrcnn_d2.config import add_imrcnn_config
 from imrcnn_d2.data.loader import build_train_loader
-from imrcnn_d2.data.mapper import ClassificationMapper, LesionMapper
-from imrcnn_d2.engine.checkpoint import Checkpointer, last_weights, log_test_evaluations
-from imrcnn_d2.engine.config import is_classifier, num_classes_key, resolve_class_weights
-from imrcnn_d2.engine.hooks import (
-    EMA,
-    BestCheckpointer,
-    EvalHook,
-    SamplePredictions,
-    assemble_hooks,
-)
+from imrcnn_d2.engine.checkpoint import Checkpointer, Weights, last_weights, log_test_evaluations
+from imrcnn_d2.engine.config import resolve_class_weights
+from imrcnn_d2.engine.hooks import EMA, BestCheckpointer, EvalHook, Interruption, SamplePredictions
 from imrcnn_d2.engine.run_record import RunRecord, config_sha256
 from imrcnn_d2.engine.schedule import (
     LRScheduler,
@@ -35,58 +32,43 @@ from imrcnn_d2.engine.schedule import (
     resolve_epochs,
 )
 from imrcnn_d2.engine.train_step import TrainStep, distribute, training_seed, use_channels_last
-from imrcnn_d2.evaluation import LesionEvaluator
-from imrcnn_d2.evaluation.evaluators import ClassificationEvaluator
-
-__all__ = ["LazyTrainer", "Trainer", "build_lazy_model", "evaluate"]
-
-logger = logging.getLogger(__name__)
+from imrcnn_d2.task import Task
 
 
-class Trainer(DefaultTrainer):
-    """
-    Detectron2's DefaultTrainer with what lesion detection and image recognition need besides.
+class _Trainer(DefaultTrainer):
+    """Detectron2's DefaultTrainer on any device, alone or in several processes: validates, keeps
+    the best weights and their operating point, loads both after training and evaluates the test
+    sets once, with intervals. A subclass builds the parts from its kind of config.
 
-    - runs on any device, alone or in several processes, with or without mixed precision;
-    - schedules in epochs (:func:`resolve_epochs`) and phases (:class:`Phases`), SGD or AdamW
-      (:func:`build_optimizer`);
-    - validates on DATASETS.VAL, keeps the best weights there and the operating point chosen on the
-      first of these sets; after training both are loaded and DATASETS.TEST is evaluated once, with
-      confidence intervals;
-    - leaves ``run.json``, see :class:`RunRecord`, and notes each final evaluation beside the data
-      set, see :func:`log_test_evaluation`.
+    `evaluated_model` is what is validated and tested: the model, or its average. After `train`,
+    `test_results` are by data set.
 
-    ``evaluated_model`` is the one that is validated and tested: the model, or its average.
+    Args:
+        cfg: with the settings of the training, in iterations.
+        given: the config that `evaluate` takes.
     """
 
-    def __init__(self, cfg):
-        """
-        Args:
-            cfg (CfgNode): with the keys of ``add_imrcnn_config``.
-        """
-        # Not DefaultTrainer.__init__: its DDP and AMP need CUDA. The order of building is its.
+    best: BestCheckpointer | None = None  # without validation
+    _phases: Phases | None = None
+    _log_period = 10  # iterations
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        given: CfgNode | DictConfig,
+        config_hash: str,
+        model: nn.Module,
+        optimizer: Optimizer,
+        data_loader: Iterable,
+        **ddp,
+    ):
+        # Not DefaultTrainer.__init__: its DDP and AMP need CUDA.
         super(DefaultTrainer, self).__init__()
-        self._config_hash = config_sha256(cfg)
-        scaled = self.auto_scale_workers(cfg, comm.get_world_size())
-        if cfg.SOLVER.PHASES and scaled is not cfg:
-            raise ValueError(
-                f"SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE}, but the "
-                "learning rates in SOLVER.PHASES are not scaled: set it to 0"
-            )
-        cfg = resolve_epochs(scaled)
-        cfg = resolve_class_weights(cfg)
-        _check_classes(cfg)
-        model = self.build_model(cfg)
-        self._phases = self._build_phases(cfg, model)
-        if self._phases:
-            optimizer, scheduler = self._phases.optimizer, self._phases.scheduler
-        else:
-            optimizer = self.build_optimizer(cfg, model)
-            scheduler = self.build_lr_scheduler(cfg, optimizer)
-        data_loader = self.build_train_loader(cfg)
+        self.cfg, self._given, self._config_hash = cfg, given, config_hash
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._ema = EMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
         self.evaluated_model = self._ema.model if self._ema else model
-        model = distribute(model)
+        model = distribute(model, **ddp)
         self._trainer = TrainStep(
             model,
             data_loader,
@@ -95,350 +77,241 @@ class Trainer(DefaultTrainer):
             precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
             max_skipped=cfg.SOLVER.MAX_SKIPPED_BATCHES,
         )
-        self.scheduler = scheduler
-        self.checkpointer = Checkpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
-            trainer=weakref.proxy(self),
-        )
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
+        keep, state = cfg.SOLVER.CHECKPOINTS_TO_KEEP, weakref.proxy(self)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, keep=keep, trainer=state)
         self.register_hooks(self.build_hooks())
 
     @classmethod
-    def _build_phases(cls, cfg, model):
-        phases = read_phases(cfg.SOLVER.PHASES)
-        if not phases:
-            return None
+    def output_dir(cls, given: CfgNode | DictConfig) -> str:
+        raise NotImplementedError
 
-        def build_solver(phase):
-            own = phase_solver(cfg, phase)
-            optimizer = cls.build_optimizer(own, model)
-            return optimizer, cls.build_lr_scheduler(own, optimizer)
+    @classmethod
+    def evaluate(
+        cls,
+        given: CfgNode | DictConfig,
+        model: nn.Module,
+        split: str,
+        weights: Weights | None = None,
+    ) -> tuple[dict, dict[str, DatasetEvaluator]]:
+        """The metrics of the split "val" or "test", and its evaluators by data set; `weights` are
+        those of a final evaluation.
+        """
+        raise NotImplementedError
 
-        return Phases(phases, model, build_solver)
+    def _validation_loader(self) -> DataLoader:
+        """Of the first validation set."""
+        raise NotImplementedError
+
+    def _lr_hook(self) -> HookBase:
+        return LRScheduler()
+
+    @classmethod
+    def final_test(cls, given: CfgNode | DictConfig, model: nn.Module, weights: Weights):
+        """Evaluate the test sets with intervals, at the weights' operating point, and log each
+        evaluation next to the data set. Return the metrics and the results by data set; both are
+        empty on other than the main process.
+        """
+        metrics, evaluators = cls.evaluate(given, model, "test", weights)
+        log_test_evaluations(evaluators, cls.output_dir(given), weights)
+        # Evaluators of other projects keep no results.
+        results = {name: getattr(e, "results", None) for name, e in evaluators.items()}
+        return metrics, {name: scored for name, scored in results.items() if scored is not None}
 
     def build_hooks(self):
+        """Validation and the best checkpoint come before the periodic checkpoint, which carries
+        their state.
         """
-        Returns:
-            list[HookBase]: see :func:`assemble_hooks`.
-        """
-        cfg = self.cfg
-        validation, make_samples = [], None
+        cfg, task, period = self.cfg, Task.of(self.cfg), self.cfg.TEST.EVAL_PERIOD
+        phases = self._phases.describe() if self._phases else None
+        self._record = RunRecord(cfg, self.model, self._config_hash, phases)
+        ret = [hooks.IterationTimer(), self._phases, self._lr_hook(), self._ema, self._record]
         if cfg.DATASETS.VAL:
-            if is_classifier(cfg):
-                criterion = {"metric": "recognition/balanced_accuracy"}
-            else:
-                criterion = {
-                    "tau_rule": cfg.MODEL.IMRCNN.TAU_RULE,
-                    "dataset": cfg.DATASETS.VAL[0],
-                }
-                make_samples = self._sample_predictions
-            evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self.validate)
-            best = BestCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR, evaluation, **criterion)
-            validation = [evaluation, best]
-        self._best = validation[-1] if validation else None
-        self._record = RunRecord(
-            cfg.OUTPUT_DIR,
-            model=self.model,
-            seed=cfg.SEED,
-            config_hash=self._config_hash,
-            datasets=[*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL, *cfg.DATASETS.TEST],
-            phases=self._phases.describe() if self._phases else None,
-        )
-        return assemble_hooks(
-            phases=self._phases,
-            record=self._record,
-            lr_scheduler=LRScheduler(),
-            ema=self._ema,
-            validation=validation,
-            make_samples=make_samples,
-            checkpointer=self.checkpointer,
-            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
-            make_writers=self.build_writers,
-            log_period=10,
-        )
+            validation = EvalHook(period, self.validate)
+            options = task.best_checkpoint(cfg)
+            self.best = BestCheckpointer(
+                self.evaluated_model, cfg.OUTPUT_DIR, validation, **options
+            )
+            ret += [validation, self.best]
+        if comm.is_main_process():
+            if cfg.DATASETS.VAL and task.localises:
+                sampled = self._validation_loader(), cfg.DATASETS.VAL[0], period
+                tau = cfg.MODEL.IMRCNN.SCORE_THRESH
+                ret.append(SamplePredictions(self.evaluated_model, *sampled, tau))
+            ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+            ret.append(hooks.PeriodicWriter(self.build_writers(), period=self._log_period))
+        ret.append(Interruption(self.checkpointer))
+        return [hook for hook in ret if hook is not None]
 
-    def _sample_predictions(self):
-        cfg = self.cfg
-        name = cfg.DATASETS.VAL[0]
-        loader = self.build_test_loader(cfg, name)
-        tau = cfg.MODEL.IMRCNN.SCORE_THRESH
-        return SamplePredictions(self.evaluated_model, loader, name, cfg.TEST.EVAL_PERIOD, tau)
-
-    def resume_or_load(self, resume=True):
+    def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         if self.start_iter and self.start_iter >= self.max_iter:
             self.checkpointer.renew_final(self.iter)
+
+    def train(self) -> dict:
+        """Train, load the best weights, test them once and return the metrics."""
+        super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
+        best = self.best.load_best() if self.best else None
+        weights = best or last_weights(self.checkpointer, self._ema)
+        metrics, self.test_results = self.final_test(self._given, self.evaluated_model, weights)
+        self._record.finish()
+        return metrics
+
+    def validate(self) -> dict:
+        """The metrics on the validation sets."""
+        return self.evaluate(self._given, self.evaluated_model, "val")[0]
+
+
+class Trainer(_Trainer):
+    """Trains what a YAML config names, with the keys of `add_imrcnn_config`.
+
+    Schedules are in iterations, epochs (`resolve_epochs`) or phases (`Phases`). Validates on
+    DATASETS.VAL; the operating point is chosen on the first of these sets.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        config_hash = config_sha256(cfg)
+        scaled = self.auto_scale_workers(cfg, comm.get_world_size())
+        if cfg.SOLVER.PHASES and scaled is not cfg:
+            raise ValueError(
+                f"SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE}, but the "
+                "learning rates in SOLVER.PHASES are not scaled: set it to 0"
+            )
+        cfg = resolve_class_weights(resolve_epochs(scaled))
+        _check_classes(cfg)
+        model = self.build_model(cfg)
+
+        def build_solver(cfg):
+            optimizer = self.build_optimizer(cfg, model)
+            return optimizer, self.build_lr_scheduler(cfg, optimizer)
+
+        if phases := read_phases(cfg.SOLVER.PHASES):
+            self._phases = Phases(phases, model, lambda p: build_solver(phase_solver(cfg, p)))
+            optimizer, self.scheduler = self._phases.optimizer, self._phases.scheduler
+        else:
+            optimizer, self.scheduler = build_solver(cfg)
+        super().__init__(cfg, cfg, config_hash, model, optimizer, self.build_train_loader(cfg))
 
     def load_state_dict(self, state_dict):
         if self._phases:  # the optimizer's state is that of the phase it was saved in
             self._phases.start_at(state_dict["iteration"])
         super().load_state_dict(state_dict)
 
-    def train(self):
-        """
-        Train, load the weights that were best on DATASETS.VAL, evaluate DATASETS.TEST once.
-
-        Returns:
-            dict: the metrics on DATASETS.TEST; {} on other than the main process.
-            ``test_results`` then holds the results by data set, as of :meth:`final_test`.
-        """
-        super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
-        weights = (self._best and self._best.load_best()) or last_weights(
-            self.checkpointer, self._ema
-        )
-        metrics, self.test_results = self.final_test(self.cfg, self.evaluated_model, weights)
-        self._record.finish()
-        return metrics
-
-    def validate(self):
-        """
-        Returns:
-            dict: the results on DATASETS.VAL.
-        """
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATASETS.TEST = cfg.DATASETS.VAL
-        return self.test(cfg, self.evaluated_model)
+    def _validation_loader(self):
+        return self.build_test_loader(self.cfg, self.cfg.DATASETS.VAL[0])
 
     @classmethod
-    def final_test(cls, cfg, model, weights):
-        """
-        Evaluate DATASETS.TEST with intervals and, where the weights have one, at their operating
-        point; each evaluation is noted beside its data set.
+    def output_dir(cls, given):
+        return given.OUTPUT_DIR
 
-        Args:
-            cfg (CfgNode):
-            model (nn.Module): with ``weights`` loaded.
-            weights (Weights): see :func:`load_weights`.
-
-        Returns:
-            tuple[dict, dict[str, LesionResults or ClassificationResults]]: the metrics, as
-            :meth:`test`, and the results by data set; empty on other than the main process.
-        """
-        names = cfg.DATASETS.TEST
-        evaluators = [cls.build_evaluator(cfg, name, weights) for name in names]
-        metrics = cls.test(cfg, model, evaluators)
-        log_test_evaluations(names, cfg.OUTPUT_DIR, weights)
-        return metrics, _results_by_name(names, evaluators)
+    @classmethod
+    def evaluate(cls, given, model, split, weights=None):
+        cfg = given.clone()
+        cfg.defrost()
+        cfg.DATASETS.TEST = cfg.DATASETS[split.upper()]
+        evaluators = {name: cls.build_evaluator(cfg, name, weights) for name in cfg.DATASETS.TEST}
+        return cls.test(cfg, model, list(evaluators.values())), evaluators
 
     @classmethod
     def build_model(cls, cfg):
         model = super().build_model(cfg)
         return use_channels_last(model) if cfg.MODEL.CHANNELS_LAST else model
 
-    @classmethod
-    def build_optimizer(cls, cfg, model):
-        return build_optimizer(cfg, model)
-
-    @classmethod
-    def build_train_loader(cls, cfg):
-        return build_train_loader(cfg)
+    build_optimizer = staticmethod(build_optimizer)
+    build_train_loader = staticmethod(build_train_loader)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        mapper = (ClassificationMapper if is_classifier(cfg) else LesionMapper)(cfg, is_train=False)
+        mapper = Task.of(cfg).mapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, weights=None):
-        """
-        Args:
-            cfg (CfgNode):
-            dataset_name (str):
-            weights (Weights or None): what a final evaluation is of. None during training, where an
-                operating point is chosen on the sets of DATASETS.VAL, and never on others.
-
-        Returns:
-            LesionEvaluator, or ClassificationEvaluator for a classifier:
-        """
-        node = cfg.MODEL.IMRCNN
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        if is_classifier(cfg):
-            arguments = weights.classification_arguments() if weights is not None else {}
-            return ClassificationEvaluator(dataset_name, output_dir=output_dir, **arguments)
-        if weights is not None:
-            arguments = weights.evaluator_arguments()
-        else:
-            arguments = {"tau_rule": node.TAU_RULE if dataset_name in cfg.DATASETS.VAL else None}
-        return LesionEvaluator(
-            dataset_name,
-            tau=node.SCORE_THRESH,
-            output_dir=output_dir,
-            **arguments,
-        )
+        """The task's evaluator; `weights` as for `evaluate`."""
+        final = weights.evaluator_arguments() if weights is not None else None
+        return Task.of(cfg).evaluator(cfg, dataset_name, final)
 
 
 def _check_classes(cfg):
-    key = num_classes_key(cfg)
+    key = Task.of(cfg).num_classes_key(cfg)
     if key is None:
         return
-    wanted = functools.reduce(getattr, key.split("."), cfg)
+    expected = functools.reduce(getattr, key.split("."), cfg)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL):
         DatasetCatalog.get(name)  # class names are known once the file was read
         classes = MetadataCatalog.get(name).get("thing_classes", [])
-        if len(classes) != wanted:
+        if len(classes) != expected:
             raise ValueError(
-                f"Data set {name} has {len(classes)} classes {classes}, but {key} is {wanted}; "
+                f"Data set {name} has {len(classes)} classes {classes}, but {key} is {expected}; "
                 f"set it to {len(classes)}"
             )
 
 
-def _results_by_name(names, evaluators):
-    """Evaluators of other projects keep no results."""
-    results = {n: getattr(e, "results", None) for n, e in zip(names, evaluators, strict=True)}
-    return {name: result for name, result in results.items() if result is not None}
-
-
-def build_lazy_model(cfg):
-    """
-    Args:
-        cfg (DictConfig): ``model`` and ``train`` are read.
-
-    Returns:
-        nn.Module: on ``train.device``, see :func:`use_channels_last` for ``train.channels_last``.
-    """
-    model = instantiate(cfg.model).to(cfg.train.device)
-    return use_channels_last(model) if cfg.train.channels_last else model
-
-
-def evaluate(cfg, model, split, weights=None):
-    """
-    Args:
-        cfg (DictConfig): ``dataloader.<split>`` and ``train.output_dir`` are read.
-        model (nn.Module): to evaluate.
-        split (str): "val" or "test".
-        weights (Weights or None): what a final evaluation is of; it then has intervals and is noted
-            beside the data set.
-
-    Returns:
-        tuple[dict, dict[str, LesionResults]]: the metrics, as of ``LesionEvaluator``, and the
-        results by data set; empty on other than the main process.
-    """
-    loader_cfg = cfg.dataloader[split]
-    evaluator_cfg = cfg.dataloader[f"{split}_evaluator"].copy()
-    name = evaluator_cfg.dataset_name
-    evaluator_cfg.output_dir = os.path.join(cfg.train.output_dir, "inference", name)
-    if weights is not None:
-        evaluator_cfg.update(weights.evaluator_arguments())
-    evaluator = instantiate(evaluator_cfg)
-    metrics = inference_on_dataset(model, instantiate(loader_cfg), evaluator)
-    if weights is not None:
-        log_test_evaluations([name], cfg.train.output_dir, weights)
-    if comm.is_main_process():
-        print_csv_format(metrics)
-    return metrics, _results_by_name([name], [evaluator])
-
-
-class LazyTrainer(TrainerBase):
-    """
-    Trains ``cfg.model`` as :class:`Trainer` trains a YAML file's model: validation on
-    ``dataloader.val``, the best weights kept, ``dataloader.test`` evaluated once at the end.
+class LazyTrainer(_Trainer):
+    """Trains a LazyConfig with `model`, `dataloader`, `optimizer`, `lr_multiplier` and `train`, see
+    configs/lazy/base.py. Validates on `dataloader.val`.
     """
 
-    def __init__(self, cfg):
-        """
-        Args:
-            cfg (DictConfig): with ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and
-                ``train``; see configs/lazy/base.py.
-        """
-        super().__init__()
-        self.cfg = cfg
-        self.start_iter, self.max_iter = 0, cfg.train.max_iter
-        model = build_lazy_model(cfg)
-        self._record = _run_record(cfg, model)
-        cfg.optimizer.params.model = model
-        optimizer = instantiate(cfg.optimizer)
-        self._ema = EMA(model, cfg.train.ema_decay) if cfg.train.ema_decay else None
-        self._evaluated_model = evaluated = self._ema.model if self._ema else model
-        model = distribute(model, **cfg.train.ddp)
-        self._trainer = TrainStep(
-            model,
-            instantiate(cfg.dataloader.train),
-            optimizer,
-            seed=training_seed(cfg.train.seed),
-            precision=cfg.train.amp.precision if cfg.train.amp.enabled else "",
-            max_skipped=cfg.train.max_skipped_batches,
-        )
-        self.model, self.optimizer = model, optimizer
-        period, output_dir = cfg.train.eval_period, cfg.train.output_dir
-        self.checkpointer = Checkpointer(
-            model, output_dir, keep=cfg.train.checkpointer.max_to_keep, trainer=self
-        )
-        evaluator = cfg.dataloader.val_evaluator
-        name = evaluator.dataset_name
-        validation = EvalHook(period, lambda: evaluate(cfg, evaluated, "val")[0])
-        self.best = BestCheckpointer(
-            evaluated, output_dir, validation, tau_rule=evaluator.get("tau_rule"), dataset=name
-        )
-        hook_list = assemble_hooks(
-            record=self._record,
-            lr_scheduler=hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            ema=self._ema,
-            validation=[validation, self.best],
-            make_samples=lambda: SamplePredictions(
-                evaluated, instantiate(cfg.dataloader.val), name, period, evaluator.tau
-            ),
-            checkpointer=self.checkpointer,
-            checkpoint_period=cfg.train.checkpointer.period,
-            make_writers=lambda: default_writers(output_dir, self.max_iter),
-            log_period=cfg.train.log_period,
-        )
-        self.register_hooks(hook_list)
+    def __init__(self, lazy: DictConfig):
+        self._log_period = lazy.train.log_period
+        config_hash = _lazy_config_sha256(lazy)
+        lazy.optimizer.params.model = model = self.build_model(lazy)
+        optimizer, loader = instantiate(lazy.optimizer), instantiate(lazy.dataloader.train)
+        ddp = lazy.train.ddp
+        super().__init__(_settings(lazy), lazy, config_hash, model, optimizer, loader, **ddp)
 
-    def resume_or_load(self, resume):
-        """
-        Args:
-            resume (bool): go on from the last checkpoint in ``train.output_dir`` where there is
-                one, else load ``train.init_checkpoint``.
-        """
-        self.checkpointer.resume_or_load(self.cfg.train.init_checkpoint, resume=resume)
-        if resume and self.checkpointer.has_checkpoint():
-            self.start_iter = self.iter + 1
-            if self.start_iter >= self.max_iter:
-                self.checkpointer.renew_final(self.iter)
+    def _lr_hook(self):
+        return hooks.LRScheduler(scheduler=instantiate(self._given.lr_multiplier))
 
-    def train(self):
-        """
-        Returns:
-            dict: the metrics on ``dataloader.test``; ``test_results`` then holds the results.
-        """
-        super().train(self.start_iter, self.max_iter)
-        weights = self.best.load_best() or last_weights(self.checkpointer, self._ema)
-        metrics, self.test_results = evaluate(self.cfg, self._evaluated_model, "test", weights)
-        self._record.finish()
-        return metrics
+    def _validation_loader(self):
+        return instantiate(self._given.dataloader.val)
 
-    def run_step(self):
-        self._trainer.iter = self.iter
-        self._trainer.run_step()
+    @classmethod
+    def output_dir(cls, given):
+        return given.train.output_dir
 
-    def state_dict(self):
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+    @classmethod
+    def build_model(cls, lazy):
+        model = instantiate(lazy.model).to(lazy.train.device)
+        return use_channels_last(model) if lazy.train.channels_last else model
 
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
+    @classmethod
+    def evaluate(cls, given, model, split, weights=None):
+        evaluator_cfg = given.dataloader[f"{split}_evaluator"].copy()
+        name = evaluator_cfg.dataset_name
+        evaluator_cfg.output_dir = os.path.join(given.train.output_dir, "inference", name)
+        if weights is not None:
+            evaluator_cfg.update(weights.evaluator_arguments())
+        evaluator = instantiate(evaluator_cfg)
+        metrics = inference_on_dataset(model, instantiate(given.dataloader[split]), evaluator)
+        if comm.is_main_process():
+            print_csv_format(metrics)
+        return metrics, {name: evaluator}
 
 
-def _run_record(cfg, model):
-    names = cfg.dataloader.train.dataset.names
-    evaluators = (cfg.dataloader.val_evaluator, cfg.dataloader.test_evaluator)
-    hashed = OmegaConf.to_container(cfg)
-    for key in ("output_dir", "device"):
-        del hashed["train"][key]
+def _settings(lazy):
+    """What a YAML config would give for `train` and the data sets of a LazyConfig."""
+    cfg, train, data = get_cfg(), lazy.train, lazy.dataloader
+    add_imrcnn_config(cfg)
+    cfg.OUTPUT_DIR, cfg.SEED = train.output_dir, train.seed
+    names = data.train.dataset.names
+    cfg.DATASETS.TRAIN = (names,) if isinstance(names, str) else tuple(names)
+    cfg.DATASETS.VAL = (data.val_evaluator.dataset_name,)
+    cfg.DATASETS.TEST = (data.test_evaluator.dataset_name,)
+    cfg.MODEL.WEIGHTS = train.init_checkpoint
+    cfg.MODEL.IMRCNN.TAU_RULE = data.val_evaluator.get("tau_rule")
+    cfg.MODEL.IMRCNN.SCORE_THRESH = data.val_evaluator.tau
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.EMA_DECAY = train.max_iter, train.ema_decay
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = train.amp.enabled, train.amp.precision
+    cfg.SOLVER.MAX_SKIPPED_BATCHES = train.max_skipped_batches
+    cfg.SOLVER.CHECKPOINT_PERIOD = train.checkpointer.period
+    cfg.SOLVER.CHECKPOINTS_TO_KEEP = train.checkpointer.max_to_keep
+    cfg.TEST.EVAL_PERIOD = train.eval_period
+    return cfg
+
+
+def _lazy_config_sha256(lazy):
+    hashed = OmegaConf.to_container(lazy)
+    del hashed["train"]["output_dir"], hashed["train"]["device"]
     # Classes and functions by name: the place of a function in memory changes from run to run.
     text = json.dumps(hashed, default=lambda value: getattr(value, "__qualname__", repr(value)))
-    return RunRecord(
-        cfg.train.output_dir,
-        model=model,
-        seed=cfg.train.seed,
-        config_hash=hashlib.sha256(text.encode()).hexdigest(),
-        datasets=[
-            *([names] if isinstance(names, str) else names),
-            *(evaluator.dataset_name for evaluator in evaluators),
-        ],
-    )
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Score class probabilities of whole images, without a model."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -8,63 +8,46 @@ import numpy as np
 
 from imrcnn_d2.data.formats.coco import NUMBER, check_records
 from imrcnn_d2.evaluation.calibration import Calibration
-from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix, add_up, divide, number_units
+from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix, divide, number_units
 from imrcnn_d2.evaluation.detection.curves import weighted_auroc
 from imrcnn_d2.evaluation.detection.inputs import GROUND_TRUTH, by_id
 from imrcnn_d2.evaluation.detection.metrics import (
-    COUNTS,
     GroupFormulas,
     ResampledMetrics,
     mean_where,
     ratios,
+    table_metrics,
     table_proportions,
 )
 from imrcnn_d2.evaluation.output import EvaluationResults, rows_per_image
 from imrcnn_d2.evaluation.statistics import Bootstrap, add_intervals
 from imrcnn_d2.utils.files import read_json
 
-__all__ = [
-    "LabelledImages",
-    "ClassificationMetrics",
-    "ClassificationResults",
-    "check_same_images",
-    "evaluate_classification",
-    "read_labels",
-    "read_probabilities",
-]
-
-
 # Of a sum of probabilities: half-precision softmax deviates less.
 SUM_TOLERANCE = 0.01
+# Of the true class; keeps the cross-entropy of a probability of 0 finite, as scikit-learn does.
+LEAST = np.finfo(np.float64).eps
+CLASS_METRICS = ("precision", "recall", "specificity", "f1")
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """
-    Attributes:
-        images (list[dict]): the COCO image records, by ascending id, with all their fields.
-        categories (list[dict]): the COCO category records, by ascending id; K of them.
-        label (np.ndarray): (N,) int in [0, K), the class of each image.
-        cancer (np.ndarray or None): (K,) bool, classes whose ``supercategory`` is "cancer". None
-            where there is no such class, or no other.
-    """
+    """COCO image classification, N images of K classes."""
 
-    images: list
-    categories: list
-    label: np.ndarray
-    cancer: np.ndarray | None
+    images: list[dict]  # the records, by ascending id, with all their fields
+    categories: list[dict]  # the records, by ascending id
+    label: np.ndarray  # (N,) int in [0, K), the class of each image
+    cancer: np.ndarray | None  # (K,) bool, by ``supercategory``; None where all or none are
 
     @property
-    def classes(self):
-        """list[str]: K names."""
+    def classes(self) -> list[str]:
+        """K names."""
         return [category["name"] for category in self.categories]
 
 
 def read_labels(gt) -> LabelledImages:
-    """
-    Args:
-        gt (dict, str, Path or LabelledImages): COCO image classification: images, categories and an
-            annotation {id, image_id, category_id} for each image; or what was read already.
+    """Read COCO image classification (a dict, str or Path, or LabelledImages as they are): images,
+    categories and an annotation {id, image_id, category_id} for each image.
 
     Raises:
         ValueError: on anything else, naming the record and the reason.
@@ -72,7 +55,7 @@ def read_labels(gt) -> LabelledImages:
     if isinstance(gt, LabelledImages):
         return gt
     where = "The ground truth"
-    if isinstance(gt, (str, Path)):
+    if isinstance(gt, str | Path):
         where, gt = str(gt), read_json(Path(gt))
     for key, (needed, kinds) in GROUND_TRUTH.items():
         records = gt.get(key) if isinstance(gt, dict) else None
@@ -83,41 +66,27 @@ def read_labels(gt) -> LabelledImages:
     if len(categories) < 2:
         raise ValueError(f"{where} has one class, {categories[0]['name']}: two are needed.")
     position = {category["id"]: k for k, category in enumerate(categories)}
-    known = {image["id"] for image in images}
-    label = {}
+    label = dict.fromkeys(image["id"] for image in images)
     for annotation in gt["annotations"]:
         image, category = annotation["image_id"], annotation["category_id"]
-        if image not in known:
+        if image not in label:
             raise ValueError(f"{where} gives a class to image {image}, which it does not have.")
         if category not in position:
-            raise ValueError(
-                f"{where}: unknown label {category} of image {image}; there are {list(position)}."
-            )
-        if image in label:
+            raise ValueError(f"{where}: unknown label {category} of image {image}.")
+        if label[image] is not None:
             raise ValueError(f"{where} gives several classes to image {image}: one is needed.")
         label[image] = position[category]
     for image in images:
-        if image["id"] not in label:
-            name = image.get("file_name", image["id"])
-            raise ValueError(f"{where} gives no class to image {image['id']} ({name}).")
+        if label[image["id"]] is None:
+            raise ValueError(f"{where} gives no class to image {image['id']} ({_name(image)}).")
     cancer = np.array([category.get("supercategory") == "cancer" for category in categories])
-    return LabelledImages(
-        images,
-        categories,
-        np.array([label[image["id"]] for image in images]),
-        cancer if cancer.any() and not cancer.all() else None,
-    )
+    cancer = cancer if cancer.any() and not cancer.all() else None
+    return LabelledImages(images, categories, np.array(list(label.values())), cancer)
 
 
-def read_probabilities(results, truth):
-    """
-    Args:
-        results (list[dict], str, Path or np.ndarray): {image_id, scores} for each image; ``scores``
-            are K probabilities, of the classes by ascending category id. Or what was read already.
-        truth (LabelledImages): of N images.
-
-    Returns:
-        np.ndarray: (N, K) float, in the order of ``truth.images``.
+def read_probabilities(results, truth: LabelledImages) -> np.ndarray:
+    """Read the (N, K) float probabilities, in the order of ``truth.images``, of a list or JSON file
+    of {image_id, scores}; ``scores`` are by ascending category id. An array is returned as it is.
 
     Raises:
         ValueError: images missing, unknown or given twice; scores that are no K probabilities.
@@ -125,94 +94,78 @@ def read_probabilities(results, truth):
     if isinstance(results, np.ndarray):
         return results
     where = "The results"
-    if isinstance(results, (str, Path)):
+    if isinstance(results, str | Path):
         where, results = str(results), read_json(Path(results))
     check_records(results, "results", where, ("image_id", "scores"), {"scores": list})
-    k, ids = len(truth.categories), {image["id"] for image in truth.images}
-    scores = {}
+    k, scores = len(truth.categories), dict.fromkeys(image["id"] for image in truth.images)
     for result in results:
         image, values = result["image_id"], result["scores"]
         if not all(isinstance(score, NUMBER) and type(score) is not bool for score in values):
-            raise ValueError(
-                f"{where} give image {image} the scores {values}: not all are numbers."
-            )
+            raise ValueError(f"{where} give image {image} the scores {values}, not all numbers.")
         values = np.array(values, dtype=float)
-        if image not in ids:
+        if image not in scores:
             raise ValueError(f"{where} have image {image}, which the ground truth lacks.")
-        if image in scores:
+        if scores[image] is not None:
             raise ValueError(f"{where} have image {image} twice.")
         if values.shape != (k,):
             raise ValueError(
-                f"{where} give image {image} {values.size} scores, but there are {k} classes "
-                f"({', '.join(truth.classes)}): set MODEL.CLASSIFIER.NUM_CLASSES to that."
+                f"{where} give image {image} {values.size} scores, but there are {k} classes: set "
+                "MODEL.CLASSIFIER.NUM_CLASSES to that."
             )
         if not (values >= 0).all() or not abs(values.sum() - 1) <= SUM_TOLERANCE:
-            raise ValueError(
-                f"{where} give image {image} the scores {values.tolist()}, which are no "
-                "probabilities that sum to 1."
-            )
+            scores_text = values.tolist()
+            raise ValueError(f"{where} give image {image} {scores_text}, no probabilities.")
         scores[image] = values
-    missing = [image for image in truth.images if image["id"] not in scores]
+    missing = [image for image in truth.images if scores[image["id"]] is None]
     if missing:
-        name = missing[0].get("file_name", missing[0]["id"])
-        raise ValueError(
-            f"{where} lack {len(missing)} of the {len(ids)} images, such as {name}: score all."
-        )
-    return np.array([scores[image["id"]] for image in truth.images])
+        number = f"{len(missing)} of the {len(scores)} images"
+        raise ValueError(f"{where} lack {number}, such as {_name(missing[0])}: score all.")
+    return np.array(list(scores.values()))
 
 
-# Of the true class; keeps the cross-entropy of a probability of 0 finite, as scikit-learn does.
-LEAST = np.finfo(np.float64).eps
-CLASS_METRICS = ("precision", "recall", "specificity", "f1")
+def _name(image):
+    return image.get("file_name", image["id"])
 
 
 class ClassificationMetrics(ResampledMetrics):
-    """
-    The metrics of a classifier, of confusions counted per unit: patients where all images have one,
-    else images.
+    """The metrics of a classifier, given (N, K) float probabilities, of confusions counted per
+    unit: patients where all images have one, else images.
 
     Attributes:
-        predicted (np.ndarray): (N,) int in [0, K), the class predicted.
-        calibration (Calibration): of its probability.
+        predicted: (N,) int in [0, K), the class predicted.
+        calibration: of its probability.
     """
 
     def __init__(self, truth: LabelledImages, probability: np.ndarray):
-        """
-        Args:
-            truth: of N images and K classes.
-            probability: (N, K) float.
-        """
         super().__init__(*number_units(truth.images))
         self.truth, self.probability = truth, probability
         self.predicted = probability.argmax(axis=1)
-        of_truth = probability[np.arange(len(probability)), truth.label]
-        self._cross_entropy = -np.log(np.clip(of_truth, LEAST, 1))
         self.calibration = Calibration(
             np.clip(probability.max(axis=1), 0, 1),
             self.predicted == truth.label,
             np.arange(len(probability)),
             len(probability),
         )
+        self._calibration = self.per_unit(self.calibration.columns())
 
     def __call__(self, weights, *, all_coco=False):
         """As of the base class; groups as in ClassificationResults."""
+
+        def auroc(positive, score):
+            return 100 * weighted_auroc(positive, score, self.unit_of_image, weights)
+
         values = super().__call__(weights)
         areas = []
         for k, name in enumerate(self.truth.classes):
-            areas.append(self._auroc(self.truth.label == k, self.probability[:, k], weights))
+            areas.append(auroc(self.truth.label == k, self.probability[:, k]))
             values["recognition"][f"auroc_{name}"] = areas[-1]
         values["recognition"]["auroc"] = mean_where(areas, map(np.isfinite, areas), len(weights))
-        if self.truth.cancer is not None:
-            cancer = self.truth.cancer
+        cancer = self.truth.cancer
+        if cancer is not None:
             score = self.probability[:, cancer].sum(axis=1)
-            values["cancer"]["auroc"] = self._auroc(cancer[self.truth.label], score, weights)
+            values["cancer"]["auroc"] = auroc(cancer[self.truth.label], score)
         values["calibration"] = self.calibration.formulas(weights @ self._calibration)
         return values
-
-    @staticmethod
-    def named(sums):
-        """The sums as they are, whose number depends on that of the classes."""
-        return sums
 
     @property
     def width(self):
@@ -221,14 +174,18 @@ class ClassificationMetrics(ResampledMetrics):
     @cached_property
     def columns(self):
         """ "recognition" and, with cancer classes, "cancer"."""
-        k = len(self.truth.classes)
-        columns = np.zeros((len(self.predicted), k * k + 1))
-        columns[np.arange(len(self.predicted)), self.truth.label * k + self.predicted] = 1
-        columns[:, -1] = self._cross_entropy
-        columns = add_up(columns, self.unit_of_image, self.num_units)
-        groups = {"recognition": GroupFormulas(columns, self._recognition, self._proportions)}
+        label, k, row = self.truth.label, len(self.truth.classes), np.arange(len(self.predicted))
+        columns = np.zeros((len(row), k * k + 1))
+        columns[row, label * k + self.predicted] = 1
+        columns[:, -1] = -np.log(np.clip(self.probability[row, label], LEAST, 1))
+        columns = self.per_unit(columns)
+        groups = {"recognition": GroupFormulas(columns, self._class_metrics, self._class_shares)}
         if self.truth.cancer is not None:
-            groups["cancer"] = GroupFormulas(columns, self._cancer, self._cancer_proportions)
+            groups["cancer"] = GroupFormulas(
+                columns,
+                lambda sums: table_metrics(*self._cancer_table(sums)),
+                lambda sums: table_proportions(*self._cancer_table(sums)),
+            )
         return groups
 
     def confusion(self, sums: np.ndarray) -> np.ndarray:
@@ -237,74 +194,42 @@ class ClassificationMetrics(ResampledMetrics):
         return sums[..., :-1].reshape(*sums.shape[:-1], k, k)
 
     def _tables(self, sums):
-        """{class: (TP, FP, FN, TN)}, each (...,)."""
+        """TP, FP, FN and TN of each class, (..., K) each."""
         confusion = self.confusion(sums)
-        total = confusion.sum(axis=(-2, -1))
-        tables = {}
-        for k, name in enumerate(self.truth.classes):
-            tp = confusion[..., k, k][()]
-            fp, fn = confusion[..., k].sum(axis=-1) - tp, confusion[..., k, :].sum(axis=-1) - tp
-            tables[name] = (tp, fp, fn, total - tp - fp - fn)
-        return tables
+        tp = np.diagonal(confusion, axis1=-2, axis2=-1)
+        fp, fn = confusion.sum(axis=-2) - tp, confusion.sum(axis=-1) - tp
+        return tp, fp, fn, confusion.sum(axis=(-2, -1))[..., None] - tp - fp - fn
 
-    def _recognition(self, sums):
-        tables = self._tables(sums)
-        by_class = {name: ratios(*table) for name, table in tables.items()}
-        present = [tp + fn > 0 for tp, _, fn, _ in tables.values()]
-        total = sum(tables[self.truth.classes[0]])
-        right = sum(tp for tp, *_ in tables.values())
-
-        def mean(metric):
-            values = [of_class[metric] for of_class in by_class.values()]
-            return mean_where(values, present, len(total))
-
-        values = {
-            "top1": 100 * divide(right, total),
-            "balanced_accuracy": mean("recall"),
-            "f1": mean("f1"),
+    def _class_metrics(self, sums):
+        tp, _, fn, _ = table = self._tables(sums)
+        metrics, present, total = ratios(*table), tp + fn > 0, sum(table)[..., 0]
+        return {
+            "top1": 100 * divide(tp.sum(axis=-1), total),
+            "balanced_accuracy": mean_where(metrics["recall"].T, present.T, len(total)),
+            "f1": mean_where(metrics["f1"].T, present.T, len(total)),
             "cross_entropy": divide(sums[..., -1], total),
+            **self._by_class(lambda name, k: metrics[name][..., k]),
         }
-        for name, of_class in by_class.items():
-            values[f"accuracy_{name}"] = of_class["recall"]
-            values.update({f"{metric}_{name}": of_class[metric] for metric in CLASS_METRICS})
-        return values
 
-    def _proportions(self, sums):
-        tables = self._tables(sums)
-        total = sum(tables[self.truth.classes[0]])
-        shares = {"top1": (sum(tp for tp, *_ in tables.values()), total)}
-        for name, table in tables.items():
-            of_class = table_proportions(*table)
-            shares[f"accuracy_{name}"] = of_class["recall"]
-            shares.update({f"{metric}_{name}": of_class[metric] for metric in CLASS_METRICS})
-        return shares
+    def _class_shares(self, sums):
+        table = self._tables(sums)
+        shares, total = table_proportions(*table), sum(table)[..., 0]
+        by_class = self._by_class(lambda name, k: tuple(part[..., k] for part in shares[name]))
+        return {"top1": (table[0].sum(axis=-1), total), **by_class}
+
+    def _by_class(self, value):
+        """metric_class -> value(metric, k) of each class, the recall also as accuracy_class."""
+        values = {}
+        for k, name in enumerate(self.truth.classes):
+            values[f"accuracy_{name}"] = value("recall", k)
+            values.update({f"{metric}_{name}": value(metric, k) for metric in CLASS_METRICS})
+        return values
 
     def _cancer_table(self, sums):
         """TP, FP, FN and TN of cancer against all else, each (...,)."""
         confusion, cancer = self.confusion(sums), self.truth.cancer
-        return tuple(
-            confusion[..., rows, :][..., columns].sum(axis=(-2, -1))
-            for rows, columns in (
-                (cancer, cancer),
-                (~cancer, cancer),
-                (cancer, ~cancer),
-                (~cancer, ~cancer),
-            )
-        )
-
-    def _cancer(self, sums):
-        table = self._cancer_table(sums)
-        return {**dict(zip(COUNTS, table, strict=True)), **ratios(*table)}
-
-    def _cancer_proportions(self, sums):
-        return table_proportions(*self._cancer_table(sums))
-
-    def _auroc(self, positive, score, weights):
-        return 100 * weighted_auroc(positive, score, self.unit_of_image, weights)
-
-    @cached_property
-    def _calibration(self):
-        return add_up(self.calibration.columns(), self.unit_of_image, self.num_units)
+        sides = (cancer, cancer), (~cancer, cancer), (cancer, ~cancer), (~cancer, ~cancer)
+        return [confusion[..., rows, :][..., columns].sum(axis=(-2, -1)) for rows, columns in sides]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -331,9 +256,7 @@ class ClassificationResults(EvaluationResults):
 
     def groups(self):
         groups = {"recognition": self.recognition}
-        if self.cancer is not None:
-            groups["cancer"] = self.cancer
-        return groups
+        return groups if self.cancer is None else {**groups, "cancer": self.cancer}
 
     def part(self, positions, *, operating_point=None, bootstrap=None):
         truth = self.ground_truth
@@ -345,20 +268,25 @@ class ClassificationResults(EvaluationResults):
         return None if tau_val else self.metrics.predicted == self.ground_truth.label
 
 
-def check_same_images(first, second, names=("the first", "the second")):
+def check_same_images(
+    first: ClassificationResults,
+    second: ClassificationResults,
+    names: tuple[str, str] = ("the first", "the second"),
+):
     """
     Raises:
-        ValueError: two ClassificationResults are not of the same images and classes.
+        ValueError: the results are not of the same images and classes.
     """
-    one, two = first.ground_truth, second.ground_truth
-    same = one.classes == two.classes and np.array_equal(one.label, two.label)
-    for field in ("id", "file_name", "patient_id"):
-        same = same and [i.get(field) for i in one.images] == [i.get(field) for i in two.images]
-    if not same:
+    contents, sizes = [], []
+    for truth in (first.ground_truth, second.ground_truth):
+        fields = ("id", "file_name", "patient_id")
+        images = [[image.get(field) for field in fields] for image in truth.images]
+        contents.append((truth.classes, truth.label.tolist(), images))
+        sizes.append(f"{len(images)} images of {', '.join(truth.classes)}")
+    if contents[0] != contents[1]:
         raise ValueError(
             f"The test sets of {names[0]} and {names[1]} differ in images or classes "
-            f"({len(one.images)} images of {', '.join(one.classes)}; {len(two.images)} of "
-            f"{', '.join(two.classes)}): only models on the same test set can be compared."
+            f"({'; '.join(sizes)}): only models on the same test set can be compared."
         )
 
 
@@ -379,7 +307,8 @@ def evaluate_classification(
     metrics = ClassificationMetrics(truth, probability)
     values = metrics.once()
     classes = truth.classes
-    counts = metrics.confusion(metrics.columns["recognition"][0].sum(axis=0))
+    counts = metrics.confusion(metrics.columns["recognition"].columns.sum(axis=0))
+    cancer = np.zeros(len(classes), bool) if truth.cancer is None else truth.cancer
     scored = ClassificationResults(
         recognition=values["recognition"],
         cancer=values.get("cancer"),
@@ -391,13 +320,8 @@ def evaluate_classification(
             "images": len(truth.images),
             "classes": classes,
             "images_of_class": np.bincount(truth.label, minlength=len(classes)).tolist(),
-            "cancer_classes": [
-                name
-                for k, name in enumerate(classes)
-                if truth.cancer is not None and truth.cancer[k]
-            ],
-            "patients": metrics.num_units if metrics.unit == "patient" else None,
-            "bootstrap": bootstrap and {**asdict(bootstrap), "unit": metrics.unit},
+            "cancer_classes": [classes[k] for k in np.flatnonzero(cancer)],
+            **metrics.settings(bootstrap),
         },
         ground_truth=truth,
         probability=probability,

@@ -11,6 +11,8 @@ from functools import cached_property
 import numpy as np
 
 from imrcnn_d2.evaluation.detection.metrics import GroupFormulas, ResampledMetrics
+from imrcnn_d2.evaluation.detection.results import LesionResults
+from imrcnn_d2.evaluation.output import EvaluationResults
 from imrcnn_d2.evaluation.statistics import (
     Bootstrap,
     Difference,
@@ -20,15 +22,6 @@ from imrcnn_d2.evaluation.statistics import (
     mcnemar_exact,
     resampled_metrics,
 )
-
-__all__ = [
-    "AveragedMetrics",
-    "ModelMetrics",
-    "check_same_units",
-    "image_level_test",
-    "model_figures",
-    "paired_difference",
-]
 
 
 class AveragedMetrics(ResampledMetrics):
@@ -40,12 +33,9 @@ class AveragedMetrics(ResampledMetrics):
 
     def __call__(self, weights, *, all_coco=False):
         values = _mean([run(weights, all_coco=all_coco) for run in self.runs])
-        for group, of_group in super().__call__(weights).items():
-            values[group].update(of_group)
+        for group, metrics in super().__call__(weights).items():
+            values[group].update(metrics)
         return values
-
-    def named(self, sums):
-        return self.runs[0].named(sums)
 
     @property
     def width(self):
@@ -54,17 +44,17 @@ class AveragedMetrics(ResampledMetrics):
     def proportions(self):
         shares = _mean([run.proportions() for run in self.runs])
         return {
-            group: {name: tuple(share) for name, share in of_group.items()}
-            for group, of_group in shares.items()
+            group: {name: tuple(share) for name, share in metrics.items()}
+            for group, metrics in shares.items()
         }
 
     @cached_property
     def columns(self):
-        each = [run.columns for run in self.runs]
+        runs = [run.columns for run in self.runs]
         return {
-            group: GroupFormulas(np.mean([of_run[group][0] for of_run in each], axis=0), *rest)
-            for group, (_, *rest) in each[0].items()
-            if all(group in of_run for of_run in each)
+            group: GroupFormulas(np.mean([run[group].columns for run in runs], axis=0), *rest)
+            for group, (_, *rest) in runs[0].items()
+            if all(group in run for run in runs)
         }
 
 
@@ -72,36 +62,25 @@ def _mean(runs):
     """Mean of {group: {metric: value}} over the runs, of the groups and metrics that all have."""
     return {
         group: {
-            name: np.mean([of_run[group][name] for of_run in runs], axis=0)
-            for name in of_group
-            if all(name in of_run[group] for of_run in runs)
+            name: np.mean([run[group][name] for run in runs], axis=0)
+            for name in metrics
+            if all(name in run[group] for run in runs)
         }
-        for group, of_group in runs[0].items()
-        if all(group in of_run for of_run in runs)
+        for group, metrics in runs[0].items()
+        if all(group in run for run in runs)
     }
 
 
 @dataclass(frozen=True, eq=False)
 class ModelMetrics:
-    """
-    Attributes:
-        values: group -> metric; groups as in ``LesionResults.groups()``, "froc", and
-            "tau_val.lesion" and the like where every run has an operating point.
-        runs: the same for each run.
-        resampled: (B,) each, as :func:`resampled_metrics`.
-        intervals: as :func:`confidence_intervals`.
-        metrics: what ``values`` and ``resampled`` were computed with.
-        taus: the operating point of each run, None where it has none.
-
-    ``resampled`` and ``intervals`` are empty without a bootstrap.
-    """
+    """The metrics of a model by group and name, groups as of ``compared()`` of every run."""
 
     values: dict[str, dict[str, float]]
-    runs: list[dict[str, dict[str, float]]]
-    resampled: dict[str, dict[str, np.ndarray]]
-    intervals: dict[str, dict[str, tuple[float, float]]]
-    metrics: AveragedMetrics
-    taus: list[float | None]
+    runs: list[dict[str, dict[str, float]]]  # the same for each run
+    resampled: dict[str, dict[str, np.ndarray]]  # (B,) each; empty without a bootstrap
+    intervals: dict[str, dict[str, tuple[float, float]]]  # empty without a bootstrap
+    metrics: AveragedMetrics  # what ``values`` and ``resampled`` were computed with
+    taus: list[float | None]  # the operating point of each run, None where it has none
 
     def sd(self, group: str, metric: str, *, sample: bool = False) -> float:
         """Standard deviation over the runs, the population's or the ``sample``'s; NaN for one."""
@@ -110,38 +89,30 @@ class ModelMetrics:
         return float(np.std([run[group][metric] for run in self.runs], ddof=int(sample)))
 
 
-def model_figures(results: list, bootstrap: Bootstrap | None = None) -> ModelMetrics:
-    """
-    Args:
-        results (list of LesionResults or ClassificationResults): of runs that differ by seed, on
-            the same test set.
-        bootstrap: how to resample; None for no intervals.
-    """
-    metrics = AveragedMetrics([of_run.metrics for of_run in results])
-    runs = [of_run.compared() for of_run in results]
-    values = _mean(runs)
-    once = metrics.once()
+def model_figures(
+    results: list[EvaluationResults], bootstrap: Bootstrap | None = None
+) -> ModelMetrics:
+    """The metrics of a model, whose runs differ by seed, on the same test set; intervals with a
+    bootstrap."""
+    metrics = AveragedMetrics([run.metrics for run in results])
+    runs = [run.compared() for run in results]
+    values, once = _mean(runs), metrics.once()
     for group in values.keys() & metrics.columns.keys():
         values[group].update(once[group])
-    values = {group: {k: float(v) for k, v in one.items()} for group, one in values.items()}
+    values = {group: {k: float(v) for k, v in names.items()} for group, names in values.items()}
     resampled, intervals = {}, {}
     if bootstrap is not None:
         resampled = resampled_metrics(metrics, bootstrap)
         intervals, _ = confidence_intervals(metrics, bootstrap, resampled)
-    taus = [of_run.chosen_tau for of_run in results]
+    taus = [run.chosen_tau for run in results]
     return ModelMetrics(values, runs, resampled, intervals, metrics, taus)
 
 
 def paired_difference(
     first: ModelMetrics, second: ModelMetrics, group: str, metric: str
 ) -> Difference:
-    """
-    Paired bootstrap of a metric, such as "segm", "AP50_voc", of two models with the same bootstrap
-    on the same units.
-
-    Returns:
-        first minus second. NaN where either model has no such metric.
-    """
+    """First minus second of a metric, such as "segm", "AP50_voc": the paired bootstrap of two
+    models with the same bootstrap on the same units. NaN where either has no such metric."""
     nothing = np.zeros(0)
     values = [model.values.get(group, {}).get(metric, np.nan) for model in (first, second)]
     samples = [model.resampled.get(group, {}).get(metric, nothing) for model in (first, second)]
@@ -150,62 +121,46 @@ def paired_difference(
     return bootstrap_difference(values[0] - values[1], *samples)
 
 
-def image_level_test(first: list, second: list, tau_val: bool = False) -> McNemar | None:
-    """
-    McNemar's exact test of which images are predicted rightly: positive where there is a lesion and
-    negative where there is none, or their class.
-
-    Args:
-        first, second (lists of results of detection or classification): of two models on the same
-            images.
-        tau_val: at each model's operating point instead of the common threshold.
-
-    Returns:
-        None for several runs of a model, whose outcomes are not one, and for results without an
-        operating point where that is requested.
-    """
+def image_level_test(
+    first: list[EvaluationResults], second: list[EvaluationResults], tau_val: bool = False
+) -> McNemar | None:
+    """McNemar's exact test of which images two models predict rightly: positive where there is a
+    lesion and negative where there is none, or their class; with ``tau_val`` at each model's
+    operating point instead of the common threshold. None for several runs of a model, whose
+    outcomes are not one, and without an operating point where that is requested."""
     if len(first) > 1 or len(second) > 1:
         return None
     right = [results[0].right(tau_val) for results in (first, second)]
     return None if any(images is None for images in right) else mcnemar_exact(*right)
 
 
-def check_same_units(first, second, names=("the first", "the second")):
+def check_same_units(
+    first: LesionResults,
+    second: LesionResults,
+    names: tuple[str, str] = ("the first", "the second"),
+):
     """
     Raises:
-        ValueError: two LesionResults are not of the same images, lesions and patients.
+        ValueError: the results are not of the same images, lesions and patients.
     """
-    one, two = first.ground_truth, second.ground_truth
+    truths = first.ground_truth, second.ground_truth
     both = f"{names[0]} and {names[1]}"
     for field, kind in (("id", "images"), ("file_name", "images"), ("patient_id", "patients")):
-        first_values, second_values = (
-            [image.get(field) for image in gt.images] for gt in (one, two)
-        )
-        if first_values != second_values:
-            place = next(
-                (
-                    i
-                    for i, (a, b) in enumerate(zip(first_values, second_values, strict=False))
-                    if a != b
-                ),
-                None,
-            )
-            example = (
-                ""
-                if place is None
-                else f", such as {first_values[place]!r} and {second_values[place]!r}"
-            )
+        values = [[image.get(field) for image in gt.images] for gt in truths]
+        if values[0] != values[1]:
+            pairs = zip(*values, strict=False)
+            example = next((f", such as {a!r} and {b!r}" for a, b in pairs if a != b), "")
             raise ValueError(
-                f"The test sets of {both} have different {kind} ({len(first_values)} and "
-                f"{len(second_values)} images{example}): only models on the same test set can be "
+                f"The test sets of {both} have different {kind} ({len(values[0])} and "
+                f"{len(values[1])} images{example}): only models on the same test set can be "
                 "compared."
             )
-    same = [c["name"] for c in one.categories] == [c["name"] for c in two.categories]
-    for field in ("image", "category", "boxes"):
-        same = same and np.array_equal(getattr(one.regions, field), getattr(two.regions, field))
-    for field in ("crowd", "area"):
-        same = same and np.array_equal(getattr(one, field), getattr(two, field))
-    if not same:
+    contents = [
+        ([c["name"] for c in gt.categories], gt.regions.image.tolist(), gt.area.tolist())
+        + (gt.regions.category.tolist(), gt.regions.boxes.tolist(), gt.crowd.tolist())
+        for gt in truths
+    ]
+    if contents[0] != contents[1]:
         raise ValueError(
             f"The test sets of {both} have the same images but different lesions or classes: only "
             "models scored against the same ground truth can be compared."

@@ -20,9 +20,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from imrcnn_d2.data.masks import union
-
-__all__ = ["KINDS", "LabelError", "find_label_errors", "pool_label_errors"]
-
+from imrcnn_d2.evaluation.detection.results import LesionResults
 
 KINDS = ("unlabelled_lesion", "unmatched_outline", "badly_fitting_outline")
 _OVERLAP = 0.1  # IoU from which on a detection and an annotation are one label error
@@ -30,50 +28,34 @@ _OVERLAP = 0.1  # IoU from which on a detection and an annotation are one label 
 
 @dataclass(frozen=True)
 class LabelError:
-    """
-    Attributes:
-        kind: one of ``KINDS``.
-        score: 0 to 1.
-        image: position among the images.
-        region: position among the ground truth's regions; None of an "unlabelled_lesion".
-        detection: position among the detections, the one that contradicts the annotation or
-            suggests the lesion; None where nothing overlaps the annotation.
-        iou: of detection and annotation; 0 where one of them is missing.
-    """
-
-    kind: str
-    score: float
-    image: int
-    region: int | None
+    kind: str  # one of ``KINDS``
+    score: float  # 0 to 1
+    image: int  # position among the images
+    region: int | None  # position among the ground truth's; None of an "unlabelled_lesion"
+    # Position of the one that contradicts the annotation or suggests the lesion; None where nothing
+    # overlaps the annotation.
     detection: int | None
-    iou: float
+    iou: float  # of detection and annotation; 0 where one of them is missing
 
 
-def find_label_errors(results) -> list[LabelError]:
-    """
-    Args:
-        results (LesionResults): of a model on images that it was not trained on.
-
-    Returns:
-        One for each annotation that is no crowd, and for each detection above the threshold that
-        hits no lesion and overlaps no annotation that is missed otherwise.
-    """
-    gt, detections = results.ground_truth, results.detections
-    pairs = results.overlaps[results.meta["iou_type"]]
+def find_label_errors(results: LesionResults) -> list[LabelError]:
+    """The label errors that a model finds in images that it was not trained on: one for each
+    annotation that is no crowd, and for each detection above the threshold that hits no lesion and
+    overlaps no annotation that is missed otherwise."""
+    gt, detections, matched = results.ground_truth, results.detections, results.matching.gt
+    pairs = results.counter.overlaps[results.meta["iou_type"]]
     kept = ~gt.crowd[pairs.gt] & (pairs.iou > 0)
-    pairs_of = defaultdict(list)  # region -> its pairs (detection, IoU)
+    ious = defaultdict(dict)  # region -> detection -> IoU
     for dt, region, iou in zip(pairs.dt[kept], pairs.gt[kept], pairs.iou[kept], strict=True):
-        pairs_of[int(region)].append((int(dt), float(iou)))
-    hit_by = {
-        int(results.matching.gt[dt]): int(dt)
-        for dt in np.flatnonzero(results.above_threshold & (results.matching.gt >= 0))
-    }
-    alarms = set(np.flatnonzero(results.above_threshold & (results.matching.gt < 0)).tolist())
+        ious[int(region)][int(dt)] = float(iou)
+    above = np.flatnonzero(results.above_threshold).tolist()
+    hit_by = {int(matched[dt]): dt for dt in above if matched[dt] >= 0}
+    alarms = {dt for dt in above if matched[dt] < 0}
     # A false alarm and a missed annotation that overlap are one label error; best overlaps first.
     candidates = sorted(
         (-iou, -detections.score[dt], region, dt)
-        for region, region_pairs in pairs_of.items()
-        for dt, iou in region_pairs
+        for region, region_ious in ious.items()
+        for dt, iou in region_ious.items()
         if region not in hit_by and dt in alarms and iou >= _OVERLAP
     )
     for _, _, region, dt in candidates:
@@ -82,53 +64,43 @@ def find_label_errors(results) -> list[LabelError]:
             alarms.discard(dt)
     errors = []
     for region in np.flatnonzero(~gt.crowd).tolist():
-        error = _of_annotation(pairs_of[region], hit_by.get(region), detections)
-        errors.append(LabelError(image=int(gt.regions.image[region]), region=region, **error))
-    for dt, share in _outside(sorted(alarms), results).items():
-        score = float(detections.score[dt]) * share
+        kind, score, dt, iou = _disagreement(ious[region], hit_by.get(region), detections.score)
+        errors.append(LabelError(kind, score, int(gt.regions.image[region]), region, dt, iou))
+    for dt in sorted(alarms):
+        score = min(float(detections.score[dt]) * _share_outside(dt, results), 1.0)
         image = int(detections.regions.image[dt])
-        errors.append(LabelError("unlabelled_lesion", min(score, 1.0), image, None, dt, 0.0))
+        errors.append(LabelError("unlabelled_lesion", score, image, None, dt, 0.0))
     return errors
 
 
-def _of_annotation(pairs, hit, detections):
-    """Kind, score, detection and iou."""
+def _disagreement(ious, hit, scores):
+    """Kind, score, detection and iou of an annotation, given {detection: IoU} and what hits it."""
     if hit is not None:
-        iou = dict(pairs)[hit]
-        score = min(float(detections.score[hit]), 1.0) * min(2 * (1 - iou), 1.0)
-        return {"kind": "badly_fitting_outline", "score": score, "detection": hit, "iou": iou}
-    best = max(pairs, key=lambda pair: detections.score[pair[0]] * pair[1], default=None)
-    support = 0.0 if best is None else float(detections.score[best[0]]) * best[1]
-    return {
-        "kind": "unmatched_outline",
-        "score": max(1 - support, 0.0),
-        "detection": None if best is None else best[0],
-        "iou": 0.0 if best is None else best[1],
-    }
+        score = min(float(scores[hit]), 1.0) * min(2 * (1 - ious[hit]), 1.0)
+        return "badly_fitting_outline", score, hit, ious[hit]
+    best = max(ious, key=lambda dt: scores[dt] * ious[dt], default=None)
+    if best is None:
+        return "unmatched_outline", 1.0, None, 0.0
+    support = float(scores[best]) * ious[best]
+    return "unmatched_outline", max(1 - support, 0.0), best, ious[best]
 
 
-def _outside(selected, results):
-    """{detection: share of its area in no annotation of its image, crowds included}."""
-    gt, regions = results.ground_truth, results.detections.regions
-    use_masks = gt.regions.masks is not None and regions.masks is not None
-    shares = {}
-    for dt in selected:
-        rows = np.flatnonzero(gt.regions.image == regions.image[dt])
-        inside = 0.0
-        if len(rows) and use_masks:
-            # One mask of all, since an intersection with a crowd is over the detection's area.
-            annotated = union([gt.regions.masks[row] for row in rows])
-            inside = mask_util.iou([regions.masks[dt]], [annotated], [True])[0, 0]
-        elif len(rows):
-            boxes = regions.boxes[dt][None], gt.regions.boxes[rows]
-            inside = mask_util.iou(*boxes, [True] * len(rows)).max()
-        shares[dt] = 1 - float(inside)
-    return shares
+def _share_outside(dt, results):
+    """Share of a detection's area in no annotation of its image, crowds included."""
+    truth, regions = results.ground_truth.regions, results.detections.regions
+    rows = np.flatnonzero(truth.image == regions.image[dt])
+    if not len(rows):
+        return 1.0
+    if truth.masks is None or regions.masks is None:
+        boxes = regions.boxes[dt][None], truth.boxes[rows]
+        return 1 - float(mask_util.iou(*boxes, [True] * len(rows)).max())
+    # One mask of all, since an intersection with a crowd is over the detection's area.
+    annotated = union([truth.masks[row] for row in rows])
+    return 1 - float(mask_util.iou([regions.masks[dt]], [annotated], [True])[0, 0])
 
 
 def pool_label_errors(models: list[list[LabelError]]) -> list[tuple[LabelError, int]]:
-    """
-    Combine the label errors of several models, or of one with several seeds, on the same images.
+    """Combine the label errors of several models, or of one with several seeds, on the same images.
 
     Returns:
         By falling score: for each annotation, and for the detections without an annotation of an

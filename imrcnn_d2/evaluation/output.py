@@ -1,5 +1,4 @@
-"""The files of an evaluation: written, read with every field checked, and the log of evaluations
-of a test set."""
+"""The files of an evaluation, written and read with every field checked; the log of test sets."""
 
 import logging
 import math
@@ -7,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,42 +22,178 @@ from imrcnn_d2.utils.files import (
     strict_json,
     write_atomically,
 )
-from imrcnn_d2.versions import package_versions
-
-__all__ = [
-    "CLASSIFICATION_RESULTS",
-    "RESULTS",
-    "TEST_LOG",
-    "EvaluationResults",
-    "check_fields",
-    "coco_results",
-    "confusion_rows",
-    "interleave_intervals",
-    "log_test_evaluation",
-    "read_coco_records",
-    "read_metrics",
-    "read_robustness",
-    "read_run_record",
-    "read_split_settings",
-    "read_test_log",
-    "rows_per_image",
-    "transposed",
-    "write_evaluation",
-    "write_results",
-]
 
 logger = logging.getLogger(__name__)
 
+# The scored detections, as COCOEvaluator names them, and the probabilities of each image.
+RESULTS = "coco_instances_results.json"
+CLASSIFICATION_RESULTS = "recognition_results.json"
+
+_PACKAGES = "imrcnn-d2 detectron2 torch torchvision timm pycocotools faster-coco-eval numpy"
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of the packages that metrics depend on; None where there is none."""
+    versions = {}
+    for package in _PACKAGES.split():
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EvaluationResults:
+    """What the evaluations of detection and of classification have in common.
+
+    Attributes:
+        calibration: n, ece, brier, mean_score, hit_rate of the scores, as probabilities of being
+            right; the diagram is ``metrics.calibration``.
+        confusion (ConfusionMatrix):
+        per_image: one row per image by ascending id, with the fields of its record.
+        meta: the settings, and the size of the data set.
+        metrics (ResampledMetrics): as functions of how often each unit counts.
+        intervals: group -> metric -> (low, high), see :func:`confidence_intervals`; empty without a
+            bootstrap.
+        undefined_shares: "group.metric" -> share of the resamples in which it is undefined, if any.
+        by_group (dict[str, GroupedMetrics]): by column, see :func:`with_groups`.
+        chosen_tau: the operating point, where there is one.
+
+    All metrics are in percent but for those of other units in the table ``METRICS`` of detection;
+    undefined ones are NaN.
+    """
+
+    calibration: dict[str, float]
+    confusion: Any
+    per_image: list[dict]
+    meta: dict
+    metrics: Any
+    intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    undefined_shares: dict[str, float] = field(default_factory=dict)
+    by_group: dict = field(default_factory=dict)
+
+    chosen_tau: ClassVar[float | None] = None
+
+    def groups(self) -> dict[str, dict[str, float]]:
+        """The groups of metrics, in the order of a report."""
+        raise NotImplementedError
+
+    def compared(self) -> dict[str, dict[str, float]]:
+        """The groups that models are compared by."""
+        return self.groups()
+
+    def part(self, positions: np.ndarray, *, operating_point=None, bootstrap=None):
+        """Evaluate the images at ascending (M,) positions alone, with the same settings."""
+        raise NotImplementedError
+
+    def right(self, tau_val: bool = False) -> np.ndarray | None:
+        """(I,) bool, the images that are predicted as what they are, at the operating point with
+        ``tau_val``; None without one where that is requested."""
+        raise NotImplementedError
+
+    def document(self) -> dict:
+        """What metrics.json holds, but for ``meta``."""
+        groups = {**self.groups(), **self._further_groups(), "calibration": self.calibration}
+        document = {
+            **interleave_intervals(groups, self.intervals),
+            "confusion_matrix": {
+                "classes": self.confusion.classes,
+                "counts": self.confusion.rows(),
+            },
+            **interleave_intervals(self._strata(), self.intervals),
+        }
+        if self.by_group:
+            document["by_group"] = {
+                column: {
+                    "level": grouped.level,
+                    "groups": {name: group.document() for name, group in grouped.groups.items()},
+                }
+                for column, grouped in self.by_group.items()
+            }
+        return {**document, "undefined_shares": self.undefined_shares}
+
+    def _further_groups(self):
+        return {}
+
+    def _strata(self):
+        return {}
+
+    def tables(self) -> dict[str, tuple[list[dict], list[str]]]:
+        """File name -> rows, and the columns that there are even without a row."""
+        columns = ["truth", *self.confusion.classes]
+        rows = zip(columns[1:], self.confusion.rows(), strict=True)
+        confusion = [dict(zip(columns, [truth, *row], strict=True)) for truth, row in rows]
+        tables = {
+            "per_image.csv": (self.per_image, ["image_id"]),
+            "confusion_matrix.csv": (confusion, columns),
+            "calibration.csv": transposed(self.metrics.calibration.diagram()),
+        }
+        if self.by_group:
+            rows = []
+            for column, grouped in self.by_group.items():
+                for name, group in grouped.groups.items():
+                    fields = {"column": column, "of": grouped.level, "group": name, **group.n}
+                    rows += [{**fields, **row} for row in group.rows()]
+            tables["by_group.csv"] = (rows, ["column"])
+        return tables
+
+
+def write_results(results: EvaluationResults, folder: str | Path, **meta) -> dict[str, Path]:
+    """Write the files of an evaluation, each atomically, and return file name -> path:
+    ``metrics.json`` with all metrics, their intervals as ``<key>_ci`` and ``meta``, to which JSON
+    values can be added, and the tables of ``results.tables()``. What is undefined is null in JSON
+    and empty in CSV; shares are in percent, but for the probabilities of classes, in [0, 1]."""
+    document = results.document()
+    document["meta"] = {**meta, **results.meta, "versions": package_versions()}
+    texts = {"metrics.json": strict_json(document)}
+    texts.update({name: csv_text(*table) for name, table in results.tables().items()})
+    paths = {name: Path(folder) / name for name in texts}
+    for name, path in paths.items():
+        write_atomically(path, texts[name])
+    return paths
+
+
+def write_evaluation(
+    results: EvaluationResults,
+    folder: str | Path,
+    *,
+    gt: str | Path,
+    dt: str | Path,
+    image_root: str | Path | None = None,
+    **meta,
+) -> dict[str, Path]:
+    """:func:`write_results` with the sources under ``meta``: gt, dt and image_root as absolute
+    paths, gt_sha256 of the file's bytes, checkpoint and checkpoint_sha256; None where unknown."""
+    gt = Path(gt).absolute()
+    dataset = {"dataset": meta.pop("dataset")} if "dataset" in meta else {}
+    sources = {
+        "gt": str(gt),
+        "gt_sha256": file_sha256(gt),
+        "image_root": None if image_root is None else str(Path(image_root).absolute()),
+        "dt": str(Path(dt).absolute()),
+        "checkpoint": None,
+        "checkpoint_sha256": None,
+    }
+    return write_results(results, folder, **dataset, **{**sources, **meta})
+
+
+def interleave_intervals(values: dict, intervals: dict[str, dict], group: str = "") -> dict:
+    """The values, nested ones by "group.subgroup", each followed by its interval, where it has one,
+    as ``<name>_ci``."""
+    interleaved = {}
+    for name, value in values.items():
+        interleaved[name] = value
+        if isinstance(value, dict):
+            subgroup = f"{group}.{name}" if group else name
+            interleaved[name] = interleave_intervals(value, intervals, subgroup)
+        elif name in intervals.get(group, {}):
+            interleaved[f"{name}_ci"] = list(intervals[group][name])
+    return interleaved
+
 
 def rows_per_image(images: list[dict], columns: dict[str, np.ndarray]) -> list[dict]:
-    """
-    Args:
-        images: I COCO image records.
-        columns: (I,) each, what happened in them.
-
-    Returns:
-        One row per image: image_id and file_name, the other fields of its record, and the columns.
-    """
+    """One row per image record: image_id and file_name, its other fields, and the columns."""
     rows = []
     for record, *values in zip(images, *(c.tolist() for c in columns.values()), strict=True):
         fields = {"image_id": record["id"], "file_name": record.get("file_name"), **record}
@@ -68,15 +204,34 @@ def rows_per_image(images: list[dict], columns: dict[str, np.ndarray]) -> list[d
     return rows
 
 
-class Kind(NamedTuple):
-    """
-    What a value must be; null and an absent field are admitted too, unless it is needed.
+def transposed(columns: dict[str, np.ndarray]) -> tuple[list[dict], list[str]]:
+    """The rows of columns of one length, and the names of the columns."""
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in values], list(columns)
 
-    Attributes:
-        name: of such values.
-        admits: whether a value is one.
-        needed: it must be present.
-    """
+
+def coco_results(detections, gt) -> list[dict]:
+    """Detections for a GroundTruth as a COCO results list; ``score`` is None where they have no
+    scores."""
+    regions = detections.regions
+    records = []
+    for row, box in enumerate(regions.boxes.tolist()):
+        record = {
+            "image_id": gt.images[regions.image[row]]["id"],
+            "category_id": gt.categories[regions.category[row]]["id"],
+            "bbox": box,
+            "score": float(detections.score[row]) if detections.scored else None,
+        }
+        if regions.masks is not None:
+            size, counts = regions.masks[row]["size"], regions.masks[row]["counts"]
+            text = counts if isinstance(counts, str) else counts.decode()
+            record["segmentation"] = {"size": list(size), "counts": text}
+        records.append(record)
+    return records
+
+
+class Kind(NamedTuple):
+    """What a value must be. Null and an absent field are admitted too, unless it is needed."""
 
     name: str
     admits: Callable[[Any], bool]
@@ -87,51 +242,46 @@ class Kind(NamedTuple):
 
 
 def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
-def _is_whole(value):
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_value(value):
+    values = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(item is None or _is_number(item) for item in values)
 
 
 def _range(low, high):
     return Kind(
-        f"a whole number from {low:,} to {high:,}", lambda v: _is_whole(v) and low <= v <= high
+        f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high
     )
 
 
-TEXT = Kind("a text", lambda value: isinstance(value, str))
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+def _choice(*values):
+    return Kind(" or ".join(map(repr, values)), lambda value: value in values)
+
+
+TEXT = Kind("a text", lambda value: type(value) is str)
+FLAG = Kind("true or false", lambda value: type(value) is bool)
 NUMBER = Kind("a finite number", _is_number)
-WHOLE = Kind("a whole number", _is_whole)
+WHOLE = Kind("a whole number", lambda value: type(value) is int)
 COUNT = _range(0, 10**12)
-LIST = Kind("a list", lambda value: isinstance(value, list))
-ID = Kind("a number or a text", lambda value: isinstance(value, str) or _is_number(value))
+ID = Kind("a number or a text", lambda value: type(value) is str or _is_number(value))
 SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 OVERLAP = Kind("a number above 0, at most 1", lambda value: _is_number(value) and 0 < value <= 1)
-REGIONS = Kind("'segm' or 'bbox'", lambda value: value in ("segm", "bbox"))
-TASK = Kind("'lesions' or 'recognition'", lambda value: value in ("lesions", "recognition"))
-NAME = Kind("a text that is not empty", lambda value: isinstance(value, str) and value.strip())
-VALUE = Kind(
-    "a finite number, or two",
-    lambda value: all(v is None or _is_number(v) for v in _listed(value)),
-)
-VALUES = {str: VALUE}
-FOLDS = 1000
+REGIONS = _choice("segm", "bbox")
+NAME = Kind("a text that is not empty", lambda value: type(value) is str and value.strip())
+VALUES = {str: Kind("a finite number, or two", _is_value)}
+RESAMPLES, FOLDS = _range(1, 100_000), 1000
 VERSIONS = {str: TEXT}
 
-METRICS = {
+METRICS_FILE = {
     "meta": {
-        "task": TASK,
+        "task": _choice("lesions", "recognition"),
         "dataset": NAME,
         **dict.fromkeys(("gt", "dt", "image_root"), TEXT),
         **dict.fromkeys(("gt_sha256", "checkpoint", "checkpoint_sha256"), TEXT),
         "scored": FLAG,
-        "bootstrap": {
-            "resamples": _range(1, 100_000).always(),
-            "seed": COUNT.always(),
-            "all_coco": FLAG,
-        },
+        "bootstrap": {"resamples": RESAMPLES.always(), "seed": COUNT.always(), "all_coco": FLAG},
         "versions": VERSIONS,
     },
     **dict.fromkeys(("bbox", "segm", "lesion", "image", "patient"), VALUES),
@@ -179,14 +329,9 @@ ROBUSTNESS = {
 }
 
 
-def check_fields(path: str | Path, value, kinds, where: str = ""):
-    """
-    Args:
-        path: the file that errors name.
-        value: its content.
-        kinds (Kind, dict or list): what ``value`` must be: an object with these fields, one with
-            any names of fields ({str: kind}), or a list of such values ([kind]).
-        where: name of the field in the file.
+def check_fields(path: str | Path, value: object, kinds: Kind | dict | list, where: str = ""):
+    """Check ``value``, the content of a file or its field ``where``: it must be of a Kind, an
+    object with these fields or with any names of fields ({str: kind}), or a list ([kind]).
 
     Raises:
         BadInputError: it is something else.
@@ -195,14 +340,14 @@ def check_fields(path: str | Path, value, kinds, where: str = ""):
         if value is None and kinds.needed:
             raise BadInputError(path, f"lacks {where}, {kinds.name}")
         if value is not None and not kinds.admits(value):
-            raise BadInputError(path, f"{where} is {_shown(value)}; it must be {kinds.name}")
+            raise BadInputError(path, f"{where} is {value!r:.60}; it must be {kinds.name}")
         return
     if value is None:
         return
     is_list = isinstance(kinds, list)
     if not isinstance(value, list if is_list else dict):
         kind = "a list" if is_list else "an object"
-        raise BadInputError(path, f"{where or 'its content'} is {_shown(value)}; it must be {kind}")
+        raise BadInputError(path, f"{where or 'its content'} is {value!r:.60}; it must be {kind}")
     if is_list:
         for place, item in enumerate(value):
             check_fields(path, {} if item is None else item, kinds[0], f"{where}[{place}]")
@@ -213,30 +358,17 @@ def check_fields(path: str | Path, value, kinds, where: str = ""):
         check_fields(path, value.get(name), kind, f"{where}.{name}" if where else name)
 
 
-def _listed(value):
-    return value if isinstance(value, list) and len(value) == 2 else [value]
-
-
-def _shown(value):
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
 def read_metrics(path: str | Path) -> dict:
-    """
-    Returns:
-        The content of a metrics.json: the settings in ``meta`` and ``tau_val`` can be used; its
-        metrics are numbers, but may be any.
+    """Read a metrics.json. The settings in ``meta`` and ``tau_val`` can be used; its metrics are
+    numbers, but may be any.
 
     Raises:
         BadInputError: it is none.
     """
-    content = _read(path, METRICS)
-    task = (content.get("meta") or {}).get("task")
-    needed = {"recognition"} if task == "recognition" else {"lesion", "image"}
-    if missing := sorted(name for name in {"meta"} | needed if content.get(name) is None):
-        raise BadInputError(path, f"lacks {', '.join(missing)}: evaluate it again")
-    if task != "recognition":
+    content = _read(path, METRICS_FILE, "meta")
+    is_classification = content["meta"].get("task") == "recognition"
+    _check_present(path, content, ["recognition"] if is_classification else ["image", "lesion"])
+    if not is_classification:
         check_fields(path, content, LESIONS)
     return content
 
@@ -252,299 +384,51 @@ def read_run_record(path: str | Path) -> dict:
 
 def read_coco_records(path: str | Path) -> dict:
     """A COCO file whose images, annotations and categories can be counted."""
-    content = _read(path, COCO)
-    if content.get("images") is None:
-        raise BadInputError(path, "lacks images")
-    return content
+    return _read(path, COCO, "images")
 
 
 def read_split_settings(path: str | Path) -> dict:
-    """A splits.json, which holds the settings of the splits."""
+    """The settings of the splits, a splits.json."""
     return _read(path, SPLITS)
 
 
 def read_robustness(path: str | Path) -> dict:
     """A robustness.json, ``meta`` and ``rows``."""
-    content = _read(path, ROBUSTNESS)
-    if missing := [name for name in ROBUSTNESS if content.get(name) is None]:
-        raise BadInputError(path, f"lacks {', '.join(missing)}")
+    content = _read(path, ROBUSTNESS, *ROBUSTNESS)
     for row in content["rows"]:
         values = {name: value for name, value in row.items() if "/" in name}
         check_fields(path, values, {str: NUMBER}, f"{row['distortion']} {row['severity']}")
     return content
 
 
-def _read(path, kinds):
+def _read(path, kinds, *needed):
     content = read_json(Path(path))
     if not isinstance(content, dict):
-        raise BadInputError(path, f"its content is {_shown(content)}; it must be an object")
+        raise BadInputError(path, f"its content is {content!r:.60}; it must be an object")
     check_fields(path, content, kinds)
+    _check_present(path, content, needed)
     return content
 
 
-# The scored detections, as COCOEvaluator names them, and the probabilities of each image.
-RESULTS = "coco_instances_results.json"
-CLASSIFICATION_RESULTS = "recognition_results.json"
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EvaluationResults:
-    """
-    What the evaluations of detection and of classification have in common.
-
-    Attributes:
-        calibration: n, ece, brier, mean_score, hit_rate of the scores, as probabilities of being
-            right; the diagram is ``metrics.calibration``.
-        confusion (ConfusionMatrix):
-        per_image: one row per image by ascending id, with the fields of its record.
-        meta: the settings, and the size of the data set.
-        metrics (ResampledMetrics): as functions of how often each unit counts.
-        intervals: group -> metric -> (low, high), see :func:`confidence_intervals`; empty without a
-            bootstrap.
-        undefined_shares: "group.metric" -> share in (0, 1] of the resamples in which it is
-            undefined, where there are any.
-        by_group (dict[str, GroupedMetrics]): by column, see :func:`with_groups`; empty without.
-        chosen_tau: the operating point, where there is one.
-
-    All metrics are in percent but for those of other units in ``METRICS``; undefined ones are NaN.
-    """
-
-    calibration: dict[str, float]
-    confusion: Any
-    per_image: list[dict]
-    meta: dict
-    metrics: Any
-    intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    undefined_shares: dict[str, float] = field(default_factory=dict)
-    by_group: dict = field(default_factory=dict)
-
-    chosen_tau: ClassVar[float | None] = None
-
-    def groups(self) -> dict[str, dict[str, float]]:
-        """The groups of metrics, in the order of a report."""
-        raise NotImplementedError
-
-    def compared(self) -> dict[str, dict[str, float]]:
-        """The groups that models are compared by."""
-        return self.groups()
-
-    def part(self, positions: np.ndarray, *, operating_point=None, bootstrap=None):
-        """
-        Args:
-            positions: (M,) int, images, ascending.
-            operating_point (OperatingPoint or None), bootstrap (Bootstrap or None): for the part.
-
-        Returns:
-            results of these images alone, with the same settings.
-        """
-        raise NotImplementedError
-
-    def right(self, tau_val: bool = False) -> np.ndarray | None:
-        """(I,) bool, the images that are predicted as what they are, at the operating point with
-        ``tau_val``; None without one where that is requested."""
-        raise NotImplementedError
-
-    def document(self) -> dict:
-        """What metrics.json holds, but for ``meta``."""
-        document = {
-            **self._documents(),
-            "confusion_matrix": {
-                "classes": self.confusion.classes,
-                "counts": self.confusion.rows(),
-            },
-            **self._strata(),
-        }
-        if self.by_group:
-            document["by_group"] = _group_documents(self.by_group)
-        document["undefined_shares"] = self.undefined_shares
-        return document
-
-    def _documents(self):
-        groups = {**self.groups(), "calibration": self.calibration}
-        return {group: self._document(values, group) for group, values in groups.items()}
-
-    def _document(self, values, group):
-        return interleave_intervals(values, self.intervals.get(group, {}))
-
-    def _strata(self):
-        return {}
-
-    def tables(self) -> dict[str, tuple[list[dict], list[str]]]:
-        """file name -> rows and the columns that there are even without a row."""
-        tables = {
-            "per_image.csv": (self.per_image, ["image_id"]),
-            "confusion_matrix.csv": (confusion_rows(self.confusion), ["truth"]),
-            "calibration.csv": transposed(self.metrics.calibration.diagram()),
-        }
-        if self.by_group:
-            tables["by_group.csv"] = (_group_rows(self.by_group), ["column"])
-        return tables
-
-
-def write_results(results: EvaluationResults, folder: str | Path, **meta) -> dict[str, Path]:
-    """
-    Write the files of an evaluation; each replaces its predecessor at once, or not at all. What is
-    undefined is null in JSON and empty in CSV; shares are in percent, but for the probabilities of
-    classes, in [0, 1].
-
-    - ``metrics.json``: all metrics, each with its interval ``<key>_ci`` if there is one; ``meta``.
-    - ``per_image.csv``: one row per image; ``confusion_matrix.csv``: rows are truth;
-      ``calibration.csv``: one row per bin of scores.
-    - ``by_group.csv``, where the results have groups: one row per metric of a group.
-
-    Of detections also:
-
-    - ``per_patient.csv``: one row per patient, where known.
-    - ``pr_curve.csv``: one row per evaluated detection, by IoU type and class, from the highest
-      score down: hits and false alarms so far, precision, recall and the best precision at this
-      recall or a higher one.
-    - ``froc.csv``: one row per score, from the highest down: hits and false alarms so far,
-      sensitivity and false alarms per image.
-    - ``thresholds.csv``: one row per threshold from 0.05 to 0.95: metrics of lesions and images.
-    - ``by_size.csv``: one row per stratum, with intervals.
-
-    Args:
-        results:
-        folder: made if it does not exist.
-        **meta: what else to record under ``meta``, such as the data set's name; JSON values.
-
-    Returns:
-        file name -> path.
-    """
-    document = results.document()
-    document["meta"] = {**meta, **results.meta, "versions": package_versions()}
-    texts = {"metrics.json": strict_json(document)}
-    texts.update({name: csv_text(*table) for name, table in results.tables().items()})
-    paths = {name: Path(folder) / name for name in texts}
-    for name, path in paths.items():
-        write_atomically(path, texts[name])
-    return paths
-
-
-def write_evaluation(
-    results: EvaluationResults, folder: str | Path, *, gt, dt, image_root=None, **meta
-) -> dict[str, Path]:
-    """
-    :func:`write_results` with the sources under ``meta``: gt, dt and image_root as absolute paths,
-    gt_sha256 of the file's bytes, checkpoint and checkpoint_sha256; None where unknown.
-
-    Args:
-        results:
-        folder: made if it does not exist.
-        gt, dt (str or Path): ground truth and predictions.
-        image_root (str, Path or None): folder that ``file_name`` is relative to.
-        **meta: what else to record; JSON values.
-    """
-    gt = Path(gt).absolute()
-    known = {
-        "gt": str(gt),
-        "gt_sha256": file_sha256(gt),
-        "image_root": None if image_root is None else str(Path(image_root).absolute()),
-        "dt": str(Path(dt).absolute()),
-        "checkpoint": None,
-        "checkpoint_sha256": None,
-    }
-    dataset = {"dataset": meta.pop("dataset")} if "dataset" in meta else {}
-    return write_results(results, folder, **dataset, **{**known, **meta})
-
-
-def interleave_intervals(values: dict, intervals: dict) -> dict:
-    """The values, each followed by its interval, where it has one, as ``<name>_ci``."""
-    interleaved = {}
-    for name, value in values.items():
-        interleaved[name] = value
-        if name in intervals:
-            interleaved[f"{name}_ci"] = list(intervals[name])
-    return interleaved
-
-
-def _group_documents(by_group):
-    """column -> level and groups; group -> n, metrics with intervals, undefined_shares."""
-    return {
-        column: {
-            "level": grouped.level,
-            "groups": {
-                name: {
-                    "n": group.n,
-                    **{
-                        level: interleave_intervals(values, group.intervals.get(level, {}))
-                        for level, values in group.values.items()
-                    },
-                    "undefined_shares": group.undefined_shares,
-                }
-                for name, group in grouped.groups.items()
-            },
-        }
-        for column, grouped in by_group.items()
-    }
-
-
-def _group_rows(by_group):
-    """One row per metric of a group, with the size of the group."""
-    rows = []
-    for column, grouped in by_group.items():
-        for name, group in grouped.groups.items():
-            fields = {"column": column, "of": grouped.level, "group": name, **group.n}
-            for level, values in group.values.items():
-                for metric, value in values.items():
-                    low, high = group.intervals.get(level, {}).get(metric, (math.nan,) * 2)
-                    row = {"level": level, "figure": metric, "value": value}
-                    rows.append({**fields, **row, "low": low, "high": high})
-    return rows
-
-
-def confusion_rows(confusion) -> list[dict]:
-    """Rows of a ConfusionMatrix, by class, with the class under "truth"."""
-    return [
-        {"truth": truth, **dict(zip(confusion.classes, counts, strict=True))}
-        for truth, counts in zip(confusion.classes, confusion.rows(), strict=True)
-    ]
-
-
-def transposed(columns: dict[str, np.ndarray]) -> tuple[list[dict], list[str]]:
-    """The rows of columns of one length, and the names of the columns."""
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in values], list(columns)
-
-
-def coco_results(detections, gt) -> list[dict]:
-    """Detections for a GroundTruth as a COCO results list; ``score`` is None where they have no
-    scores."""
-    regions = detections.regions
-    records = []
-    for row, box in enumerate(regions.boxes.tolist()):
-        record = {
-            "image_id": gt.images[regions.image[row]]["id"],
-            "category_id": gt.categories[regions.category[row]]["id"],
-            "bbox": box,
-            "score": float(detections.score[row]) if detections.scored else None,
-        }
-        if regions.masks is not None:
-            size, counts = regions.masks[row]["size"], regions.masks[row]["counts"]
-            text = counts if isinstance(counts, str) else counts.decode()
-            record["segmentation"] = {"size": list(size), "counts": text}
-        records.append(record)
-    return records
+def _check_present(path, content, needed):
+    if missing := [name for name in needed if content.get(name) is None]:
+        raise BadInputError(path, f"lacks {', '.join(missing)}: write it again")
 
 
 TEST_LOG = "test_evaluations.csv"
 LOG_COLUMNS = ("date", "what", "sha256", "output")
 
 
-def log_test_evaluation(gt_path, *, what, sha256, output):
-    """
-    Record that a test set was evaluated. Every evaluation is a chance to choose what does well on
-    it, so reports state how many there were.
+def log_test_evaluation(
+    gt_path: str | Path | None, *, what: str | Path, sha256: str | None, output: str | Path
+):
+    """Record that a test set was evaluated: the checkpoint or results ``what``, with their sha256,
+    and the folder ``output``. Every evaluation is a chance to choose what does well on it, so
+    reports state how many there were.
 
     Appends a line to ``test_evaluations.csv`` next to ``splits.json`` where ``gt_path`` is the
     ``annotations/test.json`` of a prepared data set, and does nothing for any other file. A folder
     that cannot be written to causes a warning, no error.
-
-    Args:
-        gt_path (str or Path or None): ground truth of the evaluation.
-        what (str or Path): the checkpoint, or the results, that was evaluated.
-        sha256 (str or None): of that file.
-        output (str or Path): folder of the evaluation's files.
     """
     path = _log_of(gt_path)
     if path is None:
@@ -560,10 +444,8 @@ def log_test_evaluation(gt_path, *, what, sha256, output):
 
 
 def read_test_log(gt_path: str | Path) -> list[dict[str, str]]:
-    """
-    Returns:
-        date (UTC, ISO 8601), what, sha256 and output of each evaluation of a test set, in the order
-        of time; empty if none was recorded.
+    """Date (UTC, ISO 8601), what, sha256 and output of each evaluation of a test set, in the order
+    of time; empty if none was recorded.
 
     Raises:
         ValueError: the log is no such table.

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -15,9 +16,6 @@ from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.evaluation.detection.results import evaluate_lesions
 from imrcnn_d2.evaluation.output import read_robustness
 from imrcnn_d2.utils.files import csv_text, strict_json, write_atomically
-
-__all__ = ["CLEAN", "ROBUSTNESS", "choose_subset", "evaluate_robustness", "load_coco"]
-
 
 ROBUSTNESS = "robustness.json"
 CLEAN = "clean"  # the row of the images as they are, of severity 0
@@ -38,20 +36,19 @@ def choose_subset(count: int, num_images: int | None, seed: int) -> list[int]:
 
 
 def evaluate_robustness(
-    predict,
-    ground_truth,
-    image_root,
-    output,
+    predict: Callable[[list[np.ndarray]], list[list[dict]]],
+    ground_truth: COCO,
+    image_root: str | Path,
+    output: str | Path,
     *,
-    tau,
-    about,
-    distortions=tuple(DISTORTIONS),
-    num_images=None,
-    seed=0,
-    batch_size=1,
-):
-    """
-    Evaluate the images as they are and with each distortion at each severity, and write
+    tau: float,
+    meta: dict,
+    distortions: Sequence[str] = tuple(DISTORTIONS),
+    num_images: int | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+) -> dict:
+    """Evaluate the images as they are and with each distortion at each severity, and write
     ``robustness.json`` and ``robustness.csv`` after every one. Called again with the same
     arguments, or with other distortions, it continues with what is missing.
 
@@ -60,23 +57,16 @@ def evaluate_robustness(
     which less than half stays in it is taken as a crowd, neither a hit nor missed.
 
     Args:
-        predict (callable): list of (H, W, 3) uint8 RGB images -> for each a list of COCO records
-            with ``category_id`` (ids of the ground truth), ``bbox``, ``score`` and
-            ``segmentation``.
-        ground_truth (COCO): instances with masks, see :func:`load_coco`.
-        image_root (str or Path): folder that ``file_name`` is relative to.
-        output (str or Path): folder for the files; made if it does not exist.
-        tau (float): score threshold.
-        about (dict): what is evaluated, as JSON values: kept in the file, and another one's results
-            are not added to it.
-        distortions (sequence of str): keys of ``DISTORTIONS``.
-        num_images (int or None): see :func:`choose_subset`.
-        seed (int): of the subset and the distortions.
-        batch_size (int): images handed to ``predict`` at once.
+        predict: (H, W, 3) uint8 RGB images, at most ``batch_size`` at once -> COCO records of each,
+            with ``category_id`` (ids of the ground truth), ``bbox``, ``score``, ``segmentation``.
+        ground_truth: instances with masks, see :func:`load_coco`.
+        meta: what is evaluated, as JSON values: kept in the file, and another one's results are not
+            added to it.
+        num_images, seed: see :func:`choose_subset`; the seed is also of the distortions.
 
     Returns:
-        dict: as in robustness.json: ``meta`` and ``rows``; a row has distortion, severity, level
-        and all metrics of ``LesionResults.groups()`` as "group/metric".
+        As in robustness.json: ``meta`` and ``rows``; a row has distortion, severity, level and all
+        metrics of ``LesionResults.groups()`` as "group/metric".
 
     Raises:
         ValueError: for an unknown distortion, or results of something else in the folder.
@@ -86,78 +76,38 @@ def evaluate_robustness(
         raise ValueError(f"no distortion {unknown.pop()!r}: there are {', '.join(DISTORTIONS)}")
     images = sorted(ground_truth.dataset["images"], key=lambda image: image["id"])
     images = [images[i] for i in choose_subset(len(images), num_images, seed)]
-    document = _resume(Path(output), {**about, "tau": tau, "images": len(images), "seed": seed})
+    document = _resume(Path(output), {**meta, "tau": tau, "images": len(images), "seed": seed})
     rows = document["rows"]
     done = {(row["distortion"], row["severity"]) for row in rows}
-    missing = [
-        (name, severity)
-        for name, severity in [(CLEAN, 0), *product(distortions, SEVERITIES)]
-        if (name, severity) not in done
-    ]
+    steps = [(CLEAN, 0), *product(distortions, SEVERITIES)]
+    missing = [step for step in steps if step not in done]
     order = [CLEAN, *DISTORTIONS]
     with tqdm(total=len(missing) * len(images), unit="image") as progress:
         for name, severity in missing:
             progress.set_description(f"{name} {severity}")
-            copies = _Copies(ground_truth, Path(image_root), name, severity, seed)
-            values = _evaluate(predict, copies, images, tau, batch_size, progress)
+            records, annotations, results = [], [], []
+            for start in range(0, len(images), batch_size):
+                batch = [
+                    _copy(ground_truth, Path(image_root), image, name, severity, seed)
+                    for image in images[start : start + batch_size]
+                ]
+                predicted = predict([image for image, _, _ in batch])
+                for (_, record, truths), detections in zip(batch, predicted, strict=True):
+                    records.append(record)
+                    annotations += truths
+                    results += [{**detection, "image_id": record["id"]} for detection in detections]
+                progress.update(len(batch))
+            dataset = {**ground_truth.dataset, "images": records, "annotations": annotations}
+            groups = evaluate_lesions(dataset, results, tau=tau).groups()
             level = DISTORTIONS[name].levels[severity - 1] if severity else None
-            rows.append({"distortion": name, "severity": severity, "level": level, **values})
+            row = {"distortion": name, "severity": severity, "level": level}
+            for group, values in groups.items():
+                row.update({f"{group}/{metric}": value for metric, value in values.items()})
+            rows.append(row)
             rows.sort(key=lambda row: (order.index(row["distortion"]), row["severity"]))
             write_atomically(Path(output) / "robustness.csv", csv_text(rows, ()))
             write_atomically(Path(output) / ROBUSTNESS, strict_json(document))
     return document
-
-
-class _Copies:
-    """The images of a set at one severity of a distortion, with their annotations."""
-
-    def __init__(self, ground_truth, image_root, name, severity, seed):
-        self.ground_truth = ground_truth
-        self._image_root = image_root
-        self._distortion = () if name == CLEAN else (name, severity)
-        self._seed = seed
-
-    def read(self, record):
-        """(H, W, 3) uint8 RGB; its COCO image record; its annotations."""
-        image = read_image(self._image_root / record["file_name"])
-        annotations = self.ground_truth.imgToAnns[record["id"]]
-        if not self._distortion:
-            return image, record, annotations
-        distortion = *self._distortion, (self._seed, record["id"])
-        image = distort(image, *distortion)
-        if self._distortion[0] == "rotation":
-            annotations = self._move(annotations, distortion)
-        height, width = image.shape[:2]
-        return image, {**record, "height": height, "width": width}, annotations
-
-    def _move(self, annotations, distortion):
-        moved = []
-        for annotation in annotations:
-            before = self.ground_truth.annToMask(annotation).astype(bool)
-            mask = distort_mask(before, *distortion)
-            if not mask.any():
-                continue
-            fields = {**annotation, **annotation_from_mask(mask, annotation["category_id"])}
-            is_cut = mask.sum() < LEAST_PART * before.sum()
-            fields["iscrowd"] = int(is_cut or annotation.get("iscrowd", 0))
-            moved.append(fields)
-        return moved
-
-
-def _evaluate(predict, copies, images, tau, batch_size, progress):
-    """{"group/metric": value}."""
-    records, annotations, results = [], [], []
-    for start in range(0, len(images), batch_size):
-        batch = [copies.read(record) for record in images[start : start + batch_size]]
-        predicted = predict([image for image, _, _ in batch])
-        for (_, record, of_image), detections in zip(batch, predicted, strict=True):
-            records.append(record)
-            annotations += of_image
-            results += [{**detection, "image_id": record["id"]} for detection in detections]
-        progress.update(len(batch))
-    dataset = {**copies.ground_truth.dataset, "images": records, "annotations": annotations}
-    groups = evaluate_lesions(dataset, results, tau=tau).groups()
-    return {f"{group}/{key}": v for group, values in groups.items() for key, v in values.items()}
 
 
 def _resume(output, meta):
@@ -175,3 +125,30 @@ def _resume(output, meta):
                 f"{meta.get(key)}; choose another folder, or remove it"
             )
     return document
+
+
+def _copy(ground_truth, image_root, record, name, severity, seed):
+    """An image distorted, (H, W, 3) uint8 RGB; its COCO image record; its annotations."""
+    image = read_image(image_root / record["file_name"])
+    annotations = ground_truth.imgToAnns[record["id"]]
+    if name == CLEAN:
+        return image, record, annotations
+    distortion = name, severity, (seed, record["id"])
+    image = distort(image, *distortion)
+    if name == "rotation":
+        annotations = _turned(ground_truth, annotations, distortion)
+    height, width = image.shape[:2]
+    return image, {**record, "height": height, "width": width}, annotations
+
+
+def _turned(ground_truth, annotations, distortion):
+    turned = []
+    for annotation in annotations:
+        before = ground_truth.annToMask(annotation).astype(bool)
+        mask = distort_mask(before, *distortion)
+        if mask.any():
+            is_cut = mask.sum() < LEAST_PART * before.sum()
+            fields = annotation_from_mask(mask, annotation["category_id"])
+            fields["iscrowd"] = int(is_cut or annotation.get("iscrowd", 0))
+            turned.append({**annotation, **fields})
+    return turned

@@ -1,7 +1,8 @@
 """Bootstrap intervals of all metrics, and tests of a difference between two models."""
 
-import logging
+import math
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,66 +12,31 @@ from statsmodels.stats.multitest import multipletests
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from imrcnn_d2.evaluation.detection.metrics import is_count
-
-__all__ = [
-    "LEVEL",
-    "Bootstrap",
-    "Difference",
-    "McNemar",
-    "add_intervals",
-    "bootstrap_difference",
-    "clopper_pearson",
-    "confidence_intervals",
-    "corrected_resampled_t_test",
-    "holm",
-    "mcnemar_exact",
-    "percentile_interval",
-    "resampled_metrics",
-]
-
-logger = logging.getLogger(__name__)
-
+from imrcnn_d2.evaluation.detection.metrics import ResampledMetrics, is_count
 
 # Coverage of all intervals.
 LEVEL = 0.95
-
 # Numbers held at a time while resampling, unless a chunk is given.
 CHUNK = 2_000_000
+NAN = math.nan
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """
-    Resamples of a data set's units: as many units as there are, sampled with replacement.
-
-    Attributes:
-        resamples: how many.
-        seed: two models scored on the same units with the same seed see the same resamples, in the
-            same order.
-        all_coco: resample COCO's AP, AP75, APs, APm and APl too, which takes about forty times as
-            long as AP50.
-    """
+    """Resamples of a data set's units: as many units as there are, sampled with replacement. Two
+    models scored on the same units with the same seed see the same resamples, in the same order."""
 
     resamples: int = 2000
     seed: int = 0
-    all_coco: bool = False
+    all_coco: bool = False  # COCO's AP, AP75, APs, APm and APl too: 40 times as long as AP50
 
     def __post_init__(self):
         if self.resamples < 1:
             raise ValueError(f"resamples is {self.resamples}; it must be at least 1.")
 
-    def weights(self, num_units: int, chunk: int | None = None):
-        """
-        How often each unit is sampled, a chunk of resamples at a time.
-
-        Args:
-            num_units: U, patients or images.
-            chunk: resamples in a chunk; the samples do not depend on it.
-
-        Yields:
-            np.ndarray: (at most chunk, U) int32, rows that sum to U.
-        """
+    def weights(self, num_units: int, chunk: int | None = None) -> Iterator[np.ndarray]:
+        """How often each unit is sampled: yield (at most chunk, num_units) int32 rows that sum to
+        ``num_units``, the same ones for any ``chunk``."""
         chunk = chunk or max(1, CHUNK // max(num_units, 1))
         rng = np.random.default_rng(self.seed)
         for start in range(0, self.resamples, chunk):
@@ -85,50 +51,30 @@ class Bootstrap:
 
 
 def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
-    """
-    The percentiles between which the central 95 % of the defined samples lie (Efron and Tibshirani
-    1993, chapter 13).
-
-    Args:
-        samples: (B,) a metric in each resample, NaN where it is undefined.
-
-    Returns:
-        NaN without a defined sample.
-    """
+    """The percentiles between which the central 95 % of the defined samples of a metric lie (Efron
+    and Tibshirani 1993, chapter 13); NaN where all samples are."""
     defined = samples[~np.isnan(samples)]
     if not len(defined):
-        return float("nan"), float("nan")
+        return NAN, NAN
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(defined, (tail, 100 - tail))
     return float(low), float(high)
 
 
 def clopper_pearson(part: int, whole: int) -> tuple[float, float]:
-    """
-    The exact 95 % interval of a binomial proportion (Clopper and Pearson 1934), in [0, 1].
-
-    Args:
-        part: cases that have it, in [0, whole].
-        whole: independent cases, at least 1.
-    """
-    from scipy.stats import binomtest  # two seconds, which no start of a training should take
-
-    interval = binomtest(int(part), int(whole)).proportion_ci(LEVEL, method="exact")
+    """The exact 95 % interval of a binomial proportion (Clopper and Pearson 1934), in [0, 1], of
+    ``part`` among ``whole`` independent cases, at least 1."""
+    interval = stats.binomtest(int(part), int(whole)).proportion_ci(LEVEL, method="exact")
     return float(interval.low), float(interval.high)
 
 
-def resampled_metrics(metrics, bootstrap: Bootstrap) -> dict[str, dict[str, np.ndarray]]:
-    """
-    Every metric in every resample. Two models scored on the same units with the same bootstrap see
-    the same resamples in the same order, so that values can be subtracted (a paired comparison).
-
-    Args:
-        metrics (ResampledMetrics):
-        bootstrap: of COCO's metrics AP50 is resampled, the others only with ``all_coco``.
-
-    Returns:
-        group -> metric -> (B,), in the units of the metrics and NaN where undefined.
-    """
+def resampled_metrics(
+    metrics: ResampledMetrics, bootstrap: Bootstrap
+) -> dict[str, dict[str, np.ndarray]]:
+    """Every metric in every resample: group -> metric -> (B,), NaN where undefined; of COCO's AP50,
+    the others only with ``all_coco``. Two models scored on the same units with the same bootstrap
+    see the same resamples in the same order, so that values can be subtracted (a paired
+    comparison)."""
     rows = max(1, CHUNK // metrics.width)
     parts = defaultdict(lambda: defaultdict(list))
     # The products are small: several threads would mostly wait for each other.
@@ -137,34 +83,29 @@ def resampled_metrics(metrics, bootstrap: Bootstrap) -> dict[str, dict[str, np.n
         tqdm(total=bootstrap.resamples, desc="Resamples", delay=2) as bar,
     ):
         for weights in bootstrap.weights(metrics.num_units, chunk=rows):
-            for group, of_group in metrics(weights, all_coco=bootstrap.all_coco).items():
-                for name, values in of_group.items():
-                    parts[group][name].append(values)
+            for group, values in metrics(weights, all_coco=bootstrap.all_coco).items():
+                for name, samples in values.items():
+                    parts[group][name].append(samples)
             bar.update(len(weights))
     return {
-        group: {name: np.concatenate(values) for name, values in of_group.items()}
-        for group, of_group in parts.items()
+        group: {name: np.concatenate(samples) for name, samples in values.items()}
+        for group, values in parts.items()
     }
 
 
 def add_intervals(results, bootstrap: Bootstrap | None):
-    """
-    Args:
-        results (dataclass): with ``metrics``, ``intervals`` and ``undefined_shares``.
-        bootstrap: None leaves the results as they are.
-
-    Returns:
-        the results with :func:`confidence_intervals`.
-    """
+    """The results, a dataclass, with :func:`confidence_intervals` of their ``metrics``; as they are
+    without a bootstrap."""
     if bootstrap is None:
         return results
     intervals, undefined_shares = confidence_intervals(results.metrics, bootstrap)
     return replace(results, intervals=intervals, undefined_shares=undefined_shares)
 
 
-def confidence_intervals(metrics, bootstrap: Bootstrap, resampled: dict | None = None):
-    """
-    95 % intervals of all metrics but counts: percentiles of the resampled values. Resamples in
+def confidence_intervals(
+    metrics: ResampledMetrics, bootstrap: Bootstrap, resampled: dict | None = None
+) -> tuple[dict[str, dict[str, tuple[float, float]]], dict[str, float]]:
+    """95 % intervals of all metrics but counts: percentiles of the resampled values. Resamples in
     which a metric is undefined are left out.
 
     Where a proportion is exactly 0 or 100 %, all resamples agree and carry no information; its
@@ -173,141 +114,102 @@ def confidence_intervals(metrics, bootstrap: Bootstrap, resampled: dict | None =
     no interval: NaN.
 
     Args:
-        metrics (ResampledMetrics):
-        bootstrap:
         resampled: :func:`resampled_metrics` of these, where already computed.
 
     Returns:
-        tuple: intervals, dict[str, dict[str, tuple[float, float]]]: group -> metric -> (low, high),
-        NaN where undefined; and the shares in (0, 1] of resamples in which a metric that the data
-        set defines is undefined, dict[str, float] by "group.metric".
+        The intervals, group -> metric -> (low, high), NaN where undefined; and, by "group.metric",
+        the shares in (0, 1] of resamples in which a metric that the data set defines is undefined.
     """
     if resampled is None:
         resampled = resampled_metrics(metrics, bootstrap)
     once = metrics.once(all_coco=bootstrap.all_coco)
     proportions = metrics.proportions()
     intervals, undefined = {}, {}
-    for group, of_group in resampled.items():
+    for group, values in resampled.items():
         intervals[group] = {}
-        for name, samples in of_group.items():
+        for name, samples in values.items():
             if is_count(name):
                 continue
-            value = once[group][name]
-            share = float(np.isnan(samples).mean())
-            if np.isnan(value):
-                intervals[group][name] = (float("nan"), float("nan"))
-                continue
-            if share:
-                undefined[f"{group}.{name}"] = share
-            exact = proportions.get(group, {}).get(name)
-            if exact and value in (0, 100):
-                intervals[group][name] = _exact(name, *exact)
-            else:
-                low, high = percentile_interval(samples)
-                agree = np.isclose(low, high, rtol=1e-9)
-                intervals[group][name] = (float("nan"),) * 2 if agree else (low, high)
+            value, interval = once[group][name], (NAN, NAN)
+            if not math.isnan(value):
+                if share := float(np.isnan(samples).mean()):
+                    undefined[f"{group}.{name}"] = share
+                _, whole = proportions.get(group, {}).get(name, (None, None))
+                if whole is not None and value in (0, 100):
+                    whole = max(1, round(float(whole)))
+                    interval = clopper_pearson(whole if value else 0, whole)
+                    if name.startswith("f1"):
+                        interval = (2 * s / (1 + s) for s in interval)
+                    interval = tuple(100 * share for share in interval)
+                else:
+                    low, high = percentile_interval(samples)
+                    if not np.isclose(low, high, rtol=1e-9):
+                        interval = low, high
+            intervals[group][name] = interval
     return intervals, undefined
-
-
-def _exact(name, part, whole):
-    interval = clopper_pearson(round(part), round(whole))
-    return tuple(100 * (2 * s / (1 + s) if name.startswith("f1") else s) for s in interval)
-
-
-NAN = float("nan")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """
-    Attributes:
-        estimate (float): first minus second, in the unit of the metric.
-        low, high (float): 95 % interval.
-        p (float): two-sided, of the hypothesis that there is no difference.
-        undefined_share (float): of the resamples left out, in which a metric is undefined.
-
-    Undefined is NaN.
-    """
+    """First minus second, in the unit of the metric. Undefined is NaN."""
 
     estimate: float
-    low: float
+    low: float  # 95 % interval
     high: float
-    p: float
-    undefined_share: float = 0.0
+    p: float  # two-sided, of the hypothesis that there is no difference
+    undefined_share: float = 0.0  # of the resamples left out, in which a metric is undefined
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """
-    Attributes:
-        only_first, only_second (int): cases that the first model alone has right, and the second.
-        p (float): two-sided and exact.
-    """
+    """Cases that the first model alone has right, and the second; the exact two-sided p."""
 
     only_first: int
     only_second: int
     p: float
 
 
-def bootstrap_difference(estimate, first, second):
-    """
-    Paired bootstrap: the same resamples of the same units, scored with two models.
+def bootstrap_difference(estimate: float, first: np.ndarray, second: np.ndarray) -> Difference:
+    """Paired bootstrap: the same resamples of the same units, scored with two models.
 
-    Args:
-        estimate (float): the difference on all units.
-        first, second (np.ndarray): (B,) a metric of either model, resample by resample. NaN where
-            it is undefined.
-
-    Returns:
-        Difference: the percentile interval, and p = 2 min(share <= 0, share >= 0) of the resampled
-        differences, at most 1 and at least 1 / (B + 1).
+    ``estimate`` is the difference on all units; ``first`` and ``second`` are the (B,) resampled
+    values of a metric of either model, NaN where undefined. p = 2 min(share <= 0, share >= 0) of
+    the differences, at most 1 and at least 1 / (B + 1).
     """
+    estimate = float(estimate)
     differences = np.asarray(first, float) - np.asarray(second, float)
     defined = differences[np.isfinite(differences)]
-    undefined = 1 - len(defined) / len(differences) if len(differences) else NAN
-    if not len(defined) or not np.isfinite(estimate):
-        return Difference(float(estimate), NAN, NAN, NAN, float(undefined))
-    low, high = percentile_interval(defined)
+    undefined = float(1 - len(defined) / len(differences)) if len(differences) else NAN
+    if not len(defined) or not math.isfinite(estimate):
+        return Difference(estimate, NAN, NAN, NAN, undefined)
     p = 2 * min(np.mean(defined <= 0), np.mean(defined >= 0))
     p = min(1.0, max(p, 1 / (len(defined) + 1)))
-    return Difference(float(estimate), low, high, float(p), float(undefined))
+    return Difference(estimate, *percentile_interval(defined), float(p), undefined)
 
 
-def mcnemar_exact(first_right, second_right):
-    """
-    McNemar's exact test: among the cases that one model alone has right, is each as often the one?
-
-    Args:
-        first_right, second_right (np.ndarray): (U,) bool, the same cases.
-
-    Returns:
-        McNemar: p is 1 where no case tells the models apart.
-    """
+def mcnemar_exact(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
+    """McNemar's exact test of the same (U,) bool cases: among those that one model alone has right,
+    is each as often the one? p is 1 where no case tells the models apart."""
     first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
-    table = [
-        [np.sum(first & second), np.sum(first & ~second)],
-        [np.sum(~first & second), np.sum(~first & ~second)],
-    ]
-    p = mcnemar(table, exact=True).pvalue
-    return McNemar(int(table[0][1]), int(table[1][0]), float(p))
+    only_first, only_second = int(np.sum(first & ~second)), int(np.sum(~first & second))
+    p = mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue
+    return McNemar(only_first, only_second, float(p))
 
 
-def corrected_resampled_t_test(differences, n_train, n_test):
-    """
-    Nadeau and Bengio's t-test for folds, whose training sets overlap: the variance of the mean is
-    (1 / k + n_test / n_train) s^2 instead of s^2 / k ("Inference for the generalization error",
+def corrected_resampled_t_test(
+    differences: Sequence[float], n_train: float, n_test: float
+) -> Difference:
+    """Nadeau and Bengio's t-test for folds, whose training sets overlap: the variance of the mean
+    is (1 / k + n_test / n_train) s^2 instead of s^2 / k ("Inference for the generalization error",
     Machine Learning 52, 2003, doi 10.1023/A:1024068626366).
 
     Args:
-        differences (np.ndarray): (k,) first minus second, a fold each; k >= 2.
-        n_train, n_test (float): images that a fold's models were trained and tested on.
+        differences: (k,) first minus second, one per fold; k >= 2.
+        n_train, n_test: images that a fold's models were trained and tested on.
 
     Returns:
-        Difference: mean, its interval and p by Student's t with k - 1 degrees of freedom. Interval
-        and p are NaN where a fold is undefined, or where folds differ by the same amount, not 0.
-
-    Raises:
-        ValueError: fewer than two folds, or no images.
+        The mean with interval and p by Student's t, NaN where a fold is undefined, or where folds
+        differ by the same amount, not 0.
     """
     differences = np.asarray(differences, float)
     if len(differences) < 2:
@@ -325,15 +227,9 @@ def corrected_resampled_t_test(differences, n_train, n_test):
     return Difference(mean, float(low), float(high), float(2 * t.sf(abs(mean) / error)))
 
 
-def holm(p_values):
-    """
-    Args:
-        p_values (np.ndarray): (T,) of one family of tests; NaN where a test is undefined, which
-            does not count as a test.
-
-    Returns:
-        np.ndarray: (T,) adjusted by Holm's step-down method; NaN stays.
-    """
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """(T,) p-values of one family of tests, adjusted by Holm's step-down method. NaN stays, and
+    does not count as a test."""
     p_values = np.asarray(p_values, float)
     adjusted = np.full(p_values.shape, np.nan)
     defined = np.isfinite(p_values)

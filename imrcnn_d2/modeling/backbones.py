@@ -1,30 +1,23 @@
-"""Builders that Detectron2 finds by MODEL.BACKBONE.NAME; the work is in the classes they call."""
+"""Builders for MODEL.BACKBONE.NAME."""
 
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
 from imrcnn_d2.modeling.pafpn import PAFPN
 from imrcnn_d2.modeling.timm_backbone import TimmBackbone
 
-__all__ = [
-    "build_resnet_pafpn_backbone",
-    "build_retinanet_resnet_pafpn_backbone",
-    "build_retinanet_timm_pafpn_backbone",
-    "build_timm_backbone",
-    "build_timm_fpn_backbone",
-    "build_timm_pafpn_backbone",
-]
-
 
 @BACKBONE_REGISTRY.register()
-def build_timm_backbone(cfg, input_shape):
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """A timm model's feature maps, ``res{log2 stride}``."""
     return TimmBackbone(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
-def build_timm_fpn_backbone(cfg, input_shape):
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """timm + FPN: the light MR-CNN."""
     return FPN(
         bottom_up=build_timm_backbone(cfg, input_shape),
@@ -37,25 +30,25 @@ def build_timm_fpn_backbone(cfg, input_shape):
 
 
 @BACKBONE_REGISTRY.register()
-def build_resnet_pafpn_backbone(cfg, input_shape):
+def build_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """ResNet + PAFPN, p2 to p6: IBMR-CNN and, with MODEL.PAFPN.ATTENTION "cbam", IMR-CNN."""
     return PAFPN(cfg, build_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
-def build_timm_pafpn_backbone(cfg, input_shape):
+def build_timm_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """timm + PAFPN, p2 to p6: the light IBMR-CNN and IMR-CNN."""
     return PAFPN(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
-def build_retinanet_resnet_pafpn_backbone(cfg, input_shape):
+def build_retinanet_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """ResNet + PAFPN, p3 to p7, for RetinaNet and other one-stage detectors."""
     return _retinanet_pafpn(cfg, build_resnet_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
-def build_retinanet_timm_pafpn_backbone(cfg, input_shape):
+def build_retinanet_timm_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """timm + PAFPN, p3 to p7, for RetinaNet and other one-stage detectors."""
     return _retinanet_pafpn(cfg, build_timm_backbone(cfg, input_shape))
 

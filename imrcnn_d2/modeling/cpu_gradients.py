@@ -7,53 +7,33 @@ from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-__all__ = ["SeparableGradientROIAlign", "SparseGradientRPNHead"]
-
-
-# Larger maps than this many positions (128 x 128) would ask for more multiplications and memory
-# than torchvision's own gradient.
+# On larger maps torchvision's gradient needs fewer multiplications and less memory.
 _MAX_POSITIONS = 128 * 128
 
 
 @RPN_HEAD_REGISTRY.register()
 class SparseGradientRPNHead(StandardRPNHead):
-    """
-    :class:`StandardRPNHead` whose gradient is computed where there is one.
+    """:class:`StandardRPNHead` whose gradient is computed where it is not zero.
 
-    The loss looks at RPN.BATCH_SIZE_PER_IMAGE anchors an image, a few hundred of ten thousand
-    positions. All others have a gradient of zero, by which autograd multiplies all the same: on a
-    CPU that is a seventh of the light model's step.
+    The loss looks at RPN.BATCH_SIZE_PER_IMAGE anchors of an image, a few hundred of ten thousand
+    positions; autograd multiplies by the zeros of all others, a seventh of the light model's step.
     """
 
     def forward(self, features: list[torch.Tensor]):
-        """
-        Args:
-            features (list[Tensor]): (N, C, H_l, W_l) each.
-
-        Returns:
-            tuple[list[Tensor], list[Tensor]]: logits (N, A, H_l, W_l), deltas (N, 4 A, H_l, W_l).
-        """
+        """Return logits (N, A, H_l, W_l) and deltas (N, 4 A, H_l, W_l) of maps (N, C, H_l, W_l)."""
         logits, deltas = [], []
         for x in features:
-            if not torch.jit.is_scripting():
-                if self._has_sparse_gradient(x):
-                    head = self._with_sparse_gradient(x)
-                    logits.append(head[0])
-                    deltas.append(head[1])
-                    continue
-            hidden = self.conv(x)
-            logits.append(self.objectness_logits(hidden))
-            deltas.append(self.anchor_deltas(hidden))
+            if self._has_sparse_gradient(x):
+                layers = self.conv, self.objectness_logits, self.anchor_deltas
+                parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+                outputs = _SparseGradientHead.apply(x, *parameters)
+            else:
+                hidden = self.conv(x)
+                outputs = self.objectness_logits(hidden), self.anchor_deltas(hidden)
+            logits.append(outputs[0])
+            deltas.append(outputs[1])
         return logits, deltas
 
-    @torch.jit.unused
-    def _with_sparse_gradient(self, x):
-        parameters = []
-        for layer in (self.conv, self.objectness_logits, self.anchor_deltas):
-            parameters += [layer.weight, layer.bias]
-        return _SparseGradientHead.apply(x, *parameters)
-
-    @torch.jit.unused
     def _has_sparse_gradient(self, x):
         one_conv = isinstance(self.conv, torch.nn.Conv2d)  # MODEL.RPN.CONV_DIMS may ask for more
         plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
@@ -104,42 +84,33 @@ class _SparseGradientHead(torch.autograd.Function):
 
 
 class SeparableGradientROIAlign(ROIAlign):
-    """
-    :class:`ROIAlign` whose gradient is two matrix products.
+    """:class:`ROIAlign` whose gradient is two matrix products.
 
     A pooled value is a sum over rows of a sum over columns, with weights that depend on the row and
-    on the column alone. torchvision's gradient adds up one corner of one sample of one channel
-    after the other, in one thread.
+    on the column alone. torchvision's gradient adds up single corners of samples, in one thread.
     """
 
     def forward(self, input: torch.Tensor, rois: torch.Tensor):
-        """
-        Args:
-            input (Tensor): (N, C, H, W).
-            rois (Tensor): (M, 5): image, x0, y0, x1, y1 in pixels of the image.
+        """Return (M, C, output_size, output_size) of the map (N, C, H, W).
 
-        Returns:
-            Tensor: (M, C, output_size, output_size).
+        Args:
+            rois: (M, 5): image, x0, y0, x1, y1 in pixels of the image.
         """
         rois = rois.to(dtype=input.dtype)
-        if not torch.jit.is_scripting():
-            small = input.shape[2] * input.shape[3] <= _MAX_POSITIONS
-            learning = self.training and input.requires_grad and len(rois) > 0
-            if small and learning and input.device.type == "cpu":
-                settings = (self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
-                return _SeparableGradientROIAlign.apply(input, rois, *settings)
-        return roi_align(
-            input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
-        )
+        settings = self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
+        small = input.shape[2] * input.shape[3] <= _MAX_POSITIONS
+        learning = self.training and input.requires_grad and len(rois) > 0
+        if small and learning and input.device.type == "cpu":
+            return _SeparableGradientROIAlign.apply(input, rois, *settings)
+        return roi_align(input, rois, *settings)
 
 
 class _SeparableGradientROIAlign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, rois, output_size, scale, sampling_ratio, aligned):
+    def forward(ctx, features, rois, *settings):
         ctx.save_for_backward(rois)
-        ctx.shape = features.shape
-        ctx.settings = output_size, scale, sampling_ratio, aligned
-        return roi_align(features, rois, output_size, scale, sampling_ratio, aligned)
+        ctx.shape, ctx.settings = features.shape, settings
+        return roi_align(features, rois, *settings)
 
     @staticmethod
     def backward(ctx, grad):
@@ -152,34 +123,28 @@ class _SeparableGradientROIAlign(torch.autograd.Function):
         by_column = _axis_weights(x0, sizes[1], columns, width, sampling_ratio)
         grad_features = grad.new_zeros(images, channels, height, width)
         for image in range(images):
-            (own,) = (rois[:, 0] == image).nonzero(as_tuple=True)
-            if len(own):
+            (boxes,) = (rois[:, 0] == image).nonzero(as_tuple=True)
+            if len(boxes):
                 # (M, rows, C, columns) x (M, columns, W), then (H, M rows) x (M rows, C W)
-                pooled = grad[own].transpose(1, 2).reshape(len(own), rows * channels, columns)
-                lines = (pooled @ by_column[own]).view(len(own) * rows, channels * width)
-                maps = by_row[own].flatten(0, 1).T @ lines
+                pooled = grad[boxes].transpose(1, 2).reshape(len(boxes), rows * channels, columns)
+                lines = (pooled @ by_column[boxes]).view(len(boxes) * rows, channels * width)
+                maps = by_row[boxes].flatten(0, 1).T @ lines
                 grad_features[image] = maps.view(height, channels, width).transpose(0, 1)
         return grad_features, None, None, None, None, None
 
 
 def _axis_weights(start, size, bins, length, sampling_ratio):
-    """
-    How much each row (or column) of a map counts in each bin of each box: (M, bins, length).
+    """The weight of each row (or column) of a map in each bin of each box: (M, bins, length).
 
-    As ROIAlign does it: a bin's value is the mean of equally spaced samples, and a sample lies
-    linearly between the two cells around it; outside the map by more than a cell it is zero.
+    As in ROIAlign, a bin's value is the mean of equally spaced samples, which are interpolated
+    between the two cells around them; outside the map by more than a cell they are zero.
     """
-    if sampling_ratio > 0:
-        samples = torch.full_like(size, sampling_ratio)
-    else:
-        samples = (size / bins).ceil()
-    samples = samples[:, None, None]
-    steps = torch.arange(int(samples.max()), dtype=size.dtype)
-    places = (torch.arange(bins)[:, None] + (steps + 0.5) / samples.clamp(1)) * (size / bins)[
-        :, None, None
-    ]
+    counts = torch.full_like(size, sampling_ratio) if sampling_ratio > 0 else (size / bins).ceil()
+    counts, widths = counts[:, None, None], (size / bins)[:, None, None]
+    steps = torch.arange(int(counts.max()), dtype=size.dtype)
+    places = (torch.arange(bins)[:, None] + (steps + 0.5) / counts.clamp(1)) * widths
     places = places + start[:, None, None]
-    counted = (places >= -1) & (places <= length) & (steps < samples)
+    inside = (places >= -1) & (places <= length) & (steps < counts)
     distances = places.clamp(0, length - 1)[..., None] - torch.arange(length)
-    weights = (1 - distances.abs()).clamp(min=0) * counted[..., None]
-    return weights.sum(2) / samples.clamp(1)
+    weights = (1 - distances.abs()).clamp(min=0) * inside[..., None]
+    return weights.sum(2) / counts.clamp(1)

@@ -1,26 +1,22 @@
-"""FPN with a bottom-up path behind it (PANet, Liu et al., CVPR 2018) and CBAM before the fusion."""
+"""FPN followed by a bottom-up path (PANet, Liu et al., CVPR 2018) with CBAM before the fusion."""
 
-import copy
-import functools
 import math
+from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, get_norm
-from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone import FPN, Backbone
 from torch import nn
 
 from imrcnn_d2.config import get_node
 from imrcnn_d2.modeling.cbam import CBAM
 
-__all__ = ["PAFPN"]
-
 
 class PAFPN(FPN):
-    """
-    The neck of IBMR-CNN and, with attention, of IMR-CNN (Sci Rep 14:7847, 2024).
+    """The neck of IBMR-CNN and, with attention, of IMR-CNN (Sci Rep 14:7847, 2024).
 
     With P_l the outputs of the FPN for l = first..last, from high to low resolution::
 
@@ -29,43 +25,35 @@ class PAFPN(FPN):
         M_l     = act(pan_down{l-1}(N_{l-1})) + A_l        3x3, stride 2
         N_l     = act(pan_output{l}(M_l))                  3x3, for l > first
 
-    and p{l} = N_l. With attention before "top_down" as well, the FPN adds its paths from purified
-    lateral maps too. It is a subclass of FPN, so every key of an FPN checkpoint keeps its name; the
-    new ones are ``pan_down{l}``, ``pan_output{l}``, ``cbam{l}`` and ``cbam_lateral{l}``.
+    and p{l} = N_l. With attention before "top_down", the FPN fuses refined lateral maps too. It is
+    a subclass of FPN, so every key of an FPN checkpoint keeps its name; the new ones are
+    ``pan_down{l}``, ``pan_output{l}``, ``cbam{l}`` and ``cbam_lateral{l}``.
     """
 
     @configurable
     def __init__(
         self,
-        bottom_up,
-        in_features,
-        out_channels,
-        norm="",
-        top_block=None,
-        fuse_type="sum",
+        bottom_up: Backbone,
+        in_features: Sequence[str],
+        out_channels: int,
+        norm: str = "",
+        top_block: nn.Module | None = None,
+        fuse_type: str = "sum",
         *,
-        pan_norm="",
-        init="identity",
-        activation="",
-        attention="",
-        attention_before=("bottom_up",),
-        cbam_reduction=16,
-        cbam_kernel_size=7,
-        cbam_gate="double_sigmoid",
+        pan_norm: str = "",
+        init: str = "identity",
+        activation: str = "",
+        attention: str = "",
+        attention_before: Sequence[str] = ("bottom_up",),
+        cbam_reduction: int = 16,
+        cbam_kernel_size: int = 7,
+        cbam_gate: str = "double_sigmoid",
     ):
-        """
+        """As :class:`detectron2.modeling.backbone.FPN`; the further options are those of
+        MODEL.PAFPN and MODEL.CBAM.
+
         Args:
-            bottom_up, in_features, out_channels, norm, top_block, fuse_type: as in
-                :class:`detectron2.modeling.backbone.FPN`. ``top_block.in_feature`` names either a
-                level of this pyramid (p5: it gets N_5) or a bottom-up feature (res5).
-            pan_norm (str): norm of ``pan_down*`` and ``pan_output*``, "" for none.
-            init (str): "identity" makes the pyramid equal the FPN's at the start; "xavier" is the
-                conventional initialisation of all new convolutions.
-            activation (str): act above, "relu" or "" (none).
-            attention (str): "cbam" or "" (none).
-            attention_before (sequence[str]): before which fusions it sits: "bottom_up" as above,
-                "top_down" between the FPN's lateral convolutions and its path.
-            cbam_reduction, cbam_kernel_size, cbam_gate: see :class:`CBAM`.
+            top_block: its ``in_feature`` is a level of this pyramid or of ``bottom_up``.
 
         Raises:
             ValueError: for unknown values, and where ``init="identity"`` cannot be an identity.
@@ -74,74 +62,28 @@ class PAFPN(FPN):
         super().__init__(bottom_up, in_features, out_channels, norm, top_block, fuse_type)
         self._activation = activation
 
+        def conv(stride):
+            norms = {"bias": pan_norm == "", "norm": get_norm(pan_norm, out_channels)}
+            return Conv2d(out_channels, out_channels, 3, stride, padding=1, **norms)
+
         shapes = bottom_up.output_shape()
         stages = [int(math.log2(shapes[f].stride)) for f in in_features]
-        use_bias = pan_norm == ""
-        down_convs, pan_output_convs = [], []
-        for stage in stages:
-            if stage == stages[-1]:
-                break
-            down, output = (
-                Conv2d(
-                    out_channels,
-                    out_channels,
-                    kernel_size=3,
-                    stride=stride,
-                    padding=1,
-                    bias=use_bias,
-                    norm=get_norm(pan_norm, out_channels),
-                )
-                for stride in (2, 1)
-            )
-            self.add_module(f"pan_down{stage}", down)
-            self.add_module(f"pan_output{stage + 1}", output)
-            down_convs.append(down)
-            pan_output_convs.append(output)
-
-        # Plain lists, as in FPN: the modules are registered once, under the names above.
-        self.down_convs = down_convs
-        self.pan_output_convs = pan_output_convs
-        # From high to low resolution, and from low to high as lateral_convs.
-        self.cbams, self.lateral_cbams = [], []
+        # Plain lists, as in FPN: the modules are registered once, by name. The first three go from
+        # high to low resolution, lateral_cbams from low to high as lateral_convs.
+        self.down_convs, self.pan_output_convs, self.cbams, self.lateral_cbams = [], [], [], []
+        for stage in stages[:-1]:
+            self.down_convs.append(conv(stride=2))
+            self.pan_output_convs.append(conv(stride=1))
+            self.add_module(f"pan_down{stage}", self.down_convs[-1])
+            self.add_module(f"pan_output{stage + 1}", self.pan_output_convs[-1])
+        cbam_options = out_channels, cbam_reduction, cbam_kernel_size, cbam_gate
         for stage in stages if attention else ():
-            cbam = functools.partial(
-                CBAM, out_channels, cbam_reduction, cbam_kernel_size, cbam_gate
-            )
             if "bottom_up" in attention_before:
-                self.cbams.append(cbam())
+                self.cbams.append(CBAM(*cbam_options))
                 self.add_module(f"cbam{stage}", self.cbams[-1])
             if "top_down" in attention_before:
-                self.lateral_cbams.insert(0, cbam())
+                self.lateral_cbams.insert(0, CBAM(*cbam_options))
                 self.add_module(f"cbam_lateral{stage}", self.lateral_cbams[0])
-        self._init_new_layers(init)
-
-    @classmethod
-    def from_config(cls, cfg, bottom_up, top_block):
-        """
-        Args:
-            cfg (CfgNode): MODEL.FPN, MODEL.PAFPN and MODEL.CBAM are read.
-            bottom_up (Backbone): the network below the pyramid.
-            top_block (nn.Module or None): extra levels on top.
-        """
-        pafpn, cbam = get_node(cfg, "MODEL.PAFPN"), get_node(cfg, "MODEL.CBAM")
-        return {
-            "bottom_up": bottom_up,
-            "in_features": cfg.MODEL.FPN.IN_FEATURES,
-            "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-            "norm": cfg.MODEL.FPN.NORM,
-            "top_block": top_block,
-            "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
-            "pan_norm": pafpn.NORM,
-            "init": pafpn.INIT,
-            "activation": pafpn.ACTIVATION,
-            "attention": pafpn.ATTENTION,
-            "attention_before": pafpn.ATTENTION_BEFORE,
-            "cbam_reduction": cbam.REDUCTION,
-            "cbam_kernel_size": cbam.KERNEL_SIZE,
-            "cbam_gate": cbam.GATE,
-        }
-
-    def _init_new_layers(self, init):
         for down, output in zip(self.down_convs, self.pan_output_convs, strict=True):
             if init == "identity":
                 nn.init.zeros_(down.weight)
@@ -155,37 +97,34 @@ class PAFPN(FPN):
             for cbam in self.cbams + self.lateral_cbams:
                 cbam.init_identity()
 
-    def __prepare_scriptable__(self):
-        # TorchScript wants ModuleLists and each module registered once. As for Detectron2's FPN,
-        # this renames keys of the scripted copy: script a deep copy of a model you go on using.
-        ret = copy.deepcopy(self)
-        lists = ["lateral_convs", "output_convs", "down_convs", "pan_output_convs"]
-        for name in (*lists, "cbams", "lateral_cbams"):
-            setattr(ret, name, nn.ModuleList(getattr(ret, name)))
-        for name, _ in self.named_children():
-            if name.startswith(("fpn_", "pan_", "cbam")):
-                delattr(ret, name)
-        return ret
+    @classmethod
+    def from_config(cls, cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None) -> dict:
+        fpn, pafpn, cbam = cfg.MODEL.FPN, get_node(cfg, "MODEL.PAFPN"), get_node(cfg, "MODEL.CBAM")
+        return {
+            "bottom_up": bottom_up,
+            "top_block": top_block,
+            **{
+                key: fpn[key.upper()]
+                for key in ("in_features", "out_channels", "norm", "fuse_type")
+            },
+            "pan_norm": pafpn.NORM,
+            **{
+                k: pafpn[k.upper()] for k in ("init", "activation", "attention", "attention_before")
+            },
+            **{f"cbam_{key}": cbam[key.upper()] for key in ("reduction", "kernel_size", "gate")},
+        }
 
-    def forward(self, x):
-        """
-        Args:
-            x (Tensor): images, (N, 3, H, W), H and W divisible by ``size_divisibility``.
-
-        Returns:
-            dict[str, Tensor]: "p{l}" -> (N, out_channels, H / 2^l, W / 2^l), in order of l.
-        """
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return "p{l}" -> (N, out_channels, H / 2^l, W / 2^l) for images (N, 3, H, W)."""
         bottom_up_features = self.bottom_up(x)
         results = self._top_down(bottom_up_features)  # P_l
 
-        # Purification: A_l in `results`. Without attention `cbams` is empty.
-        for idx, cbam in enumerate(self.cbams):
+        for idx, cbam in enumerate(self.cbams):  # A_l; empty without attention
             results[idx] = cbam(results[idx])
 
-        # Bottom-up path, from high to low resolution: N_l in `results`.
-        for idx, (down_conv, output_conv) in enumerate(
-            zip(self.down_convs, self.pan_output_convs)  # noqa: B905
-        ):
+        # N_l, from high to low resolution.
+        convs = zip(self.down_convs, self.pan_output_convs, strict=True)
+        for idx, (down_conv, output_conv) in enumerate(convs):
             merged = self._act(down_conv(results[idx])) + results[idx + 1]
             results[idx + 1] = self._act(output_conv(merged))
 
@@ -195,31 +134,24 @@ class PAFPN(FPN):
             else:
                 top_block_in_feature = results[self._out_features.index(self.top_block.in_feature)]
             results.extend(self.top_block(top_block_in_feature))
-        assert len(self._out_features) == len(results)
-        return {f: res for f, res in zip(self._out_features, results)}  # noqa: B905
+        return dict(zip(self._out_features, results, strict=True))
 
-    def _top_down(self, bottom_up_features: dict[str, torch.Tensor]):
-        """
-        The outputs of the FPN, (N, out_channels, H / 2^l, W / 2^l) each, in order of l.
-
-        A method of its own so that what it holds is free when the next path needs memory.
-        """
-        laterals = []  # from low to high resolution, as lateral_convs
-        for idx, lateral_conv in enumerate(self.lateral_convs):
-            laterals.append(lateral_conv(bottom_up_features[self.in_features[-idx - 1]]))
-        # Without attention here `lateral_cbams` is empty.
+    def _top_down(self, bottom_up_features: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The FPN's outputs in order of l; a method, so that its memory is free afterwards."""
+        features = [bottom_up_features[name] for name in self.in_features[::-1]]
+        # From low to high resolution, as lateral_convs.
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, features, strict=True)]
         for idx, cbam in enumerate(self.lateral_cbams):
             laterals[idx] = cbam(laterals[idx])
 
         prev_features = laterals[0]
         results = [self.output_convs[0](prev_features)]
-        for idx, output_conv in enumerate(self.output_convs):
-            if idx > 0:
-                top_down_features = F.interpolate(prev_features, scale_factor=2.0, mode="nearest")
-                prev_features = laterals[idx] + top_down_features
-                if self._fuse_type == "avg":
-                    prev_features /= 2
-                results.insert(0, output_conv(prev_features))
+        for lateral, output_conv in zip(laterals[1:], self.output_convs[1:], strict=True):
+            top_down_features = F.interpolate(prev_features, scale_factor=2.0, mode="nearest")
+            prev_features = lateral + top_down_features
+            if self._fuse_type == "avg":
+                prev_features /= 2
+            results.insert(0, output_conv(prev_features))
         return results
 
     def _act(self, x):
@@ -239,18 +171,14 @@ def _check_options(init, activation, attention, attention_before, pan_norm, cbam
             f"MODEL.PAFPN.ATTENTION_BEFORE is {attention_before!r}; use 'bottom_up', 'top_down' or "
             "both"
         )
-    if init != "identity":
-        return
-    conflicts = []
-    if activation:
-        conflicts.append(f"MODEL.PAFPN.ACTIVATION {activation!r} (needs '')")
-    if pan_norm:
-        conflicts.append(f"MODEL.PAFPN.NORM {pan_norm!r} (needs '')")
-    if attention == "cbam" and cbam_gate != "double_sigmoid":
-        conflicts.append(f"MODEL.CBAM.GATE {cbam_gate!r} (needs 'double_sigmoid')")
-    if conflicts:
+    needed = [("MODEL.PAFPN.ACTIVATION", activation, ""), ("MODEL.PAFPN.NORM", pan_norm, "")]
+    if attention == "cbam":
+        needed.append(("MODEL.CBAM.GATE", cbam_gate, "double_sigmoid"))
+    conflicts = [
+        f"{key} {value!r} (needs {need!r})" for key, value, need in needed if value != need
+    ]
+    if init == "identity" and conflicts:
         raise ValueError(
             "MODEL.PAFPN.INIT 'identity' cannot start from the plain FPN with "
-            + ", ".join(conflicts)
-            + "; change these or set MODEL.PAFPN.INIT 'xavier'"
+            f"{', '.join(conflicts)}; change these or set MODEL.PAFPN.INIT 'xavier'"
         )

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import patheffects
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from imrcnn_d2.evaluation.annotator_agreement import (
     PAIR_COLUMNS,
@@ -15,21 +13,9 @@ from imrcnn_d2.evaluation.annotator_agreement import (
     AnnotatorAgreement,
     pair_name,
 )
-from imrcnn_d2.report.plots.images import HALO_WIDTH, region_contours, show_tile, tile_grid
-from imrcnn_d2.report.plots.style import (
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    YELLOW,
-    legend_label,
-    save_figure,
-)
+from imrcnn_d2.report.plots import images
+from imrcnn_d2.report.plots.style import CONTOUR_LINES, legend_label, save_figure
 from imrcnn_d2.report.tables import format_value, markdown_table
-
-__all__ = ["agreement_table", "plot_agreement", "plot_disagreements"]
-
 
 # Panels, and what 0 to 1 of their shade are.
 PANELS = {
@@ -37,32 +23,23 @@ PANELS = {
     "union_dice": ("Dice of images (%)", 100),
     "kappa": ("Cohen's kappa", 1),
 }
-LINES = [
-    (SKY, "-"),
-    (VERMILION, (0, (5, 1.5))),
-    (YELLOW, (0, (1, 1))),
-    (GREEN, (0, (6, 1.5, 1, 1.5))),
-    (PURPLE, (0, (3, 1))),
-    (ORANGE, (0, (1, 2))),
-]
-HALO = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black", alpha=0.55)]
 
 
 def agreement_table(agreement: AnnotatorAgreement) -> str:
-    """A Markdown table with a row for each pair and mean, metrics with their intervals."""
+    """A Markdown table with one row per pair and mean, metrics with their intervals."""
     names = [*PAIR_METRICS, "fleiss_kappa"]
-    rows = []
-    for group, metrics in agreement.values.items():
-        intervals = agreement.intervals.get(group, {})
-        cells = [
-            format_value(name, metrics[name], intervals.get(name), decimals=_decimals(name))
-            if name in metrics
-            else ""
-            for name in names
-        ]
-        rows.append([group, *cells])
+    rows = [
+        [group, *(_text(agreement, group, name) if name in metrics else "" for name in names)]
+        for group, metrics in agreement.values.items()
+    ]
     cells = pd.DataFrame(rows, columns=["", *names])
     return markdown_table(cells.loc[:, (cells != "").any()])
+
+
+def _text(agreement, group, metric):
+    interval = agreement.intervals.get(group, {}).get(metric)
+    decimals = 2 if "kappa" in metric else 1
+    return format_value(metric, agreement.values[group][metric], interval, decimals)
 
 
 def plot_agreement(agreement: AnnotatorAgreement, path: str | Path) -> Figure:
@@ -76,14 +53,12 @@ def plot_agreement(agreement: AnnotatorAgreement, path: str | Path) -> Figure:
         values = np.full((len(names),) * 2, np.nan)
         axes.set_facecolor("0.93")
         for a, b in agreement.pairs:
-            value = agreement.values[pair_name(a, b)][metric]
-            interval = agreement.intervals.get(pair_name(a, b), {}).get(metric)
-            text = format_value(metric, value, interval, decimals=_decimals(metric))
-            text = text.replace(" [", "\n[")
-            dark = value / scale > 0.6
-            for row, column in ((names.index(a), names.index(b)), (names.index(b), names.index(a))):
-                values[row, column] = value / scale
-                style = dict(ha="center", va="center", fontsize=8, color="w" if dark else "k")
+            value = agreement.values[pair_name(a, b)][metric] / scale
+            text = _text(agreement, pair_name(a, b), metric).replace(" [", "\n[")
+            style = dict(ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
+            i, j = names.index(a), names.index(b)
+            for row, column in ((i, j), (j, i)):
+                values[row, column] = value
                 axes.text(column, row, text, **style)
         axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
         axes.set_xticks(range(len(names)), labels, rotation=25, ha="right")
@@ -91,21 +66,19 @@ def plot_agreement(agreement: AnnotatorAgreement, path: str | Path) -> Figure:
         axes.tick_params(length=0)
         axes.set_title(title, fontsize=10)
         axes.spines[:].set_visible(False)
-    unit = "patients" if agreement.meta["patients"] else "images"
     title = f"{agreement.meta['images']} images"
     if agreement.meta["bootstrap"]:
+        unit = "patients" if agreement.meta["patients"] else "images"
         title += f"; 95 % intervals by resampling {unit}"
     figure.suptitle(title, fontsize=9)
-    save_figure(figure, path, dpi=170)
-    return figure
+    return save_figure(figure, path, dpi=170)
 
 
 def plot_disagreements(
     agreement: AnnotatorAgreement, image_root: str | Path, path: str | Path, *, max_images: int = 16
 ) -> Figure | None:
-    """
-    Show the images in which two of the annotators differ most, by the Dice of the unions of their
-    annotations, with everybody's contours; least agreement first. None where all agree fully.
+    """Show the images in which two of the annotators differ most, by the Dice of the unions of
+    their annotations, with everybody's contours; least agreement first. None where all agree fully.
 
     Raises:
         FileNotFoundError: one of the images does not exist.
@@ -116,28 +89,21 @@ def plot_disagreements(
     if not order:
         return None
     title = f"{len(order)} of {len(agreement.images)} images, those with the least agreement first"
-    figure, tiles = tile_grid(len(order), title)
-    styles = [
-        dict(color=colour, linestyle=line, linewidth=1.7, path_effects=HALO)
-        for colour, line in (LINES[i % len(LINES)] for i in range(len(agreement.annotators)))
-    ]
+    figure, tiles = images.tile_grid(len(order), title)
+    styles = {}
+    for i, annotator in enumerate(agreement.annotators):
+        colour, line = CONTOUR_LINES[i % len(CONTOUR_LINES)]
+        style = dict(color=colour, linestyle=line, linewidth=1.7, path_effects=images.halo())
+        styles[legend_label(annotator.name)] = style
     for axes, position in zip(tiles, order, strict=True):
         summary = _summary(agreement, position, int(np.nanargmin(dice[:, position])))
-        show_tile(axes, Path(image_root), agreement.images[position]["file_name"], summary)
-        for annotator, style in zip(agreement.annotators, styles, strict=True):
+        images.show_tile(axes, image_root, agreement.images[position]["file_name"], summary)
+        for annotator, style in zip(agreement.annotators, styles.values(), strict=True):
             regions = annotator.truth.regions
-            for region in np.flatnonzero(regions.image == position):
-                for line in region_contours(regions, region):
-                    axes.plot(*line.T, **style)
-    handles = [
-        Line2D([], [], label=legend_label(annotator.name), **style)
-        for annotator, style in zip(agreement.annotators, styles, strict=True)
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 4), fontsize=9
-    )
-    save_figure(figure, path)
-    return figure
+            for row in np.flatnonzero(regions.image == position):
+                images.plot_contours(axes, regions, row, style)
+    images.contour_legend(figure, styles)
+    return save_figure(figure, path)
 
 
 def _summary(agreement, position, pair):
@@ -148,7 +114,3 @@ def _summary(agreement, position, pair):
         return f"{a}, not {b}" if row["image_only_a"] else f"{b}, not {a}"
     text = f"Dice {100 * row['union_dice']:.0f} %"
     return text if len(agreement.pairs) == 1 else f"{text}: {a}, {b}"
-
-
-def _decimals(metric):
-    return 2 if "kappa" in metric else 1

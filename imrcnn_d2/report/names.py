@@ -4,21 +4,6 @@ from dataclasses import dataclass
 
 from imrcnn_d2.evaluation.detection.metrics import METRICS
 
-__all__ = [
-    "CITATION",
-    "CLASSIFICATION_CITATION",
-    "LEVELS",
-    "MODEL",
-    "PAPER_DATA",
-    "REMARKS",
-    "Published",
-    "metric_label",
-    "metric_name",
-    "published_accuracy",
-    "published_values",
-]
-
-
 LEVELS = {"lesion": "lesions", "image": "images", "patient": "patients"}
 
 
@@ -30,30 +15,25 @@ def metric_label(name: str) -> str:
 def metric_name(endpoint: str) -> str:
     """The name of "group/metric" for readers, such as "IoU (masks)"."""
     group, _, metric = endpoint.partition("/")
+    label = metric_label(metric)
     if group == "recognition":
-        name, _, class_name = metric.partition("_")
-        if metric in METRICS:
-            mean = ", mean of classes" if metric in ("f1", "auroc") else ""
-            return f"{metric_label(metric)}{mean}"
-        return f"{metric_label(name)} of {class_name}"
+        if metric not in METRICS:
+            name, _, class_name = metric.partition("_")
+            return f"{metric_label(name)} of {class_name}"
+        return label + (", mean of classes" if metric in ("f1", "auroc") else "")
     if group == "cancer":
-        metric = "sensitivity" if metric == "recall" else metric
-        return f"{metric_label(metric)} (cancer against benign)"
-    at = " at tau_val" if group.startswith("tau_val.") else ""
-    group = group.removeprefix("tau_val.")
-    if metric in ("iou", "iou_box"):
-        return f"IoU ({'boxes' if metric == 'iou_box' else 'masks'}){at}"
-    level = {"segm": "masks", "bbox": "boxes", **LEVELS}.get(group, group)
-    return f"{metric_label(metric)} ({level}){at}"
+        return f"{'sensitivity' if metric == 'recall' else label} (cancer against benign)"
+    group, at = group.removeprefix("tau_val."), " at tau_val" if "." in group else ""
+    cases = {"segm": "masks", "bbox": "boxes", **LEVELS}.get(group, group)
+    cases = {"iou": "masks", "iou_box": "boxes"}.get(metric, cases)
+    return f"{label} ({cases}){at}"
 
 
 CITATION = (
     "Zhang et al., Early gastric cancer detection and lesion segmentation based on deep learning "
     "and gastroscopic images, Sci Rep 14:7847, 2024, doi 10.1038/s41598-024-58361-8"
 )
-
-# Data sets of the paper, by the beginning of the registered name.
-PAPER_DATA = {"kvasir_seg": "Kvasir-SEG", "egc": "the paper's own early gastric cancer images"}
+PAPER_DATA = ("egc", "kvasir_seg")  # by the beginning of the registered name
 
 _AP = (
     "The paper does not say how AP was computed, nor whether of masks or boxes: read as the area "
@@ -79,72 +59,55 @@ _NOT_COMPARABLE = (
 
 @dataclass(frozen=True)
 class Published:
-    """
-    A published value.
+    """A published value in percent."""
 
-    Attributes:
-        data: key of PAPER_DATA.
-        model: "MR-CNN", "IBMR-CNN" or "IMR-CNN".
-        table: "3" (one split), "4" (five folds) or "5" (operating point).
-        figure: the endpoint that stands in for it here, "group/metric".
-        value: in percent.
-        sd: population sd over folds, percentage points.
-        comparable: False where no metric of ours means the same.
-        remarks: what to know before comparing.
-    """
-
-    data: str
+    data: str  # one of PAPER_DATA
     model: str
-    table: str
-    figure: str
+    table: str  # "3" (one split), "4" (five folds) or "5" (operating point)
+    figure: str  # the endpoint that stands in for it here, "group/metric"
     value: float
-    sd: float | None = None
-    comparable: bool = True
-    remarks: tuple[str, ...] = ()
+    sd: float | None = None  # population sd over folds, percentage points
+    comparable: bool = True  # False where no metric of ours means the same
+    remarks: tuple[str, ...] = ()  # what to know before comparing
+
+
+# AP and IoU, in Table 4 with their deviations.
+_TABLE_3 = (
+    ("egc", "MR-CNN", 90.7, 78.3),
+    ("egc", "IBMR-CNN", 91.5, 78.8),
+    ("egc", "IMR-CNN", 93.5, 79.1),
+    ("kvasir_seg", "MR-CNN", 89.8, 83.2),
+    ("kvasir_seg", "IBMR-CNN", 90.7, 84.5),
+    ("kvasir_seg", "IMR-CNN", 91.6, 84.6),
+)
+_TABLE_4 = (
+    ("MR-CNN", (90.6, 0.4), (78.4, 0.2)),
+    ("IBMR-CNN", (91.5, 0.4), (78.8, 0.3)),
+    ("IMR-CNN", (93.5, 0.5), (79.0, 0.3)),
+)
 
 
 def _rows():
-    for data, table in {
-        "egc": {"MR-CNN": (90.7, 78.3), "IBMR-CNN": (91.5, 78.8), "IMR-CNN": (93.5, 79.1)},
-        "kvasir_seg": {"MR-CNN": (89.8, 83.2), "IBMR-CNN": (90.7, 84.5), "IMR-CNN": (91.6, 84.6)},
-    }.items():
-        for model, (ap, iou) in table.items():
-            yield Published(data, model, "3", "segm/AP50_voc", ap, remarks=(_AP, _SPLIT, _OPEN))
-            yield Published(data, model, "3", "lesion/iou", iou, remarks=(_IOU, _SPLIT, _OPEN))
-    for model, ap, iou in (
-        ("MR-CNN", (90.6, 0.4), (78.4, 0.2)),
-        ("IBMR-CNN", (91.5, 0.4), (78.8, 0.3)),
-        ("IMR-CNN", (93.5, 0.5), (79.0, 0.3)),
-    ):
+    for data, model, ap, iou in _TABLE_3:
+        yield Published(data, model, "3", "segm/AP50_voc", ap, remarks=(_AP, _SPLIT, _OPEN))
+        yield Published(data, model, "3", "lesion/iou", iou, remarks=(_IOU, _SPLIT, _OPEN))
+    for model, ap, iou in _TABLE_4:
         yield Published("egc", model, "4", "segm/AP50_voc", *ap, remarks=(_AP, _FOLDS, _OPEN))
         yield Published("egc", model, "4", "lesion/iou", *iou, remarks=(_IOU, _FOLDS, _OPEN))
-    for figure, value in {
-        "precision": 92.9,
-        "recall": 95.3,
-        "accuracy": 93.9,
-        "specificity": 92.5,
-        "f1": 94.1,
-    }.items():
-        comparable = figure not in ("accuracy", "specificity")
-        yield Published(
-            "egc",
-            "IMR-CNN",
-            "5",
-            f"lesion/{figure}",
-            value,
-            comparable=comparable,
-            remarks=(_TABLE_5, _SPLIT, _OPEN) if comparable else (_NOT_COMPARABLE,),
-        )
+    table_5 = {"precision": 92.9, "recall": 95.3, "accuracy": 93.9, "specificity": 92.5, "f1": 94.1}
+    for metric, value in table_5.items():
+        comparable = metric not in ("accuracy", "specificity")
+        remarks = (_TABLE_5, _SPLIT, _OPEN) if comparable else (_NOT_COMPARABLE,)
+        name = f"lesion/{metric}"
+        yield Published("egc", "IMR-CNN", "5", name, value, None, comparable, remarks)
 
 
-def published_values(dataset: str | None, table: str) -> list[Published]:
-    """
-    The values of table "3", "4" or "5" for a data set's registered name, such as
+def published_values(dataset: str | None, tables: str) -> list[Published]:
+    """The values of tables such as "3" or "345" for a data set's registered name, such as
     "kvasir_seg_test"; empty where the paper has none.
     """
-    if not dataset:
-        return []
-    return [row for row in _rows() if row.table == table and dataset.startswith(f"{row.data}_")]
+    known = [row for row in _rows() if row.table in tables]
+    return [row for row in known if (dataset or "").startswith(f"{row.data}_")]
 
 
 CLASSIFICATION_CITATION = (
@@ -164,16 +127,11 @@ REMARKS = (
 
 
 def published_accuracy(dataset: str | None, classes: list[str]) -> dict[str, float]:
-    """
-    Accuracy in percent by class; empty unless the data set, by its registered name, is of gastric
-    images and has just the three classes, each known by a word of its name.
+    """Accuracy in percent by class; empty unless the data set, by its registered name, is of
+    gastric images and has just the three classes, each known by a word of its name.
     """
     if not (dataset or "").startswith("gastric_recognition_") or len(classes) != len(ACCURACY):
         return {}
-    values = {
-        name: value
-        for word, value in ACCURACY.items()
-        for name in classes
-        if word in name.casefold()
-    }
+    words = ((name, word) for word in ACCURACY for name in classes if word in name.casefold())
+    values = {name: ACCURACY[word] for name, word in words}
     return values if len(values) == len(ACCURACY) else {}

@@ -8,25 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from imrcnn_d2.evaluation.classification import ClassificationResults
+from imrcnn_d2.evaluation import ClassificationResults, LesionResults
 from imrcnn_d2.evaluation.detection.metrics import is_count
-from imrcnn_d2.evaluation.detection.results import LesionResults
 from imrcnn_d2.utils.files import csv_text, for_terminal, write_atomically
-
-__all__ = [
-    "Table",
-    "format_value",
-    "group_endpoints",
-    "group_rows",
-    "groups_table",
-    "latex_text",
-    "markdown_table",
-    "markdown_text",
-    "metrics_table",
-    "value_of",
-    "write_table",
-]
-
 
 # What would be a link, an image, HTML, code or emphasis, or end a cell. Brackets around numbers,
 # signs between them and underscores within names are none of these, and stay readable.
@@ -43,41 +27,24 @@ MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 BLOCK = re.compile(r"[#>+=\[-]|\d+(?=[.)](\s|$))")
 # What LaTeX would take for a command, and what pdflatex does not know as a character.
 LATEX = {
-    "\\": r"\textbackslash{}",
     **{character: rf"\{character}" for character in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "≥": r"$\geq$",
-    "≤": r"$\leq$",
-    "τ": r"$\tau$",
-    "†": r"\dag{}",
-    "−": "$-$",
-    "–": "--",
-    "<": "$<$",
-    ">": "$>$",
-    "|": "$|$",
+    **{character: f"${character}$" for character in "<>|"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"±": r"$\pm$", "≥": r"$\geq$", "≤": r"$\leq$", "τ": r"$\tau$", "†": r"\dag{}"},
+    **{"−": "$-$", "–": "--"},
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """
-    Attributes:
-        stem: file name without suffix.
-        title: one line.
-        cells: what readers see, all strings.
-        data: the same and more at full precision, for the CSV; NaN is undefined.
-        notes: sentences below the table.
-        text_columns: how many columns, from the left, hold words and not numbers.
-    """
+    """A table for readers, and its numbers."""
 
-    stem: str
+    stem: str  # file name without suffix
     title: str
-    cells: pd.DataFrame
-    data: pd.DataFrame
-    notes: tuple[str, ...] = ()
-    text_columns: int = 1
+    cells: pd.DataFrame  # what readers see, all strings
+    data: pd.DataFrame  # the same and more at full precision, for the CSV; NaN is undefined
+    notes: tuple[str, ...] = ()  # sentences below the table
+    text_columns: int = 1  # columns, from the left, that hold words and not numbers
 
     def markdown(self) -> str:
         """Title, table and notes."""
@@ -88,8 +55,7 @@ class Table:
 
     def latex(self) -> str:
         """A table environment for the packages booktabs and adjustbox."""
-        columns = self.cells.shape[1]
-        layout = "l" * self.text_columns + "r" * (columns - self.text_columns)
+        layout = "l" * self.text_columns + "r" * (self.cells.shape[1] - self.text_columns)
         cells = self.cells.map(latex_text).rename(columns=latex_text)
         tabular = cells.to_latex(index=False, escape=False, column_format=layout)
         lines = [
@@ -132,21 +98,15 @@ def metrics_table(
     groups: Mapping[str, Mapping[str, float]],
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
 ) -> str:
-    """
-    A Markdown table with one column per group and one row for every metric that some group has,
+    """A Markdown table with one column per group and one row for every metric that some group has,
     with its interval. Undefined metrics are given as n/a; cells of metrics that a group does not
     have are empty.
     """
-    names = list(dict.fromkeys(name for metrics in groups.values() for name in metrics))
-    columns = {"": names}
+    columns = {"": list(dict.fromkeys(name for metrics in groups.values() for name in metrics))}
     for group, metrics in groups.items():
         limits = (intervals or {}).get(group) or {}
-        columns[group] = [
-            format_value(name, metrics[name], limits.get(name), decimals=2)
-            if name in metrics
-            else ""
-            for name in names
-        ]
+        cells = {name: format_value(name, v, limits.get(name), 2) for name, v in metrics.items()}
+        columns[group] = [cells.get(name, "") for name in columns[""]]
     return markdown_table(pd.DataFrame(columns))
 
 
@@ -154,12 +114,11 @@ def format_value(
     name: str,
     value: float,
     interval: tuple[float, float] | None = None,
+    decimals: int = 1,
     *,
     sd: float | None = None,
-    decimals: int = 1,
 ) -> str:
-    """
-    A value as text, such as "87.7 ± 0.4 [83.0, 91.5]"; NaN is "n/a". Undefined intervals and
+    """A value as text, such as "87.7 ± 0.4 [83.0, 91.5]"; NaN is "n/a". Undefined intervals and
     deviations are left out, and the decimals of counts, known by ``name``, that are whole.
     """
 
@@ -180,10 +139,16 @@ def format_value(
     return cell
 
 
+def p_text(p: float) -> str:
+    """A p-value as text."""
+    if math.isnan(p):
+        return "n/a"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def markdown_text(text: object) -> str:
-    """
-    Markdown that shows the text of data, such as the name of a class or a path: one line without a
-    link, an image, HTML or any other markup of its own, in a cell or anywhere else.
+    """Markdown that shows the text of data, such as the name of a class or a path: one line without
+    a link, an image, HTML or any other markup, in a cell or anywhere else.
     """
     line = for_terminal(" ".join(str(text).split()))
     line = MARKUP.sub(lambda match: "&lt;" if match[0] == "<" else "&amp;", line)
@@ -195,44 +160,29 @@ def markdown_text(text: object) -> str:
 
 
 def latex_text(text: object) -> str:
-    """LaTeX that shows the text of data: one line without a command of its own."""
+    """LaTeX that shows the text of data: one line without a command."""
     return " ".join(str(text).split()).translate(str.maketrans(LATEX))
 
 
 # "group/metric" in the order of a table.
 HEADLINE = {
     "image": (
-        "{kind}/AP",
-        "{kind}/AP50",
-        "lesion/precision",
-        "lesion/recall",
-        "lesion/f1",
-        "lesion/iou",
-        "lesion/dice",
-        "lesion/fp_per_image",
-        "image/recall",
-        "image/specificity",
-        "image/auroc",
-        "image/mdice",
+        *("{kind}/AP", "{kind}/AP50", "lesion/precision", "lesion/recall", "lesion/f1"),
+        *("lesion/iou", "lesion/dice", "lesion/fp_per_image", "image/recall"),
+        *("image/specificity", "image/auroc", "image/mdice"),
     ),
     "lesion": ("lesion/recall", "lesion/iou", "lesion/iou_box", "lesion/iou_all", "lesion/dice"),
     "recognition": (
-        "recognition/top1",
-        "recognition/balanced_accuracy",
-        "recognition/f1",
-        "recognition/auroc",
-        "recognition/cross_entropy",
-        "cancer/recall",
-        "cancer/specificity",
-        "cancer/auroc",
+        *("recognition/top1", "recognition/balanced_accuracy", "recognition/f1"),
+        *("recognition/auroc", "recognition/cross_entropy"),
+        *("cancer/recall", "cancer/specificity", "cancer/auroc"),
     ),
 }
 
 
 def groups_table(results: LesionResults | ClassificationResults, column: str) -> str:
-    """
-    A Markdown table of results that are grouped by ``column``: one column for all and one for each
-    group, with its size and its headline metrics with their intervals.
+    """A Markdown table of results that are grouped by ``column``: one column for all and one for
+    each group, with its size and its headline metrics with their intervals.
     """
     endpoints = group_endpoints(results, column, HEADLINE)
     rows = list(group_rows(results, column))
@@ -243,7 +193,7 @@ def groups_table(results: LesionResults | ClassificationResults, column: str) ->
         table[name] = [str(n.get(size, "")) for size in sizes]
         for endpoint in endpoints:
             value, interval = value_of(metrics, endpoint), value_of(intervals, endpoint)
-            table[name].append(format_value(endpoint, value, interval, decimals=2))
+            table[name].append(format_value(endpoint, value, interval, 2))
     return markdown_table(pd.DataFrame(table))
 
 
@@ -262,7 +212,7 @@ def group_endpoints(
     results: LesionResults | ClassificationResults, column: str, endpoints: Mapping[str, tuple]
 ) -> list[str]:
     """Those of ``endpoints``, as HEADLINE, that the groups of a column have."""
-    if results.meta.get("task") == "recognition":
+    if isinstance(results, ClassificationResults):
         groups = results.groups()
         return [e for e in endpoints["recognition"] if e.partition("/")[0] in groups]
     level, kind = results.by_group[column].level, results.meta["iou_type"]

@@ -18,40 +18,14 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-__all__ = [
-    "BadInputError",
-    "Rejects",
-    "atomic_file",
-    "check_inside",
-    "csv_line",
-    "csv_lines",
-    "csv_text",
-    "file_sha256",
-    "for_terminal",
-    "is_empty",
-    "leads_out",
-    "lock_folder",
-    "plain_cell",
-    "read_json",
-    "read_rows",
-    "regular_file",
-    "staged",
-    "strict_json",
-    "write_atomically",
-]
-
-
 # A cell that begins so is run as a formula: https://owasp.org/www-community/attacks/CSV_Injection
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def csv_line(values: Iterable) -> str:
-    """One line of a table, its end included.
-
-    Texts that would be run as a formula get an apostrophe before them, which marks text in a
-    spreadsheet program; numbers, as numbers or as texts, stay as they are.
-    """
+    """Return one line of a table, its end included. Texts that a spreadsheet program would run as a
+    formula get an apostrophe, which marks text; numbers, also as texts, stay as they are."""
     text = io.StringIO()
     # With "\n" as its end of lines, Python's writer would leave a "\r" in a cell unquoted.
     csv.writer(text, lineterminator="\r\n").writerow(map(_cell, values))
@@ -59,33 +33,39 @@ def csv_line(values: Iterable) -> str:
 
 
 def csv_lines(rows: Iterable[Iterable]) -> str:
-    """Several lines, see `csv_line`."""
+    """Return several lines, see `csv_line`."""
     return "".join(map(csv_line, rows))
 
 
+def csv_text(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
+    """Return the rows under all their keys, in the order of their first appearance, NaN empty;
+    without rows, the header of `columns`."""
+    columns = list(dict.fromkeys(key for row in rows for key in row)) or columns
+    cells = ([row.get(column) for column in columns] for row in rows)
+    known = ([None if isinstance(v, float) and math.isnan(v) else v for v in row] for row in cells)
+    return csv_lines([columns, *known])
+
+
 def plain_cell(cell: str) -> str:
-    """A cell as it was before `csv_line` wrote it."""
+    """Return a cell as it was before `csv_line` wrote it."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def read_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """Reads a table of `csv_lines` whose first line names the columns, cells as they were.
-
-    Raises:
-        ValueError: it is no such table, or lacks a needed column.
-    """
+    """Read a table of `csv_lines` whose first line names the columns, cells as they were; raise
+    ValueError if it is no such table, or lacks a needed column."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             lines = [[plain_cell(cell) for cell in line] for line in csv.reader(file) if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read as a table in UTF-8 ({error})") from error
-    columns = lines[0] if lines else []
+    columns, *rows = lines or [[]]
     if missing := [name for name in needed if name not in columns]:
         raise ValueError(f"{path}: lacks the columns {', '.join(missing)}")
-    for line in lines:
-        if len(line) != len(columns):
-            raise ValueError(f"{path}: a row has {len(line)} cells, not {len(columns)}: {line[:9]}")
-    return [dict(zip(columns, line, strict=True)) for line in lines[1:]]
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"{path}: a row has {len(row)} cells, not {len(columns)}: {row[:9]}")
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _cell(value: object) -> object:
@@ -101,7 +81,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\
 
 
 def for_terminal(text: object, one_line: bool = False) -> str:
-    """The text with control characters, which names in files can hold, as ``\\x1b`` and so on."""
+    """Escape control characters, which names in files can hold, as ``\\x1b`` and so on."""
     escaped = _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
     return escaped.replace("\n", r"\n") if one_line else escaped
 
@@ -120,11 +100,7 @@ class BadInputError(ValueError):
 
 class Rejects:
     """Collects bad input under ``on_error="reject"``; under "raise" the first one stops the run.
-
-    Args:
-        on_error: "raise" or "reject".
-        follow_links: whether links inside a folder of the user may lead out of it.
-    """
+    `follow_links` allows links inside a folder of the user to lead out of it."""
 
     def __init__(self, on_error: str = "raise", follow_links: bool = False):
         if on_error not in ("raise", "reject"):
@@ -134,7 +110,7 @@ class Rejects:
 
     @contextlib.contextmanager
     def catch(self) -> Iterator[None]:
-        """Ends the block at a `BadInputError`; if rejecting, lists it and goes on after it."""
+        """End the block at a `BadInputError`; if rejecting, list it and go on after it."""
         try:
             yield
         except BadInputError as error:
@@ -143,17 +119,14 @@ class Rejects:
             self.errors.append(error)
 
     def write_csv(self, path: Path) -> None:
-        """Writes columns ``file, reason``, one row a reject, in the order met."""
+        """Write columns ``file, reason``, one row per reject."""
         rows = [("file", "reason"), *((error.file, error.reason) for error in self.errors)]
         path.write_text(csv_lines(rows), encoding="utf-8", newline="")
 
 
 def regular_file(path: Path) -> Path:
-    """Returns `path`, which is a file whose end comes; nothing else is opened.
-
-    Raises:
-        BadInputError: there is no such file, or it is a folder, pipe, socket or device.
-    """
+    """Return `path`, which is a file whose end comes; raise BadInputError if there is none, or it
+    is a folder, pipe, socket or device."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
@@ -171,18 +144,23 @@ def leads_out(folder: Path, path: Path) -> bool:
 
 
 def check_inside(folder: Path, path: Path, follow_links: bool = False) -> Path:
-    """Returns `path`.
-
-    Raises:
-        BadInputError: links lead it out of `folder`, and `follow_links` does not allow that.
-    """
+    """Return `path`; raise BadInputError if it leads out of `folder`, unless `follow_links`."""
     if not follow_links and leads_out(folder, path):
-        raise BadInputError(
-            path,
-            f"is a link that leads out of {folder}, to {os.path.realpath(path)}; put a copy there, "
-            "or allow such links with --follow-links",
-        )
+        reason = f"is a link that leads out of {folder}, to {os.path.realpath(path)}; put a copy"
+        raise BadInputError(path, f"{reason} there, or allow such links with --follow-links")
     return path
+
+
+def check_no_way_out(folder: str | Path) -> None:
+    """Raise BadInputError if a link in `folder` leads out of it, or a pipe lies in it: programs
+    that write into it would follow the link, and wait for the pipe's reader."""
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if leads_out(Path(folder), path):
+                target = os.path.realpath(path)
+                raise BadInputError(path, f"is a link out of {folder}, to {target}; remove it")
+            if path.is_fifo():
+                raise BadInputError(path, "is a pipe, where a file is to be written; remove it")
 
 
 _MOST_BYTES = 2**30
@@ -192,7 +170,7 @@ _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path) -> object:
-    """Reads strict JSON in UTF-8, with or without a byte order mark.
+    """Read strict JSON in UTF-8, with or without a byte order mark.
 
     Raises:
         BadInputError: cannot be opened, is no JSON, has a key twice in one object, or holds what
@@ -204,31 +182,24 @@ def read_json(path: Path) -> object:
             raise BadInputError(path, f"is larger than {_MOST_BYTES:,} bytes; split it")
         text = path.read_text(encoding="utf-8-sig")
         if text.count("[") + text.count("{") > _MOST_CONTAINERS:
-            raise BadInputError(
-                path, f"has more than {_MOST_CONTAINERS:,} lists and objects; split it"
-            )
-        content = json.loads(
-            text,
-            parse_constant=_refuse,
-            parse_float=_finite,
-            parse_int=_whole,
-            object_pairs_hook=_unique,
-        )
+            reason = f"has more than {_MOST_CONTAINERS:,} lists and objects; split it"
+            raise BadInputError(path, reason)
+        hooks = {"parse_constant": _refuse, "parse_float": _finite, "parse_int": _whole}
+        content = json.loads(text, object_pairs_hook=_unique, **hooks)
+        if _HALF_CHARACTER.search(text):  # which JSON can spell, but no file can hold
+            json.dumps(content, ensure_ascii=False).encode()
     except BadInputError:
         raise
     except OSError as error:
         raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
+    except UnicodeEncodeError as error:
+        raise BadInputError(path, f"is no JSON (broken text: {error.reason})") from error
     except ValueError as error:
         raise BadInputError(path, f"is no JSON ({error})") from error
     except MemoryError as error:
         raise BadInputError(path, "is too large for the memory of this machine") from error
     except RecursionError as error:
         raise BadInputError(path, "is nested too deeply to be read") from error
-    if _HALF_CHARACTER.search(text):  # which JSON can spell, but no file can hold
-        try:
-            json.dumps(content, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise BadInputError(path, f"is no JSON (broken text: {error.reason})") from error
     return content
 
 
@@ -258,11 +229,23 @@ def _finite(text: str) -> float:
     return value
 
 
-_LONGEST_NAME = 255  # bytes, as nearly all file systems have it
+def strict_json(document: dict) -> str:
+    """Return indented JSON that every reader takes: floats that are not finite become null."""
+    return json.dumps(_nan_to_null(document), indent=2, allow_nan=False) + "\n"
+
+
+def _nan_to_null(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _nan_to_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nan_to_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+LONGEST_NAME = 255  # bytes of a file's name, as nearly all file systems have it
 
 
 def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -272,22 +255,19 @@ def file_sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mark: str = "") -> Iterator[BinaryIO]:
-    """Opens a file for writing that replaces its predecessor at once, or not at all.
+    """Open a file, in a folder that is made, that replaces its predecessor at once, or not at all.
 
     A temporary file next to it is written to the disk, and renamed when the block ends without an
-    error. Nothing is written through a link that somebody left under either name.
-
-    Args:
-        path: its folder is made if it does not exist.
-        mark: in the name of the temporary file, where others may be writing the same one.
+    error. Nothing is written through a link that somebody left under either name. Where others may
+    be writing the same file, a `mark` keeps the temporary files apart.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}{mark}.tmp")
-    if len(os.fsencode(temporary.name)) > _LONGEST_NAME:
+    if len(os.fsencode(temporary.name)) > LONGEST_NAME:
         temporary = path.with_name(hashlib.sha256(os.fsencode(temporary.name)).hexdigest() + ".tmp")
     temporary.unlink(missing_ok=True)  # of a process that was killed
-    file = open(temporary, "xb")  # noqa: SIM115  (closed below)
+    file = open(temporary, "xb")  # closed below
     try:
         with file:
             yield file
@@ -300,14 +280,14 @@ def atomic_file(path: str | Path, mark: str = "") -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Writes a whole file through `atomic_file`, text as UTF-8."""
+    """Write a whole file through `atomic_file`, text as UTF-8."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A new folder next to `out`, to be renamed to it when complete; removed if it was not."""
+    """Yield a new folder next to `out`, to be renamed to it when complete, else removed."""
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     stage.chmod(0o755)  # mkdtemp's is private
@@ -323,16 +303,9 @@ def is_empty(folder: Path) -> bool:
 
 
 def lock_folder(folder: str | Path, option: str, timeout: float = 0) -> FileLock:
-    """Locks a folder for one writer, until the lock is released or the process ends.
-
-    Args:
-        folder: made if it does not exist.
-        option: that chose it, such as "--output", for the error.
-        timeout: seconds to wait for another writer to end.
-
-    Raises:
-        ValueError: another run is writing into the folder.
-    """
+    """Lock a folder, made if it does not exist, for one writer, until the lock is released or the
+    process ends; raise ValueError if another run still writes into it after `timeout` seconds.
+    `option` chose the folder, such as "--output"."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=timeout)
@@ -343,27 +316,3 @@ def lock_folder(folder: str | Path, option: str, timeout: float = 0) -> FileLock
             f"Another run is writing into {folder}: wait for it, or choose another {option}"
         ) from error
     return lock
-
-
-def strict_json(document: dict) -> str:
-    """Indented JSON that every reader takes: floats that are not finite become null."""
-    return json.dumps(_nan_to_null(document), indent=2, allow_nan=False) + "\n"
-
-
-def _nan_to_null(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _nan_to_null(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_nan_to_null(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def csv_text(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
-    """The rows under all their keys, in the order of their first appearance; NaN is empty.
-
-    Without rows, it is the header of `columns` alone.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row)) or columns
-    values = ([row.get(column) for column in columns] for row in rows)
-    known = ([None if isinstance(v, float) and math.isnan(v) else v for v in row] for row in values)
-    return csv_lines([columns, *known])

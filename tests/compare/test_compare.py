@@ -1,75 +1,272 @@
+"""Which runs belong together, and how models differ: against the runs' values and SciPy."""
+
 import json
-import re
+import logging
+import math
 
+import numpy as np
 import pytest
-from rectangles import rectangle
+from scipy import stats
 
-from imrcnn_d2.cli import compare
-from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.output import write_evaluation
+from imrcnn_d2.cli import compare as command
+from imrcnn_d2.evaluation import Bootstrap
+from imrcnn_d2.report import load_run
+from imrcnn_d2.report.comparison import compare, gather
+from imrcnn_d2.report.comparison.models import training_images
 
-
-def region(image_id, x, width=10, **fields):
-    return rectangle(image_id, x, 0, width, 10, **fields)
+BOOTSTRAP = Bootstrap(60)
 
 
 @pytest.fixture
-def scored(tmp_path):
-    """A function that scores detections in images 1..n, each with a lesion, into a folder."""
+def gt(tmp_path, write_gt):
+    return write_gt(tmp_path / "data" / "annotations" / "test.json", images=6)
 
-    def do(name, found, images=3):
-        records = [
-            {"id": i, "file_name": f"{i}.png", "height": 40, "width": 50}
-            for i in range(1, images + 1)
-        ]
-        gt = {"images": records, "categories": [{"id": 1, "name": "polyp"}]}
-        gt["annotations"] = [region(record["id"], 0) for record in records]
-        paths = [tmp_path / f"gt{images}.json", tmp_path / f"{name}.json"]
-        dt = [region(i, 0, 8, score=0.9 - i / 100) for i in found]
-        for path, content in zip(paths, (gt, dt), strict=True):
-            path.write_text(json.dumps(content))
-        gt, dt = map(str, paths)
-        write_evaluation(evaluate_lesions(gt, dt), tmp_path / name, gt=gt, dt=dt)
-        return tmp_path / name
+
+@pytest.fixture
+def make(write_run):
+    """A function that writes a run and loads it, under a label if one is given."""
+
+    def do(name, gt, label="", **options):
+        output = write_run(name, gt, **options)
+        return load_run(f"{label}={output}" if label else output)
 
     return do
 
 
-def test_compares_evaluations(scored, tmp_path, capsys):
-    runs = [str(scored("one", [1])), f"better={scored('two', [1, 2])}"]
-    out = tmp_path / "out"
-    compare.main([*runs, "--output", str(out), "--resamples", "40", "--seed", "3"])
-    printed = capsys.readouterr().out
-    assert (out / "comparison.md").read_text() in printed
-    assert str(out / "table_3.tex") in printed
-    document = json.loads((out / "comparison.json").read_text())
-    assert list(document["models"]) == ["one", "better"]
-    assert (document["settings"]["resamples"], document["settings"]["seed"]) == (40, 3)
-    primary = document["tests"][0]
-    assert (primary["first"], primary["endpoint"]) == ("better", "segm/AP50_voc")
-    assert primary["estimate"] == pytest.approx(100 / 3)
+@pytest.fixture
+def fold_gts(tmp_path, write_gt):
+    """Ground truths of three folds, other images in each."""
+    return [
+        write_gt(tmp_path / f"fold{i}" / "test.json", images=12 + i, first=1 + 20 * i)
+        for i in range(3)
+    ]
 
 
-def test_options(scored, tmp_path):
-    runs = [str(scored(name, found)) for name, found in (("a", [1]), ("b", [2]), ("c", [1, 2]))]
-    options = ["--primary", "segm/AP", "--ci-all", "--baseline", "b", "--resamples", "20"]
-    compare.main([*runs, "--output", str(tmp_path / "out"), *options])
-    tests = json.loads((tmp_path / "out" / "comparison.json").read_text())["tests"]
-    assert {(test["first"], test["second"]) for test in tests} == {("a", "b"), ("c", "b")}
-    assert {test["endpoint"] for test in tests if test["primary"]} == {"segm/AP"}
+def names(groups):
+    return {label: [run.run_folder.name for run in runs] for label, runs in groups.items()}
 
 
-def test_bad_input_is_named_and_writes_nothing(scored, tmp_path, capsys):
-    one, other = str(scored("one", [1])), str(scored("other", [1], images=4))
-    out = ["--output", str(tmp_path / "out")]
-    for runs, message in (
-        ([one, other], f"{one} .*different test sets"),
-        ([one, str(tmp_path / "nowhere")], "nowhere does not exist"),
-        ([one, one], "one are both one with no known seed"),
+def test_runs_are_grouped_by_model_backbone_and_label(gt, make):
+    runs = [make("a", gt, seed=2), make("b", gt, model="MR-CNN"), make("c", gt, seed=1)]
+    gathered = gather(runs)
+    assert names(gathered.split) == {"IMR-CNN": ["c", "a"], "MR-CNN": ["b"]}
+    assert not gathered.folds and not gathered.remarks
+    deeper = make("d", gt, backbone="R-101")
+    assert list(gather([*runs, deeper]).split) == ["IMR-CNN R-50", "MR-CNN", "IMR-CNN R-101"]
+    x, y, z = (load_run(f"{k}={run.run_folder}") for k, run in zip("xyx", runs, strict=True))
+    assert names(gather([x, y, z]).split) == {"x": ["c", "a"], "y": ["b"]}
+    old = make("old", gt, run_json=False)
+    assert names(gather([old]).split) == {"old": ["old"]}
+    with pytest.raises(ValueError, match="'IMR-CNN'"):
+        gather([load_run(f"IMR-CNN={runs[0].run_folder}"), runs[2]])
+
+
+def test_what_does_not_belong_together_is_refused_by_name(gt, make, write_gt, tmp_path):
+    other = write_gt(tmp_path / "other.json", images=9)
+    first, old = make("a", gt, seed=7), make("c", gt, "x", run_json=False)
+    for run, second, fault in (
+        (first, make("b", gt, seed=7), "runs/a and .*runs/b .*IMR-CNN .*seed 7"),
+        (old, make("d", gt, "x", run_json=False), "runs/c and .*runs/d .* x .*no known seed"),
+        (first, make("e", other, model="MR-CNN"), "runs/a .*test.json.*runs/e .*other.json"),
+        (first, make("f", gt, model="MR-CNN", tau=0.5), "runs/a .*tau 0.7, .*runs/f with 0.5"),
     ):
+        with pytest.raises(ValueError, match=fault):
+            gather([run, second])
+
+
+def test_configs_that_differ_are_remarked(gt, make, caplog):
+    with caplog.at_level(logging.WARNING):
+        (remark,) = gather([make(f"{seed}", gt, seed=seed, lr=seed) for seed in (1, 2)]).remarks
+    assert "IMR-CNN" in remark and "SOLVER.BASE_LR" in remark and remark in caplog.text
+
+
+def test_folds_are_grouped(fold_gts, gt, make):
+    runs = [
+        make(f"{model}{i}{seed}", path, model=model, seed=seed, fold=(i, 3))
+        for model, seeds in (("IMR", (0, 1)), ("MR", (0,)))
+        for i, path in reversed(list(enumerate(fold_gts)))
+        for seed in seeds
+    ]
+    gathered = gather(runs)
+    assert not gathered.split and len(gathered.folds["MR"]) == 3
+    assert [[run.run_folder.name for run in seeds] for seeds in gathered.folds["IMR"]] == [
+        *(["IMR00", "IMR01"], ["IMR10", "IMR11"], ["IMR20", "IMR21"])
+    ]
+    assert training_images(runs[0]) == 64
+    gathered = gather([*runs, make("one", gt, model="IMR")])
+    assert names(gathered.split) == {"IMR": ["one"]} and len(gathered.folds["IMR"]) == 3
+
+
+def test_folds_missing_doubled_or_other_ones(fold_gts, make):
+    runs = [make(f"{i}", path, fold=(i, 3)) for i, path in enumerate(fold_gts)]
+    again, of_5 = make("again", fold_gts[1], fold=(1, 3)), make("of5", fold_gts[1], fold=(1, 5))
+    twice = make("twice", fold_gts[1], fold=(2, 3))
+
+    def other(name, order):
+        folds = enumerate(order)
+        return [make(f"{name}{i}", fold_gts[k], model=name, fold=(i, len(order))) for i, k in folds]
+
+    for members, fault in (
+        ([runs[0], runs[2]], "IMR-CNN lacks fold 1 of 3"),
+        ([*runs, again], "runs/1 and .*runs/again .*IMR-CNN of fold 1"),
+        ([*runs, of_5], "runs/0 is one of 3 folds, .*runs/of5 one of 5"),
+        ([*runs[:2], twice], "png is tested in fold 1 and again in fold 2"),
+        ([*runs, *other("MR", [0, 1])], "IMR-CNN has 3 folds, MR has 2"),
+        ([*runs, *other("IBMR", [0, 2, 1])], "different test sets"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            gather(members)
+
+
+def test_training_images_of_a_run_without_a_record(gt, make, write_gt):
+    run = make("old", gt, run_json=False)
+    assert training_images(run) is None
+    write_gt(gt.with_name("train.json"), images=15)
+    assert training_images(run) == 15
+
+
+@pytest.fixture
+def three(tmp_path, write_gt, make):
+    """Runs of three models on 24 images, the last clearly better."""
+    gt = write_gt(tmp_path / "test.json")
+    skills = {"MR-CNN": 0.5, "IBMR-CNN": 0.6, "IMR-CNN": 0.97}
+    return [
+        make(model, gt, model=model, skill=skill, seed=number, tau_val=0.6)
+        for number, (model, skill) in enumerate(skills.items())
+    ]
+
+
+def of(tests, endpoint):
+    return {(test.first, test.second): test for test in tests if test.endpoint == endpoint}
+
+
+def test_pairs_and_their_differences(three):
+    compared = compare(gather(three), BOOTSTRAP)
+    pairs = [("IBMR-CNN", "MR-CNN"), ("IMR-CNN", "MR-CNN"), ("IMR-CNN", "IBMR-CNN")]
+    assert list(of(compared.tests, "segm/AP50_voc")) == pairs
+    best, worst = three[2].results, three[0].results
+    test = of(compared.tests, "lesion/recall")["IMR-CNN", "MR-CNN"]
+    assert test.estimate == pytest.approx(best.lesion["recall"] - worst.lesion["recall"])
+    assert 0 < test.low < test.estimate < test.high
+    at_tau_val = of(compared.tests, "tau_val.lesion/recall")["IMR-CNN", "MR-CNN"].estimate
+    expected = best.tau_val["lesion"]["recall"] - worst.tau_val["lesion"]["recall"]
+    assert at_tau_val == pytest.approx(expected) and expected != test.estimate
+    # McNemar's exact test is SciPy's binomial test of the discordant images.
+    test = of(compared.tests, "image/accuracy")["IMR-CNN", "MR-CNN"]
+    first, second = (
+        np.array([row["image_outcome"] in ("TP", "TN") for row in results.per_image])
+        for results in (best, worst)
+    )
+    b, c = int((first & ~second).sum()), int((~first & second).sum())
+    assert test.test == f"McNemar's exact, {b} : {c}"
+    assert test.p == pytest.approx(stats.binomtest(b, b + c).pvalue)
+    baseline = compare(gather(three), BOOTSTRAP, baseline="IBMR-CNN")
+    pairs = [("MR-CNN", "IBMR-CNN"), ("IMR-CNN", "IBMR-CNN")]
+    assert list(of(baseline.tests, "lesion/f1")) == pairs
+
+
+def test_all_but_the_primary_endpoint_are_adjusted(three):
+    for primary in ("segm/AP50_voc", "lesion/recall"):
+        tests = compare(gather(three), BOOTSTRAP, primary=primary).tests
+        assert {test.endpoint for test in tests if test.primary} == {primary}
+        assert all(math.isnan(test.p_holm) for test in tests if test.primary)
+        family = sorted((test for test in tests if not test.primary), key=lambda test: test.p)
+        adjusted = 0
+        for rank, test in enumerate(family):
+            adjusted = max(adjusted, min(1, (len(family) - rank) * test.p))
+            assert test.p_holm == pytest.approx(adjusted)
+
+
+def test_endpoints_and_baselines_that_there_are_not(three):
+    for options, named in (
+        ({"primary": "segm/AP"}, "'segm/AP'.*--ci-all"),
+        ({"primary": "recall"}, "'recall'"),
+        ({"baseline": "X"}, "'X' among MR-CNN, IBMR-CNN, IMR-CNN"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            compare(gather(three), BOOTSTRAP, **options)
+    slow = compare(gather(three[:2]), Bootstrap(20, all_coco=True), primary="segm/AP")
+    assert of(slow.tests, "segm/AP")["IBMR-CNN", "MR-CNN"].primary
+    assert not of(slow.tests, "patient/recall")  # no image of a patient
+
+
+def test_seeds_are_one_model(gt, make):
+    runs = [make(f"{seed}", gt, seed=seed) for seed in (1, 2, 3)]
+    compared = compare(gather([*runs, make("b", gt, model="MR-CNN")]), BOOTSTRAP)
+    model = compared.models["IMR-CNN"]
+    values = [run.results.segm["AP50_voc"] for run in runs]
+    assert model.values["segm"]["AP50_voc"] == pytest.approx(np.mean(values))
+    assert model.sd("segm", "AP50_voc") == pytest.approx(np.std(values))
+    # Three outcomes of an image are not one: no McNemar's test.
+    assert not of(compared.tests, "image/accuracy")
+
+
+def test_folds_are_tested_with_their_sizes(fold_gts, make):
+    runs, values = [], {}
+    for fold, path in enumerate(fold_gts):
+        for model, skill in (("MR-CNN", 0.6), ("IMR-CNN", 0.9)):
+            run = make(f"{model}{fold}", path, model=model, skill=skill, fold=(fold, 3))
+            runs.append(run)
+            values.setdefault(model, []).append(run.results.lesion["recall"])
+    compared = compare(gather(runs), BOOTSTRAP)
+    assert not compared.tests and not compared.models
+    assert (compared.n_train, compared.n_test) == (64, 13)
+    test = of(compared.fold_tests, "lesion/recall")["IMR-CNN", "MR-CNN"]
+    differences = np.subtract(values["IMR-CNN"], values["MR-CNN"])
+    error = np.sqrt((1 / 3 + 13 / 64) * differences.var(ddof=1))
+    assert test.estimate == pytest.approx(differences.mean())
+    assert test.p == pytest.approx(2 * stats.t.sf(abs(differences.mean()) / error, 2))
+    for run in runs:
+        run.record["datasets"] = {}
+    unknown = compare(gather(runs), BOOTSTRAP)
+    assert not unknown.fold_tests and any("not tested" in text for text in unknown.remarks)
+
+
+def test_an_undefined_primary_endpoint_is_remarked(gt, make):
+    """Boxes only: no metric of masks."""
+    runs = [make(name, gt, model=name, seed=1, boxes=True) for name in ("a", "b")]
+    compared = compare(gather(runs), BOOTSTRAP)
+    assert not of(compared.tests, "segm/AP50_voc")
+    assert of(compared.tests, "bbox/AP50_voc")["b", "a"].p == 1
+    assert any("segm/AP50_voc is undefined" in remark for remark in compared.remarks)
+
+
+def test_old_runs_say_how_to_renew_them(gt, write_run, caplog):
+    folder = write_run("old", gt, run_json=False)
+    path = folder / "inference" / "kvasir_seg_test" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["lesion"]["TP"] += 1
+    path.write_text(json.dumps(metrics))
+    with caplog.at_level(logging.WARNING):
+        other_values, no_point, no_record = compare(gather([load_run(folder)]), BOOTSTRAP).remarks
+    assert "(lesion/TP)" in other_values and other_values in caplog.text
+    assert "(tau_val): old." in no_point and str(folder) in no_record
+
+
+def test_patients_with_several_images(tmp_path, write_gt, make):
+    for per_patient, clustered in ((3, True), (1, False)):
+        gt = write_gt(tmp_path / f"{per_patient}.json", per_patient=per_patient)
+        runs = [make(f"{m}{per_patient}", gt, model=m) for m in ("a", "b")]
+        compared = compare(gather(runs), BOOTSTRAP)
+        assert compared.clustered is clustered and compared.settings["unit"] == "patient"
+        assert of(compared.tests, "patient/recall")
+
+
+def test_the_command(gt, write_run, write_gt, tmp_path, capsys):
+    runs = [str(write_run(name, gt, model=name, seed=i)) for i, name in enumerate("abc")]
+    out = tmp_path / "out"
+    options = ["--primary", "segm/AP", "--ci-all", "--baseline", "b", "--resamples", "20"]
+    command.main([*runs, "--output", str(out), *options, "--seed", "3"])
+    printed = capsys.readouterr().out
+    assert (out / "comparison.md").read_text() in printed and str(out / "table_3.tex") in printed
+    document = json.loads((out / "comparison.json").read_text())
+    assert (document["settings"]["resamples"], document["settings"]["seed"]) == (20, 3)
+    pairs = {(test["first"], test["second"]) for test in document["tests"]}
+    assert pairs == {("a", "b"), ("c", "b")}
+    assert {t["endpoint"] for t in document["tests"] if t["primary"]} == {"segm/AP"}
+    other = str(write_run("other", write_gt(tmp_path / "gt.json", images=4), model="other"))
+    for second, named in ((other, "test sets"), (str(tmp_path / "nowhere"), "nowhere")):
         with pytest.raises(SystemExit) as stopped:
-            compare.main([*runs, *out])
-        assert stopped.value.code == 1
-        error = capsys.readouterr().err.replace("\n", " ")
-        assert re.search(message, error), error
-    assert not (tmp_path / "out").exists()
+            command.main([runs[0], second, "--output", str(tmp_path / "none")])
+        assert stopped.value.code == 1 and named in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -1,18 +1,18 @@
+"""Models on the same images, against brute force: resamples built as data sets and scored."""
+
 import dataclasses
 
 import numpy as np
 import pytest
 
-from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.comparison import (
-    AveragedMetrics,
-    check_same_units,
-    image_level_test,
+from imrcnn_d2.evaluation import (
+    Bootstrap,
+    OperatingPoint,
+    evaluate_lesions,
     model_figures,
     paired_difference,
 )
-from imrcnn_d2.evaluation.detection.results import OperatingPoint
-from imrcnn_d2.evaluation.statistics import Bootstrap
+from imrcnn_d2.evaluation.comparison import AveragedMetrics, check_same_units, image_level_test
 
 
 @pytest.fixture(scope="module")
@@ -30,33 +30,31 @@ def case(random_case):
 @pytest.fixture(scope="module")
 def scored(case):
     gt, results = case
-    return [
-        evaluate_lesions(gt, own, tau=0.5, operating_point=OperatingPoint(0.3, "f1"))
-        for own in results
-    ]
+    point = OperatingPoint(0.3, "f1")
+    return [evaluate_lesions(gt, dt, tau=0.5, operating_point=point) for dt in results]
 
 
-def resampled(gt, results, drawn):
-    """The data set that holds image i ``drawn[i]`` times, and the results for it."""
-    images, annotations, found = [], [], []
-    for image, times in zip(gt["images"], drawn, strict=True):
+def resampled(gt, results, counts):
+    """The data set that holds image i ``counts[i]`` times, and the results for it."""
+    images, annotations, dt = [], [], []
+    for image, times in zip(gt["images"], counts, strict=True):
         for _ in range(times):
             id_ = len(images) + 1
             images.append(image | {"id": id_})
-            for source, target in ((gt["annotations"], annotations), (results, found)):
+            for source, target in ((gt["annotations"], annotations), (results, dt)):
                 target += [r | {"image_id": id_} for r in source if r["image_id"] == image["id"]]
     annotations = [a | {"id": number} for number, a in enumerate(annotations, 1)]
-    return gt | {"images": images, "annotations": annotations}, found
+    return gt | {"images": images, "annotations": annotations}, dt
 
 
 def test_equal_runs_are_as_one(scored):
-    one = scored[0].metrics
-    average = AveragedMetrics([one, one, one])
-    weights = next(Bootstrap(20, seed=1).weights(one.num_units))
+    metrics = scored[0].metrics
+    average = AveragedMetrics([metrics] * 3)
+    weights = next(Bootstrap(20, seed=1).weights(metrics.num_units))
     for ours, theirs in (
-        (average(weights), one(weights)),
-        (average.once(), one.once()),
-        (average.proportions(), one.proportions()),
+        (average(weights), metrics(weights)),
+        (average.once(), metrics.once()),
+        (average.proportions(), metrics.proportions()),
     ):
         assert ours.keys() == theirs.keys()
         for group in ours:
@@ -64,34 +62,35 @@ def test_equal_runs_are_as_one(scored):
                 assert ours[group][name] == pytest.approx(theirs[group][name], nan_ok=True), name
 
 
-def test_outcomes_are_averaged_and_rank_figures_too(scored):
+def test_outcomes_are_averaged_and_rank_metrics_too(scored):
     model = model_figures(scored)
-    tp, fp, fn = (np.mean([one.lesion[key] for one in scored]) for key in ("TP", "FP", "FN"))
-    assert model.values["lesion"]["TP"] == pytest.approx(tp)
-    assert model.values["lesion"]["precision"] == pytest.approx(100 * tp / (tp + fp))
-    assert model.values["lesion"]["f1"] == pytest.approx(200 * tp / (2 * tp + fp + fn))
+    lesion = model.values["lesion"]
+    tp, fp, fn = (np.mean([run.lesion[key] for run in scored]) for key in ("TP", "FP", "FN"))
+    assert lesion["TP"] == pytest.approx(tp)
+    assert lesion["precision"] == pytest.approx(100 * tp / (tp + fp))
+    assert lesion["f1"] == pytest.approx(200 * tp / (2 * tp + fp + fn))
     # A mean over all hits of all runs, not of the runs' means.
-    iou = sum(one.lesion["iou"] * one.lesion["TP"] for one in scored) / (3 * tp)
-    assert model.values["lesion"]["iou"] == pytest.approx(iou)
+    iou = sum(run.lesion["iou"] * run.lesion["TP"] for run in scored) / (3 * tp)
+    assert lesion["iou"] == pytest.approx(iou)
     for group, name in (("segm", "AP50_voc"), ("bbox", "AP"), ("image", "auroc")):
-        values = [one.groups()[group][name] for one in scored]
+        values = [run.groups()[group][name] for run in scored]
         assert model.values[group][name] == pytest.approx(np.mean(values))
         assert model.sd(group, name) == pytest.approx(np.std(values))
         assert model.sd(group, name, sample=True) == pytest.approx(np.std(values, ddof=1))
-    called = np.mean([one.tau_val["image"]["recall"] for one in scored])
-    assert model.values["tau_val.image"]["recall"] == pytest.approx(called)
+    recall = np.mean([run.tau_val["image"]["recall"] for run in scored])
+    assert model.values["tau_val.image"]["recall"] == pytest.approx(recall)
     assert model.taus == [0.3, 0.3, 0.3]
     assert np.isnan(model_figures(scored[:1]).sd("segm", "AP50_voc"))
 
 
 def test_resamples_are_data_sets_of_repeated_images(case, scored):
-    """Brute force: each resample built as a data set, scored, and averaged over two runs."""
+    """Each resample is built as a data set, scored, and averaged over two runs."""
     gt, results = case
     bootstrap = Bootstrap(6, seed=4)
     model = model_figures(scored[:2], bootstrap)
     (weights,) = bootstrap.weights(len(gt["images"]))
-    for b, drawn in enumerate(weights):
-        runs = [evaluate_lesions(*resampled(gt, own, drawn), tau=0.5) for own in results[:2]]
+    for b, counts in enumerate(weights):
+        runs = [evaluate_lesions(*resampled(gt, dt, counts), tau=0.5) for dt in results[:2]]
         tp, fp = (sum(run.lesion[key] for run in runs) for key in ("TP", "FP"))
         assert model.resampled["lesion"]["precision"][b] == pytest.approx(100 * tp / (tp + fp))
         for group, name in (("segm", "AP50_voc"), ("bbox", "AP50"), ("image", "auroc")):
@@ -99,38 +98,23 @@ def test_resamples_are_data_sets_of_repeated_images(case, scored):
             assert model.resampled[group][name][b] == pytest.approx(expected, nan_ok=True)
 
 
-def test_intervals_are_percentiles_of_the_resamples(scored):
-    model = model_figures(scored, Bootstrap(300))
-    for group, name in (("segm", "AP50_voc"), ("lesion", "precision")):
-        low, high = np.percentile(model.resampled[group][name], [2.5, 97.5])
-        assert model.intervals[group][name] == pytest.approx((low, high))
-        assert low < model.values[group][name] < high
-
-
-def test_a_model_does_not_differ_from_itself(scored):
-    model = model_figures(scored[:1], Bootstrap(50))
-    difference = paired_difference(model, model, "segm", "AP50_voc")
-    assert dataclasses.astuple(difference) == (0, 0, 0, 1, 0)
-
-
-def test_differences_are_paired(scored):
+def test_intervals_are_percentiles_and_differences_are_paired(scored):
     """Subtracted resample by resample: much less spread than of two independent resamplings."""
-    bootstrap = Bootstrap(400)
-    one, two = (model_figures([own], bootstrap) for own in scored[:2])
-    difference = paired_difference(one, two, "lesion", "recall")
-    samples = one.resampled["lesion"]["recall"] - two.resampled["lesion"]["recall"]
-    assert difference.estimate == pytest.approx(
-        scored[0].lesion["recall"] - scored[1].lesion["recall"]
-    )
+    first, second = (model_figures([run], Bootstrap(400)) for run in scored[:2])
+    low, high = np.percentile(first.resampled["segm"]["AP50_voc"], [2.5, 97.5])
+    assert first.intervals["segm"]["AP50_voc"] == pytest.approx((low, high))
+    assert low < first.values["segm"]["AP50_voc"] < high
+    difference = paired_difference(first, second, "lesion", "recall")
+    samples = first.resampled["lesion"]["recall"] - second.resampled["lesion"]["recall"]
+    estimate = scored[0].lesion["recall"] - scored[1].lesion["recall"]
+    assert difference.estimate == pytest.approx(estimate)
     assert (difference.low, difference.high) == pytest.approx(np.percentile(samples, [2.5, 97.5]))
     other = model_figures([scored[1]], Bootstrap(400, seed=9)).resampled["lesion"]["recall"]
-    assert samples.std() < 0.9 * (one.resampled["lesion"]["recall"] - other).std()
-
-
-def test_a_figure_that_was_not_resampled(scored):
-    model = model_figures(scored[:1], Bootstrap(10))
+    assert samples.std() < 0.9 * (first.resampled["lesion"]["recall"] - other).std()
+    same = paired_difference(first, first, "segm", "AP50_voc")
+    assert dataclasses.astuple(same) == (0, 0, 0, 1, 0)
     for group, name in (("segm", "AP"), ("patient", "recall"), ("nonsense", "recall")):
-        assert np.isnan(paired_difference(model, model, group, name).p)
+        assert np.isnan(paired_difference(first, first, group, name).p)  # not resampled
 
 
 def test_image_level_test_by_hand(region, dataset):
@@ -142,38 +126,31 @@ def test_image_level_test_by_hand(region, dataset):
     result = image_level_test([first], [second])
     assert (result.only_first, result.only_second) == (1, 2)
     assert result.p == pytest.approx(1)  # 1 of 3 discordant: 2 (1 + 3) / 8
-    # At its own threshold the second finds nothing, which is right in image 4.
-    own = image_level_test([second], [second], tau_val=True)
-    assert (own.only_first, own.p) == (0, 1)
+    # At its operating point the second finds nothing, which is right in image 4.
+    at_tau_val = image_level_test([second], [second], tau_val=True)
+    assert (at_tau_val.only_first, at_tau_val.p) == (0, 1)
     assert image_level_test([first], [second], tau_val=True) is None
     assert image_level_test([first, first], [second]) is None
 
 
 def test_different_test_sets_are_refused(region, dataset):
-    def score(gt):
-        return evaluate_lesions(gt, [])
-
-    lesion = region(1, 0, 0, 10, 10)
-    base = score(dataset(3, [lesion], patients=["a", "a", "b"]))
-    check_same_units(base, score(dataset(3, [lesion], patients=["a", "a", "b"])))
-    with pytest.raises(ValueError, match="A and B have different images .3 and 2 images"):
-        check_same_units(base, score(dataset(2, [lesion], patients=["a", "a"])), ("A", "B"))
-    with pytest.raises(ValueError, match="different patients .* such as 'a' and 'b'"):
-        check_same_units(base, score(dataset(3, [lesion], patients=["a", "b", "b"])))
-    with pytest.raises(ValueError, match="different patients"):
-        check_same_units(base, score(dataset(3, [lesion])))
-    renamed = dataset(3, [lesion], patients=["a", "a", "b"])
+    lesion, patients = region(1, 0, 0, 10, 10), ["a", "a", "b"]
+    base = evaluate_lesions(dataset(3, [lesion], patients=patients), [])
+    check_same_units(base, evaluate_lesions(dataset(3, [lesion], patients=patients), []))
+    renamed = dataset(3, [lesion], patients=patients)
     renamed["images"][2]["file_name"] = "other.png"
-    with pytest.raises(ValueError, match="different images .* such as '3.png' and 'other.png'"):
-        check_same_units(base, score(renamed))
-    for annotations, classes in (
-        ([region(1, 0, 0, 11, 10)], ("lesion",)),
-        ([lesion], ("polyp",)),
-        ([region(1, 0, 0, 10, 10, iscrowd=1)], ("lesion",)),
+    crowd = region(1, 0, 0, 10, 10, iscrowd=1)
+    for gt, named in (
+        (dataset(2, [lesion], patients=["a", "a"]), "A and B .*3 and 2 images"),
+        (dataset(3, [lesion], patients=["a", "b", "b"]), "'a' and 'b'"),
+        (dataset(3, [lesion]), "patients"),
+        (renamed, "'3.png' and 'other.png'"),
+        (dataset(3, [region(1, 0, 0, 11, 10)], patients=patients), "lesions or classes"),
+        (dataset(3, [lesion], ("polyp",), patients=patients), "lesions or classes"),
+        (dataset(3, [crowd], patients=patients), "lesions or classes"),
     ):
-        other = dataset(3, annotations, classes, patients=["a", "a", "b"])
-        with pytest.raises(ValueError, match="same images but different lesions or classes"):
-            check_same_units(base, score(other))
+        with pytest.raises(ValueError, match=named):
+            check_same_units(base, evaluate_lesions(gt, []), ("A", "B"))
 
 
 def test_patients_are_the_units(region, dataset):

@@ -7,63 +7,53 @@ from rectangles import rectangle
 HEIGHT, WIDTH = 40, 50
 
 
-def make_dataset(num_images, annotations=(), classes=("lesion",), patients=None):
+def make_dataset(num_images, annotations=(), classes=("lesion",), patients=()):
     """A COCO dict with images 1, 2, ... and classes 1, 2, ..."""
     images = [
         {"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH}
         for i in range(1, num_images + 1)
     ]
-    for image, patient in zip(images, patients or [], strict=False):
+    for image, patient in zip(images, patients, strict=False):
         image["patient_id"] = patient
     return {
         "images": images,
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
         "annotations": [
-            {
-                "id": number,
-                "iscrowd": 0,
-                "area": float(annotation["bbox"][2] * annotation["bbox"][3]),
-                **annotation,
-            }
-            for number, annotation in enumerate(annotations, 1)
+            {"id": number, "iscrowd": 0, "area": float(a["bbox"][2] * a["bbox"][3]), **a}
+            for number, a in enumerate(annotations, 1)
         ],
     }
 
 
 def make_random(seed, scores="tied", num_images=6, num_classes=2):
-    """
-    A crowded data set and results for it, as (dataset, results): several classes, crowds,
-    lesion-free images, near misses and equal overlaps; scores that tie or "distinct" ones.
-    """
+    """A crowded data set and results for it, as (dataset, results): several classes, crowds,
+    lesion-free images, near misses and equal overlaps; scores that tie or "distinct" ones."""
     rng = np.random.default_rng(seed)
 
     def anywhere(image_id, **fields):
-        x, y = rng.integers(0, 5, 2) * 4
-        width, height = rng.integers(2, 6, 2) * 4
+        x, y = (rng.integers(0, 5, 2) * 4).tolist()
+        width, height = (rng.integers(2, 6, 2) * 4).tolist()
         category = int(rng.integers(1, num_classes + 1))
-        return rectangle(
-            image_id, int(x), int(y), int(width), int(height), category_id=category, **fields
-        )
+        return rectangle(image_id, x, y, width, height, category_id=category, **fields)
 
-    def near(annotation, **fields):
+    def near(annotation, score):
         x, y, width, height = annotation["bbox"]
         right, down = rng.integers(0, 3, 2).tolist()
-        return rectangle(x=x + right, y=y + down, width=width, height=height, **fields)
+        place = annotation["image_id"], x + right, y + down, width, height
+        return rectangle(*place, category_id=annotation["category_id"], score=score)
 
     annotations, results = [], []
     for image_id in range(1, num_images + 1):
-        own = []
+        lesions = []
         for _ in range(rng.integers(0, 4)):
-            own.append(anywhere(image_id, iscrowd=int(rng.random() < 0.2)))
+            lesions.append(anywhere(image_id, iscrowd=int(rng.random() < 0.2)))
             if rng.random() < 0.2:
-                own.append(dict(own[-1]))
-        annotations += own
+                lesions.append(dict(lesions[-1]))
+        annotations += lesions
         for _ in range(rng.integers(0, 7)):
             score = float(rng.integers(0, 11) / 10 if scores == "tied" else rng.random())
-            if own and rng.random() < 0.7:
-                target = own[rng.integers(len(own))]
-                keys = {key: target[key] for key in ("image_id", "category_id")}
-                results.append(near(target, score=score, **keys))
+            if lesions and rng.random() < 0.7:
+                results.append(near(lesions[rng.integers(len(lesions))], score))
             else:
                 results.append(anywhere(image_id, score=score))
     rng.shuffle(results)

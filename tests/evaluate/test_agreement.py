@@ -1,22 +1,24 @@
 """Agreement of annotators against scikit-learn, statsmodels and counting by hand."""
 
+import csv
 import json
 import warnings
 
 import numpy as np
-import pycocotools.mask as mask_util
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from rectangles import rectangles
 from sklearn.metrics import cohen_kappa_score
 from statsmodels.stats.inter_rater import aggregate_raters
 from statsmodels.stats.inter_rater import fleiss_kappa as reference_fleiss
 
+from imrcnn_d2.cli import agreement as command
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
 from imrcnn_d2.evaluation.annotator_agreement import (
     PAIR_METRICS,
     agreement,
-    agreement_rows,
     cohen_kappa,
     fleiss_kappa,
     read_annotator,
@@ -25,99 +27,86 @@ from imrcnn_d2.evaluation.annotator_agreement import (
 )
 
 
-def compare(*data, model=None, **how):
+def compare(*data, model=None, **options):
     """Agreement of annotators a, b, c ..."""
-    annotators = [read_annotator(name, own) for name, own in zip("abcdef", data, strict=False)]
-    return agreement(annotators, model, **how)
+    annotators = [read_annotator(name, gt) for name, gt in zip("abcdef", data, strict=False)]
+    return agreement(annotators, model, **options)
+
+
+def compare_two(*data, **options):
+    return compare(*data, **options).values["a vs b"]
 
 
 @pytest.fixture
-def two(dataset, region):
+def two(dataset):
     """Four images: a shared lesion of IoU 0.8 and one of a alone; one of b alone; two of IoU 0.6
     and 1; none."""
-    a = [region(1, 0, 0, 10, 10), region(1, 20, 0, 10, 10), region(3, 0, 0, 10, 10)]
-    b = [region(1, 0, 0, 10, 8), region(2, 0, 0, 10, 10), region(3, 20, 0, 10, 10)]
-    a.append(region(3, 20, 0, 10, 10))
-    b.append(region(3, 0, 0, 6, 10))
+    a = rectangles("1 0 0 10 10; 1 20 0 10 10; 3 0 0 10 10; 3 20 0 10 10")
+    b = rectangles("1 0 0 10 8; 2 0 0 10 10; 3 20 0 10 10; 3 0 0 6 10")
     return dataset(4, a), dataset(4, b)
 
 
 def test_worked_example(two):
-    figures = compare(*two).values["a vs b"]
-    assert figures["f1"] == pytest.approx(100 * 6 / 8)  # 3 pairs of 4 and 4 lesions
-    assert figures["iou"] == pytest.approx(100 * (0.8 + 0.6 + 1) / 3)
-    assert figures["dice"] == pytest.approx(100 * (1.6 / 1.8 + 1.2 / 1.6 + 1) / 3)
-    unions = [80 / 200, 0, 160 / 200]  # the fourth image has no lesion of either
-    assert figures["union_iou"] == pytest.approx(100 * np.mean(unions))
-    assert figures["union_dice"] == pytest.approx(100 * np.mean([2 * u / (1 + u) for u in unions]))
-    assert figures["same_call"] == 75
-    assert figures["kappa"] == pytest.approx(cohen_kappa_score([1, 0, 1, 0], [1, 1, 1, 0]))
+    unions = np.array([80 / 200, 0, 160 / 200])  # the fourth image has no lesion of either
+    expected = {
+        "f1": 100 * 6 / 8,  # 3 pairs of 4 and 4 lesions
+        "iou": 100 * (0.8 + 0.6 + 1) / 3,
+        "dice": 100 * (1.6 / 1.8 + 1.2 / 1.6 + 1) / 3,
+        "union_iou": 100 * unions.mean(),
+        "union_dice": 100 * (2 * unions / (1 + unions)).mean(),
+        "same_call": 75,
+        "kappa": cohen_kappa_score([1, 0, 1, 0], [1, 1, 1, 0]),
+    }
+    assert compare_two(*two) == pytest.approx(expected)
 
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10**6))
-def test_nobody_comes_first(random_case, dataset, seed):
-    """Figures are the same the other way round, whatever overlaps what, and 100 with oneself."""
+def test_nobody_comes_first(random_case, seed):
+    """Metrics are the same the other way round, whatever overlaps what, and 100 with oneself; where
+    a has lesions, the overlap of unions is the evaluation's mIoU of b."""
     data, results = random_case(seed)
     other = {**data, "annotations": [{**r, "id": i} for i, r in enumerate(results)]}
-    there, back = compare(data, other), compare(other, data)
-    for name in PAIR_METRICS:
-        assert there.values["a vs b"][name] == pytest.approx(
-            back.values["a vs b"][name], nan_ok=True
-        )
-    same = compare(data, data).values["a vs b"]
-    lesions = [a for a in data["annotations"] if not a["iscrowd"]]
-    if lesions:
-        assert [same[f] for f in ("f1", "iou", "dice", "union_dice")] == pytest.approx([100] * 4)
-
-
-@settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 10**6))
-def test_union_is_that_of_an_evaluation(random_case, seed):
-    """Where a has lesions, the overlap of unions is the evaluation's mIoU of b."""
-    data, results = random_case(seed)
+    assert compare_two(data, other) == pytest.approx(compare_two(other, data), nan_ok=True)
     data["annotations"] = [a for a in data["annotations"] if not a["iscrowd"]]
-    marked = {a["image_id"] for a in data["annotations"]}
-    results = [r for r in results if r["image_id"] in marked]
-    if not marked:
+    annotated = {a["image_id"] for a in data["annotations"]}
+    if not annotated:
         return
-    other = {**data, "annotations": results}
-    scored = evaluate_lesions(data, [{**r, "score": 1.0} for r in results])
-    figures = compare(data, other).values["a vs b"]
-    assert figures["union_iou"] == pytest.approx(scored.image["miou"])
-    assert figures["union_dice"] == pytest.approx(scored.image["mdice"])
+    same = compare_two(data, data)
+    assert [same[f] for f in ("f1", "iou", "dice", "union_dice")] == pytest.approx([100] * 4)
+    results = [r for r in results if r["image_id"] in annotated]
+    image = evaluate_lesions(data, [{**r, "score": 1.0} for r in results]).image
+    values = compare_two(data, {**data, "annotations": results})
+    assert values["union_iou"] == pytest.approx(image["miou"])
+    assert values["union_dice"] == pytest.approx(image["mdice"])
 
 
 def test_as_many_pairs_as_there_can_be(dataset, region):
-    """The best overlap first would leave b's second lesion without a partner."""
+    """The best overlap first would leave b's second lesion without a partner: the overlaps are
+    16/24 and 16/24 of a's first, 12/28 and 4/36 of its second."""
     a = dataset(1, [region(1, 10, 0, 20, 10), region(1, 22, 0, 20, 10)])
     b = dataset(1, [region(1, 14, 0, 20, 10), region(1, 6, 0, 20, 10)])
-    boxes = [mask_util.iou([x["segmentation"]], [y["segmentation"]], [False])[0, 0]
-             for x in a["annotations"] for y in b["annotations"]]  # fmt: skip
-    assert boxes == pytest.approx([16 / 24, 16 / 24, 12 / 28, 4 / 36])
-    found = compare(a, b, iou_threshold=0.4).values["a vs b"]
-    assert found["f1"] == 100
-    assert found["iou"] == pytest.approx(100 * (16 / 24 + 12 / 28) / 2)
-    assert compare(a, b).values["a vs b"]["f1"] == 50
+    values = compare_two(a, b, iou_threshold=0.4)
+    assert (values["f1"], values["iou"]) == (100, pytest.approx(100 * (16 / 24 + 12 / 28) / 2))
+    assert compare_two(a, b)["f1"] == 50
+    # Three pairs of IoU 3/17 are more than two that are the same.
+    a, b = (dataset(1, [region(1, x + d, 0, 10, 10) for x in (0, 7, 14)]) for d in (0, 7))
+    values = compare_two(a, b, iou_threshold=0.1)
+    assert (values["f1"], values["iou"]) == (100, pytest.approx(100 * 3 / 17))
 
 
-def test_a_pair_more_is_worth_more_than_all_overlaps(dataset, region):
-    """Three pairs of IoU 3/17, or two that are the same."""
-    a = dataset(1, [region(1, x, 0, 10, 10) for x in (0, 7, 14)])
-    b = dataset(1, [region(1, x, 0, 10, 10) for x in (7, 14, 21)])
-    found = compare(a, b, iou_threshold=0.1).values["a vs b"]
-    assert (found["f1"], found["iou"]) == (100, pytest.approx(100 * 3 / 17))
+def reference_kappa(a, b):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cohen_kappa_score(a, b, labels=[False, True])
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_cohen_kappa_is_scikit_learns(answers):
     a, b = np.array(answers).T
-    got = cohen_kappa(sum(a & b), sum(a & ~b), sum(b & ~a), sum(~a & ~b))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = cohen_kappa_score(a, b, labels=[False, True])
-    assert got == pytest.approx(expected, nan_ok=True)
+    kappa = cohen_kappa(sum(a & b), sum(a & ~b), sum(b & ~a), sum(~a & ~b))
+    assert kappa == pytest.approx(reference_kappa(a, b), nan_ok=True)
 
 
 @settings(deadline=None)
@@ -127,11 +116,11 @@ def test_fleiss_kappa_is_statsmodels(raters, data):
     answers = np.array(data.draw(st.lists(row, min_size=1, max_size=20)))
     yes = answers.sum(axis=1)
     pairs = (yes * (yes - 1) + (raters - yes) * (raters - yes - 1)) / 2
-    got = fleiss_kappa(len(answers), yes.sum(), pairs.sum(), raters)
+    kappa = fleiss_kappa(len(answers), yes.sum(), pairs.sum(), raters)
     if 0 < yes.sum() < answers.size:
-        assert got == pytest.approx(reference_fleiss(aggregate_raters(answers.astype(int))[0]))
+        assert kappa == pytest.approx(reference_fleiss(aggregate_raters(answers.astype(int))[0]))
     else:
-        assert np.isnan(got)
+        assert np.isnan(kappa)
 
 
 def calls(dataset, region, answers):
@@ -143,143 +132,193 @@ def test_three_annotators_and_a_model(dataset, region):
     rng = np.random.default_rng(0)
     truth = rng.random(40) < 0.6
     answers = [truth ^ (rng.random(40) < 0.2) for _ in range(4)]
-    a, b, c, m = (calls(dataset, region, own) for own in answers)
+    a, b, c, m = (calls(dataset, region, row) for row in answers)
     results = [{**r, "score": 0.9} for r in m["annotations"]] + [region(1, 0, 0, 9, 9, score=0.1)]
     model = read_model("net", results, 0.5, read_annotator("a", a))
-    found = compare(a, b, c, model=model, bootstrap=Bootstrap(200))
-    figures = found.values
-    assert found.model == "net" and found.meta["lesions"]["net"] == answers[3].sum()
-    assert list(figures)[:6] == ["a vs b", "a vs c", "a vs net", "b vs c", "b vs net", "c vs net"]
+    result = compare(a, b, c, model=model, bootstrap=Bootstrap(200))
+    values = result.values
+    assert result.model == "net" and result.meta["lesions"]["net"] == answers[3].sum()
+    assert list(values)[:6] == ["a vs b", "a vs c", "a vs net", "b vs c", "b vs net", "c vs net"]
     for name in PAIR_METRICS:
-        among = np.mean([figures[p][name] for p in ("a vs b", "a vs c", "b vs c")])
-        with_net = np.mean([figures[f"{p} vs net"][name] for p in "abc"])
-        assert figures["annotators"][name] == pytest.approx(among)
-        assert figures["model"][name] == pytest.approx(with_net)
-        assert figures["difference"][name] == pytest.approx(with_net - among)
-    for group, of in (("annotators", answers[:3]), ("with_model", answers)):
-        table = aggregate_raters(np.array(of).astype(int).T)[0]
-        assert figures[group]["fleiss_kappa"] == pytest.approx(reference_fleiss(table))
-    low, high = found.intervals["difference"]["kappa"]
-    assert low < figures["difference"]["kappa"] < high
+        among = np.mean([values[p][name] for p in ("a vs b", "a vs c", "b vs c")])
+        with_net = np.mean([values[f"{p} vs net"][name] for p in "abc"])
+        means = [values[group][name] for group in ("annotators", "model", "difference")]
+        assert means == pytest.approx([among, with_net, with_net - among])
+    for group, raters in (("annotators", answers[:3]), ("with_model", answers)):
+        table = aggregate_raters(np.array(raters).astype(int).T)[0]
+        assert values[group]["fleiss_kappa"] == pytest.approx(reference_fleiss(table))
+    low, high = result.intervals["difference"]["kappa"]
+    assert low < values["difference"]["kappa"] < high
 
 
 def test_intervals_resample_patients(dataset, region):
-    rng = np.random.default_rng(1)
-    answers = rng.random((2, 30)) < 0.5
-    a, b = (calls(dataset, region, own) for own in answers)
+    answers = np.random.default_rng(1).random((2, 30)) < 0.5
+    a, b = (calls(dataset, region, row) for row in answers)
     for image in a["images"]:
         image["patient_id"] = image["id"] // 3
     bootstrap = Bootstrap(300, 2)
-    found = compare(a, b, bootstrap=bootstrap)
-    assert found.meta["patients"] == 11
-    patient = np.arange(1, 31) // 3
+    result = compare(a, b, bootstrap=bootstrap)
+    assert result.meta["patients"] == 11
     (weights,) = bootstrap.weights(11)
     kappas = []
-    for drawn in weights:
-        own = np.repeat(np.arange(30), drawn[patient])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            kappas.append(cohen_kappa_score(*answers[:, own], labels=[False, True]))
-    assert found.intervals["a vs b"]["kappa"] == pytest.approx(
-        tuple(np.nanpercentile(kappas, (2.5, 97.5)))
-    )
+    for sample in weights:
+        images = np.repeat(np.arange(30), sample[np.arange(1, 31) // 3])
+        kappas.append(reference_kappa(*answers[:, images]))
+    expected = tuple(np.nanpercentile(kappas, (2.5, 97.5)))
+    assert result.intervals["a vs b"]["kappa"] == pytest.approx(expected)
 
 
 def test_perfect_agreement_has_exact_intervals_of_shares(dataset, region):
     data = calls(dataset, region, [True] * 6 + [False] * 4)
-    found = compare(data, data, bootstrap=Bootstrap(50))
+    intervals = compare(data, data, bootstrap=Bootstrap(50)).intervals["a vs b"]
     low = 0.025 ** (1 / 6)
-    assert found.intervals["a vs b"]["f1"] == pytest.approx((100 * 2 * low / (1 + low), 100))
-    assert found.intervals["a vs b"]["same_call"] == pytest.approx((100 * 0.025**0.1, 100))
-    assert np.isnan(found.intervals["a vs b"]["kappa"]).all()
+    assert intervals["f1"] == pytest.approx((100 * 2 * low / (1 + low), 100))
+    assert intervals["same_call"] == pytest.approx((100 * 0.025**0.1, 100))
+    assert np.isnan(intervals["kappa"]).all()
+    nothing = compare_two(dataset(3), dataset(3))
+    assert nothing.pop("same_call") == 100 and np.isnan(list(nothing.values())).all()
 
 
 def test_images_are_matched_by_name(dataset, region, two, tmp_path):
-    """Other ids and another order change nothing; images that not all have are told."""
+    """Other ids and another order change nothing; images that not all have are reported."""
     a, b = two
-    moved = json.loads(json.dumps(b))
-    for record in moved["images"]:
+    expected = compare_two(a, b)
+    size = {"height": 40, "width": 50}
+    for record in b["images"]:
         record["id"] = 50 - record["id"]
-    for record in moved["annotations"]:
+    for record in b["annotations"]:
         record["image_id"] = 50 - record["image_id"]
-    moved["images"].append({"id": 1, "file_name": "new.png", "height": 40, "width": 50})
-    moved["annotations"].append(region(1, 0, 0, 5, 5))
-    a["images"].insert(0, {"id": 99, "file_name": "old.png", "height": 40, "width": 50})
-    found = compare(a, moved)
-    assert found.missing == {"new.png": ["a"], "old.png": ["b"]}
-    plain = compare(*two)
-    assert found.values["a vs b"] == pytest.approx(plain.values["a vs b"])
-    assert [image["file_name"] for image in found.images] == ["1.png", "2.png", "3.png", "4.png"]
-    assert found.annotators[1].truth.regions.image.tolist() == [0, 1, 2, 2]  # as Regions has it
-    names = {path.name for path in write_agreement(found, tmp_path)}
+    b["images"].append({"id": 1, "file_name": "new.png", **size})
+    b["annotations"].append(region(1, 0, 0, 5, 5))
+    a["images"].insert(0, {"id": 99, "file_name": "old.png", **size})
+    result = compare(a, b, bootstrap=Bootstrap(20))
+    assert result.missing == {"new.png": ["a"], "old.png": ["b"]}
+    assert result.values["a vs b"] == pytest.approx(expected)
+    assert [image["file_name"] for image in result.images] == ["1.png", "2.png", "3.png", "4.png"]
+    assert result.annotators[1].truth.regions.image.tolist() == [0, 1, 2, 2]  # as Regions has it
+    names = {path.name for path in write_agreement(result, tmp_path)}
     assert names == {"agreement.json", "agreement.csv", "per_image.csv", "missing.csv"}
     text = (tmp_path / "missing.csv").read_text()
     assert text == "file_name,missing_in\nnew.png,a\nold.png,b\n"
-    document = json.loads((tmp_path / "agreement.json").read_text())
-    pair = document["agreement"]["a vs b"]
+    pair = json.loads((tmp_path / "agreement.json").read_text())["agreement"]["a vs b"]
     assert (pair["matched"], pair["only_a"], pair["only_b"], pair["both"]) == (3, 1, 1, 2)
-    assert len(agreement_rows(found)) == 4
+    with open(tmp_path / "agreement.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert [float(row[key]) for key in ("f1_low", "f1_high")] == pair["f1_ci"]
+    with open(tmp_path / "per_image.csv", newline="") as file:
+        first, second, *_ = csv.DictReader(file)
+    columns = ("file_name", "lesions_a", "lesions_b", "matched", "iou")
+    assert [first[c] for c in columns] == ["1.png", "2", "1", "1", "80.0"]
+    assert [second[c] for c in columns] == ["2.png", "0", "1", "0", ""]
 
 
-def test_classes(dataset, region):
+def test_classes_and_crowds(dataset, region):
     """Of several, lesions of one class are compared; single ones need no common name."""
     a = dataset(1, [region(1, 0, 0, 9, 9), region(1, 20, 0, 9, 9, 2)], classes=("x", "y"))
     b = dataset(1, [region(1, 0, 0, 9, 9), region(1, 20, 0, 9, 9, 1)], classes=("y", "x"))
-    assert compare(a, b).values["a vs b"]["f1"] == 50  # the second is x to a, y to b
+    assert compare_two(a, b)["f1"] == 50  # the second is x to a, y to b
     lone = dataset(1, [region(1, 0, 0, 9, 9)], classes=("z",))
     assert compare(a, lone).notes == ["a has no class z", "b has no class x, y"]
-    other = dataset(1, [region(1, 0, 0, 9, 9)], classes=("polyp",))
-    assert compare(lone, other).values["a vs b"]["f1"] == 100
+    crowd = region(1, 20, 0, 9, 9, iscrowd=1)
+    other = dataset(1, [region(1, 0, 0, 9, 9), crowd], classes=("polyp",))
+    result = compare(other, lone)
+    assert [result.values["a vs b"][name] for name in ("f1", "union_iou")] == [100, 100]
+    assert result.notes == ["a: 1 crowd regions left out"]
 
 
-def test_crowds_are_left_out(dataset, region):
-    a = dataset(1, [region(1, 0, 0, 9, 9), region(1, 20, 0, 9, 9, iscrowd=1)])
-    b = dataset(1, [region(1, 0, 0, 9, 9)])
-    found = compare(a, b)
-    assert found.values["a vs b"]["union_iou"] == 100
-    assert found.notes == ["a: 1 crowd regions left out"]
-
-
-def test_a_prediction_file_has_its_own_images(dataset, region, two):
-    """What tools/predict.py writes: images that it did not see are not called lesion-free."""
+def test_a_prediction_file_has_its_images(dataset, region, two):
+    """What imrcnn predict writes: images that it did not see are not predicted as lesion-free."""
     results = dataset(4, [region(3, 0, 0, 10, 10, score=0.9)])
     results["images"] = results["images"][2:]
     model = read_model("net", results, 0.5, read_annotator("a", two[0]))
-    found = compare(two[0], model=model)
-    assert list(found.missing) == ["1.png", "2.png"]
-    assert found.values["a vs net"]["f1"] == pytest.approx(100 * 2 / 3)
-
-
-def test_undefined_is_nan(dataset):
-    found = compare(dataset(3), dataset(3), bootstrap=Bootstrap(10))
-    figures = found.values["a vs b"]
-    assert figures.pop("same_call") == 100
-    assert np.isnan(list(figures.values())).all()
+    result = compare(two[0], model=model)
+    assert list(result.missing) == ["1.png", "2.png"]
+    assert result.values["a vs net"]["f1"] == pytest.approx(100 * 2 / 3)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b: b["images"].clear() or b["annotations"].clear(), "No image is in all files"),
-        (
-            lambda b: b["images"][1].update(file_name="1.png"),
-            "b: 2 images have the file_name '1.png'",
-        ),
-        (lambda b: b["images"][0].update(height=41), r"1\.png is \(50, 41\).* but \(50, 40\) in a"),
-        (lambda b: b["annotations"][0].pop("segmentation"), "b: an annotation has no mask"),
+        (lambda b: b["images"].clear() or b["annotations"].clear(), "a: 1.png, b: None"),
+        (lambda b: b["images"][1].update(file_name="1.png"), "b: .*'1.png'"),
+        (lambda b: b["images"][0].update(height=41), r"1\.png is \(50, 41\).*\(50, 40\) in a"),
+        (lambda b: b["annotations"][0].pop("segmentation"), "b: .*mask"),
     ],
 )
 def test_what_cannot_be_compared(dataset, region, change, message):
-    a, b = dataset(2, [region(2, 0, 0, 9, 9)]), dataset(2, [region(2, 0, 0, 9, 9)])
+    a, b = (dataset(2, [region(2, 0, 0, 9, 9)]) for _ in "ab")
     change(b)
     with pytest.raises(ValueError, match=message):
         compare(a, b)
-
-
-def test_who_is_compared(dataset):
-    one = read_annotator("a", dataset(1))
-    for wrong in ([one], [one, one]):
-        with pytest.raises(ValueError, match="between two or more of different names"):
+    alone = read_annotator("a", a)
+    for wrong in ([alone], [alone, alone]):
+        with pytest.raises(ValueError, match="'a'"):
             agreement(wrong)
-    with pytest.raises(ValueError, match="iou_threshold is 0; it must lie in"):
-        compare(dataset(1), dataset(1), iou_threshold=0)
+    with pytest.raises(ValueError, match="iou_threshold is 0"):
+        compare(a, a, iou_threshold=0)
+
+
+@pytest.fixture
+def files(dataset, region, tmp_path):
+    """Paths of three annotators of three images, of a model's results, and of the images."""
+    for name, images, marked in (("anna", 4, (1, 2)), ("ben", 3, (1, 3)), ("eva", 3, (1, 2, 3))):
+        content = dataset(images, [region(i, 0, 0, 10, 10) for i in marked])
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    results = [region(2, 0, 0, 10, 8, score=0.9), region(1, 0, 0, 10, 10, score=0.3)]
+    (tmp_path / "dt.json").write_text(json.dumps(results))
+    for i in (1, 2, 3):
+        Image.fromarray(np.full((40, 50, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def run(files, *options, annotators=("anna", "ben", "eva")):
+    paths = [files / f"{name}.json" for name in annotators]
+    arguments = ["--annotations", *paths, "--output", files / "out", "--resamples", 50, *options]
+    command.main([str(argument) for argument in arguments])
+    return json.loads((files / "out" / "agreement.json").read_text())
+
+
+def test_command_with_a_model(files, capsys):
+    options = ("--dt", files / "dt.json", "--tau", 0.5, "--model-name", "net", "--images", files)
+    document = run(files, *options)
+    printed = capsys.readouterr().out
+    pairs = document["agreement"]
+    assert pairs["anna vs ben"]["f1"] == 50
+    assert pairs["anna vs net"]["f1"] == pytest.approx(200 / 3)
+    assert pairs["anna vs net"]["iou"] == pytest.approx(80)
+    assert {"annotators", "model", "difference", "with_model"} <= set(pairs)
+    assert document["missing"] == {"4.png": ["ben", "eva"]}  # the results are of Anna's images
+    assert document["meta"]["tau"] == 0.5 and document["meta"]["lesions"]["net"] == 1
+    assert "4.png: not in ben, eva" in printed and "| anna vs net" in printed
+    for name in ("agreement.csv", "per_image.csv", "missing.csv", "agreement.png"):
+        assert (files / "out" / name).stat().st_size and name in printed
+    with Image.open(files / "out" / "disagreements.png") as image:
+        image.load()
+
+
+def test_command_without_a_model(files, capsys):
+    document = run(files, "--iou", 0.9, annotators=("ben", "eva"))
+    assert list(document["agreement"]) == ["ben vs eva", "annotators"]
+    assert "fleiss" not in capsys.readouterr().out
+    assert not (files / "out" / "disagreements.png").exists()
+    document = run(files, "--names", "A", "B", annotators=("anna", "ben"))
+    assert "A vs B" in document["agreement"]
+    for folder in ("one", "two"):
+        (files / folder).mkdir()
+        (files / folder / "labels.json").write_bytes((files / "ben.json").read_bytes())
+    document = run(files, annotators=("one/labels", "two/labels"))
+    assert document["meta"]["annotators"] == [f"{files}/one/labels", f"{files}/two/labels"]
+
+
+@pytest.mark.parametrize(
+    ("annotators", "options", "message"),
+    [
+        *((("anna",), (), "anna"), (("anna", "none"), (), "none.json")),
+        *((("anna", "ben"), ("--names", "A"), "1 --names"), (("anna", "dt"), (), "dt.json")),
+    ],
+)
+def test_errors_end_the_command_without_a_traceback(files, capsys, annotators, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(files, *options, annotators=annotators)
+    assert stopped.value.code == 1 and message in capsys.readouterr().err
+    assert not (files / "out").exists()

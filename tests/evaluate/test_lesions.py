@@ -1,150 +1,114 @@
+"""``evaluate_lesions`` on scenes that are worked out by hand."""
+
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rectangles import rectangles
 
-from imrcnn_d2.evaluation import evaluate_lesions
+from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
+from imrcnn_d2.evaluation.annotator_agreement import read_annotator, read_model
+from imrcnn_d2.evaluation.detection.counts import SHARES
+from imrcnn_d2.evaluation.detection.results import THRESHOLDS
 
 COCO_KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AP50_voc", "BEP"]
-COUNT_KEYS = ["TP", "FP", "FN", "TN", "precision", "recall", "specificity", "accuracy", "f1"]
-LESION_KEYS = [*COUNT_KEYS, "iou", "iou_box", "iou_all", "dice", "fp_per_image", "selection"]
-IMAGE_KEYS = [*COUNT_KEYS, "localised_recall", "miou", "mdice", "auroc"]
+TABLE = ("TP", "FP", "FN", "TN")
+ALL_RIGHT = dict.fromkeys(("precision", "recall", "specificity", "accuracy", "f1"), 100)
+
+
+def table(metrics):
+    return [metrics[name] for name in TABLE]
 
 
 @pytest.fixture(scope="module")
 def case(dataset, region):
-    """
-    Five images of three patients. 1: two lesions, one hit well (IoU 0.9), one barely (0.5, score
-    below 0.7). 2: a lesion missed, a false alarm beside it. 3: a crowd, hit. 4: healthy and silent.
-    5: healthy with a false alarm of low score.
-    """
-    annotations = [
-        region(1, 0, 0, 10, 10),
-        region(1, 20, 0, 10, 10),
-        region(2, 0, 0, 10, 10),
-        region(3, 0, 0, 30, 30, iscrowd=1),
-    ]
-    results = [
-        region(1, 0, 0, 10, 9, score=0.95),
-        region(1, 20, 0, 5, 10, score=0.6),
-        region(2, 20, 20, 10, 10, score=0.8),
-        region(3, 5, 5, 10, 10, score=0.99),
-        region(5, 0, 0, 10, 10, score=0.3),
-    ]
+    """Five images of three patients. 1: two lesions, one hit well (IoU 0.9), one barely (0.5, score
+    below 0.7). 2: a lesion missed, a false alarm next to it. 3: a crowd, hit. 4: healthy and
+    silent. 5: healthy with a false alarm of low score."""
+    annotations = rectangles("1 0 0 10 10; 1 20 0 10 10; 2 0 0 10 10; 3 0 0 30 30 crowd")
+    results = rectangles(
+        "1 0 0 10 9 @0.95; 1 20 0 5 10 @0.6; 2 20 20 10 10 @0.8; 3 5 5 10 10 @0.99; "
+        "5 0 0 10 10 @0.3"
+    )
     return dataset(5, annotations, patients=["a", "b", "b", "b", "c"]), results
 
 
 def test_by_hand(case):
     scored = evaluate_lesions(*case, tau=0.7)
-    lesion = dict(scored.lesion)
-    assert lesion.pop("selection") == pytest.approx((50 + 100 / 3 + 40 + 100) / 4)
-    assert lesion == pytest.approx(
+    groups = scored.groups()
+    assert list(groups) == ["bbox", "segm", "lesion", "image", "patient"]
+    assert list(scored.bbox) == list(scored.segm) == COCO_KEYS
+    assert all(type(value) is float for values in groups.values() for value in values.values())
+    assert scored.lesion == pytest.approx(
         {
-            "TP": 1,
-            "FP": 1,
-            "FN": 2,
-            "TN": 3,
-            "precision": 50,
-            "recall": 100 / 3,
-            "specificity": 75,
-            "accuracy": 400 / 7,
-            "f1": 40,
-            "iou": 90,
-            "iou_box": 90,
-            "iou_all": 30,
-            "dice": 100 * 1.8 / 1.9,
-            "fp_per_image": 1 / 5,
-            "fp_per_lesion_free_image": 0,
+            **{"TP": 1, "FP": 1, "FN": 2, "TN": 3, "precision": 50, "recall": 100 / 3},
+            **{"specificity": 75, "accuracy": 400 / 7, "f1": 40},
+            **{"iou": 90, "iou_box": 90, "iou_all": 30, "dice": 100 * 1.8 / 1.9},
+            **{"fp_per_image": 1 / 5, "fp_per_lesion_free_image": 0},
+            "selection": (50 + 100 / 3 + 40 + 100) / 4,
         }
     )
-    assert scored.image == pytest.approx(
-        {
-            "TP": 2,
-            "FP": 0,
-            "FN": 0,
-            "TN": 3,
-            "precision": 100,
-            "recall": 100,
-            "specificity": 100,
-            "accuracy": 100,
-            "f1": 100,
-            "auroc": 100,
-            "localised_recall": 50,
-            "miou": (100 * 90 / 200 + 0) / 2,
-            "mdice": (100 * 180 / 290 + 0) / 2,
-        }
-    )
-    # Patient a is positive and called by a hit, b by a false alarm; c is healthy, not called.
-    assert [scored.patient[key] for key in ("TP", "FP", "FN", "TN")] == [2, 0, 0, 1]
-    assert scored.patient["localised_recall"] == 50
-    assert scored.patient["auroc"] == 100
+    unions = {"miou": (100 * 90 / 200 + 0) / 2, "mdice": (100 * 180 / 290 + 0) / 2}
+    image = {"TP": 2, "FP": 0, "FN": 0, "TN": 3, "localised_recall": 50, "auroc": 100, **unions}
+    assert scored.image == pytest.approx({**image, **ALL_RIGHT})
+    # Patient a is positive and predicted by a hit, b by a false alarm; c is healthy and silent.
+    patient = {"TP": 2, "FP": 0, "FN": 0, "TN": 1, "localised_recall": 50, "auroc": 100}
+    assert scored.patient == pytest.approx({**patient, **ALL_RIGHT})
     # In order of score: hit, false alarm, hit, false alarm; three lesions. The crowd's is left out.
     assert scored.segm["AP50_voc"] == pytest.approx(100 * (1 + 2 / 3) / 3)
     assert scored.segm["BEP"] == pytest.approx(100 * 2 / 3)
-    assert scored.meta["lesions"] == 3
-    assert scored.meta["crowds"] == 1
-    assert scored.meta["lesion_free_images"] == 3
-    assert scored.meta["patients"] == 3
-
-
-def test_keys(case):
-    groups = evaluate_lesions(*case).groups()
-    assert list(groups) == ["bbox", "segm", "lesion", "image", "patient"]
-    assert list(groups["bbox"]) == list(groups["segm"]) == COCO_KEYS
-    assert set(LESION_KEYS) <= set(groups["lesion"])
-    assert list(groups["image"]) == IMAGE_KEYS
-    assert all(type(value) is float for figures in groups.values() for value in figures.values())
-
-
-def test_the_threshold_leaves_curves_and_auroc_alone(case):
-    low, high = (evaluate_lesions(*case, tau=tau) for tau in (0.0, 0.9))
-    assert (low.lesion["TP"], high.lesion["TP"]) == (2, 1)
-    assert (low.lesion["FP"], high.lesion["FP"]) == (2, 0)
-    assert low.segm == pytest.approx(high.segm, nan_ok=True)
-    assert low.bbox == pytest.approx(high.bbox, nan_ok=True)
-    assert low.image["auroc"] == high.image["auroc"]
-
-
-def test_a_score_at_the_threshold_counts(case):
-    assert evaluate_lesions(*case, tau=0.95).lesion["TP"] == 1
-    assert evaluate_lesions(*case, tau=0.9501).lesion["TP"] == 0
-
-
-def test_the_overlap_asked_for(case):
-    scored = evaluate_lesions(*case, tau=0.5, iou_threshold=0.6)
-    assert (scored.lesion["TP"], scored.lesion["FP"], scored.lesion["FN"]) == (1, 2, 2)
-    # The curve stays at IoU 0.5.
-    assert scored.segm["AP50_voc"] == evaluate_lesions(*case).segm["AP50_voc"]
-
-
-def test_rows(case):
-    rows = evaluate_lesions(*case, tau=0.7).per_image
-    assert [row["image_id"] for row in rows] == [1, 2, 3, 4, 5]
-    assert [row["patient_id"] for row in rows] == ["a", "b", "b", "b", "c"]
-    assert [row["image_outcome"] for row in rows] == ["TP", "TP", "TN", "TN", "TN"]
-    assert [(row["n_gt"], row["n_det"], row["TP"], row["FP"], row["FN"]) for row in rows] == [
-        (2, 1, 1, 0, 1),
-        (1, 1, 0, 1, 1),
-        (0, 0, 0, 0, 0),
-        (0, 0, 0, 0, 0),
-        (0, 0, 0, 0, 0),
-    ]
-    assert [row["score"] for row in rows] == [0.95, 0.8, 0, 0, 0.3]
-    assert [rows[0][key] for key in ("iou", "union_iou")] == pytest.approx([90, 45])
-    assert rows[1]["union_iou"] == 0
-    assert math.isnan(rows[1]["iou"])
-    assert math.isnan(rows[2]["union_iou"])
+    sizes = {"images": 5, "lesions": 3, "crowds": 1, "lesion_free_images": 3, "patients": 3}
+    assert sizes.items() <= scored.meta.items()
 
 
 def test_fields_of_the_data_set_pass_through(dataset):
     data = dataset(1)
     data["images"][0] |= {"centre": "Oslo", "score": "of the clinic"}
     (row,) = evaluate_lesions(data, []).per_image
-    assert row["centre"] == "Oslo"
-    assert row["images.score"] == "of the clinic"
-    assert row["score"] == 0
+    assert (row["centre"], row["images.score"], row["score"]) == ("Oslo", "of the clinic", 0)
+
+
+def test_one_row_per_patient(dataset, region):
+    data = dataset(
+        4,
+        [region(1, 0, 0, 10, 10), region(3, 0, 0, 10, 10), region(3, 20, 0, 10, 10)],
+        patients=[7, "b", 7, "b"],
+    )
+    results = rectangles(
+        "1 0 0 10 8 @0.9; 3 20 0 10 10 @0.8; 3 20 20 10 10 @0.95; 4 0 0 10 10 @0.6"
+    )
+    seven, b = evaluate_lesions(data, results).per_patient
+    assert seven == {
+        **{"patient_id": 7, "images": 2, "patient_outcome": "TP", "score": 0.95},
+        **{"n_gt": 3, "n_det": 3, "TP": 2, "FP": 1, "FN": 1},
+        **{"iou": pytest.approx(90), "iou_box": pytest.approx(90)},
+        "dice": pytest.approx(50 * (1.6 / 1.8 + 1)),
+    }
+    assert (b["patient_id"], b["patient_outcome"], b["score"]) == ("b", "TN", 0.6)
+    assert np.isnan(b["iou"])
+    unscored = evaluate_lesions(data, [{**r, "score": None} for r in results])
+    for rows in (unscored.per_image, unscored.per_patient):
+        assert np.isnan(rows[0]["score"])
+    assert table(unscored.lesion) == [2, 2, 1, 1] and unscored.image["miou"] > 0
+    ranked = [*unscored.segm.values(), *unscored.bbox.values(), *unscored.froc.values()]
+    assert np.isnan([*ranked, unscored.image["auroc"], unscored.calibration["ece"]]).all()
+    assert not unscored.curves and not unscored.thresholds
+    assert evaluate_lesions(dataset(2, patients=["a"]), []).patient is None
+
+
+def test_threshold_and_overlap(case):
+    low, high = (evaluate_lesions(*case, tau=tau) for tau in (0.0, 0.9))
+    assert (table(low.lesion)[:2], table(high.lesion)[:2]) == ([2, 2], [1, 0])
+    assert low.segm == pytest.approx(high.segm, nan_ok=True)
+    assert low.bbox == pytest.approx(high.bbox, nan_ok=True)
+    assert low.image["auroc"] == high.image["auroc"]
+    assert evaluate_lesions(*case, tau=0.95).lesion["TP"] == 1
+    assert evaluate_lesions(*case, tau=0.9501).lesion["TP"] == 0
+    strict = evaluate_lesions(*case, tau=0.5, iou_threshold=0.6)
+    assert table(strict.lesion)[:3] == [1, 2, 2]
+    assert strict.segm["AP50_voc"] == low.segm["AP50_voc"]  # always at IoU 0.5
 
 
 def test_several_classes(dataset, region):
@@ -154,138 +118,219 @@ def test_several_classes(dataset, region):
         [region(1, 0, 0, 10, 10), region(1, 20, 20, 10, 10, category_id=2)],
         classes=("a", "b", "never"),
     )
-    results = [
-        region(1, 0, 0, 10, 10, score=0.9),
-        region(1, 20, 20, 10, 10, score=0.8),  # on the lesion of the other class
-        region(1, 0, 20, 5, 5, category_id=2, score=0.8),
-        region(1, 20, 20, 10, 10, category_id=2, score=0.7),
-        region(2, 0, 0, 5, 5, category_id=3, score=0.75),
-    ]
+    # (2) on the lesion of the other class
+    results = rectangles(
+        "1 0 0 10 10 @0.9; 1 20 20 10 10 @0.8; 1 0 20 5 5 class 2 @0.8; "
+        "1 20 20 10 10 class 2 @0.7; 2 0 0 5 5 class 3 @0.75"
+    )
     scored = evaluate_lesions(truth, results)
-    assert [scored.lesion[key] for key in ("TP", "FP", "FN", "TN")] == [2, 3, 0, 0]
+    assert table(scored.lesion) == [2, 3, 0, 0]
     assert scored.segm["AP50_voc"] == pytest.approx(100 * (1 + 1 / 2) / 2)
     assert scored.segm["BEP"] == pytest.approx(100 * (1 + 0) / 2)
     assert scored.segm["AP50"] == pytest.approx(75)
-    assert scored.image["FP"] == 1  # image 2 is called by the third class
+    assert scored.image["FP"] == 1  # image 2 is predicted positive by the third class
     assert scored.per_image[1]["score"] == 0.75
     assert [name for kind, name, _ in scored.curves if kind == "segm"] == ["a", "b", "never"]
 
 
-def test_break_even_point_of_all_classes_is_undefined_where_one_is(dataset, region):
-    truth = dataset(
-        1,
-        [region(1, 0, 0, 9, 9), region(1, 20, 0, 9, 9), region(1, 0, 20, 9, 9, category_id=2)],
+def test_by_class(dataset, region):
+    data = dataset(
+        2,
+        rectangles("1 0 0 10 10; 1 20 0 10 10 class 2; 2 0 0 10 10 class 2; 2 20 0 10 10 crowd"),
         classes=("a", "b"),
     )
-    results = [region(1, 0, 0, 9, 9, score=0.9), region(1, 0, 20, 9, 9, category_id=2, score=0.9)]
-    assert math.isnan(evaluate_lesions(truth, results).segm["BEP"])
-    assert evaluate_lesions(truth, results[1:]).segm["BEP"] == 50  # class a: nothing at all, so 0
+    # (2) b in truth; (4) on the crowd
+    results = rectangles(
+        "1 0 0 10 8 @0.9; 1 20 0 10 10 @0.9; 2 0 0 10 10 class 2 @0.8; 2 20 0 10 10 @0.8"
+    )
+    scored = evaluate_lesions(data, results)
+    a, b = (scored.by_class[name] for name in "ab")
+    assert (table(a), table(b)) == ([1, 1, 0, 1], [1, 0, 1, 0])
+    assert (a["iou"], b["iou"]) == (pytest.approx(80), pytest.approx(100))
+    assert (a["precision"], b["recall"], a["fp_per_image"]) == (50, 50, 0.5)
+    assert (a["AP50_voc"], a["BEP"], b["AP50_voc"]) == (100, 100, 50)
+    assert b["AP50"] == pytest.approx(100 * 51 / 101)  # COCO's recalls 0, 0.01, ... 0.5
+    # One detection of two lesions: undefined, and so is the mean; without a detection it is 0.
+    assert np.isnan([b["BEP"], scored.segm["BEP"]]).all()
+    assert evaluate_lesions(data, results[:2]).segm["BEP"] == 50
+    assert not evaluate_lesions(dataset(1), []).by_class
 
 
 def test_nothing_detected(dataset, region):
     scored = evaluate_lesions(dataset(2, [region(1, 0, 0, 10, 10)]), [])
     for group in (scored.bbox, scored.segm):
-        for name in ("AP", "AP50", "AP75", "APs", "AP50_voc", "BEP"):
-            assert group[name] == 0
-        assert math.isnan(group["APl"])
-    assert [scored.lesion[key] for key in ("TP", "FP", "FN", "TN")] == [0, 0, 1, 1]
-    assert math.isnan(scored.lesion["precision"])
-    assert math.isnan(scored.lesion["iou"])
+        assert [group[name] for name in COCO_KEYS if name not in ("APm", "APl")] == [0] * 6
+        assert np.isnan([group["APm"], group["APl"]]).all()
+    assert table(scored.lesion) == [0, 0, 1, 1]
+    assert np.isnan([scored.lesion[name] for name in ("precision", "iou", "dice")]).all()
     assert scored.lesion["recall"] == scored.lesion["f1"] == scored.lesion["iou_all"] == 0
-    assert scored.lesion["selection"] == 25
-    assert scored.image["specificity"] == 100
-    assert scored.image["auroc"] == 50
-    assert scored.image["miou"] == scored.image["mdice"] == 0
+    assert scored.lesion["selection"] == 25  # precision counts 0
+    assert [scored.image[name] for name in ("specificity", "auroc", "miou")] == [100, 50, 0]
 
 
 def test_no_ground_truth(dataset, region):
     scored = evaluate_lesions(dataset(2), [region(1, 0, 0, 10, 10, score=0.9)])
-    assert all(map(math.isnan, [*scored.bbox.values(), *scored.segm.values()]))
-    assert [scored.lesion[key] for key in ("TP", "FP", "FN", "TN")] == [0, 1, 0, 1]
-    assert math.isnan(scored.lesion["recall"])
-    assert math.isnan(scored.lesion["iou_all"])
-    assert scored.lesion["specificity"] == 50
-    assert scored.lesion["selection"] == scored.image["specificity"] == 50
-    for name in ("auroc", "localised_recall", "miou", "mdice", "recall"):
-        assert math.isnan(scored.image[name])
+    assert np.isnan([*scored.bbox.values(), *scored.segm.values()]).all()
+    assert table(scored.lesion) == [0, 1, 0, 1]
+    assert np.isnan([scored.lesion["recall"], scored.lesion["iou_all"]]).all()
+    assert scored.lesion["specificity"] == scored.lesion["selection"] == 50
+    names = ("auroc", "localised_recall", "miou", "mdice", "recall")
+    assert np.isnan([scored.image[name] for name in names]).all()
+    for values in evaluate_lesions(dataset(0), []).groups().values():
+        assert np.isnan([value for name, value in values.items() if name not in TABLE]).all()
 
 
-def test_no_images_at_all(dataset):
-    groups = evaluate_lesions(dataset(0), []).groups()
-    undefined = [
-        value
-        for figures in groups.values()
-        for key, value in figures.items()
-        if key not in ("TP", "FP", "FN", "TN")
-    ]
-    assert all(map(math.isnan, undefined))
-
-
-def test_no_lesion_free_images(dataset, region):
-    truth = dataset(1, [region(1, 0, 0, 10, 10)])
-    for results in ([], [region(1, 20, 20, 5, 5, score=0.9)]):
-        scored = evaluate_lesions(truth, results)
-        assert math.isnan(scored.lesion["specificity"])
-        assert math.isnan(scored.image["specificity"])
-        assert scored.lesion["selection"] == 0
-
-
-def test_patients_need_to_be_known_for_every_image(dataset):
-    assert evaluate_lesions(dataset(2, patients=["a"]), []).patient is None
-    assert evaluate_lesions(dataset(2, patients=["a", "a"]), []).patient["TN"] == 1
+@pytest.mark.parametrize("detected", [0, 1])
+def test_no_lesion_free_images(dataset, region, detected):
+    results = [region(1, 20, 20, 5, 5, score=0.9)] * detected
+    scored = evaluate_lesions(dataset(1, [region(1, 0, 0, 10, 10)]), results)
+    undefined = [scored.lesion[n] for n in ("specificity", "fp_per_lesion_free_image")]
+    assert np.isnan([*undefined, scored.image["specificity"]]).all()
+    assert scored.lesion["selection"] == 0
 
 
 def test_boxes_alone(dataset, region, caplog):
-    boxes = {key: value for key, value in region(1, 0, 0, 10, 9).items() if key != "segmentation"}
+    box = {key: v for key, v in region(1, 0, 0, 10, 9).items() if key != "segmentation"}
     truth = dataset(2, [region(1, 0, 0, 10, 10)])
-    asked = evaluate_lesions(truth, [boxes | {"score": 0.9}], iou_type="bbox")
+    requested = evaluate_lesions(truth, [box | {"score": 0.9}], iou_type="bbox")
     assert not caplog.records
-    fallen_back = evaluate_lesions(truth, [boxes | {"score": 0.9}])
-    assert "results have no masks: lesions are matched by boxes" in caplog.text
-    for scored in (asked, fallen_back):
-        assert scored.meta["iou_type"] == "bbox"
-        assert scored.lesion["TP"] == 1
-        assert scored.lesion["iou_box"] == pytest.approx(90)
-        assert scored.bbox["AP50_voc"] == 100
-        of_masks = [scored.lesion[key] for key in ("iou", "iou_all", "dice")]
-        of_masks += [scored.image["miou"], scored.image["mdice"], *scored.segm.values()]
-        assert all(map(math.isnan, of_masks))
-    nothing_right = evaluate_lesions(truth, [boxes | {"score": 0.9, "bbox": [30, 30, 2, 2]}])
-    assert math.isnan(nothing_right.lesion["iou_all"])
+    fallen_back = evaluate_lesions(truth, [box | {"score": 0.9}])
+    assert "results have no masks" in caplog.text
+    for scored in (requested, fallen_back):
+        assert scored.meta["iou_type"] == "bbox" and scored.lesion["TP"] == 1
+        assert scored.lesion["iou_box"] == pytest.approx(90) and scored.bbox["AP50_voc"] == 100
+        small = scored.by_size["coco"]["small"]
+        assert small["recall"] == 100 and small["iou_box"] == pytest.approx(90)
+        masks = [group[name] for group in (scored.lesion, small) for name in ("iou", "dice")]
+        masks += [scored.lesion["iou_all"], scored.image["miou"], *scored.segm.values()]
+        assert np.isnan(masks).all()
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"iou_type": "mask"}, {"iou_threshold": 0}, {"iou_threshold": 50}, {"tau": -1}]
+    "wrong",
+    [
+        *({"iou_type": "mask"}, {"iou_threshold": 0}, {"iou_threshold": 50}),
+        *({"tau": -1}, {"tau": math.nan}, {"tau": math.inf}),
+    ],
 )
 def test_wrong_settings(dataset, wrong):
-    (name,) = wrong
-    with pytest.raises(ValueError, match=name):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} is '?{value}"):
         evaluate_lesions(dataset(1), [], **wrong)
+    if name == "tau":
+        with pytest.raises(ValueError, match=f"tau is {value}"):
+            read_model("model", [], value, read_annotator("a", dataset(1)))
+
+
+@pytest.fixture
+def sizes(dataset, region):
+    """Lesions of 0.5, 1, 10 (two), 30 and 100 % of images of 40 x 50, and a crowd of 10 %."""
+    data = dataset(
+        4,
+        rectangles(
+            "1 0 0 5 2; 1 20 0 5 4; 2 0 0 10 20; 2 20 0 10 20; 2 40 0 10 20 crowd; 3 0 0 20 30; "
+            "4 0 0 50 40"
+        ),
+    )
+    # (2) IoU 0.8; (3) below the threshold; (4) on the crowd; (6) IoU 0.5; (7) a false alarm
+    results = rectangles(
+        "1 20 0 5 4 @0.9; 2 0 0 10 16 @0.9; 2 20 0 10 20 @0.6; 2 40 0 10 20 @0.9; "
+        "3 0 0 20 30 @0.9; 4 0 0 25 40 @0.9; 3 30 30 5 5 @0.9"
+    )
+    return data, results
+
+
+def test_by_size(sizes):
+    scored = evaluate_lesions(*sizes, bootstrap=Bootstrap(200))
+    strata = scored.by_size["share_of_image"]
+    assert {name: stratum["n"] for name, stratum in strata.items()} == {
+        **{"<1 %": 1, "1-5 %": 1, "5-15 %": 2, "15-30 %": 0, ">=30 %": 2}
+    }
+    recall = [stratum["recall"] for stratum in strata.values()]
+    assert recall == pytest.approx([0, 100, 50, np.nan, 100], nan_ok=True)
+    overlaps = {"iou": 80, "iou_all": 40, "dice": 100 * 1.6 / 1.8, "iou_box": 80}
+    assert strata["5-15 %"] == pytest.approx({"n": 2, "recall": 50, **overlaps})
+    assert strata[">=30 %"]["iou"] == pytest.approx(75)
+    assert np.isnan(strata["<1 %"]["iou"]) and strata["<1 %"]["iou_all"] == 0
+    # Lesions of one image are the same in every resample that has it: no interval.
+    group = "by_size.share_of_image.5-15 %"
+    assert np.isnan(scored.intervals[group]["iou_all"]).all()
+    assert scored.undefined_shares[f"{group}.iou_all"] == pytest.approx(0.75**4, abs=0.12)
+    exact = (100 * 0.025**0.5, 100)  # Clopper and Pearson's, of two of two
+    assert scored.intervals["by_size.share_of_image.>=30 %"]["recall"] == pytest.approx(exact)
+
+
+def test_size_is_the_annotated_area(sizes):
+    data, results = sizes
+    areas = (1023, 1024, 9215, 9216, 1, 1e6, 0)
+    for annotation, area in zip(data["annotations"], areas, strict=True):
+        annotation["area"] = area
+    strata = evaluate_lesions(data, results).by_size["coco"]
+    assert [(name, stratum["n"]) for name, stratum in strata.items()] == [
+        *(("small", 2), ("medium", 2), ("large", 2))
+    ]
+    del data["images"][2]["height"], data["images"][2]["width"]
+    assert list(evaluate_lesions(data, results).by_size) == ["coco"]
 
 
 @settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 10**6), num_classes=st.integers(1, 3))
-def test_ap50_of_coco_can_be_read_off_the_curves(random_case, seed, num_classes):
-    """COCO's AP50 samples the same curves at 101 recalls, AP50_voc at every one."""
-    dataset, results = random_case(seed, num_classes=num_classes)
-    scored = evaluate_lesions(dataset, results)
-    grid = np.linspace(0, 1, 101)
+def test_strata_and_curves_against_plain_loops(random_case, seed, num_classes):
+    """Sizes and classes partition the lesions; COCO's AP50 samples the curves at 101 recalls."""
+    scored = evaluate_lesions(*random_case(seed, num_classes=num_classes), tau=0.5)
+    gt, matching = scored.ground_truth, scored.matching
+    hit = set(matching.gt[scored.above_threshold & matching.hit].tolist())
+    limits = [*SHARES.values(), 101]
+    for name, low, high in zip(SHARES, limits, limits[1:], strict=False):
+        lesions = [r for r in np.flatnonzero(~gt.crowd) if low <= gt.area[r] / 20 < high]
+        stratum = scored.by_size["share_of_image"][name]
+        assert stratum["n"] == len(lesions)
+        if lesions:
+            assert stratum["recall"] == pytest.approx(100 * np.mean([r in hit for r in lesions]))
+    for name in ("TP", "FP", "FN") if scored.by_class else ():
+        assert sum(group[name] for group in scored.by_class.values()) == scored.lesion[name]
     for kind in ("bbox", "segm"):
         sampled = []
-        for curve in (curve for own, _, curve in scored.curves if own == kind and curve.num_gt):
-            reached = [curve.precision[curve.recall >= recall].max(initial=0) for recall in grid]
-            sampled.append(sum(reached) / len(grid))
-        expected = 100 * sum(sampled) / len(sampled) if sampled else float("nan")
+        for name, curve in [(name, curve) for own, name, curve in scored.curves if own == kind]:
+            if kind == "segm" and scored.by_class:
+                area = scored.by_class[name]["AP50_voc"]
+                assert area == pytest.approx(100 * curve.area, nan_ok=True)
+            if curve.num_gt:
+                recalls = np.linspace(0, 1, 101)
+                best = [curve.precision[curve.recall >= r].max(initial=0) for r in recalls]
+                sampled.append(100 * np.mean(best))
+        expected = np.mean(sampled) if sampled else math.nan
         assert scored.groups()[kind]["AP50"] == pytest.approx(expected, nan_ok=True)
 
 
 @settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 10**6), shuffle=st.randoms())
-def test_order_of_images_does_not_matter(random_case, seed, shuffle):
-    dataset, results = random_case(seed, scores="distinct")
-    before = evaluate_lesions(dataset, results).groups()
-    for records in (results, dataset["images"], dataset["categories"]):
+def test_order_of_records_does_not_matter(random_case, seed, shuffle):
+    data, results = random_case(seed, scores="distinct")
+    before = evaluate_lesions(data, results).groups()
+    for records in (results, data["images"], data["categories"]):
         shuffle.shuffle(records)
-    after = evaluate_lesions(dataset, results).groups()
-    for group, figures in before.items():
-        assert after[group] == pytest.approx(figures, nan_ok=True)
+    after = evaluate_lesions(data, results).groups()
+    for group, values in before.items():
+        assert after[group] == pytest.approx(values, nan_ok=True)
+
+
+@settings(deadline=None, max_examples=8)
+@given(seed=st.integers(0, 10**6))
+def test_thresholds_are_evaluations(random_case, seed):
+    data, results = random_case(seed, num_images=4)
+    rows = evaluate_lesions(data, results).thresholds
+    assert [row["tau"] for row in rows] == pytest.approx(np.arange(1, 20) * 0.05)
+    for row in rows[::3]:
+        scored = evaluate_lesions(data, results, tau=row["tau"])
+        for group, values in (("lesion", scored.lesion), ("image", scored.image)):
+            for name in values.keys() - {"selection", "auroc"}:
+                assert row[f"{group}_{name}"] == pytest.approx(values[name], nan_ok=True)
+
+
+def test_a_score_at_a_threshold_is_above_it(dataset, region):
+    """0.15, 0.3, 0.35 ... as they are written, not as sums of 0.05 come out."""
+    data = dataset(1, [region(1, 0, 0, 10, 10)])
+    for tau in (0.15, 0.3, 0.7, *THRESHOLDS[::5]):
+        rows = evaluate_lesions(data, [region(1, 0, 0, 10, 10, score=tau)]).thresholds
+        assert [row["tau"] for row in rows if row["lesion_TP"]][-1] == tau

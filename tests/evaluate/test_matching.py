@@ -1,3 +1,5 @@
+"""Which detection hits which lesion, and the confusion matrix; by hand and against pycocotools."""
+
 import contextlib
 import io
 
@@ -7,27 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from rectangles import rectangles
 
-from imrcnn_d2.evaluation.detection.inputs import (
-    Detections,
-    GroundTruth,
-    Regions,
-    read_ground_truth,
-    read_results,
-)
-from imrcnn_d2.evaluation.detection.matching import Overlaps, match, overlaps
+from imrcnn_d2.evaluation import evaluate_lesions
+from imrcnn_d2.evaluation.detection.inputs import Detections, GroundTruth, Regions
+from imrcnn_d2.evaluation.detection.matching import Overlaps, match
 
-NO_CROWD = np.array([False, False])
+LESIONS, WITH_CROWD = np.array([False, False]), np.array([False, True])
 
 
-def matched(dataset, results, iou_type="segm", threshold=0.5):
-    gt = read_ground_truth(dataset)
-    detections = read_results(results, gt)
-    matching = match(gt, detections, overlaps(gt, detections, iou_type), threshold)
-    return gt, detections, matching
+def matched(data, results, iou_type="segm"):
+    scored = evaluate_lesions(data, results, iou_type=iou_type)
+    return scored.detections, scored.matching
 
 
-def matched_overlaps(iou, crowd, threshold):
+def matched_overlaps(iou, crowd, threshold=0.5):
     """Detections by falling score, in rows, and ground truths of one image, in columns."""
 
     def regions(number):
@@ -35,82 +31,38 @@ def matched_overlaps(iou, crowd, threshold):
 
     rows, columns = np.shape(iou)
     gt = GroundTruth([], [], regions(columns), [], crowd, np.zeros(columns))
-    detections = Detections(regions(rows), np.zeros(rows))
     dt, truth = (index.ravel() for index in np.indices((rows, columns)))
     pairs = Overlaps(dt, truth, np.ravel(iou), np.arange(rows))
-    return match(gt, detections, pairs, threshold)
+    return match(gt, Detections(regions(rows), np.zeros(rows)), pairs, threshold)
 
 
 @pytest.mark.parametrize(
     ("iou", "crowd", "expected"),
     [
-        # The second wants ground truth 0 most, but the first has it; 1 is enough.
-        ([[0.9, 0.0], [0.8, 0.6]], NO_CROWD, [0, 1]),
+        # The second overlaps ground truth 0 most, but the first has it; 1 is enough.
+        ([[0.9, 0.0], [0.8, 0.6]], LESIONS, [0, 1]),
         # As before, but 1 is too far away.
-        ([[0.9, 0.0], [0.8, 0.4]], NO_CROWD, [0, -1]),
+        ([[0.9, 0.0], [0.8, 0.4]], LESIONS, [0, -1]),
         # The highest-scored takes what it overlaps most, even if another fits that better.
-        ([[0.5, 0.6], [0.0, 1.0]], NO_CROWD, [1, -1]),
+        ([[0.5, 0.6], [0.0, 1.0]], LESIONS, [1, -1]),
         # 0.5 is enough, just below is not.
-        ([[0.5, 0.0], [0.0, 0.4999]], NO_CROWD, [0, -1]),
+        ([[0.5, 0.0], [0.0, 0.4999]], LESIONS, [0, -1]),
         # Of equal overlaps the last is taken, which leaves the first to who needs it.
-        ([[0.8, 0.8], [0.7, 0.0]], NO_CROWD, [1, 0]),
+        ([[0.8, 0.8], [0.7, 0.0]], LESIONS, [1, 0]),
         # A ground truth comes before a crowd that is overlapped more.
-        ([[0.5, 1.0]], np.array([False, True]), [0]),
+        ([[0.5, 1.0]], WITH_CROWD, [0]),
         # A crowd takes any number, also the second hit of a lesion inside it.
-        ([[0.9, 1.0], [0.8, 1.0], [0.1, 0.7]], np.array([False, True]), [0, -2, -2]),
-        ([[0.1, 0.4]], np.array([False, True]), [-1]),
+        ([[0.9, 1.0], [0.8, 1.0], [0.1, 0.7]], WITH_CROWD, [0, -2, -2]),
+        ([[0.1, 0.4]], WITH_CROWD, [-1]),
     ],
 )
 def test_one_image_by_hand(iou, crowd, expected):
-    matching = matched_overlaps(iou, crowd, 0.5)
+    matching = matched_overlaps(iou, crowd)
     assert np.where(matching.evaluated, matching.gt, -2).tolist() == expected
 
 
 def test_a_perfect_overlap_meets_a_threshold_of_one():
-    assert matched_overlaps([[1.0, 0.0]], NO_CROWD, 1.0).gt.tolist() == [0]
-
-
-def test_falling_score_then_file_order(dataset, region):
-    truth = dataset(2, [region(1, 0, 0, 10, 10), region(2, 0, 0, 10, 10)])
-    results = [
-        region(2, 0, 0, 10, 9, score=0.5),  # IoU 0.9, first of its image with 0.5
-        region(2, 0, 0, 10, 10, score=0.5),
-        region(1, 0, 0, 10, 8, score=0.8),
-        region(1, 0, 0, 10, 10, score=0.9),
-    ]
-    _, detections, matching = matched(truth, results)
-    # By image, in file order: 0.8 and 0.9 of image 1, then the two of image 2.
-    assert detections.score.tolist() == [0.8, 0.9, 0.5, 0.5]
-    assert matching.gt.tolist() == [-1, 0, 1, -1]
-    assert matching.iou[[1, 2]] == pytest.approx([1.0, 0.9])
-    assert matching.evaluated.all()
-
-
-def test_classes_and_images_do_not_mix(dataset, region):
-    truth = dataset(2, [region(1, 0, 0, 10, 10, category_id=1)], classes=("a", "b"))
-    results = [
-        region(1, 0, 0, 10, 10, category_id=2, score=0.9),
-        region(2, 0, 0, 10, 10, category_id=1, score=0.9),
-    ]
-    _, _, matching = matched(truth, results)
-    assert matching.gt.tolist() == [-1, -1]
-
-
-def test_overlap_with_a_crowd_is_of_the_detection(dataset, region):
-    # A quarter of the crowd, wholly inside it: IoU 0.25, but all of the detection.
-    truth = dataset(1, [region(1, 0, 0, 20, 20, iscrowd=1)])
-    results = [region(1, 5, 5, 10, 10, score=0.9), region(1, 30, 0, 10, 10, score=0.8)]
-    _, _, matching = matched(truth, results)
-    assert matching.evaluated.tolist() == [False, True]
-    assert not matching.hit.any()
-
-
-def test_masks_and_boxes_overlap_differently(dataset, region):
-    # The mask of the detection fills half of its box.
-    truth = dataset(1, [region(1, 0, 0, 10, 10)])
-    result = region(1, 0, 0, 10, 4, score=0.9) | {"bbox": [0, 0, 10, 10]}
-    assert matched(truth, [result], "segm")[2].gt.tolist() == [-1]
-    assert matched(truth, [result], "bbox")[2].gt.tolist() == [0]
+    assert matched_overlaps([[1.0, 0.0]], LESIONS, 1.0).gt.tolist() == [0]
 
 
 def test_a_hundred_detections_per_image_and_class(dataset, region):
@@ -118,10 +70,8 @@ def test_a_hundred_detections_per_image_and_class(dataset, region):
     many = [region(1, 20, 20, 10, 10, score=0.5) for _ in range(100)]
     late = region(1, 0, 0, 10, 10, score=0.4)  # would hit, but is the 101st
     others = [region(1, 0, 0, 9, 9, category_id=2, score=0.1), region(2, 0, 0, 9, 9, score=0.1)]
-    _, detections, matching = matched(truth, [late, *many, *others])
-    assert matching.evaluated[detections.score == 0.5].all()
-    assert not matching.evaluated[detections.score == 0.4].any()
-    assert matching.evaluated[detections.score == 0.1].all()
+    detections, matching = matched(truth, [late, *many, *others])
+    assert matching.evaluated.tolist() == (detections.score != 0.4).tolist()
     assert not matching.hit.any()
 
 
@@ -129,13 +79,13 @@ def test_a_hundred_detections_per_image_and_class(dataset, region):
 @given(seed=st.integers(0, 10**6), iou_type=st.sampled_from(["segm", "bbox"]))
 def test_agrees_with_pycocotools(random_case, seed, iou_type):
     """COCOeval's matching at IoU 0.5 over all sizes follows the same rule."""
-    dataset, results = random_case(seed)
-    gt, detections, matching = matched(dataset, results, iou_type)
+    data, results = random_case(seed)
+    _, matching = matched(data, results, iou_type)
     if not results:
         return
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = dataset
+        truth.dataset = data
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes([dict(r) for r in results]), iou_type)
         evaluation.params.areaRng = [[0, 1e10]]
@@ -144,8 +94,8 @@ def test_agrees_with_pycocotools(random_case, seed, iou_type):
         evaluation.evaluate()
     # loadRes numbers the results from 1 in file order; ours are stably sorted by image.
     order = np.argsort([result["image_id"] for result in results], kind="stable")
-    gt_ids = np.argsort([a["image_id"] for a in dataset["annotations"]], kind="stable") + 1
-    crowds = {a["id"] for a in dataset["annotations"] if a["iscrowd"]}
+    gt_ids = np.argsort([a["image_id"] for a in data["annotations"]], kind="stable") + 1
+    crowds = {a["id"] for a in data["annotations"] if a["iscrowd"]}
     theirs = {}
     for image in filter(None, evaluation.evalImgs):
         theirs.update(zip(image["dtIds"], image["dtMatches"][0].astype(int), strict=True))
@@ -158,13 +108,66 @@ def test_agrees_with_pycocotools(random_case, seed, iou_type):
             assert match_id == 0 or match_id in crowds
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10**6), tau=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
 def test_a_threshold_takes_part_of_the_matching(random_case, seed, tau):
     """Matching only the detections above a threshold gives what reading it off all of them does."""
-    dataset, results = random_case(seed)
-    _, detections, everything = matched(dataset, results)
-    _, _, alone = matched(dataset, [r for r in results if r["score"] >= tau])
+    data, results = random_case(seed)
+    detections, everything = matched(data, results)
+    _, alone = matched(data, [r for r in results if r["score"] >= tau])
     above = detections.score >= tau
     assert everything.gt[above].tolist() == alone.gt.tolist()
     assert everything.evaluated[above].tolist() == alone.evaluated.tolist()
+
+
+def test_confusion_by_hand(dataset, region):
+    lesions = rectangles(
+        "1 0 0 10 10; 1 20 0 10 10 class 2; 1 0 20 10 10 class 2; 2 0 0 10 10; 2 20 0 10 10; "
+        "2 20 20 20 20 class 2 crowd"
+    )
+    data = dataset(3, lesions, classes=("cancer", "ulcer"))
+    # (1) right; (2) too late: it is taken; (3) an ulcer taken for cancer; (4) below the threshold;
+    # (5) a cancer taken for an ulcer; (6) on the other class's crowd; (7) a false alarm
+    results = rectangles(
+        "1 0 0 10 9 @0.9; 1 0 0 10 10 class 2 @0.8; 1 20 0 10 10 @0.9; 1 0 20 10 10 class 2 @0.4; "
+        "2 0 0 10 10 class 2 @0.5; 2 20 20 10 10 @0.9; 3 0 0 10 10 @0.9"
+    )
+    for detected, tau, rows in (
+        (results, 0.5, [[1, 1, 1], [1, 0, 1], [1, 1, None]]),
+        (results, 0.4, [[1, 1, 1], [1, 1, 0], [1, 1, None]]),
+        ([], 0.5, [[0, 0, 3], [0, 0, 2], [0, 0, None]]),
+    ):
+        matrix = evaluate_lesions(data, detected, tau=tau).confusion
+        assert (matrix.classes, matrix.rows()) == (["cancer", "ulcer", "background"], rows)
+    # Of equal scores the first in the file takes the lesion.
+    data = dataset(1, [region(1, 0, 0, 10, 10)], classes=("a", "background"))
+    both = [region(1, 0, 0, 10, 10, category_id=c, score=0.6) for c in (2, 1)]
+    matrix = evaluate_lesions(data, both, tau=0.5).confusion
+    assert matrix.classes == ["a", "background", "no lesion"]
+    assert matrix.rows() == [[0, 1, 0], [0, 0, 0], [1, 0, None]]
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), classes=st.integers(1, 3))
+def test_sums_of_a_confusion_matrix(random_case, seed, classes):
+    data, results = random_case(seed, num_classes=classes)
+    scored = evaluate_lesions(data, results, tau=0.5)
+    gt, counts = scored.ground_truth, scored.confusion.counts
+    lesions = np.bincount(gt.regions.category[~gt.crowd], minlength=classes)
+    assert counts[:-1].sum(axis=1).tolist() == lesions.tolist()
+    above = scored.detections.score >= 0.5
+    at_tau = np.bincount(scored.detections.regions.category[above], minlength=classes)
+    assert (np.nansum(counts[:, :-1], axis=0) <= at_tau).all()
+    if not gt.crowd.any():
+        assert counts[:, :-1].sum(axis=0).tolist() == at_tau.tolist()
+    if classes == 1:
+        tp, fp, fn = (scored.lesion[name] for name in ("TP", "FP", "FN"))
+        assert scored.confusion.rows() == [[tp, fn], [fp, None]]
+    # The classes' order is all that their ids decide.
+    for record in (*data["annotations"], *results):
+        record["category_id"] = 10 - record["category_id"]
+    for category in data["categories"]:
+        category["id"] = 10 - category["id"]
+    again = evaluate_lesions(data, results, tau=0.5).confusion.counts
+    order = [*range(classes)[::-1], classes]
+    assert again[np.ix_(order, order)] == pytest.approx(counts, nan_ok=True)

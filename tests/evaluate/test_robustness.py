@@ -1,4 +1,4 @@
-"""tools/robustness.py, from weights to pictures."""
+"""The command robustness, from weights to plots."""
 
 import json
 
@@ -14,14 +14,9 @@ from imrcnn_d2.evaluation.output import read_test_log
 from imrcnn_d2.utils.files import Rejects
 
 OPTS = [
-    *("INPUT.MIN_SIZE_TEST", 64),
-    *("INPUT.MAX_SIZE_TEST", 96),
-    *("MODEL.DEVICE", "cpu"),
-    *("MODEL.TIMM.WEIGHTS", ""),
-    *("MODEL.FPN.OUT_CHANNELS", 16),
-    *("MODEL.ROI_BOX_HEAD.FC_DIM", 16),
-    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8),
-    *("MODEL.RPN.POST_NMS_TOPK_TEST", 3),
+    *("INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 96, "MODEL.DEVICE", "cpu"),
+    *("MODEL.TIMM.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.RPN.POST_NMS_TOPK_TEST", 3),
 ]
 
 

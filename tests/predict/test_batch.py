@@ -1,83 +1,71 @@
-"""A run over many inputs: whole outputs, bad inputs listed, nothing lost or done twice."""
+"""A run over many inputs: whole outputs, bad inputs listed, nothing lost or done twice; reading,
+the network and the caller work at once, in order and within bounds.
+"""
 
 import contextlib
-import csv
 import hashlib
-import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from dicoms import PATIENT, write_dicom
 from PIL import Image, ImageDraw
 
-from imrcnn_d2.deploy import Predictor
-from imrcnn_d2.deploy import batch as pipeline
-from imrcnn_d2.deploy.batch import Journal, predict_files
-from imrcnn_d2.deploy.inputs import VideoWriter, decode_video, public_name
+from imrcnn_d2.deploy import Predictor, batch, predict_files
+from imrcnn_d2.deploy.batch import Journal, predictions
+from imrcnn_d2.deploy.inputs import Source, decode_video, public_name
 from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
 
-from .conftest import TAU, random_image
-
-ALL = ("overlays", "masks", "labelme")
+from .conftest import ALL, random_image, read_coco, read_table, save_image, wait_for, write_video
 
 
-def read(output):
-    return json.loads((output / "predictions.json").read_text())
-
-
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def names(output):
+    return [image["file_name"] for image in read_coco(output)["images"]]
 
 
 def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
     output = tmp_path / "out"
     done = predict_files(predictor, [image_folder], output, save=ALL, batch_size=2)
     assert (done.images, done.skipped, done.failed) == (3, 0, [])
-    coco = read(output)
-    names = [image["file_name"] for image in coco["images"]]
-    assert names == ["a.png", "b/c.jpg", "d.png"]
+    coco, metadata = read_coco(output), predictor.metadata
+    assert names(output) == ["a.png", "b/c.jpg", "d.png"]
     assert coco["categories"] == [{"id": 1, "name": "polyp"}]
-    assert coco["info"]["tau"] == TAU
-    assert coco["info"]["weights_sha256"] == predictor.metadata["weights_sha256"]
+    assert coco["info"].items() >= metadata.items()
     # in the same batches: else fp32 sums, and a mask's edge with them, could end otherwise
-    found = predictor([image_folder / name for name in names], batch_size=2)
-    assert len(coco["annotations"]) == sum(map(len, found)) > 3
-    assert sorted(a["id"] for a in coco["annotations"]) == list(range(1, 1 + sum(map(len, found))))
-    # the evaluation takes it
-    gt = read_ground_truth({**coco, "annotations": []})
-    assert len(read_results(coco, gt).score) == len(coco["annotations"])
+    expected = predictor([image_folder / name for name in names(output)], batch_size=2)
+    number = sum(map(len, expected))
+    assert sorted(a["id"] for a in coco["annotations"]) == list(range(1, 1 + number))
+    gt = read_ground_truth({**coco, "annotations": []})  # the evaluation takes it
+    assert len(read_results(coco, gt).score) == number > 3
 
-    table = rows(output / "predictions.csv")
-    for row, instances in zip(table, found, strict=True):
-        above = instances.scores >= TAU
+    rows = read_table(output / "predictions.csv")
+    for name, row, instances in zip(("a", "b/c", "d"), rows, expected, strict=True):
+        above = instances.scores >= predictor.tau
+        union = instances.pred_masks[above].any(dim=0).numpy()
         assert int(row["lesions"]) == above.sum()
         assert float(row["score"]) == pytest.approx(instances.scores.max().item())
-        area = instances.pred_masks[above].any(dim=0).float().mean() * 100
-        assert float(row["area_percent"]) == pytest.approx(area.item(), abs=1e-3)
-        assert (row["tau"], row["version"]) == (str(TAU), predictor.metadata["version"])
-
-    for name, instances in zip(("a", "b/c", "d"), found, strict=True):
-        with Image.open(output / "masks" / f"{name}.png") as file:
-            mask = np.asarray(file)
-            assert json.loads(file.text["Comment"])["version"] == predictor.metadata["version"]
-        union = instances.pred_masks[instances.scores >= TAU].any(dim=0).numpy()
-        assert set(np.unique(mask)) <= {0, 255} and ((mask == 255) == union).all()
+        assert float(row["area_percent"]) == pytest.approx(100 * union.mean(), abs=1e-3)
+        assert (row["tau"], row["version"]) == (str(predictor.tau), metadata["version"])
+        with Image.open(output / "masks" / f"{name}.png") as mask:
+            assert json.loads(mask.text["Comment"]).items() >= metadata.items(), "so τ"
+            assert (np.asarray(mask) == 255 * union).all()
         with Image.open(output / "overlays" / f"{name}.jpg") as overlay:
             assert overlay.size == (80, 60)
-            assert json.loads(overlay.info["comment"])["tau"] == TAU
-        labelme = json.loads((output / "labelme" / f"{name}.json").read_text())
-        assert labelme["predicted_by"]["weights_sha256"] == predictor.metadata["weights_sha256"]
-        original = output / "labelme" / f"{name}.json"
-        assert (original.parent / labelme["imagePath"]).resolve().is_relative_to(image_folder)
+            assert json.loads(overlay.info["comment"])["tau"] == predictor.tau
+        path = output / "labelme" / f"{name}.json"
+        labelme = json.loads(path.read_text())
+        assert labelme["predicted_by"] == metadata
+        assert (path.parent / labelme["imagePath"]).resolve().is_relative_to(image_folder)
         polygons = Image.new("1", (80, 60))
         for shape in labelme["shapes"]:
             assert shape["label"] == "polyp" and len(shape["points"]) > 2
@@ -88,111 +76,106 @@ def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
     assert not [path for path in output.rglob("*") if ".tmp" in path.name]
 
 
-def test_images_of_different_sizes_are_not_padded_to_each_other(predictor, tmp_path):
-    (tmp_path / "images").mkdir()
-    for seed in range(4):
-        image = random_image(seed, 50, 90) if seed % 2 else random_image(seed, 80, 60)
-        Image.fromarray(image).save(tmp_path / "images" / f"{seed}.png")
-    scores = []
-    for batch_size in (1, 4):
-        output = tmp_path / str(batch_size)
-        predict_files(predictor, [tmp_path / "images"], output, batch_size=batch_size)
-        scores.append([annotation["score"] for annotation in read(output)["annotations"]])
-    # fp32 sums of other batches are ordered otherwise: 1.7e-6 was seen with AMX
-    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
-
-
-def test_what_cannot_be_read_is_listed_and_the_others_go_on(
-    predictor, image_folder, bad_files, tmp_path
+def test_bad_inputs_are_listed_and_the_others_go_on(
+    predictor, image_folder, bad_files, tmp_path, monkeypatch, capfd
 ):
+    whole, control = batch.read_frames, "\x1b]0;a\x07\n\u202eb.png"
+
+    def read_frames(source):
+        if source.name == "odd.png":
+            raise TypeError("a float is not iterable")
+        return whole(source)
+
+    monkeypatch.setattr(batch, "read_frames", read_frames)
+    bad_files |= {"odd.png": "(TypeError: a float is not iterable)", control: "image"}
+    for name in ("odd.png", control):
+        (image_folder / name).write_bytes(b"-")
     done = predict_files(predictor, [image_folder], tmp_path / "out", batch_size=2)
-    reasons = dict(done.failed)
+    printed = "".join(capfd.readouterr())
+    assert r"\x1b]0;a\x07\n\u202eb.png: " in printed
+    assert "\x1b]" not in printed and "\u202e" not in printed
+    reasons, stills = dict(done.failed), ["a.png", "b/c.jpg", "d.png", "deep.png", "print.jpg"]
     assert reasons.keys() == bad_files.keys()
-    for name, reason in bad_files.items():
-        assert reason in reasons[name]
-    names = [image["file_name"] for image in read(tmp_path / "out")["images"]]
-    stills = [name for name in names if "#" not in name]
-    assert stills == ["a.png", "b/c.jpg", "d.png", "deep.png", "print.jpg"], "those can be read"
-    before_the_cut = [name for name in names if "#" in name]
-    assert before_the_cut == [f"cut.mkv#{n:06d}" for n in range(len(before_the_cut))]
-    assert 5 < len(before_the_cut) < 40
-    assert {row["file"]: row["reason"] for row in rows(tmp_path / "out" / "failed.csv")} == reasons
+    assert all(reason in reasons[name] for name, reason in bad_files.items())
+    table = read_table(tmp_path / "out" / "failed.csv")
+    assert {row["file"]: row["reason"] for row in table} == reasons
+    frames = [name for name in names(tmp_path / "out") if name not in stills]
+    assert names(tmp_path / "out") == [*stills[:2], *frames, *stills[2:]]
+    assert frames == [f"cut.mkv#{n:06d}" for n in range(len(frames))] and 5 < len(frames) < 40
 
 
-def test_done_is_done_and_what_is_new_or_repaired_is_not(predictor, image_folder, tmp_path):
+def test_finished_inputs_are_not_redone(predictor, tiny_run, image_folder, tmp_path):
     output = tmp_path / "out"
+
+    def predict(inputs=(image_folder,), predictor=predictor):
+        return predict_files(predictor, inputs, output, save=["masks"])
+
     (image_folder / "e.png").write_bytes(b"not yet whole")
-    first = predict_files(predictor, [image_folder], output, save=["masks"])
+    first = predict()
     assert (first.images, len(first.failed)) == (3, 1)
     before = (output / "masks" / "a.png").stat().st_mtime_ns
-    Image.fromarray(random_image(7)).save(image_folder / "e.png")
-    Image.fromarray(random_image(8, 50, 50)).save(image_folder / "d.png")
-    Image.fromarray(random_image(9)).save(image_folder / "f.png")
-    again = predict_files(predictor, [image_folder], output, save=["masks"])
+    for name, size in (("e.png", ()), ("d.png", (50, 50)), ("f.png", ())):
+        save_image(image_folder / name, 7, *size)
+    again = predict()
     assert (again.images, again.skipped, again.failed) == (3, 2, [])
     assert (output / "masks" / "a.png").stat().st_mtime_ns == before
     assert not (output / "failed.csv").exists()
-    coco = read(output)
-    sizes = {image["file_name"]: image["width"] for image in coco["images"]}
-    assert sizes == {"a.png": 80, "b/c.jpg": 80, "d.png": 50, "e.png": 80, "f.png": 80}
-    assert [image["id"] for image in coco["images"]] == [1, 2, 3, 4, 5]
-    assert predict_files(predictor, [image_folder], output, save=["masks"]).skipped == 5
-
-
-def test_results_of_another_run_are_not_mixed_in(predictor, tiny_run, image_folder, tmp_path):
-    predict_files(predictor, [image_folder], tmp_path / "out")
+    images = [(image["id"], image["width"]) for image in read_coco(output)["images"]]
+    assert images == [(1, 80), (2, 80), (3, 50), (4, 80), (5, 80)]
+    assert predict().skipped == 5
+    # Results of another run are not mixed in.
     other = Predictor(None, tiny_run / "model_best.pth", tau=0.25)
-    with pytest.raises(ValueError, match=r"differs in tau \(0.5, now 0.25\). Choose another"):
-        predict_files(other, [image_folder], tmp_path / "out")
-    with pytest.raises(ValueError, match="differs in inputs"):
-        predict_files(predictor, [image_folder / "b"], tmp_path / "out")
-
-
-def test_a_line_cut_off_by_a_kill_costs_one_input(predictor, image_folder, tmp_path):
-    output = tmp_path / "out"
-    predict_files(predictor, [image_folder], output)
-    whole = (output / "predictions.json").read_bytes()
-    journal = output / "progress.jsonl"
-    size, first = journal.stat().st_size, len(journal.read_bytes().splitlines()[0])
-    for cut in (1, size // 3, size - first - 5):  # of the last line, of others, of all but one
+    pytest.raises(ValueError, predict, predictor=other).match(r"tau \(0.5, now 0.25\)")
+    pytest.raises(ValueError, predict, [image_folder / "b"]).match("inputs")
+    # One run at a time writes into a folder.
+    run = json.loads((output / "progress.jsonl").read_text().splitlines()[0])["run"]
+    with contextlib.closing(Journal(output, run, ALL)):
+        pytest.raises(ValueError, predict).match(re.escape(str(output)))
+    with pytest.raises(ValueError, match="tau"):  # and unlocks it
+        Journal(output, {**run, "tau": 0.1}, ALL)
+    assert predict().skipped == 5
+    # A line that a kill cut off costs one input.
+    whole, journal = (output / "predictions.json").read_bytes(), output / "progress.jsonl"
+    first = len(journal.read_bytes().splitlines()[0])
+    for left in (0.999, 0.7, 0):  # of the last line, of several, of all but the first
         (output / "predictions.json").unlink()
-        os.truncate(journal, size - cut)
-        predict_files(predictor, [image_folder], output)
+        os.truncate(journal, max(int(left * journal.stat().st_size), first + 5))
+        predict()
         assert (output / "predictions.json").read_bytes() == whole
 
 
 def test_a_video_and_its_frames(predictor, tmp_path):
     times = [Fraction(1001 * number, 30000) for number in (0, 1, 5, 6)]
-    with VideoWriter(tmp_path / "v.mp4", time_base=Fraction(1, 30000)) as video:
-        for number, moment in enumerate(times):
-            video.write(random_image(number), moment, Fraction(16, 11))
+    film = write_video(tmp_path / "v.mp4", 4, times, Fraction(16, 11))
     output = tmp_path / "out"
-    predict_files(predictor, [tmp_path / "v.mp4"], output, save=ALL, batch_size=3)
-    overlays = list(decode_video(output / "overlays" / "v.mp4", "v.mp4"))
-    assert [frame.time for frame in overlays] == times
-    assert {frame.pixel_aspect for frame in overlays} == {Fraction(16, 11)}
-    images = read(output)["images"]
-    assert [image["file_name"] for image in images] == [f"v.mp4#{n:06d}" for n in range(4)]
-    assert [image["time"] for image in images] == [float(moment) for moment in times]
+    predict_files(predictor, [film], output, save=ALL, batch_size=3)
+    overlays = decode_video(output / "overlays" / "v.mp4", "v.mp4")
+    aspect = Fraction(16, 11)
+    assert [(f.time, f.pixel_aspect) for f in overlays] == [(time, aspect) for time in times]
+    images = [(image["file_name"], image["time"]) for image in read_coco(output)["images"]]
+    assert images == [(f"v.mp4#{n:06d}", float(time)) for n, time in enumerate(times)]
     assert len(list((output / "masks" / "v.mp4").iterdir())) == 4
     for path in (output / "labelme" / "v.mp4").glob("*.json"):
-        document = json.loads(path.read_text())
-        assert (path.parent / document["imagePath"]).is_file()
+        assert (path.parent / json.loads(path.read_text())["imagePath"]).is_file()
+    # The files of what an input was are deleted; those of the user stay.
+    write_video(film, 1)
+    (output / "masks" / "v.mp4" / "mine.txt").touch()
+    predict_files(predictor, [film], output, save=ALL)
+    remaining = {path.name for path in (output / "masks" / "v.mp4").iterdir()}
+    assert remaining == {"000000.png", "mine.txt"}
 
 
 def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
-    folder = tmp_path / "study" / "Musterfrau_19640812"
+    folder, output = tmp_path / "study" / "Musterfrau_19640812", tmp_path / "out"
     folder.mkdir(parents=True)
     stills = "Musterfrau_Erika.jpg", "IM2.png", "IM3.mp4"
-    write_dicom(folder / "Musterfrau_Erika.jpg", random_image(0))
-    write_dicom(folder / "IM2.png", random_image(1), BurnedInAnnotation="YES")
-    write_dicom(folder / "IM3.mp4", random_image(5), BurnedInAnnotation="UNKNOWN")
-    write_dicom(
-        folder / "KIS-4711.dcm", np.stack([random_image(2), random_image(3)]), FrameTime="40"
-    )
-    write_dicom(folder / "broken-ACC0815.dcm", random_image(4), Rows=1000)
+    burned_in = ({}, {"BurnedInAnnotation": "YES"}, {"BurnedInAnnotation": "UNKNOWN"})
+    for seed, (name, fields) in enumerate(zip(stills, burned_in, strict=True)):
+        write_dicom(folder / name, random_image(seed), **fields)
+    two = np.stack([random_image(5), random_image(6)])
+    write_dicom(folder / "KIS-4711.dcm", two, FrameTime="40")
+    broken = write_dicom(folder / "broken-ACC0815.dcm", random_image(4), Rows=1000)
     shutil.copy(folder / "KIS-4711.dcm", folder / "KIS-4711-2.dcm")
-    output = tmp_path / "out"
     done = predict_files(predictor, [folder], output, save=ALL)
     assert (done.images, len(done.failed)) == (5, 1)
     words = [part for value in PATIENT.values() for part in value.split("^")]
@@ -200,37 +183,28 @@ def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
     guesses = [path.name for path in folder.iterdir()] + [str(folder), folder.name]
     words += [hashlib.sha256(name.encode()).hexdigest()[:16] for name in guesses]
     for path in output.rglob("*"):
-        texts = [str(path.relative_to(output)).encode()]
-        if path.is_file():
-            texts.append(path.read_bytes())
-        for word, text in itertools.product(words, texts):
+        text = str(path.relative_to(output)).encode()
+        text += b"\n" + path.read_bytes() if path.is_file() else b""
+        for word in words:
             assert word.lower().encode() not in text.lower(), (word, path)
-    names = {image["file_name"].split("#")[0] for image in read(output)["images"]}
+    inputs = {name.split("#")[0] for name in names(output)}
     shown, *hidden = (public_name(folder / name).removesuffix(".dcm") for name in stills)
-    assert {f"{name}.dcm" for name in (shown, *hidden)} < names and len(names) == 4
+    assert {f"{name}.dcm" for name in (shown, *hidden)} < inputs and len(inputs) == 4
     assert (output / "overlays" / f"{shown}.jpg").exists()
     for name in hidden:
         assert not (output / "overlays" / f"{name}.jpg").exists(), "its pixels show the name"
         assert not list(output.glob(f"labelme/{name}.*"))
         assert (output / "masks" / f"{name}.png").exists()
-
-
-def test_dicom_is_gone_on_with_by_its_content(predictor, tmp_path):
-    folder, output = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    write_dicom(folder / "a.dcm", random_image(0))
-    broken = write_dicom(folder / "b.dcm", random_image(1), Rows=1000)
-    assert len(predict_files(predictor, [folder], output).failed) == 1
-    (folder / "a.dcm").rename(folder / "renamed.dcm")
-    write_dicom(broken, random_image(1))
-    done = predict_files(predictor, [folder], output, save=())
-    assert (done.images, done.skipped, done.failed) == (1, 1, [])
-    assert not (output / "failed.csv").exists()
-    assert len(read(output)["images"]) == 2
+    # They are known by their content.
+    (folder / stills[0]).rename(folder / "renamed.dcm")
+    write_dicom(broken, random_image(4))
+    done = predict_files(predictor, [folder], output, save=ALL)
+    assert (done.images, done.skipped, done.failed) == (1, 4, [])
+    assert not (output / "failed.csv").exists() and len(names(output)) == 6
 
 
 @pytest.mark.parametrize(
-    "names",
+    "inputs",
     [
         [f"{'a' * 248}.png", "b.png"],
         [f"{'ä' * 124}.png", f"{'ä' * 123}b.png", "b.png"],
@@ -238,160 +212,175 @@ def test_dicom_is_gone_on_with_by_its_content(predictor, tmp_path):
         ["a.png", "a.jpg/b.png", "a.png.json/b.png", "a.json/c.png"],
     ],
 )
-def test_no_name_stops_a_run(predictor, tmp_path, names):
+def test_no_name_stops_a_run(predictor, tmp_path, inputs):
     folder, output = tmp_path / "in", tmp_path / "out"
-    for seed, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random_image(seed)).save(folder / name)
+    for seed, name in enumerate(inputs):
+        save_image(folder / name, seed)
     done = predict_files(predictor, [folder], output, save=ALL)
-    assert (done.images, done.failed, done.kept) == (len(names), [], [])
+    assert (done.images, done.failed, done.kept) == (len(inputs), [], [])
     for kind in ALL:
-        assert len([path for path in (output / kind).rglob("*") if path.is_file()]) == len(names)
-    assert predict_files(predictor, [folder], output, save=ALL).skipped == len(names)
+        assert sum(path.is_file() for path in (output / kind).rglob("*")) == len(inputs)
+    assert predict_files(predictor, [folder], output, save=ALL).skipped == len(inputs)
 
 
-def test_a_name_that_cannot_be_written_fails_its_input_alone(predictor, image_folder, tmp_path):
-    output = tmp_path / "out"
-    predict_files(predictor, [image_folder / "d.png"], output, save=ALL)
-    (output / "masks" / "a.png").mkdir()
-    (output / "overlays" / "b").write_text("mine")
-    done = predict_files(predictor, [image_folder], output, save=ALL)
-    assert [name for name, _ in done.failed] == ["a.png", "b/c.jpg"]
-    assert done.images == 2 and len(read(output)["images"]) == 3
-    (output / "masks" / "a.png").rmdir()
-    done = predict_files(predictor, [image_folder], output, save=ALL)
-    assert [name for name, _ in done.failed] == ["b/c.jpg"]
-
-
-def test_what_a_reader_raises_ends_its_input_alone(predictor, tmp_path, monkeypatch):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for seed, name in enumerate("abc"):
-        Image.fromarray(random_image(seed)).save(folder / f"{name}.png")
-    whole = pipeline.read_frames
-
-    def read_frames(source):
-        if source.name == "b.png":
-            raise TypeError("a float is not iterable")
-        return whole(source)
-
-    monkeypatch.setattr(pipeline, "read_frames", read_frames)
-    done = predict_files(predictor, [folder], tmp_path / "out")
-    assert done.images == 2
-    assert done.failed == [("b.png", "cannot be predicted (TypeError: a float is not iterable)")]
-
-
-def test_names_that_differ_in_their_suffix_alone(predictor, image_folder, tmp_path):
-    Image.fromarray(random_image(5)).save(image_folder / "a.jpg")
-    predict_files(predictor, [image_folder], tmp_path / "out", save=["masks"])
-    masks = sorted(path.name for path in (tmp_path / "out" / "masks").iterdir())
-    assert masks == ["a.jpg.png", "a.png.png", "b", "d.png"]
-    # One whose own name would be another's file.
-    Image.fromarray(random_image(6)).save(image_folder / "a.jpg.png")
-    predict_files(predictor, [image_folder], tmp_path / "again", save=["masks"])
-    masks = sorted(path.name for path in (tmp_path / "again" / "masks").iterdir())
-    assert masks == ["a.jpg.png", "a.jpg.png.png", "a.png.png", "b", "d.png"]
-
-
-def test_a_later_input_takes_no_other_inputs_files(predictor, image_folder, tmp_path):
+def test_each_input_has_its_files(predictor, image_folder, tmp_path):
+    # Of names that differ in their suffix alone, the second one's file would be another's.
+    for name, files in {
+        "a.jpg": ["a.jpg.png", "a.png.png", "b", "d.png"],
+        "a.jpg.png": ["a.jpg.png", "a.jpg.png.png", "a.png.png", "b", "d.png"],
+    }.items():
+        save_image(image_folder / name, 5)
+        predict_files(predictor, [image_folder], tmp_path / name, save=["masks"])
+        assert sorted(path.name for path in (tmp_path / name / "masks").iterdir()) == files
+    (image_folder / "a.jpg.png").unlink()
+    # A later input takes no other input's files.
     output = tmp_path / "out"
     predict_files(predictor, [image_folder / "a.png"], output, save=ALL)
     before = {path: path.read_bytes() for path in output.glob("*/*")}
     assert {path.name for path in before} == {"a.png", "a.jpg", "a.json"}
-    Image.fromarray(random_image(5)).save(image_folder / "a.jpg")
     predict_files(predictor, [image_folder / "a.jpg"], output, save=ALL)
     assert all(path.read_bytes() == content for path, content in before.items())
     added = {path.name for path in output.glob("*/*")} - {path.name for path in before}
     assert added == {"a.jpg.jpg", "a.jpg.png", "a.jpg.json"}
     # Changed, an input replaces its own files.
-    Image.fromarray(random_image(6)).save(image_folder / "a.png")
+    save_image(image_folder / "a.png", 6)
     predict_files(predictor, [image_folder], output, save=ALL)
     assert (output / "masks" / "a.png").read_bytes() != before[output / "masks" / "a.png"]
     assert not (output / "masks" / "a.png.png").exists()
-
-
-def test_files_of_what_an_input_was_are_deleted(predictor, tmp_path):
-    film, output = tmp_path / "v.mp4", tmp_path / "out"
-    for number in (3, 1):
-        with VideoWriter(film, time_base=Fraction(1, 25)) as video:
-            for n in range(number):
-                video.write(random_image(n), Fraction(n, 25))
-        predict_files(predictor, [film], output, save=ALL)
-        assert len(list((output / "masks" / "v.mp4").glob("*.png"))) == number
-        (output / "masks" / "v.mp4" / "mine.txt").touch()
-    assert (output / "masks" / "v.mp4" / "mine.txt").exists()
-
-
-def test_a_name_does_not_control_the_terminal(predictor, tmp_path, capfd):
-    path = tmp_path / "\x1b]0;a\x07\n\u202eb.png"
-    path.write_bytes(b"-")
-    predict_files(predictor, [path], tmp_path / "out")
-    printed = "".join(capfd.readouterr())
-    assert r"\x1b]0;a\x07\n\u202eb.png: is no readable image" in printed
-    assert "\x1b]" not in printed and "\u202e" not in printed
-
-
-def test_one_run_at_a_time_writes_into_a_folder(predictor, image_folder, tmp_path):
-    output = tmp_path / "out"
-    predict_files(predictor, [image_folder], output)
-    run = json.loads((output / "progress.jsonl").read_text().splitlines()[0])["run"]
-    with contextlib.closing(Journal(output, run)):
-        with pytest.raises(ValueError, match="Another run is writing into .*out"):
-            predict_files(predictor, [image_folder], output)
-    with pytest.raises(ValueError, match="differs in tau"):
-        Journal(output, {**run, "tau": 0.1})
-    assert predict_files(predictor, [image_folder], output).skipped
+    # A name that cannot be written fails its input alone.
+    for name in ("e.png", "f/g.jpg", "h.png"):
+        save_image(image_folder / name, 1)
+    (output / "masks" / "e.png").mkdir()
+    (output / "overlays" / "f").write_text("mine")
+    for failed, images in ((["e.png", "f/g.jpg"], 3), (["f/g.jpg"], 2)):
+        done = predict_files(predictor, [image_folder], output, save=ALL)
+        assert ([name for name, _ in done.failed], done.images) == (failed, images)
+        if (output / "masks" / "e.png").is_dir():
+            (output / "masks" / "e.png").rmdir()
 
 
 @pytest.mark.parametrize("where", ["found", ".", ".."])
-def test_own_results_are_not_predicted_on(predictor, image_folder, where):
-    output = image_folder / where
-    for _ in range(2):
-        predict_files(predictor, [image_folder], output, save=["overlays"])
-        named = [image["file_name"] for image in read(output)["images"]]
-        assert "a.png" in named and not [name for name in named if "overlays" in name]
+def test_results_next_to_the_images(predictor, image_folder, where):
+    """They are not predicted on, and the images stay as they are."""
+    output, before = image_folder / where, {}
+    for seed in (5, 6):
+        save_image(image_folder / "a.png", seed)
+        images = [path for path in image_folder.rglob("*.*g") if "out" not in path.parts]
+        before = before or {path: path.read_bytes() for path in images}
+        before[image_folder / "a.png"] = (image_folder / "a.png").read_bytes()
+        done = predict_files(predictor, [image_folder], output, save=ALL)
+        assert not done.failed and not done.kept
+        assert names(output) == ["a.png", "b/c.jpg", "d.png"]
+        assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_names_that_are_no_utf8(predictor, image_folder, tmp_path):
     for name in (b"\xff.png", b"\xfe-bad.png"):
         os.rename(image_folder / "a.png", os.fsencode(image_folder) + b"/" + name)
         (image_folder / "a.png").write_bytes(b"no image")
-    output = tmp_path / "out"
-    done = predict_files(predictor, [image_folder], output, save=["masks", "labelme"])
+    output, save = tmp_path / "out", ["masks", "labelme"]
+    done = predict_files(predictor, [image_folder], output, save=save)
     assert (done.images, len(done.failed)) == (3, 2)
-    assert [row["file_name"] for row in rows(output / "predictions.csv")][-1] == "\\udcff.png"
-    assert {row["file"] for row in rows(output / "failed.csv")} == {"a.png", "\\udcfe-bad.png"}
+    assert read_table(output / "predictions.csv")[-1]["file_name"] == "\\udcff.png"
+    failed = {row["file"] for row in read_table(output / "failed.csv")}
+    assert failed == {"a.png", "\\udcfe-bad.png"}
     assert os.path.exists(os.fsencode(output) + b"/masks/\xff.png")
-    assert predict_files(predictor, [image_folder], output, save=["masks", "labelme"]).skipped == 3
+    assert predict_files(predictor, [image_folder], output, save=save).skipped == 3
 
 
 @pytest.mark.slow
 def test_killed_and_run_again(tiny_run, predictor, tmp_path):
-    folder, output = tmp_path / "images", tmp_path / "out"
-    folder.mkdir()
-    number = 60
-    for seed in range(number):
-        Image.fromarray(random_image(seed)).save(folder / f"{seed:03d}.png")
+    folder, output, number = tmp_path / "images", tmp_path / "out", 60
+    expected = [save_image(folder / f"{n:03d}.png", n).name for n in range(number)]
     command = [sys.executable, "-W", "ignore", "tools/predict.py", "--masks", "--input", folder]
     command += ["--weights", tiny_run / "model_best.pth", "--output", output]
     process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
-    journal, deadline = output / "progress.jsonl", time.monotonic() + 600
+    journal = output / "progress.jsonl"
 
     def done():
         return journal.read_text().count('{"done"') if journal.exists() else 0
 
-    while done() < number // 4 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: done() >= number // 4 or process.poll() is not None, 600)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = done()
-    assert number // 4 <= before < number
-    assert not (output / "predictions.json").exists()
+    assert number // 4 <= before < number and not (output / "predictions.json").exists()
     again = predict_files(predictor, [folder], output, save=["masks"])
     assert again.images + again.skipped == number and abs(again.skipped - before) <= 1
-    images = read(output)["images"]
-    assert [image["file_name"] for image in images] == [f"{n:03d}.png" for n in range(number)]
-    assert len(list((output / "masks").glob("*.png"))) == number
-    straight = tmp_path / "straight"
-    predict_files(predictor, [folder], straight)
-    assert read(straight)["annotations"] == read(output)["annotations"]
+    assert names(output) == sorted(path.name for path in output.glob("masks/*")) == expected
+    predict_files(predictor, [folder], straight := tmp_path / "straight")
+    assert read_coco(straight)["annotations"] == read_coco(output)["annotations"]
+
+
+FRAMES = 40
+
+
+@pytest.fixture
+def video(tmp_path):
+    return Source(write_video(tmp_path / "v.mp4", FRAMES), "v.mp4", "video")
+
+
+@pytest.fixture
+def network(predictor, monkeypatch):
+    """Calls a function, None at first, before each run of the network; counts these. At the end no
+    thread is left.
+    """
+    network, runtime = SimpleNamespace(before=None, runs=0), predictor._runtime
+    threads = set(threading.enumerate())
+
+    def run(images):
+        network.runs += 1
+        if network.before is not None:
+            network.before()
+        return runtime(images)
+
+    monkeypatch.setattr(predictor, "_runtime", run)
+    yield network
+    left = set(threading.enumerate()) - threads
+    assert not [thread for thread in left if not thread.name.startswith("tqdm")]
+
+
+def test_the_network_and_the_reader_are_ahead_within_bounds(predictor, video, network, monkeypatch):
+    threads, prepare = {threading.get_ident()}, predictor.prepare
+    network.before = lambda: threads.add(threading.get_ident())
+
+    def reading(*args):
+        threads.add(threading.get_ident())
+        return prepare(*args)
+
+    monkeypatch.setattr(predictor, "prepare", reading)
+    with contextlib.closing(predictions(predictor, [video], 2)) as items:
+        first = next(items)
+        wait_for(lambda: network.runs >= 2)
+        time.sleep(0.3)
+        assert network.runs <= 4, "it runs away"
+        *rest, last = [item for item, _ in (first, *items)]
+    assert [item.frame.number for item in rest] == list(range(FRAMES))
+    assert last.frame is None and last.error is None
+    assert network.runs == FRAMES / 2 and len(threads) == 3
+
+
+def test_errors_of_the_network_surface_and_an_interrupted_run_is_continued(
+    predictor, video, network, tmp_path
+):
+    def fail():
+        if network.runs == 5:
+            raise MemoryError("of the card")
+
+    network.before, seen = fail, []
+    with pytest.raises(MemoryError, match="of the card"):
+        for item, _ in predictions(predictor, [video], 1):
+            seen.append(item.frame.number)
+    assert seen == [0, 1, 2, 3]
+
+    network.before = lambda: network.runs == 10 and os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells may have it ignored
+    output = tmp_path / "out"
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            predict_files(predictor, [video.path], output, save=["overlays"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in output.rglob("*") if path.suffix] == ["progress.jsonl"]
+    assert predict_files(predictor, [video.path], output, save=["overlays"]).images == FRAMES
+    assert (output / "overlays" / "v.mp4").is_file()

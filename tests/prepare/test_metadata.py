@@ -1,19 +1,101 @@
-"""Tables joined to images, patients and lesions; what does not match is told."""
+"""Tables as people bring them, joined to images, patients and lesions; patient ids."""
 
+import csv
+import io
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from imrcnn_d2.data.formats import read_coco
+from imrcnn_d2.data.formats import read_coco, read_kvasir_seg
+from imrcnn_d2.data.prepare import metadata
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
-from imrcnn_d2.data.prepare.metadata import read_metadata, with_metadata
-from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.utils.files import BadInputError, Rejects, csv_text
+from imrcnn_d2.data.prepare.metadata import read_metadata, read_table, with_metadata, with_patients
+from imrcnn_d2.utils.files import BadInputError, Rejects
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_as_spreadsheets_write_it(tmp_path, separator, newline):
+    lines = ["file,note,,", 'a.png,"two\nlines",,', "", ",,,", " b.png ,,", 'c.png,"a;b\t,c"']
+    text = newline.join(lines)
+    if separator != ",":
+        quoted = '"a;b\t,c"'
+        text = text.replace(quoted, "Q").replace(",", separator).replace("Q", quoted)
+    path = tmp_path / "table.csv"
+    path.write_bytes(("\ufeff" + text).encode())
+    read = read_table(path, ["file"])
+    assert (read.columns, read.separator) == (["file", "note"], separator)
+    cells = [list(row.cells.values()) for row in read.rows]
+    assert cells == [["a.png", "two\nlines"], ["b.png", ""], ["c.png", "a;b\t,c"]]
+    assert read.rows[1].where.endswith("table.csv, line 6")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "file"),
+        ("name,x\n", "file; .*name, x"),
+        ("file,x,x\n", "'x'"),
+        ("file,,x\n", "no name"),
+        ("file,x\na,1\nb,2,3\n", "line 3 has 3 cells"),
+        ('file\n"' + "a" * 200_000 + '"\n', "line 2"),
+        (b"file,\xe4\n", "UTF-8"),
+        (None, "No such file"),
+    ],
+)
+def test_no_table(tmp_path, text, message):
+    path = tmp_path / "table.csv"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BadInputError, match=f"table.csv: .*{message}"):
+        read_table(path, ["file"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "values"),
+    [
+        (["1", "", "-20"], [1, None, -20]),
+        (["1", "2.5", "1e3"], [1.0, 2.5, 1000.0]),
+        (["True", "false", ""], [True, False, None]),
+        (["yes", ""], ["yes", None]),
+        (["", ""], [None, None]),
+        *((texts, texts) for texts in (["007", "12"], ["true", "1"], ["nan", "1"], ["1e999", "1"])),
+        *((texts, texts) for texts in (["1_000", "1"], ["١", "2"], ["9" * 5000], ["3,5"], [])),
+    ],
+)
+def test_types(texts, values):
+    typed = metadata.typed(texts)
+    assert typed == values and list(map(type, typed)) == list(map(type, values))
+    assert metadata.typed(["3,5", "4", "5.5"], ";") == [3.5, 4.0, 5.5]
+    assert metadata.typed(["1,000,5"], ";") == ["1,000,5"]
+
+
+floats = st.floats(allow_nan=False, allow_infinity=False).filter(lambda x: x % 1)
+words = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1)
+
+
+tables = st.lists(st.lists(words, min_size=2, max_size=2), min_size=1)
+integers = st.lists(st.integers(-(10**12), 10**12) | st.none())
+
+
+@given(integers, st.lists(floats, min_size=1), tables, st.sampled_from(",;\t"))
+def test_numbers_and_cells_come_back(tmp_path_factory, integers, floats, rows, separator):
+    texts = ["" if value is None else str(value) for value in integers]
+    assert metadata.typed(texts) == integers
+    assert metadata.typed([repr(value) for value in floats]) == floats
+    path, text = tmp_path_factory.mktemp("table") / "table.csv", io.StringIO(newline="")
+    csv.writer(text, delimiter=separator).writerows([["a", "b"], *rows])
+    path.write_text(text.getvalue(), encoding="utf-8", newline="")
+    assert [list(row.cells.values()) for row in read_table(path).rows] == rows
 
 
 @pytest.fixture
 def folder(coco_folder):
-    """1.png and 2.png of patient 7 with lesions L1 and L2, 3.png of patient "x" without."""
+    """A function that changes data: 1.png and 2.png of patient 7 with lesions L1 and L2, 3.png of
+    patient "x" without.
+    """
 
     def edit(coco):
         for record, patient in zip(coco["images"], (7, 7, "x"), strict=True):
@@ -22,21 +104,28 @@ def folder(coco_folder):
             annotation["lesion_id"] = f"L{annotation['image_id']}"
         coco["images"][0]["centre"] = "A"
 
-    return coco_folder(edit)
+    json_file, images = coco_folder(edit)
+
+    def change(edit=lambda coco: None):
+        content = json.loads(json_file.read_text())
+        edit(content)
+        json_file.write_text(json.dumps(content))
+        return json_file, images
+
+    return change
 
 
 @pytest.fixture
 def join(folder, tmp_path):
     """A function: the samples by file name and the notes after joining tables, given as text."""
 
-    def joined(*texts, rejects=None, **how):
+    def joined(*texts, rejects=None):
         rejects = rejects or Rejects()
         paths = [tmp_path / f"{i}.csv" for i in range(len(texts))]
         for path, text in zip(paths, texts, strict=True):
             path.write_text(text)
-        source = read_coco(*folder, rejects)
-        tables = [read_metadata(path, rejects) for path in paths]
-        source = with_metadata(source, tables, rejects, **how)
+        source = read_coco(*folder(), rejects)
+        source = with_metadata(source, [read_metadata(p, rejects) for p in paths], rejects)
         samples = {sample.file_name: sample for sample in source.samples}
         return samples, [note.replace(f"{tmp_path}/", "") for note in source.notes]
 
@@ -49,139 +138,197 @@ def fields(samples, column):
 
 def test_by_file(join):
     samples, notes = join(
-        "file,device,year,light,score,ward\n"
-        "1.png,EVIS,2019,true,1.5,\n./2.png,007,2020,false,2,\n4.png,,,,,\n"
+        "file,device,year,light,score,ward,size\n"
+        "1.png,EVIS,2019,true,1.5,,5\n./2.png,007,2020,false,2,,NA\n4.png,,,,,,7\n"
     )
-    assert fields(samples, "device") == ["EVIS", "007", None]
-    assert fields(samples, "year") == [2019, 2020, None]
-    assert fields(samples, "light") == [True, False, None]
-    assert fields(samples, "score") == [1.5, 2.0, None]
-    assert all("ward" not in sample.fields for sample in samples.values())
+    columns = ("device", "year", "light", "score", "size", "ward")
+    expected = [("EVIS", 2019, True, 1.5, "5"), ("007", 2020, False, 2.0, "NA"), [None] * 5]
+    for column, values in zip(columns, [*zip(*expected, strict=True), [None] * 3], strict=True):
+        assert fields(samples, column) == list(values)
+    assert "ward" not in samples["1.png"].fields
     assert notes == [
+        "0.csv: size is text, since 'NA' in line 3 is no number",
         "1 images have no row in 0.csv: 3.png",
         "1 rows of 0.csv match nothing: 4.png (line 4)",
     ]
 
 
-def test_by_patient(join):
-    samples, notes = join("patient_id;age\n7;61\ny;50\n")
+def test_by_patient_and_lesion(join, folder):
+    samples, notes = join("patient_id;age\n7;61\ny;50\n", "lesion_id,size_mm\nL1,8\nL3,12\n")
     assert fields(samples, "age") == [61, 61, None]
     assert fields(samples, "patient_id") == ["7", "7", "x"]
+    sizes = [[a.get("size_mm") for a in sample.annotations] for sample in samples.values()]
+    assert sizes == [[8], [None], []] and fields(samples, "size_mm") == [None] * 3
     assert notes == [
         "1 patients have no row in 0.csv: x",
         "1 rows of 0.csv match nothing: y (line 3)",
+        "1 lesions have no row in 1.csv: L2",
+        "1 rows of 1.csv match nothing: L3 (line 3)",
     ]
 
+    # and lesions that are numbered anew in each patient
+    def edit(content):
+        content["images"][1]["patient_id"] = "x"
+        for annotation in content["annotations"]:
+            annotation["lesion_id"] = 1
 
-def test_by_lesion(join):
-    samples, notes = join("lesion_id,paris,size_mm\nL1,0-Is,8\nL3,0-IIa,12\n")
-    of = [[(a.get("paris"), a.get("size_mm")) for a in s.annotations] for s in samples.values()]
-    assert of == [[("0-Is", 8)], [(None, None)], []]
-    assert fields(samples, "size_mm") == [None] * 3
-    assert notes == [
-        "1 lesions have no row in 0.csv: L2",
-        "1 rows of 0.csv match nothing: L3 (line 3)",
-    ]
-
-
-def test_lesions_that_are_numbered_anew_in_each_patient(folder, tmp_path):
-    content = json.loads(folder[0].read_text())
-    content["images"][1]["patient_id"] = "x"
-    for annotation in content["annotations"]:
-        annotation["lesion_id"] = 1
-    folder[0].write_text(json.dumps(content))
-    table = tmp_path / "lesions.csv"
-    table.write_text("patient_id,lesion_id,size_mm\n7,1,8\nx,1,20\n")
-    rejects = Rejects()
-    tables = [read_metadata(table, rejects)]
-    samples = list(with_metadata(read_coco(*folder, rejects), tables, rejects).samples)
-    assert [a["size_mm"] for s in samples for a in s.annotations] == [8, 20]
+    folder(edit)
+    samples, _ = join("patient_id,lesion_id,size_mm\n7,1,8\nx,1,20\n")
+    assert [a["size_mm"] for sample in samples.values() for a in sample.annotations] == [8, 20]
 
 
-def test_several_tables(coco_folder, tmp_path):
-    """Whatever their order: patients that one tells are those that another one is of."""
-    (tmp_path / "age.csv").write_text("patient_id,age\n7,61\nx,50\n")
-    (tmp_path / "who.csv").write_text("file,patient_id,device\n1.png,7,A\n2.png,7,B\n3.png,x,A\n")
-    folder, rejects = coco_folder(), Rejects()
-    for order in (("age", "who"), ("who", "age")):
-        tables = [read_metadata(tmp_path / f"{name}.csv", rejects) for name in order]
-        source = with_metadata(read_coco(*folder, rejects), tables, rejects)
-        samples = {sample.file_name: sample for sample in source.samples}
-        assert fields(samples, "age") == [61, 61, 50]
+def test_several_tables(join, folder):
+    """Whatever their order: patients of one table are those of the rows of another one."""
+    folder(lambda content: [image.pop("patient_id") for image in content["images"]])
+    tables = ["patient_id,age\n7,61\nx,50\n"]
+    tables.append("file,patient_id,device\n1.png,7,A\n2.png,7,B\n3.png,x,A\n")
+    for order in (tables, tables[::-1]):
+        samples, notes = join(*order)
+        assert fields(samples, "age") == [61, 61, 50] and notes == []
         assert fields(samples, "patient_id") == ["7", "7", "x"]
         assert fields(samples, "device") == ["A", "B", "A"]
-        assert source.notes == []
 
 
-def test_what_is_said_twice_must_agree(join):
+def test_values_that_contradict_each_other(join):
     samples, _ = join("file,centre,patient_id\n1.png,A,7\n2.png,B,7\n3.png,C,x\n")
     assert fields(samples, "centre") == ["A", "B", "C"]
     with pytest.raises(BadInputError, match=r"1\.png: centre is 'A', but 'B' in .*, line 2"):
         join("file,centre\n1.png,B\n")
     rejects = Rejects("reject")
     samples, notes = join("file,centre\n1.png,B\n2.png,C\n", rejects=rejects)
-    assert list(samples) == ["2.png", "3.png"]
-    assert [error.reason.split(",")[0] for error in rejects.errors] == ["centre is 'A'"]
+    assert list(samples) == ["2.png", "3.png"] and len(rejects.errors) == 1
     with pytest.raises(BadInputError, match="patient_id is '7', but '07'"):
         join("file,patient_id\n1.png,07\n")
-
-
-def test_a_column_that_is_almost_numbers(join):
-    samples, notes = join("file,size\n1.png,5\n2.png,NA\n3.png,7\n")
-    assert fields(samples, "size") == ["5", "NA", "7"]
-    assert notes == ["0.csv: size is text, since 'NA' in line 3 is no number"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,x\na,1\n", "none of the columns file, patient_id, lesion_id.*it has name, x"),
-        ("file,width,id\n1.png,5,3\n", "columns id, width are COCO's"),
-        ("lesion_id,area\nL1,5\n", "columns area are COCO's"),
+        ("name,x\na,1\n", "file, patient_id, lesion_id.* name, x"),
+        ("file,width,id\n1.png,5,3\n", "id, width"),
+        ("lesion_id,area\nL1,5\n", "area"),
         ("file,x\n,1\n", "line 2: has no file"),
-        ("file,x\n1.png,1\n./1.png,2\n", "line 3: 1.png is in line 2 already"),
-        ("file,x\none.png,1\n", r"no file in it is .* one\.png \(line 2\).*set 1\.png, 2\.png"),
-        ("lesion_id,x\nL9,1\n", r"no lesion_id in it .*L9 \(line 2\); the data set L1, L2"),
+        ("file,x\n1.png,1\n./1.png,2\n", "line 3: 1.png .* line 2"),
+        ("file,x\none.png,1\n", r"file.* one\.png \(line 2\).* 1\.png, 2\.png"),
+        ("lesion_id,x\nL9,1\n", r"lesion_id .*L9 \(line 2\); .* L1, L2"),
     ],
 )
 def test_tables_that_cannot_be_meant(join, text, message):
-    with pytest.raises(BadInputError, match=message):
+    with pytest.raises(BadInputError, match=f"0.csv.*{message}"):
         join(text)
 
 
-def test_images_without_lesion_ids_are_named(coco_folder, tmp_path):
-    table = tmp_path / "lesions.csv"
-    table.write_text("lesion_id,x\nL1,1\n")
-    rejects = Rejects()
-    source = with_metadata(
-        read_coco(*coco_folder(), rejects), [read_metadata(table, rejects)], rejects
-    )
-    with pytest.raises(BadInputError, match=r"the data set 1\.png \(no lesion_id\)"):
-        list(source.samples)
-
-
-def test_bad_rows_are_listed(join):
+def test_bad_rows_and_images_without_ids(join, folder):
     rejects = Rejects("reject")
-    samples, notes = join("file,x\n1.png,1\n,2\n1.png,3\n2.png,4\n", rejects=rejects)
+    samples, _ = join("file,x\n1.png,1\n,2\n1.png,3\n2.png,4\n", rejects=rejects)
     assert fields(samples, "x") == [1, 4, None]
-    assert [error.reason for error in rejects.errors] == [
-        "has no file",
-        "1.png is in line 2 already",
-    ]
+    assert [error.file.split(", ")[-1] for error in rejects.errors] == ["line 3", "line 4"]
+    folder(lambda content: [lesion.pop("lesion_id") for lesion in content["annotations"]])
+    with pytest.raises(BadInputError, match=r"1\.png \(no lesion_id\)"):
+        join("lesion_id,x\nL1,1\n")
 
 
-def test_through_the_files_to_the_rows_of_an_evaluation(folder, tmp_path):
-    """Numbers are numbers in the JSON and in per_image.csv's rows; lesions keep theirs."""
-    (tmp_path / "images.csv").write_text(
-        "file,device,year\n1.png,A,2019\n2.png,B,2020\n3.png,A,1\n"
+NAMES = [f"p{p:02}_{view}" for p in range(6) for view in "abc"]
+
+
+@pytest.fixture
+def root(kvasir_folder):
+    return kvasir_folder(NAMES)
+
+
+def patients(source):
+    """{name: patient_id} and the notes."""
+    ids = {s.file_name.removesuffix(".png"): s.fields.get("patient_id") for s in source.samples}
+    return ids, source.notes
+
+
+def test_pattern(root, tmp_path):
+    def read(pattern, on_error="raise"):
+        rejects = Rejects(on_error)
+        source = read_kvasir_seg(root, rejects)
+        return with_patients(source, metadata.patients_from_pattern(pattern), rejects), rejects
+
+    data_set = prepare_dataset(
+        read(r"^p\d+")[0], tmp_path / "out", SplitOptions((1, 1, 1)), Rejects()
     )
-    (tmp_path / "lesions.csv").write_text("lesion_id,size_mm\nL1,8.5\nL2,9\n")
-    rejects = Rejects()
-    tables = [read_metadata(tmp_path / f"{name}.csv", rejects) for name in ("images", "lesions")]
-    source = with_metadata(read_coco(*folder, rejects), tables, rejects)
-    out = prepare_dataset(source, tmp_path / "out", SplitOptions((1, 0, 0)), rejects).out
-    written = json.loads((out / "annotations" / "train.json").read_text())
-    assert [a["size_mm"] for a in written["annotations"]] == [8.5, 9.0]
-    rows = evaluate_lesions(written, []).per_image
-    assert [(row["device"], row["year"]) for row in rows] == [("A", 2019), ("B", 2020), ("A", 1)]
-    assert {"device", "year"} <= set(csv_text(rows, []).splitlines()[0].split(","))
+    assert "6 patients" in data_set.notes
+    split_of = {}
+    for split, content in data_set.coco.items():
+        assert len(content["images"]) == 6
+        for image in content["images"]:
+            assert image["patient_id"] == image["file_name"][:3]
+            assert split_of.setdefault(image["patient_id"], split) == split
+    assert json.loads((tmp_path / "out" / "splits.json").read_text())["split_by"] == "patient"
+    source, rejects = read(r"^(p0[0-4])_", "reject")
+    assert len(patients(source)[0]) == 15
+    assert len(rejects.errors) == 3 and rejects.errors[0].file.endswith("p05_a.png")
+    sample = next(iter(read_kvasir_seg(root, Rejects()).samples))
+    groups = {r"p(\d+)_": "00", r"(p)(?P<patient>\d+)": "00", r"^[^_]+": "p00"}
+    for pattern, patient in (groups | {r"(?:p)\d\d": "p00", r"_a(\d)?": None}).items():
+        assert metadata.patients_from_pattern(pattern)(sample) == patient
+    with pytest.raises(ValueError, match=r"'\('"):
+        metadata.patients_from_pattern("(")
+
+
+def test_a_table_of_patients(root):
+    path = root.parent / "patients.csv"
+
+    def read(*rows, header="file,patient_id"):
+        path.write_text("\n".join([header, *rows]) + "\n")
+        source = read_kvasir_seg(root, Rejects())
+        return metadata.with_patients_from_csv(source, path, Rejects())
+
+    rows = [f"{name}.png,{int(name[1:3])},A" for name in NAMES[:-1]]
+    source = read(*rows, f"{NAMES[-1]}.png,,A", "q.png,9,A", header="file,patient_id,centre")
+    samples = list(source.samples)
+    assert not any("centre" in sample.fields for sample in samples)
+    ids = [sample.fields.get("patient_id") for sample in samples]
+    assert ids == [*(str(int(name[1:3])) for name in NAMES[:-1]), None]
+    assert f"{path}: centre not read; --metadata joins them" in source.notes
+    assert f"1 rows of {path} match nothing: q.png (line 20)" in source.notes
+    assert "6 patients" in source.notes
+    assert any(note.startswith("1 images of unknown patients") for note in source.notes)
+    with pytest.raises(BadInputError, match=rf"p00_a\.png is not in {path}"):
+        list(read(*(f"{name}.png,1" for name in NAMES[1:])).samples)
+    with pytest.raises(BadInputError, match=f"{path}: .*file and patient_id"):
+        read("1,2", header="patient_id,age")
+
+
+def test_two_ids_for_one_image_are_bad_input(coco_folder):
+    def edit(coco):
+        coco["images"][0]["patient_id"], coco["images"][1]["patient_id"] = 1, 9
+
+    folder, rejects = coco_folder(edit), Rejects()
+    source = read_coco(*folder, rejects)
+    with pytest.raises(BadInputError, match=r"2\.png: patient_id is 9 .*'2'"):
+        list(with_patients(source, metadata.patients_from_pattern(r"\d"), rejects).samples)
+    # Those that the data set has are kept where nothing else is known, all as text.
+    source = with_patients(read_coco(*folder, rejects), lambda sample: None, rejects)
+    assert patients(source)[0] == {"1": "1", "2": "9", "3": None}
+
+
+def test_dicom(root, tmp_path, noise):
+    pytest.importorskip("pydicom", reason="the deploy extra is not installed")
+    from dicoms import write_dicom
+
+    files, rejects = tmp_path / "dicom", Rejects()
+    files.mkdir()
+    for name, suffix in zip(NAMES, [".dcm", "", ".DCM"] * 6, strict=True):
+        patient = "" if name == NAMES[-1] else f"{name[:3]} "
+        write_dicom(files / f"{name}{suffix}", noise(8, 8), PatientID=patient)
+    patient_of = metadata.patients_from_dicom(files)
+    ids, notes = patients(with_patients(read_kvasir_seg(root, rejects), patient_of, rejects))
+    assert ids == {**{name: name[:3] for name in NAMES}, NAMES[-1]: None}
+    assert "6 patients" in notes and any("1 images of unknown patients" in n for n in notes)
+
+    sample = next(iter(read_kvasir_seg(root, rejects).samples))
+    for change, folder, message in (
+        (lambda path: path.write_bytes(b"no"), files, r"p00_a\.dcm: is no readable DICOM file"),
+        (lambda path: path.unlink(), files, rf"p00_a\.dcm in {files}"),
+        (lambda path: None, None, r"p00_a\.png: is no readable DICOM file"),  # the image itself
+    ):
+        change(files / "p00_a.dcm")
+        with pytest.raises(BadInputError, match=message):
+            metadata.patients_from_dicom(*[folder] if folder else [])(sample)
+    with pytest.raises(FileNotFoundError, match="none"):
+        metadata.patients_from_dicom(tmp_path / "none")

@@ -5,7 +5,6 @@ import html
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,56 +12,23 @@ from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_json
 from PIL import Image
 
-from imrcnn_d2.cli import compare, report
 from imrcnn_d2.evaluation import Bootstrap
+from imrcnn_d2.report import load_run
 from imrcnn_d2.report.comparison import compare as compare_runs
 from imrcnn_d2.report.comparison import gather, write_comparison
 from imrcnn_d2.report.html import render_report
+from imrcnn_d2.report.html.page import grad_cams
 from imrcnn_d2.report.model_card import write_model_card
-from imrcnn_d2.report.runs import load_run
 from imrcnn_d2.report.tables import latex_text, markdown_text
-from imrcnn_d2.utils.files import BadInputError, file_sha256
+from imrcnn_d2.utils.files import BadInputError
 
 METRICS, DETECTIONS = "metrics.json", "coco_instances_results.json"
 HOSTILE = "<img src=x onerror=1>[a](http://x.y)|`=1`"
 
 
-@pytest.fixture
-def home(study, tmp_path, monkeypatch):
-    """The user's folder: ``datasets/study`` and a run of another on it, ``run``."""
-    monkeypatch.setenv("IMRCNN_DATASETS", str(tmp_path / "datasets"))
-    shutil.copytree(study / "datasets", tmp_path / "datasets")
-    run = shutil.copytree(study / "runs" / "MR-CNN", tmp_path / "run")
-    change(tmp_path, METRICS, {"meta.gt": str(tmp_path / "datasets/study/annotations/test.json")})
-    return tmp_path if run else None
-
-
-def place(home, name):
-    """Path of one of the run's files, by its name."""
-    inner = "" if name in ("run.json", "config.yaml") else "inference/study_test"
-    return home / "run" / inner / name
-
-
-def change(home, name, values):
-    """Set values in a JSON file, by names with dots; ... removes one."""
-    path = place(home, name)
-    document = json.loads(path.read_text())
-    for key, value in values.items():
-        *outer, last = key.split(".")
-        node = document
-        for part in outer:
-            node = node[part]
-        if value is ...:
-            del node[last]
-        else:
-            node[last] = value
-    path.write_text(json.dumps(document))
-
-
 def everything(home, name="mine"):
     """Page, card and comparison of the run as texts."""
-    out = home / "out"
-    run = load_run(home / "run", name)
+    out, run = home.path / "out", home.load(name)
     texts = [render_report([run], out / "report.html"), write_model_card(run, out / "card.md")]
     comparison = compare_runs(gather([run]), Bootstrap(20), primary="bbox/AP50_voc")
     texts.append(write_comparison(comparison, out / "comparison")[0])
@@ -92,165 +58,133 @@ OF_RUN = {
     "datasets": ("x", [], {"a": 1}, {"a": {}}, {"a": {"images": "1"}}),
     "input": (1, {"size": []}),
 }
-ATTACKS = [
-    (name, key, value)
-    for name, table in ((METRICS, OF_METRICS), ("run.json", OF_RUN))
-    for key, values in table.items()
-    for value in values
-]
-
-
-@pytest.mark.parametrize("name, key, value", ATTACKS)
-def test_values_of_another_kind(home, name, key, value):
-    change(home, name, {key: value})
-    with pytest.raises(BadInputError) as caught:
-        load_run(home / "run")
-    assert name in caught.value.file
-    reason = caught.value.reason
-    assert "is no JSON" in reason or key.rpartition(".")[2] in reason
-
-
-def test_a_run_does_not_choose_how_long_a_report_takes(home, monkeypatch):
-    monkeypatch.setattr("imrcnn_d2.report.runs.MOST_RESAMPLES", 7)
-    change(home, METRICS, {"meta.bootstrap": {"resamples": 100_000, "seed": 0}})
-    assert load_run(home / "run").metrics["meta"]["bootstrap"]["resamples"] == 7
 
 
 CONTENTS = [b"", b"\xff\xfe", b"[]", b"1", b"{", b'{"a": 1', b"[" * 100_000, b"null", b"\0" * 99]
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-@pytest.mark.parametrize("name", [METRICS, "run.json"])
-def test_files_that_are_none(home, name, content):
-    place(home, name).write_bytes(content)
-    with pytest.raises(BadInputError, match=re.escape(name)):
-        load_run(home / "run")
+@pytest.mark.parametrize(("name", "table"), [(METRICS, OF_METRICS), ("run.json", OF_RUN)])
+def test_files_and_values_of_another_kind(home, name, table):
+    before = home.file(name).read_bytes()
+    for key, value in ((key, value) for key, values in table.items() for value in values):
+        home.change(name, {key: value})
+        with pytest.raises(BadInputError) as caught:
+            home.load()
+        assert name in caught.value.file, (key, value)
+        reason = caught.value.reason
+        assert "is no JSON" in reason or key.rpartition(".")[2] in reason, (key, value)
+        home.file(name).write_bytes(before)
+    for content in CONTENTS:
+        home.file(name).write_bytes(content)
+        with pytest.raises(BadInputError, match=re.escape(name)):
+            home.load()
+
+
+def test_a_run_does_not_choose_how_long_a_report_takes(home, monkeypatch):
+    monkeypatch.setattr("imrcnn_d2.report.runs.MOST_RESAMPLES", 7)
+    home.change(METRICS, {"meta.bootstrap": {"resamples": 100_000, "seed": 0}})
+    assert home.load().metrics["meta"]["bootstrap"]["resamples"] == 7
 
 
 BOMB = "a: &a [x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
+CONFIGS = [
+    *(BOMB, "a: &a [*a]", "a: &a {b: *a}", "MODEL: []", "DATASETS: {TEST: 5}", "1", "a: [", ""),
+    *("MODEL: !!python/object/apply:os.system ['x']", "a: !!timestamp x", "a: !!int ''"),
+    *("MODEL: {BACKBONE: x}", "SOLVER: {MAX_ITER: x}", 'a: "\\ud800"', "? [1]\n: 2"),
+    *("a: 2001-99-99", "a: {" * 5000, "# " + "x" * 300_000, "{}"),
+]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(BOMB, "a: &a [*a]", "a: &a {b: *a}", "MODEL: []", "DATASETS: {TEST: 5}", "1", "a: [", ""),
-        *("MODEL: !!python/object/apply:os.system ['x']", "a: !!timestamp x", "a: !!int ''"),
-        *("MODEL: {BACKBONE: x}", "SOLVER: {MAX_ITER: x}", 'a: "\\ud800"', "? [1]\n: 2"),
-        *("a: 2001-99-99", "a: {" * 5000, "# " + "x" * 300_000, "{}"),
-    ],
-)
-def test_a_config_that_is_none_is_left_out(home, text):
-    place(home, "config.yaml").write_text(text)
-    assert load_run(home / "run").config == ({} if text == "{}" else None)
+def test_a_config_that_is_none_is_left_out(home):
+    for text in CONFIGS:
+        home.file("config.yaml").write_text(text)
+        assert home.load().config == {}, text
 
 
-def test_the_page_says_that_there_is_no_config(home):
-    place(home, "config.yaml").write_text("{")
-    page, _, _ = everything(home)
-    assert "No config.yaml that can be read" in page
-
-
-def test_figures_are_those_of_the_detections(home):
+def test_metrics_are_those_of_the_detections(home):
     """Not those of metrics.json, of which the page says that they are others."""
     true = everything(home)
     assert "other metrics" not in "".join(true)
-    ours = json.loads(place(home, METRICS).read_text())
+    ours = json.loads(home.file(METRICS).read_text())
     for group in ("bbox", "segm", "lesion", "image", "patient"):
         ours[group] = {key: 98.765 if value else value for key, value in ours[group].items()}
         ours["tau_val"][group] = ours[group]
     ours["by_size"] = ours["undefined_shares"] = {"x": 98.765}
     ours["meta"] |= {"images": 98765, "lesions": 98765, "patients": None, "classes": ["x"]}
     ours["meta"]["lesion_free_images"] = 0
-    place(home, METRICS).write_text(json.dumps(ours))
+    home.file(METRICS).write_text(json.dumps(ours))
     texts = everything(home)
     for text, expected in zip(texts, true, strict=True):
         assert "98.8" not in text and "98,765" not in text and "98.77" not in text
         assert "metrics.json holds other metrics than its detections give" in text
-        kept = [line for line in expected.splitlines() if re.search(r"\d\d\.\d", line)]
-        assert len(kept) > 3
-        assert [line for line in text.splitlines() if re.search(r"\d\d\.\d \[", line)] == [
-            line for line in kept if re.search(r"\d\d\.\d \[", line)
-        ]
+        kept, values = (
+            [line for line in page.splitlines() if re.search(r"\d\d\.\d \[", line)]
+            for page in (expected, text)
+        )
+        assert values == kept and re.search(r"\d\d\.\d", expected)
 
 
 @pytest.fixture
 def secret(home):
     """An image of another patient, outside the data set; it is plain red."""
-    path = home / "private" / "secret.png"
+    path = home.path / "private" / "secret.png"
     path.parent.mkdir()
     Image.new("RGB", (96, 96), (255, 0, 0)).save(path)
     return path
 
 
-def names_image(home, name):
-    """Let the first image of the test set be called so; the run knows that file."""
-    gt = home / "datasets/study/annotations/test.json"
-    coco = json.loads(gt.read_text())
-    coco["images"][0]["file_name"] = name
-    gt.write_text(json.dumps(coco))
-    change(home, METRICS, {"meta.gt_sha256": file_sha256(gt)})
-
-
-@pytest.mark.parametrize("way", ["absolute", "..", "link", "folder", "inner .."])
-def test_no_image_outside_the_data_set(home, secret, way):
-    images = home / "datasets/study/images"
+def test_no_image_outside_the_data_set(home, secret):
+    images = home.path / "datasets/study/images"
     (images / "link.png").symlink_to(secret)
     (images / "linked").symlink_to(secret.parent)
-    name = {
-        "absolute": str(secret),
-        "..": "../../../private/secret.png",
-        "inner ..": "a/../../../../private/secret.png",
-        "link": "link.png",
-        "folder": "linked/secret.png",
-    }[way]
-    names_image(home, name)
-    with pytest.raises(BadInputError, match="leads out"):
-        render_report([load_run(home / "run")], home / "report.html")
-    assert not (home / "report.html").exists()
+    places = str(secret), "../../../private/secret.png", "a/../../../../private/secret.png"
+    for name in (*places, "link.png", "linked/secret.png"):
+        home.change_data(lambda coco, name=name: coco["images"][0].update(file_name=name))
+        with pytest.raises(BadInputError, match="leads out"):
+            render_report([home.load()], home.path / "report.html")
+        assert not (home.path / "report.html").exists()
 
 
 def test_a_run_cannot_name_a_folder_of_images(home, secret):
-    """Nor a link to one beside a ground truth that came with it."""
-    change(home, METRICS, {"meta.image_root": str(secret.parent)})
-    assert load_run(home / "run").image_root == home / "datasets/study/images"
-    theirs = home / "download" / "data"
-    shutil.copytree(home / "datasets/study/annotations", theirs / "annotations")
+    """Nor a link to one next to a ground truth that came with it."""
+    home.change(METRICS, {"meta.image_root": str(secret.parent)})
+    assert home.load().image_root == home.path / "datasets/study/images"
+    theirs = home.path / "download" / "data"
+    shutil.copytree(home.path / "datasets/study/annotations", theirs / "annotations")
     (theirs / "images").symlink_to(secret.parent)
     gt = theirs / "annotations/test.json"
-    change(home, METRICS, {"meta.gt": str(gt), "meta.dataset": "theirs_test"})
-    run = load_run(home / "run")
+    home.change(METRICS, {"meta.gt": str(gt), "meta.dataset": "theirs_test"})
+    run = home.load()
     assert run.gt_path == gt
     with pytest.raises(FileNotFoundError, match="--images"):
         _ = run.image_root
-    page = render_report([run], home / "report.html")
+    page = render_report([run], home.path / "report.html")
     assert "No gallery" in page.read_text() and '"jpeg"' not in page.read_text()
     # The user may name any.
-    named = load_run(home / "run", images=secret.parent)
+    named = home.load(images=secret.parent)
     assert named.image_root == secret.parent
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_run(home / "run", images=home / "nowhere")
+        home.load(images=home.path / "nowhere")
 
 
 def test_a_run_cannot_name_any_ground_truth(home, secret):
     """Its content, names of patients among it, would be in the page."""
-    private = shutil.copy(home / "datasets/study/annotations/test.json", secret.parent)
-    change(home, METRICS, {"meta.gt": str(private), "meta.gt_sha256": ..., "meta.dataset": None})
+    private = shutil.copy(home.gt, secret.parent)
+    home.change(METRICS, {"meta.gt": str(private), "meta.gt_sha256": ..., "meta.dataset": None})
     with pytest.raises(ValueError, match="sha256"):
-        _ = load_run(home / "run").gt_path
-    change(home, METRICS, {"meta.dataset": "../study_test", "meta.gt": None})
+        _ = home.load().gt_path
+    home.change(METRICS, {"meta.dataset": "../study_test", "meta.gt": None})
     with pytest.raises(FileNotFoundError):
-        _ = load_run(home / "run").gt_path
+        _ = home.load().gt_path
 
 
-def test_a_picture_of_the_run_that_is_a_link(home, secret):
-    folder = home / "run/inference/study_test"
+def test_a_plot_of_the_run_that_is_a_link(home, secret):
+    folder = home.path / "run/inference/study_test"
     (folder / "grad_cam.png").symlink_to(secret)
-    from imrcnn_d2.report.html.page import _grad_cams
-
     with pytest.raises(BadInputError, match="leads out"):
-        _grad_cams([load_run(home / "run")])
+        grad_cams([home.load()])
 
 
 MARKUP = [
@@ -262,39 +196,36 @@ MARKUP = [
 LATEX_COMMANDS = [r"\input{/etc/passwd}", r"\write18{id}", "a}{b", "^^5cinput", "a~b", "%x", "$$"]
 
 
-@pytest.mark.parametrize("text", MARKUP)
-def test_markdown_shows_data_as_data(text):
+def test_markdown_shows_data_as_data():
     markdown = pytest.importorskip("markdown_it").MarkdownIt().enable(["table", "strikethrough"])
-    escaped, shown = markdown_text(text), html.escape(" ".join(text.split()), quote=False)
-    for line in (escaped, f"- {escaped}", f"x {escaped} y"):
-        rendered = markdown.render(line)
-        assert set(re.findall(r"<(\w+)", rendered)) <= {"p", "ul", "li"}
-        assert shown in rendered.replace("&quot;", '"')
-    cells = markdown.render(f"| a | b |\n|---|---|\n| {escaped} | c |")
-    assert re.findall(r"<(\w+)", cells)[-3:] == ["tr", "td", "td"]
-    # GitHub makes links of addresses without a mark.
-    assert not re.search(r"http://|https://|www\.|(?<!\\)@", escaped)
+    for text in MARKUP:
+        escaped, shown = markdown_text(text), html.escape(" ".join(text.split()), quote=False)
+        for line in (escaped, f"- {escaped}", f"x {escaped} y"):
+            rendered = markdown.render(line)
+            assert set(re.findall(r"<(\w+)", rendered)) <= {"p", "ul", "li"}
+            assert shown in rendered.replace("&quot;", '"')
+        cells = markdown.render(f"| a | b |\n|---|---|\n| {escaped} | c |")
+        assert re.findall(r"<(\w+)", cells)[-3:] == ["tr", "td", "td"]
+        # GitHub makes links of addresses without a mark.
+        assert not re.search(r"http://|https://|www\.|(?<!\\)@", escaped)
 
 
-@pytest.mark.parametrize("text", LATEX_COMMANDS)
-def test_latex_shows_data_as_data(text):
+def test_latex_shows_data_as_data():
     escaped = r"\\textbackslash\{\}|\\textascii(tilde|circum)\{\}|\\[&%$#_{}]"
-    safe = re.sub(escaped, "", latex_text(text))
-    assert not set(safe) & set("\\{}$&#^_%~")
+    for text in LATEX_COMMANDS:
+        assert not set(re.sub(escaped, "", latex_text(text))) & set("\\{}$&#^_%~")
 
 
 def test_markup_in_names(home):
     """Of the model, the data set, classes, patients and paths, in page, card and comparison."""
-    gt = home / "datasets/study/annotations/test.json"
-    coco = json.loads(gt.read_text())
-    coco["categories"][0]["name"] = HOSTILE
-    coco["images"][0]["patient_id"] = HOSTILE
-    gt.write_text(json.dumps(coco))
-    sha256 = file_sha256(gt)
-    change(home, METRICS, {"meta.gt_sha256": sha256, "meta.checkpoint_sha256": HOSTILE})
-    change(home, METRICS, {"tau_val.rule": HOSTILE, "tau_val.dataset": HOSTILE})
-    change(home, METRICS, {"meta.dataset": HOSTILE})
-    change(home, "run.json", dict.fromkeys(("model", "backbone", "device", "started"), HOSTILE))
+
+    def edit(coco):
+        coco["categories"][0]["name"] = coco["images"][0]["patient_id"] = HOSTILE
+
+    home.change_data(edit)
+    keys = ("meta.checkpoint_sha256", "meta.dataset", "tau_val.rule", "tau_val.dataset")
+    home.change(METRICS, dict.fromkeys(keys, HOSTILE))
+    home.change("run.json", dict.fromkeys(("model", "backbone", "device", "started"), HOSTILE))
     page, card, comparison = everything(home, HOSTILE)
     for text in (card, comparison):
         assert "<img" not in text and "](http:" not in text and "http://x" not in text
@@ -303,8 +234,7 @@ def test_markup_in_names(home):
 
 @pytest.fixture(scope="module")
 def small(write_gt, write_run_in, tmp_path_factory):
-    """
-    A folder with a small prepared data set, ``data``, and ``runs/a``, ``runs/b`` on it; and by
+    """A folder with a small prepared data set, ``data``, and ``runs/a``, ``runs/b`` on it; and by
     their paths in it the files to damage, as they are.
     """
     root = tmp_path_factory.mktemp("fuzzed")
@@ -314,27 +244,14 @@ def small(write_gt, write_run_in, tmp_path_factory):
     (root / "data/splits.json").write_text(json.dumps({"ratio": [1, 1, 3], "seed": 1, "test": []}))
     (root / "data/rejected.csv").write_text("file,reason\na.png,mask is empty\n")
     (root / "data/test_evaluations.csv").write_text("date,what,sha256,output\n2026,w,aa,o\n")
-    run_in = write_run_in(root)
     for name, model in (("a", "MR-CNN"), ("b", "IMR-CNN")):
-        output = run_in(name, gt, model=model, tau_val=0.6, skill=0.9)
-        path = output / "inference/kvasir_seg_test/metrics.json"
-        metrics = json.loads(path.read_text())
-        metrics["meta"]["bootstrap"] = {"resamples": 5, "seed": 0, "all_coco": False}
-        path.write_text(json.dumps(metrics))
-    names = ["run.json", "config.yaml", *(f"inference/kvasir_seg_test/{METRICS}",) * 3]
-    damaged = [f"runs/a/{name}" for name in names]
-    damaged += ["splits.json", "rejected.csv", "test_evaluations.csv", "annotations/train.json"]
-    damaged = [name if "/a/" in name else f"data/{name}" for name in damaged]
+        options = {"model": model, "tau_val": 0.6, "skill": 0.9, "bootstrap": Bootstrap(5)}
+        write_run_in(root)(name, gt, **options)
+    inner = f"inference/kvasir_seg_test/{METRICS}"
+    damaged = [f"runs/a/{name}" for name in ("run.json", "config.yaml", inner)]
+    names = "splits.json", "rejected.csv", "test_evaluations.csv", "annotations/train.json"
+    damaged += [f"data/{name}" for name in names]
     return root, {name: (root / name).read_bytes() for name in damaged}
-
-
-@st.composite
-def damaged_file(draw, files):
-    """Name of one of the files, and what it is to hold."""
-    name = draw(st.sampled_from(sorted(files)))
-    as_json = name.endswith(".json") and draw(st.integers(0, 3))
-    data = files[name]
-    return name, draw(damaged_json(json.loads(data)) if as_json else damaged_bytes(data))
 
 
 @pytest.mark.fuzz
@@ -347,13 +264,15 @@ def damaged_file(draw, files):
 )
 def test_damaged_files_of_runs(small, data):
     root, files = small
-    name, content = data.draw(damaged_file(files))
-    path, out = root / name, root / "out"
-    path.write_bytes(content)
+    name = data.draw(st.sampled_from(sorted(files)))
+    path, out, before = root / name, root / "out", files[name]
+    as_json = name.endswith(".json") and data.draw(st.integers(0, 3))
+    kind = damaged_json(json.loads(before)) if as_json else damaged_bytes(before)
+    path.write_bytes(data.draw(kind))
     try:
         runs = [load_run(root / "runs" / run) for run in "ab"]
         write_model_card(runs[0], out / "card.md")
-        comparison = compare(gather(runs), compare.Bootstrap(5), primary="bbox/AP50_voc")
+        comparison = compare_runs(gather(runs), Bootstrap(5), primary="bbox/AP50_voc")
         write_comparison(comparison, out)
         render_report(runs, out / "report.html")
     except (FileNotFoundError, ValueError) as error:
@@ -362,14 +281,4 @@ def test_damaged_files_of_runs(small, data):
         assert str(root) in str(error)
         str(error).encode()
     finally:
-        path.write_bytes(files[name])
-
-
-def test_commands_end_in_a_line(home, capsys):
-    change(home, METRICS, {"meta.tau": "x"})
-    for tool, out in ((report, home / "r.html"), (compare, home / "c")):
-        with pytest.raises(SystemExit) as stop:
-            tool.main([str(home / "run"), "--output", str(out)])
-        assert stop.value.code == 1
-        assert METRICS in capsys.readouterr().err
-        assert not Path(out).exists()
+        path.write_bytes(before)

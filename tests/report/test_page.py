@@ -1,137 +1,400 @@
-"""The page as text; tests/report/test_report_browser.py opens it."""
+"""The page of detectors: whole, safe, and with the values of metrics.json; its tables, plots and
+gallery. tests/report/test_report_browser.py opens it."""
 
+import base64
 import dataclasses
+import io
 import json
+import math
 import re
 
-import html5lib
+import cv2
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-from imrcnn_d2.report.html import render_report
-from imrcnn_d2.report.runs import load_run
+from imrcnn_d2.cli import report
+from imrcnn_d2.report import load_run
+from imrcnn_d2.report.html import page, render_report, tables
+from imrcnn_d2.report.plots.images import region_contours
 
 
 @pytest.fixture(scope="module")
-def text(study_runs, tmp_path_factory):
+def runs(study_runs):
+    return list(study_runs.values())
+
+
+@pytest.fixture(scope="module")
+def text(runs, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    assert render_report(list(study_runs.values()), path) == path
+    assert render_report(runs, path) == path
     return path.read_text(encoding="utf-8")
 
 
-def parsed(text):
-    """The page's elements, by strict rules."""
-    return html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(text)
+@pytest.fixture
+def show(tmp_path):
+    """A function that returns the text of the page of runs."""
+    path = tmp_path / "report.html"
+    return lambda runs, **options: render_report(runs, path, **options).read_text(encoding="utf-8")
 
 
-def section(text, name):
-    """The words of one section, as a reader sees them."""
-    (found,) = (s for s in parsed(text).iter("section") if s.get("id") == name)
-    return " ".join(" ".join(found.itertext()).split())
-
-
-def test_it_is_sound_html(text):
-    tree = parsed(text)
-    ids = [node.get("id") for node in tree.iter() if node.get("id")]
-    assert len(ids) == len(set(ids))
-    links = [node.get("href")[1:] for node in tree.iter("a")]
-    assert set(links) <= set(ids)
-    for node in tree.iter():
-        for key in ("aria-labelledby", "aria-describedby"):
-            assert node.get(key, ids[0]) in ids
-    assert tree.get("lang") == "en"
-
-
-def test_it_needs_no_network(text):
-    loaded = [
-        node.get(key) for node in parsed(text).iter() for key in ("src", "srcset", "action")
-        if node.get(key)
-    ]  # fmt: skip
-    assert loaded and all(source.startswith("data:") for source in loaded)
-    assert not list(parsed(text).iter("link"))
-    (style,) = parsed(text).iter("style")
-    assert not re.search(r"@import|url\(", style.text)
-    assert "default-src 'none'" in text
-
-
-def test_each_image_is_there_once(text, study):
-    coco = json.loads((study / "datasets/study/annotations/test.json").read_text())
-    assert text.count('"jpeg"') == len(coco["images"])
-
-
-def test_what_must_be_said(text):
-    words = " ".join(" ".join(parsed(text).itertext()).split())
+def test_what_must_be_stated(text, runs, parse):
+    tree, sections = parse(text)
+    words = " ".join(" ".join(tree.itertext()).split())
     assert words.count("Research use only, not a medical device.") == 2
-    assert "0123abc, with uncommitted changes" in section(text, "run")
-    assert "2: mask is empty" in section(text, "data")
-    assert "43 images offered" in section(text, "data")
-    assert "PPV at 0.5 %" in section(text, "screening")
-    assert "IMR-CNN − MR-CNN" in section(text, "results")
-
-
-def test_markup_in_names_stays_text(text):
-    tree = parsed(text)
-    assert not [image for image in tree.iter("img") if image.get("src") == "x"]
+    assert "2: mask is empty" in sections["data"] and "43 images offered" in sections["data"]
+    assert "PPV at 0.5 %" in sections["screening"]
+    assert "IMR-CNN − MR-CNN" in sections["results"]
+    assert text.count('"jpeg"') == len(runs[0].results.per_image)
+    # Markup in the names of images stays text.
     scripts = ["".join(script.itertext()) for script in tree.iter("script")]
-    assert len(scripts) == 2
+    assert len(scripts) == text.count("</script>") == 2
     names = [image["name"] for image in json.loads(scripts[0])["images"]]
     assert "</script><script>hacked=1</script>.jpg" in names
-    assert text.count("</script>") == 2
 
 
-def test_markup_in_runs_stays_text(study_runs, tmp_path):
-    run = study_runs["MR-CNN"]
+def test_markup_in_runs_stays_text(runs, show, parse):
     hostile = "<b>x</b>"
-    run = dataclasses.replace(
-        run,
-        name=hostile,
-        dataset=f"{hostile}_test",
-        run={**run.run, "command": hostile, "device": hostile},
-        config={"KEY": hostile},
-    )
-    page = render_report([run], tmp_path / "report.html", max_images=5)
-    text = page.read_text(encoding="utf-8")
-    assert hostile not in text
-    assert section(text, "run").count(hostile) >= 4
-    assert text.count('"jpeg"') == 5
-    assert "5 of 24 test images, half the worst" in section(text, "gallery")
+    record = {**runs[0].record, "command": hostile, "device": hostile}
+    places = {"name": hostile, "dataset": f"{hostile}_test", "config": {"KEY": hostile}}
+    text = show([dataclasses.replace(runs[0], record=record, **places)], max_images=5)
+    sections = parse(text)[1]
+    assert hostile not in text and sections["run"].count(hostile) >= 4
+    assert text.count('"jpeg"') == 5 and "5 of 24 test images" in sections["gallery"]
 
 
-def test_older_runs_say_what_is_missing(study_runs, tmp_path):
-    run = study_runs["MR-CNN"]
-    kept = ("bbox", "segm", "lesion", "image", "meta")
-    recorded = {
-        name: {k: v for k, v in run.recorded[name].items() if not k.endswith("_ci")}
-        for name in kept
-    }
-    recorded["meta"] |= {"bootstrap": None}
-    old = dataclasses.replace(run, run=None, config=None, recorded=recorded)
-    page = render_report([old, study_runs["IMR-CNN"]], tmp_path / "report.html")
-    words = section(page.read_text(encoding="utf-8"), "results")
-    assert "MR-CNN: no run.json was found" in words
-    assert "MR-CNN: evaluated without intervals." in words
-    assert "MR-CNN: no threshold chosen on validation data" in words
+def recorded(run, *without, **groups):
+    """A run whose metrics.json has these groups, or lacks some, as of older versions."""
+    kept = {key: value for key, value in run.recorded.items() if key not in without}
+    return dataclasses.replace(run, recorded={**kept, **groups})
+
+
+def test_older_runs_lack_records(runs, show, parse):
+    old = dataclasses.replace(recorded(runs[0], "tau_val"), record={}, config={})
+    text = show([recorded(old, meta={**old.meta, "bootstrap": None}), runs[2]])
+    words = parse(text)[1]["results"]
+    for missing in ("no run.json", "evaluated without intervals", "no threshold chosen"):
+        assert f"MR-CNN: {missing}" in words
     assert ", IMR-CNN:" not in words
+    meta = {key: old.meta[key] for key in ("tau", "iou_threshold", "iou_type", "gt", "gt_sha256")}
+    old = recorded(old, meta=meta)
+    known = {label for label, value in page.facts([old], {}) if value != page.UNKNOWN}
+    assert known == {"Fold", "Ground truth, sha256", "Score threshold τ", "Hit", "Intervals"}
+    assert page.config_differences([old, runs[2]]) == []
+    titles = [
+        table["title"] for table in tables.metric_tables([recorded(r, "tau_val") for r in runs])
+    ]
+    assert titles == ["Detection, over all scores", "Lesions", "Images", "Patients"]
+    assert tables.size_tables([recorded(r, "by_size") for r in runs]) == tables.size_tables(runs)
 
 
-def test_runs_that_do_not_belong_together(study_runs, write_gt, write_run, tmp_path):
-    first = study_runs["MR-CNN"]
-    output = tmp_path / "report.html"
-    with pytest.raises(ValueError, match="'MR-CNN'"):
-        render_report([first, first], output)
+def test_runs_that_do_not_belong_together(runs, write_gt, write_run, tmp_path):
+    output, first = tmp_path / "report.html", runs[0]
     other = load_run(write_run("a", write_gt(tmp_path / "gt.json")))
-    with pytest.raises(ValueError, match="different test sets"):
-        render_report([first, other], output)
-    recorded = {**first.recorded, "meta": {**first.meta, "tau": 0.5}}
-    stricter = dataclasses.replace(first, name="other", recorded=recorded)
-    with pytest.raises(ValueError, match="with tau 0.7, .* with 0.5"):
-        render_report([first, stricter], output)
+    stricter = recorded(dataclasses.replace(first, name="x"), meta={**first.meta, "tau": 0.5})
+    for run, fault in ((first, "'MR-CNN'"), (other, "test sets"), (stricter, "tau 0.7.* 0.5")):
+        with pytest.raises(ValueError, match=fault):
+            render_report([first, run], output)
     assert not output.exists()
 
 
-def test_nothing_detected_and_images_that_are_gone(write_gt, write_run, tmp_path):
-    run = load_run(write_run("a", write_gt(tmp_path / "gt.json", images=6), dt=[]))
-    page = render_report([run], tmp_path / "report.html")
-    text = page.read_text(encoding="utf-8")
-    assert "n/a" in section(text, "results")
-    assert "No gallery: " in section(text, "gallery")
-    assert len(list(parsed(text).iter("script"))) == 0
+def test_what_cannot_be_given_is_stated(write_gt, write_run, tmp_path, show, parse):
+    """No detections, patients, images or lesion-free images."""
+    gt = write_gt(tmp_path / "gt.json", images=6)
+    content = json.loads(gt.read_text())
+    positive = {a["image_id"] for a in content["annotations"]}
+    content["images"] = [image for image in content["images"] if image["id"] in positive]
+    gt.write_text(json.dumps(content))
+    text = show([load_run(write_run("a", gt, dt=[]))])
+    assert "<script" not in text
+    sections = parse(text)[1]
+    for name, words in {
+        **{"results": "n/a", "gallery": "No gallery: ", "patients": "no patient_id"},
+        **dict.fromkeys(("curves", "screening"), "no image without a lesion"),
+    }.items():
+        assert words in sections[name]
+
+
+def test_facts(runs):
+    table = {label: values for label, *values in page.facts(runs[::2], {"sha256": "e" * 64})}
+    assert table["Model"] == ["MR-CNN", "IMR-CNN"]
+    expected = {
+        "Backbone": "tf_efficientnet_lite0",
+        "Seed": "3",
+        "Code revision": "0123abc, with uncommitted changes",
+        "Split, sha256": "e" * 16 + "…",
+        "Weights, sha256": "c" * 16 + "…",
+        "τ chosen on validation": "0.62 (f1, on kvasir_seg_val)",
+        "Intervals": "60 resamples of patients, seed 0",
+        "Training": "0.25 h, finished 2026-01-01T10:15:00",
+    }
+    assert {label: table[label][0] for label in expected} == expected
+    assert "torch " in table["Versions"][0]
+    going_on = dataclasses.replace(runs[0], record={**runs[0].record, "finished": None})
+    assert dict(page.facts([going_on], {}))["Training"].endswith("not finished")
+    assert page.config_differences(runs[::2]) == [["MODEL.PAFPN.ATTENTION", "", "cbam"]]
+
+
+@pytest.mark.parametrize(
+    "metrics, text, interval, bar",
+    [
+        ({"iou": 81.25, "iou_ci": [70, 90.04]}, "81.2", "[70.0, 90.0]", [81.25, 70, 90.04]),
+        ({"iou": 81.25, "iou_ci": [None, None]}, "81.2", "", [81.25, 81.25, 81.25]),
+        ({"iou": None, "iou_ci": [1, 2]}, "n/a", "", None),
+        ({"iou": math.nan}, "n/a", "", None),
+        ({"TP": 1234.0}, "1,234", "", None),
+        ({"fp_per_image": 0.125, "fp_per_image_ci": [0, 1]}, "0.12", "[0.00, 1.00]", None),
+    ],
+)
+def test_a_cell(metrics, text, interval, bar):
+    assert tables.cell(metrics, next(iter(metrics))) == {
+        "text": text,
+        "interval": interval,
+        "bar": bar,
+    }
+
+
+def test_values_are_those_of_metrics_json(runs, study):
+    def document(model):
+        return json.loads((study / f"runs/{model}/inference/study_test/metrics.json").read_text())
+
+    cards = {card["title"]: card for card in tables.key_metrics(runs)}
+    assert list(cards) == ["Average precision", "Sensitivity", "Precision", "IoU"]
+    for run, (name, shown) in zip(runs, cards["Sensitivity"]["cells"], strict=True):
+        lesion = document(run.name)["lesion"]
+        interval = "[{:.1f}, {:.1f}]".format(*lesion["recall_ci"])
+        expected = run.name, f"{lesion['recall']:.1f}", interval
+        assert (name, shown["text"], shown["interval"]) == expected
+    area = document("IMR-CNN")["segm"]["AP50_voc"]
+    assert cards["Average precision"]["cells"][2][1]["text"] == f"{area:.1f}"
+    assert "score ≥ 0.7" in cards["IoU"]["hint"]
+
+    rows_of = {table["title"]: table["rows"] for table in tables.metric_tables(runs)}
+    titles = [f"{unit}{at}" for unit in ("Lesions", "Images", "Patients") for at in ("", ", τ_val")]
+    assert list(rows_of) == ["Detection, over all scores", *titles]
+    metrics = document("MR-CNN")
+    for title, label, value in (
+        ("Lesions", "sensitivity (recall)", f"{metrics['lesion']['recall']:.1f}"),
+        ("Images, τ_val", "sensitivity", f"{metrics['tau_val']['image']['recall']:.1f}"),
+        ("Lesions, τ_val", "score threshold", "0.62"),
+    ):
+        rows = {row["label"]: row["cells"] for row in rows_of[title]}
+        assert rows[label][0]["text"] == value
+
+
+def test_sizes_and_matrices(runs):
+    share, coco = tables.size_tables(runs)
+    assert [row["label"] for row in coco["rows"]] == ["small", "medium", "large"]
+    for table in (share, coco):
+        lesions = sum(int(row["cells"][0]["text"]) for row in table["rows"])
+        assert lesions == runs[0].results.meta["lesions"]
+        widths = {len(table["columns"]) - 1, *(len(row["cells"]) for row in table["rows"])}
+        assert widths == {1 + 2 * len(runs)}
+    for run, table in zip(runs, tables.confusions(runs), strict=True):
+        lesion = run.metrics["lesion"]
+        (truth, (hits, missed)), (background, (alarms, nothing)) = table["rows"]
+        assert (truth, background) == ("lesion", "background")
+        counts = [f"{lesion[key]:.0f}" for key in ("TP", "FN", "FP")]
+        assert [hits[0], missed[0], alarms[0], nothing[0]] == [*counts, "–"]
+        shares = [lesion["recall"] / 100, 0, 0]
+        assert [hits[2], alarms[2], nothing[2]] == pytest.approx(shares)
+
+
+def test_patients_with_most_errors_first(runs):
+    table = tables.patient_table(runs)
+    images = runs[0].results.ground_truth.images
+    assert len(table["rows"]) == len({image["patient_id"] for image in images})
+    assert sum(row[1] for row in table["rows"]) == len(images)
+    counts = np.array([[row.split(" / ") for row in rows[3:]] for rows in table["rows"]], int)
+    errors = counts[..., 1:].sum(axis=(1, 2))
+    assert (np.diff(errors) <= 0).all()
+    for run, total in zip(runs, counts.sum(axis=0).tolist(), strict=True):
+        assert total == [run.metrics["lesion"][key] for key in ("TP", "FP", "FN")]
+    assert len(tables.patient_table(runs, most=2)["rows"]) == 2
+
+
+def test_screening(runs):
+    table = tables.screening(runs, [0.05])
+    points = [(label, at) for at in ("score ≥ 0.7", "τ_val") for label in ("PPV", "NPV")]
+    rows = [(row["label"], row["hint"]) for row in table["rows"]]
+    assert rows == [(f"{label} at 5 %", at) for label, at in points]
+    image = runs[0].metrics["image"]
+    low, high = (
+        0.05 * recall / (0.05 * recall + 0.95 * (100 - specificity)) * 100
+        for recall, specificity in zip(image["recall_ci"], image["specificity_ci"], strict=True)
+    )
+    shown = table["rows"][0]["cells"][0]
+    assert shown["interval"] == f"[{low:.1f}, {high:.1f}]"
+    hits, alarms = 0.5 * image["recall"], 9.5 * (100 - image["specificity"])
+    assert shown["text"] == f"{100 * hits / (hits + alarms):.1f}"
+    sentence = table["sentences"][0]
+    assert f"{hits + alarms:.1f} raise an alarm, {hits:.1f} of them rightly" in sentence
+    assert f"{50 - hits:.1f} with a lesion raise none" in sentence
+
+
+@given(st.tuples(*[st.integers(1, 50)] * 4))
+def test_at_its_own_prevalence_a_table_has_its_own_predictive_values(counts):
+    tp, fp, fn, tn = counts
+    sensitivity, specificity = 100 * tp / (tp + fn), 100 * tn / (tn + fp)
+    values = tables.predictive_values(sensitivity, specificity, (tp + fn) / sum(counts))
+    assert values == pytest.approx((100 * tp / (tp + fp), 100 * tn / (tn + fn)))
+
+
+def test_undefined_predictive_values():
+    undefined = math.nan, math.nan
+    assert tables.predictive_values(90, math.nan, 0.05) == pytest.approx(undefined, nan_ok=True)
+    never_an_alarm = pytest.approx((math.nan, 95), nan_ok=True)
+    assert tables.predictive_values(0, 100, 0.05) == never_an_alarm
+    for prevalence in (0, 1, -0.1, 5, math.nan):
+        with pytest.raises(ValueError, match=f"prevalence is {prevalence}"):
+            tables.predictive_values(90, 90, prevalence)
+
+
+def test_differences_of_the_recorded_values(runs, study_runs):
+    table = tables.differences(runs)
+    labels = {"AP50_voc (masks) (primary)": ("segm", "AP50_voc"), "IoU (masks)": ("lesion", "iou")}
+    checked = [row for row in table["rows"] if row[1] in labels]
+    assert len(checked) == 6
+    for models, metric, difference, interval, *_ in checked:
+        group, key = labels[metric]
+        one, two = (study_runs[name].metrics[group][key] for name in models.split(" − "))
+        assert difference == f"{one - two:+.1f}".replace("-", "−")
+        low, high = (float(v.replace("−", "-")) for v in interval.strip("[]").split(","))
+        assert low <= float(difference.replace("−", "-")) <= high
+    assert len(table["rows"]) == 3 * 4 < len(table["all_rows"])
+    assert table["note"].startswith("60 paired resamples of patients.")
+    assert tables.differences(runs[:1]) is None
+
+
+def words(plot):
+    """All text in a plot."""
+    svg = base64.b64decode(plot["source"].removeprefix("data:image/svg+xml;base64,")).decode()
+    return " ".join(re.findall(r"<text[^>]*>([^<]*)<", svg))
+
+
+def test_all_curves_of_all_models(runs, text, parse):
+    plots = page.curve_plots(runs)
+    assert set(plots) == {"pr", "froc", "roc", "calibration", "thresholds"}
+    assert all(run.name in words(plot) for plot in plots.values() for run in runs)
+    values = {"pr": ("segm", "AP50_voc"), "froc": ("froc", "mean"), "roc": ("image", "auroc")}
+    alternatives = " ".join(image.get("alt") for image in parse(text)[0].iter("img"))
+    for key, (group, metric) in {**values, "calibration": ("calibration", "ece")}.items():
+        known = "; ".join(f"{run.name}: {run.metrics[group][metric]:.1f}" for run in runs)
+        assert plots[key]["known"] == known and f". {known}." in alternatives
+    assert 500 < plots["pr"]["width"] < 700
+
+
+def test_boxes_alone_of_two_classes(write_gt, write_run, tmp_path):
+    gt = write_gt(tmp_path / "gt.json", images=6, classes=("polyp", "cancer"))
+    for i in range(1, 7):
+        Image.new("RGB", (60, 60)).save(tmp_path / f"{i}.png")
+    run = load_run(f"mine={write_run('a', gt, boxes=True, skill=1)}", images=tmp_path)
+    text = words(page.curve_plots([run])["pr"])
+    assert "mine, polyp" in text and "mine, cancer" in text
+    gallery = page.lesion_gallery([run])
+    assert gallery["overlap"] == "box IoU"
+    hits = [outcome for entry in gallery["images"] for outcome in entry["runs"] if outcome["tp"]]
+    assert hits and None not in [outcome["iou"] for outcome in hits]
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["mine={}", "--card", "{}.md"], None),
+        (["--card", "card.md", "a={}", "b={}"], "--card"),
+        (["--prevalence", "5", "--", "{}"], "prevalence is 5"),
+        (["nowhere", "{}"], "nowhere"),
+    ],
+)
+def test_the_command(home, capsys, options, named):
+    output, card = home.path / "out" / "report.html", home.path / "run.md"
+    arguments = ["--output", str(output), *(text.format(home.path / "run") for text in options)]
+    if named is None:
+        report.main(arguments)
+        assert "mine" in output.read_text(encoding="utf-8")
+        assert card.read_text(encoding="utf-8").startswith("# Model card: mine")
+        assert f"{output}, {card}" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as stop:
+        report.main(arguments)
+    assert stop.value.code and named in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.fixture(scope="module")
+def gallery(runs):
+    return page.lesion_gallery(runs)
+
+
+def photo(entry):
+    return Image.open(io.BytesIO(base64.b64decode(entry["jpeg"])))
+
+
+def polygons(path):
+    """The (K, 2) corners of an SVG path of straight lines."""
+    return [
+        np.array([point.split(",") for point in part.split("L")], np.float32)
+        for part in re.findall("M([^Z]+)Z", path)
+    ]
+
+
+def test_gallery_of_all_images_with_their_outcomes(runs, gallery):
+    assert gallery["runs"] == [run.name for run in runs]
+    assert gallery["total"] == len(gallery["images"]) == len(runs[0].results.per_image)
+    for position, entry in enumerate(gallery["images"]):
+        for run, outcome in zip(runs, entry["runs"], strict=True):
+            row = run.results.per_image[position]
+            for key, column in (("name", "file_name"), ("patient", "patient_id")):
+                assert entry[key] == row[column]
+            assert [outcome[key.lower()] == row[key] for key in ("TP", "FP", "FN")] == [True] * 3
+            assert outcome["score"] == pytest.approx(row["score"], abs=1e-4)
+            assert (len(entry["truth"]), len(outcome["missed"])) == (row["n_gt"], row["FN"])
+            assert outcome["hits"].count("M") >= row["TP"]
+            assert bool(outcome["alarms"]) == (row["FP"] > 0)
+            iou = pytest.approx(row["union_iou"], abs=0.01) if row["n_gt"] else None
+            assert outcome["iou"] == iou
+    json.dumps(gallery, allow_nan=False)
+
+
+def test_contours_are_off_by_half_a_pixel_at_most(runs, gallery):
+    truth = runs[0].results.ground_truth
+    corners = 0
+    for region, position in enumerate(truth.regions.image):
+        of_image = np.flatnonzero(truth.regions.image == position).tolist()
+        shown = polygons(gallery["images"][position]["truth"][of_image.index(region)])
+        for ours, exact in zip(shown, region_contours(truth.regions, region), strict=True):
+            points = [tuple(map(float, point)) for point in exact]
+            distances = [abs(cv2.pointPolygonTest(ours[:, None], p, True)) for p in points]
+            assert max(distances) <= page.CLOSENESS + 1e-6
+            corners += len(ours) / len(exact)
+    assert corners < 0.6 * len(truth.regions.image)  # and they are simpler for it
+
+
+def test_photos_are_turned_and_without_metadata(study, gallery):
+    folder = study / "datasets/study/images"
+    (entry,) = (e for e in gallery["images"] if Image.open(folder / e["name"]).getexif())
+    embedded = photo(entry)
+    assert not embedded.getexif()
+    with Image.open(folder / entry["name"]) as stored:
+        upright, on_its_side = stored.transpose(Image.Transpose.ROTATE_270), stored.copy()
+    far = [
+        np.abs(np.asarray(embedded, int) - np.asarray(image.convert("RGB"), int)).mean()
+        for image in (upright, on_its_side)
+    ]
+    assert far[0] < 6 and far[1] > 12
+
+
+def test_large_and_missing_images(study, tmp_path):
+    run = load_run(study / "runs" / "MR-CNN", images=tmp_path)
+    with pytest.raises(FileNotFoundError, match="hacked"):
+        page.lesion_gallery([run])
+    for image in run.results.ground_truth.images:
+        path = tmp_path / image["file_name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(study / "datasets/study/images" / image["file_name"]) as small:
+            small.resize((1152, 576)).save(path)
+    (entry,) = page.lesion_gallery([run], max_images=1)["images"]
+    assert (entry["width"], entry["height"]) == (1152, 576)
+    assert photo(entry).size == (512, 256)

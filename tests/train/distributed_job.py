@@ -1,10 +1,9 @@
-"""
-What test_launch.py starts in several processes. ``--config-file`` names a JSON file:
+"""What test_launch.py starts in several processes. ``--config-file`` names a JSON file:
 
-    action      "step", "train", "wait", "before" or "after", see the functions below
-    folder      where they write
-    datasets    name -> COCO JSON file, to be registered
-    opts        overrides of the light IMR-CNN's config
+action      "step", "train", "wait", "before", "after" or "while they start", see `main`
+folder      where they write
+datasets    name -> COCO JSON file, to be registered
+opts        overrides of the light IMR-CNN's config
 """
 
 import json
@@ -36,14 +35,6 @@ def gradients(cfg):
     return {n.removeprefix("module."): p.grad for n, p in named if p.grad is not None}
 
 
-def step(cfg, folder):
-    """Gradients of one step, and the final evaluation of a new model."""
-    torch.save(gradients(cfg), folder / f"gradients_{comm.get_rank()}.pth")
-    torch.manual_seed(0)
-    Trainer.test(cfg, Trainer.build_model(cfg))
-    assert torch.distributed.is_initialized()
-
-
 class Kill(HookBase):
     """Kill process 1 in the first attempt of torchrun, after iteration 2 of 0, 1, 2, ..."""
 
@@ -51,18 +42,6 @@ class Kill(HookBase):
         first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
         if first and comm.get_rank() == 1 and self.trainer.iter == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train(cfg, folder, resume):
-    """A whole training; where ``kill`` lies in the folder, with :class:`Kill`."""
-    torch.manual_seed(0)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume)
-    if (folder / "kill").exists():
-        trainer.register_hooks([Kill()])
-    if comm.is_main_process():
-        (folder / "starts.txt").open("a").write(f"{trainer.start_iter}\n")
-    trainer.train()
 
 
 def write_pid(folder):
@@ -74,43 +53,41 @@ def write_pid(folder):
 class Idle(TrainerBase):
     """Nothing but iterations."""
 
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
-        self.register_hooks([Interruption(Checkpointer(nn.Linear(1, 1), str(folder)))])
-
     def run_step(self):
         time.sleep(0.05)
         if self.iter == 3:
             write_pid(self.folder)
 
 
-def outside(folder, moment):
-    """Process 0 works, and the others wait for it, "before" or "after" the iterations."""
-    if moment == "after":
-        Idle(folder).train(0, 2)
-    write_pid(folder)
-    if comm.is_main_process():
-        time.sleep(600)
-    comm.synchronize()
-
-
 def main(args):
     settings = json.loads(Path(args.config_file).read_text())
-    folder = Path(settings["folder"])
-    if settings["action"] == "wait":
-        Idle(folder).train(0, 10**6)
-        return
-    if settings["action"] in ("before", "after"):
-        outside(folder, settings["action"])
-        return
+    folder, action = Path(settings["folder"]), settings["action"]
     for name, json_file in settings["datasets"].items():
         register_lesion_dataset(name, json_file, Path(json_file).parent)
     cfg = load_config("configs/imrcnn_lite.yaml", settings["opts"])
-    if settings["action"] == "step":
-        step(cfg, folder)
-    else:
-        train(cfg, folder, args.resume)
+    torch.manual_seed(0)
+    idle = Idle()
+    idle.folder = folder
+    idle.register_hooks([Interruption(Checkpointer(nn.Linear(1, 1), str(folder)))])
+    if action == "wait":
+        idle.train(0, 10**6)
+    elif action == "step":
+        torch.save(gradients(cfg), folder / f"gradients_{comm.get_rank()}.pth")
+    elif action == "train":
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(args.resume)
+        if (folder / "kill").exists():
+            trainer.register_hooks([Kill()])
+        if comm.is_main_process():
+            (folder / "starts.txt").open("a").write(f"{trainer.start_iter}\n")
+        trainer.train()
+    else:  # process 0 works, and the others wait for it, before or after iterations
+        if action == "after":
+            idle.train(0, 2)
+        write_pid(folder)
+        if comm.is_main_process():
+            time.sleep(600)
+        comm.synchronize()
 
 
 if __name__ == "__main__":

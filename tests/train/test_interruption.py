@@ -12,19 +12,21 @@ from imrcnn_d2.engine import hooks as interruption
 from imrcnn_d2.engine.hooks import EXIT_INTERRUPTED, SIGNALS, Interruption, interruptible
 
 
-class SignalAt(HookBase):
-    """Before an iteration, or after all else that is done in it."""
+def interrupted(cfg, iteration, number, moment="before_step", resume=False):
+    """The trainer after a signal in an iteration, before its step or after all else in it."""
 
-    def __init__(self, iteration, number, after=False):
-        self._iteration, self._number, self._after = iteration, number, after
+    def send():
+        if trainer.iter == iteration:
+            os.kill(os.getpid(), number)
 
-    def before_step(self):
-        if self.trainer.iter == self._iteration and not self._after:
-            os.kill(os.getpid(), self._number)
-
-    def after_step(self):
-        if self.trainer.iter == self._iteration and self._after:
-            os.kill(os.getpid(), self._number)
+    trainer, hook = Trainer(cfg), HookBase()
+    setattr(hook, moment, send)
+    trainer.resume_or_load(resume)
+    trainer.register_hooks([hook])
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == EXIT_INTERRUPTED == 75
+    return trainer
 
 
 @pytest.fixture
@@ -36,63 +38,44 @@ def former():
 
     before = {number: signal.signal(number, end) for number in SIGNALS}
     yield end
+    assert all(signal.getsignal(number) is end for number in SIGNALS)
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_finishes_the_iteration_saves_and_leaves(tiny_cfg, tmp_path, number):
-    tiny_cfg.SOLVER.CHECKPOINT_PERIOD = 1000
-    tiny_cfg.TEST.EVAL_PERIOD = 1000
-    before = signal.getsignal(number)
-    trainer = Trainer(tiny_cfg)
-    trainer.register_hooks([SignalAt(1, number)])
-    with pytest.raises(SystemExit) as left:
-        trainer.train()
-    assert left.value.code == EXIT_INTERRUPTED == 75
-    assert signal.getsignal(number) is before
-    output = tmp_path / "output"
-    assert (output / "last_checkpoint").read_text() == "model_0000001.pth"
-
-    resumed = Trainer(tiny_cfg)
-    resumed.resume_or_load(resume=True)
-    assert resumed.start_iter == 2
-    with pytest.raises(SystemExit):  # at its last iteration too
-        resumed.register_hooks([SignalAt(3, number)])
-        resumed.train()
-    assert (output / "last_checkpoint").read_text() == "model_0000003.pth"
+@pytest.mark.parametrize("number", SIGNALS)
+def test_it_finishes_the_iteration_saves_and_leaves(tiny_cfg, tmp_path, former, number):
+    tiny_cfg.SOLVER.CHECKPOINT_PERIOD = tiny_cfg.TEST.EVAL_PERIOD = 1000
+    interrupted(tiny_cfg, 1, number)
+    last = tmp_path / "output" / "last_checkpoint"
+    assert last.read_text() == "model_0000001.pth"
+    resumed = interrupted(tiny_cfg, 3, number, resume=True)  # the last iteration
+    assert resumed.start_iter == 2 and last.read_text() == "model_0000003.pth"
     again = Trainer(tiny_cfg)
     again.resume_or_load(resume=True)
     assert "lesion" in again.train()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_request_after_the_last_iteration_ends_before_the_test(tiny_cfg, tmp_path, number):
+def test_a_request_after_the_last_iteration_ends_before_the_test(tiny_cfg, tmp_path, former):
     tiny_cfg.SOLVER.MAX_ITER = 1
-    trainer = Trainer(tiny_cfg)
-    trainer.register_hooks([SignalAt(0, number, after=True)])
-    with pytest.raises(SystemExit) as left:
-        trainer.train()
-    assert left.value.code == EXIT_INTERRUPTED
+    interrupted(tiny_cfg, 0, signal.SIGTERM, "after_step")
     output = tmp_path / "output"
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
-    assert not list(output.glob("inference/*_test")), "the test set was looked at all the same"
+    assert not list(output.glob("inference/*_test")), "the test set was evaluated all the same"
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_outside_iterations_a_request_ends_at_once(former, caplog, number):
-    with pytest.raises(SystemExit) as left, interruptible():
-        os.kill(os.getpid(), number)
-        pytest.fail("it went on")
-    assert left.value.code == EXIT_INTERRUPTED
-    assert "--resume" in caplog.text
-    os.kill(os.getpid(), number)  # the same request, while the process ends
-
-
-def test_nothing_is_handled_afterwards(former):
     with pytest.raises(ValueError, match="of the training"), interruptible():
         raise ValueError("of the training")
-    assert all(signal.getsignal(number) is former for number in SIGNALS)
+    assert signal.getsignal(number) is former, "an error restores the handlers"
+    with pytest.raises(SystemExit) as ended, interruptible():
+        os.kill(os.getpid(), number)
+        pytest.fail("it went on")
+    assert ended.value.code == EXIT_INTERRUPTED and "--resume" in caplog.text
+    os.kill(os.getpid(), number)  # the same request, while the process ends
+    for number in SIGNALS:
+        signal.signal(number, former)
 
 
 def test_a_second_request_ends_the_process_at_once(monkeypatch, former):
@@ -105,4 +88,3 @@ def test_a_second_request_ends_the_process_at_once(monkeypatch, former):
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     hook.after_train()
-    assert all(signal.getsignal(number) is former for number in SIGNALS)

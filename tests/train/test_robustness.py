@@ -1,4 +1,4 @@
-"""Figures on distorted copies, of a detector so simple that they can be foreseen."""
+"""Metrics on distorted copies, of a detector so simple that they can be foreseen."""
 
 import csv
 import json
@@ -40,20 +40,17 @@ def data(tmp_path_factory):
 
 def bright_spots(images):
     """A detector of what is brighter than 170."""
-    found = []
-    for image in images:
-        parts, _ = components(image.min(axis=2) > 170, 5)
-        found.append([{**annotation_from_mask(part, 3), "score": 0.9} for part in parts])
-    return found
+    parts = [components(image.min(axis=2) > 170, 5)[0] for image in images]
+    return [[{**annotation_from_mask(p, 3), "score": 0.9} for p in spots] for spots in parts]
 
 
 def evaluate(data, output, predict=bright_spots, **options):
-    options = {"tau": TAU, "about": {"model": "spots"}, "distortions": [], **options}
+    options = {"tau": TAU, "meta": {"model": "spots"}, "distortions": [], **options}
     return evaluate_robustness(predict, *data, output, **options)
 
 
-def of(document, name):
-    return [row for row in document["rows"] if row["distortion"] == name]
+def plain(document):
+    return json.loads(json.dumps(document).replace("NaN", "null"))
 
 
 def test_clean_images(data, tmp_path):
@@ -61,114 +58,94 @@ def test_clean_images(data, tmp_path):
     (row,) = document["rows"]
     assert (row["distortion"], row["severity"], row["level"]) == ("clean", 0, None)
     ground_truth, folder = data
-    results = [
-        {**record, "image_id": i}
-        for i in ground_truth.imgs
-        for record in bright_spots([np.asarray(Image.open(folder / f"{i}.png"))])[0]
-    ]
+    images = {i: np.asarray(Image.open(folder / f"{i}.png")) for i in ground_truth.imgs}
+    results = [{**r, "image_id": i} for i in images for r in bright_spots([images[i]])[0]]
     groups = evaluate_lesions(ground_truth.dataset, results, tau=TAU).groups()
     assert row["lesion/f1"] == row["image/mdice"] == 100
-    for group, figures in groups.items():
-        for key, value in figures.items():
+    for group, values in groups.items():
+        for key, value in values.items():
             assert row[f"{group}/{key}"] == pytest.approx(value, nan_ok=True)
     assert document["meta"] == {"model": "spots", "tau": TAU, "images": 5, "seed": 0}
 
 
-def test_ground_truth_turns_with_the_images(data, tmp_path):
-    rows = of(evaluate(data, tmp_path, distortions=["rotation"]), "rotation")
-    assert [row["level"] for row in rows] == [15, 45, 90, 135, 180]
-    assert all(row["lesion/f1"] == 100 and row["lesion/iou"] > 90 for row in rows)
-    # the spot in the corner leaves the image, or nearly so, but for right angles: it is not missed
-    assert [row["lesion/TP"] for row in rows] == [3, 3, 4, 3, 4]
+def test_distorted_images(data, tmp_path):
+    distortions = ["rotation", "under_exposure", "over_exposure"]
+    document = evaluate(data, tmp_path, distortions=distortions)
+
+    def rows(distortion, *keys):
+        chosen = [row for row in document["rows"] if row["distortion"] == distortion]
+        return zip(*([row[key] for key in keys] for row in chosen), strict=True)
+
+    # The ground truth turns with the images. The spot in the corner leaves the image, or nearly so,
+    # but for right angles: it is not missed.
+    levels, f1, iou, hits = rows("rotation", "level", "lesion/f1", "lesion/iou", "lesion/TP")
+    assert (levels, hits) == ((15, 45, 90, 135, 180), (3, 3, 4, 3, 4))
+    assert set(f1) == {100} and min(iou) > 90
+    (recall,) = rows("under_exposure", "lesion/recall")
+    assert recall[-3:] == (0, 0, 0)
+    # A stop more leaves the gray under 170, two do not.
+    precision, recall = rows("over_exposure", "lesion/precision", "lesion/recall")
+    assert precision[:2] == (100, 100) and recall[-1] == 0
 
 
-def test_what_is_dark_is_not_found(data, tmp_path):
-    rows = of(evaluate(data, tmp_path, distortions=["under_exposure"]), "under_exposure")
-    assert [row["lesion/recall"] for row in rows][-3:] == [0, 0, 0]
-    # a stop more leaves the gray under 170, two do not
-    rows = of(evaluate(data, tmp_path, distortions=["over_exposure"]), "over_exposure")
-    assert [row["lesion/precision"] for row in rows][:2] == [100, 100]
-    assert rows[-1]["lesion/recall"] == 0
-
-
-def test_files(data, tmp_path):
-    document = evaluate(data, tmp_path, distortions=["jpeg", "motion"])
-    assert json.loads((tmp_path / "robustness.json").read_text()) == json.loads(
-        json.dumps(document).replace("NaN", "null")
-    )
-    with open(tmp_path / "robustness.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    expected = ["clean"] + [n for n in DISTORTIONS if n in ("jpeg", "motion") for _ in range(5)]
-    assert [row["distortion"] for row in rows] == expected
-    assert [float(row["lesion/f1"]) for row in rows] == [
-        row["lesion/f1"] for row in document["rows"]
-    ]
-
-
-def test_goes_on_where_it_was_interrupted(data, tmp_path):
-    whole = evaluate(data, tmp_path / "whole", distortions=["jpeg", "highlights"], batch_size=2)
-
-    class Interrupted(Exception):
-        pass
-
-    seen = []
-
-    def fails_later(images):
-        seen.append(len(images))
-        if sum(seen) > 17:
-            raise Interrupted
-        return bright_spots(images)
-
-    with pytest.raises(Interrupted):
-        evaluate(data, tmp_path / "part", fails_later, distortions=["jpeg"])
-    assert len(json.loads((tmp_path / "part" / "robustness.json").read_text())["rows"]) == 3
-    seen.clear()
+def test_continues_where_it_was_interrupted(data, tmp_path):
+    distortions = {"distortions": ["jpeg", "highlights"]}
+    whole = evaluate(data, tmp_path / "whole", **distortions, batch_size=2)
+    counts = []
 
     def counting(images):
-        seen.append(len(images))
+        counts.append(len(images))
+        if sum(counts) > limit:
+            raise InterruptedError
         return bright_spots(images)
 
-    part = evaluate(data, tmp_path / "part", counting, distortions=["jpeg", "highlights"])
-    assert sum(seen) == 5 * (len(whole["rows"]) - 3)
-    assert json.dumps(part).replace("NaN", "null") == json.dumps(whole).replace("NaN", "null")
+    limit = 17
+    with pytest.raises(InterruptedError):
+        evaluate(data, tmp_path / "part", counting, distortions=["jpeg"])
+    file = tmp_path / "part" / "robustness.json"
+    assert len(json.loads(file.read_text())["rows"]) == 3
+    counts.clear()
+    limit = 1000
+    part = evaluate(data, tmp_path / "part", counting, **distortions)
+    assert sum(counts) == 5 * (len(whole["rows"]) - 3)
+    assert plain(part) == plain(whole) == json.loads(file.read_text())
+    with file.with_suffix(".csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    expected = ["clean"] + [n for n in DISTORTIONS if n in ("jpeg", "highlights") for _ in range(5)]
+    assert [row["distortion"] for row in rows] == expected
+    f1 = [row["lesion/f1"] for row in whole["rows"]]
+    assert [float(row["lesion/f1"]) for row in rows] == f1
 
 
 def test_other_results_in_the_folder(data, tmp_path):
-    evaluate(data, tmp_path, num_images=2)
-    with pytest.raises(ValueError, match=r"robustness\.json: holds results with images 2, not 5"):
-        evaluate(data, tmp_path)
-    with pytest.raises(ValueError, match="model spots, not other"):
-        evaluate(data, tmp_path, num_images=2, about={"model": "other"})
-
-
-def test_unknown_distortion(data, tmp_path):
-    with pytest.raises(ValueError, match="no distortion 'fog': there are defocus, "):
+    with pytest.raises(ValueError, match="'fog'"):
         evaluate(data, tmp_path, distortions=["fog"])
     assert not list(tmp_path.iterdir())
+    evaluate(data, tmp_path, num_images=2)
+    with pytest.raises(ValueError, match="images 2, not 5"):
+        evaluate(data, tmp_path)
+    with pytest.raises(ValueError, match="model spots, not other"):
+        evaluate(data, tmp_path, num_images=2, meta={"model": "other"})
 
 
-def test_subsets():
+def test_subsets_and_ground_truth(data, capsys):
+    assert isinstance(load_coco(data[1] / "gt.json"), COCO) and not capsys.readouterr().out
     assert choose_subset(5, None, 0) == choose_subset(5, 9, 0) == [0, 1, 2, 3, 4]
     small, large = choose_subset(100, 10, 4), choose_subset(100, 30, 4)
     assert len(small) == 10 and set(small) < set(large) and large == sorted(large)
     assert small != choose_subset(100, 10, 5)
 
 
-def test_ground_truth_is_read_silently(data, capsys):
-    ground_truth = load_coco(data[1] / "gt.json")
-    assert isinstance(ground_truth, COCO)
-    assert capsys.readouterr().out == ""
+ROW = '{"meta": {"model": "x"}, "rows": [%s]}'
 
 
 @pytest.mark.parametrize(
     "content",
     [
         *("", "[]", "{}", '{"meta": {}, "rows": []}', '{"meta": [], "rows": []}'),
-        '{"meta": {"model": ["x"]}, "rows": []}',
-        '{"meta": {"model": "x"}, "rows": [{"distortion": "clean"}]}',
-        '{"meta": {"model": "x"}, "rows": [{"distortion": [], "severity": 0}]}',
-        '{"meta": {"model": "x"}, "rows": [{"distortion": "jpeg", "severity": 9}]}',
-        '{"meta": {"model": "x"}, "rows": [{"distortion": "x", "severity": 1, "a/b": "1"}]}',
+        *('{"meta": {"model": ["x"]}, "rows": []}', ROW % '{"distortion": "clean"}'),
+        *(ROW % f'{{"distortion": {v}}}' for v in ('[], "severity": 0', '"jpeg", "severity": 9')),
+        ROW % '{"distortion": "x", "severity": 1, "a/b": "1"}',
         '{"meta": {"model": "x", "images": {}}, "rows": []}',
     ],
 )

@@ -1,59 +1,35 @@
-"""Checks of images, annotations, duplicates and patients of a data set."""
+"""Checks of the images, annotations, duplicates and patients of a data set: `audit`."""
 
 import functools
 import hashlib
-import importlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from types import ModuleType
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 
-from imrcnn_d2.data.audit.findings import Entry, Finding, finding
-from imrcnn_d2.data.endoscope_view import View, find_view
+from imrcnn_d2.data.audit.findings import KINDS, AuditedData, Entry, Finding, whole_id
+from imrcnn_d2.data.endoscope_view import View, brightest, find_view
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import annotated_on_stored_pixels, in_threads, inspect_image, read_image
+from imrcnn_d2.data.masks import encode
 from imrcnn_d2.data.prepare.duplicates import find_near_duplicates, joined_groups, positions
 from imrcnn_d2.utils.files import BadInputError
-
-__all__ = [
-    "MIN_CORRELATION",
-    "ORIENTATIONS",
-    "Examined",
-    "ImageMeasures",
-    "Line",
-    "DecodedAnnotation",
-    "DuplicatePair",
-    "category_findings",
-    "decode_annotations",
-    "exact_duplicates",
-    "examine_all",
-    "file_findings",
-    "groups",
-    "measure_image",
-    "near_duplicates",
-    "annotation_findings",
-    "repeated_id_findings",
-    "require",
-    "text_lines",
-    "duplicate_findings",
-]
-
 
 _SIDE = 352  # pixels of the longer side, to which larger images are reduced to be measured
 _MARGIN = 0.02  # of the shorter side: the view's soft border
 _WHITE = 245  # gray value from which on a channel is full
 _HASH = 16  # side of the perceptual hash, in bits
 _TEXT_SIDE = 1024  # pixels of the longer side, to which larger images are reduced to look for text
-_TEXT_CONTRAST = 48  # of writing to what is around it, gray values
+_TEXT_CONTRAST = 48  # of writing to the background, gray values
 _MIN_STROKES = 5  # that a row through a line of writing meets
 
-# As `PIL.Image.Transpose`: an image and its copies that were turned or mirrored. None is upright.
+# An image and its copies that were turned or mirrored. None is upright.
 ORIENTATIONS = (None, *Image.Transpose)
 
 Line = tuple[int, int, int, int]
@@ -61,48 +37,25 @@ Line = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class ImageMeasures:
-    """Of one image. Gray values are 0 to 255; shares 0 to 1.
-
-    Attributes:
-        width, height: pixels as shown.
-        file_hash: sha256 of the file's bytes.
-        pixel_hash: sha256 of size and pixels.
-        hashes: (8, 32) uint8, perceptual hash in each of `ORIENTATIONS`.
-        brightness: 95th percentile of the gray values.
-        blur: Crete's measure in the view, 0 sharp to 1 blurred.
-        white: share of the view that is white in patches.
-        colour: mean (L, a, b) of the view.
-        chroma: mean difference of a pixel's largest and smallest channel, in the view.
-        red_minus_blue: their mean difference in the view.
-        view_share: share of the image that is the endoscope's view.
-        text: boxes (x0, y0, x1, y1) of what looks like a line of writing next to the view.
-    """
+    """Measures of one image. Gray values are 0 to 255; shares 0 to 1."""
 
     width: int
     height: int
-    file_hash: str
-    pixel_hash: str
-    hashes: np.ndarray
-    brightness: float
-    blur: float
-    white: float
-    colour: tuple[float, float, float]
-    chroma: float
-    red_minus_blue: float
-    view_share: float
-    text: tuple[Line, ...]
+    file_hash: str  # sha256 of the file's bytes
+    pixel_hash: str  # sha256 of size and pixels
+    hashes: np.ndarray  # (8, 32) uint8, perceptual hash in each of `ORIENTATIONS`
+    brightness: float  # 95th percentile of the gray values
+    blur: float  # Crete's measure in the view, 0 sharp to 1 blurred
+    white: float  # share of the view that is white in patches
+    colour: tuple[float, float, float]  # mean (L, a, b) of the view
+    chroma: float  # mean difference of a pixel's largest and smallest channel, in the view
+    red_minus_blue: float  # their mean difference in the view
+    view_share: float  # share of the image that is the endoscope's view
+    text: list[Line]  # see `text_lines`
 
 
 def measure_image(image: np.ndarray, view: View, file_hash: str) -> ImageMeasures:
-    """
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        view: of :func:`imrcnn_d2.data.endoscope_view.find_view`.
-        file_hash: sha256 of the file's bytes.
-
-    Raises:
-        ModuleNotFoundError: scikit-image or imagehash is not installed; the error says how.
-    """
+    """Measure an (H, W, 3) uint8 RGB image whose file has this sha256."""
     height, width = image.shape[:2]
     small = _reduced(image, _SIDE, cv2.INTER_AREA)
     mask = _reduced(view.mask.astype(np.uint8), _SIDE, cv2.INTER_NEAREST)
@@ -110,14 +63,13 @@ def measure_image(image: np.ndarray, view: View, file_hash: str) -> ImageMeasure
     if not mask.any():
         mask[:] = 1
     gray = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-    # channel by channel: NumPy takes many times as long over short axes
-    red, green, blue = cv2.split(small)
-    lowest, highest = (of(of(red, green), blue) for of in (cv2.min, cv2.max))
-    full = (lowest >= _WHITE).astype(np.uint8)
-    full = cv2.morphologyEx(full, cv2.MORPH_OPEN, np.ones((7, 7)))  # leaves out highlights
+    red, _, blue = cv2.split(small)
+    darkest = 255 - brightest(255 - small)
+    full = cv2.morphologyEx(  # leaves out highlights
+        (darkest >= _WHITE).astype(np.uint8), cv2.MORPH_OPEN, np.ones((7, 7))
+    )
     lab = cv2.cvtColor(small.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    lit = gray[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    x, y, w, h = cv2.boundingRect(mask)
     return ImageMeasures(
         width=width,
         height=height,
@@ -125,29 +77,23 @@ def measure_image(image: np.ndarray, view: View, file_hash: str) -> ImageMeasure
         pixel_hash=hashlib.sha256(bytes(str(image.shape), "ascii") + image.tobytes()).hexdigest(),
         hashes=_perceptual_hashes(gray),
         brightness=float(np.percentile(gray, 95)),
-        blur=_blur(lit),
+        blur=_blur(gray[y : y + h, x : x + w]),
         white=cv2.mean(full, mask)[0],
         colour=cv2.mean(lab, mask)[:3],
-        chroma=cv2.mean(highest - lowest, mask)[0],
+        chroma=cv2.mean(brightest(small) - darkest, mask)[0],
         red_minus_blue=cv2.mean(red, mask)[0] - cv2.mean(blue, mask)[0],
         view_share=float(view.mask.mean()),
-        text=tuple(text_lines(image, view)),
+        text=text_lines(image, view),
     )
 
 
 def text_lines(image: np.ndarray, view: View) -> list[Line]:
-    """Boxes (x0, y0, x1, y1) around what looks like a line of writing next to the view.
-
-    It is not read: what counts are strokes side by side, in a row, that stand out from the
-    background. The frames of insets are no writing.
-    """
+    """Return boxes (x0, y0, x1, y1) of what looks like a line of writing next to the view: strokes
+    in a row that stand out from the background."""
     gray = _reduced(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), _TEXT_SIDE, cv2.INTER_AREA)
     scale = image.shape[1] / gray.shape[1]
     side = min(gray.shape)
-    covered = view.mask.astype(np.uint8)
-    for box in view.insets:
-        covered[box.slices] = 1
-    covered = _reduced(covered, _TEXT_SIDE, cv2.INTER_NEAREST)
+    covered = _reduced(view.with_insets.astype(np.uint8), _TEXT_SIDE, cv2.INTER_NEAREST)
     margin = 2 * max(1, round(_MARGIN * side)) + 1
     outside = cv2.dilate(covered, np.ones((margin, margin))) == 0
     if outside.mean() < 0.01:
@@ -177,28 +123,17 @@ def _reduced(image: np.ndarray, side: int, interpolation: int) -> np.ndarray:
 
 def _blur(gray: np.ndarray) -> float:
     """Crete et al., "The blur effect" (SPIE 2007): how little changes if it is blurred again."""
-    if min(gray.shape) < 16:
-        return 0.0
-    return float(require("skimage.measure", "scikit-image").blur_effect(gray))
+    from skimage.measure import blur_effect
+
+    return float(blur_effect(gray)) if min(gray.shape) >= 16 else 0.0
 
 
 def _perceptual_hashes(gray: np.ndarray) -> np.ndarray:
-    imagehash = require("imagehash", "imagehash")
+    from imagehash import phash
+
     tile = Image.fromarray(gray).resize((4 * _HASH, 4 * _HASH), Image.Resampling.LANCZOS)
-    views = (tile if turn is None else tile.transpose(turn) for turn in ORIENTATIONS)
-    return np.stack(
-        [np.packbits(imagehash.phash(view, hash_size=_HASH).hash.ravel()) for view in views]
-    )
-
-
-def require(module: str, package: str) -> ModuleType:
-    """Imports a module of the extra [audit]; the error says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{package} is not installed: pip install -e '.[audit]'"
-        ) from error
+    tiles = (tile if turn is None else tile.transpose(turn) for turn in ORIENTATIONS)
+    return np.stack([np.packbits(phash(turned, hash_size=_HASH).hash.ravel()) for turned in tiles])
 
 
 # Of the frame, but at least so many pixels: 8x8 at 352x352. What is smaller is a click or a speck.
@@ -212,36 +147,18 @@ PAIRED = 200  # annotations of an image that are compared in pairs
 
 @dataclass(frozen=True)
 class DecodedAnnotation:
-    """An annotation with a mask.
+    """An annotation that has a mask."""
 
-    Attributes:
-        record: as in the file.
-        rle: compressed RLE of its mask.
-        area: pixels.
-    """
-
-    record: dict
-    rle: dict
-    area: int
+    record: dict  # as in the file
+    rle: dict  # compressed
+    area: int  # pixels
 
 
 def decode_annotations(
     entry: Entry, width: int, height: int, category_ids: set
 ) -> tuple[list[DecodedAnnotation], list[Finding]]:
-    """Decodes the annotations of an image; findings on those that have no mask.
-
-    Args:
-        entry: the image.
-        width, height: pixels that it was annotated at.
-        category_ids: the categories there are.
-    """
+    """Decode the annotations of an image of this size; findings on those that have no mask."""
     decoded, findings = [], []
-
-    def add(kind: str, annotation: dict, detail: str) -> None:
-        findings.append(
-            finding(kind, [entry.name], [entry.split], detail, annotation_id=_id(annotation))
-        )
-
     for annotation in entry.annotations:
         segmentation = annotation.get("segmentation")
         try:
@@ -251,202 +168,139 @@ def decode_annotations(
                 raise ValueError(f"iscrowd is {annotation['iscrowd']!r}, neither 0 nor 1")
             rle = to_rle(segmentation, height, width) if segmentation else None
         except (ValueError, TypeError) as error:
-            add("malformed", annotation, str(error))
+            findings.append(entry.finding("malformed", str(error), annotation))
             continue
-        if rle is None:
-            add("empty", annotation, "There is no segmentation.")
-        elif not (area := int(mask_util.area(rle))):
-            add("empty", annotation, f"The mask covers no pixel of the {width}x{height} image.")
-        else:
+        area = int(mask_util.area(rle)) if rle else 0
+        if area:
             decoded.append(DecodedAnnotation(annotation, rle, area))
+            continue
+        detail = f"The mask covers no pixel of the {width}x{height} image."
+        if rle is None:
+            detail = "There is no segmentation."
+        findings.append(entry.finding("empty", detail, annotation))
     return decoded, findings
 
 
 def annotation_findings(
     entry: Entry, decoded: Sequence[DecodedAnnotation], view: np.ndarray
 ) -> Iterator[Finding]:
-    """Tiny annotations, such outside the view, in pairs on one lesion, and polygons that cross.
-
-    Args:
-        entry: the image.
-        annotations: of `decode_annotations`.
-        view: (H, W) bool, the endoscope's view with what is laid over it.
-
-    Raises:
-        ModuleNotFoundError: shapely is not installed; the error says how.
-    """
-    where = [entry.name], [entry.split]
+    """Yield annotations that are tiny, outside the (H, W) view, cross themselves or overlap."""
     least = max(TINY_PIXELS, TINY_SHARE * view.size)
-    shown = mask_util.encode(np.asfortranarray(view, dtype=np.uint8))
+    shown = encode(view)
     for annotation in decoded:
-        fields = {"annotation_id": _id(annotation.record)}
-        if annotation.area < least:
-            detail = f"It covers {annotation.area} pixels, less than {least:.0f}."
-            yield finding("tiny", *where, detail, score=float(annotation.area), **fields)
+        record, area = annotation.record, annotation.area
+        if area < least:
+            detail = f"It covers {area} pixels, less than {least:.0f}."
+            yield entry.finding("tiny", detail, record, score=float(area))
         inside = mask_util.area(mask_util.merge([annotation.rle, shown], intersect=True))
-        outside = 1 - int(inside) / annotation.area if view.any() else 0.0
+        outside = 1 - int(inside) / area if view.any() else 0.0
         if outside > OUTSIDE_SHARE:
             detail = f"{outside:.0%} of it is outside the endoscope's view."
-            yield finding("outside_view", *where, detail, score=float(outside), **fields)
-        crossing = _crossing(annotation.record["segmentation"])
+            yield entry.finding("outside_view", detail, record, score=float(outside))
+        crossing = _crossing(record["segmentation"])
         if crossing > CROSSING_SHARE:
             detail = f"{crossing:.0%} of its area depends on how the crossings are read."
-            yield finding("self_crossing", *where, detail, score=crossing, **fields)
-    yield from _pairs(entry, [a for a in decoded if not a.record.get("iscrowd")])
+            yield entry.finding("self_crossing", detail, record, score=crossing)
 
-
-def _pairs(entry: Entry, decoded: Sequence[DecodedAnnotation]) -> Iterator[Finding]:
+    decoded = [a for a in decoded if not a.record.get("iscrowd")]
     if len(decoded) > PAIRED:
         detail = f"Of {len(decoded)} annotations only the first {PAIRED} were compared in pairs."
-        yield finding("overlapping", [entry.name], [entry.split], detail, severity="info")
+        yield entry.finding("overlapping", detail, severity="info")
     masks = [annotation.rle for annotation in decoded[:PAIRED]]
     overlaps = mask_util.iou(masks, masks, [0] * len(masks)) if len(masks) > 1 else np.zeros((0, 0))
     for i, j in np.argwhere(np.triu(overlaps, 1) > SAME_IOU).tolist():
-        a, b = decoded[i].record, decoded[j].record
+        a, b, iou = decoded[i].record, decoded[j].record, float(overlaps[i, j])
         if a["category_id"] == b["category_id"]:
-            detail = f"Annotations {a.get('id')} and {b.get('id')} overlap with an IoU of "
-            detail += f"{overlaps[i, j]:.2f}."
-            fields = {"annotation_id": _id(a), "score": float(overlaps[i, j])}
-            yield finding("overlapping", [entry.name], [entry.split], detail, **fields)
+            pair = f"{a.get('id')} and {b.get('id')}"
+            detail = f"Annotations {pair} overlap with an IoU of {iou:.2f}."
+            yield entry.finding("overlapping", detail, a, score=iou)
 
 
 def _crossing(segmentation: object) -> float:
-    """Largest share of a polygon's area that is inside by one way of reading it and not by another.
+    """Largest share of a polygon's area that is inside by one way of reading it and not by another:
+    the signed areas of a line's loops cancel out where it crosses itself, not where it touches."""
+    import shapely
 
-    The signed areas of the loops of a line that crosses itself cancel out; those of a line that
-    touches itself, or runs back on itself, do not.
-    """
-    if not isinstance(segmentation, list):
-        return 0.0
-    shapely = require("shapely", "shapely")
     worst = 0.0
-    for polygon in segmentation:
+    for polygon in segmentation if isinstance(segmentation, list) else ():
         points = np.asarray(polygon, dtype=float).reshape(-1, 2)
         shape = shapely.Polygon(points)
         if not shapely.is_valid(shape):
             x, y = points.T
             signed = abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 2
             covered = shapely.make_valid(shape, method="structure", keep_collapsed=False).area
-            lobes = shapely.make_valid(shape).area
-            area = max(covered, lobes, signed)
-            if area:
-                worst = max(worst, 1 - min(covered, lobes, signed) / area)
+            areas = signed, covered, shapely.make_valid(shape).area
+            if any(areas):
+                worst = max(worst, 1 - min(areas) / max(areas))
     return worst
 
 
-def category_findings(
-    categories: Iterable[dict], annotations: Iterable[dict], imbalance: float = IMBALANCE
-) -> Iterator[Finding]:
-    """Categories without an annotation, or with far fewer than the largest one.
-
-    Args:
-        categories, annotations: of the whole data set.
-        imbalance: how many times as many the largest one may have.
-    """
+def category_findings(categories: Iterable[dict], annotations: Iterable[dict]) -> Iterator[Finding]:
+    """Yield categories of a data set with far fewer annotations than the largest one."""
     counts = Counter(str(annotation["category_id"]) for annotation in annotations)
     counts = {category["name"]: counts[str(category["id"])] for category in categories}
-    if not any(counts.values()):
-        return
-    largest = max(counts, key=counts.get)
+    largest = max(counts, key=counts.get, default=None)
     for name, count in counts.items():
-        if count * imbalance < counts[largest]:
+        if count * IMBALANCE < counts[largest]:
             detail = f"{name}: {count} annotations, {largest}: {counts[largest]}."
             ratio = counts[largest] / count if count else None
-            yield finding("class_imbalance", (), (), detail, score=ratio)
+            yield Finding("class_imbalance", (), (), detail, score=ratio)
 
 
 def repeated_id_findings(entries: Iterable[Entry]) -> Iterator[Finding]:
-    """Annotations of one file that share an id: Detectron2 does not load such a file.
-
-    Args:
-        entries: the images; those of one split are of one file.
-    """
+    """Yield annotations of one file that share an id: Detectron2 does not load such a file."""
     sharing = defaultdict(list)
     for entry in entries:
         for annotation in entry.annotations:
             if annotation.get("id") is not None:
-                sharing[entry.split, annotation["id"]].append(entry)
+                sharing[entry.split, annotation["id"]].append(entry.name)
     for (split, number), sharers in sharing.items():
         if len(sharers) > 1:
-            names = list(dict.fromkeys(entry.name for entry in sharers))
+            names = tuple(dict.fromkeys(sharers))
             detail = f"{len(sharers)} annotations have the id {number!r}; give each its own."
-            fields = {"annotation_id": _id({"id": number})}
-            yield finding("malformed", names, [split] * len(names), detail, **fields)
-
-
-def _id(annotation: dict) -> int | None:
-    number = annotation.get("id")
-    return number if isinstance(number, int) else None
+            splits = (split,) * len(names)
+            number = whole_id({"id": number})
+            yield Finding("malformed", names, splits, detail, annotation_id=number)
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What is known of one image.
-
-    Attributes:
-        entry: the image.
-        measures: None where it cannot be read.
-        annotations: those that have a mask.
-        findings: what is wrong with it, as far as it shows without the other images.
-    """
+    """What one image shows without the others."""
 
     entry: Entry
-    measures: ImageMeasures | None
-    annotations: tuple[DecodedAnnotation, ...]
-    findings: tuple[Finding, ...]
-
-
-def examine_all(entries: Sequence[Entry], category_ids: set | None) -> list[Examined]:
-    """Examines all images, in their order.
-
-    Args:
-        entries: the images.
-        category_ids: the categories there are; None where there are no masks to check.
-    """
-    examine = functools.partial(_examine, category_ids=category_ids)
-    return in_threads(examine, entries, "Examining")
+    measures: ImageMeasures | None  # None where the image cannot be read
+    annotations: list[DecodedAnnotation]  # those that have a mask
+    findings: list[Finding]
 
 
 def _examine(entry: Entry, category_ids: set | None) -> Examined:
-    def say(kind: str, detail: str) -> Finding:
-        return finding(kind, [entry.name], [entry.split], detail)
-
-    findings = []
+    """Examine an image, and its annotations where the ids of the categories are given."""
+    findings, measures, view = [], None, None
     width, height = entry.record.get("width"), entry.record.get("height")
     try:
         file = inspect_image(entry.path)
         image = read_image(entry.path)
+        view = find_view(image)
+        measures = measure_image(image, view, file.sha256)
     except BadInputError as error:
         kind = "unreadable" if entry.path.exists() else "missing_file"
-        findings.append(say(kind, f"It {error.reason}."))
-        decoded = ()
-        if category_ids is not None and _is_size(width) and _is_size(height):
-            decoded, wrong = decode_annotations(entry, width, height, category_ids)
-            findings += wrong
-        return Examined(entry, None, tuple(decoded), tuple(findings))
-
-    view = find_view(image)
-    measures = measure_image(image, view, file.sha256)
-    width, height = (width or file.width), (height or file.height)
-    fits = False
-    try:
-        fits = not annotated_on_stored_pixels(file, width, height)
-    except BadInputError as error:
-        findings.append(say("wrong_size", f"It {error.reason}."))
-    if category_ids is None or not _is_size(width) or not _is_size(height):
-        return Examined(entry, measures, (), tuple(findings))
-    decoded, wrong = decode_annotations(entry, width, height, category_ids)
-    findings += wrong
-    if fits:
-        covered = view.mask.copy()
-        for box in view.insets:
-            covered[box.slices] = True
-        findings += annotation_findings(entry, decoded, covered)
-    return Examined(entry, measures, tuple(decoded), tuple(findings))
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+        findings.append(entry.finding(kind, f"It {error.reason}."))
+    else:
+        width, height = (width or file.width), (height or file.height)
+        try:
+            if annotated_on_stored_pixels(file, width, height):
+                view = None
+        except BadInputError as error:
+            findings.append(entry.finding("wrong_size", f"It {error.reason}."))
+            view = None
+    annotations = []
+    sizes_known = all(type(side) is int and side > 0 for side in (width, height))
+    if category_ids is not None and sizes_known:
+        annotations, malformed = decode_annotations(entry, width, height, category_ids)
+        findings += malformed
+        if view is not None:
+            findings += annotation_findings(entry, annotations, view.with_insets)
+    return Examined(entry, measures, annotations, findings)
 
 
 # Chosen on Kvasir-SEG and on its images made worse: of its 1,000 images at 352x352 the darkest has
@@ -461,58 +315,44 @@ CAST_DISTANCE = 30  # in CIELAB's a and b
 
 
 def file_findings(examined: Sequence[Examined]) -> Iterator[Finding]:
-    """Black, blurred and over-exposed images, unusual colours, writing next to the view.
-
-    Args:
-        examined: all images, since colours are compared with those of the others.
-    """
-    readable = [image for image in examined if image.measures is not None]
-    lit = [image for image in readable if image.measures.brightness >= BLACK]
-    middle, spread = _usual_colour(np.array([image.measures.colour[1:] for image in lit]))
-    for image in readable:
-        measures = image.measures
-        where = [image.entry.name], [image.entry.split]
-        if measures.text:
-            detail = f"{len(measures.text)} lines that look like writing: it was not read."
-            yield finding("text_outside_view", *where, detail, score=float(len(measures.text)))
+    """Yield images that are black, blurred, over-exposed or of an unusual colour compared with the
+    others, or with writing next to the view."""
+    readable = [(image.entry, image.measures) for image in examined if image.measures is not None]
+    colours = np.array([m.colour[1:] for _, m in readable if m.brightness >= BLACK]).reshape(-1, 2)
+    median = np.median(colours, axis=0) if len(colours) else np.zeros(2)
+    # the robust standard deviation of the distances from the median
+    spread = 1.4826 * np.median(np.hypot(*(colours - median).T)) if len(colours) else 0.0
+    for entry, measures in readable:
+        if lines := len(measures.text):
+            detail = f"{lines} lines that look like writing: it was not read."
+            yield entry.finding("text_outside_view", detail, score=float(lines))
         if measures.brightness < BLACK:
             detail = f"95 % of it are darker than {measures.brightness:.0f} of 255."
-            yield finding("black_frame", *where, detail, score=measures.brightness)
+            yield entry.finding("black_frame", detail, score=measures.brightness)
             continue  # nothing else can be seen
-        if measures.white > WHITE_SHARE:
-            detail = f"{measures.white:.0%} of the view are white."
-            yield finding("overexposed", *where, detail, score=measures.white)
         if measures.blur > BLURRED:
             detail = f"Blur effect {measures.blur:.2f}, where 0 is sharp and 1 blurred."
-            yield finding("blur", *where, detail, score=measures.blur)
-        detail = _colour_fault(measures, middle, spread)
-        if detail and measures.white <= WHITE_SHARE:
-            distance = float(np.hypot(*(np.array(measures.colour[1:]) - middle)))
-            yield finding("colour", *where, detail, score=distance)
+            yield entry.finding("blur", detail, score=measures.blur)
+        if measures.white > WHITE_SHARE:
+            detail = f"{measures.white:.0%} of the view are white."
+            yield entry.finding("overexposed", detail, score=measures.white)
+            continue  # white has no colour
+        distance = float(np.hypot(*(np.array(measures.colour[1:]) - median)))
+        if measures.chroma < GRAY_CHROMA:
+            detail = "It is grey, or nearly so."
+        elif distance < max(CAST * spread, CAST_DISTANCE):
+            continue
+        elif measures.red_minus_blue < 0:
+            detail = (
+                "There is more blue in it than red: mucosa is red, were the channels exchanged?"
+            )
+        else:
+            detail = f"Its mean colour is {distance:.0f} from the others' in CIELAB."
+        yield entry.finding("colour", detail, score=distance)
 
 
-def _usual_colour(colours: np.ndarray) -> tuple[np.ndarray, float]:
-    """Median (a, b), and the robust standard deviation of the distances from it."""
-    if not len(colours):
-        return np.zeros(2), 0.0
-    middle = np.median(colours, axis=0)
-    return middle, float(1.4826 * np.median(np.hypot(*(colours - middle).T)))
-
-
-def _colour_fault(measures, middle: np.ndarray, spread: float) -> str:
-    """What is unusual about an image's colour, empty if nothing."""
-    if measures.chroma < GRAY_CHROMA:
-        return "It is grey, or nearly so."
-    distance = float(np.hypot(*(np.array(measures.colour[1:]) - middle)))
-    if distance < max(CAST * spread, CAST_DISTANCE):
-        return ""
-    if measures.red_minus_blue < 0:
-        return "There is more blue in it than red: mucosa is red, were the channels exchanged?"
-    return f"Its mean colour is {distance:.0f} from the others' in CIELAB."
-
-
-# Of aligned images. Above it all pairs of Kvasir-SEG show the same scene; see near_duplicates.py,
-# whose lower limit is for keeping images together, where a pair too many does no harm.
+# Of aligned images. Above it all pairs of Kvasir-SEG show the same scene; the lower limit in
+# duplicates.py is for keeping images together, where a pair too many does no harm.
 MIN_CORRELATION = 0.31
 _ALIKE = 8  # images that are compared with each one, by embedding
 _ALIKE_BY_HASH = 3  # and by perceptual hash, turned and mirrored ones as well
@@ -522,49 +362,40 @@ _BLOCK = 512  # images that are looked up at once
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Two images that show the same.
+    """Two images that show the same."""
 
-    Attributes:
-        a, b: their places among the entries, a < b.
-        kind: "exact_duplicate" or "near_duplicate".
-        correlation: of the aligned images; 1 of exact duplicates.
-        detail: in what they are the same.
-    """
-
-    a: int
-    b: int
-    kind: str
-    correlation: float
+    a: int  # place among the entries
+    b: int  # a < b
+    kind: str  # "exact_duplicate" or "near_duplicate"
+    correlation: float  # of the aligned images; 1 of exact duplicates
     detail: str
 
 
 def exact_duplicates(examined: Sequence[Examined]) -> list[DuplicatePair]:
-    """Images with the same bytes or the same pixels, each with the one before it."""
+    """Return images with the same bytes or the same pixels, each with the one before it."""
     pairs = []
     for copies in _by_pixels(examined).values():
         for a, b in pairwise(copies):
-            files = [examined[i].measures.file_hash for i in (a, b)]
-            same = "files" if files[0] == files[1] else "pixels"
-            detail = f"The {same} are the same."
+            same_files = examined[a].measures.file_hash == examined[b].measures.file_hash
+            detail = f"The {'files' if same_files else 'pixels'} are the same."
             pairs.append(DuplicatePair(a, b, "exact_duplicate", 1.0, detail))
     return sorted(pairs, key=lambda pair: (pair.a, pair.b))
 
 
 def _by_pixels(examined: Sequence[Examined]) -> dict[str, list[int]]:
     """Positions of the images with the same pixels."""
-    return positions(one.measures.pixel_hash if one.measures else None for one in examined)
+    return positions(image.measures.pixel_hash if image.measures else None for image in examined)
 
 
 def near_duplicates(
     examined: Sequence[Examined], embeddings: np.ndarray | None
 ) -> list[DuplicatePair]:
-    """Images that show the same scene, exact duplicates left out.
+    """Return images that show the same scene, exact duplicates left out.
 
     The images most alike by their embeddings or perceptual hashes are aligned with each other and
     correlated. The work grows with the number of images, but for the look-up, whose share is small.
 
     Args:
-        examined: the images.
         embeddings: (N, D) rows of length 1, of the images in their order; None to go by the hashes
             alone, which find copies but few frames of a moment later.
     """
@@ -575,16 +406,12 @@ def near_duplicates(
     hashes = np.stack([examined[i].measures.hashes for i in places])
     vectors = None if embeddings is None else embeddings[places]
     paths = [examined[i].entry.path for i in places]
-    return [
-        DuplicatePair(
-            places[pair.a],
-            places[pair.b],
-            "near_duplicate",
-            pair.correlation,
-            f"Aligned with each other, they correlate with {pair.correlation:.2f}.",
-        )
-        for pair in find_near_duplicates(paths, MIN_CORRELATION, _neighbours(hashes, vectors))
-    ]
+    pairs = []
+    for pair in find_near_duplicates(paths, MIN_CORRELATION, _neighbours(hashes, vectors)):
+        a, b, value = places[pair.a], places[pair.b], pair.correlation
+        detail = f"Aligned with each other, they correlate with {value:.2f}."
+        pairs.append(DuplicatePair(a, b, "near_duplicate", value, detail))
+    return pairs
 
 
 def _neighbours(hashes: np.ndarray, vectors: np.ndarray | None) -> list[list[int]]:
@@ -592,66 +419,129 @@ def _neighbours(hashes: np.ndarray, vectors: np.ndarray | None) -> list[list[int
     bits = np.unpackbits(hashes, axis=2).astype(np.float32) * 2 - 1
     upright, count = bits[:, 0], len(bits)
     neighbours: list[set[int]] = [set() for _ in range(count)]
+
+    def add_best(rows: np.ndarray, alike: np.ndarray, number: int, least: float) -> None:
+        alike[np.arange(len(rows)), rows] = -np.inf
+        number = min(number, count - 1)
+        columns = np.argpartition(-alike, number - 1, axis=1)[:, :number]
+        for row, candidates, values in zip(
+            rows.tolist(), columns, np.take_along_axis(alike, columns, axis=1), strict=True
+        ):
+            neighbours[row].update(candidates[values >= least].tolist())
+
     for start in range(0, count, _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, count))
         differ = np.full((len(rows), count), np.inf, np.float32)
         for turn in range(bits.shape[1]):
             np.minimum(differ, (256 - bits[rows, turn] @ upright.T) / 2, out=differ)
-        _add_best(neighbours, rows, -differ, _ALIKE_BY_HASH, -_HASH_BITS)
+        add_best(rows, -differ, _ALIKE_BY_HASH, -_HASH_BITS)
         if vectors is not None:
-            _add_best(neighbours, rows, vectors[rows] @ vectors.T, _ALIKE, -1.0)
+            add_best(rows, vectors[rows] @ vectors.T, _ALIKE, -1.0)
     return [sorted(indices) for indices in neighbours]
 
 
-def _add_best(
-    neighbours: list[set[int]], rows: np.ndarray, alike: np.ndarray, number: int, least: float
-) -> None:
-    alike[np.arange(len(rows)), rows] = -np.inf
-    number = min(number, alike.shape[1] - 1)
-    columns = np.argpartition(-alike, number - 1, axis=1)[:, :number]
-    for row, candidates, values in zip(
-        rows.tolist(), columns, np.take_along_axis(alike, columns, axis=1), strict=True
-    ):
-        neighbours[row].update(candidates[values >= least].tolist())
-
-
-def duplicate_findings(entries: Sequence[Entry], pairs: Iterable[DuplicatePair]) -> list[Finding]:
-    """A finding for each pair; an error where it crosses splits."""
-    findings = []
+def duplicate_findings(
+    entries: Sequence[Entry], pairs: Iterable[DuplicatePair]
+) -> Iterator[Finding]:
+    """Yield a finding for each pair; an error where it crosses splits."""
     for pair in pairs:
         a, b = entries[pair.a], entries[pair.b]
-        crosses = a.split != b.split
-        where = f" They are in {a.split} and {b.split}." if crosses else ""
-        findings.append(
-            finding(
-                pair.kind,
-                (a.name, b.name),
-                (a.split, b.split),
-                pair.detail + where,
-                severity="error" if crosses else "warning",
-                score=pair.correlation,
-            )
-        )
-    return findings
+        severity, detail = "warning", pair.detail
+        if a.split != b.split:
+            severity, detail = "error", f"{detail} They are in {a.split} and {b.split}."
+        names, splits = (a.name, b.name), (a.split, b.split)
+        yield Finding(pair.kind, names, splits, detail, severity, score=pair.correlation)
 
 
-def patient_findings(entries: Sequence[Entry]) -> list[Finding]:
-    """Patients whose images are in several splits."""
-    findings = []
+def patient_findings(entries: Sequence[Entry]) -> Iterator[Finding]:
+    """Yield patients whose images are in several splits."""
     for patient, places in positions(e.record.get("patient_id") for e in entries).items():
-        images = [entries[i] for i in places]
-        splits = list(dict.fromkeys(entry.split for entry in images))
-        if len(splits) > 1:
-            counts = ", ".join(f"{sum(e.split == s for e in images)} in {s}" for s in splits)
-            detail = f"Patient {patient} has {len(images)} images: {counts}."
-            names = [entry.name for entry in images]
-            findings.append(
-                finding("patient_across_splits", names, [e.split for e in images], detail)
-            )
-    return findings
+        splits = tuple(entries[i].split for i in places)
+        if len(set(splits)) > 1:
+            counts = ", ".join(f"{count} in {split}" for split, count in Counter(splits).items())
+            detail = f"Patient {patient} has {len(places)} images: {counts}."
+            names = tuple(entries[i].name for i in places)
+            yield Finding("patient_across_splits", names, splits, detail)
 
 
 def groups(entries: Sequence[Entry], pairs: Iterable[DuplicatePair]) -> list[list[int]]:
-    """Positions of images that must stay together: duplicates and those of one patient."""
+    """Return positions of images that must stay together: duplicates and those of one patient."""
     patients = positions(entry.record.get("patient_id") for entry in entries).values()
     return joined_groups(len(entries), [*((pair.a, pair.b) for pair in pairs), *patients])
+
+
+@dataclass
+class Audit:
+    """The result of an audit."""
+
+    data: AuditedData
+    examined: list[Examined]  # in the order of ``data.entries``
+    duplicates: list[DuplicatePair]
+    findings: list[Finding]  # by kind, then severity, then score, the strongest first
+    notes: list[str] = field(default_factory=list)  # what was not checked, and why
+    checked: tuple[str, ...] = ("files", "annotations", "leakage")  # keys of `AREAS`
+    embeddings: np.ndarray | None = None  # of the images that can be read, in their order
+
+    @property
+    def readable(self) -> list[int]:
+        """Places of the images that can be read."""
+        return [i for i, image in enumerate(self.examined) if image.measures is not None]
+
+    @property
+    def flagged(self) -> set[tuple[str, str]]:
+        """(split, name) of the images that an error or a warning is about."""
+        return {place for f in self.findings if f.flags for place in f.places}
+
+    def images_of(self, kind: str) -> set[tuple[str, str]]:
+        """(split, name) of the images that findings of a kind are about."""
+        return {
+            place for finding in self.findings if finding.kind == kind for place in finding.places
+        }
+
+    def counts(self) -> dict[str, Counter]:
+        """Return counts by kind and severity, in the order of the kinds that were found."""
+        counts = {kind: Counter() for kind in KINDS}
+        for finding in self.findings:
+            counts[finding.kind][finding.severity] += 1
+        return {kind: severities for kind, severities in counts.items() if severities}
+
+    def add(self, findings: Iterable[Finding], *areas: str) -> None:
+        """Add findings, and the further areas that were checked for them."""
+        self.checked += areas
+        self.findings = sorted([*self.findings, *findings], key=lambda finding: finding.rank)
+
+
+def audit(data: AuditedData, embed: Callable[[Sequence[Path]], np.ndarray] | None = None) -> Audit:
+    """Check files, annotations, duplicates and leakage.
+
+    Args:
+        embed: gives (N, D) rows of length 1 of the images at N paths, by which near-duplicates are
+            looked for; None to do without.
+
+    Raises:
+        ModuleNotFoundError: a package of the extra [audit] is missing.
+    """
+    category_ids = None if data.classified else {category["id"] for category in data.categories}
+    examine = functools.partial(_examine, category_ids=category_ids)
+    examined = in_threads(examine, data.entries, "Examining")
+    result = Audit(data, examined, [], [])
+    vectors = None
+    if embed is not None and result.readable:
+        result.embeddings = embed([data.entries[i].path for i in result.readable])
+        vectors = np.zeros((len(examined), result.embeddings.shape[1]), np.float32)
+        vectors[result.readable] = result.embeddings
+    result.duplicates = exact_duplicates(examined) + near_duplicates(examined, vectors)
+
+    findings = [finding for image in examined for finding in image.findings]
+    for file, annotation in data.strays:
+        detail = f"{file}: there is no image with id {annotation['image_id']!r}."
+        number = whole_id(annotation)
+        findings.append(Finding("malformed", (), (), detail, annotation_id=number))
+    annotations = [annotation for entry in data.entries for annotation in entry.annotations]
+    findings += repeated_id_findings(data.entries)
+    findings += file_findings(examined)
+    findings += category_findings(data.categories, annotations)
+    findings += duplicate_findings(data.entries, result.duplicates)
+    findings += patient_findings(data.entries)
+    result.add(findings)
+    return result

@@ -1,96 +1,76 @@
-"""What a format reads into, and the base class of all formats."""
+"""What a format reads into, the base class of all formats, and images without a lesion."""
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from imrcnn_d2.data.images import SourceImage
+from imrcnn_d2.data.images import SourceImage, inspect_image, list_files
 from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS
 from imrcnn_d2.data.prepare.splits import FixedTest
 from imrcnn_d2.utils.files import BadInputError, Rejects, is_empty, staged
 
-__all__ = ["Format", "Sample", "Source", "add_class_arguments", "export", "unique_samples"]
+Names = Sequence[str] | None  # of classes, in their order; None takes all that occur, sorted
 
 
 @dataclass
 class Sample:
-    """One checked image with its annotations.
+    """One checked image with its annotations."""
 
-    Attributes:
-        file_name: relative to the prepared images/.
-        image: the file to install there.
-        annotations: COCO annotations without ``id`` and ``image_id``.
-        fields: further COCO image fields, e.g. ``patient_id``.
-        label: id of the image's class in a classification data set; its one annotation then is
-            {"category_id": label}.
-    """
-
-    file_name: str
+    file_name: str  # relative to the prepared images/
     image: SourceImage
-    annotations: list[dict]
-    fields: dict = field(default_factory=dict)
-    label: int | None = None
+    annotations: list[dict]  # of COCO, without id and image_id
+    fields: dict = field(default_factory=dict)  # further COCO image fields, e.g. patient_id
+    label: int | None = None  # of a class of the whole image; {"category_id": label} is annotated
 
     @property
-    def has_lesion(self) -> bool:
-        """Whether there is an annotation other than of a crowd region."""
-        return any(not annotation["iscrowd"] for annotation in self.annotations)
-
-    @property
-    def stratum(self) -> bool | int:
-        """What all splits get their share of."""
-        return self.has_lesion if self.label is None else self.label
+    def installed_name(self) -> str:
+        """Its name in a prepared data set: of a PNG where the image is converted."""
+        path = PurePosixPath(self.file_name)
+        return str(path.with_suffix(".png")) if self.image.needs_conversion else self.file_name
 
 
 @dataclass
 class Source:
-    """A data set as a format reads it.
+    """A data set as a format reads it."""
 
-    Attributes:
-        samples: yields every sample once.
-        categories: COCO categories.
-        info: COCO ``info``, or empty.
-        notes: messages for the user, may grow while `samples` is consumed.
-        extra: further top-level COCO fields, passed through, e.g. ``licenses``.
-        splits: file names by split, where the source states them.
-    """
-
-    samples: Iterable[Sample]
+    samples: Iterable[Sample]  # yields every sample once
     categories: list[dict]
     info: dict
-    notes: list[str] = field(default_factory=list)
-    extra: dict = field(default_factory=dict)
-    splits: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # for the user, grow while samples are read
+    extra: dict = field(default_factory=dict)  # further top-level COCO fields, e.g. licenses
+    splits: dict[str, list[str]] = field(default_factory=dict)  # file names, where stated
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        return {category["id"]: category["name"] for category in self.categories}
 
 
 class Format:
     """An annotation format or public data set: a command of prepare_dataset.
 
     Attributes:
-        name: of the command.
-        help: one line.
-        write: writes annotations, see `LabelMe.write`; None where the format is only read.
+        write: ``write(source, stage, out)`` writes annotations into the empty folder `stage`, which
+            becomes `out`, and returns notes on what was lost; None where a format is only read.
     """
 
     name: str
     help: str
-    write: Callable[[Source, Mapping[int, str], Path, Path], list[str]] | None = None
+    default_ratio = (12, 3, 5)
+    write: Callable[[Source, Path, Path], list[str]] | None = None
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Adds the format's arguments to its command."""
+        """Add the format's arguments to its command."""
         raise NotImplementedError
 
     def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
-        """Reads the data set that the arguments name.
+        """Read the data set that the arguments name.
 
-        Args:
-            args: of `add_arguments`, and those that all formats share.
-            rejects: takes bad input.
-            scratch: an empty folder for images to be made; it stays until the samples are read.
+        `scratch` is an empty folder for images to be made; it stays until the samples are read.
 
         Raises:
             FileNotFoundError: a folder is missing.
@@ -100,35 +80,57 @@ class Format:
 
     def ratio(self, args: argparse.Namespace) -> Sequence[int] | FixedTest:
         """Sizes of the splits."""
-        return args.ratio or (12, 3, 5)
+        return args.ratio
 
 
-def add_class_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that the formats of annotation tools share."""
+class LesionFree(Format):
+    name = "lesion-free"
+    help = "images without a lesion only, all for testing: a detector's false alarms"
+    default_ratio = (0, 0, 1)
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--root", type=Path, required=True, help="folder of images")
+
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
+        info = {"description": "images without a lesion"}
+        return with_lesion_free(Source([], [{"id": 1, "name": "lesion"}], info), args.root, rejects)
+
+
+def with_lesion_free(source: Source, root: Path | None, rejects: Rejects) -> Source:
+    """The data set and, after its images, those of a folder of images without a lesion."""
+    if root is None:
+        return source
+
+    def samples() -> Iterator[Sample]:
+        for path in tqdm(list_files(root, rejects), desc="Reading images", unit="image"):
+            with rejects.catch():
+                yield Sample(path.relative_to(root).as_posix(), inspect_image(path), [])
+
+    return replace(source, samples=chain(source.samples, samples()))
+
+
+def add_negatives_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--negatives", type=Path, metavar="DIR", help="folder of images without a lesion to add"
     )
+
+
+def add_tool_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that the formats of annotation tools share."""
+    add_negatives_argument(parser)
     parser.add_argument(
         "--classes",
         nargs="+",
         metavar="LABEL",
-        help="the classes in their order (default: those found, sorted; of masks that name none, "
-        "lesion)",
+        help="the classes in their order (default: all labels, sorted; lesion where masks name "
+        "none)",
     )
 
 
 def export(source: Source, to: Format, out: Path) -> list[str]:
-    """Writes the annotations of a data set for another tool; images stay where they are.
+    """Write the annotations of a data set for another tool; return notes on what was lost.
 
-    The folder is built next to `out` and renamed at the end.
-
-    Args:
-        source: the data set; its samples are used up.
-        to: a format that can be written.
-        out: the folder to make.
-
-    Returns:
-        notes for the user: what the format cannot keep.
+    Images stay where they are. The folder is built next to `out` and renamed at the end.
 
     Raises:
         FileExistsError: `out` holds something.
@@ -136,28 +138,25 @@ def export(source: Source, to: Format, out: Path) -> list[str]:
     """
     if out.exists() and not is_empty(out):
         raise FileExistsError(f"{out}: exists; choose another --output or remove it first")
-    names = {category["id"]: category["name"] for category in source.categories}
     nested: set[str] = set()
-    source = replace(source, samples=_noting_nested(source.samples, nested))
+
+    def samples() -> Iterator[Sample]:
+        standard = {*IMAGE_FIELDS, *ANNOTATION_FIELDS}
+        for sample in tqdm(source.samples, desc="Writing", unit="image"):
+            for record in (sample.fields, *sample.annotations):
+                nested.update(
+                    key
+                    for key, value in record.items()
+                    if key not in standard and isinstance(value, list | dict)
+                )
+            yield sample
+
     with staged(out) as stage:
-        notes = to.write(source, names, stage, out)
+        notes = to.write(replace(source, samples=samples()), stage, out)
         os.replace(stage, out)
     if nested:
         notes.append(f"lists and objects cannot be kept: {', '.join(sorted(nested))}")
     return [*source.notes, *notes]
-
-
-def _noting_nested(samples: Iterable[Sample], names: set[str]) -> Iterator[Sample]:
-    """The samples; adds the further fields that are lists or objects to `names`."""
-    standard = {*IMAGE_FIELDS, *ANNOTATION_FIELDS}
-    for sample in tqdm(samples, desc="Writing", unit="image"):
-        for record in (sample.fields, *sample.annotations):
-            names.update(
-                key
-                for key, value in record.items()
-                if key not in standard and isinstance(value, list | dict)
-            )
-        yield sample
 
 
 def unique_samples(source: Source) -> Iterator[Sample]:

@@ -6,24 +6,21 @@ category_id}, without a box.
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
-from imrcnn_d2.data.formats.base import Format, Sample, Source
+from imrcnn_d2.data.formats.base import Format, Names, Sample, Source
 from imrcnn_d2.data.images import inspect_image, list_files, path_inside
 from imrcnn_d2.data.prepare.metadata import read_table
 from imrcnn_d2.data.prepare.splits import SPLITS, FixedTest, Item, make_splits
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
-__all__ = ["Classification", "carve_validation", "read_class_folders", "read_label_csv"]
-
-
-# Of class names: what makes a class one of the cancers, unless they are named.
+# A class with one of these in its name is one of the cancers, unless they are named.
 _CANCER = ("cancer", "carcinoma")
-# What the prepared files say themselves.
+# Columns that are no further fields of an image.
 _OWN_COLUMNS = ("file", "label", "split", "id", "file_name", "width", "height")
 
 
@@ -32,32 +29,30 @@ class Classification(Format):
     help = "images with a class each: folders or a CSV"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--root", type=Path, required=True, help="has one folder a class, or the files of --csv"
-        )
-        parser.add_argument(
+        add = parser.add_argument
+        help_ = "has one folder per class, or the files of --csv"
+        add("--root", type=Path, required=True, help=help_)
+        add(
             "--csv",
             type=Path,
             help="table with the columns file (relative to --root), label and, if known, "
             "patient_id and split (train, val, test or empty)",
         )
-        parser.add_argument(
-            "--classes", nargs="+", help="the classes in their order (default: those found, sorted)"
-        )
-        parser.add_argument(
+        add("--classes", nargs="+", help="the classes in their order (default: all, sorted)")
+        add(
             "--cancer",
             nargs="+",
             metavar="CLASS",
             help="classes that are cancer, for the two-class table of cancer against benign "
             "(default: those with cancer or carcinoma in their name)",
         )
-        parser.add_argument(
+        add(
             "--test-per-class",
             type=int,
             metavar="N",
             help="a test set of N images of each class instead of --ratio; 150 as published",
         )
-        parser.add_argument(
+        add(
             "--val-percent",
             type=int,
             default=10,
@@ -73,23 +68,19 @@ class Classification(Format):
             raise ValueError(f"patients of {args.csv} belong in its column patient_id")
         source = read_label_csv(args.csv, args.root, rejects, args.classes, args.cancer)
         if source.splits and args.splits:
-            raise ValueError(
-                f"{args.csv} has a split column: leave it empty, or leave out --splits"
-            )
+            raise ValueError(f"{args.csv} has a split column: empty it, or leave out --splits")
         by_patient = args.split_by != "image"
         source.splits = carve_validation(source, args.val_percent, args.seed, by_patient)
         return source
 
     def ratio(self, args: argparse.Namespace) -> Sequence[int] | FixedTest:
         if args.test_per_class is None:
-            return super().ratio(args)
+            return args.ratio
         return FixedTest(args.test_per_class, args.val_percent)
 
 
 @dataclass(frozen=True)
 class _LabelledFile:
-    """An image file and its class."""
-
     path: Path
     name: str
     label: str
@@ -98,37 +89,27 @@ class _LabelledFile:
 
 
 def read_class_folders(
-    root: Path,
-    rejects: Rejects,
-    classes: Sequence[str] | None = None,
-    cancers: Sequence[str] | None = None,
+    root: Path, rejects: Rejects, classes: Names = None, cancers: Names = None
 ) -> Source:
-    """Reads one folder a class, named as it; folders below these are looked into.
+    """Read one folder per class, which has its name; images may lie in folders in it.
 
-    Args:
-        root: has the folders.
-        rejects: takes bad input.
-        classes: names of the classes in their order; None takes the folders', sorted.
-        cancers: classes that are cancer, the others being benign; None for those whose name has
-            "cancer" or "carcinoma" in it.
+    `cancers` are the classes that are cancer, the others being benign; None for those whose name
+    has "cancer" or "carcinoma" in it.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: there are no class folders, or they are named as splits are.
         BadInputError: bad input under ``on_error="raise"``, such as a class without images.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
+    paths = list_files(root, rejects)
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     names = [folder.name for folder in folders]
     if not folders:
-        raise ValueError(f"{root}: there is no folder in it; one a class is needed, or a --csv")
+        raise ValueError(f"{root}: there is no folder in it; each class needs one, or give a --csv")
     if set(names) <= {*SPLITS, "valid", "validation", "testing", "training"}:
-        raise ValueError(
-            f"{root}: its folders {', '.join(names)} are splits, not classes. Give a --csv with "
-            "the columns file, label and split instead."
-        )
-    paths, files = list_files(root, rejects), []
+        text = f"{root}: its folders {', '.join(names)} are splits, not classes"
+        raise ValueError(f"{text}; give a --csv with the columns file, label and split")
+    files = []
     for folder in folders:
         with rejects.catch():
             images = [path for path in paths if path.relative_to(root).parts[0] == folder.name]
@@ -139,24 +120,13 @@ def read_class_folders(
 
 
 def read_label_csv(
-    csv_file: Path,
-    root: Path,
-    rejects: Rejects,
-    classes: Sequence[str] | None = None,
-    cancers: Sequence[str] | None = None,
+    csv_file: Path, root: Path, rejects: Rejects, classes: Names = None, cancers: Names = None
 ) -> Source:
-    """Reads a CSV with the columns file and label and, if there, patient_id and split.
+    """Read a CSV with the columns file and label and, if there, patient_id and split.
 
-    Further columns are passed through to the prepared image records. An empty split is to be
-    assigned. Columns are separated by commas, semicolons or tabs.
-
-    Args:
-        csv_file: the table.
-        root: the folder that each file is relative to.
-        rejects, classes, cancers: as for `read_class_folders`.
-
-    Returns:
-        the data set; its ``splits`` are those of the table.
+    Each file is relative to `root`. Images with an empty split are to be assigned; the other splits
+    are those of the data set returned. Further columns are passed through to the prepared image
+    records. `classes` and `cancers` are as for `read_class_folders`.
 
     Raises:
         BadInputError: bad input under ``on_error="raise"``; always if the table cannot be read.
@@ -166,15 +136,13 @@ def read_label_csv(
     table = read_table(csv_file, needed=("file", "label"))
     for row in table.rows:
         with rejects.catch():
-            where, cells = table.where(row), row.cells
+            where, cells = row.where, row.cells
             path = path_inside(root, cells["file"], Path(where), rejects.follow_links)
             label, split = cells["label"], cells.get("split") or None
             if not label:
                 raise BadInputError(where, "has no label")
-            if classes is not None and label not in classes:
-                raise BadInputError(
-                    where, f"unknown label {label!r}; the classes are {', '.join(classes)}"
-                )
+            if classes is not None:
+                _check_label(label, classes, where)
             if split not in (None, *SPLITS):
                 raise BadInputError(where, f"unknown split {split!r}: train, val, test or nothing")
             name = path.relative_to(root).as_posix()
@@ -189,18 +157,10 @@ def read_label_csv(
 def carve_validation(
     source: Source, percent: int, seed: int = 0, by_patient: bool = True
 ) -> dict[str, list[str]]:
-    """Takes validation images out of the stated training images where none are stated.
-
-    Args:
-        source: of `read_label_csv`.
-        percent: of the training images.
-        seed, by_patient: as for `make_splits`.
-
-    Returns:
-        file names by split; the source's as they are with validation or no training images.
+    """The stated splits, with validation images out of the training images where none are stated.
 
     Raises:
-        ValueError: no such share.
+        ValueError: the percentage is no share of the training images.
     """
     splits = source.splits
     if splits and not 0 < percent < 100:
@@ -208,91 +168,71 @@ def carve_validation(
     train = set(splits.get("train", ()))
     if splits.get("val") or not train:
         return splits
-    items = [
-        Item(s.file_name, s.stratum, s.fields.get("patient_id"))
-        for s in source.samples
-        if s.file_name in train
-    ]
-    carved = make_splits(items, (100 - percent, percent, 0), seed, by_patient)
+    samples = [sample for sample in source.samples if sample.file_name in train]
+    unit = "patient_id" if by_patient else None
+    items = [Item(sample.file_name, sample.label, sample.fields.get(unit)) for sample in samples]
+    carved = make_splits(items, (100 - percent, percent, 0), seed)
     return {**splits, "train": carved["train"], "val": carved["val"]}
 
 
 def _source(
-    files: list[_LabelledFile],
-    where: Path,
-    rejects: Rejects,
-    classes: Sequence[str] | None,
-    cancers: Sequence[str] | None,
+    files: list[_LabelledFile], where: Path, rejects: Rejects, classes: Names, cancers: Names
 ) -> Source:
     names = list(classes) if classes is not None else sorted({file.label for file in files})
     if len(names) < 2 or len(set(names)) < len(names):
         raise BadInputError(where, f"there must be two classes or more, all different: {names}")
     ids = {name: i for i, name in enumerate(names, start=1)}
     categories = _categories(ids, cancers)
+    read = []
+    for file in tqdm(files, desc="Reading images", unit="image"):
+        with rejects.catch():
+            _check_label(file.label, names, file.path)
+            read.append((file, inspect_image(file.path)))
+    copies = defaultdict(list)
+    for file, image in read:
+        copies[image.sha256].append(file)
     samples, splits = [], defaultdict(list)
-    for file, image in _inspected(files, rejects, names):
-        label = ids[file.label]
-        name = file.name
-        if image.needs_conversion:
-            name = str(PurePosixPath(name).with_suffix(".png"))
-        samples.append(Sample(name, image, [{"category_id": label}], file.fields, label))
-        if file.split is not None:
-            splits[file.split].append(name)
-    without = set(names) - {file.label for file in files}
-    if without:
-        raise BadInputError(where, f"empty class: no image of {', '.join(sorted(without))}")
+    for file, image in read:
+        with rejects.catch():
+            _check_copies(file, copies[image.sha256])
+            label = ids[file.label]
+            sample = Sample(file.name, image, [{"category_id": label}], file.fields, label)
+            sample.file_name = sample.installed_name
+            samples.append(sample)
+            if file.split is not None:
+                splits[file.split].append(sample.file_name)
+    if without := sorted(set(names) - {file.label for file in files}):
+        raise BadInputError(where, f"empty class: no image of {', '.join(without)}")
     cancer = [c["name"] for c in categories if c.get("supercategory") == "cancer"]
     notes = [f"cancer: {', '.join(cancer)}; all others are benign" if cancer else "no cancer class"]
     info = {"description": "one class an image"}
     return Source(samples, categories, info, notes, splits=dict(splits))
 
 
-def _categories(ids: Mapping[str, int], cancers: Sequence[str] | None) -> list[dict]:
+def _categories(ids: Mapping[str, int], cancers: Names) -> list[dict]:
     """Their supercategory tells cancer from benign, where some class is cancer."""
     if cancers is None:
         cancers = [name for name in ids if any(word in name.casefold() for word in _CANCER)]
     elif unknown := set(cancers) - set(ids):
         raise ValueError(f"{', '.join(sorted(unknown))}: no such class; there are {', '.join(ids)}")
-    if not 0 < len(cancers) < len(ids):
-        return [{"id": id_, "name": name} for name, id_ in ids.items()]
-    kinds = {name: "cancer" if name in cancers else "benign" for name in ids}
-    return [{"id": i, "name": name, "supercategory": kinds[name]} for name, i in ids.items()]
+    categories = [{"id": id_, "name": name} for name, id_ in ids.items()]
+    if 0 < len(cancers) < len(ids):
+        for category in categories:
+            category["supercategory"] = "cancer" if category["name"] in cancers else "benign"
+    return categories
 
 
-def _inspected(files: Iterable[_LabelledFile], rejects: Rejects, classes: Sequence[str]) -> list:
-    """[(file, SourceImage)] of those that can be used."""
-    read = []
-    for file in tqdm(files, desc="Reading images", unit="image"):
-        with rejects.catch():
-            if file.label not in classes:
-                raise BadInputError(
-                    file.path,
-                    f"unknown label {file.label!r}; the classes are {', '.join(classes)}",
-                )
-            read.append((file, inspect_image(file.path)))
-    copies = defaultdict(list)
-    for file, image in read:
-        copies[image.sha256].append(file)
-    usable = []
-    for file, image in read:
-        with rejects.catch():
-            _check_copies(file, copies[image.sha256])
-            usable.append((file, image))
-    return usable
+def _check_label(label: str, classes: Sequence[str], where: str | Path) -> None:
+    if label not in classes:
+        reason = f"unknown label {label!r}; the classes are {', '.join(classes)}"
+        raise BadInputError(where, reason)
 
 
 def _check_copies(file: _LabelledFile, copies: Sequence[_LabelledFile]) -> None:
     """Two copies of one image that agree are found later; if not, neither can be trusted."""
     for other in copies:
-        if other.label != file.label:
-            raise BadInputError(
-                file.path,
-                f"two labels: {file.label!r} here, {other.label!r} with the same content in "
-                f"{other.path}",
-            )
-        if other.split != file.split:
-            raise BadInputError(
-                file.path,
-                f"in two splits: {file.split or 'none given'} here, {other.split or 'none given'} "
-                f"with the same content in {other.path}",
-            )
+        for key in ("label", "split"):
+            value, copy = getattr(file, key), getattr(other, key)
+            if value != copy:
+                reason = f"its {key} is {value!r}, but {copy!r} of the same content in {other.path}"
+                raise BadInputError(file.path, reason)

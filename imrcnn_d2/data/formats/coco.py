@@ -17,29 +17,10 @@ import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
+from imrcnn_d2.data import masks
 from imrcnn_d2.data.formats.base import Format, Sample, Source
 from imrcnn_d2.data.images import annotated_on_stored_pixels, inspect_image, orient, path_inside
-from imrcnn_d2.data.masks import (
-    IMAGE_FIELDS,
-    annotation_from_mask,
-    check_polygon,
-    check_size,
-    union,
-)
 from imrcnn_d2.utils.files import BadInputError, Rejects, read_json
-
-__all__ = [
-    "FARTHEST",
-    "NUMBER",
-    "Coco",
-    "check_records",
-    "is_box",
-    "read_coco",
-    "read_coco_json",
-    "to_rle",
-    "to_rles",
-]
-
 
 _BOX_TOLERANCE = 2.0  # pixels
 # COCO's compressed RLE: numbers of six digits, which hold more than any image's pixels.
@@ -63,23 +44,17 @@ class Coco(Format):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--annotations", type=Path, required=True, help="COCO instance JSON")
-        parser.add_argument(
-            "--images", type=Path, required=True, help="folder of the file_name entries"
-        )
+        help_ = "folder of the file_name entries"
+        parser.add_argument("--images", type=Path, required=True, help=help_)
 
     def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
         return read_coco(args.annotations, args.images, rejects)
 
 
 def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:
-    """Reads and checks a COCO instance file; polygons and RLE, lesion-free images, further fields.
+    """Read and check a COCO instance file; polygons and RLE, lesion-free images, further fields.
 
     Areas and boxes are computed anew from the masks, ids are given anew.
-
-    Args:
-        json_file: COCO instance JSON.
-        image_root: the folder that each ``file_name`` is relative to.
-        rejects: takes bad input.
 
     Raises:
         BadInputError: the file as a whole cannot be used.
@@ -96,7 +71,7 @@ def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:
 
 
 def read_coco_json(path: Path) -> dict:
-    """A COCO instance file, checked as a whole but not record by record.
+    """Read a COCO instance file, checked as a whole but not record by record.
 
     Raises:
         BadInputError: it cannot be read or is no such file.
@@ -109,9 +84,8 @@ def read_coco_json(path: Path) -> dict:
     for key in ("id", "name"):
         values = Counter(category[key] for category in content["categories"])
         if not values or max(values.values()) > 1:
-            raise BadInputError(
-                path, f"no categories, or two of the same {key}: {content['categories']}"
-            )
+            reason = f"no categories, or two of the same {key}: {content['categories']}"
+            raise BadInputError(path, reason)
     return content
 
 
@@ -122,17 +96,14 @@ def check_records(
     needed: Sequence[str],
     kinds: Mapping[str, type | tuple[type, ...]] | None = None,
 ) -> None:
-    """Checks what every reader of COCO records relies on.
+    """Check what every reader of COCO records relies on.
 
     Args:
-        records: what a file has under `key`.
-        key: "images", "annotations", "categories" or "results".
-        source: the file that errors name.
-        needed: fields that none may lack.
+        records: the content of a file's `key`: images, annotations, categories or results.
         kinds: types of further fields; of numbers, truth values are none.
 
     Raises:
-        BadInputError: it is no list of objects, one lacks a field, or a field is of another type.
+        BadInputError: no list of objects, one lacks a `needed` field, or one is of another type.
     """
     if not isinstance(records, list) or not {type(record) for record in records} <= {dict}:
         raise BadInputError(source, f"is no COCO instance file: it has no list of {key}")
@@ -147,20 +118,15 @@ def check_records(
             i = next(i for i, r in enumerate(records) if name in r and type(r[name]) in wrong)
             value = reprlib.repr(records[i][name])
             raise BadInputError(source, f"{key}[{i}] has the {name} {value}")
-    if key == "categories":
-        _check_categories(records, source)
-
-
-def _check_categories(records: Sequence[dict], source: str | Path) -> None:
+    if key != "categories":
+        return
     if len(records) > _MOST_CATEGORIES:
         raise BadInputError(source, f"has {len(records)} categories, more than {_MOST_CATEGORIES}")
     for i, name in enumerate(record.get("name", "") for record in records):
         if len(name) > _LONGEST_NAME or not name.isprintable():
-            raise BadInputError(
-                source,
-                f"categories[{i}] has the name {reprlib.repr(name)}; give it at most "
-                f"{_LONGEST_NAME} characters, none of them a control character",
-            )
+            reason = f"categories[{i}] has the name {reprlib.repr(name)}; give it at most "
+            reason += f"{_LONGEST_NAME} characters, none of them a control character"
+            raise BadInputError(source, reason)
 
 
 def is_box(value: object) -> bool:
@@ -170,8 +136,7 @@ def is_box(value: object) -> bool:
         and len(value) == 4
         and all(kind is not bool and issubclass(kind, NUMBER) for kind in {*map(type, value)})
         and sum(map(abs, value)) <= FARTHEST  # which NaN is not
-        and value[2] >= 0
-        and value[3] >= 0
+        and min(value[2:]) >= 0
     )
 
 
@@ -184,12 +149,11 @@ def _samples(
     by_image: dict[object, list[dict]] = defaultdict(list)
     for annotation in content["annotations"]:
         with rejects.catch():
-            if annotation["image_id"] not in ids:
-                raise BadInputError(
-                    json_file,
-                    f"{_name(annotation)}: there is no image with id {annotation['image_id']!r}",
-                )
-            by_image[annotation["image_id"]].append(annotation)
+            image_id = annotation["image_id"]
+            if image_id not in ids:
+                reason = f"{_name(annotation)}: there is no image with id {image_id!r}"
+                raise BadInputError(json_file, reason)
+            by_image[image_id].append(annotation)
 
     category_ids = {category["id"] for category in content["categories"]}
     num_moved = 0
@@ -199,9 +163,8 @@ def _samples(
             # which annotations belong to which of the two cannot be known
             for key, counts in (("id", ids), ("file_name", names)):
                 if counts[record[key]] > 1:
-                    raise BadInputError(
-                        path, f"duplicate: several images with {key} {record[key]!r} in {json_file}"
-                    )
+                    reason = f"duplicate: several images with {key} {record[key]!r} in {json_file}"
+                    raise BadInputError(path, reason)
             image = inspect_image(path)
             width, height = record.get("width", image.width), record.get("height", image.height)
             turned = annotated_on_stored_pixels(image, width, height)
@@ -211,27 +174,23 @@ def _samples(
             for annotation in by_image[record["id"]]:
                 try:
                     checked, moved = _check(annotation, height, width, category_ids)
+                    num_moved += moved
+                    if turned:
+                        mask = mask_util.decode(to_rle(checked["segmentation"], height, width))
+                        mask = orient(mask, image.orientation)
+                        kept = {key: checked[key] for key in ("category_id", "iscrowd")}
+                        checked |= masks.annotation_from_mask(mask, **kept)
+                    if (content_of_mask := _content(checked)) in seen:
+                        raise ValueError("listed twice")
                 except ValueError as error:
                     raise BadInputError(path, f"{_name(annotation)}: {error}") from error
-                num_moved += moved
-                if turned:
-                    mask = mask_util.decode(to_rle(checked["segmentation"], height, width))
-                    checked |= annotation_from_mask(
-                        orient(mask, image.orientation),
-                        checked["category_id"],
-                        iscrowd=checked["iscrowd"],
-                    )
-                if _content(checked) in seen:
-                    raise BadInputError(path, f"{_name(annotation)}: listed twice")
-                seen.add(_content(checked))
+                seen.add(content_of_mask)
                 annotations.append(checked)
-            fields = {k: v for k, v in record.items() if k not in IMAGE_FIELDS}
+            fields = {k: v for k, v in record.items() if k not in masks.IMAGE_FIELDS}
             yield Sample(path.relative_to(image_root).as_posix(), image, annotations, fields)
     if num_moved:
-        notes.append(
-            f"{num_moved} boxes differed by more than {_BOX_TOLERANCE:g} pixels from their masks' "
-            "boxes, which are used instead"
-        )
+        text = f"differed by more than {_BOX_TOLERANCE:g} pixels from their masks' boxes"
+        notes.append(f"{num_moved} boxes {text}, which are used instead")
 
 
 def _content(annotation: dict) -> tuple:
@@ -288,26 +247,19 @@ def to_rle(segmentation: object, height: int, width: int) -> dict:
     Raises:
         ValueError: it is malformed, or its size is not that of the image.
     """
-    rles = [_compressed(segmentation, *check_size(height, width))]
+    rles = [_compressed(segmentation, *masks.check_size(height, width))]
     if _check_counts(rles) is not None:
         raise ValueError(_not_covering(height, width))
     return rles[0]
 
 
 def to_rles(
-    segmentations: Sequence[object],
-    sizes: Sequence[tuple[int, int]],
-    name: Callable[[int], str],
+    segmentations: Sequence[object], sizes: Sequence[tuple[int, int]], name: Callable[[int], str]
 ) -> list[dict]:
-    """`to_rle` of many, in a small part of the time.
-
-    Args:
-        segmentations: of COCO files.
-        sizes: of the image of each, as `check_size` gives it.
-        name: what an error calls the segmentation at a place.
+    """`to_rle` of many, in a small part of the time; `sizes` are as `check_size` returns them.
 
     Raises:
-        ValueError: as `to_rle`.
+        ValueError: as `to_rle`; it contains `name` of the segmentation's place.
     """
     rles: list[dict] = []
     for segmentation, size in zip(segmentations, sizes, strict=True):
@@ -328,9 +280,7 @@ def _compressed(segmentation: object, height: int, width: int) -> dict:
             raise ValueError(f"its RLE has size {size}, the image [{height}, {width}]")
         if isinstance(counts, str | bytes):
             if len(counts) > _LONGEST_COUNTS:
-                raise ValueError(
-                    f"its RLE of {len(counts)} characters is longer than that of any mask"
-                )
+                raise ValueError(f"its RLE of {len(counts)} characters is too long for any mask")
             whole = set(map(type, size)) == {int}
             return segmentation if whole else {"size": [height, width], "counts": counts}
         whole = isinstance(counts, list) and set(map(type, counts)) <= {int}
@@ -342,8 +292,8 @@ def _compressed(segmentation: object, height: int, width: int) -> dict:
     for polygon in segmentation:
         if not isinstance(polygon, list) or not _are_numbers(polygon) or len(polygon) % 2:
             raise ValueError("a polygon is not a flat list x1, y1, x2, y2, ...")
-        check_polygon(polygon, height, width)
-    return union(mask_util.frPyObjects(segmentation, height, width))
+        masks.check_polygon(polygon, height, width)
+    return masks.union(mask_util.frPyObjects(segmentation, height, width))
 
 
 def _from_runs(runs: Sequence[int], height: int, width: int) -> dict:
@@ -383,16 +333,11 @@ def _check_counts(rles: list[dict]) -> int | None:
 
 
 def _run_lengths(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes COCO's compressed RLEs.
+    """Decode COCO's compressed RLEs: int32 runs of all, and where those of each text begin.
 
     Base 32, lowest digit first; bit 5 says that more follow, bit 4 of the last is the sign. From
-    the fourth run on, the difference to the run before last. Overflows as in pycocotools.
-
-    Args:
-        texts: one or more; a malformed one is decoded as a single run of no pixels.
-
-    Returns:
-        int32 runs of all; where those of each text begin.
+    the fourth run on, the difference to the run before last. Overflows as in pycocotools. A
+    malformed text is decoded as a single run of no pixels.
     """
     joined = "".join(texts)
     lengths = np.array([len(text) for text in texts])

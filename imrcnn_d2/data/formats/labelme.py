@@ -1,7 +1,4 @@
-"""LabelMe: a JSON file for each image. Read into COCO, and written from it.
-
-https://github.com/wkentaro/labelme; the format of its versions 3 to 6.
-"""
+"""LabelMe's JSON files, one per image: read into COCO, and written from it."""
 
 import argparse
 import base64
@@ -19,261 +16,49 @@ import pycocotools.mask as mask_util
 from PIL import Image
 from tqdm import tqdm
 
-from imrcnn_d2.data.formats.base import (
-    Format,
-    Sample,
-    Source,
-    add_class_arguments,
-    unique_samples,
-)
+from imrcnn_d2.data import masks
+from imrcnn_d2.data.formats import base
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import check_name, inspect_image, list_files, open_image
-from imrcnn_d2.data.masks import (
-    ANNOTATION_FIELDS,
-    IMAGE_FIELDS,
-    Region,
-    annotate,
-    check_classes,
-    check_extent,
-    ellipse_rle,
-    further_fields,
-    mask_polygons,
-    named_categories,
-    patch_rle,
-    polygon_rle,
-    rectangle,
-)
 from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, read_json
 
-__all__ = ["LabelMe", "labelme_document", "read_labelme"]
+_VERSION = "5.5.0"  # of the format
+_FILE_KEYS = ("version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
+# What LabelMe reads of a shape; it keeps other keys as they are.
+_SHAPE_KEYS = ("label", "points", "group_id", "shape_type", "flags", "mask")
+_POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}
+# Flags of a shape become fields of its annotation; COCO's own are no flags, but for iscrowd.
+_NO_FLAGS = tuple(name for name in masks.ANNOTATION_FIELDS if name != "iscrowd")
 
 
-class LabelMe(Format):
+class LabelMe(base.Format):
     name = "labelme"
     help = "own data: LabelMe's JSON files"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_class_arguments(parser)
+        base.add_tool_arguments(parser)
         parser.add_argument("--root", type=Path, required=True, help="folder of the JSON files")
-        parser.add_argument(
-            "--images",
-            type=Path,
-            help="folder of images, laid out as --root is (default: where each file says, in "
-            "--root)",
-        )
+        help_ = "folder of images, laid out as --root is (default: where each file says, in --root)"
+        parser.add_argument("--images", type=Path, help=help_)
 
-    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
-        return read_labelme(args.root, rejects, scratch, args.images, args.classes)
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> base.Source:
+        source = read_labelme(args.root, rejects, scratch, args.images, args.classes)
+        return base.with_lesion_free(source, args.negatives, rejects)
 
-    def write(self, source: Source, names: Mapping[int, str], stage: Path, out: Path) -> list[str]:
-        """Writes NAME.json for each image, with the path of the image.
-
-        Args:
-            source: the data set; its samples are used up.
-            names: of the classes by category id.
-            stage: an empty folder to write into.
-            out: what `stage` will be renamed to.
-
-        Returns:
-            notes for the user: what the format cannot keep.
-
-        Raises:
-            BadInputError: the format cannot hold what the data set has.
-        """
-        for sample in unique_samples(source):
+    def write(self, source: base.Source, stage: Path, out: Path) -> list[str]:
+        """Write NAME.json for each image, with the path of the image."""
+        for sample in base.unique_samples(source):
             name = PurePosixPath(sample.file_name).with_suffix(".json")
-            path = stage / name
+            path, image = stage / name, sample.image
             path.parent.mkdir(parents=True, exist_ok=True)
-            image_path = os.path.relpath(sample.image.path.resolve(), (out / name).parent.resolve())
-            document = labelme_document(
-                sample.annotations,
-                names,
-                Path(image_path).as_posix(),
-                sample.image.height,
-                sample.image.width,
-                fields=further_fields(sample.fields, IMAGE_FIELDS),
-            )
+            image_path = os.path.relpath(image.path.resolve(), (out / name).parent.resolve())
+            fields = masks.further_fields(sample.fields, masks.IMAGE_FIELDS)
+            args = Path(image_path).as_posix(), image.height, image.width
+            names = source.class_names
+            document = labelme_document(sample.annotations, names, *args, fields=fields)
             text = json.dumps(document, ensure_ascii=False, indent=2)
             path.write_text(text + "\n", encoding="utf-8")
         return []
-
-
-# What LabelMe reads of a shape; it keeps other keys as they are.
-_SHAPE_KEYS = ("label", "points", "group_id", "shape_type", "flags", "mask")
-_POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}
-
-
-def _shape_rle(shape: Mapping, height: int, width: int) -> dict:
-    """Compressed COCO RLE of a shape in an image of that size."""
-    kind = shape.get("shape_type") or "polygon"  # not in old files
-    points = shape.get("points")
-    if not isinstance(points, list) or not all(
-        isinstance(point, list) and len(point) == 2 for point in points
-    ):
-        raise ValueError("its points are no list of [x, y]")
-    if not isinstance(kind, str) or kind not in (*_POINTS, "polygon"):
-        raise ValueError(f"{kind!r} is no area; make it a polygon, or take it out of the file")
-    if len(points) != _POINTS.get(kind, len(points)):
-        raise ValueError(f"a {kind} has {len(points)} points instead of {_POINTS[kind]}")
-    flat = list(chain.from_iterable(points))
-    check_extent(flat, height, width)
-    if kind == "rectangle":
-        return polygon_rle(rectangle(*flat).tolist(), height, width)
-    if kind == "circle":
-        (x, y), (x_edge, y_edge) = points
-        radius = float(np.hypot(x_edge - x, y_edge - y))
-        return ellipse_rle((x, y), (radius, radius), height, width)
-    if kind == "mask":
-        left, top = (round(value) for value in flat[:2])
-        return patch_rle(_decode(shape.get("mask")), left, top, height, width)
-    return polygon_rle(points, height, width)
-
-
-def _shapes(
-    annotation: Mapping,
-    label: str,
-    height: int,
-    width: int,
-    group_id: int,
-    fill_holes: bool = False,
-) -> list[dict]:
-    """The shapes of a COCO annotation, of one `group_id` if several; with holes, a mask."""
-    areas = _areas(annotation, height, width, fill_holes)
-    further = further_fields(annotation, (*ANNOTATION_FIELDS, *_SHAPE_KEYS, "score"))
-    flags = {key: further.pop(key) for key in list(further) if isinstance(further[key], bool)}
-    if annotation.get("iscrowd"):
-        flags["iscrowd"] = True
-    description = str(further.pop("description", ""))
-    if annotation.get("score") is not None:
-        description = f"score {annotation['score']:.4f}"
-    common = {
-        **further,
-        "label": label,
-        "group_id": group_id if len(areas) > 1 else None,
-        "description": description,
-        "flags": flags,
-        "mask": None,
-    }
-    return [{**common, **area} for area in areas]
-
-
-def _areas(annotation: Mapping, height: int, width: int, fill_holes: bool) -> list[dict]:
-    """Type and points of each shape."""
-    if "segmentation" not in annotation:
-        x, y, box_width, box_height = annotation["bbox"]
-        points = [[x, y], [x + box_width, y + box_height]]
-        return [{"shape_type": "rectangle", "points": points}]
-    rle = to_rle(annotation["segmentation"], height, width)
-    mask = mask_util.decode(rle)
-    polygons = mask_polygons(mask, fill_holes)
-    if polygons is not None:
-        return [{"shape_type": "polygon", "points": points.tolist()} for points in polygons]
-    left, top, box_width, box_height = mask_util.toBbox(rle).astype(int).tolist()
-    right, bottom = left + box_width, top + box_height
-    return [
-        {
-            "shape_type": "mask",
-            "points": [[left, top], [right - 1, bottom - 1]],  # pixels, the last one included
-            "mask": _encode(mask[top:bottom, left:right]),
-        }
-    ]
-
-
-def _encode(patch: np.ndarray) -> str:
-    stream = io.BytesIO()
-    Image.fromarray(patch).save(stream, "PNG")
-    return base64.b64encode(stream.getvalue()).decode("ascii")
-
-
-def _decode(text: object) -> np.ndarray:
-    """(h, w) bool of a base64 PNG."""
-    if not isinstance(text, str):
-        raise ValueError("its mask is no text of base64")
-    try:
-        with open_image(io.BytesIO(base64.b64decode(text, validate=True)), ["PNG"]) as file:
-            patch = np.asarray(file)
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise ValueError(f"its mask is no PNG in base64 ({error})") from error
-    if patch.ndim != 2:
-        raise ValueError("its mask has several channels; LabelMe's have one")
-    return patch != 0
-
-
-VERSION = "5.5.0"  # of the format
-_FILE_KEYS = ("version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
-# Flags of a shape become fields of its annotation; COCO's own are no flags, but for iscrowd.
-_NO_FLAGS = tuple(name for name in ANNOTATION_FIELDS if name != "iscrowd")
-
-
-@dataclass(frozen=True)
-class _File:
-    """A LabelMe file, but for the image it may hold."""
-
-    path: Path
-    image_path: Path | None  # None if only its pixels are in the file
-    content: dict
-
-
-def read_labelme(
-    root: Path,
-    rejects: Rejects,
-    scratch: Path,
-    images: Path | None = None,
-    classes: Sequence[str] | None = None,
-) -> Source:
-    """Reads a folder of LabelMe files. Every image needs one; without shapes it is lesion-free.
-
-    Polygons, rectangles, circles and masks are areas; those of one label and ``group_id`` are one
-    instance. Flags become fields of the image or annotation, as do further keys that LabelMe
-    keeps for others; a shape's flag ``iscrowd`` is COCO's.
-
-    Args:
-        root: has the JSON files, in folders of its own or not.
-        rejects: takes bad input.
-        scratch: an empty folder for images that are only in the files; it must stay.
-        images: has the images, laid out as the JSON files are; None if each lies where its file
-            says, inside `root`.
-        classes: the labels in their order; None takes those found, sorted.
-
-    Raises:
-        FileNotFoundError: a folder is missing.
-        BadInputError: bad input under ``on_error="raise"``, such as an image without a file;
-            always if there is no usable file at all.
-    """
-    folder = root if images is None else images
-    files_of_images = list_files(folder, rejects)
-    paths = files_of_images if images is None else list_files(root, rejects)
-    paths = [path for path in paths if path.suffix.lower() == ".json"]
-    files: list[_File] = []
-    for path in tqdm(paths, desc="Reading LabelMe files", unit="file"):
-        with rejects.catch():
-            files.append(_read(path, root, images, rejects.follow_links))
-    if not files:
-        raise BadInputError(root, "there is no LabelMe file (*.json) in it that can be used")
-    labels = {shape["label"] for file in files for shape in file.content["shapes"]}
-    categories = named_categories(labels, classes, root)
-    ids = {category["name"]: category["id"] for category in categories}
-    notes: list[str] = []
-
-    def samples() -> Iterator[Sample]:
-        uses = Counter(file.image_path for file in files)
-        for file in tqdm(files, desc="Reading images", unit="image"):
-            with rejects.catch():
-                if file.image_path is not None and uses[file.image_path] > 1:
-                    raise BadInputError(
-                        file.path, f"duplicate: several LabelMe files are of {file.image_path}"
-                    )
-                yield _sample(file, root, folder, scratch, ids, notes)
-        for path in files_of_images:
-            if path.suffix.lower() in Image.registered_extensions() and path not in uses:
-                with rejects.catch():
-                    raise BadInputError(
-                        path,
-                        "has no LabelMe file, so nobody has said whether it shows a lesion; save "
-                        "one, or give lesion-free images as --negatives",
-                    )
-
-    return Source(samples(), categories, {"description": "from LabelMe"}, notes)
 
 
 def labelme_document(
@@ -286,14 +71,12 @@ def labelme_document(
     fields: Mapping | None = None,
     fill_holes: bool = False,
 ) -> dict:
-    """What a LabelMe file of an image holds. LabelMe opens it, and keeps what it does not know.
+    """The content of an image's LabelMe file, from COCO annotations. LabelMe keeps further keys.
 
     Args:
-        annotations: COCO annotations, those without an area, which name a class of the whole image,
-            have no shape.
+        annotations: those without a box, which name a class of the whole image, are left out.
         names: of the classes by category id.
         image_path: relative to where the file will lie.
-        height, width: of the image in pixels.
         fields: further fields of the image; truth values become its flags.
         fill_holes: fill holes of masks, which become polygons in any case.
     """
@@ -302,11 +85,11 @@ def labelme_document(
         if "bbox" in annotation:
             label = names[annotation["category_id"]]
             shapes += _shapes(annotation, label, height, width, number, fill_holes)
-    fields = dict(fields or {})
-    flags = {key: fields.pop(key) for key in list(fields) if isinstance(fields[key], bool)}
+    fields = fields or {}
+    flags = {key: value for key, value in fields.items() if isinstance(value, bool)}
     return {
-        **{key: value for key, value in fields.items() if key not in _FILE_KEYS},
-        "version": VERSION,
+        **{key: fields[key] for key in fields if key not in (*_FILE_KEYS, *flags)},
+        "version": _VERSION,
         "flags": flags,
         "shapes": shapes,
         "imagePath": image_path,
@@ -314,6 +97,102 @@ def labelme_document(
         "imageHeight": height,
         "imageWidth": width,
     }
+
+
+def _shapes(
+    annotation: Mapping, label: str, height: int, width: int, group_id: int, fill_holes: bool
+) -> list[dict]:
+    """The shapes of a COCO annotation, of one `group_id` if several; with holes, a mask."""
+    areas = _areas(annotation, height, width, fill_holes)
+    further = masks.further_fields(annotation, (*masks.ANNOTATION_FIELDS, *_SHAPE_KEYS, "score"))
+    flags = {key: further.pop(key) for key in list(further) if isinstance(further[key], bool)}
+    if annotation.get("iscrowd"):
+        flags["iscrowd"] = True
+    description = str(further.pop("description", ""))
+    if annotation.get("score") is not None:
+        description = f"score {annotation['score']:.4f}"
+    common = {**further, "label": label, "group_id": group_id if len(areas) > 1 else None}
+    common |= {"description": description, "flags": flags, "mask": None}
+    return [{**common, **area} for area in areas]
+
+
+def _areas(annotation: Mapping, height: int, width: int, fill_holes: bool) -> list[dict]:
+    """Type and points of each shape."""
+    if "segmentation" not in annotation:
+        x, y, w, h = annotation["bbox"]
+        return [{"shape_type": "rectangle", "points": [[x, y], [x + w, y + h]]}]
+    rle = to_rle(annotation["segmentation"], height, width)
+    mask = mask_util.decode(rle)
+    polygons = masks.mask_polygons(mask, fill_holes)
+    if polygons is not None:
+        return [{"shape_type": "polygon", "points": points.tolist()} for points in polygons]
+    left, top, w, h = mask_util.toBbox(rle).astype(int).tolist()
+    stream = io.BytesIO()
+    Image.fromarray(mask[top : top + h, left : left + w]).save(stream, "PNG")
+    text = base64.b64encode(stream.getvalue()).decode("ascii")
+    corners = [[left, top], [left + w - 1, top + h - 1]]  # pixels, the last one included
+    return [{"shape_type": "mask", "points": corners, "mask": text}]
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    image_path: Path | None  # None if only its pixels are in the file
+    content: dict  # but for the pixels
+
+
+def read_labelme(
+    root: Path,
+    rejects: Rejects,
+    scratch: Path,
+    images: Path | None = None,
+    classes: base.Names = None,
+) -> base.Source:
+    """Read a folder of LabelMe files. Every image needs one; without shapes it is lesion-free.
+
+    Polygons, rectangles, circles and masks are areas; those of one label and ``group_id`` are one
+    instance. Flags become fields of the image or annotation, as do further keys that LabelMe
+    keeps for others; a shape's flag ``iscrowd`` is COCO's.
+
+    Args:
+        scratch: an empty folder for images that are only in the files; it must stay.
+        images: has the images, laid out as the JSON files are; None if each lies where its file
+            says, inside `root`.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        BadInputError: bad input under ``on_error="raise"``, or no usable file at all.
+    """
+    folder = root if images is None else images
+    files_of_images = list_files(folder, rejects)
+    paths = files_of_images if images is None else list_files(root, rejects)
+    paths = [path for path in paths if path.suffix.lower() == ".json"]
+    files: list[_File] = []
+    for path in tqdm(paths, desc="Reading LabelMe files", unit="file"):
+        with rejects.catch():
+            files.append(_read(path, root, images, rejects.follow_links))
+    if not files:
+        raise BadInputError(root, "there is no LabelMe file (*.json) in it that can be used")
+    labels = {shape["label"] for file in files for shape in file.content["shapes"]}
+    categories = masks.named_categories(labels, classes, root)
+    ids = {category["name"]: category["id"] for category in categories}
+    notes: list[str] = []
+
+    def samples() -> Iterator[base.Sample]:
+        uses = Counter(file.image_path for file in files)
+        for file in tqdm(files, desc="Reading images", unit="image"):
+            with rejects.catch():
+                if file.image_path is not None and uses[file.image_path] > 1:
+                    reason = f"duplicate: several LabelMe files are of {file.image_path}"
+                    raise BadInputError(file.path, reason)
+                yield _sample(file, root, folder, scratch, ids, notes)
+        for path in files_of_images:
+            if path.suffix.lower() in Image.registered_extensions() and path not in uses:
+                with rejects.catch():
+                    remedy = "save one, or give lesion-free images as --negatives"
+                    raise BadInputError(path, f"has no LabelMe file; {remedy}")
+
+    return base.Source(samples(), categories, {"description": "from LabelMe"}, notes)
 
 
 def _read(path: Path, root: Path, images: Path | None, follow_links: bool) -> _File:
@@ -329,17 +208,15 @@ def _read(path: Path, root: Path, images: Path | None, follow_links: bool) -> _F
     for key in ("imageHeight", "imageWidth"):
         if not isinstance(content.get(key), int | None):
             raise BadInputError(path, f"its {key} {content[key]!r} is no number of pixels")
-    _check_flags(path, content, IMAGE_FIELDS)
+    _check_flags(path, content, masks.IMAGE_FIELDS)
     embedded = content.pop("imageData", None)
     image = _locate(path, content["imagePath"], root, images)
     if image is not None:
         check_inside(root if images is None else images, image, follow_links)
     if image is None or not image.is_file():
         if not isinstance(embedded, str):
-            where = content["imagePath"] if image is None else image
-            raise BadInputError(
-                path, f"there is no image {where}; name the folder of images with --images"
-            )
+            reason = f"there is no image {image or content['imagePath']}; name its folder: --images"
+            raise BadInputError(path, reason)
         image = None
     return _File(path, image, content)
 
@@ -349,7 +226,7 @@ def _check_flags(path: Path, entry: dict, reserved: Sequence[str]) -> None:
     if not isinstance(flags, dict) or not all(isinstance(v, bool) for v in flags.values()):
         raise BadInputError(path, f"the flags {flags!r} are not all true or false")
     if clash := sorted(set(flags) & set(reserved)):
-        raise BadInputError(path, f"there is a flag called {clash[0]!r}; give it another name")
+        raise BadInputError(path, f"there is a flag {clash[0]!r}; give it another name")
 
 
 def _locate(path: Path, image_path: object, root: Path, images: Path | None) -> Path | None:
@@ -368,28 +245,37 @@ def _locate(path: Path, image_path: object, root: Path, images: Path | None) -> 
 
 
 def _sample(
-    file: _File,
-    root: Path,
-    folder: Path,
-    scratch: Path,
-    category_ids: Mapping[str, int],
-    notes: list[str],
-) -> Sample:
+    file: _File, root: Path, folder: Path, scratch: Path, ids: Mapping[str, int], notes: list[str]
+) -> base.Sample:
     path, content = file.image_path, file.content
     if path is None:
         path, folder = _unpack(file, root, scratch), scratch
-        notes.append(f"{file.path}: its image is not there, the copy inside the file is used")
+        notes.append(f"{file.path}: its image is missing, the copy inside the file is used")
     image = inspect_image(path)
     size = (content.get("imageWidth") or image.width, content.get("imageHeight") or image.height)
-    check_classes((shape["label"] for shape in content["shapes"]), category_ids, file.path)
+    masks.check_classes((shape["label"] for shape in content["shapes"]), ids, file.path)
     regions = (_region(file.path, i, shape, *size) for i, shape in enumerate(content["shapes"]))
-    annotations = annotate(image, size, regions, category_ids, notes)
-    fields = further_fields(content, (*IMAGE_FIELDS, *_FILE_KEYS))
+    annotations = masks.annotate(image, size, regions, ids, notes)
+    fields = masks.further_fields(content, (*masks.IMAGE_FIELDS, *_FILE_KEYS))
     fields |= content.get("flags") or {}
-    return Sample(path.relative_to(folder).as_posix(), image, annotations, fields)
+    return base.Sample(path.relative_to(folder).as_posix(), image, annotations, fields)
 
 
-def _region(path: Path, number: int, shape: dict, width: int, height: int) -> Region:
+def _unpack(file: _File, root: Path, scratch: Path) -> Path:
+    """Write the image that is in the file; return where."""
+    try:
+        data = base64.b64decode(read_json(file.path)["imageData"], validate=True)
+        with open_image(io.BytesIO(data)) as image:
+            suffix = ".jpg" if image.format == "JPEG" else f".{image.format.lower()}"
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise BadInputError(file.path, f"its imageData is no readable image ({error})") from error
+    target = scratch / file.path.relative_to(root).with_suffix(suffix)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+    return target
+
+
+def _region(path: Path, number: int, shape: dict, width: int, height: int) -> masks.Region:
     _check_flags(path, shape, _NO_FLAGS)
     label, group = shape["label"], shape.get("group_id")
     try:
@@ -398,21 +284,47 @@ def _region(path: Path, number: int, shape: dict, width: int, height: int) -> Re
         rle = _shape_rle(shape, height, width)
     except ValueError as error:
         raise BadInputError(path, f"shapes[{number}], {label!r}: {error}") from error
-    fields = further_fields(shape, (*ANNOTATION_FIELDS, *_SHAPE_KEYS))
+    fields = masks.further_fields(shape, (*masks.ANNOTATION_FIELDS, *_SHAPE_KEYS))
     if not fields.get("description"):
         fields.pop("description", None)
-    return Region(label, rle, group, {**fields, **(shape.get("flags") or {})})
+    return masks.Region(label, rle, group, {**fields, **(shape.get("flags") or {})})
 
 
-def _unpack(file: _File, root: Path, scratch: Path) -> Path:
-    """Writes the image that is in the file, and returns where."""
+def _shape_rle(shape: Mapping, height: int, width: int) -> dict:
+    """Compressed COCO RLE of a shape in an image of that size."""
+    kind = shape.get("shape_type") or "polygon"  # not in old files
+    points = shape.get("points")
+    if not isinstance(points, list) or not all(
+        isinstance(point, list) and len(point) == 2 for point in points
+    ):
+        raise ValueError("its points are no list of [x, y]")
+    if not isinstance(kind, str) or kind not in (*_POINTS, "polygon"):
+        raise ValueError(f"{kind!r} is no area; make it a polygon, or take it out of the file")
+    if len(points) != _POINTS.get(kind, len(points)):
+        raise ValueError(f"a {kind} has {len(points)} points instead of {_POINTS[kind]}")
+    flat = list(chain.from_iterable(points))
+    masks.check_extent(flat, height, width)
+    if kind == "rectangle":
+        return masks.polygon_rle(masks.rectangle(*flat).tolist(), height, width)
+    if kind == "circle":
+        (x, y), (x_edge, y_edge) = points
+        radius = float(np.hypot(x_edge - x, y_edge - y))
+        return masks.ellipse_rle((x, y), (radius, radius), height, width)
+    if kind == "mask":
+        left, top = (round(value) for value in flat[:2])
+        return masks.patch_rle(_decode(shape.get("mask")), left, top, height, width)
+    return masks.polygon_rle(points, height, width)
+
+
+def _decode(text: object) -> np.ndarray:
+    """(h, w) bool of a base64 PNG."""
+    if not isinstance(text, str):
+        raise ValueError("its mask is no text of base64")
     try:
-        data = base64.b64decode(read_json(file.path)["imageData"], validate=True)
-        with open_image(io.BytesIO(data)) as image:
-            suffix = ".jpg" if image.format == "JPEG" else f".{image.format.lower()}"
-    except Exception as error:  # as of any image, see images.py
-        raise BadInputError(file.path, f"its imageData is no readable image ({error})") from error
-    target = scratch / file.path.relative_to(root).with_suffix(suffix)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(data)
-    return target
+        with open_image(io.BytesIO(base64.b64decode(text, validate=True)), ["PNG"]) as file:
+            patch = np.asarray(file)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise ValueError(f"its mask is no PNG in base64 ({error})") from error
+    if patch.ndim != 2:
+        raise ValueError("its mask has several channels; LabelMe's have one")
+    return patch != 0

@@ -2,8 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -11,13 +10,7 @@ import pycocotools.mask as mask_util
 from PIL import Image
 from tqdm import tqdm
 
-from imrcnn_d2.data.formats.base import (
-    Format,
-    Sample,
-    Source,
-    add_class_arguments,
-    unique_samples,
-)
+from imrcnn_d2.data.formats import base
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import (
     SourceImage,
@@ -42,27 +35,23 @@ from imrcnn_d2.data.masks import (
 )
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
-__all__ = ["KINDS", "MaskFolder", "add_min_area_argument", "read_mask_folder"]
-
-
 KINDS = ("binary", "classes", "instances", "files")
-# Of an instance's file: its image's name, a separator, perhaps the class, perhaps a number.
+# An instance's file: the name of its image, a separator, perhaps the class, perhaps a number.
 _NUMBER = re.compile(r"(^|[ _.-])\d+$", re.ASCII)
 _SEPARATORS = " _.-/"
 # A class name that could not be read back from a file name.
 _UNREADABLE_CLASS = re.compile(r'[/\\:*?"<>|\0]|^[ ._-]|[ ._-]$|[ ._-]\d+$')
 
 
-class MaskFolder(Format):
+class MaskFolder(base.Format):
     name = "masks"
     help = "own data: mask images, of four kinds"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_class_arguments(parser)
+        base.add_tool_arguments(parser)
         parser.add_argument("--images", type=Path, required=True, help="folder of images")
-        parser.add_argument(
-            "--masks", type=Path, required=True, help="folder of masks, named alike"
-        )
+        help_ = "folder of masks, named alike"
+        parser.add_argument("--masks", type=Path, required=True, help=help_)
         parser.add_argument(
             "--kind",
             choices=KINDS,
@@ -76,38 +65,31 @@ class MaskFolder(Format):
         )
         add_min_area_argument(parser)
 
-    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
-        return read_mask_folder(
-            args.images,
-            args.masks,
-            rejects,
-            args.kind,
-            classes=args.classes,
-            suffix=args.suffix,
-            min_area=args.min_area,
-        )
+    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> base.Source:
+        options = {"classes": args.classes, "suffix": args.suffix, "min_area": args.min_area}
+        source = read_mask_folder(args.images, args.masks, rejects, args.kind, **options)
+        return base.with_lesion_free(source, args.negatives, rejects)
 
-    def write(self, source: Source, names: Mapping[int, str], stage: Path, out: Path) -> list[str]:
-        """Writes NAME/CLASS_1.png for each instance, 0 and 255; NAME/0.png, all 0, without one.
-
-        As `LabelMe.write`.
-        """
+    def write(self, source: base.Source, stage: Path, out: Path) -> list[str]:
+        """Write NAME/CLASS_1.png for each instance, 0 and 255; NAME/0.png, all 0, without one."""
+        names = source.class_names
         for name in names.values():
             if _UNREADABLE_CLASS.search(name) or name.isdigit():
-                raise BadInputError(name, "this class cannot be told from a file's name; rename it")
+                raise BadInputError(
+                    name, "cannot be read back from a file's name; rename the class"
+                )
         lost: set[str] = set()
-        for sample in unique_samples(source):
+        for sample in base.unique_samples(source):
             folder = stage / PurePosixPath(sample.file_name).with_suffix("")
             folder.mkdir(parents=True)
-            height, width = sample.image.height, sample.image.width
+            size = sample.image.height, sample.image.width
             if not sample.annotations:
-                Image.fromarray(np.zeros((height, width), np.uint8)).save(folder / "0.png")
+                Image.fromarray(np.zeros(size, np.uint8)).save(folder / "0.png")
             for number, annotation in enumerate(sample.annotations, start=1):
                 if annotation["iscrowd"]:
-                    raise BadInputError(
-                        sample.image.path, "has a crowd region, which masks cannot mark as one"
-                    )
-                mask = mask_util.decode(to_rle(annotation["segmentation"], height, width)) * 255
+                    reason = "has a crowd region, which masks cannot mark as one"
+                    raise BadInputError(sample.image.path, reason)
+                mask = mask_util.decode(to_rle(annotation["segmentation"], *size)) * 255
                 label = names[annotation["category_id"]]
                 Image.fromarray(mask).save(folder / f"{label}_{number}.png")
                 lost |= further_fields(annotation, ANNOTATION_FIELDS).keys()
@@ -134,8 +116,8 @@ def read_mask_folder(
     suffix: str = "",
     min_area: int = MIN_AREA,
     require_lesion: bool = False,
-) -> Source:
-    """Reads images with masks of the same name, but for the file type and `suffix`.
+) -> base.Source:
+    """Read images with masks of the same name, but for the file type and `suffix`.
 
     - binary: white is lesion. In a JPEG, and where there are grey values, that is 128 or more;
       else everything but 0. Each connected component (8-connectivity) is an instance.
@@ -143,18 +125,14 @@ def read_mask_folder(
       component of a class is an instance.
     - instances: pixels are 0 for background, each other value is an instance.
     - files: a file for each instance, whole: NAME_1.png, NAME_polyp_2.png, or NAME/1.png,
-      NAME/polyp_2.png. With one class, or none given, the part between needs not be one.
+      NAME/polyp_2.png. With one class, or none given, the part between can be anything.
 
     A mask of nothing but 0 says that its image is lesion-free; an image without a mask is bad
     input.
 
     Args:
-        images, masks: the folders.
-        rejects: takes bad input.
-        kind: one of `KINDS`.
         classes: their names in order; None is one, "lesion", or with "files" those that the files
             name. "binary" and "instances" take one.
-        suffix: of the masks' names, e.g. "_segmentation".
         min_area: with "binary" and "classes", smaller components, in pixels, are dropped and
             counted.
         require_lesion: with "binary", for data sets distributed as JPEG: lesion is 128 or brighter
@@ -175,11 +153,23 @@ def read_mask_folder(
         labels = {label for masks_of_image in files.values() for _, label in masks_of_image}
         classes = sorted(labels - {""}) or ["lesion"]
     categories = named_categories((), classes, masks)
-    notes: list[str] = []
-    category_ids = {category["name"]: category["id"] for category in categories}
-    reader = _Reader(kind, category_ids, min_area, require_lesion)
-    samples = _samples(images, image_paths, files, reader, rejects, notes)
-    return Source(samples, categories, {"description": f"from masks of kind {kind}"}, notes)
+    reader = _Reader(kind, {c["name"]: c["id"] for c in categories}, min_area, require_lesion)
+
+    def samples() -> Iterator[base.Sample]:
+        for stem, path in tqdm(image_paths.items(), desc="Reading images", unit="image"):
+            with rejects.catch():
+                image = inspect_image(path)
+                annotations = reader.read(image, files[stem])
+                yield base.Sample(path.relative_to(images).as_posix(), image, annotations)
+        if min_area > 1 and kind in ("binary", "classes"):
+            text = f"specks of fewer than {min_area} pixels left out of the masks"
+            reader.notes.append(f"{reader.specks} {text}")
+        if reader.empty:
+            text = "images have an empty mask and are taken as lesion-free"
+            reader.notes.append(f"{reader.empty} {text}")
+
+    info = {"description": f"from masks of kind {kind}"}
+    return base.Source(samples(), categories, info, reader.notes)
 
 
 def _assign(
@@ -190,11 +180,11 @@ def _assign(
     for path in list_files(masks, rejects):
         stem = path.relative_to(masks).with_suffix("").as_posix()
         with rejects.catch():
-            label = ""
+            image, label = None, ""
             if kind == "files":
                 image, label = _image_and_label(path, stem, images)
-            else:
-                image = stem.removesuffix(suffix) if stem.endswith(suffix) else None
+            elif stem.endswith(suffix):
+                image = stem.removesuffix(suffix)
             if image not in files:
                 raise BadInputError(path, "mask without an image")
             if kind != "files" and files[image]:
@@ -210,113 +200,76 @@ def _image_and_label(path: Path, stem: str, images: Collection[str]) -> tuple[st
     folders = [start for start in starts if stem[len(start) :].startswith("/")]
     starts = folders[:1] or starts
     if len(starts) > 1:
-        raise BadInputError(
-            path,
-            f"could be of {' or '.join(starts)}; put it into a folder with the name of its image",
-        )
+        reason = f"could be of {' or '.join(starts)}; put it into a folder named as its image"
+        raise BadInputError(path, reason)
     if not starts:
         return None, ""
     return starts[0], _NUMBER.sub("", stem.removeprefix(starts[0]).strip(_SEPARATORS))
 
 
-def _samples(
-    images: Path,
-    image_paths: Mapping[str, Path],
-    files: Mapping[str, Sequence[tuple[Path, str]]],
-    reader: "_Reader",
-    rejects: Rejects,
-    notes: list[str],
-) -> Iterator[Sample]:
-    for stem, path in tqdm(image_paths.items(), desc="Reading images", unit="image"):
-        with rejects.catch():
-            image = inspect_image(path)
-            annotations = reader.read(image, files[stem], notes)
-            yield Sample(path.relative_to(images).as_posix(), image, annotations)
-    if reader.min_area > 1 and reader.kind in ("binary", "classes"):
-        notes.append(
-            f"{reader.specks} specks of fewer than {reader.min_area} pixels left out of the masks"
-        )
-    if reader.empty:
-        notes.append(f"{reader.empty} images have an empty mask and are taken as lesion-free")
-
-
-@dataclass
 class _Reader:
     """Reads the masks of one image after the other, and counts what is left out."""
 
-    kind: str
-    category_ids: dict[str, int]
-    min_area: int
-    require_lesion: bool
-    specks: int = 0
-    empty: int = 0
+    def __init__(
+        self, kind: str, category_ids: dict[str, int], min_area: int, require_lesion: bool
+    ):
+        self.kind, self.category_ids = kind, category_ids
+        self.min_area, self.require_lesion = min_area, require_lesion
+        self.specks = self.empty = 0
+        self.notes: list[str] = []
 
-    def read(
-        self, image: SourceImage, files: Sequence[tuple[Path, str]], notes: list[str]
-    ) -> list[dict]:
+    def read(self, image: SourceImage, files: Sequence[tuple[Path, str]]) -> list[dict]:
         if not files:
-            remedy = "give lesion-free images as --negatives"
-            if not self.require_lesion:
-                remedy += ", or one of nothing but 0"
-            raise BadInputError(image.path, f"has no mask; {remedy}")
+            remedy = "" if self.require_lesion else ", or one of nothing but 0"
+            reason = f"has no mask; give lesion-free images as --negatives{remedy}"
+            raise BadInputError(image.path, reason)
         annotations: list[dict] = []
         for path, label in files:
-            values = self._values(path, image, notes)
-            instances = self._instances(values, path, label)
+            values = self._values(path, image)
+            instances = self._instances(values, path, label) if values.any() else []
             if not instances and self.require_lesion:
-                raise BadInputError(
-                    path,
-                    f"empty mask: nothing of at least {self.min_area} pixels is 128 or brighter; "
-                    "lesion-free images belong in the folder given as --negatives",
-                )
+                reason = f"empty mask: no {self.min_area} pixels together are 128 or brighter; "
+                raise BadInputError(path, f"{reason}give lesion-free images as --negatives")
             if not instances and (values.any() or len(files) > 1):
                 raise BadInputError(path, f"has no part of at least {self.min_area} pixels")
             annotations += instances
         self.empty += not annotations
         return annotations
 
-    def _values(self, path: Path, image: SourceImage, notes: list[str]) -> np.ndarray:
+    def _values(self, path: Path, image: SourceImage) -> np.ndarray:
         """(H, W) of the mask in the frame of the image as read."""
         values, lossy = (read_mask(path), False) if self.require_lesion else read_values(path)
         if self.kind in ("binary", "files") and (lossy or len(np.unique(values)) > 2):
-            highest = values.max()
+            if not lossy and (highest := values.max()) < 128:
+                reason = f"no pixel is 128 or brighter, the highest is {highest}; if they number "
+                raise BadInputError(path, f"{reason}classes or instances, give --kind")
             values = values >= 128
-            if not lossy and highest < 128:
-                raise BadInputError(
-                    path,
-                    f"no pixel is 128 or brighter, the highest is {highest}; give --kind if they "
-                    "number classes or instances",
-                )
         elif lossy:
             raise BadInputError(path, "is a JPEG, which does not keep numbers; save it as PNG")
         if annotated_on_stored_pixels(image, values.shape[1], values.shape[0]):
-            values = orient(values, image.orientation)
-        elif image.orientation != 1:
-            notes.append(f"{path}: EXIF-rotated image, mask taken as of the rotated image")
+            return orient(values, image.orientation)
+        if image.orientation != 1:
+            self.notes.append(f"{path}: EXIF-rotated image, mask taken as of the rotated image")
         return values
 
     def _instances(self, values: np.ndarray, path: Path, label: str) -> list[dict]:
-        if not values.any():
-            return []
+        """The annotations of a mask that is not empty."""
         if self.kind == "files":
             if len(self.category_ids) > 1:
                 check_classes([label], self.category_ids, path)
-            category_id = self.category_ids.get(label, next(iter(self.category_ids.values())))
-            return [annotation_from_mask(values != 0, category_id)]
+            return [annotation_from_mask(values != 0, self.category_ids.get(label, 1))]
         if self.kind == "instances":
             numbers = np.unique(values[values != 0])
             if len(numbers) > MOST_INSTANCES:
-                raise BadInputError(
-                    path, f"has {len(numbers)} instances, more than {MOST_INSTANCES}; check --kind"
-                )
+                reason = f"has {len(numbers)} instances, more than {MOST_INSTANCES}; check --kind"
+                raise BadInputError(path, reason)
             return [annotation_from_mask(values == number, 1) for number in numbers]
         if self.kind == "binary":
             values = values != 0
-        if values.max() > len(self.category_ids):
+        if (highest := values.max()) > len(self.category_ids):
+            names = ", ".join(f"{id_} {name}" for name, id_ in self.category_ids.items())
             raise BadInputError(
-                path,
-                f"has the value {values.max()}; the classes are 0 background, "
-                + ", ".join(f"{i} {name}" for name, i in self.category_ids.items()),
+                path, f"has the value {highest}; the classes are 0 background, {names}"
             )
         annotations = []
         for category_id in self.category_ids.values():

@@ -20,42 +20,46 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 
 from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.formats.base import Sample, Source
 from imrcnn_d2.data.formats.coco import to_rle
-from imrcnn_d2.data.images import SourceImage, inspect_image, read_image
+from imrcnn_d2.data.images import inspect_image, read_image
 from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS, annotation_from_mask
 from imrcnn_d2.utils.files import BadInputError, Rejects, csv_lines, read_rows, regular_file
 
-__all__ = ["PrivateRejects", "Pseudonyms", "deidentified", "parse_keep"]
-
+# Which values of a field pass: those listed, numbers from the first to the second, or all.
+Rule = frozenset[str] | tuple[float, float] | None
 
 _HEX_DIGITS = 16  # of a new name: 64 bits, so that two of a million images hardly share one
 _KEY_BYTES = 32
+_CUT = 0.01  # share of a lesion's area that may lie beyond the view without a note
+# A range in `--keep FIELD=LOW:HIGH`.
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_RANGE = re.compile(rf"({_NUMBER}):({_NUMBER})", re.ASCII)
+_SHOWN_VALUES, _EXAMINED_IMAGES = 12, 1000  # of a field whose rule is missing
+_CATEGORY_FIELDS = ("id", "name", "supercategory")
+_IDS = {"patient_id": "patient", "lesion_id": "lesion"}
+_NEVER_KEPT = {*_IDS, *IMAGE_FIELDS, *ANNOTATION_FIELDS, "group_id"}
+_INFO = {
+    "description": "De-identified: cropped to the endoscope's view, all else blanked, names and "
+    "ids replaced by keyed hashes. Writing inside the view is not removed."
+}
 
 
 class Pseudonyms:
     """New names for images, patients and lesions, by HMAC-SHA256 (RFC 2104) with a key.
 
     The same name gets the same new one with the same key. Which became which is written to
-    a table next to the key: either one identifies the patients.
-
-    Args:
-        key_file: 64 hexadecimal digits; made, readable by its owner only, if it does not exist.
-        out: the data set's folder, in which neither file may lie.
-
-    Attributes:
-        table: the file with which became which, grown by `write_table`.
-        rejected: next to it, named after `out` too, for the list of what was left out.
+    a table next to the key: either one identifies the patients. The key has 64 hexadecimal digits;
+    it is made, readable by its owner only, if it does not exist.
 
     Raises:
-        BadInputError: the file holds no key, others can read it, or it lies in `out`.
+        BadInputError: the file holds no key, others can read it, or it lies in the data set `out`.
     """
 
     def __init__(self, key_file: Path, out: Path):
@@ -63,17 +67,12 @@ class Pseudonyms:
         if out.resolve() in (*key_file.resolve().parents, *location.parents):
             raise BadInputError(key_file, f"the key must not lie in the data set's folder {out}")
         self._key = _read_or_make_key(key_file)
-        self.table = key_file.with_name(f"{key_file.name}.names.csv")
+        self.table = key_file.with_name(f"{key_file.name}.names.csv")  # grown by write_table
         self.rejected = key_file.with_name(f"{key_file.name}.{out.resolve().name}.rejected.csv")
         self._new: dict[tuple[str, str], str] = {}
 
     def __call__(self, kind: str, name: str) -> str:
-        """Sixteen hexadecimal digits.
-
-        Args:
-            kind: "image", "patient" or "lesion", each with separate names.
-            name: the one to replace.
-        """
+        """Sixteen hexadecimal digits for a name; "image", "patient" and "lesion" are kinds."""
         digest = hmac.new(self._key, f"{kind}:{name}".encode(), hashlib.sha256).hexdigest()
         new = self._new[kind, name] = digest[:_HEX_DIGITS]
         return new
@@ -91,7 +90,7 @@ class Pseudonyms:
         }
 
     def write_table(self) -> None:
-        """Adds the names given so far to the table: kind, old, new."""
+        """Add the names given so far to the table: kind, old, new."""
         rows = dict(self._new)
         if self.table.exists():
             known = read_rows(self.table, ("kind", "old", "new"))
@@ -101,23 +100,17 @@ class Pseudonyms:
 
 
 class PrivateRejects(Rejects):
-    """Rejects that name no file in the data set: the list with names lies next to the key.
-
-    Args:
-        on_error: "raise" or "reject".
-        names: whose key it is.
-        follow_links: see `Rejects`.
-    """
+    """Rejects that name no file in the data set: the list with names lies next to the key."""
 
     def __init__(self, on_error: str, names: Pseudonyms, follow_links: bool = False):
         super().__init__(on_error, follow_links)
         self._private = names.rejected
 
     def write_csv(self, path: Path) -> None:
-        """Writes their number to `path`, and the list itself next to the key."""
+        """Write their numbers to `path`, and the list itself next to the key."""
         rows = [(error.file, error.reason) for error in self.errors]
         _write_private(self._private, [("file", "reason"), *rows])
-        numbered = [(n, "listed beside the key") for n in range(1, len(rows) + 1)]
+        numbered = [(n, "listed next to the key") for n in range(1, len(rows) + 1)]
         path.write_text(csv_lines([("number", "reason"), *numbered]), encoding="utf-8")
 
 
@@ -143,10 +136,8 @@ def _read_or_make_key(path: Path) -> bytes:
 
 
 def _write_private(path: Path, rows: Sequence[Sequence]) -> None:
-    """A table that its owner only can read, replaced at once or not at all."""
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=".", dir=path.parent
-    )  # readable by its owner only
+    """Write a table that only its owner can read, replaced at once or not at all."""
+    descriptor, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8", newline="") as file:
             file.write(csv_lines(rows))
@@ -156,23 +147,6 @@ def _write_private(path: Path, rows: Sequence[Sequence]) -> None:
         raise
 
 
-# Which values of a field pass: those listed, numbers from the first to the second, or all.
-Rule = frozenset[str] | tuple[float, float] | None
-
-_CUT = 0.01  # share of a lesion's area that may lie beyond the view without a note
-# A range in `--keep FIELD=LOW:HIGH`.
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_RANGE = re.compile(rf"({_NUMBER}):({_NUMBER})", re.ASCII)
-_SHOWN_VALUES, _EXAMINED_IMAGES = 12, 1000  # of a field whose rule is missing
-_CATEGORY_FIELDS = ("id", "name", "supercategory")
-_IDS = {"patient_id": "patient", "lesion_id": "lesion"}
-_NEVER_KEPT = {*_IDS, *IMAGE_FIELDS, *ANNOTATION_FIELDS, "group_id"}
-_INFO = {
-    "description": "De-identified: cropped to the endoscope's view, all else blanked, names and "
-    "ids replaced by keyed hashes. Writing inside the view is not removed."
-}
-
-
 def deidentified(
     source: Source,
     folder: Path,
@@ -180,52 +154,32 @@ def deidentified(
     rejects: Rejects,
     keep: Mapping[str, Rule] | None = None,
 ) -> Source:
-    """Crops and blanks images, moves their annotations, and renames all.
+    """Crop and blank images into `folder`, move their annotations, and rename all.
 
-    Of what else is known only the fields in `keep` pass, and of these only the values that its rule
-    admits: whether another is a date cannot be known. A lesion that reaches beyond the view is cut;
-    one outside it is bad input, as is an image in which nothing is lit.
-
-    Args:
-        source: where the images come from.
-        folder: for the new images, which the samples then refer to.
-        pseudonyms: gives the new names.
-        rejects: takes bad input.
-        keep: rules by the names of fields of images and annotations, see `parse_keep`.
+    Of further fields only those in `keep` pass, and of these only the values that the rule of
+    `parse_keep` admits: whether another is a date cannot be known. A lesion that reaches beyond the
+    view is cut; one outside it is bad input, as is an image in which nothing is lit.
 
     Raises:
         ValueError: `keep` names an id or another field that is made anew.
     """
     keep = dict(keep or {})
     if forbidden := sorted(keep.keys() & _NEVER_KEPT):
-        raise ValueError(
-            f"{', '.join(forbidden)} cannot be kept: ids are always replaced, and what follows "
-            "from the new images is made anew"
-        )
-    return Source(
-        samples=_samples(source, folder, pseudonyms, rejects, keep),
-        categories=[
-            {key: category[key] for key in _CATEGORY_FIELDS if key in category}
-            for category in source.categories
-        ],
-        info=_INFO,
-        notes=source.notes,
-    )
+        text = "ids are replaced, and what follows from the new images is made anew"
+        raise ValueError(f"{', '.join(forbidden)} cannot be kept: {text}")
+    categories = [{k: c[k] for k in _CATEGORY_FIELDS if k in c} for c in source.categories]
+    samples = _samples(source, folder, pseudonyms, rejects, keep)
+    return Source(samples, categories, _INFO, source.notes)
 
 
 def parse_keep(texts: Sequence[str], as_is: Sequence[str], source: Source) -> dict[str, Rule]:
-    """Reads which fields may pass.
+    """Read which fields may pass, as rules by field: FIELD=VALUE,VALUE or FIELD=LOW:HIGH.
 
-    Args:
-        texts: FIELD=VALUE,VALUE or FIELD=LOW:HIGH, numbers; a value with a comma in double quotes.
-        as_is: fields whose values pass whatever they are.
-        source: has the fields; its samples are used up to show some of a field without a rule.
-
-    Returns:
-        rules by field, for `deidentified`.
+    A value with a comma is in double quotes. All values of the fields `as_is` pass. The samples of
+    `source` are used up to show some values of a field without a rule.
 
     Raises:
-        ValueError: a text names no values, or a field is there twice.
+        ValueError: a text names no values, or a field is named twice.
     """
     rules: dict[str, Rule] = {}
     parted = [text.partition("=") for text in texts]
@@ -247,30 +201,25 @@ def _without_rule(field: str, source: Source) -> str:
     samples = list(itertools.islice(source.samples, _EXAMINED_IMAGES))
     records = [record for s in samples for record in (s.fields, *s.annotations)]
     values = [record[field] for record in records if record.get(field) is not None]
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    listed = io.StringIO()
+    numbers = [value for value in values if _is_number(value)]
     texts = sorted({_text(value) for value in values})
+    listed = io.StringIO()
     csv.writer(listed, lineterminator="").writerow(texts[:_SHOWN_VALUES])
     more = f" and {len(texts) - _SHOWN_VALUES} more" if len(texts) > _SHOWN_VALUES else ""
     low, high = (min(numbers), max(numbers)) if numbers else (0, 100)
+    listing, span = (shlex.quote(f"{field}={v}") for v in (listed.getvalue(), f"{low}:{high}"))
     return (
-        f"--keep {field} does not say which values may pass. List them, --keep "
-        f"{shlex.quote(f'{field}={listed.getvalue()}')}{more}; or give the range of the numbers, "
-        f"--keep {shlex.quote(f'{field}={low}:{high}')}; or let all pass, unexamined, "
-        f"--keep-as-is {shlex.quote(field)}"
+        f"--keep {field} does not say which values may pass: list them, --keep {listing}{more}; or "
+        f"give the range of the numbers, --keep {span}; or pass all, unexamined, --keep-as-is "
+        f"{shlex.quote(field)}"
     )
 
 
 def _samples(
-    source: Source,
-    folder: Path,
-    pseudonyms: Pseudonyms,
-    rejects: Rejects,
-    keep: Mapping[str, Rule],
+    source: Source, folder: Path, pseudonyms: Pseudonyms, rejects: Rejects, keep: Mapping
 ) -> Iterator[Sample]:
     folder.mkdir(parents=True, exist_ok=True)
-    seen: dict[str, Path] = {}
-    made: dict[str, Path] = {}
+    origins: dict[str, Path] = {}  # by new name, and by hash of the cropped image
     cut = whole = num_insets = 0
     left_out = set(source.extra) | set(source.info) - {"description"}
     for sample in source.samples:
@@ -280,61 +229,52 @@ def _samples(
             view = find_view(pixels)
             if view.is_empty:
                 raise BadInputError(path, "nothing in it is lit, so there is no view to crop to")
-            annotations, num_cut = _moved(sample, view)
-            names = {*sample.fields, *(key for one in sample.annotations for key in one)}
+            moved, num_cut = _moved(sample, view)
+            names = {*sample.fields, *(key for record in sample.annotations for key in record)}
             left_out |= names - keep.keys() - {*_IDS, *ANNOTATION_FIELDS}
-            of_image = _ids(sample.fields).values()
+            image_ids = _ids(sample.fields).values()
             annotations = [
-                {**new, **_passed(old, pseudonyms, keep, path, of_image)}
-                for old, new in annotations
+                {**new, **_passed(old, pseudonyms, keep, path, image_ids)} for old, new in moved
             ]
             fields = _passed(sample.fields, pseudonyms, keep, path)
-            name = _name_of(sample.file_name, sample.image)
+            name = sample.installed_name  # as in the other data set, whose splits can be kept
             new_name = pseudonyms.of_file(name)
-            if new_name in made:  # whose file may be linked already
-                raise BadInputError(
-                    path, f"duplicate: {name} was already made from {made[new_name]}"
-                )
-            image = _written(view.crop(pixels), folder / new_name)
-            if image.sha256 in seen:
+            if new_name in origins:  # whose file may be linked already
+                reason = f"duplicate: {name} was already made from {origins[new_name]}"
+                raise BadInputError(path, reason)
+            Image.fromarray(view.crop(pixels)).save(folder / new_name)
+            image = inspect_image(folder / new_name)
+            if image.sha256 in origins:
                 image.path.unlink()
-                raise BadInputError(
-                    path, f"duplicate: cropped, it is the same image as {seen[image.sha256]}"
-                )
-            seen[image.sha256] = made[new_name] = path
+                reason = f"duplicate: cropped, it is the same image as {origins[image.sha256]}"
+                raise BadInputError(path, reason)
+            origins[image.sha256] = origins[new_name] = path
             cut, whole = cut + num_cut, whole + view.is_whole
             num_insets += bool(view.insets)
             yield replace(
-                sample,
-                file_name=image.path.name,
-                image=image,
-                annotations=annotations,
-                fields=fields,
+                sample, file_name=new_name, image=image, annotations=annotations, fields=fields
             )
     pseudonyms.write_table()
-    source.notes.append(f"old and new names: {pseudonyms.table}; keep it and the key apart")
-    source.notes.append(f"{num_insets} images with something laid over the view, blanked")
-    if cut:
-        source.notes.append(f"{cut} lesions reached beyond the view and were cut")
-    if whole:
-        source.notes.append(
-            f"{whole} images show nothing but the view, as far as can be seen: nothing was cut off"
-        )
+    source.notes += [
+        f"old and new names: {pseudonyms.table}; keep it and the key apart",
+        f"{num_insets} images with something laid over the view, blanked",
+    ]
+    for number, text in (
+        (cut, "lesions reached beyond the view and were cut"),
+        (whole, "images show nothing but the view, as far as can be seen: nothing was cut off"),
+    ):
+        if number:
+            source.notes.append(f"{number} {text}")
     if left_out:
         source.notes.append(f"fields left out: {', '.join(sorted(left_out))}")
     if unexamined := sorted(field for field, rule in keep.items() if rule is None):
         source.notes.append(f"passed as they are, NOT examined: {', '.join(unexamined)}")
     fields = itertools.product(source.categories, ("name", "supercategory"))
     names = dict.fromkeys(str(category[field]) for category, field in fields if category.get(field))
-    source.notes.append(f"names of classes pass as they are: {', '.join(names)}")
-    source.notes.append("writing inside the view is still there: look at the images")
-
-
-def _name_of(file_name: str, image: SourceImage) -> str:
-    """As a data set that is not de-identified calls it, so that its splits can be kept."""
-    if image.needs_conversion:
-        return str(PurePosixPath(file_name).with_suffix(".png"))
-    return file_name
+    source.notes += [
+        f"names of classes pass as they are: {', '.join(names)}",
+        "writing inside the view is still there: look at the images",
+    ]
 
 
 def _moved(sample: Sample, view: View) -> tuple[list[tuple[dict, dict]], int]:
@@ -346,18 +286,14 @@ def _moved(sample: Sample, view: View) -> tuple[list[tuple[dict, dict]], int]:
             continue
         mask = mask_util.decode(to_rle(old["segmentation"], *view.mask.shape))
         inside = view.crop(mask)
-        if not inside.any():
-            if old["iscrowd"]:
-                continue
-            raise BadInputError(
-                sample.image.path,
-                f"a lesion at [x, y, w, h] {old['bbox']} lies outside the endoscope's view "
-                f"{tuple(view.box)}",
-            )
-        cut += bool(mask.sum() - inside.sum() > _CUT * mask.sum())
-        pairs.append(
-            (old, annotation_from_mask(inside, old["category_id"], iscrowd=old["iscrowd"]))
-        )
+        if inside.any():
+            cut += bool(mask.sum() - inside.sum() > _CUT * mask.sum())
+            new = annotation_from_mask(inside, old["category_id"], iscrowd=old["iscrowd"])
+            pairs.append((old, new))
+        elif not old["iscrowd"]:
+            box, view_box = old["bbox"], tuple(view.box)
+            reason = f"a lesion at [x, y, w, h] {box} lies outside the endoscope's view {view_box}"
+            raise BadInputError(sample.image.path, reason)
     return pairs, cut
 
 
@@ -380,12 +316,9 @@ def _passed(
         if value is not None and not isinstance(value, int | float | str):
             raise BadInputError(path, f"{field} is a {type(value).__name__}, which cannot pass")
         if not _admits(keep[field], value):
-            raise BadInputError(
-                path,
-                f"{field} is {value!r}, which --keep {field} does not admit; list it, or leave the "
-                "field out",
-            )
-        if any(_tells(value, name) for name in (*ids.values(), *other_ids)):
+            reason = f"{field} is {value!r}, which --keep {field} does not admit; list it, or leave"
+            raise BadInputError(path, f"{reason} the field out")
+        if any(_reveals(value, name) for name in (*ids.values(), *other_ids)):
             raise BadInputError(path, f"{field} is {value!r}, an id, which cannot pass")
         passed[field] = value
     return passed
@@ -396,8 +329,11 @@ def _admits(rule: Rule, value: float | str | None) -> bool:
         return True
     if isinstance(rule, frozenset):
         return _text(value) in rule
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and rule[0] <= value <= rule[1]
+    return _is_number(value) and rule[0] <= value <= rule[1]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(value: object) -> str:
@@ -407,15 +343,9 @@ def _text(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _tells(value: float | str | None, name: str) -> bool:
+def _reveals(value: float | str | None, name: str) -> bool:
     """Whether a value is an id or holds it; one of a single character is in too many texts."""
     if isinstance(value, str):
         text, name = (unicodedata.normalize("NFKC", t).casefold() for t in (value, name))
         return text == name or (len(name) > 1 and name in text)
     return _text(value) == (name.removesuffix(".0").lstrip("0") or "0")  # 12 is the id 0012 too
-
-
-def _written(pixels: np.ndarray, path: Path) -> SourceImage:
-    """A PNG of nothing but the pixels."""
-    Image.fromarray(pixels).save(path)
-    return inspect_image(path)

@@ -21,17 +21,6 @@ from tqdm import tqdm
 
 from imrcnn_d2.data.images import in_threads, open_image
 
-__all__ = [
-    "MIN_CORRELATION",
-    "Features",
-    "Pair",
-    "describe_image",
-    "find_near_duplicates",
-    "joined_groups",
-    "positions",
-]
-
-
 # Chosen by looking at the pairs of Kvasir-SEG: above 0.31 all show the same scene, under 0.25
 # hardly any does. Between them both occur, and a pair too many harms a split less than one missed.
 # What passes wrongly shares writing on the screen, the more so in a small set.
@@ -59,15 +48,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Features:
-    """Local features of an image, in pixels of the size that all are resized to.
+    """Local features of an image, in pixels of the size that all are resized to."""
 
-    Attributes:
-        points: (F, 2) float32 positions.
-        descriptors: (F, 128) uint8, SIFT.
-    """
-
-    points: np.ndarray
-    descriptors: np.ndarray
+    points: np.ndarray  # (F, 2) float32
+    descriptors: np.ndarray  # (F, 128) uint8, SIFT
 
 
 def find_near_duplicates(
@@ -75,30 +59,30 @@ def find_near_duplicates(
     min_correlation: float = MIN_CORRELATION,
     neighbours: Sequence[Sequence[int]] | None = None,
 ) -> list[Pair]:
-    """Finds images that show the same scene; turned and mirrored copies are found as well.
+    """Find pairs of images that show the same scene, turned and mirrored copies among them.
 
-    It is the pixels that are compared, so images of one lesion from two sides are no pair. The
-    same files in the same order give the same pairs. About 1 MB of memory for ten images.
+    Pixels are compared, so images of one lesion from two sides are no pair. The same files in the
+    same order give the same pairs, sorted. About 1 MB of memory for ten images.
 
     Args:
-        paths: the images, of any sizes.
         min_correlation: of the aligned images, in (0, 1]; see `MIN_CORRELATION`.
         neighbours: indices of the images to compare each image with, which takes time that grows
             with their number alone; None looks the features of each image up among all others.
-
-    Returns:
-        the pairs, sorted.
     """
     features = in_threads(describe_image, paths, "Describing images")
+    correlations: dict[tuple[int, int], float] = {}
     if neighbours is None:
-        correlations = _compare_all(paths, features)
+        points, descriptors, owners = _joined_features(features)
+        candidates = _candidates(descriptors, owners)
+        for a, b in tqdm(sorted(candidates), desc="Comparing images", unit="pair"):
+            matched = points[np.array(sorted(candidates[a, b]))].transpose(1, 0, 2)
+            correlations[a, b] = _correlation(paths[a], paths[b], *matched)
     else:
 
         def compare(i: int) -> list[float]:
             images = [i, *neighbours[i]]
             return _compare([paths[j] for j in images], [features[j] for j in images])
 
-        correlations = {}
         compared = in_threads(compare, range(len(paths)), "Comparing images")
         for i, values in enumerate(compared):
             for j, value in zip(neighbours[i], values, strict=True):
@@ -111,29 +95,10 @@ def find_near_duplicates(
     ]
 
 
-def _compare_all(
-    paths: Sequence[Path], features: Sequence[Features]
-) -> dict[tuple[int, int], float]:
-    """Correlations of the pairs that share distinctive features."""
-    points, descriptors, owners = _joined_features(features)
-    candidates = _candidates(descriptors, owners)
-    correlations = {}
-    for a, b in tqdm(sorted(candidates), desc="Comparing images", unit="pair"):
-        matches = np.array(sorted(candidates[a, b]))
-        matched = points[matches].transpose(1, 0, 2)
-        correlations[a, b] = _correlation(paths[a], paths[b], *matched)
-    return correlations
-
-
 def joined_groups(count: int, groups: Iterable[Sequence[int]]) -> list[list[int]]:
-    """Joins groups that share an item, over any number of steps.
+    """Join groups of items 0 to `count` - 1 that share an item, over any number of steps.
 
-    Args:
-        count: of the items, which are numbered from 0.
-        groups: items that belong together; a pair is a group of two.
-
-    Returns:
-        groups of two items or more, sorted; no two share an item.
+    Return groups of two items or more, sorted, of which no two share an item.
     """
     # Half of the time of `import imrcnn_d2`, and needed by few.
     from scipy.sparse import coo_array
@@ -198,13 +163,10 @@ def _joined_features(features: Sequence[Features]) -> tuple[np.ndarray, np.ndarr
     points = [np.empty((0, 2), np.float32), *(image.points for image in features)]
     descriptors = [np.empty((0, 128), np.uint8), *(image.descriptors for image in features)]
     owners = np.repeat(np.arange(len(features)), [len(image.points) for image in features])
-    values = _root_sift(np.concatenate(descriptors).astype(np.float32))
+    values = np.concatenate(descriptors).astype(np.float32)
+    # "RootSIFT", Arandjelovic and Zisserman, CVPR 2012
+    values = np.sqrt(values / np.maximum(values.sum(axis=1, keepdims=True), 1e-6))
     return np.concatenate(points), values, owners
-
-
-def _root_sift(descriptors: np.ndarray) -> np.ndarray:
-    """ "RootSIFT", Arandjelovic and Zisserman, CVPR 2012."""
-    return np.sqrt(descriptors / np.maximum(descriptors.sum(axis=1, keepdims=True), 1e-6))
 
 
 def _candidates(
@@ -288,7 +250,7 @@ def _alignments(affine: np.ndarray | None, a: Path, b: Path) -> Iterator[float]:
 
 
 def _stays(affine: np.ndarray) -> bool:
-    """Whether an alignment moves nothing: of other images than copies, it is that of the screen."""
+    """Whether an alignment moves nothing: but for copies, it then aligns writing on the screen."""
     corners = np.array([[0, 0, 1], [_SIZE, 0, 1], [0, _SIZE, 1], [_SIZE, _SIZE, 1]])
     return bool(np.abs(corners @ affine.T - corners[:, :2]).max() <= _STAYS)
 

@@ -1,8 +1,10 @@
 """Splits and folds that keep the images of a patient, and near-duplicates, together."""
 
+import argparse
 import hashlib
 import json
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,40 +12,17 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from imrcnn_d2.data.prepare.duplicates import (
-    MIN_CORRELATION,
-    find_near_duplicates,
-    joined_groups,
-    positions,
-)
 from imrcnn_d2.utils.files import read_json
 
-__all__ = [
-    "SPLITS",
-    "FixedTest",
-    "Item",
-    "group_images",
-    "largest_remainder",
-    "make_folds",
-    "make_splits",
-    "parse_ratio",
-    "read_splits",
-    "sha256",
-    "splits_from_prefixes",
-]
-
-
 SPLITS = ("train", "val", "test")
+_SPLIT_OF_PREFIX = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image to assign.
+    """An image to assign; all splits get their share of each `stratum` (a lesion or not, a class).
 
-    Attributes:
-        name: its file name.
-        stratum: of which all splits get their share: whether it shows a lesion, or its class.
-        patient: None if not known.
+    Images with the same `patient` stay together; None leaves the image free.
     """
 
     name: str
@@ -53,55 +32,36 @@ class Item:
 
 @dataclass(frozen=True)
 class FixedTest:
-    """A test set of fixed size; validation images come out of the rest.
-
-    Attributes:
-        per_stratum: test images of each stratum.
-        val_percent: share of the others for validation, in (0, 100).
-
-    Raises:
-        ValueError: no images, or no such share.
-    """
+    """A test set of `per_stratum` images of each stratum, and `val_percent` of the others."""
 
     per_stratum: int
     val_percent: int = 10
 
     def __post_init__(self):
         if self.per_stratum < 1 or not 0 < self.val_percent < 100:
-            raise ValueError(
-                f"{self.per_stratum} test images of each class and {self.val_percent} % of the "
-                "others for validation: give at least 1, and 1 to 99"
-            )
+            text = f"{self.per_stratum} test images of each class and {self.val_percent} %"
+            raise ValueError(f"{text} of the others for validation: give at least 1, and 1 to 99")
 
     def targets(self, counts: np.ndarray) -> np.ndarray:
         """As `_targets`, from the (K,) images of each stratum."""
         if counts.size and counts.min() <= self.per_stratum:
-            raise ValueError(
-                f"a test set of {self.per_stratum} images of each class leaves nothing for "
-                f"training: a class has only {counts.min()} images"
-            )
+            text = f"a class has only {counts.min()} images"
+            raise ValueError(f"{text}: a test set of {self.per_stratum} leaves none for training")
         rest = _targets(counts - self.per_stratum, (100 - self.val_percent, self.val_percent))
         return np.vstack([rest, np.full(len(counts), self.per_stratum)])
 
 
 def parse_ratio(text: str) -> tuple[int, ...]:
-    """Reads train:val:test, e.g. "12:3:5".
-
-    Raises:
-        ValueError: not three whole numbers of which none is negative and the first is positive.
-    """
-    parts = text.split(":")
-    if (
-        len(parts) != len(SPLITS)
-        or not all(part.isdecimal() for part in parts)
-        or int(parts[0]) == 0
-    ):
-        raise ValueError(f"ratio {text!r}: give train:val:test as whole numbers, e.g. 12:3:5")
-    return tuple(int(part) for part in parts)
+    """Read train:val:test, whole numbers of which the first is positive, e.g. "12:3:5"."""
+    if not re.fullmatch(r"\d*[1-9]\d*:\d+:\d+", text, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            f"ratio {text!r}: give train:val:test as whole numbers, e.g. 12:3:5"
+        )
+    return tuple(map(int, text.split(":")))
 
 
 def largest_remainder(total: int, ratio: Sequence[int]) -> list[int]:
-    """Shares `total` by `ratio` in whole numbers that add up; earlier parts win ties."""
+    """Share `total` by `ratio` in whole numbers that add up; earlier parts win ties."""
     shares = [divmod(total * part, sum(ratio)) for part in ratio]
     counts = [whole for whole, _ in shares]
     by_remainder = sorted(range(len(ratio)), key=lambda i: -shares[i][1])
@@ -114,44 +74,26 @@ def make_splits(
     items: Iterable[Item],
     ratio: Sequence[int] | FixedTest = (12, 3, 5),
     seed: int = 0,
-    by_patient: bool = True,
     earlier: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[str]]:
-    """Assigns images to train, val and test.
+    """Assign images to train, val and test; return sorted file names by split.
 
-    Sizes are exact by largest remainder, images of each stratum shared alike. Images of one patient
-    stay together under `by_patient`; sizes are then as near as the patients allow.
-
-    Args:
-        items: the images; names must be unique.
-        ratio: train : val : test, or a test set of fixed size.
-        seed: another seed gives another assignment.
-        by_patient: keep the images of a patient together. Images of unknown patients are free.
-        earlier: file names by split; these stay where they were, and so do their patients.
-
-    Returns:
-        sorted file names by split.
+    Sizes are exact by largest remainder, images of each stratum shared alike; with patients they
+    are as near as the patients allow. The file names of `earlier`, and so their patients, stay in
+    their splits.
 
     Raises:
-        ValueError: `earlier` has a patient in two splits and `by_patient` is set; a stratum is too
-            small for a test set of fixed size.
+        ValueError: `earlier` has a patient in two splits, or a stratum is too small for a test set
+            of fixed size.
     """
     split_of = {
         name: i for i, split in enumerate(SPLITS) for name in (earlier or {}).get(split, ())
     }
-    parts = _partition(list(items), ratio, seed, by_patient, split_of)
-    return dict(zip(SPLITS, parts, strict=True))
+    return dict(zip(SPLITS, _partition(list(items), ratio, seed, split_of), strict=True))
 
 
-def make_folds(
-    items: Iterable[Item], count: int, seed: int = 0, by_patient: bool = True
-) -> list[dict[str, list[str]]]:
+def make_folds(items: Iterable[Item], count: int, seed: int = 0) -> list[dict[str, list[str]]]:
     """Cross-validation: every image is in one fold's test part; the rest is train and val, 4:1.
-
-    Args: as for `make_splits`; `count` folds, at least 2.
-
-    Returns:
-        sorted file names by split, one mapping a fold.
 
     Raises:
         ValueError: fewer than 2 folds.
@@ -160,11 +102,31 @@ def make_folds(
         raise ValueError(f"{count} folds: cross-validation needs at least 2")
     items = list(items)
     folds = []
-    for test in _partition(items, [1] * count, seed, by_patient, {}):
-        rest = [item for item in items if item.name not in set(test)]
-        train, val = _partition(rest, (4, 1), seed, by_patient, {})
+    for test in _partition(items, [1] * count, seed, {}):
+        names = set(test)
+        rest = [item for item in items if item.name not in names]
+        train, val = _partition(rest, (4, 1), seed, {})
         folds.append({"train": train, "val": val, "test": test})
     return folds
+
+
+def splits_from_prefixes(names: Iterable[str]) -> dict[str, list[str]]:
+    """Read the split of each file from its prefix: train_, val_ or valid_, test_.
+
+    The copies of Kvasir-SEG with the 800/100/100 split of EffiSegNet (Vezakis et al., 2024) carry
+    such names.
+
+    Raises:
+        ValueError: a name has none of these prefixes.
+    """
+    splits = {split: [] for split in SPLITS}
+    for name in sorted(names):
+        prefix, underscore, _ = PurePosixPath(name).name.partition("_")
+        if not underscore or prefix not in _SPLIT_OF_PREFIX:
+            text = f"{name}: does not begin with one of {', '.join(_SPLIT_OF_PREFIX)} and _"
+            raise ValueError(f"{text}; rename it, or choose another --split-by")
+        splits[_SPLIT_OF_PREFIX[prefix]].append(name)
+    return splits
 
 
 def sha256(splits: Mapping[str, Sequence[str]]) -> str:
@@ -174,7 +136,7 @@ def sha256(splits: Mapping[str, Sequence[str]]) -> str:
 
 
 def read_splits(path: Path) -> dict[str, list[str]]:
-    """Reads file names by split from a splits.json, ours or one written by hand.
+    """Read file names by split from a splits.json, ours or one written by hand.
 
     Raises:
         ValueError: no such lists, a name listed twice, or a list edited after its hash was written.
@@ -182,7 +144,7 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     content = read_json(path)
     try:
         splits = {split: [str(name) for name in content[split]] for split in SPLITS}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: no JSON object with lists train, val and test ({error!r})"
         ) from error
@@ -197,41 +159,32 @@ def read_splits(path: Path) -> dict[str, list[str]]:
 
 
 def _partition(
-    items: list[Item],
-    ratio: Sequence[int] | FixedTest,
-    seed: int,
-    by_patient: bool,
-    part_of: Mapping[str, int],
+    items: list[Item], ratio: Sequence[int] | FixedTest, seed: int, part_of: Mapping[str, int]
 ) -> list[list[str]]:
-    """Shares items over the parts of `ratio`; `part_of` fixes those it names."""
-    groups: dict[tuple, list[Item]] = {}
+    """Share items over the parts of `ratio`; `part_of` fixes those it names."""
+    groups: dict[tuple[str, str], list[Item]] = defaultdict(list)
     for item in items:
-        grouped = by_patient and item.patient is not None
-        groups.setdefault(
-            ("patient", str(item.patient)) if grouped else ("", item.name), []
-        ).append(item)
+        is_free = item.patient is None
+        groups[("", item.name) if is_free else ("patient", str(item.patient))].append(item)
     # the largest groups first, so that small ones are left to fill the gaps
     keys = sorted(groups, key=lambda key: (-len(groups[key]), _rank(seed, key)))
     strata = sorted({item.stratum for item in items})
     counts = [Counter(item.stratum for item in groups[key]) for key in keys]
-    # images of each stratum, (G, K)
-    sizes = np.array([[c[s] for s in strata] for c in counts], dtype=int)
+    sizes = np.array([[count[s] for s in strata] for count in counts], dtype=int)
     sizes = sizes.reshape(len(keys), len(strata))
     if isinstance(ratio, FixedTest):
         targets = ratio.targets(sizes.sum(axis=0))
-        wanted = np.full(len(targets), True)
+        is_used = np.full(len(targets), True)
     else:
         targets = _targets(sizes.sum(axis=0), ratio)
-        wanted = np.array(ratio) > 0
+        is_used = np.array(ratio) > 0
 
     parts = np.full(len(keys), -1)
     for g, key in enumerate(keys):
         fixed = {part_of[item.name] for item in groups[key] if item.name in part_of}
         if len(fixed) > 1:
-            raise ValueError(
-                f"the given splits have patient {key[1]} in more than one part; split by image "
-                "(--split-by image) to keep them so"
-            )
+            text = f"the given splits have patient {key[1]} in more than one part"
+            raise ValueError(f"{text}; keep them so with --split-by image")
         if fixed:
             parts[g] = fixed.pop()
     is_free = parts < 0
@@ -242,12 +195,12 @@ def _partition(
         # relative need, so that large and small patients go to every part alike
         need = (missing / np.maximum(targets, 1)) @ sizes[g]
         fits = (missing >= sizes[g]).all(axis=1)
-        parts[g] = max(range(len(wanted)), key=lambda i: (wanted[i], fits[i], need[i]))
+        parts[g] = max(range(len(targets)), key=lambda i: (is_used[i], fits[i], need[i]))
         missing[parts[g]] -= sizes[g]
     _improve(parts, is_free, sizes, missing, targets)
     return [
         sorted(item.name for g in np.flatnonzero(parts == part) for item in groups[keys[g]])
-        for part in range(len(wanted))
+        for part in range(len(targets))
     ]
 
 
@@ -261,13 +214,10 @@ def _targets(counts: np.ndarray, ratio: Sequence[int]) -> np.ndarray:
     The parts' sizes and the rarest stratum are exact by largest remainder. So are the rarest ones
     taken together, two, three and so on: what rounding leaves over falls to the frequent ones.
     """
+    order = np.argsort(counts, kind="stable")
+    sums = [largest_remainder(int(total), ratio) for total in counts[order].cumsum()]
     targets = np.empty((len(ratio), len(counts)), dtype=int)
-    before, total = np.zeros(len(ratio), dtype=int), 0
-    for k in np.argsort(counts, kind="stable"):
-        total += int(counts[k])
-        through = np.array(largest_remainder(total, ratio))
-        targets[:, k] = through - before
-        before = through
+    targets[:, order] = np.diff([[0] * len(ratio), *sums], axis=0).T
     return targets
 
 
@@ -278,7 +228,7 @@ def _improve(
     missing: np.ndarray,
     targets: np.ndarray,
 ) -> None:
-    """Moves or swaps free groups while that brings sizes nearer; changes `parts` and `missing`."""
+    """Move or swap free groups while that brings sizes nearer; changes `parts` and `missing`."""
 
     def distance(gap: np.ndarray, target: np.ndarray) -> np.ndarray:
         """Deviation per stratum plus twice that in size; empty parts or strata cost most."""
@@ -313,65 +263,3 @@ def _kinds(groups: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """One group of each size, and -1 with size (0, 0) for none at all."""
     kinds, first = np.unique(sizes[groups], axis=0, return_index=True)
     return np.append(groups[first], -1), np.pad(kinds, ((0, 1), (0, 0)))
-
-
-_SPLIT_OF_PREFIX = {"train": "train", "val": "val", "valid": "val", "test": "test"}
-
-
-def splits_from_prefixes(names: Iterable[str]) -> dict[str, list[str]]:
-    """Reads the split of each file from its prefix: train_, val_ or valid_, test_.
-
-    The copies of Kvasir-SEG with the 800/100/100 split of EffiSegNet (Vezakis et al., 2024) carry
-    such names.
-
-    Args:
-        names: file names, which may lie in folders.
-
-    Returns:
-        sorted file names by split.
-
-    Raises:
-        ValueError: a name has none of these prefixes.
-    """
-    splits = {split: [] for split in SPLITS}
-    for name in sorted(names):
-        prefix, underscore, _ = PurePosixPath(name).name.partition("_")
-        if not underscore or prefix not in _SPLIT_OF_PREFIX:
-            expected = ", ".join(f"{prefix}_" for prefix in _SPLIT_OF_PREFIX)
-            raise ValueError(
-                f"{name}: states no split (expected one of {expected} at its start); rename it, "
-                "or choose another --split-by"
-            )
-        splits[_SPLIT_OF_PREFIX[prefix]].append(name)
-    return splits
-
-
-def group_images(
-    folder: Path, names: Sequence[str], patients: Sequence[str | int | None]
-) -> tuple[dict[str, int], dict]:
-    """Groups images by near-duplicates and, where patients are known, by patient.
-
-    Args:
-        folder: of the images.
-        names: their file names.
-        patients: of each; None if not known.
-
-    Returns:
-        group by file name, counted from 1, of the images that share it with another one; and the
-        content of near_duplicates.json: the ``groups`` as lists of names, and the ``pairs`` of
-        near-duplicates with their ``correlation``.
-    """
-    pairs = find_near_duplicates([folder / name for name in names])
-    together = [*((pair.a, pair.b) for pair in pairs), *positions(patients).values()]
-    groups = [[names[i] for i in group] for group in joined_groups(len(names), together)]
-    return (
-        {name: i for i, group in enumerate(groups, start=1) for name in group},
-        {
-            "min_correlation": MIN_CORRELATION,
-            "groups": groups,
-            "pairs": [
-                {"images": [names[pair.a], names[pair.b]], "correlation": pair.correlation}
-                for pair in pairs
-            ],
-        },
-    )

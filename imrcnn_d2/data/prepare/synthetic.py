@@ -7,7 +7,6 @@ aperture. Nothing in it comes from a patient.
 import argparse
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -20,11 +19,8 @@ from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.prepare.splits import largest_remainder
 from imrcnn_d2.utils.files import Rejects
 
-__all__ = ["Synthetic", "generate", "render_view"]
-
-
-HEALTHY = (1, 7)  # one image in eight shows no lesion, as in the paper's data
-MAX_VIEWS = 5
+_HEALTHY = (1, 7)  # one image in eight shows no lesion, as in the paper's data
+_MAX_VIEWS = 5
 _BLOOD = np.array([0.25, 1.0, 0.9], np.float32)  # what it absorbs of red, green and blue
 
 
@@ -41,37 +37,31 @@ class Synthetic(Format):
 
 
 def generate(folder: Path, num_images: int, size: int, seed: int = 0) -> Source:
-    """Writes synthetic images into `folder` while its samples are read.
+    """Write synthetic JPEGs of quality 95 into an existing folder while its samples are read.
 
-    Args:
-        folder: existing; JPEGs of quality 95 are written there.
-        num_images: exactly this many, an eighth of them (by largest remainder) without a lesion.
-        size: width and height in pixels, at least 64.
-        seed: image i of a patient depends on seed, patient and i alone.
+    An eighth of the images (by largest remainder) have no lesion. Image i of a patient depends on
+    seed, patient and i alone.
 
     Raises:
-        ValueError: fewer than one image, or a size below 64.
+        ValueError: fewer than one image, or a size below 64 pixels.
     """
     if num_images < 1 or size < 64:
         raise ValueError(
             f"{num_images} images of {size} pixels: make at least 1 image of at least 64 pixels"
         )
-    return Source(
-        samples=_samples(folder, num_images, size, seed),
-        categories=[{"id": 1, "name": "lesion", "supercategory": "lesion"}],
-        info={"description": f"drawn endoscopic views, {size}x{size}, seed {seed}"},
-    )
+    categories = [{"id": 1, "name": "lesion", "supercategory": "lesion"}]
+    info = {"description": f"synthetic endoscopic views, {size}x{size}, seed {seed}"}
+    return Source(_samples(folder, num_images, size, seed), categories, info)
 
 
 def render_view(
     size: int, seed: int, patient: int, view: int, healthy: bool = False
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Renders one view of an invented patient; all views share the mucosa's and the lesion's look.
+    """Render one view of an invented patient; all views share the mucosa's and the lesion's look.
 
-    Returns:
-        (size, size, 3) uint8 RGB image; masks of its lesions, (size, size) bool each.
+    Return the (size, size, 3) uint8 RGB image and a (size, size) bool mask of each lesion.
     """
-    look = _Look.of_patient(np.random.default_rng([seed, patient]))
+    look = _Look(np.random.default_rng([seed, patient]))
     rng = np.random.default_rng([seed, patient, view + 1])
     v, u = np.mgrid[0:size, 0:size].astype(np.float32) / (size / 2) - 1
     aperture = _aperture(u, v, rng)
@@ -83,43 +73,27 @@ def render_view(
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), masks
 
 
-@dataclass
 class _Look:
     """What the views of a patient have in common. Colours are linear-looking RGB in 0..1."""
 
-    mucosa: np.ndarray
-    folds: float  # height
-    fold_frequency: float
-    concentric: bool  # folds around the lumen (colon), else parallel (stomach)
-    vessels: float
-    lesion: np.ndarray  # factor on the mucosa's colour
-    radius: float
-    contour: np.ndarray  # (K, 2) amplitude and phase of the contour's waves
-    elevation: float
-    grain: float
-    border: float  # width of the transition, share of the radius
-
-    @classmethod
-    def of_patient(cls, rng: np.random.Generator) -> "_Look":
+    def __init__(self, rng: np.random.Generator):
         reddish, whitish, brownish = (1.03, 0.64, 0.67), (1.10, 1.38, 1.45), (0.74, 0.60, 0.62)
         tint = np.array((reddish, whitish, brownish)[rng.integers(3)], np.float32)
-        waves = np.arange(2, 9)
-        return cls(
-            mucosa=rng.uniform((0.82, 0.34, 0.22), (0.98, 0.46, 0.34)).astype(np.float32),
-            folds=rng.uniform(0.02, 0.075),
-            fold_frequency=rng.uniform(4, 9),
-            concentric=bool(rng.random() < 0.5),
-            vessels=rng.uniform(0.1, 0.5),
-            lesion=1 + (tint - 1) * rng.uniform(0.85, 1.15),
-            radius=rng.uniform(0.17, 0.36),
-            contour=np.stack(
-                [rng.normal(0, 0.24, len(waves)) / waves, rng.uniform(0, 2 * np.pi, len(waves))],
-                axis=1,
-            ).astype(np.float32),
-            elevation=(0.20, 0.12, -0.05)[rng.integers(3)] * rng.uniform(0.7, 1.2),
-            grain=rng.uniform(0.06, 0.14),
-            border=rng.uniform(0.06, 0.16),
-        )
+        mucosa = rng.uniform((0.82, 0.34, 0.22), (0.98, 0.46, 0.34))
+        self.mucosa = mucosa.astype(np.float32)
+        self.folds = rng.uniform(0.02, 0.075)  # height
+        self.fold_frequency = rng.uniform(4, 9)
+        # folds around the lumen (colon), else parallel (stomach)
+        self.concentric = bool(rng.random() < 0.5)
+        self.vessels = rng.uniform(0.1, 0.5)
+        self.lesion = 1 + (tint - 1) * rng.uniform(0.85, 1.15)  # factor on the mucosa's colour
+        self.radius = rng.uniform(0.17, 0.36)
+        amplitudes = rng.normal(0, 0.24, 7) / np.arange(2, 9)
+        phases = rng.uniform(0, 2 * np.pi, 7)
+        self.contour = np.stack([amplitudes, phases], axis=1).astype(np.float32)  # of its waves
+        self.elevation = (0.20, 0.12, -0.05)[rng.integers(3)] * rng.uniform(0.7, 1.2)
+        self.grain = rng.uniform(0.06, 0.14)
+        self.border = rng.uniform(0.06, 0.16)  # width of the transition, share of the radius
 
 
 def _aperture(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -167,7 +141,7 @@ def _add_lesions(
     albedo: np.ndarray,
     visible: np.ndarray,
 ) -> list[np.ndarray]:
-    """Renders one lesion, at times two, into `height` and `albedo`; returns their masks."""
+    """Render one lesion, at times two, into `height` and `albedo`; return their masks."""
     size = len(u)
     bearing = rng.uniform(0, 2 * np.pi)
     distances = [rng.uniform(0.05, 0.55)] if rng.random() < 0.85 else [0.48, -0.48]
@@ -205,7 +179,7 @@ def _add_lesions(
 def _light(
     u: np.ndarray, v: np.ndarray, height: np.ndarray, albedo: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Shades the relief: a lamp off the axis, light falling off with distance, wet highlights."""
+    """Shade the relief: a lamp off the axis, light falling off with distance, wet highlights."""
     size = len(u)
     slope_v, slope_u = np.gradient(height, np.float32(2 / size))
     lamp_u, lamp_v = rng.uniform(-0.4, 0.4, 2).astype(np.float32)
@@ -246,28 +220,23 @@ def _noise(rng: np.random.Generator, size: int, cells: int, octaves: int) -> np.
 
 
 def _samples(folder: Path, num_images: int, size: int, seed: int) -> Iterator[Sample]:
-    num_healthy = largest_remainder(num_images, HEALTHY)[0]
+    num_healthy = largest_remainder(num_images, _HEALTHY)[0]
     views = np.random.default_rng(seed)
     patient = 0
     with tqdm(total=num_images, desc="Rendering", unit="image") as progress:
         for healthy, left in ((True, num_healthy), (False, num_images - num_healthy)):
             while left:
-                num_views = min(left, int(views.integers(2, MAX_VIEWS + 1)))
+                num_views = min(left, int(views.integers(2, _MAX_VIEWS + 1)))
+                name = f"patient{patient:03d}"
                 for view in range(num_views):
-                    yield _sample(folder, size, seed, patient, view, healthy)
+                    image, masks = render_view(size, seed, patient, view, healthy)
+                    path = folder / f"{name}_view{view}.jpg"
+                    cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+                    annotations = [
+                        annotation_from_mask(mask, lesion_id=f"{name}_{i}")
+                        for i, mask in enumerate(masks)
+                    ]
+                    yield Sample(path.name, inspect_image(path), annotations, {"patient_id": name})
                     progress.update()
                 left -= num_views
                 patient += 1
-
-
-def _sample(folder: Path, size: int, seed: int, patient: int, view: int, healthy: bool) -> Sample:
-    image, masks = render_view(size, seed, patient, view, healthy)
-    path = folder / f"patient{patient:03d}_view{view}.jpg"
-    cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
-    annotations = [
-        annotation_from_mask(mask, lesion_id=f"patient{patient:03d}_{i}")
-        for i, mask in enumerate(masks)
-    ]
-    return Sample(
-        path.name, inspect_image(path), annotations, {"patient_id": f"patient{patient:03d}"}
-    )

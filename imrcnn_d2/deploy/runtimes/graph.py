@@ -28,8 +28,6 @@ from imrcnn_d2.modeling.classifier import ImageClassifier
 from imrcnn_d2.utils.files import BadInputError, write_atomically
 from imrcnn_d2.utils.safe_loading import UnsafeFileError
 
-__all__ = ["INPUT", "METADATA_KEY", "OUTPUTS", "ClassifierGraph", "DetectorGraph", "GraphRuntime"]
-
 INPUT = "images"  # the graph's one input, (N, C, H, W) uint8
 # A detector's graph returns these, in this order; masks only where it has them.
 OUTPUTS = ("image", "boxes", "scores", "classes", "masks")
@@ -40,61 +38,49 @@ _OPSET = 17
 class GraphRuntime(Runtime):
     """Runs a graph that was traced from a model. A subclass knows one format of such graphs."""
 
-    def __init__(
-        self, run: Callable[[np.ndarray], Sequence[np.ndarray]], metadata: dict | None = None
-    ):
-        """
-        Args:
-            run: images (N, C, H, W) uint8 -> the arrays that `DetectorGraph` or `ClassifierGraph`
-                returns.
-            metadata: of the graph's file; None where it was made for this run.
+    def __init__(self, run: Callable[[np.ndarray], Sequence[np.ndarray]], metadata: dict | None):
+        """``run`` takes images (N, C, H, W) uint8 to the arrays that `DetectorGraph` or
+        `ClassifierGraph` returns; ``metadata`` are of the graph's file, if it was loaded.
         """
         self._run = run
         self.metadata = metadata or {}
 
     @classmethod
     def from_model(cls, model, example):
-        return cls(cls._open(cls._graph(model.to("cpu"), example))[0])
+        return cls(*cls._open(cls._graph(model.to("cpu"), example)))
 
     def __call__(self, images):
         batch = torch.stack(images).contiguous()
         outputs = [torch.as_tensor(output) for output in self._run(batch.numpy())]
         num_classes = len(self.metadata.get("classes", ())) or None  # None where it is not known
-        if len(outputs) == 1:
-            _check_shapes(outputs, [(len(images), num_classes)])
+        if is_classifier := len(outputs) == 1:
+            shapes = [(len(images), num_classes or outputs[0].shape[-1])]
+        else:
+            number, mask_size = len(outputs[0]), outputs[-1].shape[2:]
+            each = (number,)
+            shapes = [each, (number, 4), each, each, (number, 1, *mask_size)]
+        for output, shape in zip(outputs, shapes, strict=False):
+            if tuple(output.shape) != shape:
+                raise ValueError(f"The graph gave {tuple(output.shape)} where {shape} is expected")
+        if is_classifier:
             return list(outputs[0])
-        number, mask_size = len(outputs[0]), outputs[-1].shape[2:]
-        _check_shapes(
-            outputs, [(number,), (number, 4), (number,), (number,), (number, 1, *mask_size)]
-        )
         if num_classes and not ((outputs[3] >= 0) & (outputs[3] < num_classes)).all():
             raise ValueError(f"The graph names classes that are none of its {num_classes}")
-        boxes, names = outputs[1], ("scores", "pred_classes", "pred_masks")
-        fields = dict(zip(names, outputs[2:], strict=False))
-        return [
-            Instances(
-                tuple(batch.shape[2:]),
-                pred_boxes=Boxes(boxes[in_image]),
-                **{name: values[in_image] for name, values in fields.items()},
-            )
-            for in_image in (outputs[0] == i for i in range(len(images)))
-        ]
+        names, results = ("pred_boxes", "scores", "pred_classes", "pred_masks"), []
+        for i in range(len(images)):
+            values = [output[outputs[0] == i] for output in outputs[1:]]
+            fields = dict(zip(names, [Boxes(values[0]), *values[1:]], strict=False))
+            results.append(Instances(tuple(batch.shape[2:]), **fields))
+        return results
 
     @classmethod
     def export(cls, loaded, path, *, example=None, precision="fp32", calibration=()):
-        """See `Runtime.export`. Batch and image size stay free."""
         content = cls._graph(loaded.model, example, precision, calibration)
         metadata = {**export_metadata(loaded, precision), "format": cls.suffix[1:]}
         write_atomically(path, cls._with_metadata(content, json.dumps(metadata)))
 
     @classmethod
     def load(cls, path):
-        """
-        Raises:
-            BadInputError: it is no exported file, or damaged.
-            UnsafeFileError: it asks for more than its own content.
-            ModuleNotFoundError: the runtime is not installed.
-        """
         try:
             run, metadata = cls._open(path.read_bytes())
             if not isinstance(metadata, dict | None):
@@ -107,14 +93,14 @@ class GraphRuntime(Runtime):
             text = " ".join(str(error).split())[:200]
             raise BadInputError(path, f"cannot be opened: {text}") from error
         if metadata is None:
-            raise BadInputError(
-                path, "was not written by tools/export.py: it does not say what its classes are"
-            )
+            raise BadInputError(path, "does not name its classes: write it with imrcnn export")
         return cls(run, metadata)
 
     @classmethod
     def _graph(cls, model, example, precision="fp32", calibration=()) -> bytes:
         """A file without metadata."""
+        import onnx  # noqa: F401  what torch needs to write it
+
         cls.check_precision(precision)
         if precision == "int8" and not len(calibration):
             raise ValueError("int8 needs images of the training set, for the ranges of its values")
@@ -124,15 +110,21 @@ class GraphRuntime(Runtime):
         batch = torch.stack([example, example.flip(-1)])
         with torch.no_grad():
             traced = torch.jit.trace(graph.eval(), (batch,), check_trace=False)
-        with tempfile.TemporaryDirectory() as folder:
+        free = {name: {0: "detections"} for name in graph.outputs}
+        free[INPUT] = {0: "images", 2: "height", 3: "width"}
+        names = {"input_names": [INPUT], "output_names": list(graph.outputs), "dynamic_axes": free}
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            # The exporter by tracing is the one that knows torchvision's operators.
+            warnings.simplefilter("ignore")
             path = Path(folder) / "model.onnx"
-            _export_onnx(traced, graph.outputs, batch, path)
+            options = {"opset_version": _OPSET, "dynamo": False, **names}
+            torch.onnx.export(traced, (batch,), str(path), **options)
             return cls._convert(path, calibration if precision == "int8" else ())
 
     @classmethod
     @abstractmethod
     def _open(cls, content: bytes) -> tuple[Callable, object]:
-        """The function of a file's graph, see `__init__`, and its metadata, None if missing."""
+        """The arguments of `__init__` from a file."""
 
     @classmethod
     @abstractmethod
@@ -145,47 +137,15 @@ class GraphRuntime(Runtime):
         """The file with its metadata added."""
 
 
-def _check_shapes(outputs: list[torch.Tensor], shapes: list[tuple]) -> None:
-    """A shape has None for a size that is not known."""
-    for output, shape in zip(outputs, shapes, strict=False):
-        known = [size for size, other in zip(output.shape, shape, strict=False) if other is None]
-        expected = tuple(known.pop() if size is None else size for size in shape)
-        if tuple(output.shape) != expected:
-            raise ValueError(f"The graph gave {tuple(output.shape)} where {expected} is expected")
-
-
-def _export_onnx(traced, outputs, batch, path):
-    import onnx  # noqa: F401  what torch needs to write it
-
-    free = {name: {0: "detections"} for name in outputs}
-    with warnings.catch_warnings():
-        # The exporter by tracing is the one that knows torchvision's operators.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            traced,
-            (batch,),
-            str(path),
-            input_names=[INPUT],
-            output_names=list(outputs),
-            dynamic_axes={INPUT: {0: "images", 2: "height", 3: "width"}, **free},
-            opset_version=_OPSET,
-            dynamo=False,
-        )
-
-
 class DetectorGraph(nn.Module):
-    """
-    ``GeneralizedRCNN.inference`` of a batch of images of one size, up to rounding.
+    """``GeneralizedRCNN.inference`` of a batch of images of one size, up to rounding; ``outputs``
+    names what it returns.
 
-    Attributes:
-        outputs: names of what it returns.
+    Raises:
+        ValueError: the model is no GeneralizedRCNN with an RPN and StandardROIHeads.
     """
 
     def __init__(self, model: nn.Module):
-        """
-        Raises:
-            ValueError: it is no GeneralizedRCNN with an RPN and StandardROIHeads.
-        """
         super().__init__()
         heads = getattr(model, "roi_heads", None)
         if (
@@ -203,30 +163,22 @@ class DetectorGraph(nn.Module):
         self.outputs = OUTPUTS if heads.mask_on else OUTPUTS[:-1]
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """From uint8 images (N, C, H, W) in INPUT.FORMAT to D detections, by image and then by
+        falling score: the image's index (D,), boxes (D, 4) xyxy in pixels, scores (D,), classes
+        (D,) and, where the model has masks, their probabilities within the box (D, 1, h, w).
         """
-        Args:
-            images: uint8, (N, C, H, W), in INPUT.FORMAT.
-
-        Returns:
-            Of D detections, by image and then by falling score: the image's index (D,), boxes
-            (D, 4) xyxy in pixels, scores (D,), classes (D,) and, where the model has masks, their
-            probabilities within the box (D, 1, h, w).
-        """
+        # Padded at the right and at the bottom to what the backbone divides by.
         height, width = images.shape[2:]
-        features = self.model.backbone(self._normalised(images))
+        x = (images.to(self.model.pixel_mean.dtype) - self.model.pixel_mean) / self.model.pixel_std
+        divisor = self.model.backbone.size_divisibility
+        x = F.pad(x, (0, -width % divisor, 0, -height % divisor)) if divisor > 1 else x
+        features = self.model.backbone(x)
         rois = self._proposals(features, height, width)
         rois, scores, classes = self._detections(features, rois, height, width)
         detections = rois[:, 0].to(torch.int64), rois[:, 1:], scores, classes
         if "masks" in self.outputs:
             return *detections, self._masks(features, rois, classes)
         return detections
-
-    def _normalised(self, images):
-        """Padded at the right and at the bottom to what the backbone divides by."""
-        x = (images.to(self.model.pixel_mean.dtype) - self.model.pixel_mean) / self.model.pixel_std
-        divisor = self.model.backbone.size_divisibility
-        height, width = x.shape[2:]
-        return F.pad(x, (0, -width % divisor, 0, -height % divisor)) if divisor > 1 else x
 
     def _proposals(self, features, height, width):
         """RPN.forward: (R, 5) of image index and xyxy, by image and then by falling score."""
@@ -240,7 +192,9 @@ class DetectorGraph(nn.Module):
             # (N, A, H, W) -> (N, H W A), and (N, A 4, H, W) -> (N, H W A, 4)
             score = logit.permute(0, 2, 3, 1).flatten(1)
             delta = delta.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
-            score, best = score.topk(_at_most(rpn.pre_nms_topk[False], score.shape[1]), dim=1)
+            limit, size = rpn.pre_nms_topk[False], score.shape[1]  # a tensor in tracing
+            size = size.clamp(max=limit) if torch.is_tensor(size) else min(size, limit)
+            score, best = score.topk(size, dim=1)
             delta = delta.gather(1, best[..., None].expand(-1, -1, 4)).flatten(0, 1)
             box = rpn.box2box_transform.apply_deltas(delta, anchor.tensor[best.flatten()])
             boxes.append(box.reshape(number, -1, 4))
@@ -249,9 +203,8 @@ class DetectorGraph(nn.Module):
         levels, boxes, scores = (
             torch.cat(each, dim=1).flatten(0, 1) for each in (levels, boxes, scores)
         )
-        images = torch.arange(number, device=boxes.device).repeat_interleave(
-            scores.shape[0] // number
-        )
+        each_image = torch.arange(number, device=boxes.device)
+        images = each_image.repeat_interleave(scores.shape[0] // number)
         boxes = _clip(boxes, height, width)
         usable = ((boxes[:, 2:] - boxes[:, :2]) > rpn.min_box_size).all(dim=1) & scores.isfinite()
         levels, images, boxes, scores = (each[usable] for each in (levels, images, boxes, scores))
@@ -305,11 +258,6 @@ class ClassifierGraph(nn.Module):
         return (logits.softmax(dim=1),)
 
 
-def _at_most(limit, size):
-    """The smaller one; a size is a tensor in tracing, and stays one."""
-    return size.clamp(max=limit) if isinstance(size, torch.Tensor) else min(size, limit)
-
-
 def _clip(boxes, height, width):
     """Boxes (B, 4) xyxy, within the image."""
     x = boxes[:, 0::2].clamp(min=0).minimum(torch.as_tensor(width).to(boxes))
@@ -318,9 +266,8 @@ def _clip(boxes, height, width):
 
 
 def _suppress(boxes, scores, groups, threshold, height, width):
-    """
-    Non-maximum suppression of clipped boxes within each group: indices by falling score. Groups are
-    moved apart, which rounds coordinates to some thousandths of a pixel.
+    """Non-maximum suppression of clipped boxes within each group: indices by falling score. Groups
+    are moved apart, which rounds coordinates to some thousandths of a pixel.
     """
     apart = torch.as_tensor(height + width).to(boxes) * groups.to(boxes.dtype)
     moved = (boxes + apart[:, None]).reshape(-1, 4)  # OpenVINO needs a constant 4
@@ -337,14 +284,10 @@ def _first_of_each(images, number, limit):
 
 def _pool(pooler, maps, rois):
     """ROIPooler.forward for ROIs (R, 5) of image index and xyxy."""
-    pooler = getattr(pooler, "pooler", pooler)  # of FP32ROIPooler
-    level = assign_boxes_to_levels(
-        [Boxes(rois[:, 1:])],
-        pooler.min_level,
-        pooler.max_level,
-        pooler.canonical_box_size,
-        pooler.canonical_level,
-    )
+    pooler = getattr(pooler, "pooler", pooler)  # of FP32SeparableROIPooler
+    levels = pooler.min_level, pooler.max_level
+    canonical = pooler.canonical_box_size, pooler.canonical_level
+    level = assign_boxes_to_levels([Boxes(rois[:, 1:])], *levels, *canonical)
     pooled = rois.new_zeros(rois.shape[0], maps[0].shape[1], *pooler.output_size)
     for i, (pool, x) in enumerate(zip(pooler.level_poolers, maps, strict=True)):
         indices = (level == i).nonzero()[:, 0]

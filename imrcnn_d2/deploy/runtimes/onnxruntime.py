@@ -8,8 +8,6 @@ import torch
 from imrcnn_d2.deploy.runtimes.graph import INPUT, METADATA_KEY, GraphRuntime
 from imrcnn_d2.utils.safe_loading import CHECKSUM, UnsafeFileError, strict_loads
 
-__all__ = ["OnnxRuntime", "onnx_checksum"]
-
 
 class OnnxRuntime(GraphRuntime):
     name = "onnxruntime"
@@ -55,9 +53,8 @@ def onnx_checksum(model) -> str:
     """CRC-32 of an onnx.ModelProto without the checksum in it."""
     bare = type(model)()
     bare.CopyFrom(model)
-    entries = [entry for entry in model.metadata_props if entry.key != CHECKSUM]
     del bare.metadata_props[:]
-    bare.metadata_props.extend(entries)
+    bare.metadata_props.extend(entry for entry in model.metadata_props if entry.key != CHECKSUM)
     return str(zlib.crc32(bare.SerializeToString()))
 
 

@@ -11,8 +11,6 @@ import torch
 from imrcnn_d2.deploy.runtimes.graph import INPUT, METADATA_KEY, GraphRuntime
 from imrcnn_d2.utils.safe_loading import UnsafeFileError, open_stored, strict_loads
 
-__all__ = ["OPENVINO_PARTS", "OpenVINORuntime"]
-
 logger = logging.getLogger(__name__)
 
 # A file of ours is a zip of these two and of METADATA_KEY; unpacked, other programs read them.
@@ -20,9 +18,9 @@ OPENVINO_PARTS = ("model.xml", "model.bin")
 # How the first begins: OpenVINO looks at the content and would read other formats too, of which
 # some name further files.
 _NET = b'<?xml version="1.0"?>\n<net '
-# What int8 leaves alone, names of the graph's nodes: coordinates and gates, which need more than
-# 256 steps; of the RPN the last layers; and of the backbone the first ones: with them in int8 the
-# light IMR-CNN lost 1.4 points of AP50 on Kvasir-SEG's validation images, and was no faster.
+# Nodes of the graph that int8 leaves alone: coordinates and gates, which need more than 256 steps;
+# of the RPN the last layers; and of the backbone the first ones: with them in int8 the light
+# IMR-CNN lost 1.4 points of AP50 on Kvasir-SEG's validation images, and was no faster.
 _NOT_QUANTISED = [
     r"^(?!/(backbone|rpn_head|box_head|mask_fcn)).*",
     r".*/cbam.*",
@@ -34,8 +32,7 @@ _NOT_QUANTISED = [
 
 @functools.cache
 def _core():
-    """
-    One for the process: OpenVINO's stack for signal handlers is freed with its core and stays
+    """One for the process: OpenVINO's stack for signal handlers is freed with its core and stays
     registered, so that the next signal, such as Ctrl-C, would crash the process.
     """
     import openvino
@@ -50,29 +47,23 @@ class OpenVINORuntime(GraphRuntime):
 
     @classmethod
     def _open(cls, content):
-
         with open_stored(io.BytesIO(content)) as archive:
             xml, weights = (archive.read(name) for name in OPENVINO_PARTS)
             in_archive = METADATA_KEY in archive.namelist()
             metadata = strict_loads(archive.read(METADATA_KEY)) if in_archive else None
         if not xml.startswith(_NET):
-            raise UnsafeFileError(
-                f"its {OPENVINO_PARTS[0]} is of another format than OpenVINO's own"
-            )
+            raise UnsafeFileError(f"its {OPENVINO_PARTS[0]} is not of OpenVINO's own format")
         core = _core()
         model = core.read_model(xml, weights)
         hint = "bf16" if metadata and metadata["precision"] == "bf16" else "f32"
         if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             logger.warning("The file is for bf16, which this processor has not: it runs in fp32")
-        compiled = core.compile_model(
-            model,
-            "CPU",
-            {
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                "INFERENCE_PRECISION_HINT": hint,
-                "PERFORMANCE_HINT": "LATENCY",
-            },
-        )
+        options = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": hint,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        compiled = core.compile_model(model, "CPU", options)
 
         def run(batch):
             results = compiled(batch)

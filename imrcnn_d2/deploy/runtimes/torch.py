@@ -10,11 +10,9 @@ from detectron2.modeling.poolers import ROIPooler
 from torch import nn
 
 from imrcnn_d2.deploy.runtimes.base import Runtime, export_metadata
-from imrcnn_d2.modeling.roi_heads import FP32ROIPooler
+from imrcnn_d2.modeling.roi_heads import FP32SeparableROIPooler
 from imrcnn_d2.utils.files import write_atomically
 from imrcnn_d2.utils.safe_loading import CHECKSUM, tensors_checksum
-
-__all__ = ["TorchBF16Runtime", "TorchRuntime"]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -48,12 +46,8 @@ class TorchRuntime(Runtime):
 
     @classmethod
     def export(cls, loaded, path: Path, *, example=None, precision="fp32", calibration=()):
-        """
-        In fp16, kernels and matrices are rounded; vectors such as the statistics of a norm are not.
-        The metadata are JSON texts; ``crc32`` is of all of these and of the tensors.
-
-        Raises:
-            ValueError: a weight is too large for fp16; the error names it.
+        """In fp16, kernels and matrices are rounded; vectors such as the statistics of a norm are
+        not. ``crc32`` is of the tensors and of the metadata, which are JSON texts.
         """
         cls.check_precision(precision)
         kernels = {name for name, tensor in loaded.model.named_parameters() if tensor.ndim > 1}
@@ -68,9 +62,8 @@ class TorchRuntime(Runtime):
 
 
 class TorchBF16Runtime(TorchRuntime):
-    """
-    PyTorch with autocast to bf16. ROI pooling stays in fp32, since boxes would move by a pixel, and
-    so do scores, which would come in steps of 0.004.
+    """PyTorch with autocast to bf16. ROI pooling stays in fp32, since boxes would move by a pixel,
+    and so do scores, which would come in steps of 0.004.
     """
 
     name = "torch-bf16"
@@ -84,18 +77,14 @@ class TorchBF16Runtime(TorchRuntime):
             return
         for name in ("box_pooler", "mask_pooler"):
             if isinstance(getattr(heads, name, None), ROIPooler):
-                setattr(heads, name, FP32ROIPooler(getattr(heads, name)))
-        _run_in_fp32(heads.box_predictor)
+                setattr(heads, name, FP32SeparableROIPooler(getattr(heads, name)))
+        forward = heads.box_predictor.forward
 
+        def in_fp32(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return forward(x.float())
 
-def _run_in_fp32(module: nn.Module) -> None:
-    forward = module.forward
-
-    def in_fp32(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return forward(x.float())
-
-    module.forward = in_fp32
+        heads.box_predictor.forward = in_fp32
 
 
 def _to_cpu(output):

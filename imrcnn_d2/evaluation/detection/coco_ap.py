@@ -9,11 +9,9 @@ import numpy as np
 from faster_coco_eval import COCOeval_faster
 from pycocotools.cocoeval import COCOeval
 
+from imrcnn_d2.evaluation.detection.counts import LesionCounter
 from imrcnn_d2.evaluation.detection.curves import RankedDetections, Ranking
 from imrcnn_d2.evaluation.detection.inputs import mask_areas
-
-__all__ = ["coco_average_precision", "ranked_by_coco"]
-
 
 # Positions in COCOeval.stats.
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -21,19 +19,14 @@ STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # Positions of COCO's IoU thresholds (0.5, 0.55, ... 0.95) and of its area ranges (all, small,
 # medium, large), over which each metric is a mean.
 PARTS = {
-    "AP": (range(10), 0),
-    "AP75": ((5,), 0),
-    "APs": (range(10), 1),
-    "APm": (range(10), 2),
-    "APl": (range(10), 3),
+    **{"AP": (range(10), 0), "AP75": ((5,), 0)},
+    **{"APs": (range(10), 1), "APm": (range(10), 2), "APl": (range(10), 3)},
 }
 
 
 class _OverlapsGiven:
-    """
-    Either COCOeval with the overlaps given, so that it needs no masks and no index. Images and
-    classes go by their positions.
-    """
+    """Either COCOeval with the overlaps given, so that it needs no masks and no index. Images and
+    classes go by their positions."""
 
     def computeIoU(self, image, category):
         """(D, G) array, detections by falling score and ground truths in file order; [] if none."""
@@ -58,24 +51,13 @@ class _Readable(_OverlapsGiven, COCOeval):
                 side[record["image_id"], record["category_id"]].append(record)
 
 
-def coco_average_precision(gt, detections, overlaps, iou_type):
-    """
-    What detectron2's COCOEvaluator reports, also without a detection: 0 where there are ground
-    truths.
-
-    Args:
-        gt (GroundTruth):
-        detections (Detections):
-        overlaps (Overlaps or None): of masks or of boxes; None where there are no masks.
-        iou_type (str): which they are of, "segm" or "bbox": sizes are those of masks or of boxes.
-
-    Returns:
-        dict[str, float]: AP AP50 AP75 APs APm APl in percent. NaN where the data set has no ground
-        truth (of that size), without overlaps and for detections without scores.
-    """
-    if not detections.scored or overlaps is None:
+def coco_average_precision(counter: LesionCounter, iou_type: str) -> dict[str, float]:
+    """AP AP50 AP75 APs APm APl in percent, as detectron2's COCOEvaluator reports them, also without
+    a detection: 0 where there are ground truths. NaN where the data set has no ground truth (of
+    that size), without masks and without scores. Sizes are those of masks ("segm") or boxes."""
+    if not counter.detections.scored or iou_type not in counter.overlaps:
         return dict.fromkeys(STATS, float("nan"))
-    evaluation = _evaluate(_Fast, gt, detections, overlaps, iou_type)
+    evaluation = _evaluate(_Fast, counter, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.accumulate()
         evaluation.summarize()
@@ -85,27 +67,17 @@ def coco_average_precision(gt, detections, overlaps, iou_type):
     }
 
 
-def ranked_by_coco(gt, detections, overlaps, iou_type, unit_of_image, num_units):
-    """
-    What COCO's metrics are made of, to be made under other weights: pycocotools matches once, at
-    each IoU threshold and for each range of areas, and leaves out what it ignores there.
-
-    Args:
-        gt (GroundTruth):
-        detections (Detections):
-        overlaps (Overlaps): of masks or of boxes.
-        iou_type (str): which they are of, "segm" or "bbox".
-        unit_of_image (np.ndarray): (number of images,) int in [0, num_units).
-        num_units (int):
-
-    Returns:
-        dict[str, list[RankedDetections]]: AP AP75 APs APm APl -> one for each class and IoU
-        threshold, over whose ``sampled_area`` the metric is a mean.
-    """
-    evaluation = _evaluate(_Readable, gt, detections, overlaps, iou_type)
-    images = len(gt.images)
+def ranked_by_coco(
+    counter: LesionCounter, iou_type: str, unit_of_image: np.ndarray, num_units: int
+) -> dict[str, list[RankedDetections]]:
+    """What COCO's metrics are made of, to be made under other weights: pycocotools matches once, at
+    each IoU threshold and for each range of areas, and leaves out what it ignores there. AP AP75
+    APs APm APl -> one for each class and IoU threshold, over whose ``sampled_area`` the metric is a
+    mean."""
+    evaluation = _evaluate(_Readable, counter, iou_type)
+    images = len(counter.gt.images)
     ranked = {}
-    for k, a in product(range(len(gt.categories)), range(4)):
+    for k, a in product(range(len(counter.gt.categories)), range(4)):
         start = (k * 4 + a) * images
         parts = [part for part in evaluation.evalImgs[start : start + images] if part]
         if not parts:
@@ -127,19 +99,19 @@ def ranked_by_coco(gt, detections, overlaps, iou_type, unit_of_image, num_units)
     }
 
 
-def _evaluate(cls, gt, detections, overlaps, iou_type):
+def _evaluate(cls, counter, iou_type):
     """An evaluation of class ``cls``, which has matched."""
+    gt, regions = counter.gt, counter.detections.regions
+    area = regions.boxes[:, 2] * regions.boxes[:, 3]
     if iou_type == "segm":
-        area = mask_areas(detections.regions.masks)
-    else:
-        area = detections.regions.boxes[:, 2] * detections.regions.boxes[:, 3]
+        area = mask_areas(regions.masks)
     evaluation = cls(iouType="bbox")  # "segm" would decode all masks
     evaluation.params.imgIds = list(range(len(gt.images)))
     evaluation.params.catIds = list(range(len(gt.categories)))
     crowd = gt.crowd.astype(int)
     evaluation.truth = _records(gt.regions, area=gt.area, iscrowd=crowd, ignore=crowd)
-    evaluation.detected = _records(detections.regions, area=area, score=detections.score)
-    evaluation.overlaps = _dense(detections.regions, len(gt.categories), overlaps)
+    evaluation.detected = _records(regions, area=area, score=counter.detections.score)
+    evaluation.overlaps = _dense(regions, len(gt.categories), counter.overlaps[iou_type])
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
     return evaluation

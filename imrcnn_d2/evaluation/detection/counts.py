@@ -1,27 +1,25 @@
 """What happened in each image: hits, false alarms and overlaps; the confusion matrix."""
 
+from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pycocotools.mask as mask_util
 
 from imrcnn_d2.data.masks import union
+from imrcnn_d2.evaluation.detection.inputs import Detections, GroundTruth
 from imrcnn_d2.evaluation.detection.matching import match, overlaps
 
-__all__ = [
-    "COLUMNS",
-    "SHARES",
-    "SIZES",
-    "ConfusionMatrix",
-    "LesionCounter",
-    "UnitCounts",
-    "add_up",
-    "confusion_matrix",
-    "divide",
-    "named",
-    "number_units",
-    "union_overlaps",
-]
+# The columns that every metric at a threshold is made of, in the order of UnitCounts.columns.
+COLUMNS = (
+    "units tp fp fn free free_silent free_fp positive positive_predicted positive_hit "
+    "iou dice iou_box union_iou union_dice"
+).split()
+# Name and lower limit of each stratum, up to the next one's limit, which is excluded.
+# Share of the image in percent:
+SHARES = {"<1 %": 0.0, "1-5 %": 1.0, "5-15 %": 5.0, "15-30 %": 15.0, ">=30 %": 30.0}
+# COCO's sizes, in pixels.
+SIZES = {"small": 0.0, "medium": 32.0**2, "large": 96.0**2}
 
 
 def divide(part, whole):
@@ -30,101 +28,50 @@ def divide(part, whole):
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole != 0)[()]
 
 
-# The columns that every metric at a threshold is made of (see UnitCounts.columns).
-COLUMNS = (
-    "units",
-    "tp",
-    "fp",
-    "fn",
-    "free",
-    "free_silent",
-    "free_fp",
-    "positive",
-    "positive_predicted",
-    "positive_hit",
-    "iou",
-    "dice",
-    "iou_box",
-    "union_iou",
-    "union_dice",
-)
-
-
 @dataclass(frozen=True, eq=False)
 class UnitCounts:
-    """
-    What happened in each of U units at one score threshold. Each attribute is a (U,) array.
+    """What happened in each of U units at one score threshold. Each attribute is a (U,) array;
+    overlaps are in [0, 1], NaN where there are no masks."""
 
-    Attributes:
-        lesions (int): ground truths, crowds left out.
-        tp (int): detections at the threshold that hit a lesion.
-        fp (int): detections at the threshold that hit none.
-        score (float): highest score of any evaluated detection, at any threshold; 0 without one.
-        iou, dice, iou_box (float): sums over the hits of their overlaps in [0, 1]: masks, masks,
-            boxes. NaN where there are no masks.
-        union_iou, union_dice (float): overlap in [0, 1] of the union of an image's detections with
-            the union of its lesions, 0 for images without a lesion; of larger units sums over
-            images. NaN where there are no masks.
-    """
-
-    lesions: np.ndarray
-    tp: np.ndarray
-    fp: np.ndarray
-    score: np.ndarray
-    iou: np.ndarray
+    lesions: np.ndarray  # ground truths, crowds left out
+    tp: np.ndarray  # detections at the threshold that hit a lesion
+    fp: np.ndarray  # detections at the threshold that hit none
+    score: np.ndarray  # highest of any evaluated detection, at any threshold; 0 without one
+    iou: np.ndarray  # sums over the hits of their overlaps: of masks, masks, boxes
     dice: np.ndarray
     iou_box: np.ndarray
+    # Overlap of the union of an image's detections with the union of its lesions, 0 for images
+    # without a lesion; of larger units sums over images.
     union_iou: np.ndarray
     union_dice: np.ndarray
 
     @property
-    def fn(self):
+    def fn(self) -> np.ndarray:
         """(U,) int, lesions that no detection at the threshold hits."""
         return self.lesions - self.tp
 
     @property
-    def positive(self):
+    def positive(self) -> np.ndarray:
         """(U,) bool, there is a lesion."""
         return self.lesions > 0
 
     @property
-    def predicted_positive(self):
+    def predicted_positive(self) -> np.ndarray:
         """(U,) bool, there is a detection at the threshold, wherever it is."""
         return self.tp + self.fp > 0
 
     def columns(self) -> np.ndarray:
         """(U, K) float, a column for each name in COLUMNS."""
-        free, positive = ~self.positive, self.positive
-        columns = (
-            np.ones(len(self.tp)),
-            self.tp,
-            self.fp,
-            self.fn,
-            free,
-            free & ~self.predicted_positive,
-            self.fp * free,
-            positive,
-            positive & self.predicted_positive,
-            positive & (self.tp > 0),
-            self.iou,
-            self.dice,
-            self.iou_box,
-            self.union_iou,
-            self.union_dice,
-        )
+        free, positive, predicted = ~self.positive, self.positive, self.predicted_positive
+        cases = (np.ones(len(self.tp)), self.tp, self.fp, self.fn)
+        free_columns = (free, free & ~predicted, self.fp * free)
+        positive_columns = (positive, positive & predicted, positive & (self.tp > 0))
+        sums = (self.iou, self.dice, self.iou_box, self.union_iou, self.union_dice)
+        columns = (*cases, *free_columns, *positive_columns, *sums)
         return np.stack(columns, axis=1).astype(float)
 
-    def sums(self) -> dict[str, np.float64]:
-        """Sums of the columns by name, every unit counted once."""
-        return named(self.columns().sum(axis=0))
-
     def merged(self, unit: np.ndarray) -> "UnitCounts":
-        """
-        Counts of larger units, such as patients.
-
-        Args:
-            unit: (U,) int, the larger unit that each belongs to, numbered from 0.
-        """
+        """Counts of larger units, such as patients, given the (U,) int number of each one's."""
         number = int(unit.max()) + 1 if len(unit) else 0
         merged = {}
         for name in (field.name for field in fields(self)):
@@ -141,11 +88,8 @@ def named(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def number_units(images: list[dict]) -> tuple[str, np.ndarray, int]:
-    """
-    Returns:
-        "patient" where all records have a ``patient_id``, else "image"; (I,) int, the number of the
-        unit that each image belongs to; and the number of units.
-    """
+    """Return "patient" where all image records have a ``patient_id``, else "image"; (I,) int, the
+    number of the unit that each image belongs to; and the number of units."""
     patients = [record.get("patient_id") for record in images]
     if not patients or None in patients:
         return "image", np.arange(len(images)), len(images)
@@ -153,35 +97,10 @@ def number_units(images: list[dict]) -> tuple[str, np.ndarray, int]:
     return "patient", np.array([number[patient] for patient in patients]), len(number)
 
 
-def add_up(columns: np.ndarray, unit: np.ndarray, number: int) -> np.ndarray:
-    """(number, K) sums over the rows of (U, K) columns that belong to each larger unit, given the
-    (U,) int in [0, number) of each row."""
-    total = np.zeros((number, columns.shape[1]))
-    np.add.at(total, unit, columns)
-    return total
-
-
-def _overlap_of_hits(overlaps, matching):
-    """(N,) IoU in [0, 1] of each detection with the ground truth it hits; NaN without one."""
-    iou = np.full(len(matching.gt), np.nan)
-    pairs = matching.gt[overlaps.dt] == overlaps.gt
-    iou[overlaps.dt[pairs]] = overlaps.iou[pairs]
-    return iou
-
-
-def union_overlaps(gt, detections, selected: np.ndarray) -> np.ndarray:
-    """
-    Overlap of the union of an image's detections with the union of its lesions, of any class.
-
-    Args:
-        gt (GroundTruth):
-        detections (Detections): N of them.
-        selected: (N,) bool.
-
-    Returns:
-        (number of images,) IoU in [0, 1]; 0 for images without a lesion. NaN throughout where there
-        are no masks.
-    """
+def union_overlaps(gt: GroundTruth, detections: Detections, selected: np.ndarray) -> np.ndarray:
+    """(images,) IoU in [0, 1] of the union of an image's (N,) bool ``selected`` detections
+    with that of its lesions, of any class; 0 for images without a lesion, NaN throughout where
+    there are no masks."""
     if gt.regions.masks is None or detections.regions.masks is None:
         return np.full(len(gt.images), np.nan)
     iou = np.zeros(len(gt.images))
@@ -195,48 +114,41 @@ def union_overlaps(gt, detections, selected: np.ndarray) -> np.ndarray:
 
 def _by_image(regions, chosen):
     """{image position: masks of the chosen regions}."""
-    masks = {}
-    rows = np.flatnonzero(chosen)
-    for row, image in zip(rows.tolist(), regions.image[rows].tolist(), strict=True):
-        masks.setdefault(image, []).append(regions.masks[row])
+    masks = defaultdict(list)
+    for row in np.flatnonzero(chosen).tolist():
+        masks[int(regions.image[row])].append(regions.masks[row])
     return masks
 
 
-# Name and lower limit of each stratum, up to the next one's limit, which is excluded.
-# Share of the image in percent:
-SHARES = {"<1 %": 0.0, "1-5 %": 1.0, "5-15 %": 5.0, "15-30 %": 15.0, ">=30 %": 30.0}
-# COCO's sizes, in pixels.
-SIZES = {"small": 0.0, "medium": 32.0**2, "large": 96.0**2}
-
-
 class LesionCounter:
-    """Counts what happened in each image, for any selection of lesions and detections."""
+    """Counts what happened in each image, for any selection of R lesions and N detections, which
+    are matched by "segm" or "bbox" at a least overlap in (0, 1].
 
-    def __init__(self, gt, detections, overlaps: dict, matching):
-        """
-        Args:
-            gt (GroundTruth): R regions.
-            detections (Detections): N of them.
-            overlaps: Overlaps by "bbox" and, where there are masks, by "segm".
-            matching (Matching): of the N detections.
-        """
+    Attributes:
+        overlaps: by "bbox" and, where there are masks, by "segm".
+        matching: of all detections.
+    """
+
+    def __init__(self, gt: GroundTruth, detections: Detections, iou_type: str, threshold: float):
         self.gt, self.detections = gt, detections
-        self.overlaps, self.matching = overlaps, matching
-        self._iou = {kind: _overlap_of_hits(pairs, matching) for kind, pairs in overlaps.items()}
+        self._iou_type, self._threshold = iou_type, threshold
+        has_masks = gt.regions.masks is not None and detections.regions.masks is not None
+        kinds = ("bbox", "segm") if has_masks else ("bbox",)
+        self.overlaps = {kind: overlaps(gt, detections, kind) for kind in kinds}
+        self.matching = match(gt, detections, self.overlaps[iou_type], threshold)
+        # (N,) IoU in [0, 1] of each detection with the ground truth it hits; NaN without one.
+        self._iou = {kind: np.full(len(detections.score), np.nan) for kind in kinds}
+        for kind, pairs in self.overlaps.items():
+            hits = self.matching.gt[pairs.dt] == pairs.gt
+            self._iou[kind][pairs.dt[hits]] = pairs.iou[hits]
 
     def above(self, tau: float) -> np.ndarray:
         """(N,) bool, the evaluated detections with a score of at least ``tau``."""
         return self.matching.evaluated & (self.detections.score >= tau)
 
     def count(self, lesions: np.ndarray, selected: np.ndarray) -> UnitCounts:
-        """
-        Args:
-            lesions: (R,) bool, the lesions to count.
-            selected: (N,) bool, the detections.
-
-        Returns:
-            UnitCounts of all images, with ``score`` 0 and the unions NaN.
-        """
+        """Counts of all images, with ``score`` 0 and the unions NaN, of these (R,) bool lesions and
+        (N,) bool detections."""
         number, image = len(self.gt.images), self.detections.regions.image
         unknown = np.full(number, np.nan)
         hit = selected & self.matching.hit
@@ -259,12 +171,9 @@ class LesionCounter:
         )
 
     def per_image(self, selected: np.ndarray, other: UnitCounts | None = None) -> UnitCounts:
-        """
-        Args:
-            selected: (N,) bool, as of :meth:`above`.
-            other: the same at another threshold. Where an image has as many detections at both,
-                they are the same ones, and their union is not made again.
-        """
+        """Counts of all lesions and these (N,) bool detections, see :meth:`above`. Where an image
+        has as many detections in ``other``, the counts at another threshold, they are the same
+        ones, and their union is not made again."""
         gt, evaluated = self.gt, self.matching.evaluated
         image, score = self.detections.regions.image, np.zeros(len(gt.images))
         np.maximum.at(score, image[evaluated], self.detections.score[evaluated])
@@ -278,41 +187,27 @@ class LesionCounter:
         return replace(counts, score=score, union_iou=iou, union_dice=2 * iou / (1 + iou))
 
     def by_size(self, selected: np.ndarray) -> dict[str, dict[str, UnitCounts]]:
-        """
-        Lesions by size (``gt.area``), with the detections that hit them. False alarms belong to no
-        lesion, so that there is no precision by size.
-
-        Returns:
-            Per image, by the names of SHARES under "share_of_image" and by those of SIZES under
-            "coco". The former is left out where the height and width of an image with lesions are
-            unknown.
-        """
+        """Lesions by size (``gt.area``), per image, with the (N,) bool detections that hit them:
+        "share_of_image" -> the names of SHARES and "coco" -> those of SIZES. False alarms belong to
+        no lesion, so that there is no precision by size. Shares are left out where the height and
+        width of an image with lesions are unknown."""
         gt = self.gt
-        pixels = np.array(
-            [i.get("height", np.nan) * i.get("width", np.nan) for i in gt.images], float
-        )
-        share = 100 * gt.area / pixels[gt.regions.image]
+        pixels = [image.get("height", np.nan) * image.get("width", np.nan) for image in gt.images]
+        share = 100 * gt.area / np.array(pixels, float)[gt.regions.image]
         scales = {"share_of_image": (share, SHARES), "coco": (gt.area, SIZES)}
         if np.isnan(share[~gt.crowd]).any():
             del scales["share_of_image"]
-        return {
-            scale: self.by_stratum(
-                selected,
-                np.searchsorted(list(limits.values()), size, side="right") - 1,
-                list(limits),
-            )
-            for scale, (size, limits) in scales.items()
-        }
+        strata = {}
+        for scale, (size, limits) in scales.items():
+            stratum = np.searchsorted(list(limits.values()), size, side="right") - 1
+            strata[scale] = self.by_stratum(selected, stratum, list(limits))
+        return strata
 
-    def by_stratum(self, selected, stratum: np.ndarray, names: list) -> dict[str, UnitCounts]:
-        """
-        Lesions by any partition, with the detections that hit them.
-
-        Args:
-            selected: (N,) bool, as of :meth:`above`.
-            stratum: (R,) int, place in ``names`` of each region.
-            names: of the strata.
-        """
+    def by_stratum(
+        self, selected: np.ndarray, stratum: np.ndarray, names: list[str]
+    ) -> dict[str, UnitCounts]:
+        """Lesions by any partition, with the (N,) bool detections that hit them, given the (R,) int
+        place of each region in the ``names`` of the strata."""
         strata = {}
         for number, name in enumerate(names):
             lesions = ~self.gt.crowd & (stratum == number)
@@ -321,73 +216,55 @@ class LesionCounter:
         return strata
 
     def by_class(self, selected: np.ndarray) -> dict[str, UnitCounts]:
-        """Per image, the lesions and detections of each class by its name."""
-        gt = self.gt
+        """Per image, the lesions and (N,) bool detections of each class by its name."""
+        gt, detected = self.gt, self.detections.regions.category
         return {
             category["name"]: self.count(
-                ~gt.crowd & (gt.regions.category == position),
-                selected & (self.detections.regions.category == position),
+                ~gt.crowd & (gt.regions.category == position), selected & (detected == position)
             )
             for position, category in enumerate(gt.categories)
         }
 
+    def confusion_matrix(self, tau: float) -> "ConfusionMatrix":
+        """Detections are matched with the lesions of all classes alike: by falling score (at most
+        100 an image), each takes the free lesion that it overlaps most, if they overlap enough.
+        Each row of a class adds up to its lesions. Detections that match only a crowd region, of
+        any class, are in no column."""
+        gt, detections, matching = self.gt, self.detections, self.matching
+        k = len(gt.categories)
+        if k > 1:
+            merged_gt = replace(gt, categories=gt.categories[:1], regions=_as_one_class(gt.regions))
+            merged = replace(detections, regions=_as_one_class(detections.regions))
+            pairs = overlaps(merged_gt, merged, self._iou_type)
+            matching = match(merged_gt, merged, pairs, self._threshold)
+        selected = matching.evaluated & (detections.score >= tau)
+        hit = matching.gt[selected]
+        missed = ~gt.crowd
+        missed[hit[hit >= 0]] = False
+        counts = np.zeros((k + 1, k + 1))
+        # A false alarm, of which matching.gt is -1, gets the background at the end.
+        truth = np.append(gt.regions.category, k)[hit]
+        np.add.at(counts, (truth, detections.regions.category[selected]), 1)
+        np.add.at(counts, (gt.regions.category[missed], k), 1)
+        counts[k, k] = np.nan
+        names = [category["name"] for category in gt.categories]
+        names.append("no lesion" if "background" in names else "background")
+        return ConfusionMatrix(names, counts)
+
 
 @dataclass(frozen=True, eq=False)
 class ConfusionMatrix:
-    """
-    Attributes:
-        classes (list[str]): the k classes by ascending id, then "background" ("no lesion" if one of
-            the classes is called that).
-        counts (np.ndarray): (k+1, k+1) float, rows by truth, columns by prediction. In the last
-            column are the lesions that no detection hits, in the last row the false alarms; NaN in
-            the corner, since true negative background can't be counted.
-    """
+    """Lesions that no detection hits are in the last column, false alarms in the last row."""
 
-    classes: list
+    classes: list[str]  # k by ascending id, then "background" ("no lesion" if a class is called so)
+    # (k+1, k+1) float, rows by truth, columns by prediction; NaN in the corner, since true negative
+    # background can't be counted.
     counts: np.ndarray
 
-    def rows(self):
-        """list[list[int or None]]: the counts, None in the corner."""
+    def rows(self) -> list[list[int | None]]:
+        """The counts, None in the corner."""
         return [[None if np.isnan(n) else int(n) for n in row] for row in self.counts]
 
 
-def confusion_matrix(gt, detections, matching, *, tau, iou_threshold, iou_type):
-    """
-    Detections are matched with the lesions of all classes alike: by falling score (at most 100 an
-    image), each takes the free lesion that it overlaps most, if they overlap enough. With one class
-    that is the matching of the lesion-level metrics.
-
-    Args:
-        gt (GroundTruth):
-        detections (Detections): N of them.
-        matching (Matching): of these two, class by class.
-        tau (float): score threshold.
-        iou_threshold (float): least overlap of a match, in (0, 1].
-        iou_type (str): "segm" or "bbox".
-
-    Returns:
-        ConfusionMatrix: each row of a class adds up to its lesions. Detections that match only a
-        crowd region, of any class, are in no column.
-    """
-    k = len(gt.categories)
-    if k > 1:
-        merged_gt = replace(gt, categories=gt.categories[:1], regions=_of_one_class(gt.regions))
-        merged = replace(detections, regions=_of_one_class(detections.regions))
-        matching = match(merged_gt, merged, overlaps(merged_gt, merged, iou_type), iou_threshold)
-    selected = matching.evaluated & (detections.score >= tau)
-    hit = matching.gt[selected]
-    missed = ~gt.crowd
-    missed[hit[hit >= 0]] = False
-    counts = np.zeros((k + 1, k + 1))
-    # A false alarm, of which matching.gt is -1, finds the background at the end.
-    truth = np.append(gt.regions.category, k)[hit]
-    np.add.at(counts, (truth, detections.regions.category[selected]), 1)
-    np.add.at(counts, (gt.regions.category[missed], k), 1)
-    counts[k, k] = np.nan
-    names = [category["name"] for category in gt.categories]
-    names.append("no lesion" if "background" in names else "background")
-    return ConfusionMatrix(names, counts)
-
-
-def _of_one_class(regions):
+def _as_one_class(regions):
     return replace(regions, category=np.zeros_like(regions.category))

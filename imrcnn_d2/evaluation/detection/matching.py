@@ -13,65 +13,38 @@ import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
-__all__ = ["MAX_DETECTIONS", "Matching", "Overlaps", "match", "overlaps"]
-
-
-# Detections considered per image and class, as in COCO.
-MAX_DETECTIONS = 100
+from imrcnn_d2.evaluation.detection.inputs import MAX_DETECTIONS, Detections, GroundTruth
 
 
 @dataclass(frozen=True, eq=False)
 class Overlaps:
-    """
-    Overlaps of the P pairs of a detection and a ground truth of the same image and class: by image,
-    then class, then falling score, then the ground truths' file order.
+    """Overlaps of the P pairs of a detection and a ground truth of the same image and class: by
+    image, then class, then falling score, then the ground truths' file order."""
 
-    Attributes:
-        dt (np.ndarray): (P,) int, positions in ``Detections``.
-        gt (np.ndarray): (P,) int, positions in ``GroundTruth.regions``.
-        iou (np.ndarray): (P,) float in [0, 1]; for a crowd the intersection over the area of the
-            detection, as in COCO.
-        rank (np.ndarray): (number of detections,) int, place of each by falling score in its image
-            and class, from 0. From MAX_DETECTIONS on they are in no pair.
-    """
-
-    dt: np.ndarray
-    gt: np.ndarray
-    iou: np.ndarray
+    dt: np.ndarray  # (P,) int, positions in ``Detections``
+    gt: np.ndarray  # (P,) int, positions in ``GroundTruth.regions``
+    iou: np.ndarray  # (P,) in [0, 1]; for a crowd, as in COCO, intersection / detection's area
+    # (number of detections,) int, place of each by falling score in its image and class, from 0.
+    # From MAX_DETECTIONS on they are in no pair.
     rank: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """
-    Attributes:
-        gt (np.ndarray): (N,) int, for each detection the position of the ground truth it hits, or
-            -1: a false alarm, at any threshold.
-        iou (np.ndarray): (N,) float in [0, 1], overlap with it; NaN for false alarms.
-        evaluated (np.ndarray): (N,) bool, False for detections that match only a crowd and those
-            beyond MAX_DETECTIONS: they are neither hits nor false alarms.
-    """
+    """Of N detections: those that match only a crowd and those beyond MAX_DETECTIONS are not
+    evaluated, they are neither hits nor false alarms."""
 
-    gt: np.ndarray
-    iou: np.ndarray
-    evaluated: np.ndarray
+    gt: np.ndarray  # (N,) int, position of the ground truth it hits, -1 for a false alarm
+    evaluated: np.ndarray  # (N,) bool
 
     @property
-    def hit(self):
-        """np.ndarray: (N,) bool, the detection hits a ground truth."""
+    def hit(self) -> np.ndarray:
+        """(N,) bool, the detection hits a ground truth."""
         return self.gt >= 0
 
 
-def overlaps(gt, detections, iou_type):
-    """
-    Args:
-        gt (GroundTruth):
-        detections (Detections):
-        iou_type (str): "segm" (both must have masks) or "bbox".
-
-    Returns:
-        Overlaps:
-    """
+def overlaps(gt: GroundTruth, detections: Detections, iou_type: str) -> Overlaps:
+    """The overlaps of masks ("segm"; both must have some) or of boxes ("bbox")."""
     size = len(gt.categories)
     key, truth_key = (
         regions.image * size + regions.category for regions in (detections.regions, gt.regions)
@@ -120,23 +93,13 @@ def _mask_overlaps(regions, gt, dt, truth, key):
     return iou
 
 
-def match(gt, detections, overlaps, threshold):
-    """
-    Match all detections of a data set. A ground truth is taken once, a crowd any number of times,
-    and only by a detection that finds no free ground truth. Of equal overlaps the last in file
-    order is taken, as in pycocotools.
-
-    Args:
-        gt (GroundTruth):
-        detections (Detections): N of them.
-        overlaps (Overlaps): from :func:`overlaps` of these two.
-        threshold (float): least IoU of a match, in (0, 1].
-
-    Returns:
-        Matching: of N detections.
-    """
+def match(
+    gt: GroundTruth, detections: Detections, overlaps: Overlaps, threshold: float
+) -> Matching:
+    """Match all detections of a data set, at a least IoU in (0, 1]. A ground truth is taken once, a
+    crowd any number of times, and only by a detection that finds no free ground truth. Of equal
+    overlaps the last in file order is taken, as in pycocotools."""
     hit = np.full(len(detections.score), -1, dtype=np.int64)
-    iou = np.full(len(hit), np.nan)
     # pycocotools' own slack, so that an IoU of 1 meets a threshold of 1.
     enough = np.flatnonzero(overlaps.iou >= min(threshold, 1 - 1e-10))
     crowd = gt.crowd[overlaps.gt[enough]]
@@ -144,20 +107,14 @@ def match(gt, detections, overlaps, threshold):
     taken = np.zeros(len(gt.crowd), dtype=bool)
     # One rank at a time: that is at most one detection of each image and class.
     rank = overlaps.rank[overlaps.dt[enough]]
-    for pairs in _split(enough, rank):
+    order = np.argsort(rank, kind="stable")
+    for pairs in np.split(enough[order], np.flatnonzero(np.diff(rank[order])) + 1):
         pairs = pairs[~taken[overlaps.gt[pairs]]]
         pairs = pairs[np.lexsort((overlaps.iou[pairs], overlaps.dt[pairs]))]
         best = pairs[np.append(np.diff(overlaps.dt[pairs]) != 0, True)] if len(pairs) else pairs
         hit[overlaps.dt[best]] = overlaps.gt[best]
-        iou[overlaps.dt[best]] = overlaps.iou[best]
         taken[overlaps.gt[best]] = True
     evaluated = overlaps.rank < MAX_DETECTIONS
     in_crowd = overlaps.dt[crowded]
     evaluated[in_crowd[hit[in_crowd] < 0]] = False
-    return Matching(hit, iou, evaluated)
-
-
-def _split(values, key):
-    """The values by ascending key, an array for each key there is."""
-    order = np.argsort(key, kind="stable")
-    return np.split(values[order], np.flatnonzero(np.diff(key[order])) + 1)
+    return Matching(hit, evaluated)

@@ -2,64 +2,44 @@
 counts: with weights of 1 that gives the metrics of the data set, with the weights of bootstrap
 resamples those of the resamples."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
 from imrcnn_d2.evaluation.calibration import Calibration
 from imrcnn_d2.evaluation.detection.coco_ap import ranked_by_coco
-from imrcnn_d2.evaluation.detection.counts import add_up, divide, named, number_units
-from imrcnn_d2.evaluation.detection.curves import FROC, RankedDetections, Ranking, weighted_auroc
-
-__all__ = [
-    "COUNTS",
-    "ENDPOINTS",
-    "METRICS",
-    "PRIMARY",
-    "DetectionMetrics",
-    "GroupFormulas",
-    "Metric",
-    "ResampledMetrics",
-    "endpoints_of",
-    "image_metrics",
-    "is_count",
-    "is_percent",
-    "lesion_metrics",
-    "lesion_proportions",
-    "mean_where",
-    "ratios",
-    "size_metrics",
-    "size_proportions",
-    "table_proportions",
-    "unit_metrics",
-    "unit_proportions",
-]
+from imrcnn_d2.evaluation.detection.counts import (
+    LesionCounter,
+    UnitCounts,
+    divide,
+    named,
+    number_units,
+)
+from imrcnn_d2.evaluation.detection.curves import (
+    FROC,
+    PRCurve,
+    RankedDetections,
+    Ranking,
+    pr_curve,
+    weighted_auroc,
+)
+from imrcnn_d2.evaluation.detection.matching import match
 
 
 @dataclass(frozen=True)
 class Metric:
-    """
-    Attributes:
-        name: key in metrics.json.
-        label: for readers.
-        unit: "%", "count", or what else the value is in.
-        formula: or the source of the definition.
-        endpoint_of: groups in which models are compared by it.
-    """
-
-    name: str
-    label: str
-    unit: str
-    formula: str
-    endpoint_of: tuple[str, ...] = ()
+    name: str  # key in metrics.json
+    label: str  # for readers
+    unit: str  # "%", "count", or what else the value is in
+    formula: str  # or the source of the definition
+    endpoint_of: tuple[str, ...] = ()  # groups in which models are compared by it
 
 
 _CURVES, _UNITS = ("segm", "bbox"), ("image", "patient", "cancer")
-_LESIONS = ("lesion", "tau_val.lesion")
+_LESIONS, _FREE = ("lesion", "tau_val.lesion"), "fp_per_lesion_free_image"
 
 # In the order in which models are compared.
 METRICS = {
@@ -94,12 +74,7 @@ METRICS = {
         Metric("miou", "mIoU", "%", "IoU of unions, mean over positive images", ("image",)),
         Metric("mdice", "mDice", "%", "Dice of unions, mean over positive images"),
         Metric("fp_per_image", "fp_per_image", "per image", "FP / images"),
-        Metric(
-            "fp_per_lesion_free_image",
-            "fp_per_lesion_free_image",
-            "per image",
-            "FP in lesion-free images / lesion-free images",
-        ),
+        Metric(_FREE, _FREE, "per image", "FP in lesion-free images / lesion-free images"),
         Metric("selection", "selection", "%", "mean of precision, recall, F1 and specificity"),
         Metric("cross_entropy", "cross-entropy", "nats", "-ln p of the true class, mean"),
         Metric("ece", "ece", "%", "expected calibration error, 10 bins"),
@@ -122,46 +97,23 @@ def is_percent(name: str) -> bool:
     return name not in METRICS or METRICS[name].unit == "%"
 
 
-def _endpoints(*groups: str) -> tuple[str, ...]:
+def endpoints_in(*groups: str) -> list[str]:
     """Endpoints of these groups, "group/metric", metric by metric."""
-    return tuple(
+    return [
         f"{group}/{metric.name}"
         for metric in METRICS.values()
         for group in groups
         if group in metric.endpoint_of
-    )
+    ]
 
 
-# The primary endpoint by task.
-PRIMARY = {"lesions": "segm/AP50_voc", "recognition": "recognition/balanced_accuracy"}
-# What is tested, fixed before any value is seen: the more tests, the weaker each. As group/metric;
-# those that a comparison does not have are left out.
-ENDPOINTS = (
-    *_endpoints("segm", "bbox"),
-    *_endpoints("lesion"),
-    *_endpoints("tau_val.lesion"),
-    *_endpoints("image"),
-    *_endpoints("patient"),
+# What is tested of detectors, fixed before any value is seen: the more tests, the weaker each. As
+# group/metric; those that a comparison does not have are left out.
+ENDPOINTS = tuple(
+    endpoint
+    for groups in (("segm", "bbox"), ("lesion",), ("tau_val.lesion",), ("image",), ("patient",))
+    for endpoint in endpoints_in(*groups)
 )
-
-
-def endpoints_of(task: str, classes=(), cancer_classes=()) -> tuple[str, ...]:
-    """
-    Args:
-        task: "lesions" or "recognition".
-        classes, cancer_classes (list[str]): of a classification data set.
-
-    Returns:
-        What is tested, group/metric.
-    """
-    if task == "lesions":
-        return ENDPOINTS
-    cancer = _endpoints("cancer")
-    if len(cancer_classes) < 2:
-        # Of a single cancer class sensitivity is its accuracy: no reason to test it twice.
-        cancer = tuple(name for name in cancer if name != "cancer/recall")
-    of_class = tuple(f"recognition/accuracy_{name}" for name in classes)
-    return (*_endpoints("recognition"), *of_class, *cancer)
 
 
 def ratios(tp, fp, fn, tn) -> dict[str, np.ndarray]:
@@ -183,35 +135,32 @@ def table_proportions(tp, fp, fn, tn) -> dict[str, tuple]:
     }
 
 
-def _lesion_table(sums):
+def lesion_table(sums: dict[str, np.ndarray]) -> tuple:
+    """TP, FP, FN and TN of lesions and detections, of sums by COLUMNS."""
     return sums["tp"], sums["fp"], sums["fn"], sums["free_silent"]
 
 
-def _unit_table(sums):
-    return (
-        sums["positive_predicted"],
-        sums["free"] - sums["free_silent"],
-        sums["positive"] - sums["positive_predicted"],
-        sums["free_silent"],
-    )
+def unit_table(sums: dict[str, np.ndarray]) -> tuple:
+    """TP, FP, FN and TN of images or patients, of sums by COLUMNS."""
+    predicted, silent = sums["positive_predicted"], sums["free_silent"]
+    return predicted, sums["free"] - silent, sums["positive"] - predicted, silent
 
 
-def lesion_metrics(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """
-    Metrics where each lesion and each detection is a case.
+def table_metrics(tp, fp, fn, tn) -> dict[str, np.ndarray]:
+    """The counts, and :func:`ratios` of them."""
+    return {"TP": tp, "FP": fp, "FN": fn, "TN": tn, **ratios(tp, fp, fn, tn)}
+
+
+def lesion_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics, (...,) each, where each lesion and each detection is a case, of (..., K) sums of
+    ``UnitCounts.columns``.
 
     ``specificity`` and ``accuracy`` mix images (the true negatives) with detections (the false
     positives); they are there for comparison with publications that do so.
-
-    Args:
-        sums: (...,) sums over images, see ``UnitCounts.columns``.
-
-    Returns:
-        (...,) TP FP FN TN precision recall specificity accuracy f1 iou iou_box dice iou_all
-        fp_per_image fp_per_lesion_free_image.
     """
-    tp, fp, fn, _ = table = _lesion_table(sums)
-    values = {**dict(zip(COUNTS, table, strict=True)), **ratios(*table)}
+    sums = named(sums)
+    tp, fp, fn, _ = table = lesion_table(sums)
+    values = table_metrics(*table)
     # Decided from the ground truth: else it is 0 as soon as there is a false alarm, NaN until then.
     values["specificity"] = np.where(sums["free"] > 0, values["specificity"], np.nan)[()]
     for name in ("iou", "iou_box", "dice"):
@@ -222,91 +171,62 @@ def lesion_metrics(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return values
 
 
-def unit_metrics(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """
-    Metrics where each image, or each patient, is a case: positive if it has a lesion, predicted
-    positive by a detection above the threshold anywhere in it.
-
-    Args:
-        sums: (...,) sums over images or patients, see ``UnitCounts.columns``.
-
-    Returns:
-        (...,) TP FP FN TN precision recall specificity accuracy f1 localised_recall. The last is
-        the share of positive units in which a lesion is hit.
-    """
-    table = _unit_table(sums)
-    return {
-        **dict(zip(COUNTS, table, strict=True)),
-        **ratios(*table),
-        "localised_recall": 100 * divide(sums["positive_hit"], sums["positive"]),
-    }
+def unit_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics where each image, or each patient, is a case: positive if it has a lesion, predicted
+    positive by a detection above the threshold anywhere in it. ``localised_recall`` is the share of
+    positive units in which a lesion is hit."""
+    sums = named(sums)
+    localised = 100 * divide(sums["positive_hit"], sums["positive"])
+    return {**table_metrics(*unit_table(sums)), "localised_recall": localised}
 
 
-def image_metrics(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def image_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
     """As :func:`unit_metrics`, and miou and mdice, means over the images with a lesion."""
+    by_name = named(sums)
     return {
         **unit_metrics(sums),
-        "miou": 100 * divide(sums["union_iou"], sums["positive"]),
-        "mdice": 100 * divide(sums["union_dice"], sums["positive"]),
+        "miou": 100 * divide(by_name["union_iou"], by_name["positive"]),
+        "mdice": 100 * divide(by_name["union_dice"], by_name["positive"]),
     }
 
 
-def lesion_proportions(sums: dict[str, np.ndarray]) -> dict[str, tuple]:
-    """
-    The metrics that are a share of a whole number of cases, for exact binomial intervals.
-
-    Returns:
-        metric -> (cases that have it, cases), each (...,). For f1 it is s = TP / (TP + FP + FN), of
-        which F1 = 2s / (1 + s) is a monotone function.
-    """
-    return table_proportions(*_lesion_table(sums))
+def lesion_proportions(sums: np.ndarray) -> dict[str, tuple]:
+    """The metrics that are a share of a whole number of cases, for exact binomial intervals:
+    metric -> (cases that have it, cases), each (...,). For f1 it is s = TP / (TP + FP + FN), of
+    which F1 = 2s / (1 + s) is a monotone function."""
+    return table_proportions(*lesion_table(named(sums)))
 
 
-def unit_proportions(sums: dict[str, np.ndarray]) -> dict[str, tuple]:
+def unit_proportions(sums: np.ndarray) -> dict[str, tuple]:
     """As :func:`lesion_proportions`, where each image, or each patient, is a case."""
-    return {
-        **table_proportions(*_unit_table(sums)),
-        "localised_recall": (sums["positive_hit"], sums["positive"]),
-    }
+    sums = named(sums)
+    shares = table_proportions(*unit_table(sums))
+    return {**shares, "localised_recall": (sums["positive_hit"], sums["positive"])}
 
 
-def size_metrics(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def size_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
     """(...,) "n" (lesions), recall, iou, iou_box, iou_all and dice of a stratum of lesions, whose
     false alarms are unknown."""
     values = lesion_metrics(sums)
     names = ("recall", "iou", "iou_box", "iou_all", "dice")
-    return {"n": sums["tp"] + sums["fn"], **{name: values[name] for name in names}}
-
-
-def size_proportions(sums: dict[str, np.ndarray]) -> dict[str, tuple]:
-    """As :func:`lesion_proportions`, of :func:`size_metrics`."""
-    return {"recall": lesion_proportions(sums)["recall"]}
+    return {"n": values["TP"] + values["FN"], **{name: values[name] for name in names}}
 
 
 class GroupFormulas(NamedTuple):
-    """
-    What a group of metrics is made of.
+    """What a group of metrics is made of: functions of (..., K) sums of the columns."""
 
-    Attributes:
-        columns: (num_units, K) float.
-        formulas: of the (..., K) sums of the columns, as ``ResampledMetrics.named`` gives them.
-        proportions: of the same, see :func:`lesion_proportions`.
-    """
-
-    columns: np.ndarray
-    formulas: Callable
-    proportions: Callable
+    columns: np.ndarray  # (num_units, K) float
+    formulas: Callable[[np.ndarray], dict[str, np.ndarray]]
+    proportions: Callable[[np.ndarray], dict[str, tuple]]  # see lesion_proportions
 
 
 class ResampledMetrics:
-    """
-    The metrics of a data set as functions of how often each of its units counts.
+    """The metrics of a data set as functions of how often each of its units counts.
 
     Attributes:
-        unit (str): "patient" or "image".
-        unit_of_image (np.ndarray): (number of images,) int in [0, num_units).
-        num_units (int):
-        columns (dict[str, GroupFormulas]): the groups that are formulas over sums.
+        unit: "patient" where all image records have a ``patient_id``, else "image".
+        unit_of_image: (number of images,) int in [0, num_units).
+        columns: the groups that are formulas over sums.
     """
 
     columns: dict[str, GroupFormulas]
@@ -323,15 +243,11 @@ class ResampledMetrics:
         Returns:
             group -> metric -> (B,).
         """
+        weights = weights.astype(float)
         return {
-            group: formulas(self.named(weights @ columns))
+            group: formulas(weights @ columns)
             for group, (columns, formulas, _) in self.columns.items()
         }
-
-    @staticmethod
-    def named(sums: np.ndarray):
-        """(..., K) sums of columns as the formulas take them."""
-        return named(sums)
 
     @property
     def width(self) -> int:
@@ -342,98 +258,178 @@ class ResampledMetrics:
         """The metrics of the data set itself."""
         values = self(np.ones((1, self.num_units), dtype=np.int32), all_coco=all_coco)
         return {
-            group: {name: float(value[0]) for name, value in of_group.items()}
-            for group, of_group in values.items()
+            group: {name: float(value[0]) for name, value in group_values.items()}
+            for group, group_values in values.items()
         }
 
     def proportions(self) -> dict[str, dict[str, tuple]]:
-        """group -> metric -> (cases that have it, cases), of the metrics that are a share of a
-        whole number of cases; see :func:`lesion_proportions`."""
+        """group -> metric -> (cases that have it, cases), see :func:`lesion_proportions`."""
         return {
-            group: proportions(self.named(columns.sum(axis=0)))
+            group: proportions(columns.sum(axis=0))
             for group, (columns, _, proportions) in self.columns.items()
         }
 
+    def settings(self, bootstrap) -> dict:
+        """What ``meta`` records: the number of patients, None where unknown, and the Bootstrap."""
+        return {
+            "patients": self.num_units if self.unit == "patient" else None,
+            "bootstrap": bootstrap and {**asdict(bootstrap), "unit": self.unit},
+        }
 
+    def per_unit(self, columns: np.ndarray) -> np.ndarray:
+        """(num_units, K) sums of the (I, K) columns of the images of each unit."""
+        total = np.zeros((self.num_units, columns.shape[1]))
+        np.add.at(total, self.unit_of_image, columns)
+        return total
+
+
+# The IoU of AP50_voc, BEP and the PR curves, whatever IoU lesions are matched at.
+CURVE_IOU = 0.5
 # Read off the precision-recall curve of a class.
 _CURVE_METRICS = ("AP50", "AP50_voc", "BEP")
 
 
 class DetectionMetrics(ResampledMetrics):
-    """
-    The metrics of a detector; units are patients where every image has a ``patient_id``, else
-    images.
+    """The metrics of a detector. Without scores, metrics that depend on their order are NaN.
+
+    Args:
+        counter: of the ground truth and N detections.
+        counts: per image at each threshold, by a prefix of its groups of metrics: "" and, with a
+            second threshold, "tau_val.".
+        sizes, classes: per image, of lesions by size and of each class; empty for a single one.
 
     Attributes:
         froc (FROC), calibration (Calibration): of all evaluated detections.
     """
 
-    def __init__(self, counter, curve_matchings, counts, sizes, classes):
-        """
-        Args:
-            counter (LesionCounter): of the ground truth and N detections. Without scores, metrics
-                that depend on their order are NaN.
-            curve_matchings (dict[str, Matching]): at IoU 0.5 by "bbox" and, where there are masks,
-                by "segm": for AP and the break-even point.
-            counts (dict[str, UnitCounts]): per image at each threshold, by a prefix of its groups
-                of metrics: "" and, with a second threshold, "tau_val.".
-            sizes (dict[str, dict[str, UnitCounts]]): per image, of lesions by size.
-            classes (dict[str, UnitCounts]): per image, of each class; empty for a single one.
-        """
-        self.gt, self.detections, self.overlaps = counter.gt, counter.detections, counter.overlaps
-        super().__init__(*number_units(self.gt.images))
-        self.curve_matchings, self.counts = curve_matchings, counts
-        self.sizes, self.classes = sizes, classes
-        gt, matching = self.gt, counter.matching
-        score, image = self.detections.score, self.detections.regions.image
-        evaluated = matching.evaluated
-        columns = score[evaluated], matching.hit[evaluated], image[evaluated]
-        self.froc = FROC.by_score(*columns, gt.lesions, self.detections.scored)
-        self.calibration = Calibration.of_scores(
-            *columns, len(gt.images), scored=self.detections.scored
-        )
+    def __init__(
+        self,
+        counter: LesionCounter,
+        counts: dict[str, UnitCounts],
+        sizes: dict[str, dict[str, UnitCounts]],
+        classes: dict[str, UnitCounts],
+    ):
+        super().__init__(*number_units(counter.gt.images))
+        self.counter, self.counts, self.classes = counter, counts, classes
+        self.gt, self.detections = gt, detections = counter.gt, counter.detections
+        evaluated = counter.matching.evaluated
+        columns = (detections.score, counter.matching.hit, detections.regions.image)
+        columns = [column[evaluated] for column in columns]
+        self.froc = FROC(*columns, gt.lesions, detections.scored)
+        self.calibration = Calibration.of_scores(*columns, len(gt.images), detections.scored)
+        self._calibration = self.per_unit(self.calibration.columns())
         self._images = np.bincount(self.unit_of_image, minlength=self.num_units)
+        # Groups that have an AUROC: UnitCounts, and the unit of each case.
+        self._score_groups = {"image": (counts[""], self.unit_of_image)}
+        if self.unit == "patient":
+            patients = counts[""].merged(self.unit_of_image)
+            self._score_groups["patient"] = (patients, np.arange(self.num_units))
+        self.columns = self._columns(sizes)
         self._rankings = {}
-        classes = np.unique(gt.regions.category[~gt.crowd])
-        self._curves = {
-            kind: {gt.categories[c]["name"]: self._ranked(of_kind, [c]) for c in classes}
-            for kind, of_kind in curve_matchings.items()
+        self._matchings = {
+            kind: match(gt, detections, pairs, CURVE_IOU)
+            for kind, pairs in counter.overlaps.items()
         }
-        self._all = self._ranked(matching, range(len(gt.categories)))
+        present = np.unique(gt.regions.category[~gt.crowd])
+        self._curves = {
+            kind: {gt.categories[c]["name"]: self._ranked(matching, [c]) for c in present}
+            for kind, matching in self._matchings.items()
+        }
+        self._all = self._ranked(counter.matching, range(len(gt.categories)))
+
+    def _columns(self, sizes):
+        groups = {}
+        for prefix, counts in self.counts.items():
+            columns = self.per_unit(counts.columns())
+            groups[f"{prefix}lesion"] = (columns, lesion_metrics, lesion_proportions)
+            groups[f"{prefix}image"] = (columns, image_metrics, unit_proportions)
+            if self.unit == "patient":
+                merged = counts.merged(self.unit_of_image).columns()
+                groups[f"{prefix}patient"] = (merged, unit_metrics, unit_proportions)
+        for scale, strata in sizes.items():
+            for name, counts in strata.items():
+                columns = self.per_unit(counts.columns())
+                groups[f"by_size.{scale}.{name}"] = (columns, size_metrics, lesion_proportions)
+        for name, counts in self.classes.items():
+            columns = self.per_unit(counts.columns())
+            groups[f"by_class.{name}"] = (columns, lesion_metrics, lesion_proportions)
+        return {group: GroupFormulas(*parts) for group, parts in groups.items()}
+
+    def _ranked(self, matching, classes):
+        """RankedDetections of some classes."""
+        regions, truth = self.detections.regions, self.gt.regions
+        in_classes = matching.evaluated & np.isin(regions.category, classes)
+        lesions = ~self.gt.crowd & np.isin(truth.category, classes)
+        key = in_classes.tobytes()
+        if key not in self._rankings:  # mostly shared by boxes and masks
+            unit = self.unit_of_image[regions.image[in_classes]]
+            self._rankings[key] = Ranking(self.detections.score[in_classes], unit)
+        return RankedDetections(
+            self._rankings[key],
+            matching.hit[in_classes],
+            np.bincount(self.unit_of_image[truth.image[lesions]], minlength=self.num_units),
+        )
 
     def __call__(self, weights, *, all_coco=False):
         """As of the base class; groups as in LesionResults. Means over classes are over those that
         a resample has ground truth of."""
-        values, curves = {}, {}
+        values, number = {"bbox": {}, "segm": {}, **super().__call__(weights)}, len(weights)
         copies = {id(ranking): ranking.copies(weights) for ranking in self._rankings.values()}
-        for kind in ("bbox", "segm"):
-            curves[kind] = self._class_curves(kind, weights, copies)
-            present, of_class = (
-                zip(*curves[kind].values(), strict=True) if curves[kind] else ((), ())
-            )
+        curves = {kind: self._class_curves(kind, weights, copies) for kind in ("bbox", "segm")}
+        for kind, by_class in curves.items():
+            present = [takes_part for takes_part, _ in by_class.values()]
             values[kind] = {
-                name: mean_where([each[name] for each in of_class], present, len(weights))
+                name: mean_where(
+                    [metrics[name] for _, metrics in by_class.values()], present, number
+                )
                 for name in _CURVE_METRICS
             }
-            if all_coco and kind in self.curve_matchings:
-                values[kind].update(self._coco_metrics(kind, weights))
-        columns, places = self._distinct
-        sums = weights.astype(float) @ columns
-        for group, (_, formulas, _) in self.columns.items():
-            values[group] = formulas(named(sums[:, places[group]]))
-        undefined = dict.fromkeys(_CURVE_METRICS, np.full(len(weights), np.nan))
+            if all_coco and kind in self._curves and self.detections.scored:
+                for name, ranked in self._coco_curves[kind].items():
+                    coco = [detections.weigh(weights) for detections in ranked]
+                    areas, present = [c.sampled_area for c in coco], [c.num_gt > 0 for c in coco]
+                    values[kind][name] = 100 * mean_where(areas, present, number)
+        undefined = np.full(number, np.nan)
+        without = (None, dict.fromkeys(_CURVE_METRICS, undefined))
         for name in self.classes:
-            _, of_class = (curves["segm"] or curves["bbox"]).get(name, (None, undefined))
-            values[f"by_class.{name}"].update(of_class)
-        for group, counts, unit in self._score_groups:
-            auroc = np.full(len(weights), np.nan)
+            _, metrics = (curves["segm"] or curves["bbox"]).get(name, without)
+            values[f"by_class.{name}"].update(metrics)
+        for group, (counts, unit) in self._score_groups.items():
+            auroc = undefined
             if self.detections.scored:
                 auroc = 100 * weighted_auroc(counts.positive, counts.score, unit, weights)
             values[group]["auroc"] = auroc
         curve = self._all.weigh(weights, copies[id(self._all.ranking)])
         values["froc"] = self.froc.read_off(curve, weights @ self._images)
-        values["calibration"] = self.calibration.formulas(sums[:, places["calibration"]])
+        values["calibration"] = self.calibration.formulas(weights.astype(float) @ self._calibration)
         return values
+
+    def _class_curves(self, kind, weights, copies):
+        """{class name: ((B,) bool, there is ground truth; {AP50, AP50_voc, BEP: (B,)})}."""
+        values = {}
+        for name, ranked in self._curves.get(kind, {}).items() if self.detections.scored else ():
+            curve = ranked.weigh(weights, copies[id(ranked.ranking)])
+            shares = curve.sampled_area, curve.area, curve.break_even_point
+            metrics = dict(zip(_CURVE_METRICS, (100 * share for share in shares), strict=True))
+            values[name] = (curve.num_gt > 0, metrics)
+        return values
+
+    @cached_property
+    def _coco_curves(self):
+        units = self.unit_of_image, self.num_units
+        return {kind: ranked_by_coco(self.counter, kind, *units) for kind in self._curves}
+
+    def curves(self) -> list[tuple[str, str, PRCurve]]:
+        """IoU type, class name and curve at IoU 0.5 of each class; none without scores."""
+        gt, detections = self.gt, self.detections
+        num_gt = np.bincount(gt.regions.category[~gt.crowd], minlength=len(gt.categories))
+        curves = []
+        for kind, matching in self._matchings.items() if detections.scored else ():
+            for k, category in enumerate(gt.categories):
+                selected = matching.evaluated & (detections.regions.category == k)
+                curve = pr_curve(detections.score[selected], matching.hit[selected], num_gt[k])
+                curves.append((kind, category["name"], curve))
+        return curves
 
     def proportions(self):
         shares = super().proportions()
@@ -447,116 +443,9 @@ class DetectionMetrics(ResampledMetrics):
     def width(self):
         return max(self.num_units, len(self.detections.score), 1)
 
-    @cached_property
-    def columns(self):
-        groups = {}
-        for prefix, counts in self.counts.items():
-            columns = add_up(counts.columns(), self.unit_of_image, self.num_units)
-            groups[f"{prefix}lesion"] = (columns, lesion_metrics, lesion_proportions)
-            groups[f"{prefix}image"] = (columns, image_metrics, unit_proportions)
-            if self.unit == "patient":
-                merged = counts.merged(self.unit_of_image).columns()
-                groups[f"{prefix}patient"] = (merged, unit_metrics, unit_proportions)
-        subsets = {
-            f"by_size.{scale}.{name}": (counts, size_metrics, size_proportions)
-            for scale, strata in self.sizes.items()
-            for name, counts in strata.items()
-        }
-        for name, counts in self.classes.items():
-            subsets[f"by_class.{name}"] = (counts, lesion_metrics, lesion_proportions)
-        for group, (counts, *formulas) in subsets.items():
-            columns = add_up(counts.columns(), self.unit_of_image, self.num_units)
-            groups[group] = (columns, *formulas)
-        return {group: GroupFormulas(*parts) for group, parts in groups.items()}
 
-    @cached_property
-    def _distinct(self):
-        """(num_units, D) the columns that differ from each other, and the places of each group's
-        columns (and those of "calibration") among them: a sum that several need is made once."""
-        columns = {group: parts.columns for group, parts in self.columns.items()}
-        columns["calibration"] = add_up(
-            self.calibration.columns(), self.unit_of_image, self.num_units
-        )
-        distinct, known, places = [], {}, {}
-        for group, of_group in columns.items():
-            places[group] = []
-            for column in of_group.T:
-                place = known.setdefault(blake2b(column.tobytes()).digest(), len(distinct))
-                if place == len(distinct):
-                    distinct.append(column)
-                places[group].append(place)
-        return np.stack(distinct, axis=1), places
-
-    @cached_property
-    def _score_groups(self):
-        """[(group, UnitCounts, (cases,) unit of each case)] that have an AUROC."""
-        counts = self.counts[""]
-        groups = [("image", counts, self.unit_of_image)]
-        if self.unit == "patient":
-            merged = counts.merged(self.unit_of_image)
-            groups.append(("patient", merged, np.arange(self.num_units)))
-        return groups
-
-    def _ranked(self, matching, classes):
-        """RankedDetections of some classes."""
-        regions, truth = self.detections.regions, self.gt.regions
-        of_classes = matching.evaluated & np.isin(regions.category, classes)
-        lesions = ~self.gt.crowd & np.isin(truth.category, classes)
-        key = of_classes.tobytes()
-        if key not in self._rankings:  # mostly shared by boxes and masks
-            unit = self.unit_of_image[regions.image[of_classes]]
-            self._rankings[key] = Ranking(self.detections.score[of_classes], unit)
-        return RankedDetections(
-            self._rankings[key],
-            matching.hit[of_classes],
-            np.bincount(self.unit_of_image[truth.image[lesions]], minlength=self.num_units),
-        )
-
-    def _class_curves(self, kind, weights, copies):
-        """{class name: ((B,) bool, there is ground truth; {AP50, AP50_voc, BEP: (B,)})}."""
-        if not self.detections.scored:
-            return {}
-        values = {}
-        for name, ranked in self._curves.get(kind, {}).items():
-            curve = ranked.weigh(weights, copies[id(ranked.ranking)])
-            shares = curve.sampled_area, curve.area, curve.break_even_point
-            of_class = dict(zip(_CURVE_METRICS, (100 * share for share in shares), strict=True))
-            values[name] = (curve.num_gt > 0, of_class)
-        return values
-
-    def _coco_metrics(self, kind, weights):
-        """{AP, AP75, APs, APm, APl: (B,)}."""
-        if not self.detections.scored:
-            return {}
-        values = {}
-        for name, ranked in self._coco_curves[kind].items():
-            curves = [detections.weigh(weights) for detections in ranked]
-            areas, present = [c.sampled_area for c in curves], [c.num_gt > 0 for c in curves]
-            values[name] = 100 * mean_where(areas, present, len(weights))
-        return values
-
-    @cached_property
-    def _coco_curves(self):
-        return {
-            kind: ranked_by_coco(
-                self.gt, self.detections, overlaps, kind, self.unit_of_image, self.num_units
-            )
-            for kind, overlaps in self.overlaps.items()
-        }
-
-
-def mean_where(values, present, number: int) -> np.ndarray:
-    """
-    Args:
-        values (list[np.ndarray]): (B,) of each class.
-        present (list[np.ndarray]): (B,) bool, the class takes part.
-        number: B.
-
-    Returns:
-        (B,) mean over the classes that take part; NaN without one, or if one of theirs is.
-    """
-    total, taking_part = np.zeros(number), np.zeros(number)
-    for value, takes_part in zip(values, present, strict=True):
-        total += np.where(takes_part, value, 0)
-        taking_part += takes_part
-    return divide(total, taking_part)
+def mean_where(values: Iterable, present: Iterable, number: int) -> np.ndarray:
+    """(B,) mean of the (B,) values of each class over the classes that are (B,) present; NaN
+    without one, or if one of theirs is. ``number`` is B."""
+    values, present = (np.reshape([*rows], (-1, number)) for rows in (values, present))
+    return divide(np.where(present, values, 0).sum(axis=0), present.sum(axis=0))

@@ -10,55 +10,37 @@ from pathlib import Path
 import numpy as np
 
 from imrcnn_d2.evaluation.detection.coco_ap import coco_average_precision
-from imrcnn_d2.evaluation.detection.counts import (
-    LesionCounter,
-    UnitCounts,
-    confusion_matrix,
-    divide,
-)
-from imrcnn_d2.evaluation.detection.curves import PRCurve, pr_curve
+from imrcnn_d2.evaluation.detection.counts import LesionCounter, UnitCounts, divide
+from imrcnn_d2.evaluation.detection.curves import PRCurve
 from imrcnn_d2.evaluation.detection.inputs import (
     Detections,
     GroundTruth,
+    check_iou_threshold,
+    check_tau,
     read_ground_truth,
     read_results,
 )
-from imrcnn_d2.evaluation.detection.matching import Matching, match, overlaps
+from imrcnn_d2.evaluation.detection.matching import Matching
 from imrcnn_d2.evaluation.detection.metrics import DetectionMetrics, image_metrics, lesion_metrics
 from imrcnn_d2.evaluation.output import EvaluationResults, rows_per_image, transposed
 from imrcnn_d2.evaluation.statistics import Bootstrap, add_intervals
 from imrcnn_d2.utils.files import BadInputError
 
-__all__ = [
-    "THRESHOLDS",
-    "LesionResults",
-    "OperatingPoint",
-    "check_rule",
-    "choose_operating_point",
-    "evaluate_lesions",
-    "selection_score",
-]
-
 logger = logging.getLogger(__name__)
+
+THRESHOLDS = tuple(n / 20 for n in range(1, 20))  # 0.05, 0.10 ... 0.95
+_CURVE_COLUMNS = "iou_type class score tp fp n_gt precision recall precision_envelope".split()
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """
-    Attributes:
-        tau: score threshold.
-        rule: how it was chosen, see :func:`choose_operating_point`.
-        dataset: name of the data set it was chosen on.
-    """
-
-    tau: float
-    rule: str
-    dataset: str | None = None
+    tau: float  # score threshold
+    rule: str  # how it was chosen, see choose_operating_point
+    dataset: str | None = None  # the data set it was chosen on
 
     @classmethod
     def of_file(cls, value: object, path: str | Path) -> "OperatingPoint":
-        """
-        The operating point of a file of weights, given as a dict of the attributes.
+        """The operating point of a file of weights, given as a dict of the attributes.
 
         Raises:
             BadInputError: it is none: no score is above a tau of NaN.
@@ -71,44 +53,35 @@ class OperatingPoint:
                 return cls(float(tau), rule, dataset)
         raise BadInputError(
             path,
-            f"its operating_point {str(value)[:80]!r} is none: it has tau, from 0 to 1, rule and "
-            "dataset. Get the file anew, or export it again (tools/export.py)",
+            f"its operating_point {str(value)[:80]!r} must have tau, from 0 to 1, rule and "
+            "dataset: get the file anew, or export it again (imrcnn export)",
         )
 
 
 def check_rule(rule: str) -> float | None:
-    """
-    Returns:
-        The requested recall in percent of a rule of :func:`choose_operating_point`; None for "f1".
+    """The requested recall in percent of a rule of :func:`choose_operating_point`; None for "f1".
 
     Raises:
         ValueError: for another rule.
     """
     recall = re.fullmatch(r"recall>=(\d+(?:\.\d+)?)", rule)
     if rule != "f1" and not (recall and 0 < float(recall[1]) <= 100):
-        raise ValueError(
-            f"The rule for the threshold is {rule!r}; it must be 'f1' or 'recall>=95', for a "
-            "sensitivity of 95 %."
-        )
+        raise ValueError(f"The rule for the threshold, {rule!r}, must be 'f1' or 'recall>=95'.")
     return float(recall[1]) if recall else None
 
 
 def choose_operating_point(
     results: "LesionResults", rule: str = "f1", dataset: str | None = None
 ) -> OperatingPoint:
-    """
-    Choose a threshold among the scores of the detections. Only ever on validation data: metrics at
-    a threshold chosen on the test set are those of no detector that one could use.
+    """Choose a threshold among the scores of the detections. Only ever on validation data: metrics
+    at a threshold chosen on the test set are those of no detector that one could use.
 
     Args:
-        results: of the validation set; the matching is made, at any tau.
+        results: of the validation set, at any tau.
         rule: "f1": the largest lesion-level F1, of equal ones the highest threshold;
-            "recall>=95": the highest threshold with a lesion-level recall of at least 95 %.
+            "recall>=95": the highest threshold with a lesion-level recall of at least 95 %, or,
+            with a warning, the largest recall where it is not reached at any score.
         dataset: name of the validation set, to be recorded.
-
-    Returns:
-        Where a requested recall is not reached at any score, the highest threshold with the
-        largest recall; that is logged as a warning.
 
     Raises:
         ValueError: for another rule, without a lesion, without a detection, and for results that
@@ -117,89 +90,47 @@ def choose_operating_point(
     recall = check_rule(rule)
     detections, matching = results.detections, results.matching
     lesions = int(results.ground_truth.lesions.sum())
-    of_dataset = f" of {dataset}" if dataset else ""
-    if not detections.scored:
-        raise ValueError(
-            f"The results{of_dataset} have no scores, among which to choose a threshold."
-        )
-    if not lesions or not matching.evaluated.any():
-        missing = "detection" if lesions else "lesion"
-        raise ValueError(f"Without a {missing}{of_dataset} no threshold can be chosen.")
+    place = f" of {dataset}" if dataset else ""
+    needed = {"score": detections.scored, "lesion": lesions}
+    for name, exists in {**needed, "detection": matching.evaluated.any()}.items():
+        if not exists:
+            raise ValueError(f"Without a {name}{place} no threshold can be chosen.")
     score = detections.score[matching.evaluated]
     candidates, group = np.unique(-score, return_inverse=True)  # from the highest down
     tp = np.cumsum(np.bincount(group, matching.hit[matching.evaluated]))
     above = np.cumsum(np.bincount(group))
-    if rule == "f1":
-        best = int(np.argmax(2 * tp / (above + lesions)))  # the first, so the highest threshold
+    if recall is None:
+        best = np.argmax(2 * tp / (above + lesions))  # the first, so the highest threshold
     else:
         # In whole numbers of lesions where that is exact: 95 % of 20 are 19.
         enough = 100 * tp >= recall * lesions
-        best = int(np.argmax(enough if enough.any() else tp))
+        best = np.argmax(enough if enough.any() else tp)
         if not enough.any():
             logger.warning(
-                f"The detections{of_dataset} reach a recall of {100 * tp[-1] / lesions:.1f} % at "
+                f"The detections{place} reach a recall of {100 * tp[-1] / lesions:.1f} % at "
                 f"most: the threshold chosen for {rule!r} gives that."
             )
     return OperatingPoint(float(-candidates[best]), rule, dataset)
-
-
-def selection_score(lesion, image, *, has_lesions, has_lesion_free_images):
-    """
-    Mean of lesion-level precision, recall and F1 and image-level specificity, at the threshold.
-
-    The paper chooses "the best weights by a joint look at precision, recall, specificity and F1".
-    Which of the four take part is decided from the ground truth alone, so that all checkpoints of
-    a run are compared by the same mean: the first three need a lesion in the data set, the last a
-    lesion-free image. Precision and F1, where a checkpoint detects nothing, count 0.
-
-    Args:
-        lesion, image (dict[str, float]): metrics in percent.
-        has_lesions, has_lesion_free_images (bool): of the data set.
-
-    Returns:
-        float: in percent; NaN for a data set without images.
-    """
-    taking_part = []
-    if has_lesions:
-        taking_part += [lesion["precision"], lesion["recall"], lesion["f1"]]
-    if has_lesion_free_images:
-        taking_part.append(image["specificity"])
-    if not taking_part:
-        return float("nan")
-    return sum(0.0 if math.isnan(value) else value for value in taking_part) / len(taking_part)
-
-
-# The IoU of AP50_voc, BEP and the PR curves, whatever IoU lesions are matched at.
-CURVE_IOU = 0.5
-# 0.05, 0.10 ... 0.95
-THRESHOLDS = tuple(n / 20 for n in range(1, 20))
-_CURVE_COLUMNS = (
-    *("iou_type", "class", "score", "tp", "fp", "n_gt"),
-    *("precision", "recall", "precision_envelope"),
-)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LesionResults(EvaluationResults):
     """
     Attributes:
-        bbox, segm: AP AP50 AP75 APs APm APl AP50_voc BEP.
-        lesion: TP FP FN TN precision recall specificity accuracy f1 iou iou_box iou_all dice
-            fp_per_image fp_per_lesion_free_image selection.
-        image: TP FP FN TN precision recall specificity accuracy f1 auroc localised_recall miou
-            mdice.
-        patient: as ``image``, without the last two. None unless every image record has a
+        bbox, segm: COCO's metrics, AP50_voc and BEP.
+        lesion: see :func:`lesion_metrics`, and ``selection``.
+        image: see :func:`image_metrics`, and ``auroc``.
+        patient: see :func:`unit_metrics`, and ``auroc``. None unless every image record has a
             ``patient_id``.
         froc: sensitivity_at_0.125 ... sensitivity_at_8 and mean: the largest recall with at most so
             many false alarms per image (of all images), at any threshold; the curve is
             ``metrics.froc``.
-        by_size: "share_of_image" and "coco" -> stratum -> n recall iou iou_box iou_all dice. The
-            former is left out where the size of an image is unknown.
+        by_size: "share_of_image" and "coco" -> stratum -> see :func:`size_metrics`. The former is
+            left out where the size of an image is unknown.
         by_class: class name -> as ``lesion``, without ``selection``, and AP50, AP50_voc and BEP of
             masks, of boxes where there are none. Empty for a single class.
-        tau_val: metrics at the operating point: its tau, rule and dataset, and ``lesion``,
-            ``image`` and, where patients are known, ``patient``, without ``selection`` and
-            ``auroc``. None without an operating point.
+        tau_val: the operating point's tau, rule and dataset, and ``lesion``, ``image`` and, where
+            patients are known, ``patient`` at it, without ``selection`` and ``auroc``.
         curves: IoU type ("segm" or "bbox"), class name and curve at IoU 0.5 of each class. Empty
             for results without scores.
         counts: per image, what ``lesion`` and ``image`` are made of.
@@ -207,9 +138,8 @@ class LesionResults(EvaluationResults):
         above_threshold: (N,) bool, the evaluated detections at or above tau.
 
     ``calibration`` is of the scores of all evaluated detections, ``confusion`` at the threshold.
-    Groups of ``intervals`` are as in ``groups()``, "froc", "calibration",
-    "by_size.SCALE.STRATUM", "by_class.NAME", "tau_val.lesion", "tau_val.image" and
-    "tau_val.patient".
+    Groups of ``intervals`` are as in ``groups()``, "froc", "calibration", "by_size.SCALE.STRATUM",
+    "by_class.NAME", "tau_val.lesion" and so on.
     """
 
     bbox: dict[str, float]
@@ -235,11 +165,6 @@ class LesionResults(EvaluationResults):
         return self.counter.detections
 
     @property
-    def overlaps(self) -> dict:
-        """Overlaps by "bbox" and, where there are masks, by "segm"."""
-        return self.counter.overlaps
-
-    @property
     def matching(self) -> Matching:
         return self.counter.matching
 
@@ -249,17 +174,16 @@ class LesionResults(EvaluationResults):
 
     def groups(self):
         groups = {"bbox": self.bbox, "segm": self.segm, "lesion": self.lesion, "image": self.image}
-        if self.patient is not None:
-            groups["patient"] = self.patient
-        return groups
+        return groups if self.patient is None else {**groups, "patient": self.patient}
 
     def compared(self):
         """``groups()``, "froc" and, with an operating point, "tau_val.lesion" and so on."""
-        values = {**self.groups(), "froc": self.froc}
-        for group in ("lesion", "image", "patient"):
-            if self.tau_val and group in self.tau_val:
-                values[f"tau_val.{group}"] = self.tau_val[group]
-        return values
+        at_point = {
+            f"tau_val.{name}": values
+            for name, values in (self.tau_val or {}).items()
+            if isinstance(values, dict)
+        }
+        return {**self.groups(), "froc": self.froc, **at_point}
 
     def part(self, positions, *, operating_point=None, bootstrap=None):
         gt, detections = self.ground_truth, self.detections
@@ -287,27 +211,18 @@ class LesionResults(EvaluationResults):
 
     @cached_property
     def thresholds(self) -> list[dict[str, float]]:
-        """
-        Metrics at every threshold of THRESHOLDS, for display: a threshold that was chosen by it is
-        no longer tested by the same data.
-
-        Returns:
-            One row per threshold: "tau", the metrics of lesions as "lesion_..." and those of images
-            as "image_...". No row for results without scores.
-        """
+        """Metrics at every threshold of THRESHOLDS, for display: a threshold that was chosen by it
+        is no longer tested by the same data. One row per threshold: "tau", the metrics of lesions
+        as "lesion_..." and those of images as "image_..."; none for results without scores."""
         rows, counts = [], None
         for tau in THRESHOLDS if self.detections.scored else ():
-            counts = self.counts_at(tau, counts)
-            sums = counts.sums()
+            # The matching is reused, and the unions at the threshold before.
+            counts = self.counter.per_image(self.counter.above(tau), counts)
+            sums = counts.columns().sum(axis=0)
             groups = {"lesion": lesion_metrics(sums), "image": image_metrics(sums)}
             values = {f"{g}_{k}": float(v) for g, group in groups.items() for k, v in group.items()}
             rows.append({"tau": tau, **values})
         return rows
-
-    def counts_at(self, tau: float, other: UnitCounts | None = None) -> UnitCounts:
-        """Per image, as ``counts`` at another threshold; the matching is reused, and the unions of
-        ``other``, counts at yet another threshold."""
-        return self.counter.per_image(self.counter.above(tau), other)
 
     @property
     def per_patient(self) -> list[dict]:
@@ -322,30 +237,13 @@ class LesionResults(EvaluationResults):
         }
         return transposed(columns)[0]
 
-    def _documents(self):
-        documents = {group: self._document(v, group) for group, v in self.groups().items()}
-        if self.tau_val is not None:
-            documents["tau_val"] = {
-                key: self._document(value, f"tau_val.{key}") if isinstance(value, dict) else value
-                for key, value in self.tau_val.items()
-            }
-        documents["froc"] = self._document(self.froc, "froc")
-        documents["calibration"] = self._document(self.calibration, "calibration")
-        return documents
+    def _further_groups(self):
+        tau_val = {} if self.tau_val is None else {"tau_val": self.tau_val}
+        return {**tau_val, "froc": self.froc}
 
     def _strata(self):
-        by_size = {
-            scale: {
-                name: self._document(values, f"by_size.{scale}.{name}")
-                for name, values in strata.items()
-            }
-            for scale, strata in self.by_size.items()
-        }
-        by_class = {
-            name: self._document(values, f"by_class.{name}")
-            for name, values in self.by_class.items()
-        }
-        return {"by_size": by_size, **({"by_class": by_class} if by_class else {})}
+        by_class = {"by_class": self.by_class} if self.by_class else {}
+        return {"by_size": self.by_size, **by_class}
 
     def tables(self):
         tables = {
@@ -362,11 +260,10 @@ class LesionResults(EvaluationResults):
     def _curve_rows(self):
         rows = []
         for iou_type, name, curve in self.curves:
-            columns = (curve.precision, curve.recall, curve.envelope)
-            points = zip(curve.score, curve.tp, curve.fp, *columns, strict=True)
-            for score, tp, fp, *shares in points:
-                values = [iou_type, name, float(score), int(tp), int(fp), curve.num_gt]
-                values += [100 * float(share) for share in shares]
+            shares = (100 * curve.precision, 100 * curve.recall, 100 * curve.envelope)
+            columns = [values.tolist() for values in (curve.score, curve.tp, curve.fp, *shares)]
+            for score, tp, fp, *shares in zip(*columns, strict=True):
+                values = (iou_type, name, score, tp, fp, curve.num_gt, *shares)
                 rows.append(dict(zip(_CURVE_COLUMNS, values, strict=True)))
         return rows
 
@@ -386,28 +283,20 @@ class LesionResults(EvaluationResults):
 
 def _outcomes(counts, scored, outcome):
     """What happened in each unit: counts, its outcome, mean overlaps of the hits in percent."""
-    positive, predicted = counts.positive, counts.predicted_positive
+    names = np.array([["TN", "FP"], ["FN", "TP"]])
     return {
-        "n_gt": counts.lesions,
-        "n_det": counts.tp + counts.fp,
-        "TP": counts.tp,
-        "FP": counts.fp,
-        "FN": counts.fn,
-        outcome: np.where(
-            positive, np.where(predicted, "TP", "FN"), np.where(predicted, "FP", "TN")
-        ),
+        **{"n_gt": counts.lesions, "n_det": counts.tp + counts.fp},
+        **{"TP": counts.tp, "FP": counts.fp, "FN": counts.fn},
+        outcome: names[counts.positive.astype(int), counts.predicted_positive.astype(int)],
         "score": counts.score if scored else np.full(len(counts.score), np.nan),
-        "iou": 100 * divide(counts.iou, counts.tp),
-        "dice": 100 * divide(counts.dice, counts.tp),
-        "iou_box": 100 * divide(counts.iou_box, counts.tp),
+        **{m: 100 * divide(getattr(counts, m), counts.tp) for m in ("iou", "dice", "iou_box")},
     }
 
 
 def _image_rows(images, counts, scored):
-    """One row per image, with the fields of its record."""
     columns = _outcomes(counts, scored, "image_outcome")
-    columns["union_iou"] = np.where(counts.positive, 100 * counts.union_iou, np.nan)
-    columns["union_dice"] = np.where(counts.positive, 100 * counts.union_dice, np.nan)
+    for name in ("union_iou", "union_dice"):
+        columns[name] = np.where(counts.positive, 100 * getattr(counts, name), np.nan)
     return rows_per_image(images, columns)
 
 
@@ -421,8 +310,7 @@ def evaluate_lesions(
     iou_type: str = "segm",
     bootstrap: Bootstrap | None = None,
 ) -> LesionResults:
-    """
-    Compute every metric for a data set and a model's detections in it.
+    """Compute every metric for a data set and a model's detections in it.
 
     With several classes, matching is done class by class and counts are summed; AP, AP50_voc and
     BEP are means over the classes that have ground truth (NaN where one of theirs is). An image is
@@ -446,14 +334,10 @@ def evaluate_lesions(
     """
     if iou_type not in ("segm", "bbox"):
         raise ValueError(f"iou_type is {iou_type!r}; it must be 'segm' or 'bbox'.")
-    if not 0 < iou_threshold <= 1:
-        raise ValueError(f"iou_threshold is {iou_threshold}; it must lie in (0, 1].")
-    thresholds = {"": tau}
+    check_iou_threshold(iou_threshold)
+    thresholds = {"": check_tau(tau)}
     if operating_point is not None:
-        thresholds["tau_val."] = operating_point.tau
-    for threshold in thresholds.values():
-        if not 0 <= threshold < math.inf:
-            raise ValueError(f"tau is {threshold}; it must be a number that is not negative.")
+        thresholds["tau_val."] = check_tau(operating_point.tau)
     gt = read_ground_truth(gt)
     detections = read_results(results, gt)
     has_masks = gt.regions.masks is not None and detections.regions.masks is not None
@@ -462,38 +346,25 @@ def evaluate_lesions(
         logger.warning(f"The {side} have no masks: lesions are matched by boxes instead.")
         iou_type = "bbox"
 
-    pairs = {kind: overlaps(gt, detections, kind) for kind in ("bbox", "segm")[: 1 + has_masks]}
-    curve_matchings = {kind: match(gt, detections, pairs[kind], CURVE_IOU) for kind in pairs}
-    matching = curve_matchings[iou_type]
-    if iou_threshold != CURVE_IOU:
-        matching = match(gt, detections, pairs[iou_type], iou_threshold)
-    counter = LesionCounter(gt, detections, pairs, matching)
+    counter = LesionCounter(gt, detections, iou_type, iou_threshold)
     above = {prefix: counter.above(threshold) for prefix, threshold in thresholds.items()}
-    counts = {prefix: counter.per_image(selected) for prefix, selected in above.items()}
+    all_counts = {prefix: counter.per_image(selected) for prefix, selected in above.items()}
+    counts = all_counts[""]
     sizes = counter.by_size(above[""])
     classes = counter.by_class(above[""]) if len(gt.categories) > 1 else {}
-    confusion = confusion_matrix(
-        gt, detections, matching, tau=tau, iou_threshold=iou_threshold, iou_type=iou_type
-    )
-    metrics = DetectionMetrics(counter, curve_matchings, counts, sizes, classes)
-    values = metrics.once()
+    confusion = counter.confusion_matrix(tau)
+    metrics = DetectionMetrics(counter, all_counts, sizes, classes)
+    values, curves = metrics.once(), metrics.curves()
     for kind in ("bbox", "segm"):
-        coco = coco_average_precision(gt, detections, pairs.get(kind), kind)
+        coco = coco_average_precision(counter, kind)
         values[kind] = {**coco, **{name: values[kind][name] for name in ("AP50_voc", "BEP")}}
-    positive = counts[""].positive
-    values["lesion"]["selection"] = selection_score(
-        values["lesion"],
-        values["image"],
-        has_lesions=bool(positive.any()),
-        has_lesion_free_images=bool((~positive).any()),
-    )
+    values["lesion"]["selection"] = _selection(values["lesion"], values["image"], counts.positive)
     tau_val = None
     if operating_point is not None:
-        tau_val = asdict(operating_point)
-        for group in ("lesion", "image", "patient"):
-            if f"tau_val.{group}" in values:
-                tau_val[group] = values[f"tau_val.{group}"]
-    scored = LesionResults(
+        groups = ("lesion", "image", "patient")
+        at_point = {g: values[f"tau_val.{g}"] for g in groups if f"tau_val.{g}" in values}
+        tau_val = {**asdict(operating_point), **at_point}
+    lesion_results = LesionResults(
         **{group: values[group] for group in ("bbox", "segm", "lesion", "image", "froc")},
         patient=values.get("patient"),
         tau_val=tau_val,
@@ -504,39 +375,38 @@ def evaluate_lesions(
         },
         by_class={name: values[f"by_class.{name}"] for name in classes},
         confusion=confusion,
-        per_image=_image_rows(gt.images, counts[""], detections.scored),
-        curves=_curves(gt, detections, curve_matchings),
-        counts=counts[""],
+        per_image=_image_rows(gt.images, counts, detections.scored),
+        curves=curves,
+        counts=counts,
         meta={
             "tau": tau,
             "iou_threshold": iou_threshold,
             "iou_type": iou_type,
             "images": len(gt.images),
-            "lesion_free_images": int((~positive).sum()),
-            "lesions": int(counts[""].lesions.sum()),
+            "lesion_free_images": int((~counts.positive).sum()),
+            "lesions": int(counts.lesions.sum()),
             "crowds": int(gt.crowd.sum()),
             "detections": len(detections.regions),
             "scored": detections.scored,
             "classes": [category["name"] for category in gt.categories],
-            "patients": metrics.num_units if metrics.unit == "patient" else None,
-            "bootstrap": bootstrap and {**asdict(bootstrap), "unit": metrics.unit},
+            **metrics.settings(bootstrap),
         },
         counter=counter,
         above_threshold=above[""],
         metrics=metrics,
     )
-    return add_intervals(scored, bootstrap)
+    return add_intervals(lesion_results, bootstrap)
 
 
-def _curves(gt, detections, matchings):
-    """[(kind, class name, PRCurve)] at IoU 0.5."""
-    if not detections.scored:
-        return []
-    num_gt = np.bincount(gt.regions.category[~gt.crowd], minlength=len(gt.categories))
-    curves = []
-    for kind, matching in matchings.items():
-        for position, category in enumerate(gt.categories):
-            of_class = matching.evaluated & (detections.regions.category == position)
-            curve = pr_curve(detections.score[of_class], matching.hit[of_class], num_gt[position])
-            curves.append((kind, category["name"], curve))
-    return curves
+def _selection(lesion, image, positive):
+    """Mean of lesion-level precision, recall and F1 and image-level specificity, in percent.
+
+    The paper chooses "the best weights by a joint look at precision, recall, specificity and F1".
+    Which of the four take part is decided from the ground truth alone, so that all checkpoints of
+    a run are compared by the same mean: the first three need a lesion in the data set, the last a
+    lesion-free image. Precision and F1, where a checkpoint detects nothing, count 0.
+    """
+    taking_part = [lesion[name] for name in ("precision", "recall", "f1") if positive.any()]
+    if not positive.all():
+        taking_part.append(image["specificity"])
+    return float(np.mean(np.nan_to_num(taking_part))) if taking_part else math.nan

@@ -8,26 +8,14 @@ import pandas as pd
 
 from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix
 from imrcnn_d2.evaluation.detection.curves import pr_curve
+from imrcnn_d2.report import names
 from imrcnn_d2.report.comparison.models import Comparison
 from imrcnn_d2.report.comparison.tables import comparison_tables, median_runs
-from imrcnn_d2.report.names import (
-    CITATION,
-    CLASSIFICATION_CITATION,
-    PAPER_DATA,
-    published_accuracy,
-    published_values,
-)
-from imrcnn_d2.report.plots import (
-    plot_calibration,
-    plot_class_roc,
-    plot_confusion_matrix,
-    plot_pr_panels,
-)
+from imrcnn_d2.report.plots.curves import plot_calibration, plot_class_roc, plot_pr_panels
+from imrcnn_d2.report.plots.matrices import plot_confusion_matrix
 from imrcnn_d2.report.tables import markdown_table, markdown_text, write_table
+from imrcnn_d2.task import CLASSIFICATION
 from imrcnn_d2.utils.files import strict_json, write_atomically
-
-__all__ = ["CLASSIFICATION_DEFINITIONS", "DEFINITIONS", "write_comparison"]
-
 
 DEFINITIONS = {
     "AP50_voc": "area under the all-point precision-recall curve (its envelope) at IoU 0.5, mean "
@@ -62,8 +50,6 @@ DEFINITIONS = {
     "The primary endpoint is not adjusted: with several pairs of models, judge the one pair that "
     "was meant beforehand (--baseline).",
 }
-
-
 CLASSIFICATION_DEFINITIONS = {
     "Accuracy of a class": "share of its images that are predicted as it, as the published "
     "table means accuracy; also its recall. Predicted is the class of the highest probability.",
@@ -75,27 +61,19 @@ CLASSIFICATION_DEFINITIONS = {
     "Calibration": "ECE and Brier score of the probability of the predicted class, as that of "
     "being right.",
     **{name: DEFINITIONS[name] for name in ("Intervals", "Differences")},
-    "McNemar": "exact test of which images are predicted rightly; given are how many images the "
-    "first and the second model alone has right.",
+    "McNemar": DEFINITIONS["McNemar"].replace(" at the threshold", ""),
     **{name: DEFINITIONS[name] for name in ("Folds", "Holm")},
 }
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
-    """
-    Write comparison.md, comparison.json, each table as .md, .csv and .tex, and as .png and .svg
+    """Write comparison.md, comparison.json, each table as .md, .csv and .tex, and as .png and .svg
     the plots: of detectors Figure 4, of classifiers confusion matrices, ROC curves and
-    calibration. Files of the same names are replaced.
-
-    Args:
-        folder: made if it does not exist.
-
-    Returns:
-        the files; the first is comparison.md.
+    calibration. Return the files, comparison.md first. Files of the same names are replaced.
     """
     folder = Path(folder)
     tables = comparison_tables(comparison)
-    write = _classification if comparison.task == "recognition" else _detection
+    write = _classification if comparison.task is CLASSIFICATION else _detection
     plots, page, content = write(comparison, folder, tables)
     files = [path for table in tables for path in write_table(table, folder)]
     write_atomically(folder / "comparison.md", page)
@@ -115,67 +93,62 @@ def _detection(comparison, folder, tables):
             "points, where precision equals recall."
         )
     lines += ["## Figure 4", "", *_images(plots, "Precision-recall curves"), text, ""]
-    settings = {"unit": "image", **comparison.settings}
-    regions = "masks" if settings["iou_type"] == "segm" else "boxes"
-    definitions = {
-        name: text.format(**settings, regions=regions) for name, text in DEFINITIONS.items()
-    }
-    meta = comparison.runs[0][1].results.meta
+    meta = comparison.gathered.runs[0][1].results.meta
     test_set = f"{meta['images']} images ({meta['lesion_free_images']} without a lesion), "
     test_set += f"{meta['lesions']} lesions"
-    published = any((comparison.dataset or "").startswith(f"{data}_") for data in PAPER_DATA)
-    citation = CITATION if published else None
+    definitions = _definitions(comparison, DEFINITIONS)
+    published = any((comparison.dataset or "").startswith(f"{data}_") for data in names.PAPER_DATA)
+    citation = names.CITATION if published else None
     content = _document(
         comparison,
-        {label: {"operating_points": model.taus} for label, model in comparison.models.items()},
-        [asdict(row) for table in "345" for row in published_values(comparison.dataset, table)],
+        [asdict(row) for row in names.published_values(comparison.dataset, "345")],
         definitions,
         n_train=comparison.n_train,
         n_test=comparison.n_test,
     )
+    for label, model in comparison.models.items():
+        content["models"][label]["operating_points"] = model.taus
     return plots, _markdown(comparison, test_set, tables, lines, definitions, citation), content
 
 
 def _classification(comparison, folder, tables):
     plots = _plot_classifiers(comparison, folder)
-    lines = ["## Plots", "", *_images(plots)]
-    settings = {"unit": "image", **comparison.settings}
-    definitions = {
-        name: text.format(**settings) for name, text in CLASSIFICATION_DEFINITIONS.items()
-    }
-    meta = comparison.runs[0][1].results.meta
+    meta = comparison.gathered.runs[0][1].results.meta
     sizes = zip(meta["classes"], meta["images_of_class"], strict=True)
     test_set = f"{meta['images']} images ({', '.join(f'{n} {name}' for name, n in sizes)})"
-    published = published_accuracy(comparison.dataset, comparison.settings["classes"])
-    citation = CLASSIFICATION_CITATION if published else None
+    definitions = _definitions(comparison, CLASSIFICATION_DEFINITIONS)
+    published = names.published_accuracy(comparison.dataset, comparison.settings["classes"])
+    citation = names.CLASSIFICATION_CITATION if published else None
+    lines = ["## Plots", "", *_images(plots)]
     page = _markdown(comparison, test_set, tables, lines, definitions, citation)
-    return plots, page, _document(comparison, {}, published, definitions)
+    return plots, page, _document(comparison, published, definitions)
+
+
+def _definitions(comparison, texts):
+    settings = {"unit": "image", **comparison.settings}
+    settings["regions"] = "masks" if settings.get("iou_type") == "segm" else "boxes"
+    return {name: text.format(**settings) for name, text in texts.items()}
 
 
 def _images(plots, alt=None):
-    """list[str]: lines of Markdown that show the plots."""
+    """Lines of Markdown that show the plots."""
     shown = [path for path in plots if path.suffix == ".png"]
     return [line for path in shown for line in (f"![{alt or path.stem}]({path.name})", "")]
 
 
-def _document(comparison, models, published, definitions, **more):
-    """dict: comparison.json; ``models`` holds more of each than its metrics."""
+def _document(comparison, published, definitions, **sizes):
+    """The content of comparison.json."""
     return {
         "settings": comparison.settings,
-        "runs": [_about_run(label, run) for label, run in comparison.runs],
+        "runs": [_run_facts(label, run) for label, run in comparison.gathered.runs],
         "models": {
-            label: {
-                "figures": model.values,
-                "intervals": model.intervals,
-                "runs": model.runs,
-                **models.get(label, {}),
-            }
+            label: {"figures": model.values, "intervals": model.intervals, "runs": model.runs}
             for label, model in comparison.models.items()
         },
         "folds": {
             label: [fold.values for fold in folds] for label, folds in comparison.folds.items()
         },
-        **more,
+        **sizes,
         "tests": [asdict(test) for test in comparison.tests],
         "fold_tests": [asdict(test) for test in comparison.fold_tests],
         "published": published,
@@ -185,14 +158,15 @@ def _document(comparison, models, published, definitions, **more):
 
 
 def _markdown(comparison, test_set, tables, plots, definitions, citation):
-    """str: comparison.md."""
-    patients = comparison.runs[0][1].results.meta["patients"]
-    labels = dict.fromkeys(label for label, _ in comparison.runs)
+    """The text of comparison.md."""
+    runs = comparison.gathered.runs
+    patients = runs[0][1].results.meta["patients"]
+    if patients:
+        test_set += f", {patients} patients"
     lines = [
-        f"# {markdown_text(', '.join(labels))}",
+        f"# {markdown_text(', '.join(dict.fromkeys(label for label, _ in runs)))}",
         "",
         f"Test set: {markdown_text(comparison.dataset or 'not named')}, {markdown_text(test_set)}"
-        f"{f', {patients} patients' if patients else ''}"
         f"{'' if comparison.models else ' in the first fold'}. "
         f"Primary endpoint: {markdown_text(comparison.primary)}.",
         "",
@@ -207,77 +181,65 @@ def _markdown(comparison, test_set, tables, plots, definitions, citation):
     lines += [f"- **{name}**: {text}" for name, text in definitions.items()]
     if citation:
         lines += ["", f"Published values: {citation}."]
-    lines += ["", "## Runs", "", _runs_table(comparison), ""]
-    return "\n".join(lines)
+    rows = markdown_table(pd.DataFrame([_run_row(label, run) for label, run in runs]), 7)
+    return "\n".join([*lines, "", "## Runs", "", rows, ""])
 
 
-def _about_run(label, run):
-    """dict: a run's place and sources."""
-    meta, record = run.meta, run.run or {}
+def _run_facts(label, run):
+    """A run's place and sources."""
     return {
         "model": label,
-        "architecture": record.get("model"),
+        "architecture": run.record.get("model"),
         "backbone": run.backbone,
         "seed": run.seed,
         "fold": run.fold,
         "folder": str(run.folder.resolve()),
         "dataset": run.dataset,
         "ground_truth": str(run.gt_path),
-        "gt_sha256": meta.get("gt_sha256"),
-        "checkpoint_sha256": meta.get("checkpoint_sha256"),
-        "git": record.get("git"),
-        "config_sha256": record.get("config_sha256"),
+        "gt_sha256": run.meta.get("gt_sha256"),
+        "checkpoint_sha256": run.meta.get("checkpoint_sha256"),
+        "git": run.record.get("git"),
+        "config_sha256": run.record.get("config_sha256"),
     }
 
 
-def _runs_table(comparison):
-    """str: a Markdown table of the runs."""
-    rows = []
-    for label, run in comparison.runs:
-        about = _about_run(label, run)
-        fold = f"{run.fold['index']} of {run.fold['of']}" if run.fold else ""
-        git = about["git"] or {}
-        rows.append(
-            {
-                "model": label,
-                "backbone": run.backbone or "",
-                "seed": "" if run.seed is None else str(run.seed),
-                "fold": fold,
-                "checkpoint": (about["checkpoint_sha256"] or "")[:12],
-                "git": (git.get("revision") or "")[:12]
-                + (" + changes" if git.get("dirty") else ""),
-                "folder": about["folder"],
-            }
-        )
-    return markdown_table(pd.DataFrame(rows), 7)
+def _run_row(label, run):
+    git = run.record.get("git") or {}
+    changes = " + changes" if git.get("dirty") else ""
+    return {
+        "model": label,
+        "backbone": run.backbone or "",
+        "seed": "" if run.seed is None else str(run.seed),
+        "fold": f"{run.fold['index']} of {run.fold['of']}" if run.fold else "",
+        "checkpoint": (run.meta.get("checkpoint_sha256") or "")[:12],
+        "git": (git.get("revision") or "")[:12] + changes,
+        "folder": str(run.folder.resolve()),
+    }
 
 
 def _curves(comparison, kind):
-    """{class: {model: PRCurve}}."""
+    """The curves by class and model: of several seeds that of the run with the median AP50_voc,
+    of folds that of all their detections together.
+    """
     panels = {name: {} for name in comparison.settings["classes"]}
-    # One curve per model: of several seeds the run whose AP50_voc is the median.
     shown = median_runs(comparison, lambda run: getattr(run.results, kind)["AP50_voc"])
-    for name, run in shown.items():
-        for k, category, curve in run.results.curves:
-            if k == kind and curve.num_gt:
-                panels[category][name] = curve
-    if not shown:
-        for label, folds in comparison.gathered.folds.items():
-            for category, models in panels.items():
-                curves = [
-                    curve
-                    for seeds in folds
-                    for k, name, curve in seeds[0].results.curves
-                    if (k, name) == (kind, category) and curve.num_gt
-                ]
-                seed = f", seed {folds[0][0].seed}" if len(folds[0]) > 1 else ""
-                if curves:
-                    models[f"{label} ({len(folds)} folds pooled{seed})"] = _pooled(curves)
+    for label, run in shown.items():
+        for name, curve in _curves_of(run, kind):
+            panels[name][label] = curve
+    for label, folds in comparison.gathered.folds.items() if not shown else ():
+        curves = [pair for seeds in folds for pair in _curves_of(seeds[0], kind)]
+        seed = f", seed {folds[0][0].seed}" if len(folds[0]) > 1 else ""
+        for name, models in panels.items():
+            if of_class := [curve for category, curve in curves if category == name]:
+                models[f"{label} ({len(folds)} folds pooled{seed})"] = _pooled(of_class)
     return {name: models for name, models in panels.items() if models}
 
 
+def _curves_of(run, kind):
+    return [(name, curve) for k, name, curve in run.results.curves if k == kind and curve.num_gt]
+
+
 def _pooled(curves):
-    """The curve of the detections of all folds together."""
     score = np.concatenate([curve.score for curve in curves])
     hit = np.concatenate([np.diff(curve.tp, prepend=0) > 0 for curve in curves])
     return pr_curve(score, hit, sum(curve.num_gt for curve in curves))
@@ -285,18 +247,17 @@ def _pooled(curves):
 
 def _plot_figure_4(comparison, folder):
     paths = []
+    several = len(comparison.settings["classes"]) > 1
     for kind, stem, regions in (("segm", "figure_4", "masks"), ("bbox", "figure_4_boxes", "boxes")):
-        curves = _curves(comparison, kind)
-        if not curves:
-            continue
-        several = len(comparison.settings["classes"]) > 1
+        title = f"Precision and recall, {regions} at IoU 0.5"
         panels = {
-            f"Precision and recall, {regions} at IoU 0.5" + (f": {name}" if several else ""): models
-            for name, models in curves.items()
+            f"{title}: {name}" if several else title: models
+            for name, models in _curves(comparison, kind).items()
         }
-        files = [folder / f"{stem}.png", folder / f"{stem}.svg"]
-        plot_pr_panels(panels, files, tau=comparison.settings["tau"])
-        paths += files
+        if panels:
+            files = [folder / f"{stem}.png", folder / f"{stem}.svg"]
+            plot_pr_panels(panels, *files, tau=comparison.settings["tau"])
+            paths += files
     return paths
 
 
@@ -305,19 +266,16 @@ def _plot_classifiers(comparison, folder):
     shown = {name: run.results for name, run in runs.items()}
     matrices = {name: results.confusion for name, results in shown.items()}
     if not shown:  # each image of a cross-validation was tested once, whatever the seed
-        matrices = {
-            f"{label} ({len(folds)} folds)": ConfusionMatrix(
-                comparison.settings["classes"],
-                sum(seeds[0].results.confusion.counts for seeds in folds),
-            )
-            for label, folds in comparison.gathered.folds.items()
-        }
-    paths = [folder / f"confusion.{suffix}" for suffix in ("png", "svg")]
-    for path in paths:
-        plot_confusion_matrix(matrices, path)
-    if shown:
-        calibrations = {name: results.metrics.calibration for name, results in shown.items()}
-        for suffix in ("png", "svg"):
+        for label, folds in comparison.gathered.folds.items():
+            counts = sum(seeds[0].results.confusion.counts for seeds in folds)
+            matrix = ConfusionMatrix(comparison.settings["classes"], counts)
+            matrices[f"{label} ({len(folds)} folds)"] = matrix
+    calibrations = {name: results.metrics.calibration for name, results in shown.items()}
+    paths = []
+    for suffix in ("png", "svg"):
+        paths.append(folder / f"confusion.{suffix}")
+        plot_confusion_matrix(matrices, paths[-1])
+        if shown:
             paths += [folder / f"{stem}.{suffix}" for stem in ("roc", "calibration")]
             plot_class_roc(shown, paths[-2])
             plot_calibration(calibrations, paths[-1], of=("Right", "Images"))

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import logging
 import math
 import tempfile
@@ -11,41 +12,25 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+import cv2
 import jinja2
+import numpy as np
 import yaml
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
 
-from imrcnn_d2.data.images import image_inside
+from imrcnn_d2.data.images import image_inside, read_image
 from imrcnn_d2.report.cohort import cohort
-from imrcnn_d2.report.comparison.models import flat_config
+from imrcnn_d2.report.comparison.models import check_settings, check_test_sets
 from imrcnn_d2.report.html import tables
-from imrcnn_d2.report.html.gallery import classification_gallery, embed, gallery_data
 from imrcnn_d2.report.names import CLASSIFICATION_CITATION, REMARKS, published_accuracy
-from imrcnn_d2.report.plots import (
-    plot_calibration,
-    plot_class_roc,
-    plot_froc,
-    plot_pr_curves,
-    plot_roc_curves,
-    plot_thresholds,
-)
-from imrcnn_d2.report.plots.images import CONTOUR_STYLES, HALO_WIDTH, LIGHT_HALO
+from imrcnn_d2.report.plots import curves, images
 from imrcnn_d2.report.runs import Run
+from imrcnn_d2.task import CLASSIFICATION
 from imrcnn_d2.utils.files import write_atomically
-
-__all__ = [
-    "UNKNOWN",
-    "as_data",
-    "config_differences",
-    "configs",
-    "contour_lines",
-    "curve_plots",
-    "facts",
-    "render_report",
-    "write_html",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -57,25 +42,25 @@ def render_report(
     prevalences: Sequence[float] = (0.005, 0.05),
     max_images: int = 300,
 ) -> Path:
-    """
-    Write the report of detectors, or of classifiers.
-
-    Args:
-        runs: of one test set, evaluated with the same settings.
-        output: the page to write; replaced at once, or not at all.
-        prevalences: in (0, 1), at which PPV and NPV are given.
-        max_images: in the gallery; of a larger test set, the worst half and an even choice of the
-            rest.
+    """Write the page of detectors or classifiers, runs on one test set with the same settings; with
+    PPV and NPV at the prevalences. The gallery of a larger test set than ``max_images`` has the
+    worst images and an even choice of the rest.
 
     Raises:
         FileNotFoundError: ground truth or predictions are gone.
-        ValueError: different test sets or settings, two runs of one name, a prevalence outside
-            (0, 1).
+        ValueError: different test sets or settings, a name twice, a prevalence outside (0, 1).
     """
-    check_runs(runs)
-    runs = named_runs(runs)
-    people = cohort(runs[0])
-    if runs[0].task == "recognition":
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Two runs have the name {name!r}: name them apart by NAME=RUN.")
+    check_test_sets(runs)
+    check_settings(runs)
+    runs = _named_runs(runs)
+    data = cohort(runs[0])
+    classifiers = runs[0].task is CLASSIFICATION
+    bootstraps = [run.metrics["meta"].get("bootstrap") for run in runs]
+    if classifiers:
         name, sections = "classification", _classification(runs, max_images)
     else:
         name, sections = "detection", _detection(runs, prevalences, max_images)
@@ -84,14 +69,17 @@ def render_report(
         output,
         scripts=("gallery.js", f"{name}.js"),
         title=runs[0].dataset or runs[0].name,
-        task=runs[0].task,
+        with_lesions=not classifiers,
         run_names=[run.name for run in runs],
-        facts=facts(runs, people["settings"]),
+        facts=facts(runs, data["settings"]),
         config_differences=config_differences(runs),
-        configs=configs(runs),
-        cohort=people,
+        configs=[(run.name, yaml.safe_dump(run.config) if run.config else "") for run in runs],
+        cohort=data,
         sources=", ".join(str(run.folder) for run in runs),
-        uncertainty=_uncertainty(runs),
+        unit=next((b["unit"] for b in bootstraps if b), None),
+        remarks=[remark for run in runs for remark in run.remarks],
+        undocumented=_names(runs, lambda run: not run.record),
+        without_intervals=_names(runs, lambda run: not run.metrics["meta"].get("bootstrap")),
         comparison=tables.differences(runs),
         undefined=_undefined_rows(runs),
         **sections,
@@ -108,50 +96,57 @@ CONTOURS = {
 
 
 def _detection(runs, prevalences, max_images):
-    """dict: the values of detection.html that not every page has."""
-    plots, missing = curve_plots(runs)
+    """The values of detection.html that not every page has."""
     meta = runs[0].results.meta
+    lead = f"{_plural(len(runs), 'model')} on {_plural(meta['images'], 'image')} with "
+    lead += _plural(meta["lesions"], "lesion")
+    if meta["patients"]:
+        lead += f" of {_plural(meta['patients'], 'patient')}"
+    if meta["lesion_free_images"]:
+        lead += f"; {_plural(meta['lesion_free_images'], 'image')} without a lesion"
     shown = f"the ground truth and each model’s detections at a score ≥ {meta['tau']:g}"
-    without = [run.name for run in runs if not run.metrics.get("tau_val")]
-    no_threshold = "no threshold chosen on validation data (τ_val) was recorded."
     return {
-        "lead": _lead(runs, meta),
+        "lead": f"{lead}.",
         "lines": contour_lines(CONTOURS),
         "key_metrics": tables.key_metrics(runs),
-        "notes": _missing_records(runs) + _note(without, no_threshold),
+        "without_threshold": _names(runs, lambda run: not run.metrics.get("tau_val")),
         "metric_tables": tables.metric_tables(runs),
-        "plots": plots,
-        "plots_missing": missing,
-        "confusions": tables.confusions(runs),
+        "plots": curve_plots(runs),
+        "unscored": _names(runs, lambda run: not run.results.detections.scored),
+        "has_lesions": bool(runs[0].results.counts.positive.any()),
+        "confusions": tables.confusions(runs, with_threshold=True),
         "size_tables": tables.size_tables(runs),
         "patients": tables.patient_table(runs),
         "screening": tables.screening(runs, prevalences),
         "lesion_free_images": meta["lesion_free_images"],
-        **_gallery(gallery_data, runs, max_images, shown),
+        **_gallery_section(lesion_gallery, runs, max_images, shown),
     }
 
 
 def _classification(runs, max_images):
-    """dict: the values of classification.html that not every page has."""
+    """The values of classification.html that not every page has."""
     meta = runs[0].results.meta
     classes, cancers = meta["classes"], meta["cancer_classes"]
     published = published_accuracy(runs[0].dataset, classes)
+    sizes = zip(meta["images_of_class"], classes, strict=True)
+    lead = f"{_plural(len(runs), 'model')} on {meta['images']:,} images"
+    if meta["patients"]:
+        lead += f" of {meta['patients']:,} patients"
+    notes = [*REMARKS, f"Published: {CLASSIFICATION_CITATION}."] if published else []
     shown = "their class and the probabilities that each model gives"
     return {
-        "lead": _classification_lead(runs, meta),
+        "lead": f"{lead}: {', '.join(f'{number:,} {name}' for number, name in sizes)}.",
         "lines": {},
         "classes": classes,
         "key_metrics": tables.class_key_metrics(runs, cancers),
-        "notes": _missing_records(runs),
+        "without_threshold": "",
         "accuracy": tables.class_accuracy(runs, classes, published),
-        "published_notes": [*REMARKS, f"Published: {CLASSIFICATION_CITATION}."]
-        if published
-        else [],
+        "published_notes": notes,
         "metric_tables": tables.class_metric_tables(runs, classes, cancers),
         "plots": _class_plots(runs),
-        "confusions": tables.class_confusions(runs),
-        "grad_cams": _grad_cams(runs),
-        **_gallery(classification_gallery, runs, max_images, shown),
+        "confusions": tables.confusions(runs),
+        "grad_cams": grad_cams(runs),
+        **_gallery_section(classification_gallery, runs, max_images, shown),
     }
 
 
@@ -159,96 +154,23 @@ def _plural(count, noun):
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _lead(runs, meta):
-    lead = f"{_plural(len(runs), 'model')} on {_plural(meta['images'], 'image')} with "
-    lead += _plural(meta["lesions"], "lesion")
-    if meta["patients"]:
-        lead += f" of {_plural(meta['patients'], 'patient')}"
-    if meta["lesion_free_images"]:
-        lead += f"; {_plural(meta['lesion_free_images'], 'image')} without a lesion"
-    return f"{lead}."
-
-
-def _classification_lead(runs, meta):
-    sizes = zip(meta["images_of_class"], meta["classes"], strict=True)
-    lead = f"{_plural(len(runs), 'model')} on {meta['images']:,} images"
-    if meta["patients"]:
-        lead += f" of {meta['patients']:,} patients"
-    return f"{lead}: {', '.join(f'{number:,} {name}' for number, name in sizes)}."
-
-
-def _uncertainty(runs):
-    """str: what the brackets are."""
-    bootstraps = [run.metrics["meta"].get("bootstrap") for run in runs]
-    known = [bootstrap for bootstrap in bootstraps if bootstrap]
-    if not known:
-        return "In percent. These evaluations recorded no intervals."
-    return f"In percent. [95 % interval], by resampling {known[0]['unit']}s."
-
-
-def _missing_records(runs):
-    """list[str]: what older runs lack, and which record other values than they have."""
-    notes = [remark for run in runs for remark in run.remarks]
-    without = [run.name for run in runs if run.run is None]
-    notes += _note(without, "no run.json was found, so its training is not documented.")
-    without = [run.name for run in runs if not run.metrics["meta"].get("bootstrap")]
-    return notes + _note(without, "evaluated without intervals.")
-
-
-def _note(names, text):
-    """list[str]: a note on some runs, none without one."""
-    return [f"{', '.join(names)}: {text}"] if names else []
+def _names(runs, condition):
+    return ", ".join(run.name for run in runs if condition(run))
 
 
 def _undefined_rows(runs):
-    """list[list[str]]: metric, and the share of each run's resamples in which it is undefined."""
+    """Metric, and the share of each run's resamples in which it is undefined."""
     shares = [run.metrics.get("undefined_shares") or {} for run in runs]
     names = dict.fromkeys(name for share in shares for name in share)
     return [[name, *(f"{100 * share.get(name, 0):.1f}" for share in shares)] for name in names]
 
 
-def _gallery(make, runs, max_images, shown):
-    """dict: gallery (None without the images), gallery_missing and gallery_lead of page.html."""
-    try:
-        gallery = make(runs, max_images)
-    except FileNotFoundError as error:
-        logger.warning(f"No gallery: {error}")
-        return {"gallery": None, "gallery_missing": [f"No gallery: {error}"], "gallery_lead": ""}
-    number, total = len(gallery["images"]), gallery["total"]
-    which = f"All {total:,} test images"
-    if number < total:
-        which = f"{number:,} of {total:,} test images, half the worst and half spread over the rest"
-    return {"gallery": gallery, "gallery_missing": [], "gallery_lead": f"{which}, with {shown}."}
-
-
-def named_runs(runs: list[Run]) -> list[Run]:
+def _named_runs(runs):
     """The runs under their models' names, as in a comparison, where these are all different."""
     models = [run.model for run in runs]
     if any(run.labelled for run in runs) or len(set(models)) < len(models):
         return runs
     return [replace(run, name=run.model) for run in runs]
-
-
-def check_runs(runs: list[Run]):
-    """Raise ValueError for runs that cannot be on one page."""
-    names = [run.name for run in runs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"Two runs have the name {name!r}: name them apart by NAME=RUN.")
-    first = runs[0]
-    for run in runs[1:]:
-        if run.gt_path.read_bytes() != first.gt_path.read_bytes():
-            raise ValueError(
-                f"{first.folder} and {run.folder} were evaluated on different test sets "
-                f"({first.gt_path}, {run.gt_path}): one report shows one test set."
-            )
-        for key in ("task", "tau", "iou_threshold", "iou_type"):
-            ours, theirs = first.meta.get(key), run.meta.get(key)
-            if ours != theirs:
-                raise ValueError(
-                    f"{first.folder} was evaluated with {key} {ours}, {run.folder} with {theirs}: "
-                    "evaluate one of them again."
-                )
 
 
 UNKNOWN = "not recorded"
@@ -257,29 +179,30 @@ PLACES = ("OUTPUT_DIR", "MODEL.WEIGHTS")
 
 
 def facts(runs: list[Run], settings: dict) -> list[list[str]]:
-    """
-    Labels, each with a text per run; what is not known is "not recorded". ``settings`` are those
-    of the split, from :func:`imrcnn_d2.report.cohort.cohort`.
+    """Labels, each with a text per run; what is not known is "not recorded". ``settings`` are those
+    of the split, see `cohort`.
     """
     columns = [_facts_of(run, settings) for run in runs]
     return [[label, *(column[label] for column in columns)] for label in columns[0]]
 
 
-def _facts_of(run, settings):
-    record, meta, config = run.run or {}, run.metrics["meta"], run.config or {}
-    model = config.get("MODEL") or {}
-    git = record.get("git") or {}
+def _facts_of(run, split):
+    record, meta, config = run.record, run.metrics["meta"], run.settings
+    git, fold, bootstrap = record.get("git") or {}, run.fold, meta.get("bootstrap")
     revision = git.get("revision")
     if revision and git.get("dirty"):
         revision += ", with uncommitted changes"
-    fold, chosen, bootstrap = run.fold, run.metrics.get("tau_val"), meta.get("bootstrap")
+    intervals = "none"
+    if bootstrap:
+        intervals = f"{bootstrap['resamples']:,} resamples of {bootstrap['unit']}s, seed "
+        intervals += str(bootstrap["seed"])
     versions = meta.get("versions") or record.get("versions") or {}
     texts = {
-        "Model": record.get("model") or model.get("META_ARCHITECTURE"),
-        "Backbone": run.backbone or (model.get("BACKBONE") or {}).get("NAME"),
+        "Model": record.get("model") or config.get("MODEL.META_ARCHITECTURE"),
+        "Backbone": run.backbone or config.get("MODEL.BACKBONE.NAME"),
         "Seed": run.seed if run.seed is not None else config.get("SEED"),
         "Fold": f"{fold['index']} of {fold['of']}" if fold else "none",
-        "Iterations": record.get("iterations") or (config.get("SOLVER") or {}).get("MAX_ITER"),
+        "Iterations": record.get("iterations") or config.get("SOLVER.MAX_ITER"),
         "Training": _training(record),
         "Device": record.get("device"),
         "Command": record.get("command"),
@@ -288,14 +211,9 @@ def _facts_of(run, settings):
         "Weights, sha256": _short(meta.get("checkpoint_sha256")),
         "Data set": meta.get("dataset"),
         "Ground truth, sha256": _short(meta.get("gt_sha256")),
-        "Split, sha256": _short(record.get("splits_sha256") or settings.get("sha256")),
-        **(_steps(record) if run.task == "recognition" else _thresholds(meta, chosen)),
-        "Intervals": (
-            f"{bootstrap['resamples']:,} resamples of {bootstrap['unit']}s, seed "
-            f"{bootstrap['seed']}"
-            if bootstrap
-            else "none"
-        ),
+        "Split, sha256": _short(record.get("splits_sha256") or split.get("sha256")),
+        **(_steps(record) if run.task is CLASSIFICATION else _thresholds(run)),
+        "Intervals": intervals,
         "Versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
     }
     return {label: UNKNOWN if text in (None, "") else str(text) for label, text in texts.items()}
@@ -312,11 +230,12 @@ def _steps(record):
     return {"Images as": size and f"{size} × {size} pixels", "Steps": "; ".join(steps)}
 
 
-def _thresholds(meta, chosen):
+def _thresholds(run):
     """The operating points, and what a hit is."""
-    point, regions = None, "masks" if meta["iou_type"] == "segm" else "boxes"
+    meta, chosen, point = run.metrics["meta"], run.metrics.get("tau_val"), None
     if chosen:
         point = f"{chosen['tau']:.3g} ({chosen.get('rule')}, on {chosen.get('dataset')})"
+    regions = "masks" if meta["iou_type"] == "segm" else "boxes"
     return {
         "Score threshold τ": f"{meta['tau']:g}",
         "τ chosen on validation": point,
@@ -335,157 +254,97 @@ def _short(sha256):
     return sha256 and f"{sha256[:16]}…"
 
 
-def config_differences(runs: list[Run]) -> list[list[str]]:
+def config_differences(runs):
     """Keys with their values in each run, where not all configurations agree."""
-    if any(run.config is None for run in runs):
+    if not all(run.config for run in runs):
         return []
-    flat = [flat_config(run.config) for run in runs]
-    keys = dict.fromkeys(key for config in flat for key in config if key not in PLACES)
-    rows = [[key, *(str(config.get(key, "not set")) for config in flat)] for key in keys]
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in PLACES)
+    rows = [[key, *(str(run.settings.get(key, "not set")) for run in runs)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def configs(runs: list[Run]) -> list[tuple[str, str]]:
-    """Each run's name and its whole configuration, "" where unknown."""
-    return [(run.name, yaml.safe_dump(run.config) if run.config else "") for run in runs]
-
-
 def contour_lines(contours: dict[str, tuple[str, str]]) -> dict[str, dict]:
-    """
-    ``lines`` of head.html: class in the page -> label and style in CSS, of kind of contour and
+    """``lines`` of head.html: class in the page -> label and style in CSS, of kind of contour and
     label by class.
     """
     lines = {}
     for name, (kind, label) in contours.items():
-        style = CONTOUR_STYLES[kind]
-        dash = "none"
+        style, dash = images.CONTOUR_STYLES[kind], "none"
         if style["linestyle"] != "-":  # matplotlib's dashes are in line widths
             dash = " ".join(f"{part * style['linewidth']:.1f}" for part in style["linestyle"][1])
-        lines[name] = {
-            "label": label,
-            "color": style["color"],
-            "width": f"{style['linewidth']}px",
-            "dash": dash,
-            "light": kind in LIGHT_HALO,
-            "halo": f"{HALO_WIDTH}px",
-        }
+        lines[name] = {"label": label, "dash": dash, "light": kind in images.LIGHT_HALO}
+        lines[name] |= {"color": style["color"], "width": style["linewidth"]}
+        lines[name]["halo"] = images.HALO_WIDTH
     return lines
 
 
-def curve_plots(runs: list[Run]) -> tuple[list[dict], list[str]]:
+def curve_plots(runs: list[Run]) -> dict[str, dict]:
+    """The curves of detectors with scores, by name, as of `_plot`; "roc" where some images have a
+    lesion and some have none.
     """
-    The curves of detectors: plots, with title, caption, alt, source (a data URL), width and height
-    in pixels; and why some are missing.
-    """
-    missing = [
-        f"{run.name} gives no scores, so it has no curves."
-        for run in runs
-        if not run.results.detections.scored
-    ]
     results = {run.name: run.results for run in runs if run.results.detections.scored}
     if not results:
-        return [], missing
-    tau = {"tau": runs[0].metrics["meta"]["tau"]}
-    measures = {name: scored.metrics for name, scored in results.items()}
-    curves = _pr_curves(results)
-    plots = [
-        _plot(
-            "Precision and recall",
-            "Thick: the envelope, whose area is AP50_voc. Diamond: break-even point.",
-            {name: 100 * curve.area for name, curve in curves.items()},
-            "area under the precision-recall curve in percent",
-            as_data(plot_pr_curves, curves, **tau),
-        ),
-        _plot(
-            "Free-response ROC",
-            "Lesions found against false alarms per image. Mean: of the seven marked rates.",
-            {name: scored.froc["mean"] for name, scored in results.items()},
-            "mean sensitivity in percent",
-            as_data(plot_froc, {name: scored.froc for name, scored in measures.items()}, **tau),
-        ),
-    ]
+        return {}
+    tau, pr_curves = {"tau": runs[0].metrics["meta"]["tau"]}, _pr_curves(results)
+
+    def of_each(value):
+        return {name: value(scored) for name, scored in results.items()}
+
+    froc = of_each(lambda scored: scored.metrics.froc)
+    calibration = of_each(lambda scored: scored.metrics.calibration)
+    areas = {name: 100 * curve.area for name, curve in pr_curves.items()}
+    plots = {
+        "pr": _plot(areas, curves.plot_pr_panels, {curves.PR_TITLE: pr_curves}, **tau),
+        "froc": _plot(of_each(lambda scored: scored.froc["mean"]), curves.plot_froc, froc, **tau),
+        "calibration": _plot(_errors(results), curves.plot_calibration, calibration),
+        "thresholds": _plot({}, curves.plot_thresholds, of_each(lambda s: s.thresholds), **tau),
+    }
     positive = runs[0].results.counts.positive
     if positive.any() and not positive.all():
-        counts = {name: scored.counts for name, scored in results.items()}
-        plots.append(
-            _plot(
-                "ROC of images",
-                "An image’s score is that of its highest detection, 0 without one.",
-                {name: scored.image["auroc"] for name, scored in results.items()},
-                "area under the ROC curve in percent",
-                as_data(plot_roc_curves, counts, **tau),
-            )
-        )
-    else:
-        kind = "without" if positive.any() else "with"
-        missing.append(f"No ROC curve: the test set has no image {kind} a lesion.")
-    calibrations = {name: scored.calibration for name, scored in measures.items()}
-    thresholds = {name: scored.thresholds for name, scored in results.items()}
-    plots += [
-        _plot(
-            "Calibration",
-            "Do 80 % of the detections scored 0.8 hit a lesion? Below: how many there are.",
-            {name: scored.calibration["ece"] for name, scored in results.items()},
-            "expected calibration error in percent",
-            as_data(plot_calibration, calibrations),
-        ),
-        _plot(
-            "Metrics over the threshold",
-            "To look at. A threshold that is chosen here is no longer tested by these data.",
-            {},
-            "precision, recall, F1 and specificity at score thresholds from 0.05 to 0.95",
-            as_data(plot_thresholds, thresholds, **tau),
-        ),
-    ]
-    return plots, missing
+        areas, counts = of_each(lambda s: s.image["auroc"]), of_each(lambda s: s.counts)
+        plots["roc"] = _plot(areas, curves.plot_roc_curves, counts, **tau)
+    return plots
+
+
+def _errors(results):
+    return {name: scored.calibration["ece"] for name, scored in results.items()}
 
 
 def _pr_curves(results):
-    """{name: PRCurve}: one per run, or one for each of its classes."""
-    curves = {}
+    """The PRCurve of each run, or of each of its classes."""
+    pr_curves = {}
     for run, scored in results.items():
         kind = "segm" if any(kind == "segm" for kind, _, _ in scored.curves) else "bbox"
         of_kind = [(name, curve) for k, name, curve in scored.curves if k == kind]
         for name, curve in of_kind:
             if curve.num_gt and len(curve.score):
-                curves[run if len(of_kind) == 1 else f"{run}, {name}"] = curve
-    return curves
+                pr_curves[run if len(of_kind) == 1 else f"{run}, {name}"] = curve
+    return pr_curves
 
 
 def _class_plots(runs):
     results = {run.name: run.results for run in runs}
-    calibrations = {name: scored.metrics.calibration for name, scored in results.items()}
-    return [
-        _plot(
-            "ROC of each class",
-            "Each class against all others. Dot: where the highest probability decides.",
-            {name: scored.recognition["auroc"] for name, scored in results.items()},
-            "area under the ROC curve in percent, mean of the classes",
-            as_data(plot_class_roc, results),
-        ),
-        _plot(
-            "Calibration",
-            "Are 80 % of the images predicted with a probability of 0.8 predicted rightly?",
-            {name: scored.calibration["ece"] for name, scored in results.items()},
-            "expected calibration error in percent",
-            as_data(plot_calibration, calibrations, of=("Right", "Images")),
-        ),
-    ]
+    calibration = {name: scored.metrics.calibration for name, scored in results.items()}
+    areas = {name: scored.recognition["auroc"] for name, scored in results.items()}
+    names = {"of": ("Right", "Images")}
+    return {
+        "roc": _plot(areas, curves.plot_class_roc, results),
+        "calibration": _plot(_errors(results), curves.plot_calibration, calibration, **names),
+    }
 
 
-def _plot(title, caption, values, meaning, data):
-    """A plot as of :func:`curve_plots`; ``values`` by model, and their meaning, go into its alt."""
-    known = "; ".join(f"{name}: {v:.1f}" for name, v in values.items() if not math.isnan(v))
-    alt = f"{title}: {meaning}{f'. {known}' if known else ''}."
-    return {"title": title, "caption": caption, "alt": alt, **data}
+def _plot(values, plot, *args, **kwargs):
+    """A plot as data, and the values of the models as text."""
+    known = [f"{name}: {value:.1f}" for name, value in values.items() if not math.isnan(value)]
+    return {"known": "; ".join(known), **as_data(plot, *args, **kwargs)}
 
 
-def as_data(draw: Callable[..., Figure], *args, **kwargs) -> dict:
+def as_data(plot: Callable[..., Figure], *args, **kwargs) -> dict:
     """What a function that plots to a path would write, as a data URL with width and height."""
     # Text as text, not as paths: smaller, and sharp at any size.
     with tempfile.TemporaryDirectory() as folder, rc_context({"svg.fonttype": "none"}):
         path = Path(folder) / "plot.svg"
-        figure = draw(*args, path, **kwargs)
+        figure = plot(*args, path, **kwargs)
         content = base64.b64encode(path.read_bytes()).decode()
     width, height = (round(96 * inches) for inches in figure.get_size_inches())  # CSS pixels
     return {"source": f"data:image/svg+xml;base64,{content}", "width": width, "height": height}
@@ -494,8 +353,8 @@ def as_data(draw: Callable[..., Figure], *args, **kwargs) -> dict:
 GRAD_CAM = "grad_cam.png"  # next to metrics.json
 
 
-def _grad_cams(runs):
-    """list[dict]: run's name and its Grad-CAM plot, of runs that have one."""
+def grad_cams(runs: list[Run]) -> list[dict]:
+    """The Grad-CAM plots, of runs that have one."""
     plots = []
     for run in runs:
         if (run.folder / GRAD_CAM).is_file():
@@ -505,23 +364,147 @@ def _grad_cams(runs):
     return plots
 
 
-def write_html(name: str, output: str | Path, *, scripts: Sequence[str] = (), **values) -> Path:
-    """
-    Write templates/<name>.html, with report.css.
+LONG_SIDE = 512  # pixels of an embedded image
+QUALITY = 82  # of its JPEG
+CLOSENESS = 0.5  # pixels of the embedded image that a contour may be off
 
-    Args:
-        output: the page to write; replaced at once, or not at all.
-        scripts: files in templates/ that the page runs, and no others.
-        values: the template's variables: for head.html ``title``, ``lead`` and ``lines``, for
-            footer.html ``sources``.
+
+def _gallery_section(make, runs, max_images, shown):
+    """gallery (None without the images), gallery_missing and gallery_lead of page.html."""
+    try:
+        gallery = make(runs, max_images)
+    except FileNotFoundError as error:
+        logger.warning(f"No gallery: {error}")
+        return {"gallery": None, "gallery_missing": [f"No gallery: {error}"], "gallery_lead": ""}
+    number, total = len(gallery["images"]), gallery["total"]
+    which = f"All {total:,} test images"
+    if number < total:
+        which = f"{number:,} of {total:,} test images, half the worst and half spread over the rest"
+    return {"gallery": gallery, "gallery_missing": [], "gallery_lead": f"{which}, with {shown}."}
+
+
+def lesion_gallery(runs: list[Run], max_images: int = 300) -> dict:
+    """The gallery of detectors on one test set, as JSON values; see `_gallery` and `_outcome`.
+
+    ``overlap`` is "IoU", or "box IoU" where a model gives no masks. Each image also has ``truth``,
+    an SVG path for each lesion, and ``runs``, the outcome of each model. In the paths, whole
+    numbers are the centres of the original's pixels.
+
+    Raises:
+        FileNotFoundError: one of the images does not exist.
+        BadInputError: one of them cannot be read, or lies outside the images' folder.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("imrcnn_d2.report.html"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    results = [run.results for run in runs]
+    truth = results[0].ground_truth
+    rows = list(zip(*(scored.per_image for scored in results), strict=True))
+    masks = all(scored.meta["iou_type"] == "segm" for scored in results)
+
+    def describe(position, scale):
+        lesions = np.flatnonzero((truth.regions.image == position) & ~truth.crowd).tolist()
+        outcomes = [
+            _outcome(scored, row, position, lesions, scale, "union_iou" if masks else "iou_box")
+            for scored, row in zip(results, rows[position], strict=True)
+        ]
+        return {"truth": [_path(truth.regions, [k], scale) for k in lesions], "runs": outcomes}
+
+    positions = sorted(images.choose_images(rows, max_images))
+    return {"overlap": "IoU" if masks else "box IoU", **_gallery(runs, positions, describe)}
+
+
+def _outcome(results, row, position, lesions, scale, overlap):
+    """Lesions and detections of one model in an image; ``iou`` is of all detections with all
+    lesions, ``missed`` holds positions in ``lesions``, ``hits`` and ``alarms`` are SVG paths.
+    """
+    kinds = {kind: pair for kind, *pair in images.regions_by_kind(results, position)}
+    iou = row[overlap]
+    return {
+        **{"tp": row["TP"], "fp": row["FP"], "fn": row["FN"]},
+        "score": None if math.isnan(row["score"]) else round(row["score"], 4),
+        "iou": None if math.isnan(iou) else round(iou, 2),
+        "missed": [lesions.index(lesion) for lesion in kinds["missed lesion"][1].tolist()],
+        "hits": _path(*kinds["hit"], scale),
+        "alarms": _path(*kinds["false alarm"], scale),
+    }
+
+
+def classification_gallery(runs: list[Run], max_images: int = 300) -> dict:
+    """The gallery of classifiers on one test set, as `lesion_gallery` but with ``classes`` and, for
+    each image, ``label`` (position in ``classes``) and ``scores``, for each model the probabilities
+    of the classes. Of a larger test set half of the images are those whose class got the lowest
+    probability, the others are spread evenly over the rest.
+    """
+    truth = runs[0].results.ground_truth
+    scores = np.stack([run.results.probability for run in runs], axis=1)
+    of_truth = scores[np.arange(len(scores)), :, truth.label].mean(axis=1)
+    order = np.argsort(of_truth, kind="stable")
+    if len(order) > max_images:
+        worst = (max_images + 1) // 2
+        rest = np.linspace(worst, len(order) - 1, max_images - worst).round().astype(int)
+        order = order[[*range(worst), *rest]]
+
+    def describe(position, scale):
+        label, probabilities = truth.label[position], scores[position]
+        return {"label": int(label), "scores": probabilities.round(4).tolist()}
+
+    return {"classes": truth.classes, **_gallery(runs, sorted(order.tolist()), describe)}
+
+
+def _gallery(runs, positions, describe):
+    """What both galleries hold; ``describe(position, scale)`` gives the rest of an image."""
+    records, root, shown = runs[0].results.ground_truth.images, runs[0].image_root, []
+    for position in tqdm(positions, desc="Gallery", delay=2):
+        record = records[position]
+        path = image_inside(root, record.get("file_name"), runs[0].gt_path)
+        jpeg, (width, height), scale = embed(path)
+        patient = record.get("patient_id")
+        image = {"name": record["file_name"], "patient": None if patient is None else str(patient)}
+        image |= {"width": width, "height": height, "jpeg": jpeg}
+        shown.append(image | describe(position, scale))
+    return {"runs": [run.name for run in runs], "total": len(records), "images": shown}
+
+
+def embed(path: Path, long_side: int = LONG_SIDE) -> tuple[str, tuple[int, int], float]:
+    """Base64 of an image as a JPEG of at most ``long_side`` pixels, upright; width and height of
+    the original, and original pixels per pixel of the JPEG.
+    """
+    image = Image.fromarray(read_image(path))
+    size = image.size
+    image.thumbnail((long_side, long_side), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, format="JPEG", quality=QUALITY, optimize=True)
+    return base64.b64encode(stream.getvalue()).decode(), size, max(size) / max(image.size)
+
+
+def _path(regions, rows, scale):
+    return svg_path([line for row in rows for line in images.region_contours(regions, row)], scale)
+
+
+def svg_path(lines: list[np.ndarray], scale: float) -> str:
+    """One SVG path of closed lines, see `region_contours`; ``scale``: original pixels per pixel of
+    the image that they are shown on.
+    """
+    parts = []
+    for line in lines:
+        corners = line[:-1].astype(np.float32)
+        kept = cv2.approxPolyDP(corners[:, None], CLOSENESS * scale, closed=True)[:, 0]
+        points = "L".join(f"{x:.4g},{y:.4g}" for x, y in kept.tolist())
+        parts.append(f"M{points}Z")
+    return "".join(parts)
+
+
+def template_environment(**options) -> jinja2.Environment:
+    """Jinja with the templates of this package."""
+    loader = jinja2.PackageLoader("imrcnn_d2.report.html")
+    options |= {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    return jinja2.Environment(loader=loader, **options)
+
+
+def write_html(name: str, output: str | Path, *, scripts: Sequence[str] = (), **values) -> Path:
+    """Write templates/<name>.html with report.css and those ``scripts`` in templates/ that the page
+    runs. ``values`` are the template's variables: for head.html ``title``, ``lead`` and ``lines``,
+    for footer.html ``sources``.
+    """
+    environment = template_environment(autoescape=True)
     css, *texts = (
         environment.loader.get_source(environment, file)[0] for file in ("report.css", *scripts)
     )

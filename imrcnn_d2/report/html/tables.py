@@ -3,37 +3,22 @@
 import itertools
 import math
 
+from imrcnn_d2.evaluation import Bootstrap
 from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
-from imrcnn_d2.evaluation.statistics import Bootstrap
-from imrcnn_d2.report.comparison.models import compare, gather
-from imrcnn_d2.report.names import MODEL, metric_name
+from imrcnn_d2.report.comparison import compare, gather
+from imrcnn_d2.report.names import MODEL, metric_label, metric_name
 from imrcnn_d2.report.runs import Run
-
-__all__ = [
-    "cell",
-    "confusions",
-    "differences",
-    "metric_rows",
-    "metric_tables",
-    "key_metrics",
-    "patient_table",
-    "predictive_values",
-    "screening",
-    "size_tables",
-]
+from imrcnn_d2.report.tables import p_text
 
 
 def predictive_values(
     sensitivity: float, specificity: float, prevalence: float
 ) -> tuple[float, float]:
-    """
-    PPV and NPV in percent by Bayes' theorem, from sensitivity and specificity in percent and a
-    prevalence in (0, 1). NaN where one of them is, and where nothing is ever predicted positive, or
-    negative.
+    """PPV and NPV in percent by Bayes' theorem, from sensitivity and specificity in percent and a
+    prevalence in (0, 1). NaN where nothing is ever predicted positive, or negative.
 
-    Both grow with sensitivity and with specificity. So from the lower 95 % limits of the two follow
-    lower limits of both values, and from the upper limits upper ones; these are wider than 95 %,
-    since the two would have to be off in the same direction.
+    Both grow with sensitivity and specificity: from the lower 95 % limits of the two follow lower
+    limits of both values, which are wider than 95 %.
 
     Raises:
         ValueError: the prevalence is not between 0 and 1.
@@ -50,38 +35,38 @@ def _percent(part, whole):
     return 100 * part / whole if whole > 0 else math.nan
 
 
-# (metric, label, hint)
+# Metric, hint and, where it is not that of METRICS, label.
 CURVE_METRICS = (
-    ("AP50_voc", "AP50_voc", "area under the precision-recall curve at IoU 0.5"),
-    ("BEP", "BEP", "where precision equals recall"),
-    ("AP50", "AP50", "COCO, at IoU 0.5"),
-    ("AP75", "AP75", "COCO, at IoU 0.75"),
-    ("AP", "AP", "COCO, mean over IoU 0.5 to 0.95"),
+    ("AP50_voc", "area under the precision-recall curve at IoU 0.5"),
+    ("BEP", "where precision equals recall"),
+    ("AP50", "COCO, at IoU 0.5"),
+    ("AP75", "COCO, at IoU 0.75"),
+    ("AP", "COCO, mean over IoU 0.5 to 0.95"),
 )
 LESION_METRICS = (
-    ("recall", "sensitivity (recall)", "lesions that were found"),
-    ("precision", "precision", "detections that are a lesion"),
-    ("f1", "F1", ""),
-    ("iou", "IoU", "of the lesions found"),
-    ("dice", "Dice", "of the lesions found"),
-    ("iou_all", "IoU, all lesions", "a missed one counts 0"),
-    ("fp_per_image", "false alarms per image", ""),
-    ("TP", "hits", ""),
-    ("FP", "false alarms", ""),
-    ("FN", "missed lesions", ""),
+    ("recall", "lesions that were found", "sensitivity (recall)"),
+    ("precision", "detections that are a lesion"),
+    ("f1", ""),
+    ("iou", "of the lesions found"),
+    ("dice", "of the lesions found", "Dice"),
+    ("iou_all", "a missed one counts 0", "IoU, all lesions"),
+    ("fp_per_image", "", "false alarms per image"),
+    *(("TP", "", "hits"), ("FP", "", "false alarms"), ("FN", "", "missed lesions")),
 )
 IMAGE_METRICS = (
-    ("recall", "sensitivity", ""),
-    ("specificity", "specificity", ""),
-    ("precision", "precision", "at the test set’s own prevalence"),
-    ("f1", "F1", ""),
-    ("accuracy", "accuracy", ""),
-    ("auroc", "AUROC", ""),
-    ("localised_recall", "localised sensitivity", "a detection hits the lesion"),
-    ("miou", "mIoU", "all detections against all lesions"),
-    ("mdice", "mDice", "likewise"),
+    *(("recall", "", "sensitivity"), ("specificity", "")),
+    ("precision", "at the test set’s own prevalence"),
+    *(("f1", ""), ("accuracy", ""), ("auroc", "")),
+    ("localised_recall", "a detection hits the lesion", "localised sensitivity"),
+    ("miou", "all detections against all lesions"),
+    ("mdice", "likewise"),
 )
-UNIT_TITLES = {"lesion": "Lesions", "image": "Images", "patient": "Patients"}
+UNIT_METRICS = {
+    "lesion": ("Lesions", LESION_METRICS),
+    "image": ("Images", IMAGE_METRICS),
+    "patient": ("Patients", IMAGE_METRICS),
+}
+# Group, metric, title and hint of the values on top.
 KEY_METRICS = (
     ("curve", "AP50_voc", "Average precision", "area under the precision-recall curve at IoU 0.5"),
     ("lesion", "recall", "Sensitivity", "share of the lesions that were found"),
@@ -91,8 +76,7 @@ KEY_METRICS = (
 
 
 def cell(metrics: dict, name: str) -> dict:
-    """
-    A metric of a group of metrics.json: ``text``, ``interval`` ("" where there is none) and
+    """A metric of a group of metrics.json: ``text``, ``interval`` ("" where there is none) and
     ``bar``: None, or the value and the ends of its interval, if it is a share in percent.
     """
     value, interval = metrics.get(name), metrics.get(f"{name}_ci")
@@ -117,18 +101,32 @@ def _text(text):
     return {"text": text, "interval": "", "bar": None}
 
 
+def _cards(cards, runs, groups):
+    """Title, hint and cells (run's name, cell) of the values on top."""
+    columns = [(run.name, of_run) for run, of_run in zip(runs, groups, strict=True)]
+    return [
+        {
+            "title": title,
+            "hint": hint,
+            "cells": [(run_name, cell(of_run[group], name)) for run_name, of_run in columns],
+        }
+        for group, name, title, hint in cards
+    ]
+
+
 def key_metrics(runs):
-    """list[dict]: title, hint and cells [(run's name, cell)] of the four metrics on top."""
-    cards = []
-    for group, name, title, hint in KEY_METRICS:
-        cells = []
-        for run in runs:
-            metrics = _curve_group(run)[1] if group == "curve" else run.metrics[group]
-            shown = "iou_box" if name == "iou" and metrics.get("iou") is None else name
-            cells.append((run.name, cell(metrics, shown)))
-        tau = "" if group == "curve" else f", {_at(runs)}"
-        cards.append({"title": title, "hint": f"{hint}{tau}", "cells": cells})
-    return cards
+    """The values on top of the page of detectors."""
+    cards = [
+        (group, name, title, hint if group == "curve" else f"{hint}, {_at(runs)}")
+        for group, name, title, hint in KEY_METRICS
+    ]
+    groups = []
+    for run in runs:
+        lesion = dict(run.metrics["lesion"])
+        if lesion.get("iou") is None:
+            lesion |= {"iou": lesion.get("iou_box"), "iou_ci": lesion.get("iou_box_ci")}
+        groups.append({"curve": curve_group(run)[1], "lesion": lesion})
+    return _cards(cards, runs, groups)
 
 
 def _at(runs):
@@ -136,8 +134,8 @@ def _at(runs):
     return "score ≥ " + ", ".join(f"{tau:g}" for tau in taus)
 
 
-def _curve_group(run):
-    """("mask" or "box", its metrics)."""
+def curve_group(run: Run) -> tuple[str, dict]:
+    """ "mask" or "box", and the metrics of its curve."""
     segm = run.metrics.get("segm") or {}
     if segm.get("AP50_voc") is not None:
         return "mask", segm
@@ -145,90 +143,94 @@ def _curve_group(run):
 
 
 def metric_tables(runs):
-    """list[dict]: title, caption and rows (label, hint and a cell for each run)."""
-    kinds = " and ".join(dict.fromkeys(_curve_group(run)[0] for run in runs))
-    curve = [_curve_group(run)[1] for run in runs]
-    tables = [
-        {
-            "title": "Detection, over all scores",
-            "caption": f"Overlap of {kinds}s",
-            "rows": metric_rows(CURVE_METRICS, curve),
-        }
-    ]
-    for unit, title in UNIT_TITLES.items():
-        if not any(run.metrics.get(unit) for run in runs):
-            continue
-        names = LESION_METRICS if unit == "lesion" else IMAGE_METRICS
+    """Title, caption and rows (label, hint and a cell for each run) of each table."""
+    kinds, curves = zip(*map(curve_group, runs), strict=True)
+    caption = f"Overlap of {' and '.join(dict.fromkeys(kinds))}s"
+    tables = [_metric_table("Detection, over all scores", caption, CURVE_METRICS, curves)]
+    chosen = [run.metrics.get("tau_val") or {} for run in runs]
+    for unit, (title, metrics) in UNIT_METRICS.items():
         groups = [run.metrics.get(unit) or {} for run in runs]
-        tables.append({"title": title, "caption": _at(runs), "rows": metric_rows(names, groups)})
-        chosen = [run.metrics.get("tau_val") or {} for run in runs]
+        if not any(groups):
+            continue
+        tables.append(_metric_table(title, _at(runs), metrics, groups))
         if not any(chosen):
             continue
-        rows = metric_rows(names, [point.get(unit) or {} for point in chosen])
+        caption = "At the threshold that was chosen on validation data"
+        groups = [point.get(unit) or {} for point in chosen]
+        table = _metric_table(f"{title}, τ_val", caption, metrics, groups)
         thresholds = [_text(f"{point['tau']:.3g}" if point else "n/a") for point in chosen]
         rules = ", ".join(sorted({str(point.get("rule")) for point in chosen if point}))
-        label = {"label": "score threshold", "hint": f"rule: {rules}", "cells": thresholds}
-        caption = "At the threshold that was chosen on validation data"
-        tables.append({"title": f"{title}, τ_val", "caption": caption, "rows": [label, *rows]})
+        row = {"label": "score threshold", "hint": f"rule: {rules}", "cells": thresholds}
+        tables.append({**table, "rows": [row, *table["rows"]]})
     return tables
 
 
-def metric_rows(names, groups):
-    """list[dict]: label, hint and a cell for each group, of the metrics that some group has."""
+def metric_rows(metrics: tuple, groups: list[dict], suffix: str = "") -> list[dict]:
+    """Label, hint and a cell for each group, of the metrics that some group has; ``suffix`` follows
+    on their names there.
+    """
     return [
-        {"label": label, "hint": hint, "cells": [cell(group, name) for group in groups]}
-        for name, label, hint in names
-        if any(name in group for group in groups)
+        {
+            "label": label[0] if label else metric_label(name),
+            "hint": hint,
+            "cells": [cell(group, name + suffix) for group in groups],
+        }
+        for name, hint, *label in metrics
+        if any(name + suffix in group for group in groups)
     ]
 
 
-def confusions(runs):
-    """list[dict]: name, tau, classes and rows [(class, [(count, share of the row)])]."""
+def _metric_table(title, caption, *rows):
+    return {"title": title, "caption": caption, "rows": metric_rows(*rows)}
+
+
+def confusions(runs, with_threshold=False):
+    """Name and rows (class, cells (count, share of the row as text and number)) of each matrix."""
     tables = []
     for run in runs:
-        matrix = run.results.confusion
-        rows = []
+        matrix, rows = run.results.confusion, []
         for name, counts in zip(matrix.classes, matrix.rows(), strict=True):
-            total = sum(count for count in counts if count) or 1
             # False alarms are a share of nothing that can be counted.
-            shaded = name != matrix.classes[-1]
-            shares = [(f"{n:,}", round(n / total, 3) * shaded) for n in counts if n is not None]
-            rows.append((name, shares + [("–", 0)] * (len(counts) - len(shares))))
-        tau = f"{run.metrics['meta']['tau']:g}"
-        tables.append({"name": run.name, "tau": tau, "classes": matrix.classes, "rows": rows})
+            total = 0 if None in counts else sum(counts)
+            shares = [n / total if total else 0 for n in counts]
+            texts = [(f"{n:,}" if n is not None else "–") for n in counts]
+            percents = [f"{100 * share:.1f} %" if total else "n/a" for share in shares]
+            rows.append((name, list(zip(texts, percents, shares, strict=True))))
+        name = f"{run.name}, {_at([run])}" if with_threshold else run.name
+        tables.append({"name": name, "classes": matrix.classes, "rows": rows})
     return tables
 
 
 def size_tables(runs):
-    """list[dict]: caption, columns and rows, for shares of the image and for COCO's sizes."""
+    """Caption, columns and rows, for shares of the image and for COCO's sizes."""
     captions = {
         "share_of_image": f"Sensitivity and IoU by share of the image’s area, {_at(runs)}",
         "coco": f"By COCO’s sizes (below 32², below 96² pixels, larger), {_at(runs)}",
     }
-    known = [run.metrics["by_size"] for run in runs]
+    columns = ["size", "lesions"]
+    columns += [f"{run.name}: {name}" for run in runs for name in ("sensitivity", "IoU")]
     tables = []
     for key, caption in captions.items():
-        if not all(key in sizes for sizes in known):
+        strata = [run.metrics["by_size"].get(key) for run in runs]
+        if None in strata:
             continue
-        columns = ["size", "lesions"]
-        columns += [f"{run.name}: {name}" for run in runs for name in ("sensitivity", "IoU")]
         rows = []
-        for size, metrics in known[0][key].items():
-            cells = [cell(sizes[key][size], name) for sizes in known for name in ("recall", "iou")]
+        for size, metrics in strata[0].items():
+            cells = [cell(sizes[size], name) for sizes in strata for name in ("recall", "iou")]
             rows.append({"label": size, "hint": "", "cells": [cell(metrics, "n"), *cells]})
         tables.append({"caption": caption, "columns": columns, "rows": rows})
     return tables
 
 
 def patient_table(runs, most=50):
-    """dict: caption, columns, rows (patients with most errors first, at most ``most``), notes."""
-    scored = [run.results for run in runs]
-    if scored[0].metrics.unit != "patient":
-        note = "Patients are not known: the images have no patient_id, so that intervals and "
-        return {"rows": [], "notes": [note + "metrics take each image as a separate patient."]}
-    tables = [results.per_patient for results in scored]
+    """Caption, columns and rows (patients with most errors first, at most ``most``); None where
+    patients are not known.
+    """
+    if runs[0].results.metrics.unit != "patient":
+        return None
     patients = sorted(
-        zip(*tables, strict=True), key=lambda rows: -sum(row["FP"] + row["FN"] for row in rows)
+        zip(*(run.results.per_patient for run in runs), strict=True),
+        key=lambda rows: -sum(row["FP"] + row["FN"] for row in rows),
     )
     rows = [
         [str(models[0]["patient_id"]), models[0]["images"], models[0]["n_gt"]]
@@ -238,37 +240,27 @@ def patient_table(runs, most=50):
     columns = ["patient", "images", "lesions"]
     columns += [f"{run.name}: hits / false alarms / missed" for run in runs]
     caption = f"{len(rows)} of {len(patients)} patients, most errors first, {_at(runs)}"
-    return {"rows": rows, "columns": columns, "caption": caption, "notes": []}
+    return {"rows": rows, "columns": columns, "caption": caption}
 
 
 def screening(runs, prevalences):
-    """dict: caption, rows, sentences and missing (list[str])."""
+    """Rows and sentences of PPV and NPV; None where there is no lesion-free image."""
     for prevalence in prevalences:  # a wrong one is an error whatever the data
         predictive_values(100, 100, prevalence)
     if not runs[0].results.meta["lesion_free_images"]:
-        text = (
-            "PPV and NPV are undefined: the test set has no image without a lesion, so it cannot "
-            "tell how often a model raises a false alarm on one (specificity is undefined)."
-        )
-        return {"rows": [], "sentences": [], "missing": [text]}
+        return None
     points = {_at(runs): [run.metrics["image"] for run in runs]}
     chosen = [(run.metrics.get("tau_val") or {}).get("image") for run in runs]
     if all(chosen):
         points["τ_val"] = chosen
-    rows, sentences = [], []
-    for at, images in points.items():
-        for prevalence in prevalences:
-            for which, label in enumerate(("PPV", "NPV")):
-                cells = [_predicted(image, prevalence, which) for image in images]
-                label = f"{label} at {100 * prevalence:g} %"
-                rows.append({"label": label, "hint": at, "cells": cells})
-    for run, prevalence in itertools.product(runs, prevalences):
-        sentences.append(_in_natural_frequencies(run, prevalence))
-    caption = (
-        "In brackets: with sensitivity and specificity both at the lower and both at the upper end "
-        "of their 95 % intervals, so wider than a 95 % interval"
-    )
-    return {"rows": rows, "caption": caption, "sentences": sentences, "missing": []}
+    rows = []
+    for (at, images), prevalence in itertools.product(points.items(), prevalences):
+        for which, label in enumerate(("PPV", "NPV")):
+            cells = [_predicted(image, prevalence, which) for image in images]
+            label = f"{label} at {100 * prevalence:g} %"
+            rows.append({"label": label, "hint": at, "cells": cells})
+    pairs = itertools.product(runs, prevalences)
+    return {"rows": rows, "sentences": [_in_natural_frequencies(*pair) for pair in pairs]}
 
 
 def _predicted(image, prevalence, which):
@@ -297,68 +289,49 @@ def _in_natural_frequencies(run, prevalence):
 
 
 CLASSIFICATION_METRICS = (
-    ("balanced_accuracy", "balanced accuracy", "mean of the classes’ accuracies"),
-    ("top1", "top-1 accuracy", "images predicted rightly"),
-    ("f1", "F1", "mean of the classes"),
-    ("auroc", "AUROC", "mean of the classes, each against all others"),
-    ("cross_entropy", "cross-entropy", "of the probability of the true class; 0 is perfect"),
+    ("balanced_accuracy", "mean of the classes’ accuracies"),
+    ("top1", "images predicted rightly"),
+    ("f1", "mean of the classes"),
+    ("auroc", "mean of the classes, each against all others"),
+    ("cross_entropy", "of the probability of the true class; 0 is perfect"),
 )
 CLASS_METRICS = (
-    ("precision", "precision", "of the images predicted as it, those that are"),
-    ("specificity", "specificity", "of all others, those not predicted as it"),
-    ("f1", "F1", ""),
-    ("auroc", "AUROC", "against all others"),
+    ("precision", "of the images predicted as it, those that are"),
+    ("specificity", "of all others, those not predicted as it"),
+    *(("f1", ""), ("auroc", "against all others")),
 )
 CANCER_METRICS = (
-    ("recall", "sensitivity", "cancers predicted as cancer"),
-    ("specificity", "specificity", "benign images predicted as benign"),
-    ("precision", "precision", "at the test set’s own prevalence"),
-    ("f1", "F1", ""),
-    ("accuracy", "accuracy", ""),
-    ("auroc", "AUROC", "of the probability of cancer"),
-    ("TP", "cancer predicted as cancer", ""),
-    ("FN", "cancer predicted as benign", ""),
-    ("FP", "benign predicted as cancer", ""),
-    ("TN", "benign predicted as benign", ""),
+    ("recall", "cancers predicted as cancer", "sensitivity"),
+    ("specificity", "benign images predicted as benign"),
+    ("precision", "at the test set’s own prevalence"),
+    *(("f1", ""), ("accuracy", ""), ("auroc", "of the probability of cancer")),
+    *(("TP", "", "cancer predicted as cancer"), ("FN", "", "cancer predicted as benign")),
+    *(("FP", "", "benign predicted as cancer"), ("TN", "", "benign predicted as benign")),
 )
 CALIBRATION_METRICS = (
-    ("ece", "expected calibration error", ""),
-    ("brier", "Brier score", ""),
-    ("mean_score", "mean probability", "of the predicted class"),
-    ("hit_rate", "share predicted rightly", ""),
+    *(("ece", "", "expected calibration error"), ("brier", "", "Brier score")),
+    ("mean_score", "of the predicted class", "mean probability"),
+    ("hit_rate", "", "share predicted rightly"),
 )
+CLASSIFICATION_KEY_METRICS = (
+    ("recognition", "balanced_accuracy", "Balanced accuracy", "mean accuracy of the classes"),
+    ("recognition", "auroc", "AUROC", "each class against all others, mean of the classes"),
+)
+CANCER_KEY_METRICS = (
+    ("cancer", "recall", "Sensitivity for cancer", "cancers predicted as cancer"),
+    ("cancer", "specificity", "Specificity for cancer", "benign images predicted as benign"),
+)
+TOP_1 = (("recognition", "top1", "Top-1 accuracy", "images predicted rightly"),)
 
 
 def class_key_metrics(runs, cancers):
-    """list[dict]: as of :func:`key_metrics`."""
-    cards = [
-        ("recognition", "balanced_accuracy", "Balanced accuracy", "mean accuracy of the classes"),
-        ("recognition", "auroc", "AUROC", "each class against all others, mean of the classes"),
-    ]
-    if cancers:
-        cards += [
-            ("cancer", "recall", "Sensitivity for cancer", "cancers predicted as cancer"),
-            (
-                "cancer",
-                "specificity",
-                "Specificity for cancer",
-                "benign images predicted as benign",
-            ),
-        ]
-    else:
-        cards.append(("recognition", "top1", "Top-1 accuracy", "images predicted rightly"))
-    return [
-        {
-            "title": title,
-            "hint": hint,
-            "cells": [(run.name, cell(run.metrics[group], name)) for run in runs],
-        }
-        for group, name, title, hint in cards
-    ]
+    """The values on top of the page of classifiers."""
+    cards = CLASSIFICATION_KEY_METRICS + (CANCER_KEY_METRICS if cancers else TOP_1)
+    return _cards(cards, runs, [run.metrics for run in runs])
 
 
 def class_accuracy(runs, classes, published):
-    """dict: columns and rows, a class each, with what was published."""
+    """Columns and rows, a class each, with what was published."""
     rows = []
     for name in classes:
         cells = [cell(run.metrics["recognition"], f"accuracy_{name}") for run in runs]
@@ -370,63 +343,23 @@ def class_accuracy(runs, classes, published):
 
 
 def class_metric_tables(runs, classes, cancers):
-    """list[dict]: as of :func:`metric_tables`."""
+    """As `metric_tables`."""
 
-    def table(title, caption, group, metrics, suffix=""):
-        named = [(f"{name}{suffix}", label, hint) for name, label, hint in metrics]
-        rows = metric_rows(named, [run.metrics[group] for run in runs])
-        return {"title": title, "caption": caption, "rows": rows}
+    def table(title, caption, metrics, group="recognition", suffix=""):
+        groups = [run.metrics[group] for run in runs]
+        return _metric_table(title, caption, metrics, groups, suffix)
 
-    tables = [
-        table(
-            "All classes",
-            "In percent, but for the cross-entropy",
-            "recognition",
-            CLASSIFICATION_METRICS,
-        )
-    ]
+    tables = [table("All classes", "In percent, but for the cross-entropy", CLASSIFICATION_METRICS)]
     if cancers:
         caption = f"Cancer: {', '.join(cancers)}; benign: all else"
-        tables.append(table("Cancer against benign", caption, "cancer", CANCER_METRICS))
-    tables += [
-        table(
-            f"Class: {name}",
-            "Predicted as it, or as anything else",
-            "recognition",
-            CLASS_METRICS,
-            f"_{name}",
-        )
-        for name in classes
-    ]
+        tables.append(table("Cancer against benign", caption, CANCER_METRICS, "cancer"))
+    caption = "Predicted as it, or as anything else"
+    for name in classes:
+        tables.append(table(f"Class: {name}", caption, CLASS_METRICS, suffix=f"_{name}"))
     caption = "Of the probability of the predicted class, as that of being right"
-    return [*tables, table("Calibration", caption, "calibration", CALIBRATION_METRICS)]
+    return [*tables, table("Calibration", caption, CALIBRATION_METRICS, "calibration")]
 
 
-def class_confusions(runs):
-    """list[dict]: name, and rows [(class, [(count, share of the row as text, as number)])]."""
-    tables = []
-    for run in runs:
-        matrix = run.results.confusion
-        rows = []
-        for name, counts in zip(matrix.classes, matrix.rows(), strict=True):
-            total = sum(counts) or math.nan
-            shares = [(f"{n:,}", f"{100 * n / total:.1f} %", n / total) for n in counts]
-            rows.append((name, [(*texts, 0 if math.isnan(s) else s) for *texts, s in shares]))
-        tables.append({"name": run.name, "rows": rows})
-    return tables
-
-
-GROUPS = {
-    "segm": "masks",
-    "bbox": "boxes",
-    "lesion": "lesions",
-    "image": "images",
-    "patient": "patients",
-    "tau_val.lesion": "lesions, τ_val",
-    "tau_val.image": "images, τ_val",
-    "tau_val.patient": "patients, τ_val",
-}
-LABELS = {"recall": "sensitivity", "iou": "IoU", "iou_box": "IoU", "miou": "mIoU", "f1": "F1"}
 AT_A_GLANCE = (
     *("lesion/recall", "lesion/precision", "lesion/iou"),
     *("recognition/top1", "recognition/auroc", "cancer/recall", "cancer/specificity"),
@@ -434,52 +367,42 @@ AT_A_GLANCE = (
 
 
 def differences(runs: list[Run]) -> dict | None:
-    """
-    How the models differ, as in a comparison: ``columns``, ``rows`` of the primary endpoint and a
-    few others, ``all_rows`` (list[list[str]]), ``caption`` and ``note``. None for less than two
+    """How the models differ, as in a comparison: ``columns``, ``rows`` of the primary endpoint and
+    a few others, ``all_rows``, ``caption``, ``note`` and ``remarks``. None for less than two
     models; runs that differ by seed only are one.
     """
-    settings = [run.metrics["meta"].get("bootstrap") for run in runs]
-    known = next(filter(None, settings), {})
-    bootstrap = Bootstrap(**{key: known[key] for key in ("resamples", "seed") if key in known})
     gathered = gather(runs)
     if len(gathered.split) < 2:
         return None
+    known = next(filter(None, (run.metrics["meta"].get("bootstrap") for run in runs)), {})
+    bootstrap = Bootstrap(**{key: known[key] for key in ("resamples", "seed") if key in known})
     comparison = compare(gathered, bootstrap)
-    chosen = (comparison.primary, *AT_A_GLANCE)
-    rows = {test: _row(test) for test in comparison.tests}
+    primary, tests = comparison.primary, comparison.tests
+    adjusted = sum(not test.primary for test in tests)
     return {
         "columns": ["models", "metric", "difference", "95 % interval", "p", "test"],
-        "rows": [row for test, row in rows.items() if test.endpoint in chosen],
-        "all_rows": list(rows.values()),
+        "rows": [_row(test) for test in tests if test.endpoint in (primary, *AT_A_GLANCE)],
+        "all_rows": [_row(test) for test in tests],
         "caption": "First model minus second, in percentage points",
         "note": (
             f"{bootstrap.resamples:,} paired resamples of {comparison.settings['unit']}s. "
-            f"Primary endpoint: {_name(comparison.primary)}; the p-values of the other "
-            f"{len(rows) - sum(test.primary for test in rows)} tests are adjusted by Holm’s method."
+            f"Primary endpoint: {metric_name(primary)}; the p-values of the other {adjusted} tests "
+            "are adjusted by Holm’s method."
         ),
         "remarks": comparison.remarks,
     }
 
 
 def _row(test):
-    p = test.p if test.primary else test.p_holm
     interval = f"[{_signed(test.low)},\u00a0{_signed(test.high)}]"
     return [
         f"{test.first} − {test.second}",
-        _name(test.endpoint) + (" (primary)" if test.primary else ""),
+        metric_name(test.endpoint) + (" (primary)" if test.primary else ""),
         _signed(test.estimate),
         "n/a" if math.isnan(test.low) else interval,
-        "n/a" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}",
+        p_text(test.p if test.primary else test.p_holm).replace("<", "< "),
         test.test,
     ]
-
-
-def _name(endpoint):
-    group, _, metric = endpoint.partition("/")
-    if group in ("recognition", "cancer"):
-        return metric_name(endpoint)
-    return f"{LABELS.get(metric, metric)}, {GROUPS.get(group, group)}"
 
 
 def _signed(value):

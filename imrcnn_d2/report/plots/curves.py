@@ -1,8 +1,12 @@
-"""Metrics against the score threshold, by group and by distortion: of one model or of several."""
+"""Metrics against the score threshold, by group and by distortion, of one model or of several.
+
+Every function takes what it plots by its name in the legend, writes it to a .png, .svg or .pdf and
+returns the figure that was saved.
+"""
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES
+from imrcnn_d2.evaluation import ClassificationResults, LesionResults
 from imrcnn_d2.evaluation.calibration import Calibration
-from imrcnn_d2.evaluation.classification import ClassificationResults
 from imrcnn_d2.evaluation.detection.counts import UnitCounts
 from imrcnn_d2.evaluation.detection.curves import FROC, RATES, PRCurve
 from imrcnn_d2.evaluation.detection.metrics import is_percent
-from imrcnn_d2.evaluation.detection.results import LesionResults
 from imrcnn_d2.evaluation.statistics import clopper_pearson
 from imrcnn_d2.report.names import metric_name
 from imrcnn_d2.report.plots.style import (
@@ -30,42 +33,15 @@ from imrcnn_d2.report.plots.style import (
 )
 from imrcnn_d2.report.tables import group_endpoints, group_rows, value_of
 
-__all__ = [
-    "plot_calibration",
-    "plot_class_roc",
-    "plot_froc",
-    "plot_groups",
-    "plot_pr_curves",
-    "plot_pr_panels",
-    "plot_robustness",
-    "plot_roc_curves",
-    "plot_thresholds",
-]
-
-# All functions take what they plot by the name in the legend, write it to a .png, .svg or .pdf and
-# return the figure that was saved.
-
-
-def plot_pr_curves(curves: Mapping[str, PRCurve], path: str | Path, *, tau: float = 0.7) -> Figure:
-    """
-    Plot each curve as it is (thin) and its envelope, whose area is AP50_voc, with the operating
-    point at ``tau`` (dot) and the break-even point, on the diagonal (diamond).
-    """
-    return plot_pr_panels({"Precision and recall at IoU 0.5": curves}, [path], tau=tau)
-
 
 def plot_pr_panels(
-    panels: Mapping[str, Mapping[str, PRCurve]], paths: Sequence[str | Path], *, tau: float = 0.7
+    panels: Mapping[str, Mapping[str, PRCurve]], *paths: str | Path, tau: float = 0.7
 ) -> Figure:
+    """Plot panels, by title, with each curve (thin) and its envelope, whose area is AP50_voc, the
+    operating point at ``tau`` (dot) and the break-even point, on the diagonal (diamond).
     """
-    Plot several panels as of :func:`plot_pr_curves` by title, such as one per class with the
-    curves of all models, and save them to each path.
-    """
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(6 * columns, 6.1 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (title, curves) in zip(grid, panels.items(), strict=False):
+    figure, grid = _grid(len(panels), 3, (6, 6.1))
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
         _square(axes, left=0)
         for number, (name, curve) in enumerate(curves.items()):
             _plot_pr_curve(axes, name, curve, tau, line_style(number))
@@ -75,11 +51,21 @@ def plot_pr_panels(
         axes.plot([], [], marker="D", color="white", label="break-even point (BEP)", **mark)
         axes.set(xlabel="Recall (%)", ylabel="Precision (%)", title=title)
         axes.legend(loc="lower left", **LEGEND)
-    for axes in grid[len(panels) :]:
-        axes.remove()
     for path in paths:
         save_figure(figure, path, dpi=200)
     return figure
+
+
+def _grid(number, most_columns, size, margin=(0, 0), **options):
+    """A figure of ``number`` panels of ``size`` inches, and its (rows, columns) axes."""
+    columns = max(min(number, most_columns), 1)
+    rows = max(math.ceil(number / columns), 1)
+    figsize = (margin[0] + size[0] * columns, margin[1] + size[1] * rows)
+    figure = Figure(figsize=figsize, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat[number:]:
+        axes.remove()
+    return figure, grid
 
 
 def _square(axes: Axes, left: float = -1):
@@ -87,6 +73,11 @@ def _square(axes: Axes, left: float = -1):
     axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
     axes.set(xlim=(left, 101), ylim=(0, 101), aspect="equal")
     tidy(axes)
+
+
+def _plot_operating_point(axes, x, y, score, tau, style, **options):
+    last = np.flatnonzero(score >= tau)[-1:]
+    axes.plot(x[last], y[last], "o", color=style["color"], **DOT, **options)
 
 
 def _plot_pr_curve(axes, name, curve, tau, style):
@@ -99,63 +90,51 @@ def _plot_pr_curve(axes, name, curve, tau, style):
     # The envelope holds up to each recall from the one before: steps that fall at its end.
     x = np.concatenate([[0], recall, recall[-1:]])
     y = np.concatenate([envelope[:1], envelope, [0]])
-    colour = style["color"]
     axes.step(x, y, where="pre", linewidth=1.8, label=label, **style)
-    axes.plot(recall, precision, color=colour, linewidth=0.7, alpha=0.45)
-    at_tau = np.flatnonzero(curve.score >= tau)[-1:]
-    axes.plot(recall[at_tau], precision[at_tau], "o", color=colour, **DOT)
+    axes.plot(recall, precision, color=style["color"], linewidth=0.7, alpha=0.45)
+    _plot_operating_point(axes, recall, precision, curve.score, tau, style)
     if np.isfinite(break_even):
-        mark = {**DOT, "markeredgecolor": colour}
+        mark = {**DOT, "markeredgecolor": style["color"]}
         axes.plot([break_even], [break_even], "D", color="white", **mark)
 
 
+PR_TITLE = "Precision and recall at IoU 0.5"
 LOWEST_RATE = 1 / 32  # false alarms per image, where the logarithmic axis begins
 
 
 def plot_froc(curves: Mapping[str, FROC], path: str | Path, *, tau: float = 0.7) -> Figure:
-    """
-    Plot sensitivity for lesions against false alarms per image, with the operating point at
+    """Plot sensitivity for lesions against false alarms per image, with the operating point at
     ``tau`` (dot). Past its last detection a curve continues as a thin line.
     """
     figure = Figure(figsize=(6, 4.8), layout="constrained")
     axes = figure.add_subplot(xlim=(LOWEST_RATE, RATES[-1]))
     axes.set_xscale("log", base=2)
     for number, (name, froc) in enumerate(curves.items()):
-        curve, style = froc.curve(), line_style(number)
+        curve, mean, style = froc.curve(), froc.values()["mean"], line_style(number)
         x, y = curve["fp_per_image"], curve["sensitivity"]
-        mean = froc.values()["mean"]
         label = legend_label(f"{name}: mean {mean:.1f}" if np.isfinite(mean) else f"{name}: n/a")
         axes.step([0, *x], [0, *y], where="post", label=label, linewidth=1.8, **style)
-        colour = style["color"]
         if len(x):
-            thin = dict(where="post", color=colour, linewidth=0.8, alpha=0.6)
+            thin = dict(where="post", color=style["color"], linewidth=0.8, alpha=0.6)
             axes.step([x[-1], RATES[-1]], [y[-1]] * 2, **thin)
-        at_tau = np.flatnonzero(curve["score"] >= tau)[-1:]
-        # A point left of the axis, without a false alarm, is shown on its edge.
-        left = np.maximum(x[at_tau], LOWEST_RATE)
-        axes.plot(left, y[at_tau], "o", color=colour, clip_on=False, **DOT)
+        # A point without a false alarm, left of the axis, is shown on its edge.
+        x = np.maximum(x, LOWEST_RATE)
+        _plot_operating_point(axes, x, y, curve["score"], tau, style, clip_on=False)
     label_operating_point(axes, tau)
-    axes.set(
-        xlabel="False alarms per image (mean)",
-        ylabel="Sensitivity for lesions (%)",
-        ylim=(-1, 101),
-        title="Lesions found against false alarms",
-    )
+    axes.set(xlabel="False alarms per image (mean)", ylabel="Sensitivity for lesions (%)")
+    axes.set(ylim=(-1, 101), title="Lesions found against false alarms")
     ticks = [LOWEST_RATE, LOWEST_RATE * 2, *RATES]
     axes.set_xticks(ticks, [f"1/{1 / t:.0f}" if t < 1 else f"{t:g}" for t in ticks])
     tidy(axes)
     axes.legend(loc="lower right", **LEGEND)
-    save_figure(figure, path, dpi=200)
-    return figure
+    return save_figure(figure, path, dpi=200)
 
 
 def plot_roc_curves(
     counts: Mapping[str, UnitCounts], path: str | Path, *, tau: float = 0.7
 ) -> Figure:
-    """
-    Plot sensitivity against false alarms on lesion-free images, as the threshold on an image's
-    highest score falls, with the operating point at ``tau`` (dot). There must be images with and
-    without a lesion.
+    """Plot sensitivity against false alarms on lesion-free images, by an image's highest score,
+    with the operating point at ``tau`` (dot). There must be images with and without a lesion.
     """
     from sklearn.metrics import roc_auc_score, roc_curve  # three seconds
 
@@ -167,34 +146,23 @@ def plot_roc_curves(
         false, true, threshold = roc_curve(images.positive, images.score, drop_intermediate=False)
         label = f"{name}: AUROC {100 * roc_auc_score(images.positive, images.score):.1f}"
         axes.plot(100 * false, 100 * true, linewidth=1.8, label=legend_label(label), **style)
-        at_tau = np.flatnonzero(threshold >= tau)[-1]
-        axes.plot(100 * false[at_tau], 100 * true[at_tau], "o", color=style["color"], **DOT)
+        _plot_operating_point(axes, 100 * false, 100 * true, threshold, tau, style)
     label_operating_point(axes, tau)
-    axes.set(
-        xlabel="1 − specificity (%)",
-        ylabel="Sensitivity (%)",
-        title="Is there a lesion in this image?",
-    )
+    axes.set(xlabel="1 − specificity (%)", ylabel="Sensitivity (%)")
+    axes.set_title("Is there a lesion in this image?")
     axes.legend(loc="lower right", **LEGEND)
-    save_figure(figure, path)
-    return figure
+    return save_figure(figure, path)
 
 
 def plot_class_roc(results: Mapping[str, ClassificationResults], path: str | Path) -> Figure:
-    """
-    Plot a panel per class: sensitivity against false alarms as the threshold on its probability
+    """Plot a panel per class: sensitivity against false alarms as the threshold on its probability
     falls. The dot is the decision by the highest probability. All models are of the same classes.
     """
     from sklearn.metrics import roc_curve  # three seconds
 
     classes = next(iter(results.values())).ground_truth.classes
-    columns = min(len(classes), 3)
-    rows = math.ceil(len(classes) / columns)
-    figure = Figure(figsize=(4.4 * columns + 0.4, 4.9 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axes in panels.flat[len(classes) :]:
-        axes.set_visible(False)
-    for k, (axes, name) in enumerate(zip(panels.flat, classes, strict=False)):
+    figure, grid = _grid(len(classes), 3, (4.4, 4.9), (0.4, 0), sharex=True, sharey=True)
+    for k, (axes, name) in enumerate(zip(grid.flat, classes, strict=False)):
         _square(axes)
         for number, (model, scored) in enumerate(results.items()):
             label, style = legend_label(model), line_style(number)
@@ -208,15 +176,14 @@ def plot_class_roc(results: Mapping[str, ClassificationResults], path: str | Pat
             predicted = scored.metrics.predicted == k
             point = 100 * predicted[~positive].mean(), 100 * predicted[positive].mean()
             axes.plot(*point, "o", color=style["color"], **DOT)
-        if k + columns >= len(classes):  # the lowest panel of its column
+        if k + grid.shape[1] >= len(classes):  # the lowest panel of its column
             axes.set_xlabel("1 − specificity (%)")
             axes.tick_params(labelbottom=True)
         axes.set_title(f"{name} against all others", fontsize=11)
         axes.legend(loc="lower right", **LEGEND)
-    for first in panels[:, 0]:
-        first.set_ylabel("Sensitivity (%)")
-    save_figure(figure, path)
-    return figure
+    for axes in grid[:, 0]:
+        axes.set_ylabel("Sensitivity (%)")
+    return save_figure(figure, path)
 
 
 MARKERS = "osD^vPX"
@@ -228,9 +195,8 @@ def plot_calibration(
     *,
     of: tuple[str, str] = ("Hits", "Detections"),
 ) -> Figure:
-    """
-    Plot the share of hits against the mean score of each bin, with exact 95 % intervals, and below
-    it the number of detections in each. ``of`` names what is right, and what there is.
+    """Plot the share of hits against the mean score of each bin, with exact 95 % intervals, and
+    below it the number of detections in each. ``of`` names the hits and the cases.
     """
     figure = Figure(figsize=(6, 7.2), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3.6, 1))
@@ -240,27 +206,17 @@ def plot_calibration(
         bins, values = calibration.diagram(), calibration.values()
         counts = bins["detections"]
         filled = counts > 0
-        x, y = bins["mean_score"][filled], bins["hit_rate"][filled]
-        intervals = [
-            clopper_pearson(*pair)
-            for pair in zip(bins["hits"][filled], counts[filled], strict=True)
-        ]
-        low, high = 100 * np.array(intervals).reshape(-1, 2).T
+        y = bins["hit_rate"][filled]
+        cases = zip(bins["hits"][filled], counts[filled], strict=True)
+        limits = np.array([clopper_pearson(*pair) for pair in cases]).reshape(-1, 2)
+        low, high = 100 * limits.T
         label = f"{name}: n/a"
         if filled.any():
             label = f"{name}: ECE {values['ece']:.1f} %, Brier {values['brier'] / 100:.3f}"
-        top.errorbar(
-            x,
-            y,
-            yerr=(np.maximum(y - low, 0), np.maximum(high - y, 0)),
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=6,
-            linewidth=1.6,
-            elinewidth=0.8,
-            capsize=2.5,
-            label=legend_label(label),
-            **style,
-        )
+        lines = dict(markersize=6, linewidth=1.6, elinewidth=0.8, capsize=2.5, **style)
+        lines["yerr"] = np.maximum(y - low, 0), np.maximum(high - y, 0)
+        lines["marker"] = MARKERS[number % len(MARKERS)]
+        top.errorbar(bins["mean_score"][filled], y, label=legend_label(label), **lines)
         edges = 100 * np.append(bins["lower"], 1)
         bottom.stairs(counts, edges, linewidth=1.6, **style)
         if len(calibrations) == 1:
@@ -272,11 +228,10 @@ def plot_calibration(
     bottom.set(xlabel="Score (%)", ylabel=of[1], xlim=(0, 101))
     bottom.margins(y=0.18)
     bottom.set_ylim(bottom=0)
-    for axes in (top, bottom):
-        tidy(axes)
+    tidy(top)
+    tidy(bottom)
     top.legend(loc="upper left", **LEGEND)
-    save_figure(figure, path, dpi=200)
-    return figure
+    return save_figure(figure, path, dpi=200)
 
 
 # Columns of thresholds.csv.
@@ -291,36 +246,27 @@ THRESHOLD_COLUMNS = {
 def plot_thresholds(
     tables: Mapping[str, list[dict]], path: str | Path, *, tau: float = 0.7
 ) -> Figure:
-    """
-    Plot precision, recall and F1 for lesions and the specificity for images against the threshold:
-    in one panel for one model, in one panel per metric for several. ``tables`` holds the rows of
-    :attr:`LesionResults.thresholds`; ``tau`` is marked.
+    """Plot the rows of `LesionResults.thresholds` against the threshold: in one panel for one
+    model, in one panel per metric for several. ``tau`` is marked.
     """
     alone = len(tables) == 1
     figure = Figure(figsize=(6, 4.8) if alone else (8.4, 7.2), layout="constrained")
     if alone:
-        panels = [figure.add_subplot()] * len(THRESHOLD_COLUMNS)
-        panels[0].set(title=f"Metrics against the threshold: {next(iter(tables))}")
+        title = f"Metrics against the threshold: {next(iter(tables))}"
+        panels = [figure.add_subplot(title=title)] * len(THRESHOLD_COLUMNS)
     else:
         panels = [*figure.subplots(2, 2, sharex=True, sharey=True).flat]
-    for i, (axes, (column, title)) in enumerate(
-        zip(panels, THRESHOLD_COLUMNS.items(), strict=True)
-    ):
+    for i, (column, metric) in enumerate(THRESHOLD_COLUMNS.items()):
         for j, (name, rows) in enumerate(tables.items()):
-            defined = [row for row in rows if not math.isnan(row[column])]
-            if alone and not defined:  # such as the specificity where every image has a lesion
+            points = [(row["tau"], row[column]) for row in rows if not math.isnan(row[column])]
+            if alone and not points:  # such as the specificity where every image has a lesion
                 continue
-            axes.plot(
-                [row["tau"] for row in defined],
-                [row[column] for row in defined],
-                linewidth=1.8,
-                label=title if alone else legend_label(name),
-                **line_style(i if alone else j),
-            )
+            label, style = (metric, line_style(i)) if alone else (legend_label(name), line_style(j))
+            panels[i].plot(*np.reshape(points, (-1, 2)).T, linewidth=1.8, label=label, **style)
         if not alone:
-            axes.set_title(title)
-            if not any(len(line.get_xdata()) for line in axes.lines):
-                axes.text(0.5, 50, "undefined", ha="center", va="center", color="0.4")
+            panels[i].set_title(metric)
+            if not any(len(line.get_xdata()) for line in panels[i].lines):
+                panels[i].text(0.5, 50, "undefined", ha="center", va="center", color="0.4")
     for axes in dict.fromkeys(panels):
         axes.axvline(tau, color="0.55", linewidth=0.9, zorder=1, label=f"threshold {tau:g}")
         axes.set(xlim=(0, 1), ylim=(-1, 101))
@@ -328,26 +274,19 @@ def plot_thresholds(
     figure.supxlabel("Score threshold", fontsize=10)
     figure.supylabel("%", fontsize=10)
     panels[0].legend(loc="best", **LEGEND)
-    save_figure(figure, path, dpi=200)
-    return figure
+    return save_figure(figure, path, dpi=200)
 
 
 # Those of HEADLINE in report.tables that are plotted, all in percent.
 PLOTTED = {
     "image": (
-        "{kind}/AP50",
-        "lesion/precision",
-        "lesion/recall",
-        "lesion/iou",
+        *("{kind}/AP50", "lesion/precision", "lesion/recall", "lesion/iou"),
         "image/specificity",
     ),
     "lesion": ("lesion/recall", "lesion/iou", "lesion/dice"),
     "recognition": (
-        "recognition/top1",
-        "recognition/balanced_accuracy",
-        "recognition/auroc",
-        "cancer/recall",
-        "cancer/specificity",
+        *("recognition/top1", "recognition/balanced_accuracy", "recognition/auroc"),
+        *("cancer/recall", "cancer/specificity"),
     ),
 }
 
@@ -355,14 +294,13 @@ PLOTTED = {
 def plot_groups(
     results: LesionResults | ClassificationResults, column: str, path: str | Path
 ) -> Figure:
-    """
-    Plot the headline metrics of each group of a column with their 95 % intervals, those of all as
-    a band behind them. Metrics that are undefined for all together are left out.
+    """Plot the headline metrics of each group of a column with their 95 % intervals, those of all
+    as a band below them. Metrics that are undefined for all together are left out.
     """
     rows = list(group_rows(results, column))
-    requested = group_endpoints(results, column, PLOTTED)
-    shown = [e for e in requested if not math.isnan(value_of(results.compared(), e))]
-    shown = shown or requested[:1]
+    endpoints = group_endpoints(results, column, PLOTTED)
+    shown = [e for e in endpoints if not math.isnan(value_of(results.compared(), e))]
+    shown = shown or endpoints[:1]
     labels = ["\n".join([*textwrap.wrap(name, 26, max_lines=2), _sizes(n)]) for name, n, *_ in rows]
     figure = Figure(figsize=(1.6 + 2.1 * len(shown), 1.1 + 0.5 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
@@ -392,25 +330,19 @@ def plot_groups(
     panels[0].set_yticks(range(len(rows)), labels)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle(f"By {column}, with 95 % intervals", fontsize=10)
-    save_figure(figure, path, dpi=170)
-    return figure
+    return save_figure(figure, path, dpi=170)
 
 
 def _sizes(n):
-    words = {"lesions": "lesion", "images": "image", "patients": "patient"}
-    return ", ".join(f"{n[k]} {word}{'s' * (n[k] != 1)}" for k, word in words.items() if k in n)
+    known = [(n[f"{unit}s"], unit) for unit in ("lesion", "image", "patient") if f"{unit}s" in n]
+    return ", ".join(f"{number} {unit}{'s' * (number != 1)}" for number, unit in known)
 
 
 def plot_robustness(
     documents: Mapping[str, dict], path: str | Path, *, metric: str = "lesion/f1"
 ) -> Figure:
-    """
-    Plot a panel for each distortion, with a line for each model from the images as they are, at
-    the left, to the highest severity.
-
-    Args:
-        documents: of :func:`evaluate_robustness`.
-        metric: "group/name".
+    """Plot "group/name" of documents of `evaluate_robustness` with a panel for each distortion:
+    a line for each model from the undistorted images, at the left, to the highest severity.
 
     Raises:
         ValueError: no row of a document has this metric, or they are of different images.
@@ -420,11 +352,8 @@ def plot_robustness(
     percent = is_percent(name)
     measured = {row["distortion"] for d in documents.values() for row in d["rows"]}
     shown = [distortion for distortion in DISTORTIONS if distortion in measured]
-    columns = min(4, max(len(shown), 1))
-    rows = max(math.ceil(len(shown) / columns), 1)
-    figure = Figure(figsize=(0.6 + 2.5 * columns, 0.5 + 2.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    for key, axes in zip(shown, grid, strict=False):
+    figure, grid = _grid(len(shown), 4, (2.5, 2.4), (0.6, 0.5), sharey=True)
+    for key, axes in zip(shown, grid.flat, strict=False):
         for number, (model, document) in enumerate(documents.items()):
             style = line_style(number)
             points = [r for r in document["rows"] if r["distortion"] == key or not r["severity"]]
@@ -439,26 +368,23 @@ def plot_robustness(
         axes.set_xlabel(distortion.unit, fontsize=8)
         axes.tick_params(axis="y", labelsize=7.5)
         tidy(axes)
-    for axes in grid[::columns]:
+    for axes in grid[:, 0]:
         axes.set_ylabel(f"{group}: {name}{' (%)' if percent else ''}", fontsize=8)
         if percent:
             axes.set_ylim(-2, 102)
-    for axes in grid[len(shown) :]:
-        axes.axis("off")
-    handles = grid[0].get_legend_handles_labels()
+    handles = grid[0, 0].get_legend_handles_labels()
     style = dict(ncols=4, fontsize=9, handlelength=3, frameon=False)
     figure.legend(*handles, loc="outside lower center", **style)
-    save_figure(figure, path, dpi=200)
-    return figure
+    return save_figure(figure, path, dpi=200)
 
 
 def _check_documents(documents, metric):
     for key in ("dataset_sha256", "images", "seed"):
-        seen = {model: document["meta"].get(key) for model, document in documents.items()}
-        if len(set(seen.values())) > 1:
-            raise ValueError(f"The results are of different images: {key} is {seen}")
+        values = {model: document["meta"].get(key) for model, document in documents.items()}
+        if len(set(values.values())) > 1:
+            raise ValueError(f"The results are of different images: {key} is {values}")
     for model, document in documents.items():
         rows = document["rows"]
         if not rows or any(metric not in row for row in rows):
-            known = sorted({k for row in rows for k in row if "/" in k})
-            raise ValueError(f"{model} has no metric {metric!r}: there are {', '.join(known)}")
+            known = sorted({key for row in rows for key in row if "/" in key})
+            raise ValueError(f"{model} has no metric {metric!r}, only {', '.join(known)}")

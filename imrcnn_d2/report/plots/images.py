@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,29 +21,11 @@ from tqdm import tqdm
 from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES, distort
 from imrcnn_d2.data.images import image_inside, list_files, open_image, read_image
 from imrcnn_d2.data.mapper import ClassificationMapper
+from imrcnn_d2.evaluation import LesionResults
 from imrcnn_d2.evaluation.detection.inputs import Regions
-from imrcnn_d2.evaluation.detection.results import LesionResults
 from imrcnn_d2.modeling.classifier import ImageClassifier, grad_cam
 from imrcnn_d2.report.plots.style import GREEN, PURPLE, SKY, VERMILION, YELLOW, save_figure
 from imrcnn_d2.utils.files import read_rows
-
-__all__ = [
-    "CONTOUR_STYLES",
-    "HALO_WIDTH",
-    "LIGHT_HALO",
-    "choose_hits_and_misses",
-    "choose_images",
-    "mask_contours",
-    "plot_contact_sheet",
-    "plot_distortions",
-    "plot_grad_cam",
-    "plot_review_sheets",
-    "plot_test_grad_cams",
-    "region_contours",
-    "regions_by_kind",
-    "show_tile",
-    "tile_grid",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +41,14 @@ CONTOUR_STYLES = {
 # in white, the rest in black.
 LIGHT_HALO = ("missed lesion", "false alarm")
 HALO_WIDTH = 4.2
-DARK = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black", alpha=0.5)]
-LIGHT = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="white", alpha=0.9)]
+
+
+def halo(colour: str = "black", alpha: float = 0.55) -> list[patheffects.AbstractPathEffect]:
+    """``path_effects`` of a contour."""
+    return [patheffects.withStroke(linewidth=HALO_WIDTH, foreground=colour, alpha=alpha)]
+
+
+DARK, LIGHT = halo("black", 0.5), halo("white", 0.9)
 CONTOURS = {
     kind: {**line, "path_effects": LIGHT if kind in LIGHT_HALO else DARK}
     for kind, line in CONTOUR_STYLES.items()
@@ -70,8 +58,7 @@ NAME_LENGTH = 30
 
 
 def regions_by_kind(results: LesionResults, position: int) -> list[tuple[str, Regions, np.ndarray]]:
-    """
-    The regions of the image at ``position`` in ``results.ground_truth.images``: key of
+    """The regions of the image at ``position`` in ``results.ground_truth.images``: key of
     ``CONTOUR_STYLES``, the regions, and which (K,) of them are of that kind, in the order of
     plotting. Crowds, and detections that only match one, are left out.
     """
@@ -88,30 +75,39 @@ def regions_by_kind(results: LesionResults, position: int) -> list[tuple[str, Re
 
 
 def region_contours(regions: Regions, row: int) -> list[np.ndarray]:
+    """Closed lines (K, 2) of xy around a region, holes included; around its box where there are no
+    masks. Whole numbers are the centres of pixels.
     """
-    Closed lines (K, 2) of xy around a region, holes included. Whole numbers are the centres of
-    pixels. Where there are no masks, its box.
-    """
-    if regions.masks is None:
-        x, y, width, height = regions.boxes[row]
-        corners = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
-        return [np.array(corners) - 0.5]
-    return mask_contours(regions.masks[row])
+    if regions.masks is not None:
+        return mask_contours(regions.masks[row])
+    x, y, width, height = regions.boxes[row]
+    corners = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
+    return [np.array(corners) - 0.5]
 
 
 def mask_contours(rle: dict) -> list[np.ndarray]:
-    """Closed lines around a mask in compressed RLE, as of :func:`region_contours`."""
+    """Closed lines around a mask in compressed RLE, as of `region_contours`."""
     contours, _ = cv2.findContours(mask_util.decode(rle), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     return [np.concatenate([contour[:, 0], contour[:1, 0]]) for contour in contours]
 
 
-def choose_images(rows: list[list[dict]], number: int) -> list[int]:
-    """
-    Choose at most ``number`` images that stand for all; returns their positions, worst first.
+def plot_contours(axes: Axes, regions: Regions, row: int, style: Mapping):
+    """Plot the contours of a region onto a tile of `show_tile`."""
+    for line in region_contours(regions, row):
+        axes.plot(*line.T, **style)
 
-    The first half are the worst, by the number of misses and false alarms, then by overlap; the
-    other half is spread evenly over the rest, so that failures are shown without being all that is
-    shown. ``rows`` holds for each image its row of ``per_image`` from each model.
+
+def contour_legend(figure: Figure, styles: Mapping[str, Mapping], columns: int = 4):
+    """A legend of contours, by label, under the tiles."""
+    handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
+    columns = min(len(handles), columns)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
+
+
+def choose_images(rows: list[list[dict]], number: int) -> list[int]:
+    """Choose at most ``number`` images and return their positions, worst first: half are the worst,
+    by the number of misses and false alarms, then by overlap; the others are spread evenly over the
+    rest. ``rows`` holds for each image its row of ``per_image`` from each model.
     """
 
     def badness(position):
@@ -130,13 +126,8 @@ def choose_images(rows: list[list[dict]], number: int) -> list[int]:
 def plot_contact_sheet(
     results: LesionResults, image_root: str | Path, path: str | Path, *, max_images: int = 16
 ) -> Figure:
-    """
-    Show ground truth, hits, misses and false alarms in up to ``max_images`` test images, chosen by
-    :func:`choose_images`.
-
-    Args:
-        image_root: folder that ``file_name`` is relative to.
-        path: .png, .jpg or .pdf.
+    """Show ground truth, hits, misses and false alarms in test images, see `choose_images`.
+    ``image_root`` is the folder that ``file_name`` is relative to.
 
     Raises:
         FileNotFoundError: one of the images does not exist.
@@ -148,26 +139,22 @@ def plot_contact_sheet(
     figure, tiles = tile_grid(len(chosen), title)
     for axes, position in zip(tiles, chosen, strict=True):
         file_name = results.ground_truth.images[position]["file_name"]
-        show_tile(axes, Path(image_root), file_name, _summary(results.per_image[position]))
+        show_tile(axes, image_root, file_name, _summary(results.per_image[position]))
         for kind, regions, rows in regions_by_kind(results, position):
             for row in rows:
-                for line in region_contours(regions, row):
-                    axes.plot(*line.T, **CONTOURS[kind])
-    handles = [Line2D([], [], label=name, **line) for name, line in CONTOURS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
-    save_figure(figure, path)
-    return figure
+                plot_contours(axes, regions, row, CONTOURS[kind])
+    contour_legend(figure, CONTOURS)
+    return save_figure(figure, path)
 
 
 def _summary(row):
-    """What happened in an image, in a few words."""
+    """The outcome of an image in a few words."""
     score = "" if math.isnan(row["score"]) else f"score {row['score']:.2f} · "
     if not row["n_gt"]:
         return f"no lesion · {score}".removesuffix(" · ")
-    if not math.isnan(row["union_iou"]):
-        return f"{score}IoU {row['union_iou']:.0f} %"
-    if not math.isnan(row["iou_box"]):
-        return f"{score}box IoU {row['iou_box']:.0f} %"
+    for key, name in (("union_iou", "IoU"), ("iou_box", "box IoU")):
+        if not math.isnan(row[key]):
+            return f"{score}{name} {row[key]:.0f} %"
     return f"{score}missed"
 
 
@@ -183,15 +170,14 @@ def tile_grid(number: int, title: str) -> tuple[Figure, list[Axes]]:
     return figure, list(grid[:number])
 
 
-def show_tile(axes: Axes, image_root: Path, file_name: str, summary: str):
-    """
-    Show an image, whose pixels become the axes' coordinates, under its name and a summary.
+def show_tile(axes: Axes, image_root: str | Path, file_name: str, summary: str):
+    """Show an image, whose pixels become the axes' coordinates, under its name and a summary.
 
     Raises:
         FileNotFoundError: the image does not exist.
         BadInputError: it cannot be read, or lies outside ``image_root``.
     """
-    axes.imshow(read_image(image_inside(image_root, file_name, image_root)))
+    axes.imshow(read_image(image_inside(Path(image_root), file_name, image_root)))
     axes.autoscale(False)  # a box may lead out of the image
     name = Path(file_name).name
     if len(name) > NAME_LENGTH:
@@ -200,9 +186,8 @@ def show_tile(axes: Axes, image_root: Path, file_name: str, summary: str):
 
 
 def plot_distortions(image: np.ndarray, path: str | Path, seed: int | Sequence[int] = 0) -> Figure:
-    """
-    Show an (H, W, 3) uint8 RGB image under every distortion: one row each, severity rising to the
-    right. ``seed`` is of directions and places.
+    """Show an (H, W, 3) uint8 RGB image under every distortion: one row each, severity rising to
+    the right. ``seed`` is of directions and places.
     """
     figure = Figure(figsize=(1.5 * (1 + len(SEVERITIES)), 1.6 * len(DISTORTIONS)))
     grid = figure.subplots(len(DISTORTIONS), 1 + len(SEVERITIES), squeeze=False)
@@ -215,17 +200,17 @@ def plot_distortions(image: np.ndarray, path: str | Path, seed: int | Sequence[i
             axes.set_title(level, fontsize=7.5, pad=2)
         row[0].set_ylabel(f"{distortion.title}\n{distortion.unit}", fontsize=7.5)
     figure.subplots_adjust(0.07, 0.01, 0.99, 0.98, wspace=0.03, hspace=0.14)
-    save_figure(figure, path, dpi=110)
-    return figure
+    return save_figure(figure, path, dpi=110)
 
 
 GRAD_CAM_TILE = 1.7  # inches
+GRAD_CAMS = 3  # hits, and misses, of a class
 
 
 def plot_test_grad_cams(cfg: CfgNode, model: ImageClassifier):
-    """
-    Plot ``grad_cam.png`` next to the files of each evaluation of DATASETS.TEST; nothing but a hint
-    where the grad-cam package is not installed, or the network has no feature maps (a ViT).
+    """Plot ``grad_cam.png`` next to the files of each evaluation of DATASETS.TEST: hits and misses
+    of each class, with Grad-CAM of the predicted class. Only logs a hint where the grad-cam package
+    is not installed, or the network has no feature maps (a ViT).
     """
     if find_spec("pytorch_grad_cam") is None:
         logger.info("No Grad-CAM plots: they need a package (pip install grad-cam)")
@@ -234,62 +219,38 @@ def plot_test_grad_cams(cfg: CfgNode, model: ImageClassifier):
     for name in cfg.DATASETS.TEST:
         folder = Path(cfg.OUTPUT_DIR) / "inference" / name
         try:
-            plot_grad_cam(model, mapper, name, folder)
+            _plot_grad_cams(model, mapper, name, folder)
         except ValueError as error:
             logger.warning("No Grad-CAM plots: %s", error)
             return
         logger.info("Grad-CAM: %s", folder / "grad_cam.png")
 
 
-def plot_grad_cam(
-    model: ImageClassifier,
-    mapper: Callable[[dict], dict],
-    dataset_name: str,
-    folder: str | Path,
-    *,
-    each: int = 3,
-) -> Figure:
-    """
-    Overlay hits and misses of each class with Grad-CAM of the predicted class.
-
-    Args:
-        model: whose predictions ``per_image.csv`` has.
-        mapper: dataset dict -> the model's input.
-        dataset_name: a registered data set of images with classes.
-        folder: of the evaluation; ``grad_cam.png`` is written there.
-        each: hits, and misses, of a class at most.
-    """
-    rows = read_rows(Path(folder) / "per_image.csv", ("image_id", "label", "predicted", "score"))
+def _plot_grad_cams(model, mapper, dataset_name, folder):
+    rows = read_rows(folder / "per_image.csv", ("image_id", "label", "predicted", "score"))
     records = {str(record["image_id"]): record for record in DatasetCatalog.get(dataset_name)}
     classes = MetadataCatalog.get(dataset_name).thing_classes
-    chosen = choose_hits_and_misses(rows, classes, each)
-    figure = Figure(
-        figsize=(2 * each * GRAD_CAM_TILE, len(classes) * (GRAD_CAM_TILE + 0.45) + 0.7),
-        layout="constrained",
-    )
-    figure.suptitle(
-        "Grad-CAM of the predicted class: what speaks for it is bright. Left hits, evenly spread "
-        "over their scores; right misses, most confident first",
-        fontsize=8,
-        wrap=True,
-    )
-    grid = figure.subplots(len(classes), 2 * each, squeeze=False)
+    chosen = choose_hits_and_misses(rows, classes, GRAD_CAMS)
+    size = 2 * GRAD_CAMS * GRAD_CAM_TILE, len(classes) * (GRAD_CAM_TILE + 0.45) + 0.7
+    figure = Figure(figsize=size, layout="constrained")
+    title = "Grad-CAM of the predicted class: what speaks for it is bright. Left hits, evenly "
+    title += "spread over their scores; right misses, most confident first"
+    figure.suptitle(title, fontsize=8, wrap=True)
+    grid = figure.subplots(len(classes), 2 * GRAD_CAMS, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    for line, name in zip(grid, classes, strict=True):
-        hits, misses = chosen[name]
-        for axes, row in [*zip(line, hits, strict=False), *zip(line[each:], misses, strict=False)]:
+    for line, (hits, misses) in zip(grid, chosen.values(), strict=True):
+        tiles = [*zip(line, hits, strict=False), *zip(line[GRAD_CAMS:], misses, strict=False)]
+        for axes, row in tiles:
             _show_grad_cam(axes, model, mapper(records[row["image_id"]]), row, classes)
-    save_figure(figure, Path(folder) / "grad_cam.png")
-    return figure
+    save_figure(figure, folder / "grad_cam.png")
 
 
 def choose_hits_and_misses(
-    rows: list[dict], classes: list[str], each: int
+    rows: list[dict], classes: list[str], number: int
 ) -> dict[str, tuple[list[dict], list[dict]]]:
-    """
-    Of each class at most ``each`` hits, evenly spread over their scores, and as many misses, by
-    falling score. ``rows``, of per_image.csv, have "label", "predicted" and "score".
+    """At most ``number`` hits of each class, evenly spread over their scores, and as many misses,
+    by falling score. ``rows`` of per_image.csv have "label", "predicted" and "score".
     """
     chosen = {}
     for name in classes:
@@ -297,8 +258,8 @@ def choose_hits_and_misses(
         images.sort(key=lambda row: -float(row["score"]))
         hits = [row for row in images if row["predicted"] == name]
         misses = [row for row in images if row["predicted"] != name]
-        spread = np.linspace(0, len(hits) - 1, min(each, len(hits))).astype(int)
-        chosen[name] = ([hits[i] for i in spread], misses[:each])
+        spread = np.linspace(0, len(hits) - 1, min(number, len(hits))).astype(int)
+        chosen[name] = ([hits[i] for i in spread], misses[:number])
     return chosen
 
 
@@ -307,9 +268,8 @@ def _show_grad_cam(axes, model, sample, row, classes):
     axes.imshow(sample["image"].permute(1, 2, 0).numpy())
     axes.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.45)
     hit = row["label"] == row["predicted"]
-    title = f"{row['label']}\npredicted {'so' if hit else row['predicted']}"
-    title += f", {float(row['score']):.2f}"
-    axes.set_title(title, fontsize=7, color=GREEN if hit else VERMILION)
+    prediction = f"predicted {'so' if hit else row['predicted']}, {float(row['score']):.2f}"
+    axes.set_title(f"{row['label']}\n{prediction}", fontsize=7, color=GREEN if hit else VERMILION)
 
 
 SHEET_COLUMNS, SHEET_ROWS = 5, 4
@@ -318,15 +278,8 @@ SHEET_NAME = 16  # pixels for the line below
 
 
 def plot_review_sheets(images: Path, folder: Path) -> list[Path]:
-    """
-    Show 20 images of a folder per sheet, each with its name, in the order of their names.
-
-    Args:
-        images: the folder of images.
-        folder: for sheet_001.jpg, sheet_002.jpg, ...; must be empty or not exist.
-
-    Returns:
-        the sheets.
+    """Show 20 images of a folder per sheet, each with its name, in the order of their names; write
+    and return sheet_001.jpg, sheet_002.jpg, ... in ``folder``.
 
     Raises:
         FileExistsError: the folder is not empty.
@@ -342,14 +295,14 @@ def plot_review_sheets(images: Path, folder: Path) -> list[Path]:
     return sheets
 
 
-def _review_sheet(paths: list[Path], root: Path) -> Image.Image:
+def _review_sheet(paths, root):
     rows = math.ceil(len(paths) / SHEET_COLUMNS)
     size = (SHEET_COLUMNS * SHEET_TILE, rows * (SHEET_TILE + SHEET_NAME))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, path in enumerate(paths):
-        x = i % SHEET_COLUMNS * SHEET_TILE
-        y = i // SHEET_COLUMNS * (SHEET_TILE + SHEET_NAME)
+        row, column = divmod(i, SHEET_COLUMNS)
+        x, y = column * SHEET_TILE, row * (SHEET_TILE + SHEET_NAME)
         with open_image(path) as image:
             image.thumbnail((SHEET_TILE - 4, SHEET_TILE - 4))
             sheet.paste(image, (x + 2, y + 2))

@@ -1,4 +1,4 @@
-"""Confusion matrices: one model's, or those of several side by side."""
+"""Confusion matrices: one model's, or those of several in a row."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +10,10 @@ from matplotlib.patches import Rectangle
 from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix
 from imrcnn_d2.report.plots.style import save_figure
 
-__all__ = ["plot_confusion_matrix"]
-
 
 def plot_confusion_matrix(matrices: Mapping[str, ConfusionMatrix], path: str | Path) -> Figure:
-    """
-    Plot counts and, in the rows of classes, their share of the row, by which cells are shaded; the
-    last row of a detector's is background. The matrices, by title, are of the same classes.
+    """Plot counts and, in the rows of classes, their share of the row, by which cells are shaded;
+    the last row of a detector's is background. The matrices, by title, are of the same classes.
     """
     size = len(next(iter(matrices.values())).classes)
     width = 1.0 + 0.95 * size
@@ -31,9 +28,8 @@ def plot_confusion_matrix(matrices: Mapping[str, ConfusionMatrix], path: str | P
         axes.imshow(shade, cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(matrix.counts):
             if np.isnan(count):
-                axes.add_patch(
-                    Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="///", ec="0.8")
-                )
+                hatched = dict(fill=False, hatch="///", ec="0.8")
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **hatched))
                 continue
             text = f"{count:.0f}"
             if row < rows and count:
@@ -41,12 +37,8 @@ def plot_confusion_matrix(matrices: Mapping[str, ConfusionMatrix], path: str | P
             dark = shade[row, column] > 0.55
             axes.text(column, row, text, ha="center", va="center", color="w" if dark else "k")
         ticks = np.arange(size)
-        axes.set_xticks(
-            ticks,
-            matrix.classes,
-            rotation=30 if size > 3 else 0,
-            ha="right" if size > 3 else "center",
-        )
+        turned = dict(rotation=30, ha="right") if size > 3 else dict(rotation=0, ha="center")
+        axes.set_xticks(ticks, matrix.classes, **turned)
         axes.set_yticks(ticks, matrix.classes)
         axes.set_xticks(ticks[:-1] + 0.5, minor=True)
         axes.set_yticks(ticks[:-1] + 0.5, minor=True)
@@ -54,5 +46,4 @@ def plot_confusion_matrix(matrices: Mapping[str, ConfusionMatrix], path: str | P
         axes.tick_params(which="both", length=0)
         axes.set(xlabel="Prediction", title=name)
     panels[0].set_ylabel("Truth")
-    save_figure(figure, path, dpi=200)
-    return figure
+    return save_figure(figure, path, dpi=200)

@@ -1,4 +1,4 @@
-"""What all plots share: colours, legends, and how they are saved."""
+"""Colours, line styles and legends of all plots, and how they are saved."""
 
 import io
 from pathlib import Path
@@ -8,25 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from imrcnn_d2.utils.files import write_atomically
-
-__all__ = [
-    "BLACK",
-    "BLUE",
-    "DOT",
-    "GREEN",
-    "LEGEND",
-    "ORANGE",
-    "PURPLE",
-    "SKY",
-    "VERMILION",
-    "YELLOW",
-    "label_operating_point",
-    "legend_label",
-    "line_style",
-    "save_figure",
-    "tidy",
-]
-
 
 # Okabe and Ito's palette, distinct with every common colour blindness
 # (https://jfly.uni-koeln.de/color/). Line styles differ as well, for print in grey.
@@ -41,6 +22,15 @@ STYLES = [
     (ORANGE, (0, (7, 2, 1, 2, 1, 2))),
     (SKY, (0, (1, 1))),
     (BLACK, (0, (9, 3))),
+]
+# Contours of several annotators.
+CONTOUR_LINES = [
+    (SKY, "-"),
+    (VERMILION, (0, (5, 1.5))),
+    (YELLOW, (0, (1, 1))),
+    (GREEN, (0, (6, 1.5, 1, 1.5))),
+    (PURPLE, (0, (3, 1))),
+    (ORANGE, (0, (1, 2))),
 ]
 DOT = dict(markersize=8, markeredgewidth=1.3, markeredgecolor="white", zorder=4)
 LEGEND = dict(fontsize=8.5, framealpha=0.95, handlelength=3.2)
@@ -72,14 +62,12 @@ def legend_label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def save_figure(figure: Figure, path: str | Path, dpi: float = 150):
-    """
-    Save a figure in the format of the path's suffix, such as .png or .svg. An existing file is
-    replaced only by a complete one.
+def save_figure(figure: Figure, path: str | Path, dpi: float = 150) -> Figure:
+    """Save a figure in the format of the path's suffix, and return it. An existing file is replaced
+    only by a complete one.
 
-    Texts are shown as they are: names of classes and models come from files, and ``$`` in them
-    begins no mathematics. ``dpi`` is lowered where a side would have more than MOST_PIXELS, as
-    with very many classes.
+    ``$`` in a text begins no mathematics: names of classes and models come from files. ``dpi`` is
+    lowered where a side would have more than MOST_PIXELS, as with very many classes.
     """
     for text in figure.findobj(Text):
         text.set_parse_math(False)
@@ -87,3 +75,4 @@ def save_figure(figure: Figure, path: str | Path, dpi: float = 150):
     image = io.BytesIO()
     figure.savefig(image, format=Path(path).suffix.removeprefix(".").lower(), dpi=dpi)
     write_atomically(path, image.getvalue())
+    return figure

@@ -61,6 +61,6 @@
     best: (a, b) => ofTruth(b) - ofTruth(a),
     unsure: (a, b) => sure(a) - sure(b),
   };
-  const isMeant = (image) => form.elements.label.value === "" || image.label === Number(form.elements.label.value);
-  showGallery({ describe, panels, frames, enlarged, filters, sorts, isMeant });
+  const isCandidate = (image) => form.elements.label.value === "" || image.label === Number(form.elements.label.value);
+  showGallery({ describe, panels, frames, enlarged, filters, sorts, isCandidate });
 })();

@@ -10,14 +10,14 @@
   // ---- One image: words and drawings
 
   const inWords = (run) => {
-    const said = [];
-    if (run.tp) said.push(number(run.tp, "hit", "hits"));
-    if (run.fp) said.push(number(run.fp, "false alarm", "false alarms"));
-    if (run.fn) said.push(number(run.fn, "missed lesion", "missed lesions"));
-    if (!said.length) said.push("rightly nothing found");
-    if (run.score !== null) said.push(`score ${run.score.toFixed(2)}`);
-    if (run.iou !== null) said.push(`${data.overlap} ${run.iou.toFixed(0)} %`);
-    return said.join(", ");
+    const words = [];
+    if (run.tp) words.push(number(run.tp, "hit", "hits"));
+    if (run.fp) words.push(number(run.fp, "false alarm", "false alarms"));
+    if (run.fn) words.push(number(run.fn, "missed lesion", "missed lesions"));
+    if (!words.length) words.push("rightly nothing found");
+    if (run.score !== null) words.push(`score ${run.score.toFixed(2)}`);
+    if (run.iou !== null) words.push(`${data.overlap} ${run.iou.toFixed(0)} %`);
+    return words.join(", ");
   };
   const lesions = (image) =>
     image.truth.length ? number(image.truth.length, "lesion", "lesions") : "no lesion";
@@ -105,7 +105,7 @@
   };
   showGallery({ describe, panels, frames, enlarged, filters, sorts });
 
-  // ---- Outlines can be taken away
+  // ---- Contours can be switched off
 
   const setContours = (on) => {
     document.body.classList.toggle("bare", !on);

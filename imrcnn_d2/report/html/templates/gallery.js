@@ -1,5 +1,5 @@
 "use strict";
-// What the galleries of all pages share: tiles that are listed at once and drawn when they come near the window, filters
+// What the galleries of all pages share: tiles that are listed at once and filled when they come near the window, filters
 // and sorting, keys, and the enlarged image.
 const data = JSON.parse(document.getElementById("gallery-data").textContent);
 const section = document.getElementById("gallery");
@@ -29,8 +29,8 @@ const judged = (results) => {
 
 // describe(image): its tile in words; panels(image): nodes in its tile, with .frame; frames(image): nodes to go into
 // these frames once it is near; enlarged(image): nodes of the enlarged image; filters: {key: image => is it shown?};
-// sorts: {key: comparison of two images}; isMeant(image): is it in question, whatever the filter?
-const showGallery = ({ describe, panels, frames, enlarged, filters, sorts, isMeant = () => true }) => {
+// sorts: {key: comparison of two images}; isCandidate(image): may it be shown, whatever the filter?
+const showGallery = ({ describe, panels, frames, enlarged, filters, sorts, isCandidate = () => true }) => {
   const PRINTED = 12; // tiles on paper; report.css hides the others
   const FILTERS = { all: () => true, ...filters };
   const SORTS = { name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }), ...sorts };
@@ -44,10 +44,10 @@ const showGallery = ({ describe, panels, frames, enlarged, filters, sorts, isMea
     image.tile = element("li", { "data-position": position }, image.button);
   });
   const fill = (image) => {
-    if (image.drawn) return;
-    image.drawn = true;
-    const drawn = frames(image);
-    image.button.querySelectorAll(".frame").forEach((place, i) => place.append(drawn[i]));
+    if (image.filled) return;
+    image.filled = true;
+    const nodes = frames(image);
+    image.button.querySelectorAll(".frame").forEach((place, i) => place.append(nodes[i]));
   };
   const near = new IntersectionObserver(
     (entries) => {
@@ -65,12 +65,12 @@ const showGallery = ({ describe, panels, frames, enlarged, filters, sorts, isMea
 
   let shown = [];
   const arrange = () => {
-    const meant = data.images.filter(isMeant);
+    const candidates = data.images.filter(isCandidate);
     for (const [key, keep] of Object.entries(FILTERS)) {
       const count = form.querySelector(`[data-count=${key}]`);
-      if (count) count.textContent = meant.filter(keep).length;
+      if (count) count.textContent = candidates.filter(keep).length;
     }
-    shown = meant.filter(FILTERS[form.elements.show.value]).sort(SORTS[form.elements.sort.value]);
+    shown = candidates.filter(FILTERS[form.elements.show.value]).sort(SORTS[form.elements.sort.value]);
     list.replaceChildren(...shown.map((image) => image.tile));
     shown.forEach((image, i) => (image.button.tabIndex = i ? -1 : 0));
     shown.slice(0, PRINTED).forEach(fill);

@@ -1,0 +1,386 @@
+"""Ground truth, results and folders of masks: what is read, and what is refused by name."""
+
+import json
+import re
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from mutations import with_wrong_values
+from PIL import Image
+from pycocotools.coco import COCO
+from rectangles import rectangles
+
+from imrcnn_d2.evaluation import evaluate_classification, evaluate_lesions
+from imrcnn_d2.evaluation.annotator_agreement import agreement, read_annotator, read_model
+from imrcnn_d2.evaluation.detection.inputs import (
+    MAX_DETECTIONS,
+    mask_areas,
+    read_ground_truth,
+    read_predicted_masks,
+    read_results,
+)
+from imrcnn_d2.utils.files import BadInputError
+
+SHAPE = (40, 50)
+
+
+@pytest.fixture
+def gt(dataset, region):
+    return read_ground_truth(dataset(3, [region(2, 0, 0, 10, 10)], classes=("a", "b")))
+
+
+def test_arrays_are_by_image_then_file_order(dataset, region):
+    data = dataset(
+        3,
+        [region(3, 0, 0, 4, 5), region(1, 1, 2, 3, 4, iscrowd=1, category_id=2)],
+        classes=("a", "b"),
+    )
+    data["images"].reverse()
+    data["categories"].reverse()
+    gt = read_ground_truth(data)
+    assert [image["id"] for image in gt.images] == [1, 2, 3]
+    assert [category["id"] for category in gt.categories] == [1, 2]
+    assert (gt.regions.image.tolist(), gt.regions.category.tolist()) == ([0, 2], [1, 0])
+    assert gt.regions.boxes.tolist() == [[1, 2, 3, 4], [0, 0, 4, 5]]
+    assert (gt.crowd.tolist(), gt.area.tolist()) == ([True, False], [12, 20])
+    assert gt.lesions.tolist() == [0, 0, 1]
+    places = ((2, 2, 0.1), (1, 3, 0.2), (2, 4, 0.3))
+    results = read_results([region(i, 0, 0, side, side, score=s) for i, side, s in places], gt)
+    assert results.score.tolist() == [0.2, 0.1, 0.3]
+    assert mask_areas(results.regions.masks).tolist() == [9, 4, 16]
+
+
+def test_a_path_a_dict_and_a_coco_object_are_the_same(dataset, region, tmp_path, capsys):
+    data, path = dataset(1, [region(1, 0, 0, 10, 10)]), tmp_path / "gt.json"
+    path.write_text(json.dumps(data))
+    for source in (data, path, str(path), COCO(str(path))):
+        gt = read_ground_truth(source)
+        assert gt.regions.boxes.tolist() == [[0, 0, 10, 10]]
+    (tmp_path / "dt.json").write_text(json.dumps([region(1, 0, 0, 5, 5, score=0.5)]))
+    assert read_results(tmp_path / "dt.json", gt).score.tolist() == [0.5]
+
+
+def test_every_form_of_a_mask_is_read(dataset, region):
+    rle = region(1, 5, 10, 20, 8)["segmentation"]
+    pixels = mask_util.decode(rle).ravel("F")
+    runs = np.diff(np.flatnonzero(np.diff(pixels, prepend=0, append=1)))
+    first = 5 * 40 + 10  # pixels before the rectangle, column by column
+    forms = (
+        *(rle, rle | {"counts": rle["counts"].encode()}),
+        {"size": [40, 50], "counts": [first, *runs.tolist()]},
+        [[5, 10, 25, 10, 25, 18, 5, 18]],
+        [[5, 10, 15, 10, 15, 18, 5, 18], [15, 10, 25, 10, 25, 18, 15, 18]],
+    )
+    for form in forms:
+        data = dataset(1)  # its annotation has neither bbox, area nor iscrowd
+        data["annotations"] = [{"image_id": 1, "category_id": 1, "segmentation": form}]
+        gt = read_ground_truth(data)
+        assert np.array_equal(mask_util.decode(gt.regions.masks[0]), mask_util.decode(rle))
+        assert gt.regions.boxes.tolist() == [[5, 10, 20, 8]]
+        assert gt.area.tolist() == [160] and not gt.crowd.any()
+
+
+def test_areas_of_many_masks(region):
+    masks = [region(1, 0, 0, 1 + i % 9, 3)["segmentation"] for i in range(300)]
+    assert mask_areas(masks).tolist() == [3 * (1 + i % 9) for i in range(300)]
+
+
+def test_boxes_alone_give_no_masks(dataset, region, gt, caplog):
+    box = {key: v for key, v in region(3, 0, 0, 5, 4).items() if key != "segmentation"}
+    boxes = read_ground_truth(dataset(3, [box, box | {"segmentation": []}]))
+    assert boxes.regions.masks is None and boxes.area.tolist() == [20, 20]
+    assert not caplog.text
+    some = [region(1, 0, 0, 5, 5, score=0.5), box | {"score": 0.6}]
+    assert read_results(some, gt).regions.masks is None
+    assert "1 of 2 results" in caplog.text and "image 3" in caplog.text
+
+
+def test_a_coco_dict_is_matched_by_names(dataset, region, gt):
+    """As imrcnn predict writes it, with ids of its own."""
+    results = {
+        "images": [{"id": 7, "file_name": "some/folder/3.png"}, {"id": 1, "file_name": "2.png"}],
+        "categories": [{"id": 5, "name": "b"}],
+        "annotations": rectangles("7 0 0 5 5 class 5 @0.4; 1 0 0 6 6 class 5 @0.6"),
+    }
+    detections = read_results(results, gt)
+    assert detections.score.tolist() == [0.6, 0.4]
+    assert detections.regions.image.tolist() == [1, 2]
+    assert detections.regions.category.tolist() == [1, 1]
+    annotations = [region(1, 0, 0, 5, 5, score=0.4)]
+    for key, record in (("images", {"file_name": "x.png"}), ("categories", {"name": "polyp"})):
+        kind = {"images": "image 1", "categories": "category 1"}[key]
+        with pytest.raises(ValueError, match=kind):
+            read_results({key: [{"id": 1, **record}], "annotations": annotations}, gt)
+    data = dataset(2)
+    for image, folder in zip(data["images"], "ab", strict=True):
+        image["file_name"] = f"{folder}/1.png"
+    results = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": annotations}
+    with pytest.raises(ValueError, match=r"'1.png'.*\[1, 2\]"):
+        read_results(results, read_ground_truth(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 9}, r"results\[1\] has the image_id 9"),
+        ({"category_id": 9}, r"results\[1\] has the category_id 9"),
+        ({"score": float("nan")}, r"results\[1\], of image 1, has the score nan"),
+        *(({"score": float("inf")}, "score inf"), ({"score": -0.1}, "score -0.1")),
+        *(({"score": None}, "score None"), ({"score": True}, "score True")),
+        ({"bbox": [0, 0, float("nan"), 5]}, r"image 1 has the bbox \[0, 0, nan, 5\]"),
+        ({"segmentation": None, "bbox": None}, "image 1 has neither bbox nor segmentation"),
+        ({"segmentation": {"size": [50, 40], "counts": [2000]}}, r"results\[1\], of image 1"),
+        ({"segmentation": {"size": [40, 50], "counts": [10, 5]}}, r"results\[1\], of image 1"),
+        ({"segmentation": [[1, 1, 5, 5]]}, r"results\[1\], of image 1"),
+    ],
+)
+def test_bad_results_are_named(gt, region, change, message):
+    good = region(1, 0, 0, 5, 5, score=0.5)
+    with pytest.raises(BadInputError, match=message):
+        read_results([good, good | change], gt)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda gt: gt.pop("annotations"), "annotations"),
+        (lambda gt: gt["annotations"][0].update(image_id=3), r"annotations\[0\] .* image_id 3"),
+        (lambda gt: gt["annotations"][0].update(iscrowd=2), "image 1 has iscrowd 2"),
+        (lambda gt: gt["annotations"][0].update(area=-1), "image 1 has .*area -1"),
+        (lambda gt: gt["images"][1].update(id=1), "images with id 1"),
+        (lambda gt: gt["categories"][1].update(name="a"), "categories 'a'"),
+        (lambda gt: gt["images"][1].update(height="x"), "image 2: .*'x'"),
+        (lambda gt: [gt["images"][0].pop(side) for side in ("height", "width")], "image 1 has no"),
+    ],
+)
+def test_bad_ground_truth_is_named(dataset, region, tmp_path, change, message):
+    data = dataset(2, [region(1, 0, 0, 5, 5)], classes=("a", "b"))
+    data["annotations"][0]["segmentation"] = [[0, 0, 5, 0, 5, 5]]
+    change(data)
+    path = tmp_path / "gt.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(BadInputError, match=f"{re.escape(str(path))}: .*{message}"):
+        read_ground_truth(path)
+
+
+def test_files_that_are_no_results(dataset, region, tmp_path, gt):
+    data, path = dataset(1, [region(1, 0, 0, 5, 5)]), tmp_path / "own.json"
+    for text in ("{", json.dumps(data)[:-1] + ', "annotations": []}', '{"images": []}'):
+        path.write_text(text)
+        for read in (read_ground_truth, lambda path: read_results(path, gt)):
+            with pytest.raises(BadInputError, match=re.escape(str(path))):
+                read(path)
+
+
+def truth_and_results():
+    """Small documents of every kind of field, in which each value can be spoilt."""
+    polygon = [5, 5, 25, 5, 25, 20]
+    runs = {"size": [40, 50], "counts": [200, 100, 1700]}
+    text = mask_util.frPyObjects(runs, 40, 50)["counts"].decode()
+    image = {"id": 1, "file_name": "1.png", "height": 40, "width": 50, "patient_id": "p"}
+    truth = {
+        "images": [image, {"id": 2, "file_name": "2.png"}],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 1, "segmentation": [polygon], "area": 9, "iscrowd": 0},
+            {"image_id": 2, "category_id": 2, "segmentation": runs, "bbox": [5, 0, 3, 40]},
+        ],
+    }
+    detected = {"image_id": 7, "category_id": 1}
+    compressed = {"size": [40, 50], "counts": text}
+    results = {
+        "images": [image | {"id": 7}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {**detected, "score": 0.5, "segmentation": [polygon]},
+            {**detected, "score": 0.9, "bbox": [5, 0, 3, 40], "segmentation": compressed},
+        ],
+    }
+    return truth, results
+
+
+def agree(gt, dt):
+    first = read_annotator("a", gt)
+    return agreement([first], read_model("model", dt, 0.5, first))
+
+
+CLASSES = (
+    {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in (1, 2)],
+        "categories": [{"id": 1, "name": "a", "supercategory": "cancer"}, {"id": 2, "name": "b"}],
+        "annotations": [{"id": i, "image_id": i, "category_id": i} for i in (1, 2)],
+    },
+    [{"image_id": 1, "scores": [0.9, 0.1]}, {"image_id": 2, "scores": [1, 0]}],
+)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    ("evaluate", "documents"),
+    [
+        (evaluate_lesions, truth_and_results()),
+        (agree, truth_and_results()),
+        (evaluate_classification, CLASSES),
+    ],
+)
+def test_a_wrong_value_at_each_place(tmp_path, evaluate, documents, side):
+    """Every one is either taken or named: no other error, no crash, no endless loop."""
+    files = [tmp_path / "gt.json", tmp_path / "dt.json"]
+    for path, document in zip(files, documents, strict=True):
+        path.write_text(json.dumps(document))
+    evaluate(*files)
+    for done, document in with_wrong_values(documents[side]):
+        files[side].write_text(json.dumps(document))
+        memory = [*documents]
+        memory[side] = document
+        for sources in (files, memory):  # an evaluator's are not read here
+            try:
+                evaluate(*sources)
+            except ValueError:
+                pass
+            except Exception as error:
+                pytest.fail(f"{done}: {error!r}")
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        {"size": [40, 50], "counts": "4@"},
+        {"size": [40, 50], "counts": "00"},
+        {"size": [40, 50], "counts": [2000, 5]},
+        {"size": [10**9, 10**9], "counts": [10**18]},
+        [[0, 0, 1e9, 0, 0, 1e9]],
+        [[0, 0, float("nan"), 0, 0, 9]],
+        [[0, 0, 0, 400, 9, 0] * 10_000],
+    ],
+)
+@pytest.mark.parametrize("has_size", [True, False])
+def test_masks_that_pycocotools_must_not_see(dataset, region, segmentation, has_size):
+    data = dataset(1, [region(1, 0, 0, 5, 5)])
+    if not has_size:
+        del data["images"][0]["height"], data["images"][0]["width"]
+    bad = region(1, 0, 0, 5, 5, score=0.5) | {"segmentation": segmentation}
+    with pytest.raises(BadInputError, match="the results: .*image 1"):
+        read_results([bad], read_ground_truth(data))
+    data["annotations"] = [bad]
+    with pytest.raises(BadInputError, match="the ground truth: .*image 1"):
+        read_ground_truth(data)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes masks: {name: array} -> folder."""
+
+    def write(masks):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        for name, mask in masks.items():
+            Image.fromarray(mask).save(tmp_path / name)
+        return tmp_path
+
+    return write
+
+
+def mask_of(*rectangles, shape=SHAPE):
+    """(x, y, width, height, value) each."""
+    mask = np.zeros(shape, np.uint8)
+    for x, y, width, height, value in rectangles:
+        mask[y : y + height, x : x + width] = value
+    return mask
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_one_detection_per_component(dataset, folder, value):
+    gt = read_ground_truth(dataset(2))
+    touching = mask_of((0, 0, 4, 5, value), (4, 5, 3, 3, value), (20, 10, 20, 15, value))
+    masks = folder({"1.png": touching, "2.PNG": mask_of()})
+    (masks / "dataset.json").write_text("{}")  # as nnU-Net leaves it there
+    large, small = read_predicted_masks(masks, gt)
+    assert (large["image_id"], large["category_id"]) == (1, 1)
+    # Touching at a corner is touching.
+    assert (large["bbox"], small["bbox"]) == ([20, 10, 20, 15], [0, 0, 7, 8])
+    both = mask_util.decode(large["segmentation"]) + mask_util.decode(small["segmentation"])
+    assert np.array_equal(both, touching > 0)
+    detections = read_results(str(masks), gt)
+    assert not detections.scored and detections.score.tolist() == [1, 1]
+    assert read_results([{**large, "score": 1.0}], gt).scored
+
+
+def test_only_the_largest_regions_are_scored(dataset, folder, caplog):
+    """A small PNG can hold millions of them."""
+    dots = np.zeros(SHAPE, np.uint8)
+    dots[::2, ::2] = 1
+    dots[20:23, 30:33] = 1
+    masks = folder({"1.png": dots})
+    regions = read_predicted_masks(masks, read_ground_truth(dataset(1)))
+    assert len(regions) == MAX_DETECTIONS and regions[0]["bbox"] == [30, 20, 3, 3]
+    assert str(masks / "1.png") in caplog.text and "497 regions" in caplog.text
+
+
+def test_kinds_of_png(dataset, folder):
+    """Indices of a palette are taken as they are; grey saved as colour is grey."""
+    data = dataset(1)
+    data["images"][0]["file_name"] = "patient 3/scope.v2.jpg"
+    data["categories"] = [{"id": 9, "name": "ulcer"}, {"id": 4, "name": "cancer"}]
+    gt, path = read_ground_truth(data), folder({}) / "scope.v2.png"
+    mask = mask_of((0, 0, 5, 5, 1), (10, 0, 5, 5, 2))
+    palette = Image.fromarray(mask, mode="P")
+    palette.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0])
+    for image in (palette, Image.fromarray(np.dstack([mask] * 3)), Image.fromarray(mask * 1)):
+        image.save(path)
+        regions = read_predicted_masks(path.parent, gt)
+        assert [(r["category_id"], r["bbox"][0]) for r in regions] == [(4, 0), (9, 10)]
+    data["categories"].pop()
+    lesion = mask_of((0, 0, 5, 5, 1))
+    for pixels in (lesion > 0, lesion.astype(np.uint16) * 65535):
+        Image.fromarray(pixels).save(path)
+        assert len(read_predicted_masks(path.parent, read_ground_truth(data))) == 1
+
+
+def test_missing_and_spare_masks(dataset, folder):
+    gt, empty = read_ground_truth(dataset(3)), mask_of()
+    many = read_ground_truth(dataset(9))
+    data = dataset(2)
+    data["images"][0]["file_name"], data["images"][1]["file_name"] = "a/1.png", "b/1.jpg"
+    shared = read_ground_truth(data)
+    nameless = dataset(1)
+    del nameless["images"][0]["file_name"]
+    for truth, names, message in (
+        (gt, [], "no PNG"),
+        (gt, ["1", "two", "3"], r"1 of 3 images: 2\.png .*two\.png"),
+        (gt, "1234567", r"4 masks .*4\.png, 5\.png"),
+        (many, ["1"], r"8 of 9 .*6\.png and 3 more"),
+        (shared, ["1"], r"a/1\.png and b/1\.jpg .*1\.png"),
+        (read_ground_truth(nameless), ["1"], "Image 1"),
+    ):
+        masks = folder({f"{name}.png": empty for name in names})
+        with pytest.raises(ValueError, match=message):
+            read_predicted_masks(masks, truth)
+
+
+@pytest.mark.parametrize(
+    ("mask", "classes", "message"),
+    [
+        (mask_of(shape=(50, 40)), "a", r"\[50, 40\] .*\[40, 50\]"),
+        (mask_of((0, 0, 5, 5, 80), (9, 0, 5, 5, 255)), "a", "80, 255"),
+        (mask_of((0, 0, 5, 5, 255)), "ab", "255; .*0 background, 1 a, 2 b"),
+        (np.dstack([mask_of((0, 0, 5, 5, 9))] + [mask_of()] * 2), "a", "colour"),
+    ],
+)
+def test_masks_that_cannot_be_meant(dataset, folder, mask, classes, message):
+    gt = read_ground_truth(dataset(1, classes=tuple(classes)))
+    with pytest.raises(ValueError, match=rf"1\.png.*{message}"):
+        read_predicted_masks(folder({"1.png": mask}), gt)
+
+
+def test_a_file_that_is_no_image(dataset, folder):
+    gt = read_ground_truth(dataset(1))
+    masks = folder({"1.png": np.random.default_rng(0).integers(0, 2, SHAPE, np.uint8)})
+    whole = (masks / "1.png").read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2], whole[:30]):
+        (masks / "1.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"1\.png"):
+            read_predicted_masks(masks, gt)

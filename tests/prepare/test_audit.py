@@ -1,0 +1,350 @@
+"""Every planted fault is found, clean images are left alone; splits are fixed only where needed."""
+
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from planted_faults import Planted
+
+from imrcnn_d2.cli import audit_dataset
+from imrcnn_d2.data.audit import KINDS, Audit, Finding, audit, checks, groups, read_entries
+from imrcnn_d2.data.audit.findings import AuditedData, Entry
+from imrcnn_d2.data.masks import annotation_from_mask
+from imrcnn_d2.data.prepare import synthetic
+from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset, write_fixed_splits
+from imrcnn_d2.data.prepare.splits import SPLITS, read_splits
+from imrcnn_d2.engine.embedding import embed_images
+from imrcnn_d2.utils.files import BadInputError, Rejects
+
+SIZE = 100
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    planted = Planted(tmp_path_factory.mktemp("planted"))
+    planted.plant_all(100)  # thresholds were chosen on Kvasir-SEG, not on synthetic images
+    return planted
+
+
+@pytest.fixture(scope="module")
+def audited(planted):
+    return audit(read_entries("planted", planted.write(), planted.images), embed_images)
+
+
+def test_every_planted_fault_is_found(planted, audited):
+    areas = ("files", "annotations", "leakage")
+    assert dict(planted.faults).keys() == {k for k, kind in KINDS.items() if kind.area in areas}
+    findings = [(finding.kind, set(finding.images)) for finding in audited.findings]
+    for kind, names in planted.faults:
+        assert any(kind == key and set(names) <= images for key, images in findings), (kind, names)
+    # One finding for each; another one on the same image is no surprise to a user.
+    assert len(findings) <= 1.3 * len(planted.faults)
+    flagged = {name for _, name in audited.flagged} & set(planted.clean)
+    assert len(flagged) <= 0.02 * len(planted.clean), flagged
+
+
+def test_duplicates(planted, audited):
+    """What crosses splits is an error; groups hold duplicates and patients."""
+    leaks = ("exact_duplicate", "near_duplicate", "patient_across_splits")
+    for finding in audited.findings:
+        if finding.kind in leaks:
+            crosses = len(set(finding.splits)) > 1
+            assert finding.severity == ("error" if crosses else "warning"), finding
+    entries = audited.data.entries
+    together = groups(entries, audited.duplicates)
+    expected = [sorted(names) for kind, names in planted.faults if kind in leaks]
+    assert sorted(sorted(entries[i].name for i in g) for g in together) == sorted(expected)
+
+    without = checks.near_duplicates(audited.examined, None)
+    pairs = [{entries[pair.a].name, entries[pair.b].name} for pair in without]
+    copies = [set(names) for kind, names in planted.faults if kind == "near_duplicate"][:3]
+    assert all(copy in pairs for copy in copies)
+
+
+def test_the_strongest_come_first():
+    """Within kind and severity by score, whatever the names; areas smallest first."""
+    result = Audit(AuditedData("own", (), (), ()), [], [], [])
+    for kind, scores in {"tiny": (9.0, 2.0, 5.0), "blur": (0.6, 0.9, 0.7)}.items():
+        result.add(Finding(kind, (f"{s}.png",), ("",), "", score=s) for s in scores)
+    result.add([Finding("blur", ("z.png",), ("",), "", score=0.1, severity="error")])
+    expected = [*(("blur", s) for s in (0.1, 0.9, 0.7, 0.6)), *(("tiny", s) for s in (2, 5, 9))]
+    assert [(finding.kind, finding.score) for finding in result.findings] == expected
+    assert result.counts() == {"blur": Counter(warning=3, error=1), "tiny": Counter(warning=3)}
+
+
+def kinds(*annotations, view=None):
+    """[(kind, id of the annotation)] of what is found in an image with these annotations."""
+    records = [{"id": i, "category_id": 1, **record} for i, record in enumerate(annotations, 1)]
+    entry = Entry("a.png", "train", None, {}, tuple(records))
+    decoded, findings = checks.decode_annotations(entry, SIZE, SIZE, {1, 2})
+    view = np.ones((SIZE, SIZE), bool) if view is None else view
+    findings += checks.annotation_findings(entry, decoded, view)
+    return [(finding.kind, finding.annotation_id) for finding in findings]
+
+
+def polygon(*values):
+    return {"segmentation": [[float(value) for value in values]]}
+
+
+def box(x, y, width, height, **fields):
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[y : y + height, x : x + width] = True
+    return {**annotation_from_mask(mask), **fields}
+
+
+SQUARE = polygon(10, 10, 50, 10, 50, 50, 10, 50)
+
+
+FAULTS = {
+    None: [
+        SQUARE,
+        box(10, 10, 10, 6),
+        # a small loop in a large contour; tools leave lines out and back, and corners on a side
+        polygon(10, 10, 80, 10, 80, 80, 40, 80, 50, 84, 50, 80, 10, 80),
+        polygon(10, 10, 50, 10, 80, 10, 50, 10, 50, 50, 10, 50),
+        polygon(10, 10, 50, 10, 50, 50, 30, 10, 10, 50),
+    ],
+    "self_crossing": [polygon(10, 10, 50, 50, 50, 10, 10, 50)],
+    "tiny": [polygon(10, 10, 12, 10, 12, 12, 10, 12), box(10, 10, 5, 2)],
+    "empty": [{}, {"segmentation": []}, polygon(200, 200, 250, 200, 250, 250)],
+    "malformed": [
+        *(polygon(1, 2, 3, 4, 5), polygon(1, 1, 1, 1), {"segmentation": "text"}),
+        *(SQUARE | {"category_id": 3}, SQUARE | {"iscrowd": 2}),
+        {"segmentation": {"size": [SIZE, SIZE], "counts": [5]}},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind, annotation", [(k, a) for k in FAULTS for a in FAULTS[k]])
+def test_single_annotations(kind, annotation):
+    assert kinds(annotation) == ([] if kind is None else [(kind, 1)])
+
+
+def test_annotations_next_to_the_view_and_on_each_other():
+    view = np.zeros((SIZE, SIZE), bool)
+    view[:, 40:] = True
+    first, second, third = box(10, 10, 40, 40), box(11, 10, 40, 40), box(30, 10, 40, 40)
+    for found, *annotations, shown in (
+        ([], box(30, 10, 40, 20), view),  # exactly a quarter
+        ([("outside_view", 1)], SQUARE, view),
+        ([], SQUARE, np.zeros_like(view)),  # a black frame has no view
+        ([("overlapping", 1)], first, third, second, None),
+        ([], first, second | {"category_id": 2}, None),
+        ([], first, second | {"iscrowd": 1}, None),
+    ):
+        assert kinds(*annotations, view=shown) == found
+    # Compared in pairs, 20,000 would take 3 GB and minutes; a note says that some were not.
+    many = kinds(*(box(10 + i % 3, 10, 40, 40, id=i) for i in range(checks.PAIRED + 50)))
+    assert len(many) == checks.PAIRED * (checks.PAIRED - 1) // 2 + 1
+
+
+def test_classes_of_very_different_size_and_repeated_ids(coco_folder):
+    categories = [{"id": i, "name": name} for i, name in enumerate(("polyp", "ulcer", "cancer"))]
+    for *counts, expected in (
+        (100, 10, 50, {}),
+        (0, 0, 0, {}),
+        (100, 9, 50, {"ulcer": 100 / 9}),
+        (100, 60, 0, {"cancer": None}),
+    ):
+        annotations = [{"category_id": i} for i, n in enumerate(counts) for _ in range(n)]
+        findings = checks.category_findings(categories, annotations)
+        assert {finding.detail.split(":")[0]: finding.score for finding in findings} == expected
+
+    # Ids repeat in one file; two splits may number theirs alike, and none needs an id.
+    def entry(name, split, *ids):
+        return Entry(name, split, None, {}, tuple({"id": i} for i in ids))
+
+    entries = [entry("a", "train", 1, 2, None, None), entry("b", "train", 2, 3, 3)]
+    entries.append(entry("c", "test", 1, 2))
+    findings = [(f.images, f.splits, f.annotation_id) for f in checks.repeated_id_findings(entries)]
+    assert findings == [(("a", "b"), ("train", "train"), 2), (("b",), ("train",), 3)]
+    # and a patient that is neither text nor a number
+    file, images = coco_folder(lambda coco: coco["images"][0].update(patient_id=["p"]))
+    with pytest.raises(BadInputError, match=f"{file.name}: 1.png"):
+        read_entries("own", {"": file}, images)
+
+
+@pytest.fixture(scope="module")
+def synthetic_data(tmp_path_factory):
+    """Synthetic images, several of a patient, split image by image."""
+    out = tmp_path_factory.mktemp("datasets") / "synthetic"
+    source = synthetic.generate(tmp_path_factory.mktemp("scratch"), 20, 96, seed=1)
+    prepare_dataset(source, out, SplitOptions(split_by="image"), Rejects())
+    return out
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def edit(folder, split, change):
+    content = read(folder / "annotations" / f"{split}.json")
+    change(content)
+    (folder / "annotations" / f"{split}.json").write_text(json.dumps(content))
+
+
+def images_by(folder, key):
+    """(split, file name) of the images by their value of a key."""
+    images = {}
+    for split in SPLITS:
+        for image in read(folder / "annotations" / f"{split}.json")["images"]:
+            images.setdefault(image.get(key), []).append((split, image["file_name"]))
+    return images
+
+
+def torn(folder, key="patient_id"):
+    return [value for value, images in images_by(folder, key).items() if len(dict(images)) > 1]
+
+
+def test_patients_are_brought_together(synthetic_data, tmp_path, capsys, monkeypatch):
+    """Of a short name, without an embedding, and with a link that leads out of the folder."""
+    monkeypatch.setattr(audit_dataset, "find_spec", lambda name: None)
+    monkeypatch.delenv("IMRCNN_DATASETS", raising=False)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    shutil.copytree(synthetic_data, tmp_path / "synthetic")
+    image = next((tmp_path / "synthetic" / "images").iterdir())
+    image.rename(tmp_path / "private.png")
+    image.symlink_to(tmp_path / "private.png")
+    fixed, output = tmp_path / "fixed" / "synthetic", tmp_path / "audit"
+    arguments = ["--dataset", "synthetic", "--output", str(output), "--fix-splits", str(fixed)]
+    with pytest.raises(SystemExit):
+        audit_dataset.main(arguments)
+    assert f"{image.name}: is a link" in capsys.readouterr().err and not fixed.exists()
+    audit_dataset.main([*arguments, "--follow-links"])
+    assert (fixed / "images" / image.name).is_file()
+    printed, document = capsys.readouterr().out, read(output / "audit.json")
+    across = [f for f in document["findings"] if f["kind"] == "patient_across_splits"]
+    assert len(across) == len(torn(synthetic_data)) > 0
+    assert all(finding["severity"] == "error" for finding in across)
+    assert len(document["notes"]) == 1 and document["notes"][0] in printed
+    moved = printed.count(" -> ")
+    assert f"{moved} images moved" in printed and moved > 0 and not torn(fixed)
+
+    arguments = ["--dataset", str(fixed), "--output", str(output)]
+    audit_dataset.main([*arguments, "--fix-splits", str(tmp_path / "no"), "--follow-links"])
+    assert not (tmp_path / "no").exists(), "there is nothing to move"
+    findings = read(output / "audit.json")["findings"]
+    assert not [finding for finding in findings if finding["severity"] == "error"]
+
+
+def test_refused_before_a_long_audit(synthetic_data, tmp_path, capsys):
+    fixed, bare = tmp_path / "fixed", tmp_path / "bare"
+    for folder in (fixed / "images", bare / "annotations", bare / "images"):
+        folder.mkdir(parents=True)
+    (tmp_path / "a.json").write_text("[]")
+    for arguments, code, named in (
+        (["--dataset", synthetic_data, "--fix-splits", fixed], 1, "fixed"),  # is not empty
+        (["--dataset", bare, "--fix-splits", tmp_path / "new"], 1, "splits.json"),  # is not there
+        (["--dataset", tmp_path], 1, str(tmp_path)),
+        (["--annotations", tmp_path / "a.json", "--images", tmp_path], 1, "a.json"),
+        (["--dataset", "a", "--annotations", "b"], 2, "--dataset"),
+        ([], 2, "--dataset"),
+        (["--annotations", "b"], 2, "--images"),
+        (["--annotations", "b", "--images", "c", "--fix-splits", "d"], 2, "--fix-splits"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            audit_dataset.main([*map(str, arguments), "--output", str(tmp_path / "o")])
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == code and named in lines[-1] and (code == 2 or len(lines) == 1)
+        assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture
+def prepared(synthetic_data, tmp_path):
+    """The data set as fold 1 of 5, with further fields, and no patients; and its splits."""
+    folder = tmp_path / "own"
+    shutil.copytree(synthetic_data, folder)
+
+    def add_fields(content):
+        content["info"] = {"a": 1}
+        for image in content["images"]:
+            image["site"] = image["file_name"]
+            del image["patient_id"]
+
+    for split in SPLITS:
+        edit(folder, split, add_fields)
+    settings = read(folder / "splits.json") | {"fold": 1, "folds": 5}
+    (folder / "splits.json").write_text(json.dumps(settings))
+    return folder, read_splits(folder / "splits.json")
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.glob("**/*.*")}
+
+
+def test_groups_are_brought_together(prepared, tmp_path):
+    (folder, old), out = prepared, tmp_path / "fixed"
+    before = contents(folder)
+    groups = [[old["train"][0], old["test"][0]], [old["train"][1], old["val"][0]]]
+    groups.append(old["train"][4:6])
+    moves = write_fixed_splits(folder, out, groups)
+    assert contents(folder) == before
+
+    new = read_splits(out / "splits.json")
+    split_of = {name: split for split, names in new.items() for name in names}
+    assert all(len({split_of[name] for name in group}) == 1 for group in groups)
+    free, images, ids = {*groups[0], *groups[1]}, [], []
+    for split, names in old.items():
+        assert {split_of[name] for name in set(names) - free} <= {split}  # all others stay
+        assert abs(len(new[split]) - len(names)) <= 1
+        content = read(out / "annotations" / f"{split}.json")
+        assert [image["file_name"] for image in content["images"]] == new[split]
+        in_split = {image["id"] for image in content["images"]}
+        assert all(a["image_id"] in in_split for a in content["annotations"])
+        assert content["info"] == {"a": 1}
+        images += content["images"]
+        originals = read(folder / "annotations" / f"{split}.json")["annotations"]
+        ids += [(a["id"], 1) for a in content["annotations"]] + [(a["id"], 0) for a in originals]
+    assert {(m.name, m.source, m.target) for m in moves} == {
+        (n, split, split_of[n]) for split in SPLITS for n in free & {*old[split]} - {*new[split]}
+    }
+    assert len(images) == 20 and all(image["site"] == image["file_name"] for image in images)
+    assert sorted(i for i, is_new in ids if is_new) == sorted(i for i, is_new in ids if not is_new)
+    assert {i["file_name"] for i in images if "group_id" in i} == {*free, *groups[2]}
+    assert contents(out / "images") == contents(folder / "images")
+    settings = read(out / "splits.json")
+    assert settings["split_by"] == "group" and settings["seed"] == 0
+    assert not {"fold", "folds"} & set(settings)  # these splits are no fold any more
+    assert settings["fixed_from"] == read(folder / "splits.json")["sha256"]
+
+
+def test_groups_of_before_stay_together(prepared, tmp_path):
+    """Duplicates across splits take their old groups along, and old numbers do not stay."""
+    folder, old = prepared
+    a, b, c, d, alone = old["train"][:5]
+    numbers = {a: 1, b: 1, c: 2, d: 2, alone: 3}
+
+    def number(content):
+        for image in content["images"]:
+            image |= {"group_id": numbers.get(image["file_name"])}
+
+    edit(folder, "train", number)
+    x, y = old["test"][:2]
+    write_fixed_splits(folder, tmp_path / "fixed", [[a, x], [c, y]])
+    groups = images_by(tmp_path / "fixed", "group_id")
+    del groups[None]
+    names = sorted(sorted(name for _, name in images) for images in groups.values())
+    assert names == sorted([sorted([a, b, x]), sorted([c, d, y])])
+    assert torn(tmp_path / "fixed", "group_id") == [None]
+
+
+def test_splits_that_cannot_be_fixed(prepared, tmp_path):
+    (folder, old), out = prepared, tmp_path / "fixed"
+    assert write_fixed_splits(folder, out, [old["train"][:2]]) == []  # none to be moved
+    group, train = [old["train"][0], old["test"][0]], read(folder / "annotations" / "train.json")
+    with pytest.raises(FileExistsError, match="own"):
+        write_fixed_splits(folder, folder, [group])
+    before = (folder / "annotations" / "test.json").read_text()
+    for key, change, named in (
+        ("images", {"file_name": group[0]}, f"{group[0]}.* is in train and test"),
+        ("images", {"id": train["images"][0]["id"]}, "images has the id .* twice"),
+        ("annotations", {"id": train["annotations"][0]["id"]}, "annotations has the id .* twice"),
+        ("annotations", {"image_id": 99}, "image 99"),
+    ):
+        edit(folder, "test", lambda c, key=key, change=change: c[key][0].update(change))
+        with pytest.raises(BadInputError, match=named):
+            write_fixed_splits(folder, out, [group])
+        (folder / "annotations" / "test.json").write_text(before)
+        assert not out.exists()

@@ -1,0 +1,423 @@
+"""The records of Detectron2's own reader, from memory that processes share, by names that are
+looked up on disk only when a data set is loaded."""
+
+import copy
+import json
+import logging
+import os
+import pickle
+import random
+import re
+from multiprocessing.reduction import ForkingPickler
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from detectron2 import data
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from processes import run_script
+from recognition_runs import CLASSES, draw_classes, prepare_classes
+from sklearn.utils.class_weight import compute_class_weight
+from torch.utils.data import DataLoader
+
+from imrcnn_d2.data import catalog
+from imrcnn_d2.data.catalog import load_catalog, load_labelled_catalog
+from imrcnn_d2.data.formats import read_coco
+from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
+from imrcnn_d2.utils.files import Rejects
+
+LESIONS = {"kvasir_seg": "polyp", "egc": "early gastric cancer"}
+LESIONS |= {"synthetic": "lesion", "lesion_free": "lesion"}
+NAMES = {f"{d}_{s}": lesion for d, lesion in LESIONS.items() for s in ("train", "val", "test")}
+
+
+def polygon(x, y, w, h):
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def annotation(id_, image_id, **fields):
+    box = [id_, id_ + 1, 5, 6.5]
+    known = {"id": id_, "image_id": image_id, "category_id": 7, "bbox": box, "iscrowd": 0}
+    return {**known, "segmentation": polygon(*box), **fields}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Returns a function that writes every kind of annotation, in no order, and gives the path.
+
+    The content is changed by `edit` before.
+    """
+    rle = mask_util.encode(np.asfortranarray(np.eye(40, 60, dtype=np.uint8)))
+    fields = {30: {"patient_id": "p", "centre": None}, 9: {}, 10: {}, 11: {}}
+    size = {"width": 60, "height": 40}
+    coco = {
+        "annotations": [
+            annotation(12, 30),
+            annotation(5, 9, segmentation={**rle, "counts": rle["counts"].decode()}, area=40),
+            annotation(3, 30, category_id=2, lesion_id="l3"),
+            annotation(8, 30, segmentation={"size": [40, 60], "counts": [3, 10, 2387]}, iscrowd=1),
+            annotation(2, 9, segmentation=[[1, 2, 3, 4], *polygon(1, 2, 3, 4)]),
+            annotation(1, 9, segmentation=[], keypoints=[1, 2, 2, 30, 4, 1]),
+            annotation(6, 11, iscrowd=1),
+        ],
+        "categories": [{"id": 7, "name": "cancer"}, {"id": 2, "name": "ulcer \u00e4"}],
+        "images": [{"id": i, "file_name": f"{i}.png", **size, **f} for i, f in fields.items()],
+    }
+
+    def write(edit=lambda coco: None):
+        edit(coco)
+        path = tmp_path / "coco.json"
+        path.write_text(json.dumps(coco, ensure_ascii=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_records_are_those_of_detectron2(written):
+    path = written()
+    expected = load_coco_json(str(path), "images", None, ["lesion_id"])
+    expected[-1].update(patient_id="p", centre=None)  # image 30
+    for record in expected:
+        for lesion in record["annotations"]:
+            lesion["category_id"] = {2: 0, 7: 1}[lesion["category_id"]]
+    records = load_catalog(path, "images")
+    assert list(records) == expected
+    assert [record["image_id"] for record in expected] == [9, 10, 11, 30]
+    assert list(records.categories.items()) == [(2, "ulcer \u00e4"), (7, "cancer")]
+    assert records.lesion_counts.tolist() == [3, 0, 0, 2]
+    subset = records.with_lesions()
+    assert list(subset) == [records[0], records[3]] and len(records) == 4
+    assert subset.lesion_counts.tolist() == [3, 2]
+
+
+def test_it_is_a_sequence_of_new_records(written):
+    records = load_catalog(written(), "images")
+    assert records[-1]["image_id"] == records[np.int64(3)]["image_id"] == 30
+    assert [r["image_id"] for r in records[::-2]] == [30, 10]
+    assert {r["image_id"] for r in random.sample(records, 4)} == {9, 10, 11, 30}
+    for index in (4, -5):
+        with pytest.raises(IndexError):
+            records[index]
+    before, record = copy.deepcopy(records[0]), records[0]
+    record["annotations"].pop()
+    assert records[0] == before
+    loader = DataLoader(records, batch_size=2, num_workers=2, collate_fn=list)
+    assert [record for batch in loader for record in batch] == list(records)
+
+
+def test_the_file_is_read_again_only_when_it_changed(written):
+    path = written()
+    records = load_catalog(path, "images")
+    assert load_catalog(path, "images") is records
+    assert load_catalog(path, "elsewhere")[0]["file_name"] == os.path.join("elsewhere", "9.png")
+    os.utime(path, ns=(0, 0))
+    assert load_catalog(path, "images") is not records
+    written(lambda coco: coco["images"].pop(0))
+    assert len(load_catalog(path, "images")) == 3
+    assert len(records) == 4  # who holds the former one goes on with it
+
+
+def test_memory_is_compact_and_handed_to_other_processes_without_a_copy(written):
+    def many(coco):
+        coco["images"] = [{**coco["images"][1], "id": i} for i in range(5000)]
+        coco["annotations"] = [{**annotation(i % 50, i), "id": i} for i in range(5000)]
+
+    records = load_catalog(written(many), "images")
+    assert len(pickle.dumps(records)) < 5000 * 400
+    # What a process that is not forked gets: handles of shared memory instead of the tensors.
+    assert len(ForkingPickler.dumps(records)) < 5000
+    # Forked ones share what no reference count lies in.
+    assert not any(isinstance(value, list) for value in vars(records).values())
+
+
+def test_what_is_missing_or_left_out(written, caplog):
+    more = [annotation(20, 99), annotation(21, 9, segmentation=[[1, 2, 3, 4]])]
+    with caplog.at_level(logging.WARNING, "imrcnn_d2"):
+        records = load_catalog(written(lambda c: c["annotations"].extend(more)), "")
+    assert len(records[0]["annotations"]) == 3
+    assert [r.args[1] for r in caplog.records] == [1, 1]
+    records = load_catalog(written(lambda c: c.pop("annotations")), "")
+    assert [record["annotations"] for record in records] == [[]] * 4
+    assert list(load_catalog(written(lambda c: c.update(images=[])), "")) == []
+
+
+def lesion(**changes):
+    return lambda coco: coco["annotations"][2].update(changes)
+
+
+def rle(counts):
+    return lesion(segmentation={"size": [40, 60], "counts": counts})
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (lambda c: c["annotations"].append(annotation(2, 9)), ValueError, "Annotation ids"),
+        (lambda c: c["images"].append(c["images"][0]), ValueError, "Image ids"),
+        (lambda c: c["images"].append({**c["images"][0], "id": "x"}), ValueError, "image ids"),
+        (lesion(bbox=[]), ValueError, "3 of image 30 .*'bbox'"),
+        (lesion(bbox=[1, 2, "3", 4]), ValueError, "annotation 3"),
+        (lesion(category_id=4), KeyError, "category_id=4"),
+        (lesion(ignore=1), ValueError, "annotation 3: .*ignore"),
+        (lesion(iscrowd=None), ValueError, "annotation 3"),
+        (lesion(segmentation=[[1, 2, 3, 4, 1e9, 6]]), ValueError, "annotation 3: .*1e.09"),
+        (lesion(segmentation=[[0, 0, 0, 39, 1, 0] * 5000]), ValueError, "annotation 3: .*long"),
+        (lesion(segmentation=["x"]), ValueError, "annotation 3"),
+        (rle("4@"), ValueError, "annotation 3: its RLE"),
+        (rle([2399]), ValueError, "annotation 3: its RLE"),
+        (lesion(segmentation={"counts": [2400]}), ValueError, "annotation 3: .*size None"),
+        (lambda c: c["annotations"][2].pop("image_id"), ValueError, r"annotations\[2\]"),
+        (lambda c: c["images"][0].update(id=[1]), ValueError, r"images\[0\] has the id"),
+        (lambda c: c["images"][0].update(height=10**9), ValueError, "image 30: .*1000000000"),
+        (lambda c: c["images"][0].pop("width"), ValueError, "image 30 has no height and width"),
+        (lambda c: c.update(images=5), ValueError, "images"),
+        (lambda c: c.pop("categories"), ValueError, "categories"),
+    ],
+)
+def test_bad_files_are_named(written, edit, error, message):
+    path = written(edit)
+    with pytest.raises(error, match=message) as raised:
+        load_catalog(path, "")
+    assert str(path) in str(raised.value)
+
+
+def test_damaged_json_is_named(written):
+    path = written()
+    text = path.read_text(encoding="utf-8")
+    for damaged in (text.rstrip("}") + ', "annotations": []}', text[:-200]):  # a key twice; cut
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            load_catalog(path, "")
+
+
+def forget(*names):
+    for name in names:
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+        if name in MetadataCatalog:
+            MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def prepared(coco_folder, tmp_path, monkeypatch):
+    """Returns a function that prepares own data, all in train, as $IMRCNN_DATASETS/`dataset`."""
+
+    def make(dataset, edit=lambda coco: None):
+        rejects = Rejects()
+        source = read_coco(*coco_folder(edit), rejects)
+        out = tmp_path / "sets" / dataset
+        prepare_dataset(source, out, SplitOptions(ratio=(1, 0, 0)), rejects)
+        monkeypatch.setenv("IMRCNN_DATASETS", str(out.parent))
+        return out
+
+    return make
+
+
+@pytest.fixture
+def scratch_name():
+    """A data set name that is forgotten after the test."""
+    yield "scratch_lesions"
+    forget("scratch_lesions")
+
+
+def test_import_registers_and_touches_no_disk(tmp_path):
+    script = tmp_path / "names.py"
+    script.write_text(
+        "import imrcnn_d2\n"
+        "from detectron2.data import DatasetCatalog, MetadataCatalog\n"
+        f"for name, lesion in {NAMES}.items():\n"
+        "    metadata = MetadataCatalog.get(name)\n"
+        "    assert name in DatasetCatalog and metadata.evaluator_type == 'coco'\n"
+        "    assert metadata.thing_classes == [lesion]\n"
+    )
+    run = run_script(script, env={**os.environ, "IMRCNN_DATASETS": str(tmp_path / "none")})
+    assert run.returncode == 0, run.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_loading_and_the_classes_of_the_file(prepared, caplog):
+    def edit(coco):
+        coco["images"][0].update(patient_id="p", centre="X")
+        coco["annotations"][0].update(lesion_id="l")
+        coco["categories"] = [{"id": 7, "name": "ulcer"}, {"id": 3, "name": "cancer"}]
+        for lesion, category in zip(coco["annotations"], (7, 3), strict=True):
+            lesion["category_id"] = category
+
+    out = prepared("egc", edit)
+    metadata = MetadataCatalog.get("egc_train")  # held by others before loading
+    with caplog.at_level(logging.WARNING, "imrcnn_d2"):
+        records = DatasetCatalog.get("egc_train")
+    assert "egc_train" in caplog.text and "ulcer" in caplog.text
+    files = [str(out / "images" / f"{i}.png") for i in (1, 2, 3)]
+    assert [record["file_name"] for record in records] == files
+    assert (records[0]["patient_id"], records[0]["centre"]) == ("p", "X")
+    assert "patient_id" not in records[1]
+    assert records[0]["annotations"][0]["lesion_id"] == "l"
+    classes = [[a["category_id"] for a in record["annotations"]] for record in records]
+    assert classes == [[1], [0], []]  # lesion-free images are kept
+    assert metadata.thing_classes == ["cancer", "ulcer"]
+    assert metadata.thing_dataset_id_to_contiguous_id == {3: 0, 7: 1}
+    assert metadata.json_file == str(out / "annotations" / "train.json")
+    assert metadata.image_root == str(out / "images")
+    assert DatasetCatalog.get("egc_train") == records
+
+
+def test_short_names_are_looked_for_when_loading(prepared, tmp_path, monkeypatch):
+    out, moved = prepared("synthetic"), tmp_path / "elsewhere"
+    monkeypatch.chdir(tmp_path)
+    moved.mkdir()
+    for variable, folder in (
+        ("IMRCNN_DATASETS", out.parent),
+        ("IMRCNN_DATASETS", moved),
+        ("DETECTRON2_DATASETS", moved),
+        (None, "datasets"),
+    ):
+        if folder == moved and out.exists():
+            out.rename(moved / "synthetic")
+        monkeypatch.delenv("IMRCNN_DATASETS", raising=False)
+        monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+        if variable:
+            monkeypatch.setenv(variable, str(folder))
+        else:
+            moved.rename(folder)
+        assert len(DatasetCatalog.get("synthetic_train")) == 3
+        image_root = MetadataCatalog.get("synthetic_train").image_root
+        assert image_root == os.path.join(folder, "synthetic", "images")
+        assert catalog.read_classes("synthetic") == ["early gastric cancer"]
+
+
+def test_a_folder_is_registered_under_its_name(prepared, tmp_path):
+    folder = prepared("my polyps")
+    try:
+        catalog.register_data_set(folder)
+        assert len(DatasetCatalog.get("my polyps_train")) == 3
+        other = tmp_path / "other" / folder.name
+        other.parent.mkdir()
+        folder.rename(other)
+        catalog.register_data_set(other)
+        assert len(DatasetCatalog.get("my polyps_train")) == 3
+        assert MetadataCatalog.get("my polyps_train").image_root == str(other / "images")
+        catalog.register_data_set(tmp_path / "none" / folder.name)
+        with pytest.raises(FileNotFoundError, match="none/my polyps"):
+            DatasetCatalog.get("my polyps_train")
+    finally:
+        catalog._registered.pop("my polyps", None)
+        forget(*(f"my polyps_{split}" for split in ("train", "val", "test")))
+    with pytest.raises(ValueError, match="coco_2017_train"):  # of Detectron2
+        catalog.register_data_set(tmp_path / "coco_2017")
+
+
+def test_missing_data_names_path_and_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMRCNN_DATASETS", str(tmp_path))
+    for dataset, command in (
+        ("kvasir_seg", "kvasir-seg --root DIR --out"),
+        ("egc", "coco --annotations FILE --images DIR --out"),
+        ("synthetic", "synthetic --num-images 160 --size 256 --out"),
+        ("gastric_recognition", "classification --root DIR --out"),
+    ):
+        path = tmp_path / dataset / "annotations" / "val.json"
+        with pytest.raises(FileNotFoundError, match=f"{path}.*prepare_dataset.py {command}"):
+            DatasetCatalog.get(f"{dataset}_val")
+
+
+def test_own_name(coco_folder, tmp_path, scratch_name):
+    json_file, images = coco_folder(lambda c: c["annotations"][0].update(iscrowd=0, area=200))
+    catalog.register_lesion_dataset(scratch_name, json_file, images, ["guess"])
+    metadata = MetadataCatalog.get(scratch_name)
+    assert (metadata.thing_classes, metadata.evaluator_type) == (["guess"], "coco")
+    DatasetCatalog.get(scratch_name)
+    assert metadata.thing_classes == ["early gastric cancer"]
+    forget(scratch_name)
+    catalog.register_lesion_dataset(scratch_name, json_file, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        DatasetCatalog.get(scratch_name)
+
+
+@pytest.fixture
+def three_kinds(coco_folder, scratch_name):
+    """Names: ours with two lesions and a lesion-free image, a list alike, a list of one image."""
+    catalog.register_lesion_dataset(scratch_name, *coco_folder())
+    records = list(DatasetCatalog.get(scratch_name))
+    others = {"scratch_list": records, "scratch_lesion_free": records[2:]}
+    for name, content in others.items():
+        DatasetCatalog.register(name, lambda content=content: content)
+        MetadataCatalog.get(name).thing_classes = ["early gastric cancer"]
+    yield scratch_name, *others
+    forget(*others)
+
+
+def test_data_sets_are_joined_filtered_and_loaded_by_stock_loaders(three_kinds):
+    ours, theirs, lesion_free = three_kinds
+    records = DatasetCatalog.get(ours)
+    assert catalog.load_datasets([ours]) is records
+    for names in ([ours, theirs], [theirs, ours]):
+        assert list(catalog.load_datasets(names)) == [*records, *records]
+        assert list(catalog.load_datasets(names, filter_empty=True)) == 2 * records[:2]
+    with pytest.raises(ValueError, match=lesion_free):
+        catalog.load_datasets([ours, lesion_free], filter_empty=True)
+    MetadataCatalog.get(theirs).thing_classes.append("ulcer")
+    with pytest.raises(ValueError, match="thing_classes"):
+        catalog.load_datasets([ours, theirs])
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (ours,), (ours,)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 2, 1
+    cfg.INPUT.MIN_SIZE_TRAIN = (40,)
+    batch = next(iter(data.build_detection_train_loader(cfg)))
+    assert [sample["image"].shape[-2:] for sample in batch] == [(40, 60)] * 2
+    loader = data.build_detection_test_loader(cfg, ours)
+    assert [sample["image_id"] for (sample,) in loader] == [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory):
+    """A prepared data set gastric_recognition."""
+    root = tmp_path_factory.mktemp("classified")
+    draw_classes(root / "raw", (9, 12, 15), size=16)
+    prepare_classes(root / "raw", root / "gastric_recognition", ratio=(2, 1, 1))
+    return root / "gastric_recognition"
+
+
+def test_classified_images(classified, monkeypatch, scratch_name):
+    monkeypatch.setenv("IMRCNN_DATASETS", str(classified.parent))
+    records = catalog.load_datasets("gastric_recognition_test", filter_empty=True)
+    metadata = MetadataCatalog.get("gastric_recognition_test")
+    assert metadata.thing_classes == sorted(CLASSES)
+    assert metadata.evaluator_type == "recognition"
+    content = json.loads((classified / "annotations" / "test.json").read_text())
+    assert len(records) == len(content["images"])
+    for record in records:
+        assert set(record) == {"file_name", "image_id", "width", "height", "label"}
+        folder = record["file_name"].split("/")[-2]  # named as the class
+        assert metadata.thing_classes[record["label"]] == folder
+        assert (record["width"], record["height"]) == (16, 16)
+    assert [*catalog.labels_of(records)] == [record["label"] for record in records]
+    files = classified / "annotations" / "val.json", classified / "images"
+    catalog.register_classification_dataset(scratch_name, *files)
+    assert {record["label"] for record in DatasetCatalog.get(scratch_name)} == {0, 1, 2}
+
+
+def test_images_without_a_class_or_with_two_are_refused(classified, tmp_path):
+    content = json.loads((classified / "annotations" / "val.json").read_text())
+    path, annotations = tmp_path / "val.json", content["annotations"]
+    two = [*annotations, {**annotations[0], "id": 999}]
+    unknown = [{**annotations[0], "category_id": 77}, *annotations[1:]]
+    for changed, error, message in (
+        (two, ValueError, "1 images .* with 2"),
+        (annotations[1:], ValueError, "1 images .* with 0"),
+        (unknown, KeyError, "category_id=77"),
+    ):
+        path.write_text(json.dumps({**content, "annotations": changed}))
+        with pytest.raises(error, match=f"{path}.*{message}"):
+            load_labelled_catalog(path, tmp_path)
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    labels = np.array([0] * 5 + [1] * 2 + [2] * 13)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    np.testing.assert_allclose(catalog.balanced_weights(labels, 3), expected)
+    assert catalog.balanced_weights(labels, 3)[labels].mean() == pytest.approx(1)
+    for number in (2, 4):
+        with pytest.raises(ValueError, match=r"\[5, 2, 13"):
+            catalog.balanced_weights(labels, number)
