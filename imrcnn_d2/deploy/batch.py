@@ -502,6 +502,8 @@ def ahead(items: Iterable, number: int) -> Iterator:
 
 @dataclass(frozen=True)
 class Summary:
+    """What a call of `predict_files` did."""
+
     images: int  # images and frames predicted now
     skipped: int  # inputs that an earlier call had done
     failed: list[tuple[str, str]]  # name and reason of each input not read, or not to its end

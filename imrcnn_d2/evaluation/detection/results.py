@@ -34,8 +34,10 @@ _CURVE_COLUMNS = "iou_type class score tp fp n_gt precision recall precision_env
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    tau: float  # score threshold
-    rule: str  # how it was chosen, see choose_operating_point
+    """The score threshold at which a model is used, see `choose_operating_point`."""
+
+    tau: float
+    rule: str  # how it was chosen
     dataset: str | None = None  # the data set it was chosen on
 
     @classmethod
