@@ -80,7 +80,7 @@ def write_and_log(results, args):
 
     paths = write_evaluation(results, args.output, gt=args.gt, dt=args.dt, image_root=args.images)
     sha256 = file_sha256(args.dt) if args.dt.is_file() else None
-    log_test_evaluation(args.gt, what=args.dt, sha256=sha256, output=args.output)
+    log_test_evaluation(args.gt, source=args.dt, sha256=sha256, output=args.output)
     return paths.values()
 
 

@@ -113,7 +113,7 @@ def evaluate(args):
     folders = metadata.image_root, args.output
     document = evaluate_robustness(predict, ground_truth, *folders, **options)
     digest = predictor.metadata["weights_sha256"]
-    log_test_evaluation(metadata.json_file, what=args.weights, sha256=digest, output=args.output)
+    log_test_evaluation(metadata.json_file, source=args.weights, sha256=digest, output=args.output)
     first = min(ground_truth.dataset["images"], key=lambda image: image["id"])
     example = read_image(Path(metadata.image_root) / first["file_name"])
     plot_distortions(example, args.output / "distortions.jpg", seed=(args.seed, first["id"]))

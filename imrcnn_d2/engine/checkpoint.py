@@ -418,7 +418,7 @@ def log_test_evaluations(datasets: Iterable[str], output_dir: str, weights: Weig
     for name in datasets:
         log_test_evaluation(
             MetadataCatalog.get(name).get("json_file"),
-            what=weights.path or "a model loaded from no checkpoint",
+            source=weights.path or "a model loaded from no checkpoint",
             sha256=weights.sha256,
             output=os.path.join(output_dir, "inference", name),
         )

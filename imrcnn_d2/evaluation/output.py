@@ -420,9 +420,9 @@ LOG_COLUMNS = ("date", "what", "sha256", "output")
 
 
 def log_test_evaluation(
-    gt_path: str | Path | None, *, what: str | Path, sha256: str | None, output: str | Path
+    gt_path: str | Path | None, *, source: str | Path, sha256: str | None, output: str | Path
 ):
-    """Record that a test set was evaluated: the checkpoint or results ``what``, with their sha256,
+    """Record that a test set was evaluated: the checkpoint or results ``source``, their sha256,
     and the folder ``output``. Every evaluation is a chance to choose what does well on it, so
     reports state how many there were.
 
@@ -434,7 +434,7 @@ def log_test_evaluation(
     if path is None:
         return
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    row = csv_line((date, Path(what).absolute(), sha256 or "", Path(output).absolute())).encode()
+    row = csv_line((date, Path(source).absolute(), sha256 or "", Path(output).absolute())).encode()
     try:
         with open(path, "ab", buffering=0, opener=_no_link) as file:
             # One write, at the end of the file: lines of evaluations at the same time stay whole.

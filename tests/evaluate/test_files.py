@@ -193,8 +193,8 @@ def test_each_evaluation_of_a_test_set_is_a_line(root, tmp_path):
     before = datetime.now(timezone.utc) - timedelta(seconds=1)  # the log has whole seconds
     digests = [hashlib.sha256(bytes([i])).hexdigest() for i in range(2)]
     for digest in digests:
-        log_test_evaluation(gt, what="a, b.pth", sha256=digest, output=tmp_path / "out")
-    log_test_evaluation(str(gt), what="masks", sha256=None, output="out")
+        log_test_evaluation(gt, source="a, b.pth", sha256=digest, output=tmp_path / "out")
+    log_test_evaluation(str(gt), source="masks", sha256=None, output="out")
     rows = rows_of(root / "test_evaluations.csv")
     assert [row["sha256"] for row in rows] == [*digests, ""]
     assert read_test_log(gt) == rows
@@ -206,7 +206,7 @@ def test_each_evaluation_of_a_test_set_is_a_line(root, tmp_path):
 def test_only_the_test_part_of_a_prepared_data_set_is_logged(root, tmp_path):
     foreign = tmp_path / "annotations" / "test.json"
     for gt in (root / "annotations" / "val.json", root / "test.json", foreign, None):
-        log_test_evaluation(gt, what="x", sha256="y", output="z")
+        log_test_evaluation(gt, source="x", sha256="y", output="z")
         assert read_test_log(gt) == []
     assert not list(tmp_path.rglob("test_evaluations.csv"))
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_written_to_is_warned_of(root, caplog, kind):
         log.symlink_to(root / "splits.json")
     else:
         os.mkfifo(log)
-    log_test_evaluation(gt, what="x", sha256="y", output="z")
+    log_test_evaluation(gt, source="x", sha256="y", output="z")
     assert (root / "splits.json").read_text() == "{}"
     assert str(log) in caplog.text
     assert caplog.records[0].levelname == "WARNING"

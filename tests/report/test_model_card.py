@@ -74,7 +74,7 @@ def test_looks_at_the_test_set_are_counted(run, write, tmp_path):
     assert "No evaluation of this test set is on record" in write()
     for number in range(2):
         checkpoint, sha256 = tmp_path / f"{number}.pth", str(number) * 64
-        log_test_evaluation(run.gt_path, what=checkpoint, sha256=sha256, output=tmp_path)
+        log_test_evaluation(run.gt_path, source=checkpoint, sha256=sha256, output=tmp_path)
     text = write()
     assert "2 times on record" in text
     assert [row[2] for row in rows(text, "Looks at the test set")[1:]] == ["0" * 16, "1" * 16]

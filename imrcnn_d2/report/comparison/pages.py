@@ -278,5 +278,5 @@ def _plot_classifiers(comparison, folder):
         if shown:
             paths += [folder / f"{stem}.{suffix}" for stem in ("roc", "calibration")]
             plot_class_roc(shown, paths[-2])
-            plot_calibration(calibrations, paths[-1], of=("Right", "Images"))
+            plot_calibration(calibrations, paths[-1], labels=("Right", "Images"))
     return paths

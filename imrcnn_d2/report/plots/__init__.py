@@ -56,7 +56,7 @@ def _draw_classifier(results, path):
     matrices.plot_confusion_matrix({name: results.confusion}, path("confusion_matrix"))
     curves.plot_class_roc({name: results}, path("roc_curve"))
     calibration = {name: results.metrics.calibration}
-    curves.plot_calibration(calibration, path("calibration"), of=("Right", "Images"))
+    curves.plot_calibration(calibration, path("calibration"), labels=("Right", "Images"))
 
 
 def _draw_detector(results, path):

@@ -193,10 +193,10 @@ def plot_calibration(
     calibrations: Mapping[str, Calibration],
     path: str | Path,
     *,
-    of: tuple[str, str] = ("Hits", "Detections"),
+    labels: tuple[str, str] = ("Hits", "Detections"),
 ) -> Figure:
     """Plot the share of hits against the mean score of each bin, with exact 95 % intervals, and
-    below it the number of detections in each. ``of`` names the hits and the cases.
+    below it the number of detections in each. ``labels`` names the hits and the cases.
     """
     figure = Figure(figsize=(6, 7.2), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3.6, 1))
@@ -224,8 +224,8 @@ def plot_calibration(
             above = dict(xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7.5)
             for centre, count in zip((edges[:-1] + edges[1:]) / 2, counts, strict=True):
                 bottom.annotate(str(count), (centre, count), **above)
-    top.set(ylabel=f"{of[0]} (%)", ylim=(-1, 101), title="Do scores mean what they say?")
-    bottom.set(xlabel="Score (%)", ylabel=of[1], xlim=(0, 101))
+    top.set(ylabel=f"{labels[0]} (%)", ylim=(-1, 101), title="Do scores mean what they say?")
+    bottom.set(xlabel="Score (%)", ylabel=labels[1], xlim=(0, 101))
     bottom.margins(y=0.18)
     bottom.set_ylim(bottom=0)
     tidy(top)
