@@ -305,7 +305,7 @@ def test_all_tables_go_through_it(tmp_path):
     (tmp_path / "splits.json").write_text("{}")
     for _ in range(2):  # read and written again
         names.write_table()
-        log_test_evaluation(gt, what="w", sha256=attack, output=tmp_path)
+        log_test_evaluation(gt, source="w", sha256=attack, output=tmp_path)
     assert {row["old"]: row["new"] for row in read_rows(names.table, ["old"])} == expected
     assert [entry["sha256"] for entry in read_test_log(gt)] == [attack, attack]
     (tmp_path / "per_image.csv").write_text(csv_text([{attack: -1.5, "name": attack}], []))

@@ -326,7 +326,7 @@ def _class_plots(runs):
     results = {run.name: run.results for run in runs}
     calibration = {name: scored.metrics.calibration for name, scored in results.items()}
     areas = {name: scored.recognition["auroc"] for name, scored in results.items()}
-    names = {"of": ("Right", "Images")}
+    names = {"labels": ("Right", "Images")}
     return {
         "roc": _plot(areas, curves.plot_class_roc, results),
         "calibration": _plot(_errors(results), curves.plot_calibration, calibration, **names),
