@@ -2,7 +2,7 @@
 ##
 ##   make install   .venv with torch, Detectron2, this package and its tools
 ##   make test      install, lint, then run the fast tests and some slow ones (about 8 minutes)
-##   make test-all  install, lint, then run all tests
+##   make test-all  install, lint, then run all tests; MIRROR=URL, as root, adds the image build
 ##   make test-fast install, then run the tests that train nothing and start no browser
 ##   make demo      install, then train, evaluate and report on synthetic images
 ##   make lint      install, then ruff, the import directions and the banned words

@@ -48,7 +48,7 @@ setup(
             "configs/*/*.yaml",
             "configs/lazy/*.py",
         ],
-        "imrcnn_d2.deploy.web": ["templates/*"],
+        "imrcnn_d2.deploy": ["templates/*"],
         "imrcnn_d2.report.html": ["templates/*"],
     },
     install_requires=[

@@ -32,8 +32,8 @@ from imrcnn_d2.cli.export import calibration_images
 from imrcnn_d2.data.images import open_image, read_image
 from imrcnn_d2.deploy import Predictor
 from imrcnn_d2.deploy.loading import load_model
+from imrcnn_d2.deploy.outputs import LEAST_SCORE, compare_records
 from imrcnn_d2.deploy.runtimes import EXPORTS
-from imrcnn_d2.deploy.runtimes.base import LEAST_SCORE, compare_records
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.evaluation import evaluate_lesions
 

@@ -57,7 +57,7 @@ if ! b inspect --type image imrcnn-base > /dev/null 2>&1; then
     rm -rf "$work/root"
 fi
 
-step "Build, ${bundle:+only from $bundle, without a network}"
+step "Build${bundle:+, only from $bundle, without a network}"
 offline=()
 [ -z "$bundle" ] || offline=(unshare --net)
 build=(buildah --root "$work/storage" --runroot "$work/run"
@@ -115,6 +115,11 @@ foreign="$(find "$work/outputs" "$work/data" ! \( -uid $uid -gid $gid \))"
 [ -z "$foreign" ] || fail "files of another user: $foreign"
 run -- report /outputs/short --output /outputs/report.html
 test -s "$work/outputs/report.html"
+
+step "Prediction with these weights"
+run -- predict --weights /outputs/short/model_final.pth --input /data/synthetic/images/patient000_view0.jpg \
+    --output /outputs/predicted
+test -s "$work/outputs/predicted/predictions.json" || fail "no predictions in the volume"
 
 step "Any other user, as docker run --user"
 install -d -o 4321 -g 4321 "$work/outputs/other"

@@ -1,8 +1,7 @@
 """How the tests share a machine, and fixtures that find the real images.
 
 These lie in the folder that IMRCNN_TEST_DATA names, outside of this repository. Without it tests
-are skipped, or fail under IMRCNN_REQUIRE_TEST_DATA=1.
-"""
+are skipped, or fail under IMRCNN_REQUIRE_TEST_DATA=1."""
 
 import multiprocessing
 import os

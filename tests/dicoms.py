@@ -15,8 +15,7 @@ PATIENT = {
 def write_dicom(path, pixels=None, *, encoded=None, syntax=ExplicitVRLittleEndian, **fields):
     """Write pixels (H, W), (H, W, 3) or (N, H, W, 3) and further elements; return the path.
 
-    ``encoded`` are the frames as bytes, compressed by the transfer syntax ``syntax``.
-    """
+    ``encoded`` are the frames as bytes, compressed by the transfer syntax ``syntax``."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian

@@ -12,8 +12,7 @@ def draw_frame(shape, background="black", inset="none", seed=0, height=480, widt
     """A frame (H, W, 3) uint8, its view (H, W) bool, and the box of the inset over it, or None.
 
     Insets lie over the view's lower left corner: "map" is of one colour with lines in it, "second"
-    another endoscopic image; "outside" is one that lies outside the view.
-    """
+    another endoscopic image; "outside" is one that lies outside the view."""
     rng = np.random.default_rng(seed)
     view = _view(shape, height, width)
     frame = np.empty((height, width, 3), np.uint8)
@@ -41,9 +40,7 @@ def draw_frame(shape, background="black", inset="none", seed=0, height=480, widt
 
 
 def patient_banner(frame, view):
-    """The frame with a patient's data next to the view, where there is room; what was written on,
-    (H, W) bool.
-    """
+    """The frame with a patient's data next to the view; what was written on, (H, W) bool."""
     written = frame.copy()
     for row, line in enumerate(("MUSTERFRAU, ERIKA", "ID 4711", "12.08.1964", "F 62y")):
         cv2.putText(written, line, (4, 130 + 26 * row), 0, 0.5, (240, 240, 240), 1, cv2.LINE_AA)

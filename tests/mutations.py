@@ -8,11 +8,8 @@ from hypothesis import strategies as st
 
 NASTY = ["", "0", "-1", "1e999", "nan", "../x", "/etc/hostname", "\0", "\ud800", "é\u202e"]
 TEXTS = st.sampled_from([*NASTY, "a" * 300]) | st.text(max_size=8)
-NUMBERS = (
-    st.integers(-3, 70)
-    | st.sampled_from([2**31, -(2**63), 10**30, 10**400, 1e308, -0.0, 1e-320])
-    | st.floats()
-)
+EXTREMES = [2**31, -(2**63), 10**30, 10**400, 1e308, -0.0, 1e-320]
+NUMBERS = st.integers(-3, 70) | st.sampled_from(EXTREMES) | st.floats()
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
@@ -64,8 +61,7 @@ def damaged_bytes(draw, data):
 
 
 def _damaged_text(text):
-    data = damaged_bytes(text.encode("utf-8", "surrogatepass"))
-    return data.map(lambda damaged: damaged.decode("latin-1"))
+    return damaged_bytes(text.encode("utf-8", "surrogatepass")).map(lambda d: d.decode("latin-1"))
 
 
 @st.composite

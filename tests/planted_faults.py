@@ -21,9 +21,7 @@ def _render(patient):
 
 
 class Planted:
-    """Builds the data set in a folder: its faults (kind, names of their images), and the names of
-    the images that are clean.
-    """
+    """Builds the data set in a folder; holds its faults (kind, names) and the clean images."""
 
     def __init__(self, folder):
         self.folder, self.images = folder, folder / "images"
@@ -47,7 +45,6 @@ class Planted:
         return record
 
     def annotate(self, record, split="train", **annotation):
-        """Add an annotation of an image."""
         number = sum(len(part["annotations"]) for part in self._splits.values()) + 1
         fields = {"id": number, "image_id": record["id"], "category_id": 1, "iscrowd": 0}
         self._splits[split]["annotations"].append({**fields, **annotation})
@@ -85,23 +82,19 @@ class Planted:
         record = self.add()
         record["width"], record["height"] = 2 * SIZE, SIZE + 30
         self.fault("wrong_size", record)
-
-        def cut(image):
-            return np.clip(image, 0, 255).astype(np.uint8)
-
         for kind, change in (
-            ("colour", lambda i: cut(np.repeat(i.mean(axis=2, keepdims=True), 3, axis=2))),
-            ("colour", lambda i: cut(i[..., ::-1])),
-            ("colour", lambda i: cut(i * [0.35, 1.4, 0.9])),
-            ("black_frame", lambda i: cut(i * 0.04)),
-            ("blur", lambda i: cv2.GaussianBlur(cut(i), (0, 0), SIZE / 60)),
-            ("blur", lambda i: cv2.filter2D(cut(i), -1, np.full((15, 15), 1 / 225))),
-            ("overexposed", lambda i: cut(i * 6 + 20 * (i > 30))),
-            ("text_outside_view", lambda i: _with_text(cut(i), "DOE, JANE", "ID 1234567")),
-            ("text_outside_view", lambda i: _with_text(cut(i), "12/03/1950")),
+            ("colour", lambda i: np.repeat(i.mean(axis=2, keepdims=True), 3, axis=2)),
+            ("colour", lambda i: i[..., ::-1]),
+            ("colour", lambda i: i * [0.35, 1.4, 0.9]),
+            ("black_frame", lambda i: i * 0.04),
+            ("blur", lambda i: cv2.GaussianBlur(_cut(i), (0, 0), SIZE / 60)),
+            ("blur", lambda i: cv2.filter2D(_cut(i), -1, np.full((15, 15), 1 / 225))),
+            ("overexposed", lambda i: i * 6 + 20 * (i > 30)),
+            ("text_outside_view", lambda i: _with_text(i, "DOE, JANE", "ID 1234567")),
+            ("text_outside_view", lambda i: _with_text(i, "12/03/1950")),
         ):
             image, masks = _render(self._count + 1)
-            image = change(image.astype(np.float32))
+            image = _cut(change(image.astype(np.float32)))
             self.fault(kind, self.add(image, masks if image.shape[1] == SIZE else ()))
 
     def _plant_annotations(self):
@@ -109,18 +102,18 @@ class Planted:
             return {"segmentation": [[float(v) for point in points for v in point]]}
 
         middle, far = SIZE / 2, SIZE * 0.7
-        square = [(middle, middle), (far, middle), (far, far), (middle, far)]
+        a, b, c, d = (middle, middle), (far, middle), (far, far), (middle, far)
         corner = np.zeros((SIZE, SIZE), bool)
         corner[:20, :20] = True
         for kind, annotation in (
             ("malformed", {"segmentation": [[1.0, 2.0, 3.0]]}),
-            ("malformed", {**polygon(*square), "category_id": 9}),
+            ("malformed", {**polygon(a, b, c, d), "category_id": 9}),
             ("malformed", {"segmentation": {"size": [5, 5], "counts": [25]}}),
             ("empty", {}),
             ("empty", polygon((900, 900), (950, 900), (950, 950))),
-            ("tiny", polygon((middle, middle), (middle + 3, middle), (middle, middle + 3))),
+            ("tiny", polygon(a, (middle + 3, middle), (middle, middle + 3))),
             ("outside_view", annotation_from_mask(corner)),
-            ("self_crossing", polygon(square[0], square[2], square[1], square[3])),
+            ("self_crossing", polygon(a, c, b, d)),
         ):
             record = self.add()
             self.annotate(record, **annotation)
@@ -154,13 +147,15 @@ class Planted:
         self.fault("patient_across_splits", *views)
 
 
+def _cut(image):
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
 def _with_text(image, *lines):
     """The image with a black margin, and writing in it."""
-    canvas = np.zeros((SIZE, SIZE + 110, 3), np.uint8)
-    canvas[:, 110:] = image
+    canvas = np.pad(_cut(image), ((0, 0), (110, 0), (0, 0)))
     for i, line in enumerate(lines):
-        at = (4, 40 + 24 * i)
-        cv2.putText(canvas, line, at, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (220, 220, 220), 1)
+        cv2.putText(canvas, line, (4, 40 + 24 * i), 0, 0.45, (220, 220, 220), 1)
     return canvas
 
 

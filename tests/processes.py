@@ -2,8 +2,7 @@
 
 They are forked from a server that has imported torch, Detectron2 and the like, but nothing of ours:
 each sees our package as a new interpreter does. conftest.py names the imports (PRELOAD), so whoever
-asks multiprocessing for the start method "forkserver" shares the server.
-"""
+asks multiprocessing for the start method "forkserver" shares the server."""
 
 import multiprocessing
 import os
@@ -33,8 +32,7 @@ def run_script(script, *arguments, env=None, timeout=1800):
     """Run a script as ``python script arguments`` in the root of the repository does.
 
     Return the ``CompletedProcess`` with the output as text. The environment is this process's by
-    default; the seconds are far more than a script needs on a busy machine.
-    """
+    default; the seconds are far more than a script needs on a busy machine."""
     argv = [str(ROOT / script), *map(str, arguments)]
     with TemporaryDirectory() as folder:
         files = [os.path.join(folder, name) for name in ("out", "err")]

@@ -22,8 +22,7 @@ def draw_classes(root, numbers, size=48):
         (root / name).mkdir(parents=True)
         for i in range(number):
             rng = np.random.default_rng([k, i])
-            pixels = rng.integers(120, 160, (size, size, 3), dtype=np.uint8)
-            image = Image.fromarray(pixels)
+            image = Image.fromarray(rng.integers(120, 160, (size, size, 3), dtype=np.uint8))
             x, y = rng.integers(4, size // 2, 2).tolist()
             ImageDraw.Draw(image).ellipse((x, y, x + size // 3, y + size // 3), fill=COLOURS[k])
             image.save(root / name / f"{k}_{i:02}.png")
@@ -31,7 +30,6 @@ def draw_classes(root, numbers, size=48):
 
 
 def prepare_classes(root, out, **options):
-    """Prepare the folders of `root`; returns what prepare_dataset does."""
     rejects = Rejects()
     source = read_class_folders(root, rejects)
     return prepare_dataset(source, out, SplitOptions(**options), rejects)
@@ -39,12 +37,10 @@ def prepare_classes(root, out, **options):
 
 def write_classifier(output, gt, *, skill=1.0, seed=0, backbone="resnet50", fold=None):
     """Write an OUTPUT_DIR with an evaluation of simulated probabilities; return it."""
-    dataset = "gastric_recognition_test"
+    dataset, content = "gastric_recognition_test", json.loads(gt.read_text())
     folder = output / "inference" / dataset
-    content = json.loads(gt.read_text())
     ids = sorted(category["id"] for category in content["categories"])
-    rng = np.random.default_rng(seed)
-    results = []
+    rng, results = np.random.default_rng(seed), []
     for annotation in content["annotations"]:
         scores = rng.normal(size=len(ids))
         scores[ids.index(annotation["category_id"])] += 2 * skill

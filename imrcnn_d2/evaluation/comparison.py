@@ -11,7 +11,6 @@ from functools import cached_property
 import numpy as np
 
 from imrcnn_d2.evaluation.detection.metrics import GroupFormulas, ResampledMetrics
-from imrcnn_d2.evaluation.detection.results import LesionResults
 from imrcnn_d2.evaluation.output import EvaluationResults
 from imrcnn_d2.evaluation.statistics import (
     Bootstrap,
@@ -132,36 +131,3 @@ def image_level_test(
         return None
     right = [results[0].right(tau_val) for results in (first, second)]
     return None if any(images is None for images in right) else mcnemar_exact(*right)
-
-
-def check_same_units(
-    first: LesionResults,
-    second: LesionResults,
-    names: tuple[str, str] = ("the first", "the second"),
-):
-    """
-    Raises:
-        ValueError: the results are not of the same images, lesions and patients.
-    """
-    truths = first.ground_truth, second.ground_truth
-    both = f"{names[0]} and {names[1]}"
-    for field, kind in (("id", "images"), ("file_name", "images"), ("patient_id", "patients")):
-        values = [[image.get(field) for image in gt.images] for gt in truths]
-        if values[0] != values[1]:
-            pairs = zip(*values, strict=False)
-            example = next((f", such as {a!r} and {b!r}" for a, b in pairs if a != b), "")
-            raise ValueError(
-                f"The test sets of {both} have different {kind} ({len(values[0])} and "
-                f"{len(values[1])} images{example}): only models on the same test set can be "
-                "compared."
-            )
-    contents = [
-        ([c["name"] for c in gt.categories], gt.regions.image.tolist(), gt.area.tolist())
-        + (gt.regions.category.tolist(), gt.regions.boxes.tolist(), gt.crowd.tolist())
-        for gt in truths
-    ]
-    if contents[0] != contents[1]:
-        raise ValueError(
-            f"The test sets of {both} have the same images but different lesions or classes: only "
-            "models scored against the same ground truth can be compared."
-        )

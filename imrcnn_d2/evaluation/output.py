@@ -92,6 +92,35 @@ class EvaluationResults:
         ``tau_val``; None without one where that is requested."""
         raise NotImplementedError
 
+    def check_same_units(
+        self, other: "EvaluationResults", names: tuple[str, str] = ("the first", "the second")
+    ) -> None:
+        """
+        Raises:
+            ValueError: the results are not of the same images, patients, classes and annotations.
+        """
+        test_sets = f"The test sets of {names[0]} and {names[1]}"
+        for key, kind in (("id", "images"), ("file_name", "images"), ("patient_id", "patients")):
+            values = [
+                [image.get(key) for image in each.ground_truth.images] for each in (self, other)
+            ]
+            if values[0] != values[1]:
+                pairs = zip(*values, strict=False)
+                example = next((f", such as {a!r} and {b!r}" for a, b in pairs if a != b), "")
+                raise ValueError(
+                    f"{test_sets} have different {kind} ({len(values[0])} and {len(values[1])} "
+                    f"images{example}): only models on the same test set can be compared."
+                )
+        if self._annotations() != other._annotations():
+            raise ValueError(
+                f"{test_sets} have the same images but different annotations or classes: only "
+                "models scored against the same ground truth can be compared."
+            )
+
+    def _annotations(self):
+        """All that is annotated, to tell whether two ground truths are the same."""
+        raise NotImplementedError
+
     def document(self) -> dict:
         """What metrics.json holds, but for ``meta``."""
         groups = {**self.groups(), **self._further_groups(), "calibration": self.calibration}

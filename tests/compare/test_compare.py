@@ -1,18 +1,23 @@
-"""Which runs belong together, and how models differ: against the runs' values and SciPy."""
+"""Runs of detectors and of classifiers are gathered, compared and tested."""
 
 import json
 import logging
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
-from scipy import stats
+from PIL import Image
+from recognition_runs import CLASSES, draw_classes, prepare_classes, write_classifier
 
 from imrcnn_d2.cli import compare as command
 from imrcnn_d2.evaluation import Bootstrap
+from imrcnn_d2.evaluation.comparison import image_level_test
+from imrcnn_d2.evaluation.statistics import corrected_resampled_t_test, holm
 from imrcnn_d2.report import load_run
-from imrcnn_d2.report.comparison import compare, gather
+from imrcnn_d2.report.comparison import compare, gather, write_comparison
 from imrcnn_d2.report.comparison.models import training_images
+from imrcnn_d2.report.comparison.pages import class_table
 
 BOOTSTRAP = Bootstrap(60)
 
@@ -151,15 +156,10 @@ def test_pairs_and_their_differences(three):
     at_tau_val = of(compared.tests, "tau_val.lesion/recall")["IMR-CNN", "MR-CNN"].estimate
     expected = best.tau_val["lesion"]["recall"] - worst.tau_val["lesion"]["recall"]
     assert at_tau_val == pytest.approx(expected) and expected != test.estimate
-    # McNemar's exact test is SciPy's binomial test of the discordant images.
     test = of(compared.tests, "image/accuracy")["IMR-CNN", "MR-CNN"]
-    first, second = (
-        np.array([row["image_outcome"] in ("TP", "TN") for row in results.per_image])
-        for results in (best, worst)
-    )
-    b, c = int((first & ~second).sum()), int((~first & second).sum())
-    assert test.test == f"McNemar's exact, {b} : {c}"
-    assert test.p == pytest.approx(stats.binomtest(b, b + c).pvalue)
+    result = image_level_test([best], [worst])
+    assert test.test == f"McNemar's exact, {result.only_first} : {result.only_second}"
+    assert test.p == result.p < 0.05
     baseline = compare(gather(three), BOOTSTRAP, baseline="IBMR-CNN")
     pairs = [("MR-CNN", "IBMR-CNN"), ("IMR-CNN", "IBMR-CNN")]
     assert list(of(baseline.tests, "lesion/f1")) == pairs
@@ -170,11 +170,8 @@ def test_all_but_the_primary_endpoint_are_adjusted(three):
         tests = compare(gather(three), BOOTSTRAP, primary=primary).tests
         assert {test.endpoint for test in tests if test.primary} == {primary}
         assert all(math.isnan(test.p_holm) for test in tests if test.primary)
-        family = sorted((test for test in tests if not test.primary), key=lambda test: test.p)
-        adjusted = 0
-        for rank, test in enumerate(family):
-            adjusted = max(adjusted, min(1, (len(family) - rank) * test.p))
-            assert test.p_holm == pytest.approx(adjusted)
+        family = [test for test in tests if not test.primary]
+        assert [t.p_holm for t in family] == pytest.approx(holm([t.p for t in family]))
 
 
 def test_endpoints_and_baselines_that_there_are_not(three):
@@ -190,17 +187,6 @@ def test_endpoints_and_baselines_that_there_are_not(three):
     assert not of(slow.tests, "patient/recall")  # no image of a patient
 
 
-def test_seeds_are_one_model(gt, make):
-    runs = [make(f"{seed}", gt, seed=seed) for seed in (1, 2, 3)]
-    compared = compare(gather([*runs, make("b", gt, model="MR-CNN")]), BOOTSTRAP)
-    model = compared.models["IMR-CNN"]
-    values = [run.results.segm["AP50_voc"] for run in runs]
-    assert model.values["segm"]["AP50_voc"] == pytest.approx(np.mean(values))
-    assert model.sd("segm", "AP50_voc") == pytest.approx(np.std(values))
-    # Three outcomes of an image are not one: no McNemar's test.
-    assert not of(compared.tests, "image/accuracy")
-
-
 def test_folds_are_tested_with_their_sizes(fold_gts, make):
     runs, values = [], {}
     for fold, path in enumerate(fold_gts):
@@ -213,9 +199,8 @@ def test_folds_are_tested_with_their_sizes(fold_gts, make):
     assert (compared.n_train, compared.n_test) == (64, 13)
     test = of(compared.fold_tests, "lesion/recall")["IMR-CNN", "MR-CNN"]
     differences = np.subtract(values["IMR-CNN"], values["MR-CNN"])
-    error = np.sqrt((1 / 3 + 13 / 64) * differences.var(ddof=1))
-    assert test.estimate == pytest.approx(differences.mean())
-    assert test.p == pytest.approx(2 * stats.t.sf(abs(differences.mean()) / error, 2))
+    expected = corrected_resampled_t_test(differences, 64, 13)
+    assert (test.estimate, test.p) == pytest.approx((expected.estimate, expected.p))
     for run in runs:
         run.record["datasets"] = {}
     unknown = compare(gather(runs), BOOTSTRAP)
@@ -270,3 +255,124 @@ def test_the_command(gt, write_run, write_gt, tmp_path, capsys):
             command.main([runs[0], second, "--output", str(tmp_path / "none")])
         assert stopped.value.code == 1 and named in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+BACKBONES = {"vgg19": 0.5, "resnet50.a1_in1k": 1.0, "inception_v3": 0.8}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A prepared data set and three classifiers, one of them trained with two seeds."""
+    root = tmp_path_factory.mktemp("classifiers")
+    draw_classes(root / "raw", (20, 24, 28), size=24)
+    out = prepare_classes(root / "raw", root / "gastric_recognition", ratio=(1, 1, 2)).out
+    gt = out / "annotations" / "test.json"
+    for number, (backbone, skill) in enumerate(BACKBONES.items()):
+        write_classifier(root / "runs" / backbone, gt, skill=skill, seed=number, backbone=backbone)
+    write_classifier(root / "runs" / "again", gt, skill=0.5, seed=9, backbone="vgg19")
+    return root
+
+
+@pytest.fixture(scope="module")
+def comparison(study):
+    runs = [load_run(study / "runs" / name) for name in (*BACKBONES, "again")]
+    return compare(gather(runs), Bootstrap(60))
+
+
+def test_seeds_are_grouped_and_their_confusions_averaged(comparison):
+    assert list(comparison.models) == ["VGG19", "ResNet50", "Inception-V3"]
+    assert comparison.task.name == "recognition"
+    assert comparison.primary == "recognition/balanced_accuracy"
+    values = comparison.models["VGG19"].values["recognition"]
+    results = [run.results for run in comparison.gathered.split["VGG19"]]
+    assert len(results) == 2
+    counts = np.mean([run.confusion.counts for run in results], axis=0)
+    recall = np.diag(counts) / counts.sum(axis=1)
+    assert values["balanced_accuracy"] == pytest.approx(100 * recall.mean())
+    precision = 100 * np.diag(counts) / counts.sum(axis=0)
+    for k, name in enumerate(sorted(CLASSES)):
+        assert values[f"precision_{name}"] == pytest.approx(precision[k])
+    areas = [run.recognition["auroc"] for run in results]
+    assert values["auroc"] == pytest.approx(np.mean(areas))
+
+
+def test_what_is_tested(comparison):
+    tests = [t for t in comparison.tests if (t.first, t.second) == ("Inception-V3", "ResNet50")]
+    endpoints = {t.endpoint for t in tests}
+    assert [t.endpoint for t in tests if t.primary] == ["recognition/balanced_accuracy"]
+    # Of one cancer class the sensitivity is its accuracy, tested already.
+    assert "cancer/recall" not in endpoints
+    assert {"cancer/specificity", "recognition/accuracy_gastric ulcer"} <= endpoints
+    runs = [comparison.gathered.split[label][0].results for label in ("Inception-V3", "ResNet50")]
+    result = image_level_test(*([run] for run in runs))
+    (mcnemar,) = (t for t in tests if t.test.startswith("McNemar"))
+    assert mcnemar.endpoint == "recognition/top1" and mcnemar.p == result.p
+    assert mcnemar.test.endswith(f"{result.only_first} : {result.only_second}")
+    top1 = [run.recognition["top1"] for run in runs]
+    assert mcnemar.estimate == pytest.approx(top1[0] - top1[1])
+
+
+def test_the_files(comparison, tmp_path):
+    page, document, *files = write_comparison(comparison, tmp_path)
+    text = page.read_text()
+    assert "ResNet50, published" in text and "the best of its three models" in text
+    for path in files:
+        if path.suffix == ".png":
+            assert f"]({path.name})" in text
+            assert np.asarray(Image.open(path).convert("L")).std() > 5
+    names = {path.name for path in files}
+    assert {"confusion.svg", "roc.svg", "calibration.svg", "classes.tex"} <= names
+    content = json.loads(document.read_text())
+    key = "accuracy_gastric cancer"
+    value = comparison.models["ResNet50"].values["recognition"][key]
+    assert content["models"]["ResNet50"]["figures"]["recognition"][key] == value
+    published = {"gastric cancer": 93, "gastric ulcer": 92, "chronic gastritis": 88}
+    assert content["published"] == published
+    rows = pd.read_csv(tmp_path / "classes.csv").set_index(["model", "source", "figure"])
+    row = rows.loc["ResNet50", "this comparison", f"recognition/{key}"]
+    assert row["value"] == pytest.approx(value)
+    shown = class_table(comparison).cells
+    assert shown.loc[1, "gastric cancer"].startswith(f"{value:.1f}")
+    assert shown.iloc[-1]["gastric ulcer"] == "92.0"
+
+
+def test_folds(study, tmp_path):
+    runs = []
+    for fold in range(3):
+        content = json.loads((study / "gastric_recognition/annotations/test.json").read_text())
+        for image in content["images"]:  # folds test other images each
+            image["file_name"] = f"{fold}/{image['file_name']}"
+        gt = tmp_path / f"fold{fold}" / "annotations" / "test.json"
+        gt.parent.mkdir(parents=True)
+        gt.write_text(json.dumps(content))
+        for backbone in ("vgg19", "resnet50"):
+            output, seed = tmp_path / "runs" / f"{backbone}{fold}", fold + len(backbone)
+            options = dict(seed=seed, backbone=backbone, fold={"index": fold, "of": 3})
+            runs.append(load_run(write_classifier(output, gt, **options)))
+            runs[-1].record["seed"] = 0
+    comparison = compare(gather(runs), Bootstrap(20))
+    files = {path.name for path in write_comparison(comparison, tmp_path / "out")}
+    assert {"folds.csv", "fold_tests.csv", "confusion.png"} <= files
+    rows = pd.read_csv(tmp_path / "out" / "folds.csv").set_index(["model", "figure"])
+    row = rows.loc["VGG19", "recognition/balanced_accuracy"]
+    values = [run.results.recognition["balanced_accuracy"] for run in runs[::2]]
+    assert row["mean"] == pytest.approx(np.mean(values))
+    assert row["sd_population"] == pytest.approx(np.std(values))
+    test = comparison.fold_tests[0]
+    assert test.test == "corrected resampled t-test" and test.primary
+
+
+def test_what_cannot_be_compared(study, write_run, write_gt, tmp_path):
+    run = load_run(study / "runs" / "inception_v3")
+    lesions = load_run(write_run("detector", write_gt(tmp_path / "gt.json")))
+    content = json.loads(run.gt_path.read_text())
+    content["categories"][0]["name"] = "something else"
+    renamed = tmp_path / "set" / "other.json"
+    renamed.parent.mkdir()
+    renamed.write_text(json.dumps(content))
+    other = load_run(write_classifier(tmp_path / "other", renamed, backbone="vgg19"))
+    for second, fault in ((lesions, "recognition.*lesions"), (other, "different test sets")):
+        with pytest.raises(ValueError, match=fault):
+            gather([run, second])
+    with pytest.raises(ValueError, match="'lesion/iou'"):
+        compare(gather([run]), Bootstrap(5), primary="lesion/iou")

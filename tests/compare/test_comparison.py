@@ -1,9 +1,12 @@
-"""Models on the same images, against brute force: resamples built as data sets and scored."""
+"""Models averaged and compared, and tests of significance; by hand, by SciPy and by simulation."""
 
 import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from imrcnn_d2.evaluation import (
     Bootstrap,
@@ -12,54 +15,26 @@ from imrcnn_d2.evaluation import (
     model_figures,
     paired_difference,
 )
-from imrcnn_d2.evaluation.comparison import AveragedMetrics, check_same_units, image_level_test
+from imrcnn_d2.evaluation.comparison import image_level_test
+from imrcnn_d2.evaluation.statistics import (
+    bootstrap_difference,
+    corrected_resampled_t_test,
+    holm,
+    mcnemar_exact,
+)
 
 
 @pytest.fixture(scope="module")
-def case(random_case):
-    """A ground truth of 12 images and three models' results for it, all scores distinct."""
+def scored(random_case):
+    """Three models' results of 12 images, all scores distinct."""
     gt, first = random_case(5, scores="distinct", num_images=12)
     rng = np.random.default_rng(0)
     others = [
         [result | {"score": float(rng.random())} for result in first if rng.random() < keep]
         for keep in (0.8, 0.7)
     ]
-    return gt, [first, *others]
-
-
-@pytest.fixture(scope="module")
-def scored(case):
-    gt, results = case
     point = OperatingPoint(0.3, "f1")
-    return [evaluate_lesions(gt, dt, tau=0.5, operating_point=point) for dt in results]
-
-
-def resampled(gt, results, counts):
-    """The data set that holds image i ``counts[i]`` times, and the results for it."""
-    images, annotations, dt = [], [], []
-    for image, times in zip(gt["images"], counts, strict=True):
-        for _ in range(times):
-            id_ = len(images) + 1
-            images.append(image | {"id": id_})
-            for source, target in ((gt["annotations"], annotations), (results, dt)):
-                target += [r | {"image_id": id_} for r in source if r["image_id"] == image["id"]]
-    annotations = [a | {"id": number} for number, a in enumerate(annotations, 1)]
-    return gt | {"images": images, "annotations": annotations}, dt
-
-
-def test_equal_runs_are_as_one(scored):
-    metrics = scored[0].metrics
-    average = AveragedMetrics([metrics] * 3)
-    weights = next(Bootstrap(20, seed=1).weights(metrics.num_units))
-    for ours, theirs in (
-        (average(weights), metrics(weights)),
-        (average.once(), metrics.once()),
-        (average.proportions(), metrics.proportions()),
-    ):
-        assert ours.keys() == theirs.keys()
-        for group in ours:
-            for name in theirs[group]:
-                assert ours[group][name] == pytest.approx(theirs[group][name], nan_ok=True), name
+    return [evaluate_lesions(gt, dt, tau=0.5, operating_point=point) for dt in (first, *others)]
 
 
 def test_outcomes_are_averaged_and_rank_metrics_too(scored):
@@ -83,19 +58,17 @@ def test_outcomes_are_averaged_and_rank_metrics_too(scored):
     assert np.isnan(model_figures(scored[:1]).sd("segm", "AP50_voc"))
 
 
-def test_resamples_are_data_sets_of_repeated_images(case, scored):
-    """Each resample is built as a data set, scored, and averaged over two runs."""
-    gt, results = case
-    bootstrap = Bootstrap(6, seed=4)
-    model = model_figures(scored[:2], bootstrap)
-    (weights,) = bootstrap.weights(len(gt["images"]))
-    for b, counts in enumerate(weights):
-        runs = [evaluate_lesions(*resampled(gt, dt, counts), tau=0.5) for dt in results[:2]]
-        tp, fp = (sum(run.lesion[key] for run in runs) for key in ("TP", "FP"))
-        assert model.resampled["lesion"]["precision"][b] == pytest.approx(100 * tp / (tp + fp))
-        for group, name in (("segm", "AP50_voc"), ("bbox", "AP50"), ("image", "auroc")):
-            expected = np.mean([run.groups()[group][name] for run in runs])
-            assert model.resampled[group][name][b] == pytest.approx(expected, nan_ok=True)
+def test_resamples_are_averaged(scored):
+    """Counts over two runs before they are divided; metrics of ranks themselves."""
+    metrics, bootstrap = [run.metrics for run in scored[:2]], Bootstrap(6, seed=4)
+    resampled = model_figures(scored[:2], bootstrap).resampled
+    (weights,) = bootstrap.weights(metrics[0].num_units)
+    runs = [metric(weights) for metric in metrics]
+    tp, fp = (sum(run["lesion"][key] for run in runs) for key in ("TP", "FP"))
+    assert resampled["lesion"]["precision"] == pytest.approx(100 * tp / (tp + fp))
+    for group, name in (("segm", "AP50_voc"), ("bbox", "AP50"), ("image", "auroc")):
+        expected = np.mean([run[group][name] for run in runs], axis=0)
+        assert resampled[group][name] == pytest.approx(expected, nan_ok=True)
 
 
 def test_intervals_are_percentiles_and_differences_are_paired(scored):
@@ -136,7 +109,7 @@ def test_image_level_test_by_hand(region, dataset):
 def test_different_test_sets_are_refused(region, dataset):
     lesion, patients = region(1, 0, 0, 10, 10), ["a", "a", "b"]
     base = evaluate_lesions(dataset(3, [lesion], patients=patients), [])
-    check_same_units(base, evaluate_lesions(dataset(3, [lesion], patients=patients), []))
+    base.check_same_units(evaluate_lesions(dataset(3, [lesion], patients=patients), []))
     renamed = dataset(3, [lesion], patients=patients)
     renamed["images"][2]["file_name"] = "other.png"
     crowd = region(1, 0, 0, 10, 10, iscrowd=1)
@@ -145,18 +118,92 @@ def test_different_test_sets_are_refused(region, dataset):
         (dataset(3, [lesion], patients=["a", "b", "b"]), "'a' and 'b'"),
         (dataset(3, [lesion]), "patients"),
         (renamed, "'3.png' and 'other.png'"),
-        (dataset(3, [region(1, 0, 0, 11, 10)], patients=patients), "lesions or classes"),
-        (dataset(3, [lesion], ("polyp",), patients=patients), "lesions or classes"),
-        (dataset(3, [crowd], patients=patients), "lesions or classes"),
+        (dataset(3, [region(1, 0, 0, 11, 10)], patients=patients), "annotations or classes"),
+        (dataset(3, [lesion], ("polyp",), patients=patients), "annotations or classes"),
+        (dataset(3, [crowd], patients=patients), "annotations or classes"),
     ):
         with pytest.raises(ValueError, match=named):
-            check_same_units(base, evaluate_lesions(gt, []), ("A", "B"))
+            base.check_same_units(evaluate_lesions(gt, []), ("A", "B"))
 
 
-def test_patients_are_the_units(region, dataset):
-    """Two patients: a resample holds all images of one twice, or each once."""
-    annotations = [region(i, 0, 0, 10, 10) for i in (1, 2, 3)]
-    gt = dataset(3, annotations, patients=["a", "a", "b"])
-    results = evaluate_lesions(gt, [region(3, 0, 0, 10, 10, score=0.9)])
-    model = model_figures([results], Bootstrap(60))
-    assert set(model.resampled["lesion"]["recall"].round(3)) == {0, 33.333, 100}
+def test_the_bootstrap_by_hand():
+    first = np.array([3.0, 1, 2, 5, np.nan, 4, 4, 4, 4, 4])
+    second = np.array([1.0, 2, 2, 1, 1, np.nan, 1, 1, 1, 1])
+    result = bootstrap_difference(2.5, first, second)
+    # Differences 2 -1 0 4 3 3 3 3, two undefined; two of eight are <= 0, seven >= 0.
+    assert (result.estimate, result.p) == (2.5, pytest.approx(2 * 2 / 8))
+    assert result.undefined_share == pytest.approx(0.2)
+    # Linear between order statistics: positions 0.025 * 7 and 0.975 * 7 of -1 0 2 3 3 3 3 4.
+    assert (result.low, result.high) == pytest.approx((-1 + 0.175, 3 + 0.825))
+    defined = np.append(np.ones(99), np.nan)
+    assert bootstrap_difference(1, defined, np.zeros(100)).p == pytest.approx(1 / 100)
+    assert bootstrap_difference(-1, np.zeros(99), np.ones(99)).p == pytest.approx(1 / 100)
+    same = bootstrap_difference(0, np.ones(99), np.ones(99))
+    assert (same.p, same.low, same.high) == (1, 0, 0)
+    for estimate, values in ((1.0, np.full(5, np.nan)), (np.nan, np.ones(5))):
+        result = bootstrap_difference(estimate, values, np.ones(5))
+        assert np.isnan([result.low, result.high, result.p]).all()
+    assert bootstrap_difference(1.0, np.full(5, np.nan), np.ones(5)).undefined_share == 1
+
+
+def test_size_and_power_of_the_paired_bootstrap():
+    """Recall of two detectors on lesions they find with the same probability, outcomes correlated
+    by the image: at the level of 5 % about 5 % of data sets are significant; many more where one is
+    truly better."""
+    rng = np.random.default_rng(3)
+    sets, images, resamples = 600, 120, 400
+    weights = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
+
+    def rejected(better):
+        count = 0
+        for _ in range(sets):
+            lesions = rng.integers(1, 4, images)
+            easy = rng.beta(2, 1, images)  # shared by both models, so that they are correlated
+            one = rng.binomial(lesions, np.clip(easy + better, 0, 1))
+            two = rng.binomial(lesions, easy)
+            recalls = [weights @ hits / (weights @ lesions) for hits in (one, two)]
+            count += bootstrap_difference((one - two).sum(), *recalls).p < 0.05
+        return count / sets
+
+    # Three standard errors of a share of 5 % of 600 are 2.7 %.
+    assert 0.023 < rejected(0.0) < 0.077
+    assert rejected(0.12) > 0.6
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_mcnemar_is_a_sign_test_of_the_discordant(cases):
+    result = mcnemar_exact(*np.array(cases).T)
+    b, c = sum(a and not z for a, z in cases), sum(z and not a for a, z in cases)
+    assert (result.only_first, result.only_second) == (b, c)
+    assert result.p == pytest.approx(binomtest(b, b + c, 0.5).pvalue if b + c else 1.0)
+
+
+def test_nadeau_bengio_by_hand():
+    """Mean 2, s^2 = 10 / 4 = 2.5; t = 2 / sqrt((1/5 + 1/4) 2.5) = 2 / 1.06066 = 1.88562."""
+    result = corrected_resampled_t_test([0, 1, 2, 3, 4], n_train=640, n_test=160)
+    # Quantile 2.776445 of t with four degrees of freedom, from a table.
+    half = 2.776445 * 1.0606602
+    assert result.estimate == 2
+    assert (result.low, result.high) == pytest.approx((2 - half, 2 + half), rel=1e-6)
+    # For four degrees of freedom P(T > t) is (1 - x (3 - x^2) / 2) / 2 with x = t / sqrt(4 + t^2).
+    x = 1.8856181 / np.sqrt(4 + 1.8856181**2)
+    assert result.p == pytest.approx(1 - x * (3 - x**2) / 2, rel=1e-6)
+    same = corrected_resampled_t_test([0, 0, 0], 2, 1)
+    assert (same.estimate, same.low, same.high, same.p) == (0, 0, 0, 1)
+    for differences in ([1.1, 1.1, 1.1], [1, np.nan, 2]):
+        assert np.isnan(corrected_resampled_t_test(differences, 2, 1).p)
+    for differences, sizes, named in (
+        *(([1.0], (2, 1), "1 fold"), ([1.0, 2.0], (0, 1), "n_train = 0")),
+        ([1.0, 2.0], (1, 0), "n_test = 0"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            corrected_resampled_t_test(differences, *sizes)
+
+
+def test_holm_by_hand():
+    # Sorted 0.01 0.02 0.03 0.04, times 4 3 2 1 and never falling: 0.04 0.06 0.06 0.06.
+    adjusted = holm([0.04, np.nan, 0.01, 0.03, 0.02])
+    assert adjusted == pytest.approx([0.06, np.nan, 0.04, 0.06, 0.06], nan_ok=True)
+    assert holm([0.6, 0.9]).tolist() == [1, 1]
+    assert np.isnan(holm([np.nan])).all() and len(holm([])) == 0

@@ -48,6 +48,11 @@ def command(output, models, *overrides, opts=OPTS):
     ]
 
 
+def start(env, *line):
+    options = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    return subprocess.Popen([sys.executable, *line], env=env, **options)
+
+
 def states(text):
     """{run: state} of the table at the end."""
     rows = [line.split() for line in text.splitlines() if line.startswith("synthetic/")]
@@ -56,9 +61,8 @@ def states(text):
 
 @pytest.fixture(scope="module")
 def sweep(env, tmp_path_factory):
-    """What a sweep of a sound and a broken model leaves, of which one run was finished before, as a
-    job where submitit is installed, and another was killed: folder, process, the killed run.json.
-    """
+    """What a sweep of a sound and a broken model leaves, one run of which was finished before and
+    another was killed: folder, process, the killed run.json."""
     output = tmp_path_factory.mktemp("cv")
     jobs = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60") if SUBMITIT else ()
     done = run_script(*command(output, MODEL, "fold=1", *jobs), env=env)
@@ -66,12 +70,7 @@ def sweep(env, tmp_path_factory):
     assert states(done.stdout) == {f"synthetic/{MODEL}/seed0/fold1": "finished"}
 
     fold = output / "synthetic" / MODEL / "seed0" / "fold0"
-    process = subprocess.Popen(
-        [sys.executable, *command(output, MODEL, "fold=0")],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = start(env, *command(output, MODEL, "fold=0"))
     deadline = time.monotonic() + 1800
     while not (fold / "last_checkpoint").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -85,17 +84,10 @@ def sweep(env, tmp_path_factory):
 
 
 def fold_run(output, env, fold, opts=OPTS):
-    return FoldRun(
-        dataset="synthetic",
-        config_file=Path(f"configs/{MODEL}.yaml").resolve(),
-        seed=0,
-        fold=fold,
-        folds=2,
-        output=output,
-        datasets=Path(env["IMRCNN_DATASETS"]),
-        opts=tuple(value.strip("'") for value in opts),
-        num_gpus=1,
-    )
+    options = dict(dataset="synthetic", seed=0, fold=fold, folds=2, output=output, num_gpus=1)
+    options["config_file"] = Path(f"configs/{MODEL}.yaml").resolve()
+    options["opts"] = tuple(value.strip("'") for value in opts)
+    return FoldRun(datasets=Path(env["IMRCNN_DATASETS"]), **options)
 
 
 def modified(folder):
@@ -135,10 +127,8 @@ def test_runs_that_are_not_run_again(sweep, env, caplog):
     """Finished, with other settings, and trained by another process."""
     output, _, _ = sweep
     caplog.set_level("INFO")
-    run, other = (
-        fold_run(output, env, 1),
-        fold_run(output, env, 0, [*OPTS, "SOLVER.BASE_LR", "0.1"]),
-    )
+    run = fold_run(output, env, 1)
+    other = fold_run(output, env, 0, [*OPTS, "SOLVER.BASE_LR", "0.1"])
     assert run.log.read_text().count("$ IMRCNN_DATASETS=") == 1
     before = modified(run.folder), modified(other.folder)
     run.train()
@@ -161,12 +151,7 @@ def test_runs_that_are_not_run_again(sweep, env, caplog):
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
 def test_a_request_lets_the_training_save(env, tmp_path, send):
     endless = [*OPTS, "SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, *command(tmp_path, MODEL, "fold=0", opts=endless)],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = start(env, *command(tmp_path, MODEL, "fold=0", opts=endless))
     fold = tmp_path / "synthetic" / MODEL / "seed0" / "fold0"
     while not ((fold / "metrics.json").is_file() and (fold / "metrics.json").stat().st_size):
         assert process.poll() is None

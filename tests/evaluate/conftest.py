@@ -27,7 +27,7 @@ def make_dataset(num_images, annotations=(), classes=("lesion",), patients=()):
 
 def make_random(seed, scores="tied", num_images=6, num_classes=2):
     """A crowded data set and results for it, as (dataset, results): several classes, crowds,
-    lesion-free images, near misses and equal overlaps; scores that tie or "distinct" ones."""
+    sizes, lesion-free images, near misses, equal overlaps; scores that tie or "distinct" ones."""
     rng = np.random.default_rng(seed)
 
     def anywhere(image_id, **fields):
@@ -46,7 +46,9 @@ def make_random(seed, scores="tied", num_images=6, num_classes=2):
     for image_id in range(1, num_images + 1):
         lesions = []
         for _ in range(rng.integers(0, 4)):
-            lesions.append(anywhere(image_id, iscrowd=int(rng.random() < 0.2)))
+            lesion = anywhere(image_id, iscrowd=int(rng.random() < 0.2))
+            lesion["area"] = float(lesion["bbox"][2] * lesion["bbox"][3] * rng.choice([1, 9, 99]))
+            lesions.append(lesion)
             if rng.random() < 0.2:
                 lesions.append(dict(lesions[-1]))
         annotations += lesions

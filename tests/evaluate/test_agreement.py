@@ -1,8 +1,7 @@
-"""Agreement of annotators against scikit-learn, statsmodels and counting by hand."""
+"""Annotators who agree or not, and annotations that models contradict."""
 
 import csv
 import json
-import warnings
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from imrcnn_d2.evaluation.annotator_agreement import (
     read_model,
     write_agreement,
 )
+from imrcnn_d2.evaluation.label_errors import LabelError, find_label_errors, pool_label_errors
 
 
 def compare(*data, model=None, **options):
@@ -39,15 +39,14 @@ def compare_two(*data, **options):
 
 @pytest.fixture
 def two(dataset):
-    """Four images: a shared lesion of IoU 0.8 and one of a alone; one of b alone; two of IoU 0.6
-    and 1; none."""
+    """Four images: a shared lesion of IoU 0.8, one of a; one of b; two of IoU 0.6 and 1; none."""
     a = rectangles("1 0 0 10 10; 1 20 0 10 10; 3 0 0 10 10; 3 20 0 10 10")
     b = rectangles("1 0 0 10 8; 2 0 0 10 10; 3 20 0 10 10; 3 0 0 6 10")
     return dataset(4, a), dataset(4, b)
 
 
 def test_worked_example(two):
-    unions = np.array([80 / 200, 0, 160 / 200])  # the fourth image has no lesion of either
+    unions = np.array([80 / 200, 0, 160 / 200])  # the fourth image has no lesion
     expected = {
         "f1": 100 * 6 / 8,  # 3 pairs of 4 and 4 lesions
         "iou": 100 * (0.8 + 0.6 + 1) / 3,
@@ -58,6 +57,7 @@ def test_worked_example(two):
         "kappa": cohen_kappa_score([1, 0, 1, 0], [1, 1, 1, 0]),
     }
     assert compare_two(*two) == pytest.approx(expected)
+    assert compare_two(*two, iou_threshold=1)["f1"] == 100 * 2 / 8
 
 
 @settings(deadline=None, max_examples=30)
@@ -82,11 +82,10 @@ def test_nobody_comes_first(random_case, seed):
 
 
 def test_as_many_pairs_as_there_can_be(dataset, region):
-    """The best overlap first would leave b's second lesion without a partner: the overlaps are
-    16/24 and 16/24 of a's first, 12/28 and 4/36 of its second."""
+    """The overlaps are 16/24 and 16/24 of a's first lesion, 12/28 and 4/36 of its second."""
     a = dataset(1, [region(1, 10, 0, 20, 10), region(1, 22, 0, 20, 10)])
     b = dataset(1, [region(1, 14, 0, 20, 10), region(1, 6, 0, 20, 10)])
-    values = compare_two(a, b, iou_threshold=0.4)
+    values = compare_two(a, b, iou_threshold=12 / 28)
     assert (values["f1"], values["iou"]) == (100, pytest.approx(100 * (16 / 24 + 12 / 28) / 2))
     assert compare_two(a, b)["f1"] == 50
     # Three pairs of IoU 3/17 are more than two that are the same.
@@ -96,11 +95,10 @@ def test_as_many_pairs_as_there_can_be(dataset, region):
 
 
 def reference_kappa(a, b):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return cohen_kappa_score(a, b, labels=[False, True])
+    return cohen_kappa_score(a, b, labels=[False, True])
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_cohen_kappa_is_scikit_learns(answers):
@@ -133,7 +131,7 @@ def test_three_annotators_and_a_model(dataset, region):
     truth = rng.random(40) < 0.6
     answers = [truth ^ (rng.random(40) < 0.2) for _ in range(4)]
     a, b, c, m = (calls(dataset, region, row) for row in answers)
-    results = [{**r, "score": 0.9} for r in m["annotations"]] + [region(1, 0, 0, 9, 9, score=0.1)]
+    results = [{**r, "score": 0.5} for r in m["annotations"]] + [region(1, 0, 0, 9, 9, score=0.4)]
     model = read_model("net", results, 0.5, read_annotator("a", a))
     result = compare(a, b, c, model=model, bootstrap=Bootstrap(200))
     values = result.values
@@ -198,9 +196,11 @@ def test_images_are_matched_by_name(dataset, region, two, tmp_path):
     assert result.annotators[1].truth.regions.image.tolist() == [0, 1, 2, 2]  # as Regions has it
     names = {path.name for path in write_agreement(result, tmp_path)}
     assert names == {"agreement.json", "agreement.csv", "per_image.csv", "missing.csv"}
-    text = (tmp_path / "missing.csv").read_text()
-    assert text == "file_name,missing_in\nnew.png,a\nold.png,b\n"
-    pair = json.loads((tmp_path / "agreement.json").read_text())["agreement"]["a vs b"]
+    missing = (tmp_path / "missing.csv").read_text()
+    assert missing == "file_name,missing_in\nnew.png,a\nold.png,b\n"
+    document = json.loads((tmp_path / "agreement.json").read_text())
+    pair = document["agreement"]["a vs b"]
+    assert document["undefined_shares"] == result.undefined_shares != {}
     assert (pair["matched"], pair["only_a"], pair["only_b"], pair["both"]) == (3, 1, 1, 2)
     with open(tmp_path / "agreement.csv", newline="") as file:
         row = next(csv.DictReader(file))
@@ -226,14 +226,17 @@ def test_classes_and_crowds(dataset, region):
     assert result.notes == ["a: 1 crowd regions left out"]
 
 
-def test_a_prediction_file_has_its_images(dataset, region, two):
+def test_a_prediction_file_has_its_images(dataset, region, two, tmp_path):
     """What imrcnn predict writes: images that it did not see are not predicted as lesion-free."""
     results = dataset(4, [region(3, 0, 0, 10, 10, score=0.9)])
     results["images"] = results["images"][2:]
-    model = read_model("net", results, 0.5, read_annotator("a", two[0]))
-    result = compare(two[0], model=model)
-    assert list(result.missing) == ["1.png", "2.png"]
-    assert result.values["a vs net"]["f1"] == pytest.approx(100 * 2 / 3)
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps(results))
+    for source in (results, path):
+        model = read_model("net", source, 0.5, read_annotator("a", two[0]))
+        result = compare(two[0], model=model)
+        assert list(result.missing) == ["1.png", "2.png"]
+        assert result.values["a vs net"]["f1"] == pytest.approx(100 * 2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -310,15 +313,103 @@ def test_command_without_a_model(files, capsys):
     assert document["meta"]["annotators"] == [f"{files}/one/labels", f"{files}/two/labels"]
 
 
-@pytest.mark.parametrize(
-    ("annotators", "options", "message"),
-    [
-        *((("anna",), (), "anna"), (("anna", "none"), (), "none.json")),
-        *((("anna", "ben"), ("--names", "A"), "1 --names"), (("anna", "dt"), (), "dt.json")),
-    ],
-)
-def test_errors_end_the_command_without_a_traceback(files, capsys, annotators, options, message):
-    with pytest.raises(SystemExit) as stopped:
-        run(files, *options, annotators=annotators)
-    assert stopped.value.code == 1 and message in capsys.readouterr().err
+def test_errors_end_the_command_without_a_traceback(files, capsys):
+    for annotators, options, message in (
+        (("anna", "none"), (), "none.json"),
+        (("anna", "ben"), ("--names", "A"), "1 --names"),
+        (("anna", "dt"), (), "dt.json"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(files, *options, annotators=annotators)
+        assert stopped.value.code == 1 and message in capsys.readouterr().err
     assert not (files / "out").exists()
+
+
+BOX = 10, 10, 20, 10  # x, y, width, height
+MISSED, FITS, FORGOTTEN = "unmatched_outline", "badly_fitting_outline", "unlabelled_lesion"
+# Annotations, detections as (score, box), and the errors as (kind, score, IoU).
+CASES = {
+    "a perfect hit": ([BOX], [(0.9, BOX)], [(FITS, 0, 1)]),
+    "160 of 200 pixels": ([BOX], [(0.9, (10, 10, 16, 10))], [(FITS, 0.9 * 2 * 0.2, 0.8)]),
+    "one error in the wrong place": ([BOX], [(0.9, (20, 10, 20, 10))], [(FITS, 0.9, 1 / 3)]),
+    "an alarm goes to the annotation that it meets best": (
+        [(2, 10, 20, 10), (24, 10, 20, 10)],  # 8 and 10 of 20 columns
+        [(0.9, (14, 10, 20, 10))],
+        [(MISSED, 1 - 0.9 / 4, 1 / 4), (FITS, 0.9, 1 / 3)],
+    ),
+    "whichever the file has first": (
+        [(24, 10, 20, 10), (2, 10, 20, 10)],
+        [(0.9, (14, 10, 20, 10))],
+        [(FITS, 0.9, 1 / 3), (MISSED, 1 - 0.9 / 4, 1 / 4)],
+    ),
+    "nothing near": ([BOX], [], [(MISSED, 1, 0)]),
+    "weak detections": ([BOX], [(0.3, BOX), (0.1, (10, 10, 10, 10))], [(MISSED, 0.7, 1)]),
+    "a confident detection without an annotation": (
+        [BOX],
+        [(0.9, BOX), (0.8, (35, 25, 10, 10)), (0.6, (0, 0, 5, 5))],
+        [(FITS, 0, 1), (FORGOTTEN, 0.8, 0)],
+    ),
+    "what lies within an annotation is no forgotten lesion": (
+        [(30, 28, 5, 5), BOX],
+        [(0.95, BOX), (0.8, (25, 12, 4, 4)), (0.9, (14, 17, 4, 4))],  # three quarters of the last
+        [(MISSED, 1, 0), (FITS, 0, 1), (FORGOTTEN, 0, 0), (FORGOTTEN, 0.9 * 0.25, 0)],
+    ),
+    "a tenth is an overlap": ([BOX], [(0.9, (10, 10, 2, 10))], [(FITS, 0.9, 0.1)]),
+    "of equal overlaps the higher score": (
+        [BOX],
+        [(0.8, (10, 10, 5, 10)), (0.9, (25, 10, 5, 10))],
+        [(FITS, 0.9, 0.25), (FORGOTTEN, 0, 0)],
+    ),
+    "scores above 1": (
+        [BOX, (20, 10, 20, 10)],
+        [(9, (10, 10, 16, 10)), (9, (0, 0, 5, 5))],
+        [(FITS, 0.4, 0.8), (MISSED, 0, 0.2), (FORGOTTEN, 1, 0)],
+    ),
+}
+
+
+def errors_of(dataset, region, boxes, detected, crowds=(), iou_type="segm"):
+    annotations = [region(1, *box) for box in boxes]
+    annotations += [region(1, *box, iscrowd=1) for box in crowds]
+    results = [region(1, *box, score=score) for score, box in detected]
+    if iou_type == "bbox":
+        results = [{k: v for k, v in result.items() if k != "segmentation"} for result in results]
+    data = dataset(2, [*annotations, region(2, 0, 0, 50, 40)])  # the lesion of another image
+    errors = find_label_errors(evaluate_lesions(data, results, iou_type=iou_type))
+    return [error for error in errors if error.image == 0]
+
+
+@pytest.mark.parametrize("iou_type", ["segm", "bbox"])
+@pytest.mark.parametrize("name", CASES)
+def test_errors_of_an_image(dataset, region, name, iou_type):
+    boxes, detected, expected = CASES[name]
+    errors = errors_of(dataset, region, boxes, detected, iou_type=iou_type)
+    assert [error.kind for error in errors] == [kind for kind, _, _ in expected]
+    values = [(error.score, error.iou) for error in errors]
+    assert values == [(pytest.approx(score), pytest.approx(iou)) for _, score, iou in expected]
+    for error in errors:
+        assert (error.region is None) == (error.kind == FORGOTTEN)
+        assert (error.detection is None) == (error.kind == MISSED and not error.iou)
+
+
+def test_crowds_are_no_errors_and_hide_what_is_in_them(dataset, region):
+    assert errors_of(dataset, region, [], [], crowds=[BOX]) == []
+    assert errors_of(dataset, region, [], [(0.9, (12, 12, 5, 5))], crowds=[BOX]) == []
+    (half,) = errors_of(dataset, region, [], [(0.8, (25, 10, 20, 10))], crowds=[BOX])
+    assert half.score == pytest.approx(0.8 * 0.75)
+
+
+def test_models_are_pooled_by_their_mean():
+    def missed(score, region=0):
+        return LabelError(MISSED, score, 3, region, None, 0.0)
+
+    def alarm(score, detection):
+        return LabelError(FORGOTTEN, score, 4, None, detection, 0.0)
+
+    first = [alarm(0.9, 0), alarm(0.9, 1), missed(0.4), missed(1.0, 1)]
+    second = [missed(0.5), missed(0.9, 1)]
+    pooled = pool_label_errors([first, second])
+    assert [(error.region, pytest.approx(error.score), model) for error, model in pooled] == [
+        *((1, 0.95, 0), (0, 0.45, 1), (None, 0.45, 0))
+    ]
+    assert pooled[2][0].detection == 0

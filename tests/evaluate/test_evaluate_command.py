@@ -6,16 +6,12 @@ import pytest
 from PIL import Image
 from rectangles import rectangle
 
-from imrcnn_d2.cli import evaluate
+from imrcnn_d2.cli import evaluate, report
 from imrcnn_d2.evaluation.output import read_test_log
 
 RESULTS = "coco_instances_results.json"
 TABLES = ("per_image", "pr_curve", "froc", "calibration", "thresholds", "by_size")
 PLOTS = ("pr_curve", "froc", "calibration", "thresholds", "confusion_matrix")
-
-
-def refuse(constant):
-    raise AssertionError(f"{constant} is not JSON")
 
 
 def region(image_id, x, width=10, **fields):
@@ -39,7 +35,7 @@ def run(gt, dt, output, *options):
     """The metrics that the tool writes."""
     arguments = ["--gt", gt, "--dt", dt, "--output", output, "--resamples", 100, *options]
     evaluate.main([str(argument) for argument in arguments])
-    return json.loads((output / "metrics.json").read_text(), parse_constant=refuse)
+    return json.loads((output / "metrics.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_scores_results(case, tmp_path, capsys):
@@ -120,13 +116,15 @@ def test_a_folder_of_masks(case, tmp_path, capsys):
     assert "2.png" in capsys.readouterr().err
 
 
-def test_images_and_the_log_of_test_sets(case, tmp_path):
+def test_images_the_log_of_test_sets_and_a_report(case, dataset, tmp_path):
     """In a prepared data set each look at the test set is noted."""
     root, dt = tmp_path / "polyps", case[1]
     for folder in ("annotations", "images"):
         (root / folder).mkdir(parents=True)
     (root / "splits.json").write_text("{}")
     gt = case[0].rename(root / "annotations" / "test.json")
+    for part in ("train", "val"):
+        (gt.parent / f"{part}.json").write_text(json.dumps(dataset(0)))
     for name in "123":
         Image.new("RGB", (50, 40)).save(root / "images" / f"{name}.png")
     metrics = run(gt, dt, tmp_path / "out", "--images", root / "images")
@@ -136,6 +134,8 @@ def test_images_and_the_log_of_test_sets(case, tmp_path):
     (row,) = read_test_log(gt)
     assert (row["what"], row["output"]) == (str(dt), str(tmp_path / "out"))
     assert row["sha256"] == hashlib.sha256(dt.read_bytes()).hexdigest()
+    report.main([str(tmp_path / "out"), "--output", str(tmp_path / "report.html")])
+    assert "80.0" in (tmp_path / "report.html").read_text()  # the IoU
 
 
 def test_no_results_and_bad_ones(case, tmp_path, capsys):

@@ -1,9 +1,7 @@
-"""The evaluator gives what Detectron2's and ``evaluate_lesions`` do, whatever the processes and
-padding."""
+"""The evaluator gives what Detectron2's and ``evaluate_lesions`` do, in any number of processes."""
 
 import hashlib
 import json
-import logging
 import math
 import uuid
 
@@ -119,21 +117,14 @@ def test_a_final_evaluation_records_its_sources(case, register, tmp_path):
     dataset, results, pairs = case
     name = register(dataset)
     checkpoint = {"checkpoint": "model_best.pth", "checkpoint_sha256": "ab"}
-    evaluator = LesionEvaluator(
-        name,
-        output_dir=str(tmp_path / "out"),
-        operating_point=OperatingPoint(0.35, "f1", "val"),
-        bootstrap=Bootstrap(20),
-        meta=checkpoint,
-    )
-    metrics = run(evaluator, pairs)
+    point, bootstrap = OperatingPoint(0.35, "f1", "val"), Bootstrap(20)
+    options = {"operating_point": point, "bootstrap": bootstrap, "meta": checkpoint}
+    metrics = run(LesionEvaluator(name, output_dir=str(tmp_path / "out"), **options), pairs)
     assert list(metrics) == ["bbox", "segm", "lesion", "image", "patient"]  # floats only, for hooks
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    gt = tmp_path / f"{name}.json"
-    sources = {
-        **{"gt": str(gt), "image_root": str(tmp_path), "dt": str(tmp_path / "out" / RESULTS)},
-        "gt_sha256": hashlib.sha256(gt.read_bytes()).hexdigest(),
-    }
+    gt, dt = tmp_path / f"{name}.json", tmp_path / "out" / RESULTS
+    sources = {"gt": str(gt), "image_root": str(tmp_path), "dt": str(dt)}
+    sources["gt_sha256"] = hashlib.sha256(gt.read_bytes()).hexdigest()
     assert {**sources, **checkpoint}.items() <= written["meta"].items()
     assert written["meta"]["bootstrap"]["unit"] == "patient"
     at = evaluate_lesions(dataset, results, tau=0.35)
@@ -145,30 +136,26 @@ def test_a_final_evaluation_records_its_sources(case, register, tmp_path):
 def test_a_validation_chooses_a_threshold(case, register):
     dataset, results, pairs = case
     name = register(dataset)
-    chosen = choose_operating_point(evaluate_lesions(dataset, results))
-    evaluator = LesionEvaluator(name, tau_rule="f1")
+    chosen = choose_operating_point(evaluate_lesions(dataset, results), "recall>=20")
+    evaluator = LesionEvaluator(name, tau_rule="recall>=20")
     assert run(evaluator, pairs)["lesion"]["tau_val"] == chosen.tau
     assert "tau_val" not in run(LesionEvaluator(name), pairs)["lesion"]
     assert math.isnan(run(evaluator, to_outputs(dataset, []))["lesion"]["tau_val"])
+    healthy = LesionEvaluator(register({**dataset, "annotations": []}), tau_rule="f1")
+    assert math.isnan(run(healthy, pairs)["lesion"]["tau_val"])
     with pytest.raises(ValueError, match="best"):
         LesionEvaluator(name, tau_rule="best")
 
 
-def test_detectron2_accepts_the_metrics(case, register, caplog):
-    dataset, _, pairs = case
-    metrics = run(LesionEvaluator(register(dataset)), pairs)
+def test_detectron2_accepts_the_metrics(case, register):
+    metrics = run(LesionEvaluator(register(case[0])), case[2])
     flat = flatten_results_dict(metrics)
     assert {"segm/AP50_voc", "lesion/selection", "image/auroc"} <= set(flat)
     assert all(type(value) is float for value in flat.values())
-    with caplog.at_level(logging.INFO):
-        print_csv_format(metrics)
-    assert "Task: lesion" in caplog.text
+    print_csv_format(metrics)
     cfg = get_cfg()
     cfg.TEST.EXPECTED_RESULTS = [["lesion", "TP", metrics["lesion"]["TP"], 0.1]]
     assert verify_results(cfg, metrics)
-    cfg.TEST.EXPECTED_RESULTS = [["lesion", "TP", metrics["lesion"]["TP"] + 1, 0.1]]
-    with pytest.raises(SystemExit):
-        verify_results(cfg, metrics)
 
 
 def test_images_that_are_processed_again_or_not_at_all(case, register, caplog):
@@ -200,22 +187,11 @@ def test_no_detections_masks_or_annotations(case, register, tmp_path):
     assert {result["category_id"] for result in written} == {4, 9}
 
 
-def test_a_data_set_in_detectron2s_format(case, tmp_path):
+def test_a_data_set_in_detectron2s_format(case, register, tmp_path):
     dataset, results, pairs = case
-    records = []
-    for image in dataset["images"]:
-        annotations = [
-            {
-                **{key: a[key] for key in ("bbox", "segmentation", "iscrowd")},
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": {4: 0, 9: 1}[a["category_id"]],
-            }
-            for a in dataset["annotations"]
-            if a["image_id"] == image["id"]
-        ]
-        fields = {key: image[key] for key in ("file_name", "height", "width")}
-        records.append({**fields, "image_id": image["id"], "annotations": annotations})
-    name = uuid.uuid4().hex
+    for annotation in dataset["annotations"]:  # the format has none
+        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    records, name = DatasetCatalog.get(register(dataset)), uuid.uuid4().hex
     DatasetCatalog.register(name, lambda: records)
     MetadataCatalog.get(name).set(thing_classes=["a", "b"])
     metrics = run(LesionEvaluator(name, output_dir=str(tmp_path)), pairs)
@@ -233,9 +209,8 @@ def test_a_class_that_the_data_set_lacks(case, register):
 
 def _evaluate_half(rank, store, json_file, pairs, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
+    options = {"init_method": f"file://{store}", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **options)
     comm.create_local_process_group(2)
     register_coco_instances("halves", {}, json_file, folder)
     # The first has the later images, and the second one of them again, as if padded.
@@ -255,7 +230,4 @@ def test_two_processes_give_what_one_gives(case, register, tmp_path):
     mp.start_processes(_evaluate_half, args, nprocs=2, start_method="forkserver")
     main, other = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
     assert other == {} and not (tmp_path / "1").exists()
-    assert list(main) == list(alone)
-    for group, values in alone.items():
-        assert list(main[group]) == list(values)
-        np.testing.assert_array_equal(list(main[group].values()), list(values.values()))
+    assert_same(main, alone)

@@ -22,8 +22,11 @@ def test_a_group_of_images_is_a_data_set_of_its_own(random_case, seed, per_patie
         image["centre"] = ("A", "B", None)[image["id"] % 3]
         if per_patient:
             image["patient_id"] = image["id"] // 2
+    for result in results:  # so that boxes and masks hit different lesions
+        result["bbox"][0] += 3
+    settings = {"tau": 0.5, "iou_threshold": 0.6, "iou_type": "bbox"}
     options = {"operating_point": OperatingPoint(0.3, "f1", "val"), "bootstrap": Bootstrap(20, 3)}
-    whole = evaluate_lesions(data, results, tau=0.5, **options)
+    whole = evaluate_lesions(data, results, **settings, **options)
     grouped = with_groups(whole, [By("centre")], **options).by_group["centre"]
     assert grouped.level == "image"
     assert list(grouped.groups) == ["A", "B", UNKNOWN]
@@ -35,16 +38,15 @@ def test_a_group_of_images_is_a_data_set_of_its_own(random_case, seed, per_patie
             for records in (data["annotations"], results)
         )
         part = {**data, "images": images, "annotations": lesions}
-        alone = evaluate_lesions(part, detected, tau=0.5, **options)
+        alone = evaluate_lesions(part, detected, **settings, **options)
         n = {key: alone.meta[key] for key in ("images", "lesions", "patients")}
         assert group.n == {key: number for key, number in n.items() if number is not None}
-        assert group.values.keys() == alone.compared().keys()
-        for level, values in alone.compared().items():
-            assert group.values[level] == pytest.approx(values, nan_ok=True), level
-        assert group.intervals.keys() == alone.intervals.keys()
-        for level, intervals in alone.intervals.items():
-            for name, interval in intervals.items():
-                assert group.intervals[level][name] == pytest.approx(interval, nan_ok=True)
+        assert group.undefined_shares == alone.undefined_shares
+        for ours, theirs in ((group.values, alone.compared()), (group.intervals, alone.intervals)):
+            assert ours.keys() == theirs.keys()
+            for level, values in theirs.items():
+                for name, value in values.items():
+                    assert ours[level][name] == pytest.approx(value, nan_ok=True), (level, name)
 
 
 def test_masks_without_scores_stay_without(dataset, region):
@@ -59,18 +61,12 @@ def test_masks_without_scores_stay_without(dataset, region):
 
 
 @pytest.fixture
-def sized(dataset, region):
+def sized(dataset):
     """Lesions of 4 mm (hit, IoU 0.8), 5 mm (missed), 12 mm (hit) and unknown size (hit)."""
-    data = dataset(
-        3,
-        [
-            region(1, 0, 0, 10, 10, size_mm=4),
-            region(1, 20, 0, 10, 10, size_mm=5),
-            region(2, 0, 0, 10, 10, size_mm=12.5),
-            region(3, 0, 0, 10, 10),
-            region(3, 20, 0, 10, 10, size_mm=40, iscrowd=1),
-        ],
-    )
+    text = "1 0 0 10 10; 1 20 0 10 10; 2 0 0 10 10; 3 0 0 10 10; 3 20 0 10 10 crowd"
+    data = dataset(3, rectangles(text))
+    for annotation, size in zip(data["annotations"], (4, 5, 12.5, None, 40), strict=True):
+        annotation["size_mm"] = size
     # (4) a false alarm: of no group
     results = rectangles("1 0 0 8 10 @0.9; 2 0 0 10 10 @0.9; 3 0 0 10 10 @0.9; 3 20 20 10 10 @0.9")
     return data, results
@@ -91,23 +87,26 @@ def test_groups_of_lesions(sized):
 
 
 def test_intervals_of_groups_of_lesions(dataset, region):
-    """One lesion per image, a third of them hit: as resampling shares by hand."""
+    """One lesion per image, most of them hit: as resampling shares by hand."""
     data = dataset(60, [region(i, 0, 0, 10, 10) for i in range(1, 61)], patients=range(60))
-    for annotation in data["annotations"]:
-        annotation["paris"] = "Is" if annotation["image_id"] <= 40 else "IIa"
-    detected = [i for i in range(1, 61) if i % 2 or i > 40]
-    results = [region(i, 0, 0, 10, 10, score=0.9) for i in detected]
+    classes = ["Is"] * 40 + ["IIa"] * 19 + ["Ip"]
+    for annotation, paris in zip(data["annotations"], classes, strict=True):
+        annotation["paris"] = paris
+    hit = np.array([i % 2 == 0 or i >= 40 for i in range(60)])
+    results = [region(i + 1, 0, 0, 10, 10, score=0.9) for i in np.flatnonzero(hit).tolist()]
     bootstrap = Bootstrap(500, 1)
     whole = evaluate_lesions(data, results, bootstrap=bootstrap)
     groups = with_groups(whole, [By("paris")], bootstrap=bootstrap).by_group["paris"].groups
     (weights,) = bootstrap.weights(60)
-    hit = np.isin(np.arange(1, 41), detected)
-    recall = 100 * (weights[:, :40] @ hit) / weights[:, :40].sum(axis=1)
+    recall = 100 * (weights[:, :40] @ hit[:40]) / weights[:, :40].sum(axis=1)
     expected = tuple(np.percentile(recall, (2.5, 97.5)))
     assert groups["Is"].intervals["lesion"]["recall"] == pytest.approx(expected)
-    exact = (100 * 0.025 ** (1 / 20), 100)  # Clopper and Pearson's, of 20 of 20
+    assert not groups["Is"].undefined_shares
+    exact = (100 * 0.025 ** (1 / 19), 100)  # Clopper and Pearson's, of 19 of 19
     assert groups["IIa"].intervals["lesion"]["recall"] == pytest.approx(exact)
-    assert groups["IIa"].n == {"images": 20, "lesions": 20, "patients": 20}
+    assert groups["IIa"].n == {"images": 19, "lesions": 19, "patients": 19}
+    absent = (weights[:, 59] == 0).mean()
+    assert groups["Ip"].undefined_shares["lesion.recall"] == pytest.approx(absent)
 
 
 def truth_of(dataset, values):
@@ -133,6 +132,7 @@ DATE_BINS = ["<20230105", "20230105-20230107", "20230107-20230110", ">=20230110"
         (DATES, "x:20230105,20230107,20230110", DATE_BINS, [0, 1, 2, 3]),
         (["a", UNKNOWN, None, "z"], "x", ["a", "z", UNKNOWN], [0, 2, 2, 1]),
         ([3, "a", 3, "3"], "x", ["3", "a"], [0, 1, 0, 0]),
+        (range(30), "x:each", [f"{i}" for i in range(30)], list(range(30))),
     ],
 )
 def test_values_and_their_groups(dataset, values, text, names, group):
@@ -146,8 +146,8 @@ def test_values_and_their_groups(dataset, values, text, names, group):
         ([1, 2, 3, 4], "x", "'x' .* 1 to 4"),
         *((["a", "b"], "x:5", "'x' .*'a'"), ([True, False], "x:5", "'x' .*True")),
         *(([None] * 4, "x", "'x'.*file_name"), ([1, 2, 3, 4], "y", "'y'.* x;")),
-        ([["a"], "a", "b", "c"], "x", r"'x' .*\['a'\]"),
-        ([f"n{i}" for i in range(40)], "x", "'x' has 40 groups"),
+        *((["a", ["b"]], "x", r"'x' .*\['b'\]"), (["a", {"b": 1}], "x", "'x' .*{'b': 1}")),
+        (range(31), "x:each", "'x' has 31 groups"),
     ],
 )
 def test_columns_that_do_not_group(dataset, values, text, message):
@@ -184,6 +184,7 @@ def test_files(sized, tmp_path):
     a = document["centre"]["groups"]["A"]
     assert a["n"] == {"images": 2, "lesions": 3} and document["centre"]["level"] == "image"
     assert a["lesion"]["recall"] == pytest.approx(200 / 3)
+    assert 0 < document["size_mm"]["groups"]["<5"]["undefined_shares"]["lesion.recall"] < 1
     lines = (tmp_path / "by_group.csv").read_text().splitlines()
     assert lines[0] == "column,of,group,images,lesions,level,figure,value,low,high"
     low, high = a["lesion"]["recall_ci"]

@@ -1,93 +1,41 @@
-"""Which detection hits which lesion, and the confusion matrix; by hand and against pycocotools."""
+"""Which detection hits which lesion; against pycocotools, pixels, scikit-learn and by hand."""
 
 import contextlib
 import io
+import math
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rectangles import rectangles
+from sklearn.metrics import confusion_matrix, f1_score, precision_score, recall_score
 
 from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.detection.inputs import Detections, GroundTruth, Regions
-from imrcnn_d2.evaluation.detection.matching import Overlaps, match
-
-LESIONS, WITH_CROWD = np.array([False, False]), np.array([False, True])
 
 
-def matched(data, results, iou_type="segm"):
-    scored = evaluate_lesions(data, results, iou_type=iou_type)
-    return scored.detections, scored.matching
-
-
-def matched_overlaps(iou, crowd, threshold=0.5):
-    """Detections by falling score, in rows, and ground truths of one image, in columns."""
-
-    def regions(number):
-        return Regions(*(np.zeros(number, int) for _ in "ab"), np.zeros((number, 4)), None)
-
-    rows, columns = np.shape(iou)
-    gt = GroundTruth([], [], regions(columns), [], crowd, np.zeros(columns))
-    dt, truth = (index.ravel() for index in np.indices((rows, columns)))
-    pairs = Overlaps(dt, truth, np.ravel(iou), np.arange(rows))
-    return match(gt, Detections(regions(rows), np.zeros(rows)), pairs, threshold)
-
-
-@pytest.mark.parametrize(
-    ("iou", "crowd", "expected"),
-    [
-        # The second overlaps ground truth 0 most, but the first has it; 1 is enough.
-        ([[0.9, 0.0], [0.8, 0.6]], LESIONS, [0, 1]),
-        # As before, but 1 is too far away.
-        ([[0.9, 0.0], [0.8, 0.4]], LESIONS, [0, -1]),
-        # The highest-scored takes what it overlaps most, even if another fits that better.
-        ([[0.5, 0.6], [0.0, 1.0]], LESIONS, [1, -1]),
-        # 0.5 is enough, just below is not.
-        ([[0.5, 0.0], [0.0, 0.4999]], LESIONS, [0, -1]),
-        # Of equal overlaps the last is taken, which leaves the first to who needs it.
-        ([[0.8, 0.8], [0.7, 0.0]], LESIONS, [1, 0]),
-        # A ground truth comes before a crowd that is overlapped more.
-        ([[0.5, 1.0]], WITH_CROWD, [0]),
-        # A crowd takes any number, also the second hit of a lesion inside it.
-        ([[0.9, 1.0], [0.8, 1.0], [0.1, 0.7]], WITH_CROWD, [0, -2, -2]),
-        ([[0.1, 0.4]], WITH_CROWD, [-1]),
-    ],
-)
-def test_one_image_by_hand(iou, crowd, expected):
-    matching = matched_overlaps(iou, crowd)
-    assert np.where(matching.evaluated, matching.gt, -2).tolist() == expected
-
-
-def test_a_perfect_overlap_meets_a_threshold_of_one():
-    assert matched_overlaps([[1.0, 0.0]], LESIONS, 1.0).gt.tolist() == [0]
-
-
-def test_a_hundred_detections_per_image_and_class(dataset, region):
-    truth = dataset(2, [region(1, 0, 0, 10, 10)], classes=("a", "b"))
-    many = [region(1, 20, 20, 10, 10, score=0.5) for _ in range(100)]
-    late = region(1, 0, 0, 10, 10, score=0.4)  # would hit, but is the 101st
-    others = [region(1, 0, 0, 9, 9, category_id=2, score=0.1), region(2, 0, 0, 9, 9, score=0.1)]
-    detections, matching = matched(truth, [late, *many, *others])
-    assert matching.evaluated.tolist() == (detections.score != 0.4).tolist()
-    assert not matching.hit.any()
-
-
-@settings(deadline=None, max_examples=50)
-@given(seed=st.integers(0, 10**6), iou_type=st.sampled_from(["segm", "bbox"]))
-def test_agrees_with_pycocotools(random_case, seed, iou_type):
-    """COCOeval's matching at IoU 0.5 over all sizes follows the same rule."""
-    data, results = random_case(seed)
-    _, matching = matched(data, results, iou_type)
-    if not results:
-        return
+@contextlib.contextmanager
+def pycocotools(data, results, iou_type):
+    """COCOeval of the results, whose output is not shown."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = data
         truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes([dict(r) for r in results]), iou_type)
+        yield COCOeval(truth, truth.loadRes([dict(r) for r in results]), iou_type)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10**6), iou_type=st.sampled_from(["segm", "bbox"]))
+def test_matching_is_pycocotools(random_case, seed, iou_type):
+    """At IoU 0.5 over all sizes."""
+    data, results = random_case(seed)
+    matching = evaluate_lesions(data, results, iou_type=iou_type).matching
+    if not results:
+        return
+    with pycocotools(data, results, iou_type) as evaluation:
         evaluation.params.areaRng = [[0, 1e10]]
         evaluation.params.iouThrs = np.array([0.5])
         evaluation.params.maxDets = [100]
@@ -108,16 +56,108 @@ def test_agrees_with_pycocotools(random_case, seed, iou_type):
             assert match_id == 0 or match_id in crowds
 
 
-@settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 10**6), tau=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
-def test_a_threshold_takes_part_of_the_matching(random_case, seed, tau):
-    """Matching only the detections above a threshold gives what reading it off all of them does."""
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10**6), iou_type=st.sampled_from(["segm", "bbox"]))
+def test_ap_is_pycocotools(random_case, seed, iou_type):
     data, results = random_case(seed)
-    detections, everything = matched(data, results)
-    _, alone = matched(data, [r for r in results if r["score"] >= tau])
-    above = detections.score >= tau
-    assert everything.gt[above].tolist() == alone.gt.tolist()
-    assert everything.evaluated[above].tolist() == alone.evaluated.tolist()
+    if not results:
+        return
+    # Of masks the area, which decides the size class, is the mask's: loadRes takes it from there
+    # only where there is no box.
+    unused = "bbox" if iou_type == "segm" else "segmentation"
+    bare = [{key: value for key, value in r.items() if key != unused} for r in results]
+    values = evaluate_lesions(data, results).groups()[iou_type]
+    with pycocotools(data, bare, iou_type) as evaluation:
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    expected = [100 * s if s >= 0 else math.nan for s in evaluation.stats[:6]]
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    assert [values[name] for name in names] == pytest.approx(expected, nan_ok=True)
+
+
+def test_ap_where_cocoeval_fails(dataset, region):
+    """It takes a match with the annotation of id 0 for none, and overflows on 256 masks."""
+    data = dataset(3, [region(i, 0, 0, 10, 10) for i in (1, 2, 3)])
+    data["annotations"][0]["id"] = 0
+    results = [region(1 + i % 3, 0, 0, 10, 10, score=0.5 + i / 1000) for i in range(300)]
+    assert evaluate_lesions(data, results).segm["AP"] == pytest.approx(100)
+    crowd = dataset(1, [region(1, 0, 0, 10, 10, iscrowd=1)])
+    for detected in (results[:1], []):
+        assert np.isnan(list(evaluate_lesions(crowd, detected).segm.values())).all()
+
+
+def test_size_of_a_detection_is_that_of_its_mask(dataset, region):
+    """A false alarm that is medium by its box but small by its mask does not touch APm."""
+    truth = dataset(1, [region(1, 0, 0, 40, 30)])
+    hit = region(1, 0, 0, 40, 30, score=0.5)
+    alarm = region(1, 45, 0, 5, 10, score=0.9) | {"bbox": [0, 0, 40, 30]}
+    segm = evaluate_lesions(truth, [alarm, hit]).segm
+    assert (segm["APm"], segm["AP"]) == (pytest.approx(100), pytest.approx(50))
+
+
+def test_a_hundred_detections_per_image_and_class(dataset, region):
+    truth = dataset(2, [region(1, 0, 0, 10, 10)], classes=("a", "b"))
+    many = [region(1, 20, 20, 10, 10, score=0.5) for _ in range(100)]
+    late = region(1, 0, 0, 10, 10, score=0.4)  # would hit, but is the 101st
+    others = [region(1, 0, 0, 9, 9, category_id=2, score=0.1), region(2, 0, 0, 9, 9, score=0.1)]
+    scored = evaluate_lesions(truth, [late, *many, *others])
+    assert scored.matching.evaluated.tolist() == (scored.detections.score != 0.4).tolist()
+    assert not scored.matching.hit.any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), tau=st.sampled_from([0.0, 0.5, 0.7]))
+def test_overlaps_are_those_of_pixels(random_case, seed, tau):
+    scored = evaluate_lesions(*random_case(seed), tau=tau)
+    counts, gt, detections = scored.counts, scored.ground_truth, scored.detections
+    matching, above = scored.matching, detections.score >= tau
+
+    def pixels(regions, rows):
+        return mask_util.decode([regions.masks[row] for row in rows]).astype(bool).any(axis=2)
+
+    def overlap(rows, lesions):
+        one, two = pixels(detections.regions, rows), pixels(gt.regions, lesions)
+        return (one & two).sum() / (one | two).sum()
+
+    for position in range(len(gt.images)):
+        lesions = np.flatnonzero((gt.regions.image == position) & ~gt.crowd)
+        in_image = matching.evaluated & (detections.regions.image == position)
+        selected = np.flatnonzero(in_image & above)
+        hits = selected[matching.hit[selected]]
+        iou = np.array([overlap([row], [matching.gt[row]]) for row in hits])
+        tp, score = len(hits), detections.score[in_image].max(initial=0)
+        expected = [tp, len(selected) - tp, len(lesions) - tp, score]
+        columns = [counts.tp, counts.fp, counts.fn, counts.score]
+        assert [column[position] for column in columns] == expected
+        assert counts.iou[position] == pytest.approx(iou.sum())
+        assert counts.dice[position] == pytest.approx((2 * iou / (1 + iou)).sum())
+        union = overlap(selected, lesions) if len(lesions) and len(selected) else 0
+        assert counts.union_iou[position] == pytest.approx(union)
+        assert counts.union_dice[position] == pytest.approx(2 * union / (1 + union))
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), num_images=st.integers(1, 8))
+def test_metrics_of_images_are_scikit_learns(random_case, seed, num_images):
+    """And those that have exact intervals are the shares of cases which these are made of."""
+    scored = evaluate_lesions(*random_case(seed, num_images=num_images), tau=0.5)
+    rows = scored.per_image
+    truth, predicted = (np.array([row[key] > 0 for row in rows]) for key in ("n_gt", "n_det"))
+    tn, fp, fn, tp = confusion_matrix(truth, predicted, labels=[False, True]).ravel()
+    functions = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
+    values = {k: f(truth, predicted, zero_division=np.nan) for k, f in functions.items()}
+    values["specificity"] = recall_score(~truth, ~predicted, zero_division=np.nan)
+    values["accuracy"] = np.mean(truth == predicted)
+    expected = {"TP": tp, "FP": fp, "FN": fn, "TN": tn} | {k: 100 * v for k, v in values.items()}
+    assert {k: scored.image[k] for k in expected} == pytest.approx(expected, nan_ok=True)
+    groups = scored.metrics.once()
+    for group, shares in scored.metrics.proportions().items():
+        for name, (part, whole) in shares.items():
+            if whole and not np.isnan(groups[group].get(name, np.nan)):
+                share = part / whole
+                share = 2 * share / (1 + share) if name == "f1" else share
+                assert groups[group][name] == pytest.approx(100 * share), (group, name)
 
 
 def test_confusion_by_hand(dataset, region):
@@ -157,17 +197,8 @@ def test_sums_of_a_confusion_matrix(random_case, seed, classes):
     assert counts[:-1].sum(axis=1).tolist() == lesions.tolist()
     above = scored.detections.score >= 0.5
     at_tau = np.bincount(scored.detections.regions.category[above], minlength=classes)
-    assert (np.nansum(counts[:, :-1], axis=0) <= at_tau).all()
     if not gt.crowd.any():
         assert counts[:, :-1].sum(axis=0).tolist() == at_tau.tolist()
     if classes == 1:
         tp, fp, fn = (scored.lesion[name] for name in ("TP", "FP", "FN"))
         assert scored.confusion.rows() == [[tp, fn], [fp, None]]
-    # The classes' order is all that their ids decide.
-    for record in (*data["annotations"], *results):
-        record["category_id"] = 10 - record["category_id"]
-    for category in data["categories"]:
-        category["id"] = 10 - category["id"]
-    again = evaluate_lesions(data, results, tau=0.5).confusion.counts
-    order = [*range(classes)[::-1], classes]
-    assert again[np.ix_(order, order)] == pytest.approx(counts, nan_ok=True)

@@ -8,14 +8,11 @@ import model_benchmark
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN
 from processes import ROOT
 
 from imrcnn_d2.cli import prepare_dataset
 from imrcnn_d2.data.catalog import load_catalog
-from imrcnn_d2.engine import load_config
 from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.modeling import PAFPN
 
@@ -50,19 +47,6 @@ def test_multiply_adds_equal_a_count_by_hand():
     neck = PAFPN(*args, attention="cbam", cbam_reduction=4)
     total = model_benchmark.count_multiply_adds(neck, features)
     assert total == fpn + down_and_output + cbam
-
-
-@pytest.mark.slow
-def test_neck(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "NECK_BOUND", 1000.0)
-    options = ["--case", "light_352", "--runs", "2", "--device", "cpu"]
-    status, document = run("neck", *options, output=tmp_path / "neck.json")
-    assert status == 0
-    measured = document["necks"]["light_352"]
-    # 88x88 positions and 64 channels: the pyramid's own convolutions, then theirs and ours.
-    assert measured["times more multiply-adds"] == pytest.approx(1.47, abs=0.005)
-    quotient = measured["times longer"] / measured["times more multiply-adds"]
-    assert measured["measured / predicted"] == pytest.approx(quotient)
 
 
 def test_synthetic_data_have_the_stated_shares(tmp_path):
@@ -108,13 +92,11 @@ def test_train_compares_the_same_training(prepared, tmp_path, monkeypatch):
     options += ["--precision", "fp32", "--plot", str(plot), *DATA, *SMALL]
     options += ["INPUT.MIN_SIZE_TRAIN", "(96,)", "SOLVER.IMS_PER_BATCH", "2"]
     status, document = run("train", *options, output=tmp_path / "train.json")
-    assert status == 1
     measured, losses = document["train"], document["losses"]
-    assert measured["ours, s"] > 0 and measured["Detectron2, processor s"] > 0
+    assert status == 1 and measured["ours, s"] > 0 and measured["Detectron2, processor s"] > 0
     # The same weights, batches and random numbers: only rounding differs.
-    assert measured["first loss, relative difference"] < 1e-4
+    assert measured["first loss, relative difference"] < 1e-4 and len(losses["ours"]) == 4
     assert losses["ours"] == pytest.approx(losses["Detectron2"], rel=0.02)
-    assert len(losses["ours"]) == 4
     assert 0 <= measured["data time, % of ours"] < 100
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -139,23 +121,3 @@ def test_inference_compares_the_same_model(prepared, tmp_path, monkeypatch):
     assert ours["masks overlap"] > 0.99
     best = document["limit"]
     assert best["ms at best"] == pytest.approx(1000 * best["G multiply-adds"] / best["G a second"])
-
-
-def test_accuracy_of_perfect_and_of_no_detections(prepared):
-    cfg = load_config(LITE, DATA)
-    records = DatasetCatalog.get("synthetic_test")[:1]
-    truth = json.loads((prepared / "annotations" / "test.json").read_text())["annotations"]
-    lesions = [a for a in truth if a["image_id"] == records[0]["image_id"]]
-    perfect = [{**lesion, "category_id": 0, "score": 0.9} for lesion in lesions]
-    accuracy = inference_benchmark._accuracy(cfg, records, [perfect])
-    assert accuracy == {"AP50_voc": 100, "iou": 100}
-    assert inference_benchmark._accuracy(cfg, records, [[]])["AP50_voc"] == 0
-
-
-def test_the_stock_config_has_detectron2s_parts():
-    cfg = load_config(LITE, ["MODEL.TIMM.WEIGHTS", "", "MODEL.DEVICE", "meta"])
-    model = build_model(model_benchmark.stock_config(cfg))
-    heads, rpn_head = model.roi_heads, model.proposal_generator.rpn_head
-    for part in (heads, heads.mask_head, heads.box_pooler, rpn_head):
-        assert type(part).__module__.startswith("detectron2.")
-    assert model.state_dict().keys() == build_model(cfg).state_dict().keys()

@@ -39,10 +39,8 @@ def example(name):
 
 
 def logged(output):
-    log = {}
-    for line in (output / "metrics.json").read_text().splitlines():
-        log.update(json.loads(line))
-    return log
+    lines = (output / "metrics.json").read_text().splitlines()
+    return {key: value for line in lines for key, value in json.loads(line).items()}
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +52,10 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def registered(prepared):
-    """Names of its splits, registered by Detectron2's function."""
-    names = {split: f"strangers_{split}" for split in ("train", "val")}
-    for split, name in names.items():
+    """Registers its splits by Detectron2's function."""
+    for split in ("train", "val"):
         json_file = prepared / "annotations" / f"{split}.json"
-        register_coco_instances(name, {}, str(json_file), str(prepared / "images"))
-    return names
+        register_coco_instances(f"strangers_{split}", {}, str(json_file), str(prepared / "images"))
 
 
 @pytest.mark.parametrize("trunk", ["resnet", "timm"])
@@ -69,7 +65,7 @@ def test_detectron2s_training_script_trains_a_retinanet_with_our_neck(trunk, reg
     name = f"build_retinanet_{trunk}_pafpn_backbone"
     command = ["--config-file", str(RETINANET), *SMALL, "MODEL.BACKBONE.NAME", name]
     args = default_argument_parser().parse_args([*command, "OUTPUT_DIR", str(tmp_path)])
-    args.opts += ["DATASETS.TRAIN", (registered["train"],), "DATASETS.TEST", (registered["val"],)]
+    args.opts += ["DATASETS.TRAIN", ("strangers_train",), "DATASETS.TEST", ("strangers_val",)]
     script.main(args)
     log = logged(tmp_path)
     assert 0 < log["total_loss"] < 100 and log["bbox/AP50"] >= 0
@@ -116,8 +112,8 @@ def test_the_lazy_configs_of_the_zoo_take_our_classes(registered, tmp_path):
     with torch.no_grad():
         (output,) = model([{"image": torch.zeros(3, 64, 64)}])
     assert output["instances"].image_size == (64, 64)
-    evaluator = LesionEvaluator(registered["val"], output_dir=str(tmp_path))
+    evaluator = LesionEvaluator("strangers_val", output_dir=str(tmp_path))
     evaluator.reset()
-    for record in DatasetCatalog.get(registered["val"]):
+    for record in DatasetCatalog.get("strangers_val"):
         evaluator.process([record], [output])
     assert evaluator.evaluate()["lesion"]["TP"] == 0

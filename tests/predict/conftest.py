@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 import sys
 import threading
 import time
@@ -68,8 +69,13 @@ def tiny_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def predictor(tiny_run):
-    return Predictor(None, tiny_run / "model_best.pth")
+def weights(tiny_run):
+    return tiny_run / "model_best.pth"
+
+
+@pytest.fixture(scope="session")
+def predictor(weights):
+    return Predictor(None, weights)
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +94,8 @@ def classifier(classifier_weights):
 
 
 @pytest.fixture(scope="session")
-def loaded(tiny_run):
-    return load_model(None, tiny_run / "model_best.pth")
+def loaded(weights):
+    return load_model(None, weights)
 
 
 @pytest.fixture(scope="session")
@@ -207,9 +213,7 @@ def image_folder(tmp_path):
 
 def write_bad_images(folder: Path) -> dict[str, str]:
     """Writes images that cannot be read; returns a part of the reason, by name."""
-    frames = [Image.fromarray(random_image(seed)) for seed in range(3)]
-    frames[0].save(folder / "cut.png")
-    good = (folder / "cut.png").read_bytes()
+    good = save_image(folder / "cut.png", 0).read_bytes()
     bomb = bytearray(good)
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # the size, which is read before any pixel
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
@@ -217,23 +221,23 @@ def write_bad_images(folder: Path) -> dict[str, str]:
     unreadable["zero.ppm"] = b"P6 0 0 255\n"
     for name, content in {**unreadable, "bomb.png": bomb}.items():
         (folder / name).write_bytes(content)
-    Image.new("RGB", (3000, 1)).save(folder / "thin.png")
-    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
-    others = {"thin.png": "3000x1 is too thin", "moving.gif": "several images"}
-    return {**dict.fromkeys(unreadable, "no readable image"), **others, "bomb.png": "bomb"}
+    save_image(folder / "thin.png", 0, 1, 3000)
+    first, *others = (Image.fromarray(random_image(seed)) for seed in range(3))
+    first.save(folder / "moving.gif", save_all=True, append_images=others)
+    reasons = {"thin.png": "3000x1 is too thin", "moving.gif": "several images", "bomb.png": "bomb"}
+    return {**dict.fromkeys(unreadable, "no readable image"), **reasons}
 
 
 @pytest.fixture
 def bad_files(image_folder):
     """Files that cannot be read, or not to their end, in the folder of images: by name, a part of
-    the reason. "print.jpg" and "deep.png" next to them can be read.
-    """
+    the reason. "print.jpg" and "deep.png" next to them can be read."""
     reasons = write_bad_images(image_folder)
     Image.fromarray(random_image(0)).convert("CMYK").save(image_folder / "print.jpg")
     Image.fromarray(np.full((60, 80), 30_000, np.uint16)).save(image_folder / "deep.png")
     (image_folder / "film.mp4").write_bytes(b"no film")
     cut = film(image_folder / "cut.mkv", [Fraction(n, 20) for n in range(40)])
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    os.truncate(cut, cut.stat().st_size // 2)
     report = write_dicom(image_folder / "report.dcm")
     hollow = write_dicom(image_folder / "hollow.dcm", Rows=60, Columns=80)
     reasons |= {"film.mp4": "cannot be decoded from the start", "cut.mkv": "frames"}
@@ -257,11 +261,9 @@ sys.addaudithook(_note)
 
 @contextlib.contextmanager
 def serving(predictor):
-    """The web page: its ``url``; the ``address`` that it listens at; the ``folder`` of uploads;
-    ``state()`` of sessions; ``forwards``, an item for each time that the network ran.
-    """
+    """The web page, its address, the folder of uploads, and how often the network ran."""
     pytest.importorskip("gradio", reason="the demo extra is not installed")
-    from imrcnn_d2.deploy.web.app import server_of
+    from imrcnn_d2.deploy.web import server_of
 
     forwards = []
     model = predictor._runtime.model
@@ -293,6 +295,14 @@ def site(predictor):
         yield site
         assert not list(site.folder.iterdir())
     assert not site.folder.exists() and set(_hosts) <= set(LOCAL)
+
+
+def in_time(work):
+    """Fails if this function does not return, as one that reads a pipe."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def wait_for(condition, seconds=60):

@@ -1,6 +1,4 @@
-"""A run over many inputs: whole outputs, bad inputs listed, nothing lost or done twice; reading,
-the network and the caller work at once, in order and within bounds.
-"""
+"""Folders of inputs to files, and the journal that lets a run go on."""
 
 import contextlib
 import hashlib
@@ -17,16 +15,28 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from dicoms import PATIENT, write_dicom
-from PIL import Image, ImageDraw
+from hypothesis import given
+from mutations import damaged_json
+from PIL import Image
 
 from imrcnn_d2.deploy import Predictor, batch, predict_files
 from imrcnn_d2.deploy.batch import Journal, predictions
 from imrcnn_d2.deploy.inputs import Source, decode_video, public_name
 from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
 
-from .conftest import ALL, random_image, read_coco, read_table, save_image, wait_for, write_video
+from .conftest import (
+    ALL,
+    random_image,
+    read_coco,
+    read_table,
+    save_image,
+    some_hundred,
+    wait_for,
+    write_video,
+)
 
 
 def names(output):
@@ -42,14 +52,22 @@ def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
     assert coco["categories"] == [{"id": 1, "name": "polyp"}]
     assert coco["info"].items() >= metadata.items()
     # in the same batches: else fp32 sums, and a mask's edge with them, could end otherwise
-    expected = predictor([image_folder / name for name in names(output)], batch_size=2)
+    paths = [image_folder / name for name in names(output)]
+    expected = predictor(paths, batch_size=2)
     number = sum(map(len, expected))
     assert sorted(a["id"] for a in coco["annotations"]) == list(range(1, 1 + number))
     gt = read_ground_truth({**coco, "annotations": []})  # the evaluation takes it
     assert len(read_results(coco, gt).score) == number > 3
-
-    rows = read_table(output / "predictions.csv")
-    for name, row, instances in zip(("a", "b/c", "d"), rows, expected, strict=True):
+    rows, records = read_table(output / "predictions.csv"), iter(coco["annotations"])
+    for path, row, instances in zip(paths, rows, expected, strict=True):
+        name = path.relative_to(image_folder).with_suffix("")
+        detections = instances.scores, instances.pred_boxes.tensor.tolist(), instances.pred_masks
+        for score, (x0, y0, x1, y1), mask in zip(*detections, strict=True):
+            record = next(records)
+            assert (record["score"], record["category_id"]) == (score, 1)
+            assert record["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0])
+            assert (mask_util.decode(record["segmentation"]) == mask.numpy()).all()
+            assert record["area"] == mask.sum()
         above = instances.scores >= predictor.tau
         union = instances.pred_masks[above].any(dim=0).numpy()
         assert int(row["lesions"]) == above.sum()
@@ -62,24 +80,18 @@ def test_the_files_of_a_folder(predictor, image_folder, tmp_path):
         with Image.open(output / "overlays" / f"{name}.jpg") as overlay:
             assert overlay.size == (80, 60)
             assert json.loads(overlay.info["comment"])["tau"] == predictor.tau
-        path = output / "labelme" / f"{name}.json"
-        labelme = json.loads(path.read_text())
+        labelme_path = output / "labelme" / f"{name}.json"
+        labelme = json.loads(labelme_path.read_text())
         assert labelme["predicted_by"] == metadata
-        assert (path.parent / labelme["imagePath"]).resolve().is_relative_to(image_folder)
-        polygons = Image.new("1", (80, 60))
-        for shape in labelme["shapes"]:
-            assert shape["label"] == "polyp" and len(shape["points"]) > 2
-            # as LabelMe makes a mask of it
-            points = [tuple(point) for point in shape["points"]]
-            ImageDraw.Draw(polygons).polygon(points, outline=1, fill=1)
-        assert (np.asarray(polygons) & union).sum() > 0.9 * union.sum()
+        assert path.samefile(labelme_path.parent / labelme["imagePath"])
+        assert {shape["label"] for shape in labelme["shapes"]} == {"polyp"}
     assert not [path for path in output.rglob("*") if ".tmp" in path.name]
 
 
 def test_bad_inputs_are_listed_and_the_others_go_on(
     predictor, image_folder, bad_files, tmp_path, monkeypatch, capfd
 ):
-    whole, control = batch.read_frames, "\x1b]0;a\x07\n\u202eb.png"
+    output, whole, control = tmp_path / "out", batch.read_frames, "\x1b]0;a\x07\n\u202eb.png"
 
     def read_frames(source):
         if source.name == "odd.png":
@@ -90,22 +102,22 @@ def test_bad_inputs_are_listed_and_the_others_go_on(
     bad_files |= {"odd.png": "(TypeError: a float is not iterable)", control: "image"}
     for name in ("odd.png", control):
         (image_folder / name).write_bytes(b"-")
-    done = predict_files(predictor, [image_folder], tmp_path / "out", batch_size=2)
+    reasons = dict(predict_files(predictor, [image_folder], output, batch_size=2).failed)
     printed = "".join(capfd.readouterr())
     assert r"\x1b]0;a\x07\n\u202eb.png: " in printed
     assert "\x1b]" not in printed and "\u202e" not in printed
-    reasons, stills = dict(done.failed), ["a.png", "b/c.jpg", "d.png", "deep.png", "print.jpg"]
     assert reasons.keys() == bad_files.keys()
     assert all(reason in reasons[name] for name, reason in bad_files.items())
-    table = read_table(tmp_path / "out" / "failed.csv")
-    assert {row["file"]: row["reason"] for row in table} == reasons
-    frames = [name for name in names(tmp_path / "out") if name not in stills]
-    assert names(tmp_path / "out") == [*stills[:2], *frames, *stills[2:]]
-    assert frames == [f"cut.mkv#{n:06d}" for n in range(len(frames))] and 5 < len(frames) < 40
+    assert {row["file"]: row["reason"] for row in read_table(output / "failed.csv")} == reasons
+    frames = [f"cut.mkv#{n:06d}" for n in range(len(names(output)) - 5)]
+    assert names(output) == ["a.png", "b/c.jpg", *frames, "d.png", "deep.png", "print.jpg"]
+    assert 5 < len(frames) < 40
+    no_names = (output / "progress.jsonl").read_text().count('"target":null')
+    assert no_names == len(reasons) - 1, "without a frame no names are taken"
 
 
-def test_finished_inputs_are_not_redone(predictor, tiny_run, image_folder, tmp_path):
-    output = tmp_path / "out"
+def test_finished_inputs_are_not_redone(predictor, weights, image_folder):
+    output = image_folder  # whose outputs are no inputs
 
     def predict(inputs=(image_folder,), predictor=predictor):
         return predict_files(predictor, inputs, output, save=["masks"])
@@ -113,6 +125,7 @@ def test_finished_inputs_are_not_redone(predictor, tiny_run, image_folder, tmp_p
     (image_folder / "e.png").write_bytes(b"not yet whole")
     first = predict()
     assert (first.images, len(first.failed)) == (3, 1)
+    assert predict().skipped == 3, "what failed is tried again"
     before = (output / "masks" / "a.png").stat().st_mtime_ns
     for name, size in (("e.png", ()), ("d.png", (50, 50)), ("f.png", ())):
         save_image(image_folder / name, 7, *size)
@@ -124,34 +137,32 @@ def test_finished_inputs_are_not_redone(predictor, tiny_run, image_folder, tmp_p
     assert images == [(1, 80), (2, 80), (3, 50), (4, 80), (5, 80)]
     assert predict().skipped == 5
     # Results of another run are not mixed in.
-    other = Predictor(None, tiny_run / "model_best.pth", tau=0.25)
+    other = Predictor(None, weights, tau=0.25)
     pytest.raises(ValueError, predict, predictor=other).match(r"tau \(0.5, now 0.25\)")
     pytest.raises(ValueError, predict, [image_folder / "b"]).match("inputs")
     # One run at a time writes into a folder.
-    run = json.loads((output / "progress.jsonl").read_text().splitlines()[0])["run"]
+    whole, journal = (output / "predictions.json").read_bytes(), output / "progress.jsonl"
+    first = journal.read_bytes().splitlines()[0]
+    run = json.loads(first)["run"]
+    assert run["format"] == batch.FORMAT, "results of earlier versions are not gone on with"
     with contextlib.closing(Journal(output, run, ALL)):
         pytest.raises(ValueError, predict).match(re.escape(str(output)))
     with pytest.raises(ValueError, match="tau"):  # and unlocks it
         Journal(output, {**run, "tau": 0.1}, ALL)
-    assert predict().skipped == 5
     # A line that a kill cut off costs one input.
-    whole, journal = (output / "predictions.json").read_bytes(), output / "progress.jsonl"
-    first = len(journal.read_bytes().splitlines()[0])
-    for left in (0.999, 0.7, 0):  # of the last line, of several, of all but the first
+    for left in (1, 0.999, 0.7, 0):  # all, but of the last line, of several, of all but the first
         (output / "predictions.json").unlink()
-        os.truncate(journal, max(int(left * journal.stat().st_size), first + 5))
-        predict()
+        os.truncate(journal, max(int(left * journal.stat().st_size), len(first) + 5))
+        assert (predict().skipped == 5) == (left == 1)
         assert (output / "predictions.json").read_bytes() == whole
 
 
-def test_a_video_and_its_frames(predictor, tmp_path):
+def test_a_video_and_its_frames(predictor, weights, tmp_path):
     times = [Fraction(1001 * number, 30000) for number in (0, 1, 5, 6)]
     film = write_video(tmp_path / "v.mp4", 4, times, Fraction(16, 11))
-    output = tmp_path / "out"
-    predict_files(predictor, [film], output, save=ALL, batch_size=3)
+    predict_files(predictor, [film], output := tmp_path / "out", save=ALL, batch_size=3)
     overlays = decode_video(output / "overlays" / "v.mp4", "v.mp4")
-    aspect = Fraction(16, 11)
-    assert [(f.time, f.pixel_aspect) for f in overlays] == [(time, aspect) for time in times]
+    assert [(f.time, f.pixel_aspect) for f in overlays] == [(t, Fraction(16, 11)) for t in times]
     images = [(image["file_name"], image["time"]) for image in read_coco(output)["images"]]
     assert images == [(f"v.mp4#{n:06d}", float(time)) for n, time in enumerate(times)]
     assert len(list((output / "masks" / "v.mp4").iterdir())) == 4
@@ -163,15 +174,19 @@ def test_a_video_and_its_frames(predictor, tmp_path):
     predict_files(predictor, [film], output, save=ALL)
     remaining = {path.name for path in (output / "masks" / "v.mp4").iterdir()}
     assert remaining == {"000000.png", "mine.txt"}
+    # Of a video, LabelMe files without a detection are left out.
+    sure, inputs = Predictor(None, weights, tau=1), [film, save_image(tmp_path / "a.png", 0)]
+    predict_files(sure, inputs, tmp_path / "sure", save=["labelme"])
+    (document,) = (tmp_path / "sure").glob("labelme/**/*.json")
+    assert document.name == "a.json" and not json.loads(document.read_text())["shapes"]
 
 
 def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
     folder, output = tmp_path / "study" / "Musterfrau_19640812", tmp_path / "out"
     folder.mkdir(parents=True)
     stills = "Musterfrau_Erika.jpg", "IM2.png", "IM3.mp4"
-    burned_in = ({}, {"BurnedInAnnotation": "YES"}, {"BurnedInAnnotation": "UNKNOWN"})
-    for seed, (name, fields) in enumerate(zip(stills, burned_in, strict=True)):
-        write_dicom(folder / name, random_image(seed), **fields)
+    for seed, (name, text) in enumerate(zip(stills, ("", "YES", "UNKNOWN"), strict=True)):
+        write_dicom(folder / name, random_image(seed), BurnedInAnnotation=text)
     two = np.stack([random_image(5), random_image(6)])
     write_dicom(folder / "KIS-4711.dcm", two, FrameTime="40")
     broken = write_dicom(folder / "broken-ACC0815.dcm", random_image(4), Rows=1000)
@@ -188,13 +203,11 @@ def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
         for word in words:
             assert word.lower().encode() not in text.lower(), (word, path)
     inputs = {name.split("#")[0] for name in names(output)}
-    shown, *hidden = (public_name(folder / name).removesuffix(".dcm") for name in stills)
-    assert {f"{name}.dcm" for name in (shown, *hidden)} < inputs and len(inputs) == 4
-    assert (output / "overlays" / f"{shown}.jpg").exists()
-    for name in hidden:
-        assert not (output / "overlays" / f"{name}.jpg").exists(), "its pixels show the name"
-        assert not list(output.glob(f"labelme/{name}.*"))
-        assert (output / "masks" / f"{name}.png").exists()
+    stems = [public_name(folder / name).removesuffix(".dcm") for name in stills]
+    assert {f"{stem}.dcm" for stem in stems} < inputs and len(inputs) == 4
+    for stem, kinds in zip(stems, (ALL, ["masks"], ["masks"]), strict=True):
+        kinds_with_it = {path.parent.name for path in output.glob(f"*/{stem}.*")}
+        assert kinds_with_it == set(kinds), "the others' pixels show the name"
     # They are known by their content.
     (folder / stills[0]).rename(folder / "renamed.dcm")
     write_dicom(broken, random_image(4))
@@ -203,44 +216,49 @@ def test_no_identifier_of_a_patient_reaches_an_output(predictor, tmp_path):
     assert not (output / "failed.csv").exists() and len(names(output)) == 6
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        [f"{'a' * 248}.png", "b.png"],
-        [f"{'ä' * 124}.png", f"{'ä' * 123}b.png", "b.png"],
-        ["a.png", "a.jpg/b.png", "a.jpg/c.png"],
-        ["a.png", "a.jpg/b.png", "a.png.json/b.png", "a.json/c.png"],
-    ],
+LONGEST = f"{'l' * 246}.png"  # of names that are kept
+INPUTS = (
+    *([f"{'a' * 248}.png", LONGEST], [f"{'ä' * 124}.png", f"{'ä' * 123}b.png", LONGEST]),
+    *(["a.png", "a.jpg/b.png", "a.jpg/c.png"], [os.fsdecode(b"\xff.png"), "b.png"]),
+    ["a.png", "a.jpg/b.png", "a.png.json/b.png", "a.json/c.png"],
 )
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
 def test_no_name_stops_a_run(predictor, tmp_path, inputs):
     folder, output = tmp_path / "in", tmp_path / "out"
     for seed, name in enumerate(inputs):
         save_image(folder / name, seed)
+    (bad := folder / os.fsdecode(b"\xfe.png")).touch()
     done = predict_files(predictor, [folder], output, save=ALL)
-    assert (done.images, done.failed, done.kept) == (len(inputs), [], [])
+    assert (done.images, len(done.failed), done.kept) == (len(inputs), 1, [])
+    bad.unlink()
     for kind in ALL:
         assert sum(path.is_file() for path in (output / kind).rglob("*")) == len(inputs)
+    assert (output / "masks" / LONGEST).is_file() == (LONGEST in inputs)
     assert predict_files(predictor, [folder], output, save=ALL).skipped == len(inputs)
 
 
 def test_each_input_has_its_files(predictor, image_folder, tmp_path):
     # Of names that differ in their suffix alone, the second one's file would be another's.
-    for name, files in {
-        "a.jpg": ["a.jpg.png", "a.png.png", "b", "d.png"],
-        "a.jpg.png": ["a.jpg.png", "a.jpg.png.png", "a.png.png", "b", "d.png"],
-    }.items():
+    files = {"a.png.png", "b", "d.png"}
+    for name, more in {"a.jpg": "a.jpg.png", "a.jpg.png": "a.jpg.png.png"}.items():
         save_image(image_folder / name, 5)
         predict_files(predictor, [image_folder], tmp_path / name, save=["masks"])
-        assert sorted(path.name for path in (tmp_path / name / "masks").iterdir()) == files
-    (image_folder / "a.jpg.png").unlink()
+        files.add(more)
+        assert {path.name for path in (tmp_path / name / "masks").iterdir()} == files
     # A later input takes no other input's files.
+    for inputs in (image_folder / "a.jpg.png", image_folder):
+        predict_files(predictor, [inputs], tmp_path / "later", save=["masks"])
+    assert len(list((tmp_path / "later" / "masks").glob("*.png"))) == len(files) - 1
+    (image_folder / "a.jpg.png").unlink()
     output = tmp_path / "out"
     predict_files(predictor, [image_folder / "a.png"], output, save=ALL)
     before = {path: path.read_bytes() for path in output.glob("*/*")}
     assert {path.name for path in before} == {"a.png", "a.jpg", "a.json"}
     predict_files(predictor, [image_folder / "a.jpg"], output, save=ALL)
     assert all(path.read_bytes() == content for path, content in before.items())
-    added = {path.name for path in output.glob("*/*")} - {path.name for path in before}
+    added = {path.name for path in {*output.glob("*/*")} - before.keys()}
     assert added == {"a.jpg.jpg", "a.jpg.png", "a.jpg.json"}
     # Changed, an input replaces its own files.
     save_image(image_folder / "a.png", 6)
@@ -255,46 +273,17 @@ def test_each_input_has_its_files(predictor, image_folder, tmp_path):
     for failed, images in ((["e.png", "f/g.jpg"], 3), (["f/g.jpg"], 2)):
         done = predict_files(predictor, [image_folder], output, save=ALL)
         assert ([name for name, _ in done.failed], done.images) == (failed, images)
-        if (output / "masks" / "e.png").is_dir():
+        if images == 3:
             (output / "masks" / "e.png").rmdir()
 
 
-@pytest.mark.parametrize("where", ["found", ".", ".."])
-def test_results_next_to_the_images(predictor, image_folder, where):
-    """They are not predicted on, and the images stay as they are."""
-    output, before = image_folder / where, {}
-    for seed in (5, 6):
-        save_image(image_folder / "a.png", seed)
-        images = [path for path in image_folder.rglob("*.*g") if "out" not in path.parts]
-        before = before or {path: path.read_bytes() for path in images}
-        before[image_folder / "a.png"] = (image_folder / "a.png").read_bytes()
-        done = predict_files(predictor, [image_folder], output, save=ALL)
-        assert not done.failed and not done.kept
-        assert names(output) == ["a.png", "b/c.jpg", "d.png"]
-        assert all(path.read_bytes() == content for path, content in before.items())
-
-
-def test_names_that_are_no_utf8(predictor, image_folder, tmp_path):
-    for name in (b"\xff.png", b"\xfe-bad.png"):
-        os.rename(image_folder / "a.png", os.fsencode(image_folder) + b"/" + name)
-        (image_folder / "a.png").write_bytes(b"no image")
-    output, save = tmp_path / "out", ["masks", "labelme"]
-    done = predict_files(predictor, [image_folder], output, save=save)
-    assert (done.images, len(done.failed)) == (3, 2)
-    assert read_table(output / "predictions.csv")[-1]["file_name"] == "\\udcff.png"
-    failed = {row["file"] for row in read_table(output / "failed.csv")}
-    assert failed == {"a.png", "\\udcfe-bad.png"}
-    assert os.path.exists(os.fsencode(output) + b"/masks/\xff.png")
-    assert predict_files(predictor, [image_folder], output, save=save).skipped == 3
-
-
 @pytest.mark.slow
-def test_killed_and_run_again(tiny_run, predictor, tmp_path):
+def test_killed_and_run_again(weights, predictor, tmp_path):
     folder, output, number = tmp_path / "images", tmp_path / "out", 60
     expected = [save_image(folder / f"{n:03d}.png", n).name for n in range(number)]
     command = [sys.executable, "-W", "ignore", "tools/predict.py", "--masks", "--input", folder]
-    command += ["--weights", tiny_run / "model_best.pth", "--output", output]
-    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
+    command += ["--weights", weights, "--output", output]
+    process = subprocess.Popen(map(str, command), stderr=subprocess.DEVNULL)
     journal = output / "progress.jsonl"
 
     def done():
@@ -322,16 +311,13 @@ def video(tmp_path):
 
 @pytest.fixture
 def network(predictor, monkeypatch):
-    """Calls a function, None at first, before each run of the network; counts these. At the end no
-    thread is left.
-    """
-    network, runtime = SimpleNamespace(before=None, runs=0), predictor._runtime
+    """Calls ``before`` before each of its ``runs``. At the end no thread is left."""
+    network, runtime = SimpleNamespace(before=lambda: None, runs=0), predictor._runtime
     threads = set(threading.enumerate())
 
     def run(images):
         network.runs += 1
-        if network.before is not None:
-            network.before()
+        network.before()
         return runtime(images)
 
     monkeypatch.setattr(predictor, "_runtime", run)
@@ -369,10 +355,8 @@ def test_errors_of_the_network_surface_and_an_interrupted_run_is_continued(
 
     network.before, seen = fail, []
     with pytest.raises(MemoryError, match="of the card"):
-        for item, _ in predictions(predictor, [video], 1):
-            seen.append(item.frame.number)
+        seen.extend(item.frame.number for item, _ in predictions(predictor, [video], 1))
     assert seen == [0, 1, 2, 3]
-
     network.before = lambda: network.runs == 10 and os.kill(os.getpid(), signal.SIGINT)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells may have it ignored
     output = tmp_path / "out"
@@ -384,3 +368,217 @@ def test_errors_of_the_network_surface_and_an_interrupted_run_is_continued(
     assert [path.name for path in output.rglob("*") if path.suffix] == ["progress.jsonl"]
     assert predict_files(predictor, [video.path], output, save=["overlays"]).images == FRAMES
     assert (output / "overlays" / "v.mp4").is_file()
+
+
+RUN = {"classes": ["polyp"], "tau": 0.5}
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("save", [(), ALL])
+@pytest.mark.parametrize("kept", ["masks/a.png", "labelme/a", "overlays/a.jpg", "predictions.csv"])
+def test_a_folder_with_such_files_of_the_users_is_refused(predictor, image_folder, save, kept):
+    root, before = image_folder.parent, None
+    (root / kept).parent.mkdir(exist_ok=True)
+    (root / kept).write_bytes(b"mine")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=kept.split("/")[0]):
+            predict_files(predictor, [image_folder], root, save=save)
+        assert contents(root) == (before or contents(image_folder) | {root / kept: b"mine"})
+        (root / Journal.FILE).touch()  # an empty journal does not make them ours
+        before = contents(root)
+
+
+def test_what_was_changed_by_hand_stays(predictor, image_folder, tmp_path):
+    output = tmp_path / "out"
+    predict_files(predictor, [image_folder], output, save=ALL)
+    corrected = [output / name for name in ("labelme/a.json", "masks/b/c.png")]
+    for path in corrected:
+        path.write_bytes(path.read_bytes() + b" ")
+    overlay, old = output / "overlays" / "a.jpg", contents(output)
+    overlay.unlink()
+    for second in (1, 2):
+        for path in contents(image_folder):
+            os.utime(path, (0, second))
+        done = predict_files(predictor, [image_folder], output, save=ALL)
+        assert (done.images, sorted(done.kept)) == (3, corrected)
+        assert all(path.read_bytes() == old[path] for path in (*corrected, overlay))
+    # A file that was put there before there was one of ours.
+    save_image(image_folder / "e.png", 7)
+    (mine := output / "labelme" / "e.json").write_text("mine")
+    assert predict_files(predictor, [image_folder], output, save=ALL).kept == [mine]
+    assert mine.read_text() == "mine"
+
+
+def opened(folder):
+    return contextlib.closing(Journal(folder, RUN, ALL))
+
+
+def test_what_a_kill_left_is_deleted_unless_it_was_changed(tmp_path):
+    def write(name):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        journal.add_file(path, hashlib.sha256(b"ours").hexdigest())
+        path.write_bytes(b"ours")
+        return path
+
+    with opened(tmp_path) as journal:
+        journal.begin("a.png")
+        left, changed = write("masks/a.png"), write("labelme/a.json")
+        frame = write("labelme/a.png")
+        changed.write_bytes(b"mine")
+        write("overlays/a.jpg").unlink()
+    with opened(tmp_path):
+        assert not left.exists() and changed.read_bytes() == b"mine"
+        assert frame.exists(), "the corrected file is of it"
+
+
+def test_through_a_link_nothing_is_written_or_deleted(predictor, image_folder, tmp_path):
+    output, other = tmp_path / "out", tmp_path / "other"
+    predict_files(predictor, [image_folder], output, save=ALL)
+    (output / "masks").rename(other)
+    (output / "masks").symlink_to(other)
+    before = contents(other)
+    os.utime(image_folder / "a.png", (0, 0))
+    ((name, reason),) = predict_files(predictor, [image_folder], output, save=ALL).failed
+    assert name == "a.png" and "link" in reason
+    assert contents(other) == before
+    for name in (Journal.FILE, ".lock"):
+        moved = (output / name).rename(other / "x")
+        before = contents(other)
+        for make in (lambda path: path.symlink_to(other / "x"), os.mkfifo):
+            make(output / name)
+            with pytest.raises(ValueError, match=name):
+                predict_files(predictor, [image_folder], output, save=ALL)
+            (output / name).unlink()
+        assert contents(other) == before
+        moved.rename(output / name)
+
+
+# A box may exceed the image by the rounding of a pixel.
+IMAGE = {"file_name": "a.png", "width": 80, "height": 60}
+LESION = {"category_id": 1, "bbox": [0.0, 0.0, 81.0, 61.0], "score": 0.75, "area": 12.0}
+LESION["segmentation"] = {"size": [60, 80], "counts": "Pj4"}
+FRAME = {"image": IMAGE, "annotations": [LESION]}
+FILE = {"file": "masks/a.png", "sha256": hashlib.sha256(b"mine").hexdigest()}
+DONE = {"name": "a.png", "signature": [1, 2], "frames": 1, "error": None, "target": "a"}
+LINES = [{"run": RUN}, FRAME, FILE, {"done": DONE}]
+PARTS = {"image": IMAGE, "lesion": LESION, "file": FILE, "done": DONE}
+BOXES = (
+    [-0.5, 2, 30, 40],
+    [2, -0.5, 30, 40],
+    [2, 2, -0.5, 4],
+    [2, 2, 3],
+    [0, 0, 81.5, 1],
+    [0, 0, 1, 62],
+)
+
+
+def edited(part, **fields):
+    """The lines, with other values in one part of them."""
+    image, lesion, file, done = (
+        {**values, **(fields if name == part else {})} for name, values in PARTS.items()
+    )
+    return [LINES[0], {"image": image, "annotations": [LESION, lesion]}, file, {"done": done}]
+
+
+def write_lines(folder, lines):
+    folder.mkdir(exist_ok=True)
+    (folder / Journal.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def tables(folder):
+    with opened(folder) as journal:
+        journal.write_tables({**RUN, "weights_sha256": "ab", "version": "1"}, RUN["classes"])
+
+
+@pytest.mark.parametrize(
+    "number, lines",
+    [
+        *((4, edited("done", target=target)) for target in ("../../a", "/tmp/a", "a\0b")),
+        *((4, edited("done", name=name)) for name in ("b/../../a", 7)),
+        *((4, edited("done", **f)) for f in ({"frames": 2}, {"signature": "x"}, {"more": 1})),
+        (4, [*LINES[:3], {"done": []}]),
+        *((3, edited("file", file=name)) for name in ("../mine.txt", "images/mine.txt")),
+        (3, edited("file", sha256=None)),
+        (2, [LINES[0], {**FRAME, "annotations": {}}]),
+        *((2, edited("lesion", score=score)) for score in (float("nan"), [], 10**400, True)),
+        *((2, edited("lesion", category_id=number)) for number in (0, 2)),
+        *((2, edited("lesion", bbox=box)) for box in BOXES),
+        *((2, edited("image", **f)) for f in ({"width": 2**20 + 1}, {"height": 0}, {"time": "x"})),
+        (2, edited("image", width=2**15, height=2**14)),
+        (4, edited("image", file_name="../a.png")),
+        *((2, [LINES[0], LINES[0]]), (1, [FRAME, {"done": DONE}])),
+        (2, [LINES[0], "cut", *LINES[1:]]),
+    ],
+)
+def test_a_line_that_was_not_written_here_is_named(tmp_path, number, lines):
+    folder = tmp_path / "out"
+    write_lines(folder, LINES)
+    with opened(folder) as journal:
+        assert journal.targets() == {"a.png": "a"}
+    write_lines(folder, lines)
+    for name in ("mine.txt", "out/masks/a.png", "out/images/mine.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    before = contents(tmp_path)
+    pytest.raises(ValueError, Journal, folder, RUN, ALL).match(rf"{Journal.FILE}, line {number}\b")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes\n", b'{"step": 1}', b'{\n"run": 2\n}\n', b'{"run":{\n}}']
+)
+def test_a_file_of_its_name_that_another_program_wrote_stays(tmp_path, content):
+    journal = tmp_path / Journal.FILE
+    journal.write_bytes(content)
+    pytest.raises(ValueError, Journal, tmp_path, RUN, ALL).match(rf"{Journal.FILE}, line 1\b")
+    assert journal.read_bytes() == content
+    for cut in (3, 15):  # by a kill
+        journal.write_bytes(json.dumps(LINES[0], separators=(",", ":")).encode()[:cut])
+        Journal(tmp_path, RUN, ALL).close()
+
+
+def test_the_rows_of_a_table(tmp_path):
+    """Of boxes, those below the threshold left out, and of no detection at all."""
+    box = {key: value for key, value in LESION.items() if key != "segmentation"}
+    boxes = [{**box, "bbox": [0.0, 0.0, 40.0, 30.0], "score": score} for score in (0.75, 0.5)]
+    boxes.append({**box, "score": 0.49})
+    lines = [LINES[0]]
+    for name, annotations in (("a.png", boxes), ("b.png", [])):
+        image = {"image": {**IMAGE, "file_name": name}, "annotations": annotations}
+        lines += [image, {"done": {**DONE, "name": name}}]
+    write_lines(tmp_path, lines)
+    tables(tmp_path)
+    rows = read_table(tmp_path / "predictions.csv")
+    values = [(row["lesions"], row["score"], row["area_percent"]) for row in rows]
+    assert values == [("2", "0.75", "25.0"), ("0", "0", "0.0")]
+
+
+@pytest.mark.parametrize("counts", ["4@", "0", "Pj4" * 9, ""])
+def test_a_mask_that_was_not_written_here_is_refused(tmp_path, counts):
+    write_lines(tmp_path, edited("lesion", segmentation={"size": [60, 80], "counts": counts}))
+    pytest.raises(ValueError, tables, tmp_path).match(re.escape(str(tmp_path / Journal.FILE)))
+
+
+@some_hundred
+@given(damaged_json(LINES))
+def test_fuzz(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("journal")
+    (root / "mine.txt").write_bytes(b"mine")
+    folder, lines = root / "out", None
+    folder.mkdir()
+    (folder / Journal.FILE).write_bytes(data.replace(b", {", b"\n{"))
+    with contextlib.suppress(ValueError):
+        lines = json.loads(data)
+    if isinstance(lines, list):
+        write_lines(folder, lines)
+    with contextlib.suppress(ValueError):
+        tables(folder)
+    names = {path.relative_to(root).as_posix() for path in root.rglob("*")}
+    tables_of = {f"out/{name}" for name in ("predictions.json", "predictions.csv", "failed.csv")}
+    assert names - tables_of == {"mine.txt", "out", f"out/{Journal.FILE}", "out/.lock"}
+    shutil.rmtree(root)

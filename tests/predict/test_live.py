@@ -9,7 +9,6 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
@@ -18,25 +17,24 @@ from imrcnn_d2.deploy.inputs import VideoWriter, decode_video
 from imrcnn_d2.deploy.live import LiveFrames, predict_live
 from imrcnn_d2.utils.files import BadInputError
 
-from .conftest import random_image, read_coco, write_video
+from .conftest import in_time, random_image, read_coco, write_video
 
-FRAMES, RATE = 20, 20
+FRAMES, RATE = 21, 20
 
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
-    """A second of 20 frames."""
+    """A second."""
     path = tmp_path_factory.mktemp("film") / "film.mp4"
     return str(write_video(path, FRAMES, aspect=Fraction(16, 11), rate=RATE))
 
 
 def test_the_newest_frame_comes_and_older_ones_are_dropped(film):
-    seen, waited = [], []
+    seen = []
     with LiveFrames(film) as frames:
-        for image, number, arrived in frames:
+        for image, number, _ in frames:
             assert abs(image.astype(int) - random_image(number)).mean() < 12
             seen.append(number)
-            waited.append(time.perf_counter() - arrived)
             time.sleep(0.22)  # slower than the camera
     assert seen == sorted(set(seen)) and seen[-1] == FRAMES - 1
     assert 1 < len(seen) < FRAMES / 2
@@ -45,12 +43,12 @@ def test_the_newest_frame_comes_and_older_ones_are_dropped(film):
 
 
 def test_the_report(predictor, film, tmp_path):
-    shown, output, started = [], tmp_path / "live", time.perf_counter()
+    shown, output, started = [], tmp_path / "live", time.time()
     report = predict_live(predictor, film, output, show=shown.append)
-    assert time.perf_counter() - started > (FRAMES - 2) / RATE, "it was played at its speed"
+    assert time.time() - started > (FRAMES - 2) / RATE, "it was played at its speed"
     assert report == json.loads((output / "live.json").read_text())
     assert report["received"] == FRAMES == report["predicted"] + report["dropped"]
-    assert report["dropped_percent"] == 100 * report["dropped"] / FRAMES
+    assert report["dropped_percent"] == round(100 * report["dropped"] / FRAMES, 2)
     latency = report["latency_ms"]
     assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
     overlays = list(decode_video(output / "live.mp4", "live.mp4"))
@@ -72,17 +70,20 @@ def test_what_is_no_camera_is_named_and_not_waited_for(tmp_path, source, monkeyp
     os.mkfifo("pipe")
     os.symlink("pipe", "link")
     Path("junk.mp4").write_bytes(b"junk" * 100)
-    failed = []
-
-    def work():
-        failed.append(pytest.raises(BadInputError, LiveFrames, source).value.file)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(30)
-    assert failed == [source]
+    caught = []
+    in_time(lambda: caught.append(pytest.raises(BadInputError, LiveFrames, source)))
+    assert caught[0].value.file == source
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as in a terminal: shells ignore it in what they start in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("presses", [1, 2])
 @pytest.mark.parametrize("kind, name", [(VideoWriter, "write"), (Journal, "add")])
 def test_ctrl_c_at_any_place_keeps_what_was_shown(
@@ -110,28 +111,20 @@ def test_ctrl_c_at_any_place_keeps_what_was_shown(
     assert len(list(decode_video(tmp_path / "live.mp4", "live.mp4"))) >= len(images)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_no_frame_comes(predictor, tmp_path):
-    slow = write_video(tmp_path / "slow.mp4", 2, [Fraction(0), Fraction(60)])
-    press = threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT))
-    started = time.perf_counter()
-    press.start()
+    slow, started = write_video(tmp_path / "slow.mp4", 2, [Fraction(0), Fraction(60)]), time.time()
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert predict_live(predictor, str(slow), tmp_path / "live")["predicted"] == 1
-    assert time.perf_counter() - started < 30
+    assert time.time() - started < 30
 
 
-def test_a_run_without_a_frame_leaves_the_folder_to_the_next(predictor, film, tmp_path):
-    silent, output = tmp_path / "silent.mp4", tmp_path / "live"
-    parts = {"movflags": "empty_moov+frag_keyframe"}
-    with av.open(film) as source, av.open(str(silent), "w", options=parts) as container:
-        stream = container.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.size:
-                packet.stream = stream
-                container.mux(packet)
-    data = silent.read_bytes()
-    silent.write_bytes(data[: data.index(b"moof") - 4])  # it says that it holds video
-    for _ in range(2):
-        with pytest.raises(BadInputError, match=re.escape(str(silent))):
-            predict_live(predictor, str(silent), output)
-        assert not (output / Journal.FILE).exists()
-    assert predict_live(predictor, film, output)["received"] == FRAMES
+def test_a_run_without_a_frame_leaves_the_folder_to_the_next(
+    predictor, film, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveFrames, "__iter__", lambda self: iter(()))  # of a camera that sends none
+        for _ in range(2):
+            pytest.raises(BadInputError, predict_live, predictor, film, tmp_path).match(film)
+            assert not (tmp_path / Journal.FILE).exists()
+    assert predict_live(predictor, film, tmp_path)["received"] == FRAMES

@@ -1,6 +1,4 @@
-"""Weights are loaded whole or not at all, with the config that is theirs. Whatever a file holds,
-loading it ends in an error that names it, or in weights.
-"""
+"""Whatever a file holds, loading it ends in an error that names it, or in all of its weights."""
 
 import io
 import json
@@ -21,7 +19,7 @@ from imrcnn_d2.deploy.runtimes.base import EXPORT_VERSION
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.evaluation import OperatingPoint
 from imrcnn_d2.utils.files import BadInputError
-from imrcnn_d2.utils.safe_loading import CHECKSUM, load_checkpoint_file
+from imrcnn_d2.utils.safe_loading import load_checkpoint_file
 
 from .conftest import TAU, config, some_hundred
 from .test_runtimes import small_onnx, zipped
@@ -29,53 +27,52 @@ from .test_runtimes import small_onnx, zipped
 NAN = float("nan")
 
 
-def test_config_and_threshold(tiny_run, tmp_path):
-    loaded = load_model(None, tiny_run / "model_best.pth")  # the config is next to the weights
+def test_config_and_threshold(tiny_run, weights, tmp_path):
+    loaded = load_model(None, weights)  # the config is next to the weights
     assert loaded.cfg.INPUT.MIN_SIZE_TEST == 64
     assert loaded.tau == TAU and not loaded.model.training
-    alone, plain = shutil.copy(tiny_run / "model_best.pth", tmp_path), tmp_path / "plain.pth"
-    for weights in (alone, tmp_path / "nowhere.pth"):
-        pytest.raises(FileNotFoundError, load_model, None, weights).match(str(weights))
+    alone, plain = shutil.copy(weights, tmp_path), tmp_path / "plain.pth"
+    for path in (alone, tmp_path / "nowhere.pth"):
+        pytest.raises(FileNotFoundError, load_model, None, path).match(str(path))
     torch.save({"model": torch.load(alone, weights_only=True)["model"]}, plain)
     assert load_model(tiny_run / "config.yaml", plain).tau == 0.7
-    for score in (NAN, 2.0):
-        cfg = load_config(str(tiny_run / "config.yaml"), ["MODEL.IMRCNN.SCORE_THRESH", score])
+    for score in (0.0, 1.0, NAN, -0.01, 1.01):
+        cfg = load_config(tiny_run / "config.yaml", ["MODEL.IMRCNN.SCORE_THRESH", score])
+        cfg.TEST.DETECTIONS_PER_IMAGE = 1000  # the most
+        if score in (0, 1):
+            assert load_model(cfg, plain).tau == score
+            continue
         with pytest.raises(BadInputError, match=r"plain.pth.*MODEL.IMRCNN.SCORE_THRESH"):
             load_model(cfg, plain)
 
 
-def test_class_names_are_those_of_the_data_set(tiny_run, tmp_path):
+def test_class_names_are_those_of_the_data_set(tiny_run, weights, tmp_path):
     for name in ("annotations", "images"):
         (tmp_path / name).mkdir()
-    categories = [{"id": 1, "name": "early cancer"}]
-    content = json.dumps({"images": [], "annotations": [], "categories": categories})
-    (tmp_path / "annotations" / "test.json").write_text(content)
-    for root, test, name in (
-        (tmp_path, f"{tmp_path.name}_test", "early cancer"),
-        ("", "nobody_knows", "lesion"),
-    ):
-        opts = ["DATASETS.ROOT", str(root), "DATASETS.TEST", (test,)]
-        cfg = load_config(str(tiny_run / "config.yaml"), opts)
+    coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "early cancer"}]}
+    (tmp_path / "annotations" / "test.json").write_text(json.dumps(coco))
+    names = {(str(tmp_path), f"{tmp_path.name}_test"): "early cancer", ("", "none"): "lesion"}
+    for (root, test), name in names.items():
+        opts = ["DATASETS.ROOT", root, "DATASETS.TEST", (test,)]
+        cfg = load_config(tiny_run / "config.yaml", opts)
         cfg.DATASETS.VAL = cfg.DATASETS.TRAIN = ()
-        assert load_model(cfg, tiny_run / "model_best.pth").classes == [name]
+        assert load_model(cfg, weights).classes == [name]
 
 
 LATERAL = "backbone.fpn_lateral2.weight"
 
 
-@pytest.mark.parametrize(
-    "model, opts, match",
-    [
-        ("mrcnn_lite", [], "not this model's, such as .*cbam"),
-        ("ibmrcnn_lite", [], "not this model's, such as .*cbam"),
-        ("imrcnn_lite", ["MODEL.ROI_BOX_HEAD.FC_DIM", 24], r"\d of another shape"),
-        ("imrcnn_lite", ["MODEL.ROI_BOX_HEAD.FC_DIM", 10_000_000], "not a byte for each of the 10"),
-        ("imrcnn_lite", ["INPUT.MIN_SIZE_TEST", 100_000], "INPUT.MIN_SIZE_TEST"),
-    ],
-)
-def test_weights_of_another_model_are_refused(tiny_run, model, opts, match):
+OTHER_MODELS = [
+    *((model, [], "not this model's, such as .*cbam") for model in ("mrcnn_lite", "ibmrcnn_lite")),
+    ("imrcnn_lite", ["MODEL.ROI_BOX_HEAD.FC_DIM", 24], r"\d of another shape"),
+    ("imrcnn_lite", ["MODEL.ROI_BOX_HEAD.FC_DIM", 10_000_000], "not a byte for each of the 10"),
+]
+
+
+@pytest.mark.parametrize("model, opts, match", OTHER_MODELS)
+def test_weights_of_another_model_are_refused(weights, model, opts, match):
     with pytest.raises(ValueError, match=f"model_best.pth.*{match}"):
-        load_model(config(*opts, model=model), tiny_run / "model_best.pth")
+        load_model(config(*opts, model=model), weights)
 
 
 POINT = {"tau": 0.5, "rule": "f1", "dataset": "val"}
@@ -83,19 +80,17 @@ POINTS = [
     *({**POINT, "tau": tau} for tau in (NAN, -0.1, 1.1, "0.5")),
     *({**POINT, "rule": 3}, {**POINT, "more": 1}, {"tau": 0.5, "rule": "f1"}, 0.5, []),
 ]
-
-
 EDITS = [
     (lambda file: file["model"].pop(LATERAL), f"1 missing, such as {LATERAL}"),
     (lambda file: file["model"].update({"\x1b]0;x\x07\ny": torch.zeros(1)}), r"\\x1b]0;x"),
     (lambda file: file["model"][LATERAL][0, 0].fill_(NAN), f"{LATERAL} holds NaN"),
-    *((lambda file, p=p: file.update(operating_point=p), "operating_point") for p in POINTS),
+    (lambda file: file.update(operating_point=POINTS[1]), "operating_point"),
 ]
 
 
 @pytest.mark.parametrize("edit, match", EDITS)
-def test_checkpoints_are_whole(tiny_run, tmp_path, edit, match):
-    checkpoint = torch.load(tiny_run / "model_best.pth", weights_only=True)
+def test_checkpoints_are_whole(tiny_run, weights, tmp_path, edit, match):
+    checkpoint = torch.load(weights, weights_only=True)
     edit(checkpoint)
     torch.save(checkpoint, path := tmp_path / "a.pth")
     with pytest.raises(ValueError, match=match) as refused:
@@ -103,50 +98,93 @@ def test_checkpoints_are_whole(tiny_run, tmp_path, edit, match):
     assert str(path) in str(refused.value) and str(refused.value).isprintable()
 
 
-def changed(path, target, **fields):
-    """A copy of an artifact with other metadata."""
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata() | {key: json.dumps(value) for key, value in fields.items()}
-    del metadata[CHECKSUM]
-    safetensors.torch.save_file(safetensors.torch.load_file(path), target, metadata)
-    return target
+SUFFIXES = ".onnx", ".openvino", ".safetensors"
+# Of OpenVINO, a graph that returns its input.
+NET = b"""<?xml version="1.0"?>
+<net name="a" version="11"><layers><layer id="0" name="x" type="Parameter" version="opset1">
+<data shape="4" element_type="f32"/><output><port id="0" precision="FP32"><dim>4</dim></port>
+</output></layer><layer id="1" name="y" type="Result" version="opset1"><input>
+<port id="0" precision="FP32"><dim>4</dim></port></input></layer></layers><edges>
+<edge from-layer="0" from-port="0" to-layer="1" to-port="0"/></edges></net>"""
 
 
-METADATA_ERRORS = [
-    ("9.9", {"artifact": EXPORT_VERSION + 1, "version": "9.9"}),
-    ("NOVEL", {"config": "MODEL: {NOVEL: 1}\nVERSION: 2\n"}),
-    *(("config", {"config": ["x"]}), ("classes", {"classes": ["a", "b"]})),
-    *(("artifact", {"artifact": "1"}), ("classes", {"classes": "polyp"})),
-]
+def write_export(path, metadata, tensors=None):
+    """Writes an exported file with these metadata, as JSON, and next to nothing else."""
+    if path.suffix == ".onnx":
+        path.write_bytes(small_onnx(metadata=metadata))
+    elif path.suffix == ".openvino":
+        zipped(path, NET, b"", metadata)
+    else:
+        texts = {key: json.dumps(value) for key, value in json.loads(metadata).items()}
+        tensors = tensors or {"w": torch.zeros(1)}
+        safetensors.torch.save_file(tensors, path, {**texts, "format": "pt"})
+    return path
+
+
+URL = "http://127.0.0.1:9/a"
+TIMM = "MODEL: {BACKBONE: {NAME: build_timm_backbone}, TIMM: {NAME: 'hf-hub:x/y'}}"
+VALUES = {
+    "operating_point": POINTS,
+    **{"model": [None, 3], "precision": [3], "weights_sha256": [3, {}]},
+    "classes": [[], "polyp", [1], ["a", "b"], [{}], ["\x1b[2J"], [""], ["a" * 201], None],
+    "artifact": ["1", None, [1], EXPORT_VERSION + 1],
+    "config": [
+        *(None, ["x"], "MODEL: {NOVEL: 1}\nVERSION: 2\n"),
+        *(f"_BASE_: {URL}", "_BASE_: /etc/hostname", TIMM, f"DATASETS: {{TRAIN: ['{URL}']}}"),
+    ],
+}
+OF_WEIGHTS = "artifact", "classes", "config", "operating_point"
+
+
+@pytest.mark.parametrize("key, value", [(key, v) for key, values in VALUES.items() for v in values])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_metadata_are_checked(exported, metadata, tmp_path, suffix, key, value):
+    path, tensors = tmp_path / f"a{suffix}", safetensors.torch.load_file(exported("torch"))
+    documents = [{**metadata, key: value}, {k: v for k, v in metadata.items() if k != key}]
+    if suffix == ".safetensors":  # which may be another program's
+        documents = documents[: key in OF_WEIGHTS]
+    for document in documents:
+        text = json.dumps(document).replace("NaN", "1e999")  # the one is no JSON
+        write_export(path, text, tensors)
+        match = rf"{path.name}.*({key}|imrcnn-d2 {metadata['version']})"
+        pytest.raises(ValueError, load_model, None, path).match(match)
+
+
+@pytest.mark.parametrize("suffix, artifact", [*zip(SUFFIXES, (0, EXPORT_VERSION, 0), strict=True)])
+def test_earlier_versions_are_read(exported, metadata, tmp_path, suffix, artifact):
+    path, tensors = tmp_path / f"a{suffix}", safetensors.torch.load_file(exported("torch"))
+    text = json.dumps({**metadata, "classes": ["a" * 200], "artifact": artifact})
+    assert load_model(None, write_export(path, text, tensors)).tau == TAU
+
+
 DEMANDS = {
-    **{"MODEL.ROI_MASK_HEAD.NUM_CONV": 10**7, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 10**4},
-    "TEST.DETECTIONS_PER_IMAGE": 10**6,
-    "MODEL.ANCHOR_GENERATOR.SIZES": [[8.0] * 1000],
-    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0] * 1000],
+    **{"MODEL.ROI_MASK_HEAD.NUM_CONV": 101, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 113},
+    **{"MODEL.RPN.PRE_NMS_TOPK_TEST": 100_001, "TEST.DETECTIONS_PER_IMAGE": 1001},
+    "INPUT.MIN_SIZE_TEST": 3001,
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[8.0] * 101],
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0] * 101],
 }
 
 
-@pytest.mark.parametrize("match, fields", [*METADATA_ERRORS, *DEMANDS.items()])
-def test_metadata_and_what_a_config_demands_are_checked(
-    tiny_run, exported, tmp_path, match, fields
+@pytest.mark.parametrize("key, value", DEMANDS.items())
+def test_what_a_config_demands_is_bounded(tiny_run, weights, metadata, tmp_path, key, value):
+    cfg = load_config(tiny_run / "config.yaml", [key, value])
+    pytest.raises(ValueError, load_model, cfg, weights).match(f"model_best.pth: .*{key}")
+    text = json.dumps({**metadata, "config": cfg.dump()})
+    for suffix in SUFFIXES:
+        path = write_export(tmp_path / f"a{suffix}", text)
+        pytest.raises(ValueError, load_model, None, path).match(f"a{suffix}: .*{key}")
+
+
+def test_nothing_is_written_where_a_config_says(
+    tiny_run, weights, exported, metadata, image_folder, tmp_path
 ):
-    if match in DEMANDS:
-        cfg = load_config(str(tiny_run / "config.yaml"), [match, fields])
-        with pytest.raises(ValueError, match=f"model_best.pth: .*{match}"):
-            load_model(cfg, tiny_run / "model_best.pth")
-        fields = {"config": cfg.dump()}
-    path = changed(exported("torch"), tmp_path / "a.safetensors", **fields)
-    pytest.raises(ValueError, load_model, None, path).match(f"a.safetensors.*{match}")
-
-
-def test_nothing_is_written_where_a_config_says(tiny_run, exported, image_folder, tmp_path):
     cfg = load_config(tiny_run / "config.yaml", ["OUTPUT_DIR", str(tmp_path / "elsewhere")])
-    (tmp_path / "sent").mkdir()
-    weights = shutil.copy(tiny_run / "model_best.pth", tmp_path / "sent" / "model.pth")
-    (tmp_path / "sent" / "config.yaml").write_text(cfg.dump())
-    other = changed(exported("torch"), tmp_path / "sent" / "model.safetensors", config=cfg.dump())
-    for path, output in ((weights, tmp_path / "a"), (other, tmp_path / "b")):
-        before = set(tmp_path.rglob("*"))
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    text, other = json.dumps({**metadata, "config": cfg.dump()}), tmp_path / "model.safetensors"
+    write_export(other, text, safetensors.torch.load_file(exported("torch")))
+    for path in (shutil.copy(weights, tmp_path / "model.pth"), other):
+        before, output = set(tmp_path.rglob("*")), tmp_path / f"of_{path.name}"
         predict_files(Predictor(None, path), [image_folder], output, save=["masks"])
         assert all(new.is_relative_to(output) for new in set(tmp_path.rglob("*")) - before)
 
@@ -206,25 +244,21 @@ STEPS = [
     *(pickle.dumps(v, 2)[2:-1] for v in (3, -1, 2**40, "model", [1], (2, 3), {}, 1e9, b"ab")),
     *("c{}\n{}\n".format(*name.split()).encode() for name in GLOBALS),
 ]
-pickles = st.lists(st.sampled_from(STEPS), min_size=2, max_size=30).map(b"".join)
-damaged_files = st.sampled_from(sorted(FILES)).flatmap(
-    lambda name: st.tuples(st.just(name), damaged_bytes(FILES[name]))
+pickles = st.lists(st.sampled_from(STEPS), min_size=2, max_size=30).map(
+    lambda s: b"".join(s) + b"."
 )
+KINDS = {
+    **{name: damaged_bytes(content) for name, content in FILES.items()},
+    "a.pth, its pickle damaged": damaged_bytes(MEMBERS[DATA_PKL]).map(with_pickle),
+    **{"a.pth, any pickle": pickles.map(with_pickle), "a.pkl, any pickle": pickles},
+}
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        damaged_files,
-        damaged_bytes(MEMBERS[DATA_PKL]).map(lambda data: ("a.pth", with_pickle(data))),
-        pickles.map(lambda steps: ("a.pth", with_pickle(steps + b"."))),
-        pickles.map(lambda steps: ("a.pkl", steps + b".")),
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 @some_hundred
 @given(st.data())
-def test_any_weights(folder, files, data):
-    name, content = data.draw(files)
+def test_any_weights(folder, kind, data):
+    name, content = kind.split(",")[0], data.draw(KINDS[kind])
     (folder / name).write_bytes(content)
     try:
         loaded = load_checkpoint_file(folder / name)
@@ -242,17 +276,12 @@ def test_any_weights(folder, files, data):
 @some_hundred
 @given(st.data())
 def test_any_graph(folder, metadata, form, data):
-    metadata = {**metadata, "config": "VERSION: 2"}
     path = folder / ("a.openvino" if form == "openvino" else "a.onnx")
     if form == "metadata":
-        text = data.draw(damaged_json(metadata)).decode("utf-8", "replace")
-        path.write_bytes(small_onnx(metadata=text))
-    elif form == "onnx":
-        content = small_onnx(metadata=json.dumps(metadata))
-        path.write_bytes(data.draw(damaged_bytes(content)))
+        metadata = damaged_json({**metadata, "config": "VERSION: 2"})
+        write_export(path, data.draw(metadata).decode("utf-8", "replace"))
     else:
-        net = b'<?xml version="1.0"?>\n<net name="a" version="11"/>'
-        content = zipped(path, net, b"0123", json.dumps(metadata)).read_bytes()
+        content = write_export(path, json.dumps(metadata)).read_bytes()
         path.write_bytes(data.draw(damaged_bytes(content)))
     try:
         loaded = load_model(None, path)

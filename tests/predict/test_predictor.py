@@ -1,8 +1,15 @@
-"""The predictor gives what Detectron2's own evaluation gives, for every kind of input and model."""
+"""The predictor gives what Detectron2's evaluation gives; overlays; predict, export, demo-app."""
 
+import io
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data import build_detection_test_loader
@@ -10,21 +17,24 @@ from detectron2.modeling import build_model
 from dicoms import write_dicom
 from endoscope_frames import draw_frame
 from PIL import Image
+from rectangles import rectangle
 
+from imrcnn_d2.cli import demo_app, export, predict
 from imrcnn_d2.data.endoscope_view import find_view
-from imrcnn_d2.deploy import Predictor, load_model, predict_files, pretrained
+from imrcnn_d2.deploy import Predictor, load_model, outputs, predict_files, pretrained
 from imrcnn_d2.deploy.live import predict_live
+from imrcnn_d2.deploy.outputs import draw_overlay
 from imrcnn_d2.deploy.predictor import FrameViews
 
 from .conftest import RETINANET, config, random_image, read_coco, read_table, same, write_video
 
 
-def test_it_is_what_the_evaluation_sees(predictor, tiny_run, kvasir_original):
+def test_it_is_what_the_evaluation_sees(predictor, loaded, kvasir_original):
     paths, images = sorted((kvasir_original / "images").iterdir())[:2], []
-    for number, path in enumerate(paths):
-        size = dict(zip(("width", "height"), Image.open(path).size, strict=True))
-        images.append({"file_name": str(path), "image_id": number, "annotations": [], **size})
-    loaded = load_model(None, tiny_run / "model_best.pth")
+    for path in paths:
+        width, height = Image.open(path).size
+        images.append({"file_name": str(path), "image_id": path.stem, "annotations": []})
+        images[-1] |= {"width": width, "height": height}
     mapper = predictor.task.mapper(loaded.cfg, is_train=False)
     with torch.no_grad():
         loader = build_detection_test_loader(images, mapper=mapper, num_workers=0)
@@ -34,27 +44,25 @@ def test_it_is_what_the_evaluation_sees(predictor, tiny_run, kvasir_original):
         same(result, instances)
 
 
-def test_files_arrays_and_batches(predictor, tiny_run, image_folder):
-    sizes = [(60, 80)] * 3 + [(80, 60)] * 2
-    images = [random_image(seed, *size) for seed, size in enumerate(sizes)]
+def test_files_arrays_and_batches(predictor, weights, image_folder):
+    images = [random_image(seed, *((60, 80) if seed < 3 else (80, 60))) for seed in range(5)]
     alone, path = predictor(images), image_folder / "a.png"
     assert alone[3].image_size == (80, 60)
     one = predictor(images[0]), predictor(path), *predictor([str(path)])
     results, expected = [*predictor(images, batch_size=4), *one], [*alone, *alone[:1] * 3]
     for pair in zip(results, expected, strict=True):
         same(*pair)
-    for shape, named in {
-        **{(4, 5): r"\(4, 5\)", (4, 5, 4): r"\(4, 5, 4\)"},
-        **{(0, 5, 3): "5x0", (1, 5000, 3): "5000x1"},
-    }.items():
-        pytest.raises(ValueError, predictor, [np.zeros(shape, np.uint8)]).match(named)
+    sizes = {(4, 5): "(4, 5)", (4, 5, 4): "(4, 5, 4)", (0, 5, 3): "5x0", (1, 5000, 3): "5000x1"}
+    for shape, named in sizes.items():
+        with pytest.raises(ValueError, match=re.escape(named)):
+            predictor([np.zeros(shape, np.uint8)])
     pytest.raises(ValueError, predictor, [np.zeros((4, 5, 3), np.float32)]).match("float32")
     assert predictor.tau == predictor.metadata["tau"] == 0.5
     assert predictor.classes == ["polyp"] and predictor.metadata["model"] == "IMR-CNN"
     cfg = predictor.cfg.clone()
     cfg.defrost()
     cfg.INPUT.FORMAT, cfg.MODEL.DEVICE = "BGR", "cuda:7"  # of another machine
-    other = Predictor(cfg, tiny_run / "model_best.pth", tau=0.25)
+    other = Predictor(cfg, weights, tau=0.25)
     assert other.tau == other.metadata["tau"] == 0.25
     assert torch.equal(other.prepare(images[0]), predictor.prepare(images[0]).flip(0))
     assert len(other(images[0]))
@@ -69,20 +77,18 @@ def test_a_classifier(classifier, classifier_weights, image_folder, tmp_path):
     results = classifier(paths, batch_size=2)
     for result, output in zip(results, expected, strict=True):
         torch.testing.assert_close(result, output["scores"], rtol=1e-4, atol=1e-5)
-    done = predict_files(classifier, [image_folder], tmp_path, save=["overlays", "labelme"])
-    assert done.images == 3
+    predict_files(classifier, [image_folder], tmp_path, save=["overlays", "labelme"])
     row, probabilities = read_table(tmp_path / "predictions.csv")[0], results[0].tolist()
     best = classifier.classes[probabilities.index(max(probabilities))]
     assert row["class"] == best
     written = [float(row[f"probability {name}"]) for name in classifier.classes]
     assert written == pytest.approx(probabilities)
     annotation = read_coco(tmp_path)["annotations"][0]
-    assert annotation["image_id"] == 1 and "bbox" not in annotation
-    assert annotation["score"] == pytest.approx(max(probabilities))
+    assert annotation["score"] == pytest.approx(max(probabilities)) and "bbox" not in annotation
     assert json.loads((tmp_path / "labelme" / "a.json").read_text())["flags"] == {best: True}
     assert Image.open(tmp_path / "overlays" / "a.jpg").size == (80, 60)
-    with pytest.raises(ValueError, match="ImageClassifier"):
-        predict_files(classifier, [image_folder], tmp_path, save=["masks"])
+    no_masks = {"save": ["masks"]}
+    pytest.raises(ValueError, predict_files, classifier, [], tmp_path, **no_masks).match("Image")
     pytest.raises(ValueError, Predictor, None, classifier_weights, tau=0.5).match("τ")
 
 
@@ -104,8 +110,7 @@ def test_a_retinanet(image_folder, tmp_path):
     assert [shape["shape_type"] for shape in shapes] == ["rectangle"] * 4
     x, y, width, height = annotations[0]["bbox"]
     assert shapes[0]["points"] == [[x, y], [x + width, y + height]]
-    with pytest.raises(ValueError, match="RetinaNet"):
-        predict_files(predictor, [image_folder], tmp_path / "masks", save=["masks"])
+    assert annotations[0]["area"] == pytest.approx(width * height)
 
 
 def test_the_weights_of_the_package(kvasir_original):
@@ -127,8 +132,8 @@ def frame(seed=0, shape="octagon"):
 
 
 @pytest.fixture(scope="module")
-def cropping(tiny_run):
-    return Predictor(None, tiny_run / "model_best.pth", crop_view=True)
+def cropping(weights):
+    return Predictor(None, weights, crop_view=True)
 
 
 def xywh(box):
@@ -163,15 +168,13 @@ def test_outputs_name_the_view(cropping, predictor, tmp_path):
     for image, seed in zip(coco["images"], (0, 1), strict=True):
         view = find_view(frame(seed))
         assert (image["width"], image["height"], image["view"]) == (160, 120, xywh(view.box))
-
     for path in (out / "masks" / "a.png", out / "overlays" / "a.jpg"):
         assert Image.open(path).size == (160, 120)
     # Without it no output names one, and runs are not mixed.
-    with pytest.raises(ValueError, match="crop_view"):
-        predict_files(predictor, [folder], out, save=("masks", "overlays"))
+    options = {"save": ("masks", "overlays")}
+    pytest.raises(ValueError, predict_files, predictor, [folder], out, **options).match("crop_view")
     predict_files(predictor, [folder], tmp_path / "whole")
-    coco = read_coco(tmp_path / "whole")
-    assert "crop_view" not in coco["info"] and "view" not in coco["images"][0]
+    assert "view" not in (tmp_path / "whole" / "predictions.json").read_text()
 
 
 def test_a_video_has_one_view(cropping, tmp_path):
@@ -189,13 +192,173 @@ def test_a_video_has_one_view(cropping, tmp_path):
     report = predict_live(cropping, str(film), tmp_path / "live")
     assert report["about"]["crop_view"] is True
     assert all("view" in image for image in read_coco(tmp_path / "live")["images"][2:])
-
     views = FrameViews()
-    kept = [views(bright) for _ in range(10)][-1]
-    assert views(frame(1, "square")) is views(black) is kept and kept.box == expected
+    dim, kept = [views(half) for _ in range(9)][-1], views(bright)  # the tenth
+    assert views(frame(1, "square")) is views(black) is kept and kept.box == expected != dim.box
     views = FrameViews()
     assert views(bright).box == views(half).box == expected, "by all that the frames show"
     assert views(np.zeros((240, 320, 3), np.uint8)) is None, "another size is another view"
     late = FrameViews()
     assert not any(late(black) for _ in range(20))
     assert late(bright).box == expected, "looked for until something is lit"
+
+
+CLASSES = ["polyp", "ulcère"]
+
+
+def near(overlay, color):
+    """The pixels of nearly this color, (H, W)."""
+    return (abs(overlay.astype(int) - color) < 60).all(axis=2)
+
+
+def test_contours():
+    image, mask = np.full((240, 320, 3), 90, np.uint8), np.zeros((240, 320), np.uint8, order="F")
+    mask[50:150, 50:150] = 1
+    mask[80:120, 80:120] = 0
+    box = rectangle(1, 100, 80, 60, 50, size=(240, 320), score=0.9)
+    without_mask = {key: value for key, value in box.items() if key != "segmentation"}
+    for annotation, line in (
+        *((box, np.s_[80, 105:155]), (box, np.s_[85:125, 159]), (without_mask, np.s_[80, 105:155])),
+        ({**box, "segmentation": mask_util.encode(mask)}, np.s_[79, 85:115]),  # of the hole
+    ):
+        overlay = draw_overlay(image, [annotation], CLASSES, "")
+        assert near(overlay, outputs.CONTOUR)[line].all()
+        assert (overlay[123:126, 122:145] == 90).all(), "what is inside stays visible"
+    assert (image == 90).all(), "the image itself is left alone"
+    boxes = [rectangle(1, 5 * i, 0, 10, 10, i + 1, score=0.9 - i / 10) for i in range(2)]
+    png = outputs.mask_png(boxes, (40, 50), CLASSES, {})
+    labels = np.asarray(Image.open(io.BytesIO(png)))  # the surer one is on top
+    assert (labels[:10, :10] == 1).all() and (labels[:10, 10:15] == 2).all()
+    assert labels.sum() == 100 + 2 * 50
+
+
+@pytest.mark.parametrize("size", [(1080, 1920), (352, 352), (64, 48), (10, 200), (1, 1)])
+def test_the_footer_is_there_whatever_the_size(size):
+    text = outputs.footer({"weights_sha256": "0123456789abcdef", "tau": 0.5})
+    assert text == "Research use only, not for diagnosis · weights 01234567 · τ 0.5"
+    image = np.full((*size, 3), 200, np.uint8)
+    box = rectangle(1, 0, 0, 1, 1, 2, size=size, score=0.9)
+    overlay = draw_overlay(image, [box], CLASSES, text)
+    assert overlay.shape == image.shape
+    if min(size) > 100:
+        bottom = near(overlay[-size[0] // 30 :], 255)
+        assert bottom[:, : size[1] // 2].any() and not bottom[:, -1].any(), "its end is cut off"
+
+
+def test_labels_are_legible():
+    image = np.zeros((352, 352, 3), np.uint8)
+    class_annotations = [{"category_id": 2, "score": 0.8, "probabilities": [0.2, 0.8]}]
+    assert near(draw_overlay(image, class_annotations, CLASSES, ""), 255)[:40, :200].sum() > 50
+    boxes = [rectangle(1, 100, 100, 90, 90, size=(352, 352), score=0.9 - i / 10) for i in range(3)]
+    texts = [near(draw_overlay(image, boxes[:number], CLASSES, ""), 255) for number in (1, 2, 3)]
+    for fewer, more in zip(texts, texts[1:], strict=False):
+        assert (more & fewer).sum() > 0.95 * fewer.sum(), "earlier labels are not covered"
+        assert more.sum() > fewer.sum() + 50
+
+
+def run(tool, *arguments):
+    tool.main([str(argument) for argument in arguments])
+
+
+def fails(capsys, tool, arguments, status, part):
+    """Checks the exit status of a call, and a part of its message."""
+    assert pytest.raises(SystemExit, run, tool, *arguments).value.code == status
+    error = capsys.readouterr().err
+    assert str(part) in error and "Traceback" not in error, arguments
+
+
+def test_from_weights_to_results_and_back_through_an_export(
+    weights, image_folder, tmp_path, capsys
+):
+    image, exported = image_folder / "a.png", tmp_path / "model.safetensors"
+    (image_folder / "bad.jpg").write_bytes(b"no image")
+    common = ["--input", image_folder, "--overlays", "--masks", "--labelme"]
+    first = ["--weights", weights, "--output", tmp_path / "a", *common, "--tau", 0.4]
+    run(predict, *first)
+    assert "3 images predicted; 1 inputs could not be read" in capsys.readouterr().out
+    coco = read_coco(tmp_path / "a")
+    assert coco["info"]["tau"] == 0.4
+    for name in ("overlays/a.jpg", "masks/a.png", "labelme/a.json", "failed.csv"):
+        assert (tmp_path / "a" / name).is_file()
+    options = ["--format", "safetensors", "--weights", weights, "--images", image]
+    run(export, *options, "--output", exported)
+    assert "largest difference of a score 0, of a box 0 %" in capsys.readouterr().out
+    run(predict, "--weights", exported, "--output", tmp_path / "b", *common, "--batch-size", 2)
+    other = read_coco(tmp_path / "b")
+    assert (other["annotations"], other["images"]) == (coco["annotations"], coco["images"])
+    assert other["info"]["config_sha256"] == coco["info"]["config_sha256"]
+
+    # Of corrected files, which stay, the run names each.
+    (tmp_path / "a" / "labelme" / "a.json").write_text("corrected")
+    os.utime(image, (0, 0))
+    run(predict, *first)
+    assert "labelme/a.json" in capsys.readouterr().out
+
+
+def test_errors_are_a_line(weights, tiny_run, image_folder, tmp_path, capsys, monkeypatch):
+    odd, none, bad = tmp_path / "odd.yaml", tmp_path / "none.yaml", tmp_path / "bad.png"
+    odd.write_text("MODEL: {NOSUCH: 1}")
+    bad.touch()
+    given, output = ["--weights", weights], ["--output", tmp_path / "out"]
+    inputs = [*output, "--input", image_folder]
+    ray, live = [*inputs, "--engine", "ray"], [*output, "--live", "a.mp4"]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "imrcnn_d2.deploy.ray", raising=False)
+    paths = {none: none, odd: odd, "configs/mrcnn_lite.yaml": weights}
+    names = "nothing", "none.pth", tiny_run / "config.yaml"
+    for call in (
+        *((predict, ["--weights", name, *inputs], 1, name) for name in names),
+        *((predict, [*given, *inputs, "--config-file", p], 1, paths[p]) for p in paths),
+        (predict, [*given, *live, "--masks"], 2, "--live"),
+        (predict, [*given, *live, "--batch-size", 2], 2, "--live"),
+        (predict, [*given, *output], 2, "--input"),
+        (predict, [*given, *inputs, "--tau", 7], 2, "--tau"),
+        (predict, [*given, *ray, "--masks"], 2, "--masks"),
+        (predict, [*given, *ray, "--actors", 0], 2, "--actors"),
+        (predict, [*given, *ray], 1, "pip install -e '.[ray]'"),
+        (predict, [*given, *output, "--input", bad], 1, ""),
+        (demo_app, ["--weights", "none.pth"], 1, "none.pth"),
+        (demo_app, ["--port", 70000], 2, "--port"),
+    ):
+        fails(capsys, *call)
+
+
+def test_exports_are_checked(weights, image_folder, tmp_path, capsys, monkeypatch):
+    target, none = tmp_path / "exports", tmp_path / "none"
+    target.mkdir()
+    none.mkdir()
+    common = ["--weights", weights, "--images", image_folder / "a.png"]
+    int8 = [*common, *"--format openvino --precision int8 --output".split(), target / "m.openvino"]
+    fp16 = [*common, "--format", "safetensors", "--precision", "fp16", "--output"]
+    monkeypatch.setenv("IMRCNN_DATASETS", str(tmp_path))
+    monkeypatch.setitem(export.BOUNDS["fp16"], "score", -1)
+    fails(capsys, export, int8, 1, "--calibration")
+    fails(capsys, export, [*int8, "--calibration", none], 1, none)
+    fails(capsys, export, [*fp16, target / "m.safetensors"], 1, "scores differ by")
+    fails(capsys, export, [*fp16, target / "m.pth"], 2, "m.pth")
+    assert not list(target.iterdir())
+
+
+@pytest.mark.slow
+def test_the_page_is_served_until_it_is_ended(weights, tmp_path, monkeypatch):
+    """A process of its own, which leaves nothing in the folder for temporary files."""
+    gradio_client = pytest.importorskip("gradio_client", reason="the demo extra is not installed")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    command = [sys.executable, "-W", "ignore", "tools/demo_app.py", "--port", "0", "--weights"]
+    options = {"env": {**os.environ, "TMPDIR": str(tmp_path)}, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([*command, str(weights)], text=True, **options)
+    try:
+        lines = iter(process.stdout.readline, "")
+        url = next(m[1] for line in lines if (m := re.search(r"Open (http://127\.\S+)", line)))
+        client = gradio_client.Client(url, verbose=False, analytics_enabled=False)
+        assert list(tmp_path.glob("imrcnn-uploads-*"))
+        for size, text in ((7000, "7000x7000"), (70, "<figure")):
+            Image.new("L", (size, size)).save(tmp_path / "a.png")
+            files = [gradio_client.handle_file(str(tmp_path / "a.png"))]
+            assert text in client.predict(files, 0.5, api_name="/look")[1]
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+        assert not list(tmp_path.glob("imrcnn-uploads-*"))
+    finally:
+        process.kill()

@@ -6,17 +6,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imrcnn_d2.cli import prepare_dataset
 from imrcnn_d2.utils.files import Rejects
 
 
 @pytest.fixture
+def run(capsys):
+    """Returns a function: what a command prints, or the message with which it ends."""
+
+    def call(*args, command=prepare_dataset, fails=False):
+        if not fails:
+            command.main([str(arg) for arg in args])
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as error:
+            command.main([str(arg) for arg in args])
+        return f"{error.value.code}{capsys.readouterr().err}"
+
+    return call
+
+
+@pytest.fixture
 def noise():
-    """Returns a function: (height, width, 3) uint8 noise, the same for the same seed."""
-
-    def make(height, width, seed=0):
-        return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-    return make
+    """A function: (height, width, 3) uint8 noise, the same for the same seed."""
+    return lambda h, w, seed=0: np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
 
 
 @pytest.fixture
@@ -47,15 +59,14 @@ def rotated(noise):
 def kvasir_folder(tmp_path, noise):
     """Returns a function that writes a folder in Kvasir-SEG's layout, each image with a square."""
 
-    def make(names=("a", "b", "c"), height=40, width=60):
+    def make(names=("a", "b", "c")):
         root = tmp_path / "kvasir"
-        for folder in ("images", "masks"):
-            (root / folder).mkdir(parents=True)
         for i, name in enumerate(names):
-            mask = np.zeros((height, width), np.uint8)
+            mask = np.zeros((40, 60), np.uint8)
             mask[10:30, 5 + i : 25 + i] = 255
-            Image.fromarray(noise(height, width, i)).save(root / "images" / f"{name}.png")
-            Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+            for folder, pixels in (("images", noise(40, 60, i)), ("masks", mask)):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / folder / f"{name}.png")
         return root
 
     return make
@@ -63,24 +74,21 @@ def kvasir_folder(tmp_path, noise):
 
 @pytest.fixture
 def coco_folder(tmp_path, noise):
-    """Returns a function that writes images and a COCO file, the latter changed by `edit` before.
-
-    Three images of 60x40: 1.png and 2.png with a polygon lesion, 3.png without.
-    """
+    """Returns a function that writes three images of 60x40 and a COCO file, changed by `edit`:
+    1.png and 2.png with a polygon lesion, 3.png without."""
 
     def make(edit=lambda coco: None):
-        images = tmp_path / "images"
+        images, json_file = tmp_path / "images", tmp_path / "own.json"
         images.mkdir()
+        coco = {"images": [], "categories": [{"id": 1, "name": "early gastric cancer"}]}
         for i in (1, 2, 3):
             Image.fromarray(noise(40, 60, i)).save(images / f"{i}.png")
-        records = [{"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in (1, 2, 3)]
+            record = {"id": i, "file_name": f"{i}.png", "width": 60, "height": 40}
+            coco["images"].append(record)
         polygon = [[10, 10, 30, 10, 30, 20, 10, 20]]
         lesion = {"category_id": 1, "segmentation": polygon, "bbox": [10, 10, 20, 10]}
-        annotations = [{"id": i, "image_id": i, **lesion} for i in (1, 2)]
-        categories = [{"id": 1, "name": "early gastric cancer"}]
-        coco = {"images": records, "annotations": annotations, "categories": categories}
+        coco["annotations"] = [{"id": i, "image_id": i, **lesion} for i in (1, 2)]
         edit(coco)
-        json_file = tmp_path / "own.json"
         json_file.write_text(json.dumps(coco))
         return json_file, images
 

@@ -7,33 +7,24 @@ from collections import Counter
 import numpy as np
 import pytest
 from planted_faults import Planted
+from rectangles import rectangle
 
 from imrcnn_d2.cli import audit_dataset
+from imrcnn_d2.cli.audit_dataset import embed_images
 from imrcnn_d2.data.audit import KINDS, Audit, Finding, audit, checks, groups, read_entries
 from imrcnn_d2.data.audit.findings import AuditedData, Entry
-from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.prepare import synthetic
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset, write_fixed_splits
 from imrcnn_d2.data.prepare.splits import SPLITS, read_splits
-from imrcnn_d2.engine.embedding import embed_images
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
 SIZE = 100
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    planted = Planted(tmp_path_factory.mktemp("planted"))
+def test_every_planted_fault_is_found(tmp_path):
+    planted = Planted(tmp_path)
     planted.plant_all(100)  # thresholds were chosen on Kvasir-SEG, not on synthetic images
-    return planted
-
-
-@pytest.fixture(scope="module")
-def audited(planted):
-    return audit(read_entries("planted", planted.write(), planted.images), embed_images)
-
-
-def test_every_planted_fault_is_found(planted, audited):
+    audited = audit(read_entries("planted", planted.write(), planted.images), embed_images)
     areas = ("files", "annotations", "leakage")
     assert dict(planted.faults).keys() == {k for k, kind in KINDS.items() if kind.area in areas}
     findings = [(finding.kind, set(finding.images)) for finding in audited.findings]
@@ -43,10 +34,7 @@ def test_every_planted_fault_is_found(planted, audited):
     assert len(findings) <= 1.3 * len(planted.faults)
     flagged = {name for _, name in audited.flagged} & set(planted.clean)
     assert len(flagged) <= 0.02 * len(planted.clean), flagged
-
-
-def test_duplicates(planted, audited):
-    """What crosses splits is an error; groups hold duplicates and patients."""
+    # what crosses splits is an error; groups hold duplicates and patients
     leaks = ("exact_duplicate", "near_duplicate", "patient_across_splits")
     for finding in audited.findings:
         if finding.kind in leaks:
@@ -57,6 +45,7 @@ def test_duplicates(planted, audited):
     expected = [sorted(names) for kind, names in planted.faults if kind in leaks]
     assert sorted(sorted(entries[i].name for i in g) for g in together) == sorted(expected)
 
+    # and without an embedding
     without = checks.near_duplicates(audited.examined, None)
     pairs = [{entries[pair.a].name, entries[pair.b].name} for pair in without]
     copies = [set(names) for kind, names in planted.faults if kind == "near_duplicate"][:3]
@@ -88,15 +77,11 @@ def polygon(*values):
     return {"segmentation": [[float(value) for value in values]]}
 
 
-def box(x, y, width, height, **fields):
-    mask = np.zeros((SIZE, SIZE), bool)
-    mask[y : y + height, x : x + width] = True
-    return {**annotation_from_mask(mask), **fields}
+def box(*box, **fields):
+    return rectangle(1, *box, size=(SIZE, SIZE), **fields)
 
 
 SQUARE = polygon(10, 10, 50, 10, 50, 50, 10, 50)
-
-
 FAULTS = {
     None: [
         SQUARE,
@@ -179,23 +164,28 @@ def read(path):
     return json.loads(path.read_text())
 
 
+def annotations(folder, split):
+    return read(folder / "annotations" / f"{split}.json")
+
+
 def edit(folder, split, change):
-    content = read(folder / "annotations" / f"{split}.json")
+    content = annotations(folder, split)
     change(content)
     (folder / "annotations" / f"{split}.json").write_text(json.dumps(content))
 
 
-def images_by(folder, key):
-    """(split, file name) of the images by their value of a key."""
-    images = {}
+def records(folder, key):
+    """Images or annotations of all splits, by rising id."""
+    records = [record for split in SPLITS for record in annotations(folder, split)[key]]
+    return sorted(records, key=lambda record: record["id"])
+
+
+def torn(folder):
+    """Patients with images in several splits."""
+    patients = Counter()
     for split in SPLITS:
-        for image in read(folder / "annotations" / f"{split}.json")["images"]:
-            images.setdefault(image.get(key), []).append((split, image["file_name"]))
-    return images
-
-
-def torn(folder, key="patient_id"):
-    return [value for value, images in images_by(folder, key).items() if len(dict(images)) > 1]
+        patients.update({image["patient_id"] for image in annotations(folder, split)["images"]})
+    return [patient for patient, splits in patients.items() if splits > 1]
 
 
 def test_patients_are_brought_together(synthetic_data, tmp_path, capsys, monkeypatch):
@@ -275,65 +265,49 @@ def contents(folder):
 
 
 def test_groups_are_brought_together(prepared, tmp_path):
+    """Those across splits take their groups of before along, whose numbers do not stay."""
     (folder, old), out = prepared, tmp_path / "fixed"
-    before = contents(folder)
-    groups = [[old["train"][0], old["test"][0]], [old["train"][1], old["val"][0]]]
-    groups.append(old["train"][4:6])
-    moves = write_fixed_splits(folder, out, groups)
-    assert contents(folder) == before
+    a, b, c, alone, *others = old["train"]
+    numbers = {a: 1, b: 1, alone: 2}
+
+    def number(content):
+        for image in content["images"]:
+            image["group_id"] = numbers.get(image["file_name"])
+
+    edit(folder, "train", number)
+    before, (x, y) = contents(folder), (old["test"][0], old["val"][0])
+    moves = write_fixed_splits(folder, out, [[a, x], [c, y], others[:2]])
+    assert contents(folder) == before and contents(out / "images") == contents(folder / "images")
 
     new = read_splits(out / "splits.json")
     split_of = {name: split for split, names in new.items() for name in names}
-    assert all(len({split_of[name] for name in group}) == 1 for group in groups)
-    free, images, ids = {*groups[0], *groups[1]}, [], []
-    for split, names in old.items():
-        assert {split_of[name] for name in set(names) - free} <= {split}  # all others stay
-        assert abs(len(new[split]) - len(names)) <= 1
-        content = read(out / "annotations" / f"{split}.json")
-        assert [image["file_name"] for image in content["images"]] == new[split]
-        in_split = {image["id"] for image in content["images"]}
-        assert all(a["image_id"] in in_split for a in content["annotations"])
+    together = sorted(map(sorted, [[a, b, x], [c, y], others[:2]]))
+    assert all(len({split_of[name] for name in group}) == 1 for group in together)
+    moved = [(n, s, split_of[n]) for s in SPLITS for n in old[s] if n not in new[s]]
+    assert [(m.name, m.source, m.target) for m in moves] == sorted(moved)
+    assert {name for name, *_ in moved} < {a, b, c, x, y}  # all others stay
+    group_of = {name: i for i, group in enumerate(together, 1) for name in group}
+    for split, names in new.items():
+        assert abs(len(names) - len(old[split])) <= 1
+        content = annotations(out, split)
+        assert [image["file_name"] for image in content["images"]] == names
+        ids = {image["id"] for image in content["images"]}
+        assert all(lesion["image_id"] in ids for lesion in content["annotations"])
         assert content["info"] == {"a": 1}
-        images += content["images"]
-        originals = read(folder / "annotations" / f"{split}.json")["annotations"]
-        ids += [(a["id"], 1) for a in content["annotations"]] + [(a["id"], 0) for a in originals]
-    assert {(m.name, m.source, m.target) for m in moves} == {
-        (n, split, split_of[n]) for split in SPLITS for n in free & {*old[split]} - {*new[split]}
-    }
-    assert len(images) == 20 and all(image["site"] == image["file_name"] for image in images)
-    assert sorted(i for i, is_new in ids if is_new) == sorted(i for i, is_new in ids if not is_new)
-    assert {i["file_name"] for i in images if "group_id" in i} == {*free, *groups[2]}
-    assert contents(out / "images") == contents(folder / "images")
+    assert records(out, "annotations") == records(folder, "annotations")
+    for old_image, image in zip(records(folder, "images"), records(out, "images"), strict=True):
+        group = group_of.get(image["file_name"])
+        assert {"group_id": None, **image} == {**old_image, "group_id": group}
     settings = read(out / "splits.json")
     assert settings["split_by"] == "group" and settings["seed"] == 0
     assert not {"fold", "folds"} & set(settings)  # these splits are no fold any more
     assert settings["fixed_from"] == read(folder / "splits.json")["sha256"]
 
 
-def test_groups_of_before_stay_together(prepared, tmp_path):
-    """Duplicates across splits take their old groups along, and old numbers do not stay."""
-    folder, old = prepared
-    a, b, c, d, alone = old["train"][:5]
-    numbers = {a: 1, b: 1, c: 2, d: 2, alone: 3}
-
-    def number(content):
-        for image in content["images"]:
-            image |= {"group_id": numbers.get(image["file_name"])}
-
-    edit(folder, "train", number)
-    x, y = old["test"][:2]
-    write_fixed_splits(folder, tmp_path / "fixed", [[a, x], [c, y]])
-    groups = images_by(tmp_path / "fixed", "group_id")
-    del groups[None]
-    names = sorted(sorted(name for _, name in images) for images in groups.values())
-    assert names == sorted([sorted([a, b, x]), sorted([c, d, y])])
-    assert torn(tmp_path / "fixed", "group_id") == [None]
-
-
 def test_splits_that_cannot_be_fixed(prepared, tmp_path):
     (folder, old), out = prepared, tmp_path / "fixed"
     assert write_fixed_splits(folder, out, [old["train"][:2]]) == []  # none to be moved
-    group, train = [old["train"][0], old["test"][0]], read(folder / "annotations" / "train.json")
+    group, train = [old["train"][0], old["test"][0]], annotations(folder, "train")
     with pytest.raises(FileExistsError, match="own"):
         write_fixed_splits(folder, folder, [group])
     before = (folder / "annotations" / "test.json").read_text()

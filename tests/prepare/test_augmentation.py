@@ -1,7 +1,7 @@
-"""Mappers and augmentation: images, masks and boxes agree. Training batches:
-complete epochs, resumable anywhere, however they are loaded and shared."""
+"""Augmentations of training images, and distortions of test images."""
 
 import colorsys
+import io
 import itertools
 import os
 import random
@@ -23,9 +23,10 @@ from imrcnn_d2.config import add_imrcnn_config
 from imrcnn_d2.data import augmentation as aug
 from imrcnn_d2.data import loader
 from imrcnn_d2.data.catalog import register_data_set
-from imrcnn_d2.data.loader import seed_generators
+from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES, distort, distort_mask
+from imrcnn_d2.data.images import read_image
 from imrcnn_d2.data.mapper import ClassificationMapper, LesionMapper
-from imrcnn_d2.data.masks import encode
+from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.data.prepare.synthetic import generate
 from imrcnn_d2.utils.files import Rejects
@@ -39,10 +40,9 @@ def record(tmp_path):
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[10:30, 20:60] = mask[30:40, 20:30] = 1
     Image.fromarray(mask * 200 + 20).save(tmp_path / "image.png")
-    annotation = {"bbox": [20, 10, 60, 40], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
-    annotation |= {"iscrowd": 0, "segmentation": encode(mask)}
-    size = {"height": HEIGHT, "width": WIDTH, "image_id": 7}
-    return {"file_name": str(tmp_path / "image.png"), **size, "annotations": [annotation]}
+    lesion = {**annotation_from_mask(mask, 0, iscrowd=0), "bbox_mode": BoxMode.XYWH_ABS}
+    image = {"file_name": str(tmp_path / "image.png"), "height": HEIGHT, "width": WIDTH}
+    return {**image, "image_id": 7, "annotations": [lesion]}
 
 
 def config(**keys):
@@ -110,8 +110,7 @@ def test_classified_images(tmp_path):
     record = {"file_name": str(tmp_path / "a.png"), "label": 2, "image_id": 7, "centre": "A"}
     sample = ClassificationMapper(config(), is_train=False)(record)
     image = sample.pop("image")
-    assert sample == record
-    assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, 32, 32))
+    assert (sample, image.dtype, image.shape) == (record, torch.uint8, (3, 32, 32))
     shares = (image.float() / 255).mean(dim=(1, 2))
     np.testing.assert_allclose(shares, (1 / 3, 2 / 3, 1 / 10), atol=0.03)
     bgr = ClassificationMapper(config(**{"INPUT.FORMAT": "BGR"}), is_train=False)(record)
@@ -123,7 +122,7 @@ def test_classified_images(tmp_path):
     keys |= {"INPUT.CROP.SIZE": [0.7, 0.7], "INPUT.AUG.COLOR": 0.2}
     mapper, images, sides = ClassificationMapper(config(**keys), is_train=True), [], set()
     for seed in (*range(12), 3):
-        seed_generators(seed)
+        loader.seed_generators(seed)
         images.append(mapper(record)["image"])
         assert images[-1].shape == (3, 32, 32)
         red = images[-1][0].float()  # up, down, left or right of the rest
@@ -267,12 +266,9 @@ def test_rare_images_come_more_often_from_any_iteration_on():
     np.testing.assert_allclose(counts / counts.sum(), factors / factors.sum(), atol=0.02)
     assert batches(3, iteration=37, epoch_indices=epoch_indices) == whole[37:40]
     epoch_indices = loader.class_balanced_epochs(np.array([0] * 30 + [1] * 7))
-    whole = batches(40, epoch_indices=epoch_indices)
-    assert batches(3, iteration=37, epoch_indices=epoch_indices) == whole[37:]
-    samples = [index for batch in whole for _, _, index in batch]
-    # 18 or 19 of the frequent class an epoch, others in the next one.
-    assert len({i for i in samples[:37] if i < 30}) < len({i for i in samples[:74] if i < 30})
-    assert set(samples) == set(range(37))
+    samples = itertools.chain(*batches(40, epoch_indices=epoch_indices))
+    # 18 or 19 of the frequent class an epoch, others in the next one
+    assert {index for _, _, index in samples} == {*range(37)}
 
 
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=5), st.integers(0, 100))
@@ -306,14 +302,9 @@ def data_set(tmp_path_factory):
 
 @pytest.fixture
 def cfg(data_set):
-    cfg = get_cfg()
-    add_imrcnn_config(cfg)
-    cfg.DATASETS.TRAIN = (f"{data_set}_train",)
-    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    cfg.INPUT.MASK_FORMAT, cfg.INPUT.MIN_SIZE_TRAIN = "bitmask", (48, 64)
-    cfg.INPUT.AUG.COLOR, cfg.INPUT.AUG.ROT90 = 0.3, True
-    cfg.MODEL.MASK_ON, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = True, 3, 0
-    return cfg
+    keys = {"DATASETS.TRAIN": (f"{data_set}_train",), "SOLVER.IMS_PER_BATCH": 3}
+    keys |= {"DATALOADER.NUM_WORKERS": 0, "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False}
+    return config(**keys, **{"INPUT.MIN_SIZE_TRAIN": (48, 64), "INPUT.AUG.COLOR": 0.3})
 
 
 def load(cfg, iteration=0, seed=5):
@@ -366,3 +357,107 @@ def test_workers_outlive_a_signal_to_the_process_group(cfg, number):
     for worker in workers:
         worker.join(20)
         assert worker.exitcode == 0
+
+
+SIDE = 200
+every_severity = pytest.mark.parametrize("severity", SEVERITIES)
+
+
+def level(name, severity):
+    return DISTORTIONS[name].levels[severity - 1]
+
+
+def linear(image):
+    values = image / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+@pytest.mark.parametrize("name", DISTORTIONS)
+def test_seeded_not_in_place_and_stronger_by_severity(name, kvasir_352):
+    frame = read_image(kvasir_352 / "images" / "train_0002.jpg")
+    before, errors = frame.copy(), []
+    for severity in SEVERITIES:
+        image = distort(frame, name, severity, (7, 1))
+        assert np.array_equal(image, distort(frame, name, severity, (7, 1)))
+        assert np.array_equal(frame, before)
+        assert (image.shape, image.dtype) == (frame.shape, np.uint8)
+        errors.append(np.abs(image.astype(int) - frame).mean())
+        if name in ("motion", "highlights"):
+            assert not np.array_equal(image, distort(frame, name, severity, (7, 2)))
+        if name == "jpeg":  # as another encoder makes it
+            file = io.BytesIO()
+            Image.fromarray(frame).save(file, "jpeg", quality=level(name, severity))
+            assert np.abs(image - np.asarray(Image.open(file)).astype(int)).mean() < 1
+    assert errors[0] > 0
+    if name not in ("over_exposure", "rotation"):
+        assert errors == sorted(errors) and errors[0] < 0.75 * errors[-1]
+
+
+@every_severity
+def test_blur_makes_a_disc_or_a_line_of_a_point_and_leaves_flat_areas(severity):
+    point = np.zeros((SIDE, SIDE, 3), np.uint8)
+    point[SIDE // 2, SIDE // 2] = 255
+    blurred = distort(point, "defocus", severity)[..., 0]
+    rows, columns = np.nonzero(blurred)
+    reach = np.hypot(rows - SIDE // 2, columns - SIDE // 2).max()
+    assert reach == pytest.approx(level("defocus", severity) / 100 * SIDE, abs=1)
+    # light is kept: a disc is not brighter than the point spread over its area
+    assert linear(blurred).sum() == pytest.approx(1, rel=0.05)
+    for seed in range(3):
+        lit = np.argwhere(distort(point, "motion", severity, seed)[..., 0]).astype(float)
+        lit -= lit.mean(axis=0)
+        along, across = (lit @ np.linalg.svd(lit)[2].T).T
+        assert np.ptp(along) == pytest.approx(level("motion", severity) / 100 * SIDE, abs=2.5)
+        assert np.ptp(across) <= 2.5
+        flat = np.full((60, 90, 3), 70 + 40 * seed, np.uint8)
+        for name in ("defocus", "motion"):
+            assert np.array_equal(distort(flat, name, severity, seed), flat)
+
+
+@pytest.mark.parametrize("name", ["over_exposure", "under_exposure"])
+@every_severity
+def test_exposure_multiplies_light(name, severity):
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    expected = np.minimum(linear(values) * 2.0 ** level(name, severity), 1)
+    light = linear(distort(values, name, severity))
+    assert np.abs(light - expected).max() < 0.5 / 255 * 2.3  # half a step, where it is steepest
+    # 128 is 21.6 % of the light; a stop more is 43.2 %, which sRGB writes as 176
+    gray = np.full((1, 1, 3), 128, np.uint8)
+    assert distort(gray, "over_exposure", 2).tolist() == [[[176] * 3]]
+
+
+@every_severity
+def test_highlights_cover_their_share_of_the_tissue(severity):
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    assert not distort(image, "highlights", severity).any()
+    image[:, 40:] = 101
+    lit, share = distort(image, "highlights", severity, 5), level("highlights", severity)
+    assert (lit >= image).all()
+    half_lit = (lit >= image + (255.0 - image) / 2).all(axis=2)
+    assert 100 * half_lit[:, 40:].mean() == pytest.approx(share, rel=0.25, abs=0.7)
+    assert half_lit[:, :30].mean() < 0.01  # none is centred on the black
+    if severity > 1:  # more of them, where the others were as well
+        assert (lit >= distort(image, "highlights", severity - 1, 5)).all()
+
+
+def test_rotation_by_right_angles_is_exact_and_unknown_severities_are_refused():
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    turned = {distort(image, "rotation", 3, seed).tobytes() for seed in range(9)}
+    assert turned == {np.rot90(image, k).tobytes() for k in (1, 3)}
+    assert np.array_equal(distort(image, "rotation", 5, 1), image[::-1, ::-1])
+    with pytest.raises(ValueError, match="not in tuple"):
+        distort(image, "jpeg", 6)
+
+
+@every_severity
+@pytest.mark.parametrize("shape", [(60, 60), (50, 80), (80, 50)])
+def test_masks_turn_with_their_images(severity, shape):
+    mask = np.zeros(shape, bool)
+    mask[18:33, 20:41] = True
+    turned = distort_mask(mask, "rotation", severity, 4)
+    shown = distort(np.dstack([mask * np.uint8(255)] * 3), "rotation", severity, 4)[..., 0] >= 128
+    assert turned.shape == shown.shape == (max(shape),) * 2
+    assert (turned & shown).sum() / (turned | shown).sum() > 0.9
+    assert turned.sum() == pytest.approx(mask.sum(), rel=0.05)
+    for name in DISTORTIONS.keys() - {"rotation"}:
+        assert distort_mask(mask, name, severity) is mask

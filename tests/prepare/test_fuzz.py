@@ -1,8 +1,7 @@
 """Whatever a file holds, its reader ends in BadInputError or in what can be written again.
 
 Some hundred damaged files each; for about a minute each:
-``pytest -m fuzz --hypothesis-profile minute``.
-"""
+``pytest -m fuzz --hypothesis-profile minute``."""
 
 import io
 import json
@@ -38,41 +37,35 @@ def folder(tmp_path_factory):
     """images/ of 60x40, frames/ of a video, and an empty folder for images inside files."""
     root = tmp_path_factory.mktemp("fuzz")
     names = [*(f"images/{name}" for name in NAMES), "labelme/frame_a.jpg"]
-    names += [f"frames/frame_{i:06d}.png" for i in range(5)]
-    for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
+    for folder in ("images/b", "labelme", "frames", "scratch", "embedded"):
+        (root / folder).mkdir(parents=True)
+    for i, name in enumerate([*names, *(f"frames/frame_{i:06d}.png" for i in range(5))]):
         Image.new("RGB", (60, 40), (i, 0, 0)).save(root / name)
-    for name in ("scratch", "embedded"):
-        (root / name).mkdir()
     (root / "whole.json").write_text(json.dumps(COCO))
     return root
 
 
-def coco_document():
-    mask = np.zeros((40, 60), bool)
-    mask[5:20, 5:30] = True
-    hollow = mask.copy()
-    hollow[8:10, 8:12] = False
-    polygon = [[10, 10, 30, 10, 30, 20.5, 10, 20], [40, 5, 50, 5, 45, 9]]
-    counts = {"size": [40, 60], "counts": [200, 100, 2100]}
-    polygons = {"segmentation": polygon, "iscrowd": 0, "bbox": [10, 5, 40, 15.5], "area": 220}
-    return {
-        "info": {"year": 2024},
-        "images": [
-            {"id": i, "file_name": name, "width": 60, "height": 40, "patient_id": f"p{i}"}
-            for i, name in enumerate(NAMES)
-        ],
-        "annotations": [
-            {**annotation_from_mask(mask), "id": 1, "image_id": 0, "lesion_id": 4},
-            {**annotation_from_mask(hollow, 2), "id": 2, "image_id": 0},
-            {"id": 3, "image_id": 1, "category_id": 2, **polygons},
-            {"id": 4, "image_id": 1, "category_id": 1, "segmentation": counts, "iscrowd": 1},
-        ],
-        "categories": [{"id": 1, "name": "polyp", "supercategory": "x"}, {"id": 2, "name": "b"}],
-    }
-
-
-COCO = coco_document()
+MASK = np.zeros((40, 60), bool)
+MASK[5:20, 5:30] = True
+HOLLOW = MASK.copy()
+HOLLOW[8:10, 8:12] = False
+POLYGON = [[10, 10, 30, 10, 30, 20.5, 10, 20], [40, 5, 50, 5, 45, 9]]
+POLYGONS = {"segmentation": POLYGON, "iscrowd": 0, "bbox": [10, 5, 40, 15.5], "area": 220}
+COUNTS = {"size": [40, 60], "counts": [200, 100, 2100]}
+SIZE = {"width": 60, "height": 40}
+COCO = {
+    "info": {"year": 2024},
+    "images": [
+        {"id": i, "file_name": NAMES[i], **SIZE, "patient_id": f"p{i}"} for i in range(len(NAMES))
+    ],
+    "annotations": [
+        {**annotation_from_mask(MASK), "id": 1, "image_id": 0, "lesion_id": 4},
+        {**annotation_from_mask(HOLLOW, 2), "id": 2, "image_id": 0},
+        {"id": 3, "image_id": 1, "category_id": 2, **POLYGONS},
+        {"id": 4, "image_id": 1, "category_id": 1, "segmentation": COUNTS, "iscrowd": 1},
+    ],
+    "categories": [{"id": 1, "name": "polyp", "supercategory": "x"}, {"id": 2, "name": "b"}],
+}
 _KEYS = ("image_id", "category_id", "segmentation", "bbox")
 RESULTS = [
     {**{key: annotation[key] for key in _KEYS if key in annotation}, "score": number / 5}
@@ -82,40 +75,35 @@ DEVICES = "file,centre,size_mm,seen\na.png,X,12,2024-05-06\nb/c.png,Y,7.5,\nd.pn
 PATIENTS = "file,patient_id\na.png,p1\nb/c.png,p2\nd.png,p1\n"
 
 
-def labelme(path, folder, rejects):
-    return read_labelme(path.parent, rejects, folder / "scratch")
+DAMAGED = {"coco.json": damaged_json(COCO)}
+DAMAGED |= {"metadata.csv": damaged_csv(DEVICES), "patients.csv": damaged_csv(PATIENTS)}
+for name in ("labelme/frame_a.json", "embedded/embedded.json"):
+    text = (FORMATS / "labelme" / Path(name).name).read_text()
+    DAMAGED[name] = damaged_json(json.loads(text))
+for name in ("images.xml", "video.xml"):
+    DAMAGED[name] = damaged_xml((FORMATS / "cvat" / name).read_text())
 
 
-def metadata(path, folder, rejects):
+def read(path, folder, rejects):
+    if path.name == "coco.json":
+        return read_coco(path, folder / "images", rejects)
+    if path.suffix == ".json":
+        return read_labelme(path.parent, rejects, folder / "scratch")
+    if path.suffix == ".xml":
+        root = folder / ("images" if path.name == "images.xml" else "frames")
+        return read_cvat([path], root, rejects)
     source = read_coco(folder / "whole.json", folder / "images", rejects)
-    return with_metadata(source, [read_metadata(path, rejects)], rejects)
-
-
-def patients(path, folder, rejects):
-    source = read_coco(folder / "whole.json", folder / "images", rejects)
+    if path.name == "metadata.csv":
+        return with_metadata(source, [read_metadata(path, rejects)], rejects)
     return with_patients_from_csv(source, path, rejects)
 
 
-READERS = {
-    "coco.json": (damaged_json(COCO), lambda path, f, r: read_coco(path, f / "images", r)),
-    "metadata.csv": (damaged_csv(DEVICES), metadata),
-    "patients.csv": (damaged_csv(PATIENTS), patients),
-}
-for name, file in (("labelme/frame_a", "frame_a"), ("embedded/x", "embedded")):
-    document = json.loads((FORMATS / "labelme" / f"{file}.json").read_text())
-    READERS[f"{name}.json"] = (damaged_json(document), labelme)
-for name, root in (("images", "images"), ("video", "frames")):
-    xml = damaged_xml((FORMATS / "cvat" / f"{name}.xml").read_text())
-    READERS[f"{name}.xml"] = (xml, lambda path, f, r, root=root: read_cvat([path], f / root, r))
-
-
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", DAMAGED)
 @given(data=st.data(), on_error=st.sampled_from(["raise", "reject"]))
 @some_hundred
 def test_readers(folder, name, data, on_error):
-    damaged, read = READERS[name]
     path, rejects = folder / name, Rejects(on_error)
-    path.write_bytes(data.draw(damaged))
+    path.write_bytes(data.draw(DAMAGED[name]))
     try:
         source = read(path, folder, rejects)
         samples = list(source.samples)
@@ -150,12 +138,10 @@ def test_evaluation(folder, damaged, data):
 def whole_images():
     """Small images of all formats, in several modes and with what else their files may hold."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), np.uint8)
-    names = "RGB", "RGBA", "L", "P", "1", "CMYK"
-    modes = [Image.fromarray(pixels).convert(name) for name in names]
+    modes = [Image.fromarray(pixels).convert(m) for m in ("RGB", "RGBA", "L", "P", "1", "CMYK")]
     modes.append(Image.fromarray(pixels[..., :2].copy().view(np.uint16)[..., 0]))
-    exif = Image.Exif()
+    exif, files = Image.Exif(), []
     exif[274] = 6
-    files = []
     for kind in (*images.IMAGE_FORMATS, "MPO"):
         for image in modes:
             for options in ({}, {"progressive": True, "compression": "tiff_lzw", "lossless": True}):

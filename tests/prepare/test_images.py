@@ -1,5 +1,4 @@
-"""Detectron2 reads every installed image as the viewer of the original would see it; shapes and
-masks become annotations."""
+"""Image files of all kinds, and the endoscope's view in them."""
 
 import io
 import math
@@ -13,7 +12,8 @@ import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import detection_utils
 from dicoms import write_dicom
-from hypothesis import assume, given, settings
+from endoscope_frames import BACKGROUNDS, INSETS, SHAPES, draw_frame, patient_banner
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -21,20 +21,15 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit
 from scipy import ndimage
 
 from imrcnn_d2.data import images, masks
-from imrcnn_d2.data.images import read_mask
-from imrcnn_d2.data.masks import (
-    annotation_from_mask,
-    components,
-    mask_polygons,
-    polygon_rle,
-    rectangle,
-)
+from imrcnn_d2.data.endoscope_view import find_view
+from imrcnn_d2.data.images import read_image, read_mask
+from imrcnn_d2.data.masks import annotation_from_mask, components, mask_polygons, polygon_rle
 from imrcnn_d2.utils.files import BadInputError
 
 
 @pytest.fixture
 def as_trained_on(tmp_path):
-    """Returns a function: what Detectron2 reads after the image was installed, (H, W, 3) RGB."""
+    """A function: what Detectron2 reads after the image was installed, (H, W, 3) RGB."""
 
     def read(path):
         image = images.inspect_image(path)
@@ -166,24 +161,24 @@ def test_masks_are_thresholded_at_128_and_have_few_parts(tmp_path):
     mask[::2, ::2] = True
     with pytest.raises(ValueError, match="1600 separate parts"):
         components(mask, 1)
-    assert components(mask, 2)[1] == 1600
+    assert components(mask, 2)[1] == 1600 and len(list(components(mask[:, :50], 1)[0])) == 1000
 
 
 def test_dicom_stills(tmp_path, noise):
     path = write_dicom(tmp_path / "Frau.dcm", noise(40, 60))
     assert images.is_dicom(path) and not images.is_dicom(tmp_path)
-    image = images.inspect_image(path)
+    image, still = images.inspect_image(path), noise(40, 60)
     assert (image.width, image.height, image.orientation) == (60, 40, 1)
     assert image.needs_conversion and image.mode == "DICOM"
-    assert (images.read_image(path) == noise(40, 60)).all()
+    assert (images.read_image(path) == still).all()
     images.install_image(image, tmp_path, "new/a.png")
     with Image.open(tmp_path / "new" / "a.png") as png:
-        assert not png.info and (np.asarray(png) == noise(40, 60)).all()
-    files = [write_dicom(tmp_path / "several.dcm", np.stack([noise(40, 60)] * 3))]
-    files += [write_dicom(tmp_path / "none.dcm"), write_dicom(tmp_path / "cut.dcm", noise(40, 60))]
-    files[-1].write_bytes(files[-1].read_bytes()[:-500])
+        assert not png.info and (np.asarray(png) == still).all()
+    files = [write_dicom(tmp_path / "several.dcm", np.stack([still] * 3))]
+    files += [write_dicom(tmp_path / "none.dcm"), write_dicom(tmp_path / "cut.dcm", still)]
+    os.truncate(files[-1], files[-1].stat().st_size - 500)
     syntax = DeflatedExplicitVRLittleEndian  # to any size
-    files.append(write_dicom(tmp_path / "deflated.dcm", noise(40, 60), syntax=syntax))
+    files.append(write_dicom(tmp_path / "deflated.dcm", still, syntax=syntax))
     for start in (b"\x02\0\0\0UL\4\0", b"\x08\0\5\0CS", b"\x08\0\5\0\x0a\0\0\0"):
         files.append(tmp_path / f"{start[0]}{start[4]}.dcm")
         files[-1].write_bytes(start + bytes(200))  # without a preamble
@@ -215,21 +210,20 @@ def test_no_dicom_file_may_fill_the_memory(tmp_path, noise, monkeypatch):
 
 
 def test_a_dicom_jpeg_of_many_scans(tmp_path, noise):
-    stream, path = io.BytesIO(), tmp_path / "a.dcm"
+    stream = io.BytesIO()
     Image.fromarray(noise(40, 60)).save(stream, "JPEG", progressive=True)
-    jpeg = stream.getvalue()
-    scan = jpeg[jpeg.rindex(b"\xff\xda") : -2]
-    pixels, kind = np.stack([noise(40, 60)] * 2), {"PhotometricInterpretation": "YBR_FULL_422"}
-    for times in (50, 150):
-        many = [jpeg, jpeg[:-2] + times * scan + jpeg[-2:]]
-        write_dicom(path, pixels, encoded=many, syntax=JPEGBaseline8Bit, **kind)
-        frames = images.iter_rgb(path, images.read_header(path))
-        next(frames)
-        if times == 50:
-            assert len(list(frames)) == 1
-        else:
-            with pytest.raises(BadInputError, match="a.dcm: has a JPEG of 1[0-9][0-9] scans"):
-                next(frames)
+    jpeg, pixels = stream.getvalue(), np.stack([noise(40, 60)] * 2)
+    options = {"syntax": JPEGBaseline8Bit, "PhotometricInterpretation": "YBR_FULL_422"}
+
+    def second_frame(times):
+        many = [jpeg, jpeg[:-2] + times * jpeg[jpeg.rindex(b"\xff\xda") : -2] + jpeg[-2:]]
+        path = write_dicom(tmp_path / "a.dcm", pixels, encoded=many, **options)
+        first, second = images.iter_rgb(path, images.read_header(path))
+        return second
+
+    assert second_frame(50).shape == (40, 60, 3)
+    with pytest.raises(BadInputError, match="a.dcm: has a JPEG of 1[0-9][0-9] scans"):
+        second_frame(150)
 
 
 MASKS = arrays(bool, st.tuples(st.integers(1, 24), st.integers(1, 24)))
@@ -247,34 +241,33 @@ def test_components_against_scipy(mask, min_area):
     assert [corner for corner, _ in kept] == sorted(corner for corner, _ in kept)
 
 
-@given(MASKS.filter(np.any))
-def test_annotation_against_numpy(mask):
+@given(MASKS.filter(np.any), st.integers(1, 30))
+def test_annotation_and_union_against_numpy(mask, count):
     annotation = annotation_from_mask(mask, 3, lesion_id="x")
     (y0, x0), (y1, x1) = np.argwhere(mask).min(axis=0), np.argwhere(mask).max(axis=0)
-    assert np.array_equal(mask_util.decode(annotation.pop("segmentation")), mask)
+    assert np.array_equal(decoded(annotation.pop("segmentation")), mask)
     expected = {"category_id": 3, "iscrowd": 0, "lesion_id": "x", "area": mask.sum()}
     assert annotation == expected | {"bbox": [x0, y0, x1 - x0 + 1, y1 - y0 + 1]}
+    parts = [np.roll(mask, i, axis=0) for i in range(count)]
+    union = masks.union([masks.encode(part) for part in parts])
+    assert np.array_equal(decoded(union), np.any(parts, axis=0))
 
 
 def decoded(rle):
     return mask_util.decode(rle).astype(bool)
 
 
-def iou(polygons, mask):
-    """The overlap of what the polygons enclose with a mask."""
+def iou(polygons, mask):  # of what the polygons enclose
     filled = decoded(mask_util.merge([polygon_rle(p.tolist(), *mask.shape) for p in polygons]))
     return (filled & mask).sum() / (filled | mask).sum()
 
 
-@given(MASKS)
+@given(MASKS.filter(np.any))
 def test_polygons_are_near_the_mask(mask):
-    assume(mask.any())
     without_holes = ndimage.binary_fill_holes(mask)
     polygons = mask_polygons(mask)
-    if polygons is None:
-        assert (without_holes != mask).any()
-    else:
-        assert iou(polygons, mask) >= masks.MIN_IOU
+    has_holes = (without_holes != mask).any()
+    assert has_holes if polygons is None else iou(polygons, mask) >= masks.MIN_IOU
     polygons = mask_polygons(mask, fill_holes=True)
     assert iou(polygons, without_holes) >= masks.MIN_IOU
     assert len(polygons) == ndimage.label(without_holes, np.ones((3, 3)))[1]
@@ -284,9 +277,8 @@ def test_polygons_have_few_points_on_the_edges_of_pixels(kvasir_352):
     points = []
     for path in sorted((kvasir_352 / "masks").iterdir())[:40]:
         mask = read_mask(path)
-        assert mask_polygons(mask) is not None, "specks alone"
+        points.append(sum(map(len, mask_polygons(mask))))  # specks alone are left out
         assert iou(mask_polygons(mask, True), mask) >= masks.MIN_IOU
-        points.append(sum(map(len, mask_polygons(mask))))
     assert np.median(points) < 50, "to be moved by hand"
 
     mask = np.zeros((60, 80), bool)
@@ -298,15 +290,15 @@ def test_polygons_have_few_points_on_the_edges_of_pixels(kvasir_352):
     assert [len(polygon) for polygon in mask_polygons(mask, fill_holes=True)] == [4]
     mask = np.zeros((10, 12), bool)
     mask[2:5, 3:9] = mask[7, 1] = True
-    first, second = mask_polygons(mask)
-    assert sorted(map(tuple, first)) == [(3, 2), (3, 5), (9, 2), (9, 5)]
-    assert sorted(map(tuple, second)) == [(1, 7), (1, 8), (2, 7), (2, 8)]
+    corners = [sorted(map(tuple, polygon)) for polygon in mask_polygons(mask)]
+    assert corners == [[(3, 2), (3, 5), (9, 2), (9, 5)], [(1, 7), (1, 8), (2, 7), (2, 8)]]
 
 
 def test_rectangles_and_ellipses_are_turned_clockwise():
-    assert rectangle(0, 0, 4, 2).tolist() == [[0, 0], [4, 0], [4, 2], [0, 2]]
+    assert masks.rectangle(0, 0, 4, 2).tolist() == [[0, 0], [4, 0], [4, 2], [0, 2]]
     # the top left corner goes to the right, as y points down
-    assert rectangle(0, 0, 4, 2, 90) == pytest.approx(np.array([[3, -1], [3, 3], [1, 3], [1, -1]]))
+    turned = np.array([[3, -1], [3, 3], [1, 3], [1, -1]])
+    assert masks.rectangle(0, 0, 4, 2, 90) == pytest.approx(turned)
     for degrees, bounds in ((0, (28, 51, 20, 79)), (90, (10, 69, 38, 61))):
         mask = decoded(masks.ellipse_rle((50, 40), (30, 12), 80, 100, degrees))
         assert mask.sum() == pytest.approx(math.pi * 30 * 12, rel=0.01)
@@ -327,7 +319,7 @@ def test_patch_is_cut_at_the_borders(left, top, patch):
 
 
 def test_points_and_sizes_that_are_refused():
-    for value in (1e9, -1e9, math.inf, math.nan, "3", None, True):
+    for value in (600.5, -600.5, math.inf, math.nan, "3", None, True):
         with pytest.raises(ValueError, match="coordinate"):
             masks.check_extent([1, value], 40, 60)
         with pytest.raises(ValueError, match="coordinate"):
@@ -339,14 +331,86 @@ def test_points_and_sizes_that_are_refused():
             polygon_rle(points, 40, 60)
     around = 10 * np.array([[-40, -40], [60, -40], [60, 40], [-40, 40]])
     assert decoded(polygon_rle(around.tolist(), 40, 60)).all(), "far outside, but no longer"
-    for size in ((0, 5), (5, -1), (10**6, 5), (20_000, 20_000), ("5", 5), (5.5, 5)):
+    for size in ((0, 5), (5, -1), (65_536, 5), (6235, 14_352), ("5", 5), (5.5, 5), (True, 5)):
         with pytest.raises(ValueError, match="image"):
             masks.check_size(*size)
-    assert masks.check_size(5.0, 60) == (5, 60)
+    for size in ((1.0, 65_535), (6235, 14_351)):  # Pillow's limit
+        assert masks.check_size(*size) == size
 
 
-@given(MASKS, st.integers(1, 30))
-def test_union(mask, count):
-    parts = [np.roll(mask, i, axis=0) for i in range(count)]
-    rles = [mask_util.encode(np.asfortranarray(part, dtype=np.uint8)) for part in parts]
-    assert np.array_equal(decoded(masks.union(rles)), np.any(parts, axis=0))
+FRAMES = [(shape, ground, "none") for shape in SHAPES[:-1] for ground in BACKGROUNDS]
+FRAMES += [(shape, "black", inset) for shape in SHAPES[:-1] for inset in INSETS[1:]]
+FRAMES += [("whole", "black", inset) for inset in INSETS[:-1]]
+
+
+def view_iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+@pytest.mark.parametrize(("shape", "background", "inset"), FRAMES)
+def test_synthetic_frames(shape, background, inset):
+    frame, truth, box = draw_frame(shape, background, inset, seed=len(shape) + len(inset))
+    shown = truth.copy()
+    if box is not None:
+        shown[box[1] : box[3], box[0] : box[2]] = True
+    frame, written = patient_banner(frame, shown)
+    stream = io.BytesIO()
+    Image.fromarray(frame).save(stream, "JPEG", quality=90)
+    view = find_view(np.asarray(Image.open(stream)))
+    assert view_iou(view.mask, truth) > 0.98 and view_iou(view.with_insets, shown) > 0.95
+    assert len(view.insets) == (box is not None) and not view.is_empty
+    assert view.is_whole == (shape == "whole" and box is None)
+    beyond = ~cv2.dilate(truth.astype(np.uint8), np.ones((11, 11))).astype(bool)
+    assert not (view.mask & written & beyond).any()
+    if box is not None:
+        assert not view.mask[box[1] + 3 : box[3] - 3, box[0] + 3 : box[2] - 3].any()
+    rows, columns = (np.flatnonzero(view.mask.any(axis=axis)) for axis in (1, 0))
+    x0, y0, x1, y1 = view.box
+    assert (x0, y0, x1, y1) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    cropped = np.where(view.mask[..., None], frame, 0)[y0:y1, x0:x1]
+    assert np.array_equal(view.crop(frame), cropped) and cropped.dtype == np.uint8
+    assert np.array_equal(view.crop(view.mask), view.mask[y0:y1, x0:x1])
+
+
+def test_other_sizes_and_a_line_that_leads_to_the_view():
+    for height, width in ((1080, 1920), (120, 160)):
+        frame, truth, _ = draw_frame("octagon", inset="map", height=height, width=width)
+        assert view_iou(find_view(frame).mask, truth) > 0.95
+    frame, truth, _ = draw_frame("disc")
+    frame[200:203, 4:240] = 240
+    frame[60:180, 20:23] = frame[180:203, 20:23] = 240
+    assert view_iou(find_view(frame).mask, truth) > 0.98
+
+
+def test_frames_without_a_view_and_arrays_that_are_no_frame():
+    only_a_map = np.zeros((300, 400, 3), np.uint8)
+    only_a_map[200:280, 10:110] = (20, 165, 135)
+    for frame in (np.full((60, 80, 3), 3, np.uint8), only_a_map):
+        view = find_view(frame)
+        assert view.is_empty and view.box == (0, 0, 0, 0) and not view.insets
+    for array in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match="a frame is"):
+            find_view(array)
+    assert not find_view(np.full((1, 1, 3), 200, np.uint8)).insets
+
+
+def test_real_frames(kvasir_original, no_polyp, kvasir_352):
+    """Insets as a person sees them: a green or a blanked map, lower left; no lesion beyond."""
+    with_inset = {"cju0rx1idathl0835detmsp84", "0da47e4e-d994-44b5-86aa-0fd8ba92c62e"}
+    with_inset |= {"0f498083-9ed1-47a5-bf10-8c83f6362c1e", "0f8c43a2-2b4e-4b52-84c5-ec3d962c7e27"}
+    for path in (*(kvasir_original / "images").iterdir(), *no_polyp.iterdir()):
+        image = read_image(path)
+        height, width = image.shape[:2]
+        view = find_view(image)
+        assert len(view.insets) == (path.stem in with_inset), path
+        for x0, y0, x1, y1 in view.insets:
+            assert x0 < 0.05 * width and y1 > 0.95 * height
+            assert 0.25 < x1 / width < 0.4 and 0.6 < y0 / height < 0.72
+        assert 0.6 < view.mask.mean() < 0.97
+        lost = ~view.with_insets & (image.max(axis=2) > 60)
+        assert lost.mean() < 0.02, "only writing lies beyond"
+    outside = []
+    for path in sorted((kvasir_352 / "images").iterdir())[::25]:
+        polyps = read_mask(kvasir_352 / "masks" / path.name)
+        outside.append((polyps & ~find_view(read_image(path)).mask).sum() / polyps.sum())
+    assert len(outside) == 40 and np.mean(outside) < 0.002 and max(outside) < 0.05

@@ -1,11 +1,10 @@
 """Planes that tell labels apart, the views they are found in, and the images that are named."""
 
-import json
-
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from planted_faults import Planted
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
@@ -22,16 +21,13 @@ def crossing_planes(seed, views=2, count=120, features=3, noise=0.02):
     """Samples on three planes through the origin in each view, in no order; their planes."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(3), count))
-    data = []
-    for _ in range(views):
-        view = np.empty((3 * count, features))
-        for plane in range(3):
-            axes = np.linalg.qr(rng.normal(size=(features, features)))[0]
-            coordinates = rng.uniform(-1, 1, (count, features))
-            coordinates[:, 0] = rng.normal(0, noise, count)
-            view[labels == plane] = coordinates @ axes.T
-        data.append(view)
-    return data, labels
+    data = np.empty((views, 3 * count, features))
+    for view, plane in np.ndindex(views, 3):
+        axes = np.linalg.qr(rng.normal(size=(features, features)))[0]
+        coordinates = rng.uniform(-1, 1, (count, features))
+        coordinates[:, 0] = rng.normal(0, noise, count)
+        data[view, labels == plane] = coordinates @ axes.T
+    return list(data), labels
 
 
 def clustering(views, **options):
@@ -75,10 +71,9 @@ def test_a_plane_has_the_least_value_of_the_criterion(repulsion):
 def test_seed_scale_and_clusters_that_are_never_empty():
     views, _ = crossing_planes(3)
     model, again, scaled = (clustering([s * views[0], views[1]]) for s in (1, 1, 1000))
-    assert (model.labels_ == again.labels_).all() and model.inertia_ == again.inertia_
-    assert (model.labels_ == scaled.labels_).all()
-    assert model.inertia_ == pytest.approx(scaled.inertia_)
-    assert (model.predict(views) == model.labels_).all()
+    for labels in (again.labels_, scaled.labels_, model.predict(views)):
+        assert (model.labels_ == labels).all()
+    assert model.inertia_ == again.inertia_ == pytest.approx(scaled.inertia_)
     # neither of equal samples nor of as many as clusters; one takes the sample farthest off
     assert set(MultiViewKPlaneClustering(2).fit(np.ones((12, 3))).labels_) == {0, 1}
     few = np.random.default_rng(0).normal(size=(4, 2))
@@ -92,8 +87,7 @@ def test_wrong_arguments_and_scikit_learns_checks():
     check_estimator(MultiViewKPlaneClustering(), on_skip=None)
     views, labels = crossing_planes(0)
     wrong = [{"n_clusters": 0}, {"n_clusters": 400}, {"repulsion": 1.0}, {"init": "random"}]
-    wrong += [{"init": labels[:5]}, {"init": labels + 1, "n_clusters": 3}, {"max_iter": 0}]
-    for arguments in wrong:
+    for arguments in (*wrong, {"init": labels[:5]}, {"init": labels + 1}, {"max_iter": 0}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             MultiViewKPlaneClustering(**arguments).fit(views)
     for second, named in ((views[1][1:], "360, 359"), (views[1] * np.nan, "NaN")):
@@ -136,8 +130,8 @@ def clouds(seed, counts=(80, 80), apart=5.0):
 def flagged(findings, kind):
     """Names of the images that findings of a kind are about."""
     chosen = [finding for finding in findings if finding.kind == kind and finding.flags]
-    assert all(0.75 < finding.score for finding in chosen)
-    assert chosen == sorted(chosen, key=lambda finding: -finding.score)
+    scores = [finding.score for finding in chosen]
+    assert scores == sorted(scores, reverse=True) and min(scores, default=1) > 0.75
     return [finding.images[0] for finding in chosen]
 
 
@@ -147,7 +141,7 @@ def test_exchanged_labels_and_outliers_come_first():
     for i in wrong:
         labels[i] = "class 0" if labels[i] != "class 0" else "class 2"
     findings = validity.check_validity(names, splits, labels, views)
-    assert sorted(flagged(findings, "cluster_disagrees")) == sorted(names[i] for i in wrong)
+    assert {*flagged(findings, "cluster_disagrees")} == {names[i] for i in wrong}
     assert not flagged(findings, "outlier")
     names, splits, labels, views = clouds(1, (400, 45))  # the number of images plays no part
     labels[420] = "class 0"
@@ -175,27 +169,21 @@ def test_what_cannot_be_checked_is_reported():
 
 def test_an_audited_data_set(tmp_path):
     """Two classes by their colour and grain, one image of each under the other's name."""
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
+    rng, planted = np.random.default_rng(0), Planted(tmp_path)
     for number in range(101):
-        kind, name = number % 2, f"{number}.png"
+        kind = number % 2
         noise = cv2.GaussianBlur(rng.normal(size=(96, 96)), (0, 0), 3 + 3 * kind)
         gray = 120 + 30 * noise / noise.std() + rng.normal(scale=5)
         tint = np.array([[1.2, 0.8, 0.7], [0.9, 1.0, 0.6]][kind]) + rng.normal(scale=0.02, size=3)
         if number == 60:
             gray, tint = np.tile(255.0 * (np.arange(96) % 8 < 4), (96, 1)), [0.3, 0.4, 1.5]
         pixels = np.clip(gray[..., None] * tint, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / name)
-        images.append({"id": number, "file_name": name, "width": 96, "height": 96})
-        label = 2 - kind if number in (8, 31) else kind + 1
-        annotations.append({"id": number, "image_id": number, "category_id": label})
-    (tmp_path / "100.png").write_bytes(b"no image")
-    categories = [{"id": 1, "name": "ulcer"}, {"id": 2, "name": "gastritis"}]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "all.json").write_text(json.dumps(content))
-    audited = audit(read_entries("", {"": tmp_path / "all.json"}, tmp_path))
+        record = planted.add(pixels, name=f"{number}.png")
+        planted.annotate(record, category_id=2 - kind if number in (8, 31) else kind + 1)
+    (planted.images / "100.png").write_bytes(b"no image")
+    audited = audit(read_entries("", planted.write(), planted.images))
     findings = validity.validity_findings(audited)
     disagreeing = {*flagged(findings, "cluster_disagrees")}
     assert disagreeing and disagreeing <= {"8.png", "31.png", "60.png"}
     assert flagged(findings, "outlier")[0] == "60.png"
-    assert any("ulcer (50)" in f.detail for f in findings)
+    assert any("polyp (50)" in f.detail for f in findings)

@@ -73,8 +73,7 @@ def detections(gt, skill, seed):
 
 def run_in(root):
     """A function that writes an OUTPUT_DIR into a folder, with its evaluation on a ground truth, as
-    simulated detections have it, and with run.json and config.yaml; returns its path.
-    """
+    simulated detections have it, and with run.json and config.yaml; returns its path."""
 
     def do(
         name,
@@ -107,10 +106,9 @@ def run_in(root):
         meta |= {"dataset": dataset, "gt": str(gt), "gt_sha256": file_sha256(gt)}
         write_results(evaluate_lesions(gt, dt, **options), folder, **meta)
         (folder / "coco_instances_results.json").write_text(json.dumps(dt))
-        config = {"DATASETS": {"TEST": [dataset], "TRAIN": ["train"]}, "SEED": seed} | (
-            config or {}
-        )
-        config["SOLVER"] = {"BASE_LR": lr}
+        sets = {"TEST": [dataset], "TRAIN": ["train"]}
+        places = {"DATASETS": sets, "SEED": seed, "OUTPUT_DIR": str(output)}
+        config = {**places, "SOLVER": {"BASE_LR": lr}, **(config or {})}
         (output / "config.yaml").write_text(yaml.safe_dump(config))
         if run_json:
             fields = {"model": model, "backbone": backbone, "seed": seed, "finished": "2026"}
@@ -141,8 +139,7 @@ def write_run(tmp_path):
 def study(tmp_path_factory):
     """A folder with a prepared data set, ``datasets/study``, of synthetic images with patients, and
     three trained models, ``runs/<name of STUDY_MODELS>``. Among the test images are one that EXIF
-    turns and two with HOSTILE_NAMES.
-    """
+    turns and two with HOSTILE_NAMES."""
     root = tmp_path_factory.mktemp("study")
     data, rendered = root / "datasets" / "study", root / "rendered"
     rendered.mkdir()
@@ -233,9 +230,7 @@ def home(study, tmp_path, monkeypatch):
 
 
 def parsed(text):
-    """The elements of a page, by strict rules, and the words of its sections by id. Fails if it
-    needs the network, or a reference in it leads nowhere.
-    """
+    """The elements of a page without a network, by strict rules, and the words of its sections."""
     tree = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(text)
     ids = [node.get("id") for node in tree.iter() if node.get("id")]
     assert len(ids) == len(set(ids))

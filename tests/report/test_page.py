@@ -1,5 +1,4 @@
-"""The page of detectors: whole, safe, and with the values of metrics.json; its tables, plots and
-gallery. tests/report/test_report_browser.py opens it."""
+"""The page of a report, of detectors and of classifiers."""
 
 import base64
 import dataclasses
@@ -11,14 +10,20 @@ import re
 import cv2
 import numpy as np
 import pytest
+from chromium import chromium, opened
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from recognition_runs import draw_classes, prepare_classes, write_classifier
 
 from imrcnn_d2.cli import report
+from imrcnn_d2.evaluation import Bootstrap
 from imrcnn_d2.report import load_run
+from imrcnn_d2.report.comparison import compare, gather
 from imrcnn_d2.report.html import page, render_report, tables
+from imrcnn_d2.report.html.page import classification_gallery
 from imrcnn_d2.report.plots.images import region_contours
+from imrcnn_d2.report.tables import p_text
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +52,12 @@ def test_what_must_be_stated(text, runs, parse):
     assert "2: mask is empty" in sections["data"] and "43 images offered" in sections["data"]
     assert "PPV at 0.5 %" in sections["screening"]
     assert "IMR-CNN − MR-CNN" in sections["results"]
-    assert text.count('"jpeg"') == len(runs[0].results.per_image)
+    assert "All 24 test images" in sections["gallery"] and text.count('"jpeg"') == 24
     # Markup in the names of images stays text.
     scripts = ["".join(script.itertext()) for script in tree.iter("script")]
     assert len(scripts) == text.count("</script>") == 2
     names = [image["name"] for image in json.loads(scripts[0])["images"]]
     assert "</script><script>hacked=1</script>.jpg" in names
-
-
-def test_markup_in_runs_stays_text(runs, show, parse):
-    hostile = "<b>x</b>"
-    record = {**runs[0].record, "command": hostile, "device": hostile}
-    places = {"name": hostile, "dataset": f"{hostile}_test", "config": {"KEY": hostile}}
-    text = show([dataclasses.replace(runs[0], record=record, **places)], max_images=5)
-    sections = parse(text)[1]
-    assert hostile not in text and sections["run"].count(hostile) >= 4
-    assert text.count('"jpeg"') == 5 and "5 of 24 test images" in sections["gallery"]
 
 
 def recorded(run, *without, **groups):
@@ -73,20 +68,20 @@ def recorded(run, *without, **groups):
 
 def test_older_runs_lack_records(runs, show, parse):
     old = dataclasses.replace(recorded(runs[0], "tau_val"), record={}, config={})
-    text = show([recorded(old, meta={**old.meta, "bootstrap": None}), runs[2]])
-    words = parse(text)[1]["results"]
+    text = show([recorded(old, meta={**old.meta, "bootstrap": None}), runs[2]], max_images=5)
+    sections = parse(text)[1]
     for missing in ("no run.json", "evaluated without intervals", "no threshold chosen"):
-        assert f"MR-CNN: {missing}" in words
-    assert ", IMR-CNN:" not in words
+        assert f"MR-CNN: {missing}" in sections["results"]
+    assert ", IMR-CNN:" not in sections["results"]
+    assert text.count('"jpeg"') == 5 and "5 of 24 test images" in sections["gallery"]
     meta = {key: old.meta[key] for key in ("tau", "iou_threshold", "iou_type", "gt", "gt_sha256")}
     old = recorded(old, meta=meta)
     known = {label for label, value in page.facts([old], {}) if value != page.UNKNOWN}
     assert known == {"Fold", "Ground truth, sha256", "Score threshold τ", "Hit", "Intervals"}
     assert page.config_differences([old, runs[2]]) == []
-    titles = [
-        table["title"] for table in tables.metric_tables([recorded(r, "tau_val") for r in runs])
-    ]
-    assert titles == ["Detection, over all scores", "Lesions", "Images", "Patients"]
+    without_points = tables.metric_tables([recorded(run, "tau_val") for run in runs])
+    titles = ["Detection, over all scores", "Lesions", "Images", "Patients"]
+    assert [table["title"] for table in without_points] == titles
     assert tables.size_tables([recorded(r, "by_size") for r in runs]) == tables.size_tables(runs)
 
 
@@ -110,11 +105,9 @@ def test_what_cannot_be_given_is_stated(write_gt, write_run, tmp_path, show, par
     text = show([load_run(write_run("a", gt, dt=[]))])
     assert "<script" not in text
     sections = parse(text)[1]
-    for name, words in {
-        **{"results": "n/a", "gallery": "No gallery: ", "patients": "no patient_id"},
-        **dict.fromkeys(("curves", "screening"), "no image without a lesion"),
-    }.items():
-        assert words in sections[name]
+    words = {"results": "n/a", "gallery": "No gallery: ", "patients": "no patient_id"}
+    words |= dict.fromkeys(("curves", "screening"), "no image without a lesion")
+    assert all(text in sections[name] for name, text in words.items())
 
 
 def test_facts(runs):
@@ -137,57 +130,48 @@ def test_facts(runs):
     assert page.config_differences(runs[::2]) == [["MODEL.PAFPN.ATTENTION", "", "cbam"]]
 
 
-@pytest.mark.parametrize(
-    "metrics, text, interval, bar",
-    [
-        ({"iou": 81.25, "iou_ci": [70, 90.04]}, "81.2", "[70.0, 90.0]", [81.25, 70, 90.04]),
-        ({"iou": 81.25, "iou_ci": [None, None]}, "81.2", "", [81.25, 81.25, 81.25]),
-        ({"iou": None, "iou_ci": [1, 2]}, "n/a", "", None),
-        ({"iou": math.nan}, "n/a", "", None),
-        ({"TP": 1234.0}, "1,234", "", None),
-        ({"fp_per_image": 0.125, "fp_per_image_ci": [0, 1]}, "0.12", "[0.00, 1.00]", None),
-    ],
-)
-def test_a_cell(metrics, text, interval, bar):
-    assert tables.cell(metrics, next(iter(metrics))) == {
-        "text": text,
-        "interval": interval,
-        "bar": bar,
-    }
+def test_a_cell():
+    for name, value, limits, text, interval, bar in (
+        ("iou", 81.25, [70, 90.04], "81.2", "[70.0, 90.0]", [81.25, 70, 90.04]),
+        ("iou", 81.25, [None, None], "81.2", "", [81.25, 81.25, 81.25]),
+        ("iou", None, [1, 2], "n/a", "", None),
+        ("iou", math.nan, None, "n/a", "", None),
+        ("TP", 1234.0, None, "1,234", "", None),
+        ("fp_per_image", 0.125, [0, 1], "0.12", "[0.00, 1.00]", None),
+    ):
+        cell = tables.cell({name: value, f"{name}_ci": limits}, name)
+        assert cell == {"text": text, "interval": interval, "bar": bar}
 
 
 def test_values_are_those_of_metrics_json(runs, study):
     def document(model):
         return json.loads((study / f"runs/{model}/inference/study_test/metrics.json").read_text())
 
-    cards = {card["title"]: card for card in tables.key_metrics(runs)}
-    assert list(cards) == ["Average precision", "Sensitivity", "Precision", "IoU"]
-    for run, (name, shown) in zip(runs, cards["Sensitivity"]["cells"], strict=True):
+    precision, sensitivity, _, iou = tables.key_metrics(runs)
+    for run, (name, shown) in zip(runs, sensitivity["cells"], strict=True):
         lesion = document(run.name)["lesion"]
-        interval = "[{:.1f}, {:.1f}]".format(*lesion["recall_ci"])
-        expected = run.name, f"{lesion['recall']:.1f}", interval
-        assert (name, shown["text"], shown["interval"]) == expected
+        texts = f"{lesion['recall']:.1f}", "[{:.1f}, {:.1f}]".format(*lesion["recall_ci"])
+        assert (name, shown["text"], shown["interval"]) == (run.name, *texts)
     area = document("IMR-CNN")["segm"]["AP50_voc"]
-    assert cards["Average precision"]["cells"][2][1]["text"] == f"{area:.1f}"
-    assert "score ≥ 0.7" in cards["IoU"]["hint"]
+    assert precision["cells"][2][1]["text"] == f"{area:.1f}" and "score ≥ 0.7" in iou["hint"]
 
     rows_of = {table["title"]: table["rows"] for table in tables.metric_tables(runs)}
     titles = [f"{unit}{at}" for unit in ("Lesions", "Images", "Patients") for at in ("", ", τ_val")]
     assert list(rows_of) == ["Detection, over all scores", *titles]
     metrics = document("MR-CNN")
     for title, label, value in (
-        ("Lesions", "sensitivity (recall)", f"{metrics['lesion']['recall']:.1f}"),
-        ("Images, τ_val", "sensitivity", f"{metrics['tau_val']['image']['recall']:.1f}"),
-        ("Lesions, τ_val", "score threshold", "0.62"),
+        ("Lesions", "sensitivity (recall)", metrics["lesion"]["recall"]),
+        ("Images, τ_val", "sensitivity", metrics["tau_val"]["image"]["recall"]),
     ):
         rows = {row["label"]: row["cells"] for row in rows_of[title]}
-        assert rows[label][0]["text"] == value
+        assert rows[label][0]["text"] == f"{value:.1f}"
+    assert rows["score threshold"][0]["text"] == "0.62"
 
 
 def test_sizes_and_matrices(runs):
-    share, coco = tables.size_tables(runs)
-    assert [row["label"] for row in coco["rows"]] == ["small", "medium", "large"]
-    for table in (share, coco):
+    tables_of_sizes = tables.size_tables(runs)
+    assert [row["label"] for row in tables_of_sizes[1]["rows"]] == ["small", "medium", "large"]
+    for table in tables_of_sizes:
         lesions = sum(int(row["cells"][0]["text"]) for row in table["rows"])
         assert lesions == runs[0].results.meta["lesions"]
         widths = {len(table["columns"]) - 1, *(len(row["cells"]) for row in table["rows"])}
@@ -198,8 +182,7 @@ def test_sizes_and_matrices(runs):
         assert (truth, background) == ("lesion", "background")
         counts = [f"{lesion[key]:.0f}" for key in ("TP", "FN", "FP")]
         assert [hits[0], missed[0], alarms[0], nothing[0]] == [*counts, "–"]
-        shares = [lesion["recall"] / 100, 0, 0]
-        assert [hits[2], alarms[2], nothing[2]] == pytest.approx(shares)
+        assert [hits[2], alarms[2], nothing[2]] == pytest.approx([lesion["recall"] / 100, 0, 0])
 
 
 def test_patients_with_most_errors_first(runs):
@@ -221,17 +204,14 @@ def test_screening(runs):
     rows = [(row["label"], row["hint"]) for row in table["rows"]]
     assert rows == [(f"{label} at 5 %", at) for label, at in points]
     image = runs[0].metrics["image"]
-    low, high = (
-        0.05 * recall / (0.05 * recall + 0.95 * (100 - specificity)) * 100
-        for recall, specificity in zip(image["recall_ci"], image["specificity_ci"], strict=True)
-    )
+    ends = zip(image["recall_ci"], image["specificity_ci"], strict=True)
+    low, high = (tables.predictive_values(*end, 0.05)[0] for end in ends)
     shown = table["rows"][0]["cells"][0]
     assert shown["interval"] == f"[{low:.1f}, {high:.1f}]"
     hits, alarms = 0.5 * image["recall"], 9.5 * (100 - image["specificity"])
     assert shown["text"] == f"{100 * hits / (hits + alarms):.1f}"
-    sentence = table["sentences"][0]
-    assert f"{hits + alarms:.1f} raise an alarm, {hits:.1f} of them rightly" in sentence
-    assert f"{50 - hits:.1f} with a lesion raise none" in sentence
+    expected = f"{hits + alarms:.1f} raise an alarm, {hits:.1f} of them rightly; {50 - hits:.1f} w"
+    assert expected in table["sentences"][0]
 
 
 @given(st.tuples(*[st.integers(1, 50)] * 4))
@@ -252,17 +232,18 @@ def test_undefined_predictive_values():
             tables.predictive_values(90, 90, prevalence)
 
 
-def test_differences_of_the_recorded_values(runs, study_runs):
+def test_differences_are_those_of_a_comparison(runs):
     table = tables.differences(runs)
-    labels = {"AP50_voc (masks) (primary)": ("segm", "AP50_voc"), "IoU (masks)": ("lesion", "iou")}
-    checked = [row for row in table["rows"] if row[1] in labels]
-    assert len(checked) == 6
-    for models, metric, difference, interval, *_ in checked:
-        group, key = labels[metric]
-        one, two = (study_runs[name].metrics[group][key] for name in models.split(" − "))
-        assert difference == f"{one - two:+.1f}".replace("-", "−")
-        low, high = (float(v.replace("−", "-")) for v in interval.strip("[]").split(","))
-        assert low <= float(difference.replace("−", "-")) <= high
+    compared = compare(gather(runs), Bootstrap(60)).tests
+    for row, test in zip(table["all_rows"], compared, strict=True):
+        models, metric, difference, interval, p, name = (cell.replace("−", "-") for cell in row)
+        assert (models, name) == (f"{test.first} - {test.second}", test.test)
+        limits = ", ".join(f"{limit:+.1f}" for limit in (test.low, test.high))
+        numbers = f"{test.estimate:+.1f}", "n/a" if "nan" in limits else f"[{limits}]"
+        assert (difference, interval.replace("\u00a0", " ")) == numbers
+        # The primary endpoint's as it is, all others adjusted.
+        assert test.primary == metric.endswith("(primary)")
+        assert p == p_text(test.p if test.primary else test.p_holm).replace("<", "< ")
     assert len(table["rows"]) == 3 * 4 < len(table["all_rows"])
     assert table["note"].startswith("60 paired resamples of patients.")
     assert tables.differences(runs[:1]) is None
@@ -299,28 +280,21 @@ def test_boxes_alone_of_two_classes(write_gt, write_run, tmp_path):
     assert hits and None not in [outcome["iou"] for outcome in hits]
 
 
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        (["mine={}", "--card", "{}.md"], None),
-        (["--card", "card.md", "a={}", "b={}"], "--card"),
-        (["--prevalence", "5", "--", "{}"], "prevalence is 5"),
-        (["nowhere", "{}"], "nowhere"),
-    ],
-)
-def test_the_command(home, capsys, options, named):
-    output, card = home.path / "out" / "report.html", home.path / "run.md"
-    arguments = ["--output", str(output), *(text.format(home.path / "run") for text in options)]
-    if named is None:
-        report.main(arguments)
-        assert "mine" in output.read_text(encoding="utf-8")
-        assert card.read_text(encoding="utf-8").startswith("# Model card: mine")
-        assert f"{output}, {card}" in capsys.readouterr().out
-        return
-    with pytest.raises(SystemExit) as stop:
-        report.main(arguments)
-    assert stop.value.code and named in capsys.readouterr().err
-    assert not output.exists()
+def test_the_command(home, capsys):
+    run, output, card = (home.path / name for name in ("run", "out/report.html", "card.md"))
+    for arguments, named in (
+        (["--card", card, f"a={run}", f"b={run}"], "--card"),
+        (["--prevalence", "5", "--", run], "prevalence is 5"),
+        (["nowhere", run], "nowhere"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            report.main(["--output", *map(str, (output, *arguments))])
+        assert stop.value.code and named in capsys.readouterr().err
+        assert not output.exists() and not card.exists()
+    report.main(["--output", str(output), f"mine={run}", "--card", str(card)])
+    assert "mine" in output.read_text(encoding="utf-8")
+    assert card.read_text(encoding="utf-8").startswith("# Model card: mine")
+    assert f"{output}, {card}" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -334,10 +308,8 @@ def photo(entry):
 
 def polygons(path):
     """The (K, 2) corners of an SVG path of straight lines."""
-    return [
-        np.array([point.split(",") for point in part.split("L")], np.float32)
-        for part in re.findall("M([^Z]+)Z", path)
-    ]
+    parts = ([point.split(",") for point in line.split("L")] for line in path.split("Z")[:-1])
+    return [np.array([[x.lstrip("M"), y] for x, y in part], np.float32) for part in parts]
 
 
 def test_gallery_of_all_images_with_their_outcomes(runs, gallery):
@@ -378,11 +350,9 @@ def test_photos_are_turned_and_without_metadata(study, gallery):
     embedded = photo(entry)
     assert not embedded.getexif()
     with Image.open(folder / entry["name"]) as stored:
-        upright, on_its_side = stored.transpose(Image.Transpose.ROTATE_270), stored.copy()
-    far = [
-        np.abs(np.asarray(embedded, int) - np.asarray(image.convert("RGB"), int)).mean()
-        for image in (upright, on_its_side)
-    ]
+        on_its_side = np.asarray(stored.convert("RGB"), int)
+    upright = np.rot90(on_its_side, k=-1)
+    far = [np.abs(np.asarray(embedded) - pixels).mean() for pixels in (upright, on_its_side)]
     assert far[0] < 6 and far[1] > 12
 
 
@@ -398,3 +368,106 @@ def test_large_and_missing_images(study, tmp_path):
     (entry,) = page.lesion_gallery([run], max_images=1)["images"]
     assert (entry["width"], entry["height"]) == (1152, 576)
     assert photo(entry).size == (512, 256)
+    assert page.embed(path)[2] == 1152 / 512  # of its contours' closeness
+    line = np.array([[0, 0], [50, 0.9], [99, 0], [99, 99], [0, 99], [0, 0]])
+    assert [page.svg_path([line], scale).count("L") for scale in (1, 2)] == [4, 3]
+
+
+HOSTILE = "</script><img src=x onerror=hacked=1>.png"
+
+
+@pytest.fixture(scope="module")
+def class_runs(tmp_path_factory):
+    """Two classifiers on 36 images, one with a hostile name and one of a known patient."""
+    root = tmp_path_factory.mktemp("classification_page")
+    raw = draw_classes(root / "raw", (24, 24, 24))
+    out = prepare_classes(raw, root / "gastric_recognition", ratio=(1, 1, 2)).out
+    gt = out / "annotations" / "test.json"
+    content = json.loads(gt.read_text())
+    first, second = content["images"][:2]
+    (out / "images" / HOSTILE).parent.mkdir(exist_ok=True)
+    (out / "images" / first["file_name"]).rename(out / "images" / HOSTILE)
+    first["file_name"], second["patient_id"] = HOSTILE, "P-7"
+    gt.write_text(json.dumps(content))
+    return [
+        load_run(write_classifier(root / "runs" / name, gt, skill=skill, backbone=name))
+        for name, skill in (("vgg19.tv_in1k", 0.5), ("resnet50", 1.0))
+    ]
+
+
+@pytest.fixture(scope="module")
+def class_page(class_runs, tmp_path_factory):
+    return render_report(class_runs, tmp_path_factory.mktemp("class_page") / "report.html")
+
+
+def test_the_page_is_sound_and_has_the_values_of_the_evaluation(class_runs, class_page, parse):
+    tree, sections = parse(class_page.read_text(encoding="utf-8"))
+    assert len(list(tree.iter("img"))) == 2
+    top = sections["results"]
+    for run in class_runs:
+        metrics = run.metrics["recognition"]
+        low, high = metrics["balanced_accuracy_ci"]
+        assert f"{metrics['balanced_accuracy']:.1f} [{low:.1f}, {high:.1f}]" in top
+        assert f"{run.metrics['cancer']['specificity']:.1f}" in top
+        for name in run.metrics["meta"]["classes"]:
+            assert f"{metrics[f'accuracy_{name}']:.1f}" in top
+            assert f"{metrics[f'precision_{name}']:.1f}" in sections["metrics"]
+        for row in run.results.confusion.rows():
+            for count in row:
+                assert f"{count} {100 * count / sum(row):.1f} %" in sections["confusion"]
+    assert "Score threshold" not in sections["run"] and "lesion" not in sections["data"]
+    for name, words in (
+        ("results", "ResNet50, published"),
+        ("results", "ResNet50 − VGG19 balanced accuracy (primary)"),
+        ("run", "224 × 224 pixels"),
+        ("run", "pre-training: head for 30 iterations at a rate of 0.001"),
+        ("data", "72 images offered"),
+        ("data", "12 gastric cancer"),
+    ):
+        assert words in sections[name]
+
+
+def test_the_gallery_of_a_large_test_set_is_cut(class_runs, tmp_path):
+    text = render_report(class_runs, tmp_path / "report.html", max_images=10).read_text(
+        encoding="utf-8"
+    )
+    assert text.count('"jpeg"') == 10 and "10 of 36 test images" in text
+    truth = class_runs[0].results.ground_truth
+    of_truth = sum(run.results.probability[range(36), truth.label] for run in class_runs)
+    names = {image["name"] for image in classification_gallery(class_runs, 10)["images"]}
+    assert {truth.images[i]["file_name"] for i in of_truth.argsort()[:5]} <= names
+    assert len(names) == 10
+
+
+@pytest.mark.slow
+def test_in_a_browser(class_runs, class_page):
+    right = [[bool(r) for r in run.results.right()] for run in class_runs]
+    with chromium() as browser, opened(browser, class_page) as tab:
+        assert tab.evaluate("window.hacked") is None
+        tiles = tab.locator(".tiles > li")
+
+        def shown(choice):
+            tab.check(f"input[name=show][value={choice}]", force=True)
+            return tiles.count()
+
+        assert shown("all") == 36
+        wrong = sum(not all(pair) for pair in zip(*right, strict=True))
+        assert shown("wrong") == wrong and shown("right") == 36 - wrong
+        first, second = (run.results.probability.argmax(axis=1) for run in class_runs)
+        assert shown("disagree") == (first != second).sum()
+        tab.select_option("select[name=model]", "1")
+        assert shown("wrong") == right[1].count(False)
+        shown("all")
+        tab.select_option("select[name=label]", "2")
+        assert tab.locator(".tiles .panel > b").all_inner_texts() == ["gastric ulcer"] * 12
+
+        tab.locator(".tiles button").first.click()
+        tab.keyboard.press("End")
+        assert tab.locator(".viewer-place").inner_text().startswith("12 of 12")
+        assert tab.locator("dialog .verdict").count() == 2
+        tab.keyboard.press("Escape")
+        assert not tab.locator("dialog").is_visible()
+        printed = tab.locator("[data-print]").text_content()
+        assert "12 of 12 images (All, gastric ulcer, ResNet50, worst first)" in printed
+        tab.set_viewport_size({"width": 400, "height": 800})
+        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0

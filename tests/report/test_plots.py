@@ -1,4 +1,4 @@
-"""How plots are saved; matrices, metrics by group, and images with contours, by hand."""
+"""Plots: curves, matrices, contours, contact sheets."""
 
 import json
 
@@ -13,16 +13,27 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 from rectangles import rectangle
+from scipy.stats import beta
+from sklearn.metrics import auc, roc_curve
 
 from imrcnn_d2.data.catalog import register_classification_dataset
-from imrcnn_d2.data.distortions import DISTORTIONS
+from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES
 from imrcnn_d2.engine import load_config
-from imrcnn_d2.evaluation import Bootstrap, ClassificationEvaluator, evaluate_lesions
-from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix
+from imrcnn_d2.evaluation import (
+    Bootstrap,
+    ClassificationEvaluator,
+    evaluate_classification,
+    evaluate_lesions,
+)
+from imrcnn_d2.evaluation.calibration import Calibration
+from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix, UnitCounts
+from imrcnn_d2.evaluation.detection.curves import FROC, pr_curve
 from imrcnn_d2.evaluation.detection.inputs import Regions
 from imrcnn_d2.evaluation.subgroups import By, with_groups
 from imrcnn_d2.modeling import ImageClassifier
 from imrcnn_d2.report import plots
+from imrcnn_d2.report.plots import curves, draw_all, plot_pr_panels, plot_robustness
+from imrcnn_d2.report.plots.style import STYLES
 from imrcnn_d2.report.tables import groups_table
 
 
@@ -45,11 +56,8 @@ def test_figures_are_saved_at_a_bounded_size_with_names_as_they_are(tmp_path):
     axes.plot([0, 1], label=plots.style.legend_label(r"_$\foo$"))
     axes.set_yticks([0, 1], [r"$\foo$", r"$\bar$"])
     assert [text.get_text() for text in axes.legend().get_texts()] == [r" _$\foo$"]
-    path = tmp_path / "new" / "a.png"
-    for saved, dpi, size in (
-        (figure, 100, (200, 100)),
-        (Figure(figsize=(400, 2)), 200, (plots.style.MOST_PIXELS, 40)),
-    ):
+    path, most = tmp_path / "new" / "a.png", plots.style.MOST_PIXELS
+    for saved, dpi, size in ((figure, 100, (200, 100)), (Figure((400, 2)), 200, (most, 40))):
         plots.style.save_figure(saved, path, dpi=dpi)
         with Image.open(path) as image:
             assert (image.format, image.size) == ("PNG", size)
@@ -60,11 +68,9 @@ def test_figures_are_saved_at_a_bounded_size_with_names_as_they_are(tmp_path):
 OF_DETECTOR = ["confusion_matrix", "pr_curve", "froc", "calibration", "thresholds"]
 
 
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [((0.9, 0.4), OF_DETECTOR), ((), OF_DETECTOR), ((None, None), ["confusion_matrix"])],
-)
-def test_all_plots_of_a_detector(scores, expected, tmp_path):
+@pytest.mark.parametrize("scores", [(0.9, 0.4), (), (None, None)])
+def test_all_plots_of_a_detector(scores, tmp_path):
+    expected = OF_DETECTOR[:1] if None in scores else OF_DETECTOR
     box = {"category_id": 1, "bbox": [0, 0, 10, 10]}
     data = coco(2, [{**box, "image_id": i} for i in (1, 2)], centre="AA")
     dt = [{**box, "image_id": 1, "score": score} for score in scores]
@@ -81,9 +87,8 @@ def test_all_plots_of_a_detector(scores, expected, tmp_path):
 def test_confusion_matrix(tmp_path):
     counts = np.array([[6, 1, 1], [0, 0, 0], [3, 2, np.nan]])
     matrix = ConfusionMatrix(["cancer", "ulcer", "background"], counts)
-    matrices = {"a": matrix, "b": matrix}
-    figure = plots.matrices.plot_confusion_matrix(matrices, tmp_path / "matrix.svg")
-    axes, other = figure.axes
+    both = {"a": matrix, "b": matrix}
+    axes, other = plots.matrices.plot_confusion_matrix(both, tmp_path / "matrix.svg").axes
     assert (axes.get_title(), other.get_title()) == ("a", "b")
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert (cells[0, 0], cells[1, 0]) == ("6\n75.0 %", "1\n12.5 %")  # x is the prediction
@@ -116,11 +121,9 @@ def test_table_and_plot_of_groups(tmp_path):
     assert rows["lesion recall"][1] == f"66.67 [{low:.2f}, {high:.2f}]"
     rows = cells(groups_table(grouped, "paris"))
     assert rows[""] == ["all", "Is"] and "lesion precision" not in rows
-    figure = plots.curves.plot_groups(grouped, "centre", tmp_path / "by.png")
-    axes = figure.axes[2]
-    assert axes.get_title() == "recall (lesions)"
-    assert figure.axes[-1].get_title() == "specificity (images)"
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    first, _, axes, *_, last = plots.curves.plot_groups(grouped, "centre", tmp_path / "by.png").axes
+    assert (axes.get_title(), last.get_title()) == ("recall (lesions)", "specificity (images)")
+    labels = [label.get_text() for label in first.get_yticklabels()]
     assert labels == ["all\n4 lesions, 6 images", "A\n3 lesions, 4 images", "B\n1 lesion, 2 images"]
     dots = [line for line in axes.lines if line.get_marker() in ("o", "D")]
     points = [(*dot.get_xdata(), *dot.get_ydata()) for dot in dots]
@@ -133,9 +136,11 @@ def test_groups_with_unknown_patients_and_undefined_metrics(tmp_path):
     data["images"][0]["patient_id"] = data["images"][1]["patient_id"] = "p"
     whole = with_groups(evaluate_lesions(data, []), [By("centre")])
     assert cells(groups_table(whole, "centre"))["patients"] == ["", "1", ""]
-    figure = plots.curves.plot_groups(whole, "centre", tmp_path / "by.png")
-    titles = [axes.get_title() for axes in figure.axes]
+    panels = plots.curves.plot_groups(whole, "centre", tmp_path / "by.png").axes
+    titles = [axes.get_title() for axes in panels]
     assert "specificity (images)" not in titles and "recall (lesions)" in titles
+    nothing = with_groups(evaluate_lesions(coco(2, centre="AB"), []), [By("centre")])
+    assert cells(groups_table(nothing, "centre"))["lesions"] == ["0", "0", "0"]
 
 
 def test_contours_run_through_the_outermost_pixels():
@@ -170,15 +175,16 @@ def square(image_id, x, y, size=20, **fields):
 
 @pytest.fixture
 def sheet(tmp_path):
-    """A function that plots the contact sheet of COCO data, at a threshold of 0.7."""
+    """A function that plots a contact sheet of COCO data, at a threshold of 0.7, and its tiles."""
 
     def do(number, annotations, results, name="{}.png", **options):
         data = coco(number, annotations, SIZE)
         for image in data["images"]:
             image["file_name"] = name.format(image["id"])
             Image.new("RGB", SIZE, (120, 120, 120)).save(tmp_path / image["file_name"])
-        scored = evaluate_lesions(data, results)
-        return plots.images.plot_contact_sheet(scored, tmp_path, tmp_path / "sheet.png", **options)
+        scored, path = evaluate_lesions(data, results), tmp_path / "sheet.png"
+        figure = plots.images.plot_contact_sheet(scored, tmp_path, path, **options)
+        return figure, [axes for axes in figure.axes if axes.images]
 
     return do
 
@@ -194,17 +200,12 @@ def contours(axes):
     return boxes
 
 
-def tiles(figure):
-    return [axes for axes in figure.axes if axes.images]
-
-
 def test_four_kinds_of_contours_where_they_belong(sheet, tmp_path):
     lesions = [square(1, 0, 0), square(1, 30, 0), square(1, 0, 40, 15, iscrowd=1)]
     # Of the last two one lies in the crowd and counts nowhere, one is below the threshold.
     places = (2, 0, 20, 0.9), (30, 30, 20, 0.8), (2, 42, 10, 0.95), (30, 0, 20, 0.6)
     results = [square(1, *place, score=score) for *place, score in places]
-    figure = sheet(1, lesions, results)
-    (tile,) = tiles(figure)
+    figure, (tile,) = sheet(1, lesions, results)
     assert contours(tile) == {
         "ground truth": [(0, 0, 19, 19)],
         "missed lesion": [(30, 0, 49, 19)],
@@ -228,21 +229,22 @@ def test_boxes_alone(sheet):
     lesions, results = [square(1, 0, 0), square(2, 0, 0)], [square(1, 0, 0, score=0.9)]
     for record in (*lesions, *results):
         del record["segmentation"]
-    missed, hit = tiles(sheet(2, lesions, results))  # the worst first
+    missed, hit = sheet(2, lesions, results)[1]  # the worst first
     assert missed.get_title() == "2.png\nscore 0.00 · missed"
     assert hit.get_title() == "1.png\nscore 0.90 · box IoU 100 %"
     assert contours(hit)["hit"] == [(-0.5, -0.5, 19.5, 19.5)]
-    (missed,) = tiles(sheet(2, lesions, results, max_images=1))
+    (missed,) = sheet(2, lesions, results, max_images=1)[1]
     assert missed.get_title().startswith("2.png")
 
 
 def test_titles_and_images_that_are_not_there(sheet, tmp_path):
-    figure = sheet(1, [], [], name="a_very_long_name_{}_of_a_file_that_is_no_use_in_a_title.png")
-    first, second = tiles(figure)[0].get_title().split("\n")
+    name = "a_very_long_name_{}_of_a_file_that_is_no_use_in_a_title.png"
+    figure, (tile,) = sheet(1, [], [], name)
+    first, second = tile.get_title().split("\n")
     assert len(first) == 30 and first.startswith("a_very_lon") and first.endswith("title.png")
     assert second == "no lesion · score 0.00"
     assert figure.get_suptitle() == "1 of 1 images, worst first; detections with score ≥ 0.7"
-    assert not tiles(sheet(0, [], []))
+    assert not sheet(0, [], [])[1]
     scored = evaluate_lesions(coco(1, [], SIZE), [])
     with pytest.raises(FileNotFoundError, match="1.png"):
         plots.images.plot_contact_sheet(scored, tmp_path, tmp_path / "sheet.png")
@@ -255,13 +257,13 @@ def test_contact_sheet_of_real_images(kvasir_352, tmp_path):
         with Image.open(kvasir_352 / "masks" / path.name) as stored:
             mask = (np.asarray(stored.convert("L")) > 127).astype(np.uint8)
         image |= {"file_name": path.name, "height": len(mask), "width": len(mask[0])}
-        for records, shift in ((data["annotations"], 0), (results, 4)):
-            rle = mask_util.encode(np.asfortranarray(np.roll(mask, shift, axis=1)))
-            record = {"image_id": image["id"], "category_id": 1, "segmentation": rle}
-            records.append(record if records is not results else record | {"score": 0.9})
+        lesion, moved = (mask_util.encode(np.asfortranarray(np.roll(mask, k, 1))) for k in (0, 4))
+        record = {"image_id": image["id"], "category_id": 1}
+        data["annotations"].append({**record, "segmentation": lesion})
+        results.append({**record, "segmentation": moved, "score": 0.9})
     sheet = evaluate_lesions(data, results), kvasir_352 / "images", tmp_path / "sheet.png"
-    figure = plots.images.plot_contact_sheet(*sheet)
-    assert [set(contours(tile)) for tile in tiles(figure)] == [{"ground truth", "hit"}] * 3
+    tiles = [axes for axes in plots.images.plot_contact_sheet(*sheet).axes if axes.images]
+    assert [set(contours(tile)) for tile in tiles] == [{"ground truth", "hit"}] * 3
 
 
 def test_distortions_are_shown(tmp_path):
@@ -279,7 +281,7 @@ def test_review_sheets_show_every_image(tmp_path):
         Image.new("RGB", (500, 400), (0, 10 * i, 255 - 10 * i)).save(images / f"{i:02d}.png")
     sheets = plots.plot_review_sheets(images, tmp_path / "sheets")
     assert [sheet.name for sheet in sheets] == ["sheet_001.jpg", "sheet_002.jpg"]
-    first, second = (np.asarray(Image.open(sheet)).astype(int) for sheet in sheets)
+    first, second = (np.asarray(Image.open(sheet), int) for sheet in sheets)
     assert first.shape == (4 * 368, 5 * 352, 3) and second.shape == (368, 5 * 352, 3)
     for i in (0, 7, 19, 22):
         sheet, place = (first, i) if i < 20 else (second, i - 20)
@@ -294,9 +296,9 @@ CLASSES = ["cancer", "ulcer", "gastritis"]
 
 
 def test_grad_cam_of_confident_misses_and_spread_hits():
-    outcomes = [("cancer", score) for score in (0.5, 0.9, 0.6, 0.7, 0.8)]
-    outcomes += [("ulcer", score) for score in (0.4, 0.95, 0.6)]
-    rows = [{"label": "cancer", "predicted": name, "score": str(s)} for name, s in outcomes]
+    scores = {"cancer": (0.5, 0.9, 0.6, 0.7, 0.8), "ulcer": (0.4, 0.95, 0.6)}
+    outcomes = [(name, str(score)) for name, of_class in scores.items() for score in of_class]
+    rows = [{"label": "cancer", "predicted": name, "score": score} for name, score in outcomes]
     chosen = plots.images.choose_hits_and_misses(rows, CLASSES, 2)
     scores = [[float(row["score"]) for row in kind] for kind in chosen["cancer"]]
     assert scores == [[0.9, 0.5], [0.95, 0.6]]
@@ -312,9 +314,8 @@ def evaluated(tmp_path):
     (tmp_path / "coco.json").write_text(json.dumps(content))
     name = f"grad_cam_{tmp_path.name}"
     register_classification_dataset(name, tmp_path / "coco.json", tmp_path)
-    opts = [*("MODEL.DEVICE", "cpu"), *("MODEL.TIMM.NAME", "resnet18"), *("INPUT.SIZE", 64)]
-    opts += [*("DATASETS.TEST", (name,)), *("OUTPUT_DIR", str(tmp_path))]
-    cfg = load_config("configs/resnet50.yaml", opts)
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.TIMM.NAME", "resnet18", "DATASETS.TEST", (name,)]
+    cfg = load_config("configs/resnet50.yaml", [*opts, "OUTPUT_DIR", str(tmp_path)])
     folder = tmp_path / "inference" / name
     evaluator = ClassificationEvaluator(name, output_dir=str(folder))
     for i in range(1, 7):
@@ -328,6 +329,7 @@ def evaluated(tmp_path):
 
 def test_grad_cam_is_next_to_the_evaluation_or_there_is_a_hint(evaluated, monkeypatch, caplog):
     cfg, model, folder = evaluated
+    cfg.INPUT.SIZE = 64
     with monkeypatch.context() as patch, caplog.at_level("INFO"):
         patch.setattr("imrcnn_d2.report.plots.images.find_spec", lambda name: None)
         plots.plot_test_grad_cams(cfg, model)
@@ -341,4 +343,215 @@ def test_grad_cam_is_next_to_the_evaluation_or_there_is_a_hint(evaluated, monkey
     plots.plot_test_grad_cams(cfg, model)
     image = cv2.imread(str(folder / "grad_cam.png"))
     assert image.shape[1] > image.shape[0] > 300
-    assert np.unique(image.reshape(-1, 3), axis=0).shape[0] > 1000, "images and heat, in colour"
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 1000, "images and heat, in colour"
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+# Hit, false alarm, hit, false alarm, hit; four ground truths.
+SCORES, HITS = np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([True, False, True, False, True])
+CURVE = pr_curve(SCORES, HITS, 4)
+
+
+def steps_of(axes):
+    return [line for line in axes.lines if line.get_drawstyle() == "steps-pre"]
+
+
+def test_pr_curve_and_its_points(tmp_path):
+    few = pr_curve(np.array([0.5]), np.array([True]), 3)  # no break-even point, none above 0.7
+    # The points after three detections, two of them hits; then of as many detections as lesions.
+    points = {"o": pytest.approx((50, 200 / 3)), "D": pytest.approx((50, 50))}
+    for pr, marked, label in ((CURVE, points, "56.7, BEP 50.0"), (few, {}, "33.3, BEP n/a")):
+        panels = {curves.PR_TITLE: {"polyp": pr}}
+        (axes,) = plot_pr_panels(panels, tmp_path / "pr.png", tau=0.7).axes
+        assert legend(axes)[0] == f"polyp: AP50_voc {label}"
+        lines = [line for line in axes.lines if line.get_marker() != "None"]
+        shown = {line.get_marker(): line.get_xydata() for line in lines if len(line.get_xdata())}
+        assert {marker: tuple(np.ravel(xy)) for marker, xy in shown.items()} == marked
+        x, y = steps_of(axes)[0].get_data()
+        # The area under the plotted steps is what the legend says.
+        assert np.sum(np.diff(x) * y[1:]) / 100 == pytest.approx(100 * pr.area)
+    (axes,) = plot_pr_panels({curves.PR_TITLE: {}}, tmp_path / "pr.png").axes
+    assert [text.get_text() for text in axes.texts] == ["No detections"]
+
+
+def test_pr_panels(tmp_path):
+    """One for each class, four of them in rows of three; the same figure in two formats."""
+    panels = {f"class {i}": {"one": CURVE, "two": CURVE} for i in range(4)}
+    figure = plot_pr_panels(panels, tmp_path / "pr.png", tmp_path / "pr.svg")
+    assert [axes.get_title() for axes in figure.axes] == list(panels)
+    for axes in figure.axes:
+        first, second = steps_of(axes)
+        assert (first.get_label()[:3], second.get_label()[:3]) == ("one", "two")
+        styles = [(line.get_color(), line.get_linestyle()) for line in (first, second)]
+        assert all(one != two for one, two in zip(*styles, strict=True))
+    with Image.open(tmp_path / "pr.png") as image:
+        assert image.size == (3 * 1200, 2 * 1220)
+    assert "<svg" in (tmp_path / "pr.svg").read_text()
+
+
+def test_froc(tmp_path):
+    """Hit, false alarm, hit, false alarm in two images; three lesions."""
+    outcomes = HITS[:4], np.array([0, 0, 1, 1]), np.array([1, 2])
+    froc = FROC(SCORES[:4], *outcomes)
+    (axes,) = curves.plot_froc({"polyp": froc}, tmp_path / "froc.png", tau=0.7).axes
+    steps, beyond, point, *_ = axes.lines
+    assert steps.get_drawstyle() == "steps-post"  # up at a hit, never on a slope
+    x, y = steps.get_data()
+    assert x == pytest.approx([0, 0, 0.5, 0.5, 1])
+    assert y == pytest.approx([0, 100 / 3, 100 / 3, 200 / 3, 200 / 3])
+    assert beyond.get_xydata() == pytest.approx(np.array([[1, 200 / 3], [8, 200 / 3]]))
+    assert np.ravel(point.get_xydata()) == pytest.approx([0.5, 200 / 3])
+    # At 1/8 and 1/4 the first hit, from 1/2 on two of three.
+    mean = (2 * 100 / 3 + 5 * 200 / 3) / 7
+    assert legend(axes) == [f"polyp: mean {mean:.1f}", "operating point, score ≥ 0.7"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()][::4] == ["1/32", "1/2", "8"]
+
+    runs = {"a": froc, "b": froc, "masks": FROC(np.ones(4), *outcomes, scored=False)}
+    (axes,) = curves.plot_froc(runs, tmp_path / "froc.svg", tau=0.85).axes
+    # A point without a false alarm is on the edge.
+    assert np.ravel(axes.lines[2].get_xydata()) == pytest.approx([1 / 32, 100 / 3])
+    assert legend(axes)[2] == "masks: n/a"
+    assert len({line.get_color() for line in axes.get_legend().get_lines()[:3]}) == 3
+
+
+def test_roc_of_images(tmp_path):
+    def units(lesions, score):
+        fields = dict.fromkeys(UnitCounts.__dataclass_fields__, np.zeros(len(lesions)))
+        return UnitCounts(**fields | {"lesions": np.array(lesions), "score": np.array(score)})
+
+    # Worked by hand: of 6 pairs of an image with and one without a lesion 5 are in order.
+    one = units([1, 2, 1, 0, 0], [0.9, 0.8, 0.3, 0.5, 0.0])
+    runs = {"one": one, "low": units([1, 0], [0.4, 0.2])}
+    (axes,) = curves.plot_roc_curves(runs, tmp_path / "roc.svg", tau=0.5).axes
+    (curve, dot), (low, low_dot) = (
+        [line for line in axes.lines if to_rgb(line.get_color()) == to_rgb(STYLES[run][0])]
+        for run in range(2)
+    )
+    assert auc(*curve.get_xydata().T) / 100**2 == pytest.approx(5 / 6)
+    assert dot.get_xydata().tolist() == [[50, pytest.approx(200 / 3)]]  # at 0.5 itself, too
+    assert legend(axes)[0] == "one: AUROC 83.3"
+    assert low_dot.get_xydata().tolist() == [[0, 0]]  # no score reaches 0.5
+    assert curve.get_linestyle() != low.get_linestyle()
+
+
+def scored(classes, number=40, absent=()):
+    rng = np.random.default_rng(0)
+    labels = rng.choice([k for k in range(classes) if k not in absent], number)
+    scores = rng.random((number, classes)) + 0.4 * np.eye(classes)[labels]
+    scores /= scores.sum(axis=1, keepdims=True)
+    truth = {"images": [{"id": i} for i in range(number)]}
+    truth["categories"] = [{"id": k, "name": f"class {k}"} for k in range(classes)]
+    truth["annotations"] = [
+        {"id": i, "image_id": i, "category_id": int(k)} for i, k in enumerate(labels)
+    ]
+    results = [{"image_id": i, "scores": row.tolist()} for i, row in enumerate(scores)]
+    return evaluate_classification(truth, results), labels, scores
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_roc_of_each_class(classes, tmp_path):
+    results, labels, scores = scored(classes)
+    figure = curves.plot_class_roc({"one": results, "two": results}, tmp_path / "roc.png")
+    predicted = scores.argmax(axis=1)
+    for k, axes in zip(range(classes), figure.axes, strict=True):
+        _, line, *others = [line for line in axes.lines if line.get_linestyle() != "None"]
+        dot, other = [dot for dot in axes.lines if dot.get_marker() == "o"]
+        assert len(others) == 1
+        false, true, _ = roc_curve(labels == k, scores[:, k], drop_intermediate=False)
+        np.testing.assert_allclose(line.get_xydata(), 100 * np.stack([false, true], 1))
+        share = [(predicted[labels != k] == k).mean(), (predicted[labels == k] == k).mean()]
+        np.testing.assert_allclose(dot.get_xydata(), [100 * np.array(share)])
+        area = results.recognition[f"auroc_class {k}"]
+        assert line.get_label() == f"one: AUROC {area:.1f}"
+
+
+def test_a_class_without_images_has_no_curve(tmp_path):
+    results, *_ = scored(3, absent=(1,))
+    figure = curves.plot_class_roc({"one": results}, tmp_path / "roc.svg")
+    assert "one: n/a" in [line.get_label() for line in figure.axes[1].get_lines()]
+    paths = draw_all(results, tmp_path)
+    assert [path.stem for path in paths] == ["confusion_matrix", "roc_curve", "calibration"]
+    assert all(path.is_file() for path in paths)
+
+
+def test_calibration_points_intervals_and_counts(tmp_path):
+    """Of four detections around 0.25 one hits, of two at 0.95 both."""
+    score, hit = np.array([0.22, 0.24, 0.26, 0.28, 0.95, 0.95]), np.arange(6) > 2
+    calibration = Calibration(score, hit, np.zeros(6, int), 1)
+    top, bottom = curves.plot_calibration({"polyp": calibration}, tmp_path / "calibration.png").axes
+    points, _, (bars,) = top.containers[0].lines
+    assert points.get_xydata() == pytest.approx(np.array([[25, 25], [95, 100]]))
+    clopper_pearson = 100 * beta.ppf(0.025, 1, 4), 100 * beta.ppf(0.975, 2, 3)
+    assert tuple(bars.get_segments()[0][:, 1]) == pytest.approx(clopper_pearson)
+    assert bars.get_segments()[1][:, 1] == pytest.approx([100 * 0.025**0.5, 100])
+    assert [text.get_text() for text in bottom.texts] == [*"0040000002"]
+    brier = np.mean((score - hit) ** 2)
+    assert legend(top) == ["ideal", f"polyp: ECE {2 / 6 * 5:.1f} %, Brier {brier:.3f}"]
+
+    nothing = Calibration(np.zeros(0), np.zeros(0, bool), np.zeros(0, int), 1)
+    runs = {"a": calibration, "b": calibration, "none": nothing}
+    top, bottom = curves.plot_calibration(runs, tmp_path / "calibration.svg").axes
+    lines = [container.lines[0] for container in top.containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 3
+    assert not bottom.texts and legend(top)[3] == "none: n/a"
+
+
+def test_thresholds(tmp_path):
+    """One panel for one run, one for each metric of several; without scores there are no rows."""
+
+    def rows(specificity):
+        values = [(dict.fromkeys(curves.THRESHOLD_COLUMNS, 100 - t), t / 100) for t in (10, 50, 90)]
+        return [v | {"tau": tau, "image_specificity": specificity} for v, tau in values]
+
+    (axes,) = curves.plot_thresholds({"IMR-CNN": rows(np.nan)}, tmp_path / "t.png", tau=0.6).axes
+    assert axes.lines[0].get_xydata() == pytest.approx(np.array([[0.1, 90], [0.5, 50], [0.9, 10]]))
+    assert legend(axes) == ["Precision", "Recall", "F1", "threshold 0.6"]  # one is undefined
+    assert "IMR-CNN" in axes.get_title()
+    curves.plot_thresholds({"masks": []}, tmp_path / "t.png")
+    for defined, words in ((50, []), (np.nan, ["undefined"])):
+        tables = {"a": rows(defined), "b": rows(np.nan)}
+        panels = curves.plot_thresholds(tables, tmp_path / "t.svg").axes
+        assert [axes.get_title() for axes in panels] == list(curves.THRESHOLD_COLUMNS.values())
+        assert legend(panels[0]) == ["a", "b", "threshold 0.7"]
+        assert [text.get_text() for text in panels[3].texts] == words
+
+
+def document(values, images=10, names=("jpeg", "rotation")):
+    """Of two distortions, the second a point worse than the first."""
+    rows = [{"distortion": "clean", "severity": 0, "level": None, "lesion/f1": 90}]
+    for i, name in enumerate(names):
+        for severity, value in zip(SEVERITIES, values, strict=True):
+            f1 = None if value is None else value - i
+            rows.append({"distortion": name, "severity": severity, "level": 1, "lesion/f1": f1})
+    rows = [{**row, "lesion/fp_per_image": 0.5} for row in rows]
+    return {"meta": {"dataset_sha256": "a", "images": images, "seed": 0}, "rows": rows}
+
+
+def test_robustness(tmp_path):
+    models = {"MR-CNN": document([80, 70, 60, 50, 40]), "IMR-CNN": document([85, 75, None, 0, 1])}
+    figure = plot_robustness(models, tmp_path / "robustness.png")
+    jpeg, rotation = figure.axes
+    first, second = (line for line in jpeg.lines if line.get_linestyle() != "None")
+    assert first.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
+    assert first.get_ydata().tolist() == [90, 80, 70, 60, 50, 40]
+    assert np.isnan(second.get_ydata()[3]) and first.get_color() != second.get_color()
+    assert rotation.lines[0].get_ydata().tolist() == [90, 79, 69, 59, 49, 39]
+    ticks = [tick.get_text() for tick in jpeg.get_xticklabels()]
+    assert ticks == ["none", "50", "30", "20", "10", "5"]
+    assert jpeg.get_ylabel() == "lesion: f1 (%)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(models)
+
+    every = {"a": document([1] * 5, names=tuple(DISTORTIONS))}
+    figure = plot_robustness(every, tmp_path / "r.svg", metric="lesion/fp_per_image")
+    titles = [distortion.title for distortion in DISTORTIONS.values()]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    assert figure.axes[0].get_ylabel() == "lesion: fp_per_image"
+
+    fewer, output = every | {"b": document([1] * 5, images=5)}, tmp_path / "refused.png"
+    for refused, metric, named in ((fewer, "lesion/f1", "images"), (every, "segm/AP", "segm/AP")):
+        with pytest.raises(ValueError, match=named):
+            plot_robustness(refused, output, metric=metric)
+    assert not output.exists()

@@ -4,39 +4,35 @@ import csv
 
 import pytest
 from chromium import chromium, opened
+from report.conftest import HOSTILE_NAMES
 
 from imrcnn_d2.report.html import render_report
 
 pytestmark = pytest.mark.slow
-MODELS = ("MR-CNN", "IBMR-CNN", "IMR-CNN")
 IS_OPEN = "document.querySelector('dialog').open"
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def report(study_runs, tmp_path_factory):
+def started(study_runs, tmp_path_factory):
+    """The browser and the page's path."""
     path = tmp_path_factory.mktemp("page") / "report.html"
-    return render_report(list(study_runs.values()), path)
+    with chromium() as browser:
+        yield browser, render_report(list(study_runs.values()), path)
 
 
 @pytest.fixture
-def page(browser, report):
-    with opened(browser, report) as tab:
+def page(started):
+    with opened(*started) as tab:
         yield tab
 
 
 @pytest.fixture(scope="module")
-def outcomes(study):
+def outcomes(study_runs):
     """{file name: [row of per_image.csv of each model]}."""
     tables = {}
-    for model in MODELS:
-        path = study / "runs" / model / "inference" / "study_test" / "per_image.csv"
-        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+    for run in study_runs.values():
+        text = (run.folder / "per_image.csv").read_text(encoding="utf-8")
+        for row in csv.DictReader(text.splitlines()):
             tables.setdefault(row["file_name"], []).append(row)
     return tables
 
@@ -97,9 +93,8 @@ def test_sorting(page, outcomes):
 
 
 def test_the_gallery_and_the_dialog_by_keyboard_alone(page):
-    order = names(page)
+    order, name = names(page), page.locator("#viewer-name")
     focused = "document.activeElement.querySelector('.name').firstChild.data"
-    name = page.locator("#viewer-name")
     page.locator("input[name=contours]").focus()
     for key, place in (("Tab", 0), ("ArrowRight", 1), ("End", -1), ("Home", 0)):
         page.keyboard.press(key)
@@ -125,30 +120,29 @@ def test_the_gallery_and_the_dialog_by_keyboard_alone(page):
     assert page.evaluate("document.activeElement.name") == "contours"
 
 
-def test_a_click_enlarges(page, outcomes):
-    first = names(page)[0]
+def test_a_click_enlarges(page, outcomes, study_runs):
+    first, second, *_ = names(page)
     small = page.locator(".tiles button svg").first.bounding_box()
     page.locator(".tiles button").first.click()
     panels = page.locator("dialog svg")
     assert panels.count() == 4
     assert panels.first.bounding_box()["width"] > 1.5 * small["width"]
     assert panels.first.get_attribute("aria-label").startswith("Ground truth: ")
-    for i, (model, row) in enumerate(zip(MODELS, outcomes[first], strict=True), 1):
+    for i, (model, row) in enumerate(zip(study_runs, outcomes[first], strict=True), 1):
         label = panels.nth(i).get_attribute("aria-label")
         assert label.startswith(f"{model}: ")
         assert (f"{row['FP']} false alarm" in label) == (row["FP"] != "0")
         assert (f"{row['FN']} missed lesion" in label) == (row["FN"] != "0")
     page.get_by_role("button", name="Next").click()
-    assert page.locator("#viewer-name").inner_text() == names(page)[1]
+    assert page.locator("#viewer-name").inner_text() == second
     page.get_by_role("button", name="Close").click()
     assert not page.evaluate(IS_OPEN)
 
 
 def test_tiles_are_filled_when_they_come_near_and_contours_can_be_hidden(page):
-    filled = "document.querySelectorAll('.tiles button:has(svg)').length"
-    number = page.locator(".tiles li").count()
     page.wait_for_timeout(100)
-    assert page.evaluate(filled) < number
+    filled = page.locator(".tiles button:has(svg)").count()
+    assert filled < page.locator(".tiles li").count()
     last = page.locator(".tiles button").last
     last.scroll_into_view_if_needed()
     last.locator("svg").first.wait_for()
@@ -163,9 +157,8 @@ def test_tiles_are_filled_when_they_come_near_and_contours_can_be_hidden(page):
 
 
 def test_text_of_the_data_is_no_markup(page):
-    hostile = [name for name in names(page) if "hacked" in name]
-    assert len(hostile) == 2
-    for name in hostile:
+    assert set(HOSTILE_NAMES) < set(names(page))
+    for name in HOSTILE_NAMES:
         page.locator(".tiles button", has_text=name).click()
         assert page.locator("#viewer-name").inner_text() == name
         page.keyboard.press("Escape")
@@ -183,40 +176,36 @@ def test_paper_gets_the_first_tiles_and_says_so(page):
     assert page.locator(".tiles li").nth(11).locator("svg").count() == 4
 
 
+WORDS_OF_POOR_CONTRAST = """() => {
+    const parse = (colour) => {
+        const canvas = new OffscreenCanvas(1, 1).getContext('2d');
+        canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    const light = (rgb) => rgb.slice(0, 3).map(v => v / 255)
+        .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+    const background = (node) => {
+        const colour = node ? parse(getComputedStyle(node).backgroundColor) : [255, 255, 255, 255];
+        return colour[3] > 250 ? colour : background(node.parentElement);
+    };
+    const poor = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const node = walker.currentNode.parentElement, text = walker.currentNode.data.trim();
+        if (!text || !node.checkVisibility()) continue;
+        const [a, b] = [light(parse(getComputedStyle(node).color)), light(background(node))];
+        const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+        if (ratio < 4.5) poor.push([text.slice(0, 40), ratio]);
+    }
+    return poor;
+}"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_words_stand_out(page, scheme):
     """Contrast of at least 4.5 to 1 (WCAG 2.2 AA) of all text that the page shows."""
     page.emulate_media(color_scheme=scheme)
-    poor = page.evaluate(
-        """() => {
-          const parse = (colour) => {
-            const canvas = new OffscreenCanvas(1, 1).getContext('2d');
-            canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-            return [...canvas.getImageData(0, 0, 1, 1).data];
-          };
-          const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-            .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-            .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-          const background = (node) => {
-            for (; node; node = node.parentElement) {
-              const colour = parse(getComputedStyle(node).backgroundColor);
-              if (colour[3] > 250) return colour;
-            }
-            return [255, 255, 255, 255];
-          };
-          const poor = [];
-          const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-          while (walker.nextNode()) {
-            const node = walker.currentNode.parentElement;
-            if (!walker.currentNode.data.trim() || !node.checkVisibility()) continue;
-            const [a, b] = [light(parse(getComputedStyle(node).color)), light(background(node))];
-            const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-            if (ratio < 4.5) poor.push([walker.currentNode.data.trim().slice(0, 40), ratio]);
-          }
-          return poor;
-        }"""
-    )
-    assert poor == []
+    assert page.evaluate(WORDS_OF_POOR_CONTRAST) == []
 
 
 def test_every_control_has_a_name(page):

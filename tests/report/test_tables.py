@@ -1,12 +1,18 @@
-"""Tables as Markdown, CSV and LaTeX, and the published values."""
+"""Tables in all formats, the model card, and what is known of a data set."""
 
+import dataclasses
+import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
 
+from imrcnn_d2.evaluation.output import log_test_evaluation
+from imrcnn_d2.report.cohort import cohort
+from imrcnn_d2.report.model_card import write_model_card
 from imrcnn_d2.report.names import PAPER_DATA, metric_name, published_accuracy, published_values
-from imrcnn_d2.report.tables import Table, format_value, metrics_table, write_table
+from imrcnn_d2.report.tables import Table, format_value, metrics_table, p_text, write_table
 
 NAN = float("nan")
 
@@ -27,9 +33,8 @@ def test_a_table_of_groups():
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sd", "text"),
-    [
+def test_values():
+    for arguments, sd, text in (
         (("iou", 87.66, (NAN, NAN)), NAN, "87.7"),
         (("iou", NAN, (1, 2)), None, "n/a"),
         (("TP", 12.0), NAN, "12"),
@@ -38,10 +43,9 @@ def test_a_table_of_groups():
         (("", -1.26, (-3, 0.5)), None, "−1.3 [−3.0, 0.5]"),
         (("iou", 87.66, (83, 91)), 0.44, "87.7 ± 0.4 [83.0, 91.0]"),
         (("TP", 8.0), 1.5, "8.0 ± 1.5"),
-    ],
-)
-def test_values(arguments, sd, text):
-    assert format_value(*arguments, sd=sd) == text
+    ):
+        assert format_value(*arguments, sd=sd) == text
+    assert [p_text(p) for p in (NAN, 0.0009, 0.001, 1)] == ["n/a", "<0.001", "0.001", "1.000"]
 
 
 def test_the_three_files(tmp_path):
@@ -63,30 +67,33 @@ def test_the_three_files(tmp_path):
         "- Second.",
     ]
     text = latex.read_text()
-    assert text.isascii()
     opened = re.findall(r"\\begin\{(\w+)\}", text)
-    assert opened == re.findall(r"\\end\{(\w+)\}", text)[::-1] and "tabular" in opened
-    assert r"\begin{tabular}{lr}" in text
-    assert r"\caption{50 \% of AP50\_voc, $\tau$ $\geq$ 0.7}" in text
-    assert r"model & AP50\_voc \\" in text
-    assert r"a\_b \& c & 87.7 $\pm$ 0.4 \\" in text
-    assert r"d$|$e & 1.50 \dag{} \\" in text
-    assert r"\par p $<$ 5 \%" in text
-    assert re.findall(r"\\\w+rule", text) == [r"\toprule", r"\midrule", r"\bottomrule"]
+    assert text.isascii() and opened == re.findall(r"\\end\{(\w+)\}", text)[::-1]
+    for line in (
+        r"\begin{tabular}{lr}",
+        r"\caption{50 \% of AP50\_voc, $\tau$ $\geq$ 0.7}",
+        r"model & AP50\_voc \\",
+        r"a\_b \& c & 87.7 $\pm$ 0.4 \\",
+        r"d$|$e & 1.50 \dag{} \\",
+        *(r"\footnotesize\raggedright", r"\par p $<$ 5 \%"),
+        *(r"\toprule", r"\midrule", r"\bottomrule"),
+    ):
+        assert line in text.splitlines()
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "name"),
-    [
+def test_names():
+    for endpoint, name in (
         ("segm/AP50_voc", "AP50_voc (masks)"),
         ("lesion/iou_box", "IoU (boxes)"),
         ("tau_val.lesion/f1", "F1 (lesions) at tau_val"),
         ("image/auroc", "AUROC (images)"),
         ("patient/recall", "recall (patients)"),
-    ],
-)
-def test_names(endpoint, name):
-    assert metric_name(endpoint) == name
+        ("froc/mean", "mean (froc)"),
+        ("recognition/auroc", "AUROC, mean of classes"),
+        ("recognition/accuracy_early cancer", "accuracy of early cancer"),
+        ("cancer/recall", "sensitivity (cancer against benign)"),
+    ):
+        assert metric_name(endpoint) == name
 
 
 def published(dataset, table):
@@ -95,10 +102,10 @@ def published(dataset, table):
 
 
 def test_published_values_of_the_data_set():
-    assert published("kvasir_seg_test", "3")["IMR-CNN", "segm/AP50_voc"] == (91.6, None)
+    kvasir, egc = published("kvasir_seg_test", "3"), published("egc_test", "4")
+    assert kvasir["IMR-CNN", "segm/AP50_voc"] == (91.6, None) and len(kvasir) == 6
+    assert egc["MR-CNN", "segm/AP50_voc"] == (90.6, 0.4) and len(egc) == 6
     assert published("egc_val", "3")["IMR-CNN", "lesion/iou"] == (79.1, None)
-    assert published("egc_test", "4")["MR-CNN", "segm/AP50_voc"] == (90.6, 0.4)
-    assert len(published("kvasir_seg_test", "3")) == len(published("egc_test", "4")) == 6
     # The paper has neither folds nor an operating point for Kvasir-SEG.
     assert not published("kvasir_seg_test", "4") and not published("kvasir_seg_test", "5")
     for dataset in (None, "", "synthetic_test", "kvasir_segment", "egc2_test"):
@@ -108,11 +115,9 @@ def test_published_values_of_the_data_set():
     precision, recall, f1 = (five["IMR-CNN", metric][0] for metric in metrics)
     assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.06)
     # What cannot be compared is marked.
-    rows = [
-        r for data in PAPER_DATA for table in "345" for r in published_values(f"{data}_test", table)
-    ]
+    rows = [row for data in PAPER_DATA for row in published_values(f"{data}_test", "345")]
     assert all(row.comparable == ("Not comparable" not in row.remarks[0]) for row in rows)
-    marked = {row.figure for row in published_values("egc_test", "5") if not row.comparable}
+    marked = {row.figure for row in rows if not row.comparable}
     assert marked == {"lesion/specificity", "lesion/accuracy"}
 
 
@@ -120,5 +125,149 @@ def test_published_accuracy_is_of_that_data_only():
     classes = ["gastric cancer", "gastric ulcer", "chronic gastritis"]
     assert published_accuracy("gastric_recognition_test", classes)["gastric ulcer"] == 92
     assert published_accuracy("own_test", classes) == published_accuracy(None, classes) == {}
+    capitals = [name.title() for name in classes]
+    assert published_accuracy("gastric_recognition_val", capitals)["Gastric Cancer"] == 93
     for names in (["polyp", "ulcer", "gastritis"], [*classes, "normal"]):
         assert published_accuracy("gastric_recognition_test", names) == {}
+
+
+OPEN = "*to be filled in by the authors*"
+
+
+@pytest.fixture
+def run(home):
+    return home.load("MR-CNN")
+
+
+@pytest.fixture
+def write(run, tmp_path):
+    """A function that returns the text of the run's card, with some of its fields changed."""
+
+    def do(**fields):
+        card = write_model_card(dataclasses.replace(run, **fields), tmp_path / "card.md")
+        return card.read_text(encoding="utf-8")
+
+    return do
+
+
+def rows(text, title):
+    """Cells of the tables' rows under a heading."""
+    part = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_results_at_both_thresholds_and_data(run, write):
+    text, meta = write(), run.results.meta
+    shown = {row[0]: row[1:] for row in rows(text, "Results")}
+    groups = run.metrics["lesion"], run.metrics["tau_val"]["lesion"]
+    expected = ["{:.1f} [{:.1f}, {:.1f}]".format(g["recall"], *g["recall_ci"]) for g in groups]
+    assert shown["sensitivity (recall): lesions that were found"] == expected
+    assert "score ≥ 0.62 (τ_val)" in text and "60 resamples of patients" in text
+    assert "not a medical device" in text
+    numbers = [meta[key] for key in ("images", "patients", "lesions", "lesion_free_images")]
+    assert rows(text, "Data")[-1] == ["Test", *map(str, numbers)]
+    assert "3 of 43 images (2: mask is empty; 1: duplicate)" in text
+
+
+# What no run can know.
+UNKNOWN = {"CLAIM": ("3", "33", "36", "44"), "TRIPOD+AI": ("3c", "14", "17", "18a")}
+
+
+@pytest.mark.parametrize("title, number, last", [("CLAIM", 44, 44), ("TRIPOD+AI", 52, 27)])
+def test_every_item_is_filled_in_or_open(write, title, number, last):
+    text = write()
+    _, *table = rows(text, title)
+    items = {int(re.match(r"\d+", row[0])[0]): row for row in table}
+    assert len(table) == number and list(items) == list(range(1, last + 1))
+    filled = sum(row[2] != OPEN for row in table)
+    assert all(row[2] for row in table) and 10 < filled < number - 10
+    assert f"{filled} of {number} items" in text.split(f"\n## {title}\n")[1].split("\n\n")[0]
+    assert {row[2] for row in table if row[0] in UNKNOWN[title]} == {OPEN}
+
+
+def test_what_is_not_recorded_stays_open(write):
+    text = write(record={}, config={})
+    answers = {row[0]: row[2] for row in rows(text, "CLAIM")}
+    assert {answers[item] for item in ("1", "22", "24", "25", "26", "42")} == {OPEN}
+    assert "not recorded" not in text.split("\n## CLAIM\n")[1]
+    assert "no record of the training" in text
+
+
+def test_looks_at_the_test_set_are_counted_and_text_is_no_markup(run, write, tmp_path):
+    assert "No evaluation of this test set is on record" in write()
+    for number in "01":
+        source = {"source": tmp_path / f"{number}.pth", "sha256": number * 64}
+        log_test_evaluation(run.gt_path, **source, output=tmp_path)
+    text = write(record={**run.record, "command": "a | b\n<script>"})
+    assert ["Command", "a \\| b &lt;script>"] in rows(text, "Model and training")
+    assert "2 times on record" in text
+    assert [row[2] for row in rows(text, "Looks at the test set")[1:]] == ["0" * 16, "1" * 16]
+
+
+def test_a_prepared_data_set(study, study_runs):
+    folder, data = study / "datasets" / "study", cohort(study_runs["MR-CNN"])
+    assert [split["name"] for split in data["splits"]] == ["Training", "Validation", "Test"]
+    assert [split["tested"] for split in data["splits"]] == [False, False, True]
+    all_patients = set()
+    for name, split in zip(("train", "val", "test"), data["splits"], strict=True):
+        coco = json.loads((folder / "annotations" / f"{name}.json").read_text())
+        images, annotations = coco["images"], coco["annotations"]
+        numbers = [split[key] for key in ("images", "lesions", "lesion_free", "patients")]
+        lesion_free = len(images) - len({annotation["image_id"] for annotation in annotations})
+        patients = {image["patient_id"] for image in images}
+        assert numbers == [len(images), len(annotations), lesion_free, len(patients)]
+        all_patients |= patients
+    assert (data["images"], data["patients"]) == (40, len(all_patients))
+    assert (data["offered"], data["excluded"], data["notes"]) == (43, 3, [])
+    assert data["reasons"] == [("mask is empty", 2), ("duplicate", 1)]
+    assert data["rejected"][2] == ("2.jpg", "duplicate: same content as a.jpg")
+    assert "1:1:3, seed 0; images of one patient are in one split" in data["caption"]
+
+
+def test_nothing_but_the_test_set(home, tmp_path):
+    """In a folder of another name next to a splits.json, or in annotations/ without one."""
+    (tmp_path / "splits.json").write_text("{}")
+    for folder in ("given", "given/annotations"):
+        (tmp_path / folder).mkdir()
+        alone = shutil.copy(home.gt, tmp_path / folder / "alone.json")
+        home.change("metrics.json", {"meta.gt": str(alone)})
+        data = cohort(home.load())
+        assert [split["name"] for split in data["splits"]] == ["alone"]
+        assert data["offered"] is None and "alone.json" in data["notes"][0]
+
+
+def test_a_patient_in_two_splits_and_a_crowd(home):
+    before, coco = cohort(home.load()), json.loads(home.gt.read_text())
+    patient = coco["images"][0]["patient_id"]
+    train = "annotations/train.json"
+    home.change_data(lambda content: content["images"][0].update(patient_id=patient), train)
+    home.change_data(lambda content: content["annotations"][0].update(iscrowd=1))
+    data = cohort(home.load())
+    assert len(before["notes"]) == 0 and "more than one split (1 " in data["notes"][0]
+    assert data["splits"][2]["lesions"] == before["splits"][2]["lesions"] - 1
+
+
+def test_how_the_data_were_split(home):
+    group, common = {"split_by": "group"}, {"ratio": [1, 1, 3], "seed": 4}
+    home.change_data(lambda content: content.update(info={"description": "by hand"}))
+    for settings, expected in (
+        ({"split_by": "image"}, "Split at random 1:1:3, seed 4; image by image, so that one"),
+        (group, "Split at random 1:1:3, seed 4; near-duplicates, and images of"),
+        ({"split_by": "prefix"}, "Split as the file names state;"),
+        ({**group, "test_per_class": 9}, "Split at random 1:1:3, 9 test images of each class, se"),
+        ({**group, "fold": 1, "folds": 5}, "Fold 1 of 5, seed 4; near-dup"),
+    ):
+        home.change_data(lambda content, new=settings: content.update(common | new), "splits.json")
+        caption = cohort(home.load())["caption"]
+        assert caption.startswith(expected) and caption.endswith(". Annotations: by hand.")
+
+
+def test_numbers_of_rejected_files_and_no_patients(home):
+    (home.gt.parents[1] / "rejected.csv").write_text("number,reason\n7,mask is empty\n")
+    for path in home.gt.parent.iterdir():
+        path.write_text(path.read_text().replace("patient_id", "other"))
+    home.change_data(lambda content: None)
+    data = cohort(home.load())
+    assert data["rejected"] == [("7", "mask is empty")]
+    assert data["patients"] is data["splits"][2]["patients"] is None

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from scipy.signal import correlate2d
-from scipy.special import expit
+from detectron2.structures import BitMasks, Boxes, Instances
 
 from imrcnn_d2.data.catalog import register_classification_dataset, register_lesion_dataset
 from imrcnn_d2.data.masks import annotation_from_mask
@@ -28,7 +27,17 @@ def changed(before, after):
     return {name for name, value in before.items() if not torch.equal(value, after[name])}
 
 
-def _write(folder, images, annotations, names):
+def sample(height, width, boxes=()):
+    """An image as the mapper gives it; the mask of each lesion is all of it."""
+    truth, number = Instances((height, width)), len(boxes)
+    truth.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+    truth.gt_classes = torch.zeros(number, dtype=torch.int64)
+    truth.gt_masks = BitMasks(torch.ones(number, height, width, dtype=torch.bool))
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    return {"image": image, "instances": truth}
+
+
+def write_coco(folder, images, annotations, names):
     """Write images and a COCO JSON with these annotations; returns its path."""
     folder.mkdir(parents=True)
     height, width = images[0].shape[:2]
@@ -55,7 +64,7 @@ def _write_lesions(folder, num_images):
             mask = cv2.circle(np.zeros((SIZE, SIZE), np.uint8), centre, radius, 1, -1)
             annotations.append(annotation_from_mask(mask.astype(bool), image_id=i))
         images.append(image)
-    return _write(folder, images, annotations, ["lesion"])
+    return write_coco(folder, images, annotations, ["lesion"])
 
 
 def _write_classes(folder, counts):
@@ -69,7 +78,7 @@ def _write_classes(folder, counts):
         image[y : y + 20, x : x + 20, label] += 120
         images.append(image)
     annotations = [{"image_id": i, "category_id": label + 1} for i, label in enumerate(labels, 1)]
-    return _write(folder, images, annotations, CLASSES)
+    return write_coco(folder, images, annotations, CLASSES)
 
 
 def _registered(root, parts, write, register):
@@ -101,11 +110,8 @@ def tiny_class_datasets(tmp_path_factory):
 
 def _common(names, tmp_path):
     sets = [x for split in names for x in (f"DATASETS.{split.upper()}", (names[split],))]
-    return [
-        *sets,
-        *("DATALOADER.NUM_WORKERS", 0, "MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""),
-        *("SOLVER.WARMUP_ITERS", 1, "OUTPUT_DIR", str(tmp_path / "output")),
-    ]
+    opts = ["DATALOADER.NUM_WORKERS", 0, "MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""]
+    return [*sets, *opts, "SOLVER.WARMUP_ITERS", 1, "OUTPUT_DIR", str(tmp_path / "output")]
 
 
 @pytest.fixture
@@ -158,25 +164,10 @@ def lazy_opts():
     return opts
 
 
-def _cbam(x, weights, scale):
-    """Equations 1 to 3 of Woo et al. (2018) for x (N, C, H, W), with `scale` on each sigmoid."""
-    first, second = (weights[f"channel.mlp.{i}.weight"].double().numpy() for i in (0, 2))
-    kernel = weights["spatial.conv.weight"][0].double().numpy()
-
-    def mlp(v):
-        return second @ np.maximum(first @ v, 0)
-
-    result = []
-    for image in x.detach().double().numpy():
-        flat = image.reshape(len(image), -1)
-        refined = image * scale * expit(mlp(flat.mean(1)) + mlp(flat.max(1)))[:, None, None]
-        pooled = (refined.mean(0), refined.max(0))
-        logits = sum(correlate2d(p, k, mode="same") for p, k in zip(pooled, kernel, strict=True))
-        result.append(refined * scale * expit(logits))
-    return np.stack(result)
-
-
-@pytest.fixture(scope="session")
-def numpy_cbam():
-    """The function above."""
-    return _cbam
+@pytest.fixture
+def tiny_lazy_opts(tiny_datasets, lazy_opts, tmp_path):
+    """The same, and the tiny data set."""
+    opts = [f"dataloader.{split}.dataset.names={name}" for split, name in tiny_datasets.items()]
+    for split in ("val", "test"):
+        opts.append(f"dataloader.{split}_evaluator.dataset_name={tiny_datasets[split]}")
+    return [*lazy_opts, *opts, f"train.output_dir={tmp_path / 'output'}"]

@@ -3,8 +3,7 @@
 action      "step", "train", "wait", "before", "after" or "while they start", see `main`
 folder      where they write
 datasets    name -> COCO JSON file, to be registered
-opts        overrides of the light IMR-CNN's config
-"""
+opts        overrides of the light IMR-CNN's config"""
 
 import json
 import os
@@ -22,6 +21,7 @@ from imrcnn_d2.data.catalog import register_lesion_dataset
 from imrcnn_d2.engine import Trainer, launch_script, load_config
 from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.engine.hooks import Interruption
+from imrcnn_d2.utils.files import write_atomically
 
 
 def gradients(cfg):
@@ -45,9 +45,7 @@ class Kill(HookBase):
 
 
 def write_pid(folder):
-    path = folder / f"pid_{comm.get_rank()}"
-    path.with_suffix(".tmp").write_text(str(os.getpid()))
-    path.with_suffix(".tmp").rename(path)
+    write_atomically(folder / f"pid_{comm.get_rank()}", str(os.getpid()))
 
 
 class Idle(TrainerBase):

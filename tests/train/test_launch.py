@@ -1,13 +1,11 @@
 """Real jobs of two processes over gloo: two launches as two "machines", one launch, torchrun."""
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine.launch import _find_free_port
 
 from imrcnn_d2.engine import launch_script, load_config
 from imrcnn_d2.engine.hooks import EXIT_INTERRUPTED
@@ -27,8 +26,9 @@ from .test_chaos import facts
 pytestmark = pytest.mark.slow
 
 JOB = Path(__file__).with_name("distributed_job.py")
-ONE_LAUNCH = [(JOB, "--num-gpus", "2")]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+KILLED = ("wait", 1, signal.SIGKILL, [1, 128 + signal.SIGKILL])
+STOPPED = ("after", 0, signal.SIGTERM, [EXIT_INTERRUPTED] * 2)
 
 # Losses are means over samples: the mean of two processes' is that of the double batch if both have
 # the same number of samples. So: all anchors and all of a fixed number of proposals are sampled,
@@ -44,7 +44,7 @@ EQUAL_COUNTS = [
 class Job:
     """``python COMMAND`` for each command, with an action of distributed_job.py."""
 
-    def __init__(self, folder, settings, commands):
+    def __init__(self, folder, commands, **settings):
         self.folder, file = folder, folder / "settings.json"
         folder.mkdir()
         file.write_text(json.dumps({**settings, "folder": str(folder)}))
@@ -73,38 +73,33 @@ class Job:
 
 @pytest.fixture
 def job(tiny_datasets, tiny_opts, tmp_path):
-    """A context manager: (action, commands, name, further options) -> a `Job`."""
+    """A function: (action, commands, name, further options) -> a `Job`."""
     for name in tiny_datasets.values():
         DatasetCatalog.get(name)  # its file is known once it was read
     files = {name: MetadataCatalog.get(name).json_file for name in tiny_datasets.values()}
+    jobs = []
 
-    @contextlib.contextmanager
     def start(action, commands, name="job", more=()):
         opts = [*map(str, tiny_opts), "SEED", "5", *map(str, more)]
-        job = Job(tmp_path / name, {"action": action, "datasets": files, "opts": opts}, commands)
-        try:
-            yield job
-        finally:
-            for process in job.processes:
-                process.kill()  # whose own processes the system ends
-                process.wait()
+        jobs.append(Job(tmp_path / name, commands, action=action, datasets=files, opts=opts))
+        return jobs[-1]
 
-    return start
+    yield start
+    for process in (process for job in jobs for process in job.processes):
+        process.kill()  # whose own processes the system ends
+        process.wait()
 
 
 @pytest.fixture
 def machines():
     """The command of each of two machines with one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    url = f"tcp://127.0.0.1:{_find_free_port()}"
     command = (JOB, "--num-machines", "2", "--dist-url", url, "--machine-rank")
     return (*command, "0"), (*command, "1")
 
 
 def test_two_machines_compute_what_one_does(job, machines, tiny_opts, tmp_path):
-    with job("step", machines, more=EQUAL_COUNTS) as running:
-        codes, texts = running.ended()
+    codes, texts = job("step", machines, more=EQUAL_COUNTS).ended()
     assert codes == [0, 0], texts
     single = gradients(load_config("configs/imrcnn_lite.yaml", [*tiny_opts, *EQUAL_COUNTS]))
     ours, other = (load(tmp_path / f"job/gradients_{rank}.pth") for rank in (0, 1))
@@ -116,39 +111,30 @@ def test_two_machines_compute_what_one_does(job, machines, tiny_opts, tmp_path):
     assert max(largest.values()) > 1e-2
 
 
-@pytest.mark.parametrize(
-    ("action", "rank", "number", "expected"),
-    [
-        ("wait", 1, signal.SIGKILL, [1, 128 + signal.SIGKILL]),
-        ("after", 0, signal.SIGTERM, [EXIT_INTERRUPTED] * 2),
-    ],
-)
-def test_a_signal_to_one_process_ends_the_job_on_both_machines(
-    job, machines, action, rank, number, expected
-):
-    with job(action, machines) as running:
-        os.kill(running.pids()[rank], number)
-        codes, texts = running.ended()
+@pytest.mark.parametrize(("action", "rank", "number", "expected"), [KILLED, STOPPED])
+def test_a_signal_to_one_process_ends_the_job(job, machines, action, rank, number, expected):
+    running = job(action, machines)
+    os.kill(running.pids()[rank], number)
+    codes, texts = running.ended()
     assert codes == expected, texts
     assert all("--resume" in text for text in texts), texts
-    if number == signal.SIGKILL:
-        end = r"Process 1 of 2 \(machine 1, .*\) was killed by SIGKILL"
-        assert all(re.search(end, text) for text in texts), texts
+    end = r"Process 1 of 2 \(machine 1, .*\) was killed by SIGKILL"
+    assert all(bool(re.search(end, text)) == (rank == 1) for text in texts), texts
 
 
 @pytest.mark.parametrize("moment", ["while they start", "before", "wait", "after"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_the_launch_ends_all(job, moment, number):
-    with job(moment, ONE_LAUNCH) as running:
-        (process,) = running.processes
-        if moment == "while they start":
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            while len(children.read_text().split()) < 3 and running.running():
-                pass  # the third is multiprocessing's
-        else:
-            running.pids()
-        process.send_signal(number)
-        codes, texts = running.ended()
+    running = job(moment, [(JOB, "--num-gpus", "2")])
+    (process,) = running.processes
+    if moment == "while they start":
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(children.read_text().split()) < 3 and running.running():
+            pass  # the third is multiprocessing's
+    else:
+        running.pids()
+    process.send_signal(number)
+    codes, texts = running.ended()
     assert codes == [EXIT_INTERRUPTED], texts
     assert "--resume" in texts[0] and "Traceback" not in texts[0], texts
     if moment == "wait":  # in the iterations: saved
@@ -161,10 +147,10 @@ def test_torchrun_restarts_exactly(job, tmp_path):
     for name, starts in (("undisturbed", ["0"]), ("disturbed", ["0", "2"])):
         folder = tmp_path / name
         opts = ["DATASETS.VAL", "()", "SOLVER.MAX_ITER", "5", "OUTPUT_DIR", str(folder)]
-        with job("train", [(*TORCHRUN, "--max-restarts", "1", JOB)], name, more=opts) as running:
-            if name == "disturbed":
-                (folder / "kill").touch()
-            codes, texts = running.ended()
+        running = job("train", [(*TORCHRUN, "--max-restarts", "1", JOB)], name, more=opts)
+        if name == "disturbed":
+            (folder / "kill").touch()
+        codes, texts = running.ended()
         assert codes == [0], texts
         assert (folder / "starts.txt").read_text().split() == starts, texts
         final[name] = facts(load(folder / "model_final.pth"))

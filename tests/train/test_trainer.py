@@ -1,19 +1,32 @@
-"""A training run from its first iteration to its metrics, on a few small images."""
+"""A training run from its first iteration to its metrics; interrupted, recorded, in folds."""
 
+import copy
 import hashlib
 import json
 import math
 import os
+import shutil
+import signal
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
+from detectron2.modeling import build_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from imrcnn_d2.engine import Trainer
-from imrcnn_d2.engine.run_record import config_sha256
+from imrcnn_d2.engine import Trainer, hooks, load_config, load_weights, run_record
+from imrcnn_d2.engine.checkpoint import Weights
+from imrcnn_d2.engine.cross_validation import FoldRun, describe_runs
+from imrcnn_d2.engine.hooks import EXIT_INTERRUPTED, SIGNALS, Interruption, interruptible
+from imrcnn_d2.engine.run_record import config_sha256, describe_model, git_state
 
 from .conftest import changed, load
 from .test_chaos import facts
@@ -36,18 +49,17 @@ def read(path):
 
 
 @pytest.fixture
-def scripted(tiny_cfg):
+def scripted(tiny_cfg, monkeypatch):
     """A function: a trainer whose validations give these scores, and whose test gives 0."""
 
     def make(*scores, resume=False):
         remaining = list(scores)
 
-        class ScriptedTrainer(Trainer):
-            @classmethod
-            def evaluate(cls, given, model, split, weights=None):
-                return {"lesion": {"selection": remaining.pop(0) if split == "val" else 0.0}}, {}
+        def evaluate(cfg, model, split, weights=None):
+            return {"lesion": {"selection": remaining.pop(0) if split == "val" else 0.0}}, {}
 
-        trainer = ScriptedTrainer(tiny_cfg)
+        monkeypatch.setattr(Trainer, "evaluate", staticmethod(evaluate))
+        trainer = Trainer(tiny_cfg)
         trainer.resume_or_load(resume)
         trainer.remaining = remaining
         return trainer
@@ -55,26 +67,19 @@ def scripted(tiny_cfg):
     return make
 
 
-def test_what_a_run_leaves(tiny_cfg, tiny_datasets, output, weights):
-    evaluated = []
-
-    class Watching(Trainer):
-        @classmethod
-        def build_test_loader(cls, cfg, dataset_name):
-            evaluated.append(dataset_name)
-            return super().build_test_loader(cfg, dataset_name)
-
-    trainer = Watching(tiny_cfg)
+def test_what_a_run_leaves(tiny_cfg, tiny_datasets, output, weights, monkeypatch):
+    loader = Mock(wraps=Trainer.build_test_loader)
+    monkeypatch.setattr(Trainer, "build_test_loader", loader)
+    trainer = Trainer(tiny_cfg)
     trainer.resume_or_load(resume=False)
     results = trainer.train()
-
+    evaluated = [call.args[1] for call in loader.call_args_list]
     assert set(results) >= {"bbox", "segm", "lesion", "image"}
     assert all(type(v) is float for group in results.values() for v in group.values())
     assert evaluated.count(tiny_datasets["test"]) == 1 and evaluated[-1] == tiny_datasets["test"]
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
     test_folder = output / "inference" / tiny_datasets["test"]
-    for name in ("per_image.csv", "pr_curve.csv"):
-        assert (test_folder / name).is_file(), name
+    assert (test_folder / "per_image.csv").is_file() and (test_folder / "pr_curve.csv").is_file()
     metrics = read(test_folder / "metrics.json")
     assert metrics["image"]["TN"] + metrics["image"]["FP"] == 1, "image 3 of 5 has no lesion"
     assert not changed(weights("model_best"), trainer.model.state_dict())
@@ -84,10 +89,9 @@ def test_what_a_run_leaves(tiny_cfg, tiny_datasets, output, weights):
     assert events.Tags()["images"], "no sample predictions for TensorBoard"
 
     run = read(output / "run.json")
-    expected = {"model": "IMR-CNN", "backbone": "tf_efficientnet_lite0", "seed": 0}
+    expected = {"model": "IMR-CNN", "backbone": "tf_efficientnet_lite0", "seed": 0, "fold": None}
     expected |= {"device": "cpu", "iterations": 4, "config_sha256": config_sha256(tiny_cfg)}
-    expected |= {"splits_sha256": None, "fold": None}
-    assert {key: run[key] for key in expected} == expected
+    assert run.items() >= (expected | {"splits_sha256": None}).items()
     assert run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert run["command"].startswith("python ") and sys.argv[-1] in run["command"]
     start, end = (datetime.fromisoformat(run[key]) for key in ("started", "finished"))
@@ -165,60 +169,224 @@ def test_lost_checkpoints(scripted, tiny_cfg, output, weights, caplog, spoil, mo
     assert (output / "model_best.pth.damaged").is_file() == (spoil is flip_a_bit)
 
 
-def test_bf16_and_channels_last_train_on_the_cpu(tiny_cfg):
+def test_the_average_of_the_weights_is_tested(scripted, tiny_cfg, output, weights):
+    """In bf16 and channels-last, on the CPU."""
+    tiny_cfg.SOLVER.EMA_DECAY = 0.5
     tiny_cfg.SOLVER.AMP.ENABLED = tiny_cfg.MODEL.CHANNELS_LAST = True
-    tiny_cfg.SOLVER.MAX_ITER = 2
-    trainer = Trainer(tiny_cfg)
-    backbone = trainer.model.backbone
-    weight, before = backbone.fpn_output2.weight, backbone.fpn_output2.weight.detach().clone()
-    stem = backbone.bottom_up.body.conv_stem.weight
+    trainer = scripted(40.0, 50.0)
+    start = copy.deepcopy(trainer.model.state_dict())
+    stem = trainer.model.backbone.bottom_up.body.conv_stem.weight
     assert stem.is_contiguous(memory_format=torch.channels_last)
     trainer.train()
-    assert torch.isfinite(weight).all() and not torch.equal(before, weight)
-
-
-def test_the_average_of_the_weights_is_validated_kept_and_tested(
-    scripted, tiny_cfg, output, weights
-):
-    tiny_cfg.SOLVER.EMA_DECAY = 0.5
-    trainer = scripted(40.0, 50.0)
-    start = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    trainer.train()
     final, averaged = load(output / "model_final.pth"), weights("model_best")
+    assert all(value.isfinite().all() for value in final["model"].values())
     assert changed(start, final["model"]) == changed(averaged, final["model"]) != set()
     state = final["trainer"]["hooks"]["EMA"]
     assert not changed(averaged, {k: state[f"module.{k}"] for k in averaged})
     assert not (output / "model_ema.pth").exists()
 
 
-def test_without_validation_the_last_average_is_tested_and_written(tiny_cfg, output, weights):
-    tiny_cfg.SOLVER.EMA_DECAY = 0.5
+@pytest.mark.parametrize("decay", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
+def test_without_validation_the_last_weights_are_tested(tiny_cfg, output, weights, decay):
+    name = "model_ema" if decay else "model_final"
+    tiny_cfg.SOLVER.EMA_DECAY = decay
     tiny_cfg.DATASETS.VAL = ()
     assert "lesion" in Trainer(tiny_cfg).train()
     assert not (output / "model_best.pth").exists()
-    assert changed(weights("model_ema"), weights("model_final"))
-    (metrics,) = output.glob("inference/*/metrics.json")
-    assert read(metrics)["meta"]["checkpoint"].endswith("model_ema.pth")
+    assert bool(changed(weights(name), weights("model_final"))) == (decay > 0)
+    (test,) = map(read, output.glob("inference/*/metrics.json"))
+    path = str(output / f"{name}.pth")
+    assert "tau_val" not in test and test["meta"]["checkpoint"] == path
+    loader = DetectionCheckpointer(Trainer.build_model(tiny_cfg))
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert load_weights(loader, path) == Weights(path, sha256, operating_point=None)
+    assert load_weights(loader, "") == Weights(None, None, None)
 
 
-def test_a_run_that_breaks_has_no_end(tiny_cfg, output):
-    class Breaking(Trainer):
-        def run_step(self):
-            raise RuntimeError("out of something")
-
+def test_a_run_that_breaks_has_no_end(tiny_cfg, output, monkeypatch):
+    monkeypatch.setattr(Trainer, "run_step", Mock(side_effect=RuntimeError("out of something")))
     with pytest.raises(RuntimeError, match="out of something"):
-        Breaking(tiny_cfg).train()
+        Trainer(tiny_cfg).train()
     run = read(output / "run.json")
     assert run["started"] and run["finished"] is None
 
 
-@pytest.mark.parametrize(
-    ("config", "key", "number", "fitting"),
-    [("tiny_cfg", "ROI_HEADS", 80, 1), ("tiny_classifier_cfg", "CLASSIFIER", 4, 3)],
-)
-def test_a_wrong_number_of_classes_is_reported(request, config, key, number, fitting):
-    cfg = request.getfixturevalue(config)
-    cfg.MODEL[key].NUM_CLASSES = number
-    cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS = None
-    with pytest.raises(ValueError, match=f"{key}.NUM_CLASSES is {number}; .* {fitting}$"):
-        Trainer(cfg)
+def test_a_wrong_number_of_classes_is_reported(tiny_cfg, tiny_classifier_cfg):
+    tiny_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    tiny_classifier_cfg.MODEL.CLASSIFIER.update(NUM_CLASSES=4, CLASS_WEIGHTS=None)
+    with pytest.raises(ValueError, match="ROI_HEADS.NUM_CLASSES is 80; .* 1$"):
+        Trainer(tiny_cfg)
+    with pytest.raises(ValueError, match="CLASSIFIER.NUM_CLASSES is 4; .* 3$"):
+        Trainer(tiny_classifier_cfg)
+
+
+def interrupted(cfg, iteration, number, moment="before_step", resume=False):
+    """The trainer after a signal in an iteration, before its step or after all else in it."""
+
+    def send():
+        if trainer.iter == iteration:
+            os.kill(os.getpid(), number)
+
+    trainer, hook = Trainer(cfg), HookBase()
+    setattr(hook, moment, send)
+    trainer.resume_or_load(resume)
+    trainer.register_hooks([hook])
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == EXIT_INTERRUPTED == 75
+    return trainer
+
+
+@pytest.fixture
+def former():
+    """What handles the signals before a test, and has to after it."""
+
+    def end(number, frame):
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    yield end
+    assert all(signal.getsignal(number) is end for number in SIGNALS)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_it_finishes_the_iteration_saves_and_leaves(tiny_cfg, output, former, number):
+    tiny_cfg.SOLVER.CHECKPOINT_PERIOD = tiny_cfg.TEST.EVAL_PERIOD = 1000
+    interrupted(tiny_cfg, 1, number)
+    last = output / "last_checkpoint"
+    assert last.read_text() == "model_0000001.pth"
+    resumed = interrupted(tiny_cfg, 3, number, resume=True)  # the last iteration
+    assert resumed.start_iter == 2 and last.read_text() == "model_0000003.pth"
+    again = Trainer(tiny_cfg)
+    again.resume_or_load(resume=True)
+    assert "lesion" in again.train()
+
+
+def test_a_request_after_the_last_iteration_ends_before_the_test(tiny_cfg, output, former):
+    tiny_cfg.SOLVER.MAX_ITER = 1
+    interrupted(tiny_cfg, 0, signal.SIGTERM, "after_step")
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    assert not list(output.glob("inference/*_test")), "the test set was evaluated all the same"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_outside_iterations_a_request_ends_at_once(former, caplog, number):
+    with pytest.raises(ValueError, match="of the training"), interruptible():
+        raise ValueError("of the training")
+    assert signal.getsignal(number) is former, "an error restores the handlers"
+    with pytest.raises(SystemExit) as ended, interruptible():
+        os.kill(os.getpid(), number)
+        pytest.fail("it went on")
+    assert ended.value.code == EXIT_INTERRUPTED and "--resume" in caplog.text
+    os.kill(os.getpid(), number)  # the same request, while the process ends
+    for number in SIGNALS:
+        signal.signal(number, former)
+
+
+def test_a_second_request_ends_the_process_at_once(monkeypatch, former):
+    hook = Interruption(checkpointer=None)
+    hook.trainer = SimpleNamespace(iter=3, max_iter=9)
+    hook.before_train()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # the same request, delivered twice
+    monkeypatch.setattr(hooks, "SAME_REQUEST", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    hook.after_train()
+
+
+def test_names_of_models():
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.MASK_ON"]
+    for config, masks, name, backbone in (
+        *(("mrcnn_R_50", True, "MR-CNN", "R-50"), ("ibmrcnn_R_101", True, "IBMR-CNN", "R-101")),
+        ("imrcnn_R_50", False, "GeneralizedRCNN", "R-50"),
+    ):
+        model = build_model(load_config(f"configs/{config}.yaml", [*opts, masks]))
+        assert describe_model(model) == (name, backbone)
+    assert describe_model(torch.nn.Linear(1, 1)) == ("Linear", "NoneType")
+
+
+def test_the_hash_of_a_config_leaves_out_where_it_runs(tiny_cfg):
+    before = config_sha256(tiny_cfg)
+    tiny_cfg.OUTPUT_DIR, tiny_cfg.MODEL.DEVICE, tiny_cfg.DATASETS.ROOT = "elsewhere", "cuda", "x"
+    assert config_sha256(tiny_cfg) == before and len(before) == 64
+    assert tiny_cfg.OUTPUT_DIR == "elsewhere", "the config itself was changed"
+    tiny_cfg.SOLVER.BASE_LR *= 2
+    assert config_sha256(tiny_cfg) != before
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_the_state_of_the_checkout(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b", *arguments]
+        return subprocess.check_output(command, text=True).strip()
+
+    module = tmp_path / "imrcnn_d2" / "engine" / "run_record.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    (module.parents[1] / "__init__.py").touch()
+    monkeypatch.setattr(run_record, "__file__", str(module))
+    assert git_state() is None, "no checkout"
+    git("init")
+    git("commit", "--allow-empty", "-m", "nothing of the package")
+    assert git_state() is None, "a package installed inside another checkout"
+    git("add", "imrcnn_d2")
+    git("commit", "-m", "package")
+    (tmp_path / "untracked").touch()
+    assert git_state() == {"revision": git("rev-parse", "HEAD"), "dirty": False}
+    module.write_text("changed")
+    assert git_state()["dirty"]
+
+
+def test_patients_crowds_and_rejects_of_a_prepared_fold(tmp_path):
+    test_json = tmp_path / "annotations" / "test.json"
+    test_json.parent.mkdir()
+    test_json.write_text("{}")
+    (tmp_path / "rejected.csv").write_text('file,reason\na.jpg,"two\nlines"\nb.jpg,torn\n')
+    (tmp_path / "splits.json").write_text('{"sha256": "abc", "fold": 1, "folds": 5}')
+    annotations = [{"iscrowd": 1}], [{"iscrowd": 0}, {}]
+    records = [{"patient_id": "p", "annotations": group} for group in annotations]
+    records.append({"patient_id": "q"})
+    DatasetCatalog.register("fold", lambda: records)
+    MetadataCatalog.get("fold").json_file = str(test_json)
+    expected = {"gt": str(test_json), "gt_sha256": hashlib.sha256(b"{}").hexdigest(), "images": 3}
+    expected |= {"lesion_free_images": 2, "lesions": 2, "patients": 2, "rejected": 2}
+    assert run_record._dataset_facts("fold") == expected
+    fold = {"splits_sha256": "abc", "fold": {"index": 1, "of": 5}}
+    assert run_record._split_facts("fold") == fold
+    DatasetCatalog.remove("fold")
+    MetadataCatalog.remove("fold")
+
+
+METRICS = {"segm": {"AP50_voc": 50.0}, "lesion": {"iou": 80.0, "f1": None}, "image": {}}
+METRICS["meta"] = {"tau": 0.7, "iou_threshold": 0.5, "iou_type": "segm"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that has finished."""
+    opts = ("MODEL.DEVICE", "cpu")
+    config, data = Path("configs/imrcnn_lite.yaml").resolve(), tmp_path / "datasets"
+    run = FoldRun("synthetic", config, 0, 0, 2, tmp_path, data, opts, 1)
+    run.metrics_file.parent.mkdir(parents=True)
+    run.log.write_text("the log\n")
+    opts = [*opts, "DATASETS.ROOT", "synthetic", "SEED", "0", "OUTPUT_DIR", str(run.folder)]
+    hashed = config_sha256(load_config(config, opts))
+    record = {"config_sha256": hashed, "datasets": {}, "finished": "2026"}
+    (run.folder / "run.json").write_text(json.dumps(record))
+    run.metrics_file.write_text(json.dumps(METRICS))
+    return run
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "run.json"])
+def test_damaged_files_of_a_run(run, name):
+    text, complete = describe_runs([run])
+    assert complete and "50.0" in text and "n/a" in text
+    wrong = [{**METRICS, "segm": {"AP50_voc": "x"}, "model": []}, {"datasets": 1, "finished": {}}]
+    wrong += [[], 1, None, {"segm": 1, "lesion": 1}]
+    for content in ("", *map(json.dumps, wrong)):
+        (run.metrics_file if name == "metrics.json" else run.folder / name).write_text(content)
+        text, complete = describe_runs([run])
+        assert not complete and "broken" in text and str(run.log) in text, content

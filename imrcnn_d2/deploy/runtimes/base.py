@@ -1,21 +1,36 @@
-"""The interface of all runtimes, the files that they export, and whether these predict alike."""
+"""The interface of all runtimes, and the base of those that run a graph.
+
+Detectron2 loops over the images of a batch and passes objects between its parts; a traced loop has
+a fixed length. In a graph the same computation works on all images at once, so that batch and image
+size stay free.
+"""
 
 from __future__ import annotations
 
+import json
+import tempfile
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import pycocotools.mask as mask_util
 import torch
-from detectron2.structures import Instances
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.poolers import assign_boxes_to_levels
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.structures import Boxes, Instances
 from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import nms
 
 from imrcnn_d2.data.images import read_image
-from imrcnn_d2.deploy.outputs import records
+from imrcnn_d2.deploy.outputs import Differences, compare_records, records
+from imrcnn_d2.modeling.classifier import ImageClassifier
+from imrcnn_d2.utils.files import BadInputError, write_atomically
+from imrcnn_d2.utils.safe_loading import UnsafeFileError
 
 if TYPE_CHECKING:
     from imrcnn_d2.deploy.loading import LoadedModel
@@ -23,8 +38,11 @@ if TYPE_CHECKING:
 
 # Of the metadata of exported files; a larger one is of a later version of this package.
 EXPORT_VERSION = 1
-LEAST_SCORE = 0.3  # of detections that the other predictor must have too
-LEAST_IOU = 0.5  # of two detections that are taken for the same
+INPUT = "images"  # a graph's one input, (N, C, H, W) uint8
+# A detector's graph returns these, in this order; masks only where it has them.
+OUTPUTS = ("image", "boxes", "scores", "classes", "masks")
+METADATA_KEY = "imrcnn_d2"  # the key of a file's metadata, as JSON
+_OPSET = 17
 
 
 class Runtime(ABC):
@@ -111,107 +129,261 @@ def export_metadata(loaded: LoadedModel, precision: str) -> dict:
     }
 
 
-@dataclass(frozen=True)
-class Differences:
-    """The differences between two predictors, a reference and another. Of a classification model,
-    images count as detections.
-    """
+class GraphRuntime(Runtime):
+    """Runs a graph that was traced from a model. A subclass knows one format of such graphs."""
 
-    images: int
-    detections: int  # with a score of at least 0.3 from either
-    # Detections that the other predictor lacks (box IoU of 0.5, same class): of two boxes that
-    # overlap by about NMS_THRESH_TEST, a rounding decides which one stays.
-    unmatched: int
-    lost: int  # unmatched detections with a score of at least the reference's tau
-    scores: np.ndarray  # difference of scores, or the largest of the classes' probabilities
-    boxes: np.ndarray  # largest difference of the sides, in percent of the image's longer side
-    mask_ious: np.ndarray  # empty where there are no masks
-
-    def largest(self, share: float = 1.0) -> tuple[float, float, float]:
-        """Bounds that hold for this share of pairs: of scores, of boxes, and the least mask IoU."""
-        score, box = (
-            float(np.quantile(values, share, method="higher")) if len(values) else 0.0
-            for values in (self.scores, self.boxes)
-        )
-        ious = self.mask_ious
-        iou = float(np.quantile(ious, 1 - share, method="lower")) if len(ious) else 1.0
-        return score, box, iou
-
-    def exceeded(
-        self, *, lost: float, unmatched: float, score: float, box: float, mask_iou: float, share=1.0
-    ) -> list[str]:
-        """A sentence for each bound that is exceeded: ``lost`` and ``unmatched`` are in percent of
-        the detections, the others have to hold for a ``share`` of the pairs, see `largest`.
+    def __init__(self, run: Callable[[np.ndarray], Sequence[np.ndarray]], metadata: dict | None):
+        """``run`` takes images (N, C, H, W) uint8 to the arrays that `DetectorGraph` or
+        `ClassifierGraph` returns; ``metadata`` are of the graph's file, if it was loaded.
         """
-        percent = 100 / max(self.detections, 1)
-        largest_score, largest_box, least_iou = self.largest(share)
-        checks = {  # NaN is beyond any bound
-            f"{self.lost} above τ are in one of the two only, over {lost:g} %": (
-                percent * self.lost <= lost
-            ),
-            f"{percent * self.unmatched:.3g} % are in one of the two only, over {unmatched:g} %": (
-                percent * self.unmatched <= unmatched
-            ),
-            f"scores differ by {largest_score:.3g}, more than {score:g}": largest_score <= score,
-            f"boxes differ by {largest_box:.3g} %, more than {box:g} %": largest_box <= box,
-            f"masks overlap {least_iou:.3g}, less than {mask_iou:g}": least_iou >= mask_iou,
-        }
-        return [text for text, holds in checks.items() if not holds]
+        self._run = run
+        self.metadata = metadata or {}
+
+    @classmethod
+    def from_model(cls, model, example):
+        return cls(*cls._open(cls._graph(model.to("cpu"), example)))
+
+    def __call__(self, images):
+        batch = torch.stack(images).contiguous()
+        outputs = [torch.as_tensor(output) for output in self._run(batch.numpy())]
+        num_classes = len(self.metadata.get("classes", ())) or None  # None where it is not known
+        if is_classifier := len(outputs) == 1:
+            shapes = [(len(images), num_classes or outputs[0].shape[-1])]
+        else:
+            number, mask_size = len(outputs[0]), outputs[-1].shape[2:]
+            each = (number,)
+            shapes = [each, (number, 4), each, each, (number, 1, *mask_size)]
+        for output, shape in zip(outputs, shapes, strict=False):
+            if tuple(output.shape) != shape:
+                raise ValueError(f"The graph gave {tuple(output.shape)} where {shape} is expected")
+        if is_classifier:
+            return list(outputs[0])
+        if num_classes and not ((outputs[3] >= 0) & (outputs[3] < num_classes)).all():
+            raise ValueError(f"The graph names classes that are none of its {num_classes}")
+        names, results = ("pred_boxes", "scores", "pred_classes", "pred_masks"), []
+        for i in range(len(images)):
+            values = [output[outputs[0] == i] for output in outputs[1:]]
+            fields = dict(zip(names, [Boxes(values[0]), *values[1:]], strict=False))
+            results.append(Instances(tuple(batch.shape[2:]), **fields))
+        return results
+
+    @classmethod
+    def export(cls, loaded, path, *, example=None, precision="fp32", calibration=()):
+        content = cls._graph(loaded.model, example, precision, calibration)
+        metadata = {**export_metadata(loaded, precision), "format": cls.suffix[1:]}
+        write_atomically(path, cls._with_metadata(content, json.dumps(metadata)))
+
+    @classmethod
+    def load(cls, path):
+        try:
+            run, metadata = cls._open(path.read_bytes())
+            if not isinstance(metadata, dict | None):
+                raise ValueError(f"its {METADATA_KEY} is no JSON object")
+        except ModuleNotFoundError:
+            raise
+        except UnsafeFileError as error:
+            raise UnsafeFileError(f"{path} was refused: {error}") from None
+        except Exception as error:  # each runtime raises its own
+            text = " ".join(str(error).split())[:200]
+            raise BadInputError(path, f"cannot be opened: {text}") from error
+        if metadata is None:
+            raise BadInputError(path, "does not name its classes: write it with imrcnn export")
+        return cls(run, metadata)
+
+    @classmethod
+    def _graph(cls, model, example, precision="fp32", calibration=()) -> bytes:
+        """A file without metadata."""
+        import onnx  # noqa: F401  what torch needs to write it
+
+        cls.check_precision(precision)
+        if precision == "int8" and not len(calibration):
+            raise ValueError("int8 needs images of the training set, for the ranges of its values")
+        is_classifier = isinstance(model, ImageClassifier)
+        graph = ClassifierGraph(model) if is_classifier else DetectorGraph(model)
+        # Two images: with one, an axis of length 1 could be taken for fixed.
+        batch = torch.stack([example, example.flip(-1)])
+        with torch.no_grad():
+            traced = torch.jit.trace(graph.eval(), (batch,), check_trace=False)
+        free = {name: {0: "detections"} for name in graph.outputs}
+        free[INPUT] = {0: "images", 2: "height", 3: "width"}
+        names = {"input_names": [INPUT], "output_names": list(graph.outputs), "dynamic_axes": free}
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            # The exporter by tracing is the one that knows torchvision's operators.
+            warnings.simplefilter("ignore")
+            path = Path(folder) / "model.onnx"
+            options = {"opset_version": _OPSET, "dynamo": False, **names}
+            torch.onnx.export(traced, (batch,), str(path), **options)
+            return cls._convert(path, calibration if precision == "int8" else ())
+
+    @classmethod
+    @abstractmethod
+    def _open(cls, content: bytes) -> tuple[Callable, object]:
+        """The arguments of `__init__` from a file."""
+
+    @classmethod
+    @abstractmethod
+    def _convert(cls, path: Path, calibration: Sequence[torch.Tensor]) -> bytes:
+        """A file of the runtime from one of ONNX; of int8 if there are images to calibrate on."""
+
+    @classmethod
+    @abstractmethod
+    def _with_metadata(cls, content: bytes, metadata: str) -> bytes:
+        """The file with its metadata added."""
 
 
-def compare_records(
-    reference: list[list[dict]], other: list[list[dict]], sizes: list, tau: float | None
-) -> Differences:
-    """Compares the predictions of two models in the same images, see `records`, with the images'
-    (height, width), and the threshold of scores, None of classification models.
+class DetectorGraph(nn.Module):
+    """``GeneralizedRCNN.inference`` of a batch of images of one size, up to rounding; ``outputs``
+    names what it returns.
+
+    Raises:
+        ValueError: the model is no GeneralizedRCNN with an RPN and StandardROIHeads.
     """
-    scores, boxes, ious = [], [], []
-    detections, unmatched = 0, []
-    for in_reference, in_other, size in zip(reference, other, sizes, strict=True):
-        if tau is None:
-            detections += 1
-            first, second = (np.array(a[0]["probabilities"]) for a in (in_reference, in_other))
-            scores.append(float(abs(first - second).max()))
-            continue
-        pairs, missing = _match(in_reference, in_other)
-        detections += len(pairs) + len(missing)
-        unmatched += missing
-        for first, second in pairs:
-            scores.append(abs(first["score"] - second["score"]))
-            boxes.append(100 * abs(_corners(first) - _corners(second)).max() / max(size))
-            if "segmentation" in first:
-                masks = [first["segmentation"], second["segmentation"]]
-                # a thin box can hold no pixel's centre
-                is_empty = not mask_util.area(masks).any()
-                ious.append(1.0 if is_empty else mask_util.iou(masks[:1], masks[1:], [0])[0, 0])
-    lost = 0 if tau is None else sum(score >= tau for score in unmatched)
-    values = map(np.array, (scores, boxes, ious))
-    return Differences(len(sizes), detections, len(unmatched), lost, *values)
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        heads = getattr(model, "roi_heads", None)
+        if (
+            not isinstance(model, GeneralizedRCNN)
+            or not isinstance(model.proposal_generator, RPN)
+            or not isinstance(heads, StandardROIHeads)
+            or heads.keypoint_on
+            or (heads.mask_on and heads.mask_pooler is None)
+        ):
+            raise ValueError(
+                f"{type(model).__name__} cannot be exported: only detectors with an RPN and "
+                "StandardROIHeads for boxes and masks can, and image classifiers"
+            )
+        self.model = model
+        self.outputs = OUTPUTS if heads.mask_on else OUTPUTS[:-1]
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """From uint8 images (N, C, H, W) in INPUT.FORMAT to D detections, by image and then by
+        falling score: the image's index (D,), boxes (D, 4) xyxy in pixels, scores (D,), classes
+        (D,) and, where the model has masks, their probabilities within the box (D, 1, h, w).
+        """
+        # Padded at the right and at the bottom to what the backbone divides by.
+        height, width = images.shape[2:]
+        x = (images.to(self.model.pixel_mean.dtype) - self.model.pixel_mean) / self.model.pixel_std
+        divisor = self.model.backbone.size_divisibility
+        x = F.pad(x, (0, -width % divisor, 0, -height % divisor)) if divisor > 1 else x
+        features = self.model.backbone(x)
+        rois = self._proposals(features, height, width)
+        rois, scores, classes = self._detections(features, rois, height, width)
+        detections = rois[:, 0].to(torch.int64), rois[:, 1:], scores, classes
+        if "masks" in self.outputs:
+            return *detections, self._masks(features, rois, classes)
+        return detections
+
+    def _proposals(self, features, height, width):
+        """RPN.forward: (R, 5) of image index and xyxy, by image and then by falling score."""
+        rpn = self.model.proposal_generator
+        maps = [features[name] for name in rpn.in_features]
+        logits, deltas = rpn.rpn_head(maps)
+        anchors = rpn.anchor_generator(maps)
+        number = maps[0].shape[0]
+        boxes, scores, levels = [], [], []
+        for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors, strict=True)):
+            # (N, A, H, W) -> (N, H W A), and (N, A 4, H, W) -> (N, H W A, 4)
+            score = logit.permute(0, 2, 3, 1).flatten(1)
+            delta = delta.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+            limit, size = rpn.pre_nms_topk[False], score.shape[1]  # a tensor in tracing
+            size = size.clamp(max=limit) if torch.is_tensor(size) else min(size, limit)
+            score, best = score.topk(size, dim=1)
+            delta = delta.gather(1, best[..., None].expand(-1, -1, 4)).flatten(0, 1)
+            box = rpn.box2box_transform.apply_deltas(delta, anchor.tensor[best.flatten()])
+            boxes.append(box.reshape(number, -1, 4))
+            scores.append(score)
+            levels.append(torch.full_like(best, level))
+        levels, boxes, scores = (
+            torch.cat(each, dim=1).flatten(0, 1) for each in (levels, boxes, scores)
+        )
+        each_image = torch.arange(number, device=boxes.device)
+        images = each_image.repeat_interleave(scores.shape[0] // number)
+        boxes = _clip(boxes, height, width)
+        usable = ((boxes[:, 2:] - boxes[:, :2]) > rpn.min_box_size).all(dim=1) & scores.isfinite()
+        levels, images, boxes, scores = (each[usable] for each in (levels, images, boxes, scores))
+        kept = _suppress(boxes, scores, images * len(maps) + levels, rpn.nms_thresh, height, width)
+        kept = kept[_first_of_each(images[kept], number, rpn.post_nms_topk[False])]
+        return torch.cat([images[kept, None].to(boxes.dtype), boxes[kept]], dim=1)
+
+    def _detections(self, features, rois, height, width):
+        """The box head on R ROIs: D of them as (D, 5), scores (D,) and classes (D,)."""
+        heads = self.model.roi_heads
+        predictor = heads.box_predictor
+        maps = [features[name] for name in heads.box_in_features]
+        scores, deltas = predictor(heads.box_head(_pool(heads.box_pooler, maps, rois)))
+        scores = scores.softmax(dim=1)[:, :-1]
+        boxes = predictor.box2box_transform.apply_deltas(deltas, rois[:, 1:])
+        boxes = _clip(boxes.reshape(-1, 4), height, width).reshape(-1, deltas.shape[1] // 4, 4)
+        roi, classes = (scores > predictor.test_score_thresh).nonzero().unbind(1)
+        class_agnostic = boxes.shape[1] == 1
+        boxes = boxes[roi, 0] if class_agnostic else boxes[roi, classes]
+        scores, images = scores[roi, classes], rois[roi, 0].to(torch.int64)
+        groups = images * predictor.num_classes + classes
+        kept = _suppress(boxes, scores, groups, predictor.test_nms_thresh, height, width)
+        number = maps[0].shape[0]
+        kept = kept[_first_of_each(images[kept], number, predictor.test_topk_per_image)]
+        rois = torch.cat([images[kept, None].to(boxes.dtype), boxes[kept]], dim=1)
+        return rois, scores[kept], classes[kept]
+
+    def _masks(self, features, rois, classes):
+        """Probabilities (D, 1, h, w) within the boxes of D detections."""
+        heads = self.model.roi_heads
+        maps = [features[name] for name in heads.mask_in_features]
+        logits = heads.mask_head.layers(_pool(heads.mask_pooler, maps, rois))
+        if logits.shape[1] > 1:  # else one mask for all classes
+            chosen = classes[:, None, None, None].expand(-1, -1, *logits.shape[2:])
+            logits = logits.gather(1, chosen)
+        return logits.sigmoid()
 
 
-def _corners(annotation):
-    x, y, width, height = annotation["bbox"]
-    return np.array([x, y, x + width, y + height])
+class ClassifierGraph(nn.Module):
+    """An image classifier as a graph: uint8 images (N, C, H, W) in, probabilities (N, K) out."""
+
+    outputs = ("probabilities",)
+
+    def __init__(self, model: ImageClassifier):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        pixels = images.to(self.model.pixel_mean.dtype)
+        logits = self.model.logits((pixels - self.model.pixel_mean) / self.model.pixel_std)
+        return (logits.softmax(dim=1),)
 
 
-def _match(reference, other):
-    """Pairs of the same detections, by falling overlap, and the scores of those without a partner,
-    if they matter. A detection of a small score may be the other's of a larger one.
+def _clip(boxes, height, width):
+    """Boxes (B, 4) xyxy, within the image."""
+    x = boxes[:, 0::2].clamp(min=0).minimum(torch.as_tensor(width).to(boxes))
+    y = boxes[:, 1::2].clamp(min=0).minimum(torch.as_tensor(height).to(boxes))
+    return torch.stack([x, y], dim=2).flatten(1)
+
+
+def _suppress(boxes, scores, groups, threshold, height, width):
+    """Non-maximum suppression of clipped boxes within each group: indices by falling score. Groups
+    are moved apart, which rounds coordinates to some thousandths of a pixel.
     """
-    both = reference, other
-    boxes = [np.array([a["bbox"] for a in each]).reshape(-1, 4) for each in both]
-    iou = np.asarray(mask_util.iou(*boxes, [0] * len(other))).reshape(len(reference), len(other))
-    classes = [np.array([a["category_id"] for a in each]) for each in both]
-    iou[classes[0][:, None] != classes[1]] = 0
-    pairs, left = [], [set(range(len(each))) for each in both]
-    for flat in np.argsort(-iou, axis=None, kind="stable"):
-        i, j = map(int, np.unravel_index(flat, iou.shape))
-        if iou[i, j] < LEAST_IOU:
-            break
-        if i in left[0] and j in left[1]:
-            left[0].remove(i)
-            left[1].remove(j)
-            if max(reference[i]["score"], other[j]["score"]) >= LEAST_SCORE:
-                pairs.append((reference[i], other[j]))
-    missing = [each[i]["score"] for each, rest in zip(both, left, strict=True) for i in rest]
-    return pairs, [score for score in missing if score >= LEAST_SCORE]
+    apart = torch.as_tensor(height + width).to(boxes) * groups.to(boxes.dtype)
+    moved = (boxes + apart[:, None]).reshape(-1, 4)  # OpenVINO needs a constant 4
+    return nms(moved, scores, threshold)
+
+
+def _first_of_each(images, number, limit):
+    """Positions of the first `limit` entries of each of the `number` images, by image."""
+    is_of_image = images[:, None] == torch.arange(number, device=images.device)
+    rank = is_of_image.to(torch.int64).cumsum(0).gather(1, images[:, None])[:, 0]
+    positions = (rank <= limit).nonzero()[:, 0]
+    return positions[(images[positions] * images.shape[0] + positions).argsort()]
+
+
+def _pool(pooler, maps, rois):
+    """ROIPooler.forward for ROIs (R, 5) of image index and xyxy."""
+    pooler = getattr(pooler, "pooler", pooler)  # of FP32SeparableROIPooler
+    levels = pooler.min_level, pooler.max_level
+    canonical = pooler.canonical_box_size, pooler.canonical_level
+    level = assign_boxes_to_levels([Boxes(rois[:, 1:])], *levels, *canonical)
+    pooled = rois.new_zeros(rois.shape[0], maps[0].shape[1], *pooler.output_size)
+    for i, (pool, x) in enumerate(zip(pooler.level_poolers, maps, strict=True)):
+        indices = (level == i).nonzero()[:, 0]
+        pooled = pooled.index_put((indices,), pool(x.float(), rois[indices]))
+    return pooled

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from imrcnn_d2.deploy.runtimes.graph import INPUT, METADATA_KEY, GraphRuntime
+from imrcnn_d2.deploy.runtimes.base import INPUT, METADATA_KEY, GraphRuntime
 from imrcnn_d2.utils.safe_loading import CHECKSUM, UnsafeFileError, strict_loads
 
 

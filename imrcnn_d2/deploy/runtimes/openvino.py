@@ -8,7 +8,7 @@ import zipfile
 
 import torch
 
-from imrcnn_d2.deploy.runtimes.graph import INPUT, METADATA_KEY, GraphRuntime
+from imrcnn_d2.deploy.runtimes.base import INPUT, METADATA_KEY, GraphRuntime
 from imrcnn_d2.utils.safe_loading import UnsafeFileError, open_stored, strict_loads
 
 logger = logging.getLogger(__name__)

@@ -211,6 +211,11 @@ class LesionResults(EvaluationResults):
         counts = self.metrics.counts.get("tau_val." if tau_val else "")
         return None if counts is None else counts.predicted_positive == counts.positive
 
+    def _annotations(self):
+        gt = self.ground_truth
+        arrays = gt.regions.image, gt.regions.category, gt.regions.boxes, gt.area, gt.crowd
+        return [c["name"] for c in gt.categories], *(array.tolist() for array in arrays)
+
     @cached_property
     def thresholds(self) -> list[dict[str, float]]:
         """Metrics at every threshold of THRESHOLDS, for display: a threshold that was chosen by it

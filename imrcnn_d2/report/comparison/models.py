@@ -10,12 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from imrcnn_d2.evaluation import model_figures, paired_difference
-from imrcnn_d2.evaluation.classification import check_same_images
-from imrcnn_d2.evaluation.comparison import ModelMetrics, check_same_units, image_level_test
+from imrcnn_d2.evaluation.comparison import ModelMetrics, image_level_test
 from imrcnn_d2.evaluation.output import read_coco_records
 from imrcnn_d2.evaluation.statistics import Bootstrap, corrected_resampled_t_test, holm
 from imrcnn_d2.report.runs import Run
-from imrcnn_d2.task import DETECTION, Task
+from imrcnn_d2.task import Task
 from imrcnn_d2.utils.files import file_sha256
 
 logger = logging.getLogger(__name__)
@@ -271,9 +270,8 @@ def compare(
     runs = [run for _, run in gathered.runs]
     task, meta = runs[0].task, runs[0].results.meta
     on_split = [run for seeds in gathered.split.values() for run in seeds]
-    check = check_same_units if task is DETECTION else check_same_images
     for run in tqdm(on_split, desc="Scoring", delay=2):
-        check(runs[0].results, run.results, (str(runs[0].folder), str(run.folder)))
+        runs[0].results.check_same_units(run.results, (str(runs[0].folder), str(run.folder)))
     models = {
         label: model_figures([run.results for run in seeds], bootstrap)
         for label, seeds in gathered.split.items()
@@ -299,7 +297,7 @@ def compare(
     if n_train:
         fold_tests = _fold_tests(folds, (n_train, n_test), settings, endpoints)
     remarks = [*gathered.remarks, *(remark for run in runs for remark in run.remarks)]
-    if task is DETECTION:
+    if task.localises:
         remarks += _gaps(models, folds, primary)
     remarks += _unknown(runs, bool(folds) and n_train is None)
     return Comparison(

@@ -1,13 +1,18 @@
-"""Configs of a hostile sender: reading one contacts no address and writes no file."""
+"""Files and configs of a hostile sender run no code, contact no address and write no file."""
 
 import itertools
 import json
+import os
+import pickle
+import shutil
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -18,13 +23,171 @@ from detectron2.utils.file_io import PathManager
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_json
+from rectangles import rectangle
 
-from imrcnn_d2.cli import predict
-from imrcnn_d2.cli import train as train_net
+from imrcnn_d2.cli import compare, cross_validate, evaluate, predict, prepare_dataset, report
+from imrcnn_d2.cli import train as train_command
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.engine.config import load_config_text
 from imrcnn_d2.engine.cross_validation import FoldRun
 from imrcnn_d2.engine.run_record import RunRecord
+
+from .conftest import write_coco
+from .test_safe_loading import Calls
+
+LAZY = "configs/lazy/imrcnn_lite.py"
+REFUSED = {f"model.{suffix}": r"posix\.mkdir" for suffix in ("pkl", "pth", "pyth")}
+REFUSED["model.safetensors"] = r"model\.safetensors cannot be read"
+SLOW = [pytest.param("model_0000001.pth", a, marks=pytest.mark.slow) for a in ([], ["--eval-only"])]
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """A path that must not exist when a test has ended."""
+    path = tmp_path / "the_planted_code_ran"
+    yield path
+    assert not path.exists()
+
+
+@pytest.fixture
+def plant(tmp_path, marker):
+    """Writes a malicious checkpoint of the format that its suffix names; returns its path."""
+
+    def write(name):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights = {"w": Calls(os.mkdir, str(marker))}
+        content = {"model": weights, "__author__": "x", "model_state": {}}
+        if path.suffix in (".pth", ".pyth"):
+            weights["v"] = torch.zeros(1)  # what has no tensors is no checkpoint
+            torch.save(content, path)
+        else:
+            path.write_bytes(pickle.dumps(content))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def malicious_yaml(tmp_path, marker):
+    path = tmp_path / "malicious.yaml"
+    path.write_text(f'OUTPUT_DIR: !!python/object/apply:os.mkdir ["{marker}"]\n')
+    return path
+
+
+def test_the_bait_works(plant, marker):
+    pickle.loads(open(plant("model.pkl"), "rb").read())
+    marker.rmdir()
+    torch.load(plant("model.pth"), weights_only=False)
+    marker.rmdir()
+
+
+@pytest.fixture
+def refuses(tiny_opts, tiny_lazy_opts):
+    """Runs the training with tiny settings, of a YAML or a lazy config: an error that matches."""
+
+    def run(match, *arguments, opts=(), config="configs/imrcnn_lite.yaml", error=ValueError):
+        parser = train_command.argument_parser()
+        args = parser.parse_args(["--config-file", str(config), *arguments])
+        args.opts = [*(tiny_lazy_opts if config == LAZY else map(str, tiny_opts)), *opts]
+        with pytest.raises(error, match=match):
+            train_command.run(args)
+
+    return run
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "arguments", [["--eval-only"], pytest.param([], marks=pytest.mark.slow)], ids=len
+)
+def test_weights(refuses, plant, name, arguments):
+    path, refused = plant(name), REFUSED[name]
+    refuses(refused, *arguments, opts=["MODEL.WEIGHTS", path])
+    refuses(refused, *arguments, opts=[f"train.init_checkpoint={path}"], config=LAZY)
+    if arguments and name != "model.pyth":
+        refuses(refused, opts=["MODEL.TIMM.WEIGHTS", path])
+        refuses(refused, opts=[f"model.backbone.bottom_up.weights={path}"], config=LAZY)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("model.pkl", []), *SLOW])
+def test_a_checkpoint_to_resume_from(refuses, plant, tmp_path, name, arguments):
+    plant(f"output/{name}")
+    (tmp_path / "output" / "last_checkpoint").write_text(name)
+    match = name if name == "model.pkl" else rf"{name}.*posix\.mkdir"
+    refuses(match, "--resume", *arguments, error=(RuntimeError, ValueError))
+    if not arguments:
+        refuses(match, "--resume", error=(RuntimeError, ValueError), config=LAZY)
+
+
+def test_configs_and_overrides(refuses, plant, malicious_yaml, tmp_path, marker):
+    based_on_it = tmp_path / "based_on_it.yaml"
+    based_on_it.write_text(f"_BASE_: {malicious_yaml.name}\n")
+    for config in (malicious_yaml, based_on_it):
+        refuses(rf"(?s){config.name}.*os\.mkdir", config=config)
+    # Taken as a text, which the config then refuses or uses as one.
+    text = f"__import__('os').mkdir({str(marker)!r})"
+    refuses(".*", opts=["SOLVER.MAX_ITER", text], error=(ValueError, AssertionError, OSError))
+    opts = ["MODEL.LOAD_PROPOSALS", "True", "DATASETS.PROPOSAL_FILES_TRAIN"]
+    refuses("MODEL.LOAD_PROPOSALS", opts=[*opts, f"('{plant('proposals.pkl')}',)"])
+
+
+def test_configs_and_folders_of_a_cross_validation(malicious_yaml, tmp_path, monkeypatch, capsys):
+    arguments = ["+malicious=malicious", "--config-dir", str(tmp_path), "--cfg", "job"]
+    (tmp_path / "malicious").mkdir()
+    malicious_yaml.rename(tmp_path / "malicious" / "malicious.yaml")
+    command = ["tools/cross_validate.py", "model=mrcnn_lite"]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cross_validate.main()
+    assert stop.value.code
+    assert "python/object/apply:os.mkdir" in capsys.readouterr().err
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "kvasir_seg").symlink_to(tmp_path / "outside")
+    monkeypatch.setattr(sys, "argv", [*command, "dataset=kvasir_seg", f"output={tmp_path}/output"])
+    assert "output/kvasir_seg: is a link" in cross_validate.main()
+    assert not (tmp_path / "outside").exists()
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A ground truth with one lesion, results that have it, and what evaluate makes of them."""
+    folder = tmp_path_factory.mktemp("scored")
+    lesion = rectangle(1, 5, 5, 15, 15, size=(40, 40))
+    annotations = [{**lesion, "area": 225, "iscrowd": 0}]
+    gt_file = write_coco(folder / "gt", [np.zeros((40, 40, 3), np.uint8)], annotations, ["lesion"])
+    dt_file = folder / "dt.json"
+    dt_file.write_text(json.dumps([{**lesion, "score": 0.9}]))
+    files = ["--gt", str(gt_file), "--dt", str(dt_file)]
+    evaluate.main([*files, "--output", str(folder / "run"), "--resamples", "0"])
+    return folder
+
+
+def test_pickles_as_results_runs_and_images(scored, plant, malicious_yaml, tmp_path, capsys):
+    run, page = shutil.copytree(scored / "run", tmp_path / "run"), tmp_path / "report.html"
+    malicious_yaml.rename(run / "config.yaml")
+    report.main([str(run), "--output", str(page)])
+    assert page.is_file() and "os.mkdir" not in page.read_text()
+
+    def refuses(tool, name, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            tool.main([*map(str, arguments)])
+        assert stop.value.code
+        assert name in f"{stop.value.code} {capsys.readouterr().err}"
+
+    gt, dt, planted = scored / "gt/coco.json", scored / "dt.json", plant("planted.json")
+    out = tmp_path / "out"
+    refuses(evaluate, planted, "--gt", gt, "--dt", planted, "--output", out)
+    refuses(evaluate, planted, "--gt", planted, "--dt", dt, "--output", out)
+    refuses(evaluate, planted, "--gt", gt, "--dt", dt, "--tau-from", planted, dt, "--output", out)
+    for name in ("metrics.json", "coco_instances_results.json"):
+        run = shutil.copytree(scored / "run", tmp_path / name)
+        plant(f"{name}/{name}")
+        for tool in (report, compare):
+            refuses(tool, name, f"a={run}", f"b={scored / 'run'}", "--output", out)
+    for folder in ("images", "masks"):
+        plant(f"data/{folder}/1.jpg")
+    refuses(prepare_dataset, "1.jpg", "kvasir-seg", "--root", tmp_path / "data", "--out", out)
+
 
 CPU = ["MODEL.DEVICE", "cpu"]
 
@@ -38,12 +201,8 @@ def requested(monkeypatch, tmp_path_factory):
         def log_message(self, *arguments):
             paths.append(self.path)
 
-    def contacted(model, **_):
-        paths.append(model)
-        raise OSError("was requested")
-
     for name in ("load_model_config_from_hf", "load_model_config_from_path"):
-        monkeypatch.setattr(timm.models._factory, name, contacted)
+        monkeypatch.setattr(timm.models._factory, name, lambda model, **_: paths.append(model))
     served = tmp_path_factory.mktemp("served")
     (served / "w.pth").write_text("SEED: 1\n")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=served)) as server:
@@ -94,11 +253,10 @@ def as_config_file(text, folder, capsys):
 
 def in_a_training(text, folder, capsys):
     (folder / "sent.yaml").write_text(text)
-    args = ["--config-file", str(folder / "sent.yaml"), "--eval-only"]
-    args = train_net.argument_parser().parse_args(args)
-    args.opts = [*CPU, "OUTPUT_DIR", str(folder / "output"), "DATASETS.TEST", "()"]
+    args = ["--config-file", str(folder / "sent.yaml"), "--eval-only", *CPU]
+    args += ["OUTPUT_DIR", str(folder / "output"), "DATASETS.TEST", "()"]
     with pytest.raises((OSError, ValueError)) as refused:
-        train_net.run(args)
+        train_command.run(train_command.argument_parser().parse_args(args))
     return str(refused.value)
 
 
@@ -113,18 +271,14 @@ def in_a_cross_validation(text, folder, capsys):
 
 READERS = [in_an_export, next_to_weights, as_config_file, in_a_training, in_a_cross_validation]
 TIMM = "BACKBONE: {{NAME: build_timm_backbone}}"
-ATTACKS = {  # content of a config: what an error names
-    **{
-        f"_BASE_: {base}": "_BASE_"
-        for base in """{url}/../../../../planted.pth [{url}/a.yaml] detectron2://a.yaml {outside}
-        ../outside.yaml ~/../../{outside} link.yaml based.yaml pipe""".split()
-    },
-    **{
-        f"MODEL: {{{{{TIMM}, TIMM: {{{{NAME: '{name}'}}}}}}}}": "TIMM.NAME"
-        for name in ("hf-hub:x/y", "hf_hub:x", "local-dir:/x")
-    },
-    "DATASETS: {{TRAIN: ['{url}/a']}}": "DATASETS.TRAIN",
-}
+ATTACKS = {"DATASETS: {{TRAIN: ['{url}/a']}}": "DATASETS.TRAIN"}  # config: what an error names
+for base in """{url}/../../../../planted.pth [{url}/a.yaml] detectron2://a.yaml {outside} link.yaml
+        ../outside.yaml ~/../../{outside} based.yaml pipe""".split():
+    ATTACKS[f"_BASE_: {base}"] = "_BASE_"
+for name in ("hf-hub:x/y", "hf_hub:x", "local-dir:/x"):
+    ATTACKS[f"MODEL: {{{{{TIMM}, TIMM: {{{{NAME: '{name}'}}}}}}}}"] = "TIMM.NAME"
+TREES = {"configs/polyps": ["../Base.yaml"], "project/configs/deep/er": ["../../Base.yaml"]}
+TREES |= {"configs": ["parts/b.yaml"], ".": ["parts/b.yaml", "./Base.yaml"]}
 
 
 @pytest.mark.parametrize("text", ATTACKS)
@@ -141,18 +295,12 @@ def test_a_config_reads_its_own_tree_only(read, text, folder, requested, capsys)
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize(
-    "text",  # Detectron2 takes all of these for an address
-    [
-        "{url}/../../../../planted.pth",
-        "{URL}/w.pth",
-        "' {url}/w.pth'",
-        '"ht\\ntp{rest}/w.pth"',
-        "'\"{url}/w.pth\"'",  # a string in a string: the config unpacks it
-        "ftp{rest}/w.pth",
-        "https://1drv.ms/u/s!w",
-    ],
-)
+# Detectron2 takes all of these for an address; in the last, the config unpacks an inner string.
+ADDRESSES = ["{url}/../../../../planted.pth", "{URL}/w.pth", "' {url}/w.pth'", "ftp{rest}/w.pth"]
+ADDRESSES += ['"ht\\ntp{rest}/w.pth"', "https://1drv.ms/u/s!w", "'\"{url}/w.pth\"'"]
+
+
+@pytest.mark.parametrize("text", ADDRESSES)
 @pytest.mark.parametrize("key", ["WEIGHTS", "TIMM: {WEIGHTS"])
 def test_weights_of_a_config_are_files(text, key, folder, requested, capsys):
     url, rest = requested.url, requested.url.removeprefix("http")
@@ -193,17 +341,9 @@ def test_a_download_stays_in_its_folder(path, folder, requested, capsys):
         PathManager.get_local_path("detectron2://../../planted.pth")
 
 
-@pytest.mark.parametrize(
-    "place, bases",
-    [
-        ("configs/polyps/a.yaml", ["../Base.yaml"]),
-        ("configs/a.yaml", ["parts/b.yaml"]),
-        ("project/configs/deep/er/a.yaml", ["../../Base.yaml"]),
-        ("a.yaml", ["parts/b.yaml", "./Base.yaml"]),
-    ],
-)
+@pytest.mark.parametrize("place, bases", TREES.items(), ids=TREES)
 def test_a_base_in_the_tree(place, bases, tmp_path):
-    path = tmp_path / place
+    path = tmp_path / place / "a.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, content in zip(bases, ("SOLVER: {MAX_ITER: 7}\nSEED: 1\n", "SEED: 2"), strict=False):
         (path.parent / name).parent.mkdir(exist_ok=True)
@@ -237,9 +377,8 @@ def test_our_own_config_comes_back(folder):
 
 def nested(form):
     """Lines, each of which has several of the one before: a, then b with a's, and so on."""
-    return "".join(
-        f"{k}: &{k} {form.replace('?', '*' + j)}\n" for j, k in itertools.pairwise("abcdefghi")
-    )
+    pairs = itertools.pairwise("abcdefghi")
+    return "".join(f"{k}: &{k} {form.replace('?', '*' + j)}\n" for j, k in pairs)
 
 
 BOMBS = {
@@ -253,13 +392,11 @@ BOMBS = {
     "its own base": "_BASE_: a.yaml",
     "bases of bases": "_BASE_: [b.yaml, b.yaml]",
     "large": "# " + "x" * 2_000_000,
-    **{
-        value: f"SEED: {value}"
-        for value in ("&a [*a]", "2024-01-01", "!!binary aaaa", "!!timestamp x", "!!int ''")
-    },
     "no text": "\xff\xfe\x00",
     "an old version": "VERSION: 1",
 }
+for value in ("&a [*a]", "2024-01-01", "!!binary aaaa", "!!timestamp x", "!!int ''"):
+    BOMBS[value] = f"SEED: {value}"
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -275,6 +412,7 @@ def test_a_bomb_is_refused_in_a_line(name, tmp_path):
 
 
 DUMPS = [load_config(f"configs/{n}.yaml", CPU).dump() for n in ("imrcnn_R_50", "resnet50")]
+UNHEALTHY = [HealthCheck.too_slow, HealthCheck.data_too_large]
 VALUES = st.sampled_from(
     """*id001 *none &id001 &a [*a] {a:&b*b} !!binary !!timestamp !!int !!float !!set !!omap
     !!python/tuple ~ .nan .inf 1e999 0x1f 0b 0o9 1:60 190:20:30 2024-01-01 0001-01-01T00:00:00+23:59
@@ -312,21 +450,15 @@ def damaged_yaml(draw):
 @pytest.mark.fuzz
 @pytest.mark.slow
 @given(damaged_yaml(), st.none() | st.booleans() | st.integers() | st.lists(st.integers()))
-@settings(
-    max_examples=max(200, settings().max_examples),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(max_examples=max(200, settings().max_examples), suppress_health_check=UNHEALTHY)
 def test_any_config_is_read_or_refused_in_a_line(tmp_path_factory, data, other):
     """Alone or inside an exported file; some minutes: ``-m fuzz --hypothesis-profile minute``."""
     path = tmp_path_factory.getbasetemp() / "a.yaml"
     path.write_bytes(data)
-    for load, source in (
-        (load_config, path),
-        (lambda text, opts: load_config_text(text, path, opts), data.decode("latin-1")),
-        (lambda text, opts: load_config_text(text, path, opts), other),
-    ):
+    reads = [partial(load_config_text, text, path) for text in (data.decode("latin-1"), other)]
+    for read in (partial(load_config, path), *reads):
         try:
-            cfg = load(source, CPU)
+            cfg = read(CPU)
         except ValueError as error:
             assert type(error) is ValueError
             assert "\n" not in str(error) and len(str(error)) < 1000

@@ -55,7 +55,7 @@ MAX_SESSIONS, MAX_KEPT_MB = 200, 1000  # of tabs, which may never close: then th
 CONNECTIONS = 500  # at once: a tab has two or three
 GOODBYE = 2  # seconds that open connections are given at the end
 
-_FOLDER = resources.files("imrcnn_d2.deploy.web") / "templates"
+_FOLDER = resources.files("imrcnn_d2.deploy") / "templates"
 _SHOW, _SAVE, _HEADER, _CSS = (
     (_FOLDER / name).read_text(encoding="utf-8")
     for name in ("show.js", "save.js", "header.html", "page.css")
@@ -190,7 +190,7 @@ def download(
 
 @lru_cache
 def _template(name):
-    loader = jinja2.PackageLoader("imrcnn_d2.deploy.web")
+    loader = jinja2.PackageLoader("imrcnn_d2.deploy")
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     # Names of files and classes are anybody's.
     environment = jinja2.Environment(loader=loader, autoescape=True, **options)
