@@ -499,10 +499,10 @@ def register_data_set(data: str | os.PathLike, classification: bool = False) -> 
     if short:
         lesion, command = _SHORT[name]
         classes = None if classification or lesion is None else [lesion]
-        remedy = f"Make it with: python tools/prepare_dataset.py {command} --out "
+        remedy = f"Make it with: imrcnn prepare-dataset {command} --out "
         remedy += f"$IMRCNN_DATASETS/{name} (datasets/{name} where the variable is unset)."
     else:
-        remedy = "Name a folder that tools/prepare_dataset.py wrote (--data DIR, DATASETS.ROOT), "
+        remedy = "Name a folder that imrcnn prepare-dataset wrote (--data DIR, DATASETS.ROOT), "
         remedy += f"or one of {', '.join(SHORT_NAMES)}."
     for split in SPLITS:
         full_name = f"{name}_{split}"

@@ -142,7 +142,7 @@ def load_training_config(
     if not names:
         raise ValueError(
             f"{config_file or 'The config'} names no data set: add --data DIR (or the config key "
-            "DATASETS.ROOT), where DIR is a folder that tools/prepare_dataset.py wrote, or "
+            "DATASETS.ROOT), where DIR is a folder that imrcnn prepare-dataset wrote, or "
             f"{', '.join(SHORT_NAMES)} for the folder of that name in $IMRCNN_DATASETS"
         )
     key = Task.of(cfg).num_classes_key(cfg)
@@ -159,7 +159,7 @@ def load_config_text(text: str, source: str | Path, opts: Sequence = ()) -> CfgN
     if BASE_KEY in content:
         raise ValueError(
             f"{source}: its config asks for another file ({BASE_KEY}: {_short(content[BASE_KEY])}),"
-            " but tools/export.py writes whole ones"
+            " but imrcnn export writes whole ones"
         )
     return _config(content, source, opts)
 

@@ -276,6 +276,6 @@ def describe_runs(runs: Sequence[FoldRun]) -> tuple[str, bool]:
     for dataset in dict.fromkeys(run.dataset for run in finished):
         folders = [str(run.folder) for run in finished if run.dataset == dataset]
         output = str(finished[0].output / dataset / "comparison")
-        command = shlex.join(["python", "tools/compare.py", *folders, "--output", output])
+        command = shlex.join(["imrcnn", "compare", *folders, "--output", output])
         parts.append(f"Table 4 and its companions:\n{command}")
     return "\n\n".join(parts), len(finished) == len(runs)

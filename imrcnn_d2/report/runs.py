@@ -154,7 +154,7 @@ class Run:
                 return root
         raise FileNotFoundError(
             f"{self.folder}: its images do not exist (images/ of the data set of {self.gt_path}). "
-            "Name their folder (tools/report.py --images), or set IMRCNN_DATASETS."
+            "Name their folder (imrcnn report --images), or set IMRCNN_DATASETS."
         )
 
     @functools.cached_property
@@ -265,7 +265,7 @@ def load_run(
         fault = "has no evaluation" if path.is_dir() else "does not exist"
         raise FileNotFoundError(
             f"{path} {fault}: give the OUTPUT_DIR of a training that was evaluated, or a folder "
-            "that tools/evaluate.py wrote."
+            "that imrcnn evaluate wrote."
         )
     recorded, record = read_metrics(folder / "metrics.json"), {}
     if run_folder and (run_folder / "run.json").is_file():
@@ -290,7 +290,7 @@ def _test_set(path, test, dataset):
     if not chosen:
         raise FileNotFoundError(
             f"{path} was not evaluated on {', '.join(requested or ['a test set'])}, only on "
-            f"{', '.join(names) or 'none'}. Run tools/train_net.py --eval-only, or give the folder "
+            f"{', '.join(names) or 'none'}. Run imrcnn train --eval-only, or give the folder "
             "of an evaluation."
         )
     if len(chosen) > 1:

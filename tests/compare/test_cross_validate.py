@@ -105,7 +105,7 @@ def test_the_broken_runs_are_named_and_the_others_go_on(sweep, env):
     assert str(output / "synthetic/broken/seed0/fold0/console.log") in done.stdout
     assert "build_no_such_backbone" in done.stdout
     assert "1 of 2 runs are not finished" in done.stdout
-    assert f"tools/compare.py {model / 'fold0'}" in done.stdout
+    assert f"imrcnn compare {model / 'fold0'}" in done.stdout
     # The killed run was resumed.
     run = json.loads((model / "fold0/run.json").read_text())
     assert killed["finished"] is None and run["finished"] and run["started"] == killed["started"]

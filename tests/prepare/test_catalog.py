@@ -283,7 +283,7 @@ def test_missing_data_names_path_and_command(tmp_path, monkeypatch):
         ("gastric_recognition", None, "classification --root DIR --out"),
     ):
         path = tmp_path / dataset / "annotations" / "val.json"
-        with pytest.raises(FileNotFoundError, match=f"{path}.*prepare_dataset.py {command}"):
+        with pytest.raises(FileNotFoundError, match=f"{path}.*imrcnn prepare-dataset {command}"):
             DatasetCatalog.get(f"{dataset}_val")
         metadata = MetadataCatalog.get(f"{dataset}_val")
         assert metadata.evaluator_type == ("coco" if lesion else "recognition")

@@ -271,7 +271,7 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
         ValueError: fewer than 2 folds, or so many that one has no image to train, validate or test.
     """
     if not (prepared / "splits.json").is_file():
-        remedy = "make it with tools/prepare_dataset.py, or set IMRCNN_DATASETS to its folder"
+        remedy = "make it with imrcnn prepare-dataset, or set IMRCNN_DATASETS to its folder"
         raise FileNotFoundError(f"{prepared}: no prepared data set (no splits.json); {remedy}")
     settings = _fold_settings(read_json(prepared / "splits.json"))
     coco = _merged(prepared, _read_contents(prepared))
@@ -321,7 +321,7 @@ def check_can_fix(prepared: Path, out: Path) -> None:
     path = prepared / "splits.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: not there; --fix-splits needs a data set of tools/prepare_dataset.py"
+            f"{path}: not there; --fix-splits needs a data set of imrcnn prepare-dataset"
         )
     read_splits(path)
 

@@ -411,7 +411,7 @@ def _gaps(models, folds, primary):
     if without_point:
         remarks.append(
             f"No operating point of its own (tau_val): {', '.join(without_point)}. Evaluate again "
-            "with tools/train_net.py --eval-only, or with tools/evaluate.py --tau-from."
+            "with imrcnn train --eval-only, or with imrcnn evaluate --tau-from."
         )
     return remarks
 
