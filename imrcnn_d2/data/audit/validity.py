@@ -320,16 +320,23 @@ def _outliers(places: Sequence[tuple], views: Sequence[np.ndarray]) -> list[Find
         warnings.filterwarnings("ignore", message="Duplicate values")
         factors = [-LocalOutlierFactor(neighbors).fit(v).negative_outlier_factor_ for v in views]
     scores = np.mean(factors, axis=0)
-    findings = []
-    for i in np.argsort(-scores)[: np.count_nonzero(scores > _MIN_OUTLIER)]:
-        image, split = places[i]
-        detail = (
-            f"Local outlier factor {scores[i]:.2f}, mean of {len(views)} views; of half of the "
-            f"images it is below {np.median(scores):.2f}."
+    below = (
+        f"mean of {len(views)} views; of half of the images it is below {np.median(scores):.2f}."
+    )
+    details = [f"Local outlier factor {score:.2f}, {below}" for score in scores]
+    return _findings_above("outlier", places, scores, _MIN_OUTLIER, details)
+
+
+def _findings_above(
+    kind: str, places: Sequence[tuple], scores: np.ndarray, least: float, details: Sequence[str]
+) -> list[Finding]:
+    """A finding for each image with a score above ``least``, the highest first."""
+    return [
+        Finding(
+            kind, (places[i][0],), (places[i][1],), details[i], score=round(float(scores[i]), 3)
         )
-        score = round(float(scores[i]), 3)
-        findings.append(Finding("outlier", (image,), (split,), detail, score=score))
-    return findings
+        for i in np.argsort(-scores)[: np.count_nonzero(scores > least)]
+    ]
 
 
 def _disagreements(
@@ -370,16 +377,16 @@ def _disagreements(
     others[rows, labels] = np.inf
     nearest, other = others.argmin(axis=1), others.min(axis=1)
     margin = (expected - other) / np.maximum(expected + other, 1e-12)
-    findings = [_info("cluster_disagrees", summary)]
-    for i in np.argsort(-margin)[: np.count_nonzero(margin > _MIN_MARGIN)]:
-        image, split = places[known[i]]
-        detail = (
-            f"Labelled {names[labels[i]]}, but much nearer to the planes of {names[nearest[i]]}: "
-            f"{margin[i]:.2f}, where 1 is on them and -1 on those of its label."
-        )
-        score = round(float(margin[i]), 3)
-        findings.append(Finding("cluster_disagrees", (image,), (split,), detail, score=score))
-    return findings
+    details = [
+        f"Labelled {names[label]}, but much nearer to the planes of {names[other_label]}: "
+        f"{value:.2f}, where 1 is on them and -1 on those of its label."
+        for label, other_label, value in zip(labels, nearest, margin, strict=True)
+    ]
+    places = [places[i] for i in known]
+    return [
+        _info("cluster_disagrees", summary),
+        *_findings_above("cluster_disagrees", places, margin, _MIN_MARGIN, details),
+    ]
 
 
 def _squares_of_unseen(views: Sequence[np.ndarray], labels: np.ndarray, count: int) -> np.ndarray:
