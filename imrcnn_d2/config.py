@@ -7,17 +7,22 @@ def add_imrcnn_config(cfg: CN) -> None:
     """Add the keys of IMR-CNN and its companions to ``detectron2.config.get_cfg()``, in place."""
     # ---- The path-aggregation neck (PAFPN), after PANet (Liu et al., 2018).
     cfg.MODEL.PAFPN = CN()
+    # Bottom-up path. "panet": the paper's, with ReLU, from the conventional start. "residual": what
+    # it adds is zero at the start, so that training starts from exactly the Mask R-CNN whose
+    # weights are loaded (needs NORM "" and, with CBAM, GATE "double_sigmoid"). "affine": as of
+    # version 0.1.0, for its weights; it predicts but is not trained.
+    cfg.MODEL.PAFPN.FORM = "panet"
     # Norm of pan_down* and pan_output*: "" (none), "BN", "SyncBN", "GN", "FrozenBN".
     cfg.MODEL.PAFPN.NORM = ""
-    # "identity" starts from exactly the Mask R-CNN whose weights are loaded (needs NORM "",
-    # ACTIVATION "" and, with CBAM, GATE "double_sigmoid"); "xavier" is the conventional start.
-    cfg.MODEL.PAFPN.INIT = "identity"
-    # Activation after pan_down* and pan_output*: "relu" (PANet) or "" (none).
-    cfg.MODEL.PAFPN.ACTIVATION = ""
     # Attention on feature maps before paths are fused: "cbam" (IMR-CNN) or "" (IBMR-CNN).
     cfg.MODEL.PAFPN.ATTENTION = ""
-    # Before which fusions: "bottom_up" (on the outputs of the FPN), "top_down" (on its laterals).
+    # On which maps, any of: "backbone" (its features, before the 1x1 convolutions), "top_down" (the
+    # lateral maps), "bottom_up" (the outputs of the FPN), "both_inputs" (these and what is
+    # down-sampled from the level below).
     cfg.MODEL.PAFPN.ATTENTION_BEFORE = ("bottom_up",)
+    for key in ("INIT", "ACTIVATION"):
+        if not cfg.key_is_renamed(f"MODEL.PAFPN.{key}"):
+            cfg.register_renamed_key(f"MODEL.PAFPN.{key}", "MODEL.PAFPN.FORM")
 
     # ---- Convolutional block attention module (Woo et al., 2018).
     cfg.MODEL.CBAM = CN()
@@ -25,9 +30,8 @@ def add_imrcnn_config(cfg: CN) -> None:
     cfg.MODEL.CBAM.REDUCTION = 16
     # Kernel size of the spatial gate's convolution; odd.
     cfg.MODEL.CBAM.KERNEL_SIZE = 7
-    # "sigmoid" is the paper's gate; "double_sigmoid" is twice that, so 1 where its input is 0;
-    # "residual" adds the input to the output of the paper's gate.
-    cfg.MODEL.CBAM.GATE = "double_sigmoid"
+    # "sigmoid" is the paper's gate; "double_sigmoid" is twice that, so 1 where its input is 0.
+    cfg.MODEL.CBAM.GATE = "sigmoid"
 
     # ---- timm backbones (build_timm_backbone and the builders with "timm" in their name).
     cfg.MODEL.TIMM = CN()
@@ -75,8 +79,8 @@ def add_imrcnn_config(cfg: CN) -> None:
     cfg.MODEL.IMRCNN.TAU_RULE = "f1"
 
     # A prepared data set: its folder, or a short name such as "kvasir_seg" for a folder in
-    # $IMRCNN_DATASETS. Where DATASETS.TRAIN, VAL or TEST is not given, it is the split NAME_train,
-    # NAME_val or NAME_test, with the folder's name.
+    # $IMRCNN_DATASETS, else in $DETECTRON2_DATASETS, else in datasets/. Where DATASETS.TRAIN, VAL
+    # or TEST is not given, it is the split NAME_train, NAME_val or NAME_test of the folder's name.
     cfg.DATASETS.ROOT = ""
     # Data sets that EvalHook and the best checkpoint look at. DATASETS.TEST is for the end.
     cfg.DATASETS.VAL = ()

@@ -18,6 +18,7 @@ model.backbone.bottom_up = L(TimmBackbone)(
 )
 model.backbone.in_features = ["res2", "res3", "res4", "res5"]
 model.backbone.out_channels = 64
+model.backbone.cbam_reduction = 8  # 64 channels leave too few hidden units otherwise
 model.proposal_generator.update(
     pre_nms_topk=(1000, 500), post_nms_topk=(500, 200), batch_size_per_image=128
 )

@@ -63,7 +63,7 @@ def _level(level, y, half):
             _text((CBAM + 34 + PAN_SUM - RADIUS) / 2, y - 6, f"A{level}", "small"),
             _sum(PAN_SUM, y, "new"),
             _line((PAN_SUM + RADIUS, y), (PAN - half, y), "new"),
-            _text((PAN_SUM + RADIUS + PAN - 48) / 2 + 4, y - 6, "3×3", "small"),
+            _text((PAN_SUM + RADIUS + PAN - 48) / 2 + 4, y - 6, "3×3, ReLU", "small"),
         ]
     if level < 5:
         above = ROWS[level + 1]
@@ -73,7 +73,7 @@ def _level(level, y, half):
             _line((FPN_SUM, above + RADIUS), (FPN_SUM, y - RADIUS)),
             _text(FPN_SUM + 6, turn + 4, "2× up", "small left"),
             _path([(PAN, y - HALF), (PAN, turn), (PAN_SUM, turn), (PAN_SUM, above + RADIUS)]),
-            _text((PAN + PAN_SUM) / 2, turn + 13, "3×3, stride 2", "small"),
+            _text((PAN + PAN_SUM) / 2, turn + 13, "3×3, stride 2, ReLU", "small"),
         ]
     return parts
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 # Factor on the sigmoid. Twice the sigmoid is 1 at zero, so that a gate whose last layer is zero
-# passes its input on unchanged.
+# passes its input on unchanged. "residual" is for weights of version 0.1.0, see `CBAM`.
 GATE_SCALE = {"sigmoid": 1.0, "double_sigmoid": 2.0, "residual": 1.0}
 
 
@@ -49,21 +49,21 @@ class CBAM(nn.Module):
         channels: int,
         reduction: int = 16,
         kernel_size: int = 7,
-        gate: str = "double_sigmoid",
+        gate: str = "sigmoid",
     ):
         """
         Args:
             reduction: the channel gate's MLP has channels // reduction hidden units, at least 1.
             kernel_size: of the spatial gate's convolution; odd.
-            gate: "sigmoid" is the paper's; "double_sigmoid" equals 1 where its input is 0;
-                "residual" adds the input to the output of the paper's gates.
+            gate: "sigmoid" is the paper's; "double_sigmoid" equals 1 where its input is 0. Version
+                0.1.0 had "residual" too: the input is added to the output of the paper's gates.
 
         Raises:
             ValueError: for an unknown gate, an even kernel size or a reduction below 1.
         """
         super().__init__()
         if gate not in GATE_SCALE:
-            raise ValueError(f"MODEL.CBAM.GATE is {gate!r}; use one of {sorted(GATE_SCALE)}")
+            raise ValueError(f"MODEL.CBAM.GATE is {gate!r}; use 'sigmoid' or 'double_sigmoid'")
         if reduction < 1:
             raise ValueError(f"MODEL.CBAM.REDUCTION is {reduction}; it must be at least 1")
         if kernel_size % 2 == 0:

