@@ -23,11 +23,13 @@ RUN if ! { command -v make tini && python3 -c 'import ensurepip'; } > /dev/null 
 ENV PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /app
 # The installation depends on these files only: after other changes these layers are reused.
-COPY Makefile constraints.txt setup.py ./
+COPY Makefile constraints.txt pyproject.toml LICENSE ./
 COPY packaging/bundle.py packaging/
 COPY imrcnn_d2/cli/install_detectron2.py imrcnn_d2/cli/
 # The editable installation records the package's path, so the package must exist.
-RUN touch README.md imrcnn.py && mkdir -p imrcnn_d2 && touch imrcnn_d2/__init__.py
+COPY imrcnn_d2/__init__.py imrcnn_d2/
+COPY imrcnn_d2/weights/LICENSE.txt imrcnn_d2/weights/
+RUN touch README.md imrcnn.py
 
 # Collects the weights and the wheels, with a compiler for packages without a wheel for this platform.
 FROM base AS collect
@@ -74,12 +76,12 @@ ENV PATH="/app/.venv/bin:${PATH}" \
     OMP_WAIT_POLICY=PASSIVE \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=""
 ARG CREATED=""
 LABEL org.opencontainers.image.title="IMR-CNN on Detectron2" \
       org.opencontainers.image.description="Trains and evaluates IMR-CNN on endoscopic images; research software, not a medical device" \
-      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.licenses="Apache-2.0 AND LicenseRef-Kvasir-SEG-research-and-education" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.created="${CREATED}"

@@ -5,7 +5,10 @@ needs neither, and `imrcnn install-detectron2` runs where Detectron2 is missing.
 """
 
 import importlib
+import os
 import sys
+import warnings
+from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -35,11 +38,15 @@ def main(argv: list[str] | None = None) -> int | str | None:
     if command in ("--help", "-h", "help"):
         print(_usage())
         return None
+    if command == "--version":
+        print(f"imrcnn-d2 {version('imrcnn-d2')}")
+        return None
     name = command.replace("_", "-")
     if name not in COMMANDS:
         return f"imrcnn: there is no command {command!r}\n\n{_usage()}"
     sys.argv = [f"imrcnn {name}", *arguments]  # by which the command calls itself
     module = name.replace("-", "_")
+    _quiet_libraries()
     if name == "install-detectron2":  # as a file: the package cannot be imported yet
         (package,) = find_spec("imrcnn_d2").submodule_search_locations
         spec = spec_from_file_location(module, Path(package, "cli", f"{module}.py"))
@@ -51,11 +58,24 @@ def main(argv: list[str] | None = None) -> int | str | None:
     return importlib.import_module(f"imrcnn_d2.cli.{module}").main()
 
 
+def _quiet_libraries() -> None:
+    """Keep what libraries tell developers off a user's screen, here and in the processes that a
+    command starts: warnings, unless -W or PYTHONWARNINGS ask for some, torch's log, and in a log
+    file the bars of downloads. Only a command does so, not the import of the package.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        os.environ["PYTHONWARNINGS"] = "ignore"
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     hint = "imrcnn COMMAND --help lists its options"
-    return "\n".join(["usage: imrcnn COMMAND …", "", *lines, "", hint])
+    return "\n".join(["usage: imrcnn COMMAND … | --version", "", *lines, "", hint])
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def check(folder: Path) -> None:
         )
     # Often harmless, but some releases require, say, Python 3.11.5.
     differences = []
-    if made_for["setup.py"] != sha256(ROOT / "setup.py"):
-        differences.append("for another setup.py")
+    if made_for.get("pyproject.toml") != sha256(ROOT / "pyproject.toml"):
+        differences.append("for another pyproject.toml")
     if made_for["release"] != platform.python_version():
         differences.append(f"by Python {made_for['release']}, not {platform.python_version()}")
     if differences:
@@ -174,7 +174,7 @@ def collect(folder: Path, torch: str, package: str, constraint: str, weights: li
             "release": platform.python_version(),
             "torch": torch,
             "weights": weights,
-            "setup.py": sha256(ROOT / "setup.py"),
+            "pyproject.toml": sha256(ROOT / "pyproject.toml"),
         }
         (partial / "bundle.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
         write_sums(partial)

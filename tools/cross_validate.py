@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 import sys
 
-from imrcnn_d2.cli.cross_validate import main
+from imrcnn import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["cross_validate", *sys.argv[1:]]))

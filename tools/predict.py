@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-from imrcnn_d2.cli.predict import main
+import sys
+
+from imrcnn import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["predict", *sys.argv[1:]]))

@@ -21,7 +21,7 @@ CODE = re.compile(
 
 
 class Key(NamedTuple):
-    name: str  # such as "MODEL.PAFPN.INIT"
+    name: str  # such as "MODEL.PAFPN.FORM"
     default: str  # Python source
     comment: str  # the lines above it, as one paragraph
     section: str  # title of the part of the file it is in

@@ -23,8 +23,10 @@ INCLUDED = {
 }
 PAGES = {source: page for page, source in INCLUDED.items()}
 PAGES["imrcnn_d2/config.py"] = "reference/config.md"
-# Packages with a page of their public functions and classes.
+PAGES["imrcnn_d2/cli"] = "reference/commands.md"
+# Packages and modules with a page of their public functions and classes.
 PACKAGES = {
+    "model_zoo": "The shipped configs and their models.",
     "modeling": "Backbones, neck, attention and heads.",
     "data": "Formats in, COCO out; splits, checks and augmentation. Knows no models.",
     "evaluation": "Metrics from arrays and COCO records. Works without a model, "
@@ -43,7 +45,7 @@ def on_files(files, config):
         "reference/commands.md": commands_page(ROOT),
     }
     for page, source in INCLUDED.items():
-        pages[page] = relink((ROOT / source).read_text(encoding="utf-8"), source, page)
+        pages[page] = (ROOT / source).read_text(encoding="utf-8")
     for name in PACKAGES:
         pages[f"reference/{name}.md"] = package_page(name)
     for page, text in pages.items():
@@ -51,13 +53,17 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown, **kwargs):
+def on_page_markdown(markdown, page, **kwargs):
+    name = page.file.src_uri
+    markdown = relink(markdown, INCLUDED.get(name, f"docs/{name}"), name)
     diagram = f'<div class="scrolls">\n{neck_diagram()}\n</div>'
     return markdown.replace("<!-- neck diagram -->", diagram)
 
 
 def relink(text: str, source: str, page: str) -> str:
-    """Make links in the text of a file lead to pages; links to files without a page become code."""
+    """Make links to the repository's files lead to their pages: in the repository the text is read
+    as it is. Links to files without a page become code.
+    """
 
     def link(match):
         image, label, target = match.groups()
@@ -79,6 +85,7 @@ def relink(text: str, source: str, page: str) -> str:
 def package_page(name: str) -> str:
     """The page of a package's modules, for mkdocstrings."""
     parts = [f"# imrcnn_d2.{name}\n\n{PACKAGES[name]}\n"]
-    for path in sorted((ROOT / "imrcnn_d2" / name).rglob("[!_]*.py")):
+    package = ROOT / "imrcnn_d2" / name
+    for path in sorted(package.rglob("[!_]*.py")) or [package.with_suffix(".py")]:
         parts.append(f"::: {'.'.join(path.relative_to(ROOT).with_suffix('').parts)}\n")
     return "\n".join(parts)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Write trained weights with a part of the neck reset to its identity start.
+"""Write trained weights with a part of the neck reset.
 
     python examples/kvasir_seg_study/without.py attention model_best.pth without_attention.pth
 
-attention: every gate is 1. bottom_up: nothing comes from the level below. The fall of the
-metrics shows how much the trained network relies on the part. For weights that started with
-MODEL.PAFPN.INIT "identity".
+attention: every gate is 1, or 1/2 with MODEL.CBAM.GATE "sigmoid", whatever the image. bottom_up:
+nothing comes from the level below. The fall of the metrics shows how much the trained network
+relies on the part.
 """
 
 import argparse

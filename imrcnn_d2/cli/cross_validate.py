@@ -2,33 +2,48 @@
 
     imrcnn cross-validate model=mrcnn_lite,imrcnn_lite dataset=kvasir_seg folds=5 seed=0,1
 
-configs/cross_validation/sweep.yaml has all options, such as hydra/launcher=submitit_slurm. The
-folds are made once, next to the prepared data set, and are the same for all models. A run that
+The folds are made once, next to the prepared data set, and are the same for all models. A run that
 breaks is listed and the others go on; the same command again resumes what was interrupted and skips
 what is finished. On SIGTERM or Ctrl-C the current training is saved, and the exit code is 75. Ends
 with a table and the command that compares the models.
 """
 
+import argparse
 import logging
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib import resources
 
 import hydra
 from omegaconf import DictConfig
 
+from imrcnn_d2.cli import new_parser
 from imrcnn_d2.utils.files import check_no_way_out
 
 WAIT_SECONDS = 5
+_FOLDER = resources.files("imrcnn_d2") / "configs" / "cross_validation"
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Of the help alone: Hydra reads the command line."""
+    options = (_FOLDER / "sweep.yaml").read_text(encoding="utf-8").partition("\nhydra:")[0]
+    parser = new_parser(__doc__, usage="imrcnn cross-validate [KEY=VALUE …]", epilog=options)
+    parser.add_argument("--cfg", metavar="job", help="print the config, and end")
+    parser.add_argument("--hydra-help", action="store_true", help="list Hydra's other options")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int | str | None:
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]  # where Hydra reads them
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        argument_parser().print_help()
+        return None
     if any(a.startswith("-") and a not in ("-m", "--multirun") for a in sys.argv[1:]):
-        return application(train)()  # --help, --cfg job and the like start nothing
+        return application(train)()  # --cfg job and the like start nothing
     from imrcnn_d2.engine.hooks import interruptible
 
     with interruptible():
@@ -37,10 +52,7 @@ def main(argv: list[str] | None = None) -> int | str | None:
 
 def application(action: Callable[[DictConfig], None]):
     """A Hydra application that takes its overrides from the command line."""
-    from imrcnn_d2.engine.config import SHIPPED
-
-    folder = str(SHIPPED[0] / "cross_validation")
-    return hydra.main(version_base="1.3", config_path=folder, config_name="sweep")(action)
+    return hydra.main(version_base="1.3", config_path=str(_FOLDER), config_name="sweep")(action)
 
 
 def train(cfg):

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from email import message_from_string
+from importlib.util import find_spec
 from pathlib import Path
 
 MIN_VERSION = (0, 6)
@@ -32,8 +33,14 @@ VERSION = "0.6+a59f0563"
 
 # numpy<2 was for _C; black is optional (LazyConfig prints prettier with it).
 DROPPED_REQUIREMENTS = ("numpy<2", "black")
-# setuptools: model_zoo imports pkg_resources, which later releases no longer have.
-ADDED_REQUIREMENTS = ("numpy", "fvcore<0.1.6,>=0.1.5", "iopath>=0.1.7", "setuptools<81")
+ADDED_REQUIREMENTS = ("numpy", "fvcore<0.1.6,>=0.1.5", "iopath>=0.1.7")
+# Later releases of setuptools no longer have pkg_resources.
+MODEL_ZOO = {
+    "import pkg_resources\n": "",
+    """pkg_resources.resource_filename(
+        "detectron2.model_zoo", os.path.join("configs", config_path)
+    )""": 'os.path.join(os.path.dirname(__file__), "configs", config_path)',
+}
 
 
 def installed_version():
@@ -62,6 +69,15 @@ def installed_version():
             f"detectron2 {version} ({detectron2.__file__}) is too old, 0.6 or newer is needed: "
             "run `pip uninstall detectron2`, then this again."
         )
+    if find_spec("pkg_resources") is None:
+        try:
+            importlib.import_module("detectron2.model_zoo")
+        except ModuleNotFoundError as error:
+            if error.name == "pkg_resources":
+                print(
+                    "Note: detectron2.model_zoo, from which LazyConfigs take parts, needs "
+                    "pkg_resources: for these run `pip install 'setuptools<81'`."
+                )
     return version
 
 
@@ -86,13 +102,9 @@ def make_pure(tree):
         compiled.unlink()
     shutil.rmtree(tree / "tools")  # would be importable as a top-level package
 
-    init = tree / "detectron2" / "__init__.py"
-    init.write_text(
-        init.read_text().replace(
-            '__version__ = "0.7.2"',
-            f'__version__ = "{VERSION}"  # changed by IMR-CNN\'s install_detectron2.py',
-        )
-    )
+    version = f'__version__ = "{VERSION}"  # changed by IMR-CNN\'s install_detectron2.py'
+    replace(tree / "detectron2" / "__init__.py", {'__version__ = "0.7.2"': version})
+    replace(tree / "detectron2" / "model_zoo" / "model_zoo.py", MODEL_ZOO)
 
     (info,) = tree.glob("*.dist-info")
     (info / "top_level.txt").write_text("detectron2\n")
@@ -102,6 +114,16 @@ def make_pure(tree):
     wheel_file.replace_header("Tag", "py3-none-any")
     (info / "WHEEL").write_text(str(wheel_file))
     info.rename(tree / f"detectron2-{VERSION}.dist-info")
+
+
+def replace(path, texts):
+    """Replace each text in the file ``path`` (Path); exit if one is not there."""
+    source = path.read_text()
+    for old, new in texts.items():
+        if old not in source:
+            sys.exit(f"{path} does not hold {old!r}, so it is not the file expected.")
+        source = source.replace(old, new)
+    path.write_text(source)
 
 
 def write_metadata(path):
@@ -172,7 +194,7 @@ def install(offline, index, constraint, from_source):
     """
     # Without build isolation: upstream's setup.py imports torch, and the releases of fvcore and
     # iopath are sources, which would fetch a setuptools of their own.
-    run("pip", "install", *index, *constraint, "setuptools<81", "wheel")
+    run("pip", "install", *index, *constraint, "setuptools", "wheel")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if from_source:

@@ -1,11 +1,13 @@
 """One training of a cross-validation, and the state of all of them."""
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -15,22 +17,20 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
-from tqdm import tqdm
 
-import imrcnn_d2
 from imrcnn_d2.data.catalog import prepared_folder
 from imrcnn_d2.data.prepare.data_set import write_folds
-from imrcnn_d2.engine.config import SHIPPED, find_config, load_training_config
+from imrcnn_d2.engine.config import find_config, load_training_config
 from imrcnn_d2.engine.run_record import RunRecord, config_sha256
 from imrcnn_d2.evaluation.detection.metrics import METRICS
 from imrcnn_d2.evaluation.output import read_metrics, read_run_record
 from imrcnn_d2.task import Task
 from imrcnn_d2.utils.files import file_sha256
+from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
-# The training script lies in the checkout, not in the package.
-ROOT = Path(imrcnn_d2.__file__).resolve().parents[1]
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 TAIL = 10  # lines of a broken run's log that are shown
 POLL_SECONDS = 2.0
 
@@ -57,14 +57,7 @@ class FoldRun:
             FileNotFoundError: there is no config of that model.
             ValueError: there is no such fold.
         """
-        named = Path(cfg.model) if str(cfg.model).endswith(".yaml") else None
-        path = find_config(named or SHIPPED[0] / f"{cfg.model}.yaml")
-        if path is None:
-            shipped = (file.stem for file in SHIPPED[0].glob("*.yaml"))
-            known = ", ".join(sorted(name for name in shipped if not name.startswith("Base-")))
-            raise FileNotFoundError(
-                f"{cfg.model}.yaml: no such config; give a path or one of {known}"
-            )
+        path = find_config(str(cfg.model))
         if not 0 <= cfg.fold < cfg.folds:
             raise ValueError(f"fold={cfg.fold}: with folds={cfg.folds} they are 0..{cfg.folds - 1}")
         root = Path(cfg.datasets).resolve() / str(cfg.dataset)
@@ -159,7 +152,8 @@ class FoldRun:
     @contextlib.contextmanager
     def _lock(self):
         """Yields an open file, or None if another process trains this run. The training inherits
-        it: the run counts as running even if the process that started it was killed."""
+        it: the run counts as running while it saves, even if the process that started it was
+        killed."""
         with open(self.folder / "training.lock", "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,10 +188,11 @@ class FoldRun:
         return [*self.opts, "SEED", str(self.seed), "OUTPUT_DIR", str(self.folder)]
 
     def _run(self, lock):
-        """Runs the training script to its end; returns its exit code."""
+        """Runs `imrcnn train` to its end; returns its exit code."""
         datasets = str(self.fold_root.parent)
-        command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--resume"]
-        command += ["--config-file", str(self.config_file), "--num-gpus", str(self.num_gpus)]
+        command = [sys.executable, "-m", "imrcnn", "train", "--resume"]
+        command += ["--config-file", str(self.config_file)]
+        command += ["--num-gpus", str(self.num_gpus)] if self.num_gpus > 1 else []
         command += ["--data", str(self.fold_root), *self._overrides()]
         logger.info(f"{self.name}: training, log in {self.log}")
         with open(self.log, "a", encoding="utf-8") as log:
@@ -205,8 +200,8 @@ class FoldRun:
             log.flush()
             env = {**os.environ, "IMRCNN_DATASETS": datasets}
             files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-            fds = (lock.fileno(),)
-            with subprocess.Popen(command, env=env, pass_fds=fds, **files) as process:
+            options = {"pass_fds": (lock.fileno(),), "preexec_fn": _end_with_parent, **files}
+            with subprocess.Popen(command, env=env, **options) as process:
                 try:
                     self._watch(process)
                 except BaseException:  # a signal: the training saves, and ends by itself
@@ -235,6 +230,12 @@ class FoldRun:
                         bar.total = read_run_record(record).get("iterations")
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     bar.update(iteration - bar.n)
+
+
+def _end_with_parent():
+    """Have Linux send this process SIGTERM when its parent is gone, were it by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _last_logged(path):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import run_script
+from processes import ROOT, run_script
 
 from imrcnn_d2.cli import cross_validate, prepare_dataset
 from imrcnn_d2.engine import load_config
@@ -48,8 +48,8 @@ def command(output, models, *overrides, opts=OPTS):
     ]
 
 
-def start(env, *line):
-    options = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+def start(env, *line, **options):
+    options |= {"stdout": subprocess.DEVNULL, "start_new_session": True}
     return subprocess.Popen([sys.executable, *line], env=env, **options)
 
 
@@ -109,7 +109,7 @@ def test_the_broken_runs_are_named_and_the_others_go_on(sweep, env):
     # The killed run was resumed.
     run = json.loads((model / "fold0/run.json").read_text())
     assert killed["finished"] is None and run["finished"] and run["started"] == killed["started"]
-    log = (model / "fold0/console.log").read_text()
+    log = (model / "fold0/log.txt").read_text()
     assert re.findall(r"Starting training from iteration (\d)", log) in (["0", "1"], ["0", "2"])
     # Each run sees its fold.
     tested = []
@@ -161,6 +161,32 @@ def test_a_request_lets_the_training_save(env, tmp_path, send):
     log = (fold / "console.log").read_text()
     assert "saved after iteration" in log, log
     assert (fold / "last_checkpoint").is_file()
+
+
+# Stands for `imrcnn train`: notes its process, and never ends by itself.
+ENDLESS = """import os, pathlib, time
+pathlib.Path("training.pid").write_text(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.story)]
+)
+def test_no_training_outlives_the_cross_validation(env, tmp_path, number):
+    (tmp_path / "imrcnn.py").write_text(ENDLESS)  # `python -m imrcnn` finds it here
+    tool, *overrides = command(tmp_path / "cv", MODEL, "fold=0")
+    process = start(env, str(ROOT / tool), *overrides, cwd=tmp_path)
+    noted = tmp_path / "training.pid"
+    while not (noted.is_file() and noted.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    assert process.wait(60) == (75 if number != signal.SIGKILL else -number)
+    deadline = time.monotonic() + 10
+    while Path("/proc", noted.read_text()).exists():
+        assert time.monotonic() < deadline, "the training goes on"
+        time.sleep(0.05)
 
 
 def test_jobs_went_through_submitit(sweep):

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from processes import ROOT
 
+from imrcnn_d2 import __version__
+
 SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
 
 # Notes its name and arguments. As the training it ends with $CODE, or runs until SIGTERM, then 75.
@@ -19,7 +21,7 @@ echo "$(basename "$0") $*" >> "$NOTES"
 case "$(basename "$0") $*" in
     "scontrol show"*) echo node7; echo node8 ;;
     scancel*) kill -TERM "$(cat "$NOTES.pid")"; sleep 0.3 ;;  # the training ends before it does
-    *train_net*)
+    *"imrcnn train"*)
         [ -n "$CODE" ] && exit "$CODE"
         trap 'exit 75' TERM
         echo $$ > "$NOTES.pid"
@@ -106,8 +108,7 @@ def test_dockerfile():
     for pattern in (r"^USER (?!root|0)", entrypoint, r'^VOLUME \["/data", "/outputs"\]$'):
         assert re.search(pattern, final, re.MULTILINE)
     assert not re.search(r"g\+\+|gcc|build-essential|python3-dev|COPY --from=collect", final)
-    version = re.search(r'version="(.+)"', (ROOT / "setup.py").read_text())[1]
-    assert f"ARG VERSION={version}" in lines[last:]
+    assert f"ARG VERSION={__version__}" in lines[last:]
     for line in lines:
         # No secret can stay in the image: pip's settings are a mounted secret, never an argument.
         assert not re.search(r"(?i)password|passwd|token|api_?key|https?://", line), line

@@ -13,6 +13,7 @@ import pytest
 from chromium import chromium
 from config_keys import flat
 from detectron2.config import get_cfg
+from PIL import Image
 from processes import ROOT, run_script
 
 import imrcnn
@@ -22,8 +23,10 @@ from imrcnn_d2.cli import export, predict
 from imrcnn_d2.deploy.outputs import OUTPUTS
 from imrcnn_d2.deploy.runtimes import EXPORTS, RUNTIMES
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 READMES = [ROOT / "README.md", ROOT / "datasets/README.md", ROOT / "examples/README.md"]
 PAGES = [*READMES, *sorted((ROOT / "docs").rglob("*.md"))]
+MARKDOWN = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "imrcnn_d2").rglob("*.md"))]
 CONFIG = get_cfg()
 add_imrcnn_config(CONFIG)
 KEYS = dict(flat(CONFIG))
@@ -54,9 +57,17 @@ def test_the_reference_has_every_key_with_its_default_and_comment(monkeypatch):
         assert f"{{ #{re.sub('[._]', '-', key.name.lower())} }}" in page, key
 
 
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_of_the_repository(path):
+    """As on a code host, where there are no generated pages."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if not re.match(r"#|\w+:", target):
+            assert (path.parent / target.partition("#")[0]).exists(), target
+
+
 @pytest.mark.slow
 def test_everything_public_is_in_the_reference_and_nothing_is_fetched(site):
-    for package in ("modeling", "data", "evaluation", "engine", "report", "deploy"):
+    for package in ("model_zoo", "modeling", "data", "evaluation", "engine", "report", "deploy"):
         page = (site / "reference" / f"{package}.html").read_text()
         assert not re.findall(r".*:(?:func|class|meth|mod|attr|data):.*", page)  # became links
         for name in getattr(importlib.import_module(f"imrcnn_d2.{package}"), "__all__", ()):
@@ -68,8 +79,6 @@ def test_everything_public_is_in_the_reference_and_nothing_is_fetched(site):
 
 
 def flags_of(name):
-    if name == "cross-validate":
-        return {"--cfg", "--multirun", "--help"}  # Hydra's
     module = importlib.import_module(f"imrcnn_d2.cli.{name.replace('-', '_')}")
     parsers, flags = [module.argument_parser()], set()
     for parser in parsers:
@@ -99,6 +108,17 @@ def test_pages_name_only_what_exists(path):
     folders = "configs|tools|examples|docs|benchmarks|packaging|docker|imrcnn_d2|tests"
     for name in set(re.findall(rf"\b(?:{folders})/[\w./-]+\.(?:py|yaml|md|sh)\b", text)):
         assert (ROOT / name).exists(), name
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "red").save("image.jpg")
+    section = README.partition("## Use it in Detectron2")[2].partition("\n## ")[0]
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(snippet, names)  # noqa: S102
+    assert names["cfg"].MODEL.BACKBONE.NAME == "build_timm_pafpn_backbone"
+    assert type(names["model"]).__name__ == "GeneralizedRCNN" and len(names["lesions"]) == 0
 
 
 def test_the_paths_of_the_architecture_exist_and_are_short():
@@ -147,8 +167,7 @@ IMPORTED = """
 import importlib, sys
 for name in sys.argv[1:]:
     module = importlib.import_module(f"imrcnn_d2.cli.{name}")
-    if name != "cross_validate":
-        module.argument_parser()
+    module.argument_parser()
 slow = [f"imrcnn_d2.{package}" for package in ("deploy", "engine", "evaluation", "report")]
 print(*{*slow, "matplotlib.pyplot", "pandas", "scipy"} & set(sys.modules))
 """
@@ -158,7 +177,7 @@ print(*{*slow, "matplotlib.pyplot", "pandas", "scipy"} & set(sys.modules))
 def test_every_script_starts(tool):
     done = run_script(f"tools/{tool}", "--help")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "usage:" in done.stdout or tool == "cross_validate.py"
+    assert "usage:" in done.stdout
 
 
 def test_every_command_has_a_module_and_a_script(capsys):
@@ -171,6 +190,7 @@ def test_every_command_has_a_module_and_a_script(capsys):
 
 
 def test_a_command_names_itself_and_needs_to_exist_and_detectron2(monkeypatch, capsys):
+    monkeypatch.setattr(imrcnn, "_quiet_libraries", lambda: None)  # other tests see warnings
     monkeypatch.setattr(sys, "argv", ["imrcnn"])
     for command in ("prepare-dataset", "prepare_dataset", "install-detectron2"):
         with pytest.raises(SystemExit, match="^0$"):
@@ -196,3 +216,12 @@ def test_the_options_are_those_of_the_package():
     assert all(form in help_text for form in EXPORTS)
     precisions = {name for runtime in EXPORTS.values() for name in runtime.precisions}
     assert precisions == set(export.BOUNDS) - {"exact"}
+
+
+def test_the_threshold_has_two_names_in_every_command():
+    names = "--tau", "--score-threshold"
+    commands = [c for c in COMMANDS if not flags_of(c).isdisjoint(names)]
+    assert {"predict", "evaluate", "agreement", "robustness"} <= {*commands}
+    assert all(flags_of(command).issuperset(names) for command in commands)
+    args = ["--weights", "demo", "--input", "a.png", "--output", "out", "--score-threshold", "0.3"]
+    assert predict.argument_parser().parse_args(args).tau == 0.3

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import bundle
 import pytest
-from iopath.common.file_io import HTTPURLHandler
+from fvcore.common.file_io import HTTPURLHandler
 from processes import ROOT, run_script
 
 from imrcnn_d2.cli import install_detectron2
@@ -30,9 +30,23 @@ Requires-Dist: black
 Provides-Extra: dev
 Requires-Dist: black==23.3.0; extra == "dev"
 """
+# Shortened: newer releases of setuptools have no pkg_resources.
+MODEL_ZOO = """\
+import os
+import pkg_resources
+
+def get_config_file(config_path):
+    cfg_file = pkg_resources.resource_filename(
+        "detectron2.model_zoo", os.path.join("configs", config_path)
+    )
+    return cfg_file
+"""
 INFO = "sal_detectron2-0.7.2.dist-info"
 FILES = {
     "detectron2/__init__.py": '__version__ = "0.7.2"\n',
+    "detectron2/model_zoo/__init__.py": "from .model_zoo import get_config_file\n",
+    "detectron2/model_zoo/model_zoo.py": MODEL_ZOO,
+    "detectron2/model_zoo/configs/Base.yaml": "",
     "detectron2/_C.cpython-310-x86_64-linux-gnu.so": "compiled",
     "tools/train_net.py": "",
     f"{INFO}/METADATA": METADATA,
@@ -72,13 +86,19 @@ def test_repacked_detectron2_is_pure_and_installs(original, tmp_path):
     distribution = Distribution.at(info)
     assert sorted(distribution.requires) == [
         *("Pillow>=7.1", 'black==23.3.0; extra == "dev"', "fvcore<0.1.6,>=0.1.5"),
-        *("iopath>=0.1.7", "numpy", "setuptools<81"),
+        *("iopath>=0.1.7", "numpy"),
     ]
     assert distribution.read_text("top_level.txt").split() == ["detectron2"]
     assert distribution.read_text("LICENSE") == "Apache License"
+    zoo = "import detectron2.model_zoo as zoo; print(zoo.get_config_file('Base.yaml'))"
+    blocked = f"import sys; sys.modules['pkg_resources'] = None; {zoo}"
+    done = subprocess.run([sys.executable, "-c", blocked], cwd=site, capture_output=True, text=True)
+    assert done.stdout == f"{site}/detectron2/model_zoo/configs/Base.yaml\n", done.stderr
     (info / "METADATA").write_text(METADATA.replace("Requires-Dist: black\n", ""))
     with pytest.raises(SystemExit, match="'black'"):
         install_detectron2.write_metadata(info / "METADATA")
+    with pytest.raises(SystemExit, match="model_zoo.py .*'import pkg_'"):
+        install_detectron2.replace(site / "detectron2/model_zoo/model_zoo.py", {"import pkg_": ""})
 
 
 @pytest.fixture
@@ -126,8 +146,9 @@ def test_offline_only_the_pinned_file_is_taken(install, original, tmp_path):
 
 def describe(folder, **changes):
     """Write the description of a bundle of this Python, with changes, and the checksums."""
-    release, setup = platform.python_version(), bundle.sha256(bundle.ROOT / "setup.py")
-    description = {**bundle.this_python(), "release": release, "setup.py": setup, **changes}
+    project = {"pyproject.toml": bundle.sha256(bundle.ROOT / "pyproject.toml")}
+    release = {"release": platform.python_version()}
+    description = {**bundle.this_python(), **release, **project, **changes}
     (folder / "bundle.json").write_text(json.dumps(description))
     bundle.write_sums(folder)
 
@@ -151,7 +172,11 @@ def flip(path):
 def test_a_complete_bundle_passes_here_and_with_sha256sum_for_its_python(folder, capsys):
     subprocess.run(["sha256sum", "--check", "--strict", bundle.SUMS], cwd=folder, check=True)
     assert len((folder / bundle.SUMS).read_text().splitlines()) == 3
-    for change, note in (({}, ""), ({"setup.py": "0"}, "setup.py"), ({"release": "3.9"}, "3.9")):
+    for change, note in (
+        ({}, ""),
+        ({"pyproject.toml": "0"}, "pyproject.toml"),
+        ({"release": "3.9"}, "3.9"),
+    ):
         describe(folder, **change)
         bundle.check(folder)
         printed = capsys.readouterr().out
@@ -215,7 +240,7 @@ def test_weights_are_checked_and_lie_where_detectron2_looks(tmp_path, capsys, mo
 def test_make_installs_only_from_a_complete_bundle(tmp_path, folder):
     """In a checkout whose .venv runs bundle.py and prints every other command."""
     checkout, installer = tmp_path / "checkout", "imrcnn_d2/cli/install_detectron2.py"
-    for name in ("Makefile", "constraints.txt", "setup.py", "packaging/bundle.py", installer):
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "packaging/bundle.py", installer):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
     python = checkout / ".venv" / "bin" / "python"
