@@ -5,7 +5,7 @@
     imrcnn audit-dataset --dataset egc --output audit/egc --fix-splits fixed/egc
 
 Writes audit.json, findings.csv, images.csv, twins.csv and audit.html, a page with thumbnails.
-Nothing in the data set is changed. Needs pip install -e '.[audit]', and '.[lite]' for
+Nothing in the data set is changed. Needs pip install 'imrcnn-d2[audit]', and [lite] for
 near-duplicates other than copies.
 """
 
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from imrcnn_d2.cli import new_parser, one_line_errors
 from imrcnn_d2.data.audit import KINDS, Audit, audit, groups, read_entries
@@ -31,7 +30,8 @@ from imrcnn_d2.data.prepare.data_set import check_can_fix, write_fixed_splits
 from imrcnn_d2.data.prepare.splits import SPLITS
 from imrcnn_d2.modeling.classifier import timm_input
 from imrcnn_d2.modeling.timm_backbone import create_timm_model
-from imrcnn_d2.utils.files import BadInputError, for_terminal
+from imrcnn_d2.utils.files import BadInputError, for_terminal, install_extra
+from imrcnn_d2.utils.progress import tqdm
 
 # The backbone of the light configs, and the package of the extra [lite] with its weights.
 NAME = "tf_efficientnet_lite0"
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     if not can_embed:
         result.notes.append(
             "Near-duplicates were looked for by perceptual hash alone, which finds copies but few "
-            "frames of a moment later: pip install -e '.[lite]' adds the embedding."
+            f"frames of a moment later: {install_extra('lite')} adds the embedding."
         )
     if args.validity:
         from imrcnn_d2.data.audit.validity import validity_findings

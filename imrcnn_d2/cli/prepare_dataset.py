@@ -13,8 +13,10 @@ Each format lists its options with --help.
 """
 
 import argparse
+import contextlib
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from imrcnn_d2.cli import new_parser
@@ -23,7 +25,7 @@ from imrcnn_d2.data.prepare import metadata
 from imrcnn_d2.data.prepare.data_set import SPLIT_BY, SplitOptions, prepare_dataset, summarise
 from imrcnn_d2.data.prepare.deidentify import PrivateRejects, Pseudonyms, deidentified, parse_keep
 from imrcnn_d2.data.prepare.splits import parse_ratio, read_splits
-from imrcnn_d2.utils.files import BadInputError, Rejects, for_terminal, is_empty
+from imrcnn_d2.utils.files import BadInputError, Rejects, few, for_terminal, is_empty
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -31,17 +33,38 @@ def argument_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, form in FORMATS.items():
         command = commands.add_parser(name, help=form.help)
+        command.register("action", None, _Once)
         _add_common_arguments(command, form)
         form.add_arguments(command)
     return parser
+
+
+class _Once(argparse.Action):
+    """Stores the value of an option; given again, it is an error: the first would be dropped."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            values = ", with all its values" if self.nargs == "+" else ""
+            raise argparse.ArgumentError(self, f"is given twice: give it once{values}")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 def _add_common_arguments(parser: argparse.ArgumentParser, form: Format) -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to make")
     default = ":".join(map(str, form.default_ratio))
-    help_ = f"train:val:test (default {default})"
-    add("--ratio", type=parse_ratio, default=form.default_ratio, help=help_)
+    sizes = parser.add_mutually_exclusive_group()
+    help_ = f"train:val:test, e.g. 1:0:0 for training alone (default {default})"
+    sizes.add_argument("--ratio", type=parse_ratio, default=form.default_ratio, help=help_)
+    sizes.add_argument(
+        "--all-test",
+        dest="ratio",
+        action="store_const",
+        const=(0, 0, 1),
+        help="all images into annotations/test.json, to check a model on them",
+    )
     add("--seed", type=int, default=0, help="of splits and synthetic images (0)")
     add(
         "--split-by",
@@ -147,8 +170,6 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--review {args.review}: is not empty; choose another folder")
     try:
         _prepare(args)
-    except BadInputError as error:
-        sys.exit(f"{error}\nCorrect it, or list such files and go on with --on-error reject.")
     except (OSError, ValueError) as error:
         sys.exit(for_terminal(error))
 
@@ -159,7 +180,7 @@ def _prepare(args: argparse.Namespace) -> None:
         rejects = PrivateRejects(args.on_error, names, args.follow_links)
     else:
         rejects = Rejects(args.on_error, args.follow_links)
-    with tempfile.TemporaryDirectory() as scratch:
+    with _explained(rejects), tempfile.TemporaryDirectory() as scratch:
         form = FORMATS[args.command]
         earlier = None if args.splits is None else read_splits(args.splits)
         source = form.read(args, rejects, Path(scratch))
@@ -184,6 +205,20 @@ def _prepare(args: argparse.Namespace) -> None:
         from imrcnn_d2.report.plots.images import plot_review_sheets
 
         plot_review_sheets(args.out / "images", args.review)
+
+
+@contextlib.contextmanager
+def _explained(rejects: Rejects) -> Iterator[None]:
+    """Add to bad input how to go on without it or, if it has been left out, why that was."""
+    try:
+        yield
+    except BadInputError as error:
+        reason, left_out = error.reason, rejects.errors
+        if error.can_be_rejected:
+            reason += "; correct it, or leave out such files with --on-error reject"
+        elif left_out:
+            reason += f"; left out ({len(left_out)}): {few(left_out, separator='; ')}"
+        raise BadInputError(error.file, reason) from error
 
 
 def _described(source: Source, args: argparse.Namespace, rejects: Rejects) -> Source:

@@ -13,7 +13,8 @@ import operator
 import os
 import pickle
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
@@ -416,6 +417,19 @@ def _register(
         metadata.thing_classes = list(thing_classes)
 
 
+def check_registered(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that no data set has, with similar ones."""
+    for name in names:
+        if name not in DatasetCatalog:
+            ours = [f"{short}_{split}" for short in SHORT_NAMES for split in SPLITS]
+            like = get_close_matches(name, DatasetCatalog) or ours
+            raise ValueError(
+                f"No data set is called {name!r}; similar: {', '.join(like)}. The splits of a "
+                "folder of imrcnn prepare-dataset are FOLDER_train, FOLDER_val and FOLDER_test "
+                "where the config names it: DATASETS.ROOT, or --data in a training"
+            )
+
+
 def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> Dataset:
     """One data set of dataset dicts out of those with these names, ours or others.
 
@@ -434,7 +448,9 @@ def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> Dat
         elif filter_empty and not isinstance(dataset, Dataset):
             dataset = filter_images_with_only_crowd_annotations(dataset)
         if not len(dataset):
-            raise ValueError(f"Data set {name} holds no images{' with lesions' * filter_empty}")
+            text = f"Data set {name} holds no images{' with lesions' * filter_empty}"
+            remedy = "give it a share (imrcnn prepare-dataset --ratio), or name another data set"
+            raise ValueError(f"{text}: {remedy}")
         datasets.append(dataset if isinstance(dataset, Dataset) else DatasetFromList(dataset))
     with contextlib.suppress(AttributeError):  # a foreign data set need not name its classes
         check_metadata_consistency("thing_classes", names)
@@ -442,17 +458,20 @@ def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> Dat
 
 
 def prepared_folder(data: str | os.PathLike) -> Path:
-    """The folder of a prepared data set, which need not exist.
-
-    A short name is looked for in ``$IMRCNN_DATASETS``, else in ``$DETECTRON2_DATASETS``, else in
-    ``datasets/``; all else is the folder itself.
+    """The folder of a prepared data set, which need not exist: a folder itself, or `named_folder`
+    of a short name.
     """
-    if str(data) not in SHORT_NAMES:
-        return Path(data)
+    return named_folder(data) if str(data) in SHORT_NAMES else Path(data)
+
+
+def named_folder(name: str | os.PathLike) -> Path:
+    """The folder of this name in ``$IMRCNN_DATASETS``, if that is set, else in
+    ``$DETECTRON2_DATASETS``, if it is there, else in ``datasets/``.
+    """
     if root := os.environ.get("IMRCNN_DATASETS"):
-        return Path(root) / data
-    shared = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / data
-    return shared if shared.is_dir() else Path("datasets") / data
+        return Path(root) / name
+    shared = Path(os.environ.get("DETECTRON2_DATASETS") or "datasets") / name
+    return shared if shared.is_dir() else Path("datasets") / name
 
 
 def data_set_name(data: str | os.PathLike) -> str:
@@ -500,7 +519,7 @@ def register_data_set(data: str | os.PathLike, classification: bool = False) -> 
         lesion, command = _SHORT[name]
         classes = None if classification or lesion is None else [lesion]
         remedy = f"Make it with: imrcnn prepare-dataset {command} --out "
-        remedy += f"$IMRCNN_DATASETS/{name} (datasets/{name} where the variable is unset)."
+        remedy += f"$IMRCNN_DATASETS/{name} (or $DETECTRON2_DATASETS/{name}, or datasets/{name})."
     else:
         remedy = "Name a folder that imrcnn prepare-dataset wrote (--data DIR, DATASETS.ROOT), "
         remedy += f"or one of {', '.join(SHORT_NAMES)}."

@@ -22,9 +22,8 @@ from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from imrcnn_d2.utils.files import (
     LONGEST_NAME,
@@ -32,9 +31,11 @@ from imrcnn_d2.utils.files import (
     Rejects,
     check_inside,
     file_sha256,
+    install_extra,
     leads_out,
     regular_file,
 )
+from imrcnn_d2.utils.progress import tqdm
 
 # Pillow opens by content. Of the formats left out, some start other programs (EPS: Ghostscript).
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -42,8 +43,25 @@ _BYTES_PER_PIXEL = 8  # of the largest file: RGBA of 16 bits, not compressed
 MAX_SCANS = 100  # of a JPEG; encoders make about ten, and each takes time, however few its bytes
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # those with a length
 
-# `check_pixels` refuses what Pillow warns of.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+class _Tiff(TiffImagePlugin.TiffImageFile):
+    """Reads three samples a pixel as RGB where they are tagged as gray, as CVC-ClinicDB's are:
+    Pillow refuses these, and OpenCV reads the red channel alone."""
+
+    is_mistagged = False
+
+    def _setup(self):
+        tags = self.tag_v2
+        gray = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 1
+        if gray and tags.get(TiffImagePlugin.SAMPLESPERPIXEL) == 3:
+            self.is_mistagged = True
+            tags[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] = 2
+            tags.pop(TiffImagePlugin.EXTRASAMPLES, None)
+        super()._setup()
+
+
+# In place of Pillow's class, so that Detectron2 reads such files as well.
+Image.register_open("TIFF", _Tiff, Image.OPEN["TIFF"][1])
 
 
 def max_pixels() -> float:
@@ -277,7 +295,7 @@ class SourceImage:
     width: int  # pixels as Detectron2 reads it, EXIF orientation applied
     height: int
     orientation: int  # EXIF's, 1 (upright) to 8
-    mode: str  # Pillow's, e.g. "RGB", "I;16", "CMYK"; or "DICOM"
+    mode: str  # Pillow's, e.g. "RGB", "I;16", "CMYK"; or "DICOM", or what is wrong with a TIFF
     needs_conversion: bool  # Detectron2 could misread the file
     sha256: str  # of the file's bytes
 
@@ -297,7 +315,8 @@ def list_files(folder: Path, rejects: Rejects | None = None) -> list[Path]:
         BadInputError: one of these under ``on_error="raise"``.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        problem = "is no folder" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {problem}")
     checks = rejects or Rejects("reject", follow_links=True)
     files, folders, followed = [], [folder], set()
     while folders:
@@ -370,6 +389,8 @@ def inspect_image(path: Path) -> SourceImage:
     as `read_image`."""
     image, orientation, sha256 = _decode(path)
     mode = "DICOM" if image.format == "DICOM" else image.mode
+    if getattr(image, "is_mistagged", False):
+        mode = "TIFF of colours tagged as gray"
     needs_conversion = mode not in _READ_RIGHTLY or image.has_transparency_data
     if needs_conversion:
         _to_rgb(image, path)  # to fail now if at all
@@ -470,7 +491,7 @@ def _decode(path: Path) -> tuple[Image.Image, int, str]:
         try:
             image = Image.fromarray(read_still(path))
         except ModuleNotFoundError as error:
-            reason = f"is a DICOM file, which needs {error.name}: pip install -e '.[deploy]'"
+            reason = f"is a DICOM file, which needs {error.name}: {install_extra('deploy')}"
             raise BadInputError(path, reason) from error
         image.format = "DICOM"
         return image, 1, file_sha256(path)

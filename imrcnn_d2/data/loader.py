@@ -134,6 +134,7 @@ def _from_config(cfg):
     if "label" in records[0]:
         mapper = ClassificationMapper(cfg, is_train=True)
     else:
+        _check_mask_format(cfg, records)
         mapper = LesionMapper(cfg, is_train=True)
         probability = get_node(cfg, "INPUT.AUG").COPY_PASTE_PROB
         if probability > 0:
@@ -145,6 +146,19 @@ def _from_config(cfg):
         "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
     }
+
+
+def _check_mask_format(cfg, records):
+    """Raise ValueError for RLE with INPUT.MASK_FORMAT "polygon", before a worker fails at it."""
+    if not cfg.MODEL.MASK_ON or cfg.INPUT.MASK_FORMAT != "polygon":
+        return
+    for record in records:
+        for annotation in record["annotations"]:
+            if isinstance(annotation.get("segmentation"), dict) and not annotation.get("iscrowd"):
+                raise ValueError(
+                    f"{record['file_name']}: its masks are RLE, but INPUT.MASK_FORMAT is "
+                    "'polygon', Detectron2's default: set INPUT.MASK_FORMAT to bitmask"
+                )
 
 
 def _epoch_indices(cfg, records):

@@ -4,8 +4,11 @@ import json
 import shutil
 from collections import Counter
 
+import cv2
 import numpy as np
 import pytest
+from imagehash import phash
+from PIL import Image
 from planted_faults import Planted
 from rectangles import rectangle
 
@@ -50,6 +53,19 @@ def test_every_planted_fault_is_found(tmp_path):
     pairs = [{entries[pair.a].name, entries[pair.b].name} for pair in without]
     copies = [set(names) for kind, names in planted.faults if kind == "near_duplicate"][:3]
     assert all(copy in pairs for copy in copies)
+
+
+def test_the_perceptual_hash_is_imagehash(kvasir_352):
+    rng = np.random.default_rng(0)
+    grays = [rng.integers(0, 256, (side, 90), np.uint8) for side in range(40, 140)]
+    grays += [np.full((64, 80), 7, np.uint8), np.eye(70, dtype=np.uint8) * 255]
+    images = sorted((kvasir_352 / "images").iterdir())[:100]
+    grays += [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in images]
+    for gray in grays:
+        small = Image.fromarray(gray).resize((64, 64), Image.Resampling.LANCZOS)
+        turned = [small, *(small.transpose(turn) for turn in Image.Transpose)]
+        expected = [np.packbits(phash(image, hash_size=16).hash) for image in turned]
+        assert (checks._perceptual_hashes(gray) == expected).all()
 
 
 def test_the_strongest_come_first():

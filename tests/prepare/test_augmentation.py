@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.structures import BitMasks, BoxMode, Instances, PolygonMasks
 from detectron2.utils import comm
 from hypothesis import given
@@ -323,6 +324,25 @@ def take(batches, number):
         return sample["file_name"], *(tensor.numpy().tobytes() for tensor in tensors)
 
     return [list(map(content, batch)) for batch in itertools.islice(batches, number)]
+
+
+def test_masks_as_rle_need_bitmasks(cfg):
+    """Detectron2's default is polygons, which hold for data sets that have these."""
+    cfg.INPUT.MASK_FORMAT = "polygon"
+    with pytest.raises(ValueError, match=r"\.jpg: .*INPUT.MASK_FORMAT .*bitmask"):
+        loader.build_train_loader(cfg)
+    cfg.MODEL.MASK_ON = False
+    loader.build_train_loader(cfg)
+    cfg.MODEL.MASK_ON, cfg.DATASETS.TRAIN = True, ("polygons_with_a_crowd",)
+    lesion = {"bbox": [0, 0, 9, 9], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    polygon = {**lesion, "iscrowd": 0, "segmentation": [[0, 0, 9, 0, 9, 9]]}
+    crowd = {**lesion, "iscrowd": 1, "segmentation": {"size": [9, 9], "counts": "0a2"}}
+    record = {"file_name": "a.png", "annotations": [crowd, polygon]}
+    DatasetCatalog.register(cfg.DATASETS.TRAIN[0], lambda: [record])
+    try:
+        loader.build_train_loader(cfg)
+    finally:
+        DatasetCatalog.remove(cfg.DATASETS.TRAIN[0])
 
 
 def test_workers_and_resuming_change_nothing(cfg):

@@ -7,7 +7,9 @@ import os
 import pickle
 import random
 import re
+import shutil
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -16,14 +18,18 @@ from detectron2 import data
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from omegaconf import OmegaConf
+from processes import ROOT
 from recognition_runs import CLASSES, draw_classes, prepare_classes
 from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import DataLoader
 
 from imrcnn_d2.data import catalog
+from imrcnn_d2.data.audit.findings import find_prepared
 from imrcnn_d2.data.catalog import load_catalog, load_labelled_catalog
 from imrcnn_d2.data.formats import read_coco
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
+from imrcnn_d2.engine.cross_validation import FoldRun
 from imrcnn_d2.utils.files import Rejects
 
 
@@ -252,6 +258,21 @@ def test_short_names_are_looked_for_when_loading(prepared, tmp_path, monkeypatch
         assert catalog.read_classes("synthetic") == ["early gastric cancer"]
 
 
+def test_every_command_looks_for_a_name_in_the_same_folder(prepared, tmp_path, monkeypatch):
+    """Detectron2's, though datasets/ has a data set of the name too."""
+    shutil.copytree(prepared("synthetic").parent, tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMRCNN_DATASETS")
+    monkeypatch.setenv("DETECTRON2_DATASETS", "sets")
+    expected = Path("sets", "synthetic")
+    assert catalog.prepared_folder("synthetic") == find_prepared("synthetic") == expected
+    shutil.copytree(expected, "sets/mine")
+    assert find_prepared("mine") == Path("sets", "mine")
+    sweep = OmegaConf.load(ROOT / "configs" / "cross_validation" / "sweep.yaml")
+    sweep.dataset = "synthetic"
+    assert FoldRun.from_config(sweep).datasets == Path("sets").resolve()
+
+
 def test_a_folder_is_registered_under_its_name(prepared, tmp_path):
     folder = prepared("my polyps")
     try:
@@ -307,7 +328,7 @@ def test_data_sets_are_joined_filtered_and_loaded_by_stock_loaders(coco_folder, 
     for names in ([ours, theirs], [theirs, ours]):
         assert list(catalog.load_datasets(names)) == [*records, *records]
         assert list(catalog.load_datasets(names, filter_empty=True)) == 2 * records[:2]
-    with pytest.raises(ValueError, match=lesion_free):
+    with pytest.raises(ValueError, match=f"{lesion_free} .*--ratio"):
         catalog.load_datasets([ours, lesion_free], filter_empty=True)
     MetadataCatalog.get(theirs).thing_classes.append("ulcer")
     with pytest.raises(ValueError, match="thing_classes"):

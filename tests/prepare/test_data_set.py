@@ -251,6 +251,8 @@ def test_summary():
     assert cells[6][:2] == ["10x10", "10"]
     assert [line.split("%")[1].split()[0] for line in lines if " %" in line] == [*"0110111"]
     assert lines[-5:] == ["Notes (1):", "  something", "", "Rejected (1):", "  x.jpg: is cut"]
+    shown = summarise(coco, (12, 3, 5), [], errors * 300).splitlines()
+    assert shown[-21:-1] == ["  x.jpg: is cut"] * 20 and "280" in shown[-1]
 
 
 # Found in Kvasir-SEG by looking: a frame stored twice, one with and without the endoscope's screen,

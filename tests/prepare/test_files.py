@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.config import get_cfg
-from matplotlib.figure import Figure
 from PIL import EpsImagePlugin, Image
 
 from imrcnn_d2 import add_imrcnn_config
@@ -27,7 +26,7 @@ from imrcnn_d2.data.prepare.metadata import read_metadata, read_table
 from imrcnn_d2.data.prepare.splits import read_splits
 from imrcnn_d2.evaluation.output import log_test_evaluation, read_test_log
 from imrcnn_d2.report.html.page import embed
-from imrcnn_d2.report.plots.images import plot_review_sheets, show_tile
+from imrcnn_d2.report.plots.images import plot_review_sheets, tile_sheet
 from imrcnn_d2.utils import files
 from imrcnn_d2.utils.files import BadInputError, Rejects, csv_line, csv_lines, csv_text, read_rows
 
@@ -46,7 +45,7 @@ OPENERS = {
     "report": embed,
     "detector": lambda path: train(path, LesionMapper),
     "classifier": lambda path: train(path, ClassificationMapper),
-    "contact sheet": lambda path: show_tile(Figure().subplots(), path.parent, path.name, ""),
+    "contact sheet": lambda path: tile_sheet("", [(path.parent, path.name, "")], {}),
     "review sheets": lambda path: plot_review_sheets(path.parent, path.parent.parent / "review"),
 }
 every_opener = pytest.mark.parametrize("opener", OPENERS.values(), ids=OPENERS)

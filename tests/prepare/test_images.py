@@ -89,6 +89,27 @@ def test_other_modes_become_rgb(tmp_path, noise, rotated, as_trained_on):
     assert values[0, :4].tolist() == [0, 1, 2, 3] and not changes_numbers
 
 
+@pytest.mark.filterwarnings("ignore:.*decompression bomb")
+def test_a_tiff_of_colours_tagged_as_gray(tmp_path, noise, as_trained_on, monkeypatch):
+    """As those of CVC-ClinicDB: Pillow refuses them, and OpenCV reads the red channel alone."""
+    path, (rgb, gray) = tmp_path / "1.tif", [struct.pack("<HHIH", 262, 3, 1, n) for n in (2, 1)]
+    for compression in ("raw", "tiff_lzw"):
+        Image.fromarray(noise(20, 30)).save(path, compression=compression)
+        data = path.read_bytes()
+        assert data.count(rgb) == 1
+        path.write_bytes(data.replace(rgb, gray))
+        assert (read_image(path) == noise(20, 30)).all()
+        assert (detection_utils.read_image(str(path), "RGB") == noise(20, 30)).all()
+        assert images.inspect_image(path).needs_conversion  # for programs that use Pillow alone
+        assert (as_trained_on(path) == noise(20, 30)).all()
+        assert (tmp_path / "out" / "sub" / "image.png").is_file()
+    Image.fromarray(noise(20, 30)).save(tmp_path / "2.tif")
+    assert not images.inspect_image(tmp_path / "2.tif").needs_conversion
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 599)
+    with pytest.raises(BadInputError, match="1.tif: has 30x20 = 600 pixels"):
+        read_image(path)
+
+
 def grey_ink_profile():
     """A CMYK profile (ICC.1:2001 lut8): L* is 0 with black ink, else 50 with cyan ink, else 100."""
     lightness = [0 if node & 1 else 128 if node & 8 else 255 for node in range(16)]

@@ -155,6 +155,26 @@ def test_images_and_their_files(folder, tmp_path, labelme):
             labelme(other)
 
 
+def test_what_labelme_7_writes_comes_back(folder, labelme):
+    """Flags stay flags, and keys that are none stay keys: LabelMe 7 locks shapes by one."""
+    further = {"locked": True, "lesion_id": "l1", "size_mm": 4.5, "flags": {"sure": False}}
+    image = {"patient_id": "p1", "flags": {"blurred": True}}
+
+    def edit(content):
+        content["shapes"].append({**content["shapes"][0], "points": [[30, 20], [40, 20], [40, 30]]})
+        content["shapes"][0] |= further
+        content |= image
+
+    (sample,), source, _ = labelme(folder(edit))
+    assert [a.get("locked") for a in sample.annotations] == [True, None]
+    args = sample.annotations, source.class_names, "a.png", 40, 60
+    document = labelme_document(*args, fields=sample.fields)
+    first, second = document["shapes"]
+    assert {key: first.get(key) for key in further} == further
+    assert "locked" not in second and second["flags"] == {}
+    assert {key: document.get(key) for key in image} == image
+
+
 COLOURS = io.BytesIO()
 Image.new("RGB", (3, 3)).save(COLOURS, "PNG")
 COLOURS = base64.b64encode(COLOURS.getvalue()).decode()

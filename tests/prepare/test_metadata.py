@@ -194,7 +194,10 @@ def test_tables_that_cannot_be_meant(join):
         ("file,x\n,1\n", "line 2: has no file"),
         ("patient_id,lesion_id,x\n,L1,1\n", "line 2: has no patient_id"),
         ("file,x\n1.png,1\n./1.png,2\n", "line 3: 1.png .* line 2"),
-        ("file,x\na,1\nb,1\nc,1\nd,1\n", r"file.* a \(line 2\).*, c \(line 4\), …;.*, 3\.png$"),
+        (
+            "file,x\na,1\nb,1\nc,1\nd,1\n",
+            r"file.* a \(line 2\).*, c \(line 4\) and 1 more;.*, 3\.png$",
+        ),
         ("lesion_id,x\nL9,1\n", r"lesion_id .*L9 \(line 2\); .* L1, L2"),
     ):
         with pytest.raises(BadInputError, match=f"0.csv.*{message}"):

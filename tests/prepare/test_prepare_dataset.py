@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from recognition_runs import CLASSES, draw_classes, write_classifier
 
 from imrcnn_d2.cli import compare, evaluate, report
@@ -35,6 +36,96 @@ def test_errors(run, tmp_path, coco_folder, kvasir_original):
     assert [len(splits[split]) for split in SPLITS] == [1, 0, 1]
     assert f"  {images}/2.png: annotation 2" in printed
     assert "2.png" in (out / "rejected.csv").read_text()
+
+
+def test_reasons_are_given_and_only_what_helps_is_advised(run, tmp_path, kvasir_folder):
+    root, out = kvasir_folder("abcde"), tmp_path / "out"
+    for path in (root / "masks").iterdir():
+        path.write_text("no image")
+    kvasir = "kvasir-seg", "--root", root, "--out", out
+    message = run(*kvasir, fails=True)
+    assert "masks/a.png" in message and "--on-error reject" in message
+    message = run(*kvasir, "--on-error", "reject", fails=True)
+    assert str(out) in message and "(5)" in message and "--on-error" not in message
+    assert all((f"masks/{name}.png: " in message) == (name in "abc") for name in "abcde")
+    assert len([line for line in message.splitlines() if str(root) in line]) == 1
+    # what concerns no single image cannot be left out
+    (tmp_path / "no.json").write_text("[]")
+    coco = "coco", "--annotations", tmp_path / "no.json", "--images", root, "--out", out
+    for more in ((), ("--on-error", "reject")):
+        message = run(*coco, *more, fails=True)
+        assert "no.json" in message and "--on-error" not in message
+    assert not out.exists()
+
+
+def test_nothing_given_twice_is_dropped(run, tmp_path, kvasir_folder, kvasir_original, no_polyp):
+    one, two = kvasir_folder("ab").rename(tmp_path / "one"), kvasir_folder("ab")
+    for path in sorted((two / "images").iterdir()):  # other images of the same names
+        Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+    out, options = tmp_path / "out", ("--all-test", "--classes", "polyp", "--kind", "binary")
+    roots = [(root / "images", root / "masks") for root in (one, two)]
+    args = [arg for pair in roots for arg in zip(("--images", "--masks"), pair, strict=True)]
+    args = "masks", *options, "--out", out, *(value for arg in args for value in arg)
+    printed = run(*args, "--patient-pattern", "^[^/]+")
+    test = json.loads((out / "annotations" / "test.json").read_text())
+    patients = {image["file_name"]: image["patient_id"] for image in test["images"]}
+    names = [root / "images" / f"{name}.png" for root in (one, two) for name in "ab"]
+    assert list(patients.values()) == ["kvasir"] * 2 + ["one"] * 2
+    for path in names:
+        name = path.relative_to(tmp_path).as_posix()
+        assert patients[name] == path.parts[-3]
+        assert (out / "images" / name).samefile(path)
+    assert "2 patients" in printed
+    for wrong, named in (
+        ((*args, "--masks", two), "3"),
+        ((*args, "--images", one / "images", "--masks", one / "masks"), one / "images"),
+        ((*args, "--negatives", one, "--negatives", two), "--negatives"),
+        ((*args, "--seed", 0, "--seed", 1), "--seed"),
+        ((*args, "--classes", "lesion"), "--classes"),
+        (("kvasir-seg", "--root", one, "--root", two, "--out", out), "--root"),
+        (("lesion-free", "--root", no_polyp, "--out", out, "--out", one), "--out"),
+    ):
+        assert str(named) in run(*wrong, fails=True)
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_links_are_followed_where_they_are_named(run, tmp_path, kvasir_folder, no_polyp, follow):
+    """The folder that is named may be a link; what links in it lead to may be anywhere."""
+    root = kvasir_folder("abc")
+    for name, target in (("set", root), ("healthy", no_polyp), ("images", root / "images")):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "more").symlink_to(no_polyp)
+    for args in (
+        ("kvasir-seg", "--root", tmp_path / "set", "--negatives", tmp_path / "healthy"),
+        ("masks", "--images", tmp_path / "images", "--masks", root / "masks"),
+        ("lesion-free", "--root", tmp_path / "healthy"),
+    ):
+        assert run(*args, "--out", tmp_path / args[0]).endswith("written\n")
+    args = "lesion-free", "--root", tmp_path / "found", "--out", tmp_path / "out"
+    args += "--on-error", "reject"
+    if follow:
+        run(*args, "--follow-links")
+        assert len(list((tmp_path / "out" / "images" / "more").iterdir())) == 10
+    else:
+        message = run(*args, fails=True)
+        assert f"{tmp_path}/found/more: " in message and "--follow-links" in message
+
+
+def test_a_share_of_nothing_gets_nothing(run, tmp_path, no_polyp):
+    classes, sizes = (
+        ("adenoma", "polyp"),
+        {"1:0:0": [10, 0, 0], "0:1:0": [0, 10, 0], "0:0:1": [0, 0, 10]},
+    )
+    for args in (*(("--ratio", ratio) for ratio in sizes), ("--all-test",), ()):
+        out = tmp_path / "_".join(("out", *args))
+        run("lesion-free", "--root", no_polyp, "--out", out, *args, "--classes", *classes)
+        coco = [json.loads((out / f"annotations/{split}.json").read_text()) for split in SPLITS]
+        expected = sizes.get(args[-1] if args else "", [0, 0, 10])
+        assert [len(content["images"]) for content in coco] == expected
+        assert [category["name"] for category in coco[2]["categories"]] == [*classes]
+    both = "lesion-free", "--root", no_polyp, "--out", tmp_path / "x", "--all-test", "--ratio"
+    assert "--all-test" in run(*both, "1:0:0", fails=True)
 
 
 def test_images_inside_labelme_files(run, tmp_path):
@@ -107,6 +198,7 @@ def test_from_folders_to_the_report(run, tmp_path):
     out, scores, page = (tmp_path / n for n in ("gastric_recognition", "scores", "report.html"))
     args = "classification", "--root", draw_classes(tmp_path / "raw", (12, 14, 16), size=20)
     args += "--out", out, "--test-per-class", 4, "--val-percent", 20, "--classes", *CLASSES
+    assert "--all-test" in run(*args, "--all-test", fails=True)
     printed = run(*args)
     rows = [line.split() for line in printed.splitlines()[:4]]
     assert rows[0][3:] == " ".join(CLASSES).split() and rows[3][3:] == ["4", "4", "4"]

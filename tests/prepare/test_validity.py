@@ -68,12 +68,16 @@ def test_a_plane_has_the_least_value_of_the_criterion(repulsion):
             assert criterion(other, offset + size * rng.normal(), cluster) > best
 
 
+@pytest.mark.filterwarnings("error")
 def test_seed_scale_and_clusters_that_are_never_empty():
     views, _ = crossing_planes(3)
     model, again, scaled = (clustering([s * views[0], views[1]]) for s in (1, 1, 1000))
     for labels in (again.labels_, scaled.labels_, model.predict(views)):
         assert (model.labels_ == labels).all()
     assert model.inertia_ == again.inertia_ == pytest.approx(scaled.inertia_)
+    # of few samples alike no eigenvectors can be found by iteration
+    pairs = MultiViewKPlaneClustering(2, random_state=0).fit(np.repeat(np.eye(3)[:2], 10, axis=0))
+    assert (pairs.labels_[:10] != pairs.labels_[10]).all() and len({*pairs.labels_[:10]}) == 1
     # neither of equal samples nor of as many as clusters; one takes the sample farthest off
     assert set(MultiViewKPlaneClustering(2).fit(np.ones((12, 3))).labels_) == {0, 1}
     few = np.random.default_rng(0).normal(size=(4, 2))

@@ -129,11 +129,15 @@ def _blur(gray: np.ndarray) -> float:
 
 
 def _perceptual_hashes(gray: np.ndarray) -> np.ndarray:
-    from imagehash import phash
+    """pHash in each of `ORIENTATIONS`, (8, 32) uint8: which of the 16 x 16 lowest frequencies, of
+    the image reduced to 64 x 64 pixels, are above their median.
+    """
+    from scipy.fft import dctn
 
     tile = Image.fromarray(gray).resize((4 * _HASH, 4 * _HASH), Image.Resampling.LANCZOS)
     tiles = (tile if turn is None else tile.transpose(turn) for turn in ORIENTATIONS)
-    return np.stack([np.packbits(phash(turned, hash_size=_HASH).hash.ravel()) for turned in tiles])
+    lowest = (dctn(np.asarray(turned, float))[:_HASH, :_HASH] for turned in tiles)
+    return np.stack([np.packbits(values > np.median(values)) for values in lowest])
 
 
 # Of the frame, but at least so many pixels: 8x8 at 352x352. What is smaller is a click or a speck.

@@ -1,13 +1,12 @@
 """The kinds of findings, and the data set under audit, read with what is wrong in it."""
 
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from imrcnn_d2.data.catalog import prepared_folder
+from imrcnn_d2.data.catalog import named_folder
 from imrcnn_d2.data.formats.coco import read_coco_json
 from imrcnn_d2.data.images import path_inside
 from imrcnn_d2.data.prepare.splits import SPLITS
@@ -195,13 +194,15 @@ class AuditedData:
 
 
 def find_prepared(name: str) -> Path:
-    """Return the folder of a prepared data set, of which `name` is the short name, the name under
-    ``$IMRCNN_DATASETS`` or the path; raise FileNotFoundError if there is none."""
-    root = Path(os.environ.get("IMRCNN_DATASETS", "datasets"))
-    for folder in (root / name, prepared_folder(name)):
+    """Return the folder of a prepared data set, of which `name` is the name (`named_folder`) or the
+    path; raise FileNotFoundError if there is none."""
+    for folder in (named_folder(name), Path(name)):
         if (folder / "annotations").is_dir() and (folder / "images").is_dir():
             return folder
-    raise FileNotFoundError(f"{root / name}: no prepared data set; make one, or give --annotations")
+    remedy = "make one with imrcnn prepare-dataset, or give --annotations with --images"
+    raise FileNotFoundError(
+        f"{named_folder(name)}: no prepared data set (images/ and annotations/); {remedy}"
+    )
 
 
 def read_entries(

@@ -31,6 +31,7 @@ from imrcnn_d2.data.images import in_threads, read_image
 
 _SIDE = 128  # pixels that images are squeezed to
 _GRAPH_NEIGHBORS = 10  # of each sample in the graph of the spectral clustering
+_MOST_FOR_ARPACK = 500  # samples
 _HSV_BINS = (12, 4, 4)
 _RINGS = ((8, 1), (16, 2), (24, 3))  # points and radius, in pixels, of a local binary pattern
 
@@ -179,6 +180,9 @@ def _planes(view, labels, count, repulsion):
     normals, offsets = np.zeros((count, view.shape[1])), np.zeros(count)
     for cluster in range(count):
         members, others = view[labels == cluster], view[labels != cluster]
+        if not len(members):  # of the labels to start from
+            offsets[cluster] = np.inf
+            continue
         share = repulsion if len(others) else 0.0
         center, matrix = members.mean(axis=0), np.zeros((view.shape[1],) * 2)
         if share:  # where the best plane of any normal goes through
@@ -217,7 +221,8 @@ def _spectral(views, count, random_state):
     clustering = SpectralClustering(
         count,
         affinity="precomputed",
-        eigen_solver="lobpcg",  # ARPACK's time grows much faster than the number of samples
+        # ARPACK's time grows much faster than the number of samples; LOBPCG fails for few of them.
+        eigen_solver="lobpcg" if size > _MOST_FOR_ARPACK else "arpack",
         random_state=check_random_state(random_state).randint(2**31 - 1),
     )
     with warnings.catch_warnings():  # a graph in parts is good

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 from imrcnn_d2.data.images import SourceImage, inspect_image, list_files
-from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS
+from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS, named_categories
 from imrcnn_d2.data.prepare.splits import FixedTest
 from imrcnn_d2.utils.files import BadInputError, Rejects, is_empty, staged
+from imrcnn_d2.utils.progress import tqdm
 
 Names = Sequence[str] | None  # of classes, in their order; None takes all that occur, sorted
 
@@ -90,10 +89,13 @@ class LesionFree(Format):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--root", type=Path, required=True, help="folder of images")
+        help_ = "the classes that a model looks for, in its order (lesion)"
+        parser.add_argument("--classes", nargs="+", metavar="LABEL", default=["lesion"], help=help_)
 
     def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
-        info = {"description": "images without a lesion"}
-        return with_lesion_free(Source([], [{"id": 1, "name": "lesion"}], info), args.root, rejects)
+        categories = named_categories((), args.classes, "--classes")
+        source = Source([], categories, {"description": "images without a lesion"})
+        return with_lesion_free(source, args.root, rejects)
 
 
 def with_lesion_free(source: Source, root: Path | None, rejects: Rejects) -> Source:

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from imrcnn_d2.data.formats.base import Format, Names, Sample, Source
 from imrcnn_d2.data.images import inspect_image, list_files, path_inside
 from imrcnn_d2.data.prepare.metadata import read_table
 from imrcnn_d2.data.prepare.splits import SPLITS, FixedTest, Item, make_splits
 from imrcnn_d2.utils.files import BadInputError, Rejects
+from imrcnn_d2.utils.progress import tqdm
 
 # A class with one of these in its name is one of the cancers, unless they are named.
 _CANCER = ("cancer", "carcinoma")
@@ -76,6 +75,8 @@ class Classification(Format):
     def ratio(self, args: argparse.Namespace) -> Sequence[int] | FixedTest:
         if args.test_per_class is None:
             return args.ratio
+        if args.ratio != self.default_ratio:
+            raise ValueError("--test-per-class replaces --ratio and --all-test: give one of them")
         return FixedTest(args.test_per_class, args.val_percent)
 
 

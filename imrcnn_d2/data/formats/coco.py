@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
-from tqdm import tqdm
 
 from imrcnn_d2.data import masks
 from imrcnn_d2.data.formats.base import Format, Sample, Source
 from imrcnn_d2.data.images import annotated_on_stored_pixels, inspect_image, orient, path_inside
 from imrcnn_d2.utils.files import BadInputError, Rejects, read_json
+from imrcnn_d2.utils.progress import tqdm
 
 _BOX_TOLERANCE = 2.0  # pixels
 # COCO's compressed RLE: numbers of six digits, which hold more than any image's pixels.

@@ -15,13 +15,13 @@ import defusedxml
 import numpy as np
 import pycocotools.mask as mask_util
 from defusedxml.ElementTree import parse
-from tqdm import tqdm
 
 from imrcnn_d2.data import masks
 from imrcnn_d2.data.formats import base
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import inspect_image, list_files, path_inside
 from imrcnn_d2.utils.files import BadInputError, Rejects, regular_file
+from imrcnn_d2.utils.progress import tqdm
 
 _FRAME = re.compile(r"frame_(\d+)", re.ASCII)  # CVAT's names of a video's frames
 # What XML 1.0 cannot hold, however it is written.

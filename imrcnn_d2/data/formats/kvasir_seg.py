@@ -60,7 +60,10 @@ def read_kvasir_seg(root: Path, rejects: Rejects, min_area: int = MIN_AREA) -> b
         source,
         samples=compared(),
         categories=[{"id": 1, "name": "polyp", "supercategory": "lesion"}],
-        info={"description": "from masks: one instance per connected component"},
+        info={
+            "description": "from masks: one instance per connected component",
+            "source": "kvasir_seg",
+        },
     )
 
 

@@ -14,17 +14,17 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
-from tqdm import tqdm
 
 from imrcnn_d2.data import masks
 from imrcnn_d2.data.formats import base
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import check_name, inspect_image, list_files, open_image
 from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, read_json
+from imrcnn_d2.utils.progress import tqdm
 
 _VERSION = "5.5.0"  # of the format
 _FILE_KEYS = ("version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
-# What LabelMe reads of a shape; it keeps other keys as they are.
+# What LabelMe reads of a shape, but for `locked`; it keeps other keys as they are.
 _SHAPE_KEYS = ("label", "points", "group_id", "shape_type", "flags", "mask")
 _POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}
 # Flags of a shape become fields of its annotation; COCO's own are no flags, but for iscrowd.
@@ -105,7 +105,9 @@ def _shapes(
     """The shapes of a COCO annotation, of one `group_id` if several; with holes, a mask."""
     areas = _areas(annotation, height, width, fill_holes)
     further = masks.further_fields(annotation, (*masks.ANNOTATION_FIELDS, *_SHAPE_KEYS, "score"))
-    flags = {key: further.pop(key) for key in list(further) if isinstance(further[key], bool)}
+    # `locked` is no flag: LabelMe 7 writes it for shapes that cannot be edited.
+    is_flag = {key: isinstance(further[key], bool) and key != "locked" for key in further}
+    flags = {key: further.pop(key) for key in is_flag if is_flag[key]}
     if annotation.get("iscrowd"):
         flags["iscrowd"] = True
     description = str(further.pop("description", ""))

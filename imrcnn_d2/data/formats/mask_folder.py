@@ -1,6 +1,7 @@
 """Folders of mask images: binary, numbering classes or instances, or one file per instance."""
 
 import argparse
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -8,7 +9,6 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
-from tqdm import tqdm
 
 from imrcnn_d2.data.formats import base
 from imrcnn_d2.data.formats.coco import to_rle
@@ -34,6 +34,7 @@ from imrcnn_d2.data.masks import (
     named_categories,
 )
 from imrcnn_d2.utils.files import BadInputError, Rejects
+from imrcnn_d2.utils.progress import tqdm
 
 KINDS = ("binary", "classes", "instances", "files")
 # An instance's file: the name of its image, a separator, perhaps the class, perhaps a number.
@@ -49,9 +50,12 @@ class MaskFolder(base.Format):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         base.add_tool_arguments(parser)
-        parser.add_argument("--images", type=Path, required=True, help="folder of images")
-        help_ = "folder of masks, named alike"
-        parser.add_argument("--masks", type=Path, required=True, help=help_)
+        for name, help_ in (
+            ("--images", "folder of images; of several, file names begin with the folder's name"),
+            ("--masks", "folder of masks, named alike; as many as --images, in the same order"),
+        ):
+            options = {"action": "extend", "nargs": "+", "metavar": "DIR", "type": Path}
+            parser.add_argument(name, required=True, help=help_, **options)
         parser.add_argument(
             "--kind",
             choices=KINDS,
@@ -107,8 +111,8 @@ def add_min_area_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def read_mask_folder(
-    images: Path,
-    masks: Path,
+    images: Path | Sequence[Path],
+    masks: Path | Sequence[Path],
     rejects: Rejects,
     kind: str = "binary",
     *,
@@ -131,6 +135,8 @@ def read_mask_folder(
     input.
 
     Args:
+        images, masks: a folder of each, or as many of both: then file names begin with the name of
+            the folder of images, and with those above it where two have the same name.
         classes: their names in order; None is one, "lesion", or with "files" those that the files
             name. "binary" and "instances" take one.
         min_area: with "binary" and "classes", smaller components, in pixels, are dropped and
@@ -140,28 +146,35 @@ def read_mask_folder(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: `classes` do not fit `kind`.
+        ValueError: `classes` do not fit `kind`; folders that make no pairs, or one is there twice.
         BadInputError: bad input under ``on_error="raise"``.
     """
     if kind not in KINDS:
         raise ValueError(f"the kind is {kind!r}; choose from {', '.join(KINDS)}")
     if kind in ("binary", "instances") and classes is not None and len(classes) != 1:
         raise ValueError(f"masks of kind {kind} are of one class, not of {len(classes)}")
-    image_paths = by_stem(images, rejects)
-    files = _assign(masks, image_paths, kind, suffix, rejects)
+    roots = _pairs(images, masks)
+    entries: list[tuple[str, Path, list[tuple[Path, str]]]] = []
+    for name, (image_root, mask_root) in roots.items():
+        paths = by_stem(image_root, rejects)
+        files = _assign(mask_root, paths, kind, suffix, rejects)
+        for stem, path in paths.items():
+            file_name = PurePosixPath(name, path.relative_to(image_root)).as_posix()
+            entries.append((file_name, path, files[stem]))
     if classes is None:
-        labels = {label for masks_of_image in files.values() for _, label in masks_of_image}
+        labels = {label for *_, masks_of_image in entries for _, label in masks_of_image}
         classes = sorted(labels - {""}) or ["lesion"]
-    categories = named_categories((), classes, masks)
+    categories = named_categories((), classes, "--classes")
     reader = _Reader(kind, {c["name"]: c["id"] for c in categories}, min_area, require_lesion)
+    if len(roots) > 1:
+        reader.notes += [f"{name}/: {i} with the masks of {m}" for name, (i, m) in roots.items()]
 
     def samples() -> Iterator[base.Sample]:
-        for stem, path in tqdm(image_paths.items(), desc="Reading images", unit="image"):
+        for file_name, path, masks_of_image in tqdm(entries, desc="Reading images", unit="image"):
             with rejects.catch():
                 image = inspect_image(path)
-                annotations = reader.read(image, files[stem])
-                yield base.Sample(path.relative_to(images).as_posix(), image, annotations)
-        if min_area > 1 and kind in ("binary", "classes"):
+                yield base.Sample(file_name, image, reader.read(image, masks_of_image))
+        if reader.specks:
             text = f"specks of fewer than {min_area} pixels left out of the masks"
             reader.notes.append(f"{reader.specks} {text}")
         if reader.empty:
@@ -170,6 +183,26 @@ def read_mask_folder(
 
     info = {"description": f"from masks of kind {kind}"}
     return base.Source(samples(), categories, info, reader.notes)
+
+
+def _pairs(
+    images: Path | Sequence[Path], masks: Path | Sequence[Path]
+) -> dict[str, tuple[Path, Path]]:
+    """The folders of images and of masks, by what file names begin with: "" if there is one pair,
+    else as many last parts of the path of images as make them different."""
+    images, masks = ([paths] if isinstance(paths, Path) else [*paths] for paths in (images, masks))
+    if len(images) != len(masks):
+        text = f"{len(images)} folders of images and {len(masks)} of masks"
+        raise ValueError(f"{text}: give --masks for each --images, in the same order")
+    pairs = [*zip(images, masks, strict=True)]
+    if len(pairs) == 1:
+        return {"": pairs[0]}
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in images]
+    for depth in range(1, max(map(len, parts)) + 1):
+        named = {"/".join(part[-depth:]): pair for part, pair in zip(parts, pairs, strict=True)}
+        if len(named) == len(pairs):
+            return named
+    raise ValueError(f"--images {' '.join(map(str, images))}: a folder is given twice")
 
 
 def _assign(
@@ -186,7 +219,9 @@ def _assign(
             elif stem.endswith(suffix):
                 image = stem.removesuffix(suffix)
             if image not in files:
-                raise BadInputError(path, "mask without an image")
+                start = max((name for name in images if stem.startswith(name)), key=len, default="")
+                hint = f"; of {start} with --suffix {stem.removeprefix(start)}" if start else ""
+                raise BadInputError(path, "mask without an image" + hint)
             if kind != "files" and files[image]:
                 raise BadInputError(path, f"duplicate: same image as {files[image][0][0]}")
             files[image].append((path, label))

@@ -4,7 +4,7 @@ import filecmp
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -26,7 +26,15 @@ from imrcnn_d2.data.prepare.splits import (
     sha256,
     splits_from_prefixes,
 )
-from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, is_empty, read_json, staged
+from imrcnn_d2.utils.files import (
+    BadInputError,
+    Rejects,
+    check_inside,
+    few,
+    is_empty,
+    read_json,
+    staged,
+)
 
 # A patient's images stay together; near-duplicates do as well; none do; as file names state.
 SPLIT_BY = ("patient", "group", "image", "prefix")
@@ -35,6 +43,7 @@ _KEPT_TOGETHER = {"patient": "patient_id", "group": "group_id"}
 _TEST_LOG = "test_evaluations.csv"  # grows in a data set with every evaluation of its test part
 _EDGES = (0, 1, 2, 5, 10, 20, 50, 100)  # share of the image in percent
 _BAR = 40
+_SHOWN = 20  # rejects
 
 
 @dataclass
@@ -120,6 +129,7 @@ def _install(
     folder.mkdir()
     kept: list[Sample] = []
     origins: dict[str, Path] = {}  # by name, and by hash of the content
+    converted: dict[str, list[Path]] = defaultdict(list)  # by mode
     for sample in samples:
         with rejects.catch():
             image = sample.image
@@ -133,8 +143,10 @@ def _install(
             install_image(image, folder, name)
             origins[name] = origins[image.sha256] = image.path
             if image.needs_conversion:
-                notes.append(f"{image.path}: {image.mode} converted to 8-bit RGB PNG")
+                converted[image.mode].append(image.path)
             kept.append(sample)
+    for mode, paths in converted.items():
+        notes.append(f"{few(paths)}: {len(paths)} images ({mode}) converted to 8-bit RGB PNG")
     return kept
 
 
@@ -153,12 +165,15 @@ def _write_splits_and_annotations(
         split_by = "image"
     coco = _coco(samples, source)
     items = _items(coco, _KEPT_TOGETHER.get(split_by))
-    gone = sorted({name for part in earlier.values() for name in part} - {i.name for i in items})
+    given = {name for part in earlier.values() for name in part}
+    gone = sorted(given - {i.name for i in items})
     if gone:
         source.notes.append(f"{len(gone)} files of the given splits are gone: {', '.join(gone)}")
 
     splits = make_splits(items, options.ratio, options.seed, earlier)
     settings = {"seed": options.seed, "split_by": split_by}
+    if given and split_by != "prefix":
+        settings["given"] = len(given) - len(gone)  # images whose split was not chosen here
     if options.folds:
         for i, fold in enumerate(make_folds(items, options.folds, options.seed)):
             fold_info = {"fold": i, "folds": options.folds, **_fold_settings(settings)}
@@ -448,9 +463,12 @@ def summarise(
         lines = [*_class_counts(coco), "", *_image_sizes(coco)]
     else:
         lines = [*_lesion_counts(coco, ratio), "", *_image_sizes(coco), "", *_lesion_sizes(coco)]
-    for title, listed in (("Notes", notes), ("Rejected", rejects)):
+    shown = [*rejects[:_SHOWN]]
+    if len(rejects) > _SHOWN:
+        shown.append(f"and {len(rejects) - _SHOWN} more: rejected.csv")
+    for title, all_, listed in (("Notes", notes, notes), ("Rejected", rejects, shown)):
         if listed:
-            lines += ["", f"{title} ({len(listed)}):", *(f"  {line}" for line in listed)]
+            lines += ["", f"{title} ({len(all_)}):", *(f"  {line}" for line in listed)]
     return "\n".join(lines)
 
 

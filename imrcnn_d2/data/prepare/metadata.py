@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from imrcnn_d2.data.formats.base import Sample, Source
 from imrcnn_d2.data.images import hide_details, list_files, read_header
 from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS
-from imrcnn_d2.utils.files import BadInputError, Rejects, plain_cell, regular_file
+from imrcnn_d2.utils.files import BadInputError, Rejects, few, plain_cell, regular_file
 
 # No leading zeros: 007 is a code. More digits than this are the number of an object as well.
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d{0,14})", re.ASCII)
@@ -245,7 +245,7 @@ def _joined(
             yield sample
     if read and table.rows and not table.used:
         reason = f"no {' and '.join(table.key)} in it is one of the data set's. It has "
-        reason += f"{_few(table.unused())}; the data set {_few(list(without))}"
+        reason += f"{few(table.unused())}; the data set {few([*without]) or 'nothing'}"
         raise BadInputError(table.path, reason)
     for problem, names in (
         (f"{_KEYS[table.key[0]]} have no row in {table.path}", list(without)),
@@ -253,11 +253,6 @@ def _joined(
     ):
         if names:
             source.notes.append(f"{len(names)} {problem}: {', '.join(names)}")
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3]) or "nothing"
-    return f"{shown}, …" if len(names) > 3 else shown
 
 
 def with_patients_from_csv(source: Source, csv_file: Path, rejects: Rejects) -> Source:

@@ -52,10 +52,10 @@ class FixedTest:
 
 
 def parse_ratio(text: str) -> tuple[int, ...]:
-    """Read train:val:test, whole numbers of which the first is positive, e.g. "12:3:5"."""
-    if not re.fullmatch(r"\d*[1-9]\d*:\d+:\d+", text, re.ASCII):
+    """Read train:val:test, whole numbers that are not all 0, e.g. "12:3:5" or "0:0:1"."""
+    if not re.fullmatch(r"\d+:\d+:\d+", text, re.ASCII) or not re.search("[1-9]", text):
         raise argparse.ArgumentTypeError(
-            f"ratio {text!r}: give train:val:test as whole numbers, e.g. 12:3:5"
+            f"ratio {text!r}: give train:val:test as whole numbers, not all 0, e.g. 12:3:5"
         )
     return tuple(map(int, text.split(":")))
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from imrcnn_d2.data.formats.base import Format, Sample, Source
 from imrcnn_d2.data.images import inspect_image
 from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.prepare.splits import largest_remainder
 from imrcnn_d2.utils.files import Rejects
+from imrcnn_d2.utils.progress import tqdm
 
 _HEALTHY = (1, 7)  # one image in eight shows no lesion, as in the paper's data
 _MAX_VIEWS = 5
