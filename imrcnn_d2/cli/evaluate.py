@@ -6,9 +6,12 @@
     imrcnn evaluate --gt test.json --dt test_dt.json --by centre --by size_mm:5,10,20 --output ...
 
 prints the metrics with their 95 % intervals, in percent but for counts and fp_per_image (n/a is
-undefined), and writes metrics.json, tables (CSV) and plots (PNG). Masks are PNGs named as their
-images: 0 is background, all else is the lesion; with several classes, 1, 2, ... are the categories
-by ascending id. They have no scores, so that metrics made of scores are undefined.
+undefined), and writes metrics.json, tables (CSV) and plots (PNG); with --images also
+contact_sheet.png, images spread from the best to the worst, and contact_sheet_worst.png.
+Images and classes of predictions.json are matched by file_name and name; a single class matches a
+single class of another name, which metrics.json states. Masks are PNGs named as their images: 0 is
+background, all else is the lesion; with several classes, 1, 2, ... are the categories by ascending
+id. They have no scores, so that metrics made of scores are undefined.
 With --recognition, the classes of whole images are scored: --dt is a list of {image_id, scores},
 the probabilities of the classes by ascending category id.
 """
@@ -17,8 +20,8 @@ import argparse
 import json
 from pathlib import Path
 
-from imrcnn_d2.cli import new_parser, one_line_errors
-from imrcnn_d2.utils.files import file_sha256, write_atomically
+from imrcnn_d2.cli import add_tau, new_parser, one_line_errors
+from imrcnn_d2.utils.files import file_sha256, regular_file, write_atomically
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,14 +38,15 @@ def score_lesions(args: argparse.Namespace) -> None:
     from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
     from imrcnn_d2.report.plots import draw_all
 
-    iou_options = {"iou_threshold": args.iou, "iou_type": args.iou_type}
+    options = {"iou_threshold": args.iou, "iou_type": args.iou_type}
+    options["ignore_extra_images"] = args.ignore_extra_images
     columns = [parse_by(text) for text in args.by]
-    point = operating_point(args, iou_options) if args.tau_from else None
+    point = operating_point(args, options) if args.tau_from else None
     bootstrap = None
     if args.resamples:
         bootstrap = Bootstrap(args.resamples, args.seed, all_coco=args.ci_all)
     resampled = {"operating_point": point, "bootstrap": bootstrap}
-    results = evaluate_lesions(args.gt, args.dt, tau=args.tau, **resampled, **iou_options)
+    results = evaluate_lesions(args.gt, args.dt, tau=args.tau, **resampled, **options)
     results = with_groups(results, columns, **resampled)
     detections = coco_results(results.detections, results.ground_truth)
     write_atomically(args.output / RESULTS, json.dumps(detections))
@@ -76,9 +80,14 @@ def score_classification(args: argparse.Namespace) -> None:
 
 def write_and_log(results, args):
     """The files of the evaluation, which is recorded next to a test set."""
-    from imrcnn_d2.evaluation.output import log_test_evaluation, write_evaluation
+    from imrcnn_d2.evaluation.output import (
+        log_test_evaluation,
+        read_prediction_info,
+        write_evaluation,
+    )
 
-    paths = write_evaluation(results, args.output, gt=args.gt, dt=args.dt, image_root=args.images)
+    sources = {"gt": args.gt, "dt": args.dt, "predictions": read_prediction_info(args.dt)}
+    paths = write_evaluation(results, args.output, **sources, image_root=args.images)
     sha256 = file_sha256(args.dt) if args.dt.is_file() else None
     log_test_evaluation(args.gt, source=args.dt, sha256=sha256, output=args.output)
     return paths.values()
@@ -101,7 +110,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recognition", action="store_true", help="score the classes of whole images"
     )
-    parser.add_argument("--tau", type=float, default=0.7, help="score threshold (0.7)")
+    add_tau(parser, default=0.7, help="score threshold (0.7)")
     parser.add_argument(
         "--tau-from",
         nargs=2,
@@ -138,24 +147,29 @@ def argument_parser() -> argparse.ArgumentParser:
         "be given several times",
     )
     parser.add_argument(
-        "--images", type=Path, help="folder that file_name is relative to, for a contact sheet"
+        "--images", type=Path, help="folder that file_name is relative to, for contact sheets"
+    )
+    parser.add_argument(
+        "--ignore-extra-images",
+        action="store_true",
+        help="leave out detections in images that --gt lacks; metrics.json lists these images",
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     return parser
 
 
-def operating_point(args, iou_options):
+def operating_point(args, options):
     """The threshold chosen on the validation set of --tau-from."""
     from imrcnn_d2.evaluation import evaluate_lesions
     from imrcnn_d2.evaluation.detection.results import choose_operating_point
 
     gt, dt = args.tau_from
-    if file_sha256(gt) == file_sha256(args.gt):
+    if file_sha256(regular_file(gt)) == file_sha256(regular_file(args.gt)):
         raise ValueError(
             f"--tau-from {gt} is the ground truth to be scored: a threshold is never chosen on a "
             "test set. Give a validation set."
         )
-    return choose_operating_point(evaluate_lesions(gt, dt, **iou_options), args.tau_rule, str(gt))
+    return choose_operating_point(evaluate_lesions(gt, dt, **options), args.tau_rule, str(gt))
 
 
 def print_lesions(results):
@@ -165,6 +179,11 @@ def print_lesions(results):
     curves = {name: groups.pop(name) for name in ("bbox", "segm")}
     print(metrics_table(curves, results.intervals), end="\n\n")
     scored = results.detections.scored
+    regions = {"segm": "masks", "bbox": "boxes"}[results.meta["iou_type"]]
+    print(
+        f"Percent, but for counts and fp_per_image; [95 % interval]; hit: {regions} of IoU ≥ "
+        f"{results.meta['iou_threshold']:g}.\n"
+    )
     print(f"Score ≥ {results.meta['tau']:g}:" if scored else "Of all masks, which have no scores:")
     print(metrics_table(groups, results.intervals), end="\n\n")
     if results.tau_val:

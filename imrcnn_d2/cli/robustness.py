@@ -11,6 +11,7 @@ fp_per_image. distortions.jpg shows an image at every severity.
 
 import argparse
 import logging
+import os
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-from imrcnn_d2.cli import new_parser, one_line_errors
+from imrcnn_d2.cli import WEIGHTS_HELP, add_tau, new_parser, one_line_errors
+from imrcnn_d2.data.catalog import check_registered, data_set_name, register_data_set
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.data.images import read_image
 from imrcnn_d2.utils.files import file_sha256, for_terminal
@@ -50,10 +52,10 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config-file", type=Path, help="as for imrcnn predict")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--weights", help="file or URL, or demo: those in the package")
+    source.add_argument("--weights", help=WEIGHTS_HELP)
     plot = "plot results that are there, as DIR or NAME=DIR, in one figure"
     source.add_argument("--plot", nargs="+", metavar="DIR", help=plot)
-    add("--dataset", help="registered data set, such as kvasir_seg_test")
+    add("--dataset", help="folder of a prepared data set, or a registered one such as egc_test")
     add("--output", required=True, type=Path, help="folder for the results")
     add(
         "--distortions",
@@ -68,7 +70,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "score from which on detections are positive (the operating point in the weights, else "
         "MODEL.IMRCNN.SCORE_THRESH)"
     )
-    add("--tau", type=float, help=tau)
+    add_tau(parser, help=tau)
     add("--batch-size", type=int, default=1, help="images that the network sees at once (1)")
     metric = "the metric that is plotted and printed (%(default)s)"
     add("--figure", default="lesion/f1", help=metric)
@@ -88,6 +90,10 @@ def evaluate(args):
     if not predictor.task.localises:
         raise ValueError(f"{args.weights}: a classifier finds no lesions")
     register_root(predictor.cfg)
+    if os.path.isdir(args.dataset):
+        register_data_set(args.dataset)
+        args.dataset = f"{data_set_name(args.dataset)}_test"
+    check_registered([args.dataset])
     DatasetCatalog.get(args.dataset)  # sets the metadata
     metadata = MetadataCatalog.get(args.dataset)
     ground_truth = load_coco(metadata.json_file)

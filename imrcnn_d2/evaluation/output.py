@@ -302,6 +302,12 @@ NAME = Kind("a text that is not empty", lambda value: type(value) is str and val
 VALUES = {str: Kind("a finite number, or two", _is_value)}
 RESAMPLES, FOLDS = _range(1, 100_000), 1000
 VERSIONS = {str: TEXT}
+# What is read of the info of a predictions.json.
+PREDICTIONS = {
+    **dict.fromkeys(("model", "backbone", "version", "runtime", "precision"), NAME),
+    **dict.fromkeys(("weights_sha256", "config_sha256"), NAME),
+    "tau": SHARE,
+}
 
 METRICS_FILE = {
     "meta": {
@@ -309,9 +315,11 @@ METRICS_FILE = {
         "dataset": NAME,
         **dict.fromkeys(("gt", "dt", "image_root"), TEXT),
         **dict.fromkeys(("gt_sha256", "checkpoint", "checkpoint_sha256"), TEXT),
+        **dict.fromkeys(("model", "backbone"), NAME),
         "scored": FLAG,
         "bootstrap": {"resamples": RESAMPLES.always(), "seed": COUNT.always(), "all_coco": FLAG},
         "versions": VERSIONS,
+        "predictions": PREDICTIONS,
     },
     **dict.fromkeys(("bbox", "segm", "lesion", "image", "patient"), VALUES),
     **dict.fromkeys(("recognition", "cancer"), VALUES),
@@ -345,12 +353,12 @@ COCO = {
     "images": [{"id": ID.always(), "file_name": TEXT, "patient_id": ID}],
     "annotations": [{"image_id": ID.always(), "category_id": ID.always()}],
     "categories": [{"id": ID.always(), "name": TEXT.always()}],
-    "info": {"description": TEXT},
+    "info": {"description": TEXT, "source": TEXT},
 }
 SPLITS = {
     "ratio": [NUMBER],
-    **dict.fromkeys(("split_by", "sha256"), TEXT),
-    **dict.fromkeys(("seed", "fold", "folds", "test_per_class"), WHOLE),
+    **dict.fromkeys(("split_by", "sha256", "fixed_from"), TEXT),
+    **dict.fromkeys(("seed", "fold", "folds", "given", "test_per_class"), WHOLE),
 }
 ROBUSTNESS = {
     "meta": {"model": NAME.always(), "dataset_sha256": TEXT, "images": COUNT, "seed": COUNT},
@@ -416,6 +424,15 @@ def read_coco_records(path: str | Path) -> dict:
     return _read(path, COCO, "images")
 
 
+def read_prediction_info(path: str | Path) -> dict | None:
+    """What a predictions.json says of its model; None of any other file or folder."""
+    content = read_json(Path(path)) if Path(path).is_file() else None
+    info = content.get("info") if isinstance(content, dict) else None
+    if not isinstance(info, dict) or "weights_sha256" not in info:
+        return None
+    return {key: info[key] for key, kind in PREDICTIONS.items() if kind.admits(info.get(key))}
+
+
 def read_split_settings(path: str | Path) -> dict:
     """The settings of the splits, a splits.json."""
     return _read(path, SPLITS)
@@ -469,7 +486,11 @@ def log_test_evaluation(
             # One write, at the end of the file: lines of evaluations at the same time stay whole.
             file.write(row if file.tell() else csv_line(LOG_COLUMNS).encode() + row)
     except OSError as error:
-        logger.warning(f"{path}: this evaluation of the test set could not be recorded ({error}).")
+        logger.warning(
+            f"The results are complete, but {path} cannot be written "
+            f"({error.strerror or error}): this evaluation is missing from the list there, which "
+            "model cards show."
+        )
 
 
 def read_test_log(gt_path: str | Path) -> list[dict[str, str]]:

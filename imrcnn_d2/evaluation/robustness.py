@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from pycocotools.coco import COCO
-from tqdm import tqdm
 
 from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES, distort, distort_mask
 from imrcnn_d2.data.images import read_image
@@ -16,6 +15,7 @@ from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.evaluation.detection.results import evaluate_lesions
 from imrcnn_d2.evaluation.output import read_robustness
 from imrcnn_d2.utils.files import csv_text, strict_json, write_atomically
+from imrcnn_d2.utils.progress import tqdm
 
 ROBUSTNESS = "robustness.json"
 CLEAN = "clean"  # the row of the images as they are, of severity 0

@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from imrcnn_d2.evaluation.detection.metrics import ResampledMetrics, is_count
+from imrcnn_d2.utils.progress import tqdm
 
 # Coverage of all intervals.
 LEVEL = 0.95
@@ -31,8 +29,9 @@ class Bootstrap:
     all_coco: bool = False  # COCO's AP, AP75, APs, APm and APl too: 40 times as long as AP50
 
     def __post_init__(self):
-        if self.resamples < 1:
-            raise ValueError(f"resamples is {self.resamples}; it must be at least 1.")
+        for name, least in (("resamples", 1), ("seed", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}.")
 
     def weights(self, num_units: int, chunk: int | None = None) -> Iterator[np.ndarray]:
         """How often each unit is sampled: yield (at most chunk, num_units) int32 rows that sum to
@@ -192,7 +191,8 @@ def mcnemar_exact(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
     is each as often the one? p is 1 where no case tells the models apart."""
     first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
     only_first, only_second = int(np.sum(first & ~second)), int(np.sum(~first & second))
-    p = mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue
+    discordant = only_first + only_second
+    p = stats.binomtest(only_first, discordant).pvalue if discordant else 1.0
     return McNemar(only_first, only_second, float(p))
 
 
@@ -232,7 +232,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     does not count as a test."""
     p_values = np.asarray(p_values, float)
     adjusted = np.full(p_values.shape, np.nan)
-    defined = np.isfinite(p_values)
-    if defined.any():
-        adjusted[defined] = multipletests(p_values[defined], method="holm")[1]
+    order = np.argsort(p_values)[: np.isfinite(p_values).sum()]  # NaN comes last
+    stepped = np.arange(len(order), 0, -1) * p_values[order]
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(stepped))
     return adjusted

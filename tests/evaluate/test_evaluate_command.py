@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from rectangles import rectangle
 
-from imrcnn_d2.cli import evaluate, report
+from imrcnn_d2.cli import agreement, evaluate, report
 from imrcnn_d2.evaluation.output import read_test_log
 
 RESULTS = "coco_instances_results.json"
@@ -150,6 +150,60 @@ def test_no_results_and_bad_ones(case, tmp_path, capsys):
             run(truth, dt, tmp_path / "out")
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def predicted(tmp_path):
+    """predictions.json as `imrcnn predict` writes it, with ids and the name of the class its own: a
+    hit in 1.png, and a false alarm in a duplicate, which the ground truth lacks."""
+    names, path = ["1.png", "2.png", "3.png", "copy.png"], tmp_path / "predictions.json"
+    images = [{"id": 70 + i, "file_name": name} for i, name in enumerate(names)]
+    detections = [region(70 + i, 0, score=0.9, category_id=5) for i in (0, 3)]
+    categories = [{"id": 5, "name": "polyp"}]
+    path.write_text(
+        json.dumps({"images": images, "categories": categories, "annotations": detections})
+    )
+    return path
+
+
+def test_an_image_that_the_ground_truth_lacks(case, predicted, tmp_path, capsys, caplog):
+    with pytest.raises(SystemExit):
+        run(case[0], predicted, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert all(text in error for text in (str(predicted), "copy.png", "--ignore-extra-images"))
+    metrics = run(case[0], predicted, tmp_path / "out", "--ignore-extra-images", "--resamples", 0)
+    assert table(metrics) == [1, 0, 1, 1]
+    notes = {"ignored_images": ["copy.png"], "matched_classes": {"polyp": "lesion"}}
+    assert notes.items() <= metrics["meta"].items()
+    assert "copy.png" in caplog.text and "'polyp'" in caplog.text
+
+
+def test_folders_in_place_of_files(case, predicted, tmp_path, capsys):
+    """The file that is meant is named."""
+    root, output = tmp_path / "polyps", tmp_path / "found"
+    for folder in (root / "annotations", output / "masks"):
+        folder.mkdir(parents=True)
+    gt = case[0].rename(root / "annotations" / "test.json")
+    dt = predicted.rename(output / "predictions.json")
+    for options, meant in (
+        ((root, dt), gt),
+        ((gt, output), dt),
+        ((root, dt, "--tau-from", gt, dt), gt),
+        ((gt, dt, "--tau-from", root, dt), gt),
+        ((root, dt, "--recognition"), gt),
+        ((gt, output, "--recognition"), None),
+        ((output / "masks", dt), output / "masks"),
+    ):
+        truth, results, *others = options
+        with pytest.raises(SystemExit) as exit_:
+            run(truth, results, tmp_path / "out", *others)
+        error = capsys.readouterr().err
+        assert exit_.value.code == 1 and error.count("\n") == 1
+        assert str(meant or "") in error and "Errno" not in error
+    with pytest.raises(SystemExit):
+        agreement.main(["--annotations", str(gt), str(root), "--output", str(tmp_path / "out")])
+    assert str(gt) in capsys.readouterr().err
 
 
 def test_by_columns(case, tmp_path, capsys):

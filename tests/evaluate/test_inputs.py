@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -129,7 +130,7 @@ def test_a_coco_dict_is_matched_by_names(dataset, region, gt):
     assert detections.regions.category.tolist() == [1, 1]
     annotations = [region(1, 0, 0, 5, 5, score=0.4)]
     for key, kind, record in (
-        *(("images", "image 1", {"file_name": "x"}), ("categories", "category 1", {"name": "y"})),
+        *(("images", "'?x'?", {"file_name": "x"}), ("categories", "'y'", {"name": "y"})),
     ):
         with pytest.raises(ValueError, match=kind):
             read_results({key: [{"id": 1, **record}], "annotations": annotations}, gt)
@@ -139,6 +140,54 @@ def test_a_coco_dict_is_matched_by_names(dataset, region, gt):
     results = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": annotations}
     with pytest.raises(ValueError, match=r"'1.png'.*\[1, 2\]"):
         read_results(results, read_ground_truth(data))
+
+
+def test_a_single_class_is_matched_whatever_its_name(dataset, region, caplog):
+    detected, one = [region(1, 0, 0, 5, 5, score=0.5, category_id=4)], read_ground_truth(dataset(1))
+    for results, notes in (
+        ({"categories": [{"id": 4, "name": "lesion"}]}, {}),
+        ({"categories": [{"id": 4, "name": "polyp"}]}, {"matched_classes": {"polyp": "lesion"}}),
+        ({}, {"matched_classes": {"4": "lesion"}}),
+        (detected, {"matched_classes": {"4": "lesion"}}),
+    ):
+        results = results if results is detected else {**results, "annotations": detected}
+        caplog.clear()
+        detections = read_results(results, one)
+        assert detections.regions.category.tolist() == [0] and detections.notes == notes
+        assert ("'lesion'" in caplog.text) == bool(notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "predicted"), [("a", "xy"), ("ab", "x"), ("ab", "ax"), ("abc", "abx")]
+)
+def test_several_classes_are_matched_by_name_alone(dataset, region, names, predicted):
+    """Both sides' names are given where one does not match, even if the ids do."""
+    gt = read_ground_truth(dataset(1, classes=tuple(names)))
+    categories = [{"id": i, "name": name} for i, name in enumerate(predicted, 1)]
+    detected = [region(1, 0, 0, 5, 5, score=0.5, category_id=len(predicted))]
+    with pytest.raises(BadInputError) as error:
+        read_results({"categories": categories, "annotations": detected}, gt, "dt.json")
+    assert error.value.file == "dt.json" and "--classes" in error.value.reason
+    for text in (", ".join(names), ", ".join(predicted)):
+        assert text in error.value.reason
+
+
+def test_images_that_one_side_lacks(dataset, region, caplog):
+    gt = read_ground_truth(dataset(3))
+    images = [{"id": 7, "file_name": "1.png"}, {"id": 8, "file_name": "sub/1.png"}]
+    images.append({"id": 9, "file_name": "3.png"})
+    detected = [region(i, 0, 0, 5, 5, score=0.5) for i in (8, 7)]
+    results = {"images": images, "annotations": detected}
+    with pytest.raises(BadInputError, match="sub/1.png"):  # not taken for 1.png, which is there
+        read_results(results, gt)
+    detections = read_results(results, gt, ignore_extra_images=True)
+    assert detections.regions.image.tolist() == [0]
+    notes = {"ignored_images": ["sub/1.png"], "missing_images": ["2.png"]}
+    assert detections.notes == notes and "sub/1.png" in caplog.text and "2.png" in caplog.text
+    assert read_results([region(1, 0, 0, 5, 5, score=0.5)], gt).notes == {}
+    foreign = {"images": [{"id": 7, "file_name": "x.png"}], "annotations": detected[1:]}
+    with pytest.raises(BadInputError, match="x.png"):  # a wrong file, not an image too many
+        read_results(foreign, gt, ignore_extra_images=True)
 
 
 @pytest.mark.parametrize(
@@ -588,16 +637,23 @@ def test_each_evaluation_of_a_test_set_is_a_line(root, tmp_path):
     assert before <= date <= datetime.now(timezone.utc)
 
 
-@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
-def test_what_cannot_be_written_to_is_warned_of(root, caplog, kind):
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe", "of another user"])
+def test_what_cannot_be_written_to_is_warned_of(root, caplog, monkeypatch, kind):
     gt, log = root / "annotations" / "test.json", root / "test_evaluations.csv"
     if kind == "folder":
         log.mkdir()  # also root cannot append to a folder
     elif kind == "link":  # as a data set from elsewhere may hold one, to any file
         log.symlink_to(root / "splits.json")
-    else:
+    elif kind == "pipe":
         os.mkfifo(log)
+    else:  # of another user; root may write there
+
+        def refuse(path, *args):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+        monkeypatch.setattr(os, "open", refuse)
     log_test_evaluation(gt, source="x", sha256="y", output="z")
+    monkeypatch.undo()
     assert (root / "splits.json").read_text() == "{}"
-    assert str(log) in caplog.text
+    assert str(log) in caplog.text and "Errno" not in caplog.text
     assert caplog.records[0].levelname == "WARNING"

@@ -36,7 +36,8 @@ def weights(kvasir_original, tmp_path, monkeypatch):
     cfg = load_config("configs/imrcnn_lite.yaml", ["DATASETS.ROOT", "kvasir_seg", *OPTS])
     (tmp_path / "config.yaml").write_text(cfg.dump())
     torch.manual_seed(0)
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+    state = {"model": build_model(cfg).state_dict(), "neck_form": "panet"}
+    torch.save(state, tmp_path / "model.pth")
     rejects, options = Rejects(), SplitOptions(ratio=(0, 0, 1))
     source = read_kvasir_seg(kvasir_original, rejects)
     prepare_dataset(source, tmp_path / "sets" / "kvasir_seg", options, rejects)
@@ -65,6 +66,11 @@ def test_evaluate_and_plot(weights, tmp_path, capsys):
     gt = tmp_path / "sets" / "kvasir_seg" / "annotations" / "test.json"
     assert [entry["output"] for entry in read_test_log(gt)] == [str(out)]
 
+    folder = ["--weights", weights, "--dataset", tmp_path / "sets" / "kvasir_seg"]
+    run(*folder, "--num-images", 1, "--distortions", "jpeg", "--output", tmp_path / "by_folder")
+    document = json.loads((tmp_path / "by_folder" / "robustness.json").read_text())
+    assert document["meta"]["dataset"] == "kvasir_seg_test"
+
     run("--plot", f"A={out}", f"B={out}", "--output", tmp_path / "both", "--figure", "image/miou")
     assert (tmp_path / "both" / "robustness.png").stat().st_size
     assert "B: image/miou" in capsys.readouterr().out
@@ -79,6 +85,15 @@ def test_evaluate_and_plot(weights, tmp_path, capsys):
         with pytest.raises(SystemExit):
             run(*arguments)
         assert message in capsys.readouterr().err
+
+
+def test_an_unknown_data_set_and_absent_weights_are_one_line(weights, tmp_path, capsys):
+    for named, data in ((weights, "kvasr_seg_test"), (tmp_path / "none.pth", "kvasir_seg_test")):
+        with pytest.raises(SystemExit, match="^1$"):
+            run("--weights", named, "--dataset", data, "--output", tmp_path / "out")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert (data if named == weights else str(named)) in line
+        assert "kvasir_seg_test" in line or named != weights, "the similar name"
 
 
 def test_lesions_that_are_cut(dataset, tmp_path, monkeypatch):

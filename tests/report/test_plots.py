@@ -1,6 +1,7 @@
 """Plots: curves, matrices, contours, contact sheets."""
 
 import json
+import re
 
 import cv2
 import numpy as np
@@ -81,7 +82,9 @@ def test_all_plots_of_a_detector(scores, tmp_path):
     for i in (1, 2):
         Image.new("RGB", (50, 40)).save(tmp_path / f"{i}.png")
     paths = plots.draw_all(with_groups(results, [By("centre")]), tmp_path, tmp_path)
-    assert [path.stem for path in paths] == [*expected, "by_centre", "contact_sheet"]
+    assert [path.stem for path in paths] == [
+        *(*expected, "by_centre", "contact_sheet", "contact_sheet_worst")
+    ]
 
 
 def test_confusion_matrix(tmp_path):
@@ -162,8 +165,21 @@ def test_choice_of_images_over_several_models():
     nan, counts = np.nan, [((0, 90), (0, 80)), ((1, 90), (1, 90)), ((0, np.nan), (0, np.nan))]
     counts += [((2, 90), (0, 50)), ((0, 10), (0, nan))]
     rows = [[{"FP": fp, "FN": 0, "union_iou": iou} for fp, iou in models] for models in counts]
+    assert plots.images.rank_images(rows) == [3, 1, 4, 0, 2]
     for most, chosen in ((9, [3, 1, 4, 0, 2]), (2, [3, 1]), (4, [3, 1, 4, 2])):
         assert plots.images.choose_images(rows, most) == chosen
+
+
+def test_typical_images_are_spread_over_all():
+    """Each stands for an equal share of the images; the median is first, the extremes are last."""
+    for total, number in ((0, 12), (1, 12), (5, 12), (60, 12), (100, 7), (1000, 12)):
+        ranked = list(range(total))
+        chosen = plots.images.choose_typical(ranked, number)
+        assert len(set(chosen)) == len(chosen) == min(total, number)
+        shares = [int(rank * len(chosen) / total) for rank in sorted(chosen)]
+        assert shares == list(range(len(chosen)))
+        distances = [abs(rank - (total - 1) / 2) for rank in chosen]
+        assert distances == sorted(distances)
 
 
 SIZE = (60, 60)
@@ -177,26 +193,26 @@ def square(image_id, x, y, size=20, **fields):
 def sheet(tmp_path):
     """A function that plots a contact sheet of COCO data, at a threshold of 0.7, and its tiles."""
 
-    def do(number, annotations, results, name="{}.png", **options):
+    def do(number, annotations, results, name="{}.png", worst=False, max_images=12, **options):
         data = coco(number, annotations, SIZE)
         for image in data["images"]:
             image["file_name"] = name.format(image["id"])
             Image.new("RGB", SIZE, (120, 120, 120)).save(tmp_path / image["file_name"])
-        scored, path = evaluate_lesions(data, results), tmp_path / "sheet.png"
-        figure = plots.images.plot_contact_sheet(scored, tmp_path, path, **options)
+        scored, path = evaluate_lesions(data, results, **options), tmp_path / "sheet.png"
+        shown = {"worst": worst, "max_images": max_images}
+        figure = plots.images.plot_contact_sheet(scored, tmp_path, path, **shown)
         return figure, [axes for axes in figure.axes if axes.images]
 
     return do
 
 
 def contours(axes):
-    """(left, top, right, bottom) of the lines in a tile, by kind."""
-    kinds = {to_rgb(line["color"]): kind for kind, line in plots.images.CONTOURS.items()}
+    """(left, top, right, bottom) of the regions in a tile, by kind."""
     boxes = {}
     for line in axes.lines:
         xy = line.get_xydata()
-        box = (*xy.min(axis=0).tolist(), *xy.max(axis=0).tolist())
-        boxes.setdefault(kinds[to_rgb(line.get_color())], []).append(box)
+        box = (*np.nanmin(xy, axis=0).tolist(), *np.nanmax(xy, axis=0).tolist())
+        boxes.setdefault(line.get_label(), []).append(box)
     return boxes
 
 
@@ -212,29 +228,126 @@ def test_four_kinds_of_contours_where_they_belong(sheet, tmp_path):
         "hit": [(2, 0, 21, 19)],
         "false alarm": [(30, 30, 49, 49)],
     }
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(plots.images.CONTOURS)
-    for key in ("color", "linestyle"):
-        assert len({line[key] for line in plots.images.CONTOURS.values()}) == 4
-    # 360 of 400 pixels are in common, 40 more the detection's alone; all else adds to the union.
-    expected = 100 * 360 / (20 * 20 * 2 + 40 + 400)
-    assert tile.get_title() == f"1.png\nscore 0.90 · IoU {expected:.0f} %"
+    styles = plots.images.CONTOUR_STYLES
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(styles)
+    colours = {kind: style["color"] for kind, style in styles.items()}
+    assert colours["ground truth"] == colours["missed lesion"]
+    assert colours["hit"] == colours["false alarm"] != colours["ground truth"]
+    errors = {kind for kind, style in styles.items() if style["linestyle"] != "-"}
+    assert errors == {"missed lesion", "false alarm"}
+    # 18 of 22 columns are in common
+    expected = 100 * 18 / 22
+    assert tile.get_title() == f"1.png\nIoU {expected:.0f} % · 1 missed · 1 false alarm"
+    assert sorted(text.get_text() for text in tile.texts) == ["0.80", "0.90"]
     with Image.open(tmp_path / "sheet.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
-    for line in plots.images.CONTOURS.values():
-        distance = np.abs(pixels - 255 * np.array(to_rgb(line["color"]))).max(axis=2)
+    for colour in colours.values():
+        distance = np.abs(pixels - 255 * np.array(to_rgb(colour))).max(axis=2)
         assert (distance < 12).sum() > 50
+
+
+@pytest.mark.parametrize("iou_type", ["segm", "bbox"])
+@pytest.mark.parametrize("iou", [0.5, 0.8, 1.0])
+def test_sheets_have_the_hits_of_the_metrics(sheet, iou, iou_type):
+    """L-shaped masks overlap by less than their boxes do."""
+    lesions, results = [], []
+    for i in range(1, 7):
+        lesions += [square(i, 0, 0), square(i, 30, 30)]
+        results += [square(i, i, 0, score=0.9), square(i, 30, 30, 18, score=0.8)]
+        mask = np.zeros(SIZE, np.uint8, order="F")
+        mask[30 : 40 + i, 30:50] = mask[30:50, 30:32] = 1
+        rle = mask_util.encode(mask)
+        results[-1] |= {"segmentation": {**rle, "counts": rle["counts"].decode()}}
+        results[-1]["bbox"] = [30, 30, 20, 20]
+    options = {"iou_threshold": iou, "iou_type": iou_type}
+    expected = evaluate_lesions(coco(6, lesions, SIZE), results, **options).lesion
+    for worst in (False, True):
+        figure, tiles = sheet(6, lesions, results, worst=worst, **options)
+        shown = [kind for tile in tiles for kind, boxes in contours(tile).items() for _ in boxes]
+        assert shown.count("hit") == shown.count("ground truth") == expected["TP"]
+        assert shown.count("missed lesion") == expected["FN"]
+        assert shown.count("false alarm") == expected["FP"]
+        titles = " ".join(tile.get_title() for tile in tiles)
+        assert sum(map(int, re.findall(r"(\d+) missed", titles))) == expected["FN"]
+        assert sum(map(int, re.findall(r"(\d+) false alarm", titles))) == expected["FP"]
+        assert f"≥ {iou:g}" in figure.texts[0].get_text()
+
+
+def test_lines_around_tiny_lesions_are_solid_and_thin(sheet):
+    """Of dashes as wide as the lesion only a propeller would be seen."""
+    lesions, results = [square(1, 0, 0), square(1, 50, 50, 2)], [square(1, 55, 5, 1, score=0.9)]
+    (tile,) = sheet(1, lesions, results)[1]
+    large, missed, alarm = sorted(tile.lines, key=lambda line: -len(line.get_xdata()))
+    assert large.is_dashed() and not missed.is_dashed() and not alarm.is_dashed()
+    assert missed.get_linewidth() < large.get_linewidth()
+
+
+@pytest.mark.parametrize("shapes", [[(40, 60)] * 8, [(60, 60), (40, 90), (90, 80), (50, 60)] * 2])
+def test_rows_fill_the_sheet(tmp_path, shapes):
+    """Whatever the images' shapes, white is left for titles and legend alone."""
+    for i, (height, width) in enumerate(shapes):
+        Image.new("RGB", (width, height), (90, 60, 50)).save(tmp_path / f"{i}.png")
+    tiles = [(tmp_path, f"{i}.png", "") for i in range(len(shapes))]
+    figure, grid = plots.images.tile_sheet("", tiles, plots.images.CONTOUR_STYLES)
+    plots.style.save_figure(figure, tmp_path / "sheet.png")
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+    rows = [grid[:4], grid[4:]]
+    for row in rows:
+        boxes = [axes.get_position() for axes in row]
+        assert len({round(box.y0, 6) for box in boxes}) == 1
+        assert len({round(box.height, 6) for box in boxes}) == 1
+        y = round((1 - (boxes[0].y0 + boxes[0].y1) / 2) * len(pixels))
+        assert (pixels[y] > 250).mean() < 0.06
+
+
+EXTREMES = {
+    "no image": (0, SIZE, [], []),
+    "no lesion": (2, SIZE, [], []),
+    "no detection": (1, SIZE, [square(1, 0, 0)], []),
+    "one pixel": (1, SIZE, [square(1, 0, 0, 1)], [square(1, 59, 59, 1, score=1.0)]),
+    "an empty mask": (1, SIZE, [square(1, 0, 0, 0)], [square(1, 0, 0, 0, score=1.0)]),
+    "all": (1, SIZE, [square(1, 0, 0, 60)], [square(1, 0, 0, 60, score=1.0)]),
+    "a line": (2, (3, 2000), [], []),
+    "a column": (2, (2000, 3), [], []),
+    "a dot": (5, (1, 1), [], []),
+}
+
+
+@pytest.mark.parametrize("case", EXTREMES)
+def test_extremes_are_plotted(tmp_path, case):
+    number, size, lesions, results = EXTREMES[case]
+    for i in range(1, number + 1):
+        Image.new("RGB", size[::-1]).save(tmp_path / f"{i}.png")
+    if number and size != SIZE:
+        lesions = [rectangle(1, 0, 0, 1, 1, size=size)]
+        results = [rectangle(1, size[1] - 1, size[0] - 1, 1, 1, size=size, score=0.9)]
+    scored = evaluate_lesions(coco(number, lesions, size), results)
+    for worst in (False, True):
+        path = tmp_path / f"sheet{worst}.png"
+        plots.images.plot_contact_sheet(scored, tmp_path, path, worst=worst)
+        with Image.open(path) as image:
+            assert image.width == 1440 and image.height < 1500
 
 
 def test_boxes_alone(sheet):
     lesions, results = [square(1, 0, 0), square(2, 0, 0)], [square(1, 0, 0, score=0.9)]
     for record in (*lesions, *results):
         del record["segmentation"]
-    missed, hit = sheet(2, lesions, results)[1]  # the worst first
-    assert missed.get_title() == "2.png\nscore 0.00 · missed"
-    assert hit.get_title() == "1.png\nscore 0.90 · box IoU 100 %"
+    missed, hit = sheet(2, lesions, results, worst=True)[1]
+    assert missed.get_title() == "2.png\n1 missed"
+    assert hit.get_title() == "1.png\nbox IoU 100 %"
     assert contours(hit)["hit"] == [(-0.5, -0.5, 19.5, 19.5)]
-    (missed,) = sheet(2, lesions, results, max_images=1)[1]
+    (missed,) = sheet(2, lesions, results, worst=True, max_images=1)[1]
     assert missed.get_title().startswith("2.png")
+
+
+def test_several_classes_are_named(tmp_path):
+    data = coco(1, [square(1, 0, 0), square(1, 30, 0, category_id=2)], SIZE)
+    data["categories"].append({"id": 2, "name": "ulcer"})
+    Image.new("RGB", SIZE).save(tmp_path / "1.png")
+    scored = evaluate_lesions(data, [square(1, 0, 0, score=0.9)])
+    figure = plots.images.plot_contact_sheet(scored, tmp_path, tmp_path / "sheet.png")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["ulcer", "polyp 0.90"]
 
 
 def test_titles_and_images_that_are_not_there(sheet, tmp_path):
@@ -242,8 +355,9 @@ def test_titles_and_images_that_are_not_there(sheet, tmp_path):
     figure, (tile,) = sheet(1, [], [], name)
     first, second = tile.get_title().split("\n")
     assert len(first) == 30 and first.startswith("a_very_lon") and first.endswith("title.png")
-    assert second == "no lesion · score 0.00"
-    assert figure.get_suptitle() == "1 of 1 images, worst first; detections with score ≥ 0.7"
+    assert second == "no lesion"
+    assert figure.texts[0].get_text().startswith("1 of 1 images, ")
+    assert "score ≥ 0.7" in figure.texts[0].get_text()
     assert not sheet(0, [], [])[1]
     scored = evaluate_lesions(coco(1, [], SIZE), [])
     with pytest.raises(FileNotFoundError, match="1.png"):
@@ -333,7 +447,7 @@ def test_grad_cam_is_next_to_the_evaluation_or_there_is_a_hint(evaluated, monkey
     with monkeypatch.context() as patch, caplog.at_level("INFO"):
         patch.setattr("imrcnn_d2.report.plots.images.find_spec", lambda name: None)
         plots.plot_test_grad_cams(cfg, model)
-    assert "pip install grad-cam" in caplog.text
+    assert "imrcnn-d2[gradcam]" in caplog.text
     pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
     cfg.INPUT.SIZE = 224
     plots.plot_test_grad_cams(cfg, ImageClassifier("vit_tiny_patch16_224", 3))

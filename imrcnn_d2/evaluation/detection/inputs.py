@@ -8,18 +8,19 @@ import logging
 import math
 import reprlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
-from tqdm import tqdm
 
 from imrcnn_d2.data.formats.coco import FARTHEST, NUMBER, check_records, is_box, to_rles
 from imrcnn_d2.data.images import read_values
 from imrcnn_d2.data.masks import check_size
-from imrcnn_d2.utils.files import BadInputError, read_json
+from imrcnn_d2.utils.files import BadInputError, few, file_in, read_json
+from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ class Detections:
     regions: Regions
     score: np.ndarray  # (N,) float, finite and not negative
     scored: bool = True
+    # What was assumed in reading, for ``meta``: matched_classes, ignored_images, missing_images.
+    notes: Mapping[str, dict | list] = field(default_factory=dict)
 
 
 def check_tau(tau: float) -> float:
@@ -145,14 +148,19 @@ def read_ground_truth(gt, source: str | Path | None = None) -> GroundTruth:
     return GroundTruth(images, categories, regions, fields, crowd, area)
 
 
-def read_results(results, gt: GroundTruth, source: str | Path | None = None) -> Detections:
+def read_results(
+    results, gt: GroundTruth, source: str | Path | None = None, ignore_extra_images: bool = False
+) -> Detections:
     """Read a COCO results list (``image_id``, ``category_id``, ``score`` and ``bbox``,
     ``segmentation`` or both), or a COCO dict whose ``annotations`` carry a ``score``, as ``imrcnn
     predict`` writes, or a JSON file of either. The dict's images and categories are matched with
     those of the ground truth by ``file_name`` and ``name``, since its ids may have been given
-    independently. Or read a folder of masks, see :func:`read_predicted_masks`. Where every
-    ``score`` is null, as :func:`coco_results` has it for such a folder, the results have no scores.
-    Detections are returned as they are. ``source`` names them in errors, by default as the file.
+    independently, and so are the images of a list whose records all have a ``file_name``; a single
+    class is matched with a single class whatever the names. Or read a folder of masks, see
+    :func:`read_predicted_masks`. Where every ``score`` is null, as :func:`coco_results` has it for
+    such a folder, the results have no scores. Detections are returned as they are. ``source`` names
+    them in errors, by default as the file; images that the ground truth lacks are an error unless
+    ``ignore_extra_images`` leaves them out.
 
     Raises:
         BadInputError: as of :func:`read_ground_truth`, and for a score that is missing, NaN,
@@ -163,14 +171,23 @@ def read_results(results, gt: GroundTruth, source: str | Path | None = None) -> 
     source = source or (results if isinstance(results, str | Path) else "the results")
     is_folder = isinstance(results, str | Path) and Path(results).is_dir()
     results = read_predicted_masks(results, gt) if is_folder else _load(results)
-    if isinstance(results, dict):
-        if "annotations" not in results:
-            raise BadInputError(source, "has no 'annotations': give a COCO results list")
-        for key, needed in (("images", ("id",)), ("categories", ("id",)), ("annotations", _IDS)):
-            if key in results:
-                check_records(results[key], key, source, needed, {"file_name": str})
-        results = _with_ids_of(gt, results)
-    check_records(results, "results", source, _IDS)
+    key = "annotations" if isinstance(results, dict) else "results"
+    listed = results if isinstance(results, dict) else {"annotations": results}
+    if "annotations" not in listed:
+        raise BadInputError(source, "has no 'annotations': give a COCO results list")
+    check_records(listed["annotations"], key, source, _IDS, {"file_name": str})
+    if key == "results" and results and all("file_name" in result for result in results):
+        names = {result["image_id"]: result["file_name"] for result in results}
+        listed["images"] = [{"id": id_, "file_name": name} for id_, name in names.items()]
+    for name in ("images", "categories"):
+        check_records(listed.get(name, []), name, source, ("id",), {"file_name": str})
+    category_ids, notes = _category_ids(gt, listed, key, source)
+    image_ids, image_notes = _image_ids(gt, listed, key, source, ignore_extra_images)
+    results = [
+        {**r, "image_id": image_ids[r["image_id"]], "category_id": category_ids[r["category_id"]]}
+        for r in listed["annotations"]
+        if r["image_id"] in image_ids
+    ]
     unscored = is_folder or bool(results) and all(r.get("score", 0) is None for r in results)
     for number, result in enumerate([] if unscored else results):
         score = result.get("score")
@@ -181,7 +198,7 @@ def read_results(results, gt: GroundTruth, source: str | Path | None = None) -> 
             )
     results, regions = _read_regions(results, "results", gt.images, gt.categories, source)
     score = np.array([1 if unscored else result["score"] for result in results], float)
-    return Detections(regions, score, scored=not unscored)
+    return Detections(regions, score, not unscored, {**notes, **image_notes})
 
 
 def _load(source):
@@ -202,30 +219,76 @@ def by_id(records: list[dict], key: str, source: str | Path) -> list[dict]:
     return records
 
 
-def _with_ids_of(gt, results):
-    """The annotations of a COCO dict with the ground truth's image and category ids. Records are
-    paired by ``file_name`` (without folders if need be) and ``name``; ids of records without a
-    name, or not listed, stay as they are."""
-    images, categories = results.get("images", ()), results.get("categories", ())
-    image_ids = _translation(images, gt.images, "file_name", "image")
-    if None in image_ids.values():  # written with or without folders
-        image_ids = _translation(
-            images, gt.images, "file_name", "image", lambda name: PurePosixPath(name).name
+def _category_ids(gt, results, key, source):
+    """{category id in a COCO dict: id in the ground truth}, by ``name``; ids without a name stay as
+    they are. And a note where a single class has another name than that of the ground truth."""
+    categories, records = results.get("categories", []), results["annotations"]
+    names = {category["id"]: category.get("name", category["id"]) for category in categories}
+    for record in records:
+        names.setdefault(record["category_id"], record["category_id"])
+    ids = {id_: id_ for id_ in names} | _translation(categories, gt.categories, "name", "category")
+    known = {category["id"]: category["name"] for category in gt.categories}
+    unknown = [n for n, record in enumerate(records) if ids[record["category_id"]] not in known]
+    if not unknown:
+        return ids, {}
+    id_ = records[unknown[0]]["category_id"]
+    if len(names) == len(known) == 1:
+        ((truth_id, truth),) = known.items()
+        logger.warning(
+            f"{source}: its class {names[id_]!r} is taken for {truth!r}, the only one of the "
+            "ground truth."
         )
-    category_ids = _translation(categories, gt.categories, "name", "category")
-    translated = []
-    for annotation in results["annotations"]:
-        ids = {}
-        for kind, known in (("image", image_ids), ("category", category_ids)):
-            id_ = annotation[f"{kind}_id"]
-            ids[f"{kind}_id"] = known.get(id_, id_)
-            if ids[f"{kind}_id"] is None:
-                raise ValueError(
-                    f"The results are for {kind} {id_}, but no {kind} of the ground truth has its "
-                    "name: score them on the data they are for."
-                )
-        translated.append({**annotation, **ids})
-    return translated
+        return {id_: truth_id}, {"matched_classes": {str(names[id_]): truth}}
+    predicted, annotated = (few([*classes.values()], 20) for classes in (names, known))
+    raise BadInputError(
+        source,
+        f"{key}[{unknown[0]}] has the category_id {id_!r}, {names[id_]!r}: its classes are "
+        f"{predicted}, those of the ground truth {annotated}. Give both the same names, of masks "
+        "by imrcnn prepare-dataset --classes.",
+    )
+
+
+def _image_ids(gt, results, key, source, ignore_extra):
+    """{image id in a COCO dict: id in the ground truth}, by ``file_name``, without folders if need
+    be; ids without a name stay as they are. And notes of the images that one of both lacks."""
+    images, records, notes = results.get("images", []), results["annotations"], {}
+    names = {image["id"]: image.get("file_name", image["id"]) for image in images}
+    for record in records:
+        names.setdefault(record["image_id"], record["image_id"])
+    ids = {id_: id_ for id_ in names} | _translation(images, gt.images, "file_name", "image")
+    rest = [image for image in images if ids[image["id"]] is None]
+    if rest:  # written with or without folders
+        paired = set(ids.values())
+        free = [image for image in gt.images if image["id"] not in paired]
+        ids |= _translation(rest, free, "file_name", "image", lambda n: PurePosixPath(n).name)
+    known = {image["id"]: image.get("file_name", image["id"]) for image in gt.images}
+    extra = {id_: name for id_, name in names.items() if ids[id_] not in known}
+    is_foreign = len(extra) == len(names)
+    for number, record in enumerate(records):
+        id_ = record["image_id"]
+        if id_ in extra and (is_foreign or not ignore_extra):
+            remedy = "leave such images out (--ignore-extra-images)"
+            raise BadInputError(
+                source,
+                f"{key}[{number}] has the image_id {id_!r} ({extra[id_]}), not in the ground "
+                f"truth, which lacks {len(extra)} of {len(names)} images: "
+                f"{'score them on the data that they are of' if is_foreign else remedy}.",
+            )
+    if extra and ignore_extra:
+        notes["ignored_images"] = list(extra.values())
+        logger.warning(
+            f"{source}: {len(extra)} images that the ground truth lacks are left out: "
+            f"{few(notes['ignored_images'], 5)}."
+        )
+    paired = set(ids.values())
+    missing = [name for id_, name in known.items() if id_ not in paired]
+    if key == "annotations" and images and missing:  # a list names no image without detections
+        notes["missing_images"] = missing
+        logger.warning(
+            f"{source} lacks {len(missing)} of {len(known)} images of the ground truth, which are "
+            f"taken as images without a detection: {few(missing, 5)}."
+        )
+    return {id_: ids[id_] for id_ in names if id_ not in extra}, notes
 
 
 def _translation(records, targets, field, kind, simplify=lambda name: name):
@@ -250,13 +313,13 @@ def _translation(records, targets, field, kind, simplify=lambda name: name):
 def _read_regions(records, key, images, categories, source):
     """The records as (records by image, Regions)."""
     columns = []
-    for field, items in (("image_id", images), ("category_id", categories)):
+    for id_field, items in (("image_id", images), ("category_id", categories)):
         known = {item["id"]: position for position, item in enumerate(items)}
-        column = [known.get(record[field], -1) for record in records]
+        column = [known.get(record[id_field], -1) for record in records]
         if -1 in column:
             number = column.index(-1)
-            value = records[number][field]
-            reason = f"{key}[{number}] has the {field} {value!r}, not in the ground truth"
+            value = records[number][id_field]
+            reason = f"{key}[{number}] has the {id_field} {value!r}, not in the ground truth"
             raise BadInputError(source, reason)
         columns.append(np.array(column, dtype=np.int64))
     order = np.argsort(columns[0], kind="stable")
@@ -360,7 +423,9 @@ def _pairs(folder, images):
     """[(image record, path of its mask)]."""
     by_stem = {path.stem: path for path in folder.iterdir() if path.suffix.lower() == ".png"}
     if not by_stem:
-        raise ValueError(f"{folder} holds no PNG file: give the folder that the masks lie in.")
+        raise BadInputError(
+            folder, f"holds no PNG file: give the folder of masks, or {file_in(folder)}"
+        )
     pairs, missing = {}, []
     for image in images:
         if "file_name" not in image:
@@ -376,17 +441,12 @@ def _pairs(folder, images):
     spare = sorted(by_stem[stem].name for stem in set(by_stem) - set(pairs))
     if missing:
         raise ValueError(
-            f"{folder} lacks the masks of {len(missing)} of {len(images)} images: {_some(missing)}"
-            f"{f' (but has {_some(spare)})' if spare else ''}; without a detection they are empty."
+            f"{folder} lacks the masks of {len(missing)} of {len(images)} images: {few(missing, 5)}"
+            f"{f' (but has {few(spare, 5)})' if spare else ''}; without a detection they are empty."
         )
     if spare:
-        raise ValueError(f"{folder} has {len(spare)} masks of no image: take out {_some(spare)}.")
+        raise ValueError(f"{folder} has {len(spare)} masks of no image: take out {few(spare, 5)}.")
     return list(pairs.values())
-
-
-def _some(names, number=5):
-    more = len(names) - number
-    return ", ".join(map(str, names[:number])) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_mask(mask, path, image, categories):
@@ -396,7 +456,7 @@ def _check_mask(mask, path, image, categories):
     values = np.unique(mask[mask != 0]).tolist()
     if len(categories) == 1 and len(values) > 1:
         raise ValueError(
-            f"{path} has the values {_some(values)} besides 0, but there is one class: save the "
+            f"{path} has the values {few(values, 5)} besides 0, but there is one class: save the "
             "mask as 0 and 255, not as probabilities or a JPEG's greys."
         )
     if len(categories) > 1 and values and values[-1] > len(categories):

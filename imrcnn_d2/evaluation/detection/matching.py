@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 import pycocotools.mask as mask_util
-from tqdm import tqdm
 
 from imrcnn_d2.evaluation.detection.inputs import MAX_DETECTIONS, Detections, GroundTruth
+from imrcnn_d2.utils.progress import tqdm
 
 
 @dataclass(frozen=True, eq=False)

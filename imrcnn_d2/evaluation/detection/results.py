@@ -316,6 +316,7 @@ def evaluate_lesions(
     iou_threshold: float = 0.5,
     iou_type: str = "segm",
     bootstrap: Bootstrap | None = None,
+    ignore_extra_images: bool = False,
 ) -> LesionResults:
     """Compute every metric for a data set and a model's detections in it.
 
@@ -335,6 +336,7 @@ def evaluate_lesions(
             or the results have boxes only, boxes are used and a warning is logged; iou, iou_all,
             dice, miou and mdice, which are always of masks, are then NaN.
         bootstrap: how to resample for ``intervals``; None for none.
+        ignore_extra_images: leave out detections in images that the ground truth lacks.
 
     Raises:
         ValueError: on bad input, naming the record and the reason.
@@ -346,7 +348,7 @@ def evaluate_lesions(
     if operating_point is not None:
         thresholds["tau_val."] = check_tau(operating_point.tau)
     gt = read_ground_truth(gt)
-    detections = read_results(results, gt)
+    detections = read_results(results, gt, ignore_extra_images=ignore_extra_images)
     has_masks = gt.regions.masks is not None and detections.regions.masks is not None
     if iou_type == "segm" and not has_masks:
         side = "ground truth" if gt.regions.masks is None else "results"
@@ -396,6 +398,7 @@ def evaluate_lesions(
             "detections": len(detections.regions),
             "scored": detections.scored,
             "classes": [category["name"] for category in gt.categories],
+            **detections.notes,
             **metrics.settings(bootstrap),
         },
         counter=counter,

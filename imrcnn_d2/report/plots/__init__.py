@@ -30,11 +30,11 @@ def draw_all(
     image_root: str | Path | None = None,
 ) -> list[Path]:
     """Draw all plots of an evaluation as PNG: those of its task, and ``by_COLUMN`` for each column
-    that the results are grouped by. The contact sheet needs ``image_root``, the folder that
-    ``file_name`` is relative to; curves need scores.
+    that the results are grouped by. Contact sheets, of typical images and of the worst, need
+    ``image_root``, the folder that ``file_name`` is relative to; curves need scores.
 
     Raises:
-        FileNotFoundError: an image of the contact sheet does not exist.
+        FileNotFoundError: an image of a contact sheet does not exist.
     """
     paths = []
 
@@ -48,6 +48,7 @@ def draw_all(
         curves.plot_groups(results, column, path(f"by_{re.sub('[^A-Za-z0-9.-]', '_', column)}"))
     if image_root is not None and detector:
         images.plot_contact_sheet(results, image_root, path("contact_sheet"))
+        images.plot_contact_sheet(results, image_root, path("contact_sheet_worst"), worst=True)
     return paths
 
 

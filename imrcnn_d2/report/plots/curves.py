@@ -268,7 +268,7 @@ def plot_thresholds(
             if not any(len(line.get_xdata()) for line in panels[i].lines):
                 panels[i].text(0.5, 50, "undefined", ha="center", va="center", color="0.4")
     for axes in dict.fromkeys(panels):
-        axes.axvline(tau, color="0.55", linewidth=0.9, zorder=1, label=f"threshold {tau:g}")
+        axes.axvline(tau, color="0.55", linewidth=0.9, zorder=1, label=f"threshold {tau:.3g}")
         axes.set(xlim=(0, 1), ylim=(-1, 101))
         tidy(axes)
     figure.supxlabel("Score threshold", fontsize=10)

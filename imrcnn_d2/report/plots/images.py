@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES, distort
 from imrcnn_d2.data.images import image_inside, list_files, open_image, read_image
@@ -24,37 +23,35 @@ from imrcnn_d2.data.mapper import ClassificationMapper
 from imrcnn_d2.evaluation import LesionResults
 from imrcnn_d2.evaluation.detection.inputs import Regions
 from imrcnn_d2.modeling.classifier import ImageClassifier, grad_cam
-from imrcnn_d2.report.plots.style import GREEN, PURPLE, SKY, VERMILION, YELLOW, save_figure
-from imrcnn_d2.utils.files import read_rows
+from imrcnn_d2.report.plots.style import GREEN, SKY, VERMILION, YELLOW, save_figure
+from imrcnn_d2.utils.files import install_extra, read_rows
+from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
 
-# Sky blue and purple are the ground truth, yellow and vermilion the model's detections.
+# The ground truth is blue, the model yellow; errors are dashed.
 CONTOUR_STYLES = {
-    "ground truth": dict(color=SKY, linestyle="-", linewidth=1.6),
-    "hit": dict(color=YELLOW, linestyle=(0, (4, 2)), linewidth=1.6),
-    "missed lesion": dict(color=PURPLE, linestyle=(0, (1, 1)), linewidth=2.8),
-    "false alarm": dict(color=VERMILION, linestyle=(0, (5, 1.2, 1, 1.2)), linewidth=2.2),
+    "ground truth": dict(color=SKY, linestyle="-", linewidth=2.4),
+    "hit": dict(color=YELLOW, linestyle="-", linewidth=1.1),
+    "missed lesion": dict(color=SKY, linestyle=(0, (2.2, 1.1)), linewidth=2.2),
+    "false alarm": dict(color=YELLOW, linestyle=(0, (2.2, 1.1)), linewidth=2.0),
 }
-# Halos set the lines off from mucosa, which comes in all lightnesses and is orange itself: errors
-# in white, the rest in black.
-LIGHT_HALO = ("missed lesion", "false alarm")
-HALO_WIDTH = 4.2
-
-
-def halo(colour: str = "black", alpha: float = 0.55) -> list[patheffects.AbstractPathEffect]:
-    """``path_effects`` of a contour."""
-    return [patheffects.withStroke(linewidth=HALO_WIDTH, foreground=colour, alpha=alpha)]
-
-
-DARK, LIGHT = halo("black", 0.5), halo("white", 0.9)
-CONTOURS = {
-    kind: {**line, "path_effects": LIGHT if kind in LIGHT_HALO else DARK}
-    for kind, line in CONTOUR_STYLES.items()
-}
-TILE = 2.4  # inches
+HALO_WIDTH = 3.4
+# Points: lines around smaller regions are thinner in proportion; dashes around still smaller ones
+# would no longer be seen as a line.
+THINNER_BELOW, SOLID_BELOW = 24, 9
+SHEET_IMAGES = 12
+COLUMNS = 4
+# Of a sheet, in inches.
+WIDTH, TILE, GAP = 9.6, 2.4, 0.08
+TITLE, LABELS, LEGEND = 0.26, 0.4, 0.36
 NAME_LENGTH = 30
+
+
+def halo(width: float = HALO_WIDTH) -> list[patheffects.AbstractPathEffect]:
+    """``path_effects`` that set a line off from mucosa, which comes in all lightnesses."""
+    return [patheffects.withStroke(linewidth=width, foreground="black", alpha=0.6)]
 
 
 def regions_by_kind(results: LesionResults, position: int) -> list[tuple[str, Regions, np.ndarray]]:
@@ -91,23 +88,35 @@ def mask_contours(rle: dict) -> list[np.ndarray]:
     return [np.concatenate([contour[:, 0], contour[:1, 0]]) for contour in contours]
 
 
-def plot_contours(axes: Axes, regions: Regions, row: int, style: Mapping):
-    """Plot the contours of a region onto a tile of `show_tile`."""
-    for line in region_contours(regions, row):
-        axes.plot(*line.T, **style)
+def plot_contours(axes: Axes, regions: Regions, row: int, style: Mapping, label: str = ""):
+    """Plot the contours of a region as one line onto a tile of `tile_sheet`, and a label on it."""
+    lines = region_contours(regions, row)
+    if not lines:  # an empty mask
+        return
+    points = np.concatenate([[*line, (np.nan, np.nan)] for line in lines])[:-1]
+    corner, extent = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    size = axes.get_position().size * axes.figure.get_size_inches() * 72
+    scale = min(size / (right - left, bottom - top))  # points per pixel
+    length = max(extent - corner) * scale
+    thinner = min(max(length / THINNER_BELOW, 0.5), 1)
+    style = {**style, "linewidth": thinner * style["linewidth"]}
+    if length < SOLID_BELOW:
+        style["linestyle"] = "-"
+    axes.plot(*points.T, path_effects=halo(thinner * HALO_WIDTH), **style)
+    if label:
+        x = min(max(corner[0], left), right - len(label) * 4 / scale)
+        y = max(corner[1] - 1.5 / scale, top + 7 / scale)
+        taken = [text.get_position() for text in axes.texts]
+        while any(abs(x - u) < 14 / scale and abs(y - v) < 6 / scale for u, v in taken):
+            y += 6.5 / scale  # below other labels
+        text = dict(color="white", fontsize=6, clip_on=True, path_effects=halo(1.5))
+        axes.text(x, y, label, **text)
 
 
-def contour_legend(figure: Figure, styles: Mapping[str, Mapping], columns: int = 4):
-    """A legend of contours, by label, under the tiles."""
-    handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
-    columns = min(len(handles), columns)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
-
-
-def choose_images(rows: list[list[dict]], number: int) -> list[int]:
-    """Choose at most ``number`` images and return their positions, worst first: half are the worst,
-    by the number of misses and false alarms, then by overlap; the others are spread evenly over the
-    rest. ``rows`` holds for each image its row of ``per_image`` from each model.
+def rank_images(rows: list[list[dict]]) -> list[int]:
+    """Positions of images, worst first, by the number of misses and false alarms, then by overlap.
+    ``rows`` holds for each image its row of ``per_image`` from each model.
     """
 
     def badness(position):
@@ -115,7 +124,14 @@ def choose_images(rows: list[list[dict]], number: int) -> list[int]:
         errors = sum(row["FP"] + row["FN"] for row in rows[position])
         return errors, 100 - np.mean(overlaps) if overlaps else 0.0
 
-    ranked = sorted(range(len(rows)), key=badness, reverse=True)
+    return sorted(range(len(rows)), key=badness, reverse=True)
+
+
+def choose_images(rows: list[list[dict]], number: int) -> list[int]:
+    """Choose at most ``number`` images of `rank_images`: half are the worst, the others are spread
+    evenly over the rest.
+    """
+    ranked = rank_images(rows)
     if len(ranked) <= number:
         return ranked
     worst, rest = ranked[: number // 2], ranked[number // 2 :]
@@ -123,66 +139,119 @@ def choose_images(rows: list[list[dict]], number: int) -> list[int]:
     return worst + [rest[i] for i in spread]
 
 
+def choose_typical(ranked: list[int], number: int) -> list[int]:
+    """At most ``number`` of `rank_images`, evenly spread, those nearest to the median first."""
+    number = min(number, len(ranked))
+    places = [int((i + 0.5) * len(ranked) / number) for i in range(number)]
+    places.sort(key=lambda place: abs(place - (len(ranked) - 1) / 2))
+    return [ranked[place] for place in places]
+
+
 def plot_contact_sheet(
-    results: LesionResults, image_root: str | Path, path: str | Path, *, max_images: int = 16
+    results: LesionResults,
+    image_root: str | Path,
+    path: str | Path,
+    *,
+    worst: bool = False,
+    max_images: int = SHEET_IMAGES,
 ) -> Figure:
-    """Show ground truth, hits, misses and false alarms in test images, see `choose_images`.
-    ``image_root`` is the folder that ``file_name`` is relative to.
+    """Show ground truth, hits, misses and false alarms in test images: see `choose_typical`, or the
+    worst ones of `rank_images`. ``image_root`` is the folder that ``file_name`` is relative to.
 
     Raises:
         FileNotFoundError: one of the images does not exist.
     """
-    chosen = choose_images([[row] for row in results.per_image], max_images)
-    title = f"{len(chosen)} of {len(results.per_image)} images, worst first"
+    ranked = rank_images([[row] for row in results.per_image])
+    chosen = ranked[:max_images] if worst else choose_typical(ranked, max_images)
+    order = "worst first" if worst else "spread evenly from best to worst, the typical ones first"
+    title = f"{len(chosen)} of {len(ranked)} images, {order}; "
     if results.detections.scored:
-        title += f"; detections with score ≥ {results.meta['tau']:g}"
-    figure, tiles = tile_grid(len(chosen), title)
-    for axes, position in zip(tiles, chosen, strict=True):
-        file_name = results.ground_truth.images[position]["file_name"]
-        show_tile(axes, image_root, file_name, _summary(results.per_image[position]))
+        title += f"score ≥ {results.meta['tau']:g}, "
+    matched = "masks" if results.meta["iou_type"] == "segm" else "boxes"
+    title += f"hit: IoU of {matched} ≥ {results.meta['iou_threshold']:g}"
+    rows = [results.per_image[position] for position in chosen]
+    tiles = [(image_root, row["file_name"], _summary(row, matched)) for row in rows]
+    figure, grid = tile_sheet(title, tiles, CONTOUR_STYLES)
+    for axes, position in zip(grid, chosen, strict=True):
         for kind, regions, rows in regions_by_kind(results, position):
             for row in rows:
-                plot_contours(axes, regions, row, CONTOURS[kind])
-    contour_legend(figure, CONTOURS)
+                label = _label(results, kind, row)
+                plot_contours(axes, regions, row, {**CONTOUR_STYLES[kind], "label": kind}, label)
     return save_figure(figure, path)
 
 
-def _summary(row):
-    """The outcome of an image in a few words."""
-    score = "" if math.isnan(row["score"]) else f"score {row['score']:.2f} · "
-    if not row["n_gt"]:
-        return f"no lesion · {score}".removesuffix(" · ")
-    for key, name in (("union_iou", "IoU"), ("iou_box", "box IoU")):
-        if not math.isnan(row[key]):
-            return f"{score}{name} {row[key]:.0f} %"
-    return f"{score}missed"
+def _summary(row, regions):
+    """What was found in an image: mean IoU of the hits, misses and false alarms."""
+    words = [] if row["n_gt"] else ["no lesion"]
+    if row["TP"]:
+        name, key = ("IoU", "iou") if regions == "masks" else ("box IoU", "iou_box")
+        words.append(f"{name} {row[key]:.0f} %")
+    if row["FN"]:
+        words.append(f"{row['FN']} missed")
+    if row["FP"]:
+        words.append(f"{row['FP']} false alarm{'s' if row['FP'] > 1 else ''}")
+    return " · ".join(words)
 
 
-def tile_grid(number: int, title: str) -> tuple[Figure, list[Axes]]:
-    """A sheet with ``number`` empty tiles under a title."""
-    columns = min(4, max(number, 1))
-    rows = max(math.ceil(number / columns), 1)
-    figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.36) + 0.7), layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.axis("off")
-    return figure, list(grid[:number])
+def _label(results, kind, row):
+    """Class, where there are several, and score of a detection; class of a missed lesion."""
+    words = []
+    detected = kind in ("hit", "false alarm")
+    source = results.detections if detected else results.ground_truth
+    if len(results.meta["classes"]) > 1 and kind != "ground truth":
+        words.append(results.meta["classes"][source.regions.category[row]])
+    if detected and results.detections.scored:
+        words.append(f"{results.detections.score[row]:.2f}")
+    return " ".join(words)
 
 
-def show_tile(axes: Axes, image_root: str | Path, file_name: str, summary: str):
-    """Show an image, whose pixels become the axes' coordinates, under its name and a summary.
+def tile_sheet(
+    title: str, tiles: Sequence[tuple[str | Path, str, str]], styles: Mapping[str, Mapping]
+) -> tuple[Figure, list[Axes]]:
+    """A sheet of images, each given as folder, file name in it and summary, with a legend of
+    contours by label. The images of a row have one height and fill the width; the pixels of an
+    image are its axes' coordinates.
 
     Raises:
-        FileNotFoundError: the image does not exist.
-        BadInputError: it cannot be read, or lies outside ``image_root``.
+        FileNotFoundError: an image does not exist.
+        BadInputError: it cannot be read, or lies outside its folder.
     """
-    axes.imshow(read_image(image_inside(Path(image_root), file_name, image_root)))
-    axes.autoscale(False)  # a box may lead out of the image
+    pixels = [read_image(image_inside(Path(root), name, root)) for root, name, _ in tiles]
+    # An image that is longer still lies in a cell of this shape.
+    aspects = [min(max(image.shape[1] / image.shape[0], 0.5), 4) for image in pixels]
+    rows = [range(i, min(i + COLUMNS, len(tiles))) for i in range(0, len(tiles), COLUMNS)]
+    heights = [(WIDTH - GAP * (len(row) + 1)) / sum(aspects[i] for i in row) for row in rows]
+    if rows and len(rows[-1]) < COLUMNS:
+        heights[-1] = min(heights[-1], heights[0] if len(rows) > 1 else TILE)
+    legend_rows = math.ceil(len(styles) / COLUMNS)
+    total = TITLE + sum(heights) + LABELS * len(rows) + LEGEND * legend_rows
+    figure = Figure(figsize=(WIDTH, total))
+    figure.text(0.5, 1 - 0.1 / total, title, fontsize=9, ha="center", va="top")
+    y, grid = total - TITLE, []
+    for row, height in zip(rows, heights, strict=True):
+        x, y = GAP, y - LABELS - height
+        for i in row:
+            width = aspects[i] * height
+            axes = figure.add_axes((x / WIDTH, y / total, width / WIDTH, height / total))
+            axes.axis("off")
+            axes.imshow(pixels[i])
+            axes.autoscale(False)  # a box may lead out of the image
+            axes.set_title(*_tile_title(*tiles[i][1:], width))
+            x += width + GAP
+            grid.append(axes)
+    shown = {label: {**style, "path_effects": halo()} for label, style in styles.items()}
+    handles = [Line2D([], [], label=label, **style) for label, style in shown.items()]
+    options = dict(ncols=min(len(handles), COLUMNS), fontsize=9, frameon=False, handlelength=3.2)
+    figure.legend(handles=handles, loc="lower center", **options)
+    return figure, grid
+
+
+def _tile_title(file_name, summary, width):
     name = Path(file_name).name
     if len(name) > NAME_LENGTH:
         name = f"{name[: NAME_LENGTH // 2]}…{name[-NAME_LENGTH // 2 + 1 :]}"
-    axes.set_title(f"{name}\n{summary}", fontsize=7.5)
+    longest = max(len(name), len(summary))
+    return f"{name}\n{summary}", {"fontsize": min(7.5, 72 * width / (0.55 * longest))}
 
 
 def plot_distortions(image: np.ndarray, path: str | Path, seed: int | Sequence[int] = 0) -> Figure:
@@ -213,7 +282,7 @@ def plot_test_grad_cams(cfg: CfgNode, model: ImageClassifier):
     is not installed, or the network has no feature maps (a ViT).
     """
     if find_spec("pytorch_grad_cam") is None:
-        logger.info("No Grad-CAM plots: they need a package (pip install grad-cam)")
+        logger.info("No Grad-CAM plots: they need %s", install_extra("gradcam"))
         return
     mapper = ClassificationMapper(cfg, is_train=False)
     for name in cfg.DATASETS.TEST:

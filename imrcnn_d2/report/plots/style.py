@@ -53,7 +53,7 @@ def tidy(axes: Axes):
 def label_operating_point(axes: Axes, tau: float) -> dict:
     """Name the dots on curves in the legend; returns the style of a marker there."""
     mark = dict(linestyle="none", markeredgecolor="0.2", markersize=7)
-    axes.plot([], [], marker="o", color="0.6", label=f"operating point, score ≥ {tau:g}", **mark)
+    axes.plot([], [], marker="o", color="0.6", label=f"operating point, score ≥ {tau:.3g}", **mark)
     return mark
 
 
