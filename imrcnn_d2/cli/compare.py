@@ -9,16 +9,15 @@ everything; each table is there as Markdown, CSV and LaTeX too, the figure as PN
 """
 
 import argparse
-from pathlib import Path
 
-from imrcnn_d2.cli import new_parser, one_line_errors
+from imrcnn_d2.cli import new_parser, one_line_errors, output_folder
 from imrcnn_d2.utils.files import for_terminal
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, or NAME=FOLDER")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the files")
+    parser.add_argument("--output", required=True, type=output_folder, help="folder for the files")
     text = "the one endpoint whose p-values are not adjusted (segm/AP50_voc; of classifiers "
     text += "recognition/balanced_accuracy)"
     parser.add_argument("--primary", metavar="GROUP/METRIC", help=text)

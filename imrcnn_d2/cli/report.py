@@ -11,13 +11,13 @@ terms allow.
 import argparse
 from pathlib import Path
 
-from imrcnn_d2.cli import new_parser, one_line_errors
+from imrcnn_d2.cli import new_parser, one_line_errors, output_file
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="what to report on")
-    parser.add_argument("--output", required=True, type=Path, help="the page to write")
+    parser.add_argument("--output", required=True, type=output_file, help="the page to write")
     text = "shares of images with a lesion, at which PPV and NPV are given (0.005 0.05)"
     parser.add_argument(
         "--prevalence", nargs="+", type=float, default=[0.005, 0.05], metavar="P", help=text
@@ -27,9 +27,8 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     text = "folder that file_name is relative to (images/ next to the ground truth's folder)"
     parser.add_argument("--images", type=Path, metavar="DIR", help=text)
-    parser.add_argument(
-        "--card", type=Path, metavar="FILE", help="write a model card of the one RUN, in Markdown"
-    )
+    text = "write a model card of the one RUN, in Markdown"
+    parser.add_argument("--card", type=output_file, metavar="FILE", help=text)
     return parser
 
 
@@ -38,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.card and len(args.runs) > 1:
         parser.error("--card describes one model: give it with one RUN")
+    if args.max_images < 0:
+        parser.error(f"--max-images {args.max_images}: give 0 or more")
     from imrcnn_d2.report import load_run
     from imrcnn_d2.report.html import render_report
     from imrcnn_d2.report.model_card import write_model_card

@@ -89,20 +89,21 @@ def plot_disagreements(
     if not order:
         return None
     title = f"{len(order)} of {len(agreement.images)} images, those with the least agreement first"
-    figure, tiles = images.tile_grid(len(order), title)
     styles = {}
     for i, annotator in enumerate(agreement.annotators):
         colour, line = CONTOUR_LINES[i % len(CONTOUR_LINES)]
-        style = dict(color=colour, linestyle=line, linewidth=1.7, path_effects=images.halo())
+        style = dict(color=colour, linestyle=line, linewidth=1.7)
         styles[legend_label(annotator.name)] = style
-    for axes, position in zip(tiles, order, strict=True):
+    tiles = []
+    for position in order:
         summary = _summary(agreement, position, int(np.nanargmin(dice[:, position])))
-        images.show_tile(axes, image_root, agreement.images[position]["file_name"], summary)
+        tiles.append((image_root, agreement.images[position]["file_name"], summary))
+    figure, grid = images.tile_sheet(title, tiles, styles)
+    for axes, position in zip(grid, order, strict=True):
         for annotator, style in zip(agreement.annotators, styles.values(), strict=True):
             regions = annotator.truth.regions
             for row in np.flatnonzero(regions.image == position):
                 images.plot_contours(axes, regions, row, style)
-    images.contour_legend(figure, styles)
     return save_figure(figure, path)
 
 

@@ -104,12 +104,15 @@ def _split_rows(audit):
     rows = []
     for split in dict.fromkeys(entry.split for entry in audit.data.entries):
         entries = [entry for entry in audit.data.entries if entry.split == split]
-        patients = {entry.record.get("patient_id") for entry in entries} - {None}
+        patients = [entry.record.get("patient_id") for entry in entries]
+        named = len(patients) - patients.count(None)
+        number = len({*patients} - {None})
         annotations = [len(entry.annotations) for entry in entries]
         flagged = sum(name == split for name, _ in audit.flagged)
-        counts = len(entries), annotations.count(0), sum(annotations), len(patients), flagged
+        counts = len(entries), annotations.count(0), sum(annotations), number, flagged
         row = [split or "all", *(f"{count:,}" for count in counts)]
-        row[4] = row[4] if patients else "not known"
+        if named < len(entries):
+            row[4] = f"{number:,} (of {named:,} images)" if named else "not known"
         rows.append(row)
     return rows
 

@@ -5,15 +5,28 @@ from pathlib import PurePath
 
 from imrcnn_d2.evaluation.output import read_coco_records, read_split_settings
 from imrcnn_d2.report.runs import Run
+from imrcnn_d2.report.tables import plural
 from imrcnn_d2.utils.files import read_rows
 
 SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
 
 
+def patients_text(images: list[dict]) -> str:
+    """How many patients the records of images name, and of how many images they do."""
+    ids = [image["patient_id"] for image in images if image.get("patient_id") is not None]
+    if not ids:
+        return "patients not known (no patient_id)"
+    patients = plural(len(set(ids)), "patient")
+    if len(ids) == len(images):
+        return patients
+    return f"{patients} known, of {len(ids):,} of the {len(images):,} images"
+
+
 def cohort(run: Run) -> dict:
     """Count what a run's prepared data set holds, as STARD's flow of participants asks: its splits,
     and what was excluded (None where only the test set is there). ``reasons`` are pairs of reason
-    and count, ``rejected`` of file and reason; ``settings`` are of the split.
+    and count, ``rejected`` of file and reason; ``settings`` are of the split; ``patients_text`` is
+    that of all images, and of each split.
 
     Raises:
         ValueError: a file of the data set is damaged.
@@ -21,23 +34,27 @@ def cohort(run: Run) -> dict:
     tested = run.gt_path
     root = tested.parent.parent
     record = root / "splits.json"
-    prepared = tested.parent.name == "annotations" and record.is_file()
-    files = [root / "annotations" / f"{name}.json" for name in SPLITS] if prepared else [tested]
+    files = [root / "annotations" / f"{name}.json" for name in SPLITS]
+    prepared = tested in files and record.is_file()
+    missing = [path.name for path in files if not path.is_file()]
+    files = [path for path in files if path.is_file()] if prepared else [tested]
     contents = {path: read_coco_records(path) for path in files}
-    patients = [_patients(content) for content in contents.values()]
+    images = [image for content in contents.values() for image in content["images"]]
+    patients = [_patients(content["images"]) for content in contents.values()]
     splits = [
         {"name": SPLITS.get(path.stem, path.stem), "tested": path == tested, **_count(content)}
         for path, content in contents.items()
     ]
     data = {
         "splits": splits,
-        "images": sum(split["images"] for split in splits),
-        "patients": len(set().union(*patients)) or None,
+        "images": len(images),
+        "patients": len(_patients(images)) or None,
+        "patients_text": patients_text(images),
     }
     if not prepared:
         data |= {"offered": None, "excluded": None, "reasons": [], "rejected": [], "settings": {}}
         note = (
-            f"Only these are known: {tested.name} does not lie in a prepared data set, so there is "
+            f"Only these are known: {tested.name} is no split of a prepared data set, so there is "
             "no record of training images, or of what was excluded."
         )
         return {**data, "caption": "The images that were evaluated.", "notes": [note]}
@@ -47,11 +64,28 @@ def cohort(run: Run) -> dict:
     settings = {k: v for k, v in read_split_settings(record).items() if k not in SPLITS}
     data |= {"reasons": reasons, "rejected": rejected, "settings": settings}
     description = (contents[tested].get("info") or {}).get("description")
-    caption = _caption(settings, bool(data["patients"]))
+    identified = sum(split["identified"] for split in splits)
+    caption = _caption(settings, len(images), identified)
     data["caption"] = f"{caption} Annotations: {description}." if description else caption
-    shared = sum(map(len, patients)) - (data["patients"] or 0)
-    note = f"Patients are in more than one split ({shared} times): metrics may be too good."
-    return {**data, "notes": [note] if shared else []}
+    notes = []
+    if missing:
+        data |= {"offered": None, "excluded": None}
+        notes.append(
+            f"Not counted: {', '.join(missing)} of {root / 'annotations'}, which does not exist."
+        )
+    if shared := sum(map(len, patients)) - (data["patients"] or 0):
+        notes.append(
+            f"Patients are in more than one split ({shared} times): metrics may be too good."
+        )
+    return {**data, "notes": notes}
+
+
+def is_external(run: Run, settings: dict) -> bool | None:
+    """Whether a model was trained on other splits than those with these ``settings``; None where
+    that is not recorded.
+    """
+    hashes = run.record.get("splits_sha256"), settings.get("sha256")
+    return None if None in hashes else hashes[0] != hashes[1]
 
 
 def _count(content):
@@ -64,12 +98,14 @@ def _count(content):
         "lesion_free": len(images) - len({a["image_id"] for a in lesions}),
         "lesions": len(lesions),
         "classes": names,
-        "patients": len(_patients(content)) or None,
+        "patients": len(_patients(images)) or None,
+        "identified": sum(image.get("patient_id") is not None for image in images),
+        "patients_text": patients_text(images),
     }
 
 
-def _patients(content):
-    return {i["patient_id"] for i in content["images"] if i.get("patient_id") is not None}
+def _patients(images):
+    return {i["patient_id"] for i in images if i.get("patient_id") is not None}
 
 
 def _rejected(path):
@@ -81,24 +117,34 @@ def _rejected(path):
     return [(PurePath(r.get("file") or r.get("number", "")).name, r["reason"]) for r in rows]
 
 
-def _caption(settings, patients_known):
-    split_by = settings.get("split_by")
+def _caption(settings, images, identified):
+    """How the images were split, of which so many have a patient_id."""
+    split_by, given = settings.get("split_by"), settings.get("given") or 0
+    seed = f", seed {settings.get('seed', 'not recorded')}"
     if "fold" in settings:
-        caption = f"Fold {settings['fold']} of {settings.get('folds', '?')}"
+        caption = f"Fold {settings['fold']} of {settings.get('folds', '?')}{seed}"
     elif split_by == "prefix":
         caption = "Split as the file names state"
+    elif given >= images:
+        caption = "Split as a list of files gave it"
     else:
         ratio = ":".join(str(part) for part in settings.get("ratio") or ())
         caption = f"Split at random{f' {ratio}' if ratio else ''}"
         if "test_per_class" in settings:
             caption += f", {settings['test_per_class']} test images of each class"
-    if split_by != "prefix":
-        caption += f", seed {settings.get('seed', 'not recorded')}"
+        caption += seed
+        if given:
+            caption += f", but for {given:,} of {images:,} images, which a list of files assigned"
+    if "fixed_from" in settings:
+        caption += ", then corrected"
     if split_by == "patient":
-        return f"{caption}; images of one patient are in one split."
+        known = "" if identified == images else ", where known,"
+        return f"{caption}; images of one patient{known} are in one split."
     if split_by == "group":
         return (
             f"{caption}; near-duplicates, and images of one patient where known, are in one split."
         )
-    several = ", so that one patient’s images can be in several splits" if patients_known else ""
+    if given >= images:
+        return f"{caption}."
+    several = ", so that one patient’s images can be in several splits" if identified else ""
     return f"{caption}; image by image{several}."

@@ -7,25 +7,23 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from imrcnn_d2.data.audit import KINDS, Finding
 from imrcnn_d2.data.formats.labelme import labelme_document
 from imrcnn_d2.data.images import image_inside, path_inside
 from imrcnn_d2.evaluation.label_errors import LabelError, find_label_errors, pool_label_errors
 from imrcnn_d2.evaluation.output import coco_results
 from imrcnn_d2.report.plots import images
-from imrcnn_d2.report.plots.style import SKY, VERMILION, save_figure
+from imrcnn_d2.report.plots.style import save_figure
 from imrcnn_d2.report.runs import Run, load_run
 from imrcnn_d2.task import DETECTION
 from imrcnn_d2.utils.files import csv_text, strict_json, write_atomically
+from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
 
 COLUMNS = ("rank", "kind", "score", "file_name", "test_set", "annotation_id", "iou", "models")
-ANNOTATION = dict(color=SKY, linestyle="-", linewidth=1.7, path_effects=images.halo())
-MODEL = dict(color=VERMILION, linestyle=(0, (5, 1.5)), linewidth=1.9, path_effects=images.halo())
+ANNOTATION, MODEL = (images.CONTOUR_STYLES[kind] for kind in ("ground truth", "hit"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,18 +186,18 @@ def _labelme(cases, path):
 def _plot_label_errors(chosen, total, path):
     """Plot the annotations and the detections that contradict them, in images by their names."""
     title = f"{len(chosen)} of {total} images, most suspicious first"
-    figure, tiles = images.tile_grid(len(chosen), title)
-    for axes, (file_name, cases) in zip(tiles, chosen.items(), strict=True):
-        suspect, run = cases[0].suspect, cases[0].run
-        summary = f"{KINDS[suspect.kind].title}: {suspect.score:.2f}"
-        images.show_tile(axes, run.image_root, file_name, summary)
-        truth = run.results.ground_truth.regions
+    tiles = []
+    for file_name, (case, *_) in chosen.items():
+        summary = f"{KINDS[case.suspect.kind].title}: {case.suspect.score:.2f}"
+        tiles.append((case.run.image_root, file_name, summary))
+    labels = {"annotation in the data set": ANNOTATION, "model that never saw the image": MODEL}
+    figure, grid = images.tile_sheet(title, tiles, labels)
+    for axes, cases in zip(grid, chosen.values(), strict=True):
+        suspect, truth = cases[0].suspect, cases[0].run.results.ground_truth.regions
         for row in (truth.image == suspect.image).nonzero()[0]:
             images.plot_contours(axes, truth, row, ANNOTATION)
         for case in cases:
             if case.suspect.detection is not None:
                 regions = case.run.results.detections.regions
                 images.plot_contours(axes, regions, case.suspect.detection, MODEL)
-    labels = {"annotation in the data set": ANNOTATION, "model that never saw the image": MODEL}
-    images.contour_legend(figure, labels)
     save_figure(figure, path)

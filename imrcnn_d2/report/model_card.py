@@ -1,47 +1,58 @@
 """A model card in Markdown: what a run itself can say about its model."""
 
+import re
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 from imrcnn_d2.evaluation.output import read_test_log
-from imrcnn_d2.report.cohort import cohort
-from imrcnn_d2.report.html.page import UNKNOWN, facts, template_environment
+from imrcnn_d2.report.cohort import cohort, is_external
+from imrcnn_d2.report.html.page import UNKNOWN, facts, known_facts, template_environment
 from imrcnn_d2.report.html.tables import CURVE_METRICS, UNIT_METRICS, cell, curve_group
 from imrcnn_d2.report.names import metric_label
 from imrcnn_d2.report.runs import Run
 from imrcnn_d2.report.tables import markdown_text
+from imrcnn_d2.utils import hub
 from imrcnn_d2.utils.files import write_atomically
+
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)*(?=[^\s/])")
 
 
 def write_model_card(run: Run, path: str | Path) -> Path:
-    """Write the model card, a Markdown file; replaced at once, or not at all.
+    """Write the model card, a Markdown file that begins with the Hugging Face Hub's front matter;
+    replaced at once, or not at all.
 
     Raises:
         FileNotFoundError: ground truth or detections are gone.
         ValueError: they are not the files that were scored, or a file of the data set is damaged.
     """
     data = cohort(run)
-    known = {label: text for label, text in facts([run], data["settings"])}
+    rows = facts([run], data["settings"])
+    known, (shown, unknown) = dict(rows), known_facts(rows)
 
     def filled(text):
         """The text with facts filled in; None if one of them was not recorded."""
         needed = [label for label in known if f"{{{label}}}" in text]
         return None if UNKNOWN in map(known.get, needed) else text.format(**known)
 
+    chosen = run.metrics.get("tau_val")
     environment = template_environment(autoescape=False)  # no HTML; data go through "plain"
-    environment.filters["plain"] = markdown_text
+    # Cards are passed on: absolute paths are of this machine, and only their ends are shown.
+    environment.filters["plain"] = lambda text: markdown_text(_FOLDERS.sub("", str(text)))
     card = environment.get_template("model_card.md").render(
         name=run.name,
-        dataset=run.dataset or run.gt_path.name,
+        dataset=run.test_set,
         folder=run.folder,
-        facts=known.items(),
+        facts=shown,
+        unknown=unknown,
         filled=filled,
         cohort=data,
         prepared=data["excluded"] is not None,
+        external=is_external(run, data["settings"]),
+        with_config=bool(run.config),
         groups=_groups(run),
         meta=run.metrics["meta"],
-        chosen=run.metrics.get("tau_val"),
+        chosen=chosen,
         recorded=bool(run.record),
         weights=run.settings.get("MODEL.WEIGHTS") or run.settings.get("MODEL.TIMM.WEIGHTS"),
         remarks=run.remarks,
@@ -49,14 +60,24 @@ def write_model_card(run: Run, path: str | Path) -> Path:
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         version=metadata.version("imrcnn-d2"),
     )
-    write_atomically(path, card)
+    kind, curve = curve_group(run)
+    lesion = (chosen or run.metrics).get("lesion") or {}
+    values = {name: curve.get(name) for name in ("AP50_voc", "AP")}
+    values |= {name: lesion.get(name) for name in ("recall", "precision", "f1", "iou", "dice")}
+    front_matter = hub.front_matter(
+        "image-segmentation" if kind == "mask" else "object-detection",
+        run.model,
+        dataset=run.dataset or "",
+        metrics={name: value for name, value in values.items() if value is not None},
+    )
+    write_atomically(path, front_matter + card)
     return Path(path)
 
 
 def _groups(run):
     """Title, columns and rows (label, cells) of each table of results."""
     chosen = run.metrics.get("tau_val")
-    columns = [f"score ≥ {run.metrics['meta']['tau']:g}"]
+    columns = [f"score ≥ {run.metrics['meta']['tau']:.3g}"]
     columns += [f"score ≥ {chosen['tau']:.3g} (τ_val)"] if chosen else []
     curve = _rows(CURVE_METRICS, [curve_group(run)[1]])
     groups = [{"title": "Over all scores", "columns": [""], "rows": curve}]

@@ -33,7 +33,7 @@ CITATION = (
     "Zhang et al., Early gastric cancer detection and lesion segmentation based on deep learning "
     "and gastroscopic images, Sci Rep 14:7847, 2024, doi 10.1038/s41598-024-58361-8"
 )
-PAPER_DATA = ("egc", "kvasir_seg")  # by the beginning of the registered name
+PAPER_DATA = ("egc", "kvasir_seg")  # "source" of their annotations' info
 
 _AP = (
     "The paper does not say how AP was computed, nor whether of masks or boxes: read as the area "
@@ -102,12 +102,11 @@ def _rows():
         yield Published("egc", "IMR-CNN", "5", name, value, None, comparable, remarks)
 
 
-def published_values(dataset: str | None, tables: str) -> list[Published]:
-    """The values of tables such as "3" or "345" for a data set's registered name, such as
-    "kvasir_seg_test"; empty where the paper has none.
+def published_values(source: str | None, tables: str) -> list[Published]:
+    """The values of tables such as "3" or "345" for the data set that annotations record as their
+    source, see `Run.source`; empty where the paper has none.
     """
-    known = [row for row in _rows() if row.table in tables]
-    return [row for row in known if (dataset or "").startswith(f"{row.data}_")]
+    return [row for row in _rows() if row.table in tables and row.data == source]
 
 
 CLASSIFICATION_CITATION = (

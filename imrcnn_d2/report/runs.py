@@ -4,8 +4,9 @@ import functools
 import json
 import logging
 import math
+import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from imrcnn_d2.data.catalog import SHORT_NAMES, prepared_folder
 from imrcnn_d2.data.prepare.splits import SPLITS
@@ -14,8 +15,8 @@ from imrcnn_d2.evaluation import Bootstrap, ClassificationResults, LesionResults
 from imrcnn_d2.evaluation.output import (
     RESULTS,
     TEXT,
-    WHOLE,
     check_fields,
+    read_coco_records,
     read_metrics,
     read_run_record,
 )
@@ -31,13 +32,9 @@ MOST_RESAMPLES = 10_000  # of a report, whatever a run records: they take its ti
 BACKBONES = {"vgg19": "VGG19", "resnet50": "ResNet50", "inception_v3": "Inception-V3"}
 # What is read of a config.yaml.
 CONFIG = {
+    "OUTPUT_DIR": TEXT,
     "DATASETS": {"TRAIN": [TEXT], "TEST": [TEXT]},
-    "MODEL": {
-        **dict.fromkeys(("META_ARCHITECTURE", "WEIGHTS"), TEXT),
-        "BACKBONE": {"NAME": TEXT},
-        "TIMM": {"WEIGHTS": TEXT},
-    },
-    "SOLVER": {"MAX_ITER": WHOLE},
+    "MODEL": {"WEIGHTS": TEXT, "TIMM": {"WEIGHTS": TEXT}},
 }
 
 
@@ -79,9 +76,26 @@ class Run:
         return self.record.get("model") or self.name
 
     @property
+    def predictions(self) -> dict:
+        """What a predictions.json that was evaluated says of its model; empty for others."""
+        return self.meta.get("predictions") or {}
+
+    @property
+    def architecture(self) -> str | None:
+        """Such as "IMR-CNN", from run.json, the evaluation or the evaluated predictions."""
+        return self._described("model")
+
+    @property
     def backbone(self) -> str | None:
-        """Such as "R-50"."""
-        return self.record.get("backbone")
+        """Such as "R-50", from where `architecture` is."""
+        return self._described("backbone")
+
+    @property
+    def weights_sha256(self) -> str | None:
+        return self.meta.get("checkpoint_sha256") or self.predictions.get("weights_sha256")
+
+    def _described(self, key):
+        return self.record.get(key) or self.meta.get(key) or self.predictions.get(key)
 
     @property
     def seed(self) -> int | None:
@@ -106,6 +120,20 @@ class Run:
             ValueError: it is not the file that was scored, or neither recorded nor prepared.
         """
         return self._ground_truths[0]
+
+    @property
+    def test_set(self) -> str:
+        """The registered name, else the ground truth, with the folder of a data set that holds it:
+        such as "polyps/annotations/test.json".
+        """
+        gt = self.gt_path
+        place = "/".join(gt.parts[-3:]) if gt.parent.name == "annotations" else gt.name
+        return self.dataset or place
+
+    @functools.cached_property
+    def source(self) -> str | None:
+        """The public data set that the ground truth is part of, as its annotations record it."""
+        return (read_coco_records(self.gt_path).get("info") or {}).get("source")
 
     @functools.cached_property
     def _ground_truths(self):
@@ -262,7 +290,7 @@ def load_run(
         run_folder = parents[1] if parents[0].name == "inference" else None
         config = _read_config(run_folder) if run_folder else {}
     else:
-        fault = "has no evaluation" if path.is_dir() else "does not exist"
+        fault = "has no evaluation" if path.is_dir() else "is no folder"
         raise FileNotFoundError(
             f"{path} {fault}: give the OUTPUT_DIR of a training that was evaluated, or a folder "
             "that imrcnn evaluate wrote."
@@ -270,12 +298,30 @@ def load_run(
     recorded, record = read_metrics(folder / "metrics.json"), {}
     if run_folder and (run_folder / "run.json").is_file():
         record = read_run_record(run_folder / "run.json")
-        if not record.get("finished"):
+        if not _is_trained_there(recorded["meta"].get("checkpoint"), config.get("OUTPUT_DIR")):
+            weights = recorded["meta"]["checkpoint"]
+            logger.warning(
+                f"{folder} is an evaluation of {weights}, not of this run.json's weights."
+            )
+            record = {}
+        elif not record.get("finished"):
             logger.warning(f"{run_folder} has not finished training: its metrics may still change.")
     label = name or (run_folder or folder).resolve().name
     data_set, labelled = recorded["meta"].get("dataset"), name is not None
     images = None if images is None else Path(images)
     return Run(label, folder, run_folder, data_set, recorded, record, config, labelled, images)
+
+
+def _is_trained_there(checkpoint, output_dir):
+    """Whether evaluated weights lie in the OUTPUT_DIR of the config, as far as both are recorded:
+    `train --eval-only` may have put the evaluation of others into the folder of a training.
+    """
+    if not checkpoint or not output_dir:
+        return True
+    folders = PurePath(checkpoint).parent.parts, PurePath(os.path.normpath(output_dir)).parts
+    # The configured one may be relative, even to a folder above.
+    pairs = zip(*map(reversed, folders), strict=False)
+    return all(a == b for a, b in pairs if b != "..")
 
 
 def _test_set(path, test, dataset):

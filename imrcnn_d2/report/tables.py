@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from tabulate import tabulate
 
 from imrcnn_d2.evaluation import ClassificationResults, LesionResults
 from imrcnn_d2.evaluation.detection.metrics import is_count
@@ -139,6 +140,10 @@ def format_value(
     return cell
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def p_text(p: float) -> str:
     """A p-value as text."""
     if math.isnan(p):
@@ -178,6 +183,30 @@ HEADLINE = {
         *("cancer/recall", "cancer/specificity", "cancer/auroc"),
     ),
 }
+
+
+def summary(results: LesionResults | ClassificationResults) -> str:
+    """The size of a test set, the threshold, and a table of the headline metrics with their
+    intervals: where the weights have a threshold, at that one.
+    """
+    lesions, kind = isinstance(results, LesionResults), results.meta.get("iou_type")
+    groups, rows = results.compared(), []
+    for endpoint in HEADLINE["image" if lesions else "recognition"]:
+        endpoint = endpoint.format(kind=kind)
+        at_point = f"tau_val.{endpoint}"
+        stored = endpoint if value_of(groups, at_point) is None else at_point
+        if (value := value_of(groups, stored)) is not None:
+            interval = value_of(results.intervals, stored)
+            text = format_value(endpoint, value, interval).partition(" ")
+            rows.append([endpoint.replace("/", " "), text[0], text[2]])
+    title = f"{results.meta['images']} images"
+    if lesions:
+        point = results.tau_val or {"tau": results.meta["tau"]}
+        title += ", scores ≥ {:.3g}".format(point["tau"])
+        if results.tau_val:
+            title += " (stored in the weights; chosen on {dataset} by {rule})".format(**point)
+    columns, align = ("metric", "value", "95 % interval"), ("left", "right", "right")
+    return f"{title}\n\n{tabulate(rows, columns, disable_numparse=True, colalign=align)}\n"
 
 
 def groups_table(results: LesionResults | ClassificationResults, column: str) -> str:

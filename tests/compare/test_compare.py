@@ -250,10 +250,15 @@ def test_the_command(gt, write_run, write_gt, tmp_path, capsys):
     assert pairs == {("a", "b"), ("c", "b")}
     assert {t["endpoint"] for t in document["tests"] if t["primary"]} == {"segm/AP"}
     other = str(write_run("other", write_gt(tmp_path / "gt.json", images=4), model="other"))
-    for second, named in ((other, "test sets"), (str(tmp_path / "nowhere"), "nowhere")):
+    for second, options, named in (
+        (other, [], "test sets"),
+        (str(tmp_path / "nowhere"), [], "nowhere"),
+        (runs[1], ["--seed", "-1"], "seed is -1"),
+        (runs[1], ["--output", f"{other}/run.json"], "run.json is a file"),
+    ):
         with pytest.raises(SystemExit) as stopped:
-            command.main([runs[0], second, "--output", str(tmp_path / "none")])
-        assert stopped.value.code == 1 and named in capsys.readouterr().err
+            command.main([runs[0], second, "--output", str(tmp_path / "none"), *options])
+        assert stopped.value.code and named in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "none").exists()
 
 

@@ -1,4 +1,4 @@
-"""Models averaged and compared, and tests of significance; by hand, by SciPy and by simulation."""
+"""Models averaged and compared, and tests of significance; by hand, statsmodels and simulation."""
 
 import dataclasses
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from imrcnn_d2.evaluation import (
     Bootstrap,
@@ -172,11 +173,11 @@ def test_size_and_power_of_the_paired_bootstrap():
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-def test_mcnemar_is_a_sign_test_of_the_discordant(cases):
+def test_mcnemar_is_statsmodels_on_the_discordant(cases):
     result = mcnemar_exact(*np.array(cases).T)
     b, c = sum(a and not z for a, z in cases), sum(z and not a for a, z in cases)
     assert (result.only_first, result.only_second) == (b, c)
-    assert result.p == pytest.approx(binomtest(b, b + c, 0.5).pvalue if b + c else 1.0)
+    assert result.p == pytest.approx(mcnemar([[0, b], [c, 0]], exact=True).pvalue)
 
 
 def test_nadeau_bengio_by_hand():
@@ -201,9 +202,12 @@ def test_nadeau_bengio_by_hand():
             corrected_resampled_t_test(differences, *sizes)
 
 
-def test_holm_by_hand():
+def test_holm_by_hand_and_statsmodels():
     # Sorted 0.01 0.02 0.03 0.04, times 4 3 2 1 and never falling: 0.04 0.06 0.06 0.06.
     adjusted = holm([0.04, np.nan, 0.01, 0.03, 0.02])
     assert adjusted == pytest.approx([0.06, np.nan, 0.04, 0.06, 0.06], nan_ok=True)
     assert holm([0.6, 0.9]).tolist() == [1, 1]
     assert np.isnan(holm([np.nan])).all() and len(holm([])) == 0
+
+    p_values = np.random.default_rng(0).integers(0, 50, 40) ** 2 / 9000  # with ties
+    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])

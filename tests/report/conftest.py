@@ -26,8 +26,9 @@ STUDY_MODELS = {"MR-CNN": 0.6, "IBMR-CNN": 0.75, "IMR-CNN": 0.9}
 HOSTILE_NAMES = ("<img src=x onerror=hacked=1>.jpg", "</script><script>hacked=1</script>.jpg")
 
 
-def ground_truth(path, images=24, first=1, classes=("polyp",), per_patient=None):
-    """Write a COCO file of images with 0, 1, 2, 0, 1, ... lesions; returns its path."""
+def ground_truth(path, images=24, first=1, classes=("polyp",), per_patient=None, source=None):
+    """Write a COCO file of images with 0, 1, 2, 0, 1, ... lesions, with the source of its images;
+    returns its path."""
     rng = np.random.default_rng(first)
     records, annotations = [], []
     for number in range(first, first + images):
@@ -43,6 +44,7 @@ def ground_truth(path, images=24, first=1, classes=("polyp",), per_patient=None)
             annotations.append(rectangle(number, *box, category, **number_of))
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     content = {"images": records, "annotations": annotations, "categories": categories}
+    content["info"] = {"source": source} if source else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path

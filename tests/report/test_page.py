@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from recognition_runs import draw_classes, prepare_classes, write_classifier
 
-from imrcnn_d2.cli import report
+from imrcnn_d2.cli import evaluate, report
 from imrcnn_d2.evaluation import Bootstrap
 from imrcnn_d2.report import load_run
 from imrcnn_d2.report.comparison import compare, gather
@@ -76,8 +76,10 @@ def test_older_runs_lack_records(runs, show, parse):
     assert text.count('"jpeg"') == 5 and "5 of 24 test images" in sections["gallery"]
     meta = {key: old.meta[key] for key in ("tau", "iou_threshold", "iou_type", "gt", "gt_sha256")}
     old = recorded(old, meta=meta)
-    known = {label for label, value in page.facts([old], {}) if value != page.UNKNOWN}
-    assert known == {"Fold", "Ground truth, sha256", "Score threshold τ", "Hit", "Intervals"}
+    shown, unknown = page.known_facts(page.facts([old], {}))
+    known = {label for label, _ in shown}
+    assert known == {"Data set", "Ground truth, sha256", "Score threshold τ", "Hit", "Intervals"}
+    assert "seed; fold; iterations" in unknown and not known & set(unknown.split("; "))
     assert page.config_differences([old, runs[2]]) == []
     without_points = tables.metric_tables([recorded(run, "tau_val") for run in runs])
     titles = ["Detection, over all scores", "Lesions", "Images", "Patients"]
@@ -130,6 +132,53 @@ def test_facts(runs):
     assert page.config_differences(runs[::2]) == [["MODEL.PAFPN.ATTENTION", "", "cbam"]]
 
 
+def test_evaluated_weights_are_not_their_evaluation_s_config(runs, show, parse):
+    """`train --eval-only` leaves a config of no training: its iterations and seed are not the
+    weights', and it names parts of the model, which the evaluation names itself."""
+    model = {"META_ARCHITECTURE": "GeneralizedRCNN", "BACKBONE": {"NAME": "build_timm_backbone"}}
+    config = {"MODEL": model, "SOLVER": {"MAX_ITER": 1000}, "SEED": 77}
+    run = dataclasses.replace(runs[0], record={}, config=config)
+    meta = {**run.meta, "model": "IMR-CNN", "backbone": "lite0", "tau": 0.7000000001}
+    meta["checkpoint"] = "/some/place/demo.safetensors"
+    section = parse(show([recorded(run, meta=meta)]))[1]["run"].partition("Configuration of")[0]
+    for words in ("Model IMR-CNN", "Backbone lite0", "Weights demo.safetensors", "τ 0.7 "):
+        assert words in section
+    assert not re.search("1000|77|GeneralizedRCNN|build_|/some", section)
+    assert section.count("ot recorded") == 1 and "; iterations;" in section
+
+
+def test_evaluated_predictions_name_their_model(home, parse):
+    """`imrcnn evaluate` of a predictions.json, and of a list of results that names nothing."""
+    info = {"model": "IMR-CNN", "backbone": "lite0", "weights_sha256": "a1" * 32, "tau": 0.956366}
+    info |= {"runtime": "torch", "version": "0.1.0", "config_sha256": "b2" * 32, "year": 2026}
+    results = json.loads(home.file("coco_instances_results.json").read_text())
+    coco = json.loads(home.gt.read_text())
+    coco["annotations"] = [{"id": i, **result} for i, result in enumerate(results, 1)]
+    texts = {}
+    for name, content in (("named", {**coco, "info": info}), ("list", results)):
+        dt, out = home.path / f"{name}.json", home.path / name
+        dt.write_text(json.dumps(content))
+        options = ["--gt", home.gt, "--dt", dt, "--output", out, "--resamples", "0"]
+        evaluate.main([*map(str, options)])
+        dt.unlink()  # metrics.json has its info
+        report.main([str(out), "--output", str(out / "r.html"), "--card", str(out / "c.md")])
+        texts[name] = parse((out / "r.html").read_text())[1]["run"]
+    for words in (
+        "IMR-CNN",
+        "lite0",
+        "a1a1a1a1",
+        "b2b2b2b2",
+        "torch",
+        "0.956 ",
+        "study/annotations/",
+    ):
+        assert words in texts["named"]
+    assert "IMR-CNN" not in texts["list"] and "Not recorded: model; backbone; seed" in texts["list"]
+    for name, text in texts.items():
+        assert text.count("ot recorded") == 1
+        assert "config.yaml" not in (home.path / name / "c.md").read_text()
+
+
 def test_a_cell():
     for name, value, limits, text, interval, bar in (
         ("iou", 81.25, [70, 90.04], "81.2", "[70.0, 90.0]", [81.25, 70, 90.04]),
@@ -147,16 +196,29 @@ def test_values_are_those_of_metrics_json(runs, study):
     def document(model):
         return json.loads((study / f"runs/{model}/inference/study_test/metrics.json").read_text())
 
-    precision, sensitivity, _, iou = tables.key_metrics(runs)
-    for run, (name, shown) in zip(runs, sensitivity["cells"], strict=True):
-        lesion = document(run.name)["lesion"]
-        texts = f"{lesion['recall']:.1f}", "[{:.1f}, {:.1f}]".format(*lesion["recall_ci"])
-        assert (name, shown["text"], shown["interval"]) == (run.name, *texts)
+    # On top the values at the stored threshold, where all models have one.
+    average, sensitivity, specificity, _, alarms, _ = tables.key_metrics(runs)
+    without = [recorded(runs[0], "tau_val"), *runs[1:]]
+    _, at_common, *_ = tables.key_metrics(without)
+    for i, run in enumerate(runs):
+        metrics = document(run.name)
+        for card, group, key, digits in (
+            (sensitivity, metrics["tau_val"]["lesion"], "recall", 1),
+            (specificity, metrics["tau_val"]["image"], "specificity", 1),
+            (alarms, metrics["tau_val"]["lesion"], "fp_per_image", 2),
+            (at_common, metrics["lesion"], "recall", 1),
+        ):
+            name, shown = card["cells"][i]
+            limits = "[{:.{d}f}, {:.{d}f}]".format(*group[f"{key}_ci"], d=digits)
+            texts = run.name, f"{group[key]:.{digits}f}", limits
+            assert (name, shown["text"], shown["interval"]) == texts
+    assert "score ≥ 0.62" in tables.key_threshold(runs)
+    assert tables.key_threshold(without) == "score ≥ 0.7"
     area = document("IMR-CNN")["segm"]["AP50_voc"]
-    assert precision["cells"][2][1]["text"] == f"{area:.1f}" and "score ≥ 0.7" in iou["hint"]
+    assert average["cells"][2][1]["text"] == f"{area:.1f}"
 
     rows_of = {table["title"]: table["rows"] for table in tables.metric_tables(runs)}
-    titles = [f"{unit}{at}" for unit in ("Lesions", "Images", "Patients") for at in ("", ", τ_val")]
+    titles = [f"{unit}{at}" for unit in ("Lesions", "Images", "Patients") for at in (", τ_val", "")]
     assert list(rows_of) == ["Detection, over all scores", *titles]
     metrics = document("MR-CNN")
     for title, label, value in (
@@ -165,7 +227,7 @@ def test_values_are_those_of_metrics_json(runs, study):
     ):
         rows = {row["label"]: row["cells"] for row in rows_of[title]}
         assert rows[label][0]["text"] == f"{value:.1f}"
-    assert rows["score threshold"][0]["text"] == "0.62"
+    assert rows_of["Images, τ_val"][0]["cells"][0]["text"] == "0.62"
 
 
 def test_sizes_and_matrices(runs):
@@ -200,10 +262,10 @@ def test_patients_with_most_errors_first(runs):
 
 def test_screening(runs):
     table = tables.screening(runs, [0.05])
-    points = [(label, at) for at in ("score ≥ 0.7", "τ_val") for label in ("PPV", "NPV")]
+    points = [(label, at) for at in ("τ_val", "score ≥ 0.7") for label in ("PPV", "NPV")]
     rows = [(row["label"], row["hint"]) for row in table["rows"]]
     assert rows == [(f"{label} at 5 %", at) for label, at in points]
-    image = runs[0].metrics["image"]
+    image = runs[0].metrics["tau_val"]["image"]
     ends = zip(image["recall_ci"], image["specificity_ci"], strict=True)
     low, high = (tables.predictive_values(*end, 0.05)[0] for end in ends)
     shown = table["rows"][0]["cells"][0]
@@ -286,14 +348,19 @@ def test_the_command(home, capsys):
         (["--card", card, f"a={run}", f"b={run}"], "--card"),
         (["--prevalence", "5", "--", run], "prevalence is 5"),
         (["nowhere", run], "nowhere"),
+        ([run / "run.json"], "run.json is no folder"),
+        (["--max-images", "-3", run], "--max-images -3"),
+        (["--output", home.path, run], f"{home.path} is a folder"),
+        (["--card", run / "run.json" / "card.md", run], "run.json is a file"),
     ):
         with pytest.raises(SystemExit) as stop:
             report.main(["--output", *map(str, (output, *arguments))])
-        assert stop.value.code and named in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert stop.value.code and named in error.splitlines()[-1]
         assert not output.exists() and not card.exists()
     report.main(["--output", str(output), f"mine={run}", "--card", str(card)])
     assert "mine" in output.read_text(encoding="utf-8")
-    assert card.read_text(encoding="utf-8").startswith("# Model card: mine")
+    assert card.read_text(encoding="utf-8").startswith("---\nlibrary_name: imrcnn-d2\n")
     assert f"{output}, {card}" in capsys.readouterr().out
 
 
@@ -468,6 +535,6 @@ def test_in_a_browser(class_runs, class_page):
         tab.keyboard.press("Escape")
         assert not tab.locator("dialog").is_visible()
         printed = tab.locator("[data-print]").text_content()
-        assert "12 of 12 images (All, gastric ulcer, ResNet50, worst first)" in printed
+        assert "12 of 12 images (All, gastric ulcer, ResNet50, typical first)" in printed
         tab.set_viewport_size({"width": 400, "height": 800})
         assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0

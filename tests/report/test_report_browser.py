@@ -79,8 +79,12 @@ def test_sorting(page, outcomes):
         mean = sum(overlaps) / len(overlaps) if overlaps else 100
         return -total(rows, "FP", "FN"), round(mean, 1)
 
+    typical = names(page)  # from the middle of the order to its ends
+    page.locator("select[name=sort]").select_option(value="worst")
     order = [badness(name) for name in names(page)]
     assert order == sorted(order) and len(set(order)) > 5
+    distances = [abs(names(page).index(name) - (len(order) - 1) / 2) for name in typical]
+    assert distances == sorted(distances)
     page.locator("select[name=model]").select_option(label="MR-CNN")
     for column, key in (("union_iou", "iou"), ("score", "score")):
         for direction in ("low", "high"):

@@ -112,6 +112,22 @@ def test_run_json_and_config(trained, caplog):
     assert (inner.name, inner.model, inner.dataset) == ("mine", "IMR-CNN", "kvasir_seg_test")
 
 
+def test_an_evaluation_of_other_weights_is_not_of_the_training(trained):
+    """Into whose OUTPUT_DIR `train --eval-only` put it; a run that was moved still is its own."""
+    record = {"model": "IMR-CNN", "finished": "2026", "iterations": 4000}
+    for output_dir, checkpoint, own in (
+        ("output/mine", "/here/output/mine/model_best.pth", True),
+        ("../runs/mine", "/there/runs/mine/model_best.pth", True),
+        ("/x/mine", "/x/mine/model_best.pth", True),
+        (".", "/x/mine/model_best.pth", True),
+        ("output/mine", "/here/imrcnn_d2/weights/demo.safetensors", False),
+        ("output/mine", "/here/output/other/model_best.pth", False),
+    ):
+        config = f"OUTPUT_DIR: {output_dir}\n"
+        output = trained("a_test", run=record, config=config, checkpoint=checkpoint)
+        assert load_run(output).record == (record if own else {}), checkpoint
+
+
 def test_which_evaluation(trained, tmp_path):
     output = trained("kvasir_seg_val", config="DATASETS:\n  TEST: [kvasir_seg_test]\n")
     with pytest.raises(FileNotFoundError, match="kvasir_seg_test.*kvasir_seg_val"):
@@ -245,7 +261,7 @@ BOMB = "a: &a [x]\n" + "".join(f"{b}: &{b} [{f'*{a},' * 9}]\n" for a, b in pairw
 CONFIGS = [
     *(BOMB, "a: &a [*a]", "a: &a {b: *a}", "MODEL: []", "DATASETS: {TEST: 5}", "1", "a: [", ""),
     *("MODEL: !!python/object/apply:os.system ['x']", "a: !!timestamp x", "a: !!int ''"),
-    *("MODEL: {BACKBONE: x}", "SOLVER: {MAX_ITER: x}", 'a: "\\ud800"', "? [1]\n: 2"),
+    *("MODEL: {TIMM: x}", "OUTPUT_DIR: [x]", 'a: "\\ud800"', "? [1]\n: 2"),
     *("a: 2001-99-99", "a: {" * 5000, "# " + "x" * 300_000, "{}"),
 ]
 

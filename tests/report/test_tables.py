@@ -7,12 +7,24 @@ import shutil
 
 import pandas as pd
 import pytest
+import yaml
 
+from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
+from imrcnn_d2.data.prepare.synthetic import generate
+from imrcnn_d2.evaluation import Bootstrap
 from imrcnn_d2.evaluation.output import log_test_evaluation
 from imrcnn_d2.report.cohort import cohort
+from imrcnn_d2.report.comparison import compare, gather, write_comparison
+from imrcnn_d2.report.html import render_report
 from imrcnn_d2.report.model_card import write_model_card
-from imrcnn_d2.report.names import PAPER_DATA, metric_name, published_accuracy, published_values
+from imrcnn_d2.report.names import (
+    PAPER_DATA,
+    metric_name,
+    published_accuracy,
+    published_values,
+)
 from imrcnn_d2.report.tables import Table, format_value, metrics_table, p_text, write_table
+from imrcnn_d2.utils.files import Rejects
 
 NAN = float("nan")
 
@@ -96,26 +108,26 @@ def test_names():
         assert metric_name(endpoint) == name
 
 
-def published(dataset, table):
-    rows = published_values(dataset, table)
+def published(source, table):
+    rows = published_values(source, table)
     return {(row.model, row.figure): (row.value, row.sd) for row in rows}
 
 
 def test_published_values_of_the_data_set():
-    kvasir, egc = published("kvasir_seg_test", "3"), published("egc_test", "4")
+    kvasir, egc = published("kvasir_seg", "3"), published("egc", "4")
     assert kvasir["IMR-CNN", "segm/AP50_voc"] == (91.6, None) and len(kvasir) == 6
     assert egc["MR-CNN", "segm/AP50_voc"] == (90.6, 0.4) and len(egc) == 6
-    assert published("egc_val", "3")["IMR-CNN", "lesion/iou"] == (79.1, None)
+    assert published("egc", "3")["IMR-CNN", "lesion/iou"] == (79.1, None)
     # The paper has neither folds nor an operating point for Kvasir-SEG.
-    assert not published("kvasir_seg_test", "4") and not published("kvasir_seg_test", "5")
-    for dataset in (None, "", "synthetic_test", "kvasir_segment", "egc2_test"):
-        assert not any(published_values(dataset, table) for table in "345")
-    five = published("egc_test", "5")
+    assert not published("kvasir_seg", "4") and not published("kvasir_seg", "5")
+    for source in (None, "", "synthetic", "kvasir_seg_test", "egc2"):
+        assert not any(published_values(source, table) for table in "345")
+    five = published("egc", "5")
     metrics = [f"lesion/{name}" for name in ("precision", "recall", "f1")]
     precision, recall, f1 = (five["IMR-CNN", metric][0] for metric in metrics)
     assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.06)
     # What cannot be compared is marked.
-    rows = [row for data in PAPER_DATA for row in published_values(f"{data}_test", "345")]
+    rows = [row for data in PAPER_DATA for row in published_values(data, "345")]
     assert all(row.comparable == ("Not comparable" not in row.remarks[0]) for row in rows)
     marked = {row.figure for row in rows if not row.comparable}
     assert marked == {"lesion/specificity", "lesion/accuracy"}
@@ -168,6 +180,20 @@ def test_results_at_both_thresholds_and_data(run, write):
     numbers = [meta[key] for key in ("images", "patients", "lesions", "lesion_free_images")]
     assert rows(text, "Data")[-1] == ["Test", *map(str, numbers)]
     assert "3 of 43 images (2: mask is empty; 1: duplicate)" in text
+
+
+def test_a_card_begins_with_what_the_hub_lists_and_names_no_folder_of_this_machine(run, write):
+    command = "imrcnn train --data '/home/me/my data' OUTPUT_DIR /mnt/disk/out AP/IoU https://a/b"
+    text = write(record={**run.record, "command": command})
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["pipeline_tag"] == "image-segmentation" and head["license"] == "other"
+    (results,) = head["model-index"][0]["results"]
+    values = {metric["type"]: metric["value"] for metric in results["metrics"]}
+    assert results["dataset"]["name"] == run.dataset
+    assert values["recall"] == round(run.metrics["tau_val"]["lesion"]["recall"], 2)
+    assert values["AP50_voc"] == round(run.metrics["segm"]["AP50_voc"], 2)
+    assert not [part for part in ("/home", "/mnt", str(run.folder)) if part in text]
+    assert "AP/IoU" in text and "_DIR out " in text
 
 
 # What no run can know.
@@ -248,6 +274,13 @@ def test_a_patient_in_two_splits_and_a_crowd(home):
     assert data["splits"][2]["lesions"] == before["splits"][2]["lesions"] - 1
 
 
+def update(content, fields):
+    """Set fields; ... removes one."""
+    content.update(fields)
+    for name in [name for name, value in content.items() if value is ...]:
+        del content[name]
+
+
 def test_how_the_data_were_split(home):
     group, common = {"split_by": "group"}, {"ratio": [1, 1, 3], "seed": 4}
     home.change_data(lambda content: content.update(info={"description": "by hand"}))
@@ -257,8 +290,18 @@ def test_how_the_data_were_split(home):
         ({"split_by": "prefix"}, "Split as the file names state;"),
         ({**group, "test_per_class": 9}, "Split at random 1:1:3, 9 test images of each class, se"),
         ({**group, "fold": 1, "folds": 5}, "Fold 1 of 5, seed 4; near-dup"),
+        (
+            {"split_by": "image", "fold": ..., "folds": ..., "test_per_class": ...},
+            "Split at random",
+        ),
+        ({"given": 30}, "Split at random 1:1:3, seed 4, but for 30 of 40 images, which a list"),
+        ({"given": 40}, "Split as a list of files gave it."),
+        (
+            {**group, "fixed_from": "f" * 64, "given": 40},
+            "Split as a list of files gave it, then c",
+        ),
     ):
-        home.change_data(lambda content, new=settings: content.update(common | new), "splits.json")
+        home.change_data(lambda content, new=settings: update(content, common | new), "splits.json")
         caption = cohort(home.load())["caption"]
         assert caption.startswith(expected) and caption.endswith(". Annotations: by hand.")
 
@@ -271,3 +314,69 @@ def test_numbers_of_rejected_files_and_no_patients(home):
     data = cohort(home.load())
     assert data["rejected"] == [("7", "mask is empty")]
     assert data["patients"] is data["splits"][2]["patients"] is None
+
+
+def test_splits_that_were_given(tmp_path):
+    """What `--splits` assigned was not split at random: splits.json counts it."""
+    rendered, lists = tmp_path / "rendered", {"train": ["00000.png"], "val": [], "test": []}
+    rendered.mkdir()
+    source = generate(rendered, 8, 64)
+    samples = list(source.samples)
+    lists["train"], lists["val"] = (
+        [s.file_name for s in part] for part in (samples[:6], samples[6:])
+    )
+    for number, earlier in ((8, lists), (6, {**lists, "val": []})):
+        options = SplitOptions(split_by="image", earlier=earlier)
+        out = tmp_path / str(number)
+        prepare_dataset(dataclasses.replace(source, samples=samples), out, options, Rejects())
+        assert json.loads((out / "splits.json").read_text())["given"] == number
+
+
+def test_patients_of_some_images_only(home):
+    """How many images have an id is stated wherever patients are."""
+
+    def forget(content):
+        for image in content["images"][1:]:
+            del image["patient_id"]
+
+    home.change_data(forget)
+    run, data = home.load("MR-CNN"), cohort(home.load())
+    number, total = len(run.results.ground_truth.images), data["images"]
+    assert data["splits"][2]["patients_text"] == f"1 patient known, of 1 of the {number} images"
+    known = total - number + 1
+    assert data["patients_text"].endswith(f" known, of {known} of the {total} images")
+    assert "of one patient, where known, are in one split" in data["caption"]
+    page = render_report([run], home.path / "report.html").read_text()
+    assert "no patient_id" not in page and "resampling images" in page
+    assert page.count(f"1 patient known, of 1 of the {number} images") == 2  # its split, by patient
+    card = write_model_card(run, home.path / "card.md").read_text()
+    assert rows(card, "Data")[-1][2] == "1 (of 1 images)"
+    comparison = compare(gather([run]), Bootstrap(10))
+    text = write_comparison(comparison, home.path / "comparison")[0].read_text()
+    assert f"1 patient known, of 1 of the {number} images" in text
+
+
+def test_a_split_that_is_not_there(home):
+    """A test set passed on without the training annotations is reported, and the gap named."""
+    (home.gt.parent / "train.json").unlink()
+    data = cohort(home.load())
+    assert [split["name"] for split in data["splits"]] == ["Validation", "Test"]
+    assert data["offered"] is None and "train.json" in data["notes"][0]
+    render_report([home.load()], home.path / "report.html")
+    other = shutil.copy(home.gt, home.gt.with_name("external.json"))  # next to the three
+    home.change("metrics.json", {"meta.gt": str(other)})
+    assert [split["name"] for split in cohort(home.load())["splits"]] == ["external"]
+
+
+def test_whether_the_test_set_is_external(home):
+    """The card of weights from elsewhere does not claim that their test set is one."""
+    splits = json.loads((home.gt.parents[1] / "splits.json").read_text())["sha256"]
+    for sha256, answers in ((splits, ("split of the same", OPEN)), ("e" * 64, (OPEN, "no split"))):
+        home.change("run.json", {"splits_sha256": sha256})
+        card = write_model_card(home.load(), home.path / "card.md").read_text()
+        items = {row[0]: row[2] for row in rows(card, "CLAIM")}
+        assert all(a in items[n] for n, a in zip(("32", "33"), answers, strict=True))
+    home.change("run.json", {"splits_sha256": ...})
+    card = write_model_card(home.load(), home.path / "card.md").read_text()
+    items = {row[0]: row[2] for row in rows(card, "CLAIM")}
+    assert items["32"] == items["33"] == OPEN and "is not recorded" in card

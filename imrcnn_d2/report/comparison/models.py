@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 
 import numpy as np
-from tqdm import tqdm
 
 from imrcnn_d2.evaluation import model_figures, paired_difference
 from imrcnn_d2.evaluation.comparison import ModelMetrics, image_level_test
@@ -16,6 +15,7 @@ from imrcnn_d2.evaluation.statistics import Bootstrap, corrected_resampled_t_tes
 from imrcnn_d2.report.runs import Run
 from imrcnn_d2.task import Task
 from imrcnn_d2.utils.files import file_sha256
+from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
 NAN = math.nan
@@ -149,8 +149,8 @@ def check_test_sets(runs: Iterable[Run]):
         first = next(iter(hashes))
         if hashes[first] != hashes[run]:
             raise ValueError(
-                f"{first.path} ({first.dataset}, {first.gt_path}) and {run.path} ({run.dataset}, "
-                f"{run.gt_path}) were evaluated on different test sets."
+                f"{first.path} ({first.gt_path}) and {run.path} ({run.gt_path}) were evaluated on "
+                "different test sets: give runs on one, or evaluate one of these again."
             )
 
 
@@ -228,9 +228,14 @@ class Comparison:
     remarks: list[str]  # what a reader must know
 
     @property
-    def dataset(self) -> str | None:
-        """The name of the (first) test set."""
-        return self.gathered.runs[0][1].dataset
+    def dataset(self) -> str:
+        """The name of the (first) test set, see `Run.test_set`."""
+        return self.gathered.runs[0][1].test_set
+
+    @property
+    def source(self) -> str | None:
+        """What the annotations of the test set record as its data set, see `Run.source`."""
+        return self.gathered.runs[0][1].source
 
     @property
     def task(self) -> Task:
@@ -421,8 +426,8 @@ def _unknown(runs, sizes):
     remarks = []
     if old := [str(run.path) for run in runs if not run.record]:
         remarks.append(
-            f"Without run.json, so of unknown model, seed and fold: {', '.join(old)}. They go by "
-            "the name given (NAME=PATH) or the folder's."
+            f"Without run.json, so of unknown training, seed and fold: {', '.join(old)}. They go "
+            "by the name given (NAME=PATH) or the folder's."
         )
     if sizes:
         remarks.append(

@@ -14,6 +14,7 @@ from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix
 from imrcnn_d2.evaluation.detection.curves import pr_curve
 from imrcnn_d2.evaluation.detection.metrics import COUNTS
 from imrcnn_d2.report import names
+from imrcnn_d2.report.cohort import patients_text
 from imrcnn_d2.report.comparison.models import Comparison, Test
 from imrcnn_d2.report.plots.curves import plot_calibration, plot_class_roc, plot_pr_panels
 from imrcnn_d2.report.plots.matrices import plot_confusion_matrix
@@ -24,6 +25,7 @@ from imrcnn_d2.report.tables import (
     markdown_table,
     markdown_text,
     p_text,
+    plural,
     write_table,
 )
 from imrcnn_d2.task import CLASSIFICATION
@@ -45,8 +47,8 @@ DEFINITIONS = {
     "is undefined without lesion-free images.",
     "Images, patients": "positive with a lesion, predicted positive by a detection at the "
     "threshold anywhere; AUROC ranks them by their highest score.",
-    "Thresholds": "the paper's {tau:g}, and tau_val, chosen on validation data; never on the test "
-    "set.",
+    "Thresholds": "{tau:.3g} for all models, and tau_val, chosen on validation data; never on the "
+    "test set.",
     "Intervals": "95 % percentile bootstrap, {resamples} resamples of {unit}s with seed {seed}; "
     "exact binomial (Clopper-Pearson) at 0 and 100 %. They say how much the metrics would vary "
     "with other test data, not with another training.",
@@ -106,14 +108,22 @@ def _detection(comparison, folder, tables):
         )
     lines += ["## Figure 4", "", *_images(plots, "Precision-recall curves"), text, ""]
     meta = comparison.gathered.runs[0][1].results.meta
-    test_set = f"{meta['images']} images ({meta['lesion_free_images']} without a lesion), "
-    test_set += f"{meta['lesions']} lesions"
+    test_set = f"{plural(meta['images'], 'image')} ({meta['lesion_free_images']:,} without a "
+    test_set += f"lesion), {plural(meta['lesions'], 'lesion')}"
     definitions = _definitions(comparison, DEFINITIONS)
-    published = any((comparison.dataset or "").startswith(f"{data}_") for data in names.PAPER_DATA)
-    citation = names.CITATION if published else None
+    published = names.published_values(comparison.source, "345")
+    source = f"its annotations record {comparison.source or 'no source'}"
+    if published:
+        citation = f"Published values: {names.CITATION}. The test set is of that paper: {source}."
+    else:
+        citation = (
+            "Published values are not given: they are of the data sets "
+            f"{' and '.join(names.PAPER_DATA)}, and the test set is not known to be one of them "
+            f'("source" of its annotations\' info); {source}.'
+        )
     content = _document(
         comparison,
-        [asdict(row) for row in names.published_values(comparison.dataset, "345")],
+        [asdict(row) for row in published],
         definitions,
         n_train=comparison.n_train,
         n_test=comparison.n_test,
@@ -127,10 +137,11 @@ def _classification(comparison, folder, tables):
     plots = _plot_classifiers(comparison, folder)
     meta = comparison.gathered.runs[0][1].results.meta
     sizes = zip(meta["classes"], meta["images_of_class"], strict=True)
-    test_set = f"{meta['images']} images ({', '.join(f'{n} {name}' for name, n in sizes)})"
+    classes = ", ".join(f"{number} {name}" for name, number in sizes)
+    test_set = f"{plural(meta['images'], 'image')} ({classes})"
     definitions = _definitions(comparison, CLASSIFICATION_DEFINITIONS)
     published = names.published_accuracy(comparison.dataset, comparison.settings["classes"])
-    citation = names.CLASSIFICATION_CITATION if published else None
+    citation = f"Published values: {names.CLASSIFICATION_CITATION}." if published else None
     lines = ["## Plots", "", *_images(plots)]
     page = _markdown(comparison, test_set, tables, lines, definitions, citation)
     return plots, page, _document(comparison, published, definitions)
@@ -172,13 +183,11 @@ def _document(comparison, published, definitions, **sizes):
 def _markdown(comparison, test_set, tables, plots, definitions, citation):
     """The text of comparison.md."""
     runs = comparison.gathered.runs
-    patients = runs[0][1].results.meta["patients"]
-    if patients:
-        test_set += f", {patients} patients"
+    test_set += f", {patients_text(runs[0][1].results.ground_truth.images)}"
     lines = [
         f"# {markdown_text(', '.join(dict.fromkeys(label for label, _ in runs)))}",
         "",
-        f"Test set: {markdown_text(comparison.dataset or 'not named')}, {markdown_text(test_set)}"
+        f"Test set: {markdown_text(comparison.dataset)}, {markdown_text(test_set)}"
         f"{'' if comparison.models else ' in the first fold'}. "
         f"Primary endpoint: {markdown_text(comparison.primary)}.",
         "",
@@ -192,7 +201,7 @@ def _markdown(comparison, test_set, tables, plots, definitions, citation):
     lines += [*plots, "## How each number is defined", ""]
     lines += [f"- **{name}**: {text}" for name, text in definitions.items()]
     if citation:
-        lines += ["", f"Published values: {citation}."]
+        lines += ["", markdown_text(citation)]
     rows = markdown_table(pd.DataFrame([_run_row(label, run) for label, run in runs]), 7)
     return "\n".join([*lines, "", "## Runs", "", rows, ""])
 
@@ -201,7 +210,7 @@ def _run_facts(label, run):
     """A run's place and sources."""
     return {
         "model": label,
-        "architecture": run.record.get("model"),
+        "architecture": run.architecture,
         "backbone": run.backbone,
         "seed": run.seed,
         "fold": run.fold,
@@ -209,7 +218,7 @@ def _run_facts(label, run):
         "dataset": run.dataset,
         "ground_truth": str(run.gt_path),
         "gt_sha256": run.meta.get("gt_sha256"),
-        "checkpoint_sha256": run.meta.get("checkpoint_sha256"),
+        "checkpoint_sha256": run.weights_sha256,
         "git": run.record.get("git"),
         "config_sha256": run.record.get("config_sha256"),
     }
@@ -223,7 +232,7 @@ def _run_row(label, run):
         "backbone": run.backbone or "",
         "seed": "" if run.seed is None else str(run.seed),
         "fold": f"{run.fold['index']} of {run.fold['of']}" if run.fold else "",
-        "checkpoint": (run.meta.get("checkpoint_sha256") or "")[:12],
+        "checkpoint": (run.weights_sha256 or "")[:12],
         "git": (git.get("revision") or "")[:12] + changes,
         "folder": str(run.folder.resolve()),
     }
@@ -395,7 +404,7 @@ def table_3(comparison: Comparison) -> Table:
             rows = [_metric_row(label, model, *key, regions=regions) for key in keys]
             data += rows
             cells.append({"model": label, "regions": regions, **_metric_cells(TABLE_3, rows)})
-    published = names.published_values(comparison.dataset, "3")
+    published = names.published_values(comparison.source, "3")
     by_model = {}
     for value in published:
         name = "IoU" if value.figure == "lesion/iou" else "AP50_voc"
@@ -412,7 +421,7 @@ def table_4(comparison: Comparison) -> Table:
     """Each fold, mean and standard deviation, with published values."""
     data, cells = _over_folds(comparison, TABLE_4, source="this comparison", remarks="")
     number = len(next(iter(comparison.folds.values())))
-    published = names.published_values(comparison.dataset, "4")
+    published = names.published_values(comparison.source, "4")
     for value in published:
         row = {"model": value.model, "source": "published", "figure": value.figure}
         row |= {"mean": value.value, "sd_population": value.sd}
@@ -467,7 +476,7 @@ def table_5(comparison: Comparison) -> Table:
         notes = [_Pooled.NOTE]
     for label, model in models.items():
         value = f" = {model.taus[0]:.3g}" if len(model.taus) == 1 and model.taus[0] else ""
-        thresholds = {"": f"{comparison.settings['tau']:g}", "tau_val.": f"tau_val{value}"}
+        thresholds = {"": f"{comparison.settings['tau']:.3g}", "tau_val.": f"tau_val{value}"}
         for prefix, threshold in thresholds.items():
             for level, name in names.LEVELS.items():
                 if (group := prefix + level) not in model.values:
@@ -476,7 +485,7 @@ def table_5(comparison: Comparison) -> Table:
                 data += rows
                 texts = {"model": label, "threshold": threshold, "cases": name}
                 cells.append({**texts, **_metric_cells(TABLE_5, rows)})
-    published = names.published_values(comparison.dataset, "5")
+    published = names.published_values(comparison.source, "5")
     if published:
         texts = {"model": f"{published[0].model}, published", "threshold": "0.7"}
         texts |= {"cases": "not stated", **dict.fromkeys(TABLE_5, "")}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import cv2
 import jinja2
@@ -20,17 +20,18 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm import tqdm
 
 from imrcnn_d2.data.images import image_inside, read_image
-from imrcnn_d2.report.cohort import cohort
+from imrcnn_d2.report.cohort import cohort, is_external, patients_text
 from imrcnn_d2.report.comparison.models import check_settings, check_test_sets
 from imrcnn_d2.report.html import tables
 from imrcnn_d2.report.names import CLASSIFICATION_CITATION, REMARKS, published_accuracy
 from imrcnn_d2.report.plots import curves, images
 from imrcnn_d2.report.runs import Run
+from imrcnn_d2.report.tables import plural
 from imrcnn_d2.task import CLASSIFICATION
 from imrcnn_d2.utils.files import write_atomically
+from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def render_report(
     check_settings(runs)
     runs = _named_runs(runs)
     data = cohort(runs[0])
+    data["notes"] += filter(None, (_of_training(run, data) for run in runs))
+    known, unknown = known_facts(facts(runs, data["settings"]))
     classifiers = runs[0].task is CLASSIFICATION
     bootstraps = [run.metrics["meta"].get("bootstrap") for run in runs]
     if classifiers:
@@ -68,10 +71,11 @@ def render_report(
         name,
         output,
         scripts=("gallery.js", f"{name}.js"),
-        title=runs[0].dataset or runs[0].name,
+        title=runs[0].test_set,
         with_lesions=not classifiers,
         run_names=[run.name for run in runs],
-        facts=facts(runs, data["settings"]),
+        facts=known,
+        unknown=unknown,
         config_differences=config_differences(runs),
         configs=[(run.name, yaml.safe_dump(run.config) if run.config else "") for run in runs],
         cohort=data,
@@ -79,11 +83,25 @@ def render_report(
         unit=next((b["unit"] for b in bootstraps if b), None),
         remarks=[remark for run in runs for remark in run.remarks],
         undocumented=_names(runs, lambda run: not run.record),
+        without_config=_names(runs, lambda run: not run.config),
         without_intervals=_names(runs, lambda run: not run.metrics["meta"].get("bootstrap")),
         comparison=tables.differences(runs),
         undefined=_undefined_rows(runs),
         **sections,
     )
+
+
+def _of_training(run, data):
+    """A note, where the training part of the data set need not be what the model was trained on."""
+    training = next((split for split in data["splits"] if split["name"] == "Training"), None)
+    if not training or not training["images"]:
+        return None
+    external = is_external(run, data["settings"])
+    if external:
+        return f"{run.name} was not trained on this training part, but on another data set."
+    if external is None and not run.record:
+        return f"Whether {run.name} was trained on this training part is not recorded."
+    return None
 
 
 # Class in the page of each kind of contour, with its label.
@@ -98,25 +116,25 @@ CONTOURS = {
 def _detection(runs, prevalences, max_images):
     """The values of detection.html that not every page has."""
     meta = runs[0].results.meta
-    lead = f"{_plural(len(runs), 'model')} on {_plural(meta['images'], 'image')} with "
-    lead += _plural(meta["lesions"], "lesion")
-    if meta["patients"]:
-        lead += f" of {_plural(meta['patients'], 'patient')}"
+    lead = f"{_sizes(runs)}, with {plural(meta['lesions'], 'lesion')}"
     if meta["lesion_free_images"]:
-        lead += f"; {_plural(meta['lesion_free_images'], 'image')} without a lesion"
-    shown = f"the ground truth and each model’s detections at a score ≥ {meta['tau']:g}"
+        lead += f"; {plural(meta['lesion_free_images'], 'image')} without a lesion"
+    shown = f"the ground truth and each model’s detections at a score ≥ {meta['tau']:.3g}"
     return {
         "lead": f"{lead}.",
         "lines": contour_lines(CONTOURS),
         "key_metrics": tables.key_metrics(runs),
+        "key_threshold": tables.key_threshold(runs),
         "without_threshold": _names(runs, lambda run: not run.metrics.get("tau_val")),
         "metric_tables": tables.metric_tables(runs),
+        "paired": any(run.metrics.get("tau_val") for run in runs),
         "plots": curve_plots(runs),
         "unscored": _names(runs, lambda run: not run.results.detections.scored),
         "has_lesions": bool(runs[0].results.counts.positive.any()),
         "confusions": tables.confusions(runs, with_threshold=True),
         "size_tables": tables.size_tables(runs),
         "patients": tables.patient_table(runs),
+        "patients_text": patients_text(runs[0].results.ground_truth.images),
         "screening": tables.screening(runs, prevalences),
         "lesion_free_images": meta["lesion_free_images"],
         **_gallery_section(lesion_gallery, runs, max_images, shown),
@@ -129,13 +147,10 @@ def _classification(runs, max_images):
     classes, cancers = meta["classes"], meta["cancer_classes"]
     published = published_accuracy(runs[0].dataset, classes)
     sizes = zip(meta["images_of_class"], classes, strict=True)
-    lead = f"{_plural(len(runs), 'model')} on {meta['images']:,} images"
-    if meta["patients"]:
-        lead += f" of {meta['patients']:,} patients"
     notes = [*REMARKS, f"Published: {CLASSIFICATION_CITATION}."] if published else []
     shown = "their class and the probabilities that each model gives"
     return {
-        "lead": f"{lead}: {', '.join(f'{number:,} {name}' for number, name in sizes)}.",
+        "lead": f"{_sizes(runs)}: {', '.join(f'{number:,} {name}' for number, name in sizes)}.",
         "lines": {},
         "classes": classes,
         "key_metrics": tables.class_key_metrics(runs, cancers),
@@ -143,6 +158,7 @@ def _classification(runs, max_images):
         "accuracy": tables.class_accuracy(runs, classes, published),
         "published_notes": notes,
         "metric_tables": tables.class_metric_tables(runs, classes, cancers),
+        "paired": False,
         "plots": _class_plots(runs),
         "confusions": tables.confusions(runs),
         "grad_cams": grad_cams(runs),
@@ -150,8 +166,10 @@ def _classification(runs, max_images):
     }
 
 
-def _plural(count, noun):
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def _sizes(runs):
+    meta = runs[0].results.meta
+    text = f"{plural(len(runs), 'model')} on {plural(meta['images'], 'image')}"
+    return f"{text} of {plural(meta['patients'], 'patient')}" if meta["patients"] else text
 
 
 def _names(runs, condition):
@@ -183,12 +201,25 @@ def facts(runs: list[Run], settings: dict) -> list[list[str]]:
     of the split, see `cohort`.
     """
     columns = [_facts_of(run, settings) for run in runs]
-    return [[label, *(column[label] for column in columns)] for label in columns[0]]
+    labels = dict.fromkeys(label for column in columns for label in column)
+    return [[label, *(column.get(label, "–") for column in columns)] for label in labels]
+
+
+def known_facts(rows: list[list[str]]) -> tuple[list[list[str]], str]:
+    """The `facts` that are known of some run, and the labels of all others as text."""
+    known = [row for row in rows if set(row[1:]) != {UNKNOWN}]
+    return known, "; ".join(row[0].lower() for row in rows if row not in known)
 
 
 def _facts_of(run, split):
-    record, meta, config = run.record, run.metrics["meta"], run.settings
-    git, fold, bootstrap = record.get("git") or {}, run.fold, meta.get("bootstrap")
+    record, meta, predictions = run.record, run.metrics["meta"], run.predictions
+    git, bootstrap, fold = record.get("git") or {}, meta.get("bootstrap"), None
+    if run.fold:
+        fold = f"{run.fold['index']} of {run.fold['of']}"
+    elif "fold" in split:
+        fold = f"{split['fold']} of {split.get('folds', '?')}"
+    elif record:
+        fold = "none"
     revision = git.get("revision")
     if revision and git.get("dirty"):
         revision += ", with uncommitted changes"
@@ -197,19 +228,23 @@ def _facts_of(run, split):
         intervals = f"{bootstrap['resamples']:,} resamples of {bootstrap['unit']}s, seed "
         intervals += str(bootstrap["seed"])
     versions = meta.get("versions") or record.get("versions") or {}
+    checkpoint = meta.get("checkpoint")
+    # Without a run.json a config may be that of an evaluation: its seed and iterations say nothing.
     texts = {
-        "Model": record.get("model") or config.get("MODEL.META_ARCHITECTURE"),
-        "Backbone": run.backbone or config.get("MODEL.BACKBONE.NAME"),
-        "Seed": run.seed if run.seed is not None else config.get("SEED"),
-        "Fold": f"{fold['index']} of {fold['of']}" if fold else "none",
-        "Iterations": record.get("iterations") or config.get("SOLVER.MAX_ITER"),
+        "Model": run.architecture,
+        "Backbone": run.backbone,
+        "Seed": run.seed,
+        "Fold": fold,
+        "Iterations": record.get("iterations"),
         "Training": _training(record),
         "Device": record.get("device"),
         "Command": record.get("command"),
         "Code revision": revision,
-        "Config, sha256": _short(record.get("config_sha256")),
-        "Weights, sha256": _short(meta.get("checkpoint_sha256")),
-        "Data set": meta.get("dataset"),
+        "Config, sha256": _short(record.get("config_sha256") or predictions.get("config_sha256")),
+        "Weights": checkpoint and PurePath(checkpoint).name,
+        "Weights, sha256": _short(run.weights_sha256),
+        **(_prediction(predictions) if predictions else {}),
+        "Data set": run.test_set,
         "Ground truth, sha256": _short(meta.get("gt_sha256")),
         "Split, sha256": _short(record.get("splits_sha256") or split.get("sha256")),
         **(_steps(record) if run.task is CLASSIFICATION else _thresholds(run)),
@@ -237,9 +272,19 @@ def _thresholds(run):
         point = f"{chosen['tau']:.3g} ({chosen.get('rule')}, on {chosen.get('dataset')})"
     regions = "masks" if meta["iou_type"] == "segm" else "boxes"
     return {
-        "Score threshold τ": f"{meta['tau']:g}",
+        "Score threshold τ": f"{meta['tau']:.3g}",
         "τ chosen on validation": point,
         "Hit": f"IoU ≥ {meta['iou_threshold']:g} of {regions}",
+    }
+
+
+def _prediction(info):
+    """How the model predicted, as a predictions.json says."""
+    version, tau = info.get("version"), info.get("tau")
+    return {
+        "Runtime": ", ".join(info[key] for key in ("runtime", "precision") if info.get(key)),
+        "Predicted with": version and f"imrcnn-d2 {version}",
+        "τ of the predictions": None if tau is None else f"{tau:.3g}",
     }
 
 
@@ -272,9 +317,8 @@ def contour_lines(contours: dict[str, tuple[str, str]]) -> dict[str, dict]:
         style, dash = images.CONTOUR_STYLES[kind], "none"
         if style["linestyle"] != "-":  # matplotlib's dashes are in line widths
             dash = " ".join(f"{part * style['linewidth']:.1f}" for part in style["linestyle"][1])
-        lines[name] = {"label": label, "dash": dash, "light": kind in images.LIGHT_HALO}
+        lines[name] = {"label": label, "dash": dash, "halo": images.HALO_WIDTH}
         lines[name] |= {"color": style["color"], "width": style["linewidth"]}
-        lines[name]["halo"] = images.HALO_WIDTH
     return lines
 
 
@@ -285,7 +329,7 @@ def curve_plots(runs: list[Run]) -> dict[str, dict]:
     results = {run.name: run.results for run in runs if run.results.detections.scored}
     if not results:
         return {}
-    tau, pr_curves = {"tau": runs[0].metrics["meta"]["tau"]}, _pr_curves(results)
+    tau, pr_curves = {"tau": tables.common_threshold(runs)}, _pr_curves(results)
 
     def of_each(value):
         return {name: value(scored) for name, scored in results.items()}

@@ -70,7 +70,9 @@ UNIT_METRICS = {
 KEY_METRICS = (
     ("curve", "AP50_voc", "Average precision", "area under the precision-recall curve at IoU 0.5"),
     ("lesion", "recall", "Sensitivity", "share of the lesions that were found"),
+    ("image", "specificity", "Specificity", "share of the lesion-free images without a detection"),
     ("lesion", "precision", "Precision", "share of the detections that are a lesion"),
+    ("lesion", "fp_per_image", "False alarms", "per image, with or without a lesion"),
     ("lesion", "iou", "IoU", "overlap with the lesion where one was found"),
 )
 
@@ -115,23 +117,45 @@ def _cards(cards, runs, groups):
 
 
 def key_metrics(runs):
-    """The values on top of the page of detectors."""
-    cards = [
-        (group, name, title, hint if group == "curve" else f"{hint}, {_at(runs)}")
-        for group, name, title, hint in KEY_METRICS
-    ]
+    """The values on top of the page of detectors: at the thresholds that were chosen on validation
+    data, where all models have one.
+    """
     groups = []
-    for run in runs:
-        lesion = dict(run.metrics["lesion"])
+    for run, point in zip(runs, _chosen(runs) or [run.metrics for run in runs], strict=True):
+        lesion = dict(point["lesion"])
         if lesion.get("iou") is None:
             lesion |= {"iou": lesion.get("iou_box"), "iou_ci": lesion.get("iou_box_ci")}
-        groups.append({"curve": curve_group(run)[1], "lesion": lesion})
-    return _cards(cards, runs, groups)
+        groups.append({"curve": curve_group(run)[1], "lesion": lesion, "image": point["image"]})
+    return _cards(KEY_METRICS, runs, groups)
+
+
+def key_threshold(runs):
+    """The threshold of the values on top, as text."""
+    if points := _chosen(runs):
+        return f"{_scores(point['tau'] for point in points)} (τ_val, chosen on validation data)"
+    return _at(runs)
+
+
+def common_threshold(runs):
+    """The operating point of all models, where it is one, else the threshold of their evaluation:
+    what curves mark.
+    """
+    taus = {point["tau"] for point in _chosen(runs) or ()}
+    return taus.pop() if len(taus) == 1 else runs[0].metrics["meta"]["tau"]
+
+
+def _chosen(runs):
+    """The metrics of each model at its operating point; None unless all have one."""
+    points = [run.metrics.get("tau_val") for run in runs]
+    return points if all(points) else None
 
 
 def _at(runs):
-    taus = sorted({run.metrics["meta"]["tau"] for run in runs})
-    return "score ≥ " + ", ".join(f"{tau:g}" for tau in taus)
+    return _scores(run.metrics["meta"]["tau"] for run in runs)
+
+
+def _scores(taus):
+    return "score ≥ " + ", ".join(dict.fromkeys(f"{tau:.3g}" for tau in taus))
 
 
 def curve_group(run: Run) -> tuple[str, dict]:
@@ -152,16 +176,15 @@ def metric_tables(runs):
         groups = [run.metrics.get(unit) or {} for run in runs]
         if not any(groups):
             continue
+        if any(chosen):
+            caption = "At the threshold that was chosen on validation data"
+            points = [point.get(unit) or {} for point in chosen]
+            table = _metric_table(f"{title}, τ_val", caption, metrics, points)
+            thresholds = [_text(f"{point['tau']:.3g}" if point else "n/a") for point in chosen]
+            rules = ", ".join(sorted({str(point.get("rule")) for point in chosen if point}))
+            row = {"label": "score threshold", "hint": f"rule: {rules}", "cells": thresholds}
+            tables.append({**table, "rows": [row, *table["rows"]]})
         tables.append(_metric_table(title, _at(runs), metrics, groups))
-        if not any(chosen):
-            continue
-        caption = "At the threshold that was chosen on validation data"
-        groups = [point.get(unit) or {} for point in chosen]
-        table = _metric_table(f"{title}, τ_val", caption, metrics, groups)
-        thresholds = [_text(f"{point['tau']:.3g}" if point else "n/a") for point in chosen]
-        rules = ", ".join(sorted({str(point.get("rule")) for point in chosen if point}))
-        row = {"label": "score threshold", "hint": f"rule: {rules}", "cells": thresholds}
-        tables.append({**table, "rows": [row, *table["rows"]]})
     return tables
 
 
@@ -249,18 +272,24 @@ def screening(runs, prevalences):
         predictive_values(100, 100, prevalence)
     if not runs[0].results.meta["lesion_free_images"]:
         return None
-    points = {_at(runs): [run.metrics["image"] for run in runs]}
-    chosen = [(run.metrics.get("tau_val") or {}).get("image") for run in runs]
-    if all(chosen):
-        points["τ_val"] = chosen
+    points = {}
+    if chosen := _chosen(runs):
+        points["τ_val"] = [point["image"] for point in chosen]
+    points[_at(runs)] = [run.metrics["image"] for run in runs]
     rows = []
     for (at, images), prevalence in itertools.product(points.items(), prevalences):
         for which, label in enumerate(("PPV", "NPV")):
             cells = [_predicted(image, prevalence, which) for image in images]
             label = f"{label} at {100 * prevalence:g} %"
             rows.append({"label": label, "hint": at, "cells": cells})
-    pairs = itertools.product(runs, prevalences)
-    return {"rows": rows, "sentences": [_in_natural_frequencies(*pair) for pair in pairs]}
+    first = next(iter(points.items()))
+    triples = [
+        (run.name, point, prevalence)
+        for run, point in zip(runs, first[1], strict=True)
+        for prevalence in prevalences
+    ]
+    sentences = [_in_natural_frequencies(first[0], *triple) for triple in triples]
+    return {"rows": rows, "sentences": sentences}
 
 
 def _predicted(image, prevalence, which):
@@ -276,13 +305,13 @@ def _predicted(image, prevalence, which):
     return _cell(value, interval)
 
 
-def _in_natural_frequencies(run, prevalence):
-    image, ill = run.metrics["image"], 1000 * prevalence
+def _in_natural_frequencies(at, name, image, prevalence):
+    ill = 1000 * prevalence
     if image["recall"] is None:
-        return f"{run.name}: sensitivity is undefined, as no image shows a lesion."
+        return f"{name}: sensitivity is undefined, as no image shows a lesion."
     hits, alarms = ill * image["recall"] / 100, (1000 - ill) * (1 - image["specificity"] / 100)
     return (
-        f"{run.name}, {_at([run])}: of 1,000 images of which {ill:g} show a lesion, "
+        f"{name}, {at}: of 1,000 images of which {ill:g} show a lesion, "
         f"{hits + alarms:.1f} raise an alarm, {hits:.1f} of them rightly; {ill - hits:.1f} with a "
         "lesion raise none."
     )
@@ -361,9 +390,10 @@ def class_metric_tables(runs, classes, cancers):
 
 
 AT_A_GLANCE = (
-    *("lesion/recall", "lesion/precision", "lesion/iou"),
     *("recognition/top1", "recognition/auroc", "cancer/recall", "cancer/specificity"),
+    *("lesion/iou", "lesion/recall", "lesion/precision"),
 )
+AT_TAU_VAL = ("lesion/iou", "tau_val.lesion/recall", "tau_val.lesion/precision")
 
 
 def differences(runs: list[Run]) -> dict | None:
@@ -379,11 +409,15 @@ def differences(runs: list[Run]) -> dict | None:
     comparison = compare(gathered, bootstrap)
     primary, tests = comparison.primary, comparison.tests
     adjusted = sum(not test.primary for test in tests)
+    caption, glance = "First model minus second, in percentage points", AT_A_GLANCE
+    if runs[0].task.localises:
+        caption += f"; at a {_at(runs)}, where it matters and nothing else is named"
+        glance = AT_TAU_VAL if _chosen(runs) else glance
     return {
         "columns": ["models", "metric", "difference", "95 % interval", "p", "test"],
-        "rows": [_row(test) for test in tests if test.endpoint in (primary, *AT_A_GLANCE)],
+        "rows": [_row(test) for test in tests if test.endpoint in (primary, *glance)],
         "all_rows": [_row(test) for test in tests],
-        "caption": "First model minus second, in percentage points",
+        "caption": caption,
         "note": (
             f"{bootstrap.resamples:,} paired resamples of {comparison.settings['unit']}s. "
             f"Primary endpoint: {metric_name(primary)}; the p-values of the other {adjusted} tests "

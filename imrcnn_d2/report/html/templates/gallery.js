@@ -64,13 +64,21 @@ const showGallery = ({ describe, panels, frames, enlarged, filters, sorts, isCan
   // ---- Filter and sort
 
   let shown = [];
+  // From the middle of the order outwards.
+  const typicalFirst = (images) => {
+    const middle = (images.length - 1) / 2;
+    const distance = new Map(images.map((image, i) => [image, Math.abs(i - middle)]));
+    return images.sort((a, b) => distance.get(a) - distance.get(b));
+  };
   const arrange = () => {
     const candidates = data.images.filter(isCandidate);
     for (const [key, keep] of Object.entries(FILTERS)) {
       const count = form.querySelector(`[data-count=${key}]`);
       if (count) count.textContent = candidates.filter(keep).length;
     }
-    shown = candidates.filter(FILTERS[form.elements.show.value]).sort(SORTS[form.elements.sort.value]);
+    const sort = form.elements.sort.value;
+    shown = candidates.filter(FILTERS[form.elements.show.value]).sort(SORTS[sort] ?? SORTS.worst);
+    if (sort === "typical") shown = typicalFirst(shown);
     list.replaceChildren(...shown.map((image) => image.tile));
     shown.forEach((image, i) => (image.button.tabIndex = i ? -1 : 0));
     shown.slice(0, PRINTED).forEach(fill);
