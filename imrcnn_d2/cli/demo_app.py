@@ -14,7 +14,7 @@ import signal
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from imrcnn_d2.cli import new_parser, one_line_errors, predictor_arguments
+from imrcnn_d2.cli import WEIGHTS_HELP, new_parser, one_line_errors, predictor_arguments
 
 MAX_PIXELS = 48_000_000  # of an image; four times as many would take a minute and gigabytes
 
@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, parents=[predictor_arguments()])
-    weights = "file, URL, or the name of weights in the package (%(default)s)"
-    parser.add_argument("--weights", default="demo", help=weights)
+    parser.add_argument("--weights", default="demo", help=f"{WEIGHTS_HELP} (%(default)s)")
     host = "address to listen at (%(default)s); 0.0.0.0 lets in everybody on the network"
     parser.add_argument("--host", default="127.0.0.1", help=host)
     port = "to listen at (%(default)s); 0 takes a free one"

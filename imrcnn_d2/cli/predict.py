@@ -3,10 +3,11 @@
     imrcnn predict --weights output/imrcnn/model_best.pth --input images --output found --overlays
     imrcnn predict --weights demo --input 'clips/*.mp4' scan.dcm --output found --overlays --masks
 
-writes predictions.json (COCO: all detections with their scores), predictions.csv (one row per
-image) and the requested outputs; failed.csv lists the inputs that could not be read. Overlays,
-masks, LabelMe files and the CSV have the detections with a score of at least τ: the operating point
-that was chosen on validation data and is in the weights, else MODEL.IMRCNN.SCORE_THRESH.
+writes predictions.json (COCO: all detections with their scores), results.json (the same as a COCO
+results list), predictions.csv (one row per image) and the requested outputs; failed.csv lists the
+inputs that could not be read. Overlays, masks, LabelMe files and the CSV have the detections with a
+score of at least τ: the operating point that was chosen on validation data and is in the weights,
+else MODEL.IMRCNN.SCORE_THRESH.
 
 The same command again goes on after an interruption, and predicts on new inputs only. Research use
 only, not for diagnosis.
@@ -14,7 +15,7 @@ only, not for diagnosis.
     imrcnn predict --engine ray --actors 16 --weights demo --input archive --output found
 
 is for millions of images: processes of this machine, or of the Ray cluster at RAY_ADDRESS, write
-Parquet files, one row per image, into predictions.parquet (pip install -e '.[ray]').
+Parquet files, one row per image, into predictions.parquet (pip install 'imrcnn-d2[ray]').
 """
 
 import argparse
@@ -23,7 +24,13 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from imrcnn_d2.cli import new_parser, one_line_errors, predictor_arguments
+from imrcnn_d2.cli import (
+    WEIGHTS_HELP,
+    add_tau,
+    new_parser,
+    one_line_errors,
+    predictor_arguments,
+)
 from imrcnn_d2.utils.files import for_terminal
 
 
@@ -72,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 def argument_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, parents=[predictor_arguments()])
     add = parser.add_argument
-    add("--weights", required=True, help="file, URL, or demo: those in the package")
+    add("--weights", required=True, help=WEIGHTS_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
@@ -105,7 +112,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--labelme", action="store_true", help=labelme)
     batch_size = "images that the network sees at once (%(default)s)"
     add("--batch-size", type=int, default=1, help=batch_size)
-    add("--tau", type=float, help="another score from which on a detection is positive")
+    add_tau(parser, help="another score from which on a detection is positive")
     return parser
 
 

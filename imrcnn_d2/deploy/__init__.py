@@ -6,7 +6,8 @@ web for a browser.
 """
 
 from imrcnn_d2.deploy.batch import Summary, predict_files
-from imrcnn_d2.deploy.loading import load_model, pretrained
+from imrcnn_d2.deploy.loading import load_model
 from imrcnn_d2.deploy.predictor import Predictor
+from imrcnn_d2.engine.checkpoint import pretrained
 
 __all__ = ["Predictor", "Summary", "load_model", "predict_files", "pretrained"]

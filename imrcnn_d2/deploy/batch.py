@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pycocotools.mask as mask_util
-from tqdm import tqdm
 
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.deploy import outputs
@@ -33,12 +32,15 @@ from imrcnn_d2.utils.files import (
     csv_line,
     file_sha256,
     for_terminal,
+    install_extra,
     lock_folder,
 )
+from imrcnn_d2.utils.progress import tqdm
 
 # Of journals. Format 1 had DICOM files by their names, and not the files that were written.
 FORMAT = 2
-PREDICTIONS, TABLE, FAILED = "predictions.json", "predictions.csv", "failed.csv"
+PREDICTIONS, RESULTS = "predictions.json", "results.json"
+TABLE, FAILED = "predictions.csv", "failed.csv"
 _START = b'{"run":{'  # of a journal
 LONGEST_LINE = 2**26  # bytes; a frame's line has a few hundred detections
 LONGEST_SIDE, MOST_PIXELS = 2**20, 2**28  # of a frame
@@ -48,7 +50,6 @@ def run_record(predictor: Predictor, root: Path, save: Iterable[str] = ()) -> di
     """What all results in a folder of outputs share; inputs are named relative to ``root``."""
     run = {
         **predictor.metadata,
-        "runtime": predictor.requested_runtime,  # "auto" may choose another the next time
         "classes": predictor.classes,
         "outputs": sorted(save),
         # The path may contain a patient's name, which could be guessed even from a hash of it, but
@@ -70,7 +71,7 @@ def check_run(folder: Path, previous: dict, current: dict) -> None:
     if differences:
         raise ValueError(
             f"{folder} holds the predictions of another run: it differs in "
-            f"{', '.join(differences)}. Choose another --output"
+            f"{', '.join(differences)}. Choose another --output, or predict as it did"
         )
 
 
@@ -137,7 +138,7 @@ class Journal:
 
     def _check_new(self):
         """A folder without a journal, or with an empty one, must not have files of our names."""
-        names = sorted({PREDICTIONS, TABLE, FAILED, *self._other_names})
+        names = sorted({PREDICTIONS, RESULTS, TABLE, FAILED, *self._other_names})
         foreign = [name for name in names if os.path.lexists(self.folder / name)]
         if foreign:
             raise ValueError(
@@ -300,21 +301,33 @@ class Journal:
         return [(n, done.error) for n, done in sorted(self._done.items()) if done.error is not None]
 
     def write_tables(self, metadata: dict, classes: list[str]) -> None:
-        """Writes ``predictions.json``, ``predictions.csv`` and, on failures, ``failed.csv``."""
+        """Writes ``predictions.json``, ``predictions.csv``, of a detector ``results.json``, and on
+        failures ``failed.csv``.
+        """
         with atomic_file(self.folder / PREDICTIONS) as file:
             file.write(
                 json.dumps(outputs.coco_head(metadata, classes))[:-1].encode() + b',\n"images": ['
             )
             _write_list(file, (image for image, _ in self.frames()))
             file.write(b'],\n"annotations": [')
-            pairs = ((image["id"], a) for image, detections in self.frames() for a in detections)
-            _write_list(file, ({"image_id": image_id, **a} for image_id, a in pairs))
+            _write_list(file, ({"id": n, **a} for n, a in enumerate(self._annotations(), 1)))
             file.write(b"]}\n")
+        if metadata["tau"] is not None:
+            with atomic_file(self.folder / RESULTS) as file:
+                file.write(b"[")
+                _write_list(file, self._annotations("file_name"))
+                file.write(b"]\n")
         self._write_csv(TABLE, self._rows(metadata, classes))
         if failed := self.failed():
             self._write_csv(FAILED, ({"file": name, "reason": why} for name, why in failed))
         else:
             (self.folder / FAILED).unlink(missing_ok=True)
+
+    def _annotations(self, *keys):
+        """Yields all annotations with the id, and values of other keys, of their image."""
+        for image, annotations in self.frames():
+            shared = {"image_id": image["id"], **{key: image[key] for key in keys}}
+            yield from ({**shared, **annotation} for annotation in annotations)
 
     def _rows(self, metadata, classes):
         for image, annotations in self.frames():
@@ -331,9 +344,8 @@ class Journal:
 
 
 def _write_list(file, records):
-    for number, record in enumerate(records, 1):
-        line = json.dumps({"id": number, **record})
-        file.write((b",\n" if number > 1 else b"\n") + line.encode())
+    for number, record in enumerate(records):
+        file.write((b",\n" if number else b"\n") + json.dumps(record).encode())
 
 
 def _row(image, annotations, metadata, classes):
@@ -354,7 +366,7 @@ def _area_percent(annotations, image):
     """What the masks cover of the image, or the boxes if there are no masks."""
     size = image["height"], image["width"]
     masks = [to_rle(a["segmentation"], *size) for a in annotations if "segmentation" in a] or [
-        mask_util.frPyObjects(np.array([a["bbox"]]), *size)[0] for a in annotations
+        mask_util.frPyObjects(np.array([a["bbox"]], float), *size)[0] for a in annotations
     ]
     area = float(mask_util.area(mask_util.merge(masks))) if masks else 0.0
     return round(100 * area / np.prod(size), 4)
@@ -459,8 +471,8 @@ def reason_of(error: Exception, is_dicom: bool) -> str:
     """Why an input cannot be predicted."""
     if isinstance(error, BadInputError):
         return error.reason
-    if isinstance(error, ModuleNotFoundError):  # of the extra [deploy]
-        return f"needs {error.name}: pip install {error.name}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"needs {error.name}: {install_extra('deploy')}"
     # An unknown error may quote a patient's data from a DICOM file.
     message = "" if is_dicom else f": {error}"
     return f"cannot be predicted ({type(error).__name__}{message})"

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from imrcnn_d2.data import images
 from imrcnn_d2.data.endoscope_view import View
 from imrcnn_d2.utils.files import BadInputError, Rejects, atomic_file, file_sha256, regular_file
+from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +109,10 @@ def decode_video(file: str | Path | BinaryIO, path: str | Path) -> Iterator[Fram
                 raise BadInputError(path, "holds no frame of video")
             if missing := end.missing():
                 raise BadInputError(path, f"is cut off: it ends after {number} frames, {missing}")
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, IndexError) as error:  # PyAV's, for a packet of no known stream
         position = f"after {number} frames ({float(time):.2f} s)" if number else "from the start"
-        raise BadInputError(path, f"cannot be decoded {position}: {error.strerror}") from error
+        reason = getattr(error, "strerror", "a packet is of no stream")
+        raise BadInputError(path, f"cannot be decoded {position}: {reason}") from error
 
 
 def upright(stream, frame) -> tuple[np.ndarray, Fraction | None]:

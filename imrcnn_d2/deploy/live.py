@@ -11,13 +11,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from imrcnn_d2.deploy import outputs
 from imrcnn_d2.deploy.batch import Journal
 from imrcnn_d2.deploy.inputs import Frame, VideoWriter, open_video, upright
 from imrcnn_d2.deploy.predictor import Predictor
 from imrcnn_d2.utils.files import BadInputError, write_atomically
+from imrcnn_d2.utils.progress import tqdm
 
 LIVE_VIDEO, LIVE_REPORT = "live.mp4", "live.json"
 PERCENTILES = (50, 95, 99)

@@ -6,7 +6,6 @@ import logging
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,14 +17,20 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from imrcnn_d2.deploy.runtimes import EXPORTS
-from imrcnn_d2.deploy.runtimes.base import EXPORT_VERSION, Runtime
-from imrcnn_d2.engine.checkpoint import Checkpointer, Weights, load_weights
+from imrcnn_d2.deploy.runtimes.base import Runtime
+from imrcnn_d2.engine.checkpoint import (
+    METADATA_VERSION,
+    Checkpointer,
+    Weights,
+    find_weights,
+    load_weights,
+)
 from imrcnn_d2.engine.config import choose_device, load_config, load_config_text, register_root
 from imrcnn_d2.engine.run_record import config_sha256, describe_model
 from imrcnn_d2.evaluation.detection.results import OperatingPoint
 from imrcnn_d2.task import Task
-from imrcnn_d2.utils.files import BadInputError
-from imrcnn_d2.utils.safe_loading import UnsafeFileError, load_checkpoint_file, load_safetensors
+from imrcnn_d2.utils.files import BadInputError, file_sha256
+from imrcnn_d2.utils.safe_loading import UnsafeFileError, load_checkpoint_file
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +52,6 @@ _LIMITS = {
     16: [f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO" for head in ("BOX", "KEYPOINT", "MASK")],
 }
 _MOST_ANCHORS = 100  # sizes, and shapes, on a level
-_PACKAGED = resources.files("imrcnn_d2") / "weights"
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,13 @@ class LoadedModel:
     cfg: CfgNode  # frozen
     weights: Weights
     classes: list[str]  # names, by the model's class index
+    metadata: dict  # what the file says of itself, checked; empty of other programs' files
 
     @property
     def facts(self) -> dict:
-        """What predictions and exported files note of a model."""
+        """What predictions and exported files note of a model: ``weights_sha256`` is of its file,
+        and of an exported one ``source_sha256`` is of the weights that it was made of.
+        """
         if isinstance(self.model, Runtime):
             model, backbone = self.model.metadata["model"], self.model.metadata["backbone"]
         else:
@@ -67,6 +74,8 @@ class LoadedModel:
         return {
             **{"model": model, "backbone": backbone, "version": version("imrcnn-d2")},
             "weights_sha256": self.weights.sha256,
+            "source_sha256": self.metadata.get("weights_sha256"),
+            "precision": self.metadata.get("precision", "fp32"),
             "config_sha256": config_sha256(self.cfg),
             "tau": self.tau,
         }
@@ -82,35 +91,22 @@ class LoadedModel:
         return self.cfg.MODEL.IMRCNN.SCORE_THRESH if point is None else point.tau
 
 
-def pretrained(name: str, folder: Path = _PACKAGED) -> Path:
-    """The file of weights that come with the package, such as "demo"; ``<name>.md`` next to it is
-    its model card. Raises a FileNotFoundError that names the existing ones if there are none.
-    """
-    paths = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
-    if name not in paths:
-        names = ", ".join(paths) or "none"
-        raise FileNotFoundError(f"The package has no weights named {name!r}; it has: {names}")
-    return paths[name]
-
-
 def load_model(
     config: CfgNode | str | Path | None, weights: str | Path, *, device: str | None = None
 ) -> LoadedModel:
     """Builds a model and loads its weights: none may be missing, too many or of another shape.
 
     Args:
-        config: None for the one in the weights' file (`imrcnn export`), else ``config.yaml`` in its
-            folder, where training leaves it.
-        weights: what MODEL.WEIGHTS takes, a file of `imrcnn export`, or a name of `pretrained`.
+        config: None for the one in the weights' file, which training and `imrcnn export` write,
+            else ``config.yaml`` in its folder.
+        weights: what MODEL.WEIGHTS takes, see `find_weights`, or a file of `imrcnn export`.
         device: None for a usable GPU, else the CPU; the config's is of another machine perhaps.
 
     Raises:
         FileNotFoundError: there are no such weights, or no config.
         ValueError: the weights are not this config's, damaged, or of a later version.
     """
-    if str(weights).isidentifier() and not Path(weights).is_file():
-        weights = pretrained(str(weights))
-    path = Path(PathManager.get_local_path(str(weights)))
+    path = Path(PathManager.get_local_path(find_weights(weights)))
     if not path.is_file():
         raise FileNotFoundError(f"{weights}: no such file of weights")
     if path.suffix == ".torchscript":
@@ -120,8 +116,7 @@ def load_model(
         )
     if path.suffix[1:] in EXPORTS and (runtime := EXPORTS[path.suffix[1:]].load(path)):
         return _load_runtime(config, path, runtime)
-    metadata = load_safetensors(path)[1] if path.suffix == ".safetensors" else {}
-    _check_metadata(path, metadata, metadata.keys() & {"artifact", "classes", "config"})
+    metadata = _metadata(path)
     cfg = _config(config, path, metadata.get("config"))
     cfg.MODEL.DEVICE = device or choose_device()
     cfg.MODEL.CHANNELS_LAST = False  # the runtime's affair
@@ -130,7 +125,20 @@ def load_model(
     cfg.freeze()
     model = build_model(cfg).eval()
     loaded = load_weights(Checkpointer(model, whole=True), str(path))
-    return _checked(LoadedModel(model, cfg, loaded, metadata.get("classes") or _classes(cfg)))
+    classes = metadata.get("classes") or _classes(cfg)
+    return _checked(LoadedModel(model, cfg, loaded, classes, metadata))
+
+
+def _metadata(path: Path) -> dict:
+    """What a file of weights says of itself; nothing if it is another program's, which may have
+    keys of the same names.
+    """
+    content = load_checkpoint_file(path)
+    if "artifact" not in content:
+        return {}
+    keys = content.keys() & {"artifact", "classes", "config", "precision", "weights_sha256"}
+    _check_metadata(path, content, keys)
+    return {key: content[key] for key in keys}
 
 
 def _load_runtime(config, path: Path, runtime: Runtime) -> LoadedModel:
@@ -143,15 +151,15 @@ def _load_runtime(config, path: Path, runtime: Runtime) -> LoadedModel:
     cfg.freeze()
     point = metadata["operating_point"]
     point = None if point is None else OperatingPoint.of_file(point, path)
-    weights = Weights(str(path), metadata["weights_sha256"], point)
-    return _checked(LoadedModel(runtime, cfg, weights, metadata["classes"]))
+    weights = Weights(str(path), file_sha256(path), point)
+    return _checked(LoadedModel(runtime, cfg, weights, metadata["classes"], metadata))
 
 
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
 
 
-# Checks of the metadata that are read of an exported file.
+# Checks of the metadata that are read of a file of imrcnn train or imrcnn export.
 _METADATA = {
     **dict.fromkeys(("backbone", "model", "precision"), _is_name),
     "artifact": lambda value: isinstance(value, int),
@@ -168,7 +176,7 @@ def _check_metadata(path: Path, metadata: dict, keys: Iterable[str]) -> None:
         if key not in metadata or not _METADATA[key](metadata[key]):
             value = str(metadata.get(key, "missing"))[:LONGEST_NAME]
             raise BadInputError(path, f"is damaged: its {key!r} is {value!r}. Export it again")
-        if key == "artifact" and metadata[key] > EXPORT_VERSION:
+        if key == "artifact" and metadata[key] > METADATA_VERSION:
             later = metadata.get("version")
             raise ValueError(f"{path} was written by imrcnn-d2 {later}: upgrade to load it")
 
@@ -201,7 +209,6 @@ def _check_size(cfg: CfgNode, path: Path) -> None:
         model = build_model(cfg)
     numbers = sum(tensor.numel() for tensor in model.state_dict().values())
     if numbers > path.stat().st_size:
-        load_checkpoint_file(path)  # a file that holds no weights at all is refused as such
         raise ValueError(
             f"{path} has not a byte for each of the {numbers:,} weights of its config's model: "
             "give the config that it was trained with (--config-file)"

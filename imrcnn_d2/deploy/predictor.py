@@ -1,5 +1,6 @@
 """Images in, lesions out."""
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,31 @@ from torch import Tensor
 from imrcnn_d2.data.augmentation import build_augmentation
 from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.images import read_image
-from imrcnn_d2.deploy.loading import load_model, pretrained
-from imrcnn_d2.deploy.runtimes import build_runtime
+from imrcnn_d2.deploy.loading import load_model
+from imrcnn_d2.deploy.runtimes import TorchRuntime, build_runtime
+from imrcnn_d2.deploy.runtimes.base import Runtime, export_metadata
 from imrcnn_d2.task import Task
+from imrcnn_d2.utils import hub
 
 FIRST_FRAMES = 10
+# Of a repository without a card of `imrcnn report`.
+_CARD = """
+# {model}, backbone {backbone}
+
+**Research use only, not a medical device: not for diagnosis or treatment.**
+
+It finds in endoscopic images: {classes}. {threshold}
+
+```python
+from imrcnn_d2.deploy import Predictor
+
+predictor = Predictor.from_pretrained("{repo}")
+```
+
+Training data, evaluation, terms of use: *to be filled in by the authors.*
+
+Written by imrcnn-d2 {version} from weights of sha256 {weights_sha256}.
+"""
 
 
 class FrameViews:
@@ -49,9 +70,10 @@ class Predictor:
 
     .. code-block:: python
 
-        predictor = Predictor("config.yaml", "model_best.pth")
+        predictor = Predictor.from_pretrained("model_best.pth")
         instances = predictor("image.jpg")
         lesions = instances[instances.scores >= predictor.tau]
+        detections = supervision.Detections.from_detectron2({"instances": lesions})
 
     ``tau`` is the threshold of scores, None of a classification model; ``classes`` are named by
     class index; ``metadata`` are of model, weights, config and runtime.
@@ -74,11 +96,10 @@ class Predictor:
         Raises:
             FileNotFoundError, ValueError: see there; or a classification model is given a ``tau``.
         """
-        loaded = load_model(config, weights, device=device)
+        self._loaded = loaded = load_model(config, weights, device=device)
         cfg = loaded.cfg
         self.classes = loaded.classes
         self.cfg, self.task, self.has_masks = cfg, Task.of(cfg), cfg.MODEL.MASK_ON
-        self.requested_runtime = runtime  # the metadata have the one chosen
         self.tau, self.crop_view = loaded.tau if tau is None else tau, crop_view
         if tau is not None and not self.task.localises:
             raise ValueError("A classification model takes the likeliest class: it has no τ")
@@ -92,13 +113,70 @@ class Predictor:
         example = self.prepare(np.full((side, side, 3), 128, np.uint8))
         self._runtime = build_runtime(runtime, loaded.model, example)
         self.metadata = {**loaded.facts, "tau": self.tau, "runtime": self._runtime.name}
+        if self._runtime.precision:
+            self.metadata["precision"] = self._runtime.precision
         if crop_view:
             self.metadata["crop_view"] = True
 
     @classmethod
-    def from_pretrained(cls, name: str, **kwargs) -> "Predictor":
-        """From weights that come with the package: "demo" finds polyps of the colon."""
-        return cls(None, pretrained(name), **kwargs)
+    def from_pretrained(cls, name: str | Path, **kwargs) -> "Predictor":
+        """From weights by name: "demo" comes with the package and finds polyps of the colon,
+        "USER/REPO" and "USER/REPO@REVISION" are in the Hugging Face Hub. A file of that name on
+        this machine, or a folder that holds such a repository, comes first.
+        """
+        path = Path(name)
+        if hub.is_repository(str(name)):
+            if path.is_dir():
+                name = path / hub.MODEL_FILE
+            elif not path.exists():
+                name = f"hf://{name}"
+        return cls(None, name, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        card: str | Path | None = None,
+        license: str = "other",
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Publish the model in the Hugging Face Hub, for `from_pretrained`; returns the address of
+        the commit. The repository gets model.safetensors with weights, config, classes and τ, the
+        config to read (config.yaml) and a model card (README.md), none with a path of this machine.
+
+        Args:
+            repo: "USER/REPO", which is made if there is none.
+            card: a file of `imrcnn report --card`; None for a short one.
+            license: the Hub's name of one, for a short card; the training data have to allow it.
+            private: whether a new repository is; None for the account's default.
+            token: None for that of `hf auth login`.
+
+        Raises:
+            OSError: the Hub cannot be reached, or refuses it.
+            ValueError: the model is an exported graph.
+        """
+        loaded = self._loaded
+        if isinstance(loaded.model, Runtime):
+            raise ValueError(f"{loaded.weights.path} is a graph: publish the weights it is made of")
+        text = self._card(repo, license) if card is None else Path(card).read_text(encoding="utf-8")
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            TorchRuntime.export(loaded, folder / hub.MODEL_FILE)
+            (folder / "config.yaml").write_text(export_metadata(loaded, "fp32")["config"])
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            return hub.upload(folder, repo, "Upload model", private=private, token=token)
+
+    def _card(self, repo, license):
+        facts = self._loaded.facts
+        tag = "image-segmentation" if self.has_masks else "object-detection"
+        threshold = f"A detection is positive from a score of {facts['tau']} on."
+        if not self.task.localises:
+            tag, threshold = "image-classification", ""
+        names = {"repo": repo, "classes": ", ".join(self.classes), "threshold": threshold}
+        return hub.front_matter(tag, facts["model"], license=license) + _CARD.format(
+            **facts, **names
+        )
 
     def __call__(
         self, images: str | Path | np.ndarray | list, batch_size: int = 1

@@ -22,7 +22,6 @@ if not os.environ.get("RAY_ADDRESS"):
 
 import ray  # of the extra [ray]
 import ray.data
-from tqdm import tqdm
 
 from imrcnn_d2.deploy import batch
 from imrcnn_d2.deploy.batch import Item, Summary
@@ -31,6 +30,7 @@ from imrcnn_d2.deploy.outputs import OUTPUTS, frame_record
 from imrcnn_d2.deploy.predictor import Predictor
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.utils.files import atomic_file, for_terminal, lock_folder
+from imrcnn_d2.utils.progress import tqdm
 
 PARTS = "predictions.parquet"
 ROWS = 1024  # in memory at a time
@@ -48,6 +48,7 @@ _SCHEMA = pa.schema(
         *(("scores", _FLOATS), ("classes", pa.list_(_TEXT)), ("masks", pa.list_(_RLE))),
         *(("areas", _FLOATS), ("probabilities", _FLOATS), ("error", _TEXT), ("tau", _FLOAT)),
         *(("weights_sha256", _TEXT), ("config_sha256", _TEXT), ("version", _TEXT)),
+        *(("runtime", _TEXT), ("precision", _TEXT)),
         *(("input", _TEXT), ("signature", pa.list_(pa.int64()))),
     ]
 )
@@ -214,7 +215,10 @@ def predict_with_ray(
         if isinstance(value, str | Path) and Path(value).is_file():
             # Actors have another working directory.
             arguments = {**arguments, key: str(Path(value).absolute())}
-    run = batch.run_record(Predictor(**arguments), root)  # errors of the weights are raised at once
+    predictor = Predictor(**arguments)  # errors of the weights are raised at once
+    run = batch.run_record(predictor, root)
+    # "auto" is one runtime for all actors.
+    arguments = {**arguments, "runtime": predictor.metadata["runtime"]}
     with contextlib.ExitStack() as stack:
         stack.callback(lock_folder(output, "--output").release)
         parts = Parts(folder, run)

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -18,12 +19,14 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from imrcnn_d2.engine.config import load_config_text
 from imrcnn_d2.evaluation.detection.results import OperatingPoint
 from imrcnn_d2.evaluation.output import log_test_evaluation
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.modeling import ImageClassifier
 from imrcnn_d2.modeling.timm_backbone import TimmBackbone
-from imrcnn_d2.utils.files import atomic_file, file_sha256, write_atomically
+from imrcnn_d2.utils import hub  # noqa: F401  hf:// among the addresses of weights
+from imrcnn_d2.utils.files import atomic_file, few, file_sha256, write_atomically
 from imrcnn_d2.utils.safe_loading import load_checkpoint_file, open_stored
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,32 @@ _RESNET = (  # timm's names and Detectron2's
 )
 _OF_AN_ITERATION = re.compile(r"model_(\d+)\.pth")
 FINAL = "model_final"
+# Of what files of weights say of themselves; a larger one is of a later version of this package.
+METADATA_VERSION = 1
+_PACKAGED = resources.files("imrcnn_d2") / "weights"
+
+
+def pretrained(name: str, folder: Path = _PACKAGED) -> Path:
+    """The file of weights that come with the package, such as "demo"; ``<name>.md`` next to it is
+    its model card. Raises a FileNotFoundError that names the existing ones if there are none.
+    """
+    paths = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    if name not in paths:
+        names = ", ".join(paths) or "none"
+        raise FileNotFoundError(
+            f"{name!r} is no file of weights, nor one that the package has; it has: {names}"
+        )
+    return paths[name]
+
+
+def find_weights(weights: str | Path) -> str:
+    """The file or address of what MODEL.WEIGHTS and --weights name: a file, an address that
+    Detectron2's PathManager knows (hf://USER/REPO is one, see `HubHandler`), or a name of
+    `pretrained`. Raises a FileNotFoundError for any other name.
+    """
+    weights = str(weights)
+    is_name = weights.isidentifier() and not os.path.isfile(weights)
+    return str(pretrained(weights)) if is_name else weights
 
 
 def classifier_backbone(
@@ -105,9 +134,7 @@ def _backbone_prefix(model: nn.Module) -> str:
 
 def _some(names: Iterable[str]) -> str:
     """A few, whatever a file calls its weights."""
-    names = sorted(names)
-    few = ", ".join(ascii(name)[1:-1][:200] for name in names[:3])
-    return few + (", ..." if len(names) > 3 else "")
+    return few([ascii(name)[1:-1][:200] for name in sorted(names)])
 
 
 def _check_images(state: dict, model: nn.Module, source: str) -> None:
@@ -176,6 +203,11 @@ def _check_backbone(model: nn.Module, incompatible, source: str) -> None:
         )
 
 
+def _form(model: nn.Module) -> str | None:
+    """MODEL.PAFPN.FORM of a model with our neck."""
+    return getattr(getattr(model, "backbone", None), "form", None)
+
+
 class Checkpointer(DetectionCheckpointer):
     """DetectionCheckpointer that a kill or a full disk cannot leave without a checkpoint.
 
@@ -192,6 +224,7 @@ class Checkpointer(DetectionCheckpointer):
         *,
         keep: int | None = None,
         whole: bool = False,
+        metadata: dict | None = None,
         save_to_disk: bool | None = None,
         **checkpointables,
     ):
@@ -200,15 +233,24 @@ class Checkpointer(DetectionCheckpointer):
         Args:
             keep: number of the latest checkpoints of single iterations that are kept; None: all.
             whole: exactly the model's weights are loaded; False: the model is trained on.
+            metadata: what every file says of its model, see `checkpoint_metadata`.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
-        self._keep, self._whole = keep, whole
+        self._keep, self._whole, self.metadata = keep, whole, metadata or {}
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        """Load what MODEL.WEIGHTS takes, see `find_weights`; "" leaves the model as it is."""
         try:
-            return super().load(path, checkpointables)
+            return super().load(find_weights(path), checkpointables)
         except AssertionError as error:
             raise FileNotFoundError(f"{path}: no such file of weights ({error})") from error
+        except OSError as error:
+            if "://" not in path or path.startswith("hf://"):  # whose errors say what to do
+                raise
+            raise OSError(
+                f"{path} cannot be downloaded ({error}): set MODEL.WEIGHTS to a file, or to '' for "
+                "random weights. Weights for machines without a network: docs/guide/offline.md"
+            ) from error
 
     def save(self, name: str, **kwargs) -> None:
         """Write ``<name>.pth`` with ``kwargs``, tag it as the last, delete what is not kept.
@@ -233,7 +275,10 @@ class Checkpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         parts = {"model": self.model, **self.checkpointables}
-        data = {**{key: part.state_dict() for key, part in parts.items()}, **kwargs}
+        states = {key: part.state_dict() for key, part in parts.items()}
+        data = {**self.metadata, **states, **kwargs}
+        if form := _form(self.model):
+            data["neck_form"] = form
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info("Saving checkpoint to %s", path)
         try:
@@ -305,7 +350,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """As Detectron2's; all processes resume from the main process's file. A fresh start moves
-        an earlier training's checkpoints away, lest they be resumed from, or overwritten.
+        an earlier training's files away, lest they be resumed from, or overwritten.
 
         Raises:
             ValueError: the weights are of another model.
@@ -339,9 +384,19 @@ class Checkpointer(DetectionCheckpointer):
         if earlier:
             aside = folder / f"earlier_{time.strftime('%Y%m%d-%H%M%S')}"
             aside.mkdir()
-            for path in earlier:
+            others = [folder / name for name in ("run.json", "inference")]
+            for path in (*earlier, *(path for path in others if path.exists())):
                 os.replace(path, aside / path.name)
-            logger.warning("%s had an earlier training's checkpoints: now in %s", folder, aside)
+            # What may be of this training stays: Detectron2's default_setup, in scripts that call
+            # it, has written the former, and the log of losses is open.
+            for path in (folder / "config.yaml", folder / "metrics.json"):
+                if path.is_file():
+                    shutil.copy2(path, aside / path.name)
+            if (log := folder / "metrics.json").is_file():
+                os.truncate(log, 0)
+            logger.warning(
+                "%s had an earlier training: its weights and results are in %s", folder, aside
+            )
 
     def _load_model(self, checkpoint: dict):
         state, source = checkpoint["model"], self._parsed_url_during_load.geturl()
@@ -351,6 +406,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"{source} holds weights, but not the state of a training ({', '.join(absent)}), "
                 "to resume: train anew without --resume, or from it with MODEL.WEIGHTS"
             )
+        self._check_form(checkpoint, source)
         detector = not isinstance(self.model, ImageClassifier)
         of_classifier = {"head.weight", "head.bias", "pixel_mean", "pixel_std"} <= state.keys()
         if not self._whole and detector and of_classifier:
@@ -365,6 +421,32 @@ class Checkpointer(DetectionCheckpointer):
                 raise ValueError(f"{source}: {name} holds NaN: take an earlier checkpoint")
         return incompatible
 
+    def _check_form(self, checkpoint: dict, source: str) -> None:
+        """Names and shapes of a neck's weights do not show its form: checkpoints state it, exports
+        have their config, and weights of version 0.1.0 say nothing.
+        """
+        form, stored = _form(self.model), checkpoint.get("neck_form")
+        if not form or not any(name.startswith("backbone.pan_") for name in checkpoint["model"]):
+            return
+        if stored is None and "config" in checkpoint:
+            config = load_config_text(checkpoint["config"], source, ["MODEL.DEVICE", "cpu"])
+            stored = config.MODEL.PAFPN.FORM
+        if self._whole and stored not in (None, form):
+            raise ValueError(
+                f"{source}: its neck has MODEL.PAFPN.FORM {stored!r}, and the config's {form!r}. "
+                "Give the config that it was trained with (--config-file); `imrcnn predict` takes "
+                "the one in the file, where there is one"
+            )
+        if self._whole and self.checkpointables and stored is None:
+            raise ValueError(
+                f"{source} is of a training of version 0.1.0, which cannot be resumed: train anew "
+                "without --resume, or from it with MODEL.WEIGHTS"
+            )
+        if form != (stored or "affine"):
+            trained = repr(stored) if stored else "'affine' (as of version 0.1.0, unless with ReLU)"
+            text = "%s: its neck was trained with MODEL.PAFPN.FORM %s, and is now %r"
+            logger.warning(text, source, trained, form)
+
     def _load_file(self, filename: str):
         if filename.endswith((".pkl", ".pyth")):
             return load_checkpoint_file(filename)
@@ -374,6 +456,19 @@ class Checkpointer(DetectionCheckpointer):
         return load_checkpoint_file(f)
 
 
+def checkpoint_metadata(dataset: str, config: str | None) -> dict:
+    """What the checkpoints of a training say of their model, so that they need nothing else to
+    predict with: the class names of its first data set, which is loaded, and its YAML config.
+    """
+    content = {"artifact": METADATA_VERSION}
+    if config is not None:
+        content["config"] = config
+    classes = list(MetadataCatalog.get(dataset).get("thing_classes", ()))
+    if classes and all(map(str.isprintable, classes)):  # others would be refused
+        content["classes"] = classes
+    return content
+
+
 @dataclass(frozen=True)
 class Weights:
     """A model's checkpoint and its hash, if loaded from a file, and operating point, if any."""
@@ -381,15 +476,18 @@ class Weights:
     path: str | None = None
     sha256: str | None = None
     operating_point: OperatingPoint | None = None
+    model: tuple[str, str] | None = None  # its name and its backbone's
 
     def evaluator_arguments(self) -> dict:
         """What an evaluator takes for a final evaluation, which has intervals."""
         meta = {"checkpoint": self.path, "checkpoint_sha256": self.sha256}
+        if self.model:
+            meta["model"], meta["backbone"] = self.model
         return {"operating_point": self.operating_point, "bootstrap": Bootstrap(), "meta": meta}
 
 
 def load_weights(checkpointer: Checkpointer, path: str) -> Weights:
-    """Load a file, or a URL that Detectron2 knows, to evaluate it; "" leaves the model as it is."""
+    """Load what MODEL.WEIGHTS takes to evaluate it; "" leaves the model as it is."""
     extra = checkpointer.load(path)
     if not path:
         return Weights()
@@ -400,14 +498,15 @@ def load_weights(checkpointer: Checkpointer, path: str) -> Weights:
 def last_weights(checkpointer: Checkpointer, ema=None) -> Weights:
     """Those of a training that has just ended; of its EMA, if any, written to ``model_ema.pth``."""
     if ema is not None:
-        Checkpointer(ema.model, checkpointer.save_dir).write("model_ema")
+        metadata = checkpointer.metadata
+        Checkpointer(ema.model, checkpointer.save_dir, metadata=metadata).write("model_ema")
     comm.synchronize()  # the main process has written
     path = os.path.join(checkpointer.save_dir, "model_ema.pth" if ema else "model_final.pth")
     return _weights(path) if os.path.isfile(path) else Weights()
 
 
 def _weights(path: str, operating_point: OperatingPoint | None = None) -> Weights:
-    local = os.path.abspath(PathManager.get_local_path(path))
+    local = os.path.abspath(PathManager.get_local_path(find_weights(path)))
     return Weights(local, file_sha256(local), operating_point)
 
 

@@ -64,7 +64,8 @@ def tiny_run(tmp_path_factory):
     (folder / "config.yaml").write_text(cfg.dump())
     model = random_model(cfg, {CLS_SCORE: 0.5, "roi_heads.mask_head.predictor": 10})
     point = {"tau": TAU, "rule": "f1", "dataset": "kvasir_seg_val"}
-    torch.save({"model": model.state_dict(), "operating_point": point}, folder / "model_best.pth")
+    content = {"model": model.state_dict(), "operating_point": point, "neck_form": "panet"}
+    torch.save(content, folder / "model_best.pth")
     return folder
 
 

@@ -21,10 +21,13 @@ from dicoms import PATIENT, write_dicom
 from hypothesis import given
 from mutations import damaged_json
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from imrcnn_d2.deploy import Predictor, batch, predict_files
 from imrcnn_d2.deploy.batch import Journal, predictions
 from imrcnn_d2.deploy.inputs import Source, decode_video, public_name
+from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
 
 from .conftest import (
@@ -155,6 +158,67 @@ def test_finished_inputs_are_not_redone(predictor, weights, image_folder):
         os.truncate(journal, max(int(left * journal.stat().st_size), len(first) + 5))
         assert (predict().skipped == 5) == (left == 1)
         assert (output / "predictions.json").read_bytes() == whole
+
+
+# What is predicted first, then what is not mixed in: runtime and precision of a file, None for the
+# checkpoint.
+OTHERS = [
+    (("onnxruntime", "fp32"), ("torch", None), {"weights_sha256", "runtime"}),
+    (("torch", None), ("torch-bf16", None), {"runtime", "precision"}),
+    (("torch", "fp16"), ("torch", "fp32"), {"weights_sha256", "precision"}),
+]
+
+
+@pytest.mark.parametrize("first, second, differing", OTHERS)
+def test_other_files_precisions_and_runtimes_are_not_mixed_in(
+    weights, exported, image_folder, tmp_path, first, second, differing
+):
+    before, now = (
+        Predictor(
+            None,
+            exported(name, precision) if precision else weights,
+            runtime=name if name.endswith("bf16") else None,
+        )
+        for name, precision in (first, second)
+    )
+    predict_files(before, [image_folder], tmp_path / "out")
+    coco, path = read_coco(tmp_path / "out"), exported(*first) if first[1] else weights
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    expected = {"weights_sha256": digest, "runtime": first[0], "precision": first[1] or "fp32"}
+    assert coco["info"].items() >= expected.items()
+    save_image(image_folder / "new.png", 5)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "out"))) as error:
+        predict_files(now, [image_folder], tmp_path / "out")
+    for key in differing:
+        assert all(each.metadata[key][:10] in str(error.value) for each in (before, now)), key
+    assert read_coco(tmp_path / "out") == coco
+
+
+def test_results_for_pycocotools(predictor, image_folder, tmp_path):
+    """COCO's evaluation of results.json is ours of predictions.json; ids are matched by names."""
+    predict_files(predictor, [image_folder], output := tmp_path / "out")
+    coco = read_coco(output)
+    truth = {key: coco[key] for key in ("images", "categories")}
+    truth["annotations"] = [{**a, "iscrowd": 0} for a in coco["annotations"][::2]]
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    gt = COCO(str(tmp_path / "gt.json"))
+    evaluation = COCOeval(gt, gt.loadRes(str(output / "results.json")), "segm")
+    for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
+        step()
+    expected = evaluate_lesions(truth, output / "predictions.json").segm
+    assert 100 * evaluation.stats[:3] == pytest.approx(
+        [expected[k] for k in ("AP", "AP50", "AP75")]
+    )
+    assert 0 < evaluation.stats[0] < 1
+    results = json.loads((output / "results.json").read_text())
+    keys = {"image_id", "category_id", "bbox", "score", "segmentation"}
+    assert all(result.keys() >= keys for result in results)
+    for image in truth["images"]:
+        image["id"] = 4 - image["id"]
+    for annotation in truth["annotations"]:
+        annotation["image_id"] = 4 - annotation["image_id"]
+    numbered_otherwise = evaluate_lesions(truth, output / "results.json")
+    assert numbered_otherwise.segm == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_video_and_its_frames(predictor, weights, tmp_path):
@@ -467,6 +531,7 @@ FILE = {"file": "masks/a.png", "sha256": hashlib.sha256(b"mine").hexdigest()}
 DONE = {"name": "a.png", "signature": [1, 2], "frames": 1, "error": None, "target": "a"}
 LINES = [{"run": RUN}, FRAME, FILE, {"done": DONE}]
 PARTS = {"image": IMAGE, "lesion": LESION, "file": FILE, "done": DONE}
+TABLES = "predictions.json", "results.json", "predictions.csv"
 BOXES = (
     [-0.5, 2, 30, 40],
     [2, -0.5, 30, 40],
@@ -543,9 +608,9 @@ def test_a_file_of_its_name_that_another_program_wrote_stays(tmp_path, content):
 
 
 def test_the_rows_of_a_table(tmp_path):
-    """Of boxes, those below the threshold left out, and of no detection at all."""
+    """Of boxes, of integers too, those below the threshold left out; and of no detection."""
     box = {key: value for key, value in LESION.items() if key != "segmentation"}
-    boxes = [{**box, "bbox": [0.0, 0.0, 40.0, 30.0], "score": score} for score in (0.75, 0.5)]
+    boxes = [{**box, "bbox": [0, 0, 40, 30], "score": score} for score in (0.75, 0.5)]
     boxes.append({**box, "score": 0.49})
     lines = [LINES[0]]
     for name, annotations in (("a.png", boxes), ("b.png", [])):
@@ -579,6 +644,6 @@ def test_fuzz(tmp_path_factory, data):
     with contextlib.suppress(ValueError):
         tables(folder)
     names = {path.relative_to(root).as_posix() for path in root.rglob("*")}
-    tables_of = {f"out/{name}" for name in ("predictions.json", "predictions.csv", "failed.csv")}
+    tables_of = {f"out/{name}" for name in (*TABLES, "failed.csv")}
     assert names - tables_of == {"mine.txt", "out", f"out/{Journal.FILE}", "out/.lock"}
     shutil.rmtree(root)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_json
 
 from imrcnn_d2.deploy import Predictor, load_model, predict_files, pretrained
-from imrcnn_d2.deploy.runtimes.base import EXPORT_VERSION
 from imrcnn_d2.engine import load_config
+from imrcnn_d2.engine.checkpoint import METADATA_VERSION
 from imrcnn_d2.evaluation import OperatingPoint
 from imrcnn_d2.utils.files import BadInputError
 from imrcnn_d2.utils.safe_loading import load_checkpoint_file
@@ -127,13 +127,13 @@ VALUES = {
     "operating_point": POINTS,
     **{"model": [None, 3], "precision": [3], "weights_sha256": [3, {}]},
     "classes": [[], "polyp", [1], ["a", "b"], [{}], ["\x1b[2J"], [""], ["a" * 201], None],
-    "artifact": ["1", None, [1], EXPORT_VERSION + 1],
+    "artifact": ["1", None, [1], METADATA_VERSION + 1],
     "config": [
         *(None, ["x"], "MODEL: {NOVEL: 1}\nVERSION: 2\n"),
         *(f"_BASE_: {URL}", "_BASE_: /etc/hostname", TIMM, f"DATASETS: {{TRAIN: ['{URL}']}}"),
     ],
 }
-OF_WEIGHTS = "artifact", "classes", "config", "operating_point"
+OF_WEIGHTS = "artifact", "classes", "config", "operating_point", "precision", "weights_sha256"
 
 
 @pytest.mark.parametrize("key, value", [(key, v) for key, values in VALUES.items() for v in values])
@@ -150,7 +150,9 @@ def test_metadata_are_checked(exported, metadata, tmp_path, suffix, key, value):
         pytest.raises(ValueError, load_model, None, path).match(match)
 
 
-@pytest.mark.parametrize("suffix, artifact", [*zip(SUFFIXES, (0, EXPORT_VERSION, 0), strict=True)])
+@pytest.mark.parametrize(
+    "suffix, artifact", [*zip(SUFFIXES, (0, METADATA_VERSION, 0), strict=True)]
+)
 def test_earlier_versions_are_read(exported, metadata, tmp_path, suffix, artifact):
     path, tensors = tmp_path / f"a{suffix}", safetensors.torch.load_file(exported("torch"))
     text = json.dumps({**metadata, "classes": ["a" * 200], "artifact": artifact})

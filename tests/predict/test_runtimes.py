@@ -1,5 +1,6 @@
 """Every runtime and exported file predicts what PyTorch does; bad files are refused."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -22,8 +23,8 @@ from imrcnn_d2.deploy import Predictor, load_model
 from imrcnn_d2.deploy.outputs import Differences, compare_records
 from imrcnn_d2.deploy.runtimes import EXPORTS, RUNTIMES, OnnxRuntime, OpenVINORuntime, TorchRuntime
 from imrcnn_d2.deploy.runtimes.base import METADATA_KEY, DetectorGraph
-from imrcnn_d2.deploy.runtimes.openvino import OPENVINO_PARTS
-from imrcnn_d2.engine import Trainer, load_weights
+from imrcnn_d2.deploy.runtimes.openvino import OPENVINO_PARTS, _core
+from imrcnn_d2.engine import Trainer, load_config, load_weights
 from imrcnn_d2.engine.checkpoint import Checkpointer
 from imrcnn_d2.modeling.roi_heads import FP32SeparableROIPooler
 from imrcnn_d2.utils.files import BadInputError
@@ -31,6 +32,7 @@ from imrcnn_d2.utils.safe_loading import UnsafeFileError, load_torch_file
 
 from .conftest import CLS_SCORE, RETINANET, config, random_image, random_model, same, save_image
 
+CAPABILITIES = "OPTIMIZATION_CAPABILITIES"  # of a processor
 SIZES = ((60, 80), (64, 64), (90, 64))
 # Largest differences of scores and boxes (pixels): each runtime orders its sums in its own way.
 # Random weights make much of the small differences of bf16 and int8.
@@ -45,11 +47,16 @@ def test_detectors(exported, predictor, weights, runtime, precision):
     if precision is not None:
         path = exported(runtime, precision)
         assert str(weights.parent).encode() not in path.read_bytes(), "where it was trained"
+        expected |= {
+            "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "source_sha256": predictor.metadata["weights_sha256"],
+        }
     other = Predictor(None, path, runtime=runtime)
-    if path.suffix == ".safetensors":
-        expected["weights_sha256"] = other.metadata["weights_sha256"]  # of the new file
-    assert other.metadata == expected and other.classes == ["polyp"]
     precision = "bf16" if runtime.endswith("bf16") else precision or "fp32"
+    expected["precision"] = precision
+    if runtime == "openvino" and "BF16" not in _core().get_property("CPU", CAPABILITIES):
+        expected["precision"] = precision.replace("bf16", "fp32")
+    assert other.metadata == expected and other.classes == ["polyp"]
     if precision != "fp32":  # the best detection alone
         score, box = TOLERANCES[precision]
         reference, result = (each(random_image(9)) for each in (predictor, other))
@@ -64,6 +71,23 @@ def test_detectors(exported, predictor, weights, runtime, precision):
         for reference, result in zip(*results, strict=True):
             assert len(result) > 1
             same(result, reference)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_residual_neck_with_attention_everywhere(tmp_path, runtime):
+    places = ("backbone", "top_down", "both_inputs")
+    neck = ["MODEL.PAFPN.ATTENTION_BEFORE", places, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    cfg, path = config(*neck, model="imrcnn_lite_residual"), tmp_path / "model.pth"
+    outputs = dict.fromkeys((f"backbone.pan_output{level}" for level in (3, 4, 5)), 0.1)
+    model = random_model(cfg, {CLS_SCORE: 0.5, **outputs})
+    torch.save({"model": model.state_dict(), "neck_form": "residual"}, path)
+    torch_predictor, exported = Predictor(cfg, path), tmp_path / f"model{RUNTIMES[runtime].suffix}"
+    image = random_image(0)
+    options = {"example": torch_predictor.prepare(image), "precision": "fp32"}
+    RUNTIMES[runtime].export(load_model(cfg, path), exported, **options)
+    other = Predictor(None, exported)
+    assert other.metadata["model"] == "IMR-CNN (residual)" and len(other(image)) > 1
+    same(other(image), torch_predictor(image))
 
 
 @pytest.mark.parametrize("runtime, precision", [case for case in CASES if case[1] != "int8"])
@@ -117,6 +141,18 @@ def test_safetensors(exported, loaded):
         precision = {"rtol": 2**-11, "atol": 1e-7} if tensor.ndim > 1 else {"rtol": 0, "atol": 0}
         for value in (tensor.to(expected[name].dtype), into[name].cpu()):
             torch.testing.assert_close(value, expected[name], **precision)
+
+
+def test_no_file_says_where_the_model_was_trained(tiny_run, weights, predictor, tmp_path):
+    opts = ["DATASETS.ROOT", str(tmp_path / "data"), "OUTPUT_DIR", str(tmp_path / "out")]
+    loaded = load_model(load_config(tiny_run / "config.yaml", opts), weights)
+    for form, runtime in EXPORTS.items():
+        path = tmp_path / f"model.{form}"
+        runtime.export(loaded, path, example=predictor.prepare(random_image(0)))
+        content = path.read_bytes()
+        assert b"data_train" in content, "the config can be read in the bytes"
+        assert not [p for p in (tmp_path, tiny_run) if str(p).encode() in content]
+        assert load_model(None, path).facts["config_sha256"] == loaded.facts["config_sha256"]
 
 
 def test_what_int8_leaves_alone(exported):
@@ -367,6 +403,16 @@ def test_what_is_the_same_detection(scores, height, expected):
     records = [[[{"bbox": box, "category_id": 1, "score": score}]] for box, score in pairs]
     differences = compare_records(*records, [(40, 40)], 0.5)
     assert (differences.detections, differences.unmatched, differences.lost) == expected
+
+
+def test_what_an_export_prints_is_bounded_or_named_as_not(scores=(0.01,) * 99 + (0.9,)):
+    differences = Differences(9, 103, 3, 1, *map(np.array, (scores, scores, scores)))
+    text = export.comparison(differences, export.BOUNDS["int8"])
+    bounded, rest = text.splitlines()[-2:]
+    assert {"95 %", "0.01", "0.25"} <= set(re.findall(r"[\d.]*\d(?: %)?", bounded))
+    assert "not bounded" in rest and "0.9" in rest
+    (everything,) = export.comparison(differences, export.BOUNDS["fp32"]).splitlines()[1:]
+    assert "0.9 " in everything and "0.001" in everything
 
 
 def test_bounds():

@@ -19,6 +19,7 @@ from chromium import TIMEOUT, chromium
 from dicoms import PATIENT, write_dicom
 from PIL import Image
 
+from imrcnn_d2 import __version__
 from imrcnn_d2.deploy import Predictor, predict_files
 from imrcnn_d2.deploy.inputs import public_name
 from imrcnn_d2.utils.files import lock_folder
@@ -426,7 +427,7 @@ def set_tau(tab, tau):
 @pytest.mark.story
 def test_drop_slider_download(tab, site, predictor, paths):
     text = tab.locator("body").inner_text()
-    for part in ("Research use only", "Not for diagnosis", "IMR-CNN", "imrcnn-d2 0.1.0"):
+    for part in ("Research use only", "Not for diagnosis", "IMR-CNN", f"imrcnn-d2 {__version__}"):
         assert part in text and "Gradio" not in text
     assert tab.get_by_role("button", name="COCO").is_disabled()
     drop(tab, *paths)

@@ -28,6 +28,7 @@ from torchvision.ops import nms
 
 from imrcnn_d2.data.images import read_image
 from imrcnn_d2.deploy.outputs import Differences, compare_records, records
+from imrcnn_d2.engine.checkpoint import METADATA_VERSION
 from imrcnn_d2.modeling.classifier import ImageClassifier
 from imrcnn_d2.utils.files import BadInputError, write_atomically
 from imrcnn_d2.utils.safe_loading import UnsafeFileError
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from imrcnn_d2.deploy.loading import LoadedModel
     from imrcnn_d2.deploy.predictor import Predictor
 
-# Of the metadata of exported files; a larger one is of a later version of this package.
-EXPORT_VERSION = 1
 INPUT = "images"  # a graph's one input, (N, C, H, W) uint8
 # A detector's graph returns these, in this order; masks only where it has them.
 OUTPUTS = ("image", "boxes", "scores", "classes", "masks")
@@ -53,6 +52,7 @@ class Runtime(ABC):
     name: ClassVar[str]  # in RUNTIMES and --runtime
     suffix: ClassVar[str | None] = None  # of the files that it exports; None if it exports none
     precisions: ClassVar[tuple[str, ...]] = ()  # of these files
+    precision: ClassVar[str | None] = None  # of its arithmetic, whatever the weights are in
     exact_precisions: ClassVar[tuple[str, ...]] = ()  # an export predicts exactly what its original
     metadata: dict = {}  # of the file that it was loaded from, see `export_metadata`; else empty
 
@@ -116,14 +116,16 @@ class Runtime(ABC):
 
 def export_metadata(loaded: LoadedModel, precision: str) -> dict:
     """The metadata of an exported file, of JSON types; ``weights_sha256`` is of the original
-    weights, ``artifact`` the format's version.
+    weights, ``artifact`` the format's version. Nothing is of the machine of the training.
     """
     cfg = loaded.cfg.clone()
     cfg.defrost()
-    cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = "./output", "cpu"  # not of the machine of the training
+    cfg.OUTPUT_DIR, cfg.DATASETS.ROOT, cfg.MODEL.DEVICE = "./output", "", "cpu"
     point = loaded.weights.operating_point
+    facts = {**loaded.facts, "artifact": METADATA_VERSION, "precision": precision}
+    del facts["source_sha256"]  # of the file that this one is made of
     return {
-        **{"artifact": EXPORT_VERSION, "precision": precision, **loaded.facts},
+        **facts,
         **{"classes": loaded.classes, "operating_point": point and vars(point)},
         "config": cfg.dump(),
     }

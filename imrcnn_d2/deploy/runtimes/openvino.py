@@ -58,6 +58,7 @@ class OpenVINORuntime(GraphRuntime):
         hint = "bf16" if metadata and metadata["precision"] == "bf16" else "f32"
         if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             logger.warning("The file is for bf16, which this processor has not: it runs in fp32")
+            metadata["precision"] = "fp32"
         options = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": hint,

@@ -68,6 +68,7 @@ class TorchBF16Runtime(TorchRuntime):
 
     name = "torch-bf16"
     suffix, precisions, exact_precisions = None, (), ()
+    precision = "bf16"
     _autocast = True
 
     def __init__(self, model: nn.Module):
