@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
 
+from imrcnn_d2.config import get_node
 from imrcnn_d2.data.catalog import labels_of, register_data_set
 from imrcnn_d2.data.mapper import ClassificationMapper, LesionMapper
 from imrcnn_d2.evaluation import (
@@ -55,9 +56,9 @@ class Task:
         raise NotImplementedError
 
     def evaluator(
-        self, cfg: CfgNode, dataset_name: str, final: Mapping | None = None
+        self, cfg: CfgNode, dataset_name: str, output_dir: str, final: Mapping | None = None
     ) -> DatasetEvaluator:
-        """The evaluator of a data set, whose files go to OUTPUT_DIR/inference/DATASET. `final` are
+        """The evaluator of a data set, whose files go to `output_dir`. `final` are
         `Weights.evaluator_arguments` of a final evaluation; without them an operating point is
         chosen on the sets of DATASETS.VAL, and never on others.
         """
@@ -101,14 +102,13 @@ class _Detection(Task):
     def best_checkpoint(self, cfg):
         return {"tau_rule": cfg.MODEL.IMRCNN.TAU_RULE, "dataset": cfg.DATASETS.VAL[0]}
 
-    def evaluator(self, cfg, dataset_name, final=None):
-        arguments = final
+    def evaluator(self, cfg, dataset_name, output_dir, final=None):
+        node = get_node(cfg, "MODEL.IMRCNN")
         if final is None:
-            validates = dataset_name in cfg.DATASETS.VAL
-            arguments = {"tau_rule": cfg.MODEL.IMRCNN.TAU_RULE if validates else None}
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        tau = cfg.MODEL.IMRCNN.SCORE_THRESH
-        return LesionEvaluator(dataset_name, tau=tau, output_dir=output_dir, **arguments)
+            validates = dataset_name in get_node(cfg, "DATASETS.VAL")
+            final = {"tau_rule": node.TAU_RULE if validates else None}
+        tau = node.SCORE_THRESH
+        return LesionEvaluator(dataset_name, tau=tau, output_dir=output_dir, **final)
 
     def score(self, gt, predictions, recorded):
         settings = {key: recorded["meta"][key] for key in ("tau", "iou_threshold", "iou_type")}
@@ -142,8 +142,7 @@ class _Classification(Task):
     def best_checkpoint(self, cfg):
         return {"metric": self.primary}
 
-    def evaluator(self, cfg, dataset_name, final=None):
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+    def evaluator(self, cfg, dataset_name, output_dir, final=None):
         arguments = {key: (final or {}).get(key) for key in ("bootstrap", "meta")}
         return ClassificationEvaluator(dataset_name, output_dir=output_dir, **arguments)
 

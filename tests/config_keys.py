@@ -4,7 +4,7 @@ from detectron2.config import CfgNode
 
 
 def flat(cfg, prefix=""):
-    """("MODEL.PAFPN.INIT", "identity") and so on."""
+    """("MODEL.PAFPN.FORM", "panet") and so on."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from flat(value, f"{prefix}{key}.")

@@ -3,6 +3,7 @@
 These lie in the folder that IMRCNN_TEST_DATA names, outside of this repository. Without it tests
 are skipped, or fail under IMRCNN_REQUIRE_TEST_DATA=1."""
 
+import logging
 import multiprocessing
 import os
 from collections import Counter
@@ -44,6 +45,19 @@ def pytest_collection_modifyitems(items):
     """Files with the most slow tests first, so that no worker is left with one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])  # stable
+
+
+@pytest.fixture(autouse=True)
+def _loggers_of_one_test():
+    """What commands log goes to the streams of their test, which pytest closes after it."""
+    from detectron2.utils.logger import setup_logger  # imports torch
+
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "imrcnn_d2", "timm")]
+    yield
+    for logger in loggers:
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+    setup_logger.cache_clear()  # which otherwise adds none again
 
 
 def real_data(name):

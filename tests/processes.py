@@ -28,7 +28,7 @@ def _run(argv, env, out, err):
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def run_script(script, *arguments, env=None, timeout=1800):
+def run_script(script, *arguments, env=None):
     """Run a script as ``python script arguments`` in the root of the repository does.
 
     Return the ``CompletedProcess`` with the output as text. The environment is this process's by
@@ -40,9 +40,6 @@ def run_script(script, *arguments, env=None, timeout=1800):
             target=_run, args=(argv, dict(os.environ if env is None else env), *files)
         )
         process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(argv, timeout)
+        process.join()
         printed = [Path(file).read_text(errors="replace") for file in files]
     return subprocess.CompletedProcess(argv, process.exitcode, *printed)

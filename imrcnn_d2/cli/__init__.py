@@ -8,9 +8,21 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from imrcnn_d2.utils.files import for_terminal
+from imrcnn_d2.utils.files import for_terminal, install_extra
 
-__all__ = ["new_parser", "one_line_errors", "predictor_arguments"]
+__all__ = [
+    "WEIGHTS_HELP",
+    "add_tau",
+    "new_parser",
+    "one_line_errors",
+    "output_file",
+    "output_folder",
+    "predictor_arguments",
+]
+
+WEIGHTS_HELP = (
+    "file, URL, hf://USER/REPO in the Hugging Face Hub, or demo: those that come with the package"
+)
 
 
 def new_parser(description: str, **options) -> argparse.ArgumentParser:
@@ -29,7 +41,28 @@ def one_line_errors(parser: argparse.ArgumentParser, extra: str = "") -> Iterato
     except ModuleNotFoundError as error:
         if not extra:
             raise
-        parser.exit(1, f"{parser.prog}: this needs {error.name}: pip install -e '.[{extra}]'\n")
+        parser.exit(1, f"{parser.prog}: this needs {error.name}: {install_extra(extra)}\n")
+
+
+def add_tau(parser: argparse.ArgumentParser, *, help: str, default: float | None = None) -> None:
+    """Add the score threshold, ``tau``, under both of its names."""
+    parser.add_argument("--tau", "--score-threshold", type=float, default=default, help=help)
+
+
+def output_file(text: str) -> Path:
+    """The path of a file to write, for `type` of an argument: no folder, nor in a file."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name the file to write in it")
+    return output_folder(path.parent) / path.name
+
+
+def output_folder(text: str | Path) -> Path:
+    """The path of a folder to write to, for `type` of an argument."""
+    path = Path(text)
+    if file := next((p for p in (path, *path.parents) if p.is_file()), None):
+        raise argparse.ArgumentTypeError(f"{file} is a file: name a folder")
+    return path
 
 
 def predictor_arguments() -> argparse.ArgumentParser:
@@ -38,8 +71,8 @@ def predictor_arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-file",
         type=Path,
-        help="what the weights were trained with; not needed for files of `imrcnn export`, nor "
-        "where training left its config.yaml next to them",
+        help="what the weights were trained with; not needed for files of `imrcnn train` and "
+        "`imrcnn export`, which have it in them, nor where a config.yaml is next to the weights",
     )
     parser.add_argument(
         "--runtime",

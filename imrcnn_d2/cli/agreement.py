@@ -14,7 +14,7 @@ same if their file_name is.
 import argparse
 from pathlib import Path
 
-from imrcnn_d2.cli import new_parser, one_line_errors
+from imrcnn_d2.cli import add_tau, new_parser, one_line_errors
 from imrcnn_d2.utils.files import file_sha256, for_terminal
 
 
@@ -27,7 +27,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--names", nargs="+", metavar="NAME", help=text)
     text = "a model's predictions.json or COCO results (of the images of the first file), or a "
     parser.add_argument("--dt", type=Path, help=f"{text}folder of masks")
-    parser.add_argument("--tau", type=float, default=0.7, help="score threshold of --dt (0.7)")
+    add_tau(parser, default=0.7, help="score threshold of --dt (0.7)")
     parser.add_argument("--model-name", default="model", metavar="NAME", help="of --dt (model)")
     text = "least overlap of two annotations of one lesion (0.5)"
     parser.add_argument("--iou", type=float, default=0.5, help=text)

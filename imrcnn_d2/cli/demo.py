@@ -5,9 +5,9 @@ where it stopped.
 """
 
 import argparse
-import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     output = argument_parser().parse_args(argv).output.resolve()
     data = output / "datasets" / "synthetic"
     report, card = output / "report.html", output / "model_card.md"
+    print(
+        "160 synthetic images are prepared, the light IMR-CNN is trained on them, which takes some "
+        f"minutes, and a report is written, all in {output}"
+    )
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the command, which may save
     for command in (
         ("prepare-dataset", "synthetic", "--out", data, "--num-images", 160, "--size", 256),
         ("train", "--config-file", CONFIG, "--data", data, "--resume", "OUTPUT_DIR", output),
@@ -29,19 +34,15 @@ def main(argv: list[str] | None = None) -> None:
         command = list(map(str, command))
         print(f"\n$ imrcnn {shlex.join(command)}", flush=True)
         env = {**os.environ, "IMRCNN_DATASETS": str(data.parent)}
-        subprocess.run([sys.executable, "-m", "imrcnn", *command], env=env, check=True)
-
-    results = output / "inference" / "synthetic_test"
-    metrics = json.loads((results / "metrics.json").read_text())
-    segm, lesion = metrics["segm"], metrics["lesion"]
+        finished = subprocess.run([sys.executable, "-m", "imrcnn", *command], env=env)
+        if finished.returncode:  # the command has given the reason
+            sys.exit(finished.returncode)
     print(
-        f"\nOn the test images, masks: AP50 {segm['AP50']:.1f}, matched IoU {lesion['iou']:.1f}; "
-        f"at score {metrics['meta']['tau']}: precision {lesion['precision']:.1f}, "
-        f"recall {lesion['recall']:.1f}\n"
+        f"\nThe report, to open in a browser: {report}\n"
+        f"Predictions on the test images, for a first look: "
+        f"{output / 'inference' / 'synthetic_test' / 'contact_sheet.png'}\n"
+        "The same three commands train on your images: see imrcnn prepare-dataset --help"
     )
-    for name in ("metrics.json", "per_image.csv", "pr_curve.png", "contact_sheet.png"):
-        print(results / name)
-    print(f"{output / 'model_best.pth'}\n{card}\n\nThe report, to open in a browser: {report}")
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -8,39 +8,73 @@ grammar. A LazyConfig runs as Python code: load only files that you trust.
 """
 
 import argparse
+import contextlib
+import copy
+import logging
+from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.engine.defaults import default_argument_parser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from imrcnn_d2.utils.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = argument_parser().parse_args(argv)
-    from imrcnn_d2.engine.launch import launch_script
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    if late := [text for text in args.opts if text.startswith("--")]:
+        parser.error(f"{late[0]} comes before {args.opts[0]}: options first, KEY VALUE ... last")
+    from imrcnn_d2.engine.launch import launch_script, one_line_refusals
 
+    with one_line_refusals(ValueError):
+        _choose_processes(args)
     launch_script(run, args)
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser()
+    parser.set_defaults(num_gpus=None)
     parser.add_argument(
         "--data",
         default="",
         metavar="DIR",
         help="folder of a prepared data set, or a short name such as kvasir_seg for one in "
-        "$IMRCNN_DATASETS",
+        "$IMRCNN_DATASETS, $DETECTRON2_DATASETS or datasets/",
     )
     return parser
 
 
+def _choose_processes(args: argparse.Namespace) -> None:
+    """Without --num-gpus, and with 0, it is one process; who asks for GPUs never trains without."""
+    import torch
+
+    cpu = ["train.device=cpu"] if args.config_file.endswith(".py") else ["MODEL.DEVICE", "cpu"]
+    key = cpu[0].removesuffix("cpu")
+    if args.num_gpus is not None and not any(text.startswith(key) for text in args.opts):
+        if args.num_gpus and not torch.cuda.is_available():
+            raise ValueError(
+                f"--num-gpus {args.num_gpus}: torch {torch.__version__} finds no GPU. To train on "
+                f"the CPU: --num-gpus 0, or, in several processes, {' '.join(cpu)}"
+            )
+        if not args.num_gpus:
+            args.opts = [*args.opts, *cpu]
+    args.num_gpus = args.num_gpus or 1
+
+
 def run(args: argparse.Namespace) -> dict:
     """One process of a training or evaluation; returns the metrics of the final test."""
-    from detectron2.engine import default_setup
     from detectron2.evaluation import verify_results
     from detectron2.utils import comm
 
     from imrcnn_d2.engine import Trainer, load_weights
     from imrcnn_d2.engine.checkpoint import Checkpointer
-    from imrcnn_d2.engine.launch import locked_output
+    from imrcnn_d2.engine.launch import locked_output, one_line_refusals, set_up
     from imrcnn_d2.engine.train_step import keep_freed_memory
     from imrcnn_d2.engine.trainer import LazyTrainer
     from imrcnn_d2.report.plots import plot_test_grad_cams
@@ -48,58 +82,99 @@ def run(args: argparse.Namespace) -> dict:
 
     keep_freed_memory()
     lazy = args.config_file.endswith(".py")
-    cfg, trainer_class = (_lazy_config(args), LazyTrainer) if lazy else (_config(args), Trainer)
-    output_dir = trainer_class.output_dir(cfg)
-    with locked_output(output_dir):
-        default_setup(cfg, args)
+    trainer_class = LazyTrainer if lazy else Trainer
+    with contextlib.ExitStack() as stack:
+        with one_line_refusals(OSError, RuntimeError, ValueError):
+            cfg = _lazy_config(args) if lazy else _config(args)
+            written = copy.deepcopy(cfg)  # a LazyTrainer puts its model into the config
+            output_dir = trainer_class.output_dir(cfg)
+            stack.enter_context(locked_output(output_dir))
+            set_up(output_dir, args, *_setup_values(cfg))
+            if args.eval_only:
+                model = trainer_class.build_model(cfg)
+                checkpointer = Checkpointer(model, output_dir, whole=True)
+                resumed = args.resume and checkpointer.has_checkpoint()
+                initial = cfg.train.init_checkpoint if lazy else cfg.MODEL.WEIGHTS
+                path = checkpointer.get_checkpoint_file() if resumed else initial
+                weights = load_weights(checkpointer, path)
+            else:
+                trainer = trainer_class(cfg)
+                trainer.resume_or_load(args.resume)
+            if comm.is_main_process():
+                _write_config(written, Path(output_dir, "config.yaml"), keep=args.eval_only)
         if args.eval_only:
-            model = trainer_class.build_model(cfg)
-            checkpointer = Checkpointer(model, output_dir, whole=True)
-            resumed = args.resume and checkpointer.has_checkpoint()
-            initial = cfg.train.init_checkpoint if lazy else cfg.MODEL.WEIGHTS
-            path = checkpointer.get_checkpoint_file() if resumed else initial
-            weights = load_weights(checkpointer, path)
             metrics, results = trainer_class.final_test(cfg, model, weights)
         else:
-            trainer = trainer_class(cfg)
-            trainer.resume_or_load(args.resume)
             metrics, results = trainer.train(), trainer.test_results
-            model = trainer.evaluated_model
+            model, weights = trainer.evaluated_model, trainer.final_weights
         if comm.is_main_process():
             plot_test_results(results, output_dir)
             if not lazy:
                 if not Task.of(cfg).localises:
                     plot_test_grad_cams(cfg, model)
                 verify_results(cfg, metrics)
+            log_end(results, output_dir, weights.path, lazy)
     return metrics
 
 
-def _config(args):
-    from imrcnn_d2.engine.config import find_config, load_training_config, register_root
+def _setup_values(cfg) -> tuple[str, int, bool]:
+    """The config as text, its seed and whether cuDNN looks for the fastest algorithms."""
+    if isinstance(cfg, CfgNode):
+        return cfg.dump(), cfg.SEED, cfg.CUDNN_BENCHMARK
+    return str(cfg), cfg.train.seed, cfg.train.get("cudnn_benchmark", False)
 
-    file = args.config_file and (find_config(args.config_file) or args.config_file)
+
+def _write_config(cfg, path: Path, keep: bool) -> None:
+    """Write a run's config; `keep` the one that is there, of the training."""
+    if keep and path.is_file():
+        return
+    if isinstance(cfg, CfgNode):
+        write_atomically(path, cfg.dump())
+    else:
+        LazyConfig.save(cfg, str(path))
+
+
+def _config(args):
+    from imrcnn_d2.data.catalog import check_registered
+    from imrcnn_d2.engine.config import (
+        check_resumable,
+        find_config,
+        load_training_config,
+        register_root,
+    )
+
+    file = args.config_file and find_config(args.config_file)
     # Quoted, so that a folder called 2024 stays a string.
     data = ["DATASETS.ROOT", repr(args.data)] if args.data else []
     cfg = load_training_config(file, [*data, *args.opts], args.eval_only)
     register_root(cfg)
-    if args.eval_only:
-        cfg.MODEL.TIMM.WEIGHTS = ""  # MODEL.WEIGHTS has the whole model
+    data_sets = cfg.DATASETS
+    check_registered(
+        [*data_sets.TEST, *(() if args.eval_only else data_sets.TRAIN + data_sets.VAL)]
+    )
+    if args.resume:
+        check_resumable(cfg)
+    if args.eval_only or cfg.MODEL.WEIGHTS:
+        cfg.MODEL.TIMM.WEIGHTS = ""  # MODEL.WEIGHTS has the whole backbone
     cfg.freeze()
-    # default_setup logs the file's text, which names of earlier versions do not have.
-    args.config_file = str(file) if Path(file).is_file() else ""
     return cfg
 
 
 def _lazy_config(args):
-    from detectron2.config import LazyConfig
-
     from imrcnn_d2.data.catalog import SHORT_NAMES, data_set_name, register_data_set
     from imrcnn_d2.engine import choose_device
+    from imrcnn_d2.engine.config import find_config
 
+    args.config_file = str(find_config(args.config_file))
     cfg = LazyConfig.load(args.config_file)
     if not cfg.train.device and not any(o.startswith("train.device=") for o in args.opts):
         cfg.train.device = choose_device()
-    cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    _check_keys(cfg, args.opts)
+    try:
+        cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    except (HydraException, KeyError) as error:
+        reason = str(error.args[0]).partition("\n")[0]
+        raise ValueError(f"{' '.join(args.opts)}: {reason}") from error
     if data := args.data or cfg.train.get("dataset", ""):
         register_data_set(data)
         cfg.train.dataset = data_set_name(data)
@@ -109,6 +184,39 @@ def _lazy_config(args):
             f"that `imrcnn prepare-dataset` wrote or one of {', '.join(SHORT_NAMES)}"
         )
     return cfg
+
+
+def _check_keys(cfg: DictConfig, overrides: list[str]) -> None:
+    """LazyConfig adds unknown keys, which nothing reads but the calls that are to get them."""
+    for text in overrides:
+        key = text.partition("=")[0]
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        plain = isinstance(node, DictConfig) and "_target_" not in node
+        if not key.startswith(("+", "~")) and (node is None or plain and name not in node):
+            while node is None:  # the misspelt name is before the last dot
+                parent, _, name = parent.rpartition(".")
+                node = OmegaConf.select(cfg, parent) if parent else cfg
+            like = get_close_matches(name, list(node))
+            raise ValueError(
+                f"{text}: the config has no {key}; similar: {', '.join(like) or 'none'}. +{text} "
+                "adds it all the same"
+            )
+
+
+def log_end(results: dict, output_dir: str, weights: str | None, lazy: bool) -> None:
+    """Log the metrics of each test set, by data set, where the files are, and what to run next."""
+    from imrcnn_d2.report.tables import summary
+
+    folders = [Path(output_dir, "inference", name) for name in results]
+    texts = [f"{name}: {summary(scored)}" for name, scored in results.items()]
+    texts += [] if results else ["No test images: nothing was tested."]
+    texts += [f"Weights: {weights}", *(f"Results: {folder}/" for folder in folders)]
+    commands = [f"report {quote(output_dir)} --output {quote(output_dir)}/report.html"]
+    if not lazy:  # predict needs a config of values
+        commands += [f"predict --weights {quote(str(weights))} --input IMAGES --output predictions"]
+    texts += [f"Next:    imrcnn {command}" for command in commands]
+    logger.info("Done.\n\n%s", "\n".join(texts))
 
 
 def plot_test_results(results: dict, output_dir: str) -> None:

@@ -12,12 +12,13 @@ import os
 import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from fvcore.common.config import BASE_KEY
 
@@ -36,9 +37,10 @@ from imrcnn_d2.task import CLASSIFICATION, DETECTION, Task
 
 logger = logging.getLogger(__name__)
 
+# Ours and Detectron2's, whose model_zoo is not imported: some of them need pkg_resources for that.
 SHIPPED = tuple(
-    Path(os.path.realpath(folder / "configs"))
-    for folder in (Path(__file__).parents[1], Path(model_zoo.__file__).parent)
+    Path(os.path.realpath(Path(find_spec(package).origin).with_name("configs")))
+    for package in ("imrcnn_d2", "detectron2.model_zoo")
 )
 _LARGEST = 100_000  # bytes of a file, its aliases written out; a whole config has 7,000
 _MOST_FILES = 30  # that a config is made of
@@ -108,8 +110,9 @@ def load_config(config_file: str | Path = "", opts: Sequence = ()) -> CfgNode:
     given, and OUTPUT_DIR as output/DATA_SET/CONFIG; no data set is read.
 
     Args:
-        config_file: a YAML file, or the name of a shipped one such as "imrcnn_lite.yaml"; "" for
-            the defaults. Names of earlier versions still work, with a warning.
+        config_file: a YAML file, or the name of a shipped one (`find_config`) such as
+            "imrcnn_lite.yaml"; "" for the defaults. Names of earlier versions still work, with a
+            warning.
         opts: ``[KEY, VALUE, ...]``.
 
     Raises:
@@ -119,7 +122,7 @@ def load_config(config_file: str | Path = "", opts: Sequence = ()) -> CfgNode:
     """
     content = {}
     if config_file:
-        path = find_config(config_file) or Path(config_file)
+        path = find_config(config_file)
         folder, *above = Path(os.path.abspath(path)).parents
         tree = next((parent for parent in (folder, *above) if parent.name == "configs"), folder)
         content = _read(path, [Path(os.path.realpath(tree)), *SHIPPED], [])
@@ -143,7 +146,8 @@ def load_training_config(
         raise ValueError(
             f"{config_file or 'The config'} names no data set: add --data DIR (or the config key "
             "DATASETS.ROOT), where DIR is a folder that imrcnn prepare-dataset wrote, or "
-            f"{', '.join(SHORT_NAMES)} for the folder of that name in $IMRCNN_DATASETS"
+            f"{', '.join(SHORT_NAMES)} for the folder of that name in $IMRCNN_DATASETS or "
+            "$DETECTRON2_DATASETS"
         )
     key = Task.of(cfg).num_classes_key(cfg)
     splits_of_root = {name for split in _split_names(cfg.DATASETS.ROOT).values() for name in split}
@@ -151,6 +155,28 @@ def load_training_config(
         if classes := read_classes(cfg.DATASETS.ROOT):
             cfg.merge_from_list([key, len(classes)])
     return cfg
+
+
+def check_resumable(cfg: CfgNode) -> None:
+    """Weights of version 0.1.0 do not state the form of their neck, as `Checkpointer` needs it to
+    resume; the config.yaml next to them does.
+
+    Raises:
+        ValueError: OUTPUT_DIR holds a training of another form than the config's.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    earlier = folder / "config.yaml"
+    if "pafpn" not in cfg.MODEL.BACKBONE.NAME or not any(folder.glob("model_*.pth")):
+        return
+    try:
+        form = load_config(earlier).MODEL.PAFPN.FORM
+    except (OSError, ValueError):  # an interruption may have cut it off
+        return
+    if form != cfg.MODEL.PAFPN.FORM:
+        raise ValueError(
+            f"{earlier} has MODEL.PAFPN.FORM {form!r}, and this config {cfg.MODEL.PAFPN.FORM!r}: "
+            "name that one (--config-file), or train anew without --resume"
+        )
 
 
 def load_config_text(text: str, source: str | Path, opts: Sequence = ()) -> CfgNode:
@@ -237,6 +263,9 @@ def _read(path: Path, admitted: Sequence[Path], files: list[Path]) -> dict:
     for base in bases if isinstance(bases, list) else [bases]:
         with _naming(f"{path}: {BASE_KEY} {_short(base)}"):
             file = Path(os.path.realpath(path.parent / base))
+            if not os.path.isfile(file):  # a shipped config goes by its name, as in --config-file
+                named = Path(os.path.realpath(SHIPPED[0] / base.removeprefix("configs/")))
+                file = named if os.path.isfile(named) else file
             inside = any(file.is_relative_to(folder) for folder in admitted)
             if not inside or not (os.path.isfile(file) or _earlier_config(file)):
                 raise ValueError(
@@ -247,18 +276,44 @@ def _read(path: Path, admitted: Sequence[Path], files: list[Path]) -> dict:
     return _merge(merged, content)
 
 
-def find_config(path: str | Path) -> Path | None:
-    """The file itself, else the shipped one of this name, of now or of earlier versions."""
+def shipped_configs() -> list[str]:
+    """Names of the configs to run: YAML files, then LazyConfigs, as "lazy/imrcnn_lite.py"."""
+    names = [path.name for path in sorted(SHIPPED[0].glob("*.yaml"))]
+    lazy = [f"lazy/{path.name}" for path in sorted((SHIPPED[0] / "lazy").glob("*.py"))]
+    return [name for name in names + lazy if not name.startswith(("Base-", "lazy/base"))]
+
+
+def shipped_config(name: str | Path) -> Path:
+    """The shipped config NAME, also given as NAME.yaml or configs/NAME.yaml.
+
+    Names of earlier versions work as well: of these the path is returned, where no file is.
+
+    Raises:
+        FileNotFoundError: there is none; names the shipped configs, those of like names first.
+    """
+    parts, known = Path(name).parts, shipped_configs()
+    short = "/".join(parts[parts[:1] == ("configs",) :])
+    path = SHIPPED[0] / (f"{short}.yaml" if f"{short}.yaml" in known else short)
+    if SHIPPED[0] in Path(os.path.realpath(path)).parents:
+        if path.is_file() or _earlier_config(path):
+            return path
+    like = get_close_matches(Path(name).name, known)
+    raise FileNotFoundError(
+        f"{name}: no such config file. Shipped ones, which need no path: "
+        f"{', '.join(dict.fromkeys([*like, *known]))}"
+    )
+
+
+def find_config(path: str | Path) -> Path:
+    """The file itself, else the :func:`shipped_config` of this name; raises as that does."""
     path = Path(path)
-    shipped = SHIPPED[0].joinpath(*path.parts[path.parts[:1] == ("configs",) :])
-    places = (path, shipped)  # the same for an absolute path
-    return next((p for p in places if p.is_file() or _earlier_config(p)), None)
+    return path if path.is_file() or _earlier_config(path) else shipped_config(path)
 
 
 def _earlier_config(path: Path) -> dict | None:
     """The content of a config that earlier versions shipped for each data set; else None."""
     path = Path(os.path.realpath(path))
-    if path.is_file() or not path.is_relative_to(SHIPPED[0]):
+    if path.is_file() or SHIPPED[0] not in path.parents:
         return None
     *folders, name = path.relative_to(SHIPPED[0]).parts
     folder, stem = "/".join(folders), Path(name).stem
@@ -269,9 +324,11 @@ def _earlier_config(path: Path) -> dict | None:
     elif folder == "recognition":
         root, output = "gastric_recognition", f"output/recognition/{stem}"
         name = "efficientnet_lite0.yaml" if name == "lite.yaml" else name
+    elif folder:
+        return None
     elif name == "Base-Recognition.yaml":
         root, output, name = "gastric_recognition", "./output", "Base-Classifier.yaml"
-    elif not folder and name.startswith("Base-"):
+    elif name.startswith("Base-"):
         model, _, size = name.removeprefix("Base-").partition("-")
         name = f"{model.lower()}_{size}"
     base = SHIPPED[0] / name
@@ -290,16 +347,31 @@ def _merge(base: dict, content: dict) -> dict:
     return merged
 
 
+def _with_form(content: dict) -> dict:
+    """``content`` with FORM in place of keys of version 0.1.0, whose default gate was double."""
+    pafpn = content.get("MODEL", {}).get("PAFPN", {})
+    gate = content.get("MODEL", {}).get("CBAM", {}).get("GATE")
+    earlier = pafpn.keys() & {"INIT", "ACTIVATION"} or gate == "residual"
+    form = {"": "affine", "relu": "panet"}.get(pafpn.get("ACTIVATION", ""))
+    if "FORM" in pafpn or not earlier or form is None:
+        return content  # INIT and ACTIVATION are refused
+    pafpn = {key: value for key, value in pafpn.items() if key not in ("INIT", "ACTIVATION")}
+    model = {"PAFPN": {**pafpn, "FORM": form}, "CBAM": {"GATE": gate or "double_sigmoid"}}
+    content = {**content, "MODEL": {k: v for k, v in content["MODEL"].items() if k != "PAFPN"}}
+    return _merge(content, {"MODEL": model})
+
+
 def _config(content: dict, source: str | Path, opts: Sequence) -> CfgNode:
     cfg = get_cfg()
     add_imrcnn_config(cfg)
     cfg.MODEL.DEVICE = "auto"  # stays where nobody names a device
-    with _naming(f"{source} is no config of these models"):
+    with _naming(f"{source} is no config of these models", cfg):
+        content = _with_form(content)
         if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise ValueError(f"VERSION is {content['VERSION']}, and Detectron2's {cfg.VERSION}")
         cfg.merge_from_other_cfg(CfgNode(content))
     file_datasets, given = cfg.DATASETS.clone(), opts[::2]
-    with _naming("KEY VALUE ..."):
+    with _naming("KEY VALUE ...", cfg):
         cfg.merge_from_list(list(opts))
     if cfg.DATASETS.ROOT:
         _name_splits(cfg, file_datasets, {*(content.get("DATASETS") or ())}, given)
@@ -370,11 +442,24 @@ def _strings(node, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _naming(source: str) -> Iterator[None]:
+def _naming(source: str, cfg: CfgNode | None = None) -> Iterator[None]:
     try:
         yield
     except _WRONG as error:
-        raise ValueError(f"{source}: {_short(error)}") from error
+        text = _short(error)
+        if cfg is not None and (unknown := re.search(r"on-existent .*key: (\S+)", text)):
+            keys = {key.lower(): key for key in _keys(cfg)}
+            like = get_close_matches(unknown[1].lower(), keys)
+            if like:
+                text += f". Similar keys: {', '.join(keys[key] for key in like)}"
+        raise ValueError(f"{source}: {text}") from error
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")
 
 
 def _short(value) -> str:

@@ -213,6 +213,7 @@ class BestCheckpointer(HookBase):
         tau_rule: by which the evaluator chose ``lesion/tau_val``; None stores no operating point.
         dataset: the validation set whose ``tau_val`` is stored.
         metric: larger is better; the mean where several validation sets have it.
+        metadata: of `Checkpointer`.
     """
 
     FILE_STEM = "model_best"
@@ -226,8 +227,9 @@ class BestCheckpointer(HookBase):
         tau_rule: str | None = None,
         dataset: str | None = None,
         metric: str = "lesion/selection",
+        metadata: dict | None = None,
     ):
-        self._checkpointer = Checkpointer(model, save_dir, whole=True)
+        self._checkpointer = Checkpointer(model, save_dir, whole=True, metadata=metadata)
         self._path = os.path.join(save_dir, f"{self.FILE_STEM}.pth")
         self._validation = validation
         if tau_rule is not None:

@@ -22,9 +22,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
 
 from imrcnn_d2.engine.hooks import EXIT_INTERRUPTED, SIGNALS, Interrupted, interruptible
-from imrcnn_d2.utils.files import check_no_way_out, lock_folder
+from imrcnn_d2.utils.files import BadInputError, check_no_way_out, for_terminal, lock_folder
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +63,8 @@ def launch_script(
 
     Raises:
         SystemExit: with ``EXIT_INTERRUPTED`` if the job was interrupted, else with the code of the
-            process that failed (128 + the signal's number if one killed it), or 1; what our own
-            code refuses is one line on stderr.
+            process that failed (128 + the signal's number if one killed it), or 1; an error that
+            names a file is one line on stderr, see `one_line_refusals`.
         ValueError: for arguments that do not fit this machine.
     """
     args = args or default_argument_parser().parse_args()
@@ -80,13 +83,66 @@ def launch_script(
 
 def _run(main, args):
     try:
-        main(args)
-    except (OSError, ValueError) as error:
-        # A refusal is raised by our own code; of a defect the traceback is needed.
+        with one_line_refusals(OSError, BadInputError, FloatingPointError):
+            main(args)
+    except BaseException as error:
+        # A loader ends its workers, which ignore SIGTERM, when it is freed; else the exit waits for
+        # them.
+        link = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        raise
+
+
+@contextlib.contextmanager
+def one_line_refusals(*classes: type[Exception]) -> Iterator[None]:
+    """End with status 1 and one line where our own code refuses something, or a file fails; other
+    errors, those of defects, keep their tracebacks.
+
+    Before the first iteration a ValueError is about what the user gave; afterwards it is a defect.
+    Commands other than the training show no traceback at all, see `imrcnn_d2.cli.one_line_errors`.
+    """
+    try:
+        yield
+    except classes as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if not (Path(last.filename).is_relative_to(_PACKAGE) and last.line.startswith("raise ")):
+        refused = Path(last.filename).is_relative_to(_PACKAGE) and last.line.startswith("raise ")
+        if not refused and getattr(error, "filename", None) is None:
             raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {for_terminal(error)}")
+
+
+def set_up(
+    output_dir: str, args: argparse.Namespace, config: str, seed: int, benchmark: bool = False
+) -> None:
+    """As Detectron2's ``default_setup``: loggers, the generators' seed (negative: random), cuDNN.
+    It does not write config.yaml, since weights of an earlier training may need the one there.
+
+    log.txt gets all messages; the screen ours, the losses, warnings, and how far an evaluation is.
+    """
+    rank = comm.get_rank()
+    for name in ("fvcore", "timm", "detectron2", "imrcnn_d2"):
+        for handler in setup_logger(output_dir, distributed_rank=rank, name=name).handlers:
+            if handler.stream is sys.stdout:
+                handler.addFilter(_is_for_screen)
+    for title, text in (
+        ("Environment", collect_env_info()),
+        ("Arguments", args),
+        ("Config", config),
+    ):
+        logger.debug("%s:\n%s", title, text)
+    seed_all_rng(None if seed < 0 else seed + rank)
+    if not args.eval_only:  # it costs more than it gains on the few images of an evaluation
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def _is_for_screen(record: logging.LogRecord) -> bool:
+    if record.exc_info or record.name.startswith("timm"):  # an error is printed at the end
+        return False
+    shown = record.name.startswith(("imrcnn_d2", "detectron2.utils.events"))
+    shown |= record.getMessage().startswith("Inference done")
+    return record.levelno >= (logging.INFO if shown else logging.WARNING)
 
 
 @contextlib.contextmanager

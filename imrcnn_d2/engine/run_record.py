@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from detectron2.utils import comm
 from torch import nn
 
 from imrcnn_d2.evaluation.output import package_versions
-from imrcnn_d2.modeling import PAFPN, ImageClassifier, TimmBackbone
+from imrcnn_d2.modeling import ImageClassifier, TimmBackbone
 from imrcnn_d2.task import CLASSIFICATION, DETECTION
 from imrcnn_d2.utils.files import file_sha256, read_rows, write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 def _now():
@@ -52,6 +55,7 @@ class RunRecord(HookBase):
         self._seed = cfg.SEED if cfg.SEED >= 0 else None
         self._model, self._config_hash, self._phases = model, config_hash, phases
         self._started, self._since, self._hours_before = None, None, 0.0
+        self._cfg = cfg
 
     def before_train(self):
         self._since = time.perf_counter()
@@ -83,6 +87,23 @@ class RunRecord(HookBase):
             **_split_facts(self._datasets[0]),
         }
         self._write()
+        self._log_start()
+
+    def _log_start(self):
+        cfg, content, last = self._cfg, self._content, self.trainer.max_iter
+        training, validation, test = (
+            sum(content["datasets"][name]["images"] for name in cfg.DATASETS[split])
+            for split in ("TRAIN", "VAL", "TEST")
+        )
+        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
+        batch = cfg.SOLVER.IMS_PER_BATCH
+        logger.info(
+            f"Training {content['model']} ({content['backbone']}) on {content['device']} in "
+            f"{precision}, {content['processes']} process(es). Images: {training} for training, "
+            f"{validation} for validation, {test} for the test; {batch} per iteration. Iterations "
+            f"{self.trainer.start_iter} to {last} ({last * batch / training:.3g} epochs), "
+            f"validation every {cfg.TEST.EVAL_PERIOD or last}. Files: {cfg.OUTPUT_DIR}"
+        )
 
     def after_train(self):
         self._hours_before, self._since = self._hours(), None
@@ -108,8 +129,8 @@ class RunRecord(HookBase):
 
 
 def describe_model(model: nn.Module) -> tuple[str, str]:
-    """Names of a model and its backbone: "IMR-CNN", "IBMR-CNN" or "MR-CNN" for a Mask R-CNN whose
-    neck is a PAFPN with CBAM, one without, or an FPN, else that of its class; and "R-50" or
+    """Names of a model and its backbone: for a Mask R-CNN the ``model_name`` of its neck (see
+    :class:`PAFPN`) or, with an FPN, "MR-CNN", else that of its class; and "R-50" or
     "tf_efficientnet_lite0". The model may be wrapped by DistributedDataParallel.
     """
     model = getattr(model, "module", model)
@@ -118,10 +139,7 @@ def describe_model(model: nn.Module) -> tuple[str, str]:
     if isinstance(model, ImageClassifier):
         return name, model.name
     if isinstance(model, GeneralizedRCNN) and getattr(model.roi_heads, "mask_on", False):
-        if isinstance(backbone, PAFPN):
-            name = "IMR-CNN" if backbone.cbams else "IBMR-CNN"
-        elif isinstance(backbone, FPN):
-            name = "MR-CNN"
+        name = getattr(backbone, "model_name", "MR-CNN" if isinstance(backbone, FPN) else name)
     bottom_up = getattr(backbone, "bottom_up", backbone)
     if isinstance(bottom_up, TimmBackbone):
         return name, bottom_up.name

@@ -19,14 +19,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from imrcnn_d2.data.catalog import load_datasets
 from imrcnn_d2.engine.train_step import distribute
 from imrcnn_d2.modeling.classifier import ImageClassifier
+from imrcnn_d2.modeling.pafpn import NEW_LAYERS
 from imrcnn_d2.modeling.timm_backbone import graph_leaves
 
 logger = logging.getLogger(__name__)
 
 _STAGES = re.compile(r"stages from (\d+)")
-_NEW_LAYER = re.compile(
-    r"(^|\.)(pan_|cbam)|box_predictor\.|mask_head\.predictor\.|\.cls_score\.|^head\.(weight|bias)$"
-)
+_PREDICTOR = r"box_predictor\.|mask_head\.predictor\.|\.cls_score\.|^head\.(weight|bias)$"
 
 
 def check_trainable(text: str) -> int | None:
@@ -297,9 +296,10 @@ def phase_solver(cfg: CfgNode, phase: Phase) -> CfgNode:
 
 def new_layer_lr_factor(factor: float) -> Callable[[str], float]:
     """Detectron2's ``lr_factor_func``: `factor` for the layers that no Mask R-CNN checkpoint has
-    (pan_*, cbam* and the class predictors of all heads and of classifiers), 1 for all others.
+    (NEW_LAYERS and the class predictors of all heads and of classifiers), 1 for all others.
     """
-    return lambda name: factor if _NEW_LAYER.search(name) else 1.0
+    new_layer = re.compile(rf"(^|\.)({'|'.join(NEW_LAYERS)})|{_PREDICTOR}")
+    return lambda name: factor if new_layer.search(name) else 1.0
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

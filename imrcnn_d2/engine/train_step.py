@@ -131,7 +131,8 @@ class TrainStep(SimpleTrainer):
     def run_step(self):
         assert self.model.training, "the model was changed to eval mode"
         start = time.perf_counter()
-        data = next(self._data_loader_iter)
+        with _files_of_workers_named():
+            data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
 
         seed_generators(self.seed, 1, self.iter, comm.get_rank())
@@ -191,6 +192,18 @@ class TrainStep(SimpleTrainer):
             )
         self.seed, self.skipped = seed, state_dict.get("skipped", 0)
         self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
+
+
+@contextlib.contextmanager
+def _files_of_workers_named():
+    """torch quotes a worker's traceback in the error: where a file failed, its last line does."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        *traceback, last = str(error).strip().splitlines() or [""]
+        if not traceback or not (isinstance(error, OSError) or "BadInputError: " in last):
+            raise
+        raise OSError(last) from error
 
 
 @contextlib.contextmanager

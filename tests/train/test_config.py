@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from config_keys import flat
-from detectron2 import model_zoo
+from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN
 
-from imrcnn_d2 import add_imrcnn_config
+from imrcnn_d2 import add_imrcnn_config, model_zoo
 from imrcnn_d2.config import get_node
 from imrcnn_d2.engine import choose_device, load_config
 from imrcnn_d2.engine import config as engine_config
+from imrcnn_d2.engine.checkpoint import pretrained
+from imrcnn_d2.engine.config import check_resumable, find_config, load_config_text
 from imrcnn_d2.modeling import PAFPN
+from imrcnn_d2.utils.safe_loading import load_safetensors
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -26,9 +29,9 @@ CPU = ("MODEL.DEVICE", "cpu")
 
 def test_a_foreign_config_gets_the_defaults_and_keeps_its_own():
     cfg = get_cfg()
-    assert get_node(cfg, "MODEL.PAFPN").INIT == "identity"
+    assert get_node(cfg, "MODEL.PAFPN").FORM == "panet"
     assert "PAFPN" not in cfg.MODEL  # a look changes nothing
-    cfg.MODEL.PAFPN = CfgNode({"INIT": "xavier"})
+    cfg.MODEL.PAFPN = CfgNode({"FORM": "residual"})
     assert get_node(cfg, "MODEL.PAFPN") is cfg.MODEL.PAFPN
     add_imrcnn_config(cfg)
     ours = dict(flat(cfg))
@@ -52,16 +55,18 @@ def test_every_shipped_config_builds_the_model_it_is_named_after(name):
     backbone = model.backbone
     attention = [n for n, _ in backbone.named_children() if n.startswith("cbam")]
     assert type(backbone) is (FPN if system == "mrcnn" else PAFPN)
-    assert len(attention) == (4 if system == "imrcnn" else 0)
+    assert attention == ([f"cbam{level}" for level in (2, 3, 4, 5)] if system == "imrcnn" else [])
+    neck = ("residual", "double_sigmoid") if "_residual" in name else ("panet", "sigmoid")
+    assert (cfg.MODEL.PAFPN.FORM, cfg.MODEL.CBAM.GATE) == neck
     if depth == "lite":
         assert "conv_stem" in dict(backbone.bottom_up.body.named_children())
-    else:  # the zoo's Mask R-CNN with a neck, which begins as the identity
+    else:  # the zoo's Mask R-CNN with a neck
         zoo_file = f"COCO-InstanceSegmentation/mask_rcnn_{depth}_FPN_3x.yaml"
         path = cfg.MODEL.WEIGHTS.removeprefix("detectron2://")
-        assert model_zoo.get_checkpoint_url(zoo_file).endswith(f"/detectron2/{path}")
-        zoo = model_zoo.get_config(zoo_file)
+        assert detectron2_zoo.get_checkpoint_url(zoo_file).endswith(f"/detectron2/{path}")
+        zoo = detectron2_zoo.get_config(zoo_file)
         zoo.MODEL.ROI_HEADS.NUM_CLASSES = 1
-        assert cfg.MODEL.PAFPN.INIT == "identity" and cfg.INPUT.FORMAT == zoo.INPUT.FORMAT
+        assert cfg.INPUT.FORMAT == zoo.INPUT.FORMAT
         # Weights fit only the pixels, anchors and boxes they were trained with.
         for key in ("PIXEL_MEAN", "PIXEL_STD", "ANCHOR_GENERATOR"):
             assert cfg.MODEL[key] == zoo.MODEL[key], key
@@ -130,6 +135,68 @@ def test_paths_of_earlier_versions_give_the_same_config_with_a_warning(name, cap
     assert load_config(tmp_path / "mine.yaml", CPU) == expected
 
 
+@pytest.mark.parametrize("base", ["imrcnn_lite.yaml", "configs/imrcnn_lite.yaml"])
+def test_a_config_is_based_on_a_shipped_one_by_name(tmp_path, base):
+    (tmp_path / "mine.yaml").write_text(f"_BASE_: {base}\nSEED: 7\n")
+    assert load_config(tmp_path / "mine.yaml", CPU) == load_config(base, [*CPU, "SEED", 7])
+    (tmp_path / "imrcnn_lite.yaml").write_text("SEED: 8\n")  # a file comes first
+    expected = 8 if base == "imrcnn_lite.yaml" else 7
+    (tmp_path / "mine.yaml").write_text(f"_BASE_: {base}\n" + "SEED: 7\n" * (expected == 7))
+    assert load_config(tmp_path / "mine.yaml", CPU).SEED == expected
+
+
+OF_0_1 = [  # what a config says of the neck: FORM and GATE that have its formula
+    ("PAFPN: {INIT: identity, ACTIVATION: ''}, CBAM: {GATE: double_sigmoid}", "affine", "double"),
+    ("PAFPN: {INIT: xavier, ACTIVATION: relu}, CBAM: {GATE: sigmoid}", "panet", "sigmoid"),
+    ("PAFPN: {ACTIVATION: relu}", "panet", "double"),  # the default then
+    ("PAFPN: {INIT: xavier}, CBAM: {GATE: sigmoid}", "affine", "sigmoid"),
+    ("CBAM: {GATE: residual}", "affine", "residual"),
+    ("PAFPN: {ATTENTION: cbam}", "panet", "sigmoid"),  # a recipe, of either version
+]
+
+
+@pytest.mark.parametrize("model, form, gate", OF_0_1)
+def test_a_neck_of_version_0_1_keeps_its_formula(tmp_path, model, form, gate):
+    base, path = CONFIGS / "ibmrcnn_lite.yaml", tmp_path / "mine.yaml"
+    path.write_text(f"_BASE_: {base}\nMODEL: {{{model}}}\n")
+    gate = "double_sigmoid" if gate == "double" else gate
+    for cfg in (
+        load_config(path, CPU),
+        load_config_text(f"MODEL: {{{model}}}", "weights.safetensors", CPU),
+    ):
+        assert (cfg.MODEL.PAFPN.FORM, cfg.MODEL.CBAM.GATE) == (form, gate)
+        path.write_text(cfg.dump())  # as a run keeps it
+        again = load_config(path)
+        assert (again.MODEL.PAFPN, again.MODEL.CBAM) == (cfg.MODEL.PAFPN, cfg.MODEL.CBAM)
+        assert load_config(path, ["MODEL.PAFPN.FORM", "panet"]).MODEL.PAFPN.FORM == "panet"
+
+
+@pytest.mark.parametrize("pafpn", ["FORM: panet, INIT: xavier", "ACTIVATION: gelu"])
+def test_no_other_old_key_of_the_neck_is_read(tmp_path, pafpn):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"MODEL: {{PAFPN: {{{pafpn}}}}}")
+    with pytest.raises(ValueError, match=r"mine.yaml.*MODEL.PAFPN.FORM"):
+        load_config(path, CPU)
+    with pytest.raises(ValueError, match=r"MODEL.PAFPN.INIT.*MODEL.PAFPN.FORM"):
+        load_config("imrcnn_lite.yaml", ["MODEL.PAFPN.INIT", "identity"])
+
+
+def test_a_training_of_another_form_is_not_resumed(tmp_path):
+    output, old = ["OUTPUT_DIR", str(tmp_path), *CPU], "MODEL: {PAFPN: {ACTIVATION: ''}}"
+    models = [load_config(f"{name}.yaml", output) for name in ("imrcnn_lite", "mrcnn_lite")]
+    check_resumable(models[0])  # nothing is there yet
+    (tmp_path / "config.yaml").write_text(old)
+    check_resumable(models[0])  # nor a training
+    (tmp_path / "model_final.pth").touch()
+    for text in (models[0].dump(), ""):  # of this form, or cut off
+        (tmp_path / "config.yaml").write_text(text)
+        check_resumable(models[0])
+    (tmp_path / "config.yaml").write_text(old)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config.yaml.*'affine'.*'panet'"):
+        check_resumable(models[0])
+    check_resumable(models[1])  # it has no such neck
+
+
 def test_named_splits_win_over_root(tmp_path):
     root = ["DATASETS.ROOT", "mine", *CPU]
     cfg = load_config("imrcnn_lite.yaml", [*root, "DATASETS.TEST", ("other",), "DATASETS.VAL", ()])
@@ -156,6 +223,48 @@ def test_overrides_come_after_the_file_and_both_are_checked(tmp_path, content):
     path.unlink()
     with pytest.raises(FileNotFoundError, match="a.yaml"):
         load_config(path)
+
+
+def test_a_misspelt_key_is_answered_with_similar_ones(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("SOLVER: {MAX_ITERR: 7}")
+    for given, opts in (
+        (path, []),
+        ("", ["SOLVER.MAX_ITERS", "5"]),
+        ("", ["solver.max_iter", "5"]),
+    ):
+        with pytest.raises(ValueError, match=r"SOLVER\.MAX_ITER\b"):
+            load_config(given, [*opts, *CPU])
+
+
+def test_only_a_shipped_name_stands_for_a_shipped_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("imrcnn_lite", "imrcnn_lite.yaml", "configs/imrcnn_lite.yaml"):
+        assert find_config(name) == CONFIGS / "imrcnn_lite.yaml"
+    assert find_config("configs/lazy/imrcnn_lite.py") == CONFIGS / "lazy" / "imrcnn_lite.py"
+    for path in ("my/imrcnn_lite.yaml", "../imrcnn_lite.yaml", "/x/imrcnn_lite.yaml", "../LICENSE"):
+        with pytest.raises(FileNotFoundError, match=f"^{re.escape(path)}: .*imrcnn_lite.yaml"):
+            load_config(path)
+    for typed, near in (("imrcn_R_50.yaml", "imrcnn_R_50"), ("configs/resnet", "resnet50")):
+        with pytest.raises(FileNotFoundError, match=f": [^:]*: {near}.yaml, .*vgg19.yaml"):
+            find_config(typed)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "imrcnn_lite.yaml").write_text("SEED: 7")
+    assert load_config("configs/imrcnn_lite.yaml", CPU).SEED == 7
+    assert load_config(model_zoo.get_config_file("imrcnn_lite.yaml"), CPU).SEED == 0
+
+
+def test_model_zoo_lists_the_shipped_configs_and_builds_their_models():
+    assert model_zoo.list() == [*RUNNABLE, "lazy/imrcnn_R_50.py", "lazy/imrcnn_lite.py"]
+    cfg = model_zoo.get_config("imrcnn_R_50.yaml", device="cpu")
+    assert cfg == load_config("imrcnn_R_50.yaml", CPU)
+    assert model_zoo.get_config("lazy/imrcnn_lite.py", device="cpu").train.max_iter == 1000
+    model = model_zoo.get("imrcnn_lite.yaml", trained=True, device="cpu")
+    expected, _ = load_safetensors(pretrained("demo"))
+    assert model.training and model.device.type == "cpu"
+    assert all(torch.equal(model.state_dict()[k], v.float()) for k, v in expected.items())
+    with pytest.raises(RuntimeError, match="mrcnn_lite.yaml.* imrcnn_lite.yaml"):
+        model_zoo.get_config("mrcnn_lite.yaml", trained=True)
 
 
 @pytest.mark.parametrize("driver", [True, False])

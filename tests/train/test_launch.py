@@ -18,6 +18,8 @@ from detectron2.engine.launch import _find_free_port
 from imrcnn_d2.engine import launch_script, load_config
 from imrcnn_d2.engine.hooks import EXIT_INTERRUPTED
 from imrcnn_d2.engine.launch import locked_output
+from imrcnn_d2.evaluation.detection.results import check_rule
+from imrcnn_d2.utils.files import read_json
 
 from .conftest import changed, load
 from .distributed_job import gradients
@@ -157,16 +159,19 @@ def test_torchrun_restarts_exactly(job, tmp_path):
     assert final["disturbed"] == final["undisturbed"]
 
 
-def test_what_is_wrong_is_one_line_and_a_defect_keeps_its_traceback(monkeypatch):
+def test_a_file_that_fails_is_one_line_and_a_defect_keeps_its_traceback(monkeypatch, tmp_path):
     for arguments in ((), ("--dist-url", "nonsense")):
         monkeypatch.setattr(sys, "argv", ["train", "--num-machines", "2", *arguments])
         with pytest.raises(ValueError, match="--dist-url"):
             launch_script(print)
     args = argparse.Namespace(num_gpus=1, num_machines=1)
-    with pytest.raises(SystemExit, match="no_such_config.yaml"):
-        launch_script(lambda args: load_config("no_such_config.yaml"), args)
-    with pytest.raises(ValueError, match="invalid literal"):
-        launch_script(lambda args: int("x"), args)
+    for name, use in (("no_such_config.yaml", load_config), ("no_such_file.json", read_json)):
+        with pytest.raises(SystemExit, match=name):
+            launch_script(lambda args, use=use, name=name: use(tmp_path / name), args)
+    # As after the iterations: what our own code refuses there is no mistake of the user's.
+    for text, use in (("invalid literal", int), ("threshold", check_rule)):
+        with pytest.raises(ValueError, match=text):
+            launch_script(lambda args, use=use: use("x"), args)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "inference", "log.txt", ".lock"])

@@ -84,13 +84,13 @@ def test_the_bait_works(plant, marker):
 
 @pytest.fixture
 def refuses(tiny_opts, tiny_lazy_opts):
-    """Runs the training with tiny settings, of a YAML or a lazy config: an error that matches."""
+    """Runs the training with tiny settings, of a YAML or lazy config, to a line that matches."""
 
-    def run(match, *arguments, opts=(), config="configs/imrcnn_lite.yaml", error=ValueError):
+    def run(match, *arguments, opts=(), config="configs/imrcnn_lite.yaml"):
         parser = train_command.argument_parser()
         args = parser.parse_args(["--config-file", str(config), *arguments])
         args.opts = [*(tiny_lazy_opts if config == LAZY else map(str, tiny_opts)), *opts]
-        with pytest.raises(error, match=match):
+        with pytest.raises(SystemExit, match=match):
             train_command.run(args)
 
     return run
@@ -114,9 +114,9 @@ def test_a_checkpoint_to_resume_from(refuses, plant, tmp_path, name, arguments):
     plant(f"output/{name}")
     (tmp_path / "output" / "last_checkpoint").write_text(name)
     match = name if name == "model.pkl" else rf"{name}.*posix\.mkdir"
-    refuses(match, "--resume", *arguments, error=(RuntimeError, ValueError))
+    refuses(match, "--resume", *arguments)
     if not arguments:
-        refuses(match, "--resume", error=(RuntimeError, ValueError), config=LAZY)
+        refuses(match, "--resume", config=LAZY)
 
 
 def test_configs_and_overrides(refuses, plant, malicious_yaml, tmp_path, marker):
@@ -126,7 +126,7 @@ def test_configs_and_overrides(refuses, plant, malicious_yaml, tmp_path, marker)
         refuses(rf"(?s){config.name}.*os\.mkdir", config=config)
     # Taken as a text, which the config then refuses or uses as one.
     text = f"__import__('os').mkdir({str(marker)!r})"
-    refuses(".*", opts=["SOLVER.MAX_ITER", text], error=(ValueError, AssertionError, OSError))
+    refuses(".*", opts=["SOLVER.MAX_ITER", text])
     opts = ["MODEL.LOAD_PROPOSALS", "True", "DATASETS.PROPOSAL_FILES_TRAIN"]
     refuses("MODEL.LOAD_PROPOSALS", opts=[*opts, f"('{plant('proposals.pkl')}',)"])
 
@@ -255,7 +255,7 @@ def in_a_training(text, folder, capsys):
     (folder / "sent.yaml").write_text(text)
     args = ["--config-file", str(folder / "sent.yaml"), "--eval-only", *CPU]
     args += ["OUTPUT_DIR", str(folder / "output"), "DATASETS.TEST", "()"]
-    with pytest.raises((OSError, ValueError)) as refused:
+    with pytest.raises(SystemExit) as refused:
         train_command.run(train_command.argument_parser().parse_args(args))
     return str(refused.value)
 

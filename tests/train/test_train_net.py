@@ -2,19 +2,22 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from processes import run_script
 from recognition_runs import draw_classes
 
-from imrcnn_d2.cli import prepare_dataset, train
+from imrcnn_d2.cli import predict, prepare_dataset, report, train
 from imrcnn_d2.engine.launch import locked_output
 from imrcnn_d2.evaluation.output import read_test_log
 
@@ -25,10 +28,11 @@ pytestmark = pytest.mark.slow
 YAML = "configs/imrcnn_lite.yaml"
 LAZY = "configs/lazy/imrcnn_lite.py"
 TEST = "inference/synthetic_test"
+CPU = ("MODEL.DEVICE", "cpu")
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96"),
     *("DATASETS.ROOT", "synthetic", "DATALOADER.NUM_WORKERS", "0"),
-    *("MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""),
+    *(*CPU, "MODEL.TIMM.WEIGHTS", ""),
     *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "1"),
 ]
 
@@ -86,6 +90,9 @@ def test_eval_only_repeats_the_metrics(trained, env):
     assert logged["sha256"] == after["meta"]["checkpoint_sha256"]
     assert logged["output"] == str(again / TEST)
     assert not (again / "run.json").exists(), "nothing was trained"
+    record = json.loads((trained / "run.json").read_text())
+    for key in ("model", "backbone"):  # which the config names by their parts only
+        assert after["meta"][key] == record[key]
     assert len(before) > 4 and {**before, "meta": None} == {**after, "meta": None}
 
     impossible = ("TEST.EXPECTED_RESULTS", "[['lesion', 'fp_per_image', -5.0, 0.1]]")
@@ -96,15 +103,52 @@ def test_eval_only_repeats_the_metrics(trained, env):
 def test_what_is_refused_is_one_line(env, tmp_path, number):
     nowhere = {**env, "IMRCNN_DATASETS": str(tmp_path)}
     for where, opts, message in (
-        (env, ("MODEL.LOAD_PROPOSALS", "True"), "train_net.py: MODEL.LOAD_PROPOSALS is True"),
+        (env, ("MODEL.LOAD_PROPOSALS", "True", *CPU), "train: MODEL.LOAD_PROPOSALS is True"),
+        (env, ("DATASETS.TRAIN", "('kvasr_seg_train',)", *CPU), "'kvasr_seg_train'"),
+        (env, (*SMALL, "MODEL.WEIGHTS", tmp_path / "none.pth"), str(tmp_path / "none.pth")),
         (nowhere, SMALL, str(tmp_path / "synthetic")),
+        (env, (*SMALL, "MODEL.PAFPN.FORM", "affine"), "train: MODEL.PAFPN.FORM 'affine'"),
     ):
         done = start(where, YAML, "--num-gpus", number, *opts, "OUTPUT_DIR", tmp_path, fails=True)
         assert message in done.stderr and "Traceback" not in done.stderr + done.stdout
+        assert "kvasir_seg_train" in done.stderr or "coco_2017_train" not in done.stderr
+
+
+def test_an_image_that_a_loader_s_worker_misses_is_one_line(env, tmp_path):
+    data = tmp_path / "synthetic"
+    shutil.copytree(Path(env["IMRCNN_DATASETS"], "synthetic"), data)
+    for path in (data / "images").iterdir():
+        path.unlink()
+    env = {**env, "IMRCNN_DATASETS": str(tmp_path)}
+    opts = [*SMALL, "DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", tmp_path / "run"]
+    done = start(env, YAML, *opts, fails=True)
+    assert str(data / "images") in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_training_of_version_0_1_is_evaluated_but_not_resumed(env, trained, tmp_path):
+    text = (trained / "config.yaml").read_text()
+    assert "    FORM: panet\n" in text and "    GATE: sigmoid\n" in text
+    old = text.replace("    FORM: panet\n", "    ACTIVATION: ''\n    INIT: identity\n")
+    old = old.replace("    GATE: sigmoid\n", "    GATE: double_sigmoid\n")
+    weights = load(trained / "model_best.pth")
+    for key in ("neck_form", "artifact", "config", "classes"):
+        del weights[key]
+    torch.save(weights, tmp_path / "model_best.pth")
+    torch.save(weights, tmp_path / "model_final.pth")
+    (tmp_path / "config.yaml").write_text(old)
+    best = ("MODEL.WEIGHTS", tmp_path / "model_best.pth", "OUTPUT_DIR", tmp_path / "evaluated")
+    start(env, tmp_path / "config.yaml", "--eval-only", *SMALL, *best)
+    assert "FORM: affine" in (tmp_path / "evaluated" / "config.yaml").read_text()
+    for config, named in ((YAML, f"{tmp_path}/config.yaml"), (tmp_path / "config.yaml", "affine")):
+        done = start(env, config, "--resume", *SMALL, "OUTPUT_DIR", tmp_path, fails=True)
+        (line,) = (line for line in done.stderr.splitlines() if line.startswith("imrcnn train:"))
+        assert named in line and "Traceback" not in done.stderr
+    assert load(tmp_path / "model_final.pth").keys() == weights.keys()
 
 
 @pytest.mark.parametrize(
-    ("moment", "number"), [("config.yaml", signal.SIGINT), ("model_final.pth", signal.SIGTERM)]
+    ("moment", "number"), [("log.txt", signal.SIGINT), ("model_final.pth", signal.SIGTERM)]
 )
 def test_a_request_before_or_after_the_iterations(env, tmp_path, moment, number):
     command = (YAML, "--resume", *SMALL, "OUTPUT_DIR", str(tmp_path / "run"))
@@ -131,7 +175,7 @@ def test_a_folder_of_another_job_is_left_alone(tmp_path, monkeypatch, config, ar
     key = (f"train.output_dir={tmp_path}",) if config == LAZY else ("OUTPUT_DIR", str(tmp_path))
     command = ["--config-file", config, "--data", "synthetic", *arguments, *key]
     args = train.argument_parser().parse_args(command)
-    with locked_output(str(tmp_path)), pytest.raises(ValueError, match=str(tmp_path)):
+    with locked_output(str(tmp_path)), pytest.raises(SystemExit, match=str(tmp_path)):
         train.run(args)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -174,14 +218,62 @@ def test_a_classifier_trains_in_phases_in_two_processes(env, tmp_path):
             assert repeated["recognition"][key] == pytest.approx(value), key
 
 
-@pytest.mark.parametrize("name", ["configs/kvasir_seg/imrcnn_lite.yaml", "imrcnn_lite.yaml"])
-def test_the_config_that_detectron2_logs_is_there(tmp_path, monkeypatch, name):
-    """An earlier path and a bare name are files elsewhere or none."""
-    monkeypatch.chdir(tmp_path)
-    setup = Mock(side_effect=InterruptedError)
-    monkeypatch.setattr("detectron2.engine.default_setup", setup)
-    options = ["--config-file", name, "--data", "kvasir_seg", "OUTPUT_DIR", str(tmp_path / "out")]
-    with pytest.raises(InterruptedError):
-        train.run(train.argument_parser().parse_args(options))
-    path = setup.call_args.args[1].config_file
-    assert not path or Path(path).is_file()
+def test_who_asks_for_a_gpu_never_trains_without(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for config, option in ((YAML, CPU), (LAZY, ("train.device=cpu",))):
+
+        def chosen(*arguments, config=config):
+            args = train.argument_parser().parse_args(["--config-file", config, *arguments])
+            train._choose_processes(args)
+            return args.num_gpus, tuple(args.opts)
+
+        assert chosen() == (1, ())
+        assert chosen("--num-gpus", "0") == (1, option)
+        assert chosen("--num-gpus", "2", *option) == (2, option)
+        with pytest.raises(ValueError, match=f"--num-gpus 0.*{option[0]}"):
+            chosen("--num-gpus", "1")
+
+
+def test_a_misspelt_key_of_a_lazy_config():
+    args = ["--config-file", LAZY, "--data", "synthetic", "train.device=cpu"]
+    for text, named in (
+        *(("train.max_iters=2", "max_iter"), ("trian.max_iter=2", "train")),
+        *(("dataloader.trian.x=2", "train"), ("train.max_iter=[2", "'\\[2'")),
+    ):
+        with pytest.raises(ValueError, match=rf"^.*{re.escape(text)}: .*{named}[^\n]*$"):
+            train._lazy_config(train.argument_parser().parse_args([*args, text]))
+    added = "model.backbone.bottom_up.weights=''"
+    cfg = train._lazy_config(train.argument_parser().parse_args([*args, added]))
+    assert cfg.model.backbone.bottom_up.weights == ""
+
+
+def test_the_end_of_a_training_is_what_to_look_at_and_run_next(env, tmp_path):
+    done = start(env, YAML, *SMALL, "OUTPUT_DIR", tmp_path)
+    for text in ("copypaste", "Running with full config", "GeneralizedRCNN("):
+        assert text not in done.stdout, text
+    log = (tmp_path / "log.txt").read_text()
+    assert "copypaste" in log and "MAX_ITER: 2" in log
+    assert len(done.stdout.splitlines()) < 60, done.stdout
+    # One line says what is trained; the losses follow, and a table of the metrics ends it.
+    (first,) = (line for line in done.stdout.splitlines() if "Training IMR-CNN" in line)
+    for text in (
+        "tf_efficientnet_lite0",
+        "cpu",
+        "fp32",
+        "2 per iteration",
+        "0 to 2",
+        str(tmp_path),
+    ):
+        assert text in first, first
+    metrics, end = read(tmp_path / TEST), done.stdout.partition("synthetic_test: 5 images")[2]
+    point = metrics["tau_val"]
+    assert "synthetic_val" in end and f"{point['tau']:.3g}" in end
+    low, high = point["lesion"]["recall_ci"]
+    row = rf"lesion recall +{point['lesion']['recall']:.1f} +\[{low:.1f}, {high:.1f}\]"
+    assert re.search(row, end), end
+    for path in (tmp_path / "model_best.pth", (tmp_path / TEST).parent):
+        assert str(path) in end
+    commands = re.findall(r"imrcnn (\w+) (.*)", end)
+    assert [name for name, _ in commands] == ["report", "predict"]
+    report.argument_parser().parse_args(shlex.split(commands[0][1]))
+    predict.argument_parser().parse_args(shlex.split(commands[1][1]))

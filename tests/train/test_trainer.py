@@ -22,6 +22,7 @@ from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from imrcnn_d2.data.catalog import register_lesion_dataset
 from imrcnn_d2.engine import Trainer, hooks, load_config, load_weights, run_record
 from imrcnn_d2.engine.checkpoint import Weights
 from imrcnn_d2.engine.cross_validation import FoldRun, describe_runs
@@ -203,6 +204,49 @@ def test_without_validation_the_last_weights_are_tested(tiny_cfg, output, weight
     assert load_weights(loader, "") == Weights(None, None, None)
 
 
+@pytest.fixture
+def changed_set(tiny_datasets, tmp_path):
+    """A function: registers the training set "changed" with other lists in its COCO file."""
+
+    def register(**lists):
+        DatasetCatalog.get(tiny_datasets["train"])  # its file is known once it was read
+        metadata = MetadataCatalog.get(tiny_datasets["train"])
+        path = tmp_path / "changed.json"
+        path.write_text(json.dumps({**read(Path(metadata.json_file)), **lists}))
+        register_lesion_dataset("changed", path, metadata.image_root)
+        return ("changed",)
+
+    yield register
+    DatasetCatalog.remove("changed")
+    MetadataCatalog.remove("changed")
+
+
+def test_without_validation_images_the_remedy_is_named(tiny_cfg, changed_set):
+    tiny_cfg.DATASETS.VAL = changed_set(images=[], annotations=[])
+    with pytest.raises(ValueError, match=r"changed.*--ratio.*DATASETS\.VAL"):
+        Trainer(tiny_cfg)
+
+
+def test_without_test_images_it_ends_well(tiny_cfg, output, changed_set):
+    tiny_cfg.DATASETS.TEST = changed_set(images=[], annotations=[])
+    trainer = Trainer(tiny_cfg)
+    assert trainer.train() == {} and trainer.test_results == {}
+    assert read(output / "run.json")["finished"]
+    assert trainer.final_weights.path == str(output / "model_best.pth")
+
+
+def test_without_any_annotation_it_trains_with_a_warning(tiny_cfg, changed_set, caplog):
+    tiny_cfg.DATASETS.TRAIN, tiny_cfg.SOLVER.MAX_ITER = changed_set(annotations=[]), 1
+    Trainer(tiny_cfg).train()
+    assert "changed" in "".join(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+
+
+def test_a_warm_up_that_takes_all_iterations_is_warned_of(tiny_cfg, caplog):
+    tiny_cfg.SOLVER.WARMUP_ITERS = tiny_cfg.SOLVER.MAX_ITER
+    Trainer(tiny_cfg)
+    assert "SOLVER.WARMUP_ITERS" in caplog.text
+
+
 def test_a_run_that_breaks_has_no_end(tiny_cfg, output, monkeypatch):
     monkeypatch.setattr(Trainer, "run_step", Mock(side_effect=RuntimeError("out of something")))
     with pytest.raises(RuntimeError, match="out of something"):
@@ -298,12 +342,14 @@ def test_a_second_request_ends_the_process_at_once(monkeypatch, former):
 
 
 def test_names_of_models():
-    opts = ["MODEL.DEVICE", "cpu", "MODEL.MASK_ON"]
-    for config, masks, name, backbone in (
-        *(("mrcnn_R_50", True, "MR-CNN", "R-50"), ("ibmrcnn_R_101", True, "IBMR-CNN", "R-101")),
-        ("imrcnn_R_50", False, "GeneralizedRCNN", "R-50"),
+    laterals = ["MODEL.PAFPN.ATTENTION_BEFORE", ("top_down",)]
+    for config, opts, name, backbone in (
+        *(("mrcnn_R_50", [], "MR-CNN", "R-50"), ("ibmrcnn_R_101", [], "IBMR-CNN", "R-101")),
+        ("imrcnn_R_50", ["MODEL.MASK_ON", False], "GeneralizedRCNN", "R-50"),
+        ("imrcnn_R_50", laterals, "IMR-CNN", "R-50"),
+        ("imrcnn_R_50_residual", [], "IMR-CNN (residual)", "R-50"),
     ):
-        model = build_model(load_config(f"configs/{config}.yaml", [*opts, masks]))
+        model = build_model(load_config(f"configs/{config}.yaml", ["MODEL.DEVICE", "cpu", *opts]))
         assert describe_model(model) == (name, backbone)
     assert describe_model(torch.nn.Linear(1, 1)) == ("Linear", "NoneType")
 
@@ -315,6 +361,13 @@ def test_the_hash_of_a_config_leaves_out_where_it_runs(tiny_cfg):
     assert tiny_cfg.OUTPUT_DIR == "elsewhere", "the config itself was changed"
     tiny_cfg.SOLVER.BASE_LR *= 2
     assert config_sha256(tiny_cfg) != before
+
+
+@pytest.mark.parametrize("key, value", [("PAFPN.FORM", "affine"), ("CBAM.GATE", "residual")])
+def test_what_version_0_1_had_in_place_of_the_neck_is_not_trained(tiny_opts, key, value):
+    cfg = load_config("configs/imrcnn_lite.yaml", [*tiny_opts, f"MODEL.{key}", value])
+    with pytest.raises(ValueError, match=f"MODEL.{key} '{value}'.*MODEL.PAFPN.FORM"):
+        Trainer(cfg)
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
