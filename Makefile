@@ -62,7 +62,7 @@ $(VENV)/bin/pip:
 $(VENV)/constraints.txt: constraints.txt | $(VENV)/bin/pip
 	sed '/^# torch/,$$d' constraints.txt > $@
 
-$(STAMP): pyproject.toml $(VENV)/constraints.txt imrcnn_d2/cli/install_detectron2.py | $(VENV)/bin/pip
+$(STAMP): pyproject.toml imrcnn_d2/__init__.py $(VENV)/constraints.txt imrcnn_d2/cli/install_detectron2.py | $(VENV)/bin/pip
 	rm -f $@
 	$(if $(OFFLINE),$(VENV)/bin/python packaging/bundle.py check "$(OFFLINE)")
 ifneq ($(TORCH_BUILD),$(TORCH_THERE))

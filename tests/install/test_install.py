@@ -239,8 +239,9 @@ def test_weights_are_checked_and_lie_where_detectron2_looks(tmp_path, capsys, mo
 
 def test_make_installs_only_from_a_complete_bundle(tmp_path, folder):
     """In a checkout whose .venv runs bundle.py and prints every other command."""
-    checkout, installer = tmp_path / "checkout", "imrcnn_d2/cli/install_detectron2.py"
-    for name in ("Makefile", "constraints.txt", "pyproject.toml", "packaging/bundle.py", installer):
+    checkout, package = tmp_path / "checkout", ("__init__.py", "cli/install_detectron2.py")
+    names = ("Makefile", "constraints.txt", "pyproject.toml", "packaging/bundle.py")
+    for name in (*names, *(f"imrcnn_d2/{file}" for file in package)):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
     python = checkout / ".venv" / "bin" / "python"
