@@ -280,11 +280,11 @@ def _check_data_sets(cfg):
                 "chosen: prepare it with others in --ratio, such as 12:3:5, or train without and "
                 'keep the last weights: DATASETS.VAL "()"'
             )
-    training = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
-    if not any(record.get("annotations", True) for record in training):
+    training = [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
+    if not any(record.get("annotations", True) for data_set in training for record in data_set):
         names = ", ".join(cfg.DATASETS.TRAIN)
         text = "None of the %d images of %s has an annotation: the model learns to find nothing"
-        logger.warning(text, len(training), names)
+        logger.warning(text, sum(map(len, training)), names)
 
 
 def _check_classes(cfg):
