@@ -116,7 +116,8 @@ def load_model(
         )
     if path.suffix[1:] in EXPORTS and (runtime := EXPORTS[path.suffix[1:]].load(path)):
         return _load_runtime(config, path, runtime)
-    metadata = _metadata(path)
+    content = load_checkpoint_file(path)
+    metadata = _metadata(path, content)
     cfg = _config(config, path, metadata.get("config"))
     cfg.MODEL.DEVICE = device or choose_device()
     cfg.MODEL.CHANNELS_LAST = False  # the runtime's affair
@@ -124,16 +125,15 @@ def load_model(
     _check_size(cfg, path)
     cfg.freeze()
     model = build_model(cfg).eval()
-    loaded = load_weights(Checkpointer(model, whole=True), str(path))
+    loaded = load_weights(Checkpointer(model, whole=True, content=content), str(path))
     classes = metadata.get("classes") or _classes(cfg)
     return _checked(LoadedModel(model, cfg, loaded, classes, metadata))
 
 
-def _metadata(path: Path) -> dict:
+def _metadata(path: Path, content: dict) -> dict:
     """What a file of weights says of itself; nothing if it is another program's, which may have
     keys of the same names.
     """
-    content = load_checkpoint_file(path)
     if "artifact" not in content:
         return {}
     keys = content.keys() & {"artifact", "classes", "config", "precision", "weights_sha256"}

@@ -225,6 +225,7 @@ class Checkpointer(DetectionCheckpointer):
         keep: int | None = None,
         whole: bool = False,
         metadata: dict | None = None,
+        content: dict | None = None,
         save_to_disk: bool | None = None,
         **checkpointables,
     ):
@@ -234,9 +235,11 @@ class Checkpointer(DetectionCheckpointer):
             keep: number of the latest checkpoints of single iterations that are kept; None: all.
             whole: exactly the model's weights are loaded; False: the model is trained on.
             metadata: what every file says of its model, see `checkpoint_metadata`.
+            content: of the one file that is loaded, if it has been read.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._keep, self._whole, self.metadata = keep, whole, metadata or {}
+        self._content = content
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """Load what MODEL.WEIGHTS takes, see `find_weights`; "" leaves the model as it is."""
@@ -448,6 +451,8 @@ class Checkpointer(DetectionCheckpointer):
             logger.warning(text, source, trained, form)
 
     def _load_file(self, filename: str):
+        if self._content is not None:
+            return self._content
         if filename.endswith((".pkl", ".pyth")):
             return load_checkpoint_file(filename)
         return super()._load_file(filename)  # through _torch_load; minds "?matching_heuristics"

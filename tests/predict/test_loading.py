@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import zipfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -44,6 +45,14 @@ def test_config_and_threshold(tiny_run, weights, tmp_path):
             continue
         with pytest.raises(BadInputError, match=r"plain.pth.*MODEL.IMRCNN.SCORE_THRESH"):
             load_model(cfg, plain)
+
+
+def test_a_file_of_weights_is_read_once(tiny_run, weights, monkeypatch):
+    reader = Mock(wraps=load_checkpoint_file)
+    for module in ("imrcnn_d2.deploy.loading", "imrcnn_d2.engine.checkpoint"):
+        monkeypatch.setattr(f"{module}.load_checkpoint_file", reader)
+    load_model(tiny_run / "config.yaml", weights)
+    assert reader.call_count == 1
 
 
 def test_class_names_are_those_of_the_data_set(tiny_run, weights, tmp_path):
