@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,10 @@ from PIL import Image
 from recognition_runs import CLASSES, draw_classes, prepare_classes, write_classifier
 
 from imrcnn_d2.cli import compare as command
-from imrcnn_d2.evaluation import Bootstrap
-from imrcnn_d2.evaluation.comparison import image_level_test
-from imrcnn_d2.evaluation.statistics import corrected_resampled_t_test, holm
+from imrcnn_d2.evaluation import Bootstrap, ScoreMap, paired_difference
+from imrcnn_d2.evaluation.comparison import corrected_resampled_t_test, holm, image_level_test
 from imrcnn_d2.report import load_run
-from imrcnn_d2.report.comparison import compare, gather, write_comparison
+from imrcnn_d2.report.comparison import compare, gather, models, write_comparison
 from imrcnn_d2.report.comparison.models import training_images
 from imrcnn_d2.report.comparison.pages import class_table
 
@@ -77,6 +77,19 @@ def test_what_does_not_belong_together_is_refused_by_name(gt, make, write_gt, tm
     ):
         with pytest.raises(ValueError, match=fault):
             gather([run, second])
+
+
+def test_mapped_and_raw_scores_are_not_compared_silently(gt, make):
+    """0.5 of a probability and 0.7 of a raw score are two thresholds; so are 0.5 and 0.5."""
+    score_map = ScoreMap(2.0, -1.0, "kvasir_seg_val")
+    mapped = make("a", gt, tau=0.5, score_map=score_map, model="MR-CNN")
+    with pytest.raises(ValueError, match="runs/a .*0.5 of mapped.*runs/b .*0.7 of raw.*--tau"):
+        gather([mapped, make("b", gt)])
+    compared = compare(gather([mapped, make("c", gt, tau=0.5)]), Bootstrap(5))
+    assert any("MR-CNN are mapped" in remark for remark in compared.remarks)
+    alike = make("d", gt, tau=0.5, score_map=score_map)
+    compared = compare(gather([mapped, alike]), Bootstrap(5))
+    assert not any("mapped" in remark for remark in compared.remarks)
 
 
 def test_configs_that_differ_are_remarked(gt, make, caplog):
@@ -160,18 +173,53 @@ def test_pairs_and_their_differences(three):
     result = image_level_test([best], [worst])
     assert test.test == f"McNemar's exact, {result.only_first} : {result.only_second}"
     assert test.p == result.p < 0.05
+    assert (test.low, test.high) == (result.low, result.high) and result.low > 0
     baseline = compare(gather(three), BOOTSTRAP, baseline="IBMR-CNN")
     pairs = [("MR-CNN", "IBMR-CNN"), ("IMR-CNN", "IBMR-CNN")]
     assert list(of(baseline.tests, "lesion/f1")) == pairs
 
 
-def test_all_but_the_primary_endpoint_are_adjusted(three):
-    for primary in ("segm/AP50_voc", "lesion/recall"):
-        tests = compare(gather(three), BOOTSTRAP, primary=primary).tests
-        assert {test.endpoint for test in tests if test.primary} == {primary}
-        assert all(math.isnan(test.p_holm) for test in tests if test.primary)
+def test_only_the_pair_and_metric_named_beforehand_are_not_adjusted(three):
+    """Several pairs on the primary endpoint are several tests: none is left as it is unless it is
+    the one named."""
+    for options, spared in (
+        ({}, []),
+        ({"primary": "lesion/recall"}, []),
+        ({"pair": "IMR-CNN:MR-CNN"}, [("IMR-CNN", "MR-CNN", "segm/AP50_voc")]),
+        # In the direction that was named, which need not be that of the other tests.
+        (
+            {"pair": "MR-CNN:IBMR-CNN", "primary": "lesion/f1"},
+            [("MR-CNN", "IBMR-CNN", "lesion/f1")],
+        ),
+    ):
+        tests = compare(gather(three), BOOTSTRAP, **options).tests
+        primary = [test for test in tests if test.primary]
+        assert [(test.first, test.second, test.endpoint) for test in primary] == spared
+        assert all(math.isnan(test.p_holm) for test in primary)
         family = [test for test in tests if not test.primary]
+        assert {"segm/AP50_voc", "lesion/recall"} <= {test.endpoint for test in family}
         assert [t.p_holm for t in family] == pytest.approx(holm([t.p for t in family]))
+
+
+def test_one_pair_is_the_pair_named_beforehand(three):
+    for runs, options in ((three[1:], {}), (three[:2], {"baseline": "MR-CNN"})):
+        tests = compare(gather(runs), BOOTSTRAP, **options).tests
+        (primary,) = (test for test in tests if test.primary)
+        assert primary.endpoint == "segm/AP50_voc" and primary.second == runs[0].name
+
+
+def test_six_pairs_on_the_primary_endpoint_are_six_tests(gt, make, monkeypatch):
+    """With p 0.03 in each of six pairs and 1 elsewhere, none is below 0.05."""
+    runs = [make(name, gt, model=name, tau_val=0.6) for name in "abcd"]
+
+    def difference(first, second, group, metric):
+        p = 0.03 if (group, metric) == ("segm", "AP50_voc") else 1.0
+        return replace(paired_difference(first, second, group, metric), p=p)
+
+    monkeypatch.setattr(models, "paired_difference", difference)
+    tests = compare(gather(runs), BOOTSTRAP).tests
+    assert len(of(tests, "segm/AP50_voc")) == 6
+    assert min(test.p if test.primary else test.p_holm for test in tests) > 0.05
 
 
 def test_endpoints_and_baselines_that_there_are_not(three):
@@ -179,6 +227,8 @@ def test_endpoints_and_baselines_that_there_are_not(three):
         ({"primary": "segm/AP"}, "'segm/AP'.*--ci-all"),
         ({"primary": "recall"}, "'recall'"),
         ({"baseline": "X"}, "'X' among MR-CNN, IBMR-CNN, IMR-CNN"),
+        ({"pair": "IMR-CNN:X"}, "'IMR-CNN:X'.* IBMR-CNN:MR-CNN"),
+        ({"baseline": "MR-CNN", "pair": "IMR-CNN:IBMR-CNN"}, "'IMR-CNN:IBMR-CNN'"),
     ):
         with pytest.raises(ValueError, match=named):
             compare(gather(three), BOOTSTRAP, **options)
@@ -223,9 +273,11 @@ def test_old_runs_say_how_to_renew_them(gt, write_run, caplog):
     metrics["lesion"]["TP"] += 1
     path.write_text(json.dumps(metrics))
     with caplog.at_level(logging.WARNING):
-        other_values, no_point, no_record = compare(gather([load_run(folder)]), BOOTSTRAP).remarks
+        remarks = compare(gather([load_run(folder)]), BOOTSTRAP).remarks
+    other_values, no_point, few, no_record = remarks
     assert "(lesion/TP)" in other_values and other_values in caplog.text
     assert "(tau_val): old." in no_point and str(folder) in no_record
+    assert "only 6 images" in few
 
 
 def test_patients_with_several_images(tmp_path, write_gt, make):
@@ -240,7 +292,7 @@ def test_patients_with_several_images(tmp_path, write_gt, make):
 def test_the_command(gt, write_run, write_gt, tmp_path, capsys):
     runs = [str(write_run(name, gt, model=name, seed=i)) for i, name in enumerate("abc")]
     out = tmp_path / "out"
-    options = ["--primary", "segm/AP", "--ci-all", "--baseline", "b", "--resamples", "20"]
+    options = ["--primary", "a:b", "segm/AP", "--ci-all", "--baseline", "b", "--resamples", "20"]
     command.main([*runs, "--output", str(out), *options, "--seed", "3"])
     printed = capsys.readouterr().out
     assert (out / "comparison.md").read_text() in printed and str(out / "table_3.tex") in printed
@@ -248,12 +300,15 @@ def test_the_command(gt, write_run, write_gt, tmp_path, capsys):
     assert (document["settings"]["resamples"], document["settings"]["seed"]) == (20, 3)
     pairs = {(test["first"], test["second"]) for test in document["tests"]}
     assert pairs == {("a", "b"), ("c", "b")}
-    assert {t["endpoint"] for t in document["tests"] if t["primary"]} == {"segm/AP"}
+    (primary,) = (test for test in document["tests"] if test["primary"])
+    assert (primary["first"], primary["second"], primary["endpoint"]) == ("a", "b", "segm/AP")
     other = str(write_run("other", write_gt(tmp_path / "gt.json", images=4), model="other"))
     for second, options, named in (
         (other, [], "test sets"),
         (str(tmp_path / "nowhere"), [], "nowhere"),
         (runs[1], ["--seed", "-1"], "seed is -1"),
+        (runs[1], ["--primary", "a:c", "segm/AP50_voc"], "'a:c'"),
+        (runs[1], ["--primary", "segm/AP50_voc", runs[2], "x"], f"{runs[2]} x"),
         (runs[1], ["--output", f"{other}/run.json"], "run.json is a file"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -304,7 +359,8 @@ def test_seeds_are_grouped_and_their_confusions_averaged(comparison):
 def test_what_is_tested(comparison):
     tests = [t for t in comparison.tests if (t.first, t.second) == ("Inception-V3", "ResNet50")]
     endpoints = {t.endpoint for t in tests}
-    assert [t.endpoint for t in tests if t.primary] == ["recognition/balanced_accuracy"]
+    assert "recognition/balanced_accuracy" in endpoints
+    assert not any(test.primary for test in comparison.tests)  # of three pairs none was named
     # Of one cancer class the sensitivity is its accuracy, tested already.
     assert "cancer/recall" not in endpoints
     assert {"cancer/specificity", "recognition/accuracy_gastric ulcer"} <= endpoints

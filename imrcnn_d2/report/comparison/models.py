@@ -3,15 +3,23 @@
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
 
 import numpy as np
 
 from imrcnn_d2.evaluation import model_figures, paired_difference
-from imrcnn_d2.evaluation.comparison import ModelMetrics, image_level_test
+from imrcnn_d2.evaluation.comparison import (
+    Difference,
+    ModelMetrics,
+    equivalence,
+    fold_difference,
+    holm,
+    image_level_test,
+    non_inferiority,
+)
 from imrcnn_d2.evaluation.output import read_coco_records
-from imrcnn_d2.evaluation.statistics import Bootstrap, corrected_resampled_t_test, holm
+from imrcnn_d2.evaluation.statistics import FEW, Bootstrap
 from imrcnn_d2.report.runs import Run
 from imrcnn_d2.task import Task
 from imrcnn_d2.utils.files import file_sha256
@@ -24,6 +32,10 @@ NAN = math.nan
 # Config keys that may differ between the runs of one model.
 OF_A_RUN = ("SEED", "OUTPUT_DIR", "DATASETS", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
 SETTINGS = ("tau", "iou_threshold", "iou_type")
+LESS_IS_BETTER = {
+    *("FP", "FN", "fp_per_image", "fp_per_lesion_free_image", "hd95"),
+    *("cross_entropy", "ece", "brier"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,11 +146,23 @@ def check_settings(runs: list[Run]):
     for run in runs[1:]:
         pairs = {key: (first.meta.get(key), run.meta.get(key)) for key in SETTINGS}
         for key, (a, b) in {"task": (first.task.name, run.task.name), **pairs}.items():
-            if a != b:
-                raise ValueError(
-                    f"{first.path} was evaluated with {key} {a}, {run.path} with {b}: evaluate "
-                    "one of them again."
-                )
+            if a == b:
+                continue
+            remedy = "evaluate one of them again."
+            if key in SETTINGS:
+                option = f"--{key.replace('iou_threshold', 'iou').replace('_', '-')}"
+                remedy = f"evaluate one of them again (imrcnn evaluate {option})."
+            if key == "tau" and first.maps_scores != run.maps_scores:
+                a, b = (f"{r.meta['tau']} of {_kind_of_scores(r)} scores" for r in (first, run))
+                remedy += " Then trust what has no threshold, or is at tau_val: a mapped score is "
+                remedy += "the probability of a hit, a raw one is not."
+            raise ValueError(
+                f"{first.path} was evaluated with {key} {a}, {run.path} with {b}: {remedy}"
+            )
+
+
+def _kind_of_scores(run):
+    return "mapped" if run.maps_scores else "raw"
 
 
 def check_test_sets(runs: Iterable[Run]):
@@ -196,21 +220,24 @@ def _config_remarks(label, runs):
     return [remark]
 
 
-@dataclass(frozen=True)
-class Test:
-    """One difference between two models."""
+@dataclass(frozen=True, kw_only=True)
+class Test(Difference):
+    """A test of the difference between two models: first minus second."""
 
     first: str  # label of a model
     second: str
     endpoint: str  # "group/metric"
-    estimate: float  # first minus second, with its 95 % interval
-    low: float
-    high: float
-    p: float  # two-sided
-    p_holm: float  # adjusted by Holm's method; NaN for the primary endpoint
-    primary: bool
-    test: str
-    undefined_share: float  # of the resamples, left out
+    test: str  # how it was tested, for readers
+    # What a small p shows: a "difference", or with a margin "non-inferiority" of the first model,
+    # or "equivalence"; the interval is of 90 % for these two, which are one-sided.
+    shows: str = "difference"
+    p_holm: float = NAN  # adjusted by Holm's method; NaN for the primary comparison
+    primary: bool = False  # of the pair and endpoint that were named beforehand
+
+    @property
+    def judged_p(self) -> float:
+        """The p-value to compare with 0.05."""
+        return self.p if self.primary else self.p_holm
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +248,7 @@ class Comparison:
     models: dict[str, ModelMetrics]  # on one split
     folds: dict[str, list[ModelMetrics]]  # of a cross-validation, for each fold
     tests: list[Test]
-    fold_tests: list[Test]
+    fold_tests: list[Test]  # one family with ``tests``: all but the primary one are adjusted
     n_train: float | None  # images that a fold's models were trained on, without those for
     n_test: float | None  # validation, and tested on: means over the folds
     settings: dict  # thresholds, the primary endpoint, and the bootstrap's
@@ -247,6 +274,17 @@ class Comparison:
         return self.settings["primary"]
 
     @property
+    def family(self) -> int:
+        """How many p-values are adjusted together."""
+        return sum(math.isfinite(test.p_holm) for test in (*self.tests, *self.fold_tests))
+
+    @property
+    def seeds_of_folds(self) -> int | None:
+        """How many runs each fold of each model has; None where that differs, or without folds."""
+        numbers = {len(fold.runs) for folds in self.folds.values() for fold in folds}
+        return numbers.pop() if len(numbers) == 1 else None
+
+    @property
     def clustered(self) -> bool:
         """Some patient has several images."""
         metrics = next(iter(self.models.values())).metrics
@@ -258,20 +296,33 @@ def compare(
     bootstrap: Bootstrap,
     *,
     primary: str | None = None,
+    pair: str | None = None,
     baseline: str | None = None,
+    margin: float | None = None,
+    plan: float | None = None,
 ) -> Comparison:
     """Score all runs again, resample and test.
 
     Args:
         primary: the primary endpoint, "group/metric"; None for that of the task.
+        pair: the two models whose difference of the primary endpoint, first minus second, is the
+            primary comparison, "FIRST:SECOND" by their labels; None for the only pair. Without it,
+            of several pairs none is.
         baseline: label of the model that all others are compared with; None for all pairs.
+        margin: the smallest difference of the primary endpoint that would matter, in its unit;
+            non-inferiority and equivalence are tested with it, and not without one.
+        plan: a true difference of the primary endpoint, in its unit, for which `power_table` plans
+            a further comparison.
 
     Raises:
-        ValueError: test sets that differ, an unknown endpoint or baseline.
+        ValueError: test sets that differ, an unknown endpoint, pair or baseline, a margin or a
+            planned difference that is not above 0, a plan without two models on one test set.
     """
     labels = list(dict.fromkeys([*gathered.split, *gathered.folds]))
-    if baseline is not None and baseline not in labels:
-        raise ValueError(f"There is no model {baseline!r} among {', '.join(labels)}.")
+    pairs, primary_pair = _pairs(labels, baseline, pair)
+    for name, value in {"margin": margin, "planned difference": plan}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"The {name} is {value}: it must be above 0.")
     runs = [run for _, run in gathered.runs]
     task, meta = runs[0].task, runs[0].results.meta
     on_split = [run for seeds in gathered.split.values() for run in seeds]
@@ -295,16 +346,26 @@ def compare(
     n_train, n_test = _sizes(gathered.folds)
     keys = (*SETTINGS, "classes", "cancer_classes")
     settings = {key: meta[key] for key in keys if key in meta}
-    settings.update(asdict(bootstrap), primary=primary, baseline=baseline)
+    settings.update(asdict(bootstrap), primary=primary, pair=primary_pair, baseline=baseline)
+    settings.update(margin=margin, plan=plan)
     if models:
         settings["unit"] = next(iter(models.values())).metrics.unit
-    tests, fold_tests = _bootstrap_tests(gathered.split, models, settings, endpoints), []
+    tests, fold_tests = _split_tests(gathered.split, models, pairs, endpoints), []
     if n_train:
-        fold_tests = _fold_tests(folds, (n_train, n_test), settings, endpoints)
+        fold_tests = _fold_tests(folds, (n_train, n_test), pairs, endpoints)
+    if plan is not None and not of_primary(tests, primary):
+        raise ValueError(
+            f"There are no two models with {primary} on one test set, from whose spread a "
+            "comparison could be planned: give such runs (not of folds)."
+        )
+    if margin is not None:
+        tests += _margin_tests(tests, primary, margin)
+        fold_tests += _margin_tests(fold_tests, primary, margin)
+    tests, fold_tests = _adjusted(tests, fold_tests, primary_pair, primary)
     remarks = [*gathered.remarks, *(remark for run in runs for remark in run.remarks)]
     if task.localises:
-        remarks += _gaps(models, folds, primary)
-    remarks += _unknown(runs, bool(folds) and n_train is None)
+        remarks += [*_mixed_scores(gathered), *_gaps(models, folds, primary)]
+    remarks += [*_few_units(models), *_unknown(runs, bool(folds) and n_train is None)]
     return Comparison(
         gathered, models, folds, tests, fold_tests, n_train, n_test, settings, remarks
     )
@@ -331,73 +392,118 @@ def _sizes(folds):
     return (None if None in n_train else float(np.mean(n_train))), n_test
 
 
-def _pairs(labels, baseline):
-    """The pairs to compare, the later of the two given first: it is the newer model."""
-    if baseline is None or baseline not in labels:
-        return [(b, a) for a, b in combinations(labels, 2)]
-    return [(label, baseline) for label in labels if label != baseline]
+def _pairs(labels, baseline, pair):
+    """The pairs to compare, the later of the two given first: it is the newer model; and the one
+    named beforehand, in its direction: ``pair``, else the only one, else None."""
+    if baseline is not None and baseline not in labels:
+        raise ValueError(f"There is no model {baseline!r} among {', '.join(labels)}.")
+    pairs = [(b, a) for a, b in combinations(labels, 2)]
+    if baseline is not None:
+        pairs = [(label, baseline) for label in labels if label != baseline]
+    if pair is None:
+        return pairs, pairs[0] if len(pairs) == 1 else None
+    for number, (a, b) in enumerate(pairs):
+        if pair in (f"{a}:{b}", f"{b}:{a}"):
+            pairs[number] = (a, b) if pair == f"{a}:{b}" else (b, a)
+            return pairs, pairs[number]
+    names = ", ".join(map(":".join, pairs)) or "none"
+    raise ValueError(f"The primary pair {pair!r} is not among those that are compared: {names}.")
 
 
-def _bootstrap_tests(split, models, settings, endpoints):
-    """Paired bootstrap of the endpoints that both models have, and McNemar's test at image level,
-    for each pair of models.
+def _split_tests(split, models, pairs, endpoints):
+    """Tests of the endpoints that both models have, and McNemar's test at image level, for each
+    pair of models.
     """
     tests = []
-    for pair in _pairs(list(models), settings["baseline"]):
-        metrics = [models[label] for label in pair]
-        rows = [
-            (endpoint, "paired bootstrap", None)
-            for endpoint in endpoints
-            if all(_is_resampled(model, *endpoint.split("/", 1)) for model in metrics)
-        ]
-        results = [[run.results for run in split[label]] for label in pair]
+    for pair in (pair for pair in pairs if models.keys() >= set(pair)):
+        metrics, results = [models[k] for k in pair], [[r.results for r in split[k]] for k in pair]
+        for endpoint in endpoints:
+            group, metric = endpoint.split("/", 1)
+            if all(_is_resampled(model, group, metric) for model in metrics):
+                difference = paired_difference(*metrics, group, metric)
+                sources = "images" if difference.of_checkpoints else "images, seeds"
+                tests.append(_test(pair, endpoint, f"paired t ({sources})", difference))
         for prefix in ("", "tau_val."):
             outcome = image_level_test(*results, tau_val=bool(prefix))
             if outcome is not None:
                 name = f"McNemar's exact, {outcome.only_first} : {outcome.only_second}"
-                classified = "recognition/top1" in endpoints
-                endpoint = "recognition/top1" if classified else f"{prefix}image/accuracy"
-                rows.append((endpoint, name, outcome.p))
-        for endpoint, name, p in rows:
-            difference = asdict(paired_difference(*metrics, *endpoint.split("/", 1)))
-            difference["p"] = difference["p"] if p is None else p
-            tests.append(_test(pair, endpoint, difference, name, settings))
-    return _adjusted(tests)
+                endpoint = "recognition/top1"
+                if endpoint not in endpoints:
+                    has_free = results[0][0].meta["lesion_free_images"]
+                    endpoint = f"{prefix}image/{'accuracy' if has_free else 'recall'}"
+                tests.append(_test(pair, endpoint, name, outcome))
+    return tests
 
 
 def _is_resampled(model, group, metric):
     return metric in model.resampled.get(group, ()) and not math.isnan(model.values[group][metric])
 
 
-def _fold_tests(folds, sizes, settings, endpoints):
-    """Corrected resampled t-test of the endpoints that are defined in every fold, for each pair of
-    models. ``sizes`` are the images of a fold for training and for testing.
+def _fold_tests(folds, sizes, pairs, endpoints):
+    """Tests of the endpoints that are defined in every run of every fold, for each pair of models.
+    ``sizes`` are the images of a fold for training and for testing.
     """
     tests = []
-    for pair in _pairs(list(folds), settings["baseline"]):
+    for pair in (pair for pair in pairs if folds.keys() >= set(pair)):
         for endpoint in endpoints:
             group, metric = endpoint.split("/", 1)
-            first, second = (
-                np.array([fold.values.get(group, {}).get(metric, NAN) for fold in folds[label]])
-                for label in pair
+            values = (
+                [[run.get(group, {}).get(metric, NAN) for run in fold.runs] for fold in folds[k]]
+                for k in pair
             )
-            if np.isfinite(first + second).all():
-                difference = asdict(corrected_resampled_t_test(first - second, *sizes))
-                name = "corrected resampled t-test"
-                tests.append(_test(pair, endpoint, difference, name, settings))
-    return _adjusted(tests)
+            difference = fold_difference(*values, *sizes)
+            if math.isfinite(difference.estimate):
+                tests.append(_test(pair, endpoint, "corrected resampled t-test", difference))
+    return tests
 
 
-def _test(pair, endpoint, difference, name, settings):
-    primary = endpoint == settings["primary"]
-    return Test(*pair, endpoint, **difference, p_holm=NAN, primary=primary, test=name)
+def _test(pair, endpoint, name, difference):
+    parts = {field.name: getattr(difference, field.name) for field in fields(Difference)}
+    return Test(**parts, first=pair[0], second=pair[1], endpoint=endpoint, test=name)
 
 
-def _adjusted(tests):
-    """All but those of the primary endpoint are one family of tests."""
-    family = [test for test in tests if not test.primary]
-    adjusted = iter(holm([test.p for test in family]))
-    return [test if test.primary else replace(test, p_holm=float(next(adjusted))) for test in tests]
+def of_primary(tests: list[Test], primary: str) -> list[Test]:
+    """The difference of the primary endpoint of each pair. McNemar's test is not among them: that
+    of the same metric precedes it."""
+    by_pair = {}
+    for test in tests:
+        if test.endpoint == primary and test.shows == "difference":
+            by_pair.setdefault((test.first, test.second), test)
+    return list(by_pair.values())
+
+
+def _margin_tests(tests, primary, margin):
+    """Non-inferiority and equivalence of each pair by the primary endpoint."""
+    added = []
+    for test in of_primary(tests, primary):
+        less_is_better = primary.partition("/")[2] in LESS_IS_BETTER
+        better = replace(test, estimate=-test.estimate) if less_is_better else test
+        low, high = test.interval(0.9)
+        for shows, p in (
+            ("non-inferiority", non_inferiority(better, margin)),
+            ("equivalence", equivalence(test, margin)),
+        ):
+            name = f"{shows}, margin {margin:g}, 90 % interval"
+            added.append(replace(test, shows=shows, test=name, p=p, low=low, high=high))
+    return added
+
+
+def _adjusted(tests, fold_tests, pair, endpoint):
+    """Both lists with the primary comparison marked, on the same images where there is one, else
+    over the folds; all other p-values are one family. What a margin adds to the primary comparison
+    needs no adjustment: two models cannot be equal and differ by the margin, and equivalence is
+    never shown without non-inferiority."""
+    together, primary = [*tests, *fold_tests], {}
+    for number, test in enumerate(together):
+        if pair is not None and (test.first, test.second, test.endpoint) == (*pair, endpoint):
+            primary.setdefault(test.shows, number)
+    family = [number for number in range(len(together)) if number not in primary.values()]
+    adjusted = dict(zip(family, holm([together[number].p for number in family]), strict=True))
+    judged = [
+        replace(test, p_holm=float(adjusted.get(n, NAN)), primary=n not in adjusted)
+        for n, test in enumerate(together)
+    ]
+    return judged[: len(tests)], judged[len(tests) :]
 
 
 def _gaps(models, folds, primary):
@@ -419,6 +525,32 @@ def _gaps(models, folds, primary):
             "with imrcnn train --eval-only, or with imrcnn evaluate --tau-from."
         )
     return remarks
+
+
+def _mixed_scores(gathered):
+    """A remark where the scores of some runs only are mapped to probabilities."""
+    labels = {"mapped": {}, "raw": {}}
+    for label, run in gathered.runs:
+        labels[_kind_of_scores(run)][label] = None
+    mapped, raw = map(", ".join, labels.values())
+    if not (mapped and raw):
+        return []
+    return [
+        f"Scores of {mapped} are mapped to probabilities of a hit, those of {raw} are not: the "
+        f"threshold {gathered.runs[0][1].meta['tau']:.3g} means something else for each. AP, AUROC "
+        "and values at tau_val can be compared."
+    ]
+
+
+def _few_units(models):
+    """A remark on a small test set."""
+    for metrics in (model.metrics for model in models.values()):
+        if metrics.num_units < FEW:
+            return [
+                f"There are only {metrics.num_units} {metrics.unit}s: intervals and p-values are "
+                f"approximate below {FEW}."
+            ]
+    return []
 
 
 def _unknown(runs, sizes):

@@ -10,12 +10,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from imrcnn_d2.evaluation.comparison import Plan
 from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix
 from imrcnn_d2.evaluation.detection.curves import pr_curve
 from imrcnn_d2.evaluation.detection.metrics import COUNTS
+from imrcnn_d2.evaluation.detection.operating_point import PAPER_TAU
 from imrcnn_d2.report import names
 from imrcnn_d2.report.cohort import patients_text
-from imrcnn_d2.report.comparison.models import Comparison, Test
+from imrcnn_d2.report.comparison.findings import (
+    difference_text,
+    family_text,
+    findings,
+    unit_text,
+)
+from imrcnn_d2.report.comparison.models import Comparison, Test, of_primary
 from imrcnn_d2.report.plots.curves import plot_calibration, plot_class_roc, plot_pr_panels
 from imrcnn_d2.report.plots.matrices import plot_confusion_matrix
 from imrcnn_d2.report.runs import Run
@@ -46,23 +54,33 @@ DEFINITIONS = {
     "specificity TN / (TN + FP), accuracy (TP + TN) / all. Undefined is n/a, never 0; specificity "
     "is undefined without lesion-free images.",
     "Images, patients": "positive with a lesion, predicted positive by a detection at the "
-    "threshold anywhere; AUROC ranks them by their highest score.",
-    "Thresholds": "{tau:.3g} for all models, and tau_val, chosen on validation data; never on the "
-    "test set.",
-    "Intervals": "95 % percentile bootstrap, {resamples} resamples of {unit}s with seed {seed}; "
-    "exact binomial (Clopper-Pearson) at 0 and 100 %. They say how much the metrics would vary "
-    "with other test data, not with another training.",
-    "Differences": "paired bootstrap: all models are scored on the same resamples; p = 2 "
-    "min(share <= 0, share >= 0), at least 1 / (resamples + 1). Resamples in which a metric is "
-    "undefined are left out.",
-    "McNemar": "exact test of which images are predicted rightly at the threshold; given are how "
-    "many images the first and the second model alone has right.",
-    "Folds": "corrected resampled t-test (Nadeau and Bengio 2003): the variance of the mean of k "
-    "folds is (1 / k + n_test / n_train) s^2, since their training sets overlap; n/a where all "
-    "folds differ by the same amount.",
-    "Holm": "p-values but those of the primary endpoint are adjusted together, within each table. "
-    "The primary endpoint is not adjusted: with several pairs of models, judge the one pair that "
-    "was meant beforehand (--baseline).",
+    "threshold anywhere; AUROC ranks them by their highest score. Without lesion-free ones all but "
+    "recall is undefined; McNemar's test is then of recall.",
+    "Thresholds": "{tau:.3g} for all models{mapped}, and tau_val, chosen on validation data; never "
+    "on the test set.",
+    "Intervals": "95 %. Of proportions Clopper and Pearson's on the effective number of cases, "
+    "which is smaller where those of one {unit} are alike; F1 by way of TP / (TP + FP + FN). Of "
+    "others Student's t with the standard error of {resamples} resamples of {unit}s with seed "
+    "{seed}. They say how much the metrics would vary with other test data, not with another "
+    "training.",
+    "Differences": "of the means over the runs of each model. SE² = SE²_images + s₁²/n₁ + s₂²/n₂: "
+    "SE_images by paired bootstrap (both models on the same resamples), s the standard deviation "
+    "over the n runs of a model; interval and p by Student's t with Welch and Satterthwaite's "
+    "degrees of freedom. With one run of each SE_images alone, which is about two checkpoints. p "
+    "is at least 2 / (resamples + 1). Resamples in which a metric is undefined are left out.",
+    "McNemar": "exact test of which images are predicted rightly at the threshold, with the "
+    "interval that belongs to it (Fay and Lumbard 2021); given are how many images the first and "
+    "the second model alone has right.",
+    "Folds": "the difference of the means over seeds in each fold, by the corrected resampled "
+    "t-test (Nadeau and Bengio 2003): the variance of the mean of k folds is (1 / k + n_test / "
+    "n_train) s², since their training sets overlap. With seeds it is the test of metric ~ model + "
+    "(1 | fold) + (1 | fold:model). n/a where all folds differ by the same amount.",
+    "Margin": "non-inferiority: the first model is not worse by the margin or more; equivalence: "
+    "nor better by it (two one-sided tests, Schuirmann 1987). Each at 5 %, as the 90 % interval "
+    "shows. For 2.5 %, which authorities ask for, read the 95 % interval: its unfavourable end "
+    "must lie within the margin, for equivalence both ends.",
+    "Holm": "the p-values of all tables are adjusted together, but for that of the primary "
+    "comparison: the only pair of models, or the one named by --primary FIRST:SECOND METRIC.",
 }
 CLASSIFICATION_DEFINITIONS = {
     "Accuracy of a class": "share of its images that are predicted as it, as the published "
@@ -76,7 +94,7 @@ CLASSIFICATION_DEFINITIONS = {
     "being right.",
     **{name: DEFINITIONS[name] for name in ("Intervals", "Differences")},
     "McNemar": DEFINITIONS["McNemar"].replace(" at the threshold", ""),
-    **{name: DEFINITIONS[name] for name in ("Folds", "Holm")},
+    **{name: DEFINITIONS[name] for name in ("Folds", "Margin", "Holm")},
 }
 
 
@@ -89,6 +107,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     tables = comparison_tables(comparison)
     write = _classification if comparison.task is CLASSIFICATION else _detection
     plots, page, content = write(comparison, folder, tables)
+    content["plan"] = [row for t in tables if t.stem == "plan" for row in t.data.to_dict("records")]
     files = [path for table in tables for path in write_table(table, folder)]
     write_atomically(folder / "comparison.md", page)
     write_atomically(folder / "comparison.json", strict_json(content))
@@ -149,8 +168,15 @@ def _classification(comparison, folder, tables):
 
 def _definitions(comparison, texts):
     settings = {"unit": "image", **comparison.settings}
+    texts = {k: v for k, v in texts.items() if k != "Margin" or settings["margin"] is not None}
+    mapped = ", of scores mapped to the probability of a hit"
+    settings["mapped"] = mapped if _all_mapped(comparison) else ""
     settings["regions"] = "masks" if settings.get("iou_type") == "segm" else "boxes"
     return {name: text.format(**settings) for name, text in texts.items()}
+
+
+def _all_mapped(comparison):
+    return all(run.maps_scores for _, run in comparison.gathered.runs)
 
 
 def _images(plots, alt=None):
@@ -172,6 +198,7 @@ def _document(comparison, published, definitions, **sizes):
             label: [fold.values for fold in folds] for label, folds in comparison.folds.items()
         },
         **sizes,
+        "family": comparison.family,
         "tests": [asdict(test) for test in comparison.tests],
         "fold_tests": [asdict(test) for test in comparison.fold_tests],
         "published": published,
@@ -195,6 +222,9 @@ def _markdown(comparison, test_set, tables, plots, definitions, citation):
     if comparison.remarks:
         remarks = [f"- {markdown_text(remark)}" for remark in comparison.remarks]
         lines += ["**Read first**", "", *remarks, ""]
+    if comparison.tests or comparison.fold_tests:
+        lines += ["## What was shown", "", markdown_text(family_text(comparison)), ""]
+        lines += [*(f"- {markdown_text(text)}" for text in findings(comparison)), ""]
     lines += ["## Tables", ""]
     for table in tables:
         lines += [table.markdown(), ""]
@@ -277,7 +307,8 @@ def _plot_figure_4(comparison, folder):
         }
         if panels:
             files = [folder / f"{stem}.png", folder / f"{stem}.svg"]
-            plot_pr_panels(panels, *files, tau=comparison.settings["tau"])
+            at = {"tau": comparison.settings["tau"], "mapped": _all_mapped(comparison)}
+            plot_pr_panels(panels, *files, **at)
             paths += files
     return paths
 
@@ -327,6 +358,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         tables.append((class_table if classifiers else table_3)(comparison))
     if comparison.tests:
         tables.append(difference_table(comparison))
+    if comparison.settings["plan"] is not None:
+        tables.append(power_table(comparison))
     if comparison.folds:
         tables.append((fold_table if classifiers else table_4)(comparison))
     if comparison.fold_tests:
@@ -362,14 +395,14 @@ def _metric_row(label, model, group, metric, **columns):
     row |= {"value": value, "ci_low": low, "ci_high": high}
     for name, sample in (("sd_population", False), ("sd_sample", True)):
         row[name] = model.sd(group, metric, sample=sample) if math.isfinite(value) else NAN
-    return row | {"comparable": True, "remarks": ""}
+    return row | {"remarks": ""}
 
 
 def _published_row(value, **columns):
     row = {"model": value.model, "source": "published", "runs": "", "figure": value.figure}
     row |= {**columns, "value": value.value}
     row["sd_population"] = NAN if value.sd is None else value.sd
-    return row | {"comparable": value.comparable, "remarks": " ".join(value.remarks)}
+    return row | {"remarks": " ".join(value.remarks)}
 
 
 def _metric_cells(columns, rows):
@@ -432,7 +465,7 @@ def table_4(comparison: Comparison) -> Table:
         texts["mean ± sd"] = format_value(value.figure, value.value, sd=value.sd)
         cells.append(texts)
     title = f"Table 4: {number}-fold cross-validation, in percent"
-    notes = [OVER_FOLDS, *_remarks(published)]
+    notes = [*_fold_notes(comparison), *_remarks(published)]
     return _table("table_4", title, cells, data, notes, text_columns=2)
 
 
@@ -443,7 +476,12 @@ def fold_table(comparison: Comparison) -> Table:
     number = len(next(iter(comparison.folds.values())))
     title = f"{number}-fold cross-validation, in percent"
     data, cells = _over_folds(comparison, endpoints)
-    return _table("folds", title, cells, data, [OVER_FOLDS], text_columns=2)
+    return _table("folds", title, cells, data, _fold_notes(comparison), text_columns=2)
+
+
+def _fold_notes(comparison):
+    several = comparison.seeds_of_folds != 1
+    return [OVER_FOLDS, *(["The value of a fold is the mean over its seeds."] if several else [])]
 
 
 def _over_folds(comparison, endpoints, source=None, remarks=None):
@@ -474,35 +512,42 @@ def table_5(comparison: Comparison) -> Table:
     if not models:
         models = {label: _Pooled(folds) for label, folds in comparison.folds.items()}
         notes = [_Pooled.NOTE]
+    published = names.published_values(comparison.source, "5")
+    tau, paper_tau = f"{comparison.settings['tau']:.3g}", f"{PAPER_TAU:.3g}"
     for label, model in models.items():
         value = f" = {model.taus[0]:.3g}" if len(model.taus) == 1 and model.taus[0] else ""
-        thresholds = {"": f"{comparison.settings['tau']:.3g}", "tau_val.": f"tau_val{value}"}
-        for prefix, threshold in thresholds.items():
-            for level, name in names.LEVELS.items():
-                if (group := prefix + level) not in model.values:
-                    continue
+        thresholds = {"": tau, "tau_val.": f"tau_val{value}"}
+        places = {
+            prefix + level: (threshold, name)
+            for prefix, threshold in thresholds.items()
+            for level, name in names.LEVELS.items()
+        }
+        if published:
+            places["paper"] = (paper_tau, "as the paper")
+        for group, (threshold, name) in places.items():
+            if group in model.values:
                 rows = [_metric_row(label, model, group, m, threshold=threshold) for m in TABLE_5]
                 data += rows
                 texts = {"model": label, "threshold": threshold, "cases": name}
                 cells.append({**texts, **_metric_cells(TABLE_5, rows)})
-    published = names.published_values(comparison.source, "5")
     if published:
-        texts = {"model": f"{published[0].model}, published", "threshold": "0.7"}
-        texts |= {"cases": "not stated", **dict.fromkeys(TABLE_5, "")}
+        texts = {"model": f"{published[0].model}, published", "threshold": paper_tau}
+        texts |= {"cases": "as the paper", **dict.fromkeys(TABLE_5, "")}
         for value in published:
-            mark = "" if value.comparable else " †"
-            texts[value.figure.partition("/")[2]] = f"{value.value:.1f}{mark}"
-            data.append(_published_row(value, threshold="0.7"))
+            texts[value.figure.partition("/")[2]] = f"{value.value:.1f}"
+            data.append(_published_row(value, threshold=paper_tau))
         cells.append(texts)
+        notes.append(
+            f"As the paper: TN are the images without any false alarm, at {paper_tau} of the "
+            "scores as the network gives them; compare the published values with these rows only."
+        )
     notes += [
         "Of lesions: TP are detections at the threshold that hit a lesion, FP those that hit none, "
         "FN lesions that no detection hits, TN lesion-free images without a detection; specificity "
-        "and accuracy then mix images and detections and are given for comparison with the paper "
-        "only.",
+        "and accuracy then mix images and detections: use those of images.",
         "tau_val is each model's own threshold, chosen on validation data.",
+        *_remarks(published),
     ]
-    for text in _remarks(published):
-        notes.append(text.replace("Published: Not comparable", "† Published, not comparable"))
     title = "Table 5: counts, and metrics in percent, at the operating points"
     cells = [{names.metric_label(name): text for name, text in row.items()} for row in cells]
     return _table("table_5", title, cells, data, notes, text_columns=3)
@@ -559,7 +604,7 @@ def class_table(comparison: Comparison) -> Table:
 
 def difference_table(comparison: Comparison) -> Table:
     """The tests of models on the same images."""
-    notes = ["Later model given minus earlier one, or model minus baseline; percentage points."]
+    notes = ["First model minus second, in percentage points unless the metric has another unit."]
     if comparison.clustered:
         notes.append(
             "Patients have several images each: McNemar's test takes images for independent and "
@@ -569,6 +614,69 @@ def difference_table(comparison: Comparison) -> Table:
     return table_of_tests(comparison.tests, "differences", title, *notes)
 
 
+POWER = 0.8
+
+
+def power_table(comparison: Comparison) -> Table:
+    """For each pair on one test set, the power to find a difference of ``settings["plan"]`` with
+    the present runs and images, and how many runs or images give a power of 80 %."""
+    effect, unit = comparison.settings["plan"], comparison.settings["unit"]
+    data, cells = [], []
+    for test in of_primary(comparison.tests, comparison.primary):
+        # Of a single run next to several, those of the other model tell how trainings vary.
+        plan, single = Plan.of(test), test.of_checkpoints
+        runs = 1 if single else max(2, min(test.runs))
+        row = {"first": test.first, "second": test.second, "endpoint": test.endpoint}
+        row |= {"effect": effect, "unit": unit, "units": plan.units, "runs": runs}
+        row |= {"se_images": plan.se_images, "sd_runs": plan.seed_sd}
+        row["power"] = 100 * plan.power(effect, runs)
+        needed = {
+            "runs_needed": None if single else plan.runs_needed(effect, POWER),
+            "units_needed": plan.units_needed(effect, runs, POWER),
+            "units_needed_with_10_runs": None if single else plan.units_needed(effect, 10, POWER),
+        }
+        data.append(row | needed)
+        none = "not known" if single or math.isnan(row["power"]) else "none suffices"
+        texts = [none if number is None else f"{number:,}" for number in needed.values()]
+        cells.append(
+            {
+                "models": f"{test.first} − {test.second}",
+                f"{unit}s": f"{plan.units:,}",
+                "runs of each": f"{runs}",
+                f"SE of {unit}s": format_value("", plan.se_images, decimals=2),
+                "sd over runs": format_value("", plan.seed_sd, decimals=2),
+                "power in %": format_value("", row["power"], decimals=0),
+                "runs needed": texts[0],
+                f"{unit}s needed": texts[1],
+                "with 10 runs": texts[2],
+            }
+        )
+    notes = [
+        f"Power: the probability that a two-sided test at 5 % finds such a difference with the "
+        f"present runs and {unit}s. Needed for a power of {100 * POWER:.0f} %: runs of each model "
+        f"on the present {unit}s; {unit}s for the present runs, and for 10 runs of each.",
+        f"Assumed: {unit}s and trainings vary as in these runs, and the p-value is not adjusted, "
+        "which is so for the primary comparison alone.",
+    ]
+    if any(row["runs"] == 1 for row in data):
+        notes.append(
+            "With one run of each, this is about two checkpoints: how trainings vary is not known. "
+            "Give at least two runs of each model, which differ by seed."
+        )
+    name = names.metric_name(comparison.primary)
+    title = (
+        f"Plan: to find a true difference of {effect:g} {unit_text(comparison.primary)} in {name}"
+    )
+    return Table("plan", title, pd.DataFrame(cells), pd.DataFrame(data, dtype=object), tuple(notes))
+
+
+# Columns of the CSV; comparison.json has all that is known of a test.
+OF_A_TEST = (
+    *("first", "second", "endpoint", "shows", "test", "estimate", "low", "high", "se", "df", "p"),
+    *("p_holm", "primary", "undefined_share"),
+)
+
+
 def table_of_tests(tests: list[Test], stem: str, title: str, *notes: str) -> Table:
     """Differences with intervals and p-values."""
     cells = [
@@ -576,7 +684,7 @@ def table_of_tests(tests: list[Test], stem: str, title: str, *notes: str) -> Tab
             "models": f"{test.first} − {test.second}",
             "metric": names.metric_name(test.endpoint) + (" (primary)" if test.primary else ""),
             "test": test.test,
-            "difference": format_value("", test.estimate, (test.low, test.high)),
+            "difference": difference_text(test),
             "p": p_text(test.p),
             "p (Holm)": "" if test.primary else p_text(test.p_holm),
         }
@@ -584,4 +692,5 @@ def table_of_tests(tests: list[Test], stem: str, title: str, *notes: str) -> Tab
     ]
     columns = ["models", "metric", "test", "difference", "p", "p (Holm)"]
     cells = pd.DataFrame(cells, columns=columns)
-    return Table(stem, title, cells, pd.DataFrame(map(vars, tests)), notes, text_columns=3)
+    data = pd.DataFrame([vars(test) for test in tests], columns=OF_A_TEST)
+    return Table(stem, title, cells, data, notes, text_columns=3)
