@@ -27,7 +27,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--names", nargs="+", metavar="NAME", help=text)
     text = "a model's predictions.json or COCO results (of the images of the first file), or a "
     parser.add_argument("--dt", type=Path, help=f"{text}folder of masks")
-    add_tau(parser, default=0.7, help="score threshold of --dt (0.7)")
+    text = "score threshold of --dt (0.7; 0.5 where it has a raw_score too)"
+    add_tau(parser, help=text)
     parser.add_argument("--model-name", default="model", metavar="NAME", help="of --dt (model)")
     text = "least overlap of two annotations of one lesion (0.5)"
     parser.add_argument("--iou", type=float, default=0.5, help=text)
@@ -53,8 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         annotators = list(map(annotator_agreement.read_annotator, names, args.annotations))
         files, model, tau = [*args.annotations], None, None
         if args.dt is not None:
-            files, tau = [*files, args.dt], args.tau
-            model = annotator_agreement.read_model(args.model_name, args.dt, tau, annotators[0])
+            files, first = [*files, args.dt], annotators[0]
+            model = annotator_agreement.read_model(args.model_name, args.dt, args.tau, first)
+            tau = model.tau
         bootstrap = Bootstrap(args.resamples, args.seed) if args.resamples else None
         settings = dict(iou_threshold=args.iou, bootstrap=bootstrap)
         result = annotator_agreement.agreement(annotators, model, **settings)

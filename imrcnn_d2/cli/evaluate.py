@@ -5,8 +5,8 @@
     imrcnn evaluate --gt test.json --dt test_dt.json --tau-from val.json val_dt.json --output ...
     imrcnn evaluate --gt test.json --dt test_dt.json --by centre --by size_mm:5,10,20 --output ...
 
-prints the metrics with their 95 % intervals, in percent but for counts and fp_per_image (n/a is
-undefined), and writes metrics.json, tables (CSV) and plots (PNG); with --images also
+prints the metrics with their 95 % intervals, in percent but for counts, fp_per_image and hd95
+(pixels); n/a is undefined. It writes metrics.json, tables (CSV) and plots (PNG); with --images also
 contact_sheet.png, images spread from the best to the worst, and contact_sheet_worst.png.
 Images and classes of predictions.json are matched by file_name and name; a single class matches a
 single class of another name, which metrics.json states. Masks are PNGs named as their images: 0 is
@@ -21,7 +21,7 @@ import json
 from pathlib import Path
 
 from imrcnn_d2.cli import add_tau, new_parser, one_line_errors
-from imrcnn_d2.utils.files import file_sha256, regular_file, write_atomically
+from imrcnn_d2.utils.files import file_sha256, read_json, regular_file, write_atomically
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,23 +34,29 @@ def main(argv: list[str] | None = None) -> None:
 def score_lesions(args: argparse.Namespace) -> None:
     """Score, write, plot and print the lesions of images."""
     from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
-    from imrcnn_d2.evaluation.output import RESULTS, coco_results
+    from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
+    from imrcnn_d2.evaluation.output import RESULTS, coco_results, prediction_info
     from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
     from imrcnn_d2.report.plots import draw_all
 
     options = {"iou_threshold": args.iou, "iou_type": args.iou_type}
-    options["ignore_extra_images"] = args.ignore_extra_images
+    extra = {"ignore_extra_images": args.ignore_extra_images}
+    point = operating_point(args, {**options, **extra}) if args.tau_from else None
+    gt = read_ground_truth(args.gt)
+    content = args.dt if args.dt.is_dir() else read_json(args.dt)
+    detections = read_results(content, gt, args.dt, **extra)
+    info = prediction_info(content)
+    tau = threshold(args.tau, detections, info)
     columns = [parse_by(text) for text in args.by]
-    point = operating_point(args, options) if args.tau_from else None
     bootstrap = None
     if args.resamples:
         bootstrap = Bootstrap(args.resamples, args.seed, all_coco=args.ci_all)
     resampled = {"operating_point": point, "bootstrap": bootstrap}
-    results = evaluate_lesions(args.gt, args.dt, tau=args.tau, **resampled, **options)
+    results = evaluate_lesions(gt, detections, tau=tau, **resampled, **options)
     results = with_groups(results, columns, **resampled)
     detections = coco_results(results.detections, results.ground_truth)
     write_atomically(args.output / RESULTS, json.dumps(detections))
-    paths = [*write_and_log(results, args), args.output / RESULTS]
+    paths = [*write_and_log(results, args, info), args.output / RESULTS]
     paths += draw_all(results, args.output, args.images)
     print_lesions(results)
     print_written(args.output, paths)
@@ -72,21 +78,38 @@ def score_classification(args: argparse.Namespace) -> None:
     write_atomically(copy, args.dt.read_bytes())
     paths = [*write_and_log(results, args), copy]
     paths += draw_all(results, args.output)
-    for groups in (results.groups(), {"calibration": results.calibration}):
-        print(metrics_table(groups, results.intervals), end="\n\n")
+    print(metrics_table(results.groups(), results.intervals), end="\n\n")
+    print_calibration(results)
     print_subgroups(results)
     print_written(args.output, paths)
 
 
-def write_and_log(results, args):
-    """The files of the evaluation, which is recorded next to a test set."""
-    from imrcnn_d2.evaluation.output import (
-        log_test_evaluation,
-        read_prediction_info,
-        write_evaluation,
-    )
+def threshold(tau, detections, info):
+    """The score threshold: ``tau`` if it is given, else the default for such scores, which is
+    printed, as is another one that the predictions state."""
+    from imrcnn_d2.evaluation.detection.operating_point import DEFAULT_TAU, score_threshold
 
-    sources = {"gt": args.gt, "dt": args.dt, "predictions": read_prediction_info(args.dt)}
+    lines = []
+    if tau is None:
+        tau = score_threshold(DEFAULT_TAU, detections.mapped)
+        kind = "as the network gives them"
+        if detections.mapped:
+            kind = "that a map made probabilities of a hit"
+        lines.append(f"Score threshold {tau:g}, of scores {kind}: --tau sets another.")
+    stated = (info or {}).get("tau")
+    if stated is not None and stated != tau:
+        lines.append(f"The predictions state τ {stated:.4g}; they are evaluated at {tau:g}.")
+    if lines and detections.scored:
+        print(*lines, end="\n\n")
+    return tau
+
+
+def write_and_log(results, args, info=None):
+    """The files of the evaluation, which is recorded next to a test set; ``info`` is of
+    `prediction_info`."""
+    from imrcnn_d2.evaluation.output import log_test_evaluation, write_evaluation
+
+    sources = {"gt": args.gt, "dt": args.dt, "predictions": info}
     paths = write_evaluation(results, args.output, **sources, image_root=args.images)
     sha256 = file_sha256(args.dt) if args.dt.is_file() else None
     log_test_evaluation(args.gt, source=args.dt, sha256=sha256, output=args.output)
@@ -110,7 +133,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recognition", action="store_true", help="score the classes of whole images"
     )
-    add_tau(parser, default=0.7, help="score threshold (0.7)")
+    tau = "score threshold (0.7; 0.5 for results with a raw_score, whose score is a probability)"
+    add_tau(parser, help=tau)
     parser.add_argument(
         "--tau-from",
         nargs=2,
@@ -121,7 +145,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tau-rule",
         default="f1",
-        help="how --tau-from chooses: f1 (default), or a requested recall such as 'recall>=95'",
+        help="how --tau-from chooses: f1 (default), or a limit such as 'recall>=95' (percent), "
+        "'fp_per_image<=0.1' or 'risk<=0.05', the expected share of a patient's lesions missed",
     )
     parser.add_argument("--iou", type=float, default=0.5, help="least overlap of a hit (0.5)")
     parser.add_argument(
@@ -161,7 +186,7 @@ def argument_parser() -> argparse.ArgumentParser:
 def operating_point(args, options):
     """The threshold chosen on the validation set of --tau-from."""
     from imrcnn_d2.evaluation import evaluate_lesions
-    from imrcnn_d2.evaluation.detection.results import choose_operating_point
+    from imrcnn_d2.evaluation.detection.operating_point import choose_operating_point
 
     gt, dt = args.tau_from
     if file_sha256(regular_file(gt)) == file_sha256(regular_file(args.gt)):
@@ -173,30 +198,45 @@ def operating_point(args, options):
 
 
 def print_lesions(results):
+    from imrcnn_d2.report.names import PAPER_THRESHOLD, threshold_name
     from imrcnn_d2.report.tables import metrics_table
 
     groups = results.groups()
     curves = {name: groups.pop(name) for name in ("bbox", "segm")}
+    paper = {"paper": groups.pop("paper")}
     print(metrics_table(curves, results.intervals), end="\n\n")
     scored = results.detections.scored
     regions = {"segm": "masks", "bbox": "boxes"}[results.meta["iou_type"]]
     print(
-        f"Percent, but for counts and fp_per_image; [95 % interval]; hit: {regions} of IoU ≥ "
-        f"{results.meta['iou_threshold']:g}.\n"
+        "Percent, but for counts, fp_per_image and hd95 (pixels); [95 % interval]; hit: "
+        f"{regions} of IoU ≥ {results.meta['iou_threshold']:g}.\n"
     )
-    print(f"Score ≥ {results.meta['tau']:g}:" if scored else "Of all masks, which have no scores:")
+    mapped = results.detections.mapped
+    at = f"At a {threshold_name(results.meta['tau'], mapped)}:"
+    print(at if scored else "Of all masks, which have no scores:")
     print(metrics_table(groups, results.intervals), end="\n\n")
     if results.tau_val:
         names = [name for name in groups if name in results.tau_val]
         intervals = {name: results.intervals.get(f"tau_val.{name}") for name in names}
-        print("Score ≥ {tau:g} (tau_val), chosen on {dataset} by {rule}:".format(**results.tau_val))
+        at = f"At a {threshold_name(results.tau_val['tau'], mapped)} (tau_val), "
+        print(at + "chosen on {dataset} by {rule}:".format(**results.tau_val))
         print(metrics_table({name: results.tau_val[name] for name in names}, intervals), end="\n\n")
+    print(f"As the paper, at a {PAPER_THRESHOLD}, TN = images without FP:")
+    print(metrics_table(paper, results.intervals), end="\n\n")
     print_subgroups(results)
     if not scored:
         return
-    calibration = {name: results.calibration[name] for name in ("ece", "brier")}
-    others = {"froc": results.froc, "calibration": calibration}
-    print(metrics_table(others, results.intervals), end="\n\n")
+    print(metrics_table({"froc": results.froc}, results.intervals), end="\n\n")
+    print_calibration(results)
+
+
+def print_calibration(results):
+    """Print the calibration of the scores and, where they were mapped, of those before."""
+    from imrcnn_d2.report.tables import metrics_table
+
+    groups = {"calibration_raw": results.calibration_raw, "calibration": results.calibration}
+    groups = {name: values for name, values in groups.items() if values is not None}
+    print(metrics_table(groups, results.intervals), end="\n\n")
 
 
 def print_subgroups(results):

@@ -68,7 +68,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of that choice and the distortions")
     tau = (
         "score from which on detections are positive (the operating point in the weights, else "
-        "MODEL.IMRCNN.SCORE_THRESH)"
+        "TEST.SCORE_THRESH)"
     )
     add_tau(parser, help=tau)
     add("--batch-size", type=int, default=1, help="images that the network sees at once (1)")

@@ -16,6 +16,7 @@ from imrcnn_d2.utils.files import BadInputError
 
 # pixels; JPEG leaves specks of 1 in Kvasir-SEG's masks, its smallest polyps have over 200
 MIN_AREA = 16
+PART_SHARE = 0.8  # of a detection's mask in another one, of which it then is a part
 MOST_INSTANCES = 1000  # of one mask: each takes a pass over all its pixels
 
 
@@ -125,6 +126,34 @@ def union(rles: Sequence[dict]) -> dict:
         groups = range(0, len(rles), _MERGED_AT_ONCE)
         rles = [mask_util.merge(rles[i : i + _MERGED_AT_ONCE]) for i in groups]
     return rles[0]
+
+
+def parts_of_others(
+    rles: Sequence[dict], scores: Sequence[float], categories: Sequence[int]
+) -> np.ndarray:
+    """(N,) bool, which of the N detections of an image lie, by at least PART_SHARE of their own
+    mask, in the mask of one of the same category with a higher score, or of equal ones an earlier
+    one, that lies in none itself."""
+    is_part = np.zeros(len(rles), dtype=bool)
+    whole = {}  # by category, masks that lie in none
+    for i in np.argsort(-np.asarray(scores, float), kind="stable").tolist():
+        wholes = whole.setdefault(categories[i], [])
+        # With a crowd, pycocotools divides the intersection by the detection's area.
+        shares = mask_util.iou([rles[i]], wholes, [True] * len(wholes)) if wholes else 0
+        is_part[i] = np.max(shares) >= PART_SHARE
+        if not is_part[i]:
+            wholes.append(rles[i])
+    return is_part
+
+
+def without_parts(records: Sequence[dict]) -> list[dict]:
+    """COCO records of the detections of an image without :func:`parts_of_others`; all of them where
+    they have no masks."""
+    if not all("segmentation" in record for record in records):
+        return list(records)
+    columns = ([r[key] for r in records] for key in ("segmentation", "score", "category_id"))
+    is_part = parts_of_others(*columns)
+    return [record for record, part in zip(records, is_part, strict=True) if not part]
 
 
 def rectangle(

@@ -20,6 +20,7 @@ from imrcnn_d2.evaluation.detection.inputs import (
 )
 from imrcnn_d2.evaluation.detection.matching import overlaps
 from imrcnn_d2.evaluation.detection.metrics import ResampledMetrics
+from imrcnn_d2.evaluation.detection.operating_point import DEFAULT_TAU, score_threshold
 from imrcnn_d2.evaluation.output import interleave_intervals, package_versions
 from imrcnn_d2.evaluation.statistics import Bootstrap, add_intervals
 from imrcnn_d2.utils.files import csv_text, read_json, strict_json, write_atomically
@@ -42,6 +43,7 @@ class Annotator:
 
     name: str
     truth: GroundTruth
+    tau: float | None = None  # of a model: these are its detections with at least this score
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +85,16 @@ def read_annotator(name: str, gt: dict | str | Path) -> Annotator:
     return _checked(name, read_ground_truth(gt))
 
 
-def read_model(name: str, results, tau: float, images_of: Annotator) -> Annotator:
-    """Read the detections with a score of at least ``tau``, see :func:`read_results`. A COCO file
-    with ``images`` is of these; a list is of the images and ids of ``images_of``.
+def read_model(name: str, results, tau: float | None, images_of: Annotator) -> Annotator:
+    """Read the detections with a score of at least ``tau``, see :func:`read_results`; None stands
+    for the default, see :func:`score_threshold`. A COCO file with ``images`` is of these; a list is
+    of the images and ids of ``images_of``.
 
     Raises:
         ValueError: on bad input, and a tau that is negative or not finite.
     """
-    check_tau(tau)
+    if tau is not None:
+        check_tau(tau)
     truth, content, source = images_of.truth, results, None
     if isinstance(content, str | Path) and Path(content).is_file():
         content, source = read_json(Path(content)), content
@@ -98,8 +102,11 @@ def read_model(name: str, results, tau: float, images_of: Annotator) -> Annotato
         truth = read_ground_truth({**content, "annotations": []}, source)
         content = content.get("annotations")
     detections = read_results(content, truth, source)
+    if tau is None:
+        tau = score_threshold(DEFAULT_TAU, detections.mapped)
     regions = detections.regions.take(np.flatnonzero(detections.score >= tau))
-    return _checked(name, _ground_truth(truth.images, truth.categories, regions))
+    model = _checked(name, _ground_truth(truth.images, truth.categories, regions))
+    return replace(model, tau=tau)
 
 
 def _checked(name, truth):
@@ -286,11 +293,15 @@ class AgreementMetrics(ResampledMetrics):
     def proportions(self):
         shares = {}
         for pair, columns in self._pairs.items():
-            sums = dict(zip(PAIR_COLUMNS, columns.sum(axis=0), strict=True))
+            sums = dict(zip(PAIR_COLUMNS, columns.T, strict=True))
             lesions = sums["matched"] + sums["only_a"] + sums["only_b"]
             same_call = (sums["both"] + sums["neither"], sums["images"])
             shares[pair_name(*pair)] = {"f1": (sums["matched"], lesions), "same_call": same_call}
         return shares
+
+    def limits(self, group, name):
+        low, high = (-1, 1) if "kappa" in name else (0, 100)
+        return (low - high, high - low) if group == DIFFERENCE else (low, high)
 
     @cached_property
     def _fleiss(self):

@@ -84,43 +84,58 @@ def read_labels(gt) -> LabelledImages:
     return LabelledImages(images, categories, np.array(list(label.values())), cancer)
 
 
-def read_probabilities(results, truth: LabelledImages) -> np.ndarray:
-    """Read the (N, K) float probabilities, in the order of ``truth.images``, of a list or JSON file
-    of {image_id, scores}; ``scores`` are by ascending category id. An array is returned as it is.
+def read_probabilities(results, truth: LabelledImages) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read a list or JSON file of {image_id, scores}; ``scores`` are K probabilities by ascending
+    category id. Where all have ``raw_scores`` too, those are of the network, before a
+    :class:`Temperature` mapped them.
+
+    Returns:
+        (N, K) float each, in the order of ``truth.images``; None without raw ones.
 
     Raises:
         ValueError: images missing, unknown or given twice; scores that are no K probabilities.
     """
-    if isinstance(results, np.ndarray):
-        return results
     where = "The results"
     if isinstance(results, str | Path):
         where, results = str(results), read_json(Path(results))
     check_records(results, "results", where, ("image_id", "scores"), {"scores": list})
-    k, scores = len(truth.categories), dict.fromkeys(image["id"] for image in truth.images)
+    by_image = dict.fromkeys(image["id"] for image in truth.images)
     for result in results:
-        image, values = result["image_id"], result["scores"]
-        if not all(isinstance(score, NUMBER) and type(score) is not bool for score in values):
-            raise ValueError(f"{where} give image {image} the scores {values}, not all numbers.")
-        values = np.array(values, dtype=float)
-        if image not in scores:
+        image = result["image_id"]
+        if image not in by_image:
             raise ValueError(f"{where} have image {image}, which the ground truth lacks.")
-        if scores[image] is not None:
+        if by_image[image] is not None:
             raise ValueError(f"{where} have image {image} twice.")
-        if values.shape != (k,):
-            raise ValueError(
-                f"{where} give image {image} {values.size} scores, but there are {k} classes: set "
-                "MODEL.CLASSIFIER.NUM_CLASSES to that."
-            )
-        if not (values >= 0).all() or not abs(values.sum() - 1) <= SUM_TOLERANCE:
-            scores_text = values.tolist()
-            raise ValueError(f"{where} give image {image} {scores_text}, no probabilities.")
-        scores[image] = values
-    missing = [image for image in truth.images if scores[image["id"]] is None]
+        by_image[image] = result
+    missing = [image for image in truth.images if by_image[image["id"]] is None]
     if missing:
-        number = f"{len(missing)} of the {len(scores)} images"
+        number = f"{len(missing)} of the {len(by_image)} images"
         raise ValueError(f"{where} lack {number}, such as {_name(missing[0])}: score all.")
-    return np.array(list(scores.values()))
+    keys = ("scores", *(["raw_scores"] if any("raw_scores" in r for r in results) else []))
+    arrays = [
+        np.array([_probabilities(r, key, len(truth.categories), where) for r in by_image.values()])
+        for key in keys
+    ]
+    return arrays[0], arrays[1] if len(arrays) > 1 else None
+
+
+def _probabilities(result, key, number, where):
+    """(K,) float, of a field of a result; ValueError if they are no probabilities."""
+    image, values = result["image_id"], result.get(key)
+    numbers = isinstance(values, list) and all(
+        isinstance(score, NUMBER) and type(score) is not bool for score in values
+    )
+    if not numbers:
+        raise ValueError(f"{where} give image {image} the {key} {values}, not all numbers.")
+    values = np.array(values, dtype=float)
+    if values.shape != (number,):
+        raise ValueError(
+            f"{where} give image {image} {values.size} {key}, but there are {number} classes: set "
+            "MODEL.CLASSIFIER.NUM_CLASSES to that."
+        )
+    if not (values >= 0).all() or not abs(values.sum() - 1) <= SUM_TOLERANCE:
+        raise ValueError(f"{where} give image {image} {key} {values.tolist()}, no probabilities.")
+    return values
 
 
 def _name(image):
@@ -136,17 +151,18 @@ class ClassificationMetrics(ResampledMetrics):
         calibration: of its probability.
     """
 
-    def __init__(self, truth: LabelledImages, probability: np.ndarray):
+    def __init__(self, truth: LabelledImages, probability: np.ndarray, raw: np.ndarray | None):
         super().__init__(*number_units(truth.images))
         self.truth, self.probability = truth, probability
         self.predicted = probability.argmax(axis=1)
-        self.calibration = Calibration(
-            np.clip(probability.max(axis=1), 0, 1),
-            self.predicted == truth.label,
-            np.arange(len(probability)),
-            len(probability),
-        )
-        self._calibration = self.per_unit(self.calibration.columns())
+        self.calibration = self._calibration(probability)
+        if raw is not None:
+            self.calibration_raw = self._calibration(raw)
+
+    def _calibration(self, probability):
+        number = len(probability)
+        score, right = np.clip(probability.max(axis=1), 0, 1), self.predicted == self.truth.label
+        return Calibration(score, right, np.arange(number), number)
 
     def __call__(self, weights, *, all_coco=False):
         """As of the base class; groups as in ClassificationResults."""
@@ -164,7 +180,6 @@ class ClassificationMetrics(ResampledMetrics):
         if cancer is not None:
             score = self.probability[:, cancer].sum(axis=1)
             values["cancer"]["auroc"] = auroc(cancer[self.truth.label], score)
-        values["calibration"] = self.calibration.formulas(weights @ self._calibration)
         return values
 
     @property
@@ -244,15 +259,17 @@ class ClassificationResults(EvaluationResults):
             accuracy f1 of the classes predicted, and the auroc of the probability of all cancer
             classes together. None where no class is cancer.
         ground_truth, probability: what was scored; (N, K).
+        raw: (N, K), the probabilities before a temperature was applied, None where none was.
 
     The class predicted is that of the highest probability, of equal ones the first;
-    ``calibration`` is of its probability.
+    ``calibration`` is of its probability, ``calibration_raw`` of that before a temperature.
     """
 
     recognition: dict[str, float]
     cancer: dict[str, float] | None
     ground_truth: LabelledImages
     probability: np.ndarray
+    raw: np.ndarray | None
 
     def groups(self):
         groups = {"recognition": self.recognition}
@@ -262,7 +279,8 @@ class ClassificationResults(EvaluationResults):
         truth = self.ground_truth
         images = [truth.images[position] for position in positions]
         part = replace(truth, images=images, label=truth.label[positions])
-        return evaluate_classification(part, self.probability[positions], bootstrap=bootstrap)
+        raw = None if self.raw is None else self.raw[positions]
+        return _evaluated(part, self.probability[positions], raw, bootstrap)
 
     def right(self, tau_val=False):
         return None if tau_val else self.metrics.predicted == self.ground_truth.label
@@ -277,15 +295,18 @@ def evaluate_classification(
     """
     Args:
         gt (dict, str, Path or LabelledImages): see :func:`read_labels`.
-        results (list[dict], str, Path or np.ndarray): see :func:`read_probabilities`.
+        results (list[dict], str or Path): see :func:`read_probabilities`.
         bootstrap: how to resample for ``intervals``; None for none.
 
     Raises:
         ValueError: on bad input, naming the record and the reason.
     """
     truth = read_labels(gt)
-    probability = read_probabilities(results, truth)
-    metrics = ClassificationMetrics(truth, probability)
+    return _evaluated(truth, *read_probabilities(results, truth), bootstrap)
+
+
+def _evaluated(truth, probability, raw, bootstrap) -> ClassificationResults:
+    metrics = ClassificationMetrics(truth, probability, raw)
     values = metrics.once()
     classes = truth.classes
     counts = metrics.confusion(metrics.columns["recognition"].columns.sum(axis=0))
@@ -294,6 +315,7 @@ def evaluate_classification(
         recognition=values["recognition"],
         cancer=values.get("cancer"),
         calibration=values["calibration"],
+        calibration_raw=values.get("calibration_raw"),
         confusion=ConfusionMatrix(classes, counts),
         per_image=_image_rows(truth, probability, metrics.predicted),
         meta={
@@ -306,6 +328,7 @@ def evaluate_classification(
         },
         ground_truth=truth,
         probability=probability,
+        raw=raw,
         metrics=metrics,
     )
     return add_intervals(scored, bootstrap)

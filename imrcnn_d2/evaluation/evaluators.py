@@ -6,24 +6,38 @@ import logging
 import math
 from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from imrcnn_d2.evaluation.classification import evaluate_classification
-from imrcnn_d2.evaluation.detection.results import (
+from imrcnn_d2.data.masks import without_parts
+from imrcnn_d2.evaluation.calibration import ScoreMap, Temperature
+from imrcnn_d2.evaluation.classification import (
+    evaluate_classification,
+    read_labels,
+    read_probabilities,
+)
+from imrcnn_d2.evaluation.detection.metrics import is_percent
+from imrcnn_d2.evaluation.detection.operating_point import (
+    DEFAULT_TAU,
+    NOT_REACHED,
     OperatingPoint,
     check_rule,
     choose_operating_point,
-    evaluate_lesions,
+    score_threshold,
 )
+from imrcnn_d2.evaluation.detection.results import LesionResults, evaluate_lesions
 from imrcnn_d2.evaluation.output import CLASSIFICATION_RESULTS, RESULTS, write_evaluation
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
+
+# TEST.SUPPRESS_PARTS: whether a validation leaves out the parts of other detections, or tries both.
+SUPPRESS_PARTS = {"never": (False,), "always": (True,), "auto": (False, True)}
 
 
 class _Evaluator(DatasetEvaluator):
@@ -36,11 +50,13 @@ class _Evaluator(DatasetEvaluator):
         output_dir: str | Path | None = None,
         distributed: bool = True,
         bootstrap: Bootstrap | None = None,
+        score_map: ScoreMap | Temperature | None = None,
         meta: dict | None = None,
     ):
         self._dataset_name, self._metadata = dataset_name, MetadataCatalog.get(dataset_name)
         self._output_dir, self._distributed = output_dir, distributed
-        self._bootstrap, self._meta = bootstrap, meta or {}
+        self._bootstrap, self._meta = bootstrap, dict(meta or {})
+        self.score_map = score_map  # given, or of the last validation on the main process
         self.results = None  # of the last evaluation, on the main process
 
     def _gather(self, predictions):
@@ -64,8 +80,23 @@ class _Evaluator(DatasetEvaluator):
             dt=Path(self._output_dir) / results_name,
             image_root=self._metadata.get("image_root"),
             dataset=self._dataset_name,
+            score_map=self.score_map and vars(self.score_map),
             **self._meta,
         )
+
+
+def _larger_is_better(groups):
+    """Of groups of metrics, those in percent, as "group/metric"."""
+    return [
+        f"{group}/{name}" for group, values in groups.items() for name in values if is_percent(name)
+    ]
+
+
+class _Scored(NamedTuple):
+    records: list[dict]  # with mapped scores
+    score_map: ScoreMap | None
+    results: LesionResults | None = None
+    metrics: OrderedDict | None = None
 
 
 class LesionEvaluator(_Evaluator):
@@ -80,20 +111,35 @@ class LesionEvaluator(_Evaluator):
         self,
         dataset_name: str,
         *,
-        tau: float = 0.7,
+        tau: float = DEFAULT_TAU,
         tau_rule: str | None = None,
         operating_point: OperatingPoint | None = None,
+        suppress_parts: str = "never",
+        best_metric: str = "tau_val.lesion/selection",
         **options,
     ):
         """
         Args:
             dataset_name: a registered data set, in COCO's format or in Detectron2's.
-            tau: score threshold (TEST.SCORE_THRESH).
-            tau_rule: for validation sets only: choose a threshold by this rule of
+            tau: score threshold, TEST.SCORE_THRESH: of mapped scores, or as
+                :func:`score_threshold` has it.
+            tau_rule: for validation sets only: fit a map of scores, the metrics
+                ``score_map/slope`` and ``score_map/offset``, where some detections hit a lesion and
+                others do not. Then choose a threshold, of the mapped scores, by this rule of
                 :func:`choose_operating_point` and return it as the metric ``lesion/tau_val``, NaN
-                where there is no lesion or no detection.
-            operating_point: for the final evaluation, see :func:`evaluate_lesions`.
-            **options: ``output_dir``, where the files of :func:`write_results` and the predictions
+                where there is no lesion or no detection; whether its limit was reached, 1 or 0, as
+                ``lesion/tau_rule_reached``; and the metrics at it as the groups ``tau_val.lesion``
+                and so on, which are too good by the choice.
+            operating_point: for the final evaluation, see :func:`evaluate_lesions`; its
+                ``suppress_parts`` are left out.
+            suppress_parts: TEST.SUPPRESS_PARTS, of use with a ``tau_rule``: whether to leave out
+                detections that are :func:`parts_of_others`, "never", "always" or, with "auto",
+                where that makes ``best_metric`` larger. The metric ``lesion/suppress_parts`` is
+                then 1, else 0.
+            best_metric: of "auto", "group/metric".
+            **options: ``score_map``, for the final evaluation: all metrics, and the threshold and
+                the operating point, are of the scores that it has mapped. ``output_dir``, where the
+                files of :func:`write_results` and the predictions
                 (``coco_instances_results.json``) go; None writes nothing, and is refused for data
                 sets in Detectron2's own format, which are converted there. ``distributed``: collect
                 from all processes, else evaluate this one's predictions. ``bootstrap``: for
@@ -105,7 +151,11 @@ class LesionEvaluator(_Evaluator):
             DatasetCatalog.get(dataset_name)
         if tau_rule is not None:
             check_rule(tau_rule)
+        if suppress_parts not in SUPPRESS_PARTS:
+            known = ", ".join(SUPPRESS_PARTS)
+            raise ValueError(f"TEST.SUPPRESS_PARTS is {suppress_parts!r}; it is one of {known}")
         self._tau, self._tau_rule, self._operating_point = tau, tau_rule, operating_point
+        self._suppress_parts, self._best_metric = suppress_parts, best_metric
         # It converts foreign data sets into COCO's format and Instances into COCO records. Its
         # evaluate() is not called: it does not expose the predictions collected from the processes,
         # and returns no metrics for a model that detects nothing.
@@ -127,21 +177,36 @@ class LesionEvaluator(_Evaluator):
         self._coco.process(inputs, outputs)
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
-        """The groups "bbox", "segm", "lesion", "image" and, where the data set knows patients,
-        "patient". Empty for a data set without annotations, and in all processes but the main one.
+        """The groups "bbox", "segm", "lesion", "paper", "image" and, where the data set knows
+        patients, "patient". Empty for a data set without annotations, and in all processes but the
+        main one.
         """
         predictions = self._gather(self._coco._predictions)
         if predictions is None:
             return OrderedDict()
-        results = [
-            {**result, "category_id": self._category_id(result["category_id"])}
-            for prediction in predictions
-            for result in prediction["instances"]
+        by_image = [
+            [{**r, "category_id": self._category_id(r["category_id"])} for r in p["instances"]]
+            for p in predictions
         ]
-        if self._output_dir:
-            write_atomically(Path(self._output_dir) / RESULTS, json.dumps(results))
         dataset = self._coco._coco_api.dataset
-        if "annotations" not in dataset:
+        annotated, validates = "annotations" in dataset, self._tau_rule is not None
+        variants = (self._operating_point is not None and self._operating_point.suppress_parts,)
+        if annotated and validates:
+            variants = SUPPRESS_PARTS[self._suppress_parts]
+        scored = [self._score(dataset if annotated else None, by_image, v) for v in variants]
+        best = scored[-1]
+        if len(scored) > 1:
+            group, name = self._best_metric.split("/")
+            before, after = (s.metrics[group][name] for s in scored)
+            best = scored[after > before]  # never where one is undefined
+            logger.info(
+                "%s is %.3f with all detections, and %.3f without those inside others: they are %s",
+                *(self._best_metric, before, after, "left out" if best is scored[1] else "kept"),
+            )
+        self.score_map, self.results = best.score_map, best.results
+        if self._output_dir:
+            write_atomically(Path(self._output_dir) / RESULTS, json.dumps(best.records))
+        if not annotated:
             logger.info(f"{self._dataset_name} has no annotations: predictions are not scored.")
             return OrderedDict()
         seen = {prediction["image_id"] for prediction in predictions}
@@ -150,25 +215,57 @@ class LesionEvaluator(_Evaluator):
                 f"{absent} of the {len(dataset['images'])} images of {self._dataset_name} were not "
                 "evaluated: they are taken as images without a detection."
             )
-        self.results = evaluate_lesions(
+        if self._output_dir:
+            self._write(PathManager.get_local_path(self._metadata.json_file), RESULTS)
+        return best.metrics
+
+    def metric_names(self) -> list[str]:
+        """The metrics that `evaluate` returns of which larger is better, as "group/metric"."""
+        results = evaluate_lesions(self._coco._coco_api.dataset, [])
+        at_tau_val = results.at(math.nan) if self._tau_rule is not None else {}
+        at_tau_val = {f"tau_val.{group}": values for group, values in at_tau_val.items()}
+        return _larger_is_better({**results.groups(), **at_tau_val})
+
+    def _score(self, dataset, by_image, suppress_parts) -> _Scored:
+        """What is found in each image, with mapped scores, and scored if there is a dataset."""
+        records = [
+            r for image in by_image for r in (without_parts(image) if suppress_parts else image)
+        ]
+        validates, score_map = dataset is not None and self._tau_rule is not None, self.score_map
+        if validates:
+            score_map = self._fit_map(dataset, records)
+        if score_map is not None:
+            records = score_map.map_records(records)
+        if dataset is None:
+            return _Scored(records, score_map)
+        results = evaluate_lesions(
             dataset,
-            results,
-            tau=self._tau,
+            records,
+            tau=score_threshold(self._tau, mapped=score_map is not None),
             operating_point=self._operating_point,
             bootstrap=self._bootstrap,
         )
-        if self._output_dir:
-            self._write(PathManager.get_local_path(self._metadata.json_file), RESULTS)
-        metrics = OrderedDict(self.results.groups())
-        if self._tau_rule is not None:
-            metrics["lesion"] = {**metrics["lesion"], "tau_val": self._choose_tau()}
-        return metrics
+        metrics = OrderedDict(results.groups())
+        if validates:
+            tau, is_reached = self._choose_tau(results)
+            chosen = {"tau_val": tau, "tau_rule_reached": float(is_reached)}
+            chosen["suppress_parts"] = float(suppress_parts)
+            metrics["lesion"] = {**metrics["lesion"], **chosen}
+            metrics.update({f"tau_val.{g}": values for g, values in results.at(tau).items()})
+            if score_map is not None:
+                metrics["score_map"] = {"slope": score_map.slope, "offset": score_map.offset}
+        return _Scored(records, score_map, results, metrics)
 
-    def _choose_tau(self):
-        evaluated = self.results.matching.evaluated
-        if not self.results.ground_truth.lesions.any() or not evaluated.any():
-            return math.nan
-        return choose_operating_point(self.results, self._tau_rule, self._dataset_name).tau
+    def _fit_map(self, dataset, results):
+        """The map of the scores of these detections, if any."""
+        scores = evaluate_lesions(dataset, results).metrics.calibration
+        return ScoreMap.fit(scores.score, scores.hit, self._dataset_name)
+
+    def _choose_tau(self, results):
+        if not results.ground_truth.lesions.any() or not results.matching.evaluated.any():
+            return math.nan, False
+        point = choose_operating_point(results, self._tau_rule, self._dataset_name)
+        return point.tau, not point.rule.endswith(NOT_REACHED)
 
     def _category_id(self, index):
         """The data set's id of a model's class."""
@@ -189,15 +286,18 @@ class ClassificationEvaluator(_Evaluator):
     Args:
         dataset_name: of a data set that was registered with its JSON file, see
             :func:`imrcnn_d2.data.catalog.register_classification_dataset`.
-        **options: as of :class:`LesionEvaluator`: output_dir (the predictions are
+        fits_map: for validation sets only: fit a temperature, the metric
+            ``score_map/temperature``, where some images are predicted wrongly.
+        **options: as of :class:`LesionEvaluator`: score_map, output_dir (the predictions are
             ``recognition_results.json``), distributed, bootstrap, meta.
 
     Raises:
         ValueError: the data set has no JSON file.
     """
 
-    def __init__(self, dataset_name: str, **options):
+    def __init__(self, dataset_name: str, *, fits_map: bool = False, **options):
         super().__init__(dataset_name, **options)
+        self._fits_map = fits_map
         if not hasattr(self._metadata, "json_file"):
             DatasetCatalog.get(dataset_name)
         if not hasattr(self._metadata, "json_file"):
@@ -217,15 +317,35 @@ class ClassificationEvaluator(_Evaluator):
             scores = output["scores"].double().tolist()
             self._predictions.append({"image_id": sample["image_id"], "scores": scores})
 
+    def metric_names(self) -> list[str]:
+        """As of :class:`LesionEvaluator`."""
+        truth = read_labels(self._metadata.json_file)
+        scores = [1 / len(truth.classes)] * len(truth.classes)
+        predictions = [{"image_id": image["id"], "scores": scores} for image in truth.images]
+        return _larger_is_better(evaluate_classification(truth, predictions).groups())
+
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """The groups "recognition" and, with a cancer class, "cancer"."""
         predictions = self._gather(self._predictions)
         if predictions is None:
             return OrderedDict()
         gt = self._metadata.json_file
+        if self._fits_map:
+            self.score_map = self._fit_map(gt, predictions)
+        if self.score_map is not None:
+            predictions = self.score_map.map_records(predictions)
         self.results = evaluate_classification(gt, predictions, bootstrap=self._bootstrap)
         if self._output_dir:
             path = Path(self._output_dir) / CLASSIFICATION_RESULTS
             write_atomically(path, json.dumps(predictions) + "\n")
             self._write(gt, CLASSIFICATION_RESULTS)
-        return OrderedDict(self.results.groups())
+        metrics = OrderedDict(self.results.groups())
+        if self._fits_map and self.score_map is not None:
+            metrics["score_map"] = {"temperature": self.score_map.temperature}
+        return metrics
+
+    def _fit_map(self, gt, predictions):
+        """The temperature of these probabilities, if any."""
+        truth = read_labels(gt)
+        probability, _ = read_probabilities(predictions, truth)
+        return Temperature.fit(probability, truth.label, self._dataset_name)

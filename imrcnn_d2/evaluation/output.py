@@ -50,6 +50,7 @@ class EvaluationResults:
     Attributes:
         calibration: n, ece, brier, mean_score, hit_rate of the scores, as probabilities of being
             right; the diagram is ``metrics.calibration``.
+        calibration_raw: the same of the scores before they were mapped; None where they were not.
         confusion (ConfusionMatrix):
         per_image: one row per image by ascending id, with the fields of its record.
         meta: the settings, and the size of the data set.
@@ -65,6 +66,7 @@ class EvaluationResults:
     """
 
     calibration: dict[str, float]
+    calibration_raw: dict[str, float] | None
     confusion: Any
     per_image: list[dict]
     meta: dict
@@ -123,7 +125,8 @@ class EvaluationResults:
 
     def document(self) -> dict:
         """What metrics.json holds, but for ``meta``."""
-        groups = {**self.groups(), **self._further_groups(), "calibration": self.calibration}
+        raw = {} if self.calibration_raw is None else {"calibration_raw": self.calibration_raw}
+        groups = {**self.groups(), **self._further_groups(), **raw, "calibration": self.calibration}
         document = {
             **interleave_intervals(groups, self.intervals),
             "confusion_matrix": {
@@ -251,6 +254,8 @@ def coco_results(detections, gt) -> list[dict]:
             "bbox": box,
             "score": float(detections.score[row]) if detections.scored else None,
         }
+        if detections.mapped:
+            record["raw_score"] = float(detections.raw_score[row])
         if regions.masks is not None:
             size, counts = regions.masks[row]["size"], regions.masks[row]["counts"]
             text = counts if isinstance(counts, str) else counts.decode()
@@ -277,6 +282,12 @@ def _is_number(value):
 def _is_value(value):
     values = value if isinstance(value, list) and len(value) == 2 else [value]
     return all(item is None or _is_number(item) for item in values)
+
+
+def _is_score_map(value):
+    if type(value) is not dict or not all(_is_number(value.get(k)) for k in ("slope", "offset")):
+        return False
+    return type(value.get("dataset")) in (str, type(None))
 
 
 def _range(low, high):
@@ -307,6 +318,7 @@ PREDICTIONS = {
     **dict.fromkeys(("model", "backbone", "version", "runtime", "precision"), NAME),
     **dict.fromkeys(("weights_sha256", "config_sha256"), NAME),
     "tau": SHARE,
+    "score_map": Kind("a map of scores", _is_score_map),
 }
 
 METRICS_FILE = {
@@ -320,8 +332,10 @@ METRICS_FILE = {
         "bootstrap": {"resamples": RESAMPLES.always(), "seed": COUNT.always(), "all_coco": FLAG},
         "versions": VERSIONS,
         "predictions": PREDICTIONS,
+        "score_map": {"temperature": NUMBER, "dataset": TEXT},  # of a classifier
     },
-    **dict.fromkeys(("bbox", "segm", "lesion", "image", "patient"), VALUES),
+    **dict.fromkeys(("bbox", "segm", "lesion", "paper", "image", "patient"), VALUES),
+    "unique_lesion": VALUES,
     **dict.fromkeys(("recognition", "cancer"), VALUES),
 }
 # The settings of an evaluation of detections.
@@ -330,8 +344,14 @@ LESIONS = {
         "tau": SHARE.always(),
         "iou_threshold": OVERLAP.always(),
         "iou_type": REGIONS.always(),
+        "score_map": {"slope": NUMBER.always(), "offset": NUMBER.always()},
     },
-    "tau_val": {"tau": SHARE.always(), "rule": TEXT.always(), "dataset": TEXT},
+    "tau_val": {
+        "tau": SHARE.always(),
+        "rule": TEXT.always(),
+        "dataset": TEXT,
+        "suppress_parts": FLAG,
+    },
 }
 RUN = {
     **dict.fromkeys(("model", "backbone"), NAME),
@@ -424,9 +444,8 @@ def read_coco_records(path: str | Path) -> dict:
     return _read(path, COCO, "images")
 
 
-def read_prediction_info(path: str | Path) -> dict | None:
-    """What a predictions.json says of its model; None of any other file or folder."""
-    content = read_json(Path(path)) if Path(path).is_file() else None
+def prediction_info(content: object) -> dict | None:
+    """What the content of a predictions.json says of its model; None of anything else."""
     info = content.get("info") if isinstance(content, dict) else None
     if not isinstance(info, dict) or "weights_sha256" not in info:
         return None

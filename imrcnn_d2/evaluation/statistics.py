@@ -1,19 +1,28 @@
-"""Bootstrap intervals of all metrics, and tests of a difference between two models."""
+"""Intervals of all metrics of a model."""
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 from threadpoolctl import threadpool_limits
 
-from imrcnn_d2.evaluation.detection.metrics import ResampledMetrics, is_count
+from imrcnn_d2.evaluation.detection.metrics import CURVE_METRICS, ResampledMetrics, is_count
 from imrcnn_d2.utils.progress import tqdm
+
+logger = logging.getLogger(__name__)
 
 # Coverage of all intervals.
 LEVEL = 0.95
+# Weight of the prior in proportion_interval; that of the data is G p (1 - p), of G units.
+PRIOR = 1.0
+# How many numbers of failures are tried there, about, where there are more.
+MOST_COUNTS = 200
+# Patients, or images, below which a warning says that intervals are rough.
+FEW = 30
 # Numbers held at a time while resampling, unless a chunk is given.
 CHUNK = 2_000_000
 NAN = math.nan
@@ -49,22 +58,128 @@ class Bootstrap:
             yield counts.reshape(rows, num_units).astype(np.int32)
 
 
-def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
-    """The percentiles between which the central 95 % of the defined samples of a metric lie (Efron
-    and Tibshirani 1993, chapter 13); NaN where all samples are."""
-    defined = samples[~np.isnan(samples)]
-    if not len(defined):
-        return NAN, NAN
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(defined, (tail, 100 - tail))
-    return float(low), float(high)
-
-
 def clopper_pearson(part: int, whole: int) -> tuple[float, float]:
     """The exact 95 % interval of a binomial proportion (Clopper and Pearson 1934), in [0, 1], of
     ``part`` among ``whole`` independent cases, at least 1."""
     interval = stats.binomtest(int(part), int(whole)).proportion_ci(LEVEL, method="exact")
     return float(interval.low), float(interval.high)
+
+
+def proportion_interval(part: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval, in [0, 1], of a proportion whose cases lie in units, such as the frames of
+    patients: Clopper and Pearson's on the effective number of cases (Korn and Graubard 1998,
+    "Confidence intervals for proportions with small expected number of positive counts estimated
+    from survey data", Survey Methodology 24).
+
+    The variance of the proportion p over units gives the number of independent cases that would
+    have the same variance: N, all cases, where the intra-cluster correlation is 0; G, the number of
+    units, where it is 1 and units are of one size. The correlation is undefined without failures
+    and badly known with few. So it is shrunk towards 1, where all cases of a unit turn out alike:
+    the estimate has the weight p (1 - p), this prior PRIOR / G. Six patients without a failure thus
+    are six cases, however many frames they have; where each unit has one case, the interval is
+    Clopper and Pearson's.
+
+    More failures may give a smaller estimate of the correlation, which must not make the interval a
+    better one. So the lower end is the lowest that any number of the failures would give, each
+    spread over the units such that the variance is largest and the units are fewest. The upper end
+    is 1 minus the lower end of the failures. So one more failure, or a success that becomes one,
+    hardly ever raises an end: 126 of 37,000 such steps did in random data with very unequal units,
+    by at most 0.14 percentage points. Where ever more failures lie in one unit alone, which comes
+    to outweigh the others, the upper end rises from its lowest value again (by 1.6 points with 30
+    units that have 5 successes and a failure each).
+
+    Args:
+        part: (U,), of the cases of each unit, those that count; for several runs, the mean number.
+        whole: (U,), cases of each unit; 1 or more in all.
+    """
+    part, whole = np.asarray(part, float), np.asarray(whole, float)
+    return _lower_end(part, whole - part), 1 - _lower_end(whole - part, part)
+
+
+def _lower_end(successes, failures):
+    """Of (U,) each; see :func:`proportion_interval`."""
+    if not successes.any():
+        return 0.0
+    end = failures.sum()
+    k = np.append(np.arange(0, end, max(1, end // MOST_COUNTS)), end)
+    squared = -_least_sum(k, failures, -failures)
+    mixed = _least_sum(k, failures, successes)
+    # Units that have a success, and those of failures alone that are needed for k.
+    alone = np.sort(failures[(successes == 0) & (failures > 0)])[::-1]
+    through = np.append(0, np.cumsum(alone))
+    needed = np.searchsorted(through, k - (end - through[-1]) - 1e-9)
+    units = np.count_nonzero(successes) + needed
+    cases = successes.sum() + k
+    q = k / cases
+    binomial = q * (1 - q)
+    variance = (1 - q) ** 2 * squared - 2 * binomial * mixed + q**2 * (successes**2).sum()
+    variance = np.maximum(variance, 0) / cases**2
+    effective = (binomial + PRIOR / units) / (variance + PRIOR / units**2)
+    effective = np.minimum(np.maximum(cases, 1), effective)
+    tail = (1 - LEVEL) / 2
+    return float(special.betaincinv(effective * (1 - q), effective * q + 1, tail).min())
+
+
+def _least_sum(number, amounts, values):
+    """The least sum of the values of ``number`` pieces, of which there are (U,) ``amounts``, each
+    piece of a unit with the unit's value."""
+    order = np.argsort(values, kind="stable")
+    through = np.cumsum(np.stack([amounts, amounts * values])[:, order], axis=1)
+    return np.interp(number, *np.pad(through, ((0, 0), (1, 0))))
+
+
+def rate_interval(number: np.ndarray, cases: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a number per case, such as of false alarms per image, whose cases lie in
+    units: Garwood's for a Poisson distribution (1936, doi 10.1093/biomet/28.3-4.437) on the
+    effective number of cases, from the variance over units shrunk as in :func:`proportion_interval`
+    towards cases of a unit that are all alike. Six patients without a false alarm thus are six
+    images.
+
+    Args:
+        number, cases: (U,) of each unit; 1 case or more in all.
+    """
+    number, cases = np.asarray(number, float), np.asarray(cases, float)
+    units, total = np.count_nonzero(cases), cases.sum()
+    rate = number.sum() / total
+    variance = ((number - rate * cases) ** 2).sum() / total**2
+    effective = min(total, (rate + PRIOR / units) / (variance + PRIOR / units**2))
+    events, tail = rate * effective, (1 - LEVEL) / 2
+    low = special.gammaincinv(events, tail) if events else 0.0
+    return float(low / effective), float(special.gammaincinv(events + 1, 1 - tail) / effective)
+
+
+def bootstrap_se(samples: np.ndarray, units: int) -> float:
+    """Standard error of a metric or a difference, of its (B,) defined resampled values. A resample
+    of G units has (G - 1) / G of the variance of a sample from the population (of a mean exactly),
+    hence the factor G / (G - 1). NaN with fewer than two resamples or units."""
+    if len(samples) < 2 or units < 2:
+        return NAN
+    return float(np.sqrt(np.var(samples, ddof=1) * units / (units - 1)))
+
+
+def bootstrap_interval(
+    value: float, samples: np.ndarray, units: int, limits: tuple[float, float]
+) -> tuple[float, float]:
+    """The 95 % interval of a metric by Student's t with G - 1 degrees of freedom, of the standard
+    error of its (B,) samples over ``units`` G, NaN where undefined. It is made on the scale of
+    log((x - a) / (b - x)) with the ``limits`` [a, b] of the metric, log(x - a) without an upper
+    one, to which the error is carried over by the derivative, so that it lies within the limits. A
+    value that is a limit has an interval on its own scale, cut there. NaN without variation.
+    """
+    samples = samples[~np.isnan(samples)]
+    if not len(samples) or np.allclose(samples, samples[0], rtol=1e-9, atol=0):
+        return NAN, NAN
+    lowest, highest = limits
+    half = bootstrap_se(samples, units) * stats.t.ppf((1 + LEVEL) / 2, units - 1)
+    above, below = value - lowest, highest - value
+    if min(above, below) <= 0:
+        return max(value - half, lowest), min(value + half, highest)
+    shift = half * (1 / above + 1 / below)
+    if np.isinf(below):
+        return float(lowest + above * np.exp(-shift)), float(lowest + above * np.exp(shift))
+    centre, width = np.log(above / below), highest - lowest
+    low, high = (lowest + width * special.expit(centre + s) for s in (-shift, shift))
+    return float(low), float(high)
 
 
 def resampled_metrics(
@@ -97,6 +212,11 @@ def add_intervals(results, bootstrap: Bootstrap | None):
     without a bootstrap."""
     if bootstrap is None:
         return results
+    if results.metrics.num_units < FEW:
+        logger.warning(
+            f"There are only {results.metrics.num_units} {results.metrics.unit}s: intervals are "
+            f"approximate below {FEW}."
+        )
     intervals, undefined_shares = confidence_intervals(results.metrics, bootstrap)
     return replace(results, intervals=intervals, undefined_shares=undefined_shares)
 
@@ -104,13 +224,12 @@ def add_intervals(results, bootstrap: Bootstrap | None):
 def confidence_intervals(
     metrics: ResampledMetrics, bootstrap: Bootstrap, resampled: dict | None = None
 ) -> tuple[dict[str, dict[str, tuple[float, float]]], dict[str, float]]:
-    """95 % intervals of all metrics but counts: percentiles of the resampled values. Resamples in
-    which a metric is undefined are left out.
-
-    Where a proportion is exactly 0 or 100 %, all resamples agree and carry no information; its
-    interval is then Clopper and Pearson's for independent cases, F1's by way of
-    TP / (TP + FP + FN). Other metrics of which the resamples agree (such as an AUROC of 100 %) have
-    no interval: NaN.
+    """95 % intervals of all metrics but counts: of proportions :func:`proportion_interval`, of
+    others :func:`bootstrap_interval` of the resamples in which they are defined. F1 has the
+    interval of TP / (TP + FP + FN). Of what is read off a curve, the sensitivities of FROC and
+    CURVE_METRICS, which depends on the scores in all images, the wider end of both holds on either
+    side: near 100 %, where few images differ, resamples alone say too little. So it is with false
+    alarms per image and :func:`rate_interval`.
 
     Args:
         resampled: :func:`resampled_metrics` of these, where already computed.
@@ -133,106 +252,15 @@ def confidence_intervals(
             if not math.isnan(value):
                 if share := float(np.isnan(samples).mean()):
                     undefined[f"{group}.{name}"] = share
-                _, whole = proportions.get(group, {}).get(name, (None, None))
-                if whole is not None and value in (0, 100):
-                    whole = max(1, round(float(whole)))
-                    interval = clopper_pearson(whole if value else 0, whole)
+                cases, limits = proportions.get(group, {}).get(name), metrics.limits(group, name)
+                is_rate = math.isinf(limits[1])
+                if cases is None or is_rate or group == "froc" or name in CURVE_METRICS:
+                    interval = bootstrap_interval(value, samples, metrics.num_units, limits)
+                if cases is not None:
+                    exact = rate_interval(*cases) if is_rate else proportion_interval(*cases)
                     if name.startswith("f1"):
-                        interval = (2 * s / (1 + s) for s in interval)
-                    interval = tuple(100 * share for share in interval)
-                else:
-                    low, high = percentile_interval(samples)
-                    if not np.isclose(low, high, rtol=1e-9):
-                        interval = low, high
+                        exact = [2 * s / (1 + s) for s in exact]
+                    low, high = exact if is_rate else (100 * share for share in exact)
+                    interval = float(np.fmin(low, interval[0])), float(np.fmax(high, interval[1]))
             intervals[group][name] = interval
     return intervals, undefined
-
-
-@dataclass(frozen=True)
-class Difference:
-    """First minus second, in the unit of the metric. Undefined is NaN."""
-
-    estimate: float
-    low: float  # 95 % interval
-    high: float
-    p: float  # two-sided, of the hypothesis that there is no difference
-    undefined_share: float = 0.0  # of the resamples left out, in which a metric is undefined
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Cases that the first model alone has right, and the second; the exact two-sided p."""
-
-    only_first: int
-    only_second: int
-    p: float
-
-
-def bootstrap_difference(estimate: float, first: np.ndarray, second: np.ndarray) -> Difference:
-    """Paired bootstrap: the same resamples of the same units, scored with two models.
-
-    ``estimate`` is the difference on all units; ``first`` and ``second`` are the (B,) resampled
-    values of a metric of either model, NaN where undefined. p = 2 min(share <= 0, share >= 0) of
-    the differences, at most 1 and at least 1 / (B + 1).
-    """
-    estimate = float(estimate)
-    differences = np.asarray(first, float) - np.asarray(second, float)
-    defined = differences[np.isfinite(differences)]
-    undefined = float(1 - len(defined) / len(differences)) if len(differences) else NAN
-    if not len(defined) or not math.isfinite(estimate):
-        return Difference(estimate, NAN, NAN, NAN, undefined)
-    p = 2 * min(np.mean(defined <= 0), np.mean(defined >= 0))
-    p = min(1.0, max(p, 1 / (len(defined) + 1)))
-    return Difference(estimate, *percentile_interval(defined), float(p), undefined)
-
-
-def mcnemar_exact(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
-    """McNemar's exact test of the same (U,) bool cases: among those that one model alone has right,
-    is each as often the one? p is 1 where no case tells the models apart."""
-    first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
-    only_first, only_second = int(np.sum(first & ~second)), int(np.sum(~first & second))
-    discordant = only_first + only_second
-    p = stats.binomtest(only_first, discordant).pvalue if discordant else 1.0
-    return McNemar(only_first, only_second, float(p))
-
-
-def corrected_resampled_t_test(
-    differences: Sequence[float], n_train: float, n_test: float
-) -> Difference:
-    """Nadeau and Bengio's t-test for folds, whose training sets overlap: the variance of the mean
-    is (1 / k + n_test / n_train) s^2 instead of s^2 / k ("Inference for the generalization error",
-    Machine Learning 52, 2003, doi 10.1023/A:1024068626366).
-
-    Args:
-        differences: (k,) first minus second, one per fold; k >= 2.
-        n_train, n_test: images that a fold's models were trained and tested on.
-
-    Returns:
-        The mean with interval and p by Student's t, NaN where a fold is undefined, or where folds
-        differ by the same amount, not 0.
-    """
-    differences = np.asarray(differences, float)
-    if len(differences) < 2:
-        raise ValueError(f"{len(differences)} fold cannot be tested: at least two are needed.")
-    if not (n_train > 0 and n_test > 0):
-        raise ValueError(f"n_train = {n_train}, n_test = {n_test}: both must be above 0.")
-    mean, sd = float(differences.mean()), float(differences.std(ddof=1))
-    if not differences.any():
-        return Difference(0.0, 0.0, 0.0, 1.0)
-    if np.ptp(differences) == 0:
-        return Difference(mean, NAN, NAN, NAN)
-    error = sd * np.sqrt(1 / len(differences) + n_test / n_train)
-    t = stats.t(df=len(differences) - 1)
-    low, high = mean + error * t.ppf([0.025, 0.975])
-    return Difference(mean, float(low), float(high), float(2 * t.sf(abs(mean) / error)))
-
-
-def holm(p_values: Sequence[float]) -> np.ndarray:
-    """(T,) p-values of one family of tests, adjusted by Holm's step-down method. NaN stays, and
-    does not count as a test."""
-    p_values = np.asarray(p_values, float)
-    adjusted = np.full(p_values.shape, np.nan)
-    order = np.argsort(p_values)[: np.isfinite(p_values).sum()]  # NaN comes last
-    stepped = np.arange(len(order), 0, -1) * p_values[order]
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(stepped))
-    return adjusted

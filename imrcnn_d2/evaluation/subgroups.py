@@ -5,6 +5,7 @@ as a data set, with every metric. A column of lesions (Paris class, size in mm) 
 alone; false alarms belong to no lesion, so that there are recall and overlaps only.
 """
 
+import logging
 import math
 import re
 from dataclasses import dataclass, replace
@@ -20,9 +21,12 @@ from imrcnn_d2.evaluation.detection.metrics import (
     lesion_proportions,
     size_metrics,
 )
-from imrcnn_d2.evaluation.detection.results import LesionResults, OperatingPoint
+from imrcnn_d2.evaluation.detection.operating_point import OperatingPoint
+from imrcnn_d2.evaluation.detection.results import LesionResults
 from imrcnn_d2.evaluation.output import interleave_intervals
-from imrcnn_d2.evaluation.statistics import Bootstrap, confidence_intervals
+from imrcnn_d2.evaluation.statistics import FEW, Bootstrap, confidence_intervals
+
+logger = logging.getLogger(__name__)
 
 # Name of the group of those for which the column has no value.
 UNKNOWN = "not known"
@@ -116,16 +120,22 @@ def with_groups(
         if level == "lesion":
             groups = _of_lesions(results, names, group, bootstrap)
         else:
-            groups = {}
+            groups, few = {}, []
             for number, name in enumerate(names):
-                part = results.part(
-                    np.flatnonzero(group == number),
-                    operating_point=operating_point,
-                    bootstrap=bootstrap,
-                )
+                positions = np.flatnonzero(group == number)
+                part = results.part(positions, operating_point=operating_point)
+                intervals, shares = {}, {}
+                if bootstrap is not None:
+                    intervals, shares = confidence_intervals(part.metrics, bootstrap)
+                    few += [name] if part.metrics.num_units < FEW else []
                 n = {key: part.meta.get(key) for key in ("images", "lesions", "patients")}
                 n = {key: count for key, count in n.items() if count is not None}
-                groups[name] = Group(n, part.compared(), part.intervals, part.undefined_shares)
+                groups[name] = Group(n, part.compared(), intervals, shares)
+            if few:
+                logger.warning(
+                    f"{by.column}: intervals are approximate in groups of fewer than {FEW} "
+                    f"{results.metrics.unit}s: {', '.join(few)}."
+                )
         by_group[by.column] = GroupedMetrics(level, groups)
     return replace(results, by_group=by_group)
 

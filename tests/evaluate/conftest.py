@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from rectangles import rectangle
+from rectangles import rectangle, rectangles
+from scipy import special, stats
 
 HEIGHT, WIDTH = 40, 50
 
@@ -76,3 +77,36 @@ def dataset():
 @pytest.fixture(scope="session")
 def random_case():
     return make_random
+
+
+@pytest.fixture(scope="session")
+def t_interval():
+    """The interval of a metric in percent, or between other limits, of its resampled values."""
+
+    def interval(value, samples, units, low=0, high=100):
+        share = (value - low) / (high - low)
+        error = np.nanstd(samples, ddof=1) * np.sqrt(units / (units - 1)) / (high - low)
+        half = stats.t(units - 1).ppf(0.975) * error / (share * (1 - share))
+        return tuple(low + (high - low) * special.expit(special.logit(share) + [-half, half]))
+
+    return interval
+
+
+@pytest.fixture
+def worked(dataset, region):
+    """Four images, five lesions of two classes and a crowd. By falling score: hit, false alarm, hit
+    and false alarm at 0.7, on the crowd alone, false alarm, hit."""
+    data = dataset(
+        4,
+        rectangles(
+            "1 0 0 10 10; 1 20 0 10 10 class 2; 2 0 0 10 10; 2 20 0 10 10; 3 0 0 10 10 class 2; "
+            "3 20 20 20 20 crowd"
+        ),
+        classes=("a", "b"),
+    )
+    # (6) of the other class
+    results = rectangles(
+        "1 0 0 10 10 @0.9; 4 0 0 10 10 @0.8; 2 0 0 10 10 @0.7; 2 0 20 10 10 @0.7; "
+        "3 20 20 10 10 @0.6; 3 0 0 10 10 @0.5; 1 20 0 10 10 class 2 @0"
+    )
+    return data, results

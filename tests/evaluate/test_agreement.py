@@ -126,6 +126,16 @@ def calls(dataset, region, answers):
     return dataset(len(answers), [region(i, 0, 0, 9, 9) for i, yes in enumerate(answers, 1) if yes])
 
 
+@pytest.mark.parametrize("raw, tau, number", [(None, 0.7, 1), (0.9, 0.5, 2)])
+def test_the_threshold_of_a_model_is_that_of_such_scores(dataset, region, raw, tau, number):
+    """0.7 of scores as a network gives them, 0.5 of probabilities, which have a raw score too."""
+    fields = {} if raw is None else {"raw_score": raw}
+    results = [region(1, 20 * n, 0, 9, 9, score=s) | fields for n, s in enumerate((0.8, 0.6, 0.4))]
+    for option, expected in ((None, number), (0.3, 3)):
+        model = read_model("net", results, option, read_annotator("a", dataset(1)))
+        assert (model.tau, len(model.truth.regions.image)) == (option or tau, expected)
+
+
 def test_three_annotators_and_a_model(dataset, region):
     rng = np.random.default_rng(0)
     truth = rng.random(40) < 0.6
@@ -149,7 +159,7 @@ def test_three_annotators_and_a_model(dataset, region):
     assert low < values["difference"]["kappa"] < high
 
 
-def test_intervals_resample_patients(dataset, region):
+def test_intervals_resample_patients(dataset, region, t_interval):
     answers = np.random.default_rng(1).random((2, 30)) < 0.5
     a, b = (calls(dataset, region, row) for row in answers)
     for image in a["images"]:
@@ -162,7 +172,7 @@ def test_intervals_resample_patients(dataset, region):
     for sample in weights:
         images = np.repeat(np.arange(30), sample[np.arange(1, 31) // 3])
         kappas.append(reference_kappa(*answers[:, images]))
-    expected = tuple(np.nanpercentile(kappas, (2.5, 97.5)))
+    expected = t_interval(reference_kappa(*answers), kappas, 11, -1, 1)
     assert result.intervals["a vs b"]["kappa"] == pytest.approx(expected)
 
 

@@ -9,14 +9,21 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize, special, stats
 from sklearn import metrics
 
 from imrcnn_d2.data.catalog import register_classification_dataset
-from imrcnn_d2.evaluation import Bootstrap, ClassificationEvaluator, evaluate_classification
-from imrcnn_d2.evaluation.output import write_results
-from imrcnn_d2.evaluation.statistics import clopper_pearson
+from imrcnn_d2.evaluation import (
+    Bootstrap,
+    ClassificationEvaluator,
+    Temperature,
+    evaluate_classification,
+)
+from imrcnn_d2.evaluation.output import read_metrics, write_results
+from imrcnn_d2.evaluation.statistics import clopper_pearson, proportion_interval
 from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
 from imrcnn_d2.report.tables import groups_table
+from imrcnn_d2.utils.files import BadInputError
 
 CLASSES = ("gastric cancer", "ulcer", "gastritis")
 
@@ -119,15 +126,17 @@ def test_a_case_worked_out_by_hand():
     scored = evaluate([0, 0, 1, 1, 2, 2], probability)
     assert scored.confusion.rows() == [[1, 1, 0], [1, 1, 0], [0, 0, 2]]
     assert scored.recognition["auroc_gastric cancer"] == 100 * (4 + 3) / 8  # 0.5 beats 0.2 once
-    # |mean score - share right| of the bins that end at 0.5, 0.7, 0.8 and 0.9
-    ece = (1 * 0.5 + 2 * (0.7 - 0.5) + 2 * (1 - 0.8) + 1 * (1 - 0.9)) / 6
+    # |mean score - share right| of the bins that end at 0.5, 0.7, 0.8 and 0.9; in the second, of
+    # which one is right, less what chance adds to a distance of 0.2: its hit rate has sd 0.354.
+    chance = stats.foldnorm(0.2 / 0.125**0.5, scale=0.125**0.5).mean() - 0.2
+    ece = (1 * 0.5 + 2 * (0.7 - 0.5 - chance) + 2 * (1 - 0.8) + 1 * (1 - 0.9)) / 6
     assert scored.calibration["ece"] == pytest.approx(100 * ece)
     assert scored.right().tolist() == [1, 0, 1, 0, 1, 1] and scored.right(tau_val=True) is None
     row = {"image_id": 4, "label": "ulcer", "predicted": "gastric cancer", "outcome": "wrong"}
     assert {**row, "score": 0.5, "score_gastritis": 0}.items() <= scored.per_image[3].items()
 
 
-def test_intervals_are_those_of_resampled_data_sets():
+def test_intervals_are_those_of_resampled_data_sets(t_interval):
     labels, probability = random_case(1, 40, 3)
     patients, bootstrap = [f"p{i // 3}" for i in range(40)], Bootstrap(50, seed=3)
     scored = evaluate(labels, probability, patients=patients, bootstrap=bootstrap)
@@ -137,10 +146,21 @@ def test_intervals_are_those_of_resampled_data_sets():
     for row in weights:
         chosen = np.repeat(np.arange(40), row[np.arange(40) // 3])
         samples.append(evaluate(labels[chosen], probability[chosen]).groups())
-    names = ("top1", "balanced_accuracy", "auroc_ulcer", "cross_entropy", "precision_gastritis")
-    for group, name in (*(("recognition", name) for name in names), ("cancer", "auroc")):
-        ends = np.percentile([groups[group][name] for groups in samples], (2.5, 97.5))
-        assert scored.intervals[group][name] == pytest.approx(tuple(ends))
+    names = (("recognition", "balanced_accuracy"), ("recognition", "auroc_ulcer"))
+    for group, name in (*names, ("cancer", "auroc")):
+        values = [groups[group][name] for groups in samples]
+        expected = t_interval(scored.groups()[group][name], values, 14)
+        assert scored.intervals[group][name] == pytest.approx(expected)
+    # Above 0 only, so of the logarithm.
+    values = [groups["recognition"]["cross_entropy"] for groups in samples]
+    error = np.std(values, ddof=1) * np.sqrt(14 / 13) * stats.t(13).ppf(0.975)
+    value = scored.recognition["cross_entropy"]
+    expected = value * np.exp(np.array([-1, 1]) * error / value)
+    assert scored.intervals["recognition"]["cross_entropy"] == pytest.approx(tuple(expected))
+    # Shares of images, of which patients have three.
+    right = np.bincount(np.arange(40) // 3, scored.right())
+    top1 = proportion_interval(right, np.bincount(np.arange(40) // 3))
+    assert scored.intervals["recognition"]["top1"] == pytest.approx(tuple(100 * np.array(top1)))
     assert "TP" not in scored.intervals["cancer"]
 
 
@@ -274,6 +294,47 @@ def test_evaluator(gt, probability, tmp_path):
     assert (out / "per_image.csv").read_text().count("\n") == 9
 
 
+def test_validation_fits_a_temperature_and_the_final_evaluation_applies_it(gt, tmp_path):
+    probability = torch.tensor(0.02 + 0.94 * np.eye(3)[[0, 1, 2, 0, 1, 0, 1, 1]])  # two are wrong
+    raw = make_results(probability)
+    evaluator = ClassificationEvaluator(NAME, output_dir=tmp_path / "val", fits_map=True)
+    metrics_of_validation = run(evaluator, probability, range(1, 9))
+    fitted = Temperature.fit(probability.numpy(), np.array(LABELS), NAME)
+    assert evaluator.score_map == fitted and fitted.temperature > 1.5
+    assert metrics_of_validation["score_map"] == {"temperature": fitted.temperature}
+    final = ClassificationEvaluator(NAME, output_dir=tmp_path / "test", score_map=fitted)
+    values = run(final, probability, range(1, 9))
+    assert "score_map" not in values
+    plain = evaluate_classification(gt, raw)
+    for name in ("val", "test"):
+        written = read_metrics(tmp_path / name / "metrics.json")
+        assert written["meta"]["score_map"] == vars(fitted)
+        assert written["recognition"]["top1"] == plain.recognition["top1"] == 75
+        assert written["recognition"]["cross_entropy"] < plain.recognition["cross_entropy"]
+        assert written["calibration_raw"] == plain.calibration
+        assert written["calibration"]["ece"] < plain.calibration["ece"] - 10
+        results = json.loads((tmp_path / name / "recognition_results.json").read_text())
+        assert [r["raw_scores"] for r in results] == [r["scores"] for r in raw]
+        mapped = [r["scores"] for r in results]
+        np.testing.assert_allclose(mapped, fitted(probability.numpy()), rtol=1e-12)
+    all_right = torch.tensor(np.eye(3)[LABELS])
+    assert "score_map" not in run(evaluator, all_right, range(1, 9))
+    assert evaluator.score_map is None
+    without = ClassificationEvaluator(NAME, output_dir=tmp_path / "plain")
+    run(without, probability, range(1, 9))
+    for path in ("recognition_results.json", "metrics.json"):
+        text = (tmp_path / "plain" / path).read_text()
+        assert "raw_scores" not in text and "calibration_raw" not in text
+    again = evaluate_classification(gt, tmp_path / "test" / "recognition_results.json")
+    part = again.part(np.arange(7), bootstrap=Bootstrap(40))
+    assert part.calibration_raw == evaluate(LABELS[:7], probability[:7].numpy()).calibration
+    low, high = part.intervals["calibration_raw"]["brier"]
+    assert low <= part.calibration_raw["brier"] <= high
+    results[1].pop("raw_scores")
+    with pytest.raises(ValueError, match="image 2 the raw_scores None"):
+        evaluate_classification(gt, results)
+
+
 def test_processes_share_the_images(gt, probability, monkeypatch):
     alone = run(ClassificationEvaluator(NAME), probability, range(1, 9))
     parts = []
@@ -298,3 +359,64 @@ def test_evaluator_of_other_classes_or_images(gt, probability):
             ClassificationEvaluator("no_file")
     finally:
         DatasetCatalog.remove("no_file")
+
+
+def overconfident(number, seed=0, factor=2.5):
+    """(N,) labels sampled from the softmax of random logits, and (N, K) probabilities of logits
+    that are ``factor`` times as large."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=1.5, size=(number, 3))
+    true = special.softmax(logits, axis=1)
+    labels = (true.cumsum(axis=1) < rng.random((number, 1))).sum(axis=1)
+    return labels, special.softmax(factor * logits, axis=1)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1, 2.5])
+def test_a_temperature_is_that_of_the_least_cross_entropy(factor):
+    """Against a search over its logarithm of scikit-learn's log_loss."""
+    labels, probability = overconfident(2000, factor=factor)
+
+    def loss(log_temperature):
+        powers = probability ** np.exp(-log_temperature)
+        return metrics.log_loss(labels, powers / powers.sum(axis=1, keepdims=True))
+
+    expected = np.exp(optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded").x)
+    fitted = Temperature.fit(probability, labels, "val")
+    assert fitted.temperature == pytest.approx(expected, rel=1e-3) == pytest.approx(factor, rel=0.1)
+    assert fitted.dataset == "val"
+
+
+def test_a_temperature_calibrates_the_other_half_and_changes_no_prediction():
+    labels, probability = overconfident(4000)
+    fitted = Temperature.fit(probability[:2000], labels[:2000])
+    mapped = fitted(probability[2000:])
+    before = evaluate(labels[2000:], probability[2000:])
+    after = evaluate(labels[2000:], mapped)
+    assert before.calibration["ece"] > 12 and after.calibration["ece"] < 3
+    assert after.recognition["cross_entropy"] < before.recognition["cross_entropy"] - 0.1
+    for name in ("top1", "balanced_accuracy", "f1"):
+        assert after.recognition[name] == before.recognition[name]
+    np.testing.assert_array_equal(mapped.argsort(axis=1), probability[2000:].argsort(axis=1))
+    np.testing.assert_allclose(mapped.sum(axis=1), 1)
+    sure = np.array([1, 0, 0], np.float32)  # a softmax that has underflowed
+    assert np.isfinite(fitted(sure)).all() and fitted(sure).argmax() == 0
+
+
+def test_where_no_temperature_can_be_fitted(caplog):
+    probability = np.full((5, 2), [0.6, 0.4])
+    assert Temperature.fit(probability, np.zeros(5, int)) is None
+    assert Temperature.fit(np.empty((0, 2)), np.empty(0, int)) is None
+    always_wrong = Temperature.fit(probability, np.ones(5, int))
+    assert "no likelier" in caplog.text and always_wrong.temperature == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({"temperature": t, "dataset": None} for t in (0, -1, np.nan, np.inf, "1", None, 10**400)),
+        *({"temperature": 1.0}, {"temperature": 1.0, "dataset": 3}, [1.0], {"slope": 1.0}),
+    ],
+)
+def test_what_is_no_temperature_is_refused(value, tmp_path):
+    with pytest.raises(BadInputError, match="a.pth.*score_map.*temperature"):
+        Temperature.of_file(value, tmp_path / "a.pth")

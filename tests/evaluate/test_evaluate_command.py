@@ -7,7 +7,8 @@ from PIL import Image
 from rectangles import rectangle
 
 from imrcnn_d2.cli import agreement, evaluate, report
-from imrcnn_d2.evaluation.output import read_test_log
+from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
+from imrcnn_d2.evaluation.output import prediction_info, read_test_log
 
 RESULTS = "coco_instances_results.json"
 TABLES = ("per_image", "pr_curve", "froc", "calibration", "thresholds", "by_size")
@@ -36,6 +37,47 @@ def run(gt, dt, output, *options):
     arguments = ["--gt", gt, "--dt", dt, "--output", output, "--resamples", 100, *options]
     evaluate.main([str(argument) for argument in arguments])
     return json.loads((output / "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_calibration_before_and_after_a_map_is_printed(case, tmp_path, capsys):
+    gt, dt = case
+    records = [{**record, "raw_score": 0.99} for record in json.loads(dt.read_text())]
+    dt.write_text(json.dumps(records))
+    metrics = run(gt, dt, tmp_path / "out")
+    printed = capsys.readouterr().out
+    for group in ("calibration", "calibration_raw"):
+        assert group in printed and f"{metrics[group]['mean_score']:.2f}" in printed
+    assert metrics["calibration_raw"]["mean_score"] == pytest.approx(99)
+
+
+def test_the_threshold_is_that_of_the_scores(case, tmp_path, capsys):
+    """Of mapped scores, 0.5 and of others the paper's; none is taken from the predictions."""
+    gt, dt = case
+    records = json.loads(dt.read_text())
+    mapped = [{**record, "raw_score": record["score"]} for record in records]
+    info = {"weights_sha256": "ab", "tau": 0.65}
+    images = json.loads(gt.read_text())["images"]
+    predictions = {"info": info, "images": images, "annotations": mapped}
+    predictions["categories"] = json.loads(gt.read_text())["categories"]
+    for content, given, tau, texts in (
+        (records, None, 0.7, ("0.7", "--tau")),
+        (mapped, None, 0.5, ("0.5", "--tau")),
+        (records, 0.5, 0.5, ()),
+        (predictions, 0.65, 0.65, ()),
+    ):
+        detections = read_results(content, read_ground_truth(gt))
+        assert evaluate.threshold(given, detections, prediction_info(content)) == tau
+        printed = capsys.readouterr().out
+        assert all(text in printed for text in texts) and bool(texts) == bool(printed)
+    dt.write_text(json.dumps(predictions))
+    metrics = run(gt, dt, tmp_path / "out")
+    assert (metrics["meta"]["tau"], metrics["lesion"]["FP"]) == (0.5, 1)
+    first = capsys.readouterr().out.split("\n\n")[0]
+    assert all(text in first for text in ("0.5", "--tau", "0.65"))
+    assert metrics["meta"]["predictions"] == info
+    # The results that it leaves, scored again, are the same.
+    again = run(gt, tmp_path / "out" / RESULTS, tmp_path / "again")
+    assert again["meta"]["tau"] == 0.5 and again["paper"]["FP"] == metrics["paper"]["FP"] == 0
 
 
 def test_scores_results(case, tmp_path, capsys):
@@ -84,7 +126,7 @@ def test_a_threshold_from_a_validation_set(case, tmp_path, capsys):
     point = {"tau": 0.6, "rule": "recall>=90", "dataset": str(val)}
     assert point.items() <= metrics["tau_val"].items()
     assert len(metrics["tau_val"]["image"]["recall_ci"]) == 2
-    assert "Score ≥ 0.6 (tau_val)" in capsys.readouterr().out
+    assert "score ≥ 0.6 (tau_val)" in capsys.readouterr().out
     for options, message in (
         ((*chosen, "--tau-rule", "best"), "'best'"),
         (("--tau-from", gt, dt), f"--tau-from {gt}"),

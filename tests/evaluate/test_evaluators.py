@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import uuid
+from dataclasses import replace
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -13,19 +14,31 @@ import torch.multiprocessing as mp
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.evaluation import COCOEvaluator, print_csv_format, verify_results
+from detectron2.evaluation import (
+    COCOEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
+from imrcnn_d2.cli import prepare_dataset
+from imrcnn_d2.data.catalog import register_data_set
+from imrcnn_d2.deploy import load_model, pretrained
+from imrcnn_d2.engine import Trainer
 from imrcnn_d2.engine.launch import leave_process_groups
 from imrcnn_d2.evaluation import (
     Bootstrap,
     LesionEvaluator,
     OperatingPoint,
+    ScoreMap,
     choose_operating_point,
     evaluate_lesions,
 )
+
+from .test_curves import expected_error
 
 SIZE = (40, 50)
 RESULTS = "coco_instances_results.json"
@@ -98,7 +111,7 @@ def test_agrees_with_detectron2_and_with_scoring_the_files(case, register, tmp_p
     dataset, results, pairs = case
     name = register(dataset)
     metrics = run(LesionEvaluator(name, tau=0.4, output_dir=str(tmp_path / "out")), pairs)
-    assert list(metrics) == ["bbox", "segm", "lesion", "image", "patient"]
+    assert list(metrics) == ["bbox", "segm", "lesion", "paper", "image", "patient"]
     stock = run(COCOEvaluator(name, distributed=False, use_fast_impl=False), pairs)
     for group in ("bbox", "segm"):
         shared = {key: metrics[group][key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
@@ -120,7 +133,8 @@ def test_a_final_evaluation_records_its_sources(case, register, tmp_path):
     point, bootstrap = OperatingPoint(0.35, "f1", "val"), Bootstrap(20)
     options = {"operating_point": point, "bootstrap": bootstrap, "meta": checkpoint}
     metrics = run(LesionEvaluator(name, output_dir=str(tmp_path / "out"), **options), pairs)
-    assert list(metrics) == ["bbox", "segm", "lesion", "image", "patient"]  # floats only, for hooks
+    groups = ["bbox", "segm", "lesion", "paper", "image", "patient"]
+    assert list(metrics) == groups  # floats only, for hooks
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     gt, dt = tmp_path / f"{name}.json", tmp_path / "out" / RESULTS
     sources = {"gt": str(gt), "image_root": str(tmp_path), "dt": str(dt)}
@@ -136,19 +150,74 @@ def test_a_final_evaluation_records_its_sources(case, register, tmp_path):
 def test_a_validation_chooses_a_threshold(case, register):
     dataset, results, pairs = case
     name = register(dataset)
-    chosen = choose_operating_point(evaluate_lesions(dataset, results), "recall>=20")
+    raw = evaluate_lesions(dataset, results)
+    chosen = choose_operating_point(raw, "recall>=20").tau
+    calibration = raw.metrics.calibration
+    fitted = ScoreMap.fit(calibration.score, calibration.hit, name)
     evaluator = LesionEvaluator(name, tau_rule="recall>=20")
-    assert run(evaluator, pairs)["lesion"]["tau_val"] == chosen.tau
-    assert "tau_val" not in run(LesionEvaluator(name), pairs)["lesion"]
-    assert math.isnan(run(evaluator, to_outputs(dataset, []))["lesion"]["tau_val"])
-    healthy = LesionEvaluator(register({**dataset, "annotations": []}), tau_rule="f1")
-    assert math.isnan(run(healthy, pairs)["lesion"]["tau_val"])
+    metrics = run(evaluator, pairs)
+    assert metrics["score_map"] == {"slope": fitted.slope, "offset": fitted.offset}
+    assert evaluator.score_map == fitted
+    assert metrics["lesion"]["tau_val"] == pytest.approx(fitted(chosen), abs=1e-12)
+    assert evaluator.results.meta["tau"] == 0.5
+    for other, data, detected in (
+        (name, dataset, []),
+        (register({**dataset, "annotations": []}), {**dataset, "annotations": []}, results),
+    ):  # without a hit, scores stay as they are
+        evaluator = LesionEvaluator(other, tau_rule="f1")
+        metrics = run(evaluator, to_outputs(data, detected))
+        assert "score_map" not in metrics and evaluator.score_map is None
+        assert math.isnan(metrics["lesion"]["tau_val"]) and evaluator.results.meta["tau"] == 0.7
+    metrics = run(LesionEvaluator(name), pairs)
+    assert "tau_val" not in metrics["lesion"] and "score_map" not in metrics
     with pytest.raises(ValueError, match="best"):
         LesionEvaluator(name, tau_rule="best")
 
 
+@pytest.mark.parametrize("slope, offset", [(0.4, -1.5), (1.7, 0.8)])
+def test_mapped_scores_give_the_same_metrics_at_the_mapped_threshold(
+    case, register, tmp_path, slope, offset
+):
+    """As a map keeps the order of scores, only what scores mean is another."""
+    dataset, results, pairs = case
+    name, score_map = register(dataset), ScoreMap(slope, offset, "val")
+    point, raw_tau, folder = OperatingPoint(0.35, "f1", "val"), 0.45, tmp_path / "out"
+    mapped_point = replace(point, tau=float(score_map(point.tau)))
+    options = {"output_dir": str(folder), "score_map": score_map}
+    tau = float(score_map(raw_tau))
+    metrics = run(LesionEvaluator(name, tau=tau, operating_point=mapped_point, **options), pairs)
+    raw = evaluate_lesions(dataset, results, tau=raw_tau, operating_point=point)
+    for group, values in raw.groups().items():
+        assert metrics[group] == pytest.approx(values, nan_ok=True, abs=0, rel=1e-12), group
+    written = json.loads((folder / "metrics.json").read_text())
+    assert written["tau_val"]["lesion"]["TP"] == raw.tau_val["lesion"]["TP"]
+    assert written["meta"]["score_map"] == {"slope": slope, "offset": offset, "dataset": "val"}
+    assert written["meta"]["tau"] == tau
+    records = json.loads((folder / RESULTS).read_text())
+    raw_scores = [record["raw_score"] for record in records]
+    assert sorted(raw_scores) == sorted(result["score"] for result in results)
+    for record, score in zip(records, raw_scores, strict=True):
+        # Platt's formula by hand: the odds to the power of the slope, times exp(offset).
+        odds = (score / (1 - score)) ** slope * math.exp(offset)
+        assert record["score"] == pytest.approx(odds / (1 + odds), abs=1e-9)
+
+
+def test_the_threshold_is_of_mapped_scores_or_the_papers(case, register):
+    name, score_map = register(case[0]), ScoreMap(0.5, -1.0)
+    for given, mapped, expected in (
+        (None, score_map, 0.5),
+        (None, None, 0.7),
+        (0.5, None, 0.7),
+        *((0.6, each, 0.6) for each in (score_map, None)),
+    ):
+        tau = {} if given is None else {"tau": given}
+        evaluator = LesionEvaluator(name, score_map=mapped, **tau)
+        run(evaluator, case[2])
+        assert evaluator.results.meta["tau"] == expected
+
+
 def test_detectron2_accepts_the_metrics(case, register):
-    metrics = run(LesionEvaluator(register(case[0])), case[2])
+    metrics = run(LesionEvaluator(register(case[0]), tau_rule="f1"), case[2])
     flat = flatten_results_dict(metrics)
     assert {"segm/AP50_voc", "lesion/selection", "image/auroc"} <= set(flat)
     assert all(type(value) is float for value in flat.values())
@@ -215,7 +284,8 @@ def _evaluate_half(rank, store, json_file, pairs, folder):
     register_coco_instances("halves", {}, json_file, folder)
     # The first has the later images, and the second one of them again, as if padded.
     half = pairs[5:] if rank == 0 else pairs[:6]
-    results = run(LesionEvaluator("halves", output_dir=f"{folder}/{rank}"), half)
+    evaluator = LesionEvaluator("halves", tau_rule="f1", output_dir=f"{folder}/{rank}")
+    results = run(evaluator, half)
     torch.save(dict(results), f"{folder}/{rank}.pth")
     leave_process_groups()
 
@@ -224,10 +294,36 @@ def _evaluate_half(rank, store, json_file, pairs, folder):
 def test_two_processes_give_what_one_gives(case, register, tmp_path):
     dataset, _, pairs = case
     name = register(dataset)
-    alone = run(LesionEvaluator(name), pairs)
+    alone = run(LesionEvaluator(name, tau_rule="f1"), pairs)
     json_file = MetadataCatalog.get(name).json_file
     args = (str(tmp_path / "store"), json_file, pairs, str(tmp_path))
     mp.start_processes(_evaluate_half, args, nprocs=2, start_method="forkserver")
     main, other = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
     assert other == {} and not (tmp_path / "1").exists()
     assert_same(main, alone)
+
+
+@pytest.mark.slow
+def test_a_score_of_the_demo_weights_is_a_probability(kvasir_352, tmp_path):
+    """On the 250 test images of their split, of which none was used to train or to fit the map."""
+    data, demo = tmp_path / "kvasir_seg", pretrained("demo")
+    prepare_dataset.main(["kvasir-seg", "--root", str(kvasir_352), "--out", str(data)])
+    loaded = load_model(None, demo, device="cpu")
+    register_data_set(data)
+    loader = Trainer.build_test_loader(loaded.cfg, "kvasir_seg_test")
+    options = {
+        "score_map": loaded.weights.score_map,
+        "operating_point": loaded.weights.operating_point,
+    }
+    evaluator = LesionEvaluator("kvasir_seg_test", **options)
+    metrics = inference_on_dataset(loaded.model, loader, evaluator)
+    results = evaluator.results
+    assert results.meta["tau"] == 0.5 and results.meta["images"] == 250
+    calibration = results.metrics.calibration
+    assert expected_error(calibration.score, calibration.hit) < 4
+    raw = results.detections.raw_score[results.matching.evaluated]
+    assert expected_error(raw, results.matching.hit[results.matching.evaluated]) > 15
+    # Their model card has these.
+    assert metrics["lesion"]["precision"] == pytest.approx(90.5, abs=0.5)
+    assert metrics["lesion"]["recall"] == pytest.approx(89.4, abs=0.5)
+    assert [results.tau_val["lesion"][name] for name in ("TP", "FP", "FN")] == [229, 26, 26]

@@ -469,7 +469,8 @@ def paths(scored, tmp_path_factory):
 
 def test_metrics_are_strict_json(scored, paths):
     written = json.loads(paths["metrics.json"].read_text(), parse_constant=pytest.fail)
-    assert list(written)[:5] == ["bbox", "segm", "lesion", "image", "patient"]
+    groups = ["bbox", "segm", "lesion", "paper", "image", "patient"]
+    assert list(written)[:6] == groups
     for group, values in scored.groups().items():
         expected = {name: None if math.isnan(v) else v for name, v in values.items()}
         assert written[group] == expected
@@ -564,6 +565,34 @@ def test_intervals_stand_next_to_their_metrics(dataset, region, tmp_path):
     assert written["calibration"]["brier_ci"][0] <= written["calibration"]["brier"]
     row = next(row for row in rows_of(paths["by_size.csv"]) if row["size"] == "small")
     assert float(row["recall_low"]) == small["recall_ci"][0]
+
+
+def test_raw_scores(dataset, region):
+    """The scores of the network next to mapped ones: in the order of the regions, kept in parts of
+    the data set and in files, and those that the group of the paper goes by."""
+    pairs = ((2, 0.8, 0.95), (1, 0.5, 0.7), (1, 0.6, 0.9))
+    results = [region(i, 0, 0, 5, 5, score=s, raw_score=raw) for i, s, raw in pairs]
+    gt = read_ground_truth(dataset(2, [region(2, 0, 0, 5, 5)]))
+    detections = read_results(results, gt)
+    assert detections.score.tolist() == [0.5, 0.6, 0.8]
+    assert detections.raw_score.tolist() == [0.7, 0.9, 0.95]
+    again = read_results(json.loads(json.dumps(coco_results(detections, gt))), gt)
+    assert again.raw_score.tolist() == [0.7, 0.9, 0.95]
+    scored = evaluate_lesions(gt, detections)
+    assert (scored.lesion["FP"], scored.paper["FP"]) == (0, 2)
+    part = scored.part(np.array([1]))
+    assert part.detections.raw_score.tolist() == [0.95]
+    one = read_results([region(1, 0, 0, 5, 5, score=0.5)], gt)
+    assert one.unmapped is None and one.raw_score is one.score
+
+
+@pytest.mark.parametrize("raw", [None, -0.1, math.nan, True])
+def test_a_wrong_raw_score(dataset, region, raw):
+    """Also where others have one."""
+    good = region(1, 0, 0, 5, 5, score=0.5, raw_score=0.6)
+    with pytest.raises(BadInputError, match=r"results\[1\], of image 1, .* raw_score") as error:
+        read_results([good, {**good, "raw_score": raw}], read_ground_truth(dataset(1)), "dt.json")
+    assert "dt.json" in str(error.value)
 
 
 def test_coco_results_are_what_was_read(scored):

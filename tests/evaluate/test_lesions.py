@@ -1,6 +1,7 @@
 """``evaluate_lesions`` on scenes that are worked out by hand."""
 
 import math
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def case(dataset, region):
 def test_by_hand(case):
     scored = evaluate_lesions(*case, tau=0.7)
     groups = scored.groups()
-    assert list(groups) == ["bbox", "segm", "lesion", "image", "patient"]
+    assert list(groups) == ["bbox", "segm", "lesion", "paper", "image", "patient"]
     assert list(scored.bbox) == list(scored.segm) == COCO_KEYS
     assert all(type(value) is float for values in groups.values() for value in values.values())
     assert scored.lesion == pytest.approx(
@@ -45,8 +46,17 @@ def test_by_hand(case):
             **{"TP": 1, "FP": 1, "FN": 2, "TN": 3, "precision": 50, "recall": 100 / 3},
             **{"specificity": 75, "accuracy": 400 / 7, "f1": 40},
             **{"iou": 90, "iou_box": 90, "iou_all": 30, "dice": 100 * 1.8 / 1.9},
+            # The last row of 10 pixels is missing: 1 pixel, above the tolerance of 0.64.
+            **{"hd95": 1, "nsd": 100 * (36 - 10 + 34 - 8) / (36 + 34)},
             **{"fp_per_image": 1 / 5, "fp_per_lesion_free_image": 0},
             "selection": (50 + 100 / 3 + 40 + 100) / 4,
+        }
+    )
+    # As lesion, but of the two images with a lesion the first has no false alarm either.
+    assert scored.paper == pytest.approx(
+        {
+            **{"TP": 1, "FP": 1, "FN": 2, "TN": 4, "precision": 50, "recall": 100 / 3},
+            **{"specificity": 80, "accuracy": 500 / 8, "f1": 40, "AP_per_image": 25},
         }
     )
     unions = {"miou": (100 * 90 / 200 + 0) / 2, "mdice": (100 * 180 / 290 + 0) / 2}
@@ -60,6 +70,27 @@ def test_by_hand(case):
     assert scored.segm["BEP"] == pytest.approx(100 * 2 / 3)
     sizes = {"images": 5, "lesions": 3, "crowds": 1, "lesion_free_images": 3, "patients": 3}
     assert sizes.items() <= scored.meta.items()
+
+
+def test_table_5_of_the_paper(dataset, region):
+    """280 images, 286 of 300 lesions found, 22 false alarms in 10 images: the published row of
+    IMR-CNN to the digit. The counts are of raw scores at 0.7, whatever a map makes of them."""
+    lesions = [region(1 + n % 250, 10 * (n // 250), 0, 8, 8) for n in range(300)]
+    raw = [0.7] * 286 + [0.69] * 14 + [0.9] * 22
+    alarms = [region(1 + n % 10, 30, 20, 8, 8) for n in range(22)]
+    results = [
+        {**lesion, "score": score / 10, "raw_score": score}
+        for lesion, score in zip(lesions + alarms, raw, strict=True)
+    ]
+    scored = evaluate_lesions(dataset(280, lesions), results, bootstrap=Bootstrap(50))
+    assert table(scored.paper) == [286, 22, 14, 270]
+    published = {"precision": 92.9, "recall": 95.3, "accuracy": 93.9, "specificity": 92.5}
+    published["f1"] = 94.1
+    for name, value in published.items():
+        assert f"{scored.paper[name]:.1f}" == str(value)
+        low, high = scored.intervals["paper"][name]
+        assert low < scored.paper[name] < high
+    assert scored.lesion["TP"] == 0
 
 
 def test_fields_of_the_data_set_pass_through(dataset):
@@ -80,6 +111,7 @@ def test_one_row_per_patient(dataset):
         **{"patient_id": 7, "images": 2, "patient_outcome": "TP", "score": 0.95},
         **{"n_gt": 3, "n_det": 3, "TP": 2, "FP": 1, "FN": 1},
         **{"iou": pytest.approx(90), "iou_box": pytest.approx(90)},
+        **{"hd95": pytest.approx(1), "nsd": ANY},
         "dice": pytest.approx(50 * (1.6 / 1.8 + 1)),
     }
     assert (b["patient_id"], b["patient_outcome"], b["score"]) == ("b", "TN", 0.6)
@@ -93,6 +125,36 @@ def test_one_row_per_patient(dataset):
     assert not unscored.curves and not unscored.thresholds
     assert not len(unscored.metrics.froc.curve()["score"])
     assert evaluate_lesions(dataset(2, patients=["a"]), []).patient is None
+
+
+def test_unique_lesions(dataset, region):
+    """Patient a has lesion 1 in two frames, once annotated in two parts, and lesion 2 in one; b has
+    another lesion 1, in three frames."""
+    places = ((1, 0, 1), (1, 20, 1), (2, 0, 1), (2, 20, 2), (3, 0, 1), (4, 0, 1), (5, 0, 1))
+    lesions = [region(i, x, 0, 10, 10, lesion_id=lesion) for i, x, lesion in places]
+    lesions.append(region(5, 20, 20, 10, 10, iscrowd=1))
+    data = dataset(6, lesions, patients="aabbbc")
+    hits = ((1, 0, 0.9), (1, 20, 0.8), (2, 20, 0.5), (3, 0, 0.9), (4, 0, 0.8), (6, 0, 0.9))
+    results = [region(i, x, 0, 10, 10, score=score) for i, x, score in hits]
+    point, bootstrap = OperatingPoint(0.5, "f1"), Bootstrap(300)
+    scored = evaluate_lesions(data, results, operating_point=point, bootstrap=bootstrap)
+    expected = {"n": 3, "recall": 200 / 3, "frame_recall": 100 * (1 / 2 + 0 + 2 / 3) / 3}
+    assert scored.unique_lesion == pytest.approx(expected)
+    at_point = {"n": 3, "recall": 100, "frame_recall": 100 * (1 / 2 + 1 + 2 / 3) / 3}
+    assert scored.tau_val["unique_lesion"] == pytest.approx(at_point)
+    for name in ("recall", "frame_recall"):
+        low, high = scored.intervals["unique_lesion"][name]
+        assert low < expected[name] < high
+    names = ("patient_id", "lesion_id", "frames", "frames_found")
+    rows = [[row[name] for name in names] for row in scored.per_lesion]
+    assert rows == [["a", 1, 2, 1], ["a", 2, 1, 0], ["b", 1, 3, 2]]
+    assert scored.document()["unique_lesion"]["n"] == 3 and "per_lesion.csv" in scored.tables()
+    part = scored.part(np.array([0, 5]))
+    assert part.unique_lesion == {"n": 1, "recall": 100, "frame_recall": 100}
+    # Unknown without the id of a single lesion, or of a patient.
+    del data["annotations"][3]["lesion_id"]
+    assert evaluate_lesions(data, results).unique_lesion is None
+    assert evaluate_lesions(dataset(6, lesions, patients="aabbb"), results).unique_lesion is None
 
 
 def test_threshold_and_overlap(case):
@@ -170,11 +232,22 @@ def test_no_ground_truth(dataset, region):
 
 
 def test_no_lesion_free_images(dataset, region):
+    """Whatever is predicted, precision would be 100 % then: it is undefined, also in a resample or
+    a group of images that has none."""
+    data = dataset(2, [region(1, 0, 0, 10, 10)], patients="ab")
     for results in ([], [region(1, 20, 20, 5, 5, score=0.9)]):
-        scored = evaluate_lesions(dataset(1, [region(1, 0, 0, 10, 10)]), results)
+        everything = evaluate_lesions(data, results, bootstrap=Bootstrap(200))
+        scored = everything.part(np.array([0]))
         undefined = [scored.lesion[n] for n in ("specificity", "fp_per_lesion_free_image")]
-        assert np.isnan([*undefined, scored.image["specificity"]]).all()
+        for group in (scored.image, scored.patient):
+            undefined += [group[n] for n in ("precision", "specificity", "accuracy", "f1", "auroc")]
+            assert group["recall"] == (100 if results else 0) and group["localised_recall"] == 0
+        assert np.isnan(undefined).all()
         assert scored.lesion["selection"] == 0
+        assert everything.image["accuracy"] == (100 if results else 50)
+        for group in ("image", "patient"):  # twice the first image
+            share = everything.undefined_shares[f"{group}.accuracy"]
+            assert share == pytest.approx(0.25, abs=0.1)
 
 
 def test_boxes_alone(dataset, region, caplog):

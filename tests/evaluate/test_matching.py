@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rectangles import rectangles
+from scipy.ndimage import binary_erosion, gaussian_filter
+from scipy.spatial.distance import cdist
 from sklearn.metrics import confusion_matrix, f1_score, precision_score, recall_score
 
 from imrcnn_d2.evaluation import evaluate_lesions
+from imrcnn_d2.evaluation.detection.counts import boundary_agreement
 
 
 @contextlib.contextmanager
@@ -138,6 +141,46 @@ def test_overlaps_are_those_of_pixels(random_case, seed, tau):
 
 
 @settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6))
+def test_distances_of_boundaries_are_scipys(seed):
+    """Of random blobs, some at the edge of the image or of one pixel."""
+    rng = np.random.default_rng(seed)
+    size = rng.integers(5, 60, 2)
+    smooth = gaussian_filter(rng.normal(size=(2, *size)), (0, 2, 2))
+    masks = smooth >= np.sort(smooth, axis=None)[-rng.integers(1, 50)]
+    rles = [mask_util.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
+    hd95, nsd = boundary_agreement(*rles)
+    if not masks.any(axis=(1, 2)).all():
+        assert (hd95, nsd) == (pytest.approx(np.hypot(*size)), 0)
+        return
+    one, two = (np.argwhere(mask & ~binary_erosion(mask)) for mask in masks)
+    distance = cdist(one, two)
+    nearest = distance.min(axis=1), distance.min(axis=0)
+    assert hd95 == pytest.approx(max(np.percentile(values, 95) for values in nearest))
+    tolerance = 0.01 * np.hypot(*size)
+    assert nsd == pytest.approx(np.mean(np.concatenate(nearest) <= tolerance))
+
+
+def test_means_over_hits_of_boundary_agreement(dataset, region):
+    """A hit above the threshold, one below it, a miss; boxes alone have none."""
+    data = dataset(2, rectangles("1 0 0 10 10; 1 20 0 10 10; 2 0 0 10 10"))
+    results = rectangles("1 2 0 10 10 @0.9; 1 20 0 10 8 @0.5")
+    high, low = (evaluate_lesions(data, results, tau=tau) for tau in (0.7, 0.5))
+    assert (high.lesion["hd95"], low.lesion["hd95"]) == (2, 2)
+    each = [evaluate_lesions(data, [result], tau=0).lesion["nsd"] for result in results]
+    assert high.lesion["nsd"] == each[0] and low.lesion["nsd"] == pytest.approx(np.mean(each))
+    row, none = high.per_image
+    assert (row["hd95"], row["nsd"]) == (2, each[0]) and np.isnan([none["hd95"], none["nsd"]]).all()
+    boxes = [{k: v for k, v in result.items() if k != "segmentation"} for result in results]
+    by_boxes = evaluate_lesions(data, boxes).lesion
+    assert np.isnan([by_boxes["hd95"], by_boxes["nsd"]]).all()
+    # Boxes decide what hits; the mask may be empty. The worst value there is, not none.
+    results[0]["segmentation"] = region(1, 0, 0, 0, 0)["segmentation"]
+    empty = evaluate_lesions(data, results, iou_type="bbox").lesion
+    assert (empty["hd95"], empty["nsd"]) == (pytest.approx(np.hypot(40, 50)), 0)
+
+
+@settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10**6), num_images=st.integers(1, 8))
 def test_metrics_of_images_are_scikit_learns(random_case, seed, num_images):
     """And those that have exact intervals are the shares of cases which these are made of."""
@@ -149,15 +192,20 @@ def test_metrics_of_images_are_scikit_learns(random_case, seed, num_images):
     values = {k: f(truth, predicted, zero_division=np.nan) for k, f in functions.items()}
     values["specificity"] = recall_score(~truth, ~predicted, zero_division=np.nan)
     values["accuracy"] = np.mean(truth == predicted)
+    if truth.all():  # what needs lesion-free images
+        values.update(dict.fromkeys(("precision", "f1", "accuracy"), np.nan))
     expected = {"TP": tp, "FP": fp, "FN": fn, "TN": tn} | {k: 100 * v for k, v in values.items()}
     assert {k: scored.image[k] for k in expected} == pytest.approx(expected, nan_ok=True)
     groups = scored.metrics.once()
     for group, shares in scored.metrics.proportions().items():
         for name, (part, whole) in shares.items():
+            part, whole = np.sum(part), np.sum(whole)
             if whole and not np.isnan(groups[group].get(name, np.nan)):
                 share = part / whole
                 share = 2 * share / (1 + share) if name == "f1" else share
-                assert groups[group][name] == pytest.approx(100 * share), (group, name)
+                exact = "AP50_voc" if name == "AP50" else name  # AP50 samples the same curve
+                share *= 1 if name.startswith("fp_per") else 100
+                assert groups[group][exact] == pytest.approx(share), (group, name)
 
 
 def test_confusion_by_hand(dataset, region):

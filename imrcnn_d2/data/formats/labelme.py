@@ -104,7 +104,8 @@ def _shapes(
 ) -> list[dict]:
     """The shapes of a COCO annotation, of one `group_id` if several; with holes, a mask."""
     areas = _areas(annotation, height, width, fill_holes)
-    further = masks.further_fields(annotation, (*masks.ANNOTATION_FIELDS, *_SHAPE_KEYS, "score"))
+    standard = (*masks.ANNOTATION_FIELDS, *_SHAPE_KEYS, "score", "raw_score")
+    further = masks.further_fields(annotation, standard)
     # `locked` is no flag: LabelMe 7 writes it for shapes that cannot be edited.
     is_flag = {key: isinstance(further[key], bool) and key != "locked" for key in further}
     flags = {key: further.pop(key) for key in is_flag if is_flag[key]}

@@ -162,7 +162,8 @@ def read_metadata(csv_file: Path, rejects: Rejects) -> MetadataTable:
     of_lesions = "lesion_id" in key
     key = ("lesion_id", *key[:-1]) if of_lesions else key[:1]
     columns = [column for column in table.columns if column not in key]
-    reserved = (*ANNOTATION_FIELDS, "score") if of_lesions else (*IMAGE_FIELDS, "group_id")
+    of_annotations = (*ANNOTATION_FIELDS, "score", "raw_score")
+    reserved = of_annotations if of_lesions else (*IMAGE_FIELDS, "group_id")
     if taken := set(columns) & set(reserved):
         reason = f"columns {', '.join(sorted(taken))} are COCO's: give them other names"
         raise BadInputError(csv_file, reason)

@@ -3,23 +3,30 @@
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
+from scipy.spatial import KDTree
 
 from imrcnn_d2.data.masks import union
 from imrcnn_d2.evaluation.detection.inputs import Detections, GroundTruth
 from imrcnn_d2.evaluation.detection.matching import match, overlaps
+from imrcnn_d2.utils.progress import tqdm
 
 # The columns that every metric at a threshold is made of, in the order of UnitCounts.columns.
 COLUMNS = (
-    "units tp fp fn free free_silent free_fp positive positive_predicted positive_hit "
-    "iou dice iou_box union_iou union_dice"
+    "units tp fp fn no_alarm free free_silent free_fp positive positive_predicted positive_hit "
+    "iou dice iou_box hd95 nsd union_iou union_dice"
 ).split()
 # Name and lower limit of each stratum, up to the next one's limit, which is excluded.
 # Share of the image in percent:
 SHARES = {"<1 %": 0.0, "1-5 %": 1.0, "5-15 %": 5.0, "15-30 %": 15.0, ">=30 %": 30.0}
 # COCO's sizes, in pixels.
 SIZES = {"small": 0.0, "medium": 32.0**2, "large": 96.0**2}
+# How far apart boundaries may be to agree in ``nsd``, as a share of the image's diagonal: 8 pixels
+# of 640 x 512. Boundary IoU (Cheng et al. 2021) allows twice that in everyday photographs.
+NSD_TOLERANCE = 0.01
+_FOUR_NEIGHBOURS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 
 
 def divide(part, whole):
@@ -40,6 +47,8 @@ class UnitCounts:
     iou: np.ndarray  # sums over the hits of their overlaps: of masks, masks, boxes
     dice: np.ndarray
     iou_box: np.ndarray
+    hd95: np.ndarray  # sums over the hits with masks, see boundary_agreement: in pixels,
+    nsd: np.ndarray  # and in [0, 1]
     # Overlap of the union of an image's detections with the union of its lesions, 0 for images
     # without a lesion; of larger units sums over images.
     union_iou: np.ndarray
@@ -63,11 +72,12 @@ class UnitCounts:
     def columns(self) -> np.ndarray:
         """(U, K) float, a column for each name in COLUMNS."""
         free, positive, predicted = ~self.positive, self.positive, self.predicted_positive
-        cases = (np.ones(len(self.tp)), self.tp, self.fp, self.fn)
+        cases = (np.ones(len(self.tp)), self.tp, self.fp, self.fn, self.fp == 0)
         free_columns = (free, free & ~predicted, self.fp * free)
         positive_columns = (positive, positive & predicted, positive & (self.tp > 0))
-        sums = (self.iou, self.dice, self.iou_box, self.union_iou, self.union_dice)
-        columns = (*cases, *free_columns, *positive_columns, *sums)
+        sums = (self.iou, self.dice, self.iou_box, self.hd95, self.nsd)
+        unions = (self.union_iou, self.union_dice)
+        columns = (*cases, *free_columns, *positive_columns, *sums, *unions)
         return np.stack(columns, axis=1).astype(float)
 
     def merged(self, unit: np.ndarray) -> "UnitCounts":
@@ -95,6 +105,83 @@ def number_units(images: list[dict]) -> tuple[str, np.ndarray, int]:
         return "image", np.arange(len(images)), len(images)
     number = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
     return "patient", np.array([number[patient] for patient in patients]), len(number)
+
+
+@dataclass(frozen=True, eq=False)
+class UniqueLesions:
+    """L lesions that may be seen in several images, their frames: F pairs of a lesion and an image
+    that shows it."""
+
+    ids: list[tuple]  # patient_id and lesion_id of each, in the order of their first images
+    patient: np.ndarray  # (L,) int, number of the patient, see number_units
+    lesion: np.ndarray  # (F,) int, the lesion of each frame
+    frame: np.ndarray  # (R,) int, the frame of each region, -1 for crowds
+
+    @property
+    def frames(self) -> np.ndarray:
+        """(L,) int, the frames of each lesion."""
+        return np.bincount(self.lesion, minlength=len(self.ids))
+
+    def found(self, regions: np.ndarray) -> np.ndarray:
+        """(L,) int, the frames in which one of these (K,) int regions is of the lesion."""
+        return np.bincount(self.lesion[np.unique(self.frame[regions])], minlength=len(self.ids))
+
+
+def unique_lesions(gt: GroundTruth) -> UniqueLesions | None:
+    """The lesions by ``patient_id`` and ``lesion_id``; None without a lesion and unless all images
+    have the one and all lesions the other."""
+    unit, patient, _ = number_units(gt.images)
+    rows = np.flatnonzero(~gt.crowd)
+    ids = [gt.annotations[row].get("lesion_id") for row in rows]
+    if unit != "patient" or not ids or None in ids:
+        return None
+    image = gt.regions.image[rows]
+    keys = list(zip(patient[image].tolist(), ids, strict=True))
+    number = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    pairs = np.stack([[number[key] for key in keys], image], axis=1)
+    frames, inverse = np.unique(pairs, axis=0, return_inverse=True)
+    frame = np.full(len(gt.crowd), -1)
+    frame[rows] = inverse.ravel()
+    name = dict(zip(patient.tolist(), (record["patient_id"] for record in gt.images), strict=True))
+    return UniqueLesions(
+        ids=[(name[patient], lesion) for patient, lesion in number],
+        patient=np.array([patient for patient, _ in number]),
+        lesion=frames[:, 0],
+        frame=frame,
+    )
+
+
+def boundary_agreement(first: dict, second: dict) -> tuple[float, float]:
+    """How well the boundaries of two compressed RLEs of one image agree: ``hd95`` in pixels and
+    ``nsd`` in [0, 1].
+
+    A pixel of a mask is on its boundary if one of its four neighbours is not of the mask, or not of
+    the image. hd95 is the larger of the 95th percentiles of the distances from either boundary to
+    the other; nsd, the normalised surface distance, the share of the pixels of both boundaries that
+    are no farther than NSD_TOLERANCE from the other one (Nikolov et al. 2021, doi 10.2196/26151).
+    Both as in Metrics Reloaded (Maier-Hein et al. 2024, doi 10.1038/s41592-023-02151-z). Where a
+    mask is empty hd95 is the diagonal of the image, and nsd 0.
+    """
+    diagonal = float(np.hypot(*first["size"]))
+    boundaries = [_boundary(mask) for mask in (first, second)]
+    if not all(map(len, boundaries)):
+        return diagonal, 0.0
+    trees = [KDTree(points, balanced_tree=False, compact_nodes=False) for points in boundaries]
+    distances = [trees[1].query(boundaries[0])[0], trees[0].query(boundaries[1])[0]]
+    hd95 = max(np.percentile(values, 95) for values in distances)
+    near = np.concatenate(distances) <= NSD_TOLERANCE * diagonal
+    return float(hd95), float(near.mean())
+
+
+def _boundary(rle):
+    """(P, 2) float, rows and columns of the pixels on the boundary of a mask."""
+    x, y, width, height = mask_util.toBbox(rle).astype(int)
+    if not width:
+        return np.zeros((0, 2))
+    # Decoded masks are in Fortran order; OpenCV takes the transposed view as it is.
+    part = mask_util.decode(rle).T[x : x + width, y : y + height]
+    inner = cv2.erode(part, _FOUR_NEIGHBOURS, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return np.reshape(cv2.findNonZero(part ^ inner), (-1, 2)) + (float(y), float(x))
 
 
 def union_overlaps(gt: GroundTruth, detections: Detections, selected: np.ndarray) -> np.ndarray:
@@ -127,6 +214,7 @@ class LesionCounter:
     Attributes:
         overlaps: by "bbox" and, where there are masks, by "segm".
         matching: of all detections.
+        unique_lesions: where known.
     """
 
     def __init__(self, gt: GroundTruth, detections: Detections, iou_type: str, threshold: float):
@@ -136,15 +224,26 @@ class LesionCounter:
         kinds = ("bbox", "segm") if has_masks else ("bbox",)
         self.overlaps = {kind: overlaps(gt, detections, kind) for kind in kinds}
         self.matching = match(gt, detections, self.overlaps[iou_type], threshold)
+        self.unique_lesions = unique_lesions(gt)
         # (N,) IoU in [0, 1] of each detection with the ground truth it hits; NaN without one.
         self._iou = {kind: np.full(len(detections.score), np.nan) for kind in kinds}
         for kind, pairs in self.overlaps.items():
             hits = self.matching.gt[pairs.dt] == pairs.gt
             self._iou[kind][pairs.dt[hits]] = pairs.iou[hits]
+        # (N, 2) hd95 and nsd, likewise.
+        self._boundaries = np.full((len(detections.score), 2), np.nan)
+        hits = np.flatnonzero(self.matching.hit & has_masks)
+        for row in tqdm(hits, desc="Boundaries of masks", delay=2):
+            truth = gt.regions.masks[self.matching.gt[row]]
+            self._boundaries[row] = boundary_agreement(detections.regions.masks[row], truth)
 
     def above(self, tau: float) -> np.ndarray:
         """(N,) bool, the evaluated detections with a score of at least ``tau``."""
         return self.matching.evaluated & (self.detections.score >= tau)
+
+    def frames_found(self, selected: np.ndarray) -> np.ndarray:
+        """(L,) int, the frames in which these (N,) bool detections hit each unique lesion."""
+        return self.unique_lesions.found(self.matching.gt[selected & self.matching.hit])
 
     def count(self, lesions: np.ndarray, selected: np.ndarray) -> UnitCounts:
         """Counts of all images, with ``score`` 0 and the unions NaN, of these (R,) bool lesions and
@@ -166,6 +265,8 @@ class LesionCounter:
             iou=unknown if masks is None else total(hit, masks),
             dice=unknown if masks is None else total(hit, 2 * masks / (1 + masks)),
             iou_box=total(hit, self._iou["bbox"]),
+            hd95=unknown if masks is None else total(hit, self._boundaries[:, 0]),
+            nsd=unknown if masks is None else total(hit, self._boundaries[:, 1]),
             union_iou=unknown,
             union_dice=unknown,
         )

@@ -46,6 +46,19 @@ class RankedDetections:
         copies = np.take(copies, self.hits, axis=1)
         return WeightedCurve(self.hits, ends, through, copies, weights @ self.lesions)
 
+    def tied_areas(self) -> tuple[float, float]:
+        """The least and the largest area under the envelope over all orders of detections of equal
+        scores: false alarms first, or hits first. In [0, 1]; there must be ground truth."""
+        is_hit = np.zeros(len(self.ranking.ends), dtype=bool)
+        is_hit[self.hits] = True
+        areas = []
+        for last in (is_hit, ~is_hit):
+            hits = np.flatnonzero(is_hit[np.lexsort((last, self.ranking.ends))])
+            precision = np.arange(1, len(hits) + 1) / (hits + 1)
+            envelope = np.maximum.accumulate(precision[::-1])
+            areas.append(float(envelope.sum() / self.lesions.sum()))
+        return areas[0], areas[1]
+
 
 @dataclass(frozen=True, eq=False)
 class WeightedCurve:

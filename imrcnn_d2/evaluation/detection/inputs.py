@@ -33,7 +33,7 @@ _IDS = ("image_id", "category_id")
 GROUND_TRUTH = {
     "images": (("id",), {"file_name": str, "patient_id": (*NUMBER, str, type(None))}),
     "categories": (("id", "name"), {}),
-    "annotations": (_IDS, {"area": NUMBER}),
+    "annotations": (_IDS, {"area": NUMBER, "lesion_id": (*NUMBER, str, type(None))}),
 }
 
 
@@ -89,6 +89,19 @@ class Detections:
     scored: bool = True
     # What was assumed in reading, for ``meta``: matched_classes, ignored_images, missing_images.
     notes: Mapping[str, dict | list] = field(default_factory=dict)
+    # (N,) float, the scores as the network gave them, where ``score`` is what the map of the
+    # model's weights made of them; None where a file has no ``raw_score``.
+    unmapped: np.ndarray | None = None
+
+    @property
+    def mapped(self) -> bool:
+        """Whether ``score`` is the probability of a hit that a map made of the network's score."""
+        return self.unmapped is not None
+
+    @property
+    def raw_score(self) -> np.ndarray:
+        """(N,) float, the scores as the network gave them: ``score`` where there are no others."""
+        return self.unmapped if self.mapped else self.score
 
 
 def check_tau(tau: float) -> float:
@@ -158,13 +171,14 @@ def read_results(
     independently, and so are the images of a list whose records all have a ``file_name``; a single
     class is matched with a single class whatever the names. Or read a folder of masks, see
     :func:`read_predicted_masks`. Where every ``score`` is null, as :func:`coco_results` has it for
-    such a folder, the results have no scores. Detections are returned as they are. ``source`` names
-    them in errors, by default as the file; images that the ground truth lacks are an error unless
+    such a folder, the results have no scores. A ``raw_score``, of the network before any map of
+    scores, is read where all have one. Detections are returned as they are. ``source`` names them
+    in errors, by default as the file; images that the ground truth lacks are an error unless
     ``ignore_extra_images`` leaves them out.
 
     Raises:
         BadInputError: as of :func:`read_ground_truth`, and for a score that is missing, NaN,
-            infinite or negative.
+            infinite or negative, and likewise for a raw_score where others have one.
     """
     if isinstance(results, Detections):
         return results
@@ -188,17 +202,21 @@ def read_results(
         for r in listed["annotations"]
         if r["image_id"] in image_ids
     ]
+    mapped = any(result.get("raw_score") is not None for result in results)
     unscored = is_folder or bool(results) and all(r.get("score", 0) is None for r in results)
-    for number, result in enumerate([] if unscored else results):
-        score = result.get("score")
-        if not isinstance(score, NUMBER) or type(score) is bool or not 0 <= score < math.inf:
-            name = f"results[{number}], of image {result['image_id']!r},"
-            raise BadInputError(
-                source, f"{name} has the score {score!r:.40}, not a finite one from 0"
-            )
+    fields = ("score", "raw_score") if mapped else () if unscored else ("score",)
+    for number, result in enumerate(results):
+        for name in fields:
+            score = result.get(name)
+            if not isinstance(score, NUMBER) or type(score) is bool or not 0 <= score < math.inf:
+                record = f"results[{number}], of image {result['image_id']!r},"
+                raise BadInputError(
+                    source, f"{record} has the {name} {score!r:.40}, not a finite one from 0"
+                )
     results, regions = _read_regions(results, "results", gt.images, gt.categories, source)
     score = np.array([1 if unscored else result["score"] for result in results], float)
-    return Detections(regions, score, not unscored, {**notes, **image_notes})
+    raw = np.array([result["raw_score"] for result in results], float) if mapped else None
+    return Detections(regions, score, not unscored, {**notes, **image_notes}, raw)
 
 
 def _load(source):

@@ -2,6 +2,7 @@
 counts: with weights of 1 that gives the metrics of the data set, with the weights of bootstrap
 resamples those of the resamples."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -52,6 +53,7 @@ METRICS = {
         Metric("APs", "APs", "%", "COCO, area below 32² pixels"),
         Metric("APm", "APm", "%", "COCO, area from 32² to 96² pixels"),
         Metric("APl", "APl", "%", "COCO, area from 96² pixels"),
+        Metric("AP_per_image", "AP per image", "%", "mean of the AP of each image with a lesion"),
         Metric("BEP", "BEP", "%", "precision where it equals recall"),
         Metric("TP", "TP", "count", "true positives"),
         Metric("FP", "FP", "count", "false positives"),
@@ -62,6 +64,8 @@ METRICS = {
         Metric("iou_box", "IoU", "%", "mean IoU of the boxes of matched pairs", ("lesion",)),
         Metric("iou_all", "iou_all", "%", "sum of iou / (TP + FN)"),
         Metric("dice", "dice", "%", "mean Dice of the masks of matched pairs"),
+        Metric("hd95", "HD95", "px", "95 % of boundary distances, mean of matched pairs"),
+        Metric("nsd", "NSD", "%", "share of boundaries that agree, mean of matched pairs"),
         Metric("balanced_accuracy", "balanced accuracy", "%", "mean recall", ("recognition",)),
         Metric("top1", "top-1 accuracy", "%", "images predicted rightly", ("recognition",)),
         Metric("precision", "precision", "%", "TP / (TP + FP)", _LESIONS),
@@ -70,6 +74,7 @@ METRICS = {
         Metric("specificity", "specificity", "%", "TN / (TN + FP)", _UNITS),
         Metric("accuracy", "accuracy", "%", "(TP + TN) / cases"),
         Metric("auroc", "AUROC", "%", "Hanley and McNeil 1982", (*_UNITS, "recognition")),
+        Metric("frame_recall", "frame recall", "%", "share of a lesion's frames, mean"),
         Metric("localised_recall", "localised_recall", "%", "units with a lesion hit / positive"),
         Metric("miou", "mIoU", "%", "IoU of unions, mean over positive images", ("image",)),
         Metric("mdice", "mDice", "%", "Dice of unions, mean over positive images"),
@@ -77,7 +82,7 @@ METRICS = {
         Metric(_FREE, _FREE, "per image", "FP in lesion-free images / lesion-free images"),
         Metric("selection", "selection", "%", "mean of precision, recall, F1 and specificity"),
         Metric("cross_entropy", "cross-entropy", "nats", "-ln p of the true class, mean"),
-        Metric("ece", "ece", "%", "expected calibration error, 10 bins"),
+        Metric("ece", "ece", "%", "expected calibration error, 10 bins, debiased"),
         Metric("brier", "brier", "%", "mean squared difference of score and hit"),
         Metric("mean_score", "mean_score", "%", "mean score"),
         Metric("hit_rate", "hit_rate", "%", "hits / cases"),
@@ -140,6 +145,12 @@ def lesion_table(sums: dict[str, np.ndarray]) -> tuple:
     return sums["tp"], sums["fp"], sums["fn"], sums["free_silent"]
 
 
+def paper_table(sums: dict[str, np.ndarray]) -> tuple:
+    """As :func:`lesion_table`, but with TN the images without a false alarm, with a lesion or
+    without one. Under this reading the paper's Table 5 follows from whole counts."""
+    return sums["tp"], sums["fp"], sums["fn"], sums["no_alarm"]
+
+
 def unit_table(sums: dict[str, np.ndarray]) -> tuple:
     """TP, FP, FN and TN of images or patients, of sums by COLUMNS."""
     predicted, silent = sums["positive_predicted"], sums["free_silent"]
@@ -156,7 +167,8 @@ def lesion_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
     ``UnitCounts.columns``.
 
     ``specificity`` and ``accuracy`` mix images (the true negatives) with detections (the false
-    positives); they are there for comparison with publications that do so.
+    positives); they are there for comparison with publications that do so. Without lesion-free
+    images ``specificity`` is NaN.
     """
     sums = named(sums)
     tp, fp, fn, _ = table = lesion_table(sums)
@@ -166,18 +178,32 @@ def lesion_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
     for name in ("iou", "iou_box", "dice"):
         values[name] = 100 * divide(sums[name], tp)
     values["iou_all"] = 100 * divide(sums["iou"], tp + fn)
+    values["hd95"] = divide(sums["hd95"], tp)
+    values["nsd"] = 100 * divide(sums["nsd"], tp)
     values["fp_per_image"] = divide(fp, sums["units"])
     values["fp_per_lesion_free_image"] = divide(sums["free_fp"], sums["free"])
     return values
 
 
+def paper_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics, (...,) each, as we read Table 5 of the paper, see :func:`paper_table`, and
+    ``AP_per_image``, of (..., K + 1) sums: of ``UnitCounts.columns`` and, last, of the average
+    precision of each image."""
+    by_name = named(sums[..., :-1])
+    average_precision = 100 * divide(sums[..., -1], by_name["positive"])
+    return {**table_metrics(*paper_table(by_name)), "AP_per_image": average_precision}
+
+
 def unit_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
     """Metrics where each image, or each patient, is a case: positive if it has a lesion, predicted
     positive by a detection above the threshold anywhere in it. ``localised_recall`` is the share of
-    positive units in which a lesion is hit."""
+    positive units in which a lesion is hit. Without lesion-free units all but the two recalls are
+    NaN: a model could not be wrong about them."""
     sums = named(sums)
-    localised = 100 * divide(sums["positive_hit"], sums["positive"])
-    return {**table_metrics(*unit_table(sums)), "localised_recall": localised}
+    values = table_metrics(*unit_table(sums))
+    for name in ("precision", "specificity", "accuracy", "f1"):
+        values[name] = np.where(sums["free"] > 0, values[name], np.nan)[()]
+    return {**values, "localised_recall": 100 * divide(sums["positive_hit"], sums["positive"])}
 
 
 def image_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -191,10 +217,32 @@ def image_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def lesion_proportions(sums: np.ndarray) -> dict[str, tuple]:
-    """The metrics that are a share of a whole number of cases, for exact binomial intervals:
-    metric -> (cases that have it, cases), each (...,). For f1 it is s = TP / (TP + FP + FN), of
+    """The metrics that are a share of cases, or a number per case, for their intervals: metric ->
+    (cases that have it, or number; cases), each (...,). For f1 it is s = TP / (TP + FP + FN), of
     which F1 = 2s / (1 + s) is a monotone function."""
-    return table_proportions(*lesion_table(named(sums)))
+    sums = named(sums)
+    return {
+        **table_proportions(*lesion_table(sums)),
+        "fp_per_image": (sums["fp"], sums["units"]),
+        "fp_per_lesion_free_image": (sums["free_fp"], sums["free"]),
+    }
+
+
+def paper_proportions(sums: np.ndarray) -> dict[str, tuple]:
+    """As :func:`lesion_proportions`, of the sums of :func:`paper_metrics`."""
+    return table_proportions(*paper_table(named(sums[..., :-1])))
+
+
+def unique_lesion_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics, (...,) each, where each unique lesion is a case, of (..., 3) sums over lesions: 1,
+    whether it is found in a frame, and the share of its frames in which it is."""
+    n, found, shares = np.moveaxis(sums, -1, 0)
+    return {"n": n, "recall": 100 * divide(found, n), "frame_recall": 100 * divide(shares, n)}
+
+
+def unique_lesion_proportions(sums: np.ndarray) -> dict[str, tuple]:
+    """As :func:`lesion_proportions`, of the sums of :func:`unique_lesion_metrics`."""
+    return {"recall": (sums[..., 1], sums[..., 0])}
 
 
 def unit_proportions(sums: np.ndarray) -> dict[str, tuple]:
@@ -227,9 +275,13 @@ class ResampledMetrics:
         unit: "patient" where all image records have a ``patient_id``, else "image".
         unit_of_image: (number of images,) int in [0, num_units).
         columns: the groups that are formulas over sums.
+        calibration: of the scores; ``calibration_raw`` of the same before they were mapped, None
+            where they were not.
     """
 
     columns: dict[str, GroupFormulas]
+    calibration: Calibration | None = None
+    calibration_raw: Calibration | None = None
 
     def __init__(self, unit: str, unit_of_image: np.ndarray, num_units: int):
         self.unit, self.unit_of_image, self.num_units = unit, unit_of_image, num_units
@@ -244,10 +296,20 @@ class ResampledMetrics:
             group -> metric -> (B,).
         """
         weights = weights.astype(float)
-        return {
+        values = {
             group: formulas(weights @ columns)
             for group, (columns, formulas, _) in self.columns.items()
         }
+        for group, columns in self._calibrations.items():
+            values[group] = Calibration.formulas(weights @ columns)
+        return values
+
+    @cached_property
+    def _calibrations(self):
+        """{group: (num_units, K) sums of the columns}."""
+        names = ("calibration", "calibration_raw")
+        scores = {name: getattr(self, name) for name in names}
+        return {k: self.per_unit(v.columns()) for k, v in scores.items() if v is not None}
 
     @property
     def width(self) -> int:
@@ -263,11 +325,15 @@ class ResampledMetrics:
         }
 
     def proportions(self) -> dict[str, dict[str, tuple]]:
-        """group -> metric -> (cases that have it, cases), see :func:`lesion_proportions`."""
+        """group -> metric -> (cases that have it, cases) of each unit, (num_units,) each, see
+        :func:`lesion_proportions`."""
         return {
-            group: proportions(columns.sum(axis=0))
-            for group, (columns, _, proportions) in self.columns.items()
+            group: proportions(columns) for group, (columns, _, proportions) in self.columns.items()
         }
+
+    def limits(self, group: str, name: str) -> tuple[float, float]:
+        """The least and the largest value that a metric can have."""
+        return (0, 100) if is_percent(name) else (0, math.inf)
 
     def settings(self, bootstrap) -> dict:
         """What ``meta`` records: the number of patients, None where unknown, and the Bootstrap."""
@@ -286,7 +352,7 @@ class ResampledMetrics:
 # The IoU of AP50_voc, BEP and the PR curves, whatever IoU lesions are matched at.
 CURVE_IOU = 0.5
 # Read off the precision-recall curve of a class.
-_CURVE_METRICS = ("AP50", "AP50_voc", "BEP")
+CURVE_METRICS = ("AP50", "AP50_voc", "BEP")
 
 
 class DetectionMetrics(ResampledMetrics):
@@ -294,18 +360,22 @@ class DetectionMetrics(ResampledMetrics):
 
     Args:
         counter: of the ground truth and N detections.
-        counts: per image at each threshold, by a prefix of its groups of metrics: "" and, with a
-            second threshold, "tau_val.".
+        above: (N,) bool, the detections at each threshold, by a prefix of its groups of metrics: ""
+            and, with a second threshold, "tau_val.".
+        counts: per image, likewise.
+        paper: (N,) bool, the detections at PAPER_TAU of the raw scores.
         sizes, classes: per image, of lesions by size and of each class; empty for a single one.
 
     Attributes:
-        froc (FROC), calibration (Calibration): of all evaluated detections.
+        froc (FROC), calibration: of all evaluated detections.
     """
 
     def __init__(
         self,
         counter: LesionCounter,
+        above: dict[str, np.ndarray],
         counts: dict[str, UnitCounts],
+        paper: np.ndarray,
         sizes: dict[str, dict[str, UnitCounts]],
         classes: dict[str, UnitCounts],
     ):
@@ -317,14 +387,16 @@ class DetectionMetrics(ResampledMetrics):
         columns = [column[evaluated] for column in columns]
         self.froc = FROC(*columns, gt.lesions, detections.scored)
         self.calibration = Calibration.of_scores(*columns, len(gt.images), detections.scored)
-        self._calibration = self.per_unit(self.calibration.columns())
+        if detections.mapped:
+            raw = detections.raw_score[evaluated], *columns[1:]
+            self.calibration_raw = Calibration.of_scores(*raw, len(gt.images), True)
         self._images = np.bincount(self.unit_of_image, minlength=self.num_units)
         # Groups that have an AUROC: UnitCounts, and the unit of each case.
         self._score_groups = {"image": (counts[""], self.unit_of_image)}
         if self.unit == "patient":
             patients = counts[""].merged(self.unit_of_image)
             self._score_groups["patient"] = (patients, np.arange(self.num_units))
-        self.columns = self._columns(sizes)
+        self.columns = self._columns(above, paper, sizes)
         self._rankings = {}
         self._matchings = {
             kind: match(gt, detections, pairs, CURVE_IOU)
@@ -337,8 +409,12 @@ class DetectionMetrics(ResampledMetrics):
         }
         self._all = self._ranked(counter.matching, range(len(gt.categories)))
 
-    def _columns(self, sizes):
-        groups = {}
+    def _columns(self, above, paper, sizes):
+        groups = {"paper": (self._paper_columns(paper), paper_metrics, paper_proportions)}
+        if self.counter.unique_lesions is not None:
+            formulas = unique_lesion_metrics, unique_lesion_proportions
+            for prefix, selected in above.items():
+                groups[f"{prefix}unique_lesion"] = (self._unique_lesions(selected), *formulas)
         for prefix, counts in self.counts.items():
             columns = self.per_unit(counts.columns())
             groups[f"{prefix}lesion"] = (columns, lesion_metrics, lesion_proportions)
@@ -354,6 +430,30 @@ class DetectionMetrics(ResampledMetrics):
             columns = self.per_unit(counts.columns())
             groups[f"by_class.{name}"] = (columns, lesion_metrics, lesion_proportions)
         return {group: GroupFormulas(*parts) for group, parts in groups.items()}
+
+    def _paper_columns(self, selected):
+        """(num_units, K + 1), see :func:`paper_metrics`."""
+        detections, matching = self.detections, self.counter.matching
+        areas = np.zeros(len(self.gt.images))
+        chosen, image, lesions = np.flatnonzero(selected), detections.regions.image, self.gt.lesions
+        for rows in np.split(chosen, np.flatnonzero(np.diff(image[chosen])) + 1):  # by image
+            if matching.hit[rows].any():
+                number = lesions[image[rows[0]]]
+                curve = pr_curve(detections.raw_score[rows], matching.hit[rows], number)
+                areas[image[rows[0]]] = curve.area
+        if not detections.scored:
+            areas[:] = np.nan
+        counts = self.counter.count(~self.gt.crowd, selected)
+        return self.per_unit(np.column_stack([counts.columns(), areas]))
+
+    def _unique_lesions(self, selected):
+        """(num_units, 3), see :func:`unique_lesion_metrics`."""
+        lesions = self.counter.unique_lesions
+        share = self.counter.frames_found(selected) / lesions.frames
+        columns = np.stack([np.ones(len(share)), share > 0, share], axis=1)
+        total = np.zeros((self.num_units, 3))
+        np.add.at(total, lesions.patient, columns)
+        return total
 
     def _ranked(self, matching, classes):
         """RankedDetections of some classes."""
@@ -382,7 +482,7 @@ class DetectionMetrics(ResampledMetrics):
                 name: mean_where(
                     [metrics[name] for _, metrics in by_class.values()], present, number
                 )
-                for name in _CURVE_METRICS
+                for name in CURVE_METRICS
             }
             if all_coco and kind in self._curves and self.detections.scored:
                 for name, ranked in self._coco_curves[kind].items():
@@ -390,7 +490,7 @@ class DetectionMetrics(ResampledMetrics):
                     areas, present = [c.sampled_area for c in coco], [c.num_gt > 0 for c in coco]
                     values[kind][name] = 100 * mean_where(areas, present, number)
         undefined = np.full(number, np.nan)
-        without = (None, dict.fromkeys(_CURVE_METRICS, undefined))
+        without = (None, dict.fromkeys(CURVE_METRICS, undefined))
         for name in self.classes:
             _, metrics = (curves["segm"] or curves["bbox"]).get(name, without)
             values[f"by_class.{name}"].update(metrics)
@@ -401,7 +501,6 @@ class DetectionMetrics(ResampledMetrics):
             values[group]["auroc"] = auroc
         curve = self._all.weigh(weights, copies[id(self._all.ranking)])
         values["froc"] = self.froc.read_off(curve, weights @ self._images)
-        values["calibration"] = self.calibration.formulas(weights.astype(float) @ self._calibration)
         return values
 
     def _class_curves(self, kind, weights, copies):
@@ -410,7 +509,7 @@ class DetectionMetrics(ResampledMetrics):
         for name, ranked in self._curves.get(kind, {}).items() if self.detections.scored else ():
             curve = ranked.weigh(weights, copies[id(ranked.ranking)])
             shares = curve.sampled_area, curve.area, curve.break_even_point
-            metrics = dict(zip(_CURVE_METRICS, (100 * share for share in shares), strict=True))
+            metrics = dict(zip(CURVE_METRICS, (100 * share for share in shares), strict=True))
             values[name] = (curve.num_gt > 0, metrics)
         return values
 
@@ -418,6 +517,15 @@ class DetectionMetrics(ResampledMetrics):
     def _coco_curves(self):
         units = self.unit_of_image, self.num_units
         return {kind: ranked_by_coco(self.counter, kind, *units) for kind in self._curves}
+
+    def tied_ranges(self) -> dict[str, tuple[float, float]]:
+        """IoU type -> least and largest AP50_voc over all orders of detections of equal scores,
+        given the matching; none without scores."""
+        ranges = {}
+        for kind, by_class in self._curves.items() if self.detections.scored else ():
+            areas = [ranked.tied_areas() for ranked in by_class.values()]
+            ranges[kind] = tuple(100 * np.mean(areas, axis=0)) if areas else (np.nan, np.nan)
+        return ranges
 
     def curves(self) -> list[tuple[str, str, PRCurve]]:
         """IoU type, class name and curve at IoU 0.5 of each class; none without scores."""
@@ -433,15 +541,46 @@ class DetectionMetrics(ResampledMetrics):
 
     def proportions(self):
         shares = super().proportions()
-        lesions = int(self.gt.lesions.sum())
+        lesions = self._all.lesions
+        hits = self._all.ranking.unit[self._all.hits]
         froc = self.once()["froc"]
         del froc["mean"]
-        shares["froc"] = {name: (share * lesions / 100, lesions) for name, share in froc.items()}
+        for name, share in froc.items():
+            # The hits above the threshold at which it is read off.
+            number = 0 if math.isnan(share) else round(share * lesions.sum() / 100)
+            part = np.bincount(hits[:number], minlength=self.num_units)
+            shares.setdefault("froc", {})[name] = part, lesions
+        curves = self._curves if self.detections.scored else {}
+        for kind, by_class in curves.items():
+            if by_class:
+                shares[kind] = curve_proportions([*by_class.values()])
+        for name, ranked in (curves.get("segm") or curves.get("bbox") or {}).items():
+            if name in self.classes:
+                shares[f"by_class.{name}"].update(curve_proportions([ranked]))
         return shares
 
     @property
     def width(self):
         return max(self.num_units, len(self.detections.score), 1)
+
+
+def curve_proportions(by_class: list[RankedDetections]) -> dict[str, tuple]:
+    """The curve metrics of some classes, or their mean, as :func:`lesion_proportions` has others:
+    the area is the mean over lesions of the envelope's precision where a lesion is hit, 0 if it
+    never is (AP50 samples the same curve); the break-even point is the share of lesions hit by as
+    many detections as there are lesions.
+    """
+    area = break_even = whole = 0
+    total = sum(ranked.lesions.sum() for ranked in by_class)
+    for ranked in by_class:
+        lesions, units = ranked.lesions, len(ranked.lesions)
+        each = total / lesions.sum() / len(by_class)  # classes weigh the same
+        unit = ranked.ranking.unit[ranked.hits]
+        curve = ranked.weigh(np.ones((1, units), dtype=np.int32))
+        area += each * np.bincount(unit, curve.envelope[0], minlength=units)
+        break_even += each * np.bincount(unit[ranked.hits < lesions.sum()], minlength=units)
+        whole += each * lesions
+    return {"AP50": (area, whole), "AP50_voc": (area, whole), "BEP": (break_even, whole)}
 
 
 def mean_where(values: Iterable, present: Iterable, number: int) -> np.ndarray:

@@ -2,10 +2,8 @@
 
 import logging
 import math
-import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -21,98 +19,22 @@ from imrcnn_d2.evaluation.detection.inputs import (
     read_results,
 )
 from imrcnn_d2.evaluation.detection.matching import Matching
-from imrcnn_d2.evaluation.detection.metrics import DetectionMetrics, image_metrics, lesion_metrics
+from imrcnn_d2.evaluation.detection.metrics import (
+    DetectionMetrics,
+    image_metrics,
+    lesion_metrics,
+    unit_metrics,
+)
+from imrcnn_d2.evaluation.detection.operating_point import PAPER_TAU, OperatingPoint
 from imrcnn_d2.evaluation.output import EvaluationResults, rows_per_image, transposed
 from imrcnn_d2.evaluation.statistics import Bootstrap, add_intervals
-from imrcnn_d2.utils.files import BadInputError
 
 logger = logging.getLogger(__name__)
 
+# By how many points AP50_voc must depend on the order of equal scores for a warning.
+TIES_MATTER = 0.1
 THRESHOLDS = tuple(n / 20 for n in range(1, 20))  # 0.05, 0.10 ... 0.95
 _CURVE_COLUMNS = "iou_type class score tp fp n_gt precision recall precision_envelope".split()
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """The score threshold at which a model is used, see `choose_operating_point`."""
-
-    tau: float
-    rule: str  # how it was chosen
-    dataset: str | None = None  # the data set it was chosen on
-
-    @classmethod
-    def of_file(cls, value: object, path: str | Path) -> "OperatingPoint":
-        """The operating point of a file of weights, given as a dict of the attributes.
-
-        Raises:
-            BadInputError: it is none: no score is above a tau of NaN.
-        """
-        names = [field.name for field in fields(cls)]
-        if isinstance(value, dict) and sorted(value) == sorted(names):
-            tau, rule, dataset = (value[name] for name in names)
-            texts = isinstance(rule, str) and isinstance(dataset, str | None)
-            if isinstance(tau, int | float) and 0 <= tau <= 1 and texts:
-                return cls(float(tau), rule, dataset)
-        raise BadInputError(
-            path,
-            f"its operating_point {str(value)[:80]!r} must have tau, from 0 to 1, rule and "
-            "dataset: get the file anew, or export it again (imrcnn export)",
-        )
-
-
-def check_rule(rule: str) -> float | None:
-    """The requested recall in percent of a rule of :func:`choose_operating_point`; None for "f1".
-
-    Raises:
-        ValueError: for another rule.
-    """
-    recall = re.fullmatch(r"recall>=(\d+(?:\.\d+)?)", rule)
-    if rule != "f1" and not (recall and 0 < float(recall[1]) <= 100):
-        raise ValueError(f"The rule for the threshold, {rule!r}, must be 'f1' or 'recall>=95'.")
-    return float(recall[1]) if recall else None
-
-
-def choose_operating_point(
-    results: "LesionResults", rule: str = "f1", dataset: str | None = None
-) -> OperatingPoint:
-    """Choose a threshold among the scores of the detections. Only ever on validation data: metrics
-    at a threshold chosen on the test set are those of no detector that one could use.
-
-    Args:
-        results: of the validation set, at any tau.
-        rule: "f1": the largest lesion-level F1, of equal ones the highest threshold;
-            "recall>=95": the highest threshold with a lesion-level recall of at least 95 %, or,
-            with a warning, the largest recall where it is not reached at any score.
-        dataset: name of the validation set, to be recorded.
-
-    Raises:
-        ValueError: for another rule, without a lesion, without a detection, and for results that
-            have no scores.
-    """
-    recall = check_rule(rule)
-    detections, matching = results.detections, results.matching
-    lesions = int(results.ground_truth.lesions.sum())
-    place = f" of {dataset}" if dataset else ""
-    needed = {"score": detections.scored, "lesion": lesions}
-    for name, exists in {**needed, "detection": matching.evaluated.any()}.items():
-        if not exists:
-            raise ValueError(f"Without a {name}{place} no threshold can be chosen.")
-    score = detections.score[matching.evaluated]
-    candidates, group = np.unique(-score, return_inverse=True)  # from the highest down
-    tp = np.cumsum(np.bincount(group, matching.hit[matching.evaluated]))
-    above = np.cumsum(np.bincount(group))
-    if recall is None:
-        best = np.argmax(2 * tp / (above + lesions))  # the first, so the highest threshold
-    else:
-        # In whole numbers of lesions where that is exact: 95 % of 20 are 19.
-        enough = 100 * tp >= recall * lesions
-        best = np.argmax(enough if enough.any() else tp)
-        if not enough.any():
-            logger.warning(
-                f"The detections{place} reach a recall of {100 * tp[-1] / lesions:.1f} % at "
-                f"most: the threshold chosen for {rule!r} gives that."
-            )
-    return OperatingPoint(float(-candidates[best]), rule, dataset)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,9 +43,12 @@ class LesionResults(EvaluationResults):
     Attributes:
         bbox, segm: COCO's metrics, AP50_voc and BEP.
         lesion: see :func:`lesion_metrics`, and ``selection``.
+        paper: see :func:`paper_metrics`, at 0.7 of the scores as the network gives them.
         image: see :func:`image_metrics`, and ``auroc``.
         patient: see :func:`unit_metrics`, and ``auroc``. None unless every image record has a
             ``patient_id``.
+        unique_lesion: see :func:`unique_lesion_metrics`. None unless every image record has a
+            ``patient_id`` and every lesion a ``lesion_id``.
         froc: sensitivity_at_0.125 ... sensitivity_at_8 and mean: the largest recall with at most so
             many false alarms per image (of all images), at any threshold; the curve is
             ``metrics.froc``.
@@ -132,7 +57,7 @@ class LesionResults(EvaluationResults):
         by_class: class name -> as ``lesion``, without ``selection``, and AP50, AP50_voc and BEP of
             masks, of boxes where there are none. Empty for a single class.
         tau_val: the operating point's tau, rule and dataset, and ``lesion``, ``image`` and, where
-            patients are known, ``patient`` at it, without ``selection`` and ``auroc``.
+            known, ``patient`` and ``unique_lesion`` at it, without ``selection`` and ``auroc``.
         curves: IoU type ("segm" or "bbox"), class name and curve at IoU 0.5 of each class. Empty
             for results without scores.
         counts: per image, what ``lesion`` and ``image`` are made of.
@@ -147,8 +72,10 @@ class LesionResults(EvaluationResults):
     bbox: dict[str, float]
     segm: dict[str, float]
     lesion: dict[str, float]
+    paper: dict[str, float]
     image: dict[str, float]
     patient: dict[str, float] | None
+    unique_lesion: dict[str, float] | None
     froc: dict[str, float]
     by_size: dict[str, dict[str, dict[str, float]]]
     by_class: dict[str, dict[str, float]]
@@ -175,8 +102,9 @@ class LesionResults(EvaluationResults):
         return self.tau_val and self.tau_val["tau"]
 
     def groups(self):
-        groups = {"bbox": self.bbox, "segm": self.segm, "lesion": self.lesion, "image": self.image}
-        return groups if self.patient is None else {**groups, "patient": self.patient}
+        names = ("bbox", "segm", "lesion", "paper", "image", "patient", "unique_lesion")
+        groups = {name: getattr(self, name) for name in names}
+        return {name: values for name, values in groups.items() if values is not None}
 
     def compared(self):
         """``groups()``, "froc" and, with an operating point, "tau_val.lesion" and so on."""
@@ -199,9 +127,13 @@ class LesionResults(EvaluationResults):
             area=gt.area[rows],
         )
         rows, regions = detections.regions.of_images(positions)
+        unmapped = detections.unmapped[rows] if detections.mapped else None
+        detections = replace(
+            detections, regions=regions, score=detections.score[rows], unmapped=unmapped, notes={}
+        )
         return evaluate_lesions(
             part,
-            Detections(regions, detections.score[rows], detections.scored),
+            detections,
             **{name: self.meta[name] for name in ("tau", "iou_threshold", "iou_type")},
             operating_point=operating_point,
             bootstrap=bootstrap,
@@ -216,6 +148,17 @@ class LesionResults(EvaluationResults):
         arrays = gt.regions.image, gt.regions.category, gt.regions.boxes, gt.area, gt.crowd
         return [c["name"] for c in gt.categories], *(array.tolist() for array in arrays)
 
+    def at(self, tau: float) -> dict[str, dict[str, float]]:
+        """The groups "lesion", "image" and, where patients are known, "patient" at another
+        threshold, without AUROC, which needs none; NaN is a threshold that no score reaches."""
+        counts = self.counter.per_image(self.counter.above(tau))
+        groups = _level_metrics(counts)
+        groups["lesion"]["selection"] = _selection(*groups.values(), counts.positive)
+        if self.patient is not None:
+            patients = counts.merged(self.metrics.unit_of_image).columns()
+            groups["patient"] = unit_metrics(patients.sum(axis=0))
+        return {g: {k: float(v) for k, v in group.items()} for g, group in groups.items()}
+
     @cached_property
     def thresholds(self) -> list[dict[str, float]]:
         """Metrics at every threshold of THRESHOLDS, for display: a threshold that was chosen by it
@@ -225,9 +168,8 @@ class LesionResults(EvaluationResults):
         for tau in THRESHOLDS if self.detections.scored else ():
             # The matching is reused, and the unions at the threshold before.
             counts = self.counter.per_image(self.counter.above(tau), counts)
-            sums = counts.columns().sum(axis=0)
-            groups = {"lesion": lesion_metrics(sums), "image": image_metrics(sums)}
-            values = {f"{g}_{k}": float(v) for g, group in groups.items() for k, v in group.items()}
+            groups = _level_metrics(counts).items()
+            values = {f"{name}_{k}": float(v) for name, group in groups for k, v in group.items()}
             rows.append({"tau": tau, **values})
         return rows
 
@@ -241,6 +183,19 @@ class LesionResults(EvaluationResults):
             "patient_id": np.array(list(patients), dtype=object),
             "images": np.bincount(unit),
             **_outcomes(self.counts.merged(unit), self.detections.scored, "patient_outcome"),
+        }
+        return transposed(columns)[0]
+
+    @property
+    def per_lesion(self) -> list[dict]:
+        """One row per unique lesion, where known: patient_id, lesion_id, frames, frames_found."""
+        lesions = self.counter.unique_lesions
+        patients, ids = zip(*lesions.ids, strict=True)
+        columns = {
+            "patient_id": np.array(patients, dtype=object),
+            "lesion_id": np.array(ids, dtype=object),
+            "frames": lesions.frames,
+            "frames_found": self.counter.frames_found(self.above_threshold),
         }
         return transposed(columns)[0]
 
@@ -262,6 +217,8 @@ class LesionResults(EvaluationResults):
         }
         if self.metrics.unit == "patient":
             tables["per_patient.csv"] = (self.per_patient, ["patient_id"])
+        if self.unique_lesion is not None:
+            tables["per_lesion.csv"] = (self.per_lesion, ["patient_id"])
         return tables
 
     def _curve_rows(self):
@@ -288,8 +245,13 @@ class LesionResults(EvaluationResults):
         return rows
 
 
+def _level_metrics(counts):
+    sums = counts.columns().sum(axis=0)
+    return {"lesion": lesion_metrics(sums), "image": image_metrics(sums)}
+
+
 def _outcomes(counts, scored, outcome):
-    """What happened in each unit: counts, its outcome, mean overlaps of the hits in percent."""
+    """What happened in each unit: counts, its outcome, means over the hits."""
     names = np.array([["TN", "FP"], ["FN", "TP"]])
     return {
         **{"n_gt": counts.lesions, "n_det": counts.tp + counts.fp},
@@ -297,6 +259,8 @@ def _outcomes(counts, scored, outcome):
         outcome: names[counts.positive.astype(int), counts.predicted_positive.astype(int)],
         "score": counts.score if scored else np.full(len(counts.score), np.nan),
         **{m: 100 * divide(getattr(counts, m), counts.tp) for m in ("iou", "dice", "iou_box")},
+        "hd95": divide(counts.hd95, counts.tp),
+        "nsd": 100 * divide(counts.nsd, counts.tp),
     }
 
 
@@ -362,22 +326,37 @@ def evaluate_lesions(
     sizes = counter.by_size(above[""])
     classes = counter.by_class(above[""]) if len(gt.categories) > 1 else {}
     confusion = counter.confusion_matrix(tau)
-    metrics = DetectionMetrics(counter, all_counts, sizes, classes)
+    paper = counter.matching.evaluated & (detections.raw_score >= PAPER_TAU)
+    metrics = DetectionMetrics(counter, above, all_counts, paper, sizes, classes)
     values, curves = metrics.once(), metrics.curves()
     for kind in ("bbox", "segm"):
         coco = coco_average_precision(counter, kind)
         values[kind] = {**coco, **{name: values[kind][name] for name in ("AP50_voc", "BEP")}}
     values["lesion"]["selection"] = _selection(values["lesion"], values["image"], counts.positive)
+    tied = {
+        kind: (low, high)
+        for kind, (low, high) in metrics.tied_ranges().items()
+        if high - low > TIES_MATTER
+    }
+    # Not of each group of a data set, whose detections were read before.
+    if tied and not isinstance(results, Detections):
+        ranges = ", ".join(f"{low:.1f} to {high:.1f} ({k})" for k, (low, high) in tied.items())
+        logger.warning(
+            f"Many detections have equal scores: by their order, AP50_voc is from {ranges}. They "
+            "are taken by image id, then as in the file. Give scores with more digits."
+        )
     tau_val = None
     if operating_point is not None:
-        groups = ("lesion", "image", "patient")
+        groups = ("lesion", "image", "patient", "unique_lesion")
         at_point = {g: values[f"tau_val.{g}"] for g in groups if f"tau_val.{g}" in values}
         tau_val = {**asdict(operating_point), **at_point}
     lesion_results = LesionResults(
-        **{group: values[group] for group in ("bbox", "segm", "lesion", "image", "froc")},
+        **{group: values[group] for group in ("bbox", "segm", "lesion", "paper", "image", "froc")},
         patient=values.get("patient"),
+        unique_lesion=values.get("unique_lesion"),
         tau_val=tau_val,
         calibration=values["calibration"],
+        calibration_raw=values.get("calibration_raw"),
         by_size={
             scale: {name: values[f"by_size.{scale}.{name}"] for name in strata}
             for scale, strata in sizes.items()
@@ -399,6 +378,7 @@ def evaluate_lesions(
             "scored": detections.scored,
             "classes": [category["name"] for category in gt.categories],
             **detections.notes,
+            **({"tied_AP50_voc": tied} if tied else {}),
             **metrics.settings(bootstrap),
         },
         counter=counter,
@@ -414,7 +394,7 @@ def _selection(lesion, image, positive):
     The paper chooses "the best weights by a joint look at precision, recall, specificity and F1".
     Which of the four take part is decided from the ground truth alone, so that all checkpoints of
     a run are compared by the same mean: the first three need a lesion in the data set, the last a
-    lesion-free image. Precision and F1, where a checkpoint detects nothing, count 0.
+    lesion-free image. Precision counts 0 where a checkpoint detects nothing.
     """
     taking_part = [lesion[name] for name in ("precision", "recall", "f1") if positive.any()]
     if not positive.all():
