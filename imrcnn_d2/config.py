@@ -68,15 +68,28 @@ def add_imrcnn_config(cfg: CN) -> None:
     cfg.MODEL.CHANNELS_LAST = False
 
     # ---- Evaluation.
-    cfg.MODEL.IMRCNN = CN()
-    # Operating point: detections of this score and above are evaluated as positive, in [0, 1]. The
-    # model does not use it: with a low MODEL.ROI_HEADS.SCORE_THRESH_TEST, AP sees all scores.
-    cfg.MODEL.IMRCNN.SCORE_THRESH = 0.7
-
+    # Detections of this score and above are evaluated as positive, in [0, 1]. Each validation fits
+    # a map from scores to probabilities of a hit, and the threshold is of the mapped score. Without
+    # a map it is of the score that the network gives, for which the default, 0.5, stands for the
+    # paper's 0.7. The model does not use it: with a low MODEL.ROI_HEADS.SCORE_THRESH_TEST, AP sees
+    # all scores.
+    cfg.TEST.SCORE_THRESH = 0.5
     # How each validation chooses a second operating point, on the first of DATASETS.VAL, which
     # model_best.pth stores and the final test reports as "tau_val". "f1": the largest lesion-level
-    # F1; "recall>=95": the highest threshold with at least that sensitivity, percent.
-    cfg.MODEL.IMRCNN.TAU_RULE = "f1"
+    # F1; "recall>=95": the highest threshold with at least that sensitivity, percent;
+    # "fp_per_image<=0.1": the lowest one with at most so many false alarms per image; all three as
+    # medians over resamples of the set. "risk<=0.05": the highest one for which conformal risk
+    # control bounds the expected share of a patient's lesions that are missed.
+    cfg.TEST.TAU_RULE = "f1"
+    # The metric, in percent, of which model_best.pth has the largest value on validation, such as
+    # "segm/AP50_voc", "lesion/f1" (at TEST.SCORE_THRESH) or "tau_val.lesion/f1" (at the threshold
+    # that the validation chooses). "": "tau_val.lesion/selection", the mean of precision, recall,
+    # F1 and specificity; of classifiers "recognition/balanced_accuracy".
+    cfg.TEST.BEST_METRIC = ""
+    # Whether detections whose mask lies by 80 % or more inside that of a higher-scored one of the
+    # same class are left out: "never", "always", or "auto", where that makes TEST.BEST_METRIC
+    # larger on validation. model_best.pth stores it, for evaluation and prediction.
+    cfg.TEST.SUPPRESS_PARTS = "never"
 
     # A prepared data set: its folder, or a short name such as "kvasir_seg" for a folder in
     # $IMRCNN_DATASETS, else in $DETECTRON2_DATASETS, else in datasets/. Where DATASETS.TRAIN, VAL
@@ -129,7 +142,8 @@ def add_imrcnn_config(cfg: CN) -> None:
 
 def get_node(cfg: CN, path: str) -> CN:
     """A config node such as "MODEL.PAFPN", or our defaults where a foreign config lacks it."""
-    defaults = CN({"MODEL": CN(), "DATASETS": CN(), "INPUT": CN(), "SOLVER": CN({"AMP": CN()})})
+    nodes = {name: CN() for name in ("MODEL", "DATASETS", "INPUT", "TEST")}
+    defaults = CN({**nodes, "SOLVER": CN({"AMP": CN()})})
     add_imrcnn_config(defaults)
     node = cfg
     for key in path.split("."):

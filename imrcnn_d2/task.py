@@ -4,6 +4,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ class Task:
     predictions_file: str  # next to metrics.json
     mapper: type[LesionMapper] | type[ClassificationMapper]  # dataset dict -> the model's input
     primary: str  # the endpoint by which two models are compared if nobody names one
+    best_metric: str  # of validation, by which the best weights are chosen if nobody names one
     headline: tuple[str, ...]  # "group/metric" of a short summary
 
     @staticmethod
@@ -53,14 +55,15 @@ class Task:
 
     def best_checkpoint(self, cfg: CfgNode) -> dict:
         """Arguments of `BestCheckpointer`: which metric of the validation it compares."""
-        raise NotImplementedError
+        metric = cfg.TEST.BEST_METRIC or self.best_metric
+        return {"metric": metric, "dataset": cfg.DATASETS.VAL[0]}
 
     def evaluator(
         self, cfg: CfgNode, dataset_name: str, output_dir: str, final: Mapping | None = None
     ) -> DatasetEvaluator:
         """The evaluator of a data set, whose files go to `output_dir`. `final` are
-        `Weights.evaluator_arguments` of a final evaluation; without them an operating point is
-        chosen on the sets of DATASETS.VAL, and never on others.
+        `Weights.evaluator_arguments` of a final evaluation; without them a map of scores is fitted
+        and an operating point chosen on the sets of DATASETS.VAL, and never on others.
         """
         raise NotImplementedError
 
@@ -91,6 +94,7 @@ class _Detection(Task):
     predictions_file = RESULTS
     mapper = LesionMapper
     primary = "segm/AP50_voc"
+    best_metric = "tau_val.lesion/selection"
     headline = ("segm/AP50_voc", "lesion/iou", "lesion/f1")
 
     def num_classes_key(self, cfg):
@@ -100,21 +104,29 @@ class _Detection(Task):
         return "MODEL.ROI_HEADS.NUM_CLASSES" if architecture.endswith("RCNN") else None
 
     def best_checkpoint(self, cfg):
-        return {"tau_rule": cfg.MODEL.IMRCNN.TAU_RULE, "dataset": cfg.DATASETS.VAL[0]}
+        if (parts := cfg.TEST.SUPPRESS_PARTS) != "never" and not cfg.MODEL.MASK_ON:
+            raise ValueError(
+                f"TEST.SUPPRESS_PARTS is {parts!r}, but MODEL.MASK_ON is False: only "
+                "masks are compared; set it to never"
+            )
+        return {**super().best_checkpoint(cfg), "tau_rule": cfg.TEST.TAU_RULE}
 
     def evaluator(self, cfg, dataset_name, output_dir, final=None):
-        node = get_node(cfg, "MODEL.IMRCNN")
         if final is None:
             validates = dataset_name in get_node(cfg, "DATASETS.VAL")
-            final = {"tau_rule": node.TAU_RULE if validates else None}
-        tau = node.SCORE_THRESH
+            keys = ("tau_rule", "suppress_parts", "best_metric") if validates else ()
+            final = {key: get_node(cfg, f"TEST.{key.upper()}") for key in keys}
+            if validates and not final["best_metric"]:
+                final["best_metric"] = self.best_metric
+        tau = get_node(cfg, "TEST.SCORE_THRESH")
         return LesionEvaluator(dataset_name, tau=tau, output_dir=output_dir, **final)
 
     def score(self, gt, predictions, recorded):
         settings = {key: recorded["meta"][key] for key in ("tau", "iou_threshold", "iou_type")}
         chosen = recorded.get("tau_val")
         if chosen:
-            chosen = OperatingPoint(chosen["tau"], chosen["rule"], chosen.get("dataset"))
+            names = (field.name for field in fields(OperatingPoint))
+            chosen = OperatingPoint(**{n: chosen[n] for n in names if n in chosen})
         return evaluate_lesions(gt, predictions, operating_point=chosen, **settings)
 
     def endpoints(self, classes=(), cancer_classes=()):
@@ -133,17 +145,17 @@ class _Classification(Task):
     localises = False
     predictions_file = CLASSIFICATION_RESULTS
     mapper = ClassificationMapper
-    primary = "recognition/balanced_accuracy"
+    primary = best_metric = "recognition/balanced_accuracy"
     headline = ("recognition/top1", "recognition/balanced_accuracy")
 
     def num_classes_key(self, cfg):
         return "MODEL.CLASSIFIER.NUM_CLASSES"
 
-    def best_checkpoint(self, cfg):
-        return {"metric": self.primary}
-
     def evaluator(self, cfg, dataset_name, output_dir, final=None):
-        arguments = {key: (final or {}).get(key) for key in ("bootstrap", "meta")}
+        if final is None:
+            arguments = {"fits_map": dataset_name in get_node(cfg, "DATASETS.VAL")}
+        else:
+            arguments = {key: final[key] for key in ("score_map", "bootstrap", "meta")}
         return ClassificationEvaluator(dataset_name, output_dir=output_dir, **arguments)
 
     def score(self, gt, predictions, recorded):

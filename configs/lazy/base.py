@@ -57,10 +57,15 @@ dataloader.val = _test_loader("val")
 dataloader.test = _test_loader("test")
 dataloader.val_evaluator = L(LesionEvaluator)(
     dataset_name="${train.dataset}_val",
-    tau=0.7,
-    tau_rule="f1",  # as MODEL.IMRCNN.TAU_RULE
+    tau=0.5,  # as TEST.SCORE_THRESH
+    tau_rule="f1",  # as TEST.TAU_RULE
+    suppress_parts="never",  # as TEST.SUPPRESS_PARTS
+    best_metric="${train.best_metric}",
 )
-dataloader.test_evaluator = L(LesionEvaluator)(dataset_name="${train.dataset}_test", tau=0.7)
+dataloader.test_evaluator = L(LesionEvaluator)(
+    dataset_name="${train.dataset}_test",
+    tau="${dataloader.val_evaluator.tau}",
+)
 
 optimizer = L(torch.optim.SGD)(
     params=L(get_default_optimizer_params)(
@@ -86,6 +91,7 @@ train.device = ""  # "" for the CUDA device if there is one, else the CPU
 train.dataset = ""
 train.max_iter = 3000
 train.eval_period = 300
+train.best_metric = "tau_val.lesion/selection"  # as TEST.BEST_METRIC
 train.log_period = 10
 train.checkpointer.period = 300
 train.checkpointer.max_to_keep = 2  # as SOLVER.CHECKPOINTS_TO_KEEP

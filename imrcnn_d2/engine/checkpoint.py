@@ -20,7 +20,8 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from imrcnn_d2.engine.config import load_config_text
-from imrcnn_d2.evaluation.detection.results import OperatingPoint
+from imrcnn_d2.evaluation.calibration import ScoreMap, Temperature
+from imrcnn_d2.evaluation.detection.operating_point import OperatingPoint
 from imrcnn_d2.evaluation.output import log_test_evaluation
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.modeling import ImageClassifier
@@ -42,7 +43,8 @@ _RESNET = (  # timm's names and Detectron2's
 _OF_AN_ITERATION = re.compile(r"model_(\d+)\.pth")
 FINAL = "model_final"
 # Of what files of weights say of themselves; a larger one is of a later version of this package.
-METADATA_VERSION = 1
+# 2: thresholds are of scores that `score_map` has mapped; files of 1 have no map.
+METADATA_VERSION = 2
 _PACKAGED = resources.files("imrcnn_d2") / "weights"
 
 
@@ -476,28 +478,45 @@ def checkpoint_metadata(dataset: str, config: str | None) -> dict:
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's checkpoint and its hash, if loaded from a file, and operating point, if any."""
+    """A model's checkpoint and its hash, if loaded from a file, and what validation chose, if it
+    did: the operating point, of scores that ``score_map`` has mapped where there is one.
+    """
 
     path: str | None = None
     sha256: str | None = None
     operating_point: OperatingPoint | None = None
+    score_map: ScoreMap | Temperature | None = None  # of a detector; of a classifier
     model: tuple[str, str] | None = None  # its name and its backbone's
+
+    @classmethod
+    def of_file(cls, path: str, metadata: dict, classifies: bool = False) -> "Weights":
+        """Of a local file that says these of itself: ``operating_point`` and ``score_map`` are
+        absent or None, or dicts of their attributes; BadInputError if they are something else.
+        ``classifies``: the model is an image classifier.
+        """
+        point, score_map = metadata.get("operating_point"), metadata.get("score_map")
+        kind = Temperature if classifies else ScoreMap
+        return cls(
+            path,
+            file_sha256(path),
+            None if point is None else OperatingPoint.of_file(point, path),
+            None if score_map is None else kind.of_file(score_map, path),
+        )
 
     def evaluator_arguments(self) -> dict:
         """What an evaluator takes for a final evaluation, which has intervals."""
         meta = {"checkpoint": self.path, "checkpoint_sha256": self.sha256}
         if self.model:
             meta["model"], meta["backbone"] = self.model
-        return {"operating_point": self.operating_point, "bootstrap": Bootstrap(), "meta": meta}
+        chosen = {"operating_point": self.operating_point, "score_map": self.score_map}
+        return {**chosen, "bootstrap": Bootstrap(), "meta": meta}
 
 
 def load_weights(checkpointer: Checkpointer, path: str) -> Weights:
     """Load what MODEL.WEIGHTS takes to evaluate it; "" leaves the model as it is."""
     extra = checkpointer.load(path)
-    if not path:
-        return Weights()
-    point = extra.get("operating_point")
-    return _weights(path, None if point is None else OperatingPoint.of_file(point, path))
+    is_classifier = isinstance(checkpointer.model, ImageClassifier)
+    return _weights(path, extra, is_classifier) if path else Weights()
 
 
 def last_weights(checkpointer: Checkpointer, ema=None) -> Weights:
@@ -507,12 +526,12 @@ def last_weights(checkpointer: Checkpointer, ema=None) -> Weights:
         Checkpointer(ema.model, checkpointer.save_dir, metadata=metadata).write("model_ema")
     comm.synchronize()  # the main process has written
     path = os.path.join(checkpointer.save_dir, "model_ema.pth" if ema else "model_final.pth")
-    return _weights(path) if os.path.isfile(path) else Weights()
+    return _weights(path, {}) if os.path.isfile(path) else Weights()
 
 
-def _weights(path: str, operating_point: OperatingPoint | None = None) -> Weights:
+def _weights(path: str, metadata: dict, classifies: bool = False) -> Weights:
     local = os.path.abspath(PathManager.get_local_path(find_weights(path)))
-    return Weights(local, file_sha256(local), operating_point)
+    return Weights.of_file(local, metadata, classifies)
 
 
 def log_test_evaluations(datasets: Iterable[str], output_dir: str, weights: Weights) -> None:

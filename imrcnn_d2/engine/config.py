@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.logger import log_first_n
 from fvcore.common.config import BASE_KEY
 
 from imrcnn_d2.config import add_imrcnn_config
@@ -32,6 +33,7 @@ from imrcnn_d2.data.catalog import (
     read_classes,
 )
 from imrcnn_d2.data.prepare.splits import SPLITS
+from imrcnn_d2.evaluation.detection.operating_point import PAPER_TAU
 from imrcnn_d2.modeling import ImageClassifier, timm_input
 from imrcnn_d2.task import CLASSIFICATION, DETECTION, Task
 
@@ -47,6 +49,8 @@ _MOST_FILES = 30  # that a config is made of
 # Addresses on Detectron2's server: a file's sender chooses neither the server nor, since downloads
 # stay in their folder, where the download is put.
 _MODEL_ZOO = ("detectron2://", "catalog://")
+# Keys before version 0.3.0.
+_EARLIER_KEYS = {f"MODEL.IMRCNN.{key}": f"TEST.{key}" for key in ("SCORE_THRESH", "TAU_RULE")}
 # What PyYAML and yacs raise of impossible values and keys.
 _WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError)
 _WRONG += (TypeError, ValueError)
@@ -181,7 +185,7 @@ def check_resumable(cfg: CfgNode) -> None:
 
 def load_config_text(text: str, source: str | Path, opts: Sequence = ()) -> CfgNode:
     """As :func:`load_config`, from the YAML ``text`` inside a file ``source``, without _BASE_."""
-    content = _parse(text, source)
+    content = _with_current_keys(_parse(text, source), source)
     if BASE_KEY in content:
         raise ValueError(
             f"{source}: its config asks for another file ({BASE_KEY}: {_short(content[BASE_KEY])}),"
@@ -255,7 +259,7 @@ def _read(path: Path, admitted: Sequence[Path], files: list[Path]) -> dict:
     named = path if path is files[0] else f"{files[0]}: its {BASE_KEY} {path}"
     content, merged = _earlier_config(path), {}
     if content is None:
-        content = read_yaml(path, named)
+        content = _with_current_keys(read_yaml(path, named), named)
     else:
         data = f" with --data {content['DATASETS']['ROOT']}" if "DATASETS" in content else ""
         logger.warning("%s is now %s%s; this name still works", named, content[BASE_KEY], data)
@@ -347,6 +351,46 @@ def _merge(base: dict, content: dict) -> dict:
     return merged
 
 
+def _current(opts: Sequence, source: str | Path) -> list:
+    """``[KEY, VALUE, ...]`` with today's names of the keys before version 0.3.0. Its default
+    threshold is left out: it was of scores as the network gives them, for which it still holds.
+    """
+    current, named = [], []
+    for key, value in zip(opts[::2], opts[1::2], strict=False):
+        if key in _EARLIER_KEYS:
+            named.append(f"{key} {_short(value)}")
+            if key.endswith("SCORE_THRESH") and str(value) == str(PAPER_TAU):
+                continue
+            key = _EARLIER_KEYS[key]
+        current += [key, value]
+    current += opts[len(opts) // 2 * 2 :]  # a key without a value is refused later
+    if named:
+        text = (
+            f"{source}: {', '.join(named)} is of version 0.1.0; use TEST.TAU_RULE, and "
+            "TEST.SCORE_THRESH, which is of scores that are probabilities where the weights have a "
+            f"map of scores. The former default, {PAPER_TAU:g}, is left out"
+        )
+        # A command may read a config twice.
+        log_first_n(logging.WARNING, text, name=__name__, key="message")
+    return current
+
+
+def _with_current_keys(content: dict, source: str | Path) -> dict:
+    """``content`` with today's names of the keys before version 0.3.0, see :func:`_current`."""
+    model = content.get("MODEL")
+    node = model.get("IMRCNN") if isinstance(model, dict) else None
+    if not isinstance(node, dict):
+        return content
+    opts, earlier = [x for k, v in node.items() for x in (f"MODEL.IMRCNN.{k}", v)], {}
+    opts = _current(opts, source)
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        earlier = _merge(earlier, value)
+    model = {key: value for key, value in model.items() if key != "IMRCNN"}
+    return _merge(earlier, {**content, "MODEL": model})
+
+
 def _with_form(content: dict) -> dict:
     """``content`` with FORM in place of keys of version 0.1.0, whose default gate was double."""
     pafpn = content.get("MODEL", {}).get("PAFPN", {})
@@ -365,14 +409,17 @@ def _config(content: dict, source: str | Path, opts: Sequence) -> CfgNode:
     cfg = get_cfg()
     add_imrcnn_config(cfg)
     cfg.MODEL.DEVICE = "auto"  # stays where nobody names a device
+    may_be_none = {key for key, value in _items(cfg) if value is None}
     with _naming(f"{source} is no config of these models", cfg):
         content = _with_form(content)
         if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise ValueError(f"VERSION is {content['VERSION']}, and Detectron2's {cfg.VERSION}")
         cfg.merge_from_other_cfg(CfgNode(content))
+        _check_none(cfg, may_be_none)
     file_datasets, given = cfg.DATASETS.clone(), opts[::2]
     with _naming("KEY VALUE ...", cfg):
-        cfg.merge_from_list(list(opts))
+        cfg.merge_from_list(_current(opts, "KEY VALUE ..."))
+        _check_none(cfg, may_be_none)
     if cfg.DATASETS.ROOT:
         _name_splits(cfg, file_datasets, {*(content.get("DATASETS") or ())}, given)
         if source and "OUTPUT_DIR" not in content and "OUTPUT_DIR" not in given:
@@ -448,18 +495,25 @@ def _naming(source: str, cfg: CfgNode | None = None) -> Iterator[None]:
     except _WRONG as error:
         text = _short(error)
         if cfg is not None and (unknown := re.search(r"on-existent .*key: (\S+)", text)):
-            keys = {key.lower(): key for key in _keys(cfg)}
+            keys = {key.lower(): key for key, _ in _items(cfg)}
             like = get_close_matches(unknown[1].lower(), keys)
             if like:
                 text += f". Similar keys: {', '.join(keys[key] for key in like)}"
         raise ValueError(f"{source}: {text}") from error
 
 
-def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+def _items(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in node.items():
-        yield f"{prefix}{name}"
+        yield f"{prefix}{name}", value
         if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{name}.")
+            yield from _items(value, f"{prefix}{name}.")
+
+
+def _check_none(cfg: CfgNode, may_be_none: Collection[str]) -> None:
+    """The merge takes None in place of a value of any type."""
+    for key, value in _items(cfg):
+        if value is None and key not in may_be_none:
+            raise ValueError(f"{key} has no value: name one, or leave the key out")
 
 
 def _short(value) -> str:

@@ -16,13 +16,20 @@ import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from imrcnn_d2.engine.checkpoint import Checkpointer, Weights, damage, load_weights
-from imrcnn_d2.evaluation.detection.results import check_rule
+from imrcnn_d2.evaluation.calibration import ScoreMap, Temperature
+from imrcnn_d2.evaluation.detection.operating_point import (
+    NOT_REACHED,
+    OperatingPoint,
+    check_rule,
+    score_threshold,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -204,15 +211,37 @@ class EvalHook(hooks.EvalHook):
         del self._func  # a method of the trainer: break the circle
 
 
+def _validated(storage: EventStorage) -> dict[str, float]:
+    """The metrics of a validation after this iteration, and its losses."""
+    return {k: value for k, (value, when) in storage.latest().items() if when == storage.iter}
+
+
+def _of_data_set(metrics: dict, dataset: str | None, name: str) -> float | None:
+    """Detectron2 prefixes metrics with the data set's name where there are several sets."""
+    return metrics.get(f"{dataset}/{name}", metrics.get(name))
+
+
+def _score_map(metrics: dict, dataset: str | None) -> ScoreMap | Temperature | None:
+    """The one that the evaluator fitted on this data set, if any."""
+    slope, offset, temperature = (
+        _of_data_set(metrics, dataset, f"score_map/{name}")
+        for name in ("slope", "offset", "temperature")
+    )
+    if temperature is not None:
+        return Temperature(temperature, dataset)
+    return None if slope is None else ScoreMap(slope, offset, dataset)
+
+
 class BestCheckpointer(HookBase):
-    """Save ``model_best.pth`` when validation is as good as ever: weights, iteration, score and
-    operating point. Unlike Detectron2's it remembers the best over a resume and never changes
-    ``last_checkpoint``. Register it between `EvalHook` and the periodic checkpoint, on every rank.
+    """Save ``model_best.pth`` when validation is as good as ever: weights, iteration, score,
+    operating point and map of scores. Unlike Detectron2's it remembers the best over a resume and
+    never changes ``last_checkpoint``. Register it between `EvalHook` and the periodic checkpoint,
+    on every rank.
 
     Args:
         tau_rule: by which the evaluator chose ``lesion/tau_val``; None stores no operating point.
-        dataset: the validation set whose ``tau_val`` is stored.
-        metric: larger is better; the mean where several validation sets have it.
+        dataset: the validation set whose operating point and map of scores are stored.
+        metric: "group/metric", larger is better; the mean where several validation sets have it.
         metadata: of `Checkpointer`.
     """
 
@@ -226,7 +255,7 @@ class BestCheckpointer(HookBase):
         *,
         tau_rule: str | None = None,
         dataset: str | None = None,
-        metric: str = "lesion/selection",
+        metric: str,
         metadata: dict | None = None,
     ):
         self._checkpointer = Checkpointer(model, save_dir, whole=True, metadata=metadata)
@@ -264,12 +293,11 @@ class BestCheckpointer(HookBase):
         """Save the current weights, which were just validated, if they are the best."""
         if not comm.is_main_process():
             return
-        storage = self.trainer.storage
-        metrics = {
-            k: value for k, (value, when) in storage.latest().items() if when == storage.iter
-        }
-        scores = [value for name, value in metrics.items() if name.endswith(self._metric)]
+        metrics = _validated(self.trainer.storage)
+        name = self._metric
+        scores = [value for key, value in metrics.items() if f"/{key}".endswith(f"/{name}")]
         if not scores:
+            logger.warning("The validation has no metric %s: not saved", name)
             return
         score = float(np.mean(scores))
         if math.isnan(score):
@@ -281,12 +309,20 @@ class BestCheckpointer(HookBase):
             logger.info(f"{self._metric} {score:.3f}: the best stays {best}")
             return
         self.best_score, self.best_iter = score, iteration
-        # Detectron2 prefixes metrics with the data set's name where there are several sets.
-        tau = metrics.get(f"{self._dataset}/lesion/tau_val", metrics.get("lesion/tau_val"))
-        point = None
+        tau = _of_data_set(metrics, self._dataset, "lesion/tau_val")
+        point, score_map = None, _score_map(metrics, self._dataset)
         if self._tau_rule is not None and tau is not None and not math.isnan(tau):
-            point = {"tau": tau, "rule": self._tau_rule, "dataset": self._dataset}
-        self._checkpointer.write(self.FILE_STEM, **self.state_dict(), operating_point=point)
+            is_reached, suppress_parts = (
+                _of_data_set(metrics, self._dataset, f"lesion/{name}") == 1
+                for name in ("tau_rule_reached", "suppress_parts")
+            )
+            rule = self._tau_rule + ("" if is_reached else NOT_REACHED)
+            point = OperatingPoint(tau, rule, self._dataset, suppress_parts)
+        chosen = {
+            "operating_point": point and vars(point),
+            "score_map": score_map and vars(score_map),
+        }
+        self._checkpointer.write(self.FILE_STEM, **self.state_dict(), **chosen)
         logger.info("%s %.3f is the best so far: saved %s.pth", self._metric, score, self.FILE_STEM)
 
     def load_best(self) -> Weights | None:
@@ -298,16 +334,23 @@ class BestCheckpointer(HookBase):
         return load_weights(self._checkpointer, self._path)
 
     def state_dict(self):
-        return {"best_score": self.best_score, "best_iter": self.best_iter}
+        best = {"best_score": self.best_score, "best_iter": self.best_iter}
+        return {**best, "best_metric": self._metric}
 
     def load_state_dict(self, state_dict):
+        before = state_dict.get("best_metric", self._metric)
+        if before != self._metric:
+            text = "The best weights so far are those of %s: later validations choose by %s"
+            logger.warning(text, before, self._metric)
+            return
         self.best_score, self.best_iter = state_dict["best_score"], state_dict["best_iter"]
 
 
 class SamplePredictions(HookBase):
-    """Ground truth next to a detector's predictions above a score, on `NUM_IMAGES` images of a
-    validation set, spread evenly, for TensorBoard: every `period` iterations and after the last;
-    on the main process.
+    """Ground truth next to a detector's predictions above the threshold, on `NUM_IMAGES` images of
+    a validation set, spread evenly, for TensorBoard: every `period` iterations and after the last;
+    on the main process. Scores are mapped as in the validation before it. `tau` is
+    TEST.SCORE_THRESH, see `score_threshold`.
     """
 
     NUM_IMAGES = 4
@@ -320,22 +363,26 @@ class SamplePredictions(HookBase):
         picks = np.linspace(0, len(dataset) - 1, number).astype(int).tolist()
         self._samples = [(dataset[i], records[i].get("annotations", [])) for i in picks]
         self._model, self._metadata = model, MetadataCatalog.get(dataset_name)
-        self._period, self._tau = period, tau
+        self._dataset, self._period, self._tau = dataset_name, period, tau
 
     def after_step(self):
         if not _is_due(self.trainer, self._period):
             return
         was_training = self._model.training
         self._model.eval()
+        score_map = _score_map(_validated(self.trainer.storage), self._dataset)
         with torch.no_grad():
             for sample, annotations in self._samples:
-                self._plot(sample, annotations)
+                self._plot(sample, annotations, score_map)
         self._model.train(was_training)
 
-    def _plot(self, sample, annotations):
+    def _plot(self, sample, annotations, score_map):
         image = detection_utils.read_image(sample["file_name"], "RGB")
         instances = self._model([sample])[0]["instances"].to("cpu")
-        kept = instances[instances.scores >= self._tau]
+        if score_map is not None:
+            instances.scores = torch.as_tensor(score_map(instances.scores.numpy()))
+        tau = score_threshold(self._tau, mapped=score_map is not None)
+        kept = instances[instances.scores >= tau]
         truth, prediction = Visualizer(image, self._metadata), Visualizer(image, self._metadata)
         panels = [
             truth.draw_dataset_dict({"annotations": annotations}).get_image(),

@@ -1,5 +1,6 @@
 """The trainers of YAML configs and of LazyConfigs."""
 
+import difflib
 import functools
 import hashlib
 import json
@@ -119,6 +120,9 @@ class _Trainer(DefaultTrainer):
         """
         raise NotImplementedError
 
+    def _validation_evaluators(self) -> list[DatasetEvaluator]:
+        raise NotImplementedError
+
     def _validation_loader(self) -> DataLoader:
         """Of the first validation set."""
         raise NotImplementedError
@@ -150,6 +154,7 @@ class _Trainer(DefaultTrainer):
         if cfg.DATASETS.VAL:
             validation = EvalHook(period, self.validate)
             options = {**task.best_checkpoint(cfg), "metadata": self.checkpointer.metadata}
+            self._check_best_metric(options["metric"])
             self.best = BestCheckpointer(
                 self.evaluated_model, cfg.OUTPUT_DIR, validation, **options
             )
@@ -157,12 +162,23 @@ class _Trainer(DefaultTrainer):
         if comm.is_main_process():
             if cfg.DATASETS.VAL and task.localises:
                 sampled = self._validation_loader(), cfg.DATASETS.VAL[0], period
-                tau = cfg.MODEL.IMRCNN.SCORE_THRESH
+                tau = cfg.TEST.SCORE_THRESH
                 ret.append(SamplePredictions(self.evaluated_model, *sampled, tau))
             ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=self._log_period))
         ret.append(Interruption(self.checkpointer))
         return [hook for hook in ret if hook is not None]
+
+    def _check_best_metric(self, metric):
+        for evaluator in self._validation_evaluators():
+            # Evaluators of other projects do not say what they give.
+            names = evaluator.metric_names() if hasattr(evaluator, "metric_names") else [metric]
+            if metric not in names:
+                near = difflib.get_close_matches(metric, names, cutoff=0)
+                raise ValueError(
+                    f"TEST.BEST_METRIC is {metric!r}, which this validation lacks, or has not in "
+                    f"percent: choose one such as {', '.join(near)}"
+                )
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -229,6 +245,9 @@ class Trainer(_Trainer):
 
     def _validation_loader(self):
         return self.build_test_loader(self.cfg, self.cfg.DATASETS.VAL[0])
+
+    def _validation_evaluators(self):
+        return [self.build_evaluator(self.cfg, name) for name in self.cfg.DATASETS.VAL]
 
     @classmethod
     def output_dir(cls, given):
@@ -321,6 +340,9 @@ class LazyTrainer(_Trainer):
     def _validation_loader(self):
         return instantiate(self._given.dataloader.val)
 
+    def _validation_evaluators(self):
+        return [self._build_evaluator(self._given, "val")]
+
     @classmethod
     def output_dir(cls, given):
         return given.train.output_dir
@@ -332,18 +354,23 @@ class LazyTrainer(_Trainer):
 
     @classmethod
     def evaluate(cls, given, model, split, weights=None):
-        evaluator_cfg = given.dataloader[f"{split}_evaluator"].copy()
-        name = evaluator_cfg.dataset_name
+        name = given.dataloader[f"{split}_evaluator"].dataset_name
         if not _with_images([name]):
             return {}, {}
-        evaluator_cfg.output_dir = os.path.join(given.train.output_dir, "inference", name)
-        if weights is not None:
-            evaluator_cfg.update(weights.evaluator_arguments())
-        evaluator = instantiate(evaluator_cfg)
+        evaluator = cls._build_evaluator(given, split, weights)
         metrics = inference_on_dataset(model, instantiate(given.dataloader[split]), evaluator)
         if comm.is_main_process():
             print_csv_format(metrics)
         return metrics, {name: evaluator}
+
+    @classmethod
+    def _build_evaluator(cls, given, split, weights=None):
+        evaluator_cfg = given.dataloader[f"{split}_evaluator"].copy()
+        name = evaluator_cfg.dataset_name
+        evaluator_cfg.output_dir = os.path.join(given.train.output_dir, "inference", name)
+        if weights is not None:
+            evaluator_cfg.update(weights.evaluator_arguments())
+        return instantiate(evaluator_cfg)
 
 
 def _settings(lazy):
@@ -356,8 +383,8 @@ def _settings(lazy):
     cfg.DATASETS.VAL = (data.val_evaluator.dataset_name,)
     cfg.DATASETS.TEST = (data.test_evaluator.dataset_name,)
     cfg.MODEL.WEIGHTS = train.init_checkpoint
-    cfg.MODEL.IMRCNN.TAU_RULE = data.val_evaluator.get("tau_rule")
-    cfg.MODEL.IMRCNN.SCORE_THRESH = data.val_evaluator.tau
+    cfg.TEST.TAU_RULE = data.val_evaluator.get("tau_rule")
+    cfg.TEST.SCORE_THRESH = data.val_evaluator.get("tau", cfg.TEST.SCORE_THRESH)
     cfg.SOLVER.IMS_PER_BATCH = data.train.total_batch_size
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.EMA_DECAY = train.max_iter, train.ema_decay
     cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = train.amp.enabled, train.amp.precision
@@ -365,6 +392,7 @@ def _settings(lazy):
     cfg.SOLVER.CHECKPOINT_PERIOD = train.checkpointer.period
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = train.checkpointer.max_to_keep
     cfg.TEST.EVAL_PERIOD = train.eval_period
+    cfg.TEST.BEST_METRIC = train.get("best_metric", "")
     return cfg
 
 

@@ -13,11 +13,13 @@ from unittest.mock import Mock
 from urllib.error import URLError
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import safetensors.torch
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Instances
 from torch import nn
 
 from imrcnn_d2.cli import train
@@ -30,8 +32,8 @@ from imrcnn_d2.engine.checkpoint import (
     last_weights,
     pretrained,
 )
-from imrcnn_d2.evaluation import evaluate_lesions
-from imrcnn_d2.evaluation.detection.results import choose_operating_point
+from imrcnn_d2.evaluation import LesionEvaluator, ScoreMap, evaluate_lesions
+from imrcnn_d2.evaluation.detection.operating_point import choose_operating_point
 from imrcnn_d2.modeling import ImageClassifier
 
 from .conftest import load
@@ -193,11 +195,60 @@ def test_a_failed_write_leaves_the_last_one_whole(tmp_path):
     assert saving.get_checkpoint_file() == str(tmp_path / "model_0000009.pth")
 
 
-def test_the_operating_point_of_validation_is_that_of_the_test(tiny_cfg, tiny_datasets, tmp_path):
+class Scripted(LesionEvaluator):
+    """Evaluates a model that finds what ``find`` says."""
+
+    def process(self, inputs, outputs):
+        records = {r["image_id"]: r for r in DatasetCatalog.get(self._dataset_name)}
+        for image in inputs:
+            annotations = records[image["image_id"]]["annotations"]
+            lesions = [mask_util.decode(a["segmentation"]).astype(bool) for a in annotations]
+            masks, scores = zip(*self.find(lesions), strict=True)
+            masks = torch.as_tensor(np.stack(masks))
+            instances = Instances(
+                (96, 96),
+                pred_masks=masks,
+                pred_boxes=BitMasks(masks).get_bounding_boxes(),
+                pred_classes=torch.zeros(len(masks), dtype=torch.int64),
+                scores=torch.tensor(scores) - image["image_id"] / 50,
+            )
+            super().process([image], [{"instances": instances}])
+
+    @staticmethod
+    def find(lesions):
+        """Masks, (H, W) bool, and scores."""
+        raise NotImplementedError
+
+
+class HalfRight(Scripted):
+    """Of a model that finds each lesion, and in each image what is none, both too sure."""
+
+    @staticmethod
+    def find(lesions):
+        return [*((lesion, 0.95) for lesion in lesions), (np.eye(96, dtype=bool), 0.9)]
+
+
+class Nested(Scripted):
+    """Of a model that finds each lesion three times: 60 % of it, half of that, and, with a low
+    score, all of it."""
+
+    @staticmethod
+    def find(lesions):
+        detections = [(np.eye(96, dtype=bool), 0.3)]
+        for lesion in lesions:
+            columns = np.cumsum(lesion.sum(axis=0)) / lesion.sum()
+            parts = ((0.6, 0.95), (0.3, 0.94), (1, 0.6))
+            detections += [(lesion & (columns <= share), score) for share, score in parts]
+        return detections
+
+
+def test_what_validation_chose_is_that_of_the_test(tiny_cfg, tiny_datasets, tmp_path, monkeypatch):
+    monkeypatch.setattr("imrcnn_d2.task.LesionEvaluator", HalfRight)
     tiny_cfg.TEST.EVAL_PERIOD = tiny_cfg.SOLVER.MAX_ITER  # one validation, whose results stay
     tiny_cfg.DATASETS.VAL = (tiny_datasets["val"], tiny_datasets["train"])  # the first is used
-    tiny_cfg.MODEL.IMRCNN.TAU_RULE = "recall>=50"
-    results = Trainer(tiny_cfg).train()
+    tiny_cfg.TEST.TAU_RULE = "recall>=50"
+    trainer = Trainer(tiny_cfg)
+    results = trainer.train()
 
     folders = {
         part: tmp_path / "output/inference" / tiny_datasets[part] for part in ("val", "test")
@@ -206,9 +257,22 @@ def test_the_operating_point_of_validation_is_that_of_the_test(tiny_cfg, tiny_da
     gt = json.loads(Path(MetadataCatalog.get(tiny_datasets["val"]).json_file).read_text())
     scored = evaluate_lesions(gt, folders["val"] / "coco_instances_results.json")
     best = tmp_path / "output" / "model_best.pth"
-    point = load(best)["operating_point"]
+    point, score_map = (load(best)[key] for key in ("operating_point", "score_map"))
     tau = choose_operating_point(scored, "recall>=50").tau
-    assert point == {"tau": tau, "rule": "recall>=50", "dataset": tiny_datasets["val"]}
+    # The file of validation has both scores: from the raw ones follow the map and the others.
+    records = json.loads((folders["val"] / "coco_instances_results.json").read_text())
+    raw = [{**record, "score": record["raw_score"]} for record in records]
+    scores = evaluate_lesions(gt, raw).metrics.calibration
+    fitted = ScoreMap.fit(scores.score, scores.hit, tiny_datasets["val"])
+    assert score_map == vars(fitted)
+    assert [r["score"] for r in records] == fitted([r["raw_score"] for r in records]).tolist()
+    assert val["meta"]["score_map"] == test["meta"]["score_map"] == score_map
+    assert val["meta"]["tau"] == test["meta"]["tau"] == 0.5
+    for record in json.loads((folders["test"] / "coco_instances_results.json").read_text()):
+        assert record["score"] == pytest.approx(float(fitted(record["raw_score"])))
+    assert load_weights(Checkpointer(trainer.model), str(best)).score_map == fitted
+    expected = {"tau": tau, "rule": "recall>=50", "dataset": tiny_datasets["val"]}
+    assert point == {**expected, "suppress_parts": False}
     assert "tau_val" not in val and val["meta"]["bootstrap"] is None
 
     assert point.items() <= test["tau_val"].items()
@@ -217,8 +281,52 @@ def test_the_operating_point_of_validation_is_that_of_the_test(tiny_cfg, tiny_da
     assert test["meta"]["checkpoint_sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
     assert "tau_val" not in results["lesion"], "no threshold is chosen on the test set"
 
-    tiny_cfg.MODEL.IMRCNN.TAU_RULE = "precision"
+    tiny_cfg.TEST.TAU_RULE = "precision"
     with pytest.raises(ValueError, match="'precision'"):
+        Trainer(tiny_cfg)
+
+
+@pytest.mark.parametrize("suppress", ["never", "always", "auto"])
+def test_detections_inside_others_go_if_validation_says_so(
+    tiny_cfg, tiny_datasets, tmp_path, monkeypatch, caplog, suppress
+):
+    """Of the three only the second lies in one of higher score. It is a false alarm with a higher
+    score than the first of other images, so that F1 is larger without it."""
+    monkeypatch.setattr("imrcnn_d2.task.LesionEvaluator", Nested)
+    tiny_cfg.SOLVER.MAX_ITER = tiny_cfg.TEST.EVAL_PERIOD = 1
+    tiny_cfg.TEST.SUPPRESS_PARTS, tiny_cfg.TEST.BEST_METRIC = suppress, "tau_val.lesion/f1"
+    # Of three images with a lesion, none of which is missed, the bound is 1 / 4.
+    tiny_cfg.TEST.TAU_RULE = rule = "risk<=0.2" if suppress == "never" else "risk<=0.3"
+    with caplog.at_level(logging.INFO):
+        Trainer(tiny_cfg).train()
+
+    point = load(tmp_path / "output/model_best.pth")["operating_point"]
+    assert point["suppress_parts"] == (suppress != "never")
+    assert point["rule"] == rule + ", not reached" * (suppress == "never")
+    for part in ("val", "test"):
+        folder = tmp_path / "output/inference" / tiny_datasets[part]
+        gt = json.loads(Path(MetadataCatalog.get(tiny_datasets[part]).json_file).read_text())
+        records = json.loads((folder / "coco_instances_results.json").read_text())
+        each = 2 if point["suppress_parts"] else 3
+        assert len(records) == len(gt["images"]) + each * len(gt["annotations"])
+    written = json.loads((folder / "metrics.json").read_text())
+    assert point.items() <= written["tau_val"].items()
+    if suppress == "auto":
+        assert "tau_val.lesion/f1" in caplog.text
+
+
+def test_the_metric_of_the_best_checkpoint_is_checked_before_training(tiny_cfg):
+    for name in ("tau_val.lesion/F1", "lesion/fp_per_image", "lesion", "tau_val/lesion/f1", "AP"):
+        tiny_cfg.TEST.BEST_METRIC = name
+        with pytest.raises(ValueError, match=re.escape(name)):
+            Trainer(tiny_cfg)
+    tiny_cfg.TEST.BEST_METRIC = "segm/AP50_voc"
+    Trainer(tiny_cfg)
+    tiny_cfg.TEST.SUPPRESS_PARTS = "sometimes"
+    with pytest.raises(ValueError, match="TEST.SUPPRESS_PARTS.*'sometimes'"):
+        Trainer(tiny_cfg)
+    tiny_cfg.TEST.SUPPRESS_PARTS, tiny_cfg.MODEL.MASK_ON = "auto", False
+    with pytest.raises(ValueError, match="TEST.SUPPRESS_PARTS.*MODEL.MASK_ON"):
         Trainer(tiny_cfg)
 
 

@@ -17,6 +17,7 @@ from imrcnn_d2.cli import prepare_dataset
 from imrcnn_d2.cli.audit_dataset import NAME, WEIGHTS, embed_images
 from imrcnn_d2.engine import Trainer, load_config
 from imrcnn_d2.engine.config import load_training_config, register_root, resolve_class_weights
+from imrcnn_d2.evaluation import Temperature
 from imrcnn_d2.modeling import ImageClassifier, grad_cam, timm_input
 from imrcnn_d2.utils.files import BadInputError
 
@@ -204,7 +205,9 @@ def test_each_network_trains(tiny_classifier_opts, tiny_class_datasets, tmp_path
     assert data["classes"] == {"cancer": 4, "ulcer": 2, "gastritis": 2}
 
 
-def test_the_best_checkpoint_is_that_of_balanced_accuracy(tiny_classifier_cfg, tmp_path):
+def test_the_best_checkpoint_is_that_of_balanced_accuracy(
+    tiny_classifier_cfg, tiny_class_datasets, tmp_path
+):
     tiny_classifier_cfg.TEST.EVAL_PERIOD = 2
     tiny_classifier_cfg.SOLVER.AMP.ENABLED = True  # bf16, as for detectors
     torch.manual_seed(0)
@@ -214,8 +217,20 @@ def test_the_best_checkpoint_is_that_of_balanced_accuracy(tiny_classifier_cfg, t
     values = [line["recognition/balanced_accuracy"] for line in lines if "total_loss" in line]
     best = load(output / "model_best.pth")
     assert (best["best_score"], best["operating_point"]) == (pytest.approx(max(values)), None)
-    (metrics,) = output.glob("inference/*_test/metrics.json")
-    assert json.loads(metrics.read_text())["meta"]["checkpoint"].endswith("model_best.pth")
+    (test,) = output.glob("inference/*_test/metrics.json")
+    meta = json.loads(test.read_text())["meta"]
+    assert meta["checkpoint"].endswith("model_best.pth")
+    # The temperature that its validation has fitted is in the checkpoint, and the test applies it.
+    (line,) = [line for line in lines if line.get("iteration") == best["best_iter"]]
+    temperature = {
+        "temperature": line["score_map/temperature"],
+        "dataset": tiny_class_datasets["val"],
+    }
+    assert best["score_map"] == meta["score_map"] == temperature
+    results = json.loads((test.parent / "recognition_results.json").read_text())
+    for result in results:
+        mapped = Temperature(**temperature)(result["raw_scores"])
+        np.testing.assert_allclose(result["scores"], mapped, rtol=1e-12)
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_every_shipped_config_builds_the_model_it_is_named_after(name):
     assert list(backbone.output_shape()) == cfg.MODEL.RPN.IN_FEATURES
     assert cfg.INPUT.MASK_FORMAT == "bitmask"
     assert cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 0.05
-    assert cfg.MODEL.IMRCNN.SCORE_THRESH == 0.7
+    assert cfg.TEST.SCORE_THRESH == 0.5
     if "_paper" in name:
         assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY) == (1e-5, 1e-8)
         assert (cfg.SOLVER.MAX_EPOCHS, cfg.SOLVER.NEW_LAYER_LR_FACTOR) == (100, 1)
@@ -181,6 +181,46 @@ def test_no_other_old_key_of_the_neck_is_read(tmp_path, pafpn):
         load_config("imrcnn_lite.yaml", ["MODEL.PAFPN.INIT", "identity"])
 
 
+def test_thresholds_of_version_0_1_are_read_with_a_warning(tmp_path, caplog):
+    """Its default was of scores that no map had made probabilities: it's that of today's 0.5."""
+    path, base = tmp_path / "mine.yaml", tmp_path / "base.yaml"
+    base.write_text("MODEL: {IMRCNN: {SCORE_THRESH: 0.7, TAU_RULE: 'recall>=95'}}")
+    path.write_text(base.read_text())
+    text = "MODEL: {IMRCNN: {SCORE_THRESH: %s, TAU_RULE: 'recall>=90'}, FPN: {NORM: GN}}"
+    key, rule = "MODEL.IMRCNN.SCORE_THRESH", "MODEL.IMRCNN.TAU_RULE"
+    cases = [
+        (load_config, base, [], 0.5, "recall>=95"),
+        (load_config_text, text % 0.6, ["a.safetensors"], 0.6, "recall>=90"),
+        (load_config, "", [key, "0.65", rule, "recall>=80"], 0.65, "recall>=80"),
+        (load_config, path, [key, 0.7, rule, "f1"], 0.5, "f1"),
+    ]
+    for read, source, more, tau, expected in cases:
+        caplog.clear()
+        more, opts = ([], more) if read is load_config else (more, [])
+        cfg = read(source, *more, [*opts, *CPU])
+        assert (cfg.TEST.SCORE_THRESH, cfg.TEST.TAU_RULE) == (tau, expected)
+        assert "IMRCNN" not in cfg.MODEL and key in caplog.text and "TEST." in caplog.text
+        assert str(source)[:20] in caplog.text or read is load_config_text
+    # Once for each, however often it is read.
+    caplog.clear()
+    load_config_text(text % 0.6, "a.safetensors", CPU)
+    assert key not in caplog.text
+    # A file's keys win over those of its base, of whichever version either is.
+    path.write_text("_BASE_: base.yaml\nTEST: {TAU_RULE: 'recall>=70'}")
+    assert load_config(path, CPU).TEST.TAU_RULE == "recall>=70"
+    base.write_text("TEST: {TAU_RULE: 'recall>=70'}")
+    path.write_text(f"_BASE_: base.yaml\n{text % 0.4}")
+    cfg = load_config(path, CPU)
+    assert (cfg.TEST.TAU_RULE, cfg.MODEL.FPN.NORM) == ("recall>=90", "GN")
+    for content in ("MODEL: {IMRCNN: {TAU: f1}}", "MODEL: {IMRCNN: {SCORE_THRESH: high}}"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="mine.yaml"):
+            load_config(path, CPU)
+    caplog.clear()
+    load_config("imrcnn_lite.yaml", CPU)
+    assert "IMRCNN" not in caplog.text
+
+
 def test_a_training_of_another_form_is_not_resumed(tmp_path):
     output, old = ["OUTPUT_DIR", str(tmp_path), *CPU], "MODEL: {PAFPN: {ACTIVATION: ''}}"
     models = [load_config(f"{name}.yaml", output) for name in ("imrcnn_lite", "mrcnn_lite")]
@@ -207,14 +247,15 @@ def test_named_splits_win_over_root(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["MODEL: {NOSUCH: 1}", "just words", "[1, 2]", "SOLVER: {MAX_ITER: many}"]
+    "content",
+    ["MODEL: {NOSUCH: 1}", "just words", "[1, 2]", "SOLVER: {MAX_ITER: many}", "SEED:"],
 )
 def test_overrides_come_after_the_file_and_both_are_checked(tmp_path, content):
     path = tmp_path / "a.yaml"
     path.write_text("SOLVER: {MAX_ITER: 7, BASE_LR: 0.5}")
     cfg = load_config(path, ["SOLVER.MAX_ITER", "9", *CPU])
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (9, 0.5)
-    for opts in (["MODEL.NOSUCH", "1"], ["SOLVER.MAX_ITER"], ["SEED", "x"]):
+    for opts in (["MODEL.NOSUCH", "1"], ["SOLVER.MAX_ITER"], ["SEED", "x"], ["SEED", "None"]):
         with pytest.raises(ValueError, match="KEY VALUE"):
             load_config(path, opts)
     path.write_text(content)

@@ -18,7 +18,7 @@ from detectron2.engine.launch import _find_free_port
 from imrcnn_d2.engine import launch_script, load_config
 from imrcnn_d2.engine.hooks import EXIT_INTERRUPTED
 from imrcnn_d2.engine.launch import locked_output
-from imrcnn_d2.evaluation.detection.results import check_rule
+from imrcnn_d2.evaluation.detection.operating_point import check_rule
 from imrcnn_d2.utils.files import read_json
 
 from .conftest import changed, load

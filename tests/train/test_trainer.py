@@ -20,6 +20,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from imrcnn_d2.data.catalog import register_lesion_dataset
@@ -57,7 +59,10 @@ def scripted(tiny_cfg, monkeypatch):
         remaining = list(scores)
 
         def evaluate(cfg, model, split, weights=None):
-            return {"lesion": {"selection": remaining.pop(0) if split == "val" else 0.0}}, {}
+            score = remaining.pop(0) if split == "val" else 0.0
+            # At the fixed threshold the order is the other one.
+            at_tau_val = {"selection": score, "f1": score}
+            return {"lesion": {"selection": 100 - score}, "tau_val.lesion": at_tau_val}, {}
 
         monkeypatch.setattr(Trainer, "evaluate", staticmethod(evaluate))
         trainer = Trainer(tiny_cfg)
@@ -106,6 +111,38 @@ def test_what_a_run_leaves(tiny_cfg, tiny_datasets, output, weights, monkeypatch
         assert data["patients"] is data["rejected"] is None
 
 
+def test_sample_predictions_are_of_the_scores_that_the_threshold_is_of(
+    tiny_cfg, tiny_datasets, monkeypatch
+):
+    """Without a map, the paper's 0.7 of raw scores; with that of the last validation, 0.5."""
+    loader, plotted = Trainer.build_test_loader(tiny_cfg, tiny_datasets["val"]), []
+    boxes = Boxes(torch.tensor([[1.0, 1, 9, 9]] * 3))
+    instances = Instances((96, 96), scores=torch.tensor([0.9, 0.75, 0.6]), pred_boxes=boxes)
+    instances.pred_classes = torch.zeros(3, dtype=torch.int64)
+    draw = hooks.Visualizer.draw_instance_predictions
+
+    def recorded(self, kept):
+        plotted.append(kept.scores.tolist())
+        return draw(self, kept)
+
+    monkeypatch.setattr(hooks.Visualizer, "draw_instance_predictions", recorded)
+    output = [{"instances": instances}]
+    model = Mock(side_effect=lambda batch: copy.deepcopy(output), training=False)
+    hook = hooks.SamplePredictions(model, loader, tiny_datasets["val"], 1, 0.5)
+    with EventStorage() as storage:
+        hook.trainer = SimpleNamespace(iter=0, max_iter=2, storage=storage)
+        hook.after_step()
+        assert plotted == [pytest.approx([0.9, 0.75])] * 4
+        plotted.clear()
+        storage.put_scalars(**{"score_map/slope": 1.0, "score_map/offset": -2.0})
+        hook.after_step()
+        assert plotted == [pytest.approx([9 / (9 + math.e**2)])] * 4
+        plotted.clear()
+        storage.iter = 1  # a later one, without a map
+        hook.after_step()
+        assert plotted == [pytest.approx([0.9, 0.75])] * 4
+
+
 @pytest.mark.parametrize(
     ("scores", "kept"),
     [((50.0, 40.0), 1), ((40.0, 50.0), 3), ((25.0, 25.0), 3), ((math.nan, math.nan), None)],
@@ -123,7 +160,26 @@ def test_the_best_weights_are_kept_and_tested(scripted, output, weights, scores,
     final = load(output / "model_final.pth")
     assert not changed(final["model"], saved[3])
     state = {"best_score": max(scores) if kept else None, "best_iter": kept}
+    state["best_metric"] = "tau_val.lesion/selection"
     assert final["trainer"]["hooks"]["BestCheckpointer"] == state
+
+
+def test_the_best_weights_are_those_of_a_named_metric(scripted, tiny_cfg, output):
+    tiny_cfg.TEST.BEST_METRIC = "lesion/selection"
+    scripted(50.0, 40.0).train()
+    best = load(output / "model_best.pth")
+    assert (best["best_score"], best["best_iter"]) == (60.0, 3)
+
+
+@pytest.mark.slow
+def test_a_resume_by_another_metric_chooses_anew(scripted, tiny_cfg, output, caplog):
+    tiny_cfg.SOLVER.MAX_ITER, tiny_cfg.TEST.BEST_METRIC = 4, "lesion/selection"
+    scripted(50.0, 40.0).train()
+    tiny_cfg.SOLVER.MAX_ITER, tiny_cfg.TEST.BEST_METRIC = 6, "tau_val.lesion/f1"
+    scripted(30.0, resume=True).train()
+    best = load(output / "model_best.pth")
+    assert (best["best_score"], best["best_iter"]) == (30.0, 5), "of another metric"
+    assert "lesion/selection" in caplog.text
 
 
 @pytest.mark.slow
