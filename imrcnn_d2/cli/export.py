@@ -4,8 +4,12 @@
         --images datasets/kvasir_seg/images --output imrcnn.safetensors
     imrcnn export --format openvino --weights output/imrcnn/model_best.pth \\
         --images datasets/kvasir_seg/images --output imrcnn.openvino
+    imrcnn export --format safetensors --weights old.pth --score-map datasets/my_clinic \\
+        --images datasets/my_clinic/images --output new.safetensors
 
-The file holds the network, config, class names and τ, and imrcnn predict takes it as --weights.
+The file holds the network, config, class names, τ and the map of scores, if the weights have one,
+and imrcnn predict takes it as --weights. --score-map fits one to the validation images of a
+prepared data set, in place of any that the weights have; a τ in the weights is converted.
 safetensors are weights, which MODEL.WEIGHTS takes too; onnx and openvino are for the runtimes of
 these names (pip install 'imrcnn-d2[deploy]'), for any number and size of images. int8 is
 fitted to training images, those of the config's DATASETS.TRAIN unless others are given.
@@ -19,6 +23,7 @@ import argparse
 import math
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from imrcnn_d2.cli import WEIGHTS_HELP, new_parser, one_line_errors
@@ -86,6 +91,9 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     images = f"what to compare on; {MOST_IMAGES} at most"
     add("--images", required=True, nargs="+", metavar="PATH", help=images)
+    score_map = "fit a map from scores to probabilities of a hit to the val split of this prepared "
+    score_map += "data set, its folder or a short name"
+    add("--score-map", metavar="DIR", help=score_map)
     calibration = f"images to fit int8 to, none that it is tested on; {MOST_CALIBRATION} at most"
     add("--calibration", nargs="+", metavar="PATH", help=calibration)
     add("--output", required=True, type=Path, help="the file to write")
@@ -96,6 +104,7 @@ def export(args):
     """Write the file next to its place, compare, and move it there."""
     from imrcnn_d2.deploy import Predictor, load_model
     from imrcnn_d2.deploy.runtimes import Runtime
+    from imrcnn_d2.deploy.runtimes.torch import TorchRuntime
     from imrcnn_d2.utils.progress import tqdm
 
     runtime = args.format
@@ -104,10 +113,16 @@ def export(args):
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         path = Path(folder) / args.output.name
-        original = Predictor(args.config_file, args.weights, device="cpu")
         loaded = load_model(args.config_file, args.weights, device="cpu")
         if isinstance(loaded.model, Runtime):
             raise ValueError(f"{args.weights} is an export already: name the original weights")
+        source = args.config_file, args.weights
+        if args.score_map:
+            mapped = with_score_map(loaded, args.score_map)
+            source = None, Path(folder) / "mapped.safetensors"
+            TorchRuntime.export(mapped, source[1])
+            loaded = load_model(*source, device="cpu")
+        original = Predictor(*source, device="cpu")
         int8 = args.precision == "int8"
         fitted = calibration_images(loaded.cfg, args.calibration) if int8 else ()
         bar = tqdm(fitted, desc="Reading images", disable=not fitted)
@@ -124,6 +139,46 @@ def export(args):
             raise ValueError(f"{args.output} was not written: {'; '.join(exceeded)}")
         os.replace(path, args.output)
     print(f"Written: {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+def with_score_map(loaded, data):
+    """The model with a map of scores that is fitted to the validation images of a prepared data
+    set; its operating point is converted."""
+    from detectron2.evaluation import inference_on_dataset
+
+    from imrcnn_d2.data.catalog import data_set_name, load_datasets
+    from imrcnn_d2.engine import Trainer
+    from imrcnn_d2.evaluation import LesionEvaluator
+    from imrcnn_d2.task import Task
+    from imrcnn_d2.utils.progress import tqdm
+
+    task, weights, point = Task.of(loaded.cfg), loaded.weights, loaded.weights.operating_point
+    if not task.localises:
+        raise ValueError(f"{weights.path} is a classifier: --score-map is for detectors")
+    task.register(data)
+    name = f"{data_set_name(data)}_val"
+    load_datasets([name])  # refuses one without images
+    parts = "always" if point is not None and point.suppress_parts else "never"
+    evaluator = LesionEvaluator(name, tau_rule="f1", suppress_parts=parts, distributed=False)
+    loader = tqdm(Trainer.build_test_loader(loaded.cfg, name), desc="Validation", unit="image")
+    inference_on_dataset(loaded.model, loader, evaluator)
+    score_map = evaluator.score_map
+    if score_map is None:
+        raise ValueError(
+            f"{name}: the detections of {weights.path} all hit a lesion, or none does, so no map "
+            "of scores can be fitted: name a data set with more validation images"
+        )
+    if point is not None:
+        raw_tau = weights.score_map.inverse()(point.tau) if weights.score_map else point.tau
+        point = replace(point, tau=float(score_map(raw_tau)))
+        print(f"τ {raw_tau:.4g} of raw scores is {point.tau:.4g} of mapped ones.")
+    detections = int(evaluator.results.matching.evaluated.sum())
+    print(
+        f"Map of scores, fitted to {detections} detections in {name}: slope {score_map.slope:.4g}, "
+        f"offset {score_map.offset:.4g}."
+    )
+    weights = replace(weights, score_map=score_map, operating_point=point)
+    return replace(loaded, weights=weights)
 
 
 def comparison(differences, bounds):

@@ -7,7 +7,7 @@ writes predictions.json (COCO: all detections with their scores), results.json (
 results list), predictions.csv (one row per image) and the requested outputs; failed.csv lists the
 inputs that could not be read. Overlays, masks, LabelMe files and the CSV have the detections with a
 score of at least τ: the operating point that was chosen on validation data and is in the weights,
-else MODEL.IMRCNN.SCORE_THRESH.
+else TEST.SCORE_THRESH.
 
 The same command again goes on after an interruption, and predicts on new inputs only. Research use
 only, not for diagnosis.

@@ -169,7 +169,7 @@ class Journal:
                         check_run(self.folder, run, self.run)
                         whole = end
                     case {"image": _, "annotations": _} if number > 1:
-                        if not _is_frame(content, len(self.run["classes"])):
+                        if not _is_frame(content, self.run):
                             raise self._damaged(number)
                         frames += 1
                         name, frame = content["image"]["file_name"], content["image"].get("frame")
@@ -353,13 +353,23 @@ def _row(image, annotations, metadata, classes):
     row = {key: image.get(key) for key in ("file_name", "frame", "time", "width", "height")}
     if annotations and "probabilities" in annotations[0]:
         best = annotations[0]
-        row |= {"class": classes[best["category_id"] - 1], "score": best["score"]}
+        row |= {"class": classes[best["category_id"] - 1], **_best_score(annotations, metadata)}
         row |= dict(zip((f"probability {c}" for c in classes), best["probabilities"], strict=True))
     else:
         shown = outputs.above_threshold(annotations, metadata["tau"])
-        row |= {"lesions": len(shown), "score": max((a["score"] for a in annotations), default=0)}
+        row |= {"lesions": len(shown), **_best_score(annotations, metadata)}
         row |= {"area_percent": _area_percent(shown, image)}
     return row | {key: metadata[key] for key in ("tau", "weights_sha256", "version")}
+
+
+def _best_score(annotations, metadata):
+    """The highest scores in an image."""
+    return {key: max((a[key] for a in annotations), default=0) for key in _score_keys(metadata)}
+
+
+def _score_keys(metadata):
+    """The keys of an annotation's scores."""
+    return ("score", "raw_score") if "score_map" in metadata else ("score",)
 
 
 def _area_percent(annotations, image):
@@ -381,8 +391,8 @@ def _parsed(line):
         return content if isinstance(content, dict) else None
 
 
-def _is_frame(content, classes):
-    """Whether `Journal.add` writes such a line for a model with so many classes."""
+def _is_frame(content, run):
+    """Whether `Journal.add` writes such a line in a run."""
     match content:
         case {
             "image": {"file_name": str(), "width": int(w), "height": int(h)} as image,
@@ -391,23 +401,25 @@ def _is_frame(content, classes):
             others = [value for key, value in image.items() if key != "file_name"]
             lists = [v if isinstance(v, list) else [v] for v in others if v is not None]
             return all(map(_are_numbers, lists)) and all(
-                _is_annotation(annotation, w, h, classes) for annotation in annotations
+                _is_annotation(annotation, w, h, run) for annotation in annotations
             )
     return False
 
 
-def _is_annotation(annotation, width, height, classes):
+def _is_annotation(annotation, width, height, run):
+    classes = len(run["classes"])
     match annotation:
-        case {"category_id": int(category), "score": score, "probabilities": list(values)}:
+        case {"category_id": int(category), "probabilities": list(values)}:
             fits = len(values) == classes and _are_numbers(values)
-        case {"category_id": int(category), "score": score, "bbox": [x, y, w, h], "area": area} if (
-            _are_numbers([x, y, w, h, area])
+        case {"category_id": int(category), "bbox": [x, y, w, h], "area": area} if _are_numbers(
+            [x, y, w, h, area]
         ):
             inside = min(x, y, w, h) >= 0 and x + w <= width + 1 and y + h <= height + 1
             fits = inside and isinstance(annotation.get("segmentation", {}), dict)
         case _:
             return False
-    return fits and 1 <= category <= classes and _are_numbers([score])
+    scores = map(annotation.get, _score_keys(run))
+    return fits and 1 <= category <= classes and _are_numbers(scores)
 
 
 def _are_numbers(values):

@@ -6,7 +6,6 @@ import logging
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from imrcnn_d2 import __version__
 from imrcnn_d2.deploy.runtimes import EXPORTS
 from imrcnn_d2.deploy.runtimes.base import Runtime
 from imrcnn_d2.engine.checkpoint import (
@@ -27,9 +27,9 @@ from imrcnn_d2.engine.checkpoint import (
 )
 from imrcnn_d2.engine.config import choose_device, load_config, load_config_text, register_root
 from imrcnn_d2.engine.run_record import config_sha256, describe_model
-from imrcnn_d2.evaluation.detection.results import OperatingPoint
+from imrcnn_d2.evaluation.detection.operating_point import score_threshold
 from imrcnn_d2.task import Task
-from imrcnn_d2.utils.files import BadInputError, file_sha256
+from imrcnn_d2.utils.files import BadInputError
 from imrcnn_d2.utils.safe_loading import UnsafeFileError, load_checkpoint_file
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class LoadedModel:
         else:
             model, backbone = describe_model(self.model)
         return {
-            **{"model": model, "backbone": backbone, "version": version("imrcnn-d2")},
+            **{"model": model, "backbone": backbone, "version": __version__},
             "weights_sha256": self.weights.sha256,
             "source_sha256": self.metadata.get("weights_sha256"),
             "precision": self.metadata.get("precision", "fp32"),
@@ -82,13 +82,15 @@ class LoadedModel:
 
     @property
     def tau(self) -> float | None:
-        """The operating point chosen on validation data, else MODEL.IMRCNN.SCORE_THRESH; None of an
-        image classifier.
+        """The operating point chosen on validation data, else TEST.SCORE_THRESH, see
+        `score_threshold`: of scores that `Weights.score_map` has mapped, where there is a map. None
+        of an image classifier.
         """
         if not Task.of(self.cfg).localises:
             return None
-        point = self.weights.operating_point
-        return self.cfg.MODEL.IMRCNN.SCORE_THRESH if point is None else point.tau
+        if (point := self.weights.operating_point) is not None:
+            return point.tau
+        return score_threshold(self.cfg.TEST.SCORE_THRESH, self.weights.score_map is not None)
 
 
 def load_model(
@@ -145,13 +147,11 @@ def _load_runtime(config, path: Path, runtime: Runtime) -> LoadedModel:
     if config is not None:
         raise ValueError(f"{path} brings its config along: leave out --config-file")
     metadata = runtime.metadata
-    _check_metadata(path, metadata, _METADATA)
+    _check_metadata(path, metadata, _METADATA.keys() - {"score_map"})
     cfg = _config(None, path, metadata["config"])
     _check_demands(cfg, path)
     cfg.freeze()
-    point = metadata["operating_point"]
-    point = None if point is None else OperatingPoint.of_file(point, path)
-    weights = Weights(str(path), file_sha256(path), point)
+    weights = Weights.of_file(str(path), metadata, not Task.of(cfg).localises)
     return _checked(LoadedModel(runtime, cfg, weights, metadata["classes"], metadata))
 
 
@@ -165,7 +165,8 @@ _METADATA = {
     "artifact": lambda value: isinstance(value, int),
     "classes": lambda value: isinstance(value, list) and value and all(map(_is_name, value)),
     "config": lambda value: isinstance(value, str),
-    "operating_point": lambda value: True,  # OperatingPoint.of_file checks it
+    # `Weights.of_file` checks these; files of version 1 have no map.
+    **dict.fromkeys(("operating_point", "score_map"), lambda value: True),
     "weights_sha256": lambda value: value is None or _is_name(value),
 }
 
@@ -219,7 +220,7 @@ def _checked(loaded: LoadedModel) -> LoadedModel:
     tau, number, expected = loaded.tau, len(loaded.classes), _number_of_classes(loaded.cfg)
     problem = None
     if tau is not None and not 0 <= tau <= 1:
-        problem = f"its config's MODEL.IMRCNN.SCORE_THRESH is {tau}: it is from 0 to 1"
+        problem = f"its config's TEST.SCORE_THRESH is {tau}: it is from 0 to 1"
     elif number != expected:
         problem = f"names {number} classes, its model has {expected}: export it again"
     if problem:

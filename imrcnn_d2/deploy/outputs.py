@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from imrcnn_d2.data.endoscope_view import View
 from imrcnn_d2.data.formats.labelme import labelme_document
+from imrcnn_d2.data.masks import without_parts
 from imrcnn_d2.deploy.inputs import Frame, Source, VideoWriter, input_key
 from imrcnn_d2.utils.files import file_sha256, write_atomically
 
@@ -50,12 +51,18 @@ def records(
     """COCO annotations without ids, by falling score: ``category_id`` (class index + 1), ``bbox``
     (xywh in pixels), ``score``, ``segmentation`` (compressed RLE) and ``area``. Of a classification
     model one for the whole image: ``category_id`` of the likeliest class, its ``score``, and the
-    ``probabilities`` of all. The output of ``predictor.forward`` is used up.
+    ``probabilities`` of all. Where the predictor has a map of scores, ``raw_score`` and
+    ``raw_probabilities`` are those of the network. Parts of other detections are left out where the
+    predictor has ``suppress_parts``. The output of ``predictor.forward`` is used up.
     """
     if not predictor.task.localises:
-        values = output.tolist()
-        score = max(values)
-        return [{"category_id": values.index(score) + 1, "score": score, "probabilities": values}]
+        raw = output.tolist()
+        best = raw.index(max(raw))
+        values = predictor.finish(output, height, width).tolist()
+        annotation = {"category_id": best + 1, "score": values[best], "probabilities": values}
+        if predictor.score_map is not None:
+            annotation |= {"raw_score": raw[best], "raw_probabilities": raw}
+        return [annotation]
     annotations = []
     # One at a time: a hundred masks of a large image would fill the memory.
     for i in range(len(output)):
@@ -68,6 +75,8 @@ def records(
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": float(finished.scores[0]),
         }
+        if finished.has("raw_scores"):
+            annotation["raw_score"] = float(finished.raw_scores[0])
         if finished.has("pred_masks"):
             rle = mask_util.encode(np.asfortranarray(finished.pred_masks[0].numpy(), np.uint8))
             annotation["segmentation"] = {**rle, "counts": rle["counts"].decode()}
@@ -75,7 +84,7 @@ def records(
         else:
             annotation["area"] = (x1 - x0) * (y1 - y0)
         annotations.append(annotation)
-    return annotations
+    return without_parts(annotations) if predictor.suppress_parts else annotations
 
 
 def frame_record(name: str, frame: Frame) -> dict:
@@ -101,6 +110,10 @@ def coco_head(metadata: dict, classes: list[str]) -> dict:
         "Predictions of research software, not for diagnosis. All detections are listed; those "
         "with a score of at least tau count."
     )
+    if "suppress_parts" in metadata:
+        description += " Those that lie inside others are left out."
+    if "score_map" in metadata:
+        description += " Scores are probabilities, by score_map; raw scores are the network's."
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
     return {"info": {"description": description, **metadata}, "categories": categories}
 
@@ -395,8 +408,8 @@ class InputOutputs:
 
 @dataclass(frozen=True)
 class Differences:
-    """The differences between two predictors, a reference and another. Of a classification model,
-    images count as detections.
+    """The differences between two predictors, a reference and another, in what their networks give:
+    scores are raw ones. Of a classification model, images count as detections.
     """
 
     images: int
@@ -404,7 +417,8 @@ class Differences:
     # Detections that the other predictor lacks (box IoU of 0.5, same class): of two boxes that
     # overlap by about NMS_THRESH_TEST, a rounding decides which one stays.
     unmatched: int
-    lost: int  # unmatched detections with a score of at least the reference's tau
+    # Unmatched detections that are above the reference's tau by the mapped score, if there is one.
+    lost: int
     scores: np.ndarray  # difference of scores, or the largest of the classes' probabilities
     boxes: np.ndarray  # largest difference of the sides, in percent of the image's longer side
     mask_ious: np.ndarray  # empty where there are no masks
@@ -452,23 +466,28 @@ def compare_records(
     for in_reference, in_other, size in zip(reference, other, sizes, strict=True):
         if tau is None:
             detections += 1
-            first, second = (np.array(a[0]["probabilities"]) for a in (in_reference, in_other))
+            both = in_reference[0], in_other[0]
+            first, second = (np.array(_raw(a, "probabilities")) for a in both)
             scores.append(float(abs(first - second).max()))
             continue
         pairs, missing = _match(in_reference, in_other)
         detections += len(pairs) + len(missing)
         unmatched += missing
         for first, second in pairs:
-            scores.append(abs(first["score"] - second["score"]))
+            scores.append(abs(_raw(first, "score") - _raw(second, "score")))
             boxes.append(100 * abs(_corners(first) - _corners(second)).max() / max(size))
             if "segmentation" in first:
                 masks = [first["segmentation"], second["segmentation"]]
                 # a thin box can hold no pixel's centre
                 is_empty = not mask_util.area(masks).any()
                 ious.append(1.0 if is_empty else mask_util.iou(masks[:1], masks[1:], [0])[0, 0])
-    lost = 0 if tau is None else sum(score >= tau for score in unmatched)
+    lost = 0 if tau is None else len(above_threshold(unmatched, tau))
     values = map(np.array, (scores, boxes, ious))
     return Differences(len(sizes), detections, len(unmatched), lost, *values)
+
+
+def _raw(annotation, key):
+    return annotation.get(f"raw_{key}", annotation[key])
 
 
 def _corners(annotation):
@@ -477,8 +496,8 @@ def _corners(annotation):
 
 
 def _match(reference, other):
-    """Pairs of the same detections, by falling overlap, and the scores of those without a partner,
-    if they matter. A detection of a small score may be the other's of a larger one.
+    """Pairs of the same detections, by falling overlap, and those without a partner, if they
+    matter. A detection of a small score may be the other's of a larger one.
     """
     both = reference, other
     boxes = [np.array([a["bbox"] for a in each]).reshape(-1, 4) for each in both]
@@ -493,7 +512,7 @@ def _match(reference, other):
         if i in left[0] and j in left[1]:
             left[0].remove(i)
             left[1].remove(j)
-            if max(reference[i]["score"], other[j]["score"]) >= LEAST_SCORE:
+            if max(_raw(reference[i], "score"), _raw(other[j], "score")) >= LEAST_SCORE:
                 pairs.append((reference[i], other[j]))
-    missing = [each[i]["score"] for each, rest in zip(both, left, strict=True) for i in rest]
-    return pairs, [score for score in missing if score >= LEAST_SCORE]
+    missing = [each[i] for each, rest in zip(both, left, strict=True) for i in rest]
+    return pairs, [a for a in missing if _raw(a, "score") >= LEAST_SCORE]

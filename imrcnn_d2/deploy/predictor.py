@@ -17,6 +17,7 @@ from torch import Tensor
 from imrcnn_d2.data.augmentation import build_augmentation
 from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.images import read_image
+from imrcnn_d2.data.masks import encode, parts_of_others
 from imrcnn_d2.deploy.loading import load_model
 from imrcnn_d2.deploy.runtimes import TorchRuntime, build_runtime
 from imrcnn_d2.deploy.runtimes.base import Runtime, export_metadata
@@ -75,8 +76,11 @@ class Predictor:
         lesions = instances[instances.scores >= predictor.tau]
         detections = supervision.Detections.from_detectron2({"instances": lesions})
 
-    ``tau`` is the threshold of scores, None of a classification model; ``classes`` are named by
-    class index; ``metadata`` are of model, weights, config and runtime.
+    ``tau`` is the threshold of scores, None of a classification model; ``score_map`` makes
+    probabilities of the network's scores, None where the weights have no such map;
+    ``suppress_parts`` is whether detections inside others are left out, as the weights' operating
+    point says; ``classes`` are named by class index; ``metadata`` are of model, weights, config and
+    runtime.
     """
 
     def __init__(
@@ -101,6 +105,8 @@ class Predictor:
         self.classes = loaded.classes
         self.cfg, self.task, self.has_masks = cfg, Task.of(cfg), cfg.MODEL.MASK_ON
         self.tau, self.crop_view = loaded.tau if tau is None else tau, crop_view
+        self.score_map, point = loaded.weights.score_map, loaded.weights.operating_point
+        self.suppress_parts = self.has_masks and point is not None and point.suppress_parts
         if tau is not None and not self.task.localises:
             raise ValueError("A classification model takes the likeliest class: it has no τ")
         self._augmentation = T.AugmentationList(
@@ -115,6 +121,10 @@ class Predictor:
         self.metadata = {**loaded.facts, "tau": self.tau, "runtime": self._runtime.name}
         if self._runtime.precision:
             self.metadata["precision"] = self._runtime.precision
+        if self.score_map is not None:
+            self.metadata["score_map"] = vars(self.score_map)
+        if self.suppress_parts:
+            self.metadata["suppress_parts"] = True
         if crop_view:
             self.metadata["crop_view"] = True
 
@@ -142,8 +152,9 @@ class Predictor:
         token: str | None = None,
     ) -> str:
         """Publish the model in the Hugging Face Hub, for `from_pretrained`; returns the address of
-        the commit. The repository gets model.safetensors with weights, config, classes and τ, the
-        config to read (config.yaml) and a model card (README.md), none with a path of this machine.
+        the commit. The repository gets model.safetensors with weights, config, classes, τ and the
+        map of scores, the config to read (config.yaml) and a model card (README.md), none with a
+        path of this machine.
 
         Args:
             repo: "USER/REPO", which is made if there is none.
@@ -171,8 +182,15 @@ class Predictor:
         facts = self._loaded.facts
         tag = "image-segmentation" if self.has_masks else "object-detection"
         threshold = f"A detection is positive from a score of {facts['tau']} on."
+        if self.score_map is not None:
+            threshold += (
+                " A score is the probability that a detection hits a lesion, by a map that was "
+                "fitted on validation data; `raw_scores` are the network's."
+            )
         if not self.task.localises:
             tag, threshold = "image-classification", ""
+            if self.score_map is not None:
+                threshold = "Its probabilities are calibrated on validation data, by a temperature."
         names = {"repo": repo, "classes": ", ".join(self.classes), "threshold": threshold}
         return hub.front_matter(tag, facts["model"], license=license) + _CARD.format(
             **facts, **names
@@ -183,7 +201,10 @@ class Predictor:
     ) -> Instances | Tensor | list:
         """Returns for each image, a file or RGB (H, W, 3) uint8, ``pred_boxes`` (N, 4) xyxy in
         pixels, ``scores`` (N,), ``pred_classes`` (N,) and ``pred_masks`` (N, H, W) bool, by falling
-        score, also those below ``tau``. Of a classification model, the classes' probabilities (K,).
+        score, also those below ``tau``; without `parts_of_others` where the operating point of the
+        weights says so. Where there is a ``score_map``, ``scores`` are float64, the
+        probabilities of a hit, and ``raw_scores`` are the network's. Of a classification model, the
+        classes' probabilities (K,), mapped likewise.
 
         Raises:
             BadInputError: a file cannot be read.
@@ -192,7 +213,13 @@ class Predictor:
         if isinstance(images, str | Path) or getattr(images, "ndim", 0) == 3:
             return self([images])[0]
         outputs = self.in_batches(map(self._load, images), batch_size)
-        return [self.finish(output, *size, view) for (size, view), output in outputs]
+        finished = (self.finish(output, *size, view) for (size, view), output in outputs)
+        return [self._without_parts(item) if self.suppress_parts else item for item in finished]
+
+    def _without_parts(self, instances):
+        masks = [encode(mask.numpy()) for mask in instances.pred_masks]
+        columns = instances.scores.tolist(), instances.pred_classes.tolist()
+        return instances[torch.from_numpy(~parts_of_others(masks, *columns))]
 
     def _load(self, image):
         array = read_image(Path(image)) if isinstance(image, str | Path) else image
@@ -257,11 +284,13 @@ class Predictor:
     def finish(
         self, output: Instances | Tensor, height: int, width: int, view: View | None = None
     ) -> Instances | Tensor:
-        """One of the outputs of `forward`, which is used up, scaled to the original image, whose
-        ``view`` the network saw; see `__call__`.
+        """One of the outputs of `forward`, which is used up, with mapped scores, and scaled to the
+        original image, whose ``view`` the network saw; see `__call__`.
         """
         if not self.task.localises:
-            return output
+            return output if self.score_map is None else self._mapped(output)
+        if self.score_map is not None:
+            output.raw_scores, output.scores = output.scores, self._mapped(output.scores)
         if view is None:
             return detector_postprocess(output, height, width)
         box = view.box
@@ -274,3 +303,6 @@ class Predictor:
             padding = box.x0, width - box.x1, box.y0, height - box.y1
             instances.pred_masks = F.pad(instances.pred_masks, padding)
         return instances
+
+    def _mapped(self, scores):
+        return torch.from_numpy(self.score_map(scores.numpy()))

@@ -45,15 +45,19 @@ _SCHEMA = pa.schema(
     [
         *(("file_name", _TEXT), ("frame", _INT), ("time", _FLOAT), ("width", _INT)),
         *(("height", _INT), ("view", pa.list_(_INT)), ("boxes", pa.list_(pa.list_(_FLOAT, 4)))),
-        *(("scores", _FLOATS), ("classes", pa.list_(_TEXT)), ("masks", pa.list_(_RLE))),
-        *(("areas", _FLOATS), ("probabilities", _FLOATS), ("error", _TEXT), ("tau", _FLOAT)),
+        *(("scores", _FLOATS), ("raw_scores", _FLOATS), ("classes", pa.list_(_TEXT))),
+        *(("masks", pa.list_(_RLE)), ("areas", _FLOATS), ("probabilities", _FLOATS)),
+        *(("raw_probabilities", _FLOATS), ("error", _TEXT), ("tau", _FLOAT)),
         *(("weights_sha256", _TEXT), ("config_sha256", _TEXT), ("version", _TEXT)),
         *(("runtime", _TEXT), ("precision", _TEXT)),
         *(("input", _TEXT), ("signature", pa.list_(pa.int64()))),
     ]
 )
 # Columns with one value per detection -> keys of COCO.
-_DETECTION = {"boxes": "bbox", "masks": "segmentation", "areas": "area"}
+_DETECTION = {
+    **{"boxes": "bbox", "masks": "segmentation", "areas": "area"},
+    "raw_scores": "raw_score",  # where there is a map of scores
+}
 
 
 def image_row(item: Item, annotations: list[dict], classes: list[str]) -> dict:
@@ -67,8 +71,9 @@ def image_row(item: Item, annotations: list[dict], classes: list[str]) -> dict:
     for column, key in _DETECTION.items():
         if not annotations or key in annotations[0]:
             row[column] = [a[key] for a in annotations]
-    if annotations and "probabilities" in annotations[0]:
-        row["probabilities"] = annotations[0]["probabilities"]
+    for key in ("probabilities", "raw_probabilities"):
+        if annotations and key in annotations[0]:
+            row[key] = annotations[0][key]
     return row
 
 

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -43,7 +44,7 @@ SHOWN_SIDE = 1600  # pixels of the longer side, at most, that a browser is sent
 SHOWN_QUALITY = 90
 ROOM = 7  # of a number, in percent of the image
 DIGITS = 3  # of τ on the slider
-LEAST_SCORE = 0.05  # Detectron2's, of all detections
+LEAST_SCORE = 0.05  # Detectron2's, of all detections, before scores are mapped
 
 MAX_FILE_MB = 50
 MAX_FILES, MAX_UPLOAD_MB = 50, 500  # at once
@@ -327,10 +328,14 @@ def build_page(predictor: Predictor, uploads: "Uploads") -> gr.Blocks:
                 files = gr.File(file_count="multiple", label="Images", height=200)
                 # Not by a subclass: of each, Gradio writes a .pyi next to its source.
                 files.async_move_resource_to_block_cache = _as_it_is
-                start = round(predictor.tau, DIGITS) if detector else 1
+                start, least = round(predictor.tau, DIGITS) if detector else 1, LEAST_SCORE
                 info = "Findings with a score of at least τ are shown."
+                if detector and predictor.score_map is not None:
+                    # rounded down, so that all detections can be shown
+                    least = math.floor(predictor.score_map(least) * 10**DIGITS) / 10**DIGITS
+                    info += " A score is the probability that a finding is a lesion."
                 options = {"step": 10**-DIGITS, "label": "Threshold τ", "visible": detector}
-                tau = gr.Slider(min(LEAST_SCORE, start), 1, start, info=info, **options)
+                tau = gr.Slider(min(least, start), 1, start, info=info, **options)
                 summary = gr.HTML()
                 with gr.Row():
                     buttons = {

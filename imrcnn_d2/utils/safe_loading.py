@@ -196,6 +196,9 @@ class _DataUnpickler(pickle._Unpickler):
 
         return function if callable(admitted) else admitted
 
+    def load_long4(self):
+        raise _Refused("a number of over 600 digits")
+
     def load_bytearray8(self):
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(size)))
@@ -357,6 +360,7 @@ _DataUnpickler.dispatch = {
     for code, step in {
         **pickle._Unpickler.dispatch,
         pickle.BYTEARRAY8[0]: _DataUnpickler.load_bytearray8,
+        pickle.LONG4[0]: _DataUnpickler.load_long4,
         pickle.BUILD[0]: _DataUnpickler.load_build,
     }.items()
 }

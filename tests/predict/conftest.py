@@ -26,6 +26,7 @@ from imrcnn_d2.deploy.runtimes import RUNTIMES
 from imrcnn_d2.engine import load_config
 
 TAU, CLS_SCORE = 0.5, "roi_heads.box_predictor.cls_score"
+MAP = {"slope": 1.5, "offset": -0.75, "dataset": "kvasir_seg_val"}
 ALL = ("overlays", "masks", "labelme")
 OPTS = [
     *("INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 128, "MODEL.DEVICE", "cpu"),
@@ -36,9 +37,9 @@ RETINANET = [
     *("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.MASK_ON", False),
     *("MODEL.BACKBONE.NAME", "build_retinanet_timm_pafpn_backbone"),
     *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"], "MODEL.RETINANET.NUM_CLASSES", 2),
-    *("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.IMRCNN.SCORE_THRESH", 0.0),
+    *("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "TEST.SCORE_THRESH", 0.0),
     *("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]]),
-    *("TEST.DETECTIONS_PER_IMAGE", 4),
+    *("TEST.DETECTIONS_PER_IMAGE", 4, "DATALOADER.NUM_WORKERS", 0),
 ]
 
 
@@ -77,6 +78,19 @@ def weights(tiny_run):
 @pytest.fixture(scope="session")
 def predictor(weights):
     return Predictor(None, weights)
+
+
+@pytest.fixture(scope="session")
+def mapped_weights(tiny_run, weights):
+    """The same weights, with a map of scores."""
+    content = torch.load(weights, weights_only=True)
+    torch.save({**content, "score_map": MAP}, path := tiny_run / "mapped.pth")
+    return path
+
+
+@pytest.fixture(scope="session")
+def mapped(mapped_weights):
+    return Predictor(None, mapped_weights)
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from detectron2.config import CfgNode
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_json
 
 from imrcnn_d2.deploy import Predictor, load_model, predict_files, pretrained
+from imrcnn_d2.deploy.runtimes.base import export_metadata
+from imrcnn_d2.deploy.runtimes.torch import TorchRuntime
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.engine.checkpoint import METADATA_VERSION
-from imrcnn_d2.evaluation import OperatingPoint
+from imrcnn_d2.evaluation import OperatingPoint, ScoreMap
 from imrcnn_d2.utils.files import BadInputError
 from imrcnn_d2.utils.safe_loading import load_checkpoint_file
 
@@ -37,13 +40,21 @@ def test_config_and_threshold(tiny_run, weights, tmp_path):
         pytest.raises(FileNotFoundError, load_model, None, path).match(str(path))
     torch.save({"model": torch.load(alone, weights_only=True)["model"]}, plain)
     assert load_model(tiny_run / "config.yaml", plain).tau == 0.7
+    # Configs before version 0.3.0 had the raw score's default, 0.7, or another one.
+    old = load_config(tiny_run / "config.yaml")
+    del old.TEST["SCORE_THRESH"], old.TEST["TAU_RULE"]
+    for score in (0.7, 0.6):
+        old.MODEL.IMRCNN = CfgNode({"SCORE_THRESH": score, "TAU_RULE": "f1"})
+        (tmp_path / "old.yaml").write_text(old.dump())
+        assert load_model(tmp_path / "old.yaml", plain).tau == score
+        assert load_model(tmp_path / "old.yaml", weights).tau == TAU
     for score in (0.0, 1.0, NAN, -0.01, 1.01):
-        cfg = load_config(tiny_run / "config.yaml", ["MODEL.IMRCNN.SCORE_THRESH", score])
+        cfg = load_config(tiny_run / "config.yaml", ["TEST.SCORE_THRESH", score])
         cfg.TEST.DETECTIONS_PER_IMAGE = 1000  # the most
         if score in (0, 1):
             assert load_model(cfg, plain).tau == score
             continue
-        with pytest.raises(BadInputError, match=r"plain.pth.*MODEL.IMRCNN.SCORE_THRESH"):
+        with pytest.raises(BadInputError, match=r"plain.pth.*TEST.SCORE_THRESH"):
             load_model(cfg, plain)
 
 
@@ -89,11 +100,19 @@ POINTS = [
     *({**POINT, "tau": tau} for tau in (NAN, -0.1, 1.1, "0.5")),
     *({**POINT, "rule": 3}, {**POINT, "more": 1}, {"tau": 0.5, "rule": "f1"}, 0.5, []),
 ]
+MAP = {"slope": 0.5, "offset": -1.0, "dataset": "val"}
+MAPS = [
+    *({**MAP, "slope": slope} for slope in (NAN, 0, -0.5, "1")),
+    *({**MAP, "offset": NAN}, {**MAP, "dataset": 3}, {**MAP, "more": 1}, {"slope": 1.0}, 0.5, []),
+    *({**MAP, "slope": 10**400}, {**MAP, "offset": True}, [1.0] * 10**5, {"slope": [1] * 10**5}),
+]
 EDITS = [
     (lambda file: file["model"].pop(LATERAL), f"1 missing, such as {LATERAL}"),
     (lambda file: file["model"].update({"\x1b]0;x\x07\ny": torch.zeros(1)}), r"\\x1b]0;x"),
     (lambda file: file["model"][LATERAL][0, 0].fill_(NAN), f"{LATERAL} holds NaN"),
     (lambda file: file.update(operating_point=POINTS[1]), "operating_point"),
+    (lambda file: file.update(score_map=MAPS[1]), "score_map"),
+    (lambda file: file.update(score_map={**MAP, "slope": 10**5000}), "number"),  # not printable
 ]
 
 
@@ -105,6 +124,19 @@ def test_checkpoints_are_whole(tiny_run, weights, tmp_path, edit, match):
     with pytest.raises(ValueError, match=match) as refused:
         load_model(tiny_run / "config.yaml", path)
     assert str(path) in str(refused.value) and str(refused.value).isprintable()
+
+
+def test_the_score_map_of_weights_goes_where_they_go(tiny_run, weights, tmp_path):
+    file = torch.load(weights, weights_only=True)
+    for score_map, expected in ((MAP, ScoreMap(0.5, -1.0, "val")), (None, None)):
+        torch.save({**file, "score_map": score_map}, path := tmp_path / "a.pth")
+        loaded = load_model(tiny_run / "config.yaml", path)
+        assert loaded.weights.score_map == expected
+        assert loaded.weights.evaluator_arguments()["score_map"] == expected
+        metadata = json.loads(json.dumps(export_metadata(loaded, "fp32")))
+        assert metadata["score_map"] == score_map
+        TorchRuntime.export(loaded, exported := tmp_path / "a.safetensors")
+        assert load_model(None, exported).weights.score_map == expected
 
 
 SUFFIXES = ".onnx", ".openvino", ".safetensors"
@@ -133,7 +165,7 @@ def write_export(path, metadata, tensors=None):
 URL = "http://127.0.0.1:9/a"
 TIMM = "MODEL: {BACKBONE: {NAME: build_timm_backbone}, TIMM: {NAME: 'hf-hub:x/y'}}"
 VALUES = {
-    "operating_point": POINTS,
+    **{"operating_point": POINTS, "score_map": MAPS},
     **{"model": [None, 3], "precision": [3], "weights_sha256": [3, {}]},
     "classes": [[], "polyp", [1], ["a", "b"], [{}], ["\x1b[2J"], [""], ["a" * 201], None],
     "artifact": ["1", None, [1], METADATA_VERSION + 1],
@@ -143,6 +175,7 @@ VALUES = {
     ],
 }
 OF_WEIGHTS = "artifact", "classes", "config", "operating_point", "precision", "weights_sha256"
+OF_WEIGHTS += ("score_map",)
 
 
 @pytest.mark.parametrize("key, value", [(key, v) for key, values in VALUES.items() for v in values])
@@ -152,6 +185,8 @@ def test_metadata_are_checked(exported, metadata, tmp_path, suffix, key, value):
     documents = [{**metadata, key: value}, {k: v for k, v in metadata.items() if k != key}]
     if suffix == ".safetensors":  # which may be another program's
         documents = documents[: key in OF_WEIGHTS]
+    if key == "score_map":  # files of earlier versions have none
+        documents = documents[:1]
     for document in documents:
         text = json.dumps(document).replace("NaN", "1e999")  # the one is no JSON
         write_export(path, text, tensors)
@@ -164,8 +199,10 @@ def test_metadata_are_checked(exported, metadata, tmp_path, suffix, key, value):
 )
 def test_earlier_versions_are_read(exported, metadata, tmp_path, suffix, artifact):
     path, tensors = tmp_path / f"a{suffix}", safetensors.torch.load_file(exported("torch"))
+    metadata = {key: value for key, value in metadata.items() if key != "score_map"}
     text = json.dumps({**metadata, "classes": ["a" * 200], "artifact": artifact})
-    assert load_model(None, write_export(path, text, tensors)).tau == TAU
+    loaded = load_model(None, write_export(path, text, tensors))
+    assert (loaded.tau, loaded.weights.score_map) == (TAU, None)
 
 
 DEMANDS = {
@@ -213,7 +250,7 @@ ARRAYS = {name: value.numpy() for name, value in TENSORS.items()}
 
 def written(**options):
     buffer = io.BytesIO()
-    torch.save({"model": TENSORS, "operating_point": POINT}, buffer, **options)
+    torch.save({"model": TENSORS, "operating_point": POINT, "score_map": MAP}, buffer, **options)
     return buffer.getvalue()
 
 
@@ -221,6 +258,7 @@ with zipfile.ZipFile(io.BytesIO(written())) as archive:
     MEMBERS = {name: archive.read(name) for name in archive.namelist()}
 (DATA_PKL,) = (name for name in MEMBERS if name.endswith("/data.pkl"))
 METADATA = {"format": "pt", "operating_point": json.dumps(POINT), "classes": '["polyp"]'}
+METADATA["score_map"] = json.dumps(MAP)
 FILES = {
     "a.pth": written(),
     "legacy.pth": written(_use_new_zipfile_serialization=False),
@@ -275,6 +313,8 @@ def test_any_weights(folder, kind, data):
         loaded = load_checkpoint_file(folder / name)
         if loaded.get("operating_point") is not None:
             assert 0 <= OperatingPoint.of_file(loaded["operating_point"], folder / name).tau <= 1
+        if loaded.get("score_map") is not None:
+            assert ScoreMap.of_file(loaded["score_map"], folder / name).slope > 0
     except ValueError as error:
         assert name in str(error)
         return

@@ -22,11 +22,13 @@ from PIL import Image
 from rectangles import rectangle
 
 from imrcnn_d2.cli import demo_app, export, predict
+from imrcnn_d2.data import masks
 from imrcnn_d2.data.endoscope_view import find_view
 from imrcnn_d2.deploy import Predictor, load_model, outputs, predict_files, pretrained
 from imrcnn_d2.deploy.live import predict_live
 from imrcnn_d2.deploy.outputs import draw_overlay
 from imrcnn_d2.deploy.predictor import FrameViews
+from imrcnn_d2.deploy.runtimes import TorchRuntime
 
 from .conftest import RETINANET, config, random_image, read_coco, read_table, same, write_video
 
@@ -44,6 +46,35 @@ def test_it_is_what_the_evaluation_sees(predictor, loaded, kvasir_original):
     for result, instances in zip(predictor(paths), expected, strict=True):
         assert len(result)
         same(result, instances)
+
+
+def test_detections_inside_others_go_if_the_weights_say_so(
+    predictor, loaded, weights, tmp_path, monkeypatch
+):
+    """In instances and records, of the weights and of a file that is exported of them."""
+    monkeypatch.setattr(masks, "PART_SHARE", 0.2)  # random weights find few parts
+    content = torch.load(weights, weights_only=True)
+    content["operating_point"]["suppress_parts"] = True
+    (tmp_path / "config.yaml").write_text(loaded.cfg.dump())
+    torch.save(content, path := tmp_path / "whole.pth")
+    exported = tmp_path / "exported.safetensors"
+    TorchRuntime.export(load_model(None, path, device="cpu"), exported)
+    removed = 0
+    for file in (path, exported):
+        whole = Predictor(None, file, device="cpu")
+        assert whole.metadata["suppress_parts"] and "suppress_parts" not in predictor.metadata
+        for seed in range(4):
+            image = random_image(seed, 60, 80)
+            both = [
+                outputs.records(p, *p.forward([p.prepare(image)]), 60, 80)
+                for p in (predictor, whole)
+            ]
+            columns = ([r[k] for r in both[0]] for k in ("segmentation", "score", "category_id"))
+            is_part = masks.parts_of_others(*columns)
+            assert both[1] == [r for r, part in zip(both[0], is_part, strict=True) if not part]
+            same(whole(image), predictor(image)[torch.from_numpy(~is_part)])
+            removed += is_part.sum()
+    assert removed
 
 
 def test_files_arrays_and_batches(predictor, weights, image_folder):
@@ -70,8 +101,9 @@ def test_files_arrays_and_batches(predictor, weights, image_folder):
     assert len(other(images[0]))
 
 
-def test_supervision_takes_the_instances(predictor):
-    instances = predictor(random_image(0))
+@pytest.mark.parametrize("name", ["predictor", "mapped"])
+def test_supervision_takes_the_instances(name, request):
+    instances = request.getfixturevalue(name)(random_image(0))
     sv = pytest.importorskip("supervision")
     detections = sv.Detections.from_detectron2({"instances": instances})
     assert len(detections) == len(instances) > 1
@@ -153,7 +185,7 @@ def test_the_weights_of_the_package_predict_as_in_version_0_1_0(kvasir_original)
     predictor = Predictor.from_pretrained("demo", device="cpu")
     result = predictor(kvasir_original / "images" / "cju0roawvklrq0799vmjorwfv.jpg")
     for (box, score), ours, our_score in zip(
-        BY_0_1_0, result.pred_boxes.tensor, result.scores, strict=False
+        BY_0_1_0, result.pred_boxes.tensor, result.raw_scores, strict=False
     ):
         assert ours.tolist() == pytest.approx(box, abs=0.3)
         assert our_score.item() == pytest.approx(score, abs=3e-3)

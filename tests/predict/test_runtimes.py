@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -15,10 +16,12 @@ import pycocotools.mask as mask_util
 import pytest
 import safetensors.torch
 import torch
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 
 from imrcnn_d2.cli import export
+from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.deploy import Predictor, load_model
 from imrcnn_d2.deploy.outputs import Differences, compare_records
 from imrcnn_d2.deploy.runtimes import EXPORTS, RUNTIMES, OnnxRuntime, OpenVINORuntime, TorchRuntime
@@ -26,11 +29,21 @@ from imrcnn_d2.deploy.runtimes.base import METADATA_KEY, DetectorGraph
 from imrcnn_d2.deploy.runtimes.openvino import OPENVINO_PARTS, _core
 from imrcnn_d2.engine import Trainer, load_config, load_weights
 from imrcnn_d2.engine.checkpoint import Checkpointer
+from imrcnn_d2.evaluation import ScoreMap, evaluate_lesions
 from imrcnn_d2.modeling.roi_heads import FP32SeparableROIPooler
 from imrcnn_d2.utils.files import BadInputError
 from imrcnn_d2.utils.safe_loading import UnsafeFileError, load_torch_file
 
-from .conftest import CLS_SCORE, RETINANET, config, random_image, random_model, same, save_image
+from .conftest import (
+    CLS_SCORE,
+    RETINANET,
+    TAU,
+    config,
+    random_image,
+    random_model,
+    same,
+    save_image,
+)
 
 CAPABILITIES = "OPTIMIZATION_CAPABILITIES"  # of a processor
 SIZES = ((60, 80), (64, 64), (90, 64))
@@ -207,6 +220,60 @@ def test_which_runtime_and_what_cannot_be_exported(
     with pytest.raises(SystemExit):
         export.main([*map(str, command), "--output", str(tmp_path / "m.safetensors")])
     assert str(path) in capsys.readouterr().err
+
+
+@pytest.fixture
+def prepared(predictor, tmp_path):
+    """A prepared data set; every other detection of the predictor is a lesion of its val split."""
+    paths = [save_image(tmp_path / "ours" / "images" / f"{n}.png", n) for n in range(4)]
+    images, lesions = [], []
+    for number, path in enumerate(paths, 1):
+        detected = predictor(path)
+        images.append({"id": number, "file_name": path.name, "height": 60, "width": 80})
+        for mask in detected.pred_masks[::2].numpy():
+            lesions.append(annotation_from_mask(mask, image_id=number) | {"id": len(lesions) + 1})
+    (tmp_path / "ours" / "annotations").mkdir()
+    for split in ("train", "val", "test"):
+        of_split = {"images": images, "annotations": lesions} if split == "val" else {}
+        content = {"images": [], "annotations": [], **of_split}
+        content["categories"] = [{"id": 1, "name": "polyp"}]
+        (tmp_path / "ours" / "annotations" / f"{split}.json").write_text(json.dumps(content))
+    return tmp_path / "ours"
+
+
+def test_a_map_of_scores_is_fitted_to_existing_weights(
+    weights, loaded, predictor, prepared, tmp_path, capsys
+):
+    """Again with the result: as if it had none, so that another clinic's images can replace it."""
+    path = tmp_path / "mapped.safetensors"
+    command = ["--format", "safetensors", "--images", prepared / "images", "--weights", weights]
+    export.main([*map(str, command), "--score-map", str(prepared), "--output", str(path)])
+    assert "slope" in capsys.readouterr().out
+    gt = json.loads((prepared / "annotations" / "val.json").read_text())
+    results = []
+    for image in gt["images"]:
+        output = predictor(prepared / "images" / image["file_name"])
+        results += instances_to_coco_json(output, image["id"])
+    results = [{**result, "category_id": 1} for result in results]
+    scores = evaluate_lesions(gt, results).metrics.calibration
+    expected = ScoreMap.fit(scores.score, scores.hit)
+    mapped = load_model(None, path)
+    score_map, point = mapped.weights.score_map, mapped.weights.operating_point
+    assert vars(score_map) == pytest.approx({**vars(expected), "dataset": "ours_val"}, abs=1e-4)
+    # τ stays between the same detections.
+    assert point == replace(loaded.weights.operating_point, tau=float(score_map(TAU)))
+    assert mapped.metadata["weights_sha256"] == loaded.weights.sha256
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(mapped.model.state_dict()[name], tensor), name
+    again = export.with_score_map(mapped, prepared).weights
+    assert vars(again.score_map) == pytest.approx(vars(score_map))
+    assert again.operating_point.tau == pytest.approx(point.tau)
+    for split in ("train", "test"):  # without an image, and without a lesion
+        content = json.loads((prepared / "annotations" / f"{split}.json").read_text())
+        content |= {"images": gt["images"]} if split == "test" else {}
+        (prepared / "annotations" / "val.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="ours_val"):
+            export.with_score_map(loaded, prepared)
 
 
 def test_programs_are_not_loaded(tmp_path):

@@ -203,6 +203,24 @@ def test_the_slider_starts_at_the_operating_point(predictor, weights, paths):
         assert json.loads(saved(client, "coco", round(tau, 3)))["info"]["tau"] == tau
 
 
+def test_the_page_shows_mapped_scores(mapped, paths):
+    """And lets the slider go down to the lowest of them."""
+    instances = mapped(paths[0])
+    shown = int((instances.scores >= TAU).sum())
+    with serving(mapped) as site, session(site.url) as client:
+        (tau,) = [part["props"] for part in client.config["components"] if part["type"] == "slider"]
+        assert tau["value"] == TAU and "probability" in tau["info"]
+        assert 0 <= mapped.score_map(app.LEAST_SCORE) - tau["minimum"] < 0.001 < app.LEAST_SCORE / 2
+        cards = look(client, paths[0])[0]
+        assert f'data-shown="{shown}"' in cards
+        for score in instances.scores[:shown].tolist():
+            assert f"<span>{score:.3f}</span>" in cards
+        coco = json.loads(saved(client, "coco", TAU))
+        pairs = [(a["score"], a["raw_score"]) for a in coco["annotations"]]
+        expected = zip(instances.scores.tolist(), instances.raw_scores.tolist(), strict=True)
+        assert pairs == list(expected)
+
+
 def test_what_cannot_be_taken_is_refused_and_the_page_lives_on(
     site, client, paths, tmp_path, monkeypatch
 ):

@@ -116,18 +116,19 @@ class Runtime(ABC):
 
 def export_metadata(loaded: LoadedModel, precision: str) -> dict:
     """The metadata of an exported file, of JSON types; ``weights_sha256`` is of the original
-    weights, ``artifact`` the format's version. Nothing is of the machine of the training.
+    weights, also where ``loaded`` is an export of them, ``artifact`` the format's version. Nothing
+    is of the machine of the training.
     """
     cfg = loaded.cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR, cfg.DATASETS.ROOT, cfg.MODEL.DEVICE = "./output", "", "cpu"
-    point = loaded.weights.operating_point
+    point, score_map = loaded.weights.operating_point, loaded.weights.score_map
     facts = {**loaded.facts, "artifact": METADATA_VERSION, "precision": precision}
-    del facts["source_sha256"]  # of the file that this one is made of
+    facts["weights_sha256"] = facts.pop("source_sha256") or facts["weights_sha256"]
     return {
         **facts,
         **{"classes": loaded.classes, "operating_point": point and vars(point)},
-        "config": cfg.dump(),
+        **{"score_map": score_map and vars(score_map), "config": cfg.dump()},
     }
 
 
