@@ -5,10 +5,12 @@
 
 The text is in results.md.j2; every value in a table or a plot comes from a run's files. A
 section whose runs are not all there, or not finished, stays on the page as it is, and is named.
+Tests of runs that are gone are made of what recorded.json still has of them.
 """
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -18,10 +20,12 @@ import jinja2
 import pandas as pd
 from leakage import kvasir, recorded_value, synthetic
 
+from imrcnn_d2.evaluation.comparison import difference_from_parts, holm
 from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
 from imrcnn_d2.evaluation.robustness import ROBUSTNESS
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.report.comparison import compare, gather
+from imrcnn_d2.report.comparison.models import Test
 from imrcnn_d2.report.comparison.pages import (
     median_runs,
     table_3,
@@ -45,6 +49,8 @@ class Study:
 
     def __init__(self, folder, data, plots):
         self._folder, self._data, self._plots = folder, data, plots
+        self._recorded = json.loads((HERE / "recorded.json").read_text(encoding="utf-8"))
+        self._compared = {}
 
     def paths(self, *patterns):
         """The folders of runs, in order.
@@ -63,20 +69,27 @@ class Study:
 
     def comparison(self, *patterns):
         """The Comparison of the models of these runs."""
-        runs = [load_run(path) for path in self.paths(*patterns)]
-        return compare(gather(runs), Bootstrap())
+        paths = tuple(self.paths(*patterns))
+        if paths not in self._compared:
+            self._compared[paths] = compare(gather(list(map(load_run, paths))), Bootstrap())
+        return self._compared[paths]
 
     def table(self, compared, number):
         """The paper's table 3, 4 or 5."""
         return {3: table_3, 4: table_4, 5: table_5}[number](compared).markdown()
 
-    def tests(self, compared, title):
-        tests = [
-            test
-            for test in compared.fold_tests or compared.tests
-            if test.endpoint in JUDGED or test.p_holm < 0.05
-        ]
-        return table_of_tests(tests, "tests", title).markdown()
+    def tests(self, title, *patterns):
+        """A table of tests between the models of these runs; without them, of recorded.json."""
+        try:
+            compared = self.comparison(*patterns)
+        except FileNotFoundError:
+            if title not in self._recorded:
+                raise
+            tests, notes = recorded_tests(**self._recorded[title]), [RECORDED]
+        else:
+            tests, notes = compared.fold_tests or compared.tests, []
+            tests = [test for test in tests if test.endpoint in JUDGED or test.p_holm < 0.05]
+        return table_of_tests(tests, "tests", title, *notes).markdown()
 
     def pr_curves(self, compared, stem):
         """Plot the curves of each model's masks, for its median seed."""
@@ -154,6 +167,54 @@ class Study:
                 }
             )
         return markdown_table(pd.DataFrame(cells), 3)
+
+
+RECORDED = (
+    "The runs are gone: these tests are made of the rounded values of recorded.json. The standard "
+    "error over images is the width of the bootstrap interval of the difference / (2 · 1.96); that "
+    "over trainings comes from the three values of each model, or their population standard "
+    "deviation. Tests that are not shown count in Holm's method as if their p were 1."
+)
+
+
+def recorded_tests(
+    images: int, runs: int, tests: int, values: dict, population_sd: dict, differences: list
+) -> list[Test]:
+    """Tests of models of which each was trained ``runs`` times.
+
+    Args:
+        images: in the test set.
+        tests: how many there were; those that are not recorded are taken to have a p of 1.
+        values: model -> "group/metric" -> the value of each run.
+        population_sd: the same, the standard deviation over the runs, where the values are gone.
+        differences: first and second model, "group/metric", the difference and its 95 % interval
+            of resampled images.
+    """
+
+    def seed_sd(model, endpoint):
+        if endpoint in values[model]:
+            return statistics.stdev(values[model][endpoint])
+        return population_sd[model][endpoint] * math.sqrt(runs / (runs - 1))
+
+    made = []
+    for first, second, endpoint, estimate, low, high in differences:
+        sds = seed_sd(first, endpoint), seed_sd(second, endpoint)
+        se_images = (high - low) / (2 * 1.96)
+        made.append(difference_from_parts(estimate, se_images, images, sds, (runs, runs)))
+    adjusted = holm([difference.p for difference in made] + [1.0] * (tests - len(made)))
+    return [
+        Test(
+            **vars(difference),
+            first=first,
+            second=second,
+            endpoint=endpoint,
+            test="paired t (images, seeds)",
+            p_holm=float(p_holm),
+        )
+        for (first, second, endpoint, *_), difference, p_holm in zip(
+            differences, made, adjusted, strict=False
+        )
+    ]
 
 
 def _is_finished(path):

@@ -2,14 +2,24 @@
 
 import re
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
+from imrcnn_d2 import __version__
 from imrcnn_d2.evaluation.output import read_test_log
 from imrcnn_d2.report.cohort import cohort, is_external
 from imrcnn_d2.report.html.page import UNKNOWN, facts, known_facts, template_environment
-from imrcnn_d2.report.html.tables import CURVE_METRICS, UNIT_METRICS, cell, curve_group
-from imrcnn_d2.report.names import metric_label
+from imrcnn_d2.report.html.tables import (
+    CALIBRATION_METRICS,
+    CURVE_METRICS,
+    PAPER,
+    PAPER_METRICS,
+    UNIT_METRICS,
+    at_threshold,
+    cell,
+    curve_group,
+    metric_rows,
+)
+from imrcnn_d2.report.names import PAPER_THRESHOLD, threshold_name
 from imrcnn_d2.report.runs import Run
 from imrcnn_d2.report.tables import markdown_text
 from imrcnn_d2.utils import hub
@@ -50,7 +60,9 @@ def write_model_card(run: Run, path: str | Path) -> Path:
         prepared=data["excluded"] is not None,
         external=is_external(run, data["settings"]),
         with_config=bool(run.config),
+        best_metric=run.settings.get("TEST.BEST_METRIC"),
         groups=_groups(run),
+        scores=_scores(run),
         meta=run.metrics["meta"],
         chosen=chosen,
         recorded=bool(run.record),
@@ -58,10 +70,10 @@ def write_model_card(run: Run, path: str | Path) -> Path:
         remarks=run.remarks,
         log=read_test_log(run.gt_path),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        version=metadata.version("imrcnn-d2"),
+        version=__version__,
     )
     kind, curve = curve_group(run)
-    lesion = (chosen or run.metrics).get("lesion") or {}
+    lesion = run.metrics["lesion"]
     values = {name: curve.get(name) for name in ("AP50_voc", "AP")}
     values |= {name: lesion.get(name) for name in ("recall", "precision", "f1", "iou", "dice")}
     front_matter = hub.front_matter(
@@ -76,24 +88,50 @@ def write_model_card(run: Run, path: str | Path) -> Path:
 
 def _groups(run):
     """Title, columns and rows (label, cells) of each table of results."""
-    chosen = run.metrics.get("tau_val")
-    columns = [f"score ≥ {run.metrics['meta']['tau']:.3g}"]
-    columns += [f"score ≥ {chosen['tau']:.3g} (τ_val)"] if chosen else []
-    curve = _rows(CURVE_METRICS, [curve_group(run)[1]])
-    groups = [{"title": "Over all scores", "columns": [""], "rows": curve}]
+    chosen, metrics = run.metrics.get("tau_val"), run.metrics
+    columns = [at_threshold([run])]
+    columns += [f"{threshold_name(chosen['tau'], run.maps_scores)} (τ_val)"] if chosen else []
+    tables = [("Over all scores", [""], CURVE_METRICS, "", [curve_group(run)[1]])]
     for unit, (title, names) in UNIT_METRICS.items():
-        if run.metrics.get(unit):
-            metrics = [run.metrics[unit], *([chosen.get(unit) or {}] if chosen else [])]
-            groups.append({"title": title, "columns": columns, "rows": _rows(names, metrics)})
-    return groups
+        if metrics.get(unit):
+            points = [metrics[unit], *([chosen.get(unit) or {}] if chosen else [])]
+            tables.append((title, columns, names, unit, points))
+    tables.append((PAPER, [PAPER_THRESHOLD], PAPER_METRICS, "paper", [metrics["paper"]]))
+    calibration, names = [metrics["calibration"]], [""]
+    if before := metrics.get("calibration_raw"):
+        calibration, names = [before, *calibration], ["before the map", "after it"]
+    tables.append(("Scores as probabilities of a hit", names, CALIBRATION_METRICS, "", calibration))
+    return [
+        {"title": title, "columns": headings, "rows": _rows(run, *rest)}
+        for title, headings, *rest in tables
+    ]
 
 
-def _rows(names, groups):
-    rows = []
-    for name, hint, *label in names:
-        if name in groups[0]:
-            cells = [cell(group, name) if name in group else {} for group in groups]
-            texts = [f"{c.get('text', '')} {c.get('interval', '')}".strip() for c in cells]
-            title = label[0] if label else metric_label(name)
-            rows.append((f"{title}: {hint}" if hint else title, texts))
-    return rows
+def _rows(run, names, unit, groups):
+    return [
+        (
+            f"{row['label']}: {row['hint']}" if row["hint"] else row["label"],
+            [_text(cell) for cell in row["cells"]],
+        )
+        for row in metric_rows(names, groups, unit, [run])
+    ]
+
+
+def _text(cell):
+    return f"{cell['text']} {cell['interval']}".strip()
+
+
+def _scores(run):
+    """What a score means, in a sentence; None without a map of scores."""
+    before, after = run.metrics.get("calibration_raw"), run.metrics["calibration"]
+    if not before or None in (before["ece"], after["ece"]):
+        return None
+    precision, recall = (
+        _text(cell(run.metrics["lesion"], name)) for name in ("precision", "recall")
+    )
+    return (
+        "The score of a detection is mapped to the probability that it hits a lesion: on these "
+        f"images the expected calibration error is {before['ece']:.1f} before the map and "
+        f"{after['ece']:.1f} after it. At a {at_threshold([run])} precision is {precision} "
+        f"and recall {recall}."
+    )

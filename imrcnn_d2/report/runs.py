@@ -98,6 +98,11 @@ class Run:
         return self.record.get(key) or self.meta.get(key) or self.predictions.get(key)
 
     @property
+    def maps_scores(self) -> bool:
+        """Its scores are mapped to probabilities; the threshold is of these."""
+        return bool(self.meta.get("score_map") or self.recorded.get("calibration_raw"))
+
+    @property
     def seed(self) -> int | None:
         return self.record.get("seed")
 

@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from imrcnn_d2.evaluation import ClassificationResults, LesionResults
 from imrcnn_d2.evaluation.detection.metrics import is_count
+from imrcnn_d2.report.names import threshold_name
 from imrcnn_d2.utils.files import csv_text, for_terminal, write_atomically
 
 # What would be a link, an image, HTML, code or emphasis, or end a cell. Brackets around numbers,
@@ -202,7 +203,7 @@ def summary(results: LesionResults | ClassificationResults) -> str:
     title = f"{results.meta['images']} images"
     if lesions:
         point = results.tau_val or {"tau": results.meta["tau"]}
-        title += ", scores ≥ {:.3g}".format(point["tau"])
+        title += f", {threshold_name(point['tau'], results.detections.mapped)}"
         if results.tau_val:
             title += " (stored in the weights; chosen on {dataset} by {rule})".format(**point)
     columns, align = ("metric", "value", "95 % interval"), ("left", "right", "right")

@@ -94,12 +94,15 @@ def run_in(root):
         dt=None,
         boxes=False,
         bootstrap=None,
+        score_map=None,
         record=None,
         config=None,
         **meta,
     ):
         output = root / "runs" / name
         dt = detections(gt, skill, seed + 100) if dt is None else dt
+        if score_map is not None:
+            dt, meta["score_map"] = score_map.map_records(dt), vars(score_map)
         if boxes:
             dt = [{k: v for k, v in result.items() if k != "segmentation"} for result in dt]
         point = None if tau_val is None else OperatingPoint(tau_val, "f1", "kvasir_seg_val")

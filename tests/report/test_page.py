@@ -18,6 +18,7 @@ from recognition_runs import draw_classes, prepare_classes, write_classifier
 
 from imrcnn_d2.cli import evaluate, report
 from imrcnn_d2.evaluation import Bootstrap
+from imrcnn_d2.evaluation.calibration import ScoreMap, Temperature
 from imrcnn_d2.report import load_run
 from imrcnn_d2.report.comparison import compare, gather
 from imrcnn_d2.report.html import page, render_report, tables
@@ -78,11 +79,15 @@ def test_older_runs_lack_records(runs, show, parse):
     old = recorded(old, meta=meta)
     shown, unknown = page.known_facts(page.facts([old], {}))
     known = {label for label, _ in shown}
-    assert known == {"Data set", "Ground truth, sha256", "Score threshold τ", "Hit", "Intervals"}
+    assert known == {
+        *("Data set", "Ground truth, sha256", "Map of scores", "Score threshold τ", "Hit"),
+        "Intervals",
+    }
     assert "seed; fold; iterations" in unknown and not known & set(unknown.split("; "))
     assert page.config_differences([old, runs[2]]) == []
     without_points = tables.metric_tables([recorded(run, "tau_val") for run in runs])
-    titles = ["Detection, over all scores", "Lesions", "Images", "Patients"]
+    titles = ["Detection, over all scores", "Lesions", "Images", "Patients", "Unique lesions"]
+    titles += ["Calibration", "As the paper’s Table 5"]
     assert [table["title"] for table in without_points] == titles
     assert tables.size_tables([recorded(r, "by_size") for r in runs]) == tables.size_tables(runs)
 
@@ -107,9 +112,11 @@ def test_what_cannot_be_given_is_stated(write_gt, write_run, tmp_path, show, par
     text = show([load_run(write_run("a", gt, dt=[]))])
     assert "<script" not in text
     sections = parse(text)[1]
-    words = {"results": "n/a", "gallery": "No gallery: ", "patients": "no patient_id"}
+    words = {"gallery": "No gallery: ", "patients": "no patient_id"}
+    words["results"] = "Specificity undefined: the test set has no image without a lesion IMR-CNN –"
     words |= dict.fromkeys(("curves", "screening"), "no image without a lesion")
-    assert all(text in sections[name] for name, text in words.items())
+    for name, text in words.items():
+        assert text in sections[name]
 
 
 def test_facts(runs):
@@ -122,11 +129,14 @@ def test_facts(runs):
         "Split, sha256": "e" * 16 + "…",
         "Weights, sha256": "c" * 16 + "…",
         "τ chosen on validation": "0.62 (f1, on kvasir_seg_val)",
-        "Intervals": "60 resamples of patients, seed 0",
+        "Intervals": "over patients; 60 resamples, seed 0",
         "Training": "0.25 h, finished 2026-01-01T10:15:00",
     }
     assert {label: table[label][0] for label in expected} == expected
     assert "torch " in table["Versions"][0]
+    suppressed = recorded(runs[0], tau_val={**runs[0].recorded["tau_val"], "suppress_parts": True})
+    (point,) = dict(page.facts([suppressed], {}))["τ chosen on validation"].split(";")[1:]
+    assert "left out" in point
     going_on = dataclasses.replace(runs[0], record={**runs[0].record, "finished": None})
     assert dict(page.facts([going_on], {}))["Training"].endswith("not finished")
     assert page.config_differences(runs[::2]) == [["MODEL.PAFPN.ATTENTION", "", "cbam"]]
@@ -151,6 +161,7 @@ def test_evaluated_predictions_name_their_model(home, parse):
     """`imrcnn evaluate` of a predictions.json, and of a list of results that names nothing."""
     info = {"model": "IMR-CNN", "backbone": "lite0", "weights_sha256": "a1" * 32, "tau": 0.956366}
     info |= {"runtime": "torch", "version": "0.1.0", "config_sha256": "b2" * 32, "year": 2026}
+    info["score_map"] = {"slope": 0.849, "offset": 2.9, "dataset": None}
     results = json.loads(home.file("coco_instances_results.json").read_text())
     coco = json.loads(home.gt.read_text())
     coco["annotations"] = [{"id": i, **result} for i, result in enumerate(results, 1)]
@@ -170,6 +181,7 @@ def test_evaluated_predictions_name_their_model(home, parse):
         "b2b2b2b2",
         "torch",
         "0.956 ",
+        "σ(0.849 · logit(score) + 2.9) ",
         "study/annotations/",
     ):
         assert words in texts["named"]
@@ -183,8 +195,8 @@ def test_a_cell():
     for name, value, limits, text, interval, bar in (
         ("iou", 81.25, [70, 90.04], "81.2", "[70.0, 90.0]", [81.25, 70, 90.04]),
         ("iou", 81.25, [None, None], "81.2", "", [81.25, 81.25, 81.25]),
-        ("iou", None, [1, 2], "n/a", "", None),
-        ("iou", math.nan, None, "n/a", "", None),
+        ("iou", None, [1, 2], "–", "", None),
+        ("iou", math.nan, None, "–", "", None),
         ("TP", 1234.0, None, "1,234", "", None),
         ("fp_per_image", 0.125, [0, 1], "0.12", "[0.00, 1.00]", None),
     ):
@@ -196,34 +208,38 @@ def test_values_are_those_of_metrics_json(runs, study):
     def document(model):
         return json.loads((study / f"runs/{model}/inference/study_test/metrics.json").read_text())
 
-    # On top the values at the stored threshold, where all models have one.
+    # On top the values at the threshold of the evaluation, as in the matrices and the gallery.
     average, sensitivity, specificity, _, alarms, _ = tables.key_metrics(runs)
-    without = [recorded(runs[0], "tau_val"), *runs[1:]]
-    _, at_common, *_ = tables.key_metrics(without)
     for i, run in enumerate(runs):
         metrics = document(run.name)
         for card, group, key, digits in (
-            (sensitivity, metrics["tau_val"]["lesion"], "recall", 1),
-            (specificity, metrics["tau_val"]["image"], "specificity", 1),
-            (alarms, metrics["tau_val"]["lesion"], "fp_per_image", 2),
-            (at_common, metrics["lesion"], "recall", 1),
+            (sensitivity, metrics["lesion"], "recall", 1),
+            (specificity, metrics["image"], "specificity", 1),
+            (alarms, metrics["lesion"], "fp_per_image", 2),
         ):
             name, shown = card["cells"][i]
-            limits = "[{:.{d}f}, {:.{d}f}]".format(*group[f"{key}_ci"], d=digits)
+            ci, limits = group[f"{key}_ci"], ""
+            if None not in ci:  # all resamples agree
+                limits = "[{:.{d}f}, {:.{d}f}]".format(*ci, d=digits)
             texts = run.name, f"{group[key]:.{digits}f}", limits
             assert (name, shown["text"], shown["interval"]) == texts
-    assert "score ≥ 0.62" in tables.key_threshold(runs)
-    assert tables.key_threshold(without) == "score ≥ 0.7"
+    at = "score ≥ 0.7"
+    assert tables.key_threshold(runs) == f"{at} (τ_val, chosen on validation data: 0.62)"
+    assert tables.key_threshold([recorded(run, "tau_val") for run in runs]) == at
     area = document("IMR-CNN")["segm"]["AP50_voc"]
     assert average["cells"][2][1]["text"] == f"{area:.1f}"
 
     rows_of = {table["title"]: table["rows"] for table in tables.metric_tables(runs)}
-    titles = [f"{unit}{at}" for unit in ("Lesions", "Images", "Patients") for at in (", τ_val", "")]
-    assert list(rows_of) == ["Detection, over all scores", *titles]
+    units = ("Lesions", "Images", "Patients", "Unique lesions")
+    titles = [f"{unit}{at}" for unit in units for at in ("", ", τ_val")]
+    last = ["Calibration", "As the paper’s Table 5"]
+    assert list(rows_of) == ["Detection, over all scores", *titles, *last]
     metrics = document("MR-CNN")
     for title, label, value in (
         ("Lesions", "sensitivity (recall)", metrics["lesion"]["recall"]),
         ("Images, τ_val", "sensitivity", metrics["tau_val"]["image"]["recall"]),
+        (last[0], "Brier score", metrics["calibration"]["brier"]),
+        (last[1], "specificity", metrics["paper"]["specificity"]),
     ):
         rows = {row["label"]: row["cells"] for row in rows_of[title]}
         assert rows[label][0]["text"] == f"{value:.1f}"
@@ -262,10 +278,10 @@ def test_patients_with_most_errors_first(runs):
 
 def test_screening(runs):
     table = tables.screening(runs, [0.05])
-    points = [(label, at) for at in ("τ_val", "score ≥ 0.7") for label in ("PPV", "NPV")]
+    points = [(label, at) for at in ("score ≥ 0.7", "τ_val") for label in ("PPV", "NPV")]
     rows = [(row["label"], row["hint"]) for row in table["rows"]]
     assert rows == [(f"{label} at 5 %", at) for label, at in points]
-    image = runs[0].metrics["tau_val"]["image"]
+    image = runs[0].metrics["image"]
     ends = zip(image["recall_ci"], image["specificity_ci"], strict=True)
     low, high = (tables.predictive_values(*end, 0.05)[0] for end in ends)
     shown = table["rows"][0]["cells"][0]
@@ -301,7 +317,7 @@ def test_differences_are_those_of_a_comparison(runs):
         models, metric, difference, interval, p, name = (cell.replace("−", "-") for cell in row)
         assert (models, name) == (f"{test.first} - {test.second}", test.test)
         limits = ", ".join(f"{limit:+.1f}" for limit in (test.low, test.high))
-        numbers = f"{test.estimate:+.1f}", "n/a" if "nan" in limits else f"[{limits}]"
+        numbers = f"{test.estimate:+.1f}", "–" if "nan" in limits else f"[{limits}]"
         assert (difference, interval.replace("\u00a0", " ")) == numbers
         # The primary endpoint's as it is, all others adjusted.
         assert test.primary == metric.endswith("(primary)")
@@ -327,6 +343,41 @@ def test_all_curves_of_all_models(runs, text, parse):
         known = "; ".join(f"{run.name}: {run.metrics[group][metric]:.1f}" for run in runs)
         assert plots[key]["known"] == known and f". {known}." in alternatives
     assert 500 < plots["pr"]["width"] < 700
+
+
+def test_scores_before_and_after_their_map(write_gt, write_run, tmp_path, parse, show):
+    score_map = ScoreMap(0.5, -1, "polyps_val")
+    options = {"score_map": score_map, "tau": 0.5, "tau_val": 0.4}
+    run = load_run(f"mine={write_run('a', write_gt(tmp_path / 'gt.json'), **options)}")
+    plots, text = page.curve_plots([run]), show([run])
+    for name, threshold in (
+        ("pr", "operating point, mapped score ≥ 0.5"),
+        ("froc", "operating point, mapped score ≥ 0.5"),
+        ("thresholds", "Mapped score threshold"),
+    ):
+        assert threshold in words(plots[name])
+    for name, group in (("before the map", "calibration_raw"), ("after it", "calibration")):
+        values = run.metrics[group]
+        legend = f"mine, {name}: ECE {values['ece']:.1f} %, Brier {values['brier']:.1f} %"
+        assert legend in words(plots["calibration"])
+    records = json.loads((run.folder / "coco_instances_results.json").read_text())
+    for group, key in (("calibration_raw", "raw_score"), ("calibration", "score")):
+        mean = 100 * np.mean([record[key] for record in records])
+        assert run.metrics[group]["mean_score"] == pytest.approx(mean)
+        assert run.recorded[group]["mean_score"] == pytest.approx(mean)
+    sections, at = parse(text)[1], "mapped score ≥ 0.5"
+    eces = [run.metrics[group]["ece"] for group in ("calibration_raw", "calibration")]
+    for name, expected in (
+        ("results", f"at a {at} (τ_val, chosen on validation data: 0.4), as matrices and test"),
+        ("metrics", f"Lesions {at}"),
+        ("metrics", "As the paper’s Table 5 raw score ≥ 0.7"),
+        ("metrics", "expected calibration error before the map {:.1f}".format(*eces)),
+        ("metrics", "expected calibration error after it {1:.1f}".format(*eces)),
+        ("curves", f"mine, {at}"),
+        ("curves", "Before and after the map"),
+        ("run", "Map of scores σ(0.5 · logit(score) − 1), fitted on polyps_val"),
+    ):
+        assert expected in sections[name]
 
 
 def test_boxes_alone_of_two_classes(write_gt, write_run, tmp_path):
@@ -492,6 +543,18 @@ def test_the_page_is_sound_and_has_the_values_of_the_evaluation(class_runs, clas
         ("data", "12 gastric cancer"),
     ):
         assert words in sections[name]
+
+
+def test_probabilities_before_and_after_a_temperature(class_runs, tmp_path, show, parse):
+    temperature, gt = Temperature(2.5, "gastric_val"), class_runs[0].gt_path
+    run = load_run(write_classifier(tmp_path / "run", gt, temperature=temperature))
+    sections = parse(show([run]))[1]
+    assert "Temperature 2.5, fitted on gastric_val" in sections["run"]
+    plot = words(page._class_plots([run])["calibration"])
+    for when, group in (("before the map", "calibration_raw"), ("after it", "calibration")):
+        ece = run.metrics[group]["ece"]
+        assert f"expected calibration error {when} {ece:.1f} " in sections["metrics"]
+        assert f"{when}: ECE {ece:.1f} %" in plot
 
 
 def test_the_gallery_of_a_large_test_set_is_cut(class_runs, tmp_path):

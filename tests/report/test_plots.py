@@ -273,13 +273,19 @@ def test_sheets_have_the_hits_of_the_metrics(sheet, iou, iou_type):
         assert f"≥ {iou:g}" in figure.texts[0].get_text()
 
 
-def test_lines_around_tiny_lesions_are_solid_and_thin(sheet):
-    """Of dashes as wide as the lesion only a propeller would be seen."""
-    lesions, results = [square(1, 0, 0), square(1, 50, 50, 2)], [square(1, 55, 5, 1, score=0.9)]
+def test_tiny_errors_are_solid_and_thin_in_a_dashed_ring(sheet):
+    """Of dashes as wide as the lesion only a propeller would be seen; but a hit has no dashes."""
+    lesions = [square(1, 0, 0), square(1, 50, 50, 2), square(1, 10, 50, 2)]
+    results = [square(1, 55, 5, 1, score=0.9), square(1, 10, 50, 2, score=0.8)]
     (tile,) = sheet(1, lesions, results)[1]
-    large, missed, alarm = sorted(tile.lines, key=lambda line: -len(line.get_xdata()))
-    assert large.is_dashed() and not missed.is_dashed() and not alarm.is_dashed()
-    assert missed.get_linewidth() < large.get_linewidth()
+    rings = [line for line in tile.lines if line.get_label() == "_ring"]
+    lines = [line for line in tile.lines if line not in rings]
+    dashed = {line.get_label(): line.is_dashed() for line in lines if len(line.get_xdata()) < 30}
+    assert dashed == dict.fromkeys(("ground truth", "missed lesion", "hit", "false alarm"), False)
+    large = max(lines, key=lambda line: len(line.get_xdata()))
+    assert large.is_dashed() and min(line.get_linewidth() for line in lines) < large.get_linewidth()
+    centres = sorted(tuple(np.round(ring.get_xydata()[:-1].mean(axis=0), 3)) for ring in rings)
+    assert centres == [(50.5, 50.5), (55, 5)] and all(ring.is_dashed() for ring in rings)
 
 
 @pytest.mark.parametrize("shapes", [[(40, 60)] * 8, [(60, 60), (40, 90), (90, 80), (50, 60)] * 2])
@@ -511,14 +517,17 @@ def test_froc(tmp_path):
     outcomes = HITS[:4], np.array([0, 0, 1, 1]), np.array([1, 2])
     froc = FROC(SCORES[:4], *outcomes)
     (axes,) = curves.plot_froc({"polyp": froc}, tmp_path / "froc.png", tau=0.7).axes
-    steps, beyond, point, *_ = axes.lines
+    steps, beyond, seven, point, *_ = axes.lines
     assert steps.get_drawstyle() == "steps-post"  # up at a hit, never on a slope
     x, y = steps.get_data()
     assert x == pytest.approx([0, 0, 0.5, 0.5, 1])
     assert y == pytest.approx([0, 100 / 3, 100 / 3, 200 / 3, 200 / 3])
     assert beyond.get_xydata() == pytest.approx(np.array([[1, 200 / 3], [8, 200 / 3]]))
     assert np.ravel(point.get_xydata()) == pytest.approx([0.5, 200 / 3])
-    # At 1/8 and 1/4 the first hit, from 1/2 on two of three.
+    # At 1/8 and 1/4 the first hit, from 1/2 on two of three: the marks.
+    rates = 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8
+    marks = list(zip(rates, [100 / 3] * 2 + [200 / 3] * 5, strict=True))
+    assert seven.get_xydata() == pytest.approx(np.array(marks)) and seven.get_marker() == "|"
     mean = (2 * 100 / 3 + 5 * 200 / 3) / 7
     assert legend(axes) == [f"polyp: mean {mean:.1f}", "operating point, score ≥ 0.7"]
     assert [tick.get_text() for tick in axes.get_xticklabels()][::4] == ["1/32", "1/2", "8"]
@@ -526,7 +535,7 @@ def test_froc(tmp_path):
     runs = {"a": froc, "b": froc, "masks": FROC(np.ones(4), *outcomes, scored=False)}
     (axes,) = curves.plot_froc(runs, tmp_path / "froc.svg", tau=0.85).axes
     # A point without a false alarm is on the edge.
-    assert np.ravel(axes.lines[2].get_xydata()) == pytest.approx([1 / 32, 100 / 3])
+    assert np.ravel(axes.lines[3].get_xydata()) == pytest.approx([1 / 32, 100 / 3])
     assert legend(axes)[2] == "masks: n/a"
     assert len({line.get_color() for line in axes.get_legend().get_lines()[:3]}) == 3
 
@@ -602,8 +611,9 @@ def test_calibration_points_intervals_and_counts(tmp_path):
     assert tuple(bars.get_segments()[0][:, 1]) == pytest.approx(clopper_pearson)
     assert bars.get_segments()[1][:, 1] == pytest.approx([100 * 0.025**0.5, 100])
     assert [text.get_text() for text in bottom.texts] == [*"0040000002"]
-    brier = np.mean((score - hit) ** 2)
-    assert legend(top) == ["ideal", f"polyp: ECE {2 / 6 * 5:.1f} %, Brier {brier:.3f}"]
+    brier = 100 * np.mean((score - hit) ** 2)  # in percent, as in the tables
+    # The two are off by 5 points, less than chance adds to the distance of four from theirs.
+    assert legend(top) == ["ideal", f"polyp: ECE 0.0 %, Brier {brier:.1f} %"]
 
     nothing = Calibration(np.zeros(0), np.zeros(0, bool), np.zeros(0, int), 1)
     runs = {"a": calibration, "b": calibration, "none": nothing}

@@ -215,6 +215,7 @@ OF_METRICS = {
     "meta.checkpoint_sha256": (1, []),
     "meta.bootstrap": ("x", [], {}, 1, {"resamples": 10**12, "seed": 0}, {"resamples": 2}),
     "meta.versions": ("x", [], {"torch": 1}),
+    "meta.score_map": ("x", [1], {"slope": 1.0}, {"slope": "1", "offset": 0.0}),
     "meta": (None, "x", [], {}, ...),
     "tau_val": ("x", [], {}, {"tau": 2, "rule": "f1"}, {"tau": 0.5}, {"tau": 0.5, "rule": 1}),
     "tau_val.tau": (float("nan"), float("inf"), -0.1, 1.5, "0.5", None),
@@ -278,14 +279,14 @@ def test_metrics_are_those_of_the_detections(home):
     assert "other metrics" not in "".join(true)
     theirs = json.loads(home.file(METRICS).read_text())
     for group in ("bbox", "segm", "lesion", "image", "patient"):
-        theirs[group] = {key: 98.765 if value else value for key, value in theirs[group].items()}
+        theirs[group] = {key: 76.543 if value else value for key, value in theirs[group].items()}
         theirs["tau_val"][group] = theirs[group]
-    theirs["by_size"] = theirs["undefined_shares"] = {"x": 98.765}
-    theirs["meta"] |= {"images": 98765, "lesions": 98765, "patients": None, "classes": ["x"]}
+    theirs["by_size"] = theirs["undefined_shares"] = {"x": 76.543}
+    theirs["meta"] |= {"images": 76543, "lesions": 76543, "patients": None, "classes": ["x"]}
     theirs["meta"]["lesion_free_images"] = 0
     home.file(METRICS).write_text(json.dumps(theirs))
     for text, expected in zip(everything(home), true, strict=True):
-        assert not re.search(r"98\.8|98,765|98\.77", text) and re.search(r"\d\d\.\d", expected)
+        assert not re.search(r"76\.5|76,543|76\.54", text) and re.search(r"\d\d\.\d", expected)
         assert "metrics.json holds other metrics than its detections give" in text
         values, kept = (re.findall(r"\d\d\.\d \[.{9}", page) for page in (text, expected))
         assert values == kept

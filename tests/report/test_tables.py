@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -12,17 +13,16 @@ import yaml
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.data.prepare.synthetic import generate
 from imrcnn_d2.evaluation import Bootstrap
+from imrcnn_d2.evaluation.calibration import ScoreMap
+from imrcnn_d2.evaluation.comparison import corrected_resampled_t_test
+from imrcnn_d2.evaluation.detection.metrics import table_metrics
 from imrcnn_d2.evaluation.output import log_test_evaluation
+from imrcnn_d2.report import load_run
 from imrcnn_d2.report.cohort import cohort
 from imrcnn_d2.report.comparison import compare, gather, write_comparison
 from imrcnn_d2.report.html import render_report
 from imrcnn_d2.report.model_card import write_model_card
-from imrcnn_d2.report.names import (
-    PAPER_DATA,
-    metric_name,
-    published_accuracy,
-    published_values,
-)
+from imrcnn_d2.report.names import metric_name, published_accuracy, published_values
 from imrcnn_d2.report.tables import Table, format_value, metrics_table, p_text, write_table
 from imrcnn_d2.utils.files import Rejects
 
@@ -122,15 +122,42 @@ def test_published_values_of_the_data_set():
     assert not published("kvasir_seg", "4") and not published("kvasir_seg", "5")
     for source in (None, "", "synthetic", "kvasir_seg_test", "egc2"):
         assert not any(published_values(source, table) for table in "345")
-    five = published("egc", "5")
-    metrics = [f"lesion/{name}" for name in ("precision", "recall", "f1")]
-    precision, recall, f1 = (five["IMR-CNN", metric][0] for metric in metrics)
-    assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.06)
-    # What cannot be compared is marked.
-    rows = [row for data in PAPER_DATA for row in published_values(data, "345")]
-    assert all(row.comparable == ("Not comparable" not in row.remarks[0]) for row in rows)
-    marked = {row.figure for row in rows if not row.comparable}
-    assert marked == {"lesion/specificity", "lesion/accuracy"}
+
+
+def test_the_published_table_5_follows_from_whole_counts():
+    values = published("egc", "5")
+    assert {figure.partition("/")[0] for _, figure in values} == {"paper"}
+    # 300 lesions in 280 images, of which 270 are without a false alarm.
+    expected = table_metrics(tp=286, fp=22, fn=14, tn=270)
+    for (_, figure), (value, _) in values.items():
+        assert round(expected[figure.partition("/")[2]], 1) == value
+    assert len(values) == 5
+
+
+# Of Table 4: five trainings each, in percent.
+PUBLISHED_FOLDS = {
+    ("MR-CNN", "segm/AP50_voc"): (91.2, 90.6, 90.3, 90.8, 89.9),
+    ("IBMR-CNN", "segm/AP50_voc"): (91.3, 90.8, 91.6, 92.0, 91.8),
+    ("IMR-CNN", "segm/AP50_voc"): (93.7, 93.5, 93.1, 94.2, 92.9),
+    ("MR-CNN", "lesion/iou"): (78.2, 78.5, 78.1, 78.7, 78.6),
+    ("IBMR-CNN", "lesion/iou"): (79.3, 78.4, 79.0, 78.7, 78.8),
+    ("IMR-CNN", "lesion/iou"): (79.5, 78.9, 78.8, 78.6, 79.2),
+}
+
+
+def test_what_the_published_table_4_shows():
+    values = published("egc", "4")
+    for row, folds in PUBLISHED_FOLDS.items():
+        mean, sd = np.mean(folds), np.std(folds)
+        assert values[row] == pytest.approx((mean, sd), abs=0.06)
+    difference = {}
+    for figure in ("segm/AP50_voc", "lesion/iou"):
+        imr, mr = (np.array(PUBLISHED_FOLDS[model, figure]) for model in ("IMR-CNN", "MR-CNN"))
+        # Of 1,120 images a fifth each for testing and for validation.
+        difference[figure] = corrected_resampled_t_test(imr - mr, n_train=672, n_test=224)
+    ap, iou = difference["segm/AP50_voc"], difference["lesion/iou"]
+    assert round(ap.estimate, 1) == 2.9 and ap.p < 0.001
+    assert (round(iou.estimate, 1), round(iou.p, 2)) == (0.6, 0.19)
 
 
 def test_published_accuracy_is_of_that_data_only():
@@ -176,10 +203,52 @@ def test_results_at_both_thresholds_and_data(run, write):
     expected = ["{:.1f} [{:.1f}, {:.1f}]".format(g["recall"], *g["recall_ci"]) for g in groups]
     assert shown["sensitivity (recall): lesions that were found"] == expected
     assert "score ≥ 0.62 (τ_val)" in text and "60 resamples of patients" in text
+    assert "Clopper and Pearson" in text
     assert "not a medical device" in text
     numbers = [meta[key] for key in ("images", "patients", "lesions", "lesion_free_images")]
     assert rows(text, "Data")[-1] == ["Test", *map(str, numbers)]
     assert "3 of 43 images (2: mask is empty; 1: duplicate)" in text
+
+
+def test_a_card_says_what_its_scores_mean(write_gt, write_run, tmp_path):
+    """Of scores that a map made probabilities of, and of others; without lesion-free images."""
+    gt = write_gt(tmp_path / "gt.json", images=12)
+    content = json.loads(gt.read_text())
+    positive = {annotation["image_id"] for annotation in content["annotations"]}
+    content["images"] = [image for image in content["images"] if image["id"] in positive]
+    gt.write_text(json.dumps(content))
+    texts = {}
+    for name, options in (
+        ("mapped", {"score_map": ScoreMap(0.5, -1, "polyps_val"), "tau": 0.5, "tau_val": 0.4}),
+        ("raw", {"tau_val": 0.8}),
+    ):
+        run = load_run(write_run(name, gt, bootstrap=Bootstrap(20), **options))
+        texts[name] = write_model_card(run, tmp_path / "card.md").read_text(encoding="utf-8")
+        if name == "mapped":
+            before, after = run.metrics["calibration_raw"], run.metrics["calibration"]
+            lesion = run.metrics["lesion"]
+    facts = dict(row for row in rows(texts["mapped"], "Model and training") if len(row) == 2)
+    assert facts["Map of scores"] == "σ(0.5 · logit(score) − 1), fitted on polyps_val"
+    assert facts["Score threshold τ"] == "0.5 of the mapped score"
+    for words in (
+        f"error is {before['ece']:.1f} before the map and {after['ece']:.1f} after it",
+        "At a mapped score ≥ 0.5 precision is "
+        "{precision:.1f} [{precision_ci[0]:.1f}, {precision_ci[1]:.1f}] and recall {recall:.1f} "
+        "[{recall_ci[0]:.1f}, {recall_ci[1]:.1f}].".format(**lesion),
+        "| | mapped score ≥ 0.5 | mapped score ≥ 0.4 (τ_val) |",
+        "| | raw score ≥ 0.7 |",
+        "| | before the map | after it |",
+    ):
+        assert words in texts["mapped"]
+    shown = {row[0]: row[1:] for row in rows(texts["mapped"], "Results")}
+    assert [cell.split()[0] for cell in shown["Brier score"]] == [
+        f"{group['brier']:.1f}" for group in (before, after)
+    ]
+    reason = "undefined: the test set has no image without a lesion"
+    assert shown[f"specificity: {reason}"] == ["–", "–"]
+    assert shown[f"AUROC: {reason}"] == ["–", ""]  # over all scores
+    assert "| | score ≥ 0.7 | score ≥ 0.8 (τ_val) |" in texts["raw"]
+    assert "mapped" not in texts["raw"] and "| | raw score ≥ 0.7 |\n" in texts["raw"]
 
 
 def test_a_card_begins_with_what_the_hub_lists_and_names_no_folder_of_this_machine(run, write):
@@ -190,7 +259,7 @@ def test_a_card_begins_with_what_the_hub_lists_and_names_no_folder_of_this_machi
     (results,) = head["model-index"][0]["results"]
     values = {metric["type"]: metric["value"] for metric in results["metrics"]}
     assert results["dataset"]["name"] == run.dataset
-    assert values["recall"] == round(run.metrics["tau_val"]["lesion"]["recall"], 2)
+    assert values["recall"] == round(run.metrics["lesion"]["recall"], 2)
     assert values["AP50_voc"] == round(run.metrics["segm"]["AP50_voc"], 2)
     assert not [part for part in ("/home", "/mnt", str(run.folder)) if part in text]
     assert "AP/IoU" in text and "_DIR out " in text
@@ -347,7 +416,7 @@ def test_patients_of_some_images_only(home):
     assert data["patients_text"].endswith(f" known, of {known} of the {total} images")
     assert "of one patient, where known, are in one split" in data["caption"]
     page = render_report([run], home.path / "report.html").read_text()
-    assert "no patient_id" not in page and "resampling images" in page
+    assert "no patient_id" not in page and "95 % interval], over images" in page
     assert page.count(f"1 patient known, of 1 of the {number} images") == 2  # its split, by patient
     card = write_model_card(run, home.path / "card.md").read_text()
     assert rows(card, "Data")[-1][2] == "1 (of 1 images)"

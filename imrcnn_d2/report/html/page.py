@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path, PurePath
 
 import cv2
@@ -21,6 +20,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from imrcnn_d2 import __version__
 from imrcnn_d2.data.images import image_inside, read_image
 from imrcnn_d2.report.cohort import cohort, is_external, patients_text
 from imrcnn_d2.report.comparison.models import check_settings, check_test_sets
@@ -119,12 +119,13 @@ def _detection(runs, prevalences, max_images):
     lead = f"{_sizes(runs)}, with {plural(meta['lesions'], 'lesion')}"
     if meta["lesion_free_images"]:
         lead += f"; {plural(meta['lesion_free_images'], 'image')} without a lesion"
-    shown = f"the ground truth and each model’s detections at a score ≥ {meta['tau']:.3g}"
+    shown = f"the ground truth and each model’s detections at a {tables.at_threshold(runs)}"
     return {
         "lead": f"{lead}.",
         "lines": contour_lines(CONTOURS),
         "key_metrics": tables.key_metrics(runs),
         "key_threshold": tables.key_threshold(runs),
+        "mapped": any(run.maps_scores for run in runs),
         "without_threshold": _names(runs, lambda run: not run.metrics.get("tau_val")),
         "metric_tables": tables.metric_tables(runs),
         "paired": any(run.metrics.get("tau_val") for run in runs),
@@ -225,8 +226,7 @@ def _facts_of(run, split):
         revision += ", with uncommitted changes"
     intervals = "none"
     if bootstrap:
-        intervals = f"{bootstrap['resamples']:,} resamples of {bootstrap['unit']}s, seed "
-        intervals += str(bootstrap["seed"])
+        intervals = "over {unit}s; {resamples:,} resamples, seed {seed}".format(**bootstrap)
     versions = meta.get("versions") or record.get("versions") or {}
     checkpoint = meta.get("checkpoint")
     # Without a run.json a config may be that of an evaluation: its seed and iterations say nothing.
@@ -247,22 +247,28 @@ def _facts_of(run, split):
         "Data set": run.test_set,
         "Ground truth, sha256": _short(meta.get("gt_sha256")),
         "Split, sha256": _short(record.get("splits_sha256") or split.get("sha256")),
-        **(_steps(record) if run.task is CLASSIFICATION else _thresholds(run)),
+        **(_steps(run) if run.task is CLASSIFICATION else _thresholds(run)),
         "Intervals": intervals,
         "Versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
     }
     return {label: UNKNOWN if text in (None, "") else str(text) for label, text in texts.items()}
 
 
-def _steps(record):
+def _steps(run):
     """How a classifier was trained."""
+    record = run.record
     size = (record.get("input") or {}).get("size")
     steps = [
         f"{phase['name']}: {phase['trainable']} for {phase['iterations']} iterations at a rate of "
         f"{phase['lr']:g}"
         for phase in record.get("phases") or ()
     ]
-    return {"Images as": size and f"{size} × {size} pixels", "Steps": "; ".join(steps)}
+    texts = {"Images as": size and f"{size} × {size} pixels", "Steps": "; ".join(steps)}
+    if score_map := run.meta.get("score_map"):
+        texts["Temperature"] = "{temperature:.3g}".format(**score_map)
+        if dataset := score_map.get("dataset"):
+            texts["Temperature"] += f", fitted on {dataset}"
+    return texts
 
 
 def _thresholds(run):
@@ -270,9 +276,21 @@ def _thresholds(run):
     meta, chosen, point = run.metrics["meta"], run.metrics.get("tau_val"), None
     if chosen:
         point = f"{chosen['tau']:.3g} ({chosen.get('rule')}, on {chosen.get('dataset')})"
+        if chosen.get("suppress_parts"):
+            point += "; detections mostly inside a higher-scored one are left out"
     regions = "masks" if meta["iou_type"] == "segm" else "boxes"
+    text = None if run.maps_scores else "none: scores are as the network gives them"
+    if score_map := meta.get("score_map") or run.predictions.get("score_map"):
+        text = "σ({slope:.3g} · logit(score) {sign} {size:.3g})".format(
+            sign="−" if score_map["offset"] < 0 else "+",
+            size=abs(score_map["offset"]),
+            **score_map,
+        )
+        if dataset := score_map.get("dataset"):
+            text += f", fitted on {dataset}"
     return {
-        "Score threshold τ": f"{meta['tau']:.3g}",
+        "Map of scores": text,
+        "Score threshold τ": f"{meta['tau']:.3g}" + " of the mapped score" * run.maps_scores,
         "τ chosen on validation": point,
         "Hit": f"IoU ≥ {meta['iou_threshold']:g} of {regions}",
     }
@@ -329,29 +347,25 @@ def curve_plots(runs: list[Run]) -> dict[str, dict]:
     results = {run.name: run.results for run in runs if run.results.detections.scored}
     if not results:
         return {}
-    tau, pr_curves = {"tau": tables.common_threshold(runs)}, _pr_curves(results)
+    at = {"tau": runs[0].meta["tau"], "mapped": all(run.maps_scores for run in runs)}
+    pr_curves = _pr_curves(results)
 
     def of_each(value):
         return {name: value(scored) for name, scored in results.items()}
 
     froc = of_each(lambda scored: scored.metrics.froc)
-    calibration = of_each(lambda scored: scored.metrics.calibration)
     areas = {name: 100 * curve.area for name, curve in pr_curves.items()}
     plots = {
-        "pr": _plot(areas, curves.plot_pr_panels, {curves.PR_TITLE: pr_curves}, **tau),
-        "froc": _plot(of_each(lambda scored: scored.froc["mean"]), curves.plot_froc, froc, **tau),
-        "calibration": _plot(_errors(results), curves.plot_calibration, calibration),
-        "thresholds": _plot({}, curves.plot_thresholds, of_each(lambda s: s.thresholds), **tau),
+        "pr": _plot(areas, curves.plot_pr_panels, {curves.PR_TITLE: pr_curves}, **at),
+        "froc": _plot(of_each(lambda scored: scored.froc["mean"]), curves.plot_froc, froc, **at),
+        "calibration": _calibration_plot(results),
+        "thresholds": _plot({}, curves.plot_thresholds, of_each(lambda s: s.thresholds), **at),
     }
     positive = runs[0].results.counts.positive
     if positive.any() and not positive.all():
         areas, counts = of_each(lambda s: s.image["auroc"]), of_each(lambda s: s.counts)
-        plots["roc"] = _plot(areas, curves.plot_roc_curves, counts, **tau)
+        plots["roc"] = _plot(areas, curves.plot_roc_curves, counts, **at)
     return plots
-
-
-def _errors(results):
-    return {name: scored.calibration["ece"] for name, scored in results.items()}
 
 
 def _pr_curves(results):
@@ -368,13 +382,17 @@ def _pr_curves(results):
 
 def _class_plots(runs):
     results = {run.name: run.results for run in runs}
-    calibration = {name: scored.metrics.calibration for name, scored in results.items()}
     areas = {name: scored.recognition["auroc"] for name, scored in results.items()}
-    names = {"labels": ("Right", "Images")}
     return {
         "roc": _plot(areas, curves.plot_class_roc, results),
-        "calibration": _plot(_errors(results), curves.plot_calibration, calibration, **names),
+        "calibration": _calibration_plot(results, labels=("Right", "Images")),
     }
+
+
+def _calibration_plot(results, **options):
+    calibration = curves.reliability(results)
+    errors = {name: scores.values()["ece"] for name, scores in calibration.items()}
+    return _plot(errors, curves.plot_calibration, calibration, **options)
 
 
 def _plot(values, plot, *args, **kwargs):
@@ -560,7 +578,7 @@ def write_html(name: str, output: str | Path, *, scripts: Sequence[str] = (), **
         script=script,
         script_hash=f"sha256-{base64.b64encode(digest).decode()}",
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        version=metadata.version("imrcnn-d2"),
+        version=__version__,
         **values,
     )
     write_atomically(output, page)

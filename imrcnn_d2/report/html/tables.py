@@ -2,11 +2,18 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from imrcnn_d2.evaluation import Bootstrap
 from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
-from imrcnn_d2.report.comparison import compare, gather
-from imrcnn_d2.report.names import MODEL, metric_label, metric_name
+from imrcnn_d2.report.comparison import compare, family_text, gather
+from imrcnn_d2.report.names import (
+    MODEL,
+    PAPER_THRESHOLD,
+    metric_label,
+    metric_name,
+    threshold_name,
+)
 from imrcnn_d2.report.runs import Run
 from imrcnn_d2.report.tables import p_text
 
@@ -50,6 +57,8 @@ LESION_METRICS = (
     ("iou", "of the lesions found"),
     ("dice", "of the lesions found", "Dice"),
     ("iou_all", "a missed one counts 0", "IoU, all lesions"),
+    ("nsd", "boundaries that agree within 1 % of the image’s diagonal"),
+    ("hd95", "95 % of boundary distances, in pixels"),
     ("fp_per_image", "", "false alarms per image"),
     *(("TP", "", "hits"), ("FP", "", "false alarms"), ("FN", "", "missed lesions")),
 )
@@ -61,11 +70,30 @@ IMAGE_METRICS = (
     ("miou", "all detections against all lesions"),
     ("mdice", "likewise"),
 )
+UNIQUE_LESION_METRICS = (
+    ("recall", "found in at least one frame", "sensitivity"),
+    ("frame_recall", "share of a lesion’s frames in which it is found", "sensitivity by frame"),
+)
+PAPER = "As the paper’s Table 5"
+PAPER_METRICS = (
+    *(("precision", ""), ("recall", ""), ("specificity", "TN: images without a false alarm")),
+    *(("accuracy", ""), ("f1", "")),
+    ("AP_per_image", "mean over the images with a lesion"),
+    *(("TP", ""), ("FP", ""), ("FN", ""), ("TN", "")),
+)
 UNIT_METRICS = {
     "lesion": ("Lesions", LESION_METRICS),
     "image": ("Images", IMAGE_METRICS),
     "patient": ("Patients", IMAGE_METRICS),
+    "unique_lesion": ("Unique lesions", UNIQUE_LESION_METRICS),
 }
+# Of the scores of detections, and of the probabilities of a predicted class.
+CALIBRATION_METRICS = (
+    *(("ece", "", "expected calibration error"), ("brier", "", "Brier score")),
+    *(("mean_score", "", "mean score"), ("hit_rate", "", "share of hits")),
+)
+# Of images and patients, undefined where none is free of lesions.
+OF_LESION_FREE = ("precision", "specificity", "accuracy", "f1", "auroc")
 # Group, metric, title and hint of the values on top.
 KEY_METRICS = (
     ("curve", "AP50_voc", "Average precision", "area under the precision-recall curve at IoU 0.5"),
@@ -78,18 +106,19 @@ KEY_METRICS = (
 
 
 def cell(metrics: dict, name: str) -> dict:
-    """A metric of a group of metrics.json: ``text``, ``interval`` ("" where there is none) and
-    ``bar``: None, or the value and the ends of its interval, if it is a share in percent.
+    """A metric of a group of metrics.json: ``text``, "–" if it is undefined, ``interval`` (""
+    where there is none) and ``bar``: None, or the value and the ends of its interval, if it is a
+    share in percent.
     """
     value, interval = metrics.get(name), metrics.get(f"{name}_ci")
     if is_count(name):
-        return _text("n/a" if value is None else f"{value:,.0f}")
+        return _text("–" if value is None else f"{value:,.0f}")
     return _cell(value, interval, digits=1 if is_percent(name) else 2)
 
 
 def _cell(value, interval=None, digits=1):
     if value is None or math.isnan(value):
-        return _text("n/a")
+        return _text("–")
     known = interval and None not in interval and not any(map(math.isnan, interval))
     low, high = interval if known else (value, value)
     return {
@@ -117,45 +146,37 @@ def _cards(cards, runs, groups):
 
 
 def key_metrics(runs):
-    """The values on top of the page of detectors: at the thresholds that were chosen on validation
-    data, where all models have one.
-    """
+    """The values on top of the page of detectors, at the threshold of the evaluation."""
     groups = []
-    for run, point in zip(runs, _chosen(runs) or [run.metrics for run in runs], strict=True):
-        lesion = dict(point["lesion"])
+    for run in runs:
+        lesion, image = dict(run.metrics["lesion"]), run.metrics["image"]
         if lesion.get("iou") is None:
             lesion |= {"iou": lesion.get("iou_box"), "iou_ci": lesion.get("iou_box_ci")}
-        groups.append({"curve": curve_group(run)[1], "lesion": lesion, "image": point["image"]})
-    return _cards(KEY_METRICS, runs, groups)
+        groups.append({"curve": curve_group(run)[1], "lesion": lesion, "image": image})
+    cards = _cards(KEY_METRICS, runs, groups)
+    for card, (group, name, *_) in zip(cards, KEY_METRICS, strict=True):
+        cells = [cell for _, cell in card["cells"]]
+        card["hint"] = _hint(card["hint"], cells, group, name, runs)
+    return cards
 
 
 def key_threshold(runs):
-    """The threshold of the values on top, as text."""
-    if points := _chosen(runs):
-        return f"{_scores(point['tau'] for point in points)} (τ_val, chosen on validation data)"
-    return _at(runs)
+    """The threshold of the values on top, of matrices and of test images, as text, with those that
+    were chosen on validation data."""
+    points = [point for run in runs if (point := run.metrics.get("tau_val"))]
+    chosen = ", ".join(dict.fromkeys(f"{point['tau']:.3g}" for point in points))
+    return at_threshold(runs) + (f" (τ_val, chosen on validation data: {chosen})" if points else "")
 
 
-def common_threshold(runs):
-    """The operating point of all models, where it is one, else the threshold of their evaluation:
-    what curves mark.
-    """
-    taus = {point["tau"] for point in _chosen(runs) or ()}
-    return taus.pop() if len(taus) == 1 else runs[0].metrics["meta"]["tau"]
+def at_threshold(runs):
+    """The threshold of the evaluation of runs, which is one."""
+    return threshold_name(runs[0].metrics["meta"]["tau"], runs[0].maps_scores)
 
 
 def _chosen(runs):
     """The metrics of each model at its operating point; None unless all have one."""
     points = [run.metrics.get("tau_val") for run in runs]
     return points if all(points) else None
-
-
-def _at(runs):
-    return _scores(run.metrics["meta"]["tau"] for run in runs)
-
-
-def _scores(taus):
-    return "score ≥ " + ", ".join(dict.fromkeys(f"{tau:.3g}" for tau in taus))
 
 
 def curve_group(run: Run) -> tuple[str, dict]:
@@ -170,41 +191,79 @@ def metric_tables(runs):
     """Title, caption and rows (label, hint and a cell for each run) of each table."""
     kinds, curves = zip(*map(curve_group, runs), strict=True)
     caption = f"Overlap of {' and '.join(dict.fromkeys(kinds))}s"
-    tables = [_metric_table("Detection, over all scores", caption, CURVE_METRICS, curves)]
+    title = "Detection, over all scores"
+    tables = [_metric_table(title, caption, CURVE_METRICS, curves, runs=runs)]
     chosen = [run.metrics.get("tau_val") or {} for run in runs]
     for unit, (title, metrics) in UNIT_METRICS.items():
         groups = [run.metrics.get(unit) or {} for run in runs]
         if not any(groups):
             continue
+        tables.append(_metric_table(title, at_threshold(runs), metrics, groups, unit, runs))
         if any(chosen):
-            caption = "At the threshold that was chosen on validation data"
             points = [point.get(unit) or {} for point in chosen]
-            table = _metric_table(f"{title}, τ_val", caption, metrics, points)
-            thresholds = [_text(f"{point['tau']:.3g}" if point else "n/a") for point in chosen]
+            thresholds = [_text(f"{point['tau']:.3g}" if point else "–") for point in chosen]
             rules = ", ".join(sorted({str(point.get("rule")) for point in chosen if point}))
             row = {"label": "score threshold", "hint": f"rule: {rules}", "cells": thresholds}
+            caption = "At the threshold that was chosen on validation data"
+            table = _metric_table(f"{title}, τ_val", caption, metrics, points, unit, runs)
             tables.append({**table, "rows": [row, *table["rows"]]})
-        tables.append(_metric_table(title, _at(runs), metrics, groups))
-    return tables
+    caption = "Of all scores, as probabilities of a hit; in percent"
+    tables.append(_calibration_table(caption, CALIBRATION_METRICS, runs))
+    paper = [run.metrics["paper"] for run in runs]
+    return [*tables, _metric_table(PAPER, PAPER_THRESHOLD, PAPER_METRICS, paper, "paper", runs)]
 
 
-def metric_rows(metrics: tuple, groups: list[dict], suffix: str = "") -> list[dict]:
+def _calibration_table(caption, metrics, runs):
+    """Of the scores; where a map was applied to them, of those before it and after it."""
+    table = _metric_table(
+        "Calibration", caption, metrics, [run.metrics["calibration"] for run in runs]
+    )
+    raw = [run.metrics.get("calibration_raw") or {} for run in runs]
+    if any(raw):
+        pairs = zip(metric_rows(metrics, raw), table["rows"], strict=True)
+        whens = "before the map", "after it"
+        table["rows"] = [
+            {**row, "hint": ", ".join(filter(None, (row["hint"], when)))}
+            for pair in pairs
+            for row, when in zip(pair, whens, strict=True)
+        ]
+    return table
+
+
+def metric_rows(
+    metrics: tuple, groups: list[dict], unit: str = "", runs: Sequence[Run] = (), suffix: str = ""
+) -> list[dict]:
     """Label, hint and a cell for each group, of the metrics that some group has; ``suffix`` follows
-    on their names there.
+    on their names there. Cells of groups without it are empty. Of those that are undefined in all
+    groups the hint says why; ``unit`` is the name of the groups in metrics.json.
     """
-    return [
-        {
-            "label": label[0] if label else metric_label(name),
-            "hint": hint,
-            "cells": [cell(group, name + suffix) for group in groups],
-        }
-        for name, hint, *label in metrics
-        if any(name + suffix in group for group in groups)
-    ]
+    rows = []
+    for name, hint, *label in metrics:
+        if any(name + suffix in group for group in groups):
+            key = name + suffix
+            cells = [cell(group, key) if key in group else _text("") for group in groups]
+            title = label[0] if label else metric_label(name)
+            hint = _hint(hint, cells, unit, name, runs)
+            rows.append({"label": title, "hint": hint, "cells": cells})
+    return rows
 
 
-def _metric_table(title, caption, *rows):
-    return {"title": title, "caption": caption, "rows": metric_rows(*rows)}
+def _hint(hint, cells, unit, name, runs):
+    """The hint of a metric; where it is undefined in all cells, the reason."""
+    if any(cell["text"] not in ("–", "") for cell in cells):
+        return hint
+    meta = runs[0].results.meta if runs else {}
+    needs_free = unit in ("image", "patient") and name in OF_LESION_FREE
+    if needs_free and not meta.get("lesion_free_images", 1):
+        return "undefined: the test set has no image without a lesion"
+    if not meta.get("lesions", 1):
+        return "undefined: the test set has no lesion"
+    return "undefined: too few detections, or none with a score"
+
+
+def _metric_table(title, caption, metrics, groups, unit="", runs=(), suffix=""):
+    rows = metric_rows(metrics, groups, unit, runs, suffix)
+    return {"title": title, "caption": caption, "rows": rows}
 
 
 def confusions(runs, with_threshold=False):
@@ -217,9 +276,9 @@ def confusions(runs, with_threshold=False):
             total = 0 if None in counts else sum(counts)
             shares = [n / total if total else 0 for n in counts]
             texts = [(f"{n:,}" if n is not None else "–") for n in counts]
-            percents = [f"{100 * share:.1f} %" if total else "n/a" for share in shares]
+            percents = [f"{100 * share:.1f} %" if total else "–" for share in shares]
             rows.append((name, list(zip(texts, percents, shares, strict=True))))
-        name = f"{run.name}, {_at([run])}" if with_threshold else run.name
+        name = f"{run.name}, {at_threshold([run])}" if with_threshold else run.name
         tables.append({"name": name, "classes": matrix.classes, "rows": rows})
     return tables
 
@@ -227,8 +286,8 @@ def confusions(runs, with_threshold=False):
 def size_tables(runs):
     """Caption, columns and rows, for shares of the image and for COCO's sizes."""
     captions = {
-        "share_of_image": f"Sensitivity and IoU by share of the image’s area, {_at(runs)}",
-        "coco": f"By COCO’s sizes (below 32², below 96² pixels, larger), {_at(runs)}",
+        "share_of_image": f"Sensitivity and IoU by share of the image’s area, {at_threshold(runs)}",
+        "coco": f"By COCO’s sizes (below 32², below 96² pixels, larger), {at_threshold(runs)}",
     }
     columns = ["size", "lesions"]
     columns += [f"{run.name}: {name}" for run in runs for name in ("sensitivity", "IoU")]
@@ -262,7 +321,7 @@ def patient_table(runs, most=50):
     ]
     columns = ["patient", "images", "lesions"]
     columns += [f"{run.name}: hits / false alarms / missed" for run in runs]
-    caption = f"{len(rows)} of {len(patients)} patients, most errors first, {_at(runs)}"
+    caption = f"{len(rows)} of {len(patients)} patients, most errors first, {at_threshold(runs)}"
     return {"rows": rows, "columns": columns, "caption": caption}
 
 
@@ -272,10 +331,9 @@ def screening(runs, prevalences):
         predictive_values(100, 100, prevalence)
     if not runs[0].results.meta["lesion_free_images"]:
         return None
-    points = {}
+    points = {at_threshold(runs): [run.metrics["image"] for run in runs]}
     if chosen := _chosen(runs):
         points["τ_val"] = [point["image"] for point in chosen]
-    points[_at(runs)] = [run.metrics["image"] for run in runs]
     rows = []
     for (at, images), prevalence in itertools.product(points.items(), prevalences):
         for which, label in enumerate(("PPV", "NPV")):
@@ -337,8 +395,8 @@ CANCER_METRICS = (
     *(("TP", "", "cancer predicted as cancer"), ("FN", "", "cancer predicted as benign")),
     *(("FP", "", "benign predicted as cancer"), ("TN", "", "benign predicted as benign")),
 )
-CALIBRATION_METRICS = (
-    *(("ece", "", "expected calibration error"), ("brier", "", "Brier score")),
+CLASS_CALIBRATION_METRICS = (
+    *CALIBRATION_METRICS[:2],
     ("mean_score", "of the predicted class", "mean probability"),
     ("hit_rate", "", "share predicted rightly"),
 )
@@ -376,7 +434,7 @@ def class_metric_tables(runs, classes, cancers):
 
     def table(title, caption, metrics, group="recognition", suffix=""):
         groups = [run.metrics[group] for run in runs]
-        return _metric_table(title, caption, metrics, groups, suffix)
+        return _metric_table(title, caption, metrics, groups, suffix=suffix)
 
     tables = [table("All classes", "In percent, but for the cross-entropy", CLASSIFICATION_METRICS)]
     if cancers:
@@ -386,14 +444,13 @@ def class_metric_tables(runs, classes, cancers):
     for name in classes:
         tables.append(table(f"Class: {name}", caption, CLASS_METRICS, suffix=f"_{name}"))
     caption = "Of the probability of the predicted class, as that of being right"
-    return [*tables, table("Calibration", caption, CALIBRATION_METRICS, "calibration")]
+    return [*tables, _calibration_table(caption, CLASS_CALIBRATION_METRICS, runs)]
 
 
 AT_A_GLANCE = (
     *("recognition/top1", "recognition/auroc", "cancer/recall", "cancer/specificity"),
     *("lesion/iou", "lesion/recall", "lesion/precision"),
 )
-AT_TAU_VAL = ("lesion/iou", "tau_val.lesion/recall", "tau_val.lesion/precision")
 
 
 def differences(runs: list[Run]) -> dict | None:
@@ -408,20 +465,17 @@ def differences(runs: list[Run]) -> dict | None:
     bootstrap = Bootstrap(**{key: known[key] for key in ("resamples", "seed") if key in known})
     comparison = compare(gathered, bootstrap)
     primary, tests = comparison.primary, comparison.tests
-    adjusted = sum(not test.primary for test in tests)
-    caption, glance = "First model minus second, in percentage points", AT_A_GLANCE
+    caption = "First model minus second, in percentage points"
     if runs[0].task.localises:
-        caption += f"; at a {_at(runs)}, where it matters and nothing else is named"
-        glance = AT_TAU_VAL if _chosen(runs) else glance
+        caption += f"; at a {at_threshold(runs)}, where it matters and nothing else is named"
     return {
         "columns": ["models", "metric", "difference", "95 % interval", "p", "test"],
-        "rows": [_row(test) for test in tests if test.endpoint in (primary, *glance)],
+        "rows": [_row(test) for test in tests if test.endpoint in (primary, *AT_A_GLANCE)],
         "all_rows": [_row(test) for test in tests],
         "caption": caption,
         "note": (
             f"{bootstrap.resamples:,} paired resamples of {comparison.settings['unit']}s. "
-            f"Primary endpoint: {metric_name(primary)}; the p-values of the other {adjusted} tests "
-            "are adjusted by Holm’s method."
+            f"{family_text(comparison)}"
         ),
         "remarks": comparison.remarks,
     }
@@ -433,11 +487,11 @@ def _row(test):
         f"{test.first} − {test.second}",
         metric_name(test.endpoint) + (" (primary)" if test.primary else ""),
         _signed(test.estimate),
-        "n/a" if math.isnan(test.low) else interval,
-        p_text(test.p if test.primary else test.p_holm).replace("<", "< "),
+        "–" if math.isnan(test.low) else interval,
+        p_text(test.judged_p).replace("<", "< "),
         test.test,
     ]
 
 
 def _signed(value):
-    return "n/a" if math.isnan(value) else f"{value:+.1f}".replace("-", "−")
+    return "–" if math.isnan(value) else f"{value:+.1f}".replace("-", "−")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from imrcnn_d2.evaluation import ClassificationResults, LesionResults
+from imrcnn_d2.report.names import threshold_name
 from imrcnn_d2.report.plots import curves, images, matrices
 from imrcnn_d2.report.plots.curves import plot_pr_panels, plot_robustness
 from imrcnn_d2.report.plots.images import (
@@ -56,13 +57,16 @@ def _draw_classifier(results, path):
     name = "this model"
     matrices.plot_confusion_matrix({name: results.confusion}, path("confusion_matrix"))
     curves.plot_class_roc({name: results}, path("roc_curve"))
-    calibration = {name: results.metrics.calibration}
+    calibration = curves.reliability({name: results})
     curves.plot_calibration(calibration, path("calibration"), labels=("Right", "Images"))
 
 
 def _draw_detector(results, path):
-    tau, classes, scored = results.meta["tau"], results.meta["classes"], results.detections.scored
-    title = f"IoU ≥ {results.meta['iou_threshold']:g}" + (f", score ≥ {tau:g}" if scored else "")
+    classes, scored = results.meta["classes"], results.detections.scored
+    at = {"tau": results.meta["tau"], "mapped": results.detections.mapped}
+    title = f"IoU ≥ {results.meta['iou_threshold']:g}"
+    if scored:
+        title += f", {threshold_name(**at)}"
     matrices.plot_confusion_matrix({title: results.confusion}, path("confusion_matrix"))
     if not scored:
         return
@@ -72,7 +76,7 @@ def _draw_detector(results, path):
         if kind == results.meta["iou_type"] and curve.num_gt and len(curve.score)
     }
     name = classes[0] if len(classes) == 1 else "all classes"
-    plot_pr_panels({curves.PR_TITLE: pr_curves}, path("pr_curve"), tau=tau)
-    curves.plot_froc({name: results.metrics.froc}, path("froc"), tau=tau)
-    curves.plot_calibration({name: results.metrics.calibration}, path("calibration"))
-    curves.plot_thresholds({name: results.thresholds}, path("thresholds"), tau=tau)
+    plot_pr_panels({curves.PR_TITLE: pr_curves}, path("pr_curve"), **at)
+    curves.plot_froc({name: results.metrics.froc}, path("froc"), **at)
+    curves.plot_calibration(curves.reliability({name: results}), path("calibration"))
+    curves.plot_thresholds({name: results.thresholds}, path("thresholds"), **at)

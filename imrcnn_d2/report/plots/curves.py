@@ -35,10 +35,14 @@ from imrcnn_d2.report.tables import group_endpoints, group_rows, value_of
 
 
 def plot_pr_panels(
-    panels: Mapping[str, Mapping[str, PRCurve]], *paths: str | Path, tau: float = 0.7
+    panels: Mapping[str, Mapping[str, PRCurve]],
+    *paths: str | Path,
+    tau: float = 0.7,
+    mapped: bool = False,
 ) -> Figure:
     """Plot panels, by title, with each curve (thin) and its envelope, whose area is AP50_voc, the
-    operating point at ``tau`` (dot) and the break-even point, on the diagonal (diamond).
+    operating point at ``tau`` (dot) and the break-even point, on the diagonal (diamond). The legend
+    says whether scores are ``mapped``.
     """
     figure, grid = _grid(len(panels), 3, (6, 6.1))
     for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
@@ -47,7 +51,7 @@ def plot_pr_panels(
             _plot_pr_curve(axes, name, curve, tau, line_style(number))
         if not curves:
             axes.text(50, 50, "No detections", ha="center", va="center", fontsize=12)
-        mark = label_operating_point(axes, tau)
+        mark = label_operating_point(axes, tau, mapped)
         axes.plot([], [], marker="D", color="white", label="break-even point (BEP)", **mark)
         axes.set(xlabel="Recall (%)", ylabel="Precision (%)", title=title)
         axes.legend(loc="lower left", **LEGEND)
@@ -102,25 +106,30 @@ PR_TITLE = "Precision and recall at IoU 0.5"
 LOWEST_RATE = 1 / 32  # false alarms per image, where the logarithmic axis begins
 
 
-def plot_froc(curves: Mapping[str, FROC], path: str | Path, *, tau: float = 0.7) -> Figure:
+def plot_froc(
+    curves: Mapping[str, FROC], path: str | Path, *, tau: float = 0.7, mapped: bool = False
+) -> Figure:
     """Plot sensitivity for lesions against false alarms per image, with the operating point at
-    ``tau`` (dot). Past its last detection a curve continues as a thin line.
+    ``tau`` of scores that are ``mapped`` or not (dot), and the seven values that the mean is of
+    (small marks). Past its last detection a curve continues as a thin line.
     """
     figure = Figure(figsize=(6, 4.8), layout="constrained")
     axes = figure.add_subplot(xlim=(LOWEST_RATE, RATES[-1]))
     axes.set_xscale("log", base=2)
     for number, (name, froc) in enumerate(curves.items()):
-        curve, mean, style = froc.curve(), froc.values()["mean"], line_style(number)
+        curve, values, style = froc.curve(), froc.values(), line_style(number)
+        mean = values.pop("mean")
         x, y = curve["fp_per_image"], curve["sensitivity"]
         label = legend_label(f"{name}: mean {mean:.1f}" if np.isfinite(mean) else f"{name}: n/a")
         axes.step([0, *x], [0, *y], where="post", label=label, linewidth=1.8, **style)
         if len(x):
             thin = dict(where="post", color=style["color"], linewidth=0.8, alpha=0.6)
             axes.step([x[-1], RATES[-1]], [y[-1]] * 2, **thin)
+        axes.plot(RATES, list(values.values()), "|", color=style["color"], markersize=11)
         # A point without a false alarm, left of the axis, is shown on its edge.
         x = np.maximum(x, LOWEST_RATE)
         _plot_operating_point(axes, x, y, curve["score"], tau, style, clip_on=False)
-    label_operating_point(axes, tau)
+    label_operating_point(axes, tau, mapped)
     axes.set(xlabel="False alarms per image (mean)", ylabel="Sensitivity for lesions (%)")
     axes.set(ylim=(-1, 101), title="Lesions found against false alarms")
     ticks = [LOWEST_RATE, LOWEST_RATE * 2, *RATES]
@@ -131,10 +140,11 @@ def plot_froc(curves: Mapping[str, FROC], path: str | Path, *, tau: float = 0.7)
 
 
 def plot_roc_curves(
-    counts: Mapping[str, UnitCounts], path: str | Path, *, tau: float = 0.7
+    counts: Mapping[str, UnitCounts], path: str | Path, *, tau: float = 0.7, mapped: bool = False
 ) -> Figure:
     """Plot sensitivity against false alarms on lesion-free images, by an image's highest score,
-    with the operating point at ``tau`` (dot). There must be images with and without a lesion.
+    with the operating point at ``tau`` of scores that are ``mapped`` or not (dot). There must be
+    images with and without a lesion.
     """
     from sklearn.metrics import roc_auc_score, roc_curve  # three seconds
 
@@ -147,7 +157,7 @@ def plot_roc_curves(
         label = f"{name}: AUROC {100 * roc_auc_score(images.positive, images.score):.1f}"
         axes.plot(100 * false, 100 * true, linewidth=1.8, label=legend_label(label), **style)
         _plot_operating_point(axes, 100 * false, 100 * true, threshold, tau, style)
-    label_operating_point(axes, tau)
+    label_operating_point(axes, tau, mapped)
     axes.set(xlabel="1 − specificity (%)", ylabel="Sensitivity (%)")
     axes.set_title("Is there a lesion in this image?")
     axes.legend(loc="lower right", **LEGEND)
@@ -189,6 +199,21 @@ def plot_class_roc(results: Mapping[str, ClassificationResults], path: str | Pat
 MARKERS = "osD^vPX"
 
 
+def reliability(
+    results: Mapping[str, LesionResults | ClassificationResults],
+) -> dict[str, Calibration]:
+    """The calibration of each model's scores, by its name; where a map was applied to them, that of
+    the scores before it and after it."""
+    curves = {}
+    for name, scored in results.items():
+        after, before = scored.metrics.calibration, scored.metrics.calibration_raw
+        if before is None:
+            curves[name] = after
+        else:
+            curves |= {f"{name}, before the map": before, f"{name}, after it": after}
+    return curves
+
+
 def plot_calibration(
     calibrations: Mapping[str, Calibration],
     path: str | Path,
@@ -212,7 +237,7 @@ def plot_calibration(
         low, high = 100 * limits.T
         label = f"{name}: n/a"
         if filled.any():
-            label = f"{name}: ECE {values['ece']:.1f} %, Brier {values['brier'] / 100:.3f}"
+            label = f"{name}: ECE {values['ece']:.1f} %, Brier {values['brier']:.1f} %"
         lines = dict(markersize=6, linewidth=1.6, elinewidth=0.8, capsize=2.5, **style)
         lines["yerr"] = np.maximum(y - low, 0), np.maximum(high - y, 0)
         lines["marker"] = MARKERS[number % len(MARKERS)]
@@ -244,10 +269,10 @@ THRESHOLD_COLUMNS = {
 
 
 def plot_thresholds(
-    tables: Mapping[str, list[dict]], path: str | Path, *, tau: float = 0.7
+    tables: Mapping[str, list[dict]], path: str | Path, *, tau: float = 0.7, mapped: bool = False
 ) -> Figure:
     """Plot the rows of `LesionResults.thresholds` against the threshold: in one panel for one
-    model, in one panel per metric for several. ``tau`` is marked.
+    model, in one panel per metric for several. ``tau`` is marked; scores are ``mapped`` or not.
     """
     alone = len(tables) == 1
     figure = Figure(figsize=(6, 4.8) if alone else (8.4, 7.2), layout="constrained")
@@ -271,7 +296,8 @@ def plot_thresholds(
         axes.axvline(tau, color="0.55", linewidth=0.9, zorder=1, label=f"threshold {tau:.3g}")
         axes.set(xlim=(0, 1), ylim=(-1, 101))
         tidy(axes)
-    figure.supxlabel("Score threshold", fontsize=10)
+    score = "Mapped score" if mapped else "Score"
+    figure.supxlabel(f"{score} threshold", fontsize=10)
     figure.supylabel("%", fontsize=10)
     panels[0].legend(loc="best", **LEGEND)
     return save_figure(figure, path, dpi=200)

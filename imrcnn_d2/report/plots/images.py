@@ -23,6 +23,7 @@ from imrcnn_d2.data.mapper import ClassificationMapper
 from imrcnn_d2.evaluation import LesionResults
 from imrcnn_d2.evaluation.detection.inputs import Regions
 from imrcnn_d2.modeling.classifier import ImageClassifier, grad_cam
+from imrcnn_d2.report.names import threshold_name
 from imrcnn_d2.report.plots.style import GREEN, SKY, VERMILION, YELLOW, save_figure
 from imrcnn_d2.utils.files import install_extra, read_rows
 from imrcnn_d2.utils.progress import tqdm
@@ -39,8 +40,8 @@ CONTOUR_STYLES = {
 }
 HALO_WIDTH = 3.4
 # Points: lines around smaller regions are thinner in proportion; dashes around still smaller ones
-# would no longer be seen as a line.
-THINNER_BELOW, SOLID_BELOW = 24, 9
+# would no longer be seen as a line: theirs are on a ring of this diameter.
+THINNER_BELOW, SOLID_BELOW, RING = 24, 9, 18
 SHEET_IMAGES = 12
 COLUMNS = 4
 # Of a sheet, in inches.
@@ -101,7 +102,11 @@ def plot_contours(axes: Axes, regions: Regions, row: int, style: Mapping, label:
     length = max(extent - corner) * scale
     thinner = min(max(length / THINNER_BELOW, 0.5), 1)
     style = {**style, "linewidth": thinner * style["linewidth"]}
-    if length < SOLID_BELOW:
+    if length < SOLID_BELOW and style["linestyle"] != "-":
+        angles = np.linspace(0, 2 * np.pi, 33)
+        ring = RING / scale / 2 * np.column_stack([np.cos(angles), np.sin(angles)])
+        dashed = {**style, "label": "_ring", "linewidth": 1.1}
+        axes.plot(*((corner + extent) / 2 + ring).T, path_effects=halo(2.2), **dashed)
         style["linestyle"] = "-"
     axes.plot(*points.T, path_effects=halo(thinner * HALO_WIDTH), **style)
     if label:
@@ -166,7 +171,7 @@ def plot_contact_sheet(
     order = "worst first" if worst else "spread evenly from best to worst, the typical ones first"
     title = f"{len(chosen)} of {len(ranked)} images, {order}; "
     if results.detections.scored:
-        title += f"score ≥ {results.meta['tau']:g}, "
+        title += f"{threshold_name(results.meta['tau'], results.detections.mapped)}, "
     matched = "masks" if results.meta["iou_type"] == "segm" else "boxes"
     title += f"hit: IoU of {matched} ≥ {results.meta['iou_threshold']:g}"
     rows = [results.per_image[position] for position in chosen]

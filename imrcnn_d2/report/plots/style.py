@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from imrcnn_d2.report.names import threshold_name
 from imrcnn_d2.utils.files import write_atomically
 
 # Okabe and Ito's palette, distinct with every common colour blindness
@@ -50,10 +51,11 @@ def tidy(axes: Axes):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def label_operating_point(axes: Axes, tau: float) -> dict:
+def label_operating_point(axes: Axes, tau: float, mapped: bool) -> dict:
     """Name the dots on curves in the legend; returns the style of a marker there."""
     mark = dict(linestyle="none", markeredgecolor="0.2", markersize=7)
-    axes.plot([], [], marker="o", color="0.6", label=f"operating point, score ≥ {tau:.3g}", **mark)
+    label = f"operating point, {threshold_name(tau, mapped)}"
+    axes.plot([], [], marker="o", color="0.6", label=label, **mark)
     return mark
 
 
