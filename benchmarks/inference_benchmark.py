@@ -36,6 +36,7 @@ from imrcnn_d2.deploy.outputs import LEAST_SCORE, compare_records
 from imrcnn_d2.deploy.runtimes import EXPORTS
 from imrcnn_d2.engine.train_step import keep_freed_memory
 from imrcnn_d2.evaluation import evaluate_lesions
+from imrcnn_d2.evaluation.detection.operating_point import PAPER_TAU
 
 STOCK, TORCHVISION = "Detectron2", "torchvision R-50"
 # Our runtimes: on the trained file, or on one exported from it.
@@ -322,11 +323,16 @@ def _accuracy(cfg, records, results):
     gt["images"] = [image for image in gt["images"] if image["id"] in chosen]
     gt["annotations"] = [a for a in gt["annotations"] if a["image_id"] in chosen]
     detections = [
-        {**detection, "image_id": record["image_id"], "category_id": ids[detection["category_id"]]}
+        {
+            **detection,
+            "image_id": record["image_id"],
+            "category_id": ids[detection["category_id"]],
+            "score": detection.get("raw_score", detection["score"]),
+        }
         for record, predicted in zip(records, results, strict=True)
         for detection in predicted
     ]
-    metrics = evaluate_lesions(gt, detections, tau=cfg.MODEL.IMRCNN.SCORE_THRESH)
+    metrics = evaluate_lesions(gt, detections, tau=PAPER_TAU)
     return {"AP50_voc": metrics.segm["AP50_voc"], "iou": metrics.lesion["iou"]}
 
 

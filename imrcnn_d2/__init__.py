@@ -13,4 +13,4 @@ from imrcnn_d2.config import add_imrcnn_config
 from imrcnn_d2.data import catalog as register  # reads a data set's files when it is loaded
 
 __all__ = ["add_imrcnn_config", "modeling", "register"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"

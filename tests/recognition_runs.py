@@ -35,7 +35,9 @@ def prepare_classes(root, out, **options):
     return prepare_dataset(source, out, SplitOptions(**options), rejects)
 
 
-def write_classifier(output, gt, *, skill=1.0, seed=0, backbone="resnet50", fold=None):
+def write_classifier(
+    output, gt, *, skill=1.0, seed=0, backbone="resnet50", fold=None, temperature=None
+):
     """Write an OUTPUT_DIR with an evaluation of simulated probabilities; return it."""
     dataset, content = "gastric_recognition_test", json.loads(gt.read_text())
     folder = output / "inference" / dataset
@@ -46,8 +48,10 @@ def write_classifier(output, gt, *, skill=1.0, seed=0, backbone="resnet50", fold
         scores[ids.index(annotation["category_id"])] += 2 * skill
         scores = np.exp(scores) / np.exp(scores).sum()
         results.append({"image_id": annotation["image_id"], "scores": scores.tolist()})
-    scored = evaluate_classification(gt, results, bootstrap=Bootstrap(100))
     meta = {"dataset": dataset, "gt": str(gt), "gt_sha256": file_sha256(gt)}
+    if temperature is not None:
+        results, meta["score_map"] = temperature.map_records(results), vars(temperature)
+    scored = evaluate_classification(gt, results, bootstrap=Bootstrap(100))
     meta |= {"image_root": str(gt.parent.parent / "images"), "checkpoint_sha256": "c" * 64}
     write_results(scored, folder, **meta)
     (folder / CLASSIFICATION_RESULTS).write_text(json.dumps(results))
