@@ -366,7 +366,7 @@ def _current(opts: Sequence, source: str | Path) -> list:
     current += opts[len(opts) // 2 * 2 :]  # a key without a value is refused later
     if named:
         text = (
-            f"{source}: {', '.join(named)} is of version 0.1.0; use TEST.TAU_RULE, and "
+            f"{source}: {', '.join(named)}: renamed in version 0.3.0. Use TEST.TAU_RULE, and "
             "TEST.SCORE_THRESH, which is of scores that are probabilities where the weights have a "
             f"map of scores. The former default, {PAPER_TAU:g}, is left out"
         )
