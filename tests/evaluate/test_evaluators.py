@@ -147,7 +147,7 @@ def test_a_final_evaluation_records_its_sources(case, register, tmp_path):
     assert (tmp_path / "out" / "per_patient.csv").exists()
 
 
-def test_a_validation_chooses_a_threshold(case, register):
+def test_a_validation_chooses_a_threshold(case, register, caplog):
     dataset, results, pairs = case
     name = register(dataset)
     raw = evaluate_lesions(dataset, results)
@@ -167,6 +167,7 @@ def test_a_validation_chooses_a_threshold(case, register):
         evaluator = LesionEvaluator(other, tau_rule="f1")
         metrics = run(evaluator, to_outputs(data, detected))
         assert "score_map" not in metrics and evaluator.score_map is None
+        assert f"in {other}, 0 hit" in caplog.records[-1].getMessage()
         assert math.isnan(metrics["lesion"]["tau_val"]) and evaluator.results.meta["tau"] == 0.7
     metrics = run(LesionEvaluator(name), pairs)
     assert "tau_val" not in metrics["lesion"] and "score_map" not in metrics
