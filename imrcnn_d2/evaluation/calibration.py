@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 BINS = 10  # of equal width between 0 and 1
 LEAST_SLOPE = 0.01  # of a map of scores
+FEW_CASES = 10  # hits, or misses, below which a warning says that such a map is rough
 LEAST_PROBABILITY = np.finfo(np.float32).smallest_subnormal  # in place of 0, for its logarithm
 
 
@@ -165,8 +166,15 @@ class ScoreMap(FittedMap):
         """
         score, hit = np.asarray(score, float), np.asarray(hit, bool)
         hits, misses = int(hit.sum()), int((~hit).sum())
+        place = f" in {dataset}" if dataset else ""
+        numbers = f"Of the detections{place}, {hits} hit a lesion and {misses} do not"
         if not hits or not misses:
+            logger.warning(
+                f"{numbers}: no map of scores can be fitted, thresholds are of raw ones."
+            )
             return None
+        if min(hits, misses) < FEW_CASES:
+            logger.warning(f"{numbers}: the map of scores that they give is rough.")
         logit = _logit(score)
         target = np.where(hit, (hits + 1) / (hits + 2), 1 / (misses + 2))
 

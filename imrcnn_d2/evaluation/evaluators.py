@@ -36,8 +36,6 @@ from imrcnn_d2.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# Hits, or false alarms, below which a warning says that a map of scores is rough.
-FEW_CASES = 10
 
 # TEST.SUPPRESS_PARTS: whether a validation leaves out the parts of other detections, or tries both.
 SUPPRESS_PARTS = {"never": (False,), "always": (True,), "auto": (False, True)}
@@ -261,17 +259,8 @@ class LesionEvaluator(_Evaluator):
 
     def _fit_map(self, dataset, results):
         """The map of the scores of these detections, if any."""
-        scores, name = evaluate_lesions(dataset, results).metrics.calibration, self._dataset_name
-        score_map = ScoreMap.fit(scores.score, scores.hit, name)
-        hits, misses = int(scores.hit.sum()), int((~scores.hit).sum())
-        numbers = f"Of the detections in {name}, {hits} hit a lesion and {misses} do not"
-        if score_map is None:
-            logger.warning(
-                f"{numbers}: no map of scores can be fitted, thresholds are of raw ones."
-            )
-        elif min(hits, misses) < FEW_CASES:
-            logger.warning(f"{numbers}: the map of scores that they give is rough.")
-        return score_map
+        scores = evaluate_lesions(dataset, results).metrics.calibration
+        return ScoreMap.fit(scores.score, scores.hit, self._dataset_name)
 
     def _choose_tau(self, results):
         if not results.ground_truth.lesions.any() or not results.matching.evaluated.any():
