@@ -89,9 +89,14 @@ class RandomJPEG(RandomColour):
 
 class CopyPaste:
     """A LesionMapper that pastes, with a probability, the lesions of another, likewise augmented
-    training image; raises ValueError unless INPUT.MASK_FORMAT is "bitmask"."""
+    training image; raises ValueError unless masks are on and INPUT.MASK_FORMAT is "bitmask"."""
 
     def __init__(self, mapper: DatasetMapper, records: Sequence[dict], probability: float):
+        if not mapper.use_instance_mask:
+            raise ValueError(
+                f"INPUT.AUG.COPY_PASTE_PROB is {probability}, but MODEL.MASK_ON is False: lesions "
+                "are pasted by their masks; set it to 0"
+            )
         if mapper.instance_mask_format != "bitmask":
             raise ValueError(
                 f"INPUT.AUG.COPY_PASTE_PROB is {probability}, but INPUT.MASK_FORMAT is "

@@ -6,6 +6,7 @@ are converted here.
 """
 
 import contextlib
+import hashlib
 import io
 import itertools
 import logging
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -32,6 +33,7 @@ from imrcnn_d2.utils.files import (
     check_inside,
     file_sha256,
     install_extra,
+    is_archive,
     leads_out,
     regular_file,
 )
@@ -39,6 +41,10 @@ from imrcnn_d2.utils.progress import tqdm
 
 # Pillow opens by content. Of the formats left out, some start other programs (EPS: Ghostscript).
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_SUFFIXES = (
+    *(".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
 _BYTES_PER_PIXEL = 8  # of the largest file: RGBA of 16 bits, not compressed
 MAX_SCANS = 100  # of a JPEG; encoders make about ten, and each takes time, however few its bytes
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # those with a length
@@ -282,6 +288,7 @@ def _dicom_to_rgb(pixels: np.ndarray, header: Any, path: Path) -> np.ndarray:
 
 _LONGEST_PATH = 3000  # bytes; systems take no more than 4096 with the folder
 _READ_RIGHTLY = ("1", "L", "RGB")
+_AT_ONCE = 256  # images that are inspected ahead of their use
 # of EXIF orientations, to the left, after mirroring where they do
 _QUARTER_TURNS = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -300,6 +307,15 @@ class SourceImage:
     sha256: str  # of the file's bytes
 
 
+def check_folder(folder: Path) -> None:
+    """Raise FileNotFoundError unless there is such a folder."""
+    if not folder.is_dir():
+        problem = "is no folder" if folder.exists() else "no such folder"
+        if is_archive(folder):
+            problem = "is an archive: extract it first, and give the folder"
+        raise FileNotFoundError(f"{folder}: {problem}")
+
+
 def list_files(folder: Path, rejects: Rejects | None = None) -> list[Path]:
     """Return all files under `folder`, which may be a link itself, in sorted order.
 
@@ -314,9 +330,7 @@ def list_files(folder: Path, rejects: Rejects | None = None) -> list[Path]:
         FileNotFoundError: there is no such folder.
         BadInputError: one of these under ``on_error="raise"``.
     """
-    if not folder.is_dir():
-        problem = "is no folder" if folder.exists() else "no such folder"
-        raise FileNotFoundError(f"{folder}: {problem}")
+    check_folder(folder)
     checks = rejects or Rejects("reject", follow_links=True)
     files, folders, followed = [], [folder], set()
     while folders:
@@ -339,6 +353,11 @@ def list_files(folder: Path, rejects: Rejects | None = None) -> list[Path]:
                     followed.add(path.resolve())  # links can go round in a circle
                     folders.append(path)
     return sorted(files)
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether it has the name of an image, and is not hidden."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def by_stem(folder: Path, rejects: Rejects) -> dict[str, Path]:
@@ -430,6 +449,23 @@ def read_image(path: Path) -> np.ndarray:
     return np.asarray(_turn(image.convert("RGB"), orientation))
 
 
+def pixel_sha256(path: Path) -> str:
+    """Return the SHA-256 of an image's size and pixels as `read_image` gives them: the same for
+    every file, name and lossless format of the same image, another for any scaled copy.
+
+    Raises:
+        BadInputError: as `read_image`.
+    """
+    return pixels_sha256(read_image(path))
+
+
+def pixels_sha256(pixels: np.ndarray) -> str:
+    """Return the SHA-256 of the shape and values of an (H, W, 3) uint8 image."""
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    digest.update(np.ascontiguousarray(pixels))
+    return digest.hexdigest()
+
+
 def read_mask(path: Path) -> np.ndarray:
     """Return a mask image as shown: (H, W) bool, true where the gray value is at least 128, since
     JPEG masks are not binary.
@@ -483,6 +519,32 @@ def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 4, 5, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(np.rot90(pixels, _QUARTER_TURNS.get(orientation, 0)))
+
+
+def orient_box(
+    box: Sequence[float], width: int, height: int, orientation: int
+) -> tuple[float, float, float, float]:
+    """The XYWH box on stored pixels of this size where `orient` puts what is in it."""
+    x, y, w, h = box
+    if orientation in (2, 4, 5, 7):
+        x = width - x - w
+    for _ in range(_QUARTER_TURNS.get(orientation, 0) % 4):
+        x, y, w, h = y, width - x - w, h, w
+        width, height = height, width
+    return x, y, w, h
+
+
+def fit_to_image(
+    pixels: np.ndarray, image: SourceImage, path: Path, notes: list[str]
+) -> np.ndarray:
+    """Return the (H, W) mask of `path` in the frame of the image as read, turned if it is of the
+    stored one; raise as `annotated_on_stored_pixels`. Where only EXIF says how the image is to be
+    shown, `notes` takes one."""
+    if annotated_on_stored_pixels(image, pixels.shape[1], pixels.shape[0]):
+        return orient(pixels, image.orientation)
+    if image.orientation != 1:
+        notes.append(f"{path}: EXIF-rotated image, mask taken as of the rotated image")
+    return pixels
 
 
 def _decode(path: Path) -> tuple[Image.Image, int, str]:
@@ -543,14 +605,36 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def in_threads(function: Callable, items: Sequence, description: str) -> list:
-    """Return [function(item) for item in items], one thread per core, with a bar: Pillow, OpenCV
-    and NumPy run in parallel, and processes would each have to import torch first."""
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPool]:
+    """One thread per core: Pillow, OpenCV and NumPy run in parallel, and processes would each have
+    to import torch first."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     inner = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
         with threadpool_limits(1), ThreadPool(cores) as pool:
-            return list(tqdm(pool.imap(function, items), description, len(items), unit="image"))
+            yield pool
     finally:
         cv2.setNumThreads(inner)
+
+
+def in_threads(function: Callable, items: Sequence, description: str) -> list:
+    """Return [function(item) for item in items], in threads, with a bar."""
+    with _threads() as pool:
+        return list(tqdm(pool.imap(function, items), description, len(items), unit="image"))
+
+
+def inspect_images(paths: Iterable[Path]) -> Iterator[SourceImage | BadInputError]:
+    """Yield `inspect_image` of each, or what it raises, in threads and some images ahead."""
+    paths = iter(paths)
+    with _threads() as pool:
+        while batch := [*itertools.islice(paths, _AT_ONCE)]:
+            yield from pool.map(_inspected, batch)
+
+
+def _inspected(path: Path) -> SourceImage | BadInputError:
+    try:
+        return inspect_image(path)
+    except BadInputError as error:
+        return error

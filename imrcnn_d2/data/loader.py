@@ -134,7 +134,7 @@ def _from_config(cfg):
     if "label" in records[0]:
         mapper = ClassificationMapper(cfg, is_train=True)
     else:
-        _check_mask_format(cfg, records)
+        _check_masks(cfg, records)
         mapper = LesionMapper(cfg, is_train=True)
         probability = get_node(cfg, "INPUT.AUG").COPY_PASTE_PROB
         if probability > 0:
@@ -148,13 +148,23 @@ def _from_config(cfg):
     }
 
 
-def _check_mask_format(cfg, records):
-    """Raise ValueError for RLE with INPUT.MASK_FORMAT "polygon", before a worker fails at it."""
-    if not cfg.MODEL.MASK_ON or cfg.INPUT.MASK_FORMAT != "polygon":
+def _check_masks(cfg, records):
+    """Raise ValueError, before a worker fails at it, for lesions without a mask where masks are to
+    be learned, and for RLE with INPUT.MASK_FORMAT "polygon"."""
+    if not cfg.MODEL.MASK_ON:
         return
     for record in records:
         for annotation in record["annotations"]:
-            if isinstance(annotation.get("segmentation"), dict) and not annotation.get("iscrowd"):
+            segmentation = annotation.get("segmentation")
+            if annotation.get("iscrowd"):
+                continue
+            if segmentation is None:
+                raise ValueError(
+                    f"{record['file_name']}: a lesion has a box and no mask, so that masks cannot "
+                    "be learned from this data set: set MODEL.MASK_ON to False to train a detector "
+                    "of boxes, or annotate masks"
+                )
+            if isinstance(segmentation, dict) and cfg.INPUT.MASK_FORMAT == "polygon":
                 raise ValueError(
                     f"{record['file_name']}: its masks are RLE, but INPUT.MASK_FORMAT is "
                     "'polygon', Detectron2's default: set INPUT.MASK_FORMAT to bitmask"

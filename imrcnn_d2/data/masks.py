@@ -11,7 +11,13 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
-from imrcnn_d2.data.images import SourceImage, annotated_on_stored_pixels, max_pixels, orient
+from imrcnn_d2.data.images import (
+    SourceImage,
+    annotated_on_stored_pixels,
+    max_pixels,
+    orient,
+    orient_box,
+)
 from imrcnn_d2.utils.files import BadInputError
 
 # pixels; JPEG leaves specks of 1 in Kvasir-SEG's masks, its smallest polyps have over 200
@@ -55,6 +61,28 @@ def annotation_from_mask(mask: np.ndarray, category_id: int = 1, **fields) -> di
         "iscrowd": 0,
         **fields,
     }
+
+
+def cut_box(box: object, height: int, width: int) -> list[float]:
+    """Return an XYWH box cut at the borders of its image; ValueError if it is none, or outside."""
+    is_box = isinstance(box, list | tuple) and len(box) == 4
+    if not is_box or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+        raise ValueError(f"its box {reprlib.repr(box)} is not [x, y, width, height]")
+    left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    if right <= left or bottom <= top or left >= width or top >= height or min(right, bottom) <= 0:
+        text = f"its box {list(box)} [x, y, width, height] is empty or outside {width}x{height}"
+        raise ValueError(text)
+    left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+    return [left, top, right - left, bottom - top]
+
+
+def annotation_from_box(
+    box: object, height: int, width: int, category_id: int = 1, **fields
+) -> dict:
+    """Return a COCO annotation, without ids and without a mask, of `cut_box`."""
+    box = cut_box(box, height, width)
+    area = box[2] * box[3]
+    return {"category_id": category_id, "bbox": box, "area": area, "iscrowd": 0, **fields}
 
 
 MIN_IOU = 0.99  # of a polygon made from a mask with that mask
@@ -165,6 +193,12 @@ def rectangle(
     return _turned(corners - centre, degrees) + centre
 
 
+def box_rle(box: Sequence[float], height: int, width: int) -> dict:
+    """Return the compressed COCO RLE of the pixels in an XYWH box."""
+    x, y, w, h = box
+    return polygon_rle(rectangle(x, y, x + w, y + h).tolist(), height, width)
+
+
 def ellipse_rle(
     centre: Sequence[float], radii: Sequence[float], height: int, width: int, degrees: float = 0.0
 ) -> dict:
@@ -246,6 +280,7 @@ class Region:
     rle: dict  # compressed COCO RLE in the frame that was annotated
     group: int | None = None  # areas of one group and label are parts of one instance
     fields: dict = field(default_factory=dict)  # of COCO annotations, ``iscrowd`` among them
+    box: Sequence[float] | None = None  # XYWH, where no more is known of the area than its box
 
 
 def named_categories(
@@ -301,18 +336,26 @@ def annotate(
     if image.orientation != 1 and not turned and groups:
         notes.append(f"{image.path}: EXIF-rotated, annotations taken as of the rotated image")
     annotations: list[dict] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple] = set()
     for parts in groups.values():
         label, rle = parts[0].label, union([part.rle for part in parts])
         if not mask_util.area(rle):
             frame = f"{size[0]}x{size[1]} image"
             raise BadInputError(image.path, f"a {label!r} covers no pixel of the {frame}")
-        mask = mask_util.decode(rle)
-        if turned:
-            mask = orient(mask, image.orientation)
-        annotation = {**_joined_fields(parts), **annotation_from_mask(mask, category_ids[label])}
+        if len(parts) == 1 and parts[0].box is not None:
+            box = parts[0].box
+            if turned:
+                box = orient_box(box, *size, image.orientation)
+            content = label, tuple(box)
+            annotation = annotation_from_box(box, image.height, image.width, category_ids[label])
+        else:
+            mask = mask_util.decode(rle)
+            if turned:
+                mask = orient(mask, image.orientation)
+            annotation = annotation_from_mask(mask, category_ids[label])
+            content = label, annotation["segmentation"]["counts"]
+        annotation = {**_joined_fields(parts), **annotation}
         annotation["iscrowd"] = int(any(part.fields.get("iscrowd") for part in parts))
-        content = label, annotation["segmentation"]["counts"]
         if content in seen:
             raise BadInputError(image.path, f"a {label!r} is there twice")
         seen.add(content)

@@ -1,6 +1,7 @@
 """Small images on disk, in every kind that users bring."""
 
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -93,3 +94,41 @@ def coco_folder(tmp_path, noise):
         return json_file, images
 
     return make
+
+
+@pytest.fixture
+def save(tmp_path, noise):
+    """Returns a function: saves an image of noise, or of the pixels given, in the download."""
+
+    def call(name, pixels=None, **options):
+        path = tmp_path / "download" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if pixels is None:
+            pixels = noise(40, 60, zlib.crc32(name.encode()))
+        Image.fromarray(pixels).save(path, **options)
+        return path
+
+    return call
+
+
+def prepared(out):
+    """{file name: (image record, its annotations)} and the contents of a prepared data set."""
+    records = {}
+    for split in ("train", "val", "test"):
+        content = json.loads((out / "annotations" / f"{split}.json").read_text())
+        for image in content["images"]:
+            lesions = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+            records[image["file_name"]] = image | {"split": split}, lesions
+    return records, content
+
+
+@pytest.fixture
+def prepare(tmp_path, run):
+    """A function: prepares the download; its records, COCO content and what the command prints."""
+
+    def call(form, *args):
+        out = tmp_path / "out"
+        text = run(form, "--root", tmp_path / "download", "--out", out, *args)
+        return *prepared(out), text
+
+    return call

@@ -128,7 +128,7 @@ BAD_ANNOTATIONS = [
     (polygon(1, 1, 9, 1, 9, 1e9), "1e.09"),
     *((polygon(1, 1, 9, 1, *bad), "flat list") for bad in ([9, 9, 1], ["9", 9], [[9, 9]])),
     *((polygon(*far), "no pixel") for far in ([90, 90, 99, 90, 99, 99], [5] * 6)),  # a line
-    *((edit_lesion(segmentation=nothing), "no segmentation") for nothing in (None, [])),
+    *((edit_lesion(segmentation=none, bbox=[70, 0, 5, 5]), "outside") for none in (None, [])),
     (edit_lesion(segmentation="x"), "neither .* polygons nor RLE"),
     (edit_lesion(segmentation=rle(np.ones((60, 40), bool))), r"\[60, 40\]"),
     # short, negative; as text that never ends, of other letters, of huge numbers, too long

@@ -1,6 +1,7 @@
 """What lies on disk after preparing; folds; near-duplicates stay together; synthetic images."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -14,12 +15,21 @@ from detectron2.data.datasets import load_coco_json
 from PIL import Image, ImageEnhance, ImageOps
 
 from imrcnn_d2.data.catalog import load_catalog
-from imrcnn_d2.data.formats import read_kvasir_seg, with_lesion_free
+from imrcnn_d2.data.formats import FORMATS, with_lesion_free
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset, summarise, write_folds
-from imrcnn_d2.data.prepare.duplicates import MIN_CORRELATION, find_near_duplicates, joined_groups
+from imrcnn_d2.data.prepare.duplicates import (
+    MIN_CORRELATION,
+    MOST_DIFFERENT,
+    find_near_duplicates,
+    fingerprint,
+    fingerprint_distance,
+    joined_groups,
+)
 from imrcnn_d2.data.prepare.splits import SPLITS, read_splits
 from imrcnn_d2.data.prepare.synthetic import generate, render_view
 from imrcnn_d2.utils.files import BadInputError, Rejects
+
+read_kvasir_seg = FORMATS["kvasir-seg"].read_folder
 
 NAMES = [f"{i:02d}" for i in range(20)]
 
@@ -185,6 +195,22 @@ def test_near_duplicates_and_patients_stay_together(kvasir_352, tmp_path):
     assert read_json(tmp_path / "out" / "near_duplicates.json")["groups"] == [together]
 
 
+def test_images_of_a_sequence_stay_together_where_the_patient_is_unknown(kvasir_folder, tmp_path):
+    source = read_kvasir_seg(kvasir_folder([f"{i:02}" for i in range(12)]), Rejects())
+    source.samples = list(source.samples)
+    for i, sample in enumerate(source.samples):
+        sample.fields["sequence_id"] = f"s{i // 3}"
+        if i in (2, 3):  # known to be of one patient, as both sequences then are
+            sample.fields["patient_id"] = "p"
+    prepare_dataset(source, tmp_path / "out", SplitOptions(ratio=(1, 1, 1)), Rejects())
+    assert read_json(tmp_path / "out" / "splits.json")["split_by"] == "patient"
+    home = {
+        name: s for s, part in read_splits(tmp_path / "out/splits.json").items() for name in part
+    }
+    for unit in ("00 01 02 03 04 05", "06 07 08", "09 10 11"):
+        assert len({home[f"{stem}.png"] for stem in unit.split()}) == 1
+
+
 @pytest.fixture
 def prepared(tmp_path):
     """A prepared data set with patients and lesion-free images, 24 images, and its folds' files."""
@@ -300,6 +326,40 @@ def test_copies_and_duplicates_stand_out(kvasir_352, tmp_path):
     # aligned to the pixel; by the few features that look the same in a mirror it is 0.97 at most
     assert min(correlations[frame.stem, name] for frame, (name, _) in mirrored.items()) > 0.98
     assert correlations[KNOWN[0]] > 0.95 > correlations[KNOWN[2]]
+    # whatever the order, which the audit has by split
+    last = len(paths) - 1
+    turned = {(last - pair.b, last - pair.a): pair for pair in find_near_duplicates(paths[::-1])}
+    assert {places: pair.correlation for places, pair in turned.items()} == {
+        (pair.a, pair.b): pair.correlation for pair in pairs
+    }
+    # of one list among another: neither the frames nor the copies with each other
+    of_copies = find_near_duplicates(frames, paths[-len(changes) :])
+    assert {(p.a, [*changes.values()][p.b][0]) for p in of_copies} == {
+        (frames.index(frame), name) for frame, (name, _) in changes.items()
+    }
+
+
+def test_frames_moments_apart_are_found_whichever_comes_first(polypgen_4):
+    """The second shows the polyp larger, or turned: from one side, the alignment fails."""
+    names = ("C3/images_C3/C3_EndoCV2021_00116", "C3/images_C3/C3_EndoCV2021_00117")
+    names += ("C2/images_C2/EndoCV2021_001028", "C2/images_C2/EndoCV2021_001030")
+    paths = [polypgen_4 / f"data_{name}.jpg" for name in names]
+    pairs = find_near_duplicates(paths)
+    assert [(pair.a, pair.b) for pair in pairs] == [(0, 1), (2, 3)]
+    assert all(pair.correlation > 0.6 for pair in pairs)
+
+
+def test_a_fingerprint_is_of_the_content_not_the_file(kvasir_352):
+    paths = sorted((kvasir_352 / "images").iterdir())[5::40]
+    images = [np.array(Image.open(path).convert("RGB")) for path in paths]
+    prints = [fingerprint(image) for image in images]
+    assert all(len(text) == 64 for text in prints)
+    for image, text in zip(images, prints, strict=True):
+        small = Image.fromarray(image).resize((224, 160))
+        small.save(buffer := io.BytesIO(), "JPEG", quality=40)
+        copy = fingerprint(np.array(Image.open(buffer)))
+        assert fingerprint_distance(copy, text) <= MOST_DIFFERENT / 2
+        assert [fingerprint_distance(copy, o) <= MOST_DIFFERENT for o in prints].count(True) == 1
 
 
 def test_images_without_detail_and_groups(tmp_path):

@@ -89,6 +89,23 @@ def test_other_modes_become_rgb(tmp_path, noise, rotated, as_trained_on):
     assert values[0, :4].tolist() == [0, 1, 2, 3] and not changes_numbers
 
 
+def test_the_same_pixels_have_the_same_hash(tmp_path, noise, rotated):
+    rgb = noise(20, 30)
+    for name in ("one.png", "two.bmp", "three.tif"):
+        Image.fromarray(rgb).save(tmp_path / name)
+    rotated(tmp_path / "turned.png", 6, np.rot90(rgb))  # as shown, the same
+    changed = rgb.copy()
+    changed[-1, -1, 2] ^= 1
+    Image.fromarray(changed).save(tmp_path / "one_bit.png")
+    Image.fromarray(rgb.reshape(30, 20, 3)).save(tmp_path / "reshaped.png")
+    digests = {path.name: images.pixel_sha256(path) for path in tmp_path.glob("*.*")}
+    assert len({digests[name] for name in ("one.png", "two.bmp", "three.tif", "turned.png")}) == 1
+    assert len(set(digests.values())) == 3
+    (tmp_path / "broken.png").write_bytes((tmp_path / "one.png").read_bytes()[:-300])
+    with pytest.raises(BadInputError, match="broken.png"):
+        images.pixel_sha256(tmp_path / "broken.png")
+
+
 @pytest.mark.filterwarnings("ignore:.*decompression bomb")
 def test_a_tiff_of_colours_tagged_as_gray(tmp_path, noise, as_trained_on, monkeypatch):
     """As those of CVC-ClinicDB: Pillow refuses them, and OpenCV reads the red channel alone."""

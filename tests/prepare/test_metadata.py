@@ -10,10 +10,12 @@ from dicoms import write_dicom
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imrcnn_d2.data.formats import read_coco, read_kvasir_seg
+from imrcnn_d2.data.formats import FORMATS, read_coco
 from imrcnn_d2.data.prepare import metadata
 from imrcnn_d2.data.prepare.metadata import read_metadata, read_table, with_metadata, with_patients
 from imrcnn_d2.utils.files import BadInputError, Rejects
+
+read_kvasir_seg = FORMATS["kvasir-seg"].read_folder
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])

@@ -23,7 +23,7 @@ def test_errors(run, tmp_path, coco_folder, kvasir_original):
     kvasir = "kvasir-seg", "--out", out, "--root"
     synthetic = "synthetic", "--out", out, "--num-images", 1, "--size", 64
     for args, message in (
-        ((*kvasir, tmp_path / "none"), f"{tmp_path}/none/images"),
+        ((*kvasir, tmp_path / "none"), f"{tmp_path}/none: "),
         ((*kvasir, kvasir_original, "--split-by", "prefix"), "--split-by"),
         ((*synthetic, "--ratio", "3:1"), "'3:1'"),
         (coco, "2.png: annotation 2"),

@@ -22,7 +22,7 @@ def items(draw, of_patients=False):
     counts = st.lists(st.integers(1, 7), max_size=25)
     patients = [f"p{i}" for i, n in enumerate(draw(counts)) for _ in range(n)]
     lesions = draw(st.lists(st.booleans(), min_size=len(patients), max_size=len(patients)))
-    known = patients if of_patients else [None] * len(patients)
+    known = [("patient", p) if of_patients and p is not None else None for p in patients]
     return [Item(f"{i:03d}.jpg", *item) for i, item in enumerate(zip(lesions, known, strict=True))]
 
 
@@ -41,7 +41,11 @@ def of_strata(numbers):
 def of_classes(patients):
     """Classes with so many images of each of their patients."""
     groups = [(k, p, number) for k in patients for p, number in enumerate(patients[k])]
-    return [Item(f"{k}_{p}_{i}", k, f"{k}_{p}") for k, p, number in groups for i in range(number)]
+    return [
+        Item(f"{k}_{p}_{i}", k, ("patient", f"{k}_{p}"))
+        for k, p, number in groups
+        for i in range(number)
+    ]
 
 
 @given(st.integers(0, 2000), st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any))
@@ -105,7 +109,7 @@ def test_no_part_is_without_a_stratum_where_patients_suffice(patients, seed):
 @settings(max_examples=60)
 def test_patients_stay_together_and_folds_test_every_image_once(images, ratio, count, seed):
     everything = sorted(item.name for item in images)
-    patient_of = {item.name: item.patient for item in images}
+    patient_of = {item.name: item.unit for item in images}
     folds = make_folds(images, count)
     assert sorted(name for fold in folds for name in fold["test"]) == everything
     by_ratio = make_splits(images, ratio, seed)
@@ -153,7 +157,7 @@ def test_earlier_assignments_count_and_are_those_of_patients():
     twenty = [Item(f"{i:02}", True) for i in range(20)]
     earlier = {"train": [item.name for item in twenty[5:15]]}
     assert sizes(make_splits(twenty, (1, 0, 1), earlier=earlier)) == [10, 0, 10]
-    images = [Item(f"{p}{i}", True, p) for p in "abc" for i in (1, 2, 3)]
+    images = [Item(f"{p}{i}", True, ("patient", p)) for p in "abc" for i in (1, 2, 3)]
     splits = make_splits(images, earlier={"train": ["a1"], "val": ["b1"], "test": ["c1"]})
     assert splits == {s: [f"{p}{i}" for i in (1, 2, 3)] for s, p in zip(splits, "abc", strict=True)}
     with pytest.raises(ValueError, match="patient a .*--split-by image"):

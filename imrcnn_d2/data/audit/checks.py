@@ -1,36 +1,36 @@
 """Checks of the images, annotations, duplicates and patients of a data set: `audit`."""
 
 import functools
-import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from pathlib import Path
+from itertools import pairwise, product
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image
 
 from imrcnn_d2.data.audit.findings import KINDS, AuditedData, Entry, Finding, whole_id
 from imrcnn_d2.data.endoscope_view import View, brightest, find_view
 from imrcnn_d2.data.formats.coco import to_rle
-from imrcnn_d2.data.images import annotated_on_stored_pixels, in_threads, inspect_image, read_image
-from imrcnn_d2.data.masks import encode
+from imrcnn_d2.data.images import (
+    annotated_on_stored_pixels,
+    in_threads,
+    inspect_image,
+    pixels_sha256,
+    read_image,
+)
+from imrcnn_d2.data.masks import box_rle, cut_box, encode
 from imrcnn_d2.data.prepare.duplicates import find_near_duplicates, joined_groups, positions
+from imrcnn_d2.data.units import units_of
 from imrcnn_d2.utils.files import BadInputError
 
 _SIDE = 352  # pixels of the longer side, to which larger images are reduced to be measured
 _MARGIN = 0.02  # of the shorter side: the view's soft border
 _WHITE = 245  # gray value from which on a channel is full
-_HASH = 16  # side of the perceptual hash, in bits
 _TEXT_SIDE = 1024  # pixels of the longer side, to which larger images are reduced to look for text
 _TEXT_CONTRAST = 48  # of writing to the background, gray values
 _MIN_STROKES = 5  # that a row through a line of writing meets
-
-# An image and its copies that were turned or mirrored. None is upright.
-ORIENTATIONS = (None, *Image.Transpose)
 
 Line = tuple[int, int, int, int]
 
@@ -43,7 +43,6 @@ class ImageMeasures:
     height: int
     file_hash: str  # sha256 of the file's bytes
     pixel_hash: str  # sha256 of size and pixels
-    hashes: np.ndarray  # (8, 32) uint8, perceptual hash in each of `ORIENTATIONS`
     brightness: float  # 95th percentile of the gray values
     blur: float  # Crete's measure in the view, 0 sharp to 1 blurred
     white: float  # share of the view that is white in patches
@@ -74,8 +73,7 @@ def measure_image(image: np.ndarray, view: View, file_hash: str) -> ImageMeasure
         width=width,
         height=height,
         file_hash=file_hash,
-        pixel_hash=hashlib.sha256(bytes(str(image.shape), "ascii") + image.tobytes()).hexdigest(),
-        hashes=_perceptual_hashes(gray),
+        pixel_hash=pixels_sha256(image),
         brightness=float(np.percentile(gray, 95)),
         blur=_blur(gray[y : y + h, x : x + w]),
         white=cv2.mean(full, mask)[0],
@@ -128,18 +126,6 @@ def _blur(gray: np.ndarray) -> float:
     return float(blur_effect(gray)) if min(gray.shape) >= 16 else 0.0
 
 
-def _perceptual_hashes(gray: np.ndarray) -> np.ndarray:
-    """pHash in each of `ORIENTATIONS`, (8, 32) uint8: which of the 16 x 16 lowest frequencies, of
-    the image reduced to 64 x 64 pixels, are above their median.
-    """
-    from scipy.fft import dctn
-
-    tile = Image.fromarray(gray).resize((4 * _HASH, 4 * _HASH), Image.Resampling.LANCZOS)
-    tiles = (tile if turn is None else tile.transpose(turn) for turn in ORIENTATIONS)
-    lowest = (dctn(np.asarray(turned, float))[:_HASH, :_HASH] for turned in tiles)
-    return np.stack([np.packbits(values > np.median(values)) for values in lowest])
-
-
 # Of the frame, but at least so many pixels: 8x8 at 352x352. What is smaller is a click or a speck.
 TINY_SHARE, TINY_PIXELS = 0.0005, 16
 OUTSIDE_SHARE = 0.25  # of an annotation, beyond the view
@@ -151,7 +137,7 @@ PAIRED = 200  # annotations of an image that are compared in pairs
 
 @dataclass(frozen=True)
 class DecodedAnnotation:
-    """An annotation that has a mask."""
+    """An annotation that has a mask or, without one, a box, which stands for it."""
 
     record: dict  # as in the file
     rle: dict  # compressed
@@ -161,7 +147,7 @@ class DecodedAnnotation:
 def decode_annotations(
     entry: Entry, width: int, height: int, category_ids: set
 ) -> tuple[list[DecodedAnnotation], list[Finding]]:
-    """Decode the annotations of an image of this size; findings on those that have no mask."""
+    """Decode the annotations of an image of this size; findings on those that cover nothing."""
     decoded, findings = [], []
     for annotation in entry.annotations:
         segmentation = annotation.get("segmentation")
@@ -170,7 +156,10 @@ def decode_annotations(
                 raise ValueError(f"there is no category with id {annotation['category_id']!r}")
             if annotation.get("iscrowd", 0) not in (0, 1):
                 raise ValueError(f"iscrowd is {annotation['iscrowd']!r}, neither 0 nor 1")
-            rle = to_rle(segmentation, height, width) if segmentation else None
+            if not segmentation and annotation.get("bbox") is not None:
+                rle = box_rle(cut_box(annotation["bbox"], height, width), height, width)
+            else:
+                rle = to_rle(segmentation, height, width) if segmentation else None
         except (ValueError, TypeError) as error:
             findings.append(entry.finding("malformed", str(error), annotation))
             continue
@@ -180,7 +169,7 @@ def decode_annotations(
             continue
         detail = f"The mask covers no pixel of the {width}x{height} image."
         if rle is None:
-            detail = "There is no segmentation."
+            detail = "There is neither a segmentation nor a bbox."
         findings.append(entry.finding("empty", detail, annotation))
     return decoded, findings
 
@@ -201,7 +190,7 @@ def annotation_findings(
         if outside > OUTSIDE_SHARE:
             detail = f"{outside:.0%} of it is outside the endoscope's view."
             yield entry.finding("outside_view", detail, record, score=float(outside))
-        crossing = _crossing(record["segmentation"])
+        crossing = _crossing(record.get("segmentation"))
         if crossing > CROSSING_SHARE:
             detail = f"{crossing:.0%} of its area depends on how the crossings are read."
             yield entry.finding("self_crossing", detail, record, score=crossing)
@@ -273,7 +262,7 @@ class Examined:
 
     entry: Entry
     measures: ImageMeasures | None  # None where the image cannot be read
-    annotations: list[DecodedAnnotation]  # those that have a mask
+    annotations: list[DecodedAnnotation]  # those that cover something
     findings: list[Finding]
 
 
@@ -320,16 +309,13 @@ CAST_DISTANCE = 30  # in CIELAB's a and b
 
 def file_findings(examined: Sequence[Examined]) -> Iterator[Finding]:
     """Yield images that are black, blurred, over-exposed or of an unusual colour compared with the
-    others, or with writing next to the view."""
+    others."""
     readable = [(image.entry, image.measures) for image in examined if image.measures is not None]
     colours = np.array([m.colour[1:] for _, m in readable if m.brightness >= BLACK]).reshape(-1, 2)
     median = np.median(colours, axis=0) if len(colours) else np.zeros(2)
     # the robust standard deviation of the distances from the median
     spread = 1.4826 * np.median(np.hypot(*(colours - median).T)) if len(colours) else 0.0
     for entry, measures in readable:
-        if lines := len(measures.text):
-            detail = f"{lines} lines that look like writing: it was not read."
-            yield entry.finding("text_outside_view", detail, score=float(lines))
         if measures.brightness < BLACK:
             detail = f"95 % of it are darker than {measures.brightness:.0f} of 255."
             yield entry.finding("black_frame", detail, score=measures.brightness)
@@ -353,15 +339,6 @@ def file_findings(examined: Sequence[Examined]) -> Iterator[Finding]:
         else:
             detail = f"Its mean colour is {distance:.0f} from the others' in CIELAB."
         yield entry.finding("colour", detail, score=distance)
-
-
-# Of aligned images. Above it all pairs of Kvasir-SEG show the same scene; the lower limit in
-# duplicates.py is for keeping images together, where a pair too many does no harm.
-MIN_CORRELATION = 0.31
-_ALIKE = 8  # images that are compared with each one, by embedding
-_ALIKE_BY_HASH = 3  # and by perceptual hash, turned and mirrored ones as well
-_HASH_BITS = 80  # of 256, by which these may differ; those of unrelated frames mostly do by more
-_BLOCK = 512  # images that are looked up at once
 
 
 @dataclass(frozen=True)
@@ -391,57 +368,90 @@ def _by_pixels(examined: Sequence[Examined]) -> dict[str, list[int]]:
     return positions(image.measures.pixel_hash if image.measures else None for image in examined)
 
 
-def near_duplicates(
-    examined: Sequence[Examined], embeddings: np.ndarray | None
-) -> list[DuplicatePair]:
-    """Return images that show the same scene, exact duplicates left out.
-
-    The images most alike by their embeddings or perceptual hashes are aligned with each other and
-    correlated. The work grows with the number of images, but for the look-up, whose share is small.
-
-    Args:
-        embeddings: (N, D) rows of length 1, of the images in their order; None to go by the hashes
-            alone, which find copies but few frames of a moment later.
-    """
-    # One image of each set of exact duplicates stands for all.
-    places = sorted(copies[0] for copies in _by_pixels(examined).values())
-    if len(places) < 2:
-        return []
-    hashes = np.stack([examined[i].measures.hashes for i in places])
-    vectors = None if embeddings is None else embeddings[places]
-    paths = [examined[i].entry.path for i in places]
+def near_duplicates(examined: Sequence[Examined]) -> list[DuplicatePair]:
+    """Return images that show the same scene, exact duplicates left out."""
+    places = [i for i, image in enumerate(examined) if image.measures is not None]
     pairs = []
-    for pair in find_near_duplicates(paths, MIN_CORRELATION, _neighbours(hashes, vectors)):
-        a, b, value = places[pair.a], places[pair.b], pair.correlation
-        detail = f"Aligned with each other, they correlate with {value:.2f}."
-        pairs.append(DuplicatePair(a, b, "near_duplicate", value, detail))
+    for pair in find_near_duplicates([examined[i].entry.path for i in places]):
+        a, b = places[pair.a], places[pair.b]
+        if examined[a].measures.pixel_hash != examined[b].measures.pixel_hash:
+            detail = f"Aligned with each other, they correlate with {pair.correlation:.2f}."
+            pairs.append(DuplicatePair(a, b, "near_duplicate", pair.correlation, detail))
     return pairs
 
 
-def _neighbours(hashes: np.ndarray, vectors: np.ndarray | None) -> list[list[int]]:
-    """Indices of the possible duplicates of each image, from (N, 8, 32) hashes."""
-    bits = np.unpackbits(hashes, axis=2).astype(np.float32) * 2 - 1
-    upright, count = bits[:, 0], len(bits)
-    neighbours: list[set[int]] = [set() for _ in range(count)]
+# What a processor writes on all its images is one finding; a name in a few of them is another.
+_USUAL_SHARE, _USUAL_IMAGES = 0.1, 5  # of a centre, that have a line at the same place
+_CELLS = 40  # of a side; lines begin at the same place if they begin in adjacent cells
 
-    def add_best(rows: np.ndarray, alike: np.ndarray, number: int, least: float) -> None:
-        alike[np.arange(len(rows)), rows] = -np.inf
-        number = min(number, count - 1)
-        columns = np.argpartition(-alike, number - 1, axis=1)[:, :number]
-        for row, candidates, values in zip(
-            rows.tolist(), columns, np.take_along_axis(alike, columns, axis=1), strict=True
-        ):
-            neighbours[row].update(candidates[values >= least].tolist())
 
-    for start in range(0, count, _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, count))
-        differ = np.full((len(rows), count), np.inf, np.float32)
-        for turn in range(bits.shape[1]):
-            np.minimum(differ, (256 - bits[rows, turn] @ upright.T) / 2, out=differ)
-        add_best(rows, -differ, _ALIKE_BY_HASH, -_HASH_BITS)
-        if vectors is not None:
-            add_best(rows, vectors[rows] @ vectors.T, _ALIKE, -1.0)
-    return [sorted(indices) for indices in neighbours]
+def overlay_findings(examined: Sequence[Examined]) -> Iterator[Finding]:
+    """Yield each centre whose images have writing at the same place next to the view, with an
+    example, and each image with writing where hardly another of its centre has any."""
+    centres = positions(image.entry.record.get("centre", "") for image in examined)
+    for centre, places in centres.items():
+        images = [examined[i] for i in places if examined[i].measures is not None]
+        having = defaultdict(set)  # images with a line that begins in or next to a cell
+        cells = [_text_cells(image.measures) for image in images]
+        for number, lines in enumerate(cells):
+            for x, y in lines:
+                for cell in product((x - 1, x, x + 1), (y - 1, y, y + 1)):
+                    having[cell].add(number)
+        least = max(_USUAL_IMAGES, _USUAL_SHARE * len(images))
+        usual = []
+        for image, lines in zip(images, cells, strict=True):
+            unusual = sum(len(having[cell]) < least for cell in lines)
+            if unusual:
+                detail = f"{unusual} lines that look like writing: it was not read."
+                yield image.entry.finding("text_outside_view", detail, score=float(unusual))
+            if unusual < len(lines):
+                usual.append(image)
+        if usual:
+            name = f" of centre {centre}" if centre != "" else ""
+            detail = f"{len(usual)} of {len(images)} images{name} have writing at the same places, "
+            detail += "as a processor adds it. This is one of them."
+            yield usual[0].entry.finding("overlay", detail, score=float(len(usual)))
+
+
+def _text_cells(measures: ImageMeasures) -> list[tuple[int, int]]:
+    """Where the lines of writing begin, in cells of the image."""
+    width, height = measures.width, measures.height
+    return [(_CELLS * x // width, _CELLS * y // height) for x, y, *_ in measures.text]
+
+
+def contradiction_findings(
+    examined: Sequence[Examined], pairs: Iterable[DuplicatePair]
+) -> Iterator[Finding]:
+    """Yield duplicates with different labels: another class of the image, a lesion in one only, or
+    other masks on the same pixels."""
+    for pair in pairs:
+        a, b = examined[pair.a], examined[pair.b]
+        if reason := _contradiction(a, b, pair.kind == "exact_duplicate"):
+            names, splits = zip(*((e.entry.name, e.entry.split) for e in (a, b)), strict=True)
+            detail = f"{pair.detail} {reason}"
+            severity = "error" if pair.kind == "exact_duplicate" else ""
+            kind = "contradicting_labels"
+            yield Finding(kind, names, splits, detail, severity, score=pair.correlation)
+
+
+def _contradiction(a: Examined, b: Examined, same_pixels: bool) -> str:
+    """What is contradictory in the labels of two images that show the same; "" for nothing."""
+    classes = [
+        sorted({str(annotation.get("category_id")) for annotation in image.entry.annotations})
+        for image in (a, b)
+    ]
+    if not classes[0] and not classes[1]:
+        return ""
+    if not classes[0] or not classes[1]:
+        return f"{(a, b)[not classes[1]].entry.name} has no annotation, the other one has."
+    if classes[0] != classes[1]:
+        return f"Their classes differ: {', '.join(classes[0])} and {', '.join(classes[1])}."
+    masks = [mask_util.merge([d.rle for d in image.annotations]) for image in (a, b)]
+    if same_pixels and all(masks) and masks[0]["size"] == masks[1]["size"]:
+        iou = float(mask_util.iou([masks[0]], [masks[1]], [0])[0, 0])
+        if iou < SAME_IOU:
+            return f"Their masks overlap with an IoU of {iou:.2f} only."
+    return ""
 
 
 def duplicate_findings(
@@ -469,9 +479,9 @@ def patient_findings(entries: Sequence[Entry]) -> Iterator[Finding]:
 
 
 def groups(entries: Sequence[Entry], pairs: Iterable[DuplicatePair]) -> list[list[int]]:
-    """Return positions of images that must stay together: duplicates and those of one patient."""
-    patients = positions(entry.record.get("patient_id") for entry in entries).values()
-    return joined_groups(len(entries), [*((pair.a, pair.b) for pair in pairs), *patients])
+    """Return positions of images that must stay together: duplicates and those of one unit."""
+    units = positions(units_of([entry.record for entry in entries])).values()
+    return joined_groups(len(entries), [*((pair.a, pair.b) for pair in pairs), *units])
 
 
 @dataclass
@@ -515,12 +525,8 @@ class Audit:
         self.findings = sorted([*self.findings, *findings], key=lambda finding: finding.rank)
 
 
-def audit(data: AuditedData, embed: Callable[[Sequence[Path]], np.ndarray] | None = None) -> Audit:
+def audit(data: AuditedData) -> Audit:
     """Check files, annotations, duplicates and leakage.
-
-    Args:
-        embed: gives (N, D) rows of length 1 of the images at N paths, by which near-duplicates are
-            looked for; None to do without.
 
     Raises:
         ModuleNotFoundError: a package of the extra [audit] is missing.
@@ -529,12 +535,7 @@ def audit(data: AuditedData, embed: Callable[[Sequence[Path]], np.ndarray] | Non
     examine = functools.partial(_examine, category_ids=category_ids)
     examined = in_threads(examine, data.entries, "Examining")
     result = Audit(data, examined, [], [])
-    vectors = None
-    if embed is not None and result.readable:
-        result.embeddings = embed([data.entries[i].path for i in result.readable])
-        vectors = np.zeros((len(examined), result.embeddings.shape[1]), np.float32)
-        vectors[result.readable] = result.embeddings
-    result.duplicates = exact_duplicates(examined) + near_duplicates(examined, vectors)
+    result.duplicates = exact_duplicates(examined) + near_duplicates(examined)
 
     findings = [finding for image in examined for finding in image.findings]
     for file, annotation in data.strays:
@@ -545,7 +546,9 @@ def audit(data: AuditedData, embed: Callable[[Sequence[Path]], np.ndarray] | Non
     findings += repeated_id_findings(data.entries)
     findings += file_findings(examined)
     findings += category_findings(data.categories, annotations)
+    findings += overlay_findings(examined)
     findings += duplicate_findings(data.entries, result.duplicates)
+    findings += contradiction_findings(examined, result.duplicates)
     findings += patient_findings(data.entries)
     result.add(findings)
     return result

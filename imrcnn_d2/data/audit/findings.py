@@ -63,6 +63,10 @@ KINDS = {
         "There is something like text next to the endoscope's view: it may name the patient, "
         "and a model can learn from it.",
         "Prepare the data set anew with --deidentify."),
+    "overlay": Kind("files", "info", "Writing in many images of a centre",
+        "Many images have something like text at the same place next to the endoscope's view, as "
+        "a processor adds it: it may name patients, and a model can learn the centre from it.",
+        "Look at the example; to remove it, prepare the data set anew with --deidentify."),
     "malformed": Kind("annotations", "error", "Malformed annotation",
         "The annotation cannot be read: coordinates, run lengths, image or category are wrong; "
         "or another annotation has its id.",
@@ -91,7 +95,12 @@ KINDS = {
     "near_duplicate": Kind("leakage", "warning", "Near-duplicate",
         "Two images show the same: a copy that was turned, mirrored or stored anew, or a frame "
         "of a moment later.",
-        "Keep them in one split: --fix-splits, or --split-by group of prepare_dataset."),
+        "Keep them in one split: --fix-splits, or imrcnn prepare-dataset "
+        "--split-by group."),
+    "contradicting_labels": Kind("leakage", "warning", "Same image, other label",
+        "Two images show the same, but one has a lesion or class that the other has not, or its "
+        "mask lies elsewhere.",
+        "Look at both: correct the label, or keep the right one only."),
     "patient_across_splits": Kind("leakage", "error", "Patient in several splits",
         "Images of one patient are in more than one split, so that test metrics come out too "
         "good.",

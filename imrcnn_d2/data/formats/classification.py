@@ -14,6 +14,7 @@ from imrcnn_d2.data.formats.base import Format, Names, Sample, Source
 from imrcnn_d2.data.images import inspect_image, list_files, path_inside
 from imrcnn_d2.data.prepare.metadata import read_table
 from imrcnn_d2.data.prepare.splits import SPLITS, FixedTest, Item, make_splits
+from imrcnn_d2.data.units import units_of
 from imrcnn_d2.utils.files import BadInputError, Rejects
 from imrcnn_d2.utils.progress import tqdm
 
@@ -81,7 +82,9 @@ class Classification(Format):
 
 
 @dataclass(frozen=True)
-class _LabelledFile:
+class LabelledFile:
+    """An image with its class; `name` is relative to the prepared images/."""
+
     path: Path
     name: str
     label: str
@@ -116,8 +119,8 @@ def read_class_folders(
             images = [path for path in paths if path.relative_to(root).parts[0] == folder.name]
             if not images:
                 raise BadInputError(folder, "empty class: there is no image in this folder")
-            files += [_LabelledFile(p, p.relative_to(root).as_posix(), folder.name) for p in images]
-    return _source(files, root, rejects, classes, cancers)
+            files += [LabelledFile(p, p.relative_to(root).as_posix(), folder.name) for p in images]
+    return read_labelled_files(files, root, rejects, classes, cancers)
 
 
 def read_label_csv(
@@ -151,8 +154,8 @@ def read_label_csv(
                 raise BadInputError(where, f"{name} is listed in line {seen[name]} already")
             seen[name] = row.line
             fields = {k: v for k, v in cells.items() if k not in _OWN_COLUMNS and v}
-            files.append(_LabelledFile(path, name, label, split, fields))
-    return _source(files, csv_file, rejects, classes, cancers)
+            files.append(LabelledFile(path, name, label, split, fields))
+    return read_labelled_files(files, csv_file, rejects, classes, cancers)
 
 
 def carve_validation(
@@ -170,15 +173,20 @@ def carve_validation(
     if splits.get("val") or not train:
         return splits
     samples = [sample for sample in source.samples if sample.file_name in train]
-    unit = "patient_id" if by_patient else None
-    items = [Item(sample.file_name, sample.label, sample.fields.get(unit)) for sample in samples]
+    units = units_of([sample.fields if by_patient else {} for sample in samples])
+    items = [Item(s.file_name, s.label, unit) for s, unit in zip(samples, units, strict=True)]
     carved = make_splits(items, (100 - percent, percent, 0), seed)
     return {**splits, "train": carved["train"], "val": carved["val"]}
 
 
-def _source(
-    files: list[_LabelledFile], where: Path, rejects: Rejects, classes: Names, cancers: Names
+def read_labelled_files(
+    files: Sequence[LabelledFile],
+    where: Path,
+    rejects: Rejects,
+    classes: Names = None,
+    cancers: Names = None,
 ) -> Source:
+    """Read the images of files with a class each; errors about all of them blame `where`."""
     names = list(classes) if classes is not None else sorted({file.label for file in files})
     if len(names) < 2 or len(set(names)) < len(names):
         raise BadInputError(where, f"there must be two classes or more, all different: {names}")
@@ -229,7 +237,7 @@ def _check_label(label: str, classes: Sequence[str], where: str | Path) -> None:
         raise BadInputError(where, reason)
 
 
-def _check_copies(file: _LabelledFile, copies: Sequence[_LabelledFile]) -> None:
+def _check_copies(file: LabelledFile, copies: Sequence[LabelledFile]) -> None:
     """Two copies of one image that agree are found later; if not, neither can be trusted."""
     for other in copies:
         for key in ("label", "split"):

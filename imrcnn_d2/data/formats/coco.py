@@ -18,7 +18,13 @@ import pycocotools.mask as mask_util
 
 from imrcnn_d2.data import masks
 from imrcnn_d2.data.formats.base import Format, Sample, Source
-from imrcnn_d2.data.images import annotated_on_stored_pixels, inspect_image, orient, path_inside
+from imrcnn_d2.data.images import (
+    annotated_on_stored_pixels,
+    inspect_image,
+    orient,
+    orient_box,
+    path_inside,
+)
 from imrcnn_d2.utils.files import BadInputError, Rejects, read_json
 from imrcnn_d2.utils.progress import tqdm
 
@@ -59,7 +65,7 @@ def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:
     Raises:
         BadInputError: the file as a whole cannot be used.
     """
-    content = read_coco_json(json_file)
+    content = read_lesions(json_file)
     notes: list[str] = []
     return Source(
         samples=_samples(json_file, content, image_root, rejects, notes),
@@ -86,6 +92,16 @@ def read_coco_json(path: Path) -> dict:
         if not values or max(values.values()) > 1:
             reason = f"no categories, or two of the same {key}: {content['categories']}"
             raise BadInputError(path, reason)
+    return content
+
+
+def read_lesions(path: Path) -> dict:
+    """Read as `read_coco_json`; BadInputError if the annotations are classes of whole images."""
+    content = read_coco_json(path)
+    annotations = content["annotations"]
+    if annotations and not any({"bbox", "segmentation"} & record.keys() for record in annotations):
+        reason = "no annotation has a bbox or a segmentation: it has classes of whole images, which"
+        raise BadInputError(path, f"{reason} only classifiers read, and no lesions")
     return content
 
 
@@ -175,7 +191,10 @@ def _samples(
                 try:
                     checked, moved = _check(annotation, height, width, category_ids)
                     num_moved += moved
-                    if turned:
+                    if turned and "segmentation" not in checked:
+                        box = orient_box(checked["bbox"], width, height, image.orientation)
+                        checked["bbox"] = list(box)
+                    elif turned:
                         mask = mask_util.decode(to_rle(checked["segmentation"], height, width))
                         mask = orient(mask, image.orientation)
                         kept = {key: checked[key] for key in ("category_id", "iscrowd")}
@@ -194,7 +213,9 @@ def _samples(
 
 
 def _content(annotation: dict) -> tuple:
-    segmentation = annotation["segmentation"]
+    segmentation = annotation.get("segmentation")
+    if segmentation is None:
+        return annotation["category_id"], tuple(annotation["bbox"])
     if isinstance(segmentation, list):
         return annotation["category_id"], tuple(map(tuple, segmentation))
     counts = segmentation["counts"]
@@ -206,7 +227,8 @@ def _name(annotation: dict) -> str:
 
 
 def _check(annotation: dict, height: int, width: int, category_ids: set) -> tuple[dict, bool]:
-    """The annotation without ids, box and area of its mask; whether the box moved; ValueError."""
+    """The annotation without ids, with box and area of its mask or, where it has no mask, its box
+    cut at the image's borders; whether the box moved from its mask; ValueError."""
     if annotation["category_id"] not in category_ids:
         raise ValueError(f"there is no category with id {annotation['category_id']!r}")
     if annotation.get("ignore"):
@@ -214,25 +236,27 @@ def _check(annotation: dict, height: int, width: int, category_ids: set) -> tupl
     iscrowd = annotation.get("iscrowd", 0)
     if iscrowd not in (0, 1):
         raise ValueError(f"iscrowd is {iscrowd!r}, neither 0 nor 1")
+    checked = {key: value for key, value in annotation.items() if key not in ("id", "image_id")}
     if not annotation.get("segmentation"):
-        raise ValueError("has no segmentation, and a mask cannot be learnt from a box")
+        if "bbox" not in annotation:
+            raise ValueError("has neither segmentation nor bbox")
+        checked.pop("segmentation", None)
+        checked |= masks.annotation_from_box(
+            annotation["bbox"], height, width, annotation["category_id"], iscrowd=int(iscrowd)
+        )
+        return checked, False
     rle = to_rle(annotation["segmentation"], height, width)
     area = int(mask_util.area(rle))
     if area == 0:
         raise ValueError(f"its mask covers no pixel of the {width}x{height} image")
     box = mask_util.toBbox(rle)
     moved = "bbox" in annotation and _check_box(annotation["bbox"], box, height, width)
-    checked = {key: value for key, value in annotation.items() if key not in ("id", "image_id")}
     return {**checked, "bbox": box.tolist(), "area": area, "iscrowd": int(iscrowd)}, moved
 
 
 def _check_box(given: object, box: np.ndarray, height: int, width: int) -> bool:
     """Whether a given [x, y, w, h] differs from the mask's; ValueError if it is none or outside."""
-    if not isinstance(given, list) or len(given) != 4 or not _are_numbers(given):
-        raise ValueError(f"its box {given!r} is not [x, y, width, height]")
-    x, y, w, h = given
-    if w <= 0 or h <= 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        raise ValueError(f"its box {given} [x, y, width, height] is outside {width}x{height}")
+    masks.cut_box(given, height, width)
     corners = np.array([given, box])
     corners[:, 2:] += corners[:, :2]
     return bool(np.abs(corners[0] - corners[1]).max() > _BOX_TOLERANCE)

@@ -24,6 +24,7 @@ from imrcnn_d2.utils.files import BadInputError, Rejects, regular_file
 from imrcnn_d2.utils.progress import tqdm
 
 _FRAME = re.compile(r"frame_(\d+)", re.ASCII)  # CVAT's names of a video's frames
+_CORNERS = ("xtl", "ytl", "xbr", "ybr")  # of a box
 # What XML 1.0 cannot hold, however it is written.
 _NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -94,10 +95,16 @@ class Cvat(base.Format):
 
 
 def _shapes(annotation: Mapping, height: int, width: int, group: int) -> list[tuple[str, dict]]:
-    """The shapes of a COCO annotation: element names and attributes; with holes, a mask."""
+    """The shapes of a COCO annotation: element names and attributes; with holes, a mask, and
+    without a mask, its box."""
+    common = {"source": "file", "occluded": str(int(bool(annotation.get("occluded"))))}
+    if "segmentation" not in annotation:
+        x, y, w, h = annotation["bbox"]
+        corners = {"xtl": x, "ytl": y, "xbr": x + w, "ybr": y + h}
+        texts = {key: f"{value:.2f}" for key, value in corners.items()}
+        return [("box", {**common, **texts, "z_order": "0"})]
     rle = to_rle(annotation["segmentation"], height, width)
     mask = mask_util.decode(rle)
-    common = {"source": "file", "occluded": str(int(bool(annotation.get("occluded"))))}
     polygons = masks.mask_polygons(mask)
     if polygons is None:
         left, top, w, h = mask_util.toBbox(rle).astype(int).tolist()
@@ -162,7 +169,8 @@ def read_cvat(
 ) -> base.Source:
     """Read CVAT's "for images" and "for video" files. Images without a shape are lesion-free.
 
-    Polygons, boxes, ellipses and masks are areas; those of one label and group are one instance.
+    Polygons, ellipses and masks are areas, and a box that is not turned is one without a mask;
+    those of one label and group are one instance, whose boxes are areas.
     Tags become fields of the image that are true, attributes fields of the annotation (of a tag: of
     the image). Of a video, the images are its frames as CVAT exports them (frame_000000.png), and a
     track's number becomes ``lesion_id``. Names are relative to `image_root`, those of a
@@ -338,7 +346,11 @@ def _region(entry: _Entry, shape: tuple, width: int, height: int) -> masks.Regio
     element, label, fields = shape
     try:
         group = _integer(element.get("group_id", "0")) or None
-        return masks.Region(label, _rle(element, height, width), group, fields)
+        rle, box = _rle(element, height, width), None
+        if element.tag == "box" and not _number(element.get("rotation", "0")):
+            left, top, right, bottom = (_number(element.get(key)) for key in _CORNERS)
+            box = min(left, right), min(top, bottom), abs(right - left), abs(bottom - top)
+        return masks.Region(label, rle, group, fields, box)
     except ValueError as error:
         reason = f"image {entry.name!r}: a {element.tag} {label!r}: {error}"
         raise BadInputError(entry.source, reason) from error
@@ -353,7 +365,7 @@ def _rle(element: Element, height: int, width: int) -> dict:
         points = [[_number(value) for value in pair] for pair in pairs]
         return masks.polygon_rle(points, height, width)
     if element.tag == "box":
-        corners = [_number(element.get(key)) for key in ("xtl", "ytl", "xbr", "ybr")]
+        corners = [_number(element.get(key)) for key in _CORNERS]
         masks.check_extent(corners, height, width)
         degrees = _number(element.get("rotation", "0"))
         return masks.polygon_rle(masks.rectangle(*corners, degrees).tolist(), height, width)

@@ -1,6 +1,5 @@
 """Kvasir-SEG: images, binary masks and the bounding boxes that were published with them."""
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from imrcnn_d2.data.formats import base
-from imrcnn_d2.data.formats.mask_folder import add_min_area_argument, read_mask_folder
+from imrcnn_d2.data.formats.public_masks import PublicMasks
 from imrcnn_d2.data.masks import MIN_AREA
 from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, read_json
 
@@ -17,59 +16,38 @@ from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, read_jso
 _MIN_BOX_IOU = 0.9
 
 
-class KvasirSeg(base.Format):
+class KvasirSeg(PublicMasks):
     name = "kvasir-seg"
-    help = "images/ and masks/ in a folder"
+    help = "Kvasir-SEG: images/ and masks/ in a folder"
+    title = "Kvasir-SEG (Jha et al. 2020, doi 10.1007/978-3-030-37734-2_37)"
+    url = "https://datasets.simula.no/kvasir-seg/"
+    terms = "for research and education, the paper to be cited; other use by permission"
+    published = {"images": 1000}
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--root", type=Path, required=True, help="has images/ and masks/")
-        base.add_negatives_argument(parser)
-        add_min_area_argument(parser)
+    def read_layout(self, root: Path, rejects: Rejects, min_area: int = MIN_AREA) -> base.Source:
+        """Read images and masks, with notes where boxes published next to them differ."""
+        source = super().read_layout(root, rejects, min_area)
+        (folders,) = self.folders_in(root)
+        boxes = _read_boxes(root, (root / folders.images).parent, rejects)
 
-    def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> base.Source:
-        source = read_kvasir_seg(args.root, rejects, args.min_area)
-        return base.with_lesion_free(source, args.negatives, rejects)
+        def compared() -> Iterator[base.Sample]:
+            num_compared = 0
+            for sample in source.samples:
+                entry = boxes.get(Path(sample.file_name).with_suffix("").as_posix())
+                if entry is not None:
+                    num_compared += 1
+                    if problem := _compare_boxes(sample, entry):
+                        source.notes.append(f"{sample.image.path}: {problem}")
+                yield sample
+            if boxes:
+                source.notes.append(f"{num_compared} images compared with the bounding-box file")
 
-
-def read_kvasir_seg(root: Path, rejects: Rejects, min_area: int = MIN_AREA) -> base.Source:
-    """Read images/ and masks/, see `read_mask_folder`, and compare with the bounding-box JSON.
-
-    Raises:
-        FileNotFoundError: a folder is missing.
-        BadInputError: bad input under ``on_error="raise"``, such as an empty mask.
-    """
-    images, masks = (
-        check_inside(root, root / name, rejects.follow_links) for name in ("images", "masks")
-    )
-    source = read_mask_folder(images, masks, rejects, min_area=min_area, require_lesion=True)
-    boxes = _read_boxes(root, rejects)
-
-    def compared() -> Iterator[base.Sample]:
-        num_compared = 0
-        for sample in source.samples:
-            entry = boxes.get(Path(sample.file_name).with_suffix("").as_posix())
-            if entry is not None:
-                num_compared += 1
-                if problem := _compare_boxes(sample, entry):
-                    source.notes.append(f"{sample.image.path}: {problem}")
-            yield sample
-        if boxes:
-            source.notes.append(f"{num_compared} images compared with the bounding-box file")
-
-    return replace(
-        source,
-        samples=compared(),
-        categories=[{"id": 1, "name": "polyp", "supercategory": "lesion"}],
-        info={
-            "description": "from masks: one instance per connected component",
-            "source": "kvasir_seg",
-        },
-    )
+        return replace(source, samples=compared())
 
 
-def _read_boxes(root: Path, rejects: Rejects) -> dict[str, dict]:
+def _read_boxes(root: Path, folder: Path, rejects: Rejects) -> dict[str, dict]:
     """The published boxes by image name; the file is called kavsir_bboxes.json in one release."""
-    for path in sorted(root.glob("*box*.json")):
+    for path in sorted(folder.glob("*box*.json")):
         with rejects.catch():
             content = read_json(check_inside(root, path, rejects.follow_links))
             try:

@@ -153,9 +153,10 @@ def read_labelme(
 ) -> base.Source:
     """Read a folder of LabelMe files. Every image needs one; without shapes it is lesion-free.
 
-    Polygons, rectangles, circles and masks are areas; those of one label and ``group_id`` are one
-    instance. Flags become fields of the image or annotation, as do further keys that LabelMe
-    keeps for others; a shape's flag ``iscrowd`` is COCO's.
+    Polygons, circles and masks are areas, and a rectangle is a box without a mask; those of one
+    label and ``group_id`` are one instance, whose rectangles are areas. Flags become fields of the
+    image or annotation, as do further keys that LabelMe keeps for others; a shape's flag
+    ``iscrowd`` is COCO's.
 
     Args:
         scratch: an empty folder for images that are only in the files; it must stay.
@@ -290,7 +291,11 @@ def _region(path: Path, number: int, shape: dict, width: int, height: int) -> ma
     fields = masks.further_fields(shape, (*masks.ANNOTATION_FIELDS, *_SHAPE_KEYS))
     if not fields.get("description"):
         fields.pop("description", None)
-    return masks.Region(label, rle, group, {**fields, **(shape.get("flags") or {})})
+    box = None
+    if shape.get("shape_type") == "rectangle":
+        (x, y), (x_end, y_end) = shape["points"]
+        box = min(x, x_end), min(y, y_end), abs(x_end - x), abs(y_end - y)
+    return masks.Region(label, rle, group, {**fields, **(shape.get("flags") or {})}, box)
 
 
 def _shape_rle(shape: Mapping, height: int, width: int) -> dict:

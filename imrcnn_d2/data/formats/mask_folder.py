@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -14,12 +15,10 @@ from imrcnn_d2.data.formats import base
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import (
     SourceImage,
-    annotated_on_stored_pixels,
     by_stem,
+    fit_to_image,
     inspect_image,
     list_files,
-    orient,
-    read_mask,
     read_values,
 )
 from imrcnn_d2.data.masks import (
@@ -40,6 +39,8 @@ KINDS = ("binary", "classes", "instances", "files")
 # An instance's file: the name of its image, a separator, perhaps the class, perhaps a number.
 _NUMBER = re.compile(r"(^|[ _.-])\d+$", re.ASCII)
 _SEPARATORS = " _.-/"
+_IMAGES = re.compile(r"(?<![a-z])(images?|imgs?|frames?)(?![a-z])", re.IGNORECASE)
+_LOOKED_AT = 20  # masks whose names are compared with those of all images
 # A class name that could not be read back from a file name.
 _UNREADABLE_CLASS = re.compile(r'[/\\:*?"<>|\0]|^[ ._-]|[ ._-]$|[ ._-]\d+$')
 
@@ -65,9 +66,12 @@ class MaskFolder(base.Format):
             "each instance, NAME_1.png or NAME/1.png, perhaps with its class, NAME_polyp_1.png",
         )
         parser.add_argument(
-            "--suffix", default="", metavar="TEXT", help="of the masks' names, e.g. _segmentation"
+            "--suffix",
+            metavar="TEXT",
+            help="of the masks' names, e.g. _segmentation (default: what most masks have after, or "
+            "before, the name of an image)",
         )
-        add_min_area_argument(parser)
+        base.add_min_area_argument(parser)
 
     def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> base.Source:
         options = {"classes": args.classes, "suffix": args.suffix, "min_area": args.min_area}
@@ -93,21 +97,15 @@ class MaskFolder(base.Format):
                 if annotation["iscrowd"]:
                     reason = "has a crowd region, which masks cannot mark as one"
                     raise BadInputError(sample.image.path, reason)
+                if "segmentation" not in annotation:
+                    reason = "has a box without a mask; export it --to labelme or cvat"
+                    raise BadInputError(sample.image.path, reason)
                 mask = mask_util.decode(to_rle(annotation["segmentation"], *size)) * 255
                 label = names[annotation["category_id"]]
                 Image.fromarray(mask).save(folder / f"{label}_{number}.png")
                 lost |= further_fields(annotation, ANNOTATION_FIELDS).keys()
             lost |= further_fields(sample.fields, IMAGE_FIELDS).keys()
         return [f"not in the masks: {', '.join(sorted(lost))}"] if lost else []
-
-
-def add_min_area_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--min-area",
-        type=int,
-        default=MIN_AREA,
-        help="smaller parts of a mask, in pixels, are dropped as specks (default %(default)s)",
-    )
 
 
 def read_mask_folder(
@@ -117,9 +115,8 @@ def read_mask_folder(
     kind: str = "binary",
     *,
     classes: Sequence[str] | None = None,
-    suffix: str = "",
+    suffix: str | None = "",
     min_area: int = MIN_AREA,
-    require_lesion: bool = False,
 ) -> base.Source:
     """Read images with masks of the same name, but for the file type and `suffix`.
 
@@ -137,12 +134,12 @@ def read_mask_folder(
     Args:
         images, masks: a folder of each, or as many of both: then file names begin with the name of
             the folder of images, and with those above it where two have the same name.
+        suffix: of the masks' names; None for what most have before or after the name of an image,
+            which a note states.
         classes: their names in order; None is one, "lesion", or with "files" those that the files
             name. "binary" and "instances" take one.
         min_area: with "binary" and "classes", smaller components, in pixels, are dropped and
             counted.
-        require_lesion: with "binary", for data sets distributed as JPEG: lesion is 128 or brighter
-            in files of any type, and a mask without it is bad input.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -154,26 +151,39 @@ def read_mask_folder(
     if kind in ("binary", "instances") and classes is not None and len(classes) != 1:
         raise ValueError(f"masks of kind {kind} are of one class, not of {len(classes)}")
     roots = _pairs(images, masks)
-    entries: list[tuple[str, Path, list[tuple[Path, str]]]] = []
+    entries: list[tuple[str, Path, list[tuple[Path, str]], dict]] = []
+    notes: list[str] = []
+    centres = _centres(list(roots)) if len(roots) > 1 else {}
     for name, (image_root, mask_root) in roots.items():
-        paths = by_stem(image_root, rejects)
-        files = _assign(mask_root, paths, kind, suffix, rejects)
+        defaults = {}
+        if centres:
+            defaults["centre"] = centres[name]
+            text = f"centre {centres[name]} where nothing else gives it"
+            notes.append(f"{name}/: {image_root} with the masks of {mask_root}; {text}")
+        paths, masks = by_stem(image_root, rejects), list_files(mask_root, rejects)
+        affixes = "", suffix or ""
+        if suffix is None and kind != "files":
+            affixes = _guess_affixes([_stem(mask_root, mask) for mask in masks], paths)
+            if any(affixes):
+                named = "NAME".join(affixes)
+                notes.append(f"{mask_root}: the mask of NAME is {named}; --suffix sets another")
+        files = _assign(mask_root, masks, paths, kind, affixes, rejects)
         for stem, path in paths.items():
             file_name = PurePosixPath(name, path.relative_to(image_root)).as_posix()
-            entries.append((file_name, path, files[stem]))
+            entries.append((file_name, path, files[stem], defaults))
     if classes is None:
-        labels = {label for *_, masks_of_image in entries for _, label in masks_of_image}
+        labels = {label for *_, masks_of_image, _ in entries for _, label in masks_of_image}
         classes = sorted(labels - {""}) or ["lesion"]
     categories = named_categories((), classes, "--classes")
-    reader = _Reader(kind, {c["name"]: c["id"] for c in categories}, min_area, require_lesion)
-    if len(roots) > 1:
-        reader.notes += [f"{name}/: {i} with the masks of {m}" for name, (i, m) in roots.items()]
+    reader = _Reader(kind, {c["name"]: c["id"] for c in categories}, min_area)
+    reader.notes += notes
 
     def samples() -> Iterator[base.Sample]:
-        for file_name, path, masks_of_image in tqdm(entries, desc="Reading images", unit="image"):
+        for file_name, path, files, defaults in tqdm(entries, desc="Reading images", unit="image"):
             with rejects.catch():
                 image = inspect_image(path)
-                yield base.Sample(file_name, image, reader.read(image, masks_of_image))
+                annotations = reader.read(image, files)
+                yield base.Sample(file_name, image, annotations, defaults=defaults)
         if reader.specks:
             text = f"specks of fewer than {min_area} pixels left out of the masks"
             reader.notes.append(f"{reader.specks} {text}")
@@ -195,29 +205,73 @@ def _pairs(
         text = f"{len(images)} folders of images and {len(masks)} of masks"
         raise ValueError(f"{text}: give --masks for each --images, in the same order")
     pairs = [*zip(images, masks, strict=True)]
+    if same := [
+        image for image, mask in pairs if os.path.realpath(image) == os.path.realpath(mask)
+    ]:
+        text = f"{same[0]} is given as --images and as --masks"
+        raise ValueError(f"{text}: move the masks into a folder of their own")
     if len(pairs) == 1:
         return {"": pairs[0]}
-    parts = [Path(os.path.abspath(path)).parts[1:] for path in images]
-    for depth in range(1, max(map(len, parts)) + 1):
-        named = {"/".join(part[-depth:]): pair for part, pair in zip(parts, pairs, strict=True)}
-        if len(named) == len(pairs):
-            return named
-    raise ValueError(f"--images {' '.join(map(str, images))}: a folder is given twice")
+    return dict(zip(base.distinct_names(images, "--images"), pairs, strict=True))
+
+
+def _centres(names: Sequence[str]) -> dict[str, str]:
+    """The centre by the name of a folder of images: the name without the word images."""
+    centres = {name: _IMAGES.sub("", name).strip(_SEPARATORS) for name in names}
+    return centres if len({*centres.values()} - {""}) == len(names) else {n: n for n in names}
+
+
+def _stem(root: Path, path: Path) -> str:
+    return path.relative_to(root).with_suffix("").as_posix()
+
+
+def _guess_affixes(masks: Sequence[str], images: Collection[str]) -> tuple[str, str]:
+    """What most masks have before and after the name of their image; nothing where one is named as
+    an image, or no two texts do for half of them."""
+    if any(mask in images for mask in masks):
+        return "", ""
+    candidates: Counter[tuple[str, str]] = Counter()
+    for mask in masks[:_LOOKED_AT]:
+        folder, slash, name = mask.rpartition("/")
+        within = (i.removeprefix(folder + slash) for i in images if i.startswith(folder + slash))
+        for image in within:
+            before, found, after = name.partition(image)
+            candidates[before, after] += bool(found)
+    explained = {
+        affixes: sum(_image_of(mask, affixes) in images for mask in masks)
+        for affixes, _ in candidates.most_common(_LOOKED_AT)
+    }
+    best = max(explained, key=explained.__getitem__, default=("", ""))
+    return best if 2 * explained.get(best, 0) >= len(masks) else ("", "")
+
+
+def _image_of(mask: str, affixes: tuple[str, str]) -> str | None:
+    """The name of the image of a mask that has these texts before and after it."""
+    folder, slash, name = mask.rpartition("/")
+    before, after = affixes
+    if not (name.startswith(before) and name.removeprefix(before).endswith(after)):
+        return None
+    return folder + slash + name.removeprefix(before).removesuffix(after)
 
 
 def _assign(
-    masks: Path, images: Collection[str], kind: str, suffix: str, rejects: Rejects
+    root: Path,
+    masks: Sequence[Path],
+    images: Collection[str],
+    kind: str,
+    affixes: tuple[str, str],
+    rejects: Rejects,
 ) -> dict[str, list[tuple[Path, str]]]:
     """The mask files of each image, with the class that the name gives, or ""."""
     files: dict[str, list[tuple[Path, str]]] = {stem: [] for stem in images}
-    for path in list_files(masks, rejects):
-        stem = path.relative_to(masks).with_suffix("").as_posix()
+    for path in masks:
+        stem = _stem(root, path)
         with rejects.catch():
             image, label = None, ""
             if kind == "files":
                 image, label = _image_and_label(path, stem, images)
-            elif stem.endswith(suffix):
-                image = stem.removesuffix(suffix)
+            else:
+                image = _image_of(stem, affixes)
             if image not in files:
                 start = max((name for name in images if stem.startswith(name)), key=len, default="")
                 hint = f"; of {start} with --suffix {stem.removeprefix(start)}" if start else ""
@@ -245,26 +299,19 @@ def _image_and_label(path: Path, stem: str, images: Collection[str]) -> tuple[st
 class _Reader:
     """Reads the masks of one image after the other, and counts what is left out."""
 
-    def __init__(
-        self, kind: str, category_ids: dict[str, int], min_area: int, require_lesion: bool
-    ):
-        self.kind, self.category_ids = kind, category_ids
-        self.min_area, self.require_lesion = min_area, require_lesion
+    def __init__(self, kind: str, category_ids: dict[str, int], min_area: int):
+        self.kind, self.category_ids, self.min_area = kind, category_ids, min_area
         self.specks = self.empty = 0
         self.notes: list[str] = []
 
     def read(self, image: SourceImage, files: Sequence[tuple[Path, str]]) -> list[dict]:
         if not files:
-            remedy = "" if self.require_lesion else ", or one of nothing but 0"
-            reason = f"has no mask; give lesion-free images as --negatives{remedy}"
-            raise BadInputError(image.path, reason)
+            remedy = "if it is lesion-free, give one of nothing but 0, or prepare it as --negatives"
+            raise BadInputError(image.path, f"has no mask; {remedy}")
         annotations: list[dict] = []
         for path, label in files:
             values = self._values(path, image)
             instances = self._instances(values, path, label) if values.any() else []
-            if not instances and self.require_lesion:
-                reason = f"empty mask: no {self.min_area} pixels together are 128 or brighter; "
-                raise BadInputError(path, f"{reason}give lesion-free images as --negatives")
             if not instances and (values.any() or len(files) > 1):
                 raise BadInputError(path, f"has no part of at least {self.min_area} pixels")
             annotations += instances
@@ -273,7 +320,7 @@ class _Reader:
 
     def _values(self, path: Path, image: SourceImage) -> np.ndarray:
         """(H, W) of the mask in the frame of the image as read."""
-        values, lossy = (read_mask(path), False) if self.require_lesion else read_values(path)
+        values, lossy = read_values(path)
         if self.kind in ("binary", "files") and (lossy or len(np.unique(values)) > 2):
             if not lossy and (highest := values.max()) < 128:
                 reason = f"no pixel is 128 or brighter, the highest is {highest}; if they number "
@@ -281,11 +328,7 @@ class _Reader:
             values = values >= 128
         elif lossy:
             raise BadInputError(path, "is a JPEG, which does not keep numbers; save it as PNG")
-        if annotated_on_stored_pixels(image, values.shape[1], values.shape[0]):
-            return orient(values, image.orientation)
-        if image.orientation != 1:
-            self.notes.append(f"{path}: EXIF-rotated image, mask taken as of the rotated image")
-        return values
+        return fit_to_image(values, image, path, self.notes)
 
     def _instances(self, values: np.ndarray, path: Path, label: str) -> list[dict]:
         """The annotations of a mask that is not empty."""

@@ -8,24 +8,29 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from imrcnn_d2.data.formats.base import Sample, Source
+from imrcnn_d2.data.formats.base import Sample, Source, is_repeated_frame
 from imrcnn_d2.data.images import install_image, link_or_copy
 from imrcnn_d2.data.prepare import duplicates
 from imrcnn_d2.data.prepare.duplicates import joined_groups, positions
 from imrcnn_d2.data.prepare.splits import (
+    DEFAULT_RATIO,
     SPLITS,
     FixedTest,
     Item,
+    Where,
+    check_prepared,
+    leave_out,
     make_folds,
     make_splits,
     read_splits,
     sha256,
     splits_from_prefixes,
 )
+from imrcnn_d2.data.units import units_of
 from imrcnn_d2.utils.files import (
     BadInputError,
     Rejects,
@@ -36,10 +41,8 @@ from imrcnn_d2.utils.files import (
     staged,
 )
 
-# A patient's images stay together; near-duplicates do as well; none do; as file names state.
+# Images of a patient, else sequence, stay together; near-duplicates too; none; as file names state.
 SPLIT_BY = ("patient", "group", "image", "prefix")
-# The field of COCO images by which they stay in one split, where they have it.
-_KEPT_TOGETHER = {"patient": "patient_id", "group": "group_id"}
 _TEST_LOG = "test_evaluations.csv"  # grows in a data set with every evaluation of its test part
 _EDGES = (0, 1, 2, 5, 10, 20, 50, 100)  # share of the image in percent
 _BAR = 40
@@ -50,17 +53,21 @@ _SHOWN = 20  # rejects
 class SplitOptions:
     """How to split, see `make_splits`."""
 
-    ratio: Sequence[int] | FixedTest = (12, 3, 5)
+    ratio: Sequence[int] | FixedTest | None = DEFAULT_RATIO  # None: `earlier` has all images
     seed: int = 0
     split_by: str = "patient"  # see SPLIT_BY
     earlier: Mapping[str, Sequence[str]] | None = None  # file names that stay in their splits
     folds: int = 0  # of cross-validation, 0 for none
+    leave_out: Sequence[Where] = ()  # images that are the test split, all of it
+    stratify_by: str | None = None  # a field of images, whose values every split gets its share of
 
     @property
     def sizes(self) -> dict:
-        """How large the splits should be, for splits.json."""
-        if self.split_by == "prefix":
+        """How large the splits should be, for splits.json; empty where they are stated."""
+        if self.split_by == "prefix" or self.ratio is None:
             return {}
+        if self.leave_out:
+            return {"ratio": [*self.ratio[:2], 0]}
         if isinstance(self.ratio, FixedTest):
             test = self.ratio
             return {"test_per_class": test.per_stratum, "val_percent": test.val_percent}
@@ -77,11 +84,14 @@ class Prepared:
     unchanged: bool
 
 
-def prepare_dataset(source: Source, out: Path, options: SplitOptions, rejects: Rejects) -> Prepared:
+def prepare_dataset(
+    source: Source, out: Path, options: SplitOptions, rejects: Rejects, dry_run: bool = False
+) -> Prepared:
     """Install the images, split them and write the annotations.
 
-    The folder is built next to `out` and renamed at the end, so a failed run leaves nothing.
-    If `out` holds exactly what would be written it stays as it is; nothing else is overwritten.
+    The folder is built next to `out` and renamed at the end, so a failed run leaves nothing, nor
+    does a `dry_run`. If `out` holds exactly what would be written it stays as it is; nothing else
+    is overwritten.
 
     Raises:
         FileExistsError: `out` holds something else.
@@ -90,13 +100,17 @@ def prepare_dataset(source: Source, out: Path, options: SplitOptions, rejects: R
     is_new = not out.exists() or is_empty(out)
     if not is_new and not (out / "splits.json").is_file():
         raise FileExistsError(f"{out}: exists and is no prepared data set; choose another --out")
-    with staged(out) as stage:
+    # A dry run makes no folders above `out` either.
+    place = next(p for p in out.absolute().parents if p.is_dir()) if dry_run else out.parent
+    with staged(place / out.name) as stage:
         samples = _install(source.samples, stage / "images", rejects, source.notes)
         if not samples:
             raise BadInputError(out, "no usable image was found, nothing to write")
         samples.sort(key=lambda sample: sample.file_name)
         coco = _write_splits_and_annotations(stage, samples, source, options)
-        if rejects.on_error == "reject":
+        if dry_run:
+            return Prepared(out, coco, source.notes, unchanged=False)
+        if rejects.on_error == "reject" or rejects.errors:
             rejects.write_csv(stage / "rejected.csv")
         if is_new:
             os.replace(stage, out)  # also onto an empty folder
@@ -125,23 +139,24 @@ def _first_difference(a: Path, b: Path) -> str | None:
 def _install(
     samples: Iterable[Sample], folder: Path, rejects: Rejects, notes: list[str]
 ) -> list[Sample]:
-    """Put the images in place; of two with one name or the same bytes, the second is bad input."""
+    """Put the images in place; of two with one name, or with the same bytes that are not of one
+    video, the second is bad input."""
     folder.mkdir()
     kept: list[Sample] = []
-    origins: dict[str, Path] = {}  # by name, and by hash of the content
+    origins: dict[str, Sample] = {}  # by name, and by hash of the content
     converted: dict[str, list[Path]] = defaultdict(list)  # by mode
     for sample in samples:
         with rejects.catch():
             image = sample.image
             name = sample.file_name = sample.installed_name
             if name in origins:
-                reason = f"duplicate: {name} was already made from {origins[name]}"
+                reason = f"duplicate: {name} was already made from {origins[name].image.path}"
                 raise BadInputError(image.path, reason)
-            if image.sha256 in origins:
-                reason = f"duplicate: same content as {origins[image.sha256]}"
-                raise BadInputError(image.path, reason)
+            other = origins.setdefault(image.sha256, sample)
+            if other is not sample and not is_repeated_frame(sample, other):
+                raise BadInputError(image.path, f"duplicate: same content as {other.image.path}")
             install_image(image, folder, name)
-            origins[name] = origins[image.sha256] = image.path
+            origins[name] = sample
             if image.needs_conversion:
                 converted[image.mode].append(image.path)
             kept.append(sample)
@@ -154,24 +169,39 @@ def _write_splits_and_annotations(
     stage: Path, samples: list[Sample], source: Source, options: SplitOptions
 ) -> dict[str, dict]:
     """Write everything but the images; return the COCO contents by split."""
-    split_by, earlier = options.split_by, options.earlier or {}
+    split_by, earlier = options.split_by, _of_converted(options.earlier or {}, samples)
     if split_by == "prefix":
         if earlier:
             raise ValueError("file names cannot state the splits where earlier ones are given")
         earlier = splits_from_prefixes(sample.file_name for sample in samples)
     elif split_by == "group":
         _group(stage, samples, source.notes)
-    elif split_by == "patient" and all(s.fields.get("patient_id") is None for s in samples):
+    elif split_by == "patient" and not any(units_of([s.fields for s in samples])):
         split_by = "image"
-    coco = _coco(samples, source)
-    items = _items(coco, _KEPT_TOGETHER.get(split_by))
+    coco = coco_content(samples, source)
+    boxes = sum("bbox" in a and "segmentation" not in a for a in coco["annotations"])
+    if boxes:
+        source.notes.append(
+            f"{boxes} of {len(coco['annotations'])} annotations have a box and no mask: set "
+            "MODEL.MASK_ON to False to train with them, which makes a detector of boxes"
+        )
+    items = _items(coco, split_by, options.stratify_by)
     given = {name for part in earlier.values() for name in part}
     gone = sorted(given - {i.name for i in items})
     if gone:
         source.notes.append(f"{len(gone)} files of the given splits are gone: {', '.join(gone)}")
 
-    splits = make_splits(items, options.ratio, options.seed, earlier)
     settings = {"seed": options.seed, "split_by": split_by}
+    if options.leave_out:
+        splits = _leave_out(coco["images"], items, options, earlier)
+        settings["left_out"] = " ".join(map(str, options.leave_out))
+    else:
+        splits = make_splits(items, options.ratio or DEFAULT_RATIO, options.seed, earlier)
+    if options.stratify_by:
+        settings["stratify_by"] = options.stratify_by
+    if given and (added := [i.name for i in items if i.name not in given]):
+        text = "images have no given split, and were assigned by the ratio"
+        source.notes.append(f"{len(added)} {text}: {few(added)}")
     if given and split_by != "prefix":
         settings["given"] = len(given) - len(gone)  # images whose split was not chosen here
     if options.folds:
@@ -182,6 +212,20 @@ def _write_splits_and_annotations(
     if samples[0].label is not None:
         _check_classes(contents)
     return contents
+
+
+def _leave_out(
+    images: Sequence[Mapping], items: Sequence[Item], options: SplitOptions, earlier: Mapping
+) -> dict[str, list[str]]:
+    """The splits of `options.leave_out`."""
+    if isinstance(options.ratio, FixedTest):
+        raise ValueError("--leave-out and --test-per-class both choose the test images: give one")
+    ratio = (options.ratio or DEFAULT_RATIO)[:2]
+    test = {image["file_name"] for where in options.leave_out for image in where.select(images)}
+    if len(test) == len(items) or not any(ratio):
+        rest = f"{len(items) - len(test)} images to share by {':'.join(map(str, ratio))}"
+        raise ValueError(f"--leave-out leaves {rest} as train and val; leave out less")
+    return leave_out(items, test, ratio, options.seed, earlier)
 
 
 def _write_json(path: Path, content: dict, indent: int | None = None) -> None:
@@ -213,12 +257,24 @@ def _write_split_files(
     return contents
 
 
+def _of_converted(
+    splits: Mapping[str, Sequence[str]], samples: Iterable[Sample]
+) -> dict[str, list[str]]:
+    """The splits with the present names of images that were converted to PNG."""
+
+    def stem(name: str) -> PurePosixPath:
+        return PurePosixPath(name).with_suffix("")
+
+    names = {stem(s.file_name): s.file_name for s in samples if s.image.needs_conversion}
+    return {split: [names.get(stem(name), name) for name in part] for split, part in splits.items()}
+
+
 def _group(stage: Path, samples: list[Sample], notes: list[str]) -> None:
-    """Set ``group_id`` of images with a near-duplicate or a patient; list them in a file."""
+    """Set ``group_id`` of images with a near-duplicate or a unit; list them in a file."""
     names = [sample.file_name for sample in samples]
     pairs = duplicates.find_near_duplicates([stage / "images" / name for name in names])
-    patients = positions(sample.fields.get("patient_id") for sample in samples)
-    groups = joined_groups(len(names), [*((pair.a, pair.b) for pair in pairs), *patients.values()])
+    units = positions(units_of([sample.fields for sample in samples]))
+    groups = joined_groups(len(names), [*((pair.a, pair.b) for pair in pairs), *units.values()])
     for number, group in enumerate(groups, start=1):
         for i in group:
             samples[i].fields["group_id"] = number
@@ -240,7 +296,7 @@ def _check_classes(contents: Mapping[str, dict]) -> None:
             raise ValueError(f"{text}: add images, change the ratio, or correct the split column")
 
 
-def _coco(samples: list[Sample], source: Source) -> dict:
+def coco_content(samples: list[Sample], source: Source) -> dict:
     """COCO content of all splits; ids count from 1, in the order of `samples`."""
     images, annotations = [], []
     for image_id, sample in enumerate(samples, start=1):
@@ -253,10 +309,14 @@ def _coco(samples: list[Sample], source: Source) -> dict:
     return {**content, "images": images, "annotations": annotations}
 
 
-def _items(coco: Mapping, unit: str | None) -> list[Item]:
-    """The images to split; those with the same value of the field `unit` stay together.
+def _items(coco: Mapping, split_by: str, stratify_by: str | None = None) -> list[Item]:
+    """The images to split, and what they stay together by.
 
-    The stratum of a classified image, which has no box, is its class; else whether it has a lesion.
+    The stratum of a classified image, which has no box, is its class; else whether it has a lesion;
+    and the value of the field `stratify_by`.
+
+    Raises:
+        ValueError: no image has this field.
     """
     strata = {
         annotation["image_id"]: True if "bbox" in annotation else annotation["category_id"]
@@ -264,7 +324,18 @@ def _items(coco: Mapping, unit: str | None) -> list[Item]:
         if not annotation.get("iscrowd")
     }
     images = coco["images"]
-    return [Item(i["file_name"], strata.get(i["id"], False), i.get(unit)) for i in images]
+    if stratify_by and all(image.get(stratify_by) is None for image in images):
+        fields = ", ".join(sorted({field for image in images for field in image}))
+        raise ValueError(f"--stratify-by {stratify_by}: no image has it; they have {fields}")
+
+    def item(image: Mapping, unit: tuple[str, str] | None) -> Item:
+        if split_by == "group" and image.get("group_id") is not None:
+            unit = "group", str(image["group_id"])
+        stratum = strata.get(image["id"], False), str(image.get(stratify_by))
+        return Item(image["file_name"], stratum, unit)
+
+    units = units_of(images) if split_by == "patient" else [None] * len(images)
+    return [item(image, unit) for image, unit in zip(images, units, strict=True)]
 
 
 def _fold_settings(settings: Mapping) -> dict:
@@ -273,8 +344,35 @@ def _fold_settings(settings: Mapping) -> dict:
     return {"seed": settings["seed"], "split_by": "image" if split_by == "prefix" else split_by}
 
 
-def write_folds(prepared: Path, count: int) -> list[Path]:
-    """Write ``<prepared>.folds<count>/fold<i>/<name>/`` next to a prepared data set, once.
+def folds_folder(prepared: Path, folds: int | str) -> Path:
+    """Where `write_folds` writes: DATA.folds5, DATA.folds_by_centre."""
+    kind = folds if isinstance(folds, int) else f"_by_{folds}"
+    return prepared.with_name(f"{prepared.name}.folds{kind}")
+
+
+def left_out_by(prepared: Path, field: str) -> list[Where]:
+    """What each fold by a field of images, such as the centre, leaves out for testing.
+
+    Raises:
+        FileNotFoundError: no prepared data set.
+        ValueError: an image has no value of the field, or all have the same.
+    """
+    check_prepared(prepared)
+    images = _records(_read_contents(prepared), "images")
+    unknown = [image["file_name"] for image in images if image.get(field) is None]
+    values = sorted({str(image[field]) for image in images if image.get(field) is not None})
+    if unknown or len(values) < 2:
+        text = f"{prepared}: folds by {field} need its value in all images, and two or more values;"
+        text += f" they have {', '.join(values) or 'none'}"
+        if values and unknown:
+            text += f", {len(unknown)} of {len(images)} have none: {few(unknown)}"
+        raise ValueError(f"{text}. Give them with imrcnn prepare-dataset --metadata")
+    return [Where(field, value) for value in values]
+
+
+def write_folds(prepared: Path, folds: int | str) -> list[Path]:
+    """Write ``fold<i>/<name>/`` into `folds_folder` next to a prepared data set, once: so many
+    folds, or one per value of a field of images, such as the centre, whose images it tests.
 
     Each is a prepared data set, with the ids, seed and ``split_by`` of the original, and ``images``
     as a relative link to the original's. Equal folds that are already there stay as they are.
@@ -283,29 +381,36 @@ def write_folds(prepared: Path, count: int) -> list[Path]:
     Raises:
         FileNotFoundError: no prepared data set.
         FileExistsError: other folds are there, e.g. of an earlier state of the data.
-        ValueError: fewer than 2 folds, or so many that one has no image to train, validate or test.
+        ValueError: fewer than 2 folds, or so many that one has no image to train, validate or test;
+            see `left_out_by`.
     """
-    if not (prepared / "splits.json").is_file():
-        remedy = "make it with imrcnn prepare-dataset, or set IMRCNN_DATASETS to its folder"
-        raise FileNotFoundError(f"{prepared}: no prepared data set (no splits.json); {remedy}")
+    check_prepared(prepared)
     settings = _fold_settings(read_json(prepared / "splits.json"))
     coco = _merged(prepared, _read_contents(prepared))
     coco["images"].sort(key=lambda image: image["file_name"])
-    items = _items(coco, _KEPT_TOGETHER.get(settings["split_by"]))
-    folds = make_folds(items, count, settings["seed"])
-    empty = [f"fold {i}'s {s}" for i, fold in enumerate(folds) for s in SPLITS if not fold[s]]
+    items = _items(coco, settings["split_by"])
+    if isinstance(folds, int):
+        parts = make_folds(items, folds, settings["seed"])
+        facts = [{} for _ in parts]
+    else:
+        left_out = left_out_by(prepared, folds)
+        names = [[i["file_name"] for i in where.select(coco["images"])] for where in left_out]
+        parts = [leave_out(items, test, seed=settings["seed"]) for test in names]
+        facts = [{"left_out": str(where)} for where in left_out]
+    count = len(parts)
+    empty = [f"fold {i}'s {s}" for i, part in enumerate(parts) for s in SPLITS if not part[s]]
     if empty:
         kept = f"{len(items)} images kept together by {settings['split_by']}"
         text = f"{count} folds of {prepared} ({kept}) leave nothing for {', '.join(empty)}"
         raise ValueError(f"{text}: take fewer folds")
 
-    out = prepared.with_name(f"{prepared.name}.folds{count}")
+    out = folds_folder(prepared, folds)
     with staged(out) as stage:
-        for i, fold in enumerate(folds):
+        for i, (part, fact) in enumerate(zip(parts, facts, strict=True)):
             folder = stage / f"fold{i}" / prepared.name
             folder.mkdir(parents=True)
             (folder / "images").symlink_to(Path("..", "..", "..", prepared.name, "images"))
-            _write_split_files(folder, fold, {**settings, "fold": i, "folds": count}, coco)
+            _write_split_files(folder, part, {**settings, **fact, "fold": i, "folds": count}, coco)
             _copy_rejected(prepared, folder)
         if not out.exists():
             os.replace(stage, out)
@@ -385,7 +490,7 @@ def write_fixed_splits(
             image["group_id"] = group_of[image["file_name"]]
     kept = {split: [n for n in names if n not in crossing] for split, names in old.items()}
     sizes = [len(contents[split]["images"]) for split in SPLITS]
-    new = make_splits(_items(coco, "group_id"), sizes, settings.get("seed", 0), kept)
+    new = make_splits(_items(coco, "group"), sizes, settings.get("seed", 0), kept)
 
     with staged(out) as stage:
         for path in sorted((prepared / "images").rglob("*")):

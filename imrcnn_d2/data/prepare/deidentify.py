@@ -6,6 +6,7 @@ the key nobody can compute them from a list of patients, with it the next images
 the same id. Writing inside the view stays: a person has to look at the images.
 """
 
+import contextlib
 import csv
 import hashlib
 import hmac
@@ -29,7 +30,12 @@ from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.formats.base import Sample, Source
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import inspect_image, read_image
-from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS, annotation_from_mask
+from imrcnn_d2.data.masks import (
+    ANNOTATION_FIELDS,
+    IMAGE_FIELDS,
+    annotation_from_box,
+    annotation_from_mask,
+)
 from imrcnn_d2.utils.files import BadInputError, Rejects, csv_lines, read_rows, regular_file
 
 # Which values of a field pass: those listed, numbers from the first to the second, or all.
@@ -281,14 +287,24 @@ def _moved(sample: Sample, view: View) -> tuple[list[tuple[dict, dict]], int]:
     """(Annotation, its mask or class in the view) and the number of lesions that were cut."""
     pairs, cut = [], 0
     for old in sample.annotations:
-        if "segmentation" not in old:  # a class of the whole image
+        if "bbox" not in old:  # a class of the whole image
             pairs.append((old, {"category_id": old["category_id"]}))
             continue
-        mask = mask_util.decode(to_rle(old["segmentation"], *view.mask.shape))
-        inside = view.crop(mask)
-        if inside.any():
-            cut += bool(mask.sum() - inside.sum() > _CUT * mask.sum())
-            new = annotation_from_mask(inside, old["category_id"], iscrowd=old["iscrowd"])
+        fields = {"category_id": old["category_id"], "iscrowd": old["iscrowd"]}
+        new, before = None, old["area"]
+        if "segmentation" in old:
+            mask = mask_util.decode(to_rle(old["segmentation"], *view.mask.shape))
+            inside, before = view.crop(mask), mask.sum()
+            if inside.any():
+                new = annotation_from_mask(inside, **fields)
+        else:
+            left, top, right, bottom = view.box
+            x, y, w, h = old["bbox"]
+            with contextlib.suppress(ValueError):  # outside
+                box = (x - left, y - top, w, h)
+                new = annotation_from_box(box, bottom - top, right - left, **fields)
+        if new is not None:
+            cut += bool(before - new["area"] > _CUT * before)
             pairs.append((old, new))
         elif not old["iscrowd"]:
             box, view_box = old["bbox"], tuple(view.box)

@@ -1,10 +1,12 @@
 """Near-duplicate images: copies, re-framed copies, and frames taken moments apart.
 
-Every image's local features are looked up among those of all images, as in Sivic and Zisserman,
-"Video Google" (ICCV 2003): images that share distinctive features are candidates. A candidate is a
-near-duplicate if one image, aligned to the other, correlates with it. A plain perceptual hash does
-not do for endoscopy: it sees the dark frame and the light in the middle, which all images of an
-endoscope share, and it misses the same image stored with another frame.
+One matcher serves preparing (`--split-by group`), audit, merging and validation. Each image is
+summed up by its local features in a vector (VLAD: Jegou et al., "Aggregating local descriptors
+into a compact image representation", CVPR 2010) and by a hash of its coarse detail; the images
+most alike by either are candidates. A candidate is a near-duplicate if one image, aligned to the
+other by their matching features, correlates with it. A plain perceptual hash does not do for
+endoscopy: it sees the dark frame and the light in the middle, which all images of an endoscope
+share, and it misses the same image stored with another frame.
 """
 
 import functools
@@ -19,27 +21,42 @@ import numpy as np
 from PIL import Image
 
 from imrcnn_d2.data.images import in_threads, open_image
-from imrcnn_d2.utils.progress import tqdm
 
 # Chosen by looking at the pairs of Kvasir-SEG: above 0.31 all show the same scene, under 0.25
 # hardly any does. Between them both occur, and a pair too many harms a split less than one missed.
 # What passes wrongly shares writing on the screen, the more so in a small set.
 MIN_CORRELATION = 0.25
 
+# Of the 256 bits of `fingerprint`, at most so many differ between copies of an image. Of 150 images
+# of Kvasir-SEG and PolypGen, scaled to 128 pixels or more, squeezed, in JPEG of quality 30, in gray
+# or brighter, at most 21 differ, without a border of 1 % at most 38; between the two data sets, of
+# which none is in the other, at least 76.
+MOST_DIFFERENT = 48
+
 _SIZE = 352  # side that all images are resized to, in pixels; lengths below refer to it
+_FEATURE_SIZE = 176  # and to look for features, in a quarter of the time
 _FEATURES = 300  # of an image
-_NEIGHBOURS = 12  # features looked up for each one
-_DISTINCT = 0.85  # of the distance to the last of them: nearer ones are matches
-_MIN_MATCHES = 5
+_WORDS = 64  # of the vocabulary of features
+_ALIKE = 32  # images that are compared with each one, by VLAD
+_ALIKE_MIRRORED = 4  # and by that of the mirrored image
+_ALIKE_BY_HASH = 4  # and by hash, of which at most
+_HASH_LIMIT = 80  # bits differ
+_DISTINCT = 0.8  # of the distance to the second nearest feature: nearer ones match
+_MIN_MATCHES = 6
 _MIN_MIRRORED = 12  # of the features of the mirrored image, with which only copies are looked for
 _STAYS = 4  # matches that moved less may be of text on the screen
 _HOPELESS, _GOOD = 0.1, 0.9  # correlations between which the alignment is refined
 _MIN_OVERLAP = 0.3  # share of the image in which both show tissue
+_GREEN = 60  # gray values by which green exceeds red in no mucosa
+_MOST_COVERED = 0.3  # share of the image
+_FLAT = 1e-3  # standard deviation of the detail, from -2 to 2, of an image without any
+_BLOCK = 512  # images that are looked up at once
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two near-duplicates: indices a < b of the images, and their correlation once aligned."""
+    """Two near-duplicates: the positions of the images, and their correlation once aligned. Within
+    one list, a < b; between two, `a` is of the first and `b` of the other."""
 
     a: int
     b: int
@@ -48,50 +65,67 @@ class Pair:
 
 @dataclass(frozen=True)
 class Features:
-    """Local features of an image, in pixels of the size that all are resized to."""
+    """What an image is known by."""
 
-    points: np.ndarray  # (F, 2) float32
+    points: np.ndarray  # (F, 2) float32, in pixels of the size that all images are resized to
     descriptors: np.ndarray  # (F, 128) uint8, SIFT
+    fingerprint: str  # see `fingerprint`
 
 
 def find_near_duplicates(
     paths: Sequence[Path],
+    others: Sequence[Path] | None = None,
     min_correlation: float = MIN_CORRELATION,
-    neighbours: Sequence[Sequence[int]] | None = None,
 ) -> list[Pair]:
     """Find pairs of images that show the same scene, turned and mirrored copies among them.
 
-    Pixels are compared, so images of one lesion from two sides are no pair. The same files in the
-    same order give the same pairs, sorted. About 1 MB of memory for ten images.
+    Pixels are compared, so images of one lesion from two sides are no pair. The same set of images
+    gives the same pairs, whatever their names and order. Time grows with the number of images, but
+    for the look-up of candidates, whose share is small up to some 10,000. About 1 MB of memory for
+    ten images.
 
     Args:
+        others: images to find those of `paths` among; None looks for pairs within `paths`.
         min_correlation: of the aligned images, in (0, 1]; see `MIN_CORRELATION`.
-        neighbours: indices of the images to compare each image with, which takes time that grows
-            with their number alone; None looks the features of each image up among all others.
     """
-    features = in_threads(describe_image, paths, "Describing images")
+    count, images = len(paths), [*paths, *(others or ())]
+    if len(images) < 2:
+        return []
+    described = in_threads(describe_image, images, "Describing images")
+    # an order that depends on nothing but the pixels
+    order = sorted(range(len(images)), key=lambda i: _order(described[i]))
+    features = [described[i] for i in order]
+    is_first = np.array([others is None or i < count for i in order], dtype=bool)
+    is_other = np.array([others is None or i >= count for i in order], dtype=bool)
+    vectors = [_root_sift(image.descriptors) for image in features]
+
+    def compare(candidate: tuple[int, int, bool]) -> float:
+        a, b, is_mirrored = candidate
+        files = images[order[a]], images[order[b]]
+        value = -1.0
+        if fingerprint_distance(features[a].fingerprint, features[b].fingerprint) <= MOST_DIFFERENT:
+            value = _overlap_correlation(np.eye(2, 3), *files)
+        of_a, of_b = _mirrored(vectors[a]) if is_mirrored else vectors[a], vectors[b]
+        matches = {*zip(*_matches(of_a, of_b), strict=True)}
+        mutual = matches & {*zip(*_matches(of_b, of_a)[::-1], strict=True)}
+        for chosen in (matches, mutual):  # these are fewer, and more of them are right
+            if len(chosen) >= (_MIN_MIRRORED if is_mirrored else _MIN_MATCHES):
+                rows, columns = np.array(sorted(chosen)).T
+                matched = features[a].points[rows], features[b].points[columns]
+                value = max(value, _correlation(*files, *matched))
+        return value
+
+    candidates = sorted(_candidates(features, vectors, is_first, is_other))
     correlations: dict[tuple[int, int], float] = {}
-    if neighbours is None:
-        points, descriptors, owners = _joined_features(features)
-        candidates = _candidates(descriptors, owners)
-        for a, b in tqdm(sorted(candidates), desc="Comparing images", unit="pair"):
-            matched = points[np.array(sorted(candidates[a, b]))].transpose(1, 0, 2)
-            correlations[a, b] = _correlation(paths[a], paths[b], *matched)
-    else:
-
-        def compare(i: int) -> list[float]:
-            images = [i, *neighbours[i]]
-            return _compare([paths[j] for j in images], [features[j] for j in images])
-
-        compared = in_threads(compare, range(len(paths)), "Comparing images")
-        for i, values in enumerate(compared):
-            for j, value in zip(neighbours[i], values, strict=True):
-                pair = min(i, j), max(i, j)
-                correlations[pair] = max(value, correlations.get(pair, -1.0))
+    compared = in_threads(compare, candidates, "Comparing images")
+    for (i, j, _), value in zip(candidates, compared, strict=True):
+        a, b = sorted((order[i], order[j]))
+        correlations[a, b] = max(value, correlations.get((a, b), -1.0))
+    shift = 0 if others is None else count
     return [
-        Pair(a, b, round(correlation, 3))
-        for (a, b), correlation in sorted(correlations.items())
-        if correlation >= min_correlation
+        Pair(a, b - shift, round(value, 3))
+        for (a, b), value in sorted(correlations.items())
+        if value >= min_correlation
     ]
 
 
@@ -120,80 +154,126 @@ def positions(values: Iterable[Hashable]) -> dict[Hashable, list[int]]:
     return dict(by_value)
 
 
+def fingerprint(image: np.ndarray) -> str:
+    """Return a hash of 64 hexadecimal digits of an (H, W, 3) uint8 RGB or (H, W) gray image: the
+    signs of the lowest frequencies of its detail, of equal strength everywhere. It hardly changes
+    when an image is scaled, squeezed or compressed, see `MOST_DIFFERENT`."""
+    gray = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(gray, (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32)
+    detail = small - cv2.GaussianBlur(small, (0, 0), 6)
+    detail /= np.sqrt(cv2.GaussianBlur(detail**2, (0, 0), 6)) + 2
+    lowest = cv2.dct(detail)[:18, :18].ravel()
+    return np.packbits(lowest[1:257] > 0).tobytes().hex()
+
+
+def fingerprint_distance(a: str, b: str) -> int:
+    """The number of bits that differ, 0 to 256."""
+    return (int(a, 16) ^ int(b, 16)).bit_count()
+
+
+def fingerprint_bits(fingerprints: Sequence[str]) -> np.ndarray:
+    """(N, 256) float32, -1 or 1; the product of two rows is 256 less twice the bits that differ."""
+    data = np.frombuffer(bytes.fromhex("".join(fingerprints)), np.uint8)
+    return np.unpackbits(data.reshape(-1, 32), axis=1).astype(np.float32) * 2 - 1
+
+
 def describe_image(path: Path) -> Features:
-    """The local features of an image."""
+    """The local features of an image, and its fingerprint."""
     sift = cv2.SIFT_create(nfeatures=_FEATURES, contrastThreshold=0.02)
     equaliser = cv2.createCLAHE(3, (8, 8))  # mucosa has little contrast
-    gray = _read(path)
-    keypoints, descriptors = sift.detectAndCompute(equaliser.apply(gray), _tissue(gray, 8))
+    gray, size = _read(path), (_FEATURE_SIZE, _FEATURE_SIZE)
+    small = cv2.resize(equaliser.apply(gray), size, interpolation=cv2.INTER_AREA)
+    tissue = cv2.resize(_tissue(gray, 8), size, interpolation=cv2.INTER_NEAREST)
+    keypoints, descriptors = sift.detectAndCompute(small, tissue)
     points = np.array([k.pt for k in keypoints], np.float32).reshape(-1, 2)
     if descriptors is None:
-        return Features(points, np.empty((0, 128), np.uint8))
+        descriptors = np.empty((0, 128))
     # whole numbers up to 255, though of type float32
-    return Features(points, descriptors.astype(np.uint8))
+    return Features(
+        points * (_SIZE / _FEATURE_SIZE), descriptors.astype(np.uint8), fingerprint(gray)
+    )
 
 
-def _compare(paths: Sequence[Path], features: Sequence[Features]) -> list[float]:
-    """Correlations of the first image with the others, -1 without enough matching features.
-
-    Which features are distinct is judged by those of the others.
-    """
-    points, descriptors, owners = _joined_features(features)
-    queried, others = descriptors[owners == 0], descriptors[owners > 0]
-    correlations = [-1.0] * (len(paths) - 1)
-    if len(others) <= _NEIGHBOURS:
-        return correlations
-    best: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for queries, least in ((_mirrored(queried), _MIN_MIRRORED), (queried, _MIN_MATCHES)):
-        squares = 2 - 2 * queries @ others.T  # they have length 1
-        furthest = np.partition(squares, _NEIGHBOURS - 1, axis=1)[:, _NEIGHBOURS - 1]
-        rows, columns = np.nonzero(squares < _DISTINCT**2 * furthest[:, None])
-        columns += len(queried)
-        for i in np.unique(owners[columns]).tolist():
-            of_image = owners[columns] == i
-            if of_image.sum() >= max(least, len(best[i][0]) if i in best else 0):
-                best[i] = rows[of_image], columns[of_image]
-    for i, (rows, columns) in best.items():
-        correlations[i - 1] = _correlation(paths[0], paths[i], points[rows], points[columns])
-    return correlations
+def _order(image: Features) -> tuple[str, bytes]:
+    return image.fingerprint, image.descriptors.tobytes()
 
 
-def _joined_features(features: Sequence[Features]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions (F, 2), RootSIFT descriptors (F, 128) and image indices (F,) of all features."""
-    points = [np.empty((0, 2), np.float32), *(image.points for image in features)]
-    descriptors = [np.empty((0, 128), np.uint8), *(image.descriptors for image in features)]
-    owners = np.repeat(np.arange(len(features)), [len(image.points) for image in features])
-    values = np.concatenate(descriptors).astype(np.float32)
-    # "RootSIFT", Arandjelovic and Zisserman, CVPR 2012
-    values = np.sqrt(values / np.maximum(values.sum(axis=1, keepdims=True), 1e-6))
-    return np.concatenate(points), values, owners
+def _root_sift(descriptors: np.ndarray) -> np.ndarray:
+    """(F, 128) float32 rows of length 1: "RootSIFT", Arandjelovic and Zisserman, CVPR 2012."""
+    values = descriptors.astype(np.float32)
+    return np.sqrt(values / np.maximum(values.sum(axis=1, keepdims=True), 1e-6))
 
 
 def _candidates(
-    descriptors: np.ndarray, owners: np.ndarray
-) -> dict[tuple[int, int], set[tuple[int, int]]]:
-    """Pairs of images with their matching features.
+    features: Sequence[Features],
+    vectors: Sequence[np.ndarray],
+    is_first: np.ndarray,
+    is_other: np.ndarray,
+) -> set[tuple[int, int, bool]]:
+    """Pairs of images that may be near-duplicates, of one that is first and one of the others, and
+    whether one is to be mirrored."""
+    words = _vocabulary(vectors)
+    upright = np.stack([_vlad(rows, words) for rows in vectors])
+    mirrored = np.stack([_vlad(_mirrored(rows), words) for rows in vectors])
+    bits = fingerprint_bits([image.fingerprint for image in features])
+    tables = (
+        (upright, _ALIKE, 0.0),
+        (mirrored, _ALIKE_MIRRORED, 0.0),
+        (bits, _ALIKE_BY_HASH, 256.0 - 2 * _HASH_LIMIT),
+    )
+    pairs = set()
+    for start in range(0, len(features), _BLOCK):
+        rows = np.arange(start, min(start + _BLOCK, len(features)))
+        allowed = np.outer(is_first[rows], is_other) | np.outer(is_other[rows], is_first)
+        allowed[np.arange(len(rows)), rows] = False
+        for queries, number, least in tables:
+            table = bits if queries is bits else upright
+            alike = np.where(allowed, queries[rows] @ table.T, -np.inf)
+            number = min(number, len(features))
+            columns = np.argpartition(-alike, number - 1, axis=1)[:, :number]
+            good = np.take_along_axis(alike, columns, axis=1) >= least
+            for row, column in zip(rows[np.nonzero(good)[0]], columns[good], strict=True):
+                pairs.add((*sorted((int(row), int(column))), queries is mirrored))
+    return pairs
 
-    A feature matches those that are distinctly nearer than the last of its nearest. One that many
-    images have, such as a letter on the screen, has many equally near ones and so matches none.
+
+def _vocabulary(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """(W, 128) means of clusters of features, the strongest of images of all kinds."""
+    rows = np.concatenate([np.zeros((1, 128), np.float32), *(r[:40] for r in vectors)])
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 20_000)).astype(int)]
+    if len(rows) <= _WORDS:
+        return rows
+    cv2.setRNGSeed(0)
+    criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 10, 1e-3)
+    return cv2.kmeans(rows, _WORDS, None, criteria, 1, cv2.KMEANS_PP_CENTERS)[2]
+
+
+def _vlad(rows: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """(W * 128,) float32 of length 1, or 0 without a feature: for each word the sum of differences
+    of the features nearest to it, of equal weight; square roots against bursts of one feature."""
+    nearest = np.argmin((words**2).sum(axis=1) - 2 * rows @ words.T, axis=1)
+    sums = np.zeros_like(words)
+    np.add.at(sums, nearest, rows - words[nearest])
+    sums = np.sign(sums) * np.sqrt(np.abs(sums))
+    sums /= np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
+    return sums.ravel() / max(np.linalg.norm(sums), 1e-9)
+
+
+def _matches(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the matching features of two images.
+
+    A feature matches the nearest one of the other image, if that is distinctly nearer than all
+    others: so letters, which look the same all over the screen, mostly do not.
     """
-    if len(owners) <= _NEIGHBOURS:
-        return {}
-    cv2.setRNGSeed(0)  # the trees are random
-    index = cv2.flann_Index(descriptors, {"algorithm": 1, "trees": 4})
-    candidates = {}
-    for queries, least in ((_mirrored(descriptors), _MIN_MIRRORED), (descriptors, _MIN_MATCHES)):
-        matches = defaultdict(set)
-        neighbours, squares = index.knnSearch(queries, _NEIGHBOURS, params={"checks": 96})
-        near = squares < _DISTINCT**2 * squares[:, -1:]
-        rows, columns = np.nonzero(near & (owners[neighbours] != owners[:, None]))
-        for i, j in zip(rows, neighbours[rows, columns], strict=True):
-            i, j = sorted((int(i), int(j)))
-            matches[int(owners[i]), int(owners[j])].add((i, j))
-        for pair, features in matches.items():
-            if len(features) >= max(least, len(candidates.get(pair, ()))):
-                candidates[pair] = features
-    return candidates
+    if len(b) < 2:
+        return np.empty(0, int), np.empty(0, int)
+    alike, rows = a @ b.T, np.arange(len(a))
+    nearest = alike.argmax(axis=1)
+    first = alike[rows, nearest]
+    alike[rows, nearest] = -1
+    # squared distances of rows of length 1
+    distinct = 2 - 2 * first < _DISTINCT**2 * (2 - 2 * alike.max(axis=1))
+    return np.flatnonzero(distinct), nearest[distinct]
 
 
 def _mirrored(descriptors: np.ndarray) -> np.ndarray:
@@ -215,15 +295,17 @@ def _correlation(a: Path, b: Path, points_a: np.ndarray, points_b: np.ndarray) -
         affine, _ = cv2.estimateAffine2D(
             points_a[chosen], points_b[chosen], ransacReprojThreshold=8, maxIters=1000
         )
-        for aligned in _alignments(affine, a, b):
-            best = max(best, aligned)
+        if affine is None or not _is_plausible(affine):
+            continue
+        files = a, b
+        if np.linalg.det(affine[:, :2]) ** 2 < 1:  # in the frame of the closer view
+            affine, files = cv2.invertAffineTransform(affine), (b, a)
+        best = max(best, *_alignments(affine, *files))
     return best
 
 
-def _alignments(affine: np.ndarray | None, a: Path, b: Path) -> Iterator[float]:
+def _alignments(affine: np.ndarray, a: Path, b: Path) -> Iterator[float]:
     """The correlation after an alignment, and after its refinement where that may help."""
-    if affine is None or not _is_plausible(affine):
-        return
     first = _overlap_correlation(affine, a, b)
     yield first
     if not _HOPELESS <= first < _GOOD or _stays(affine):
@@ -265,7 +347,7 @@ def _overlap_correlation(affine: np.ndarray, a: Path, b: Path) -> float:
     (detail_a, tissue_a), (detail_b, tissue_b) = _detail(a), _detail(b)
     moved = cv2.warpAffine(detail_a, affine, (_SIZE, _SIZE))
     both = (cv2.warpAffine(tissue_a, affine, (_SIZE, _SIZE)) & tissue_b) > 0
-    if both.mean() < _MIN_OVERLAP or moved[both].std() == 0 or detail_b[both].std() == 0:
+    if both.mean() < _MIN_OVERLAP or min(moved[both].std(), detail_b[both].std()) < _FLAT:
         return -1.0
     return float(np.corrcoef(moved[both], detail_b[both])[0, 1])
 
@@ -290,5 +372,13 @@ def _tissue(gray: np.ndarray, margin: int) -> np.ndarray:
 
 
 def _read(path: Path) -> np.ndarray:
+    """Gray values, (S, S) uint8; 0 where the processor's own display covers the view, such as the
+    green one of the scope's position, which is the same in images that show nothing else alike."""
     with open_image(path) as image:
-        return np.asarray(image.convert("L").resize((_SIZE, _SIZE), Image.Resampling.BOX))
+        small = image.convert("RGB").resize((_SIZE, _SIZE), Image.Resampling.BOX)
+    gray = np.array(small.convert("L"))
+    red, green, _ = (np.asarray(channel) for channel in small.split())
+    covered = cv2.subtract(green, red) > _GREEN
+    if covered.mean() < _MOST_COVERED:  # else it is dye or a filter
+        gray[covered] = 0
+    return gray

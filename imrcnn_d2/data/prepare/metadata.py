@@ -1,14 +1,14 @@
 """Patient ids from a table, file names or DICOM files; further metadata from tables.
 
 Images of one patient stay in one split, and metrics are resampled over patients. So an image whose
-patient should be known and is not is bad input; it never becomes a separate patient silently.
+patient should be known and is not is bad input; it never becomes a unit of its own silently.
 """
 
 import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -204,6 +204,22 @@ def _values(table: Table, columns: Sequence[str]) -> tuple[list[dict], list[str]
     return values, notes
 
 
+def read_facts(csv_file: Path, key: str, names: Mapping[str, str]) -> dict[str, dict]:
+    """Read columns of a table, each `typed`: {cell of the column `key`: {its new name: value}},
+    without empty cells.
+
+    Raises:
+        BadInputError: it cannot be read, lacks a column, or has a row without a key.
+    """
+    table = read_table(csv_file, (key, *names))
+    facts: dict[str, dict] = {}
+    for row, values in zip(table.rows, _values(table, [*names])[0], strict=True):
+        if not row.cells[key]:
+            raise BadInputError(row.where, f"has no {key}")
+        facts[row.cells[key]] = {names[column]: value for column, value in values.items()}
+    return facts
+
+
 def with_metadata(
     source: Source, tables: Iterable[MetadataTable], rejects: Rejects, every_image: bool = False
 ) -> Source:
@@ -256,6 +272,59 @@ def _joined(
             source.notes.append(f"{len(names)} {problem}: {', '.join(names)}")
 
 
+def with_pattern(source: Source, pattern: str, rejects: Rejects) -> Source:
+    """Give images the fields that a regular expression finds in their file names, folders included:
+    the text of its named groups, but of ``frame`` a number.
+
+    Where it does not match, or a group takes no part, the field is not known: a note counts these.
+    What contradicts a field that the image has is bad input.
+
+    Raises:
+        ValueError: it is no regular expression, or names no group, or one as COCO's own fields.
+    """
+    compiled = _compiled(pattern, "--metadata-pattern")
+    fields = list(compiled.groupindex)
+    if not fields or {*fields} & {*IMAGE_FIELDS, "group_id"}:
+        text = f"--metadata-pattern {pattern!r}: name its groups as fields, such as (?P<centre>C.)"
+        raise ValueError(f"{text}; {', '.join(IMAGE_FIELDS)} and group_id are taken")
+
+    def samples() -> Iterator[Sample]:
+        values: dict[str, set[str]] = {field: set() for field in fields}
+        unknown: dict[str, list[str]] = {field: [] for field in fields}
+        for sample in source.samples:
+            with rejects.catch():
+                match = compiled.search(sample.file_name)
+                for field in fields:
+                    if not (text := match and match[field]):
+                        unknown[field].append(sample.file_name)
+                        continue
+                    value = int(text) if field == "frame" and text.isdecimal() else text
+                    present = sample.fields.setdefault(field, value)
+                    if str(present) != str(value) or (field == "frame" and value == text):
+                        reason = f"{field} is {present!r}, {text!r} in the name {sample.file_name}"
+                        raise BadInputError(sample.image.path, reason)
+                    values[field].add(text)
+                yield sample
+        for field in fields:
+            note = f"{field}: {len(values[field])} values by --metadata-pattern"
+            if names := unknown[field]:
+                note += f"; not known of {len(names)} images: {few(names)}"
+            source.notes.append(note)
+
+    return replace(source, samples=samples())
+
+
+def with_defaults(source: Source) -> Source:
+    """Give images the default of each field that they lack."""
+
+    def samples() -> Iterator[Sample]:
+        for sample in source.samples:
+            sample.fields = {**sample.defaults, **sample.fields}
+            yield sample
+
+    return replace(source, samples=samples())
+
+
 def with_patients_from_csv(source: Source, csv_file: Path, rejects: Rejects) -> Source:
     """Take ``patient_id`` from a table with the columns file and patient_id, see `read_metadata`.
 
@@ -299,8 +368,8 @@ def with_patients(source: Source, patient_of: PatientOf, rejects: Rejects) -> So
                 yield sample
         source.notes.append(f"{len(patients)} patients")
         if unknown:
-            text = f"{unknown} images of unknown patients: each is split like a separate patient"
-            source.notes.append(f"{text}, and metrics are resampled over images, not patients")
+            text = f"{unknown} images of unknown patients: each, or its sequence where known"
+            source.notes.append(f"{text}, is split and resampled on its own")
 
     return replace(source, samples=samples())
 
@@ -311,21 +380,25 @@ def patients_from_pattern(pattern: str) -> PatientOf:
     The id is the group named ``patient``, else the first group, else all that matches; a group that
     takes no part says that the patient is not known. A name that does not match is bad input.
     """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        reason = f"--patient-pattern {pattern!r} is no regular expression: {error}"
-        raise ValueError(reason) from error
+    compiled = _compiled(pattern, "--patient-pattern")
     group = "patient" if "patient" in compiled.groupindex else min(compiled.groups, 1)
 
     def patient_of(sample: Sample) -> str | None:
         match = compiled.search(sample.file_name)
         if match is None:
-            reason = f"{sample.file_name} does not match the pattern {pattern!r}"
+            reason = f"{sample.file_name} does not match the pattern {pattern!r}; where patients "
+            reason += "are known in part, give it as --metadata-pattern '(?P<patient_id>...)'"
             raise BadInputError(sample.image.path, reason)
         return match[group] or None
 
     return patient_of
+
+
+def _compiled(pattern: str, option: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{option} {pattern!r} is no regular expression: {error}") from error
 
 
 def patients_from_dicom(folder: Path | None = None, rejects: Rejects | None = None) -> PatientOf:

@@ -1,20 +1,22 @@
-"""Splits and folds that keep the images of a patient, and near-duplicates, together."""
+"""Splits and folds that keep the images of a unit (patient, sequence, group) together."""
 
 import argparse
 import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from imrcnn_d2.utils.files import read_json
+from imrcnn_d2.data.images import check_folder
+from imrcnn_d2.utils.files import few, read_json
 
 SPLITS = ("train", "val", "test")
+DEFAULT_RATIO = (12, 3, 5)
 _SPLIT_OF_PREFIX = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
 
@@ -22,12 +24,12 @@ _SPLIT_OF_PREFIX = {"train": "train", "val": "val", "valid": "val", "test": "tes
 class Item:
     """An image to assign; all splits get their share of each `stratum` (a lesion or not, a class).
 
-    Images with the same `patient` stay together; None leaves the image free.
+    Images of the same `unit` (kind and id) stay together; None leaves the image free.
     """
 
     name: str
     stratum: Hashable
-    patient: str | int | None = None
+    unit: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,35 @@ class FixedTest:
         return np.vstack([rest, np.full(len(counts), self.per_stratum)])
 
 
+@dataclass(frozen=True)
+class Where:
+    """Images whose `field` has a value, e.g. the centre "C4"."""
+
+    field: str
+    value: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Where":
+        """Read FIELD=VALUE, or VALUE alone, which is a centre."""
+        field, equals, value = text.partition("=")
+        return cls(field, value) if equals else cls("centre", text)
+
+    def __str__(self) -> str:
+        return f"{self.field}={self.value}"
+
+    def select(self, images: Sequence[Mapping]) -> list[Mapping]:
+        """The records of images that have the value.
+
+        Raises:
+            ValueError: none has; it names the values that there are.
+        """
+        if chosen := [image for image in images if str(image.get(self.field)) == self.value]:
+            return chosen
+        values = sorted({str(i[self.field]) for i in images if i.get(self.field) is not None})
+        text = f"no image has the {self.field} {self.value!r}"
+        raise ValueError(f"{text}; there are {few(values, 20) if values else 'none with any'}")
+
+
 def parse_ratio(text: str) -> tuple[int, ...]:
     """Read train:val:test, whole numbers that are not all 0, e.g. "12:3:5" or "0:0:1"."""
     if not re.fullmatch(r"\d+:\d+:\d+", text, re.ASCII) or not re.search("[1-9]", text):
@@ -72,24 +103,53 @@ def largest_remainder(total: int, ratio: Sequence[int]) -> list[int]:
 
 def make_splits(
     items: Iterable[Item],
-    ratio: Sequence[int] | FixedTest = (12, 3, 5),
+    ratio: Sequence[int] | FixedTest = DEFAULT_RATIO,
     seed: int = 0,
     earlier: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[str]]:
     """Assign images to train, val and test; return sorted file names by split.
 
-    Sizes are exact by largest remainder, images of each stratum shared alike; with patients they
-    are as near as the patients allow. The file names of `earlier`, and so their patients, stay in
-    their splits.
+    Sizes are exact by largest remainder, images of each stratum shared alike; with units they
+    are as near as the units allow. The file names of `earlier`, and so their units, stay in their
+    splits.
 
     Raises:
-        ValueError: `earlier` has a patient in two splits, or a stratum is too small for a test set
+        ValueError: `earlier` has a unit in two splits, or a stratum is too small for a test set
             of fixed size.
     """
     split_of = {
         name: i for i, split in enumerate(SPLITS) for name in (earlier or {}).get(split, ())
     }
     return dict(zip(SPLITS, _partition(list(items), ratio, seed, split_of), strict=True))
+
+
+def leave_out(
+    items: Iterable[Item],
+    test: Collection[str],
+    ratio: Sequence[int] = (4, 1),
+    seed: int = 0,
+    earlier: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, list[str]]:
+    """Splits whose test part is these file names; the others are train and val, by `ratio`.
+
+    The train and val images of `earlier` stay there, unless they are left out.
+
+    Raises:
+        ValueError: images that must stay together are left out in part.
+    """
+    test, items = set(test), list(items)
+    rest = [item for item in items if item.name not in test]
+    units = {item.unit: item.name for item in items if item.name in test}
+    units.pop(None, None)
+    if torn := [item for item in rest if item.unit in units]:
+        pairs = [f"{i.name} with {units[i.unit]} ({' '.join(i.unit)})" for i in torn]
+        text = f"{len(torn)} images belong to images that are left out for testing: {few(pairs)}"
+        raise ValueError(f"{text}; take them out, or part them with --split-by image")
+    split_of = {
+        name: i for i, split in enumerate(SPLITS[:2]) for name in (earlier or {}).get(split, ())
+    }
+    train, val = _partition(rest, ratio[:2], seed, split_of)
+    return {"train": train, "val": val, "test": sorted(test)}
 
 
 def make_folds(items: Iterable[Item], count: int, seed: int = 0) -> list[dict[str, list[str]]]:
@@ -101,13 +161,8 @@ def make_folds(items: Iterable[Item], count: int, seed: int = 0) -> list[dict[st
     if count < 2:
         raise ValueError(f"{count} folds: cross-validation needs at least 2")
     items = list(items)
-    folds = []
-    for test in _partition(items, [1] * count, seed, {}):
-        names = set(test)
-        rest = [item for item in items if item.name not in names]
-        train, val = _partition(rest, (4, 1), seed, {})
-        folds.append({"train": train, "val": val, "test": test})
-    return folds
+    tests = _partition(items, [1] * count, seed, {})
+    return [leave_out(items, test, seed=seed) for test in tests]
 
 
 def splits_from_prefixes(names: Iterable[str]) -> dict[str, list[str]]:
@@ -133,6 +188,15 @@ def sha256(splits: Mapping[str, Sequence[str]]) -> str:
     """Hash of the three lists of file names; equal for equal splits."""
     lists = json.dumps([sorted(splits[split]) for split in SPLITS])
     return hashlib.sha256(lists.encode()).hexdigest()
+
+
+def check_prepared(folder: Path) -> None:
+    """Raise FileNotFoundError unless it is a prepared data set."""
+    if folder.exists():
+        check_folder(folder)
+    if not (folder / "splits.json").is_file():
+        remedy = "make it with imrcnn prepare-dataset, or set IMRCNN_DATASETS to its folder"
+        raise FileNotFoundError(f"{folder}: no prepared data set (no splits.json); {remedy}")
 
 
 def read_splits(path: Path) -> dict[str, list[str]]:
@@ -164,8 +228,7 @@ def _partition(
     """Share items over the parts of `ratio`; `part_of` fixes those it names."""
     groups: dict[tuple[str, str], list[Item]] = defaultdict(list)
     for item in items:
-        is_free = item.patient is None
-        groups[("", item.name) if is_free else ("patient", str(item.patient))].append(item)
+        groups[item.unit or ("", item.name)].append(item)
     # the largest groups first, so that small ones are left to fill the gaps
     keys = sorted(groups, key=lambda key: (-len(groups[key]), _rank(seed, key)))
     strata = sorted({item.stratum for item in items})
@@ -183,8 +246,9 @@ def _partition(
     for g, key in enumerate(keys):
         fixed = {part_of[item.name] for item in groups[key] if item.name in part_of}
         if len(fixed) > 1:
-            text = f"the given splits have patient {key[1]} in more than one part"
-            raise ValueError(f"{text}; keep them so with --split-by image")
+            named = few([item.name for item in groups[key] if item.name in part_of])
+            text = f"the given splits have {' '.join(key)} in more than one part ({named})"
+            raise ValueError(f"{text}; keep them so with --split-by image, or assign all anew")
         if fixed:
             parts[g] = fixed.pop()
     is_free = parts < 0
@@ -192,7 +256,7 @@ def _partition(
     missing = targets.copy()  # (S, K), images that each part still needs
     np.subtract.at(missing, parts[~is_free], sizes[~is_free])
     for g in np.flatnonzero(is_free):
-        # relative need, so that large and small patients go to every part alike
+        # relative need, so that large and small units go to every part alike
         need = (missing / np.maximum(targets, 1)) @ sizes[g]
         fits = (missing >= sizes[g]).all(axis=1)
         parts[g] = max(range(len(targets)), key=lambda i: (is_used[i], fits[i], need[i]))
