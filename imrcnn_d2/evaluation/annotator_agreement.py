@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from imrcnn_d2.evaluation.detection.counts import divide, number_units, union_overlaps
+from imrcnn_d2.data.units import Units
+from imrcnn_d2.evaluation.detection.counts import divide, union_overlaps
 from imrcnn_d2.evaluation.detection.inputs import (
     Detections,
     GroundTruth,
@@ -143,8 +144,7 @@ def agreement(
             ``name`` is, or if every annotator has a single one.
         model: one more, reported separately. With it one annotator is enough.
         iou_threshold: least overlap of two masks of one lesion, in (0, 1].
-        bootstrap: how to resample patients (where the first annotator's images all have a
-            ``patient_id``) or images for ``intervals``.
+        bootstrap: how to resample the units of the first annotator's images for ``intervals``.
 
     Raises:
         ValueError: fewer than two, two of one name, no image in common, or images of two sizes.
@@ -161,15 +161,13 @@ def agreement(
         for a, b in combinations(everyone, 2)
     }
     metrics = AgreementMetrics(everyone, pairs, model and model.name)
-    settings = metrics.settings(bootstrap)
     meta = {
         "annotators": names,
         "model": model and model.name,
         "iou_threshold": iou_threshold,
         "images": len(shared),
-        "patients": settings["patients"],
         "lesions": {a.name: int(a.truth.lesions.sum()) for a in everyone},
-        "bootstrap": settings["bootstrap"],
+        **metrics.settings(bootstrap),
     }
     result = AnnotatorAgreement(
         everyone, meta["model"], missing, notes, pairs, metrics.once(), meta, metrics
@@ -262,7 +260,7 @@ class AgreementMetrics(ResampledMetrics):
     of whom may be the ``model``, and means over the pairs."""
 
     def __init__(self, everyone: list[Annotator], pairs: dict, model: str | None):
-        super().__init__(*number_units(everyone[0].truth.images))
+        super().__init__(Units.of(everyone[0].truth.images))
         self._model = model
         # (I, A) bool, whether each annotator has a lesion in each image.
         positive = np.stack([annotator.truth.lesions > 0 for annotator in everyone], axis=1)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from imrcnn_d2.data.formats.coco import NUMBER, check_records
+from imrcnn_d2.data.units import Units
 from imrcnn_d2.evaluation.calibration import Calibration
-from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix, divide, number_units
+from imrcnn_d2.evaluation.detection.counts import ConfusionMatrix, divide
 from imrcnn_d2.evaluation.detection.curves import weighted_auroc
 from imrcnn_d2.evaluation.detection.inputs import GROUND_TRUTH, by_id
 from imrcnn_d2.evaluation.detection.metrics import (
@@ -144,7 +145,7 @@ def _name(image):
 
 class ClassificationMetrics(ResampledMetrics):
     """The metrics of a classifier, given (N, K) float probabilities, of confusions counted per
-    unit: patients where all images have one, else images.
+    unit.
 
     Attributes:
         predicted: (N,) int in [0, K), the class predicted.
@@ -152,7 +153,7 @@ class ClassificationMetrics(ResampledMetrics):
     """
 
     def __init__(self, truth: LabelledImages, probability: np.ndarray, raw: np.ndarray | None):
-        super().__init__(*number_units(truth.images))
+        super().__init__(Units.of(truth.images))
         self.truth, self.probability = truth, probability
         self.predicted = probability.argmax(axis=1)
         self.calibration = self._calibration(probability)

@@ -85,7 +85,9 @@ class Difference:
         return float(self.estimate - half), float(self.estimate + half)
 
 
-def _by_t(estimate, se, df, least_p=0.0, **parts):
+def difference_by_t(
+    estimate: float, se: float, df: float, least_p: float = 0.0, **parts
+) -> Difference:
     """The Difference with interval and p from Student's t. Without any variation (``se`` of 0)
     nothing is known of the error, and two models that agree are not shown to be equivalent: all is
     NaN, but p is 1 where the difference is 0."""
@@ -145,7 +147,7 @@ def difference_from_parts(
     if units < 2:
         terms[0] = (NAN, NAN)
     se, df = _welch_satterthwaite(*np.transpose(terms))
-    return _by_t(
+    return difference_by_t(
         estimate,
         se,
         df,
@@ -356,7 +358,9 @@ def corrected_resampled_t_test(
     if not (n_train > 0 and n_test > 0):
         raise ValueError(f"n_train = {n_train}, n_test = {n_test}: both must be above 0.")
     sd = 0.0 if np.ptp(differences) == 0 else differences.std(ddof=1)
-    return _by_t(differences.mean(), sd * np.sqrt(1 / folds + n_test / n_train), folds - 1)
+    return difference_by_t(
+        differences.mean(), sd * np.sqrt(1 / folds + n_test / n_train), folds - 1
+    )
 
 
 def fold_difference(
@@ -401,7 +405,7 @@ class AveragedMetrics(ResampledMetrics):
     """The metrics of runs that were scored on the same units, averaged."""
 
     def __init__(self, runs: list[ResampledMetrics]):
-        super().__init__(runs[0].unit, runs[0].unit_of_image, runs[0].num_units)
+        super().__init__(runs[0].units)
         self.runs = runs
 
     def __call__(self, weights, *, all_coco=False):

@@ -20,7 +20,14 @@ from imrcnn_d2.evaluation.classification import (
     read_labels,
     read_probabilities,
 )
-from imrcnn_d2.evaluation.detection.metrics import is_percent
+from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
+from imrcnn_d2.evaluation.detection.matching import match, overlaps
+from imrcnn_d2.evaluation.detection.metrics import (
+    CURVE_IOU,
+    is_percent,
+    less_is_better,
+    scored_hits,
+)
 from imrcnn_d2.evaluation.detection.operating_point import (
     DEFAULT_TAU,
     NOT_REACHED,
@@ -87,9 +94,12 @@ class _Evaluator(DatasetEvaluator):
 
 
 def _larger_is_better(groups):
-    """Of groups of metrics, those in percent, as "group/metric"."""
+    """Of groups of metrics, those in percent of which more is better, as "group/metric"."""
     return [
-        f"{group}/{name}" for group, values in groups.items() for name in values if is_percent(name)
+        f"{group}/{name}"
+        for group, values in groups.items()
+        for name in values
+        if is_percent(name) and not less_is_better(name)
     ]
 
 
@@ -233,14 +243,15 @@ class LesionEvaluator(_Evaluator):
             r for image in by_image for r in (without_parts(image) if suppress_parts else image)
         ]
         validates, score_map = dataset is not None and self._tau_rule is not None, self.score_map
+        truth = None if dataset is None else read_ground_truth(dataset)
         if validates:
-            score_map = self._fit_map(dataset, records)
+            score_map = self._fit_map(truth, records)
         if score_map is not None:
             records = score_map.map_records(records)
-        if dataset is None:
+        if truth is None:
             return _Scored(records, score_map)
         results = evaluate_lesions(
-            dataset,
+            truth,
             records,
             tau=score_threshold(self._tau, mapped=score_map is not None),
             operating_point=self._operating_point,
@@ -257,9 +268,14 @@ class LesionEvaluator(_Evaluator):
                 metrics["score_map"] = {"slope": score_map.slope, "offset": score_map.offset}
         return _Scored(records, score_map, results, metrics)
 
-    def _fit_map(self, dataset, results):
-        """The map of the scores of these detections, if any."""
-        scores = evaluate_lesions(dataset, results).metrics.calibration
+    def _fit_map(self, truth, records):
+        """The map of the scores of these detections, if any. They are matched as by
+        `evaluate_lesions`, but nothing else is computed."""
+        detections = read_results(records, truth)
+        has_masks = truth.regions.masks is not None and detections.regions.masks is not None
+        pairs = overlaps(truth, detections, "segm" if has_masks else "bbox")
+        matching = match(truth, detections, pairs, CURVE_IOU)
+        scores = scored_hits(truth, detections, matching)
         return ScoreMap.fit(scores.score, scores.hit, self._dataset_name)
 
     def _choose_tau(self, results):

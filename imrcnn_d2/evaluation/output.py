@@ -316,18 +316,23 @@ VERSIONS = {str: TEXT}
 # What is read of the info of a predictions.json.
 PREDICTIONS = {
     **dict.fromkeys(("model", "backbone", "version", "runtime", "precision"), NAME),
-    **dict.fromkeys(("weights_sha256", "config_sha256"), NAME),
+    **dict.fromkeys(("weights_sha256", "source_sha256", "config_sha256"), NAME),
     "tau": SHARE,
     "score_map": Kind("a map of scores", _is_score_map),
 }
 
 METRICS_FILE = {
     "meta": {
-        "task": _choice("lesions", "recognition"),
+        "task": Kind(
+            "'lesions' or 'recognition': results of imrcnn evaluate --video are compared by its "
+            "--against, and plotted next to them",
+            lambda value: value in ("lesions", "recognition"),
+        ),
         "dataset": NAME,
         **dict.fromkeys(("gt", "dt", "image_root"), TEXT),
         **dict.fromkeys(("gt_sha256", "checkpoint", "checkpoint_sha256"), TEXT),
         **dict.fromkeys(("model", "backbone"), NAME),
+        "iterations": COUNT,
         "scored": FLAG,
         "bootstrap": {"resamples": RESAMPLES.always(), "seed": COUNT.always(), "all_coco": FLAG},
         "versions": VERSIONS,

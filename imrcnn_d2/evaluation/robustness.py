@@ -7,11 +7,12 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
 from imrcnn_d2.data.distortions import DISTORTIONS, SEVERITIES, distort, distort_mask
 from imrcnn_d2.data.images import read_image
-from imrcnn_d2.data.masks import annotation_from_mask
+from imrcnn_d2.data.masks import annotation_from_mask, box_rle
 from imrcnn_d2.evaluation.detection.results import evaluate_lesions
 from imrcnn_d2.evaluation.output import read_robustness
 from imrcnn_d2.utils.files import csv_text, strict_json, write_atomically
@@ -59,7 +60,7 @@ def evaluate_robustness(
     Args:
         predict: (H, W, 3) uint8 RGB images, at most ``batch_size`` at once -> COCO records of each,
             with ``category_id`` (ids of the ground truth), ``bbox``, ``score``, ``segmentation``.
-        ground_truth: instances with masks, see :func:`load_coco`.
+        ground_truth: instances with masks or boxes, see :func:`load_coco`.
         meta: what is evaluated, as JSON values: kept in the file, and another one's results are not
             added to it.
         num_images, seed: see :func:`choose_subset`; the seed is also of the distortions.
@@ -134,21 +135,26 @@ def _copy(ground_truth, image_root, record, name, severity, seed):
     if name == CLEAN:
         return image, record, annotations
     distortion = name, severity, (seed, record["id"])
-    image = distort(image, *distortion)
     if name == "rotation":
-        annotations = _turned(ground_truth, annotations, distortion)
+        annotations = _turned(ground_truth, annotations, image.shape[:2], distortion)
+    image = distort(image, *distortion)
     height, width = image.shape[:2]
     return image, {**record, "height": height, "width": width}, annotations
 
 
-def _turned(ground_truth, annotations, distortion):
+def _turned(ground_truth, annotations, size, distortion):
     turned = []
     for annotation in annotations:
-        before = ground_truth.annToMask(annotation).astype(bool)
+        if has_mask := "segmentation" in annotation:
+            before = ground_truth.annToMask(annotation).astype(bool)
+        else:  # what turns with the image is the box that is filled
+            before = mask_util.decode(box_rle(annotation["bbox"], *size)).astype(bool)
         mask = distort_mask(before, *distortion)
         if mask.any():
             is_cut = mask.sum() < LEAST_PART * before.sum()
             fields = annotation_from_mask(mask, annotation["category_id"])
+            if not has_mask:
+                del fields["segmentation"]
             fields["iscrowd"] = int(is_cut or annotation.get("iscrowd", 0))
             turned.append({**annotation, **fields})
     return turned

@@ -8,7 +8,7 @@ alone; false alarms belong to no lesion, so that there are recall and overlaps o
 import logging
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,15 +16,23 @@ from imrcnn_d2.evaluation.classification import ClassificationResults, LabelledI
 from imrcnn_d2.evaluation.detection.counts import UnitCounts
 from imrcnn_d2.evaluation.detection.inputs import GroundTruth
 from imrcnn_d2.evaluation.detection.metrics import (
+    FEW_CASES,
     GroupFormulas,
     ResampledMetrics,
+    denominator,
     lesion_proportions,
     size_metrics,
 )
 from imrcnn_d2.evaluation.detection.operating_point import OperatingPoint
 from imrcnn_d2.evaluation.detection.results import LesionResults
 from imrcnn_d2.evaluation.output import interleave_intervals
-from imrcnn_d2.evaluation.statistics import FEW, Bootstrap, confidence_intervals
+from imrcnn_d2.evaluation.statistics import (
+    FEW,
+    Bootstrap,
+    bootstrap_se,
+    confidence_intervals,
+    resampled_metrics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +61,46 @@ class Group:
     values: dict[str, dict[str, float]]  # as of :meth:`LesionResults.compared`
     intervals: dict[str, dict[str, tuple[float, float]]]
     undefined_shares: dict[str, float]
+    # By bootstrap, of all metrics; empty without one.
+    standard_errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    # The evaluation of these images alone; None of a group of lesions.
+    results: LesionResults | ClassificationResults | None = None
+
+    @classmethod
+    def of_images(
+        cls, results: LesionResults | ClassificationResults, bootstrap: Bootstrap | None
+    ) -> "Group":
+        """All images of an evaluation as a group."""
+        metrics, intervals, shares, errors = results.metrics, {}, {}, {}
+        if bootstrap is not None:
+            resampled = resampled_metrics(metrics, bootstrap)
+            intervals, shares = confidence_intervals(metrics, bootstrap, resampled)
+            errors = {
+                level: {
+                    name: bootstrap_se(samples[~np.isnan(samples)], metrics.num_units)
+                    for name, samples in values.items()
+                }
+                for level, values in resampled.items()
+            }
+        n = {key: results.meta.get(key) for key in ("images", "lesions", "patients")}
+        n = {key: count for key, count in n.items() if count is not None}
+        values = {**results.compared(), "calibration": results.calibration}
+        return cls(n, values, intervals, shares, errors, results)
+
+    def cases(self, endpoint: str) -> tuple[int, str] | None:
+        """As :func:`denominator`, also of classifiers, of whose mean over classes it is the images
+        of the rarest class."""
+        level, _, metric = endpoint.partition("/")
+        if level != "recognition":
+            return denominator(self.values, endpoint)
+        meta = self.results.meta
+        sizes = dict(zip(meta["classes"], meta["images_of_class"], strict=True))
+        of_class = metric.removeprefix("accuracy_").removeprefix("recall_")
+        if metric in ("top1", "cross_entropy"):
+            return sum(sizes.values()), "images"
+        if metric in ("balanced_accuracy", "f1", "auroc"):
+            return min(filter(None, sizes.values())), "images of the rarest class"
+        return (sizes[of_class], "images of the class") if of_class in sizes else None
 
     def document(self) -> dict:
         """What metrics.json holds of it."""
@@ -66,6 +114,9 @@ class Group:
             for metric, value in values.items():
                 low, high = self.intervals.get(level, {}).get(metric, (math.nan, math.nan))
                 row = {"level": level, "figure": metric, "value": value, "low": low, "high": high}
+                number, noun = self.cases(f"{level}/{metric}") or (None, "")
+                row |= {"cases": number, "cases_are": noun}
+                row["few_cases"] = None if number is None else number < FEW_CASES
                 rows.append(row)
         return rows
 
@@ -124,17 +175,12 @@ def with_groups(
             for number, name in enumerate(names):
                 positions = np.flatnonzero(group == number)
                 part = results.part(positions, operating_point=operating_point)
-                intervals, shares = {}, {}
-                if bootstrap is not None:
-                    intervals, shares = confidence_intervals(part.metrics, bootstrap)
-                    few += [name] if part.metrics.num_units < FEW else []
-                n = {key: part.meta.get(key) for key in ("images", "lesions", "patients")}
-                n = {key: count for key, count in n.items() if count is not None}
-                groups[name] = Group(n, part.compared(), intervals, shares)
+                groups[name] = Group.of_images(part, bootstrap)
+                few += [name] if bootstrap and part.metrics.num_units < FEW else []
             if few:
                 logger.warning(
                     f"{by.column}: intervals are approximate in groups of fewer than {FEW} "
-                    f"{results.metrics.unit}s: {', '.join(few)}."
+                    f"{results.metrics.units.kind}s: {', '.join(few)}."
                 )
         by_group[by.column] = GroupedMetrics(level, groups)
     return replace(results, by_group=by_group)
@@ -211,27 +257,33 @@ def _name(value):
 
 
 def _of_lesions(results, names, group, bootstrap):
-    """{name: Group} of (R,) regions."""
-    units = results.metrics
-    strata = results.counter.by_stratum(results.above_threshold, group, names)
-    metrics = StratumMetrics(strata, units)
-    values, intervals, shares = metrics.once(), {}, {}
-    if bootstrap is not None:
-        intervals, shares = confidence_intervals(metrics, bootstrap)
-    groups = {}
-    for name, counts in strata.items():
-        n = {"images": int((counts.lesions > 0).sum()), "lesions": int(counts.lesions.sum())}
-        if units.unit == "patient":
-            n["patients"] = len(np.unique(units.unit_of_image[counts.lesions > 0]))
-        if not n["lesions"]:  # of crowds
-            continue
-        lesion = {metric: value for metric, value in values[name].items() if metric != "n"}
-        undefined = {
-            f"lesion.{key.removeprefix(f'{name}.')}": share
-            for key, share in shares.items()
-            if key.rpartition(".")[0] == name
-        }
-        groups[name] = Group(n, {"lesion": lesion}, {"lesion": intervals.get(name, {})}, undefined)
+    """{name: Group} of (R,) regions, at each threshold of the results."""
+    selected = {"lesion": results.above_threshold}
+    if results.chosen_tau is not None:
+        selected["tau_val.lesion"] = results.counter.above(results.chosen_tau)
+    units, groups = results.metrics, {}
+    for level, above in selected.items():
+        strata = results.counter.by_stratum(above, group, names)
+        metrics = StratumMetrics(strata, units)
+        values, intervals, shares = metrics.once(), {}, {}
+        if bootstrap is not None:
+            intervals, shares = confidence_intervals(metrics, bootstrap)
+        for name, counts in strata.items():
+            n = {"images": int((counts.lesions > 0).sum()), "lesions": int(counts.lesions.sum())}
+            if len(patients := units.units.patients):
+                of_lesions = units.unit_of_image[counts.lesions > 0]
+                n["patients"] = len(np.intersect1d(of_lesions, patients))
+            if not n["lesions"]:  # of crowds
+                continue
+            of_group = groups.setdefault(name, Group(n, {}, {}, {}))
+            hits = int(counts.tp.sum())
+            of_group.values[level] = {"TP": hits, "FN": n["lesions"] - hits, **values[name]}
+            del of_group.values[level]["n"]
+            of_group.intervals[level] = intervals.get(name, {})
+            for key, share in shares.items():
+                stratum, _, metric = key.rpartition(".")
+                if stratum == name:
+                    of_group.undefined_shares[f"{level}.{metric}"] = share
     return groups
 
 
@@ -240,7 +292,7 @@ class StratumMetrics(ResampledMetrics):
     units that are resampled."""
 
     def __init__(self, strata: dict[str, UnitCounts], units: ResampledMetrics):
-        super().__init__(units.unit, units.unit_of_image, units.num_units)
+        super().__init__(units.units)
         self.columns = {
             name: GroupFormulas(self.per_unit(counts.columns()), size_metrics, lesion_proportions)
             for name, counts in strata.items()

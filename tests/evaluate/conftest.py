@@ -85,7 +85,7 @@ def t_interval():
 
     def interval(value, samples, units, low=0, high=100):
         share = (value - low) / (high - low)
-        error = np.nanstd(samples, ddof=1) * np.sqrt(units / (units - 1)) / (high - low)
+        error = np.nanstd(samples, ddof=1) * units / (units - 1) / (high - low)
         half = stats.t(units - 1).ppf(0.975) * error / (share * (1 - share))
         return tuple(low + (high - low) * special.expit(special.logit(share) + [-half, half]))
 

@@ -153,7 +153,7 @@ def test_intervals_are_those_of_resampled_data_sets(t_interval):
         assert scored.intervals[group][name] == pytest.approx(expected)
     # Above 0 only, so of the logarithm.
     values = [groups["recognition"]["cross_entropy"] for groups in samples]
-    error = np.std(values, ddof=1) * np.sqrt(14 / 13) * stats.t(13).ppf(0.975)
+    error = np.std(values, ddof=1) * 14 / 13 * stats.t(13).ppf(0.975)
     value = scored.recognition["cross_entropy"]
     expected = value * np.exp(np.array([-1, 1]) * error / value)
     assert scored.intervals["recognition"]["cross_entropy"] == pytest.approx(tuple(expected))

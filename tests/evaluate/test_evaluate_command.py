@@ -51,7 +51,7 @@ def test_calibration_before_and_after_a_map_is_printed(case, tmp_path, capsys):
 
 
 def test_the_threshold_is_that_of_the_scores(case, tmp_path, capsys):
-    """Of mapped scores, 0.5 and of others the paper's; none is taken from the predictions."""
+    """What the predictions state, else 0.5 of mapped scores and the paper's of others."""
     gt, dt = case
     records = json.loads(dt.read_text())
     mapped = [{**record, "raw_score": record["score"]} for record in records]
@@ -63,7 +63,9 @@ def test_the_threshold_is_that_of_the_scores(case, tmp_path, capsys):
         (records, None, 0.7, ("0.7", "--tau")),
         (mapped, None, 0.5, ("0.5", "--tau")),
         (records, 0.5, 0.5, ()),
+        (predictions, None, 0.65, ("0.65", "--tau")),
         (predictions, 0.65, 0.65, ()),
+        (predictions, 0.5, 0.5, ("0.65", "0.5")),
     ):
         detections = read_results(content, read_ground_truth(gt))
         assert evaluate.threshold(given, detections, prediction_info(content)) == tau
@@ -71,11 +73,11 @@ def test_the_threshold_is_that_of_the_scores(case, tmp_path, capsys):
         assert all(text in printed for text in texts) and bool(texts) == bool(printed)
     dt.write_text(json.dumps(predictions))
     metrics = run(gt, dt, tmp_path / "out")
-    assert (metrics["meta"]["tau"], metrics["lesion"]["FP"]) == (0.5, 1)
+    assert (metrics["meta"]["tau"], metrics["lesion"]["FP"]) == (0.65, 0)
     first = capsys.readouterr().out.split("\n\n")[0]
-    assert all(text in first for text in ("0.5", "--tau", "0.65"))
+    assert all(text in first for text in ("--tau", "0.65"))
     assert metrics["meta"]["predictions"] == info
-    # The results that it leaves, scored again, are the same.
+    # The results that it leaves, scored again, are the same; they state no threshold.
     again = run(gt, tmp_path / "out" / RESULTS, tmp_path / "again")
     assert again["meta"]["tau"] == 0.5 and again["paper"]["FP"] == metrics["paper"]["FP"] == 0
 

@@ -5,6 +5,7 @@ import json
 import math
 import uuid
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -36,6 +37,7 @@ from imrcnn_d2.evaluation import (
     ScoreMap,
     choose_operating_point,
     evaluate_lesions,
+    evaluators,
 )
 
 from .test_curves import expected_error
@@ -147,7 +149,7 @@ def test_a_final_evaluation_records_its_sources(case, register, tmp_path):
     assert (tmp_path / "out" / "per_patient.csv").exists()
 
 
-def test_a_validation_chooses_a_threshold(case, register, caplog):
+def test_a_validation_chooses_a_threshold(case, register, caplog, monkeypatch):
     dataset, results, pairs = case
     name = register(dataset)
     raw = evaluate_lesions(dataset, results)
@@ -155,7 +157,11 @@ def test_a_validation_chooses_a_threshold(case, register, caplog):
     calibration = raw.metrics.calibration
     fitted = ScoreMap.fit(calibration.score, calibration.hit, name)
     evaluator = LesionEvaluator(name, tau_rule="recall>=20")
-    metrics = run(evaluator, pairs)
+    evaluated = Mock(wraps=evaluate_lesions)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluators, "evaluate_lesions", evaluated)
+        metrics = run(evaluator, pairs)
+    assert evaluated.call_count == 1, "for the map, detections are matched and nothing else"
     assert metrics["score_map"] == {"slope": fitted.slope, "offset": fitted.offset}
     assert evaluator.score_map == fitted
     assert metrics["lesion"]["tau_val"] == pytest.approx(fitted(chosen), abs=1e-12)

@@ -43,7 +43,8 @@ def test_a_group_of_images_is_a_data_set_of_its_own(random_case, seed, per_patie
         n = {key: alone.meta[key] for key in ("images", "lesions", "patients")}
         assert group.n == {key: number for key, number in n.items() if number is not None}
         assert group.undefined_shares == alone.undefined_shares
-        for ours, theirs in ((group.values, alone.compared()), (group.intervals, alone.intervals)):
+        values = {**alone.compared(), "calibration": alone.calibration}
+        for ours, theirs in ((group.values, values), (group.intervals, alone.intervals)):
             assert ours.keys() == theirs.keys()
             for level, values in theirs.items():
                 for name, value in values.items():
@@ -82,9 +83,50 @@ def test_groups_of_lesions(sized):
     recalls = {name: values["recall"] for name, values in metrics.items()}
     assert recalls == {"<5": 100, "5-10": 0, "10-20": 100, UNKNOWN: 100}
     overlaps = {"iou": 80, "iou_box": 80, "iou_all": 80, "dice": 100 * 1.6 / 1.8}
-    assert metrics["<5"] == pytest.approx({"recall": 100, **overlaps})
+    assert metrics["<5"] == pytest.approx({"TP": 1, "FN": 0, "recall": 100, **overlaps})
     assert np.isnan(metrics["5-10"]["iou"]) and metrics["5-10"]["iou_all"] == 0
     assert grouped.groups["5-10"].n == {"images": 1, "lesions": 1}
+    assert grouped.groups["<5"].cases("lesion/recall") == (1, "lesions")
+
+
+def test_groups_of_lesions_at_the_threshold_of_the_weights(sized):
+    data, results = sized
+    results[0]["score"] = 0.4
+    whole = evaluate_lesions(data, results, operating_point=OperatingPoint(0.3, "f1", "val"))
+    groups = with_groups(whole, [parse_by("size_mm:5,10,20")]).by_group["size_mm"].groups
+    recalls = {level: values["recall"] for level, values in groups["<5"].values.items()}
+    assert recalls == {"lesion": 0, "tau_val.lesion": 100}
+
+
+def test_every_metric_has_its_denominator(dataset, region):
+    """Centre A: 2 images with a lesion, one missed, one lesion-free image with 2 false alarms;
+    centre B: one lesion-free image."""
+    data = dataset(4, [region(1, 0, 0, 10, 10), region(2, 0, 0, 10, 10)])
+    for image, centre in zip(data["images"], "AAAB", strict=True):
+        image["centre"] = centre
+    results = [region(1, 0, 0, 10, 10, score=0.9)]
+    results += [region(3, x, 0, 10, 10, score=0.8) for x in (0, 20)]
+    groups = with_groups(evaluate_lesions(data, results), [By("centre")]).by_group["centre"].groups
+    expected = {
+        "lesion/recall": (2, "lesions"),
+        "lesion/precision": (3, "detections"),
+        "lesion/f1": (4, "lesions and false alarms"),
+        "lesion/iou": (1, "lesions found"),
+        "lesion/fp_per_image": (3, "images"),
+        "lesion/fp_per_lesion_free_image": (1, "lesion-free images"),
+        "image/recall": (2, "images with a lesion"),
+        "image/specificity": (1, "lesion-free images"),
+        "image/auroc": (1, "lesion-free images"),
+        "image/miou": (2, "images with a lesion"),
+        "segm/AP50": (2, "lesions"),
+        "calibration/ece": (3, "detections"),
+        "lesion/specificity": None,  # mixes images and detections
+    }
+    assert {endpoint: groups["A"].cases(endpoint) for endpoint in expected} == expected
+    assert groups["B"].cases("image/auroc") == (0, "images with a lesion")
+    rows = {(row["level"], row["figure"]): row for row in groups["A"].rows()}
+    assert rows["image", "auroc"]["cases"] == 1 and rows["image", "auroc"]["few_cases"]
+    assert rows["image", "TP"]["cases"] is None
 
 
 def test_intervals_of_groups_of_lesions(dataset, region):
@@ -186,8 +228,10 @@ def test_files(sized, tmp_path):
     assert a["lesion"]["recall"] == pytest.approx(200 / 3)
     assert 0 < document["size_mm"]["groups"]["<5"]["undefined_shares"]["lesion.recall"] < 1
     lines = (tmp_path / "by_group.csv").read_text().splitlines()
-    assert lines[0] == "column,of,group,images,lesions,level,figure,value,low,high"
+    columns = "column,of,group,images,lesions,level,figure,value,low,high"
+    assert lines[0] == f"{columns},cases,cases_are,few_cases"
     low, high = a["lesion"]["recall_ci"]
-    assert f"centre,image,A,2,3,lesion,recall,{a['lesion']['recall']},{low},{high}" in lines
+    recall = f"centre,image,A,2,3,lesion,recall,{a['lesion']['recall']},{low},{high}"
+    assert f"{recall},3,lesions,True" in lines
     assert "size_mm,lesion,>=5,2,2,lesion,recall,50.0," in "\n".join(lines)
-    assert "centre,image,B,1,1,segm,APl,,," in lines
+    assert "centre,image,B,1,1,segm,APl,,,,,," in lines

@@ -10,6 +10,7 @@ from rectangles import rectangles
 from scipy.stats import beta, poisson
 from statsmodels.stats.proportion import proportion_confint
 
+from imrcnn_d2.data.units import Units
 from imrcnn_d2.evaluation import Bootstrap, OperatingPoint, evaluate_lesions, model_figures
 from imrcnn_d2.evaluation.calibration import Calibration
 from imrcnn_d2.evaluation.detection.counts import COLUMNS
@@ -185,6 +186,15 @@ def test_intervals_stay_within_the_limits_of_a_metric():
     assert np.isnan(bootstrap_interval(50, np.full(9, np.nan), 10, (0, 100))).all()
 
 
+@pytest.mark.parametrize("lesion_free", [1, 2])
+def test_one_lesion_free_image_does_not_show_how_the_auroc_varies(dataset, region, lesion_free):
+    truth = dataset(20, [region(i, 0, 0, 10, 10) for i in range(1, 21 - lesion_free)])
+    results = [region(i, 0, 0, 10, 10, score=0.5 + i / 50) for i in (*range(3, 19), 20)]
+    scored = evaluate_lesions(truth, results, bootstrap=Bootstrap(400))
+    assert scored.image["auroc"] < 50
+    assert np.isnan(scored.intervals["image"]["auroc"]).all() == (lesion_free == 1)
+
+
 def test_few_patients_are_a_warning(dataset, region, caplog):
     for number in (29, 30):
         truth = dataset(2 * number, [region(1, 0, 0, 10, 10)], patients=[*range(number)] * 2)
@@ -207,7 +217,7 @@ def test_the_interval_of_the_calibration_error_contains_it():
         columns = {}
 
         def __init__(self, calibration):
-            super().__init__("image", np.arange(100), 100)
+            super().__init__(Units(np.arange(100), np.repeat("image", 100)))
             self.calibration = calibration
 
         def __call__(self, weights, *, all_coco=False):
@@ -335,7 +345,7 @@ def test_weights_are_copies(random_case, seed, times, num_classes, per_patient):
     point = OperatingPoint(0.3, "f1", "validation")
     scored = evaluate_lesions(data, results, operating_point=point)
     metrics = scored.metrics
-    assert metrics.unit == ("patient" if per_patient else "image")
+    assert metrics.units.kind == ("patient" if per_patient else "image")
     weights = np.array([times[::2] if per_patient else times])
     weighted = metrics(weights, all_coco=True)
     ids = [image["id"] for image in data["images"]]
@@ -385,7 +395,7 @@ class Study(ResampledMetrics):
     IOU = 0.8
 
     def __init__(self, rng, patients, failures, correlation):
-        super().__init__("patient", np.arange(patients), patients)
+        super().__init__(Units(np.arange(patients), np.repeat("patient", patients)))
         images = rng.integers(1, 8, patients)
         a, b = (share * (1 / correlation - 1) for share in (failures, 1 - failures))
         missed = rng.binomial(images, rng.beta(a, b, patients))
@@ -450,8 +460,7 @@ def test_coverage_of_other_metrics(failures, patients, least):
             low, high = intervals[group][name]
             assert low <= once[group][name] <= high
             wrong[group, name] += not low <= truth[group, name] <= high
-    # And a standard error of the simulation.
-    assert max(wrong.values()) <= (1 - least + 0.008) * studies, wrong
+    assert max(wrong.values()) <= (1 - least) * studies, wrong
 
 
 @pytest.mark.slow

@@ -124,7 +124,43 @@ def test_one_row_per_patient(dataset):
     assert np.isnan([*ranked, unscored.image["auroc"], unscored.calibration["ece"]]).all()
     assert not unscored.curves and not unscored.thresholds
     assert not len(unscored.metrics.froc.curve()["score"])
-    assert evaluate_lesions(dataset(2, patients=["a"]), []).patient is None
+    assert evaluate_lesions(dataset(2), []).patient is None
+
+
+def test_a_sequence_belongs_to_the_patient_whom_one_of_its_frames_names(dataset):
+    """An earlier frame without a patient comes before those of another patient; a sequence of two
+    patients, say a number that both have, is of neither."""
+    data = dataset(7, rectangles("1 0 0 10 10; 2 0 0 10 10; 3 0 0 10 10"))
+    names = zip("ssstttt", (None, None, "a", "b", "c", None, None), strict=True)
+    for image, (sequence, patient) in zip(data["images"], names, strict=True):
+        image |= {"sequence_id": sequence, "patient_id": patient}
+    data["images"][1] |= {"sequence_id": None, "patient_id": "b"}
+    for annotation in data["annotations"]:
+        annotation["lesion_id"] = f"l{annotation['image_id']}"
+    scored = evaluate_lesions(data, rectangles("1 0 0 10 10 @0.9"))
+    assert scored.metrics.unit_of_image.tolist() == [0, 1, 0, 1, 2, 3, 3]
+    rows = [(row["patient_id"], row["images"], row["n_gt"]) for row in scored.per_patient]
+    assert rows == [("a", 2, 2), ("b", 2, 1), ("c", 1, 0)]
+    assert [row["patient_id"] for row in scored.per_lesion] == ["a", "b", "a"]
+    assert scored.meta["patients"] == 3 and scored.meta["images_of_unknown_patients"] == 2
+
+
+def test_patients_known_for_a_part_are_units_next_to_the_other_images(dataset):
+    """Two patients, a sequence of an unknown one, and three images of which nothing is known."""
+    data = dataset(9, rectangles("1 0 0 10 10; 3 0 0 10 10; 7 0 0 10 10"), patients="aabb")
+    for image in data["images"][4:6]:
+        image["sequence_id"] = "s"
+    results = rectangles("1 0 0 10 10 @0.9; 4 0 0 10 10 @0.95; 7 0 0 10 10 @0.8; 8 0 0 10 10 @0.9")
+    scored = evaluate_lesions(data, results, bootstrap=Bootstrap(50))
+    assert scored.metrics.unit_of_image.tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 5]
+    assert scored.meta["patients"] == 2 and scored.meta["images_of_unknown_patients"] == 5
+    # Per patient: of the known two only, exactly as if there were no others.
+    known = scored.part(np.arange(4), bootstrap=Bootstrap(50))
+    assert scored.patient == pytest.approx(known.patient, nan_ok=True)
+    assert sum(table(scored.patient)) == 2 and sum(table(scored.image)) == 9
+    assert scored.at(0.92)["patient"] == pytest.approx(known.at(0.92)["patient"], nan_ok=True)
+    assert [row["patient_id"] for row in scored.per_patient] == ["a", "b"]
+    assert scored.intervals["patient"]["recall"] == known.intervals["patient"]["recall"]
 
 
 def test_unique_lesions(dataset, region):
@@ -154,7 +190,7 @@ def test_unique_lesions(dataset, region):
     # Unknown without the id of a single lesion, or of a patient.
     del data["annotations"][3]["lesion_id"]
     assert evaluate_lesions(data, results).unique_lesion is None
-    assert evaluate_lesions(dataset(6, lesions, patients="aabbb"), results).unique_lesion is None
+    assert evaluate_lesions(dataset(6, lesions, patients="aabb"), results).unique_lesion is None
 
 
 def test_threshold_and_overlap(case):

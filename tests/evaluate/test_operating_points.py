@@ -175,7 +175,7 @@ def results_of(unit, score):
             evaluated=np.ones(len(alarm_score), bool),
         ),
         ground_truth=SimpleNamespace(lesions=np.bincount(unit, minlength=number)),
-        metrics=SimpleNamespace(unit_of_image=np.arange(number), num_units=number, unit="patient"),
+        metrics=SimpleNamespace(unit_of_image=np.arange(number), num_units=number),
     )
 
 

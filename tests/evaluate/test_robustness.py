@@ -14,7 +14,7 @@ from rectangles import rectangles
 
 from imrcnn_d2.cli import robustness
 from imrcnn_d2.data.distortions import DISTORTIONS
-from imrcnn_d2.data.formats import read_kvasir_seg
+from imrcnn_d2.data.formats import FORMATS
 from imrcnn_d2.data.masks import annotation_from_mask, components
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.engine import load_config
@@ -22,6 +22,8 @@ from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.output import read_test_log
 from imrcnn_d2.evaluation.robustness import choose_subset, evaluate_robustness, load_coco
 from imrcnn_d2.utils.files import BadInputError, Rejects
+
+read_kvasir_seg = FORMATS["kvasir-seg"].read_folder
 
 OPTS = [
     *("INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 96, "MODEL.DEVICE", "cpu"),

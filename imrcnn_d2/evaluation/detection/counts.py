@@ -9,6 +9,7 @@ import pycocotools.mask as mask_util
 from scipy.spatial import KDTree
 
 from imrcnn_d2.data.masks import union
+from imrcnn_d2.data.units import Units
 from imrcnn_d2.evaluation.detection.inputs import Detections, GroundTruth
 from imrcnn_d2.evaluation.detection.matching import match, overlaps
 from imrcnn_d2.utils.progress import tqdm
@@ -80,6 +81,10 @@ class UnitCounts:
         columns = (*cases, *free_columns, *positive_columns, *sums, *unions)
         return np.stack(columns, axis=1).astype(float)
 
+    def take(self, rows: np.ndarray) -> "UnitCounts":
+        """Those of the units at (K,) int positions."""
+        return UnitCounts(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
     def merged(self, unit: np.ndarray) -> "UnitCounts":
         """Counts of larger units, such as patients, given the (U,) int number of each one's."""
         number = int(unit.max()) + 1 if len(unit) else 0
@@ -97,23 +102,13 @@ def named(sums: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(COLUMNS, np.moveaxis(sums, -1, 0), strict=True))
 
 
-def number_units(images: list[dict]) -> tuple[str, np.ndarray, int]:
-    """Return "patient" where all image records have a ``patient_id``, else "image"; (I,) int, the
-    number of the unit that each image belongs to; and the number of units."""
-    patients = [record.get("patient_id") for record in images]
-    if not patients or None in patients:
-        return "image", np.arange(len(images)), len(images)
-    number = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
-    return "patient", np.array([number[patient] for patient in patients]), len(number)
-
-
 @dataclass(frozen=True, eq=False)
 class UniqueLesions:
     """L lesions that may be seen in several images, their frames: F pairs of a lesion and an image
     that shows it."""
 
     ids: list[tuple]  # patient_id and lesion_id of each, in the order of their first images
-    patient: np.ndarray  # (L,) int, number of the patient, see number_units
+    unit: np.ndarray  # (L,) int, see Units
     lesion: np.ndarray  # (F,) int, the lesion of each frame
     frame: np.ndarray  # (R,) int, the frame of each region, -1 for crowds
 
@@ -128,24 +123,24 @@ class UniqueLesions:
 
 
 def unique_lesions(gt: GroundTruth) -> UniqueLesions | None:
-    """The lesions by ``patient_id`` and ``lesion_id``; None without a lesion and unless all images
-    have the one and all lesions the other."""
-    unit, patient, _ = number_units(gt.images)
+    """The lesions by patient, else sequence, and ``lesion_id``; None without a lesion and unless
+    all lesions have both."""
+    units = Units.of(gt.images)
     rows = np.flatnonzero(~gt.crowd)
-    ids = [gt.annotations[row].get("lesion_id") for row in rows]
-    if unit != "patient" or not ids or None in ids:
-        return None
     image = gt.regions.image[rows]
-    keys = list(zip(patient[image].tolist(), ids, strict=True))
+    ids = [gt.annotations[row].get("lesion_id") for row in rows]
+    if not ids or None in ids or "image" in units.kinds[units.of_image[image]]:
+        return None
+    keys = list(zip(units.of_image[image].tolist(), ids, strict=True))
     number = {key: n for n, key in enumerate(dict.fromkeys(keys))}
     pairs = np.stack([[number[key] for key in keys], image], axis=1)
     frames, inverse = np.unique(pairs, axis=0, return_inverse=True)
     frame = np.full(len(gt.crowd), -1)
     frame[rows] = inverse.ravel()
-    name = dict(zip(patient.tolist(), (record["patient_id"] for record in gt.images), strict=True))
+    patients = units.patient_ids(gt.images)
     return UniqueLesions(
-        ids=[(name[patient], lesion) for patient, lesion in number],
-        patient=np.array([patient for patient, _ in number]),
+        ids=[(patients.get(unit), lesion) for unit, lesion in number],
+        unit=np.array([unit for unit, _ in number]),
         lesion=frames[:, 0],
         frame=frame,
     )

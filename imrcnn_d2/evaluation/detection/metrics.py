@@ -3,13 +3,14 @@ counts: with weights of 1 that gives the metrics of the data set, with the weigh
 resamples those of the resamples."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
+from imrcnn_d2.data.units import Units
 from imrcnn_d2.evaluation.calibration import Calibration
 from imrcnn_d2.evaluation.detection.coco_ap import ranked_by_coco
 from imrcnn_d2.evaluation.detection.counts import (
@@ -17,7 +18,6 @@ from imrcnn_d2.evaluation.detection.counts import (
     UnitCounts,
     divide,
     named,
-    number_units,
 )
 from imrcnn_d2.evaluation.detection.curves import (
     FROC,
@@ -27,7 +27,8 @@ from imrcnn_d2.evaluation.detection.curves import (
     pr_curve,
     weighted_auroc,
 )
-from imrcnn_d2.evaluation.detection.matching import match
+from imrcnn_d2.evaluation.detection.inputs import Detections, GroundTruth
+from imrcnn_d2.evaluation.detection.matching import Matching, match
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Metric:
 
 _CURVES, _UNITS = ("segm", "bbox"), ("image", "patient", "cancer")
 _LESIONS, _FREE = ("lesion", "tau_val.lesion"), "fp_per_lesion_free_image"
+_VIDEO = ("video", "tau_val.video")
 
 # In the order in which models are compared.
 METRICS = {
@@ -86,10 +88,113 @@ METRICS = {
         Metric("brier", "brier", "%", "mean squared difference of score and hit"),
         Metric("mean_score", "mean_score", "%", "mean score"),
         Metric("hit_rate", "hit_rate", "%", "hits / cases"),
+        # Of procedures, see evaluation/video.py:
+        Metric("procedures", "procedures", "count", "videos"),
+        Metric("minutes", "minutes", "count", "duration of the evaluated frames"),
+        Metric("lesions", "lesions", "count", "lesions, each in all of its frames"),
+        Metric("lesion_sensitivity", "lesions found", "%", "hit in a frame / lesions", _VIDEO),
+        Metric("persistence", "persistence", "%", "share of a lesion's frames with a hit", _VIDEO),
+        Metric("persistent_25", "hit in ≥ 25 % of frames", "%", "lesions with that persistence"),
+        Metric("persistent_50", "hit in ≥ 50 % of frames", "%", "lesions with that persistence"),
+        Metric("within_1s", "stable within 1 s", "%", "lesions with 15 hits in the first second"),
+        Metric("within_3s", "stable within 3 s", "%", "lesions with 15 hits in the first 3 s"),
+        Metric("within_5s", "stable within 5 s", "%", "lesions with 15 hits in the first 5 s"),
+        Metric("frames_to_detection", "frames to detection", "frames", "mean of lesions found"),
+        Metric("seconds_to_detection", "seconds to detection", "s", "mean of those found", _VIDEO),
+        Metric("frame_sensitivity", "lesion frames with a hit", "%", "/ lesion frames", _VIDEO),
+        Metric("fpr", "clean frames with an alarm", "%", "/ clean frames", _VIDEO),
+        Metric("false_alarms", "false alarms", "count", "groups of overlapping false detections"),
+        Metric("lasting_false_alarms", "lasting false alarms", "count", "those of 0.5 s or more"),
+        Metric("lesion_frames", "lesion frames", "count", "frames with a lesion"),
+        Metric("lesion_frames_hit", "lesion frames hit", "count", "lesion frames with a hit"),
+        Metric("clean_frames", "clean frames", "count", "frames without an annotation"),
+        Metric("clean_frames_with_alarm", "with an alarm", "count", "clean frames with an alarm"),
+        *(
+            Metric(f"{kind}_per_{time}", f"{label} per {time}", f"per {time}", f"/ {time}s", groups)
+            for kind, label, time, groups in (
+                ("false_alarms", "false alarms", "minute", _VIDEO),
+                ("lasting_false_alarms", "lasting false alarms", "minute", ()),
+                ("false_alarms", "false alarms", "procedure", ()),
+            )
+        ),
     )
+}
+# Of all others more is better, but for counts of cases, which are neither.
+_LESS_IS_BETTER = {
+    *("FP", "FN", "hd95", "fp_per_image", _FREE, "cross_entropy", "ece", "brier"),
+    *("frames_to_detection", "seconds_to_detection", "fpr", "clean_frames_with_alarm"),
+    *(name for name in METRICS if name.startswith(("false_alarms", "lasting_false_alarms"))),
 }
 # The two-by-two table, in the order of its formulas.
 COUNTS = ("TP", "FP", "FN", "TN")
+# Of fewer cases a metric says next to nothing, and is marked.
+FEW_CASES = 5
+_POSITIVE, _FREE_UNITS = ("TP", "FN"), ("TN", "FP")
+# The counts of that table that add up to the denominator of a metric.
+_DENOMINATORS = {
+    "precision": ("TP", "FP"),
+    **dict.fromkeys(("recall", "iou_all", "localised_recall", "miou", "mdice"), _POSITIVE),
+    "f1": ("TP", "FP", "FN"),
+    "specificity": _FREE_UNITS,
+    "accuracy": COUNTS,
+    **dict.fromkeys(("iou", "iou_box", "dice", "hd95", "nsd"), ("TP",)),
+}
+# The count that is the denominator of a metric of procedures.
+_VIDEO_CASES = {
+    **dict.fromkeys(("lesion_sensitivity", "persistence"), "lesions"),
+    **dict.fromkeys(("persistent_25", "persistent_50"), "lesions"),
+    **dict.fromkeys(("within_1s", "within_3s", "within_5s"), "lesions"),
+    "frame_sensitivity": "lesion_frames",
+    "fpr": "clean_frames",
+}
+# What a denominator consists of: by level and counts.
+_CASES = {
+    ("lesion", ("TP", "FP")): "detections",
+    ("lesion", _POSITIVE): "lesions",
+    ("lesion", ("TP", "FP", "FN")): "lesions and false alarms",
+    ("lesion", ("TP",)): "lesions found",
+    **{
+        (unit, counts): name.format(unit)
+        for unit in ("image", "patient")
+        for counts, name in {
+            ("TP", "FP"): "{}s predicted positive",
+            _POSITIVE: "{}s with a lesion",
+            ("TP", "FP", "FN"): "{}s positive or predicted so",
+            _FREE_UNITS: "lesion-free {}s",
+            COUNTS: "{}s",
+        }.items()
+    },
+}
+
+
+def denominator(values: Mapping[str, Mapping[str, float]], endpoint: str) -> tuple[int, str] | None:
+    """The number of cases that "group/metric" is a share or a mean of, and what they are, given the
+    values of the groups of one evaluation; None where that is not known. AUROC compares images with
+    a lesion and images without: its cases are those of which there are fewer."""
+    group, _, metric = endpoint.partition("/")
+    prefix, level = "tau_val." * group.startswith("tau_val."), group.removeprefix("tau_val.")
+
+    def total(level, counts):
+        table = values.get(prefix + level, {})
+        return int(sum(table[name] for name in counts)) if "TP" in table else None
+
+    if level in ("calibration", "calibration_raw"):
+        return int(values[group]["n"]), "detections"
+    if level == "video":
+        cases = _VIDEO_CASES.get(metric)
+        return cases and (int(values[group][cases]), cases.replace("_", " "))
+    if metric in ("APs", "APm", "APl"):  # of lesions of a size, which are not counted here
+        return None
+    if level in ("bbox", "segm", "froc"):
+        level, counts = "lesion", _POSITIVE
+    elif metric.startswith("fp_per_"):
+        level, counts = "image", _FREE_UNITS if metric == _FREE else COUNTS
+    elif metric == "auroc":
+        counts = min((_POSITIVE, _FREE_UNITS), key=lambda counts: total(level, counts) or 0)
+    else:
+        counts = _DENOMINATORS.get(metric)
+    number, name = total(level, counts or ()), _CASES.get((level, counts))
+    return None if number is None or name is None else (number, name)
 
 
 def is_count(name: str) -> bool:
@@ -102,6 +207,11 @@ def is_percent(name: str) -> bool:
     return name not in METRICS or METRICS[name].unit == "%"
 
 
+def less_is_better(name: str) -> bool:
+    """Whether of two models the one with the smaller value of a metric is the better one."""
+    return name in _LESS_IS_BETTER
+
+
 def endpoints_in(*groups: str) -> list[str]:
     """Endpoints of these groups, "group/metric", metric by metric."""
     return [
@@ -110,6 +220,17 @@ def endpoints_in(*groups: str) -> list[str]:
         for group in groups
         if group in metric.endpoint_of
     ]
+
+
+# Metrics of masks that have no like of boxes.
+_OF_MASKS = ("iou_all", "dice", "miou", "mdice", "hd95", "nsd")
+
+
+def without_masks(endpoints: Iterable[str]) -> list[str]:
+    """Those that there are without masks: of boxes instead of masks, where a metric is of both."""
+    stand_ins = {"lesion/iou": "lesion/iou_box"}
+    names = (stand_ins.get(name, name.replace("segm/", "bbox/")) for name in endpoints)
+    return [name for name in dict.fromkeys(names) if name.partition("/")[2] not in _OF_MASKS]
 
 
 # What is tested of detectors, fixed before any value is seen: the more tests, the weaker each. As
@@ -272,8 +393,7 @@ class ResampledMetrics:
     """The metrics of a data set as functions of how often each of its units counts.
 
     Attributes:
-        unit: "patient" where all image records have a ``patient_id``, else "image".
-        unit_of_image: (number of images,) int in [0, num_units).
+        units: of the images; ``unit_of_image`` (number of images,) int in [0, num_units).
         columns: the groups that are formulas over sums.
         calibration: of the scores; ``calibration_raw`` of the same before they were mapped, None
             where they were not.
@@ -283,8 +403,8 @@ class ResampledMetrics:
     calibration: Calibration | None = None
     calibration_raw: Calibration | None = None
 
-    def __init__(self, unit: str, unit_of_image: np.ndarray, num_units: int):
-        self.unit, self.unit_of_image, self.num_units = unit, unit_of_image, num_units
+    def __init__(self, units: Units):
+        self.units, self.unit_of_image, self.num_units = units, units.of_image, len(units)
 
     def __call__(self, weights: np.ndarray, *, all_coco=False) -> dict[str, dict[str, np.ndarray]]:
         """
@@ -336,10 +456,12 @@ class ResampledMetrics:
         return (0, 100) if is_percent(name) else (0, math.inf)
 
     def settings(self, bootstrap) -> dict:
-        """What ``meta`` records: the number of patients, None where unknown, and the Bootstrap."""
+        """What ``meta`` records: the number of patients, None where all are unknown, the number of
+        images of unknown patients, and the Bootstrap."""
         return {
-            "patients": self.num_units if self.unit == "patient" else None,
-            "bootstrap": bootstrap and {**asdict(bootstrap), "unit": self.unit},
+            "patients": len(self.units.patients) or None,
+            "images_of_unknown_patients": self.units.unknown,
+            "bootstrap": bootstrap and {**asdict(bootstrap), "unit": self.units.kind},
         }
 
     def per_unit(self, columns: np.ndarray) -> np.ndarray:
@@ -353,6 +475,13 @@ class ResampledMetrics:
 CURVE_IOU = 0.5
 # Read off the precision-recall curve of a class.
 CURVE_METRICS = ("AP50", "AP50_voc", "BEP")
+
+
+def scored_hits(gt: GroundTruth, detections: Detections, matching: Matching) -> Calibration:
+    """The scores of all evaluated detections as probabilities of a hit."""
+    columns = detections.score, matching.hit, detections.regions.image
+    evaluated = (column[matching.evaluated] for column in columns)
+    return Calibration.of_scores(*evaluated, len(gt.images), detections.scored)
 
 
 class DetectionMetrics(ResampledMetrics):
@@ -379,23 +508,23 @@ class DetectionMetrics(ResampledMetrics):
         sizes: dict[str, dict[str, UnitCounts]],
         classes: dict[str, UnitCounts],
     ):
-        super().__init__(*number_units(counter.gt.images))
+        super().__init__(Units.of(counter.gt.images))
         self.counter, self.counts, self.classes = counter, counts, classes
         self.gt, self.detections = gt, detections = counter.gt, counter.detections
         evaluated = counter.matching.evaluated
         columns = (detections.score, counter.matching.hit, detections.regions.image)
         columns = [column[evaluated] for column in columns]
         self.froc = FROC(*columns, gt.lesions, detections.scored)
-        self.calibration = Calibration.of_scores(*columns, len(gt.images), detections.scored)
+        self.calibration = scored_hits(gt, detections, counter.matching)
         if detections.mapped:
             raw = detections.raw_score[evaluated], *columns[1:]
             self.calibration_raw = Calibration.of_scores(*raw, len(gt.images), True)
         self._images = np.bincount(self.unit_of_image, minlength=self.num_units)
         # Groups that have an AUROC: UnitCounts, and the unit of each case.
         self._score_groups = {"image": (counts[""], self.unit_of_image)}
-        if self.unit == "patient":
-            patients = counts[""].merged(self.unit_of_image)
-            self._score_groups["patient"] = (patients, np.arange(self.num_units))
+        if len(patients := self.units.patients):
+            merged = counts[""].merged(self.unit_of_image)
+            self._score_groups["patient"] = (merged.take(patients), patients)
         self.columns = self._columns(above, paper, sizes)
         self._rankings = {}
         self._matchings = {
@@ -419,9 +548,10 @@ class DetectionMetrics(ResampledMetrics):
             columns = self.per_unit(counts.columns())
             groups[f"{prefix}lesion"] = (columns, lesion_metrics, lesion_proportions)
             groups[f"{prefix}image"] = (columns, image_metrics, unit_proportions)
-            if self.unit == "patient":
-                merged = counts.merged(self.unit_of_image).columns()
-                groups[f"{prefix}patient"] = (merged, unit_metrics, unit_proportions)
+            if len(patients := self.units.patients):
+                known = np.zeros_like(columns)  # units of unknown patients are no case
+                known[patients] = counts.merged(self.unit_of_image).take(patients).columns()
+                groups[f"{prefix}patient"] = (known, unit_metrics, unit_proportions)
         for scale, strata in sizes.items():
             for name, counts in strata.items():
                 columns = self.per_unit(counts.columns())
@@ -452,7 +582,7 @@ class DetectionMetrics(ResampledMetrics):
         share = self.counter.frames_found(selected) / lesions.frames
         columns = np.stack([np.ones(len(share)), share > 0, share], axis=1)
         total = np.zeros((self.num_units, 3))
-        np.add.at(total, lesions.patient, columns)
+        np.add.at(total, lesions.unit, columns)
         return total
 
     def _ranked(self, matching, classes):
@@ -543,9 +673,10 @@ class DetectionMetrics(ResampledMetrics):
         shares = super().proportions()
         lesions = self._all.lesions
         hits = self._all.ranking.unit[self._all.hits]
-        froc = self.once()["froc"]
+        every = np.ones((1, self.num_units), dtype=np.int32)
+        froc = self.froc.read_off(self._all.weigh(every), every @ self._images)
         del froc["mean"]
-        for name, share in froc.items():
+        for name, (share,) in froc.items():
             # The hits above the threshold at which it is read off.
             number = 0 if math.isnan(share) else round(share * lesions.sum() / 100)
             part = np.bincount(hits[:number], minlength=self.num_units)

@@ -3,7 +3,8 @@
 import logging
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,13 @@ class OperatingPoint:
     rule: str  # how it was chosen, see `check_rule`; it may end in NOT_REACHED
     dataset: str | None = None  # the data set it was chosen on
     suppress_parts: bool = False  # without the detections of `parts_of_others`
+
+    @classmethod
+    def of_results(cls, tau_val: Mapping | None) -> "OperatingPoint | None":
+        """That of the group ``tau_val`` of results; None where they have none. Those of earlier
+        versions lack ``suppress_parts``."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{k: v for k, v in tau_val.items() if k in names}) if tau_val else None
 
     @classmethod
     def of_file(cls, value: object, path: str | Path) -> "OperatingPoint":

@@ -98,6 +98,11 @@ class LesionResults(EvaluationResults):
         return self.counter.matching
 
     @property
+    def has_masks(self) -> bool:
+        """Whether metrics of masks are defined: the ground truth and the detections have some."""
+        return "segm" in self.counter.overlaps
+
+    @property
     def chosen_tau(self):
         return self.tau_val and self.tau_val["tau"]
 
@@ -155,7 +160,7 @@ class LesionResults(EvaluationResults):
         groups = _level_metrics(counts)
         groups["lesion"]["selection"] = _selection(*groups.values(), counts.positive)
         if self.patient is not None:
-            patients = counts.merged(self.metrics.unit_of_image).columns()
+            patients = self._of_patients(counts).columns()
             groups["patient"] = unit_metrics(patients.sum(axis=0))
         return {g: {k: float(v) for k, v in group.items()} for g, group in groups.items()}
 
@@ -173,16 +178,20 @@ class LesionResults(EvaluationResults):
             rows.append({"tau": tau, **values})
         return rows
 
+    def _of_patients(self, counts):
+        """Counts per image summed over those of each known patient."""
+        return counts.merged(self.metrics.unit_of_image).take(self.metrics.units.patients)
+
     @property
     def per_patient(self) -> list[dict]:
-        """One row per patient, where all images have a ``patient_id``, in the order of their first
-        images: patient_id, images, and what happened in them."""
-        unit = self.metrics.unit_of_image
-        patients = dict.fromkeys(image["patient_id"] for image in self.ground_truth.images)
+        """One row per known patient, in the order of their first images: patient_id, images, and
+        what happened in them."""
+        units, counts = self.metrics.units, self._of_patients(self.counts)
+        patients = units.patient_ids(self.ground_truth.images)
         columns = {
-            "patient_id": np.array(list(patients), dtype=object),
-            "images": np.bincount(unit),
-            **_outcomes(self.counts.merged(unit), self.detections.scored, "patient_outcome"),
+            "patient_id": np.array([patients[unit] for unit in units.patients], dtype=object),
+            "images": np.bincount(units.of_image)[units.patients],
+            **_outcomes(counts, self.detections.scored, "patient_outcome"),
         }
         return transposed(columns)[0]
 
@@ -215,7 +224,7 @@ class LesionResults(EvaluationResults):
             "thresholds.csv": (self.thresholds, ["tau"]),
             "by_size.csv": (self._size_rows(), ["scale", "size"]),
         }
-        if self.metrics.unit == "patient":
+        if self.patient is not None:
             tables["per_patient.csv"] = (self.per_patient, ["patient_id"])
         if self.unique_lesion is not None:
             tables["per_lesion.csv"] = (self.per_lesion, ["patient_id"])
@@ -297,8 +306,8 @@ def evaluate_lesions(
             ``tau_val``.
         iou_threshold: least overlap of a hit, in (0, 1]. AP50_voc, BEP and the curves stay at 0.5.
         iou_type: overlap of masks ("segm") or of boxes ("bbox") in matching. Where the ground truth
-            or the results have boxes only, boxes are used and a warning is logged; iou, iou_all,
-            dice, miou and mdice, which are always of masks, are then NaN.
+            or the results have boxes only, boxes are used, with a warning if the other has masks;
+            iou, iou_all, dice, miou and mdice, which are always of masks, are then NaN.
         bootstrap: how to resample for ``intervals``; None for none.
         ignore_extra_images: leave out detections in images that the ground truth lacks.
 
@@ -313,10 +322,11 @@ def evaluate_lesions(
         thresholds["tau_val."] = check_tau(operating_point.tau)
     gt = read_ground_truth(gt)
     detections = read_results(results, gt, ignore_extra_images=ignore_extra_images)
-    has_masks = gt.regions.masks is not None and detections.regions.masks is not None
-    if iou_type == "segm" and not has_masks:
-        side = "ground truth" if gt.regions.masks is None else "results"
-        logger.warning(f"The {side} have no masks: lesions are matched by boxes instead.")
+    have_masks = [regions.masks is not None for regions in (gt.regions, detections.regions)]
+    if iou_type == "segm" and not all(have_masks):
+        if gt.regions.masks or detections.regions.masks:
+            side = "results have" if have_masks[0] else "ground truth has"
+            logger.warning(f"The {side} no masks: lesions are matched by boxes instead.")
         iou_type = "bbox"
 
     counter = LesionCounter(gt, detections, iou_type, iou_threshold)
