@@ -4,7 +4,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -123,10 +122,7 @@ class _Detection(Task):
 
     def score(self, gt, predictions, recorded):
         settings = {key: recorded["meta"][key] for key in ("tau", "iou_threshold", "iou_type")}
-        chosen = recorded.get("tau_val")
-        if chosen:
-            names = (field.name for field in fields(OperatingPoint))
-            chosen = OperatingPoint(**{n: chosen[n] for n in names if n in chosen})
+        chosen = OperatingPoint.of_results(recorded.get("tau_val"))
         return evaluate_lesions(gt, predictions, operating_point=chosen, **settings)
 
     def endpoints(self, classes=(), cancer_classes=()):

@@ -87,3 +87,10 @@ def kvasir_original():
 def no_polyp():
     """Ten endoscopic images without a polyp, of different sizes."""
     return real_data("no-polyp-10")
+
+
+@pytest.fixture(scope="session")
+def polypgen_4():
+    """PolypGen's single frames of hospitals C1 to C4 in its own layout, 119 of 1,241 without a
+    polyp; one image of C2 is there twice."""
+    return real_data("polypgen-4-centres")

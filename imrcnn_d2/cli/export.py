@@ -144,11 +144,13 @@ def export(args):
 def with_score_map(loaded, data):
     """The model with a map of scores that is fitted to the validation images of a prepared data
     set; its operating point is converted."""
+    from detectron2.data import DatasetCatalog
     from detectron2.evaluation import inference_on_dataset
 
+    from imrcnn_d2.data import training_images
     from imrcnn_d2.data.catalog import data_set_name, load_datasets
     from imrcnn_d2.engine import Trainer
-    from imrcnn_d2.evaluation import LesionEvaluator
+    from imrcnn_d2.evaluation import LesionEvaluator, ScoreMap
     from imrcnn_d2.task import Task
     from imrcnn_d2.utils.progress import tqdm
 
@@ -158,11 +160,12 @@ def with_score_map(loaded, data):
     task.register(data)
     name = f"{data_set_name(data)}_val"
     load_datasets([name])  # refuses one without images
-    parts = "always" if point is not None and point.suppress_parts else "never"
-    evaluator = LesionEvaluator(name, tau_rule="f1", suppress_parts=parts, distributed=False)
+    # It keeps the scores as they are: no threshold is chosen of mapped ones.
+    evaluator = LesionEvaluator(name, operating_point=point, distributed=False)
     loader = tqdm(Trainer.build_test_loader(loaded.cfg, name), desc="Validation", unit="image")
     inference_on_dataset(loaded.model, loader, evaluator)
-    score_map = evaluator.score_map
+    scores = evaluator.results.metrics.calibration
+    score_map = ScoreMap.fit(scores.score, scores.hit, name)
     if score_map is None:
         raise ValueError(
             f"{name}: the detections of {weights.path} all hit a lesion, or none does, so no map "
@@ -178,7 +181,11 @@ def with_score_map(loaded, data):
         f"offset {score_map.offset:.4g}."
     )
     weights = replace(weights, score_map=score_map, operating_point=point)
-    return replace(loaded, weights=weights)
+    metadata = dict(loaded.metadata)
+    if hashes := metadata.get(training_images.KEY):
+        fitted = [record["file_name"] for record in DatasetCatalog.get(name)]
+        metadata[training_images.KEY] = sorted({*hashes, *training_images.training_hashes(fitted)})
+    return replace(loaded, weights=weights, metadata=metadata)
 
 
 def comparison(differences, bounds):

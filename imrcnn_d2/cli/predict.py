@@ -9,6 +9,9 @@ inputs that could not be read. Overlays, masks, LabelMe files and the CSV have t
 score of at least τ: the operating point that was chosen on validation data and is in the weights,
 else TEST.SCORE_THRESH.
 
+With --alarm-rule, detections in videos are linked to tracks; those that the rule makes alarms have
+`alarm` true next to `track_id` in predictions.json, and a thick contour in the overlays.
+
 The same command again goes on after an interruption, and predicts on new inputs only. Research use
 only, not for diagnosis.
 
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
     keep_freed_memory()
     setup_logger(name="imrcnn_d2").setLevel(logging.INFO)
-    names = ("weights", "runtime", "tau", "crop_view")
+    names = ("weights", "runtime", "tau", "crop_view", "alarm_rule")
     arguments = {"config": args.config_file, **{name: getattr(args, name) for name in names}}
     options = {"batch_size": args.batch_size, "follow_links": args.follow_links}
     try:
@@ -113,6 +116,8 @@ def argument_parser() -> argparse.ArgumentParser:
     batch_size = "images that the network sees at once (%(default)s)"
     add("--batch-size", type=int, default=1, help=batch_size)
     add_tau(parser, help="another score from which on a detection is positive")
+    rule = "of imrcnn alarm-rule, with its own τ: which detections in videos and --live are alarms"
+    add("--alarm-rule", type=Path, metavar="FILE", help=rule)
     return parser
 
 

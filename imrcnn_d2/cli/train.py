@@ -137,6 +137,7 @@ def _write_config(cfg, path: Path, keep: bool) -> None:
 def _config(args):
     from imrcnn_d2.data.catalog import check_registered
     from imrcnn_d2.engine.config import (
+        check_named_splits,
         check_resumable,
         find_config,
         load_training_config,
@@ -148,10 +149,9 @@ def _config(args):
     data = ["DATASETS.ROOT", repr(args.data)] if args.data else []
     cfg = load_training_config(file, [*data, *args.opts], args.eval_only)
     register_root(cfg)
-    data_sets = cfg.DATASETS
-    check_registered(
-        [*data_sets.TEST, *(() if args.eval_only else data_sets.TRAIN + data_sets.VAL)]
-    )
+    splits = ("TEST",) if args.eval_only else ("TEST", "TRAIN", "VAL")
+    check_registered(name for split in splits for name in cfg.DATASETS[split])
+    check_named_splits(cfg, splits)
     if args.resume:
         check_resumable(cfg)
     if args.eval_only or cfg.MODEL.WEIGHTS:

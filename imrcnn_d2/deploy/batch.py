@@ -26,6 +26,7 @@ from imrcnn_d2.deploy.inputs import (
     read_frames,
 )
 from imrcnn_d2.deploy.predictor import Predictor
+from imrcnn_d2.evaluation.alarms import Alarms
 from imrcnn_d2.utils.files import (
     BadInputError,
     atomic_file,
@@ -64,7 +65,9 @@ def check_run(folder: Path, previous: dict, current: dict) -> None:
     """Raises a ValueError that names the differences of two results of `run_record`, if any."""
     pairs = {key: (previous.get(key), current.get(key)) for key in sorted({**previous, **current})}
     differences = [
-        f"{for_terminal(key)} ({reprlib.repr(before)}, now {reprlib.repr(now)})"
+        "the folder of the inputs"  # which its number does not tell
+        if key == "inputs"
+        else f"{for_terminal(key)} ({reprlib.repr(before)}, now {reprlib.repr(now)})"
         for key, (before, now) in pairs.items()
         if before != now
     ]
@@ -359,6 +362,9 @@ def _row(image, annotations, metadata, classes):
         shown = outputs.above_threshold(annotations, metadata["tau"])
         row |= {"lesions": len(shown), **_best_score(annotations, metadata)}
         row |= {"area_percent": _area_percent(shown, image)}
+        if "alarm_rule" in metadata:
+            is_video = image.get("time") is not None
+            row["alarms"] = sum(a["alarm"] for a in annotations) if is_video else None
     return row | {key: metadata[key] for key in ("tau", "weights_sha256", "version")}
 
 
@@ -398,10 +404,14 @@ def _is_frame(content, run):
             "image": {"file_name": str(), "width": int(w), "height": int(h)} as image,
             "annotations": list(annotations),
         } if 0 < w <= LONGEST_SIDE and 0 < h <= LONGEST_SIDE and w * h <= MOST_PIXELS:
-            others = [value for key, value in image.items() if key != "file_name"]
+            texts = "file_name", "sequence_id"
+            others = [value for key, value in image.items() if key not in texts]
             lists = [v if isinstance(v, list) else [v] for v in others if v is not None]
-            return all(map(_are_numbers, lists)) and all(
-                _is_annotation(annotation, w, h, run) for annotation in annotations
+            is_named = isinstance(image.get("sequence_id", ""), str)
+            return (
+                is_named
+                and all(map(_are_numbers, lists))
+                and all(_is_annotation(annotation, w, h, run) for annotation in annotations)
             )
     return False
 
@@ -416,6 +426,9 @@ def _is_annotation(annotation, width, height, run):
         ):
             inside = min(x, y, w, h) >= 0 and x + w <= width + 1 and y + h <= height + 1
             fits = inside and isinstance(annotation.get("segmentation", {}), dict)
+            if "alarm_rule" in run:
+                kinds = type(annotation.get("track_id", 1)), type(annotation.get("alarm", True))
+                fits = fits and kinds == (int, bool)
         case _:
             return False
     scores = map(annotation.get, _score_keys(run))
@@ -450,7 +463,7 @@ def predictions(
     the end of an input None. While the caller works on one frame, the network is at the next and
     the decoder at those after them; the number of waiting frames is bounded.
     """
-    room = 2 * batch_size
+    room, alarms = 2 * batch_size, None
     with (
         contextlib.closing(ahead(_read(sources, predictor), room)) as items,
         contextlib.closing(ahead(predictor.in_batches(items, batch_size), room)) as results,
@@ -460,7 +473,11 @@ def predictions(
                 yield item, None
             else:
                 size = item.frame.image.shape[:2]
-                yield item, outputs.records(predictor, output, *size, item.frame.view)
+                annotations = outputs.records(predictor, output, *size, item.frame.view)
+                if predictor.alarm_rule is not None and item.frame.time is not None:
+                    alarms = Alarms(predictor.alarm_rule) if item.frame.number == 0 else alarms
+                    alarms.annotate(annotations, item.frame.time)
+                yield item, annotations
 
 
 def _read(sources, predictor):

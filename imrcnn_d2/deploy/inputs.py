@@ -42,10 +42,6 @@ _LARGEST_VIDEO = 2**31  # bytes of a DICOM file, which are held in memory
 _TIME_BASE = Fraction(1, 1_000_000)
 _LONGEST_STEP = 86_400  # seconds between frames
 
-IMAGES = (
-    *(".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
-)
 VIDEOS = (
     *(".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"),
     *(".ts", ".webm", ".wmv"),
@@ -394,4 +390,4 @@ def _kind(path: Path) -> str | None:
         return "dicom"
     if suffix in VIDEOS:
         return "video"
-    return "image" if suffix in IMAGES else None
+    return "image" if suffix in images.IMAGE_SUFFIXES else None

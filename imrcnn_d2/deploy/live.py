@@ -16,6 +16,7 @@ from imrcnn_d2.deploy import outputs
 from imrcnn_d2.deploy.batch import Journal
 from imrcnn_d2.deploy.inputs import Frame, VideoWriter, open_video, upright
 from imrcnn_d2.deploy.predictor import Predictor
+from imrcnn_d2.evaluation.alarms import Alarms
 from imrcnn_d2.utils.files import BadInputError, write_atomically
 from imrcnn_d2.utils.progress import tqdm
 
@@ -190,6 +191,7 @@ def _first_interrupt_calls(stop):
 
 def _predict(predictor, frames, path, journal, latencies, show):
     metadata, first, views = predictor.metadata, None, predictor.views()
+    alarms = Alarms(predictor.alarm_rule) if predictor.alarm_rule else None
     with (
         VideoWriter(path, time_base=_TIME_BASE, comment=outputs.comment(metadata)) as video,
         tqdm(desc="Live", unit="image") as bar,
@@ -200,6 +202,8 @@ def _predict(predictor, frames, path, journal, latencies, show):
             view = views(image)
             (prediction,) = predictor.forward([predictor.prepare(image, view)])
             annotations = outputs.records(predictor, prediction, *image.shape[:2], view)
+            if alarms is not None:
+                alarms.annotate(annotations, arrived)
             shown = outputs.above_threshold(annotations, predictor.tau)
             overlay = outputs.draw_overlay(
                 image, shown, predictor.classes, outputs.footer(metadata)

@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from imrcnn_d2 import __version__
+from imrcnn_d2.data import training_images
 from imrcnn_d2.deploy.runtimes import EXPORTS
 from imrcnn_d2.deploy.runtimes.base import Runtime
 from imrcnn_d2.engine.checkpoint import (
@@ -138,7 +139,8 @@ def _metadata(path: Path, content: dict) -> dict:
     """
     if "artifact" not in content:
         return {}
-    keys = content.keys() & {"artifact", "classes", "config", "precision", "weights_sha256"}
+    names = {"artifact", "classes", "config", "precision", "weights_sha256", training_images.KEY}
+    keys = content.keys() & names
     _check_metadata(path, content, keys)
     return {key: content[key] for key in keys}
 
@@ -147,7 +149,8 @@ def _load_runtime(config, path: Path, runtime: Runtime) -> LoadedModel:
     if config is not None:
         raise ValueError(f"{path} brings its config along: leave out --config-file")
     metadata = runtime.metadata
-    _check_metadata(path, metadata, _METADATA.keys() - {"score_map"})
+    absent = {"score_map", training_images.KEY} - metadata.keys()  # of earlier versions
+    _check_metadata(path, metadata, _METADATA.keys() - absent)
     cfg = _config(None, path, metadata["config"])
     _check_demands(cfg, path)
     cfg.freeze()
@@ -167,6 +170,7 @@ _METADATA = {
     "config": lambda value: isinstance(value, str),
     # `Weights.of_file` checks these; files of version 1 have no map.
     **dict.fromkeys(("operating_point", "score_map"), lambda value: True),
+    training_images.KEY: lambda value: value is None or training_images.are_hashes(value),
     "weights_sha256": lambda value: value is None or _is_name(value),
 }
 

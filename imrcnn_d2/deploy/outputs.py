@@ -39,6 +39,7 @@ _NAME_ERRORS = {
 }
 CONTOUR = (240, 228, 66)  # Okabe and Ito's yellow, which no mucosa has
 HALO = (0, 0, 0)
+NO_ALARM = (255, 255, 255)
 FONT_SHARE = 26  # of the image's smaller side
 SMALLEST_FONT = 9
 LEAST_SCORE = 0.3  # of detections that another predictor must have too
@@ -90,14 +91,15 @@ def records(
 def frame_record(name: str, frame: Frame) -> dict:
     """COCO image record, without an id, of a frame of an input. Of one of several frames,
     ``file_name`` ends in "#" and its number, which ``frame`` repeats next to ``time`` (seconds, or
-    None). ``view`` is the box (xywh) that the network saw, if not all.
+    None) and ``sequence_id``, the name without its suffix. ``view`` is the box (xywh) that the
+    network saw, if not all.
     """
     height, width = frame.image.shape[:2]
     record = {"file_name": name, "width": width, "height": height}
     if frame.number is not None:
         seconds = None if frame.time is None else float(frame.time)
         record |= {"file_name": f"{name}#{frame.number:06d}", "frame": frame.number}
-        record["time"] = seconds
+        record |= {"time": seconds, "sequence_id": _without_suffix(name)}
     if frame.view is not None:
         x0, y0, x1, y1 = frame.view.box
         record["view"] = [x0, y0, x1 - x0, y1 - y0]
@@ -106,12 +108,15 @@ def frame_record(name: str, frame: Frame) -> dict:
 
 def coco_head(metadata: dict, classes: list[str]) -> dict:
     """``info`` and ``categories`` of a COCO file with a `Predictor`'s predictions."""
-    description = (
-        "Predictions of research software, not for diagnosis. All detections are listed; those "
-        "with a score of at least tau count."
-    )
+    description = "Predictions of research software, not for diagnosis."
+    if metadata.get("tau") is None:
+        description += " Each image has the class of the highest probability; there is no tau."
+    else:
+        description += " All detections are listed; those with a score of at least tau are used."
     if "suppress_parts" in metadata:
         description += " Those that lie inside others are left out."
+    if "alarm_rule" in metadata:
+        description += " Of these, in a video, those of `alarm` true are alarms by alarm_rule."
     if "score_map" in metadata:
         description += " Scores are probabilities, by score_map; raw scores are the network's."
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
@@ -136,7 +141,8 @@ def draw_overlay(
     image: np.ndarray, annotations: list[dict], classes: list[str], footer: str
 ) -> np.ndarray:
     """A copy of an (H, W, 3) RGB uint8 image with the annotations' contours, or boxes, each with
-    its class and score; or with the class of the image; and with a `footer`.
+    its class and score; or with the class of the image; and with a `footer`. Detections that are no
+    alarm have a thin white contour and no text.
     """
     overlay = np.ascontiguousarray(image).copy()
     height, width = overlay.shape[:2]
@@ -148,6 +154,9 @@ def draw_overlay(
             labels.append((text, 0.02 * width, 0.02 * height))
             continue
         lines = contours(annotation)
+        if not annotation.get("alarm", True):
+            cv2.polylines(overlay, lines, True, NO_ALARM, max(1, thickness // 2), cv2.LINE_AA)
+            continue
         for color, wider in ((HALO, 2), (CONTOUR, 0)):
             cv2.polylines(overlay, lines, True, color, thickness + wider, cv2.LINE_AA)
         labels.append((text, *annotation["bbox"][:2]))

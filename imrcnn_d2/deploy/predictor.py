@@ -14,6 +14,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
 from torch import Tensor
 
+from imrcnn_d2.data import training_images
 from imrcnn_d2.data.augmentation import build_augmentation
 from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.images import read_image
@@ -21,6 +22,7 @@ from imrcnn_d2.data.masks import encode, parts_of_others
 from imrcnn_d2.deploy.loading import load_model
 from imrcnn_d2.deploy.runtimes import TorchRuntime, build_runtime
 from imrcnn_d2.deploy.runtimes.base import Runtime, export_metadata
+from imrcnn_d2.evaluation.alarms import AlarmRule
 from imrcnn_d2.task import Task
 from imrcnn_d2.utils import hub
 
@@ -76,11 +78,12 @@ class Predictor:
         lesions = instances[instances.scores >= predictor.tau]
         detections = supervision.Detections.from_detectron2({"instances": lesions})
 
-    ``tau`` is the threshold of scores, None of a classification model; ``score_map`` makes
-    probabilities of the network's scores, None where the weights have no such map;
-    ``suppress_parts`` is whether detections inside others are left out, as the weights' operating
-    point says; ``classes`` are named by class index; ``metadata`` are of model, weights, config and
-    runtime.
+    ``tau`` is the threshold of scores, None of a classification model; ``operating_point`` is that
+    of the weights, and ``score_map`` makes probabilities of the network's scores, both None where
+    the weights have none; ``suppress_parts`` is whether detections inside others are left out, as
+    the operating point says; ``classes`` are named by class index; ``training_images`` are of
+    `training_hashes`, None where the weights carry none; ``metadata`` are of model, weights, config
+    and runtime.
     """
 
     def __init__(
@@ -92,21 +95,29 @@ class Predictor:
         tau: float | None = None,
         device: str | None = None,
         crop_view: bool = False,
+        alarm_rule: AlarmRule | str | Path | None = None,
     ):
         """See `load_model` and `build_runtime`; ``tau`` None is that of the weights. ``crop_view``
         shows the network the endoscope's view only, black outside it, as data prepared with
-        --deidentify are; predictions are still of the whole frame.
+        --deidentify are; predictions are still of the whole frame. ``alarm_rule``, or its file,
+        has its own ``tau``, and decides which detections in a video are alarms.
 
         Raises:
-            FileNotFoundError, ValueError: see there; or a classification model is given a ``tau``.
+            FileNotFoundError, ValueError: see there; a classification model is given a ``tau`` or
+                an ``alarm_rule``; both are given; or the rule was chosen for other weights.
         """
         self._loaded = loaded = load_model(config, weights, device=device)
-        cfg = loaded.cfg
+        cfg, stored = loaded.cfg, loaded.weights
         self.classes = loaded.classes
         self.cfg, self.task, self.has_masks = cfg, Task.of(cfg), cfg.MODEL.MASK_ON
         self.tau, self.crop_view = loaded.tau if tau is None else tau, crop_view
-        self.score_map, point = loaded.weights.score_map, loaded.weights.operating_point
-        self.suppress_parts = self.has_masks and point is not None and point.suppress_parts
+        self.alarm_rule = self._checked_rule(alarm_rule, tau)
+        if self.alarm_rule is not None:
+            self.tau = self.alarm_rule.tau
+        self.score_map, self.operating_point = stored.score_map, stored.operating_point
+        suppresses = self.operating_point is not None and self.operating_point.suppress_parts
+        self.suppress_parts = self.has_masks and suppresses
+        self.training_images = loaded.metadata.get(training_images.KEY)
         if tau is not None and not self.task.localises:
             raise ValueError("A classification model takes the likeliest class: it has no τ")
         self._augmentation = T.AugmentationList(
@@ -127,6 +138,18 @@ class Predictor:
             self.metadata["suppress_parts"] = True
         if crop_view:
             self.metadata["crop_view"] = True
+        if self.alarm_rule is not None:
+            self.alarm_rule.check_weights(self.metadata)
+            self.metadata["alarm_rule"] = vars(self.alarm_rule)
+
+    def _checked_rule(self, rule, tau):
+        if rule is None:
+            return None
+        if not self.task.localises:
+            raise ValueError("An alarm rule is for detections: a classification model has none")
+        if tau is not None:
+            raise ValueError("An alarm rule has its own τ: give no other one")
+        return rule if isinstance(rule, AlarmRule) else AlarmRule.of_file(rule)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs) -> "Predictor":

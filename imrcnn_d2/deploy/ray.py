@@ -48,6 +48,7 @@ _SCHEMA = pa.schema(
         *(("scores", _FLOATS), ("raw_scores", _FLOATS), ("classes", pa.list_(_TEXT))),
         *(("masks", pa.list_(_RLE)), ("areas", _FLOATS), ("probabilities", _FLOATS)),
         *(("raw_probabilities", _FLOATS), ("error", _TEXT), ("tau", _FLOAT)),
+        *(("tracks", pa.list_(_INT)), ("alarms", pa.list_(pa.bool_()))),
         *(("weights_sha256", _TEXT), ("config_sha256", _TEXT), ("version", _TEXT)),
         *(("runtime", _TEXT), ("precision", _TEXT)),
         *(("input", _TEXT), ("signature", pa.list_(pa.int64()))),
@@ -57,6 +58,7 @@ _SCHEMA = pa.schema(
 _DETECTION = {
     **{"boxes": "bbox", "masks": "segmentation", "areas": "area"},
     "raw_scores": "raw_score",  # where there is a map of scores
+    **{"tracks": "track_id", "alarms": "alarm"},  # of videos, where there is an alarm rule
 }
 
 
@@ -70,7 +72,7 @@ def image_row(item: Item, annotations: list[dict], classes: list[str]) -> dict:
     row["classes"] = [classes[a["category_id"] - 1] for a in annotations]
     for column, key in _DETECTION.items():
         if not annotations or key in annotations[0]:
-            row[column] = [a[key] for a in annotations]
+            row[column] = [a.get(key) for a in annotations]  # no track below the threshold
     for key in ("probabilities", "raw_probabilities"):
         if annotations and key in annotations[0]:
             row[key] = annotations[0][key]

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from imrcnn_d2.data import training_images
 from imrcnn_d2.engine.config import load_config_text
 from imrcnn_d2.evaluation.calibration import ScoreMap, Temperature
 from imrcnn_d2.evaluation.detection.operating_point import OperatingPoint
@@ -369,12 +370,28 @@ class Checkpointer(DetectionCheckpointer):
                 )
             if last:
                 self._whole = True
-                return self.load(last)
-        loaded = self.load(path, checkpointables=[])
+                return self._noting_images(self.load(last))
+        loaded = self._noting_images(self.load(path, checkpointables=[]))
         comm.synchronize()  # all have read the file, which may be moved now
         if self.save_dir and self.save_to_disk:
             self._set_aside()
         return loaded
+
+    def _noting_images(self, loaded: dict) -> dict:
+        """What weights have seen before is what they have seen when they are trained on."""
+        earlier = loaded.get(training_images.KEY)
+        if training_images.are_hashes(earlier):
+            self.metadata[training_images.KEY] = earlier
+        elif loaded.get("artifact"):
+            text = "The weights to go on from do not carry which images they were trained on: the "
+            logger.warning(text + "new ones will carry those of this training only")
+        return loaded
+
+    def note_images(self, paths: Iterable[str | Path]) -> None:
+        """Write into all checkpoints from now on which image files the model was trained on."""
+        earlier = self.metadata.get(training_images.KEY, ())
+        hashes = training_images.training_hashes(paths)
+        self.metadata[training_images.KEY] = sorted({*earlier, *hashes})
 
     def renew_final(self, iteration: int) -> None:
         """Write a missing or damaged ``model_final.pth``, on resuming after the last iteration."""
@@ -487,6 +504,7 @@ class Weights:
     operating_point: OperatingPoint | None = None
     score_map: ScoreMap | Temperature | None = None  # of a detector; of a classifier
     model: tuple[str, str] | None = None  # its name and its backbone's
+    iterations: int | None = None  # of its training, where its file has the config in iterations
 
     @classmethod
     def of_file(cls, path: str, metadata: dict, classifies: bool = False) -> "Weights":
@@ -508,8 +526,22 @@ class Weights:
         meta = {"checkpoint": self.path, "checkpoint_sha256": self.sha256}
         if self.model:
             meta["model"], meta["backbone"] = self.model
+        if self.iterations:
+            meta["iterations"] = self.iterations
         chosen = {"operating_point": self.operating_point, "score_map": self.score_map}
         return {**chosen, "bootstrap": Bootstrap(), "meta": meta}
+
+
+def _iterations(config, source):
+    """Of a training, by the YAML config in its weights, if they have one that can be read; None
+    where it is of epochs or phases."""
+    if not isinstance(config, str):
+        return None
+    try:
+        solver = load_config_text(config, source, ["MODEL.DEVICE", "cpu"]).SOLVER
+    except ValueError:
+        return None
+    return None if solver.MAX_EPOCHS or solver.PHASES else solver.MAX_ITER
 
 
 def load_weights(checkpointer: Checkpointer, path: str) -> Weights:
@@ -531,7 +563,8 @@ def last_weights(checkpointer: Checkpointer, ema=None) -> Weights:
 
 def _weights(path: str, metadata: dict, classifies: bool = False) -> Weights:
     local = os.path.abspath(PathManager.get_local_path(find_weights(path)))
-    return Weights.of_file(local, metadata, classifies)
+    weights = Weights.of_file(local, metadata, classifies)
+    return replace(weights, iterations=_iterations(metadata.get("config"), local))
 
 
 def log_test_evaluations(datasets: Iterable[str], output_dir: str, weights: Weights) -> None:

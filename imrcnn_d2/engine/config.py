@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.utils.logger import log_first_n
 from fvcore.common.config import BASE_KEY
 
@@ -81,6 +82,27 @@ def register_root(cfg: CfgNode) -> None:
     """Register the data set of DATASETS.ROOT, if any, for the config's task."""
     if cfg.DATASETS.ROOT:
         Task.of(cfg).register(cfg.DATASETS.ROOT)
+
+
+def check_named_splits(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "VAL", "TEST")) -> None:
+    """Of registered data sets: that the files of those exist that DATASETS.TRAIN, VAL or TEST name
+    in place of the splits of DATASETS.ROOT.
+
+    Raises:
+        FileNotFoundError: some do not; it says how to take the splits of DATASETS.ROOT.
+    """
+    of_root = _split_names(cfg.DATASETS.ROOT)
+    for split in splits if cfg.DATASETS.ROOT else ():
+        for name in set(cfg.DATASETS[split]).difference(of_root[split]):
+            try:
+                DatasetCatalog.get(name)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"DATASETS.{split} names {name}, which wins over {cfg.DATASETS.ROOT} (--data, "
+                    f"DATASETS.ROOT): {error} To take the split of {cfg.DATASETS.ROOT}, remove "
+                    f"DATASETS.{split} from the config, or add to the command: DATASETS.{split} "
+                    f"\"('{of_root[split][0]}',)\""
+                ) from error
 
 
 def resolve_class_weights(cfg: CfgNode) -> CfgNode:

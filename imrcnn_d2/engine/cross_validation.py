@@ -19,10 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 from imrcnn_d2.data.catalog import prepared_folder
-from imrcnn_d2.data.prepare.data_set import write_folds
+from imrcnn_d2.data.prepare.data_set import folds_folder, left_out_by, write_folds
 from imrcnn_d2.engine.config import find_config, load_training_config
 from imrcnn_d2.engine.run_record import RunRecord, config_sha256
-from imrcnn_d2.evaluation.detection.metrics import METRICS
+from imrcnn_d2.evaluation.detection.metrics import METRICS, without_masks
 from imrcnn_d2.evaluation.output import read_metrics, read_run_record
 from imrcnn_d2.task import Task
 from imrcnn_d2.utils.files import file_sha256
@@ -43,7 +43,7 @@ class FoldRun:
     config_file: Path  # of the model; its stem is the model's name
     seed: int
     fold: int
-    folds: int
+    folds: int | str  # their number, or the field of images whose values are the folds
     output: Path  # of the whole cross-validation
     datasets: Path  # folder that the data set's folder is in
     opts: tuple[str, ...]  # KEY VALUE ..., for every run
@@ -58,11 +58,10 @@ class FoldRun:
             ValueError: there is no such fold.
         """
         path = find_config(str(cfg.model))
-        if not 0 <= cfg.fold < cfg.folds:
-            raise ValueError(f"fold={cfg.fold}: with folds={cfg.folds} they are 0..{cfg.folds - 1}")
-        root = Path(cfg.datasets).resolve() / str(cfg.dataset)
-        if not root.is_dir():
-            root = prepared_folder(cfg.dataset).resolve()
+        root = data_set_folder(cfg.datasets, str(cfg.dataset))
+        count = number_of_folds(cfg.folds, root)
+        if not 0 <= cfg.fold < count:
+            raise ValueError(f"fold={cfg.fold}: with folds={cfg.folds} they are 0..{count - 1}")
         return cls(
             dataset=root.name,
             config_file=path.resolve(),
@@ -90,8 +89,15 @@ class FoldRun:
 
     @property
     def fold_root(self) -> Path:  # the fold as a prepared data set
-        folds = self.datasets / f"{self.dataset}.folds{self.folds}"
+        folds = folds_folder(self.datasets / self.dataset, self.folds)
         return folds / f"fold{self.fold}" / self.dataset
+
+    @property
+    def left_out(self) -> str | None:
+        """The value of the field `folds` that it tests, such as a centre."""
+        if isinstance(self.folds, int):
+            return None
+        return left_out_by(self.datasets / self.dataset, self.folds)[self.fold].value
 
     def state(self) -> str:
         """ "finished" (trained and evaluated with these settings on this fold), "running", "broken"
@@ -146,7 +152,10 @@ class FoldRun:
             BadInputError: its metrics.json is damaged.
         """
         metrics = read_metrics(self.metrics_file)
-        pairs = [e.split("/") for e in Task.named(metrics["meta"].get("task")).headline]
+        endpoints = Task.named(metrics["meta"].get("task")).headline
+        if (metrics.get("segm") or {}).get("AP") is None:
+            endpoints = without_masks(endpoints)
+        pairs = [endpoint.split("/") for endpoint in endpoints]
         return {METRICS[name].label: (metrics.get(group) or {}).get(name) for group, name in pairs}
 
     @contextlib.contextmanager
@@ -232,6 +241,17 @@ class FoldRun:
                     bar.update(iteration - bar.n)
 
 
+def data_set_folder(datasets: str, dataset: str) -> Path:
+    """The folder of a prepared data set: by its name in `datasets`, else itself."""
+    root = Path(datasets).resolve() / dataset
+    return root if root.is_dir() else prepared_folder(dataset).resolve()
+
+
+def number_of_folds(folds: int | str, prepared: Path) -> int:
+    """How many folds they are; as `left_out_by` where they are a field of images."""
+    return folds if isinstance(folds, int) else len(left_out_by(prepared, folds))
+
+
 def _end_with_parent():
     """Have Linux send this process SIGTERM when its parent is gone, were it by SIGKILL."""
     if sys.platform == "linux":
@@ -253,8 +273,9 @@ def _last_logged(path):
 
 def prepare_folds(runs: Sequence[FoldRun]) -> None:
     """Write the fold data sets that the runs need; see `write_folds`."""
-    for root, count in dict.fromkeys((run.datasets / run.dataset, run.folds) for run in runs):
-        logger.info(f"{count} folds of {root}: {write_folds(root, count)[0].parent}")
+    for root, folds in dict.fromkeys((run.datasets / run.dataset, run.folds) for run in runs):
+        written = write_folds(root, folds)
+        logger.info(f"{len(written)} folds of {root}: {written[0].parent}")
 
 
 def describe_runs(runs: Sequence[FoldRun]) -> tuple[str, bool]:

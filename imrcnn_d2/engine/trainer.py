@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from imrcnn_d2.config import add_imrcnn_config
+from imrcnn_d2.data import training_images
 from imrcnn_d2.data.loader import build_train_loader
 from imrcnn_d2.engine.checkpoint import (
     Checkpointer,
@@ -187,6 +188,11 @@ class _Trainer(DefaultTrainer):
 
     def train(self) -> dict:
         """Train, load the best weights, test them once and return the metrics."""
+        resumed_with_images = self.start_iter and training_images.KEY in self.checkpointer.metadata
+        if comm.is_main_process() and not resumed_with_images:
+            names = (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.VAL)
+            records = (record for name in names for record in DatasetCatalog.get(name))
+            self.checkpointer.note_images(r["file_name"] for r in records if "file_name" in r)
         super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
         best = self.best.load_best() if self.best else None
         weights = best or last_weights(self.checkpointer, self._ema)
@@ -291,13 +297,17 @@ def _with_images(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_data_sets(cfg):
-    """Refuse empty validation sets; warn of training sets without a lesion."""
+    """Refuse validation sets without images or annotations: by specificity alone, weights that
+    detect nothing would be the best; warn of training sets without a lesion."""
     for name in cfg.DATASETS.VAL:
-        if not _with_images([name]):
+        records = DatasetCatalog.get(name)
+        if not any(record.get("annotations", True) for record in records):
+            lacks = f"annotation in any of its {len(records)} images" if len(records) else "images"
             raise ValueError(
-                f"Data set {name} has no images, by which the best weights and their threshold are "
-                "chosen: prepare it with others in --ratio, such as 12:3:5, or train without and "
-                'keep the last weights: DATASETS.VAL "()"'
+                f"Data set {name} ({MetadataCatalog.get(name).get('json_file')}) has no {lacks}, "
+                "by which the best weights and their threshold are chosen: prepare it with others "
+                "in --ratio, such as 12:3:5, or train without and keep the last weights: "
+                'DATASETS.VAL "()"'
             )
     training = [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     if not any(record.get("annotations", True) for data_set in training for record in data_set):

@@ -25,6 +25,8 @@ def metric_name(endpoint: str) -> str:
     if group == "cancer":
         return f"{'sensitivity' if metric == 'recall' else label} (cancer against benign)"
     group, at = group.removeprefix("tau_val."), " at tau_val" if "." in group else ""
+    if group == "video":
+        return f"{label}{at}"
     cases = {"segm": "masks", "bbox": "boxes", "unique_lesion": "unique lesions", **LEVELS}
     cases = {"paper": "as the paper", **cases}.get(group, group)
     cases = {"iou": "masks", "iou_box": "boxes"}.get(metric, cases)

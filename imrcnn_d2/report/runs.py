@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from imrcnn_d2.data.catalog import SHORT_NAMES, prepared_folder
 from imrcnn_d2.data.prepare.splits import SPLITS
 from imrcnn_d2.engine.config import read_yaml
-from imrcnn_d2.evaluation import Bootstrap, ClassificationResults, LesionResults
+from imrcnn_d2.evaluation import Bootstrap, ClassificationResults, LesionResults, OperatingPoint
 from imrcnn_d2.evaluation.output import (
     RESULTS,
     TEXT,
@@ -210,17 +210,30 @@ class Run:
             )
         return self.task.score(self.gt_path, predictions, self.recorded)
 
+    @property
+    def bootstrap(self) -> Bootstrap | None:
+        """The recorded one; None where the evaluation had none."""
+        recorded = self.meta.get("bootstrap")
+        if not recorded:
+            return None
+        resamples = min(recorded["resamples"], MOST_RESAMPLES)
+        return Bootstrap(resamples, recorded["seed"], bool(recorded.get("all_coco")))
+
+    @property
+    def resampled(self) -> dict:
+        """What parts of `results` are evaluated with: ``operating_point`` and ``bootstrap``."""
+        point = OperatingPoint.of_results(self.results.tau_val)
+        return {"operating_point": point, "bootstrap": self.bootstrap}
+
     @functools.cached_property
     def metrics(self) -> dict:
         """As metrics.json, but computed again from the predictions, with intervals by the recorded
         bootstrap; undefined metrics are None. ``meta`` also has what is recorded.
         """
-        bootstrap, settings, results = self.meta.get("bootstrap"), None, self.results
+        bootstrap, settings, results = self.bootstrap, None, self.results
         if bootstrap:
-            resamples = min(bootstrap["resamples"], MOST_RESAMPLES)
-            bootstrap = Bootstrap(resamples, bootstrap["seed"], bool(bootstrap.get("all_coco")))
-            settings = {**asdict(bootstrap), "unit": results.metrics.unit}
-        document = json.loads(strict_json(add_intervals(results, bootstrap or None).document()))
+            settings = {**asdict(bootstrap), "unit": results.metrics.units.kind}
+        document = json.loads(strict_json(add_intervals(results, bootstrap).document()))
         return {**document, "meta": {**self.meta, **results.meta, "bootstrap": settings}}
 
     @functools.cached_property

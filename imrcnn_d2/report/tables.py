@@ -2,16 +2,18 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 from tabulate import tabulate
 
 from imrcnn_d2.evaluation import ClassificationResults, LesionResults
-from imrcnn_d2.evaluation.detection.metrics import is_count
-from imrcnn_d2.report.names import threshold_name
+from imrcnn_d2.evaluation.detection.metrics import FEW_CASES, is_count, without_masks
+from imrcnn_d2.evaluation.subgroups import Group
+from imrcnn_d2.report.names import metric_name, threshold_name
 from imrcnn_d2.utils.files import csv_text, for_terminal, write_atomically
 
 # What would be a link, an image, HTML, code or emphasis, or end a cell. Brackets around numbers,
@@ -141,6 +143,45 @@ def format_value(
     return cell
 
 
+FEW_MARK = "†"
+FEW_NOTE = f"{FEW_MARK} Fewer than {FEW_CASES} cases: too few to say anything."
+
+
+def cases_text(cases: tuple[int, str] | None) -> str:
+    """The number of cases that `Group.cases` gives, such as "n 320", marked where they are few; ""
+    where they are not known."""
+    if cases is None:
+        return ""
+    return f"n {cases[0]:,}{FEW_MARK if cases[0] < FEW_CASES else ''}"
+
+
+def group_text(group: Group, endpoint: str, decimals: int | None = None) -> str:
+    """A metric of a group, such as "87.7 [83.0, 91.5] (n 320)"; with as many decimals as
+    `decimals_of` says, if none are given."""
+    value, interval = value_of(group.values, endpoint), value_of(group.intervals, endpoint)
+    metric = endpoint.partition("/")[2]
+    text = format_value(metric, value, interval, decimals or decimals_of(metric))
+    cases = cases_text(group.cases(endpoint))
+    return f"{text} ({cases})" if cases else text
+
+
+def decimals_of(metric: str) -> int:
+    """Decimals of a metric for readers: numbers per image are small."""
+    return 2 if metric.startswith("fp_per_") else 1
+
+
+def is_few(group: Group, endpoint: str) -> bool:
+    """A metric of a group is of few cases, if known."""
+    cases = group.cases(endpoint)
+    return cases is not None and cases[0] < FEW_CASES
+
+
+def few_notes(groups: Mapping[str, Group], endpoints: Iterable[str]) -> list[str]:
+    """What a table of these metrics of groups says below it where one is of few cases."""
+    pairs = product(groups.values(), endpoints)
+    return [FEW_NOTE] if any(is_few(group, endpoint) for group, endpoint in pairs) else []
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
@@ -177,6 +218,14 @@ HEADLINE = {
         *("lesion/iou", "lesion/dice", "lesion/fp_per_image", "image/recall"),
         *("image/specificity", "image/auroc", "image/mdice"),
     ),
+    "procedure": (
+        *("video/lesion_sensitivity", "video/persistence", "video/seconds_to_detection"),
+        *("video/frame_sensitivity", "video/fpr", "video/false_alarms_per_minute"),
+    ),
+    "unique_lesion": (
+        *("video/lesion_sensitivity", "video/persistence", "video/persistent_50"),
+        *("video/frames_to_detection", "video/seconds_to_detection"),
+    ),
     "lesion": ("lesion/recall", "lesion/iou", "lesion/iou_box", "lesion/iou_all", "lesion/dice"),
     "recognition": (
         *("recognition/top1", "recognition/balanced_accuracy", "recognition/f1"),
@@ -186,16 +235,45 @@ HEADLINE = {
 }
 
 
+# "group/metric" of a table by centre -> heading.
+CENTRE_METRICS = {
+    "lesion/recall": "sensitivity, %",
+    "lesion/precision": "precision, %",
+    "lesion/f1": "F1, %",
+    "lesion/fp_per_image": "false alarms per image",
+    "image/specificity": "specificity, %",
+    "{kind}/AP50": "AP50, %",
+    "image/miou": "mIoU, %",
+    "lesion/dice": "Dice, %",
+    "lesion/hd95": "HD95, pixels",
+    "calibration/ece": "ECE, %",
+}
+
+
+def centre_metrics(groups: Mapping[str, Group]) -> dict[str, str]:
+    """Those of CENTRE_METRICS that some of the groups defines, with their headings, at the
+    threshold that is stored in the weights where there is one."""
+    first, metrics = next(iter(groups.values())), {}
+    kind = first.results.meta["iou_type"] if first.results else ""
+    for endpoint, heading in CENTRE_METRICS.items():
+        endpoint = at_stored_threshold(first.values, endpoint.format(kind=kind))
+        values = [value_of(group.values, endpoint) for group in groups.values()]
+        if None not in values and not all(map(math.isnan, values)):
+            metrics[endpoint] = heading
+    return metrics
+
+
 def summary(results: LesionResults | ClassificationResults) -> str:
     """The size of a test set, the threshold, and a table of the headline metrics with their
     intervals: where the weights have a threshold, at that one.
     """
     lesions, kind = isinstance(results, LesionResults), results.meta.get("iou_type")
     groups, rows = results.compared(), []
-    for endpoint in HEADLINE["image" if lesions else "recognition"]:
-        endpoint = endpoint.format(kind=kind)
-        at_point = f"tau_val.{endpoint}"
-        stored = endpoint if value_of(groups, at_point) is None else at_point
+    endpoints = [e.format(kind=kind) for e in HEADLINE["image" if lesions else "recognition"]]
+    if lesions and not results.has_masks:
+        endpoints = without_masks(endpoints)
+    for endpoint in endpoints:
+        stored = at_stored_threshold(groups, endpoint)
         if (value := value_of(groups, stored)) is not None:
             interval = value_of(results.intervals, stored)
             text = format_value(endpoint, value, interval).partition(" ")
@@ -205,7 +283,11 @@ def summary(results: LesionResults | ClassificationResults) -> str:
         point = results.tau_val or {"tau": results.meta["tau"]}
         title += f", {threshold_name(point['tau'], results.detections.mapped)}"
         if results.tau_val:
-            title += " (stored in the weights; chosen on {dataset} by {rule})".format(**point)
+            title += " (tau_val: stored in the weights; chosen on {dataset} by {rule})".format(
+                **point
+            )
+            fixed = threshold_name(results.meta["tau"], results.detections.mapped)
+            title += f"; the values on top of a report are at {fixed} (TEST.SCORE_THRESH)"
     columns, align = ("metric", "value", "95 % interval"), ("left", "right", "right")
     return f"{title}\n\n{tabulate(rows, columns, disable_numparse=True, colalign=align)}\n"
 
@@ -215,41 +297,74 @@ def groups_table(results: LesionResults | ClassificationResults, column: str) ->
     each group, with its size and its headline metrics with their intervals.
     """
     endpoints = group_endpoints(results, column, HEADLINE)
-    rows = list(group_rows(results, column))
+    groups = groups_and_all(results, column)
     # Patients may be known of some groups only.
-    sizes = list(dict.fromkeys(size for _, n, *_ in rows for size in n))
+    sizes = list(dict.fromkeys(size for group in groups.values() for size in group.n))
     table = {"": [*sizes, *(endpoint.replace("/", " ") for endpoint in endpoints)]}
-    for name, n, metrics, intervals in rows:
-        table[name] = [str(n.get(size, "")) for size in sizes]
-        for endpoint in endpoints:
-            value, interval = value_of(metrics, endpoint), value_of(intervals, endpoint)
-            table[name].append(format_value(endpoint, value, interval, 2))
-    return markdown_table(pd.DataFrame(table))
+    for name, group in groups.items():
+        table[name] = [str(group.n.get(size, "")) for size in sizes]
+        table[name] += [group_text(group, endpoint, 2) for endpoint in endpoints]
+    return "\n\n".join([markdown_table(pd.DataFrame(table)), *few_notes(groups, endpoints)])
 
 
-def group_rows(
-    results: LesionResults | ClassificationResults, column: str
-) -> Iterator[tuple[str, dict, dict, dict]]:
-    """Yield name, {images, lesions, patients: how many}, metrics and intervals: "all" first."""
-    names = ("images", "lesions", "patients")
+def groups_and_all(results: LesionResults | ClassificationResults, column: str) -> dict[str, Group]:
+    """The groups of a column by name, "all" before them."""
+    names = ("procedures", "images", "lesions", "patients")
     sizes = {name: results.meta[name] for name in names if results.meta.get(name) is not None}
-    yield "all", sizes, results.compared(), results.intervals
-    for name, group in results.by_group[column].groups.items():
-        yield name, group.n, group.values, group.intervals
+    values = {**results.compared(), "calibration": results.calibration}
+    every = Group(sizes, values, results.intervals, results.undefined_shares, results=results)
+    return {"all": every, **results.by_group[column].groups}
 
 
 def group_endpoints(
     results: LesionResults | ClassificationResults, column: str, endpoints: Mapping[str, tuple]
 ) -> list[str]:
-    """Those of ``endpoints``, as HEADLINE, that the groups of a column have."""
+    """Those of ``endpoints``, as HEADLINE, that the groups of a column have, at the threshold that
+    is stored in the weights where there is one."""
     if isinstance(results, ClassificationResults):
         groups = results.groups()
         return [e for e in endpoints["recognition"] if e.partition("/")[0] in groups]
     level, kind = results.by_group[column].level, results.meta["iou_type"]
-    return [endpoint.format(kind=kind) for endpoint in endpoints[level]]
+    endpoints = [endpoint.format(kind=kind) for endpoint in endpoints[level]]
+    if not results.has_masks:
+        endpoints = without_masks(endpoints)
+    return [at_stored_threshold(results.compared(), endpoint) for endpoint in endpoints]
+
+
+def at_stored_threshold(groups: Mapping[str, Mapping], endpoint: str) -> str:
+    """The endpoint at the threshold that is stored in the weights, where the groups have one."""
+    stored = f"tau_val.{endpoint}"
+    return endpoint if value_of(groups, stored) is None else stored
 
 
 def value_of(groups: Mapping[str, Mapping], endpoint: str):
     """The value of "group/metric"; None where there is none."""
     group, _, name = endpoint.partition("/")
     return groups.get(group, {}).get(name)
+
+
+def video_differences_table(rows: list[tuple]) -> Table:
+    """Two models on the same procedures, see
+    :func:`~imrcnn_d2.evaluation.video.compare_videos`."""
+    cells, data = [], []
+    for group, name, first, second, difference, p_holm in rows:
+        interval = difference.low, difference.high
+        cells.append(
+            {
+                "metric": metric_name(f"{group}/{name}"),
+                "first": format_value(name, first, None, 2),
+                "second": format_value(name, second, None, 2),
+                "difference": format_value(name, difference.estimate, interval, 2),
+                "p": p_text(difference.p),
+                "p (Holm)": p_text(p_holm),
+            }
+        )
+        estimate = {"difference": difference.estimate, "low": difference.low}
+        estimate |= {"high": difference.high, "p": difference.p, "p_holm": p_holm}
+        data.append({"metric": f"{group}/{name}", "first": first, "second": second, **estimate})
+    note = (
+        "First minus second, with 95 % intervals, paired over procedures (or patients). It is of "
+        "these two checkpoints, not of these two methods."
+    )
+    frames = (pd.DataFrame(table) for table in (cells, data))
+    return Table("comparison", "Difference of the two models", *frames, (note,))

@@ -127,10 +127,14 @@ class Rejects:
         try:
             yield
         except BadInputError as error:
+            error.can_be_rejected = True
             if self.on_error == "raise":
-                error.can_be_rejected = True
                 raise
-            self.errors.append(error)
+            self.leave_out(error)
+
+    def leave_out(self, error: BadInputError) -> None:
+        """List what is left out under either setting, such as a copy in a published data set."""
+        self.errors.append(error)
 
     def write_csv(self, path: Path) -> None:
         """Write columns ``file, reason``, one row per reject."""
@@ -152,6 +156,14 @@ def regular_file(path: Path) -> Path:
             kind, remedy = "a folder", file_in(path)
         raise BadInputError(path, f"cannot be opened: is {kind}, not a file; {remedy}")
     return path
+
+
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")
+
+
+def is_archive(path: Path) -> bool:
+    """Whether it is a file with the name of an archive."""
+    return path.is_file() and path.suffix.lower() in _ARCHIVES
 
 
 def file_in(folder: Path) -> str:

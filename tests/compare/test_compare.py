@@ -15,7 +15,7 @@ from imrcnn_d2.cli import compare as command
 from imrcnn_d2.evaluation import Bootstrap, ScoreMap, paired_difference
 from imrcnn_d2.evaluation.comparison import corrected_resampled_t_test, holm, image_level_test
 from imrcnn_d2.report import load_run
-from imrcnn_d2.report.comparison import compare, gather, models, write_comparison
+from imrcnn_d2.report.comparison import compare, gather, models, pages, write_comparison
 from imrcnn_d2.report.comparison.models import training_images
 from imrcnn_d2.report.comparison.pages import class_table
 
@@ -80,16 +80,48 @@ def test_what_does_not_belong_together_is_refused_by_name(gt, make, write_gt, tm
 
 
 def test_mapped_and_raw_scores_are_not_compared_silently(gt, make):
-    """0.5 of a probability and 0.7 of a raw score are two thresholds; so are 0.5 and 0.5."""
+    """0.5 of a probability and 0.6 of a raw score are two thresholds; so are 0.5 and 0.5."""
     score_map = ScoreMap(2.0, -1.0, "kvasir_seg_val")
     mapped = make("a", gt, tau=0.5, score_map=score_map, model="MR-CNN")
-    with pytest.raises(ValueError, match="runs/a .*0.5 of mapped.*runs/b .*0.7 of raw.*--tau"):
-        gather([mapped, make("b", gt)])
+    with pytest.raises(ValueError, match="runs/a .*0.5 of mapped.*runs/b .*0.6 of raw.*--tau"):
+        gather([mapped, make("b", gt, tau=0.6)])
     compared = compare(gather([mapped, make("c", gt, tau=0.5)]), Bootstrap(5))
-    assert any("MR-CNN are mapped" in remark for remark in compared.remarks)
+    assert any("in MR-CNN (threshold 0.5)" in remark for remark in compared.remarks)
     alike = make("d", gt, tau=0.5, score_map=score_map)
     compared = compare(gather([mapped, alike]), Bootstrap(5))
     assert not any("mapped" in remark for remark in compared.remarks)
+
+
+def test_a_fold_whose_validation_fitted_no_map(fold_gts, make, tmp_path):
+    """Each fold is at the default threshold of its scores, 0.5 mapped or 0.7 raw: they are compared
+    as they are, and every threshold is named."""
+    score_map = ScoreMap(2.0, -1.0, "kvasir_seg_val")
+    at = [{"tau": 0.7}, *2 * [{"tau": 0.5, "score_map": score_map}]]
+    runs = [
+        make(f"{model}{i}", path, model=model, fold=(i, 3), **(at[i] if model == "MR" else at[1]))
+        for model in ("MR", "IMR")
+        for i, path in enumerate(fold_gts)
+    ]
+    compared = compare(gather(runs), Bootstrap(5))
+    (remark,) = (remark for remark in compared.remarks if "mapped" in remark)
+    assert "in IMR and 2 of 3 runs of MR (threshold 0.5)" in remark
+    assert "1 of 3 runs of MR (threshold 0.7" in remark
+    write_comparison(compared, tmp_path / "out")
+    raw = [load_run(make(f"raw{i}", path, fold=(i, 3)).path) for i, path in enumerate(fold_gts)]
+    pooled = [
+        list(pages._curves(compare(gather(of_model), Bootstrap(5)), "segm")["polyp"].values())[0]
+        for of_model in (runs[:3], raw)
+    ]
+    assert pooled[0].area == pooled[1].area, "in the order of raw scores"
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert page.index("## What was shown") < page.index(remark[:20]) < page.index("## Tables")
+    table = pd.read_csv(tmp_path / "out" / "table_5.csv")
+    thresholds = {model: {*rows["threshold"]} for model, rows in table.groupby("model")}
+    assert "0.5" in thresholds["IMR"]
+    assert "0.5 of mapped scores, 0.7 of raw scores" in thresholds["MR"]
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["settings"]["tau"] is None
+    with pytest.raises(ValueError, match="runs/MR0 .*tau"):
+        gather([*runs[:5], make("x", fold_gts[2], model="IMR", fold=(2, 3), tau=0.6)])
 
 
 def test_configs_that_differ_are_remarked(gt, make, caplog):
@@ -263,6 +295,8 @@ def test_an_undefined_primary_endpoint_is_remarked(gt, make):
     compared = compare(gather(runs), BOOTSTRAP)
     assert not of(compared.tests, "segm/AP50_voc")
     assert of(compared.tests, "bbox/AP50_voc")["b", "a"].p == 1
+    assert compared.primary == "bbox/AP50_voc"
+    compared = compare(gather(runs), BOOTSTRAP, primary="segm/AP50_voc")
     assert any("segm/AP50_voc is undefined" in remark for remark in compared.remarks)
 
 

@@ -18,6 +18,7 @@ from imrcnn_d2.cli import cross_validate, prepare_dataset
 from imrcnn_d2.engine import load_config
 from imrcnn_d2.engine.cross_validation import FoldRun
 from imrcnn_d2.evaluation.output import read_test_log
+from imrcnn_d2.utils.files import read_rows
 
 pytestmark = pytest.mark.slow
 
@@ -161,6 +162,37 @@ def test_a_request_lets_the_training_save(env, tmp_path, send):
     log = (fold / "console.log").read_text()
     assert "saved after iteration" in log, log
     assert (fold / "last_checkpoint").is_file()
+
+
+def test_each_centre_is_tested_by_the_model_that_had_not_seen_it(env, tmp_path):
+    """At the threshold that this model has stored; the page is that of external validation."""
+    data = tmp_path / "hospitals"
+    folder = Path(env["IMRCNN_DATASETS"], "synthetic")
+    table = tmp_path / "centres.csv"
+    names = sorted(path.name for path in (folder / "images").iterdir())
+    lines = [f"synthetic/{n},{'AB'[int(n[len('patient') :][:3]) % 2]}" for n in names]
+    table.write_text("\n".join(["file,centre", *lines]))
+    prepare = ["merge", str(folder), "--out", str(data), "--metadata", str(table)]
+    prepare_dataset.main(prepare)
+    line = command(tmp_path / "cv", MODEL, f"datasets={tmp_path}", "dataset=hospitals")
+    line = [a for a in line if a not in ("dataset=synthetic", "folds=2")] + ["folds=centre"]
+    done = run_script(*line, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    model = tmp_path / "cv" / "hospitals" / MODEL / "seed0"
+    assert str(model / "centre" / "validation.html") in done.stdout
+    rows = read_rows(model / "centre" / "centres.csv", ("centre", "figure", "cases"))
+    for i, centre in enumerate("AB"):
+        inference = model / f"fold{i}" / "inference" / "hospitals_test"
+        metrics = json.loads((inference / "metrics.json").read_text())
+        tau = (metrics.get("tau_val") or metrics["meta"])["tau"]
+        detections = json.loads((inference / "coco_instances_results.json").read_text())
+        above = sum(detection["score"] >= tau for detection in detections)
+        (precision,) = [
+            row for row in rows if row["centre"] == centre and row["figure"] == "lesion/precision"
+        ]
+        assert int(precision["cases"]) == above
+        gt = json.loads(Path(metrics["meta"]["gt"]).read_text())
+        assert {image["centre"] for image in gt["images"]} == {centre}
 
 
 # Stands for `imrcnn train`: notes its process, and never ends by itself.

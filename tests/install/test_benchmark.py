@@ -8,6 +8,7 @@ import model_benchmark
 import numpy as np
 import pytest
 import torch
+import video_benchmark
 from detectron2.modeling.backbone import FPN
 from processes import ROOT
 
@@ -59,6 +60,21 @@ def test_synthetic_data_have_the_stated_shares(tmp_path):
     for counts in (lesions, load_catalog(tmp_path / "coco.json", "images").lesion_counts):
         assert len(counts) == 200 and set(counts) == {0, 1, 2}
         assert np.mean(counts == 0) == pytest.approx(0.1, abs=0.06)
+
+
+@pytest.mark.slow
+def test_video(tmp_path, monkeypatch):
+    """Of REAL-Colon's 13 % of frames with a lesion; masks are matched where there are some."""
+    monkeypatch.setitem(benchmark.VIDEO_BOUNDS, "peak GiB", 0)
+    options = ["--frames", "3000", "--masks"]
+    status, document = run("video", *options, output=tmp_path / "video.json")
+    assert status == 1
+    measured = document["video"]["3000 frames"]
+    assert 0 < measured["seconds"] and 0.1 < measured["peak GiB"] < 4
+    video_benchmark.write_procedures(3000, tmp_path)
+    truth = json.loads((tmp_path / "gt.json").read_text())
+    assert len(truth["images"]) == 3000 and len(truth["videos"]) == 60
+    assert len(truth["annotations"]) / 3000 == pytest.approx(0.13, abs=0.04)
 
 
 @pytest.mark.slow

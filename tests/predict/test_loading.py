@@ -166,6 +166,7 @@ URL = "http://127.0.0.1:9/a"
 TIMM = "MODEL: {BACKBONE: {NAME: build_timm_backbone}, TIMM: {NAME: 'hf-hub:x/y'}}"
 VALUES = {
     **{"operating_point": POINTS, "score_map": MAPS},
+    "training_images": ["0123456789abcdef" * 5, [3], ["0123456789abcdef"], {}],
     **{"model": [None, 3], "precision": [3], "weights_sha256": [3, {}]},
     "classes": [[], "polyp", [1], ["a", "b"], [{}], ["\x1b[2J"], [""], ["a" * 201], None],
     "artifact": ["1", None, [1], METADATA_VERSION + 1],
@@ -175,7 +176,7 @@ VALUES = {
     ],
 }
 OF_WEIGHTS = "artifact", "classes", "config", "operating_point", "precision", "weights_sha256"
-OF_WEIGHTS += ("score_map",)
+OF_WEIGHTS += ("score_map", "training_images")
 
 
 @pytest.mark.parametrize("key, value", [(key, v) for key, values in VALUES.items() for v in values])
@@ -185,7 +186,7 @@ def test_metadata_are_checked(exported, metadata, tmp_path, suffix, key, value):
     documents = [{**metadata, key: value}, {k: v for k, v in metadata.items() if k != key}]
     if suffix == ".safetensors":  # which may be another program's
         documents = documents[: key in OF_WEIGHTS]
-    if key == "score_map":  # files of earlier versions have none
+    if key in ("score_map", "training_images"):  # files of earlier versions have none
         documents = documents[:1]
     for document in documents:
         text = json.dumps(document).replace("NaN", "1e999")  # the one is no JSON
@@ -199,10 +200,12 @@ def test_metadata_are_checked(exported, metadata, tmp_path, suffix, key, value):
 )
 def test_earlier_versions_are_read(exported, metadata, tmp_path, suffix, artifact):
     path, tensors = tmp_path / f"a{suffix}", safetensors.torch.load_file(exported("torch"))
-    metadata = {key: value for key, value in metadata.items() if key != "score_map"}
+    later = ("score_map", "training_images")
+    metadata = {key: value for key, value in metadata.items() if key not in later}
     text = json.dumps({**metadata, "classes": ["a" * 200], "artifact": artifact})
     loaded = load_model(None, write_export(path, text, tensors))
     assert (loaded.tau, loaded.weights.score_map) == (TAU, None)
+    assert loaded.metadata.get("training_images") is None
 
 
 DEMANDS = {

@@ -128,7 +128,9 @@ def test_a_classifier(classifier, classifier_weights, image_folder, tmp_path):
     assert row["class"] == best
     written = [float(row[f"probability {name}"]) for name in classifier.classes]
     assert written == pytest.approx(probabilities)
-    annotation = read_coco(tmp_path)["annotations"][0]
+    coco = read_coco(tmp_path)
+    assert "tau" not in coco["info"]["description"].replace("no tau", "")
+    annotation = coco["annotations"][0]
     assert annotation["score"] == pytest.approx(max(probabilities)) and "bbox" not in annotation
     assert json.loads((tmp_path / "labelme" / "a.json").read_text())["flags"] == {best: True}
     assert Image.open(tmp_path / "overlays" / "a.jpg").size == (80, 60)

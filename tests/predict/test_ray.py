@@ -80,6 +80,17 @@ def test_the_columns_of_a_row(items, tmp_path):
     assert "boxes" not in row and "masks" not in row
 
 
+def test_tracks_and_alarms_are_columns(items, tmp_path):
+    alarm, below = (
+        {**LESION, "track_id": 3, "alarm": True},
+        {**LESION, "score": 0.1, "alarm": False},
+    )
+    rows = [image_row(items[0], [alarm, below], ["x"])]
+    write_part(tmp_path / "out", RUN, [items[0].source], rows)
+    (row,) = pq.read_table(tmp_path / "out").to_pylist()
+    assert row["tracks"] == [3, None] and row["alarms"] == [True, False]
+
+
 def test_inputs_are_done_whole_and_once(items, tmp_path):
     def done():
         parts = Parts(folder, RUN)

@@ -22,6 +22,7 @@ from detectron2.modeling.poolers import ROIPooler
 
 from imrcnn_d2.cli import export
 from imrcnn_d2.data.masks import annotation_from_mask
+from imrcnn_d2.data.training_images import hash_image
 from imrcnn_d2.deploy import Predictor, load_model
 from imrcnn_d2.deploy.outputs import Differences, compare_records
 from imrcnn_d2.deploy.runtimes import EXPORTS, RUNTIMES, OnnxRuntime, OpenVINORuntime, TorchRuntime
@@ -156,12 +157,17 @@ def test_safetensors(exported, loaded):
             torch.testing.assert_close(value, expected[name], **precision)
 
 
-def test_no_file_says_where_the_model_was_trained(tiny_run, weights, predictor, tmp_path):
+def test_files_say_on_what_the_model_was_trained_but_not_where(
+    tiny_run, weights, predictor, tmp_path
+):
     opts = ["DATASETS.ROOT", str(tmp_path / "data"), "OUTPUT_DIR", str(tmp_path / "out")]
     loaded = load_model(load_config(tiny_run / "config.yaml", opts), weights)
+    hashes = ["0123456789abcdef" * 5, "fedcba9876543210" * 5]
+    loaded = replace(loaded, metadata={"training_images": hashes})
     for form, runtime in EXPORTS.items():
         path = tmp_path / f"model.{form}"
         runtime.export(loaded, path, example=predictor.prepare(random_image(0)))
+        assert load_model(None, path).metadata["training_images"] == hashes
         content = path.read_bytes()
         assert b"data_train" in content, "the config can be read in the bytes"
         assert not [p for p in (tmp_path, tiny_run) if str(p).encode() in content]
@@ -265,6 +271,11 @@ def test_a_map_of_scores_is_fitted_to_existing_weights(
     assert mapped.metadata["weights_sha256"] == loaded.weights.sha256
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(mapped.model.state_dict()[name], tensor), name
+    assert mapped.metadata["training_images"] is None, "not known, nor of these images alone"
+    known = replace(mapped, metadata={"training_images": ["0123456789abcdef" * 5]})
+    fitted = {hash_image(prepared / "images" / image["file_name"]) for image in gt["images"]}
+    known = export.with_score_map(known, prepared).metadata["training_images"]
+    assert known == sorted({"0123456789abcdef" * 5, *fitted})
     again = export.with_score_map(mapped, prepared).weights
     assert vars(again.score_map) == pytest.approx(vars(score_map))
     assert again.operating_point.tau == pytest.approx(point.tau)

@@ -144,7 +144,7 @@ def write_run(tmp_path):
 def study(tmp_path_factory):
     """A folder with a prepared data set, ``datasets/study``, of synthetic images with patients, and
     three trained models, ``runs/<name of STUDY_MODELS>``. Among the test images are one that EXIF
-    turns and two with HOSTILE_NAMES."""
+    turns and two with HOSTILE_NAMES; they are of three centres."""
     root = tmp_path_factory.mktemp("study")
     data, rendered = root / "datasets" / "study", root / "rendered"
     rendered.mkdir()
@@ -159,6 +159,8 @@ def study(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         (data / "images" / image["file_name"]).rename(path)
         image["file_name"] = name
+    for number, image in enumerate(coco["images"]):  # three of the third
+        image["centre"] = "Rome" if number < 3 else ("Bonn", "Lyon")[number % 2]
     turned = data / "images" / coco["images"][2]["file_name"]
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise

@@ -24,7 +24,7 @@ from imrcnn_d2.report.comparison import compare, gather
 from imrcnn_d2.report.html import page, render_report, tables
 from imrcnn_d2.report.html.page import classification_gallery
 from imrcnn_d2.report.plots.images import region_contours
-from imrcnn_d2.report.tables import p_text
+from imrcnn_d2.report.tables import p_text, summary
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,17 @@ def recorded(run, *without, **groups):
     """A run whose metrics.json has these groups, or lacks some, as of older versions."""
     kept = {key: value for key, value in run.recorded.items() if key not in without}
     return dataclasses.replace(run, recorded={**kept, **groups})
+
+
+def test_metrics_by_centre_with_their_number_of_cases(text, runs, parse):
+    section = parse(text)[1]["centres"]
+    names = [image["centre"] for image in runs[0].results.ground_truth.images]
+    lesions = [image["n_gt"] for image in runs[0].results.per_image]
+    for centre in ("Bonn", "Lyon", "Rome"):
+        number = sum(n for n, name in zip(lesions, names, strict=True) if name == centre)
+        assert f"{centre} {names.count(centre)} images, {number} lesion" in section
+    assert section.count("mapped") == 0 and section.count("score ≥ 0.62") == 3  # tau_val
+    assert "†" in section and f"n {names.count('Bonn')}" in section
 
 
 def test_older_runs_lack_records(runs, show, parse):
@@ -224,8 +235,12 @@ def test_values_are_those_of_metrics_json(runs, study):
             texts = run.name, f"{group[key]:.{digits}f}", limits
             assert (name, shown["text"], shown["interval"]) == texts
     at = "score ≥ 0.7"
-    assert tables.key_threshold(runs) == f"{at} (τ_val, chosen on validation data: 0.62)"
-    assert tables.key_threshold([recorded(run, "tau_val") for run in runs]) == at
+    both = tables.key_threshold(runs)
+    assert (
+        both.startswith(f"{at} (fixed: TEST.SCORE_THRESH or --tau). ") and "(τ_val) is 0.62" in both
+    )
+    without = tables.key_threshold([recorded(run, "tau_val") for run in runs])
+    assert without.startswith(f"{at} (fixed") and "τ_val" not in without
     area = document("IMR-CNN")["segm"]["AP50_voc"]
     assert average["cells"][2][1]["text"] == f"{area:.1f}"
 
@@ -327,6 +342,13 @@ def test_differences_are_those_of_a_comparison(runs):
     assert tables.differences(runs[:1]) is None
 
 
+def test_runs_of_one_fold_are_reported(write_gt, write_run, tmp_path, show, parse):
+    gt = write_gt(tmp_path / "gt.json", images=6)
+    runs = [load_run(write_run(name, gt, model=name, fold=(0, 3))) for name in ("MR", "IMR")]
+    assert parse(show(runs[:1]))[1]["run"].count("0 of 3") == 1
+    assert "IMR − MR" in parse(show(runs))[1]["results"]
+
+
 def words(plot):
     """All text in a plot."""
     svg = base64.b64decode(plot["source"].removeprefix("data:image/svg+xml;base64,")).decode()
@@ -367,8 +389,16 @@ def test_scores_before_and_after_their_map(write_gt, write_run, tmp_path, parse,
         assert run.recorded[group]["mean_score"] == pytest.approx(mean)
     sections, at = parse(text)[1], "mapped score ≥ 0.5"
     eces = [run.metrics[group]["ece"] for group in ("calibration_raw", "calibration")]
+    assert "no map of scores" not in sections["curves"]
+    raw = load_run(f"raw={write_run('b', write_gt(tmp_path / 'gt.json'), tau_val=0.4)}")
+    assert "raw: no map of scores is recorded" in parse(show([raw]))[1]["curves"]
+    both = summary(run.results)
+    assert (
+        "mapped score ≥ 0.4 (tau_val" in both and "mapped score ≥ 0.5 (TEST.SCORE_THRESH)" in both
+    )
     for name, expected in (
-        ("results", f"at a {at} (τ_val, chosen on validation data: 0.4), as matrices and test"),
+        ("results", f"matrices and test images: at a {at} (fixed"),
+        ("results", "chosen on validation data (τ_val) is 0.4"),
         ("metrics", f"Lesions {at}"),
         ("metrics", "As the paper’s Table 5 raw score ≥ 0.7"),
         ("metrics", "expected calibration error before the map {:.1f}".format(*eces)),

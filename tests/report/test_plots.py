@@ -23,6 +23,7 @@ from imrcnn_d2.engine import load_config
 from imrcnn_d2.evaluation import (
     Bootstrap,
     ClassificationEvaluator,
+    OperatingPoint,
     evaluate_classification,
     evaluate_lesions,
 )
@@ -104,7 +105,8 @@ def test_confusion_matrix(tmp_path):
 
 
 def cells(table):
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    lines = [line for line in table.splitlines() if "|" in line]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     return {row[0]: row[1:] for row in rows}
 
 
@@ -121,7 +123,9 @@ def test_table_and_plot_of_groups(tmp_path):
     assert [cell.split()[0] for cell in rows["lesion recall"]] == ["75.00", "66.67", "100.00"]
     assert [cell.split()[0] for cell in rows["image specificity"]] == ["50.00", "100.00", "0.00"]
     low, high = grouped.by_group["centre"].groups["A"].intervals["lesion"]["recall"]
-    assert rows["lesion recall"][1] == f"66.67 [{low:.2f}, {high:.2f}]"
+    assert rows["lesion recall"][1] == f"66.67 [{low:.2f}, {high:.2f}] (n 3†)"
+    assert rows["image specificity"][0].endswith(" (n 2†)")
+    assert "†" in groups_table(grouped, "centre").splitlines()[-1]
     rows = cells(groups_table(grouped, "paris"))
     assert rows[""] == ["all", "Is"] and "lesion precision" not in rows
     first, _, axes, *_, last = plots.curves.plot_groups(grouped, "centre", tmp_path / "by.png").axes
@@ -132,13 +136,30 @@ def test_table_and_plot_of_groups(tmp_path):
     points = [(*dot.get_xdata(), *dot.get_ydata()) for dot in dots]
     assert points == [(75, 0), (pytest.approx(200 / 3), 1), (100, 2)]
     assert any(list(line.get_xdata()) == [low, high] for line in axes.lines)
+    assert [text.get_text() for text in axes.texts] == ["4†", "3†", "1†", "n"]
+    assert all(dot.get_markerfacecolor() == "white" for dot in dots)
+
+
+def test_groups_at_the_threshold_of_the_weights(tmp_path):
+    lesions = [rectangle(i, 0, 0, 10, 10) for i in range(1, 7)]
+    dt = [rectangle(i, 0, 0, 10, 10, score=0.6) for i in range(1, 7)]
+    point = {"operating_point": OperatingPoint(0.55, "f1", "val")}
+    whole = evaluate_lesions(coco(6, lesions, centre="AAAAAB"), dt, **point)
+    grouped = with_groups(whole, [By("centre")], **point)
+    rows = cells(groups_table(grouped, "centre"))
+    assert rows["tau_val.lesion recall"] == ["100.00 (n 6)", "100.00 (n 5)", "100.00 (n 1†)"]
+    assert "lesion recall" not in rows
+    figure = plots.curves.plot_groups(grouped, "centre", tmp_path / "by.png")
+    dots = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "o"]
+    assert {dot.get_xdata()[0] for dot in dots} == {100}
+    assert "0.55" in figure.get_suptitle()
 
 
 def test_groups_with_unknown_patients_and_undefined_metrics(tmp_path):
     data = coco(3, [rectangle(i, 0, 0, 10, 10) for i in (1, 2, 3)], centre="AAB")
     data["images"][0]["patient_id"] = data["images"][1]["patient_id"] = "p"
     whole = with_groups(evaluate_lesions(data, []), [By("centre")])
-    assert cells(groups_table(whole, "centre"))["patients"] == ["", "1", ""]
+    assert cells(groups_table(whole, "centre"))["patients"] == ["1", "1", ""]
     panels = plots.curves.plot_groups(whole, "centre", tmp_path / "by.png").axes
     titles = [axes.get_title() for axes in panels]
     assert "specificity (images)" not in titles and "recall (lesions)" in titles

@@ -72,6 +72,19 @@ def test_filters_show_the_images_that_per_image_csv_says(page, outcomes):
     assert set(names(page)) == {name for name, rows in outcomes.items() if int(rows[1]["FP"])}
 
 
+def test_a_centre_alone(page, outcomes):
+    """The filter by centre holds for the counts of the others too."""
+    for centre in ("Bonn", "Rome"):
+        page.locator("select[name=centre]").select_option(label=centre)
+        expected = {name for name, rows in outcomes.items() if rows[0]["centre"] == centre}
+        assert set(names(page)) == expected and 0 < len(expected) < len(outcomes)
+        alarms = {name for name in expected if total(outcomes[name], "FP")}
+        assert page.locator("[data-count=alarms]").inner_text() == str(len(alarms))
+    page.locator("input[value=alarms]").check(force=True)
+    assert set(names(page)) == alarms
+    assert page.locator("#centres table").count() == 3
+
+
 def test_sorting(page, outcomes):
     def badness(name):
         rows = outcomes[name]

@@ -15,7 +15,7 @@ from imrcnn_d2.data.prepare.synthetic import generate
 from imrcnn_d2.evaluation import Bootstrap
 from imrcnn_d2.evaluation.calibration import ScoreMap
 from imrcnn_d2.evaluation.comparison import corrected_resampled_t_test
-from imrcnn_d2.evaluation.detection.metrics import table_metrics
+from imrcnn_d2.evaluation.detection.metrics import METRICS, less_is_better, table_metrics
 from imrcnn_d2.evaluation.output import log_test_evaluation
 from imrcnn_d2.report import load_run
 from imrcnn_d2.report.cohort import cohort
@@ -106,6 +106,13 @@ def test_names():
         ("cancer/recall", "sensitivity (cancer against benign)"),
     ):
         assert metric_name(endpoint) == name
+
+
+def test_of_false_alarms_errors_and_delays_less_is_better():
+    less = {name for name in METRICS if less_is_better(name)}
+    assert less >= {"FP", "fp_per_image", "hd95", "ece", "fpr", "false_alarms_per_minute"}
+    assert "seconds_to_detection" in less
+    assert not less & {"TP", "recall", "f1", "AP50_voc", "selection", "auroc", "persistence", "n"}
 
 
 def published(source, table):
@@ -281,6 +288,12 @@ def test_every_item_is_filled_in_or_open(write, title, number, last):
     assert {row[2] for row in table if row[0] in UNKNOWN[title]} == {OPEN}
 
 
+def test_evaluated_weights_state_the_iterations_of_their_training(run, write):
+    evaluated = {**run.recorded, "meta": {**run.meta, "iterations": 4000}}
+    answers = {row[0]: row[2] for row in rows(write(record={}, recorded=evaluated), "CLAIM")}
+    assert answers["25"] == "4000 iterations."
+
+
 def test_what_is_not_recorded_stays_open(write):
     text = write(record={}, config={})
     answers = {row[0]: row[2] for row in rows(text, "CLAIM")}
@@ -416,7 +429,8 @@ def test_patients_of_some_images_only(home):
     assert data["patients_text"].endswith(f" known, of {known} of the {total} images")
     assert "of one patient, where known, are in one split" in data["caption"]
     page = render_report([run], home.path / "report.html").read_text()
-    assert "no patient_id" not in page and "95 % interval], over images" in page
+    units = f"1 patient, {number - 1} images of unknown patients"
+    assert "no patient_id" not in page and f"95 % interval], over {units}" in page
     assert page.count(f"1 patient known, of 1 of the {number} images") == 2  # its split, by patient
     card = write_model_card(run, home.path / "card.md").read_text()
     assert rows(card, "Data")[-1][2] == "1 (of 1 images)"

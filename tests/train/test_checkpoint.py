@@ -20,9 +20,12 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
+from PIL import Image
 from torch import nn
 
 from imrcnn_d2.cli import train
+from imrcnn_d2.data.images import pixel_sha256
+from imrcnn_d2.data.training_images import hash_image
 from imrcnn_d2.deploy import loading
 from imrcnn_d2.engine import Trainer, load_config, load_weights
 from imrcnn_d2.engine.checkpoint import (
@@ -337,6 +340,9 @@ def test_a_training_s_weights_need_no_other_file(tiny_cfg, tmp_path, monkeypatch
     trainer.train()
     tiny_cfg.OUTPUT_DIR = "./output"  # no file says where it was written
     text = tiny_cfg.dump()
+    names = (*tiny_cfg.DATASETS.TRAIN, *tiny_cfg.DATASETS.VAL)
+    files = [record["file_name"] for name in names for record in DatasetCatalog.get(name)]
+    seen = sorted({pixel_sha256(Path(file))[:16] for file in files})
     last_weights(trainer.checkpointer, trainer._ema)  # what is tested without a validation set
     files = sorted((tmp_path / "output").glob("*.pth"))
     assert [f.stem for f in files] == ["model_0000001", "model_best", "model_ema", "model_final"]
@@ -344,11 +350,35 @@ def test_a_training_s_weights_need_no_other_file(tiny_cfg, tmp_path, monkeypatch
     for path in files:
         content = load(path)
         assert content["classes"] == ["lesion"] and content["config"] == text
+        assert [text[:16] for text in content["training_images"]] == seen and seen
         moved = path.rename(tmp_path / path.name)
         loaded = loading.load_model(None, moved, device="cpu")
         assert loaded.classes == ["lesion"] and loaded.cfg.MODEL.FPN.OUT_CHANNELS == 32
         state = loaded.model.state_dict()
         assert all(torch.equal(state[k], v) for k, v in content["model"].items())
+
+
+def test_what_weights_have_seen_is_kept_when_they_are_trained_on(tmp_path, caplog):
+    """Of weights of this package that do not say it, a warning."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
+    (tmp_path / "volume.npz").write_bytes(b"read by a mapper of one's own")
+    first = checkpointer(tmp_path / "a")
+    first.metadata["training_images"] = [earlier := "0123456789abcdef" * 5]
+    first.write("first")
+    second = checkpointer(tmp_path / "b")
+    second.resume_or_load(str(tmp_path / "a" / "first.pth"), resume=False)
+    second.note_images([tmp_path / "black.png", tmp_path / "volume.npz"])
+    assert "1 of 2" in caplog.text and "volume.npz" in caplog.text
+    black = hash_image(tmp_path / "black.png")
+    second.write("second")
+    second.save_iteration(0)
+    for path in (tmp_path / "b").glob("*.pth"):
+        assert load(path)["training_images"] == sorted([black, earlier])
+    caplog.clear()
+    torch.save({**load(path), "training_images": None, "artifact": 2}, tmp_path / "old.pth")
+    third = checkpointer(tmp_path / "c")
+    third.resume_or_load(str(tmp_path / "old.pth"), resume=False)
+    assert "training_images" not in third.metadata and "images" in caplog.text
 
 
 def test_weights_of_the_package_by_name(tmp_path, monkeypatch):

@@ -16,7 +16,12 @@ from imrcnn_d2.config import get_node
 from imrcnn_d2.engine import choose_device, load_config
 from imrcnn_d2.engine import config as engine_config
 from imrcnn_d2.engine.checkpoint import pretrained
-from imrcnn_d2.engine.config import check_resumable, find_config, load_config_text
+from imrcnn_d2.engine.config import (
+    check_named_splits,
+    check_resumable,
+    find_config,
+    load_config_text,
+)
 from imrcnn_d2.modeling import PAFPN
 from imrcnn_d2.utils.safe_loading import load_safetensors
 
@@ -244,6 +249,17 @@ def test_named_splits_win_over_root(tmp_path):
     again = load_config(tmp_path / "config.yaml", ["DATASETS.ROOT", "new"])
     for sets, train in ((cfg.DATASETS, "mine_train"), (again.DATASETS, "new_train")):
         assert (sets.TRAIN, sets.VAL, sets.TEST) == ((train,), (), ("other",))
+
+
+def test_a_split_that_wins_over_root_and_does_not_exist(tmp_path, monkeypatch):
+    """It is refused before the training, and the message says who names it."""
+    monkeypatch.setenv("IMRCNN_DATASETS", str(tmp_path))
+    (tmp_path / "own.yaml").write_text('DATASETS: {TEST: ["kvasir_seg_test"]}')
+    cfg = load_config(tmp_path / "own.yaml", ["DATASETS.ROOT", "mine", *CPU])
+    names = r"DATASETS\.TEST.*kvasir_seg_test.*mine.*kvasir_seg/annotations/test\.json.*mine_test"
+    with pytest.raises(FileNotFoundError, match=names):
+        check_named_splits(cfg)
+    check_named_splits(load_config("imrcnn_lite.yaml", ["DATASETS.ROOT", "mine", *CPU]))
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,9 @@ def test_training_writes_what_it_found(trained, env):
 def test_eval_only_repeats_the_metrics(trained, env):
     best, again = trained / "model_best.pth", trained / "again"
     command = (YAML, "--eval-only", *SMALL, "MODEL.WEIGHTS", best, "OUTPUT_DIR", again)
-    start(env, *command)
+    log = start(env, *command).stdout
     before, after = read(trained / TEST), read(again / TEST)
+    assert f"score ≥ {before['tau_val']['tau']:.3g} (stored in the weights" in log
     assert before["tau_val"]["dataset"] == "synthetic_val"
     assert after["meta"]["checkpoint"] == str(best)
     logged = read_test_log(Path(env["IMRCNN_DATASETS"], "synthetic/annotations/test.json"))[-1]
@@ -206,6 +207,8 @@ def test_a_classifier_trains_in_phases_in_two_processes(env, tmp_path):
     first, second, third = (load(output / f"model_{name}.pth")["model"] for name in names)
     assert changed(first, second) == {"head.weight", "head.bias"}
     assert changed(second, third) > {"backbone.conv_stem.weight", "backbone.bn1.running_mean"}
+    seen = [load(path)["training_images"] for path in output.glob("*.pth")]
+    assert len(seen) > 3 and all(images == seen[0] and images for images in seen)
 
     # --eval-only in a single process finds the same.
     start(env, config, "--eval-only", *opts, again, "MODEL.WEIGHTS", output / "model_best.pth")

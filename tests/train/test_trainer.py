@@ -191,6 +191,8 @@ def test_a_resume_keeps_the_best_and_adds_its_hours(scripted, tiny_cfg, output, 
     record = state["trainer"]["hooks"]["RunRecord"]
     assert record["started"] == run["started"] and 0 < record["hours"] <= run["hours"]
     record.update(started="2000-01-01T00:00:00+00:00", hours=5.0)
+    assert state["training_images"]
+    state["training_images"] = ["0123456789abcdef" * 5]  # kept, not made again
     torch.save(state, output / "model_final.pth")
 
     tiny_cfg.SOLVER.MAX_ITER = 4
@@ -202,6 +204,7 @@ def test_a_resume_keeps_the_best_and_adds_its_hours(scripted, tiny_cfg, output, 
     run = read(output / "run.json")
     assert run["started"] == "2000-01-01T00:00:00+00:00"
     assert 5 < run["hours"] < 5.1 and run["iterations"] == 4
+    assert load(output / "model_final.pth")["training_images"] == ["0123456789abcdef" * 5]
 
 
 @pytest.mark.slow
@@ -256,7 +259,8 @@ def test_without_validation_the_last_weights_are_tested(tiny_cfg, output, weight
     assert "tau_val" not in test and test["meta"]["checkpoint"] == path
     loader = DetectionCheckpointer(Trainer.build_model(tiny_cfg))
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    assert load_weights(loader, path) == Weights(path, sha256, operating_point=None)
+    iterations = tiny_cfg.SOLVER.MAX_ITER
+    assert load_weights(loader, path) == Weights(path, sha256, iterations=iterations)
     assert load_weights(loader, "") == Weights(None, None, None)
 
 
@@ -277,9 +281,10 @@ def changed_set(tiny_datasets, tmp_path):
     MetadataCatalog.remove("changed")
 
 
-def test_without_validation_images_the_remedy_is_named(tiny_cfg, changed_set):
-    tiny_cfg.DATASETS.VAL = changed_set(images=[], annotations=[])
-    with pytest.raises(ValueError, match=r"changed.*--ratio.*DATASETS\.VAL"):
+@pytest.mark.parametrize("lists", [{"images": [], "annotations": []}, {"annotations": []}])
+def test_without_validation_images_or_annotations_the_remedy_is_named(tiny_cfg, changed_set, lists):
+    tiny_cfg.DATASETS.VAL = changed_set(**lists)
+    with pytest.raises(ValueError, match=r"changed\.json.*--ratio.*DATASETS\.VAL"):
         Trainer(tiny_cfg)
 
 
@@ -469,7 +474,8 @@ def test_patients_crowds_and_rejects_of_a_prepared_fold(tmp_path):
     MetadataCatalog.remove("fold")
 
 
-METRICS = {"segm": {"AP50_voc": 50.0}, "lesion": {"iou": 80.0, "f1": None}, "image": {}}
+METRICS = {"lesion": {"iou": 80.0, "f1": None}, "image": {}}
+METRICS["segm"] = {"AP50_voc": 50.0, "AP": 40.0}
 METRICS["meta"] = {"tau": 0.7, "iou_threshold": 0.5, "iou_type": "segm"}
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
+from imrcnn_d2.data import training_images
 from imrcnn_d2.data.images import read_image
 from imrcnn_d2.deploy.outputs import Differences, compare_records, records
 from imrcnn_d2.engine.checkpoint import METADATA_VERSION
@@ -129,6 +130,7 @@ def export_metadata(loaded: LoadedModel, precision: str) -> dict:
         **facts,
         **{"classes": loaded.classes, "operating_point": point and vars(point)},
         **{"score_map": score_map and vars(score_map), "config": cfg.dump()},
+        training_images.KEY: loaded.metadata.get(training_images.KEY),
     }
 
 

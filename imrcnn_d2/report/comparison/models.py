@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
@@ -18,6 +19,8 @@ from imrcnn_d2.evaluation.comparison import (
     image_level_test,
     non_inferiority,
 )
+from imrcnn_d2.evaluation.detection.metrics import less_is_better, without_masks
+from imrcnn_d2.evaluation.detection.operating_point import DEFAULT_TAU, score_threshold
 from imrcnn_d2.evaluation.output import read_coco_records
 from imrcnn_d2.evaluation.statistics import FEW, Bootstrap
 from imrcnn_d2.report.runs import Run
@@ -32,10 +35,6 @@ NAN = math.nan
 # Config keys that may differ between the runs of one model.
 OF_A_RUN = ("SEED", "OUTPUT_DIR", "DATASETS", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
 SETTINGS = ("tau", "iou_threshold", "iou_type")
-LESS_IS_BETTER = {
-    *("FP", "FN", "fp_per_image", "fp_per_lesion_free_image", "hd95"),
-    *("cross_entropy", "ece", "brier"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +52,15 @@ class Gathered:
         folds = [(label, run) for label, f in self.folds.items() for runs in f for run in runs]
         return split + folds
 
+    def threshold(self, label: str | None = None) -> str:
+        """The common score threshold of the runs of one model, else of all; "0.5 of mapped scores,
+        0.7 of raw scores" where each is at the default of its kind of scores."""
+        runs = [run for name, run in self.runs if label in (None, name)]
+        taus = {f"{run.meta['tau']:.3g} of {_kind_of_scores(run)} scores": run for run in runs}
+        if len({run.meta["tau"] for run in taus.values()}) == 1:
+            return f"{runs[0].meta['tau']:.3g}"
+        return ", ".join(sorted(taus))
+
 
 def gather(runs: list[Run]) -> Gathered:
     """Group runs by the label given, else by model and backbone; check that they are comparable.
@@ -68,7 +76,7 @@ def gather(runs: list[Run]) -> Gathered:
             split[label] = _seeds(label, single)
         if len(single) < len(members):
             folds[label] = _folds(label, [run for run in members if run.fold is not None])
-    check_settings(runs)
+    check_settings(runs, allow_defaults=True)
     check_test_sets(run for members in split.values() for run in members)
     _check_folds(folds)
     remarks = [remark for item in models.items() for remark in _config_remarks(*item)]
@@ -140,11 +148,16 @@ def _folds(label, runs):
     return [_seeds(label, by_index[index]) for index in sorted(by_index)]
 
 
-def check_settings(runs: list[Run]):
-    """Raise ValueError for runs of different tasks, or with different thresholds."""
-    first = runs[0]
+def check_settings(runs: list[Run], *, allow_defaults: bool = False):
+    """Raise ValueError for runs of different tasks, or with different thresholds. With
+    ``allow_defaults`` the default of mapped scores and that of raw ones go together: a short
+    training may have no map in one fold alone."""
+    first, checked = runs[0], SETTINGS
+    defaults = [score_threshold(DEFAULT_TAU, run.maps_scores) for run in runs]
+    if allow_defaults and defaults == [run.meta.get("tau") for run in runs]:
+        checked = SETTINGS[1:]
     for run in runs[1:]:
-        pairs = {key: (first.meta.get(key), run.meta.get(key)) for key in SETTINGS}
+        pairs = {key: (first.meta.get(key), run.meta.get(key)) for key in checked}
         for key, (a, b) in {"task": (first.task.name, run.task.name), **pairs}.items():
             if a == b:
                 continue
@@ -286,9 +299,9 @@ class Comparison:
 
     @property
     def clustered(self) -> bool:
-        """Some patient has several images."""
+        """Some unit has several images."""
         metrics = next(iter(self.models.values())).metrics
-        return metrics.unit == "patient" and metrics.num_units < len(metrics.unit_of_image)
+        return metrics.num_units < len(metrics.unit_of_image)
 
 
 def compare(
@@ -339,17 +352,22 @@ def compare(
         ]
         for label, of_label in gathered.folds.items()
     }
-    primary = primary or task.primary
+    if primary is None:
+        primary = task.primary
+        if task.localises and not any(run.results.has_masks for run in runs):
+            (primary,) = without_masks([primary])
     endpoints = task.endpoints(meta["classes"], meta.get("cancer_classes", ()))
     _check_primary(primary, models, folds, endpoints)
     endpoints = list(dict.fromkeys([primary, *endpoints]))
     n_train, n_test = _sizes(gathered.folds)
     keys = (*SETTINGS, "classes", "cancer_classes")
     settings = {key: meta[key] for key in keys if key in meta}
+    if len({run.meta.get("tau") for run in runs}) > 1:
+        settings["tau"] = None  # each run is at the default of its kind of scores
     settings.update(asdict(bootstrap), primary=primary, pair=primary_pair, baseline=baseline)
     settings.update(margin=margin, plan=plan)
     if models:
-        settings["unit"] = next(iter(models.values())).metrics.unit
+        settings["unit"] = next(iter(models.values())).metrics.units.kind
     tests, fold_tests = _split_tests(gathered.split, models, pairs, endpoints), []
     if n_train:
         fold_tests = _fold_tests(folds, (n_train, n_test), pairs, endpoints)
@@ -476,8 +494,8 @@ def _margin_tests(tests, primary, margin):
     """Non-inferiority and equivalence of each pair by the primary endpoint."""
     added = []
     for test in of_primary(tests, primary):
-        less_is_better = primary.partition("/")[2] in LESS_IS_BETTER
-        better = replace(test, estimate=-test.estimate) if less_is_better else test
+        less = less_is_better(primary.partition("/")[2])
+        better = replace(test, estimate=-test.estimate) if less else test
         low, high = test.interval(0.9)
         for shows, p in (
             ("non-inferiority", non_inferiority(better, margin)),
@@ -529,16 +547,25 @@ def _gaps(models, folds, primary):
 
 def _mixed_scores(gathered):
     """A remark where the scores of some runs only are mapped to probabilities."""
-    labels = {"mapped": {}, "raw": {}}
-    for label, run in gathered.runs:
-        labels[_kind_of_scores(run)][label] = None
-    mapped, raw = map(", ".join, labels.values())
-    if not (mapped and raw):
-        return []
+    texts = {}
+    for kind in ("mapped", "raw"):
+        runs = [(label, run) for label, run in gathered.runs if _kind_of_scores(run) == kind]
+        if not runs:
+            return []
+        numbers = Counter(label for label, _ in runs)
+        totals = Counter(label for label, _ in gathered.runs)
+        models = [label for label, number in numbers.items() if number == totals[label]]
+        models += [
+            f"{number} of {totals[label]} runs of {label}"
+            for label, number in numbers.items()
+            if number < totals[label]
+        ]
+        texts[kind] = " and ".join(models), runs[0][1].meta["tau"]
+    (mapped, tau), (raw, raw_tau) = texts.values()
     return [
-        f"Scores of {mapped} are mapped to probabilities of a hit, those of {raw} are not: the "
-        f"threshold {gathered.runs[0][1].meta['tau']:.3g} means something else for each. AP, AUROC "
-        "and values at tau_val can be compared."
+        f"The scores are mapped to probabilities of a hit in {mapped} (threshold {tau:.3g}), but "
+        f"not in {raw} (threshold {raw_tau:.3g} of raw scores): these thresholds mean different "
+        "things. AP, AUROC and values at tau_val can be compared."
     ]
 
 
@@ -547,8 +574,8 @@ def _few_units(models):
     for metrics in (model.metrics for model in models.values()):
         if metrics.num_units < FEW:
             return [
-                f"There are only {metrics.num_units} {metrics.unit}s: intervals and p-values are "
-                f"approximate below {FEW}."
+                f"There are only {metrics.units}: intervals and p-values are approximate below "
+                f"{FEW}."
             ]
     return []
 

@@ -4,7 +4,7 @@ one Markdown page and one JSON.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +56,8 @@ DEFINITIONS = {
     "Images, patients": "positive with a lesion, predicted positive by a detection at the "
     "threshold anywhere; AUROC ranks them by their highest score. Without lesion-free ones all but "
     "recall is undefined; McNemar's test is then of recall.",
-    "Thresholds": "{tau:.3g} for all models{mapped}, and tau_val, chosen on validation data; never "
-    "on the test set.",
+    "Thresholds": "{threshold} for all models{mapped}, and tau_val, chosen on validation data, "
+    "never on the test set.",
     "Intervals": "95 %. Of proportions Clopper and Pearson's on the effective number of cases, "
     "which is smaller where those of one {unit} are alike; F1 by way of TP / (TP + FP + FN). Of "
     "others Student's t with the standard error of {resamples} resamples of {unit}s with seed "
@@ -170,6 +170,8 @@ def _definitions(comparison, texts):
     settings = {"unit": "image", **comparison.settings}
     texts = {k: v for k, v in texts.items() if k != "Margin" or settings["margin"] is not None}
     mapped = ", of scores mapped to the probability of a hit"
+    if comparison.task.localises:
+        settings["threshold"] = comparison.gathered.threshold()
     settings["mapped"] = mapped if _all_mapped(comparison) else ""
     settings["regions"] = "masks" if settings.get("iou_type") == "segm" else "boxes"
     return {name: text.format(**settings) for name, text in texts.items()}
@@ -219,12 +221,12 @@ def _markdown(comparison, test_set, tables, plots, definitions, citation):
         f"Primary endpoint: {markdown_text(comparison.primary)}.",
         "",
     ]
-    if comparison.remarks:
-        remarks = [f"- {markdown_text(remark)}" for remark in comparison.remarks]
-        lines += ["**Read first**", "", *remarks, ""]
     if comparison.tests or comparison.fold_tests:
         lines += ["## What was shown", "", markdown_text(family_text(comparison)), ""]
         lines += [*(f"- {markdown_text(text)}" for text in findings(comparison)), ""]
+    if comparison.remarks:
+        remarks = [f"- {markdown_text(remark)}" for remark in comparison.remarks]
+        lines += ["## What to mind", "", *remarks, ""]
     lines += ["## Tables", ""]
     for table in tables:
         lines += [table.markdown(), ""]
@@ -278,7 +280,8 @@ def _curves(comparison, kind):
         for name, curve in _curves_of(run, kind):
             panels[name][label] = curve
     for label, folds in comparison.gathered.folds.items() if not shown else ():
-        curves = [pair for seeds in folds for pair in _curves_of(seeds[0], kind)]
+        mixed = len({seeds[0].maps_scores for seeds in folds}) > 1
+        curves = [pair for seeds in folds for pair in _curves_of(seeds[0], kind, raw=mixed)]
         seed = f", seed {folds[0][0].seed}" if len(folds[0]) > 1 else ""
         for name, models in panels.items():
             if of_class := [curve for category, curve in curves if category == name]:
@@ -286,8 +289,15 @@ def _curves(comparison, kind):
     return {name: models for name, models in panels.items() if models}
 
 
-def _curves_of(run, kind):
-    return [(name, curve) for k, name, curve in run.results.curves if k == kind and curve.num_gt]
+def _curves_of(run, kind, raw=False):
+    """The curve of each class; ``raw``: with the scores before the run's map, if any."""
+    curves = [(name, curve) for k, name, curve in run.results.curves if k == kind and curve.num_gt]
+    if not raw:
+        return curves
+    detections = run.results.detections
+    order = np.argsort(detections.score)  # as that of the raw scores
+    scores = detections.score[order], detections.raw_score[order]
+    return [(name, replace(curve, score=np.interp(curve.score, *scores))) for name, curve in curves]
 
 
 def _pooled(curves):
@@ -513,10 +523,10 @@ def table_5(comparison: Comparison) -> Table:
         models = {label: _Pooled(folds) for label, folds in comparison.folds.items()}
         notes = [_Pooled.NOTE]
     published = names.published_values(comparison.source, "5")
-    tau, paper_tau = f"{comparison.settings['tau']:.3g}", f"{PAPER_TAU:.3g}"
+    paper_tau = f"{PAPER_TAU:.3g}"
     for label, model in models.items():
         value = f" = {model.taus[0]:.3g}" if len(model.taus) == 1 and model.taus[0] else ""
-        thresholds = {"": tau, "tau_val.": f"tau_val{value}"}
+        thresholds = {"": comparison.gathered.threshold(label), "tau_val.": f"tau_val{value}"}
         places = {
             prefix + level: (threshold, name)
             for prefix, threshold in thresholds.items()

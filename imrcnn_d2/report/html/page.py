@@ -22,6 +22,7 @@ from PIL import Image
 
 from imrcnn_d2 import __version__
 from imrcnn_d2.data.images import image_inside, read_image
+from imrcnn_d2.evaluation.subgroups import By, group_values, with_groups
 from imrcnn_d2.report.cohort import cohort, is_external, patients_text
 from imrcnn_d2.report.comparison.models import check_settings, check_test_sets
 from imrcnn_d2.report.html import tables
@@ -80,7 +81,7 @@ def render_report(
         configs=[(run.name, yaml.safe_dump(run.config) if run.config else "") for run in runs],
         cohort=data,
         sources=", ".join(str(run.folder) for run in runs),
-        unit=next((b["unit"] for b in bootstraps if b), None),
+        units=runs[0].results.metrics.units if any(bootstraps) else None,
         remarks=[remark for run in runs for remark in run.remarks],
         undocumented=_names(runs, lambda run: not run.record),
         without_config=_names(runs, lambda run: not run.config),
@@ -126,6 +127,7 @@ def _detection(runs, prevalences, max_images):
         "key_metrics": tables.key_metrics(runs),
         "key_threshold": tables.key_threshold(runs),
         "mapped": any(run.maps_scores for run in runs),
+        "without_map": _names(runs, lambda r: r.results.detections.scored and not r.maps_scores),
         "without_threshold": _names(runs, lambda run: not run.metrics.get("tau_val")),
         "metric_tables": tables.metric_tables(runs),
         "paired": any(run.metrics.get("tau_val") for run in runs),
@@ -137,9 +139,30 @@ def _detection(runs, prevalences, max_images):
         "patients": tables.patient_table(runs),
         "patients_text": patients_text(runs[0].results.ground_truth.images),
         "screening": tables.screening(runs, prevalences),
+        "centre_tables": _centre_tables(runs),
         "lesion_free_images": meta["lesion_free_images"],
         **_gallery_section(lesion_gallery, runs, max_images, shown),
     }
+
+
+def _centre_tables(runs):
+    """The metrics of each centre, one table per run, where images are of several."""
+    truth, by = runs[0].results.ground_truth, By("centre", each=True)
+    if len(_centres(truth.images)) < 2:
+        return []
+    try:
+        group_values(truth, by)
+    except ValueError as error:  # too many, or a column of that name that is none to group by
+        logger.warning(f"Nothing by centre: {error}")
+        return []
+    return [
+        tables.centre_table(run, with_groups(run.results, [by], **run.resampled)) for run in runs
+    ]
+
+
+def _centres(records):
+    """Names of the centres of images, or of the gallery's."""
+    return sorted({str(record["centre"]) for record in records if record.get("centre") is not None})
 
 
 def _classification(runs, max_images):
@@ -168,9 +191,9 @@ def _classification(runs, max_images):
 
 
 def _sizes(runs):
-    meta = runs[0].results.meta
-    text = f"{plural(len(runs), 'model')} on {plural(meta['images'], 'image')}"
-    return f"{text} of {plural(meta['patients'], 'patient')}" if meta["patients"] else text
+    results = runs[0].results
+    text = f"{plural(len(runs), 'model')} on {plural(results.meta['images'], 'image')}"
+    return f"{text} of {results.metrics.units}" if results.meta["patients"] else text
 
 
 def _names(runs, condition):
@@ -235,7 +258,7 @@ def _facts_of(run, split):
         "Backbone": run.backbone,
         "Seed": run.seed,
         "Fold": fold,
-        "Iterations": record.get("iterations"),
+        "Iterations": record.get("iterations") or meta.get("iterations"),
         "Training": _training(record),
         "Device": record.get("device"),
         "Command": record.get("command"),
@@ -432,17 +455,20 @@ CLOSENESS = 0.5  # pixels of the embedded image that a contour may be off
 
 
 def _gallery_section(make, runs, max_images, shown):
-    """gallery (None without the images), gallery_missing and gallery_lead of page.html."""
+    """gallery (None without the images) and its centres, gallery_missing and gallery_lead of
+    page.html."""
     try:
         gallery = make(runs, max_images)
     except FileNotFoundError as error:
         logger.warning(f"No gallery: {error}")
-        return {"gallery": None, "gallery_missing": [f"No gallery: {error}"], "gallery_lead": ""}
+        missing = [f"No gallery: {error}"]
+        return {"gallery": None, "centres": [], "gallery_missing": missing, "gallery_lead": ""}
     number, total = len(gallery["images"]), gallery["total"]
     which = f"All {total:,} test images"
     if number < total:
         which = f"{number:,} of {total:,} test images, half the worst and half spread over the rest"
-    return {"gallery": gallery, "gallery_missing": [], "gallery_lead": f"{which}, with {shown}."}
+    lead, centres = f"{which}, with {shown}.", _centres(gallery["images"])
+    return {"gallery": gallery, "centres": centres, "gallery_missing": [], "gallery_lead": lead}
 
 
 def lesion_gallery(runs: list[Run], max_images: int = 300) -> dict:
@@ -520,6 +546,7 @@ def _gallery(runs, positions, describe):
         jpeg, (width, height), scale = embed(path)
         patient = record.get("patient_id")
         image = {"name": record["file_name"], "patient": None if patient is None else str(patient)}
+        image["centre"] = None if record.get("centre") is None else str(record["centre"])
         image |= {"width": width, "height": height, "jpeg": jpeg}
         shown.append(image | describe(position, scale))
     return {"runs": [run.name for run in runs], "total": len(records), "images": shown}

@@ -2,10 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from imrcnn_d2.evaluation import Bootstrap
-from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
+from imrcnn_d2.evaluation import Bootstrap, LesionResults
+from imrcnn_d2.evaluation.detection.metrics import FEW_CASES, is_count, is_percent, without_masks
+from imrcnn_d2.evaluation.pooling import Pooled
+from imrcnn_d2.evaluation.subgroups import Group
 from imrcnn_d2.report.comparison import compare, family_text, gather
 from imrcnn_d2.report.names import (
     MODEL,
@@ -15,7 +18,16 @@ from imrcnn_d2.report.names import (
     threshold_name,
 )
 from imrcnn_d2.report.runs import Run
-from imrcnn_d2.report.tables import p_text
+from imrcnn_d2.report.tables import (
+    cases_text,
+    centre_metrics,
+    decimals_of,
+    few_notes,
+    is_few,
+    p_text,
+    plural,
+    value_of,
+)
 
 
 def predictive_values(
@@ -132,6 +144,43 @@ def _text(text):
     return {"text": text, "interval": "", "bar": None}
 
 
+def group_table(column: str, groups: Mapping[str, Group], metrics: Mapping[str, str]) -> dict:
+    """Caption, columns and rows of the groups of a column: cells have ``cases``, the number of
+    cases, and ``few``. ``metrics`` are "group/metric" with their headings."""
+    rows = []
+    for name, group in groups.items():
+        cells = []
+        for endpoint in metrics:
+            metric, interval = endpoint.partition("/")[2], value_of(group.intervals, endpoint)
+            value, digits = value_of(group.values, endpoint), decimals_of(metric)
+            cell = _cell(value, interval, digits)
+            if not is_percent(metric):
+                cell["bar"] = None
+            few = is_few(group, endpoint)
+            cells.append({**cell, "cases": cases_text(group.cases(endpoint)), "few": few})
+        sizes = ", ".join(plural(number, size[:-1]) for size, number in group.n.items())
+        rows.append({"label": name, "hint": sizes, "cells": cells})
+    columns = [column, *metrics.values()]
+    return {"title": column, "caption": f"By {column}", "columns": columns, "rows": rows}
+
+
+def centre_table(run: Run, results: LesionResults) -> dict:
+    """The `group_table` of a run's results by centre, at the threshold that is stored in its
+    weights where it has one."""
+    groups = results.by_group["centre"].groups
+    metrics = centre_metrics(groups)
+    tau = run.meta["tau"] if results.tau_val is None else results.tau_val["tau"]
+    caption = f"{run.name}, {threshold_name(tau, run.maps_scores)}"
+    table = group_table("centre", groups, metrics)
+    return {**table, "caption": caption, "notes": few_notes(groups, metrics)}
+
+
+def pooled_cell(summary: Pooled, cases: int) -> dict:
+    """A cell of a share over centres, and their number of cases."""
+    few = cases < FEW_CASES
+    return {**_cell(summary.value, summary.interval), "cases": f"n {cases:,}", "few": few}
+
+
 def _cards(cards, runs, groups):
     """Title, hint and cells (run's name, cell) of the values on top."""
     columns = [(run.name, of_run) for run, of_run in zip(runs, groups, strict=True)]
@@ -161,11 +210,17 @@ def key_metrics(runs):
 
 
 def key_threshold(runs):
-    """The threshold of the values on top, of matrices and of test images, as text, with those that
-    were chosen on validation data."""
+    """The threshold of the values on top, of matrices and of test images, as text, and those that
+    were chosen on validation data, which are those of a training's summary."""
     points = [point for run in runs if (point := run.metrics.get("tau_val"))]
+    text = f"{at_threshold(runs)} (fixed: TEST.SCORE_THRESH or --tau)"
+    if not points:
+        return text
     chosen = ", ".join(dict.fromkeys(f"{point['tau']:.3g}" for point in points))
-    return at_threshold(runs) + (f" (τ_val, chosen on validation data: {chosen})" if points else "")
+    return (
+        f"{text}. The threshold chosen on validation data (τ_val) is {chosen}: the summary of a "
+        "training and the tables “τ_val” are at that one"
+    )
 
 
 def at_threshold(runs):
@@ -187,10 +242,20 @@ def curve_group(run: Run) -> tuple[str, dict]:
     return "box", run.metrics.get("bbox") or {}
 
 
+def _without_masks(unit, metrics):
+    """The metrics of a table that there are without masks."""
+    return tuple(
+        (endpoint.partition("/")[2], *texts)
+        for name, *texts in metrics
+        for endpoint in without_masks([f"{unit}/{name}"])
+    )
+
+
 def metric_tables(runs):
     """Title, caption and rows (label, hint and a cell for each run) of each table."""
     kinds, curves = zip(*map(curve_group, runs), strict=True)
-    caption = f"Overlap of {' and '.join(dict.fromkeys(kinds))}s"
+    regions = {"mask": "masks", "box": "boxes"}
+    caption = f"Overlap of {' and '.join(regions[kind] for kind in dict.fromkeys(kinds))}"
     title = "Detection, over all scores"
     tables = [_metric_table(title, caption, CURVE_METRICS, curves, runs=runs)]
     chosen = [run.metrics.get("tau_val") or {} for run in runs]
@@ -198,6 +263,8 @@ def metric_tables(runs):
         groups = [run.metrics.get(unit) or {} for run in runs]
         if not any(groups):
             continue
+        if "mask" not in kinds:
+            metrics = _without_masks(unit, metrics)
         tables.append(_metric_table(title, at_threshold(runs), metrics, groups, unit, runs))
         if any(chosen):
             points = [point.get(unit) or {} for point in chosen]
@@ -289,6 +356,7 @@ def size_tables(runs):
         "share_of_image": f"Sensitivity and IoU by share of the image’s area, {at_threshold(runs)}",
         "coco": f"By COCO’s sizes (below 32², below 96² pixels, larger), {at_threshold(runs)}",
     }
+    iou = "iou" if any(curve_group(run)[0] == "mask" for run in runs) else "iou_box"
     columns = ["size", "lesions"]
     columns += [f"{run.name}: {name}" for run in runs for name in ("sensitivity", "IoU")]
     tables = []
@@ -298,7 +366,7 @@ def size_tables(runs):
             continue
         rows = []
         for size, metrics in strata[0].items():
-            cells = [cell(sizes[size], name) for sizes in strata for name in ("recall", "iou")]
+            cells = [cell(sizes[size], name) for sizes in strata for name in ("recall", iou)]
             rows.append({"label": size, "hint": "", "cells": [cell(metrics, "n"), *cells]})
         tables.append({"caption": caption, "columns": columns, "rows": rows})
     return tables
@@ -308,7 +376,7 @@ def patient_table(runs, most=50):
     """Caption, columns and rows (patients with most errors first, at most ``most``); None where
     patients are not known.
     """
-    if runs[0].results.metrics.unit != "patient":
+    if runs[0].results.patient is None:
         return None
     patients = sorted(
         zip(*(run.results.per_patient for run in runs), strict=True),
@@ -322,6 +390,8 @@ def patient_table(runs, most=50):
     columns = ["patient", "images", "lesions"]
     columns += [f"{run.name}: hits / false alarms / missed" for run in runs]
     caption = f"{len(rows)} of {len(patients)} patients, most errors first, {at_threshold(runs)}"
+    if unknown := runs[0].results.metrics.units.unknown:
+        caption += f"; {plural(unknown, 'image')} of unknown patients left out"
     return {"rows": rows, "columns": columns, "caption": caption}
 
 
@@ -456,9 +526,11 @@ AT_A_GLANCE = (
 def differences(runs: list[Run]) -> dict | None:
     """How the models differ, as in a comparison: ``columns``, ``rows`` of the primary endpoint and
     a few others, ``all_rows``, ``caption``, ``note`` and ``remarks``. None for less than two
-    models; runs that differ by seed only are one.
+    models; runs that differ by seed only are one. All have one test set, which may be a fold's.
     """
-    gathered = gather(runs)
+    gathered = gather(
+        [replace(r, record={**r.record, "fold": None}) if r.fold else r for r in runs]
+    )
     if len(gathered.split) < 2:
         return None
     known = next(filter(None, (run.metrics["meta"].get("bootstrap") for run in runs)), {})

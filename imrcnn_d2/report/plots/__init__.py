@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from imrcnn_d2.evaluation import ClassificationResults, LesionResults
+from imrcnn_d2.evaluation.video import VideoResults
 from imrcnn_d2.report.names import threshold_name
-from imrcnn_d2.report.plots import curves, images, matrices
+from imrcnn_d2.report.plots import curves, images, matrices, video
 from imrcnn_d2.report.plots.curves import plot_pr_panels, plot_robustness
 from imrcnn_d2.report.plots.images import (
     plot_distortions,
@@ -26,7 +27,7 @@ __all__ = [
 
 
 def draw_all(
-    results: LesionResults | ClassificationResults,
+    results: LesionResults | ClassificationResults | VideoResults,
     folder: str | Path,
     image_root: str | Path | None = None,
 ) -> list[Path]:
@@ -44,7 +45,11 @@ def draw_all(
         return paths[-1]
 
     detector = isinstance(results, LesionResults)
-    (_draw_detector if detector else _draw_classifier)(results, path)
+    if isinstance(results, VideoResults):
+        video.plot_video_curves(results, path("video_curves"))
+        video.plot_time_to_detection(results, path("time_to_detection"))
+    else:
+        (_draw_detector if detector else _draw_classifier)(results, path)
     for column in results.by_group:
         curves.plot_groups(results, column, path(f"by_{re.sub('[^A-Za-z0-9.-]', '_', column)}"))
     if image_root is not None and detector:

@@ -8,6 +8,7 @@ import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,8 +19,9 @@ from imrcnn_d2.evaluation import ClassificationResults, LesionResults
 from imrcnn_d2.evaluation.calibration import Calibration
 from imrcnn_d2.evaluation.detection.counts import UnitCounts
 from imrcnn_d2.evaluation.detection.curves import FROC, RATES, PRCurve
-from imrcnn_d2.evaluation.detection.metrics import is_percent
+from imrcnn_d2.evaluation.detection.metrics import FEW_CASES, is_percent
 from imrcnn_d2.evaluation.statistics import clopper_pearson
+from imrcnn_d2.evaluation.subgroups import Group
 from imrcnn_d2.report.names import metric_name
 from imrcnn_d2.report.plots.style import (
     BLUE,
@@ -31,18 +33,25 @@ from imrcnn_d2.report.plots.style import (
     save_figure,
     tidy,
 )
-from imrcnn_d2.report.tables import group_endpoints, group_rows, value_of
+from imrcnn_d2.report.tables import (
+    FEW_MARK,
+    cases_text,
+    group_endpoints,
+    groups_and_all,
+    is_few,
+    value_of,
+)
 
 
 def plot_pr_panels(
     panels: Mapping[str, Mapping[str, PRCurve]],
     *paths: str | Path,
-    tau: float = 0.7,
+    tau: float | None = 0.7,
     mapped: bool = False,
 ) -> Figure:
     """Plot panels, by title, with each curve (thin) and its envelope, whose area is AP50_voc, the
     operating point at ``tau`` (dot) and the break-even point, on the diagonal (diamond). The legend
-    says whether scores are ``mapped``.
+    says whether scores are ``mapped``. Without a common ``tau`` there are no dots.
     """
     figure, grid = _grid(len(panels), 3, (6, 6.1))
     for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
@@ -96,7 +105,8 @@ def _plot_pr_curve(axes, name, curve, tau, style):
     y = np.concatenate([envelope[:1], envelope, [0]])
     axes.step(x, y, where="pre", linewidth=1.8, label=label, **style)
     axes.plot(recall, precision, color=style["color"], linewidth=0.7, alpha=0.45)
-    _plot_operating_point(axes, recall, precision, curve.score, tau, style)
+    if tau is not None:
+        _plot_operating_point(axes, recall, precision, curve.score, tau, style)
     if np.isfinite(break_even):
         mark = {**DOT, "markeredgecolor": style["color"]}
         axes.plot([break_even], [break_even], "D", color="white", **mark)
@@ -228,20 +238,12 @@ def plot_calibration(
     top.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1, label="ideal")
     for number, (name, calibration) in enumerate(calibrations.items()):
         style = line_style(number)
-        bins, values = calibration.diagram(), calibration.values()
-        counts = bins["detections"]
-        filled = counts > 0
-        y = bins["hit_rate"][filled]
-        cases = zip(bins["hits"][filled], counts[filled], strict=True)
-        limits = np.array([clopper_pearson(*pair) for pair in cases]).reshape(-1, 2)
-        low, high = 100 * limits.T
-        label = f"{name}: n/a"
-        if filled.any():
+        values, bins = calibration.values(), calibration.diagram()
+        counts, label = bins["detections"], f"{name}: n/a"
+        if counts.any():
             label = f"{name}: ECE {values['ece']:.1f} %, Brier {values['brier']:.1f} %"
-        lines = dict(markersize=6, linewidth=1.6, elinewidth=0.8, capsize=2.5, **style)
-        lines["yerr"] = np.maximum(y - low, 0), np.maximum(high - y, 0)
-        lines["marker"] = MARKERS[number % len(MARKERS)]
-        top.errorbar(bins["mean_score"][filled], y, label=legend_label(label), **lines)
+        marker = MARKERS[number % len(MARKERS)]
+        _plot_reliability(top, bins, label=legend_label(label), marker=marker, **style)
         edges = 100 * np.append(bins["lower"], 1)
         bottom.stairs(counts, edges, linewidth=1.6, **style)
         if len(calibrations) == 1:
@@ -257,6 +259,34 @@ def plot_calibration(
     tidy(bottom)
     top.legend(loc="upper left", **LEGEND)
     return save_figure(figure, path, dpi=200)
+
+
+def _plot_reliability(axes, bins, **style):
+    """The share of hits in each bin that has a detection, with its interval."""
+    filled = bins["detections"] > 0
+    y = bins["hit_rate"][filled]
+    cases = zip(bins["hits"][filled], bins["detections"][filled], strict=True)
+    low, high = 100 * np.array([clopper_pearson(*pair) for pair in cases]).reshape(-1, 2).T
+    lines = dict(markersize=6, linewidth=1.6, elinewidth=0.8, capsize=2.5)
+    limits = np.maximum(y - low, 0), np.maximum(high - y, 0)
+    axes.errorbar(bins["mean_score"][filled], y, yerr=limits, **lines, **style)
+
+
+def plot_calibration_panels(calibrations: Mapping[str, Calibration], path: str | Path) -> Figure:
+    """Plot one panel per calibration: the share of hits against the mean score of each bin, with
+    exact 95 % intervals. The area of a dot is that of its share of the detections."""
+    figure, grid = _grid(len(calibrations), 4, (2.7, 3), (0.3, 0.3), sharex=True, sharey=True)
+    for axes, (name, calibration) in zip(grid.flat, calibrations.items(), strict=False):
+        _square(axes)
+        bins, values = calibration.diagram(), calibration.values()
+        _plot_reliability(axes, bins, color=BLUE, linestyle="none")
+        shares = bins["detections"] / max(bins["detections"].sum(), 1)
+        axes.scatter(bins["mean_score"], bins["hit_rate"], 12 + 260 * shares, BLUE, zorder=3)
+        ece = "n/a" if math.isnan(values["ece"]) else f"{values['ece']:.1f} %"
+        axes.set_title(f"{name}\n{values['n']:,.0f} detections, ECE {ece}", fontsize=9)
+    figure.supxlabel("Score (%)", fontsize=10)
+    figure.supylabel("Hits (%)", fontsize=10)
+    return save_figure(figure, path, dpi=170)
 
 
 # Columns of thresholds.csv.
@@ -310,6 +340,11 @@ PLOTTED = {
         "image/specificity",
     ),
     "lesion": ("lesion/recall", "lesion/iou", "lesion/dice"),
+    "procedure": (
+        *("video/lesion_sensitivity", "video/persistence"),
+        *("video/frame_sensitivity", "video/fpr"),
+    ),
+    "unique_lesion": (*("video/lesion_sensitivity", "video/persistence", "video/persistent_50"),),
     "recognition": (
         *("recognition/top1", "recognition/balanced_accuracy", "recognition/auroc"),
         *("cancer/recall", "cancer/specificity"),
@@ -320,47 +355,113 @@ PLOTTED = {
 def plot_groups(
     results: LesionResults | ClassificationResults, column: str, path: str | Path
 ) -> Figure:
-    """Plot the headline metrics of each group of a column with their 95 % intervals, those of all
-    as a band below them. Metrics that are undefined for all together are left out.
+    """Plot the headline metrics of each group of a column, those of all as a band, see
+    `plot_forest`. Metrics that are undefined for all together are left out.
     """
-    rows = list(group_rows(results, column))
+    groups = groups_and_all(results, column)
     endpoints = group_endpoints(results, column, PLOTTED)
     shown = [e for e in endpoints if not math.isnan(value_of(results.compared(), e))]
-    shown = shown or endpoints[:1]
-    labels = ["\n".join([*textwrap.wrap(name, 26, max_lines=2), _sizes(n)]) for name, n, *_ in rows]
-    figure = Figure(figsize=(1.6 + 2.1 * len(shown), 1.1 + 0.5 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axes, endpoint in zip(panels, shown, strict=True):
-        for y, (_, _, metrics, intervals) in enumerate(rows):
-            value = value_of(metrics, endpoint)
-            if math.isnan(value):
-                centred = dict(ha="center", va="center", color="0.5", fontsize=8)
-                axes.text(0.5, y, "n/a", transform=axes.get_yaxis_transform(), **centred)
+    panels = {
+        metric_name(endpoint): ("%", [ForestRow.of(group, endpoint) for group in groups.values()])
+        for endpoint in shown or endpoints[:1]
+    }
+    labels = [row_label(name, group.n) for name, group in groups.items()]
+    title = f"By {column}, with 95 % intervals"
+    if any(endpoint.startswith("tau_val.") for endpoint in shown):
+        title += f"; tau_val: {results.chosen_tau:.3g}, chosen on validation data"
+    return plot_forest(labels, panels, path, title=title, summary=0)
+
+
+class ForestRow(NamedTuple):
+    """A row of a panel of `plot_forest`."""
+
+    value: float
+    interval: tuple[float, float]
+    cases: str = ""  # their number, for readers
+    few: bool = False
+
+    @classmethod
+    def of(cls, group: Group, endpoint: str) -> "ForestRow":
+        interval = value_of(group.intervals, endpoint) or (math.nan, math.nan)
+        cases = cases_text(group.cases(endpoint)).removeprefix("n ")
+        return cls(value_of(group.values, endpoint), interval, cases, is_few(group, endpoint))
+
+
+PANELS_IN_A_ROW = 5
+
+
+def plot_forest(
+    labels: list[str],
+    panels: Mapping[str, tuple[str, list[ForestRow]]],
+    path: str | Path,
+    *,
+    title: str,
+    summary: int,
+) -> Figure:
+    """Plot one panel per metric, by title, with its unit, and one row per label: value, 95 %
+    interval and number of cases; hollow, with a thin line, where these are few. The row
+    ``summary`` is a diamond, with a band through all rows. An interval without a value is dashed.
+    """
+    size = 2.35, 0.8 + 0.5 * len(labels)
+    figure, grid = _grid(len(panels), PANELS_IN_A_ROW, size, (1.6, 0.3), sharey=True)
+    figure.get_layout_engine().set(w_pad=0.1)  # numbers of cases stand next to their own panel
+    for axes, (name, (unit, rows)) in zip(grid.flat, panels.items(), strict=False):
+        at_edge = dict(transform=axes.get_yaxis_transform(), va="center", fontsize=7, color="0.4")
+        for y, row in enumerate(rows):
+            axes.text(1.02, y, row.cases, ha="left", **at_edge)
+            if math.isnan(row.value) and np.isnan(row.interval).any():
+                axes.text(0.5, y, "n/a", ha="center", **at_edge)
                 continue
-            colour, marker = ("0.25", "D") if y == 0 else (BLUE, "o")
-            interval = value_of(intervals, endpoint) or (math.nan, math.nan)
-            axes.plot(interval, [y] * 2, color=colour, linewidth=1.8, solid_capstyle="butt")
-            style = dict(color=colour, markersize=6, markeredgecolor="white", zorder=4)
-            axes.plot(value, y, marker, **style)
-            if y == 0:
-                axes.axvline(value, color="0.25", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-                if not np.isnan(interval).any():
-                    axes.axvspan(*interval, color="0.93", zorder=0)
+            colour, marker = ("0.25", "D") if y == summary else (BLUE, "o")
+            line = dict(color=colour, linewidth=0.8 if row.few else 1.8, solid_capstyle="butt")
+            if math.isnan(row.value):
+                line |= dict(color="0.25", linewidth=1.2, linestyle=(0, (3, 2)))
+            axes.plot(row.interval, [y] * 2, **line)
+            dot = dict(color=colour, markersize=7 if marker == "D" else 6, zorder=4)
+            edge = dict(markeredgecolor="white")
+            if row.few:
+                edge = dict(markeredgecolor=colour, markerfacecolor="white")
+            axes.plot(row.value, y, marker, **dot, **edge)
+            if y == summary:
+                axes.axvline(
+                    row.value, color="0.25", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1
+                )
+                if not np.isnan(row.interval).any():
+                    axes.axvspan(*row.interval, color="0.93", zorder=0)
+        if any(row.cases for row in rows):
+            above = {**at_edge, "va": "bottom"}
+            axes.text(1.02, -0.5, "n", ha="left", **above)
+        # Dashed intervals may be cut: that of a number without an upper limit would hide the rest.
+        ends = [end for row in rows if not math.isnan(row.value) for end in (row[0], *row.interval)]
         low, high = axes.get_xlim()
-        axes.set(xlim=(max(low, -2), min(high, 102)))
-        axes.set_title(metric_name(endpoint), fontsize=9)
-        axes.set_xlabel("%", fontsize=8)
+        if unit == "%":
+            axes.set_xlim(max(low, -2), min(high, 102))
+        elif ends:
+            axes.set_xlim(max(low, -0.05 * np.nanmax(ends)), 1.1 * np.nanmax(ends))
+        axes.set_title(textwrap.fill(name, 24), fontsize=9)
+        axes.set_xlabel(unit, fontsize=8)
         axes.tick_params(labelsize=8)
         tidy(axes)
         axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(rows)), labels)
-    panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    figure.suptitle(f"By {column}, with 95 % intervals", fontsize=10)
+    for axes in grid[:, 0]:
+        axes.set_yticks(range(len(labels)), labels)
+    grid[0, 0].set_ylim(len(labels) - 0.5, -0.5)
+    if any(row.few for _, rows in panels.values() for row in rows):
+        title += f"; n: cases; hollow, {FEW_MARK}: fewer than {FEW_CASES}"
+    figure.suptitle(title, fontsize=10)
     return save_figure(figure, path, dpi=170)
 
 
+def row_label(name: str, n: Mapping[str, int]) -> str:
+    """A label of `plot_forest`, of a group and its sizes."""
+    return "\n".join([*textwrap.wrap(name, 26, max_lines=2), _sizes(n)])
+
+
+_UNITS = ("lesion", "image", "procedure", "patient")
+
+
 def _sizes(n):
-    known = [(n[f"{unit}s"], unit) for unit in ("lesion", "image", "patient") if f"{unit}s" in n]
+    known = [(n[f"{unit}s"], unit) for unit in _UNITS if f"{unit}s" in n]
     return ", ".join(f"{number} {unit}{'s' * (number != 1)}" for number, unit in known)
 
 

@@ -51,11 +51,12 @@ def tidy(axes: Axes):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def label_operating_point(axes: Axes, tau: float, mapped: bool) -> dict:
-    """Name the dots on curves in the legend; returns the style of a marker there."""
+def label_operating_point(axes: Axes, tau: float | None, mapped: bool) -> dict:
+    """Name the dots on curves, if any, in the legend; returns the style of a marker there."""
     mark = dict(linestyle="none", markeredgecolor="0.2", markersize=7)
-    label = f"operating point, {threshold_name(tau, mapped)}"
-    axes.plot([], [], marker="o", color="0.6", label=label, **mark)
+    if tau is not None:
+        label = f"operating point, {threshold_name(tau, mapped)}"
+        axes.plot([], [], marker="o", color="0.6", label=label, **mark)
     return mark
 
 

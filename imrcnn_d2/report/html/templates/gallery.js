@@ -39,6 +39,7 @@ const showGallery = ({ describe, panels, frames, enlarged, filters, sorts, isCan
   data.images.forEach((image, position) => {
     const name = element("span", { class: "name" }, image.name);
     if (image.patient !== null) name.append(element("span", {}, ` · patient ${image.patient}`));
+    if (form.elements.centre && image.centre !== null) name.append(element("span", {}, ` · ${image.centre}`));
     const inside = element("span", { class: "panels" }, ...panels(image));
     image.button = element("button", { type: "button", "aria-label": describe(image) }, inside, name);
     image.tile = element("li", { "data-position": position }, image.button);
@@ -71,7 +72,8 @@ const showGallery = ({ describe, panels, frames, enlarged, filters, sorts, isCan
     return images.sort((a, b) => distance.get(a) - distance.get(b));
   };
   const arrange = () => {
-    const candidates = data.images.filter(isCandidate);
+    const centre = form.elements.centre ? form.elements.centre.value : "";
+    const candidates = data.images.filter((image) => isCandidate(image) && (centre === "" || image.centre === centre));
     for (const [key, keep] of Object.entries(FILTERS)) {
       const count = form.querySelector(`[data-count=${key}]`);
       if (count) count.textContent = candidates.filter(keep).length;
