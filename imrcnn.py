@@ -19,6 +19,8 @@ COMMANDS = {
     "train": "train or evaluate a model",
     "cross-validate": "train every model x data set x seed x fold",
     "evaluate": "score COCO results or a folder of masks, without a model",
+    "validate": "score a model on data of other hospitals, by centre",
+    "alarm-rule": "choose when detections in a video are an alarm",
     "robustness": "score a model on blurred, badly lit and compressed images",
     "compare": "compare models: tables, tests, precision-recall curves",
     "report": "write one HTML page about a run, or about several",

@@ -4,6 +4,7 @@
     benchmarks/benchmark.py neck [--case light_352] [--output neck.json]
     benchmarks/benchmark.py evaluate [--images 1000 10000] [--runs 3] [--output evaluate.json]
     benchmarks/benchmark.py catalogue [--images 10000 100000 1000000] [--output catalogue.json]
+    benchmarks/benchmark.py video [--frames 300000 900000 2700000] [--masks] [--output video.json]
     benchmarks/benchmark.py train [--iterations 30] [--plot losses.png] [--output train.json]
                              [KEY VALUE ...]
     benchmarks/benchmark.py inference [--weights FILE] [--isa avx2] [--output inference.json]
@@ -18,6 +19,9 @@ status 1: ours takes longer at 10,000 images.
 
 catalogue loads synthetic data sets, ours and Detectron2's way (load_coco_json, DatasetFromList),
 each in a process of its own with two workers that read. Exit status 1: ours adds more than 1 GB.
+
+video runs `imrcnn evaluate --video` on generated procedures, the largest size that of REAL-Colon,
+each in a process of its own. Exit status 1: one takes more than 5 minutes or 8 GiB.
 
 train trains a model in turns, as its config says and with Detectron2's parts in fp32, from the same
 weights on the same batches. Exit status 1: ours is less than 1.7 times as fast.
@@ -47,6 +51,7 @@ from model_benchmark import (
     native_precision,
     plot_losses,
 )
+from video_benchmark import measure_sizes
 
 from imrcnn_d2.engine.config import choose_device, load_training_config, register_root
 from imrcnn_d2.report.tables import metrics_table
@@ -57,6 +62,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "imrcnn_lite.yaml"
 NECK_BOUND = 1.15  # time over FPN's, divided by multiply-adds over FPN's
 EVALUATION_BOUND, BOUND_IMAGES = 1.0, 10_000  # our time over COCOeval's, at so many images
 CATALOGUE_BOUND = 1e9 / 2**20  # MiB that a data set may add to a process, loading included: 1 GB
+VIDEO_BOUNDS = {"seconds": 300, "peak GiB": 8}
 TRAIN_BOUND = 1.7  # Detectron2's training step over ours, in time
 # Detectron2's prediction over our fastest, in time, without and with native bf16; and points of
 # AP50_voc and iou that a runtime may lose.
@@ -107,6 +113,13 @@ def catalogue(args: argparse.Namespace) -> int:
     print(metrics_table(table))
     write({"catalogue": results, "bound": CATALOGUE_BOUND}, args.output)
     return int(max(m["ours, MiB more, peak"] for m in results.values()) > CATALOGUE_BOUND)
+
+
+def video(args: argparse.Namespace) -> int:
+    results = {f"{n} frames": measure_sizes(n, args.masks) for n in args.frames}
+    print(metrics_table(results))
+    write({"video": results, "bounds": VIDEO_BOUNDS, "masks": args.masks}, args.output)
+    return int(any(m[key] > most for m in results.values() for key, most in VIDEO_BOUNDS.items()))
 
 
 def load(config_file: Path, opts: list[str], eval_only: bool = False) -> CfgNode:
@@ -209,6 +222,10 @@ def argument_parser() -> argparse.ArgumentParser:
         default=100_000,
         help="largest size for Detectron2's side (100000); a million takes about 4 GiB",
     )
+
+    option = add(video, "the evaluation of whole procedures")
+    option("--frames", default=[300_000, 900_000, 2_700_000], **sizes)
+    option("--masks", action="store_true", help="masks too, not boxes alone")
 
     option = add(train, "the training step against Detectron2's", [model])
     option("--device", help="default: the CUDA device if there is one, else cpu")
