@@ -117,6 +117,7 @@ def test_train_compares_the_same_training(prepared, tmp_path, monkeypatch):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_inference_compares_the_same_model(prepared, tmp_path, monkeypatch):
     # The other sides take another ten seconds of start each.
     monkeypatch.setattr(inference_benchmark, "TORCH", {})

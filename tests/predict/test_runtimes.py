@@ -87,6 +87,7 @@ def test_detectors(exported, predictor, weights, runtime, precision):
             same(result, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_the_residual_neck_with_attention_everywhere(tmp_path, runtime):
     places = ("backbone", "top_down", "both_inputs")

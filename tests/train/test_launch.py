@@ -143,7 +143,6 @@ def test_a_request_to_the_launch_ends_all(job, moment, number):
         assert (running.folder / "last_checkpoint").read_text().startswith("model_")
 
 
-@pytest.mark.story
 def test_torchrun_restarts_exactly(job, tmp_path):
     final = {}
     for name, starts in (("undisturbed", ["0"]), ("disturbed", ["0", "2"])):

@@ -366,6 +366,7 @@ def test_lazy_and_yaml_models_are_equal(size):
     assert not changed(*fields)
 
 
+@pytest.mark.slow
 def test_a_lazy_config_trains_resumes_and_evaluates(tiny_lazy_opts, tmp_path):
     opts = ["train.eval_period=1", "train.checkpointer.period=1", "train.max_iter=2"]
     opts += tiny_lazy_opts

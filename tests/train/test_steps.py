@@ -369,6 +369,7 @@ for keep in (bool, keep_freed_memory):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_used_again():
     command = [sys.executable, "-W", "ignore", "-c", FAULTS]
