@@ -360,10 +360,13 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def by_stem(folder: Path, rejects: Rejects) -> dict[str, Path]:
-    """Return files by their path in `folder` without suffix, in which image and mask may differ."""
+def by_stem(
+    folder: Path, rejects: Rejects, taken: Callable[[Path], bool] = lambda path: True
+) -> dict[str, Path]:
+    """Return files by their path in `folder` without suffix, in which image and mask may differ;
+    of all files those that are `taken`."""
     files: dict[str, Path] = {}
-    for path in list_files(folder, rejects):
+    for path in filter(taken, list_files(folder, rejects)):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         with rejects.catch():
             if stem in files:

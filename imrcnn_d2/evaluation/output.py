@@ -137,11 +137,7 @@ class EvaluationResults:
         }
         if self.by_group:
             document["by_group"] = {
-                column: {
-                    "level": grouped.level,
-                    "groups": {name: group.document() for name, group in grouped.groups.items()},
-                }
-                for column, grouped in self.by_group.items()
+                column: grouped.document() for column, grouped in self.by_group.items()
             }
         return {**document, "undefined_shares": self.undefined_shares}
 

@@ -126,6 +126,11 @@ class GroupedMetrics:
     level: str  # "image" or "lesion": what the column is of
     groups: dict[str, Group]  # by name, in order; those of unknown value last
 
+    def document(self) -> dict:
+        """What metrics.json holds of them."""
+        groups = {name: group.document() for name, group in self.groups.items()}
+        return {"level": self.level, "groups": groups}
+
 
 def parse_by(text: str) -> By:
     """Parse "COLUMN", "COLUMN:5,10,20" for bins of numbers, or "COLUMN:each".

@@ -12,10 +12,10 @@ import numpy as np
 from imrcnn_d2.data.formats import base
 from imrcnn_d2.data.images import (
     SourceImage,
+    by_stem,
     fit_to_image,
     inspect_image,
     is_image_name,
-    list_files,
     read_image,
     read_mask,
 )
@@ -179,17 +179,9 @@ class PublicMasks(base.PublicDataSet):
         if not folder.is_dir():
             raise BadInputError(folder, f"is no folder; {self.expected()}")
         check_inside(root, folder, rejects.follow_links)
-        files: dict[str, Path] = {}
-        for path in list_files(folder, rejects):
-            if not is_image_name(path) or not fnmatch(path.name, pattern):
-                continue
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            with rejects.catch():
-                if name in files:
-                    reason = f"duplicate: same name as {files[name]} but for the suffix"
-                    raise BadInputError(path, reason)
-                files[name] = path
-        return files
+        return by_stem(
+            folder, rejects, lambda path: is_image_name(path) and fnmatch(path.name, pattern)
+        )
 
     def _annotations(
         self, path: Path, image: SourceImage, min_area: int, notes: list[str]
