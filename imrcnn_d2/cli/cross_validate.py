@@ -139,7 +139,7 @@ def write_left_out(runs):
     from imrcnn_d2.engine.cross_validation import number_of_folds
     from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
     from imrcnn_d2.evaluation.output import RESULTS, read_metrics
-    from imrcnn_d2.report.validation import write_validation
+    from imrcnn_d2.report.validation import Validation, write_validation
     from imrcnn_d2.task import Task
 
     logging.getLogger("detectron2").setLevel(logging.WARNING)  # COCO's lines, one page a centre
@@ -161,16 +161,15 @@ def write_left_out(runs):
             detections = run.metrics_file.with_name(RESULTS)
             results[run.left_out] = evaluate_lesions(gt, detections, tau=tau, bootstrap=Bootstrap())
             thresholds.append(f"{run.left_out} {tau:.3g}")
-        page, *_ = write_validation(
+        validation = Validation.of(
             results,
-            folder / field,
             title=f"Leave-one-{field}-out: {folds[0].config_file.stem} on {data.name}",
             facts={
                 "Weights": f"one training per {field}, on all others: {folder}",
                 "Threshold": f"stored in the weights of each: {', '.join(thresholds)}",
                 "Data": str(data),
             },
-            image_root=data / "images",
         )
+        page, *_ = write_validation(validation, folder / field, image_root=data / "images")
         pages.append(page)
     return pages

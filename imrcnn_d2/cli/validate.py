@@ -142,9 +142,10 @@ def validate(args: argparse.Namespace) -> None:
         "marks": marks,
         "notes": data.notes,
     }
-    page, *_ = write_validation(results, args.output, **texts, image_root=root)
+    validation = Validation.of(results, **texts)
+    page, *_ = write_validation(validation, args.output, image_root=root)
     print_subgroups(results)
-    for text in (*marks, *findings(Validation.of(results))):
+    for text in (*marks, *findings(validation)):
         print(for_terminal(textwrap.fill(text, 100)), end="\n\n")
     print(f"Written: {page}")
 

@@ -75,15 +75,24 @@ READING = {
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """What the report is of, see `write_validation`."""
+    """What the report is of.
+
+    Attributes:
+        title: such as "imrcnn demo on PolypGen".
+        centres, subgroups: the evaluation of each centre, and of the groups of each other column.
+        facts: what is known of weights, threshold and data, as label and text.
+        marks: sentences that stand on every table, such as that training images are included.
+        notes: sentences that stand on the page.
+        metrics, pooled: heading, and summary over the centres, by "group/metric".
+    """
 
     title: str
     centres: Mapping[str, Group]
-    subgroups: Mapping[str, Mapping[str, Group]]  # by column
+    subgroups: Mapping[str, Mapping[str, Group]]
     facts: Mapping[str, str]
     marks: Sequence[str]
     notes: Sequence[str]
-    metrics: Mapping[str, str]  # "group/metric" -> heading
+    metrics: Mapping[str, str]
     pooled: Mapping[str, Pooled]
 
     @classmethod
@@ -95,7 +104,16 @@ class Validation:
         marks: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> "Validation":
-        """Of what `write_validation` takes."""
+        """Pool the results over the centres.
+
+        Args:
+            results: of :func:`with_groups` with the column "centre", and others as subgroups, made
+                with a bootstrap; or, where each centre was predicted by weights of its own, the
+                evaluation of each centre by its name.
+
+        Raises:
+            KeyError: the results are not grouped by "centre".
+        """
         subgroups = {}
         if isinstance(results, LesionResults):
             grouped = {column: of_column.groups for column, of_column in results.by_group.items()}
@@ -128,35 +146,19 @@ class Validation:
 
 
 def write_validation(
-    results: LesionResults | Mapping[str, LesionResults],
-    output: str | Path,
-    *,
-    title: str,
-    facts: Mapping[str, str],
-    marks: Sequence[str] = (),
-    notes: Sequence[str] = (),
-    image_root: str | Path | None = None,
+    validation: Validation, output: str | Path, image_root: str | Path | None = None
 ) -> list[Path]:
     """Write validation.html, validation.md, each table as .md, .csv and .tex, and the plots as .png
     to a folder; returns the files, validation.html first.
 
     Args:
-        results: of :func:`with_groups` with the column "centre", and others as subgroups, made with
-            a bootstrap; or, where each centre was predicted by weights of its own, the evaluation
-            of each centre by its name.
-        title: such as "imrcnn demo on PolypGen".
-        facts: what is known of weights, threshold and data, as label and text.
-        marks: sentences that stand on every table, such as that training images are included.
-        notes: sentences that stand on the page.
         image_root: the folder that ``file_name`` is relative to, for the worst images of each
             centre; None for none.
 
     Raises:
-        KeyError: the results are not grouped by "centre".
         FileNotFoundError: one of the worst images does not exist.
     """
     output = Path(output)
-    validation = Validation.of(results, title, facts, marks, notes)
     centres, subgroups = validation.centres, validation.subgroups
     tables = {
         "centres": centre_table(validation, "centre", centres),

@@ -60,10 +60,20 @@ def hashed(loaded, tmp_path):
 
 @pytest.fixture
 def page(monkeypatch):
-    """What the report is made of, in place of the report."""
-    write = Mock(side_effect=lambda results, output, **texts: [output / "validation.html"])
+    """What the report is made of, in place of the report: the results, the folder, the texts."""
+    page, pool, parts = Mock(), validation.Validation.of, {}
+
+    def of(results, **texts):
+        parts.update(results=results, texts=texts)
+        return pool(results, **texts)
+
+    def write(_, output, image_root):
+        page(parts["results"], output, **parts["texts"], image_root=image_root)
+        return [output / "validation.html"]
+
+    monkeypatch.setattr(validation.Validation, "of", of)
     monkeypatch.setattr(validation, "write_validation", write)
-    return write
+    return page
 
 
 def run(weights, output, *arguments):

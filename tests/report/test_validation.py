@@ -49,15 +49,14 @@ def written(results, tmp_path_factory):
     folder = tmp_path_factory.mktemp("validation")
     for image in results.ground_truth.images:
         Image.new("RGB", (50, 40), (150, 90, 80)).save(folder / image["file_name"])
-    files = write_validation(
+    validation = Validation.of(
         results,
-        folder / "report",
         title="a.pth on <b>",
         facts={"Weights": "a.pth", "Score threshold": "0.5, stored"},
         marks=["Images that the weights were trained on are among these."],
         notes=["Two images are near-duplicates."],
-        image_root=folder,
     )
+    files = write_validation(validation, folder / "report", image_root=folder)
     return {path.name: path for path in files}
 
 
@@ -134,7 +133,7 @@ def test_the_page(results, written, parse):
 def test_two_centres_have_no_summary(results, tmp_path):
     groups = results.by_group["centre"].groups
     two = {name: groups[name].results for name in ("Bonn", "Lyon")}  # of weights of their own
-    files = write_validation(two, tmp_path, title="a", facts={})
+    files = write_validation(Validation.of(two, title="a"), tmp_path)
     (row, *_) = rows_of(tmp_path / "pooled.csv")
     assert row["pooled"] == row["i2"] == ""
     text = files[1].read_text()
