@@ -158,11 +158,9 @@ class EvaluationResults:
             "calibration.csv": transposed(self.metrics.calibration.diagram()),
         }
         if self.by_group:
-            rows = []
-            for column, grouped in self.by_group.items():
-                for name, group in grouped.groups.items():
-                    fields = {"column": column, "of": grouped.level, "group": name, **group.n}
-                    rows += [{**fields, **row} for row in group.rows()]
+            rows = [
+                row for column, grouped in self.by_group.items() for row in grouped.rows(column)
+            ]
             tables["by_group.csv"] = (rows, ["column"])
         return tables
 

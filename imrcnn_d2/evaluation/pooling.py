@@ -23,7 +23,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from imrcnn_d2.evaluation.detection.metrics import CURVE_METRICS, is_percent
-from imrcnn_d2.evaluation.statistics import LEVEL, PRIOR
+from imrcnn_d2.evaluation.statistics import LEVEL, effective_cases
 from imrcnn_d2.evaluation.subgroups import Group
 
 NAN = math.nan
@@ -263,18 +263,3 @@ def _pooled(pairs, left_out, metric, counted):
         q=model.q,
         p=model.p,
     )
-
-
-def effective_cases(part: np.ndarray, whole: np.ndarray, *, share: bool = True) -> float:
-    """The number of independent cases that would give a proportion, or a number per case, the
-    variance that it has over units, shrunk as in `proportion_interval`.
-
-    Args:
-        part, whole: (U,), of each unit those that count, and its cases; 1 or more in all.
-        share: ``part`` are some of the cases; else any number.
-    """
-    units, cases = np.count_nonzero(whole), whole.sum()
-    mean = part.sum() / cases
-    variance = ((part - mean * whole) ** 2).sum() / cases**2
-    of_one = mean * (1 - mean) if share else mean
-    return float(min(cases, (of_one + PRIOR / units) / (variance + PRIOR / units**2)))

@@ -131,6 +131,21 @@ def _least_sum(number, amounts, values):
     return np.interp(number, *np.pad(through, ((0, 0), (1, 0))))
 
 
+def effective_cases(part: np.ndarray, whole: np.ndarray, *, share: bool = True) -> float:
+    """The number of independent cases that would give a proportion, or a number per case, the
+    variance that it has over units, shrunk as in `proportion_interval`.
+
+    Args:
+        part, whole: (U,), of each unit those that count, and its cases; 1 or more in all.
+        share: ``part`` are some of the cases; else any number.
+    """
+    units, cases = np.count_nonzero(whole), whole.sum()
+    mean = part.sum() / cases
+    variance = ((part - mean * whole) ** 2).sum() / cases**2
+    of_one = mean * (1 - mean) if share else mean
+    return float(min(cases, (of_one + PRIOR / units) / (variance + PRIOR / units**2)))
+
+
 def rate_interval(number: np.ndarray, cases: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of a number per case, such as of false alarms per image, whose cases lie in
     units: Garwood's for a Poisson distribution (1936, doi 10.1093/biomet/28.3-4.437) on the
@@ -142,11 +157,8 @@ def rate_interval(number: np.ndarray, cases: np.ndarray) -> tuple[float, float]:
         number, cases: (U,) of each unit; 1 case or more in all.
     """
     number, cases = np.asarray(number, float), np.asarray(cases, float)
-    units, total = np.count_nonzero(cases), cases.sum()
-    rate = number.sum() / total
-    variance = ((number - rate * cases) ** 2).sum() / total**2
-    effective = min(total, (rate + PRIOR / units) / (variance + PRIOR / units**2))
-    events, tail = rate * effective, (1 - LEVEL) / 2
+    effective = effective_cases(number, cases, share=False)
+    events, tail = number.sum() / cases.sum() * effective, (1 - LEVEL) / 2
     low = special.gammaincinv(events, tail) if events else 0.0
     return float(low / effective), float(special.gammaincinv(events + 1, 1 - tail) / effective)
 

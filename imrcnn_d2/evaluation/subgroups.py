@@ -102,6 +102,11 @@ class Group:
             return min(filter(None, sizes.values())), "images of the rarest class"
         return (sizes[of_class], "images of the class") if of_class in sizes else None
 
+    def is_few(self, endpoint: str) -> bool:
+        """ "group/metric" is of fewer than FEW_CASES cases, as far as is known."""
+        cases = self.cases(endpoint)
+        return cases is not None and cases[0] < FEW_CASES
+
     def document(self) -> dict:
         """What metrics.json holds of it."""
         metrics = interleave_intervals(self.values, self.intervals)
@@ -112,13 +117,17 @@ class Group:
         rows = []
         for level, values in self.values.items():
             for metric, value in values.items():
-                low, high = self.intervals.get(level, {}).get(metric, (math.nan, math.nan))
-                row = {"level": level, "figure": metric, "value": value, "low": low, "high": high}
-                number, noun = self.cases(f"{level}/{metric}") or (None, "")
-                row |= {"cases": number, "cases_are": noun}
-                row["few_cases"] = None if number is None else number < FEW_CASES
-                rows.append(row)
+                row = self.row(f"{level}/{metric}")
+                rows.append({"level": level, "figure": metric, "value": value, **row})
         return rows
+
+    def row(self, endpoint: str) -> dict:
+        """Interval and cases of "group/metric", as cells of a table of values."""
+        level, _, metric = endpoint.partition("/")
+        low, high = self.intervals.get(level, {}).get(metric, (math.nan, math.nan))
+        number, noun = self.cases(endpoint) or (None, "")
+        few = None if number is None else self.is_few(endpoint)
+        return {"low": low, "high": high, "cases": number, "cases_are": noun, "few_cases": few}
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +139,14 @@ class GroupedMetrics:
         """What metrics.json holds of them."""
         groups = {name: group.document() for name, group in self.groups.items()}
         return {"level": self.level, "groups": groups}
+
+    def rows(self, column: str) -> list[dict]:
+        """One row per group and metric, for by_group.csv."""
+        return [
+            {"column": column, "of": self.level, "group": name, **group.n, **row}
+            for name, group in self.groups.items()
+            for row in group.rows()
+        ]
 
 
 def parse_by(text: str) -> By:

@@ -266,8 +266,8 @@ def at_threshold(scored: Outcomes, tau: float) -> AtThreshold:
     alarms = _false_alarms(scored, tau)
     procedure, size = truth.procedure, len(truth.names)
 
-    def per_procedure(selected, of=procedure):
-        return np.bincount(of[selected], minlength=size)
+    def per_procedure(selected, owners=procedure):
+        return np.bincount(owners[selected], minlength=size)
 
     raised = scored.frame_score >= tau
     step, fps = truth.step, truth.fps
@@ -493,11 +493,9 @@ class VideoResults:
             "time_to_detection.csv": transposed(time_to_detection(self)),
         }
         if self.by_group:
-            rows = []
-            for column, grouped in self.by_group.items():
-                for name, group in grouped.groups.items():
-                    fields = {"column": column, "of": grouped.level, "group": name, **group.n}
-                    rows += [{**fields, **row} for row in group.rows()]
+            rows = [
+                row for column, grouped in self.by_group.items() for row in grouped.rows(column)
+            ]
             tables["by_group.csv"] = (rows, ["column"])
         return tables
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from imrcnn_d2.evaluation.comparison import non_inferiority
 from imrcnn_d2.evaluation.readers import PERCENT, ReaderMetric, ReaderStudy
+from imrcnn_d2.report.plots.curves import square
 from imrcnn_d2.report.plots.style import BLACK, BLUE, LEGEND, VERMILION, save_figure, tidy
 from imrcnn_d2.report.tables import format_value, markdown_table, p_text
 from imrcnn_d2.utils.files import BadInputError, few, read_rows
@@ -82,10 +83,8 @@ def plot_readers(
 def _plot_roc(axes: Axes, study: ReaderStudy, metrics: dict[str, ReaderMetric]) -> None:
     from sklearn.metrics import roc_curve  # three seconds
 
-    axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
-    axes.set(xlim=(-1, 101), ylim=(-1, 101), aspect="equal", title="Is there a lesion?")
-    axes.set(xlabel="1 − specificity (%)", ylabel="Sensitivity (%)")
-    tidy(axes)
+    square(axes)
+    axes.set(xlabel="1 − specificity (%)", ylabel="Sensitivity (%)", title="Is there a lesion?")
     for ratings, colour in zip(study.rating, _COLOURS, strict=True):
         for rating in ratings:
             false, true, _ = roc_curve(study.positive, rating, drop_intermediate=False)

@@ -170,16 +170,10 @@ def decimals_of(metric: str) -> int:
     return 2 if metric.startswith("fp_per_") else 1
 
 
-def is_few(group: Group, endpoint: str) -> bool:
-    """A metric of a group is of few cases, if known."""
-    cases = group.cases(endpoint)
-    return cases is not None and cases[0] < FEW_CASES
-
-
 def few_notes(groups: Mapping[str, Group], endpoints: Iterable[str]) -> list[str]:
     """What a table of these metrics of groups says below it where one is of few cases."""
     pairs = product(groups.values(), endpoints)
-    return [FEW_NOTE] if any(is_few(group, endpoint) for group, endpoint in pairs) else []
+    return [FEW_NOTE] if any(group.is_few(endpoint) for group, endpoint in pairs) else []
 
 
 def plural(count: int, noun: str) -> str:

@@ -30,9 +30,9 @@ from imrcnn_d2.report.tables import (
     Table,
     centre_metrics,
     decimals_of,
+    few_notes,
     format_value,
     group_text,
-    is_few,
     markdown_text,
     p_text,
     plural,
@@ -205,17 +205,13 @@ def centre_table(validation: Validation, column: str, groups: Mapping[str, Group
         row = {column: name, **{size: f"{number:,}" for size, number in group.n.items()}}
         for endpoint, heading in metrics.items():
             row[heading] = group_text(group, endpoint)
-            interval = value_of(group.intervals, endpoint) or (math.nan, math.nan)
-            number, nouns[heading] = group.cases(endpoint)
-            fields = {column: name, "figure": endpoint, "value": value_of(group.values, endpoint)}
-            fields |= {"low": interval[0], "high": interval[1], "cases": number}
-            fields |= {"cases_are": nouns[heading], "few_cases": is_few(group, endpoint)}
-            data.append(fields)
+            value = {"figure": endpoint, "value": value_of(group.values, endpoint)}
+            data.append({column: name, **value, **group.row(endpoint)})
+            nouns[heading] = data[-1]["cases_are"]
         cells.append(row)
     shares = "; ".join(f"{heading.partition(',')[0]}: {noun}" for heading, noun in nouns.items())
     notes = [*validation.marks, f"In brackets: 95 % interval; n: the number of cases ({shares})."]
-    if any(is_few(group, endpoint) for group in groups.values() for endpoint in metrics):
-        notes.append(FEW_NOTE)
+    notes += few_notes(groups, metrics)
     stem = "centres" if column == "centre" else f"by_{_safe(column)}"
     cells = pd.DataFrame(cells).fillna("")
     return Table(stem, f"By {column}", cells, pd.DataFrame(data), tuple(notes))
@@ -254,7 +250,7 @@ def pooled_table(validation: Validation) -> Table:
             names = ", ".join(summary.left_out)
             notes.append(f"{heading}: without {names}, where it or its variance is undefined.")
     groups = validation.centres.values()
-    if any(is_few(group, endpoint) for group in groups for endpoint in validation.metrics):
+    if any(group.is_few(endpoint) for group in groups for endpoint in validation.metrics):
         notes.append(f"Lowest to highest: of centres with {FEW_CASES} cases or more, if any.")
     title = "Over all centres: random-effects summary"
     return Table("pooled", title, pd.DataFrame(cells), pd.DataFrame(data), tuple(notes))
@@ -264,7 +260,7 @@ def _of_enough_cases(validation, endpoint):
     """{centre: value} where it is defined, without those of few cases unless all are."""
     values = {name: value_of(g.values, endpoint) for name, g in validation.centres.items()}
     values = {name: value for name, value in values.items() if not math.isnan(value)}
-    few = [name for name in values if is_few(validation.centres[name], endpoint)]
+    few = [name for name in values if validation.centres[name].is_few(endpoint)]
     return {name: value for name, value in values.items() if name not in few} or values
 
 
@@ -392,7 +388,7 @@ def _small(validation):
         of_few, of_wide = [], []
         for centre, group in validation.centres.items():
             low, high = value_of(group.intervals, endpoint) or (math.nan, math.nan)
-            if is_few(group, endpoint):
+            if group.is_few(endpoint):
                 of_few.append(f"{centre} ({group.cases(endpoint)[0]})")
             elif high - low > WIDE:
                 of_wide.append(centre)

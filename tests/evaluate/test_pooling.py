@@ -11,11 +11,11 @@ from statsmodels.stats.meta_analysis import combine_effects
 
 from imrcnn_d2.evaluation.pooling import (
     _Likelihood,
-    effective_cases,
     pool,
     random_effects,
     random_intercepts,
 )
+from imrcnn_d2.evaluation.statistics import effective_cases
 
 
 def centre(part, whole, metric="recall", value=None, error=math.nan):

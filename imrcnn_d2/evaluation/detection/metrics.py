@@ -479,9 +479,14 @@ CURVE_METRICS = ("AP50", "AP50_voc", "BEP")
 
 def scored_hits(gt: GroundTruth, detections: Detections, matching: Matching) -> Calibration:
     """The scores of all evaluated detections as probabilities of a hit."""
+    columns = _evaluated(detections, matching)
+    return Calibration.of_scores(*columns, len(gt.images), detections.scored)
+
+
+def _evaluated(detections: Detections, matching: Matching) -> list[np.ndarray]:
+    """Score, hit and image of all evaluated detections."""
     columns = detections.score, matching.hit, detections.regions.image
-    evaluated = (column[matching.evaluated] for column in columns)
-    return Calibration.of_scores(*evaluated, len(gt.images), detections.scored)
+    return [column[matching.evaluated] for column in columns]
 
 
 class DetectionMetrics(ResampledMetrics):
@@ -511,13 +516,11 @@ class DetectionMetrics(ResampledMetrics):
         super().__init__(Units.of(counter.gt.images))
         self.counter, self.counts, self.classes = counter, counts, classes
         self.gt, self.detections = gt, detections = counter.gt, counter.detections
-        evaluated = counter.matching.evaluated
-        columns = (detections.score, counter.matching.hit, detections.regions.image)
-        columns = [column[evaluated] for column in columns]
+        columns = _evaluated(detections, counter.matching)
         self.froc = FROC(*columns, gt.lesions, detections.scored)
         self.calibration = scored_hits(gt, detections, counter.matching)
         if detections.mapped:
-            raw = detections.raw_score[evaluated], *columns[1:]
+            raw = detections.raw_score[counter.matching.evaluated], *columns[1:]
             self.calibration_raw = Calibration.of_scores(*raw, len(gt.images), True)
         self._images = np.bincount(self.unit_of_image, minlength=self.num_units)
         # Groups that have an AUROC: UnitCounts, and the unit of each case.

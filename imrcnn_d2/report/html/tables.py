@@ -23,7 +23,6 @@ from imrcnn_d2.report.tables import (
     centre_metrics,
     decimals_of,
     few_notes,
-    is_few,
     p_text,
     plural,
     value_of,
@@ -156,7 +155,7 @@ def group_table(column: str, groups: Mapping[str, Group], metrics: Mapping[str, 
             cell = _cell(value, interval, digits)
             if not is_percent(metric):
                 cell["bar"] = None
-            few = is_few(group, endpoint)
+            few = group.is_few(endpoint)
             cells.append({**cell, "cases": cases_text(group.cases(endpoint)), "few": few})
         sizes = ", ".join(plural(number, size[:-1]) for size, number in group.n.items())
         rows.append({"label": name, "hint": sizes, "cells": cells})

@@ -38,7 +38,6 @@ from imrcnn_d2.report.tables import (
     cases_text,
     group_endpoints,
     groups_and_all,
-    is_few,
     value_of,
 )
 
@@ -55,7 +54,7 @@ def plot_pr_panels(
     """
     figure, grid = _grid(len(panels), 3, (6, 6.1))
     for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
-        _square(axes, left=0)
+        square(axes, left=0)
         for number, (name, curve) in enumerate(curves.items()):
             _plot_pr_curve(axes, name, curve, tau, line_style(number))
         if not curves:
@@ -81,7 +80,7 @@ def _grid(number, most_columns, size, margin=(0, 0), **options):
     return figure, grid
 
 
-def _square(axes: Axes, left: float = -1):
+def square(axes: Axes, left: float = -1):
     """Both axes from 0 to 100, with the diagonal."""
     axes.plot([0, 100], [0, 100], color="0.75", linewidth=0.8, zorder=1)
     axes.set(xlim=(left, 101), ylim=(0, 101), aspect="equal")
@@ -160,7 +159,7 @@ def plot_roc_curves(
 
     figure = Figure(figsize=(6, 6.1), layout="constrained")
     axes = figure.add_subplot()
-    _square(axes)
+    square(axes)
     for number, (name, images) in enumerate(counts.items()):
         style = line_style(number)
         false, true, threshold = roc_curve(images.positive, images.score, drop_intermediate=False)
@@ -183,7 +182,7 @@ def plot_class_roc(results: Mapping[str, ClassificationResults], path: str | Pat
     classes = next(iter(results.values())).ground_truth.classes
     figure, grid = _grid(len(classes), 3, (4.4, 4.9), (0.4, 0), sharex=True, sharey=True)
     for k, (axes, name) in enumerate(zip(grid.flat, classes, strict=False)):
-        _square(axes)
+        square(axes)
         for number, (model, scored) in enumerate(results.items()):
             label, style = legend_label(model), line_style(number)
             positive, score = scored.ground_truth.label == k, scored.probability[:, k]
@@ -277,7 +276,7 @@ def plot_calibration_panels(calibrations: Mapping[str, Calibration], path: str |
     exact 95 % intervals. The area of a dot is that of its share of the detections."""
     figure, grid = _grid(len(calibrations), 4, (2.7, 3), (0.3, 0.3), sharex=True, sharey=True)
     for axes, (name, calibration) in zip(grid.flat, calibrations.items(), strict=False):
-        _square(axes)
+        square(axes)
         bins, values = calibration.diagram(), calibration.values()
         _plot_reliability(axes, bins, color=BLUE, linestyle="none")
         shares = bins["detections"] / max(bins["detections"].sum(), 1)
@@ -384,7 +383,7 @@ class ForestRow(NamedTuple):
     def of(cls, group: Group, endpoint: str) -> "ForestRow":
         interval = value_of(group.intervals, endpoint) or (math.nan, math.nan)
         cases = cases_text(group.cases(endpoint)).removeprefix("n ")
-        return cls(value_of(group.values, endpoint), interval, cases, is_few(group, endpoint))
+        return cls(value_of(group.values, endpoint), interval, cases, group.is_few(endpoint))
 
 
 PANELS_IN_A_ROW = 5
