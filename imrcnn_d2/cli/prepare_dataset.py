@@ -62,7 +62,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser, form: Format) -> None
         default = f"the official splits if there are any, else {default}"
     sizes = parser.add_mutually_exclusive_group()
     help_ = f"train:val:test, e.g. 1:0:0 for training alone (default: {default})"
-    sizes.add_argument("--ratio", type=parse_ratio, default=form.default_ratio, help=help_)
+    sizes.add_argument("--ratio", type=parse_ratio, help=help_)
     sizes.add_argument(
         "--all-test",
         dest="ratio",

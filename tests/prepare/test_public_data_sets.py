@@ -252,6 +252,15 @@ def test_official_splits_give_way_to_requested_ones(save, prepare, tmp_path):
     assert "other splits than the official ones" in text
 
 
+def test_a_requested_ratio_may_be_the_default(save, prepare):
+    test = "EndoTect_2020_Segmentation_Test_Dataset"
+    save("segmented-images/images/x.jpg"), save("segmented-images/masks/x.jpg", square())
+    save(f"{test}/images/y.jpg"), save(f"{test}/masks/y.jpg", square())
+    records, _, text = prepare("endotect", "--ratio", "4:1:0")
+    assert len(records) == 2 and "test" not in [r["split"] for r, _ in records.values()]
+    assert "other splits than the official ones" in text
+
+
 KVASIR_V2 = FORMATS["kvasir-v2"].layouts[0]
 
 

@@ -81,7 +81,7 @@ class Format:
 
     def ratio(self, args: argparse.Namespace) -> Sequence[int] | FixedTest | None:
         """Sizes of the splits; None where all images have theirs."""
-        return args.ratio
+        return self.default_ratio if args.ratio is None else args.ratio
 
 
 class LesionFree(Format):
@@ -129,7 +129,7 @@ class PublicDataSet(Format):
 
     def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
         source = self.read_folder(args.root, rejects, **self.options(args))
-        if source.splits and (args.splits or tuple(args.ratio) != tuple(self.default_ratio)):
+        if source.splits and (args.splits or args.ratio):
             source.notes.append("other splits than the official ones, as requested")
             source.splits = {}
         return source

@@ -75,8 +75,8 @@ class Classification(Format):
 
     def ratio(self, args: argparse.Namespace) -> Sequence[int] | FixedTest:
         if args.test_per_class is None:
-            return args.ratio
-        if args.ratio != self.default_ratio:
+            return super().ratio(args)
+        if args.ratio:
             raise ValueError("--test-per-class replaces --ratio and --all-test: give one of them")
         return FixedTest(args.test_per_class, args.val_percent)
 

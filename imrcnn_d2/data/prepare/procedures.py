@@ -51,7 +51,7 @@ class Procedures(Format):
     def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> Source:
         from imrcnn_d2.data.catalog import prepared_folder  # it imports the formats
 
-        if args.splits or tuple(args.ratio) != tuple(self.default_ratio):
+        if args.splits or args.ratio:
             raise ValueError(
                 "Procedures keep the splits of --data: leave out --ratio, --all-test and --splits"
             )
