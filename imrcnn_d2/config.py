@@ -129,8 +129,12 @@ def add_imrcnn_config(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Learning rate of pan_*, cbam* and the class predictors, as a multiple of BASE_LR.
     cfg.SOLVER.NEW_LAYER_LR_FACTOR = 1.0
-    # Precision under SOLVER.AMP.ENABLED: "bf16" (CPU and CUDA) or "fp16" (CUDA only).
-    cfg.SOLVER.AMP.PRECISION = "bf16"
+    # Precision under SOLVER.AMP.ENABLED: "fp32", "bf16" (CPU, where depthwise convolutions stay in
+    # fp32, and CUDA), "fp16" (CUDA only) or "auto": bf16, on CUDA cards without it fp16, where
+    # forward and backward pass of the first batches take less than 90 % of their time in fp32, else
+    # fp32. A training keeps its choice when it is resumed; one of fewer than 100 iterations is not
+    # timed and in fp32.
+    cfg.SOLVER.AMP.PRECISION = "auto"
     # Exponential moving average of the weights, which is validated, kept as the best and tested in
     # their place: share of the past that each iteration keeps, such as 0.999. 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0

@@ -3,7 +3,13 @@
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
-from imrcnn_d2.modeling import PAFPN, AMPSafeMaskHead, FP32SeparableROIPooler, SparseGradientRPNHead
+from imrcnn_d2.modeling import (
+    PAFPN,
+    AMPSafeMaskHead,
+    EarlyStopRPN,
+    FP32SeparableROIPooler,
+    SparseGradientRPNHead,
+)
 
 from .base import dataloader, lr_multiplier, optimizer, train
 
@@ -11,6 +17,7 @@ model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 model.backbone._target_ = PAFPN
 model.backbone.attention = "cbam"
 model.backbone.bottom_up.freeze_at = 2
+model.proposal_generator._target_ = EarlyStopRPN
 model.proposal_generator.head._target_ = SparseGradientRPNHead
 model.roi_heads.num_classes = 1
 model.roi_heads.box_pooler = L(FP32SeparableROIPooler)(pooler=model.roi_heads.box_pooler)

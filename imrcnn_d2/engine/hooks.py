@@ -17,7 +17,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from detectron2.utils.visualizer import Visualizer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -377,6 +376,8 @@ class SamplePredictions(HookBase):
         self._model.train(was_training)
 
     def _plot(self, sample, annotations, score_map):
+        from detectron2.utils.visualizer import Visualizer  # here, since Matplotlib takes long
+
         image = detection_utils.read_image(sample["file_name"], "RGB")
         instances = self._model([sample])[0]["instances"].to("cpu")
         if score_map is not None:

@@ -19,6 +19,7 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.utils import comm
 from torch import nn
 
+from imrcnn_d2.engine.train_step import TrainStep
 from imrcnn_d2.evaluation.output import package_versions
 from imrcnn_d2.modeling import ImageClassifier, TimmBackbone
 from imrcnn_d2.task import CLASSIFICATION, DETECTION
@@ -40,6 +41,7 @@ class RunRecord(HookBase):
     on every rank; only the main process writes.
 
     Args:
+        step: whose model and precision are recorded.
         config_hash: see `config_sha256`.
         phases: see `Phases.describe`.
     """
@@ -47,13 +49,13 @@ class RunRecord(HookBase):
     FILE = "run.json"
 
     def __init__(
-        self, cfg: CfgNode, model: nn.Module, config_hash: str, phases: list[dict] | None = None
+        self, cfg: CfgNode, step: TrainStep, config_hash: str, phases: list[dict] | None = None
     ):
         self._path = Path(cfg.OUTPUT_DIR) / self.FILE
         sets = cfg.DATASETS
         self._datasets = list(dict.fromkeys([*sets.TRAIN, *sets.VAL, *sets.TEST]))
         self._seed = cfg.SEED if cfg.SEED >= 0 else None
-        self._model, self._config_hash, self._phases = model, config_hash, phases
+        self._step, self._config_hash, self._phases = step, config_hash, phases
         self._started, self._since, self._hours_before = None, None, 0.0
         self._cfg = cfg
 
@@ -62,21 +64,24 @@ class RunRecord(HookBase):
         self._started = self._started or _now()
         if not comm.is_main_process():
             return
-        name, backbone = describe_model(self._model)
-        device = next(self._model.parameters()).device
+        model = self._step.model
+        name, backbone = describe_model(model)
+        device = next(model.parameters()).device
         card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         program, *arguments = sys.argv
         program = program if program.startswith("imrcnn ") else f"python {shlex.quote(program)}"
         self._content = {
             "model": name,
             "backbone": backbone,
-            "input": _input_facts(self._model),
+            "input": _input_facts(model),
             "seed": self._seed,
             "command": f"{program} {shlex.join(arguments)}".strip(),
             "git": git_state(),
             "versions": {"python": sys.version.split()[0], **package_versions()},
             "config_sha256": self._config_hash,
             "device": f"{device.type}{card}",
+            "precision": self._step.precision,
+            "precision_seconds": self._step.precision_seconds,
             "processes": comm.get_world_size(),
             "started": self._started,
             "finished": None,
@@ -95,14 +100,14 @@ class RunRecord(HookBase):
             sum(content["datasets"][name]["images"] for name in cfg.DATASETS[split])
             for split in ("TRAIN", "VAL", "TEST")
         )
-        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
         batch = cfg.SOLVER.IMS_PER_BATCH
         logger.info(
             f"Training {content['model']} ({content['backbone']}) on {content['device']} in "
-            f"{precision}, {content['processes']} process(es). Images: {training} for training, "
-            f"{validation} for validation, {test} for the test; {batch} per iteration. Iterations "
-            f"{self.trainer.start_iter} to {last} ({last * batch / training:.3g} epochs), "
-            f"validation every {cfg.TEST.EVAL_PERIOD or last}. Files: {cfg.OUTPUT_DIR}"
+            f"{content['precision']}, {content['processes']} process(es). Images: {training} for "
+            f"training, {validation} for validation, {test} for the test; {batch} per iteration. "
+            f"Iterations {self.trainer.start_iter} to {last} "
+            f"({last * batch / training:.3g} epochs), validation every "
+            f"{cfg.TEST.EVAL_PERIOD or last}. Files: {cfg.OUTPUT_DIR}"
         )
 
     def after_train(self):

@@ -221,6 +221,11 @@ class Phases(HookBase):
         for norm in self._norms:
             norm.eval()
 
+    def of_longest(self) -> set[str]:
+        """Names of the parameters that learn in the longest phase."""
+        pairs = zip(self._phases, self._learning, strict=True)
+        return max(pairs, key=lambda pair: pair[0].iterations)[1]
+
     def describe(self) -> list[dict]:
         """The phases, for run.json, with the number of ``parameters`` that learn."""
         pairs = zip(self._phases, self._learning, strict=True)
@@ -318,7 +323,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         lr_factor_func=new_layer_lr_factor(solver.NEW_LAYER_LR_FACTOR),
     )
-    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "fused": True}
     if solver.OPTIMIZER == "SGD":
         common |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
         optimizer = torch.optim.SGD(params, **common)
@@ -326,4 +331,17 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(params, **common)
     else:
         raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; use 'SGD' or 'ADAMW'")
-    return maybe_add_gradient_clipping(cfg, optimizer)
+    clip = solver.CLIP_GRADIENTS
+    if not clip.ENABLED or clip.CLIP_TYPE != "norm":
+        return maybe_add_gradient_clipping(cfg, optimizer)
+    optimizer.register_step_pre_hook(lambda *_: _clip_norms(optimizer, clip))
+    return optimizer
+
+
+def _clip_norms(optimizer, clip):
+    """Clip the norm of each parameter's gradient, as Detectron2 does one after the other."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients, clip.NORM_TYPE))
+    factors = (clip.CLIP_VALUE / (norms + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(gradients, factors.unbind())

@@ -4,9 +4,11 @@ be repeated.
 
 import contextlib
 import ctypes
+import itertools
 import logging
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from detectron2.engine import SimpleTrainer, create_ddp_model
@@ -16,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from imrcnn_d2.data.loader import ResumableBatchSampler, seed_generators
+from imrcnn_d2.engine.precision import amp_dtype, autocast, choose_precision
 
 logger = logging.getLogger(__name__)
 
@@ -67,20 +70,6 @@ def distribute(model: nn.Module, **kwargs) -> nn.Module:
     return create_ddp_model(model, **{"broadcast_buffers": learns, **kwargs})
 
 
-def amp_dtype(precision: str, device_type: str) -> torch.dtype:
-    """The type of SOLVER.AMP.PRECISION on "cpu" or "cuda".
-
-    Raises:
-        ValueError: for an unknown precision, and for fp16 on a CPU.
-    """
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in dtypes:
-        raise ValueError(f"SOLVER.AMP.PRECISION is {precision!r}; use one of {sorted(dtypes)}")
-    if precision == "fp16" and device_type == "cpu":
-        raise ValueError("SOLVER.AMP.PRECISION 'fp16' needs CUDA; use 'bf16' on a CPU")
-    return dtypes[precision]
-
-
 def training_seed(seed: int) -> int:
     """SEED; where that is negative, a random one, the same in all processes."""
     if seed < 0:
@@ -96,7 +85,8 @@ class TrainStep(SimpleTrainer):
 
     Args:
         seed: >= 0, of the whole training.
-        precision: "" for fp32, "bf16" or, on CUDA, "fp16", whose gradients are scaled.
+        precision: "fp32", "bf16" or, on CUDA, "fp16", whose gradients are scaled; "auto" is fp32
+            until `choose_precision` or the checkpoint that is resumed says otherwise.
         max_skipped: batches with a loss that is not finite to skip before the training stops.
     """
 
@@ -107,15 +97,44 @@ class TrainStep(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         *,
         seed: int,
-        precision: str = "",
+        precision: str = "fp32",
         max_skipped: int = 0,
     ):
         super().__init__(model, data_loader, optimizer)
         self.seed, self.skipped, self._max_skipped = seed, 0, max_skipped
         self._device_type = next(model.parameters()).device.type
-        self._dtype = amp_dtype(precision, self._device_type) if precision else None
-        scales = self._dtype == torch.float16
+        self.precision_seconds: dict[str, float | None] | None = None
+        self._set_precision(None if precision == "auto" else precision)
+
+    def _set_precision(self, precision: str | None):
+        self.precision = precision
+        scales = amp_dtype(precision or "fp32", self._device_type) == torch.float16
         self.grad_scaler = torch.amp.GradScaler(self._device_type, enabled=scales)
+
+    def choose_precision(
+        self, start: int, stop: int, learning: Collection[str] | None = None
+    ) -> None:
+        """Decide on precision "auto" for iterations start to stop, unless the training that is
+        resumed has; what is trained is the same as if the config named the chosen one.
+
+        Args:
+            learning: names of the parameters to train, in most iterations; None: those that
+                require gradients now.
+        """
+        if self.precision is not None:
+            return
+        self.iter = start
+        model = getattr(self.model, "module", self.model)
+        chosen = choose_precision(model, self._next_batches, stop - start, learning)
+        precision, self.precision_seconds = chosen
+        self._set_precision(precision)
+
+    def _next_batches(self, number):
+        """The steps to come are given them too."""
+        with _files_of_workers_named():
+            batches = list(itertools.islice(self._data_loader_iter, number))
+        self._data_loader_iter_obj = itertools.chain(batches, self._data_loader_iter_obj)
+        return batches
 
     @property
     def _data_loader_iter(self):
@@ -137,14 +156,15 @@ class TrainStep(SimpleTrainer):
 
         seed_generators(self.seed, 1, self.iter, comm.get_rank())
         with _advice_if_out_of_memory():
-            enabled = self._dtype is not None
-            with torch.autocast(self._device_type, dtype=self._dtype, enabled=enabled):
+            with autocast(self.precision or "fp32", self._device_type):
                 loss_dict = self.model(data)
                 losses = sum(loss_dict.values())
             self.optimizer.zero_grad()
             self.grad_scaler.scale(losses).backward()
-        # Not before: a GPU would wait for the answer with nothing to do.
-        if not self._all_finite(losses, loss_dict, data):
+        # Not before, and all at once: a GPU has nothing to do until its values are here.
+        values = torch.stack([loss.detach() for loss in loss_dict.values()]).cpu()
+        loss_dict = dict(zip(loss_dict, values, strict=True))
+        if not self._all_finite(loss_dict, data):
             return
         # Clipping happens inside optimizer.step(): it must see true gradients.
         self.grad_scaler.unscale_(self.optimizer)
@@ -153,11 +173,11 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _all_finite(self, losses, loss_dict, data):
+    def _all_finite(self, loss_dict, data):
         """Whether to go on with this batch; all processes decide alike."""
         problem = None
-        if not torch.isfinite(losses):
-            values = {name: value.item() for name, value in loss_dict.items()}
+        values = {name: value.item() for name, value in loss_dict.items()}
+        if not math.isfinite(sum(values.values())):
             problem = f"images {[sample.get('file_name') for sample in data]}, losses {values}"
         problems = [text for text in comm.all_gather(problem) if text is not None]
         if not problems:
@@ -180,6 +200,8 @@ class TrainStep(SimpleTrainer):
             **super().state_dict(),
             "seed": self.seed,
             "skipped": self.skipped,
+            "precision": self.precision,
+            "precision_seconds": self.precision_seconds,
             "grad_scaler": self.grad_scaler.state_dict(),
         }
 
@@ -191,6 +213,9 @@ class TrainStep(SimpleTrainer):
                 "SEED is %d, but the training goes on with its first, %d", self.seed, seed
             )
         self.seed, self.skipped = seed, state_dict.get("skipped", 0)
+        if self.precision is None:
+            self.precision_seconds = state_dict.get("precision_seconds")
+            self._set_precision(state_dict.get("precision"))
         self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
 
 
@@ -213,7 +238,8 @@ def _advice_if_out_of_memory():
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"{error}\nThe GPU's memory does not suffice. In the order of what it costs: "
-            "SOLVER.AMP.ENABLED True, a smaller SOLVER.IMS_PER_BATCH (and SOLVER.BASE_LR in "
-            "proportion), smaller INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN, fewer "
+            "SOLVER.AMP.ENABLED True SOLVER.AMP.PRECISION bf16, a smaller SOLVER.IMS_PER_BATCH "
+            "(and SOLVER.BASE_LR in proportion), smaller INPUT.MIN_SIZE_TRAIN and "
+            "INPUT.MAX_SIZE_TRAIN, fewer "
             "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE; or more GPUs: --num-gpus"
         ) from error

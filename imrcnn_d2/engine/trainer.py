@@ -94,7 +94,7 @@ class _Trainer(DefaultTrainer):
             data_loader,
             optimizer,
             seed=training_seed(cfg.SEED),
-            precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
+            precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32",
             max_skipped=cfg.SOLVER.MAX_SKIPPED_BATCHES,
         )
         keep, state = cfg.SOLVER.CHECKPOINTS_TO_KEEP, weakref.proxy(self)
@@ -150,7 +150,7 @@ class _Trainer(DefaultTrainer):
         """
         cfg, task, period = self.cfg, Task.of(self.cfg), self.cfg.TEST.EVAL_PERIOD
         phases = self._phases.describe() if self._phases else None
-        self._record = RunRecord(cfg, self.model, self._config_hash, phases)
+        self._record = RunRecord(cfg, self._trainer, self._config_hash, phases)
         ret = [hooks.IterationTimer(), self._phases, self._lr_hook(), self._ema, self._record]
         if cfg.DATASETS.VAL:
             validation = EvalHook(period, self.validate)
@@ -193,6 +193,8 @@ class _Trainer(DefaultTrainer):
             names = (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.VAL)
             records = (record for name in names for record in DatasetCatalog.get(name))
             self.checkpointer.note_images(r["file_name"] for r in records if "file_name" in r)
+        learning = self._phases.of_longest() if self._phases else None
+        self._trainer.choose_precision(self.start_iter, self.max_iter, learning)
         super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
         best = self.best.load_best() if self.best else None
         weights = best or last_weights(self.checkpointer, self._ema)

@@ -1,11 +1,12 @@
-"""Gradients that a CPU computes faster, equal to autograd's own up to rounding."""
+"""Gradients and proposals that a CPU computes faster, the same up to rounding."""
 
 import torch
 from detectron2.layers import ROIAlign
-from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
-from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN_HEAD_REGISTRY
+from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
+from detectron2.structures import Boxes, Instances
 from torch.nn import functional as F
-from torchvision.ops import roi_align
+from torchvision.ops import nms, roi_align
 
 # On larger maps torchvision's gradient needs fewer multiplications and less memory.
 _MAX_POSITIONS = 128 * 128
@@ -81,6 +82,58 @@ class _SparseGradientHead(torch.autograd.Function):
             (grad_deltas.T @ hidden).view_as(deltas_weight),
             grad_deltas.sum(0),
         )
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class EarlyStopRPN(RPN):
+    """:class:`RPN` whose non-maximum suppression, in training, ends at RPN.POST_NMS_TOPK_TRAIN
+    proposals: whether one is kept depends on those with higher scores alone. The others are not
+    even decoded.
+    """
+
+    @torch.no_grad()
+    def predict_proposals(self, anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes):
+        """The proposals of each image, by falling score: "proposal_boxes", "objectness_logits".
+
+        Args: of each level: anchors (R, 4), logits (N, R) and deltas (N, R, 4).
+
+        Raises:
+            FloatingPointError: a box or score is not finite.
+        """
+        predictions = pred_objectness_logits, pred_anchor_deltas
+        if not self.training or predictions[0][0].device.type != "cpu":
+            return super().predict_proposals(anchors, *predictions, image_sizes)
+        scores, boxes, levels = [], [], []
+        for level, (anchor, logits, deltas) in enumerate(zip(anchors, *predictions, strict=True)):
+            count = min(self.pre_nms_topk[True], logits.shape[1])
+            best, places = logits.topk(count, dim=1)
+            deltas = deltas.gather(1, places[..., None].expand(-1, -1, 4)).flatten(0, 1)
+            decoded = self.box2box_transform.apply_deltas(deltas, anchor.tensor[places.flatten()])
+            scores.append(best)
+            boxes.append(decoded.view(len(best), count, 4))
+            levels.append(torch.full((count,), level))
+        scores, order = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True)
+        boxes, levels = torch.cat(boxes, dim=1), torch.cat(levels)
+        if not (boxes.isfinite().all() and scores.isfinite().all()):
+            raise FloatingPointError("Predicted boxes or scores are not finite: training diverged")
+        images = zip(boxes, scores, order, image_sizes, strict=True)
+        return [self._best(*image, levels) for image in images]
+
+    def _best(self, boxes, scores, order, image_size, levels):
+        boxes, levels = Boxes(boxes[order]), levels[order]
+        boxes.clip(image_size)
+        large = boxes.nonempty(threshold=self.min_box_size)
+        boxes, scores, levels = boxes.tensor[large], scores[large], levels[large]
+        needed, looked_at, kept = self.post_nms_topk[True], 0, []
+        while len(kept) < needed and looked_at < len(boxes):
+            looked_at = 2 * (looked_at or needed)
+            is_kept = torch.zeros_like(levels[:looked_at], dtype=torch.bool)
+            for level in levels.unique():
+                (places,) = (levels[:looked_at] == level).nonzero(as_tuple=True)
+                is_kept[places[nms(boxes[places], scores[places], self.nms_thresh)]] = True
+            kept = is_kept.nonzero(as_tuple=True)[0][:needed]
+        fields = {"proposal_boxes": Boxes(boxes[kept]), "objectness_logits": scores[kept]}
+        return Instances(image_size, **fields)
 
 
 class SeparableGradientROIAlign(ROIAlign):

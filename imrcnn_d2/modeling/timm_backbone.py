@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable
+from functools import partial
 from importlib import util
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from torch import nn
+from torch.nn import functional as F
 
 from imrcnn_d2.config import get_node
 from imrcnn_d2.utils.files import install_extra
@@ -60,6 +62,7 @@ class TimmBackbone(Backbone):
             from timm.layers import freeze_batch_norm_2d
 
             self.body = freeze_batch_norm_2d(self.body)
+        fold_frozen_norms(self.body, self._empty_image(in_channels))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
@@ -67,10 +70,14 @@ class TimmBackbone(Backbone):
         options = {key: node[key.upper()] for key in ("name", "freeze_at", "norm", "weights")}
         return {**options, "in_channels": input_shape.channels}
 
+    def _empty_image(self, in_channels):
+        size = 4 * self._strides[-1]
+        return next(self.body.parameters()).new_zeros(1, in_channels, size, size)
+
     def _trace(self, in_channels: int) -> list[torch.Tensor]:
         """The maps of an empty image, with autograd graph, if a pyramid can be built on them."""
-        size = 4 * self._strides[-1]
-        image = next(self.body.parameters()).new_zeros(1, in_channels, size, size)
+        image = self._empty_image(in_channels)
+        size = image.shape[-1]
         remedy = "choose another, such as tf_efficientnet_lite0, resnet50 or convnext_tiny"
         self.body.eval()
         try:
@@ -147,6 +154,81 @@ def freeze_timm_layers(body: nn.Module, maps: list[torch.Tensor]) -> None:
             # timm fuses into its batch norms.
             parent, _, child = name.rpartition(".")
             setattr(body.get_submodule(parent), child, freeze_batch_norm_2d(module))
+
+
+def fold_frozen_norms(body: nn.Module, image: torch.Tensor) -> None:
+    """Have the convolutions of a timm model do the work of the frozen batch norms that follow them,
+    by scaled weights and a bias; weights and norms keep their names.
+
+    Else a norm is two passes over its map, and a third for the gradient. What follows what is
+    seen by running the model on an ``image`` (N, C, H, W). No other layer may read a map before
+    its norm.
+    """
+    from timm.layers import Conv2dSame, FrozenBatchNormAct2d
+    from torchvision.ops import FrozenBatchNorm2d
+
+    outputs, pairs, handles = {}, [], []
+
+    def keep(conv, inputs, output):
+        outputs[id(output)] = conv, output, output._version
+
+    def pair(norm, inputs):
+        conv, output, version = outputs.pop(id(inputs[0]), (None, None, 0))
+        if conv is not None and output._version == version:  # not changed in place
+            pairs.append((conv, norm, output))
+
+    for module in body.modules():
+        if type(module) in (nn.Conv2d, Conv2dSame):
+            handles.append(module.register_forward_hook(keep))
+        elif isinstance(module, FrozenBatchNormAct2d | FrozenBatchNorm2d):
+            handles.append(module.register_forward_pre_hook(pair))
+    was_training = body.training
+    with torch.no_grad():
+        returned = {id(m) for m in body.eval()(image)}  # GhostNet's first is of before the norm
+    body.train(was_training)
+    for handle in handles:
+        handle.remove()
+    for conv, norm, output in pairs:
+        if id(output) in returned:
+            continue
+        conv.followed_by = (norm,)  # in a tuple: as an attribute it would have a second name
+        same = isinstance(conv, Conv2dSame)
+        conv.forward = partial(_folded_same if same else _folded, conv)
+        norm.forward = partial(_activation, norm)
+
+
+def _folded_parameters(conv):
+    """Weight and bias of a convolution and its norm as one."""
+    (norm,) = conv.followed_by
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * scale
+    if conv.bias is not None:
+        bias = bias + conv.bias * scale
+    return conv.weight * scale.view(-1, 1, 1, 1), bias
+
+
+def _folded(conv, x):
+    return conv._conv_forward(x, *_folded_parameters(conv))
+
+
+def _folded_same(conv, x):
+    """As timm's Conv2dSame, which pads a copy of the map, by one more at the end than at the
+    beginning. A CPU trains faster where a row and a column of zeros in the kernel stand for that.
+    """
+    from timm.layers import conv2d_same
+    from timm.layers.padding import pad_same_arg
+
+    weight, bias = _folded_parameters(conv)
+    settings = conv.stride, conv.padding, conv.dilation, conv.groups
+    if not conv.training or x.device.type != "cpu" or conv.dilation != (1, 1):
+        return conv2d_same(x, weight, bias, *settings)
+    left, right, top, bottom = pad_same_arg(x.shape[-2:], conv.kernel_size, conv.stride)
+    weight = F.pad(weight, (right - left, 0, bottom - top, 0))
+    return F.conv2d(x, weight, bias, conv.stride, (bottom, right), groups=conv.groups)
+
+
+def _activation(norm, x):
+    return norm.act(norm.drop(x)) if hasattr(norm, "act") else x
 
 
 def graph_leaves(tensors: Iterable[torch.Tensor]) -> set[int]:

@@ -1,6 +1,7 @@
 """timm backbones, builders in projects that only import imrcnn_d2, and heads, against others."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -12,8 +13,9 @@ from detectron2.config import get_cfg
 from detectron2.layers import ROIAlign, ShapeSpec, paste_masks_in_image
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.backbone import FPN
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
+from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import build_roi_heads
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
@@ -23,7 +25,11 @@ from torchvision.transforms.functional import center_crop
 
 import imrcnn_d2
 from imrcnn_d2.modeling import PAFPN, FP32SeparableROIPooler, TimmBackbone, cpu_gradients
-from imrcnn_d2.modeling.cpu_gradients import SeparableGradientROIAlign, SparseGradientRPNHead
+from imrcnn_d2.modeling.cpu_gradients import (
+    EarlyStopRPN,
+    SeparableGradientROIAlign,
+    SparseGradientRPNHead,
+)
 from imrcnn_d2.modeling.timm_backbone import load_timm_weights
 
 from .conftest import changed, sample
@@ -149,6 +155,35 @@ def test_frozen_layers_keep_their_output_and_their_weights(name):
         with torch.no_grad():
             for feature, value in model(images).items():
                 torch.testing.assert_close(value, expected[feature])
+
+
+# DenseNet has norms of concatenated maps: one in each of 58 layers, 3 transitions and at the end.
+# GhostNet returns a map from before its norm.
+@pytest.mark.parametrize(
+    ("name", "apart"), [(LITE0, 0), ("resnet18", 0), ("densenet121", 62), ("ghostnet_050", 1)]
+)
+def test_convolutions_do_the_work_of_frozen_norms_with_the_same_gradient(name, apart):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 65, 47, dtype=torch.double)  # odd: padded like even sizes
+    frozen, reference = (TimmBackbone(name, norm=norm).double() for norm in ("FrozenBN", "BN"))
+    for value in reference.state_dict().values():
+        if value.ndim == 1:
+            value.uniform_(0.5, 1.5)
+    frozen.load_state_dict(reference.state_dict(), strict=False)
+    copies = [copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))]
+    for model in (frozen.train(), reference.eval()):
+        sum((m**2).sum() for m in model(images).values()).backward()
+    expected = dict(reference.named_parameters())
+    learning = dict(frozen.named_parameters())
+    assert learning.keys() < expected.keys()
+    for key, parameter in learning.items():
+        torch.testing.assert_close(parameter.grad, expected[key].grad, msg=key)
+        torch.nn.init.zeros_(parameter)
+    for key, value in reference(images).items():
+        for copied in copies:
+            torch.testing.assert_close(copied.train()(images)[key], value)
+    norms = [m for key, m in frozen.named_modules() if hasattr(m, "running_var")]
+    assert sum("forward" not in vars(norm) for norm in norms) == apart
 
 
 def test_what_no_pyramid_can_stand_on_is_refused():
@@ -333,6 +368,41 @@ def test_rpn_head_is_detectron2_s_elsewhere(rpn_heads):
     assert got[0][0].grad_fn.name() == expected[0][0].grad_fn.name()
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(features), stock.eval()(features), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("needed", "smallest"), [((1000, 500), 0), ((1000, 5), 40), ((200, 500), 0), ((3, 1), 500)]
+)
+def test_proposals_are_detectron2_s(needed, smallest):
+    torch.manual_seed(0)
+    levels = [], [], []
+    for number, size in ((3000, 30), (800, 60), (50, 120)):
+        centers = 300 * torch.rand(number, 2)
+        predictions = torch.randn(2, number), 0.3 * torch.randn(2, number, 4)
+        anchors = Boxes(torch.cat([centers - size / 2, centers + size / 2], 1))
+        for level, value in zip(levels, (anchors, *predictions), strict=True):
+            level.append(value)
+    before, after = ((n, n) for n in needed)
+    parts = dict.fromkeys(("in_features", "head", "anchor_generator", "anchor_matcher"))
+    numbers = {"batch_size_per_image": 4, "positive_fraction": 0.5, "min_box_size": smallest}
+    numbers |= {"pre_nms_topk": before, "post_nms_topk": after}
+    transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
+    for training in (True, False):
+        expected, got = (
+            cls(**parts, **numbers, box2box_transform=transform)
+            .train(training)
+            .predict_proposals(*levels, [(300, 280), (200, 310)])
+            for cls in (RPN, EarlyStopRPN)
+        )
+        assert [len(x) for x in got] == [len(x) for x in expected]
+        for ours, theirs in zip(got, expected, strict=True):
+            assert torch.equal(ours.proposal_boxes.tensor, theirs.proposal_boxes.tensor)
+            assert torch.equal(ours.objectness_logits, theirs.objectness_logits)
+    levels[1][0][1, 7] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        EarlyStopRPN(**parts, **numbers, box2box_transform=transform).predict_proposals(
+            *levels, [(300, 280), (200, 310)]
+        )
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])

@@ -58,7 +58,7 @@ def train(output, iterations, workers):
         *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.RPN.POST_NMS_TOPK_TEST", 10),
         *("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
         *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", 3),
-        *("SOLVER.AMP.ENABLED", True, "SOLVER.EMA_DECAY", 0.9),
+        *("SOLVER.AMP.PRECISION", "bf16", "SOLVER.EMA_DECAY", 0.9),
         *("SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 6),
         *("SEED", 3, "OUTPUT_DIR", str(output)),
     ]

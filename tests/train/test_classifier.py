@@ -209,7 +209,7 @@ def test_the_best_checkpoint_is_that_of_balanced_accuracy(
     tiny_classifier_cfg, tiny_class_datasets, tmp_path
 ):
     tiny_classifier_cfg.TEST.EVAL_PERIOD = 2
-    tiny_classifier_cfg.SOLVER.AMP.ENABLED = True  # bf16, as for detectors
+    tiny_classifier_cfg.SOLVER.AMP.PRECISION = "bf16"  # as for detectors
     torch.manual_seed(0)
     Trainer(tiny_classifier_cfg).train()
     output = tmp_path / "output"

@@ -17,12 +17,13 @@ from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock
 from detectron2.utils.events import EventStorage
+from model_benchmark import build_stock_model
 from omegaconf import ListConfig
 from scipy.signal import correlate2d
 from scipy.special import expit
 
 from imrcnn_d2.engine import load_config
-from imrcnn_d2.engine.trainer import LazyTrainer
+from imrcnn_d2.engine.trainer import LazyTrainer, Trainer
 from imrcnn_d2.modeling import CBAM, PAFPN
 
 from .conftest import changed, sample
@@ -279,6 +280,31 @@ def test_training_on_batches_with_no_some_and_only_lesion_free_images(system):
         learned |= {name for name, parameter in named.items() if parameter.grad.any()}
         optimizer.step()
     assert learned == named.keys()
+
+
+def test_a_step_of_the_light_model_has_the_gradients_of_detectron2_s_parts():
+    opts = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16]
+    cfg = config("imrcnn_lite", *opts, "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
+    torch.manual_seed(0)
+    sides = Trainer.build_model(cfg), build_stock_model(cfg)
+    for key, value in sides[1].state_dict().items():
+        if "running_mean" in key or ".bn" in key and key.endswith("bias"):
+            value.normal_(0, 0.2)  # at first they are zero
+    sides[0].load_state_dict(sides[1].state_dict())
+    batch = [sample(96, 80, [[10, 20, 60, 70], [50, 5, 75, 30]]), sample(65, 96)]
+    gradients = []
+    for model in sides:
+        torch.manual_seed(1)  # the same anchors and proposals are sampled
+        with EventStorage():
+            sum(model.train()(batch).values()).backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters()})
+    ours, expected = gradients
+    assert ours.keys() == expected.keys()
+    for key, gradient in expected.items():
+        if gradient is None:  # frozen
+            assert ours[key] is None
+        else:
+            assert (ours[key] - gradient).norm() <= 1e-3 * gradient.norm(), key
 
 
 @torch.no_grad()

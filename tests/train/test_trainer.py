@@ -22,6 +22,7 @@ from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from detectron2.utils.visualizer import Visualizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from imrcnn_d2.data.catalog import register_lesion_dataset
@@ -96,6 +97,7 @@ def test_what_a_run_leaves(tiny_cfg, tiny_datasets, output, weights, monkeypatch
 
     run = read(output / "run.json")
     expected = {"model": "IMR-CNN", "backbone": "tf_efficientnet_lite0", "seed": 0, "fold": None}
+    expected |= {"precision": "fp32", "precision_seconds": None}  # too short to choose
     expected |= {"device": "cpu", "iterations": 4, "config_sha256": config_sha256(tiny_cfg)}
     assert run.items() >= (expected | {"splits_sha256": None}).items()
     assert run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -119,13 +121,13 @@ def test_sample_predictions_are_of_the_scores_that_the_threshold_is_of(
     boxes = Boxes(torch.tensor([[1.0, 1, 9, 9]] * 3))
     instances = Instances((96, 96), scores=torch.tensor([0.9, 0.75, 0.6]), pred_boxes=boxes)
     instances.pred_classes = torch.zeros(3, dtype=torch.int64)
-    draw = hooks.Visualizer.draw_instance_predictions
+    draw = Visualizer.draw_instance_predictions
 
     def recorded(self, kept):
         plotted.append(kept.scores.tolist())
         return draw(self, kept)
 
-    monkeypatch.setattr(hooks.Visualizer, "draw_instance_predictions", recorded)
+    monkeypatch.setattr(Visualizer, "draw_instance_predictions", recorded)
     output = [{"instances": instances}]
     model = Mock(side_effect=lambda batch: copy.deepcopy(output), training=False)
     hook = hooks.SamplePredictions(model, loader, tiny_datasets["val"], 1, 0.5)
@@ -232,7 +234,7 @@ def test_lost_checkpoints(scripted, tiny_cfg, output, weights, caplog, spoil, mo
 def test_the_average_of_the_weights_is_tested(scripted, tiny_cfg, output, weights):
     """In bf16 and channels-last, on the CPU."""
     tiny_cfg.SOLVER.EMA_DECAY = 0.5
-    tiny_cfg.SOLVER.AMP.ENABLED = tiny_cfg.MODEL.CHANNELS_LAST = True
+    tiny_cfg.SOLVER.AMP.PRECISION, tiny_cfg.MODEL.CHANNELS_LAST = "bf16", True
     trainer = scripted(40.0, 50.0)
     start = copy.deepcopy(trainer.model.state_dict())
     stem = trainer.model.backbone.bottom_up.body.conv_stem.weight

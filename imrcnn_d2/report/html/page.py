@@ -261,6 +261,7 @@ def _facts_of(run, split):
         "Iterations": record.get("iterations") or meta.get("iterations"),
         "Training": _training(record),
         "Device": record.get("device"),
+        "Precision": record.get("precision"),
         "Command": record.get("command"),
         "Code revision": revision,
         "Config, sha256": _short(record.get("config_sha256") or predictions.get("config_sha256")),
