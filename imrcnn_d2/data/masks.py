@@ -219,11 +219,16 @@ def ellipse_rle(
 
 def patch_rle(patch: np.ndarray, left: int, top: int, height: int, width: int) -> dict:
     """Return the compressed COCO RLE of an (h, w) bool patch in the image, cut at its borders."""
-    mask = np.zeros((height, width), bool)
     part = patch[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
     y, x = max(top, 0), max(left, 0)
-    mask[y : y + part.shape[0], x : x + part.shape[1]] = part
-    return encode(mask)
+    # RLE counts pixels column by column: only the patch's columns are made, with a 0 at each end.
+    pixels = np.zeros(part.shape[1] * height + 2, bool)
+    pixels[1:-1].reshape(-1, height)[:, y : y + part.shape[0]] = part.T
+    changes = x * height + np.flatnonzero(pixels[1:] != pixels[:-1])
+    counts = np.diff(changes, prepend=0, append=height * width).tolist()
+    if not counts[-1]:  # the last pixel is in the mask
+        counts.pop()
+    return mask_util.frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
 
 def mask_polygons(mask: np.ndarray, fill_holes: bool = False) -> list[np.ndarray] | None:

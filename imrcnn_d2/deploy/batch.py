@@ -1,19 +1,24 @@
 """Predictions on many inputs: failed inputs are listed, finished ones are not predicted again."""
 
+import collections
 import contextlib
+import itertools
 import json
 import math
 import os
 import queue
 import reprlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
 import numpy as np
 import pycocotools.mask as mask_util
+import torch
 
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.deploy import outputs
@@ -25,7 +30,7 @@ from imrcnn_d2.deploy.inputs import (
     may_show_patient,
     read_frames,
 )
-from imrcnn_d2.deploy.predictor import Predictor
+from imrcnn_d2.deploy.predictor import Predictor, batches
 from imrcnn_d2.evaluation.alarms import Alarms
 from imrcnn_d2.utils.files import (
     BadInputError,
@@ -44,6 +49,7 @@ PREDICTIONS, RESULTS = "predictions.json", "results.json"
 TABLE, FAILED = "predictions.csv", "failed.csv"
 _START = b'{"run":{'  # of a journal
 LONGEST_LINE = 2**26  # bytes; a frame's line has a few hundred detections
+MOST_THREADS = 4  # that run the network, each on a batch of its own
 LONGEST_SIDE, MOST_PIXELS = 2**20, 2**28  # of a frame
 
 
@@ -455,29 +461,72 @@ class Item:
     frame: Frame | None = None
     error: str | None = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its frame."""
+        return self.frame.image.shape[:2]
+
 
 def predictions(
     predictor: Predictor, sources: Iterable[Source], batch_size: int
 ) -> Iterator[tuple[Item, list[dict] | None]]:
     """Yields each frame of the inputs in turn with its annotations, see `outputs.records`, and at
-    the end of an input None. While the caller works on one frame, the network is at the next and
-    the decoder at those after them; the number of waiting frames is bounded.
+    the end of an input None. While the caller works on one frame, the network is at the next ones
+    and the decoder at those after them; the number of waiting frames is bounded.
+
+    Raises:
+        ValueError: the network cannot run on an image, which is named.
     """
-    room, alarms = 2 * batch_size, None
+    alarms, is_on_cpu = None, predictor.cfg.MODEL.DEVICE == "cpu"
     with (
-        contextlib.closing(ahead(_read(sources, predictor), room)) as items,
-        contextlib.closing(ahead(predictor.in_batches(items, batch_size), room)) as results,
+        contextlib.closing(ahead(_read(sources, predictor), 2 * batch_size)) as items,
+        contextlib.closing(
+            in_order(partial(_annotated, predictor), batches(items, batch_size), is_on_cpu)
+        ) as results,
     ):
-        for item, output in results:
-            if item.frame is None:
-                yield item, None
-            else:
-                size = item.frame.image.shape[:2]
-                annotations = outputs.records(predictor, output, *size, item.frame.view)
-                if predictor.alarm_rule is not None and item.frame.time is not None:
-                    alarms = Alarms(predictor.alarm_rule) if item.frame.number == 0 else alarms
-                    alarms.annotate(annotations, item.frame.time)
-                yield item, annotations
+        for item, annotations in itertools.chain.from_iterable(results):
+            frame = item.frame
+            if frame is not None and predictor.alarm_rule is not None and frame.time is not None:
+                alarms = Alarms(predictor.alarm_rule) if frame.number == 0 else alarms
+                alarms.annotate(annotations, frame.time)
+            yield item, annotations
+
+
+def _annotated(predictor, batch):
+    """The items of a batch, each with the annotations of its frame, or None."""
+    try:
+        return [
+            (item, None)
+            if item.frame is None
+            else (item, outputs.records(predictor, output, *item.size, item.frame.view))
+            for item, output in predictor.predict(batch)
+        ]
+    except BadInputError:  # names the graph's file
+        raise
+    except (RuntimeError, ValueError) as error:  # of too little memory, of a graph's output
+        names = ", ".join(item.source.name for item, image in batch if image is not None)
+        raise ValueError(f"{names}: the network failed: {error}") from error
+
+
+def in_order(function: Callable, items: Iterable, is_on_cpu: bool) -> Iterator:
+    """Yields the function's value of each item in turn, which several threads compute at once, on a
+    CPU each on its share of the cores: a network of small layers does not keep two of them busy.
+    """
+    cores = torch.get_num_threads()
+    number = max(2, min(MOST_THREADS, cores)) if is_on_cpu else 2
+    share = max(1, cores // number)
+    waiting = collections.deque()
+    pool = ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(share,))
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > number:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
 
 
 def _read(sources, predictor):

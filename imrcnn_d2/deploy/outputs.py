@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import cv2
-import matplotlib
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image, ImageDraw, ImageFont
@@ -21,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from imrcnn_d2.data.endoscope_view import View
 from imrcnn_d2.data.formats.labelme import labelme_document
-from imrcnn_d2.data.masks import without_parts
+from imrcnn_d2.data.masks import patch_rle, without_parts
 from imrcnn_d2.deploy.inputs import Frame, Source, VideoWriter, input_key
 from imrcnn_d2.utils.files import file_sha256, write_atomically
 
@@ -65,21 +64,18 @@ def records(
             annotation |= {"raw_score": raw[best], "raw_probabilities": raw}
         return [annotation]
     annotations = []
-    # One at a time: a hundred masks of a large image would fill the memory.
-    for i in range(len(output)):
-        finished = predictor.finish(output[i : i + 1], height, width, view)
-        if not len(finished):  # a box without any extent
-            continue
-        x0, y0, x1, y1 = finished.pred_boxes.tensor[0].tolist()
-        annotation = {
-            "category_id": int(finished.pred_classes[0]) + 1,
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": float(finished.scores[0]),
-        }
-        if finished.has("raw_scores"):
-            annotation["raw_score"] = float(finished.raw_scores[0])
-        if finished.has("pred_masks"):
-            rle = mask_util.encode(np.asfortranarray(finished.pred_masks[0].numpy(), np.uint8))
+    instances, patches = predictor.scaled(output, height, width, view)
+    columns = {"category_id": (instances.pred_classes + 1).tolist()}
+    columns |= {"bbox": instances.pred_boxes.tensor.tolist(), "score": instances.scores.tolist()}
+    if instances.has("raw_scores"):
+        columns["raw_score"] = instances.raw_scores.tolist()
+    for values in zip(*columns.values(), strict=True):
+        annotation = dict(zip(columns, values, strict=True))
+        x0, y0, x1, y1 = annotation["bbox"]
+        annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+        if predictor.has_masks:
+            patch, left, top = next(patches)
+            rle = patch_rle(patch.numpy(), left, top, height, width)
             annotation["segmentation"] = {**rle, "counts": rle["counts"].decode()}
             annotation["area"] = float(mask_util.area(rle))
         else:
@@ -204,7 +200,9 @@ def _draw_texts(overlay, labels, footer):
 
 @lru_cache
 def _font(size):
-    # Matplotlib's own: Pillow's has no letters but ASCII's.
+    import matplotlib  # here, since it takes long
+
+    # Its own: Pillow's has no letters but ASCII's.
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 

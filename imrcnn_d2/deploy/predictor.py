@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
+from detectron2.layers.mask_ops import _do_paste_mask
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
 from torch import Tensor
@@ -283,26 +283,18 @@ class Predictor:
         self, items: Iterable[tuple[Any, Tensor | None]], batch_size: int
     ) -> Iterator[tuple[Any, Instances | Tensor | None]]:
         """Yields each item with the output for its image from `prepare`; None for an item without
-        an image, which only keeps its place. The images of a batch are of one size: padding one to
-        another's would change its predictions.
+        an image, which only keeps its place.
         """
-        waiting, batch = [], []
-        for item, prepared in items:
-            if batch and prepared is not None and prepared.shape != batch[0].shape:
-                yield from self._predict(waiting, batch)
-                waiting, batch = [], []
-            waiting.append((item, prepared is not None))
-            if prepared is not None:
-                batch.append(prepared)
-            if len(batch) == batch_size or not batch:
-                yield from self._predict(waiting, batch)
-                waiting, batch = [], []
-        yield from self._predict(waiting, batch)
+        for batch in batches(items, batch_size):
+            yield from self.predict(batch)
 
-    def _predict(self, items, batch):
-        outputs = iter(self.forward(batch) if batch else ())
-        for item, has_image in items:
-            yield item, next(outputs) if has_image else None
+    def predict(
+        self, batch: list[tuple[Any, Tensor | None]]
+    ) -> list[tuple[Any, Instances | Tensor | None]]:
+        """The same for one of the `batches`. Several threads may call it at once."""
+        images = [prepared for _, prepared in batch if prepared is not None]
+        outputs = iter(self.forward(images) if images else ())
+        return [(item, None if image is None else next(outputs)) for item, image in batch]
 
     def finish(
         self, output: Instances | Tensor, height: int, width: int, view: View | None = None
@@ -312,20 +304,65 @@ class Predictor:
         """
         if not self.task.localises:
             return output if self.score_map is None else self._mapped(output)
+        instances, patches = self.scaled(output, height, width, view)
+        if self.has_masks:
+            instances.pred_masks = torch.zeros(len(instances), height, width, dtype=torch.bool)
+            for mask, (patch, left, top) in zip(instances.pred_masks, patches, strict=True):
+                mask[top : top + len(patch), left : left + patch.shape[1]] = patch
+        return instances
+
+    def scaled(
+        self, output: Instances, height: int, width: int, view: View | None = None
+    ) -> tuple[Instances, Iterator[tuple[Tensor, int, int]]]:
+        """Of a detector, what `finish` returns without the masks, and these one by one: the part
+        around the box, (h, w) bool, and where its left top corner is.
+        """
         if self.score_map is not None:
             output.raw_scores, output.scores = output.scores, self._mapped(output.scores)
-        if view is None:
-            return detector_postprocess(output, height, width)
-        box = view.box
-        cropped = detector_postprocess(output, box.y1 - box.y0, box.x1 - box.x0)
+        left, top, right, bottom = (0, 0, width, height) if view is None else view.box
+        size = bottom - top, right - left
+        fields = dict(output.get_fields())
+        if self.has_masks:  # under another name Detectron2 does not paste them into the image
+            fields["probabilities"] = fields.pop("pred_masks")
+        cropped = detector_postprocess(Instances(output.image_size, **fields), *size)
         instances = Instances((height, width), **cropped.get_fields())
         instances.pred_boxes = cropped.pred_boxes.clone()
-        corner = instances.pred_boxes.tensor.new_tensor([box.x0, box.y0, box.x0, box.y0])
-        instances.pred_boxes.tensor += corner
-        if instances.has("pred_masks"):
-            padding = box.x0, width - box.x1, box.y0, height - box.y1
-            instances.pred_masks = F.pad(instances.pred_masks, padding)
-        return instances
+        instances.pred_boxes.tensor += cropped.pred_boxes.tensor.new_tensor([left, top] * 2)
+        if not self.has_masks:
+            return instances, iter(())
+        instances.remove("probabilities")
+        pasted = _pasted(cropped.probabilities, cropped.pred_boxes.tensor, *size)
+        return instances, ((patch, x + left, y + top) for patch, x, y in pasted)
 
     def _mapped(self, scores):
         return torch.from_numpy(self.score_map(scores.numpy()))
+
+
+def batches(
+    items: Iterable[tuple[Any, Tensor | None]], size: int
+) -> Iterator[list[tuple[Any, Tensor | None]]]:
+    """Yields the items, with an image of `Predictor.prepare` or None, in batches of ``size`` images
+    that are of one shape: padding one to another's would change its predictions.
+    """
+    batch, shape, number = [], None, 0
+    for item, image in items:
+        if number and image is not None and image.shape != shape:
+            yield batch
+            batch, number = [], 0
+        batch.append((item, image))
+        if image is not None:
+            shape, number = image.shape, number + 1
+        if number == size or not number:
+            yield batch
+            batch, number = [], 0
+    if batch:
+        yield batch
+
+
+def _pasted(masks: Tensor, boxes: Tensor, height: int, width: int) -> Iterator:
+    """Masks (N, 1, h, w) in boxes of an image, as `Predictor.scaled` yields them. One at a time: a
+    hundred of a large image would fill the memory.
+    """
+    for mask, box in zip(masks[:, None], boxes[:, None], strict=True):
+        values, (rows, columns) = _do_paste_mask(mask, box, height, width)
+        yield values[0] >= 0.5, int(columns.start), int(rows.start)

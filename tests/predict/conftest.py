@@ -22,7 +22,7 @@ from PIL import Image
 
 from imrcnn_d2.deploy import Predictor, load_model
 from imrcnn_d2.deploy.inputs import VideoWriter, public_name
-from imrcnn_d2.deploy.runtimes import RUNTIMES
+from imrcnn_d2.deploy.runtimes import RUNTIMES, compiled_cache
 from imrcnn_d2.engine import load_config
 
 TAU, CLS_SCORE = 0.5, "roi_heads.box_predictor.cls_score"
@@ -55,6 +55,15 @@ def random_model(cfg, std):
         for name, value in std.items():
             model.get_submodule(name).weight.normal_(std=value)
     return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory):
+    """Compiled graphs are not kept in the user's folder."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_cache, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

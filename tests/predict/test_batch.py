@@ -24,7 +24,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from imrcnn_d2.deploy import Predictor, batch, predict_files
+from imrcnn_d2.deploy import Predictor, batch, outputs, predict_files
 from imrcnn_d2.deploy.batch import Journal, predictions
 from imrcnn_d2.deploy.inputs import Source, decode_video, public_name
 from imrcnn_d2.evaluation import evaluate_lesions
@@ -407,7 +407,55 @@ def test_the_network_and_the_reader_are_ahead_within_bounds(predictor, video, ne
         *rest, last = [item for item, _ in (first, *items)]
     assert [item.frame.number for item in rest] == list(range(FRAMES))
     assert last.frame is None and last.error is None
-    assert network.runs == FRAMES / 2 and len(threads) == 3
+    assert network.runs == FRAMES / 2 and len(threads) == 4
+
+
+def test_many_images_at_once_are_as_one_by_one(predictor, tmp_path, monkeypatch):
+    """The first to be predicted is the last to be finished."""
+    sizes = [(60, 80), (80, 60), (50, 90), (64, 64)] * 3
+    for seed, size in enumerate(sizes):
+        save_image(tmp_path / "images" / f"{seed:02d}.png", seed, *size)
+    (tmp_path / "images" / "05.png").write_bytes(b"no image")
+    forward, first = predictor.forward, threading.Event()
+
+    def slow_at_first(images):
+        outputs = forward(images)
+        if first.is_set():
+            time.sleep(0.02)
+        else:
+            first.set()
+            time.sleep(0.2)
+        return outputs
+
+    monkeypatch.setattr(predictor, "forward", slow_at_first)
+    output = tmp_path / "out"
+    assert predict_files(predictor, [tmp_path / "images"], output).images == 11
+    monkeypatch.undo()
+    assert [row["file"] for row in read_table(output / "failed.csv")] == ["05.png"]
+    content = read_coco(output)
+    assert [i["file_name"] for i in content["images"]] == [
+        f"{n:02d}.png" for n in range(12) if n != 5
+    ]
+    expected = []
+    for image in content["images"]:
+        array = np.asarray(Image.open(tmp_path / "images" / image["file_name"]))
+        (network_output,) = predictor.forward([predictor.prepare(array)])
+        annotations = outputs.records(predictor, network_output, *array.shape[:2])
+        expected += [{"image_id": image["id"], **annotation} for annotation in annotations]
+    assert len(expected) > 11
+    assert [{k: v for k, v in a.items() if k != "id"} for a in content["annotations"]] == expected
+
+
+def test_an_image_that_the_network_cannot_take_is_named(predictor, network, image_folder, tmp_path):
+    def fail():
+        if network.runs == 2:
+            raise RuntimeError("not enough memory: you tried to allocate 9 bytes")
+
+    network.before = fail
+    with pytest.raises(ValueError, match=r"c\.jpg.*you tried to allocate 9 bytes"):
+        predict_files(predictor, [image_folder], tmp_path / "out")
+    done = [json.loads(line) for line in open(tmp_path / "out" / Journal.FILE)]
+    assert [line["done"]["name"] for line in done if "done" in line] == ["a.png"]
 
 
 def test_errors_of_the_network_surface_and_an_interrupted_run_is_continued(

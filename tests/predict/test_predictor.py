@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
 from dicoms import write_dicom
 from endoscope_frames import draw_frame
 from PIL import Image
@@ -46,6 +48,39 @@ def test_it_is_what_the_evaluation_sees(predictor, loaded, kvasir_original):
     for result, instances in zip(predictor(paths), expected, strict=True):
         assert len(result)
         same(result, instances)
+
+
+def test_masks_are_those_that_detectron2_pastes_and_pycocotools_encodes(predictor):
+    """In boxes in the middle, over a border, over all and of less than a pixel."""
+    boxes = [
+        [10, 20, 30, 50],
+        [-9, 5, 20, 70],
+        [0, 0, 128, 96],
+        [60, 40, 60.4, 40.3],
+        [90, 0, 200, 9],
+    ]
+    boxes = torch.tensor(boxes, dtype=torch.float32)
+    masks = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    masks[2] = masks[2] > 0.9
+    fields = {"scores": torch.linspace(0.9, 0.5, 5), "pred_classes": torch.zeros(5, dtype=int)}
+
+    def output():
+        copies = {"pred_boxes": Boxes(boxes.clone()), "pred_masks": masks.clone(), **fields}
+        return Instances((96, 128), **copies)
+
+    expected = detector_postprocess(output(), 60, 80)
+    finished = predictor.finish(output(), 60, 80)
+    assert torch.equal(finished.pred_masks, expected.pred_masks)
+    assert torch.equal(finished.pred_boxes.tensor, expected.pred_boxes.tensor)
+    annotations = outputs.records(predictor, output(), 60, 80)
+    encoded = [
+        mask_util.encode(np.asfortranarray(m.numpy(), np.uint8)) for m in expected.pred_masks
+    ]
+    assert [a["segmentation"]["counts"].encode() for a in annotations] == [
+        e["counts"] for e in encoded
+    ]
+    assert [a["area"] for a in annotations] == mask_util.area(encoded).tolist()
+    assert len(annotations) == 5 and annotations[3]["area"] == 0
 
 
 def test_detections_inside_others_go_if_the_weights_say_so(

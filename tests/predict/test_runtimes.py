@@ -3,7 +3,9 @@
 import hashlib
 import itertools
 import json
+import os
 import re
+import shutil
 import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,7 +27,14 @@ from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.data.training_images import hash_image
 from imrcnn_d2.deploy import Predictor, load_model
 from imrcnn_d2.deploy.outputs import Differences, compare_records
-from imrcnn_d2.deploy.runtimes import EXPORTS, RUNTIMES, OnnxRuntime, OpenVINORuntime, TorchRuntime
+from imrcnn_d2.deploy.runtimes import (
+    EXPORTS,
+    RUNTIMES,
+    OnnxRuntime,
+    OpenVINORuntime,
+    TorchRuntime,
+    compiled_cache,
+)
 from imrcnn_d2.deploy.runtimes.base import METADATA_KEY, DetectorGraph
 from imrcnn_d2.deploy.runtimes.openvino import OPENVINO_PARTS, _core
 from imrcnn_d2.engine import Trainer, load_config, load_weights
@@ -187,6 +196,8 @@ def test_what_int8_leaves_alone(exported):
         assert any(part in name for name in names), part
     kept = "cbam /conv_stem /body/0/ /body/3/ Conv_1/ Conv_2/ objectness anchor_deltas cls_score"
     assert not [name for name in names if any(part in name for part in kept.split())]
+    kinds = {layer.get("type") for layer in layers if "/fc1/" in layer.get("name")}
+    assert "Convolution" in kinds and "MatMul" not in kinds
     parts = ("/backbone", "/rpn_head", "/box_head", "/mask_fcn")
     assert all(name.startswith(parts) for name in names)
 
@@ -388,8 +399,23 @@ IMAGE, BOXES, ONES = np.zeros(2, np.int64), np.ones((2, 4), np.float32), np.ones
     ],
 )
 def test_what_a_graph_gives_is_checked(outputs):
-    runtime = OnnxRuntime(lambda batch: outputs, {"classes": ["polyp"]})
+    runtime = OnnxRuntime(lambda size: lambda batch: outputs, {"classes": ["polyp"]})
     pytest.raises(ValueError, runtime, [torch.zeros(3, 8, 8, dtype=torch.uint8)]).match("The graph")
+
+
+def test_the_first_sizes_have_graphs_of_their_own():
+    """Others share one: each takes as long to compile as many images take."""
+    compiled = []
+
+    def compile(size):
+        compiled.append(size)
+        return lambda batch: (np.float32([batch.shape[2:]]),)
+
+    runtime = OnnxRuntime(compile, None)
+    for height in (8, 9, 8, 10, 11, 9):
+        (result,) = runtime([torch.zeros(3, height, 8, dtype=torch.uint8)])
+        assert result.tolist() == [height, 8]
+    assert compiled == [(8, 8), (9, 8), None]
 
 
 THREE = "MODEL.ROI_HEADS.NUM_CLASSES", 3
@@ -517,3 +543,68 @@ def test_bounds():
     most = {"lost": 1, "unmatched": 0, "score": 0.96, "box": 96, "mask_iou": 0.039}
     for options, number in (({"share": 0.95}, 0), ({}, 3), ({"share": 0.95, "lost": 0}, 1)):
         assert len(differences.exceeded(**{**most, **options})) == number
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "openvino"
+    monkeypatch.setattr(compiled_cache, "cache_folder", lambda: folder)
+    return folder
+
+
+def found(path):
+    """What the graph finds in an image, without a predictor around it."""
+    (result,) = OpenVINORuntime.load(path)([torch.from_numpy(random_image(0)).permute(2, 0, 1)])
+    assert len(result) > 1
+    return result
+
+
+def test_a_compiled_graph_is_kept_and_gives_the_same(exported, cache, monkeypatch):
+    path = exported("openvino")
+    first = found(path)
+    (entry,) = cache.iterdir()
+    assert not cache.stat().st_mode & 0o077
+    compiled = []
+    monkeypatch.setattr(compiled_cache, "_keep", lambda *args: compiled.append(args))
+    same(found(path), first, score=0, box=0)
+    assert not compiled and list(cache.iterdir()) == [entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [5000, None])
+def test_a_damaged_entry_is_made_anew(exported, cache, damage):
+    path = exported("openvino")
+    first = found(path)
+    (entry,) = cache.iterdir()
+    content = bytearray(entry.read_bytes())
+    if damage is None:
+        entry.write_bytes(content[: len(content) // 2])
+    else:
+        content[damage] ^= 1
+        entry.write_bytes(content)
+    same(found(path), first, score=0, box=0)
+    repaired = entry.read_bytes()
+    assert hashlib.sha256(repaired[32:]).digest() == repaired[:32]
+
+
+@pytest.mark.slow
+def test_no_entry_of_others_is_read(exported, cache, tmp_path):
+    """A folder that others can write into, and a file in its place."""
+    path = exported("openvino")
+    first = found(path)
+    (entry,) = cache.iterdir()
+    cache.chmod(0o777)
+    entry.write_bytes(b"planted")
+    same(found(path), first, score=0, box=0)
+    assert entry.read_bytes() == b"planted"
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder")
+    same(found(path), first, score=0, box=0)
+
+
+def test_the_cache_stays_small(cache):
+    for number in range(compiled_cache.KEPT + 2):
+        compiled_cache._keep(cache / f"{number}.blob", b"graph")
+        os.utime(cache / f"{number}.blob", (number, number))
+    names = {int(entry.stem) for entry in cache.iterdir()}
+    assert names == set(range(2, compiled_cache.KEPT + 2))

@@ -350,7 +350,9 @@ def test_rectangles_and_ellipses_are_turned_clockwise():
 
 @given(st.integers(-9, 9), st.integers(-9, 9), arrays(bool, (4, 5)))
 def test_patch_is_cut_at_the_borders(left, top, patch):
-    mask = decoded(masks.patch_rle(patch, left, top, 6, 7))
+    rle = masks.patch_rle(patch, left, top, 6, 7)
+    mask = decoded(rle)
+    assert rle == masks.encode(mask), "as pycocotools writes it"
     for y, x in np.ndindex(6, 7):
         inside = 0 <= y - top < 4 and 0 <= x - left < 5
         assert mask[y, x] == (inside and patch[y - top, x - left])

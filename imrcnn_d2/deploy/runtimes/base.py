@@ -7,11 +7,13 @@ size stay free.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -38,11 +40,15 @@ if TYPE_CHECKING:
     from imrcnn_d2.deploy.loading import LoadedModel
     from imrcnn_d2.deploy.predictor import Predictor
 
+Compile = Callable[[tuple[int, int] | None], Callable[[np.ndarray], Sequence[np.ndarray]]]
+
 INPUT = "images"  # a graph's one input, (N, C, H, W) uint8
+FREE_AXES = {0: "images", 2: "height", 3: "width"}  # of the input, as ONNX names them
 # A detector's graph returns these, in this order; masks only where it has them.
 OUTPUTS = ("image", "boxes", "scores", "classes", "masks")
 METADATA_KEY = "imrcnn_d2"  # the key of a file's metadata, as JSON
 _OPSET = 17
+_OWN_GRAPHS = 2  # sizes of images that each have a compiled graph
 
 
 class Runtime(ABC):
@@ -137,11 +143,12 @@ def export_metadata(loaded: LoadedModel, precision: str) -> dict:
 class GraphRuntime(Runtime):
     """Runs a graph that was traced from a model. A subclass knows one format of such graphs."""
 
-    def __init__(self, run: Callable[[np.ndarray], Sequence[np.ndarray]], metadata: dict | None):
-        """``run`` takes images (N, C, H, W) uint8 to the arrays that `DetectorGraph` or
-        `ClassifierGraph` returns; ``metadata`` are of the graph's file, if it was loaded.
+    def __init__(self, compile: Compile, metadata: dict | None):
+        """``compile`` takes the height and width of images, or None for any size, to a function
+        from an image (1, C, H, W) uint8 to the arrays that `DetectorGraph` or `ClassifierGraph`
+        returns; ``metadata`` are of the graph's file, if it was loaded.
         """
-        self._run = run
+        self._compile, self._compiled, self._lock = compile, {}, threading.Lock()
         self.metadata = metadata or {}
 
     @classmethod
@@ -149,11 +156,16 @@ class GraphRuntime(Runtime):
         return cls(*cls._open(cls._graph(model.to("cpu"), example)))
 
     def __call__(self, images):
-        batch = torch.stack(images).contiguous()
-        outputs = [torch.as_tensor(output) for output in self._run(batch.numpy())]
+        return [self._predict(image) for image in images]
+
+    def _predict(self, image):
+        """Of one image: on CPUs, batches of several are no faster."""
+        size = tuple(image.shape[1:])
+        outputs = self._graph_of(size)(image[None].contiguous().numpy())
+        outputs = [torch.as_tensor(output) for output in outputs]
         num_classes = len(self.metadata.get("classes", ())) or None  # None where it is not known
         if is_classifier := len(outputs) == 1:
-            shapes = [(len(images), num_classes or outputs[0].shape[-1])]
+            shapes = [(1, num_classes or outputs[0].shape[-1])]
         else:
             number, mask_size = len(outputs[0]), outputs[-1].shape[2:]
             each = (number,)
@@ -162,15 +174,24 @@ class GraphRuntime(Runtime):
             if tuple(output.shape) != shape:
                 raise ValueError(f"The graph gave {tuple(output.shape)} where {shape} is expected")
         if is_classifier:
-            return list(outputs[0])
-        if num_classes and not ((outputs[3] >= 0) & (outputs[3] < num_classes)).all():
+            return outputs[0][0]
+        _, boxes, scores, classes, *masks = outputs
+        if num_classes and not ((classes >= 0) & (classes < num_classes)).all():
             raise ValueError(f"The graph names classes that are none of its {num_classes}")
-        names, results = ("pred_boxes", "scores", "pred_classes", "pred_masks"), []
-        for i in range(len(images)):
-            values = [output[outputs[0] == i] for output in outputs[1:]]
-            fields = dict(zip(names, [Boxes(values[0]), *values[1:]], strict=False))
-            results.append(Instances(tuple(batch.shape[2:]), **fields))
-        return results
+        result = Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+        if masks:
+            result.pred_masks = masks[0]
+        return result
+
+    def _graph_of(self, size):
+        """The graph for images of a size: for the first sizes one of their own, which is faster,
+        and for all others one in common, since compiling takes as long as many images.
+        """
+        with self._lock:
+            key = size if size in self._compiled or len(self._compiled) < _OWN_GRAPHS else None
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(key)
+            return self._compiled[key]
 
     @classmethod
     def export(cls, loaded, path, *, example=None, precision="fp32", calibration=()):
@@ -180,20 +201,18 @@ class GraphRuntime(Runtime):
 
     @classmethod
     def load(cls, path):
-        try:
-            run, metadata = cls._open(path.read_bytes())
+        with _opening(path):
+            compile, metadata = cls._open(path.read_bytes())
             if not isinstance(metadata, dict | None):
                 raise ValueError(f"its {METADATA_KEY} is no JSON object")
-        except ModuleNotFoundError:
-            raise
-        except UnsafeFileError as error:
-            raise UnsafeFileError(f"{path} was refused: {error}") from None
-        except Exception as error:  # each runtime raises its own
-            text = " ".join(str(error).split())[:200]
-            raise BadInputError(path, f"cannot be opened: {text}") from error
         if metadata is None:
             raise BadInputError(path, "does not name its classes: write it with imrcnn export")
-        return cls(run, metadata)
+
+        def checked(size):
+            with _opening(path):
+                return compile(size)
+
+        return cls(checked, metadata)
 
     @classmethod
     def _graph(cls, model, example, precision="fp32", calibration=()) -> bytes:
@@ -210,7 +229,7 @@ class GraphRuntime(Runtime):
         with torch.no_grad():
             traced = torch.jit.trace(graph.eval(), (batch,), check_trace=False)
         free = {name: {0: "detections"} for name in graph.outputs}
-        free[INPUT] = {0: "images", 2: "height", 3: "width"}
+        free[INPUT] = FREE_AXES
         names = {"input_names": [INPUT], "output_names": list(graph.outputs), "dynamic_axes": free}
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             # The exporter by tracing is the one that knows torchvision's operators.
@@ -222,7 +241,7 @@ class GraphRuntime(Runtime):
 
     @classmethod
     @abstractmethod
-    def _open(cls, content: bytes) -> tuple[Callable, object]:
+    def _open(cls, content: bytes) -> tuple[Compile, object]:
         """The arguments of `__init__` from a file."""
 
     @classmethod
@@ -234,6 +253,20 @@ class GraphRuntime(Runtime):
     @abstractmethod
     def _with_metadata(cls, content: bytes, metadata: str) -> bytes:
         """The file with its metadata added."""
+
+
+@contextlib.contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """Names the file in errors of opening it."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{path} was refused: {error}") from None
+    except Exception as error:  # each runtime raises its own
+        text = " ".join(str(error).split())[:200]
+        raise BadInputError(path, f"cannot be opened: {text}") from error
 
 
 class DetectorGraph(nn.Module):
@@ -316,7 +349,8 @@ class DetectorGraph(nn.Module):
         heads = self.model.roi_heads
         predictor = heads.box_predictor
         maps = [features[name] for name in heads.box_in_features]
-        scores, deltas = predictor(heads.box_head(_pool(heads.box_pooler, maps, rois)))
+        pooled, places = _pool(heads.box_pooler, maps, rois)
+        scores, deltas = (output[places] for output in predictor(heads.box_head(pooled)))
         scores = scores.softmax(dim=1)[:, :-1]
         boxes = predictor.box2box_transform.apply_deltas(deltas, rois[:, 1:])
         boxes = _clip(boxes.reshape(-1, 4), height, width).reshape(-1, deltas.shape[1] // 4, 4)
@@ -335,7 +369,8 @@ class DetectorGraph(nn.Module):
         """Probabilities (D, 1, h, w) within the boxes of D detections."""
         heads = self.model.roi_heads
         maps = [features[name] for name in heads.mask_in_features]
-        logits = heads.mask_head.layers(_pool(heads.mask_pooler, maps, rois))
+        pooled, places = _pool(heads.mask_pooler, maps, rois)
+        logits = heads.mask_head.layers(pooled)[places]
         if logits.shape[1] > 1:  # else one mask for all classes
             chosen = classes[:, None, None, None].expand(-1, -1, *logits.shape[2:])
             logits = logits.gather(1, chosen)
@@ -382,13 +417,16 @@ def _first_of_each(images, number, limit):
 
 
 def _pool(pooler, maps, rois):
-    """ROIPooler.forward for ROIs (R, 5) of image index and xyxy."""
+    """ROIPooler.forward for ROIs (R, 5) of image index and xyxy, but by level; and where each of
+    the ROIs is in it, (R,). Putting rows back is cheaper after the head, where they are short.
+    """
     pooler = getattr(pooler, "pooler", pooler)  # of FP32SeparableROIPooler
     levels = pooler.min_level, pooler.max_level
     canonical = pooler.canonical_box_size, pooler.canonical_level
     level = assign_boxes_to_levels([Boxes(rois[:, 1:])], *levels, *canonical)
-    pooled = rois.new_zeros(rois.shape[0], maps[0].shape[1], *pooler.output_size)
-    for i, (pool, x) in enumerate(zip(pooler.level_poolers, maps, strict=True)):
-        indices = (level == i).nonzero()[:, 0]
-        pooled = pooled.index_put((indices,), pool(x.float(), rois[indices]))
-    return pooled
+    of_level = [(level == i).nonzero()[:, 0] for i in range(len(maps))]
+    pooled = [
+        pool(x.float(), rois[indices])
+        for pool, x, indices in zip(pooler.level_poolers, maps, of_level, strict=True)
+    ]
+    return torch.cat(pooled), torch.cat(of_level).argsort()

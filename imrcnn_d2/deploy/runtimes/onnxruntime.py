@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from imrcnn_d2.deploy.runtimes.base import INPUT, METADATA_KEY, GraphRuntime
+from imrcnn_d2.deploy.runtimes.base import FREE_AXES, INPUT, METADATA_KEY, GraphRuntime
 from imrcnn_d2.utils.safe_loading import CHECKSUM, UnsafeFileError, strict_loads
 
 
@@ -26,14 +26,21 @@ class OnnxRuntime(GraphRuntime):
             raise ValueError(f"it is damaged: its checksum {entries[CHECKSUM]} does not fit")
         # What was checked is what is run, whatever else another parser might see in the bytes.
         model.DiscardUnknownFields()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors
-        options.add_session_config_entry("session.load_model_format", "ONNX")
         content = model.SerializeToString()
-        session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         metadata = strict_loads(entries[METADATA_KEY]) if METADATA_KEY in entries else None
-        return lambda batch: session.run(None, {INPUT: batch}), metadata
+        threads = torch.get_num_threads()  # of this thread; another one may compile
+
+        def compile(size):
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.log_severity_level = 3  # errors
+            options.add_session_config_entry("session.load_model_format", "ONNX")
+            for axis, length in zip(FREE_AXES.values(), (1, *(size or ())), strict=False):
+                options.add_free_dimension_override_by_name(axis, length)
+            session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+            return lambda batch: session.run(None, {INPUT: batch})
+
+        return compile, metadata
 
     @classmethod
     def _convert(cls, path, calibration):

@@ -4,11 +4,14 @@ import functools
 import io
 import logging
 import os
+import threading
 import zipfile
 
+import numpy as np
 import torch
 
 from imrcnn_d2.deploy.runtimes.base import INPUT, METADATA_KEY, GraphRuntime
+from imrcnn_d2.deploy.runtimes.compiled_cache import compile_model
 from imrcnn_d2.utils.safe_loading import UnsafeFileError, open_stored, strict_loads
 
 logger = logging.getLogger(__name__)
@@ -64,13 +67,25 @@ class OpenVINORuntime(GraphRuntime):
             "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        compiled = core.compile_model(model, "CPU", options)
 
-        def run(batch):
-            results = compiled(batch)
-            return [results[output] for output in compiled.outputs]
+        def compile(size):
+            shaped, shape = model.clone(), model.input(0).partial_shape
+            shape[0] = 1
+            for axis, length in zip((2, 3), size or (-1, -1), strict=True):
+                shape[axis] = length
+            shaped.reshape(shape)
+            compiled = compile_model(core, shaped, content, options)
+            thread = threading.local()  # a request is of one thread
 
-        return run, metadata
+            def run(batch):
+                if not hasattr(thread, "request"):
+                    thread.request = compiled.create_infer_request()
+                results = thread.request.infer(batch, share_inputs=True)
+                return [results[output] for output in compiled.outputs]
+
+            return run
+
+        return compile, metadata
 
     @classmethod
     def _convert(cls, path, calibration):
@@ -97,6 +112,7 @@ class OpenVINORuntime(GraphRuntime):
 
 def _quantised(model, calibration):
     """Post-training quantisation of weights and activations by NNCF."""
+    _convolve_linear_layers(model)
     os.environ["NNCF_CI"] = "1"  # else it reports its use to its makers
     import nncf
 
@@ -104,3 +120,24 @@ def _quantised(model, calibration):
     dataset = nncf.Dataset([image[None].numpy() for image in calibration], lambda x: {INPUT: x})
     ignored = nncf.IgnoredScope(patterns=_NOT_QUANTISED, validate=False)
     return nncf.quantize(model, dataset, subset_size=len(calibration), ignored_scope=ignored)
+
+
+def _convolve_linear_layers(model):
+    """Makes the box head's linear layers 1x1 convolutions over a column of ROIs: of these OpenVINO
+    has kernels for int8 on any processor, which take half the time.
+    """
+    from openvino import opset13 as ops
+
+    for layer in model.get_ops():
+        name = layer.get_friendly_name()
+        if layer.get_type_name() != "MatMul" or not name.startswith("/box_head/"):
+            continue
+        x, weight = layer.input_value(0), layer.input_value(1).get_node().data
+        if not layer.get_attributes()["transpose_b"]:
+            weight = weight.T
+        kernel = ops.constant(np.ascontiguousarray(weight[:, :, None, None]))  # (K, C, 1, 1)
+        column = ops.unsqueeze(ops.transpose(x, [1, 0]), [0, 3])  # (R, C) -> (1, C, R, 1)
+        result = ops.convolution(column, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+        result.set_friendly_name(name)
+        rows = ops.transpose(ops.squeeze(result, [0, 3]), [1, 0])
+        layer.output(0).replace(rows.output(0))
