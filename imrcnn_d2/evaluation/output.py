@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 RESULTS = "coco_instances_results.json"
 CLASSIFICATION_RESULTS = "recognition_results.json"
 
-_PACKAGES = "imrcnn-d2 detectron2 torch torchvision timm pycocotools faster-coco-eval numpy"
+_PACKAGES = "imrcnn-d2 detectron2 torch torchvision timm pycocotools numpy"
 
 
 def package_versions() -> dict[str, str | None]:

@@ -4,7 +4,6 @@ may be millions of frames."""
 import logging
 import math
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +13,7 @@ import pycocotools.mask as mask_util
 
 from imrcnn_d2.data.formats.coco import is_box, to_rles
 from imrcnn_d2.evaluation.detection.inputs import Regions
-from imrcnn_d2.utils.files import BadInputError, few, regular_file
+from imrcnn_d2.utils.files import BadInputError, few, read_records, regular_file
 from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
@@ -95,19 +94,6 @@ def _is_frame(value):
     return type(value) is int and abs(value) < FARTHEST
 
 
-def _records(path: Path, prefix: str) -> Iterator:
-    """The records of a list in a JSON file, one after the other."""
-    try:
-        with open(regular_file(path), "rb") as file:
-            for record in ijson.items(file, f"{prefix}.item" if prefix else "item", use_float=True):
-                if not isinstance(record, dict):
-                    where = prefix or "the list"
-                    raise BadInputError(path, f"{where} holds {record!r:.40}, not an object")
-                yield record
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise BadInputError(path, f"is no JSON ({error})") from error
-
-
 class _RegionReader:
     """The boxes and masks of a file as they are read."""
 
@@ -179,7 +165,7 @@ def read_procedures(path: str | Path, fps: float | None = None) -> Procedures:
     path = Path(path)
     numbers, facts, places = {}, [], {}
     procedure, frame, sizes = array("q"), array("q"), array("q")
-    for place, image in enumerate(tqdm(_records(path, "images"), desc="Frames", delay=2)):
+    for place, image in enumerate(tqdm(read_records(path, "images"), desc="Frames", delay=2)):
         sequence, number, image_id = (image.get(k) for k in ("sequence_id", "frame", "id"))
         if not (_is_id(sequence) and _is_frame(number) and _is_id(image_id)):
             raise BadInputError(
@@ -213,14 +199,14 @@ def read_procedures(path: str | Path, fps: float | None = None) -> Procedures:
         row = int(np.argmax(twice))
         sequence = [*numbers][procedure[row]]
         raise BadInputError(path, f"lists frame {frame[row]} of {sequence!r} twice: keep one")
-    videos = {r["id"]: r for r in _records(path, "videos") if _is_id(r.get("id"))}
+    videos = {r["id"]: r for r in read_records(path, "videos") if _is_id(r.get("id"))}
     rates = _frame_rates(path, numbers, videos, fps)
     for sequence, number in numbers.items():
         stated = {k: v for k, v in videos.get(sequence, {}).items() if k != "id"}
         facts[number] = {**facts[number], **stated}
 
     reader, lesions, lesion, crowd = _RegionReader(path, "annotations", sizes), {}, [], []
-    records = tqdm(_records(path, "annotations"), desc="Annotations", delay=2)
+    records = tqdm(read_records(path, "annotations"), desc="Annotations", delay=2)
     for number, record in enumerate(records):
         image, lesion_id = record.get("image_id"), record.get("lesion_id")
         place = places.get(image) if _is_id(image) else None
@@ -301,7 +287,7 @@ def read_video_detections(
     annotated[truth.regions.image] = True
     reader = _RegionReader(path, key or "results", truth.sizes)
     score, alarm, mapped, extra = array("d"), array("b"), False, 0
-    for number, record in enumerate(tqdm(_records(path, key), desc="Detections", delay=2)):
+    for number, record in enumerate(tqdm(read_records(path, key), desc="Detections", delay=2)):
         image, value = record.get("image_id"), record.get("score")
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             where = f"{reader.key}[{number}], of image {image!r}"
@@ -335,7 +321,7 @@ def _predicted_frames(path, truth):
         stems.setdefault(PurePosixPath(str(name)).stem, []).append(number)
     known, ids, by_name = {}, [], {}
     procedure, frame = array("q"), array("q")
-    for image in tqdm(_records(path, "images"), desc="Predicted frames", delay=2):
+    for image in tqdm(read_records(path, "images"), desc="Predicted frames", delay=2):
         sequence, number, name = (image.get(k) for k in ("sequence_id", "frame", "file_name"))
         if sequence is None and isinstance(name, str) and "#" in name:
             sequence = name.rpartition("#")[0]
@@ -362,7 +348,7 @@ def _predicted_frames(path, truth):
         places = np.where((keys[nearest] == predicted) & (procedure >= 0), nearest, -1)
     if by_name:
         names = {
-            r.get("file_name"): truth.places[r["id"]] for r in _records(truth.source, "images")
+            r.get("file_name"): truth.places[r["id"]] for r in read_records(truth.source, "images")
         }
         for row, name in by_name.items():
             places[row] = names.get(name, -1)

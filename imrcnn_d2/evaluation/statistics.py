@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special, stats
+import scipy
 from threadpoolctl import threadpool_limits
 
 from imrcnn_d2.evaluation.detection.metrics import CURVE_METRICS, ResampledMetrics, is_count
@@ -28,6 +28,7 @@ MOST_UNDEFINED = 0.2
 FEW = 30
 # Numbers held at a time while resampling, unless a chunk is given.
 CHUNK = 2_000_000
+LEAST_ROWS = 16  # resamples at a time: what they share is read once for all of them
 NAN = math.nan
 
 
@@ -52,19 +53,16 @@ class Bootstrap:
         rng = np.random.default_rng(self.seed)
         for start in range(0, self.resamples, chunk):
             rows = min(chunk, self.resamples - start)
-            if not num_units:
-                yield np.zeros((rows, 0), dtype=np.int32)
-                continue
-            sampled = rng.integers(num_units, size=(rows, num_units))
-            sampled += np.arange(rows)[:, None] * num_units
-            counts = np.bincount(sampled.ravel(), minlength=rows * num_units)
-            yield counts.reshape(rows, num_units).astype(np.int32)
+            weights = np.empty((rows, num_units), dtype=np.int32)
+            for row in weights:
+                row[:] = np.bincount(rng.integers(num_units, size=num_units), minlength=num_units)
+            yield weights
 
 
 def clopper_pearson(part: int, whole: int) -> tuple[float, float]:
     """The exact 95 % interval of a binomial proportion (Clopper and Pearson 1934), in [0, 1], of
     ``part`` among ``whole`` independent cases, at least 1."""
-    interval = stats.binomtest(int(part), int(whole)).proportion_ci(LEVEL, method="exact")
+    interval = scipy.stats.binomtest(int(part), int(whole)).proportion_ci(LEVEL, method="exact")
     return float(interval.low), float(interval.high)
 
 
@@ -120,7 +118,7 @@ def _lower_end(successes, failures):
     effective = (binomial + PRIOR / units) / (variance + PRIOR / units**2)
     effective = np.minimum(np.maximum(cases, 1), effective)
     tail = (1 - LEVEL) / 2
-    return float(special.betaincinv(effective * (1 - q), effective * q + 1, tail).min())
+    return float(scipy.special.betaincinv(effective * (1 - q), effective * q + 1, tail).min())
 
 
 def _least_sum(number, amounts, values):
@@ -159,8 +157,10 @@ def rate_interval(number: np.ndarray, cases: np.ndarray) -> tuple[float, float]:
     number, cases = np.asarray(number, float), np.asarray(cases, float)
     effective = effective_cases(number, cases, share=False)
     events, tail = number.sum() / cases.sum() * effective, (1 - LEVEL) / 2
-    low = special.gammaincinv(events, tail) if events else 0.0
-    return float(low / effective), float(special.gammaincinv(events + 1, 1 - tail) / effective)
+    low = scipy.special.gammaincinv(events, tail) if events else 0.0
+    return float(low / effective), float(
+        scipy.special.gammaincinv(events + 1, 1 - tail) / effective
+    )
 
 
 def bootstrap_se(samples: np.ndarray, units: int) -> float:
@@ -195,7 +195,7 @@ def bootstrap_interval(
         return NAN, NAN
     lowest, highest = limits
     error = bootstrap_se(samples, units) * math.sqrt(units / (units - 1))
-    half = error * stats.t.ppf((1 + LEVEL) / 2, units - 1)
+    half = error * scipy.stats.t.ppf((1 + LEVEL) / 2, units - 1)
     above, below = value - lowest, highest - value
     if min(above, below) <= 0:
         return max(value - half, lowest), min(value + half, highest)
@@ -203,7 +203,7 @@ def bootstrap_interval(
     if np.isinf(below):
         return float(lowest + above * np.exp(-shift)), float(lowest + above * np.exp(shift))
     centre, width = np.log(above / below), highest - lowest
-    low, high = (lowest + width * special.expit(centre + s) for s in (-shift, shift))
+    low, high = (lowest + width * scipy.special.expit(centre + s) for s in (-shift, shift))
     return float(low), float(high)
 
 
@@ -214,7 +214,7 @@ def resampled_metrics(
     the others only with ``all_coco``. Two models scored on the same units with the same bootstrap
     see the same resamples in the same order, so that values can be subtracted (a paired
     comparison)."""
-    rows = max(1, CHUNK // metrics.width)
+    rows = max(LEAST_ROWS, CHUNK // metrics.width)
     parts = defaultdict(lambda: defaultdict(list))
     # The products are small: several threads would mostly wait for each other.
     with (

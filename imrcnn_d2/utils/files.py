@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import ijson
 from filelock import FileLock, Timeout
 
 # A cell that begins so is run as a formula: https://owasp.org/www-community/attacks/CSV_Injection
@@ -238,6 +239,24 @@ def read_json(path: Path) -> object:
     except RecursionError as error:
         raise BadInputError(path, "is nested too deeply to be read") from error
     return content
+
+
+def read_records(path: Path, prefix: str) -> Iterator[dict]:
+    """The records of a list in a JSON file, one after the other, so that it may be larger than
+    `read_json` takes; `prefix` is the list's key, "" where the file is the list.
+
+    Raises:
+        BadInputError: cannot be opened, is no JSON, or the list holds what is no object.
+    """
+    try:
+        with open(regular_file(path), "rb") as file:
+            for record in ijson.items(file, f"{prefix}.item" if prefix else "item", use_float=True):
+                if not isinstance(record, dict):
+                    where = prefix or "the list"
+                    raise BadInputError(path, f"{where} holds {record!r:.40}, not an object")
+                yield record
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        raise BadInputError(path, f"is no JSON ({error})") from error
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:

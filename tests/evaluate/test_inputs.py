@@ -26,6 +26,7 @@ from imrcnn_d2.evaluation import (
     evaluate_lesions,
 )
 from imrcnn_d2.evaluation.annotator_agreement import agreement, read_annotator, read_model
+from imrcnn_d2.evaluation.detection import inputs
 from imrcnn_d2.evaluation.detection.inputs import (
     MAX_DETECTIONS,
     mask_areas,
@@ -140,6 +141,44 @@ def test_a_coco_dict_is_matched_by_names(dataset, region, gt):
     results = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": annotations}
     with pytest.raises(ValueError, match=r"'1.png'.*\[1, 2\]"):
         read_results(results, read_ground_truth(data))
+
+
+def test_a_large_list_is_read_record_by_record(random_case, tmp_path, monkeypatch):
+    """As a small one is, in batches that images span; then with faults in the last batch."""
+    data, results = random_case(1)
+    path, gt = tmp_path / "results.json", read_ground_truth(data)
+    elsewhere = {**results[0], "image_id": 99}
+    path.write_text(json.dumps([elsewhere, *results]))
+    whole = read_results(path, gt, ignore_extra_images=True)
+    monkeypatch.setattr(inputs, "_STREAMED", 9)
+    monkeypatch.setattr(inputs, "_BATCH", 3)
+    parts = read_results(path, gt, ignore_extra_images=True)
+    assert (parts.notes, whole.notes) == ({"ignored_images": [99]},) * 2
+    assert np.array_equal(parts.score, whole.score)
+    for name in ("image", "category", "boxes"):
+        assert np.array_equal(getattr(parts.regions, name), getattr(whole.regions, name))
+    masks = (mask_util.decode([*regions.masks]) for regions in (parts.regions, whole.regions))
+    assert np.array_equal(*masks)
+    assert json.dumps(evaluate_lesions(gt, parts).document()) == json.dumps(
+        evaluate_lesions(gt, whole).document()
+    )
+    number = len(results)
+    for change, message in (
+        ({"score": -1}, rf"results\[{number}\].* the score -1"),
+        ({"bbox": [0]}, rf"results\[{number}\].* the bbox \[0\]"),
+        ({"category_id": 7}, rf"results\[{number}\] has the category_id 7"),
+        ({"segmentation": {"size": [40, 50], "counts": "1"}}, rf"results\[{number}\].* exactly"),
+    ):
+        path.write_text(json.dumps([*results, {**results[0], **change}]))
+        with pytest.raises(BadInputError, match=f"{re.escape(str(path))}.*{message}"):
+            read_results(path, gt)
+    path.write_text(
+        json.dumps([{k: v for k, v in r.items() if k != "segmentation"} for r in results])
+    )
+    assert read_results(path, gt).regions.masks is None
+    monkeypatch.setattr(inputs, "_MOST_RESULTS", number - 1)
+    with pytest.raises(BadInputError, match=f"more than {number - 1} results; split it"):
+        read_results(path, gt)
 
 
 def test_a_single_class_is_matched_whatever_its_name(dataset, region, caplog):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from imrcnn_d2.data.formats import read_coco
-from imrcnn_d2.data.formats.coco import _run_lengths, to_rle
+from imrcnn_d2.data.formats.coco import run_lengths, to_rle
 from imrcnn_d2.utils.files import BadInputError
 
 
@@ -76,7 +76,7 @@ def test_what_passes_through(coco):
 def test_rle_is_decoded_and_empty_runs_are_left_out(mask, at):
     """With them pycocotools loses pixels where it merges masks."""
     clean, runs = rle(mask), runs_of(mask)
-    assert _run_lengths([clean["counts"]])[0].tolist() == runs
+    assert run_lengths([clean["counts"]])[0].tolist() == runs
     at %= len(runs)
     runs[at : at + 1] = [runs[at], 0, 0]
     uncompressed = {"size": clean["size"], "counts": runs}

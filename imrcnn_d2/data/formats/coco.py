@@ -5,12 +5,13 @@ its lesion to be learnt as healthy mucosa.
 """
 
 import argparse
+import contextlib
 import math
 import re
 import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,18 @@ def is_box(value: object) -> bool:
         and sum(map(abs, value)) <= FARTHEST  # which NaN is not
         and min(value[2:]) >= 0
     )
+
+
+def first_wrong_box(values: Sequence[object]) -> int | None:
+    """The place of the first of many that is not as `is_box` says; None if all are."""
+    if set(map(type, values)) <= {list} and set(map(len, values)) <= {4}:
+        if set(map(type, chain.from_iterable(values))) <= {int, float}:
+            with contextlib.suppress(OverflowError):  # of an integer beyond what a float can be
+                boxes = np.array(values, float).reshape(-1, 4)
+                near = np.abs(boxes).sum(axis=1) <= FARTHEST
+                if (near & (boxes[:, 2:] >= 0).all(axis=1)).all():
+                    return None
+    return next((place for place, value in enumerate(values) if not is_box(value)), None)
 
 
 def _samples(
@@ -341,7 +354,7 @@ def _check_counts(rles: list[dict]) -> int | None:
         batch = rles[start:end]
         counts = [rle["counts"] for rle in batch]
         texts = [text if isinstance(text, str) else text.decode("latin-1") for text in counts]
-        runs, first = _run_lengths(texts)
+        runs, first = run_lengths(texts)
         pixels = [rle["size"][0] * rle["size"][1] for rle in batch]
         wrong = np.add.reduceat(runs, first, dtype=np.int64) != pixels
         wrong |= np.minimum.reduceat(runs, first) < 0
@@ -356,7 +369,7 @@ def _check_counts(rles: list[dict]) -> int | None:
     return None
 
 
-def _run_lengths(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def run_lengths(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Decode COCO's compressed RLEs: int32 runs of all, and where those of each text begin.
 
     Base 32, lowest digit first; bit 5 says that more follow, bit 4 of the last is the sign. From
@@ -374,7 +387,7 @@ def _run_lengths(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     sizes = np.diff(heads, append=len(lower))
     is_sound = joined.isascii() and lengths.all() and digits.max() < 64 and not goes_on[last].any()
     if not is_sound or sizes.max(initial=0) >= _MOST_DIGITS:
-        return _run_lengths([text if _COUNTS.fullmatch(text) else "0" for text in texts])
+        return run_lengths([text if _COUNTS.fullmatch(text) else "0" for text in texts])
     runs = digits[~goes_on].astype(np.int32)
     runs -= (runs & 16) << 1
     if len(lower):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import scipy
 
 from imrcnn_d2.evaluation.detection.counts import divide
 
@@ -11,6 +12,7 @@ from imrcnn_d2.evaluation.detection.counts import divide
 RECALLS = np.linspace(0, 1, 101)
 # Mean false alarms per image at which the sensitivity is read off, as in the LUNA16 challenge.
 RATES = (0.125, 0.25, 0.5, 1, 2, 4, 8)
+_LONGEST = 512  # detections of a part of a ranking, which are counted at once
 
 
 class Ranking:
@@ -24,12 +26,6 @@ class Ranking:
         # (N,) int, place in the ranking of the last that has the score of each.
         self.ends = np.searchsorted(falling, falling, side="right") - 1
 
-    def copies(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, N) int each, copies of each detection, and of all up to and with it, under (B, U) int
-        weights: how often each resample holds each unit."""
-        copies = np.take(weights, self.unit, axis=1)
-        return copies, np.cumsum(copies, axis=1, dtype=np.int32)
-
 
 class RankedDetections:
     """The N detections of one class, or of all, whether they hit, in their original order, and the
@@ -39,12 +35,41 @@ class RankedDetections:
         self.ranking, self.lesions = ranking, lesions
         self.hits = np.flatnonzero(hit[ranking.order])
 
-    def weigh(self, weights: np.ndarray, copies: tuple | None = None) -> "WeightedCurve":
-        """The curves under (B, U) int weights. ``copies`` are the ranking's, where known."""
-        copies, through = copies or self.ranking.copies(weights)
-        ends = self.ranking.ends[self.hits]
-        copies = np.take(copies, self.hits, axis=1)
-        return WeightedCurve(self.hits, ends, through, copies, weights @ self.lesions)
+    def is_same(self, other: "RankedDetections") -> bool:
+        """Whether the same detections hit, of the same ground truths."""
+        arrays = ((r.ranking.order, r.ranking.unit, r.hits, r.lesions) for r in (self, other))
+        return all(map(np.array_equal, *arrays))
+
+    @cached_property
+    def _parts(self):
+        """(P, U) int, the detections of each unit in each part of the ranking, of which each hit,
+        and the last detection that has its score, is one: with few hits, that is far less than all
+        detections. And (H,) int, the parts of these hits and detections."""
+        places, number = np.append(self.hits, self.ranking.ends[self.hits]), len(self.ranking.unit)
+        limits = np.concatenate([places, places + 1, np.arange(0, number, _LONGEST), [number]])
+        limits = np.unique(limits)
+        counts = np.ones(number, dtype=np.int16)
+        shape = len(limits) - 1, len(self.lesions)
+        parts = scipy.sparse.csr_array((counts, self.ranking.unit, limits), shape=shape)
+        return parts, *np.split(np.searchsorted(limits, places), 2)
+
+    def weigh(self, weights: np.ndarray) -> "WeightedCurve":
+        """The curves under (B, U) int weights, how often each resample holds each unit."""
+        parts, hits, ends = self._parts
+        # Of the smallest numbers that hold the sum of a part, most units stay in the cache.
+        kind = np.int16 if weights.max(initial=0) * _LONGEST < 2**15 else np.int32
+        copies = parts.astype(kind, copy=False) @ weights.T.astype(kind, order="C")
+        copies = np.ascontiguousarray(copies.T)
+        through = np.cumsum(copies, axis=1, dtype=np.int32)
+        at_hits = np.take(through, hits, axis=1)
+        return WeightedCurve(
+            copies=np.take(copies, hits, axis=1),
+            through=at_hits,
+            last=np.searchsorted(hits, ends, side="right") - 1,
+            through_last=at_hits if (ends == hits).all() else np.take(through, ends, axis=1),
+            total=copies.sum(axis=1, dtype=np.int64),
+            num_gt=weights @ self.lesions.astype(weights.dtype),
+        )
 
     def tied_areas(self) -> tuple[float, float]:
         """The least and the largest area under the envelope over all orders of detections of equal
@@ -62,14 +87,15 @@ class RankedDetections:
 
 @dataclass(frozen=True, eq=False)
 class WeightedCurve:
-    """The precision-recall curves of B resamples, as far as they differ: at each of N detections
-    from the highest score down, H of them hits, after all of its copies. All metrics are shares in
-    [0, 1], NaN for resamples without ground truth."""
+    """The precision-recall curves of B resamples at their H hits, from the highest score down: each
+    after all of its copies. All metrics are shares in [0, 1], NaN for resamples without ground
+    truth."""
 
-    hits: np.ndarray  # (H,) int, ascending positions of the hits among the detections
-    ends: np.ndarray  # (H,) int, position of the last detection that has the score of each hit
-    through: np.ndarray  # (B, N) int, detections so far
     copies: np.ndarray  # (B, H) int, of each hit
+    through: np.ndarray  # (B, H) int, detections up to and with each hit
+    last: np.ndarray  # (H,) int, the last hit that has the score of each
+    through_last: np.ndarray  # (B, H) int, detections of that score or a higher one
+    total: np.ndarray  # (B,) int, detections
     num_gt: np.ndarray  # (B,) int, ground truths
 
     @cached_property
@@ -81,7 +107,7 @@ class WeightedCurve:
     def envelope(self) -> np.ndarray:
         """(B, H) float, the best precision at the recall of each hit or a higher one. Each copy of
         a hit raises the precision, so that all share the value of the last."""
-        precision = self.tp / np.maximum(np.take(self.through, self.hits, axis=1), 1)
+        precision = self.tp / np.maximum(self.through, 1)
         return np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
 
     @property
@@ -93,9 +119,7 @@ class WeightedCurve:
         needed -= (needed - 1) / num_gt >= RECALLS
         needed += needed / num_gt < RECALLS
         reached = _search(self.tp, needed, "left")
-        beyond = np.zeros((len(self.tp), 1))
-        sampled = np.take_along_axis(np.hstack([self.envelope, beyond]), reached, axis=1)
-        return self._where_defined(sampled.mean(axis=1))
+        return self._where_defined(_at(self.envelope, reached).mean(axis=1))
 
     @property
     def area(self) -> np.ndarray:
@@ -109,25 +133,20 @@ class WeightedCurve:
         """(B,), share of hits among the n highest-scored detections, n being the number of ground
         truths: there precision equals recall. NaN with fewer than n detections (but 0 with none at
         all)."""
-        last = self.through[:, -1] if self.through.shape[1] else np.zeros_like(self.num_gt)
-        at = _search(self.through, self.num_gt[:, None], "left")
-        # Hits before the detection whose copies reach num_gt, and as many of its copies as fit.
-        index = np.searchsorted(self.hits, at)
-        before = np.take_along_axis(_from_zero(self.tp), index, axis=1)[:, 0]
-        detections = np.take_along_axis(_from_zero(self.through), at, axis=1)[:, 0]
-        is_hit = np.isin(at[:, 0], self.hits)
-        share = divide(before + is_hit * (self.num_gt - detections), self.num_gt)
-        share[last < self.num_gt] = np.nan
-        share[last == 0] = 0
+        whole = _search(self.through, self.num_gt[:, None], "right")
+        # And as many copies of the next hit as fit.
+        room = self.num_gt[:, None] - _at(self.through, whole) + _at(self.copies, whole)
+        part = np.where(whole < self.through.shape[1], np.maximum(room, 0), 0)
+        share = divide((_at(self.tp, whole - 1) + part)[:, 0], self.num_gt)
+        share[self.total < self.num_gt] = np.nan
+        share[self.total == 0] = 0
         return self._where_defined(share)
 
     def sensitivity(self, false_alarms: np.ndarray) -> np.ndarray:
         """(B, R), the best recall with no more than (B, R) false alarms at any threshold;
         detections of equal scores are above it together."""
-        cumulated = _from_zero(self.tp)
-        tp = np.take(cumulated, np.searchsorted(self.hits, self.ends, side="right"), axis=1)
-        index = _search(np.take(self.through, self.ends, axis=1) - tp, false_alarms, "right")
-        tp = np.take_along_axis(cumulated, index, axis=1)
+        alarms = self.through_last - np.take(self.tp, self.last, axis=1)
+        tp = _at(self.tp, _search(alarms, false_alarms, "right") - 1)
         return divide(tp, np.broadcast_to(self.num_gt[:, None], tp.shape))
 
     def _where_defined(self, values):
@@ -148,12 +167,16 @@ def weighted_auroc(
     Returns:
         (B,) in [0, 1], NaN for resamples without cases of both kinds.
     """
-    ascending = np.flatnonzero(~positive)[np.argsort(score[~positive], kind="stable")]
-    negatives = np.take(weights, unit[ascending], axis=1)
-    positives = np.take(weights, unit[positive], axis=1)
-    below = _from_zero(np.cumsum(negatives, axis=1, dtype=np.int64))
+    # Both by rising score, so that neighbours are looked up one after the other.
+    ascending, rising = (
+        np.flatnonzero(kind)[np.argsort(score[kind], kind="stable")]
+        for kind in (~positive, positive)
+    )
+    negatives, positives = (np.take(weights, unit[rows], axis=1) for rows in (ascending, rising))
+    below = np.zeros((len(weights), len(ascending) + 1), dtype=np.int64)
+    np.cumsum(negatives, axis=1, out=below[:, 1:])
     first, last = (
-        np.searchsorted(score[ascending], score[positive], side) for side in ("left", "right")
+        np.searchsorted(score[ascending], score[rising], side) for side in ("left", "right")
     )
     won = np.take(below, first, axis=1) + np.take(below, last, axis=1)
     pairs = positives.sum(axis=1) * below[:, -1]
@@ -167,9 +190,12 @@ def _search(ascending, values, side):
     return np.array(places, dtype=np.int64).reshape(values.shape)
 
 
-def _from_zero(cumulated):
-    """(B, N) as (B, N + 1), with a zero before the first."""
-    return np.pad(cumulated, ((0, 0), (1, 0)))
+def _at(rows, places):
+    """(B, K) values of the (B, H) rows at (B, K) int places, 0 at those not in [0, H)."""
+    inside = (places >= 0) & (places < rows.shape[1])
+    values = np.zeros(places.shape, rows.dtype)
+    values[inside] = rows[np.nonzero(inside)[0], places[inside]]
+    return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,9 +237,15 @@ class PRCurve:
     def _weighted(self):
         """The WeightedCurve of one resample that holds each detection once."""
         hits = np.flatnonzero(np.diff(self.tp, prepend=0))
-        copies = np.ones((1, len(hits)), int)
-        through, num_gt = (self.tp + self.fp)[None], np.array([self.num_gt])
-        return WeightedCurve(hits, hits, through, copies, num_gt)
+        through = hits[None] + 1
+        return WeightedCurve(
+            copies=np.ones_like(through),
+            through=through,
+            last=np.arange(len(hits)),
+            through_last=through,
+            total=np.array([len(self.tp)]),
+            num_gt=np.array([self.num_gt]),
+        )
 
 
 def pr_curve(score: np.ndarray, hit: np.ndarray, num_gt: int) -> PRCurve:
@@ -259,7 +291,7 @@ class FROC:
         is reached at a threshold. NaN without a lesion and for results that know no scores."""
         ranked = RankedDetections(Ranking(self.score, self.image), self.hit, self.lesions)
         once = np.ones((1, len(self.lesions)), int)
-        values = self.read_off(ranked.weigh(once), once.sum(axis=1))
+        values = self.read_off(ranked.weigh(once), np.array([len(self.lesions)]))
         return {name: float(value[0]) for name, value in values.items()}
 
     def read_off(self, curve: WeightedCurve, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,27 +8,32 @@ import logging
 import math
 import reprlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
-from imrcnn_d2.data.formats.coco import FARTHEST, NUMBER, check_records, is_box, to_rles
+from imrcnn_d2.data.formats.coco import FARTHEST, NUMBER, check_records, first_wrong_box, to_rles
 from imrcnn_d2.data.images import read_values
 from imrcnn_d2.data.masks import check_size
-from imrcnn_d2.utils.files import BadInputError, few, file_in, read_json
+from imrcnn_d2.utils.files import BadInputError, few, file_in, read_json, read_records
 from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
 # Detections considered per image and class, as in COCO.
 MAX_DETECTIONS = 100
+# A results list of more bytes is read record by record, twice, so that its text and its regions are
+# never in memory as a whole; regions in batches of so many, up to so many in all.
+_STREAMED, _BATCH, _MOST_RESULTS = 2**29, 500_000, 20_000_000
 # The fields of an annotation that Regions holds.
 _REGION = ("segmentation", "bbox")
 _IDS = ("image_id", "category_id")
+_RESULT = {*_IDS, "file_name", "score", "raw_score"}  # what is kept of a record next to its region
 # Of each list of ground truth: required fields, and the types of others.
 GROUND_TRUTH = {
     "images": (("id",), {"file_name": str, "patient_id": (*NUMBER, str, type(None))}),
@@ -44,7 +49,7 @@ class Regions:
     image: np.ndarray  # (N,) int, position in ``GroundTruth.images``
     category: np.ndarray  # (N,) int, position in ``GroundTruth.categories``
     boxes: np.ndarray  # (N, 4) float, XYWH in pixels
-    masks: list[dict] | None  # N compressed RLEs; None where the file gives boxes only
+    masks: Sequence[dict] | None  # N compressed RLEs; None where the file gives boxes only
 
     def __len__(self):
         return len(self.image)
@@ -60,6 +65,21 @@ class Regions:
         """Those at (K,) int positions, in this order."""
         masks = None if self.masks is None else [self.masks[row] for row in rows]
         return Regions(self.image[rows], self.category[rows], self.boxes[rows], masks)
+
+
+class _Rles(Sequence):
+    """N compressed RLEs in half the memory: (N, 2) int32 sizes, and their N texts as bytes."""
+
+    def __init__(self, sizes: np.ndarray, counts: list[bytes]):
+        self.sizes, self.counts = sizes, counts
+
+    def __len__(self):
+        return len(self.counts)
+
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            return [self[row] for row in range(*key.indices(len(self)))]
+        return {"size": self.sizes[key].tolist(), "counts": self.counts[key]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +139,9 @@ def check_iou_threshold(threshold: float):
 
 def mask_areas(masks: list[dict]) -> np.ndarray:
     """(N,) float, pixels, of compressed RLEs."""
-    # One at a time: under numpy 2, pycocotools 2.0.11 overflows on more than 255 masks.
-    return np.array([mask_util.area(mask) for mask in masks], dtype=float)
+    # Under numpy 2, pycocotools 2.0.11 overflows on more than 255 masks.
+    parts = [mask_util.area(masks[i : i + 255]) for i in range(0, len(masks), 255)]
+    return np.concatenate(parts or [[]]).astype(float)
 
 
 def read_ground_truth(gt, source: str | Path | None = None) -> GroundTruth:
@@ -144,7 +165,7 @@ def read_ground_truth(gt, source: str | Path | None = None) -> GroundTruth:
     for name, count in Counter(category["name"] for category in categories).items():
         if count > 1:
             raise BadInputError(source, f"has several categories {name!r}: rename them")
-    annotations, regions = _read_regions(
+    _, annotations, regions = _read_regions(
         dataset["annotations"], "annotations", images, categories, source
     )
     for annotation in annotations:
@@ -184,7 +205,11 @@ def read_results(
         return results
     source = source or (results if isinstance(results, str | Path) else "the results")
     is_folder = isinstance(results, str | Path) and Path(results).is_dir()
-    results = read_predicted_masks(results, gt) if is_folder else _load(results)
+    large = Path(results) if not is_folder and _is_large_list(results) else None
+    if is_folder:
+        results = read_predicted_masks(results, gt)
+    else:
+        results = _without_regions(large) if large else _load(results)
     key = "annotations" if isinstance(results, dict) else "results"
     listed = results if isinstance(results, dict) else {"annotations": results}
     if "annotations" not in listed:
@@ -197,26 +222,87 @@ def read_results(
         check_records(listed.get(name, []), name, source, ("id",), {"file_name": str})
     category_ids, notes = _category_ids(gt, listed, key, source)
     image_ids, image_notes = _image_ids(gt, listed, key, source, ignore_extra_images)
-    results = [
-        {**r, "image_id": image_ids[r["image_id"]], "category_id": category_ids[r["category_id"]]}
-        for r in listed["annotations"]
-        if r["image_id"] in image_ids
-    ]
+    results = [r for r in listed["annotations"] if r["image_id"] in image_ids]
     mapped = any(result.get("raw_score") is not None for result in results)
     unscored = is_folder or bool(results) and all(r.get("score", 0) is None for r in results)
     fields = ("score", "raw_score") if mapped else () if unscored else ("score",)
-    for number, result in enumerate(results):
-        for name in fields:
-            score = result.get(name)
-            if not isinstance(score, NUMBER) or type(score) is bool or not 0 <= score < math.inf:
-                record = f"results[{number}], of image {result['image_id']!r},"
-                raise BadInputError(
-                    source, f"{record} has the {name} {score!r:.40}, not a finite one from 0"
-                )
-    results, regions = _read_regions(results, "results", gt.images, gt.categories, source)
-    score = np.array([1 if unscored else result["score"] for result in results], float)
-    raw = np.array([result["raw_score"] for result in results], float) if mapped else None
+    scores = {name: _read_scores(results, name, source) for name in fields}
+    ids = image_ids, category_ids
+    if large:
+        order, regions = _regions_of_large(large, gt, source, ids)
+    else:
+        order, _, regions = _read_regions(results, "results", gt.images, gt.categories, source, ids)
+    score, raw = (
+        scores[name][order] if name in scores else None for name in ("score", "raw_score")
+    )
+    score = np.ones(len(order)) if unscored else score
     return Detections(regions, score, not unscored, {**notes, **image_notes}, raw)
+
+
+def _read_scores(results, name, source):
+    """(N,) float, a column of the results."""
+    scores = [result.get(name) for result in results]
+    kinds = {
+        kind for kind in set(map(type, scores)) if kind is not bool and issubclass(kind, NUMBER)
+    }
+    sound = kinds == set(map(type, scores))
+    column = np.array(scores if sound else [], float)
+    if sound and ((column >= 0) & (column < math.inf)).all():
+        return column
+    for number, score in enumerate(scores):
+        if not isinstance(score, NUMBER) or type(score) is bool or not 0 <= score < math.inf:
+            record = f"results[{number}], of image {results[number]['image_id']!r},"
+            raise BadInputError(
+                source, f"{record} has the {name} {score!r:.40}, not a finite one from 0"
+            )
+
+
+def _is_large_list(source):
+    if not isinstance(source, str | Path) or not Path(source).is_file():
+        return False
+    with open(source, "rb") as file:
+        return Path(source).stat().st_size > _STREAMED and file.read(99).lstrip()[:1] == b"["
+
+
+def _without_regions(path):
+    """The records of a list, without masks and boxes."""
+    results = []
+    for record in tqdm(read_records(path, ""), desc="Results", delay=2):
+        if len(results) == _MOST_RESULTS:
+            raise BadInputError(path, f"has more than {_MOST_RESULTS:,} results; split it")
+        results.append({k: v for k, v in record.items() if k in _RESULT})
+    return results
+
+
+def _regions_of_large(path, gt, source, ids):
+    """(N,) int, the order by image, and the Regions, as of `_read_regions`."""
+    progress = tqdm(read_records(path, ""), desc="Regions of results", delay=2)
+    records = (record for record in progress if record["image_id"] in ids[0])
+    places, images, classes, boxes, sizes, counts = [], [], [], [], [], []
+    have_masks = True
+    while batch := list(islice(records, _BATCH)):
+        start = sum(map(len, places))
+        order, _, regions = _read_regions(
+            batch, "results", gt.images, gt.categories, source, ids, start
+        )
+        places.append(start + order)
+        images.append(regions.image)
+        classes.append(regions.category)
+        boxes.append(regions.boxes)
+        have_masks = have_masks and regions.masks is not None
+        if have_masks:
+            sizes.append(np.array([mask["size"] for mask in regions.masks], np.int32))
+            texts = (mask["counts"] for mask in regions.masks)
+            counts += [text if isinstance(text, bytes) else text.encode() for text in texts]
+    image = np.concatenate(images)
+    rows = np.argsort(image, kind="stable")
+    masks = (
+        _Rles(np.concatenate(sizes)[rows], [counts[row] for row in rows]) if have_masks else None
+    )
+    regions = Regions(
+        image[rows], np.concatenate(classes)[rows], np.concatenate(boxes)[rows], masks
+    )
+    return np.concatenate(places)[rows], regions
 
 
 def _load(source):
@@ -328,53 +414,62 @@ def _translation(records, targets, field, kind, simplify=lambda name: name):
     return translation
 
 
-def _read_regions(records, key, images, categories, source):
-    """The records as (records by image, Regions)."""
+def _read_regions(records, key, images, categories, source, ids=(None, None), start=0):
+    """(N,) int, the order of the records by image; the records in this order, and their Regions.
+    ``ids`` are {id in the records: id in the ground truth} of images and categories, where these
+    may differ; ``start`` is the number of the first record, for errors."""
     columns = []
-    for id_field, items in (("image_id", images), ("category_id", categories)):
+    fields = ("image_id", images), ("category_id", categories)
+    for (id_field, items), translation in zip(fields, ids, strict=True):
         known = {item["id"]: position for position, item in enumerate(items)}
-        column = [known.get(record[id_field], -1) for record in records]
-        if -1 in column:
-            number = column.index(-1)
+        if translation is not None:
+            known = {id_: known.get(truth, -1) for id_, truth in translation.items()}
+        column = np.array([known.get(record[id_field], -1) for record in records], dtype=np.int64)
+        if (column < 0).any():
+            number = int((column < 0).argmax())
             value = records[number][id_field]
-            reason = f"{key}[{number}] has the {id_field} {value!r}, not in the ground truth"
+            reason = (
+                f"{key}[{start + number}] has the {id_field} {value!r}, not in the ground truth"
+            )
             raise BadInputError(source, reason)
-        columns.append(np.array(column, dtype=np.int64))
+        columns.append(column)
     order = np.argsort(columns[0], kind="stable")
     image, category = (column[order] for column in columns)
     records = [records[number] for number in order.tolist()]
 
     def name(row):
-        return f"{key}[{order[row]}], of image {records[row]['image_id']!r}"
+        return f"{key}[{start + order[row]}], of image {records[row]['image_id']!r}"
 
     masks = _read_masks(records, key, image, images, source, name)
-    boxes = []
-    for row, record in enumerate(records):
-        if _lacks(record, "bbox"):
+    boxes = [record.get("bbox") for record in records]
+    for row, box in enumerate(boxes):
+        if box is None or box == []:
             if row not in masks:
                 raise BadInputError(source, f"{name(row)} has neither bbox nor segmentation")
-            boxes.append(mask_util.toBbox(masks[row]).tolist())
-        elif is_box(record["bbox"]):
-            boxes.append(record["bbox"])
-        else:
-            box = reprlib.repr(record["bbox"])
-            raise BadInputError(
-                source, f"{name(row)} has the bbox {box}, not [x, y, width, height]"
-            )
+            boxes[row] = mask_util.toBbox(masks[row]).tolist()
+    if (wrong := first_wrong_box(boxes)) is not None:
+        box = reprlib.repr(boxes[wrong])
+        raise BadInputError(source, f"{name(wrong)} has the bbox {box}, not [x, y, width, height]")
     boxes = np.array(boxes, float).reshape(-1, 4)
     has_masks = len(masks) == len(records)
-    return records, Regions(image, category, boxes, list(masks.values()) if has_masks else None)
+    masks = list(masks.values()) if has_masks else None
+    return order, records, Regions(image, category, boxes, masks)
 
 
 def _read_masks(records, key, image, images, source, name):
     """{row: RLE} of the records that have a mask."""
-    rows = [row for row, record in enumerate(records) if not _lacks(record, "segmentation")]
-    segmentations = [records[row]["segmentation"] for row in rows]
+    segmentations = {row: record.get("segmentation") for row, record in enumerate(records)}
+    segmentations = {row: s for row, s in segmentations.items() if s is not None and s != []}
+    rows, segmentations = list(segmentations), list(segmentations.values())
+    sizes = [  # also of those without a mask
+        _size(record, None, source) if "height" in record or "width" in record else None
+        for record in images
+    ]
     positions = image[rows].tolist()
-    for record in images:  # also those without a mask
-        if "height" in record or "width" in record:
-            _size(record, None, source)
-    sizes = [_size(images[i], s, source) for i, s in zip(positions, segmentations, strict=True)]
+    sizes = [
+        sizes[i] or _size(images[i], s, source)
+        for i, s in zip(positions, segmentations, strict=True)
+    ]
     try:
         masks = to_rles(segmentations, sizes, lambda number: name(rows[number]))
     except ValueError as error:
@@ -386,11 +481,6 @@ def _read_masks(records, key, image, images, source, name):
             f"is for image {records[without]['image_id']}), so that metrics of masks are undefined."
         )
     return dict(zip(rows, masks, strict=True))
-
-
-def _lacks(record, field):
-    value = record.get(field)
-    return value is None or value == []
 
 
 def _size(image, segmentation, source):

@@ -94,27 +94,33 @@ def _mask_overlaps(regions, gt, dt, truth, key):
 
 
 def match(
-    gt: GroundTruth, detections: Detections, overlaps: Overlaps, threshold: float
+    gt: GroundTruth,
+    detections: Detections,
+    overlaps: Overlaps,
+    threshold: float,
+    ignored: np.ndarray | None = None,
 ) -> Matching:
     """Match all detections of a data set, at a least IoU in (0, 1]. A ground truth is taken once, a
-    crowd any number of times, and only by a detection that finds no free ground truth. Of equal
-    overlaps the last in file order is taken, as in pycocotools."""
+    crowd any number of times. Those ``ignored``, (R,) bool, by default the crowds, are taken only
+    by a detection that finds no other, which then is not evaluated. Of equal overlaps the last in
+    file order is taken, as in pycocotools."""
+    ignored = gt.crowd if ignored is None else ignored
     hit = np.full(len(detections.score), -1, dtype=np.int64)
     # pycocotools' own slack, so that an IoU of 1 meets a threshold of 1.
     enough = np.flatnonzero(overlaps.iou >= min(threshold, 1 - 1e-10))
-    crowd = gt.crowd[overlaps.gt[enough]]
-    crowded, enough = enough[crowd], enough[~crowd]
     taken = np.zeros(len(gt.crowd), dtype=bool)
     # One rank at a time: that is at most one detection of each image and class.
     rank = overlaps.rank[overlaps.dt[enough]]
     order = np.argsort(rank, kind="stable")
     for pairs in np.split(enough[order], np.flatnonzero(np.diff(rank[order])) + 1):
         pairs = pairs[~taken[overlaps.gt[pairs]]]
-        pairs = pairs[np.lexsort((overlaps.iou[pairs], overlaps.dt[pairs]))]
-        best = pairs[np.append(np.diff(overlaps.dt[pairs]) != 0, True)] if len(pairs) else pairs
-        hit[overlaps.dt[best]] = overlaps.gt[best]
-        taken[overlaps.gt[best]] = True
+        dt, truth = overlaps.dt[pairs], overlaps.gt[pairs]
+        best = np.lexsort((overlaps.iou[pairs], ~ignored[truth], dt))
+        best = best[np.diff(dt[best], append=-1) != 0]
+        hit[dt[best]] = truth[best]
+        taken[truth[best]] = ~gt.crowd[truth[best]]
     evaluated = overlaps.rank < MAX_DETECTIONS
-    in_crowd = overlaps.dt[crowded]
-    evaluated[in_crowd[hit[in_crowd] < 0]] = False
+    in_ignored = np.append(ignored, False)[hit]
+    evaluated[in_ignored] = False
+    hit[in_ignored] = -1
     return Matching(hit, evaluated)

@@ -2,7 +2,9 @@
 counts: with weights of 1 that gives the metrics of the data set, with the weights of bootstrap
 resamples those of the resamples."""
 
+import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -12,7 +14,7 @@ import numpy as np
 
 from imrcnn_d2.data.units import Units
 from imrcnn_d2.evaluation.calibration import Calibration
-from imrcnn_d2.evaluation.detection.coco_ap import ranked_by_coco
+from imrcnn_d2.evaluation.detection.coco_ap import coco_curves
 from imrcnn_d2.evaluation.detection.counts import (
     LesionCounter,
     UnitCounts,
@@ -415,14 +417,28 @@ class ResampledMetrics:
         Returns:
             group -> metric -> (B,).
         """
-        weights = weights.astype(float)
+        columns, places = self._distinct
+        sums = weights.astype(float) @ columns
         values = {
-            group: formulas(weights @ columns)
-            for group, (columns, formulas, _) in self.columns.items()
+            group: formulas(sums[:, places[group]])
+            for group, (_, formulas, _) in self.columns.items()
         }
-        for group, columns in self._calibrations.items():
-            values[group] = Calibration.formulas(weights @ columns)
+        for group in self._calibrations:
+            values[group] = Calibration.formulas(sums[:, places[group]])
         return values
+
+    @cached_property
+    def _distinct(self):
+        """(num_units, K) float, the columns of all groups, each once; {group: (k,) places of its
+        columns}."""
+        groups = {group: columns for group, (columns, *_) in self.columns.items()}
+        distinct, places = {}, {}
+        for group, columns in {**groups, **self._calibrations}.items():
+            keys = [hashlib.sha256(column.tobytes()).digest() for column in columns.T]
+            for key, column in zip(keys, columns.T, strict=True):
+                distinct.setdefault(key, column)
+            places[group] = [list(distinct).index(key) for key in keys]
+        return np.stack([*distinct.values()], axis=1), places
 
     @cached_property
     def _calibrations(self):
@@ -522,7 +538,6 @@ class DetectionMetrics(ResampledMetrics):
         if detections.mapped:
             raw = detections.raw_score[counter.matching.evaluated], *columns[1:]
             self.calibration_raw = Calibration.of_scores(*raw, len(gt.images), True)
-        self._images = np.bincount(self.unit_of_image, minlength=self.num_units)
         # Groups that have an AUROC: UnitCounts, and the unit of each case.
         self._score_groups = {"image": (counts[""], self.unit_of_image)}
         if len(patients := self.units.patients):
@@ -539,7 +554,10 @@ class DetectionMetrics(ResampledMetrics):
             kind: {gt.categories[c]["name"]: self._ranked(matching, [c]) for c in present}
             for kind, matching in self._matchings.items()
         }
-        self._all = self._ranked(counter.matching, range(len(gt.categories)))
+        ranked = self._ranked(counter.matching, range(len(gt.categories)))
+        # With one class those are mostly the same detections and hits, weighed once.
+        known = [r for by_class in self._curves.values() for r in by_class.values()]
+        self._all = next((r for r in known if r.is_same(ranked)), ranked)
 
     def _columns(self, above, paper, sizes):
         groups = {"paper": (self._paper_columns(paper), paper_metrics, paper_proportions)}
@@ -567,13 +585,20 @@ class DetectionMetrics(ResampledMetrics):
     def _paper_columns(self, selected):
         """(num_units, K + 1), see :func:`paper_metrics`."""
         detections, matching = self.detections, self.counter.matching
-        areas = np.zeros(len(self.gt.images))
-        chosen, image, lesions = np.flatnonzero(selected), detections.regions.image, self.gt.lesions
-        for rows in np.split(chosen, np.flatnonzero(np.diff(image[chosen])) + 1):  # by image
-            if matching.hit[rows].any():
-                number = lesions[image[rows[0]]]
-                curve = pr_curve(detections.raw_score[rows], matching.hit[rows], number)
-                areas[image[rows[0]]] = curve.area
+        image, rows = detections.regions.image, np.flatnonzero(selected)
+        # By image, from the highest score down.
+        rows = rows[np.lexsort((-detections.raw_score[rows], image[rows]))]
+        hits = np.flatnonzero(matching.hit[rows])
+        first = np.searchsorted(image[rows], image[rows[hits]])
+        tp = np.arange(1, len(hits) + 1) - np.searchsorted(hits, first)
+        precision, image = tp / (hits - first + 1), image[rows[hits]]
+        step = 1  # the best precision of each hit and those after it in its image
+        while step <= tp.max(initial=0):
+            after = np.where(image[step:] == image[:-step], precision[step:], 0)
+            precision[:-step] = np.maximum(precision[:-step], after)
+            step *= 2
+        areas = np.bincount(image, precision, minlength=len(self.gt.images))
+        areas = areas / np.maximum(self.gt.lesions, 1)
         if not detections.scored:
             areas[:] = np.nan
         counts = self.counter.count(~self.gt.crowd, selected)
@@ -607,8 +632,9 @@ class DetectionMetrics(ResampledMetrics):
         """As of the base class; groups as in LesionResults. Means over classes are over those that
         a resample has ground truth of."""
         values, number = {"bbox": {}, "segm": {}, **super().__call__(weights)}, len(weights)
-        copies = {id(ranking): ranking.copies(weights) for ranking in self._rankings.values()}
-        curves = {kind: self._class_curves(kind, weights, copies) for kind in ("bbox", "segm")}
+        every = [self._all, *(r for by_class in self._curves.values() for r in by_class.values())]
+        weighed = {ranked: ranked.weigh(weights) for ranked in dict.fromkeys(every)}
+        curves = {kind: self._class_curves(kind, weighed) for kind in ("bbox", "segm")}
         for kind, by_class in curves.items():
             present = [takes_part for takes_part, _ in by_class.values()]
             values[kind] = {
@@ -632,15 +658,15 @@ class DetectionMetrics(ResampledMetrics):
             if self.detections.scored:
                 auroc = 100 * weighted_auroc(counts.positive, counts.score, unit, weights)
             values[group]["auroc"] = auroc
-        curve = self._all.weigh(weights, copies[id(self._all.ranking)])
-        values["froc"] = self.froc.read_off(curve, weights @ self._images)
+        images = sum(values["image"][name] for name in COUNTS)
+        values["froc"] = self.froc.read_off(weighed[self._all], images)
         return values
 
-    def _class_curves(self, kind, weights, copies):
+    def _class_curves(self, kind, weighed):
         """{class name: ((B,) bool, there is ground truth; {AP50, AP50_voc, BEP: (B,)})}."""
         values = {}
         for name, ranked in self._curves.get(kind, {}).items() if self.detections.scored else ():
-            curve = ranked.weigh(weights, copies[id(ranked.ranking)])
+            curve = weighed[ranked]
             shares = curve.sampled_area, curve.area, curve.break_even_point
             metrics = dict(zip(CURVE_METRICS, (100 * share for share in shares), strict=True))
             values[name] = (curve.num_gt > 0, metrics)
@@ -648,8 +674,14 @@ class DetectionMetrics(ResampledMetrics):
 
     @cached_property
     def _coco_curves(self):
-        units = self.unit_of_image, self.num_units
-        return {kind: ranked_by_coco(self.counter, kind, *units) for kind in self._curves}
+        """{kind: {metric: RankedDetections over which it is a mean}}."""
+        curves = {kind: defaultdict(list) for kind in self._curves}
+        for kind, by_name in curves.items():
+            units = self.unit_of_image, self.num_units
+            for names, ranked in coco_curves(self.counter, kind, *units):
+                for name in set(names) - set(CURVE_METRICS):
+                    by_name[name].append(ranked)
+        return curves
 
     def tied_ranges(self) -> dict[str, tuple[float, float]]:
         """IoU type -> least and largest AP50_voc over all orders of detections of equal scores,
@@ -677,7 +709,7 @@ class DetectionMetrics(ResampledMetrics):
         lesions = self._all.lesions
         hits = self._all.ranking.unit[self._all.hits]
         every = np.ones((1, self.num_units), dtype=np.int32)
-        froc = self.froc.read_off(self._all.weigh(every), every @ self._images)
+        froc = self.froc.read_off(self._all.weigh(every), np.array([len(self.gt.images)]))
         del froc["mean"]
         for name, (share,) in froc.items():
             # The hits above the threshold at which it is read off.
