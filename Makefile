@@ -7,6 +7,7 @@
 ##   make demo      install, then train, evaluate and report on synthetic images
 ##   make lint      install, then ruff, the import directions and the banned words
 ##   make docs      install, then write the documentation to site/
+##   make benchmark install, then measure this machine (about 10 minutes; docs/performance.md)
 ##   make bundle    collect everything that OFFLINE=DIR needs in the folder BUNDLE=DIR
 ##   make clean     remove .venv and caches
 ##
@@ -45,7 +46,7 @@ ifneq ($(TORCH_BUILD),$(TORCH_THERE))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help install test test-all test-fast demo lint docs bundle clean
+.PHONY: help install test test-all test-fast demo lint docs benchmark bundle clean
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -101,6 +102,9 @@ lint: install
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+benchmark: install
+	$(VENV)/bin/python benchmarks/benchmark.py all --short
 
 demo: install
 	$(VENV)/bin/python -m imrcnn demo

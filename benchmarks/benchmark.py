@@ -1,179 +1,282 @@
 #!/usr/bin/env python
-"""Time parts of the models, the evaluation and the data sets.
+"""Measure the models, the evaluation and the data sets, and write docs/performance.md.
 
-    benchmarks/benchmark.py neck [--case light_352] [--output neck.json]
-    benchmarks/benchmark.py evaluate [--images 1000 10000] [--runs 3] [--output evaluate.json]
-    benchmarks/benchmark.py catalogue [--images 10000 100000 1000000] [--output catalogue.json]
-    benchmarks/benchmark.py video [--frames 300000 900000 2700000] [--masks] [--output video.json]
-    benchmarks/benchmark.py train [--iterations 30] [--plot losses.png] [--output train.json]
-                             [KEY VALUE ...]
-    benchmarks/benchmark.py inference [--weights FILE] [--isa avx2] [--output inference.json]
-                                 [KEY VALUE ...]
+    benchmarks/benchmark.py all [--short] [--only NAME ...]
+    benchmarks/benchmark.py page
+    benchmarks/benchmark.py train [--config-file FILE] [--plot losses.png] [KEY VALUE ...]
+    benchmarks/benchmark.py inference [--config-file FILE] [--weights FILE] [KEY VALUE ...]
 
-neck runs PAFPN + CBAM and the plain FPN in turns on the same features, and compares the ratio of
-their times with the ratio of their multiply-adds. Exit status 1: over 1.15 times the latter.
+all runs every benchmark, each in a process of its own, and keeps the rows of each in
+benchmarks/results/MACHINE.json as soon as it ends: after an interruption it goes on with what is
+missing; if nothing is, or with another version of a library, it measures all anew. Then it writes
+docs/performance.md from the records of all machines, as page does alone. Images are those of
+Kvasir-SEG where it is prepared, else synthetic ones. --short takes at most ten minutes on two cores
+and writes to output/benchmark.
 
-evaluate runs our evaluation with its default intervals, reading included, and pycocotools' COCOeval
-(masks; evaluate and accumulate) in turns on synthetic data with five detections per image. Exit
-status 1: ours takes longer at 10,000 images.
-
-catalogue loads synthetic data sets, ours and Detectron2's way (load_coco_json, DatasetFromList),
-each in a process of its own with two workers that read. Exit status 1: ours adds more than 1 GB.
-
-video runs `imrcnn evaluate --video` on generated procedures, the largest size that of REAL-Colon,
-each in a process of its own. Exit status 1: one takes more than 5 minutes or 8 GiB.
-
-train trains a model in turns, as its config says and with Detectron2's parts in fp32, from the same
-weights on the same batches. Exit status 1: ours is less than 1.7 times as fast.
-
-inference predicts on the images of the test set, from file to masks: Detectron2's DefaultPredictor,
-torchvision's maskrcnn_resnet50_fpn, and ours in each runtime, in turns, each in a process of its
-own. Without --weights they are random, and results are compared with Detectron2's instead of with
-the truth. Exit status 1: the fastest of ours is less than 3 times as fast as Detectron2, 5 times
-where the processor has bf16, or a runtime loses more than 0.3 points (int8: 0.5) of AP50 or IoU.
+train compares the training step of another model with that of Detectron2's parts in fp32, and
+inference its prediction in each runtime with Detectron2's DefaultPredictor.
 """
 
 import argparse
+import datetime
 import json
 import math
+import multiprocessing
+import os
+import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import machine
+import peers_benchmark
 import torch
 from data_benchmark import compare_catalogs, compare_evaluations
 from detectron2.config import CfgNode
-from inference_benchmark import ISA, STOCK, TORCHVISION, compare_predictions
-from model_benchmark import (
-    NECKS,
-    choose_clock,
-    compare_necks,
-    compare_steps,
-    native_precision,
-    plot_losses,
-)
+from detectron2.data import DatasetCatalog
+from inference_benchmark import ISA, compare_predictions, product_rate
+from model_benchmark import NECKS, compare_necks, compare_steps, native_precision, plot_losses
+from page import Rows, page, table
+from throughput_benchmark import compare_cold_starts, compare_throughput
 from video_benchmark import measure_sizes
 
+from imrcnn_d2.cli import prepare_dataset
+from imrcnn_d2.data.catalog import prepared_folder
+from imrcnn_d2.data.prepare.splits import check_prepared
+from imrcnn_d2.deploy.loading import load_model
 from imrcnn_d2.engine.config import choose_device, load_training_config, register_root
-from imrcnn_d2.report.tables import metrics_table
 from imrcnn_d2.utils.files import write_atomically
 
-CONFIG = Path(__file__).parents[1] / "configs" / "imrcnn_lite.yaml"
-
-NECK_BOUND = 1.15  # time over FPN's, divided by multiply-adds over FPN's
-EVALUATION_BOUND, BOUND_IMAGES = 1.0, 10_000  # our time over COCOeval's, at so many images
-CATALOGUE_BOUND = 1e9 / 2**20  # MiB that a data set may add to a process, loading included: 1 GB
-VIDEO_BOUNDS = {"seconds": 300, "peak GiB": 8}
-TRAIN_BOUND = 1.7  # Detectron2's training step over ours, in time
-# Detectron2's prediction over our fastest, in time, without and with native bf16; and points of
-# AP50_voc and iou that a runtime may lose.
-INFERENCE_BOUNDS = {"": 3.0, "bf16": 5.0}
-LOSS_BOUND, INT8_LOSS_BOUND = 0.3, 0.5
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+SHORT = ROOT / "output" / "benchmark"
+LITE, R50 = (ROOT / "configs" / f"imrcnn_{name}.yaml" for name in ("lite", "R_50"))
+CORES = machine.describe()["cores"]
 
 
-def write(document: dict, path: Path | None) -> None:
-    if path:
-        write_atomically(path, json.dumps(document, indent=2) + "\n")
-        print(f"Written: {path}")
-
-
-def neck(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
-    device = args.device or choose_device()
-    clock = choose_clock(device, args.threads)
-    results = {}
-    for name in args.case or NECKS:
-        *shape, channels_last = NECKS[name]
-        if args.channels_last is not None:
-            channels_last = args.channels_last
-        results[name] = compare_necks(*shape, channels_last, device, args.runs, clock)
-        results[name]["channels last"] = float(channels_last)
-    print(metrics_table(results))
-    worst = max(measured["measured / predicted"] for measured in results.values())
-    print(f"\nMeasured / predicted is at most {worst:.2f}; the bound is {NECK_BOUND}.")
-    machine = {"device": device, "threads": args.threads, "torch": torch.__version__}
-    write({"necks": results, "bound": NECK_BOUND, "runs": args.runs, **machine}, args.output)
-    return int(worst > NECK_BOUND)
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    results = {f"{n} images": compare_evaluations(n, args.runs) for n in args.images}
-    print(metrics_table(results))
-    write({"evaluate": results, "bound": EVALUATION_BOUND, "runs": args.runs}, args.output)
-    bounded = results.get(f"{BOUND_IMAGES} images")
-    return int(bounded is not None and bounded["ratio"] > EVALUATION_BOUND)
-
-
-def catalogue(args: argparse.Namespace) -> int:
-    results = {f"{n} images": compare_catalogs(n, n <= args.baseline_up_to) for n in args.images}
-    names = list(dict.fromkeys(name for measured in results.values() for name in measured))
-    table = {
-        size: {name: measured.get(name, math.nan) for name in names}
-        for size, measured in results.items()
+def rate(short: bool) -> Rows:
+    """Multiply-adds of a product of large matrices: what a network can reach at most."""
+    types = {"fp32": torch.float32, **({"bf16": torch.bfloat16} if native_precision() else {})}
+    return {
+        name: {"G multiply-adds a second": product_rate(dtype, CORES) / 1e9}
+        for name, dtype in types.items()
     }
-    print(metrics_table(table))
-    write({"catalogue": results, "bound": CATALOGUE_BOUND}, args.output)
-    return int(max(m["ours, MiB more, peak"] for m in results.values()) > CATALOGUE_BOUND)
 
 
-def video(args: argparse.Namespace) -> int:
-    results = {f"{n} frames": measure_sizes(n, args.masks) for n in args.frames}
-    print(metrics_table(results))
-    write({"video": results, "bounds": VIDEO_BOUNDS, "masks": args.masks}, args.output)
-    return int(any(m[key] > most for m in results.values() for key, most in VIDEO_BOUNDS.items()))
+def prediction(short: bool) -> Rows:
+    names = ["yolo11s-seg"] if short else ["yolo11n-seg", "yolo11s-seg"]
+    peers, failure = {}, {f"{' and '.join(names)}: PyPI could not be reached": {}}
+    if peers_benchmark.install():
+        sizes, failure = [352] if short else [352, 640], {}
+        peers = peers_benchmark.peers(names, sizes, bool(native_precision()))
+    runs, accuracy = (5, 10) if short else (25, None)
+    return _predict(None, "demo", [], runs, accuracy, peers) | failure
+
+
+def prediction_r50(short: bool) -> Rows:
+    size = ["INPUT.MIN_SIZE_TEST", "800"]
+    return {} if short else _predict(R50, "", size, runs=3, accuracy=2)
+
+
+def _predict(config_file, weights, opts, runs, accuracy, peers=None):
+    rows, best = compare_predictions(
+        load_for_prediction(config_file, weights, opts),
+        weights,
+        isa="native",
+        bf16=bool(native_precision()),
+        threads=CORES,
+        runs=runs,
+        accuracy=accuracy,
+        peers=peers,
+    )
+    text = f"the network's {best['G multiply-adds']:.3g} G multiply-adds at the rate above"
+    return rows | {text: {"ms": best["ms at best"]}}
+
+
+def cold_start(short: bool) -> Rows:
+    return compare_cold_starts("demo", test_images()[0], runs=1 if short else 3)
+
+
+def files(short: bool) -> Rows:
+    if short:
+        return compare_throughput("demo", test_images()[:12], ["OpenVINO"])
+    return compare_throughput("demo", test_images()[:40])
+
+
+def training(short: bool) -> Rows:
+    torch.set_num_threads(CORES)
+    cfg = load(LITE, ["MODEL.DEVICE", "cpu"])
+    measured, _, _ = compare_steps(cfg, 4 if short else 30)
+    return {"IMR-CNN light": measured}
+
+
+def evaluation(short: bool) -> Rows:
+    sizes = {1000: 1} if short else {1000: 3, 10_000: 3, 100_000: 1}
+    return {f"{n:,} images": compare_evaluations(n, runs) for n, runs in sizes.items()}
+
+
+def procedures(short: bool) -> Rows:
+    sizes = [30_000] if short else [2_700_000]
+    return {f"{n:,} frames": measure_sizes(n) for n in sizes}
+
+
+def catalogue(short: bool) -> Rows:
+    return {
+        f"{n:,} images, {side}": values
+        for n in ([10_000] if short else [10_000, 100_000, 1_000_000])
+        for side, values in compare_catalogs(n, baseline=n <= 100_000).items()
+    }
+
+
+def neck(short: bool) -> Rows:
+    torch.set_num_threads(1)
+    return {
+        name: compare_necks(*shape, 5 if short else 9)
+        for name, shape in NECKS.items()
+        if not (short and "800" in name)
+    }
+
+
+BENCHMARKS = {
+    run.__name__: run
+    for run in (
+        rate,
+        prediction,
+        prediction_r50,
+        cold_start,
+        files,
+        training,
+        evaluation,
+        procedures,
+        catalogue,
+        neck,
+    )
+}
 
 
 def load(config_file: Path, opts: list[str], eval_only: bool = False) -> CfgNode:
-    """A config with its data set, by default Kvasir-SEG for the default config."""
-    data = ["DATASETS.ROOT", "kvasir_seg"] if config_file == CONFIG else []
+    """A config with its data set, unless `opts` name one: Kvasir-SEG, else synthetic images."""
+    data = [] if "DATASETS.ROOT" in opts else ["DATASETS.ROOT", str(data_set())]
     cfg = load_training_config(config_file, [*data, *opts], eval_only)
     register_root(cfg)
     return cfg
 
 
-def train(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
-    cfg = load(args.config_file, ["MODEL.DEVICE", args.device or choose_device(), *args.opts])
-    precision = {None: native_precision(), "fp32": "", "bf16": "bf16"}[args.precision]
-    measured, ours, theirs = compare_steps(cfg, args.iterations, precision)
-    print(metrics_table({f"{precision or 'fp32'}, {args.threads} threads": measured}))
+def load_for_prediction(config_file: Path | None, weights: str, opts: list[str]) -> CfgNode:
+    """Without a config file, the config in the weights' file, else that of the light model."""
+    cfg = load(config_file or LITE, ["MODEL.DEVICE", "cpu", *opts], eval_only=True)
+    if config_file or not weights:
+        return cfg
+    datasets, cfg = cfg.DATASETS, load_model(None, weights, device="cpu").cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(opts)
+    cfg.DATASETS = datasets
+    return cfg
+
+
+def test_images() -> list[Path]:
+    cfg = load(LITE, [], eval_only=True)
+    return [Path(record["file_name"]) for record in DatasetCatalog.get(cfg.DATASETS.TEST[0])]
+
+
+def data_set() -> Path:
+    """Folder of Kvasir-SEG if it is prepared, else of synthetic images, written if need be."""
+    try:
+        check_prepared(folder := prepared_folder("kvasir_seg"))
+    except FileNotFoundError:
+        folder = SHORT / "synthetic"
+        if not folder.is_dir():
+            options = ["--out", str(folder), "--num-images", "100", "--size", "352"]
+            prepare_dataset.main(["synthetic", *options])
+    return folder
+
+
+def measure_all(only: list[str], short: bool) -> int:
+    """Run what `only` names, else what is missing, else all; return 1 if any failed."""
+    folder, described = SHORT if short else RESULTS, machine.describe()
+    described["images"] = data_set().name
+    path, measured = folder / f"{described['name']}.json", {}
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        measured = record["benchmarks"] if record["machine"] == described else {}
+    missing = [name for name in BENCHMARKS if name not in measured]
+    failed = []
+    for name in only or missing or BENCHMARKS:
+        print(f"{name} ...", flush=True)
+        start = time.perf_counter()
+        try:
+            rows = in_a_process(BENCHMARKS[name], short)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        minutes = (time.perf_counter() - start) / 60
+        measured[name] = {"date": str(datetime.date.today()), "commit": commit()}
+        measured[name] |= {"minutes": round(minutes, 1), "rows": finite(rows)}
+        record = {
+            "machine": described,
+            "benchmarks": {k: measured[k] for k in BENCHMARKS if k in measured},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
+        print(f"{table(measured[name]['rows'])}\n{minutes:.1f} minutes\n", flush=True)
+    write_page(folder)
+    print(*(f"{name} failed" for name in failed), sep="\n", file=sys.stderr)
+    return int(bool(failed))
+
+
+def in_a_process(run: Callable[[bool], Rows], short: bool) -> Rows:
+    """`run(short)` in a new process, in which waiting threads leave the cores to others."""
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, short).result()
+
+
+def finite(rows: Rows) -> Rows:
+    """The rows without undefined values: JSON has no NaN."""
+    return {
+        name: {column: value for column, value in row.items() if not math.isnan(value)}
+        for name, row in rows.items()
+    }
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def write_page(folder: Path) -> None:
+    """docs/performance.md of the records in benchmarks/results; those of the short form get a page
+    next to them.
+    """
+    path = PAGE if folder == RESULTS else folder / PAGE.name
+    write_atomically(path, page(folder))
+    print(f"Written: {path}")
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.set_num_threads(CORES)
+    cfg = load(args.config_file or LITE, ["MODEL.DEVICE", choose_device(), *args.opts])
+    measured, ours, theirs = compare_steps(cfg, args.iterations)
+    print(table({"training step": measured}))
     if args.plot:
         plot_losses(ours, theirs, args.plot)
-    document = {"train": measured, "losses": {"ours": ours, "Detectron2": theirs}}
-    machine = {"threads": args.threads, "torch": torch.__version__, "precision": precision}
-    document |= {"bound": TRAIN_BOUND, "config": str(args.config_file), **machine}
-    write(document, args.output)
-    return int(measured["times as fast"] < TRAIN_BOUND)
 
 
-def inference(args: argparse.Namespace) -> int:
-    cfg = load(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts], eval_only=True)
-    precision = native_precision() if args.isa == "native" else ""
-    results, best = compare_predictions(
-        cfg,
+def inference(args: argparse.Namespace) -> None:
+    rows, best = compare_predictions(
+        load_for_prediction(args.config_file, args.weights, args.opts),
         args.weights,
         isa=args.isa,
-        bf16=bool(precision),
-        threads=args.threads,
+        bf16=bool(native_precision()) and args.isa == "native",
+        threads=CORES,
         runs=args.runs,
         accuracy=args.accuracy,
     )
-    print(metrics_table(results))
-    print(
-        "\nThe network's {G multiply-adds:.3g} G multiply-adds take {ms at best:.0f} ms at the "
-        "{G a second:.3g} G per second of a product of large matrices in fp32".format(**best)
-    )
-    bound = INFERENCE_BOUNDS[precision]
-    machine = {"isa": args.isa, "threads": args.threads, "torch": torch.__version__}
-    document = {"inference": results, "bound": bound, "limit": best, **machine}
-    write({**document, "config": str(args.config_file)}, args.output)
-    ours = {name: m for name, m in results.items() if name not in (STOCK, TORCHVISION)}
-    loses = any(
-        results[STOCK].get(key, 0) - measured.get(key, 0)
-        > (INT8_LOSS_BOUND if "int8" in name else LOSS_BOUND)
-        for name, measured in ours.items()
-        for key in ("AP50_voc", "iou")
-    )
-    return int(loses or max(m["times as fast"] for m in ours.values()) < bound)
+    print(table(rows), table({"the network alone": best}), sep="\n\n")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -181,75 +284,37 @@ def argument_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("all", help="every benchmark, and the page")
+    command.add_argument("--short", action="store_true", help="at most ten minutes on two cores")
+    text = "benchmarks to run (again); default: what the record of this machine lacks, else all"
+    command.add_argument("--only", nargs="+", choices=BENCHMARKS, default=[], help=text)
+    commands.add_parser("page", help="docs/performance.md of the records")
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument(
-        "--config-file", type=Path, default=CONFIG, help="default: IMR-CNN light on Kvasir-SEG"
-    )
+    text = "the model; default: the one in --weights, else IMR-CNN light"
+    model.add_argument("--config-file", type=Path, help=text)
     model.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
-
-    def add(run, help_text, parents=()):
-        command = commands.add_parser(run.__name__, parents=parents, help=help_text)
-        command.set_defaults(run=run)
-        command.add_argument("--output", type=Path, help="JSON file for the results")
-        return command.add_argument
-
-    option = add(neck, "PAFPN + CBAM against FPN")
-    option("--device", help="default: the CUDA device if there is one, else cpu")
-    option(
-        "--threads",
-        type=int,
-        default=1,
-        help="on the CPU (1, for which processor time is measured, despite other load)",
-    )
-    option("--runs", type=int, default=25, help="times of each (25)")
-    option("--case", nargs="+", choices=NECKS, help="default: all")
-    option(
-        "--channels-last",
-        action=argparse.BooleanOptionalAction,
-        help="default: as in the model's config",
-    )
-
-    option = add(evaluate, "the evaluation against COCOeval")
-    sizes = {"nargs": "+", "type": int, "help": "sizes of the data set (%(default)s)"}
-    option("--images", default=[1000, 10_000], **sizes)
-    option("--runs", type=int, default=3, help="times of each (3)")
-
-    option = add(catalogue, "memory and time of a data set's records")
-    option("--images", default=[10_000, 100_000, 1_000_000], **sizes)
-    option(
-        "--baseline-up-to",
-        type=int,
-        default=100_000,
-        help="largest size for Detectron2's side (100000); a million takes about 4 GiB",
-    )
-
-    option = add(video, "the evaluation of whole procedures")
-    option("--frames", default=[300_000, 900_000, 2_700_000], **sizes)
-    option("--masks", action="store_true", help="masks too, not boxes alone")
-
-    option = add(train, "the training step against Detectron2's", [model])
-    option("--device", help="default: the CUDA device if there is one, else cpu")
-    option("--threads", type=int, default=2, help="on the CPU (2)")
-    option("--iterations", type=int, default=30, help="steps of each (30)")
-    option(
-        "--precision",
-        choices=["fp32", "bf16"],
-        help="ours; default: bf16 if the processor has instructions for it, else fp32",
-    )
-    option("--plot", "--picture", type=Path, help="PNG or SVG file for the loss curves")
-
-    option = add(inference, "a prediction against Detectron2's", [model])
+    command = commands.add_parser("train", parents=[model], help="the training step of a model")
+    option = command.add_argument
+    option("--iterations", type=int, default=20, help="steps of each side (20)")
+    option("--plot", type=Path, help="PNG or SVG file for the loss curves")
+    command = commands.add_parser("inference", parents=[model], help="the prediction of a model")
+    option = command.add_argument
     option("--weights", default="", help="default: random ones")
     option("--isa", choices=ISA, default="native", help="instructions that may be used (native)")
-    option("--threads", type=int, default=2, help="of each (2)")
-    option("--runs", type=int, default=25, help="images each is timed on (25)")
+    option("--runs", type=int, default=25, help="images each side is timed on (25)")
     option("--accuracy", type=int, metavar="IMAGES", help="to compare results on; default: all")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = argument_parser().parse_args(argv)
-    return args.run(args)
+    if args.command == "all":
+        return measure_all(args.only, args.short)
+    if args.command == "page":
+        write_page(RESULTS)
+    else:
+        {"train": train, "inference": inference}[args.command](args)
+    return 0
 
 
 if __name__ == "__main__":

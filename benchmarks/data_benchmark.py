@@ -5,6 +5,7 @@ For benchmarks/benchmark.py, which runs this file as a script to measure each si
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import statistics
@@ -45,32 +46,63 @@ def lesion_masks(rng: np.random.Generator) -> list[list[tuple[dict, list]]]:
     return masks
 
 
-def synthesise(num_images: int, seed: int = 0) -> tuple[dict, list[dict]]:
-    """COCO ground truth and results as of a detector of polyps: 352x352 images, one in ten of them
-    lesion-free, the others with one lesion or, one in ten, two; five detections per image, most of
-    them false alarms of low score.
+def write_evaluation(num_images: str, folder: str, seed: int = 0) -> None:
+    """Write gt.json and dt.json, COCO ground truth and results as of a detector of polyps, image by
+    image: 352x352 images, one in ten of them lesion-free, the others with one lesion or, one in
+    ten, two; five detections per image, most of them false alarms of low score.
     """
     rng = np.random.default_rng(seed)
     masks = lesion_masks(rng)
-    images, annotations, results = [], [], []
-    for image_id in range(1, num_images + 1):
-        name = f"{image_id:06d}.png"
-        images.append({"id": image_id, "file_name": name, "height": SIZE, "width": SIZE})
-        lesions = rng.integers(MASKS, size=rng.choice(3, p=(0.1, 0.81, 0.09)))
-        for lesion in lesions:
-            mask, box = masks[lesion][0]
-            record = {"image_id": image_id, "category_id": 1, "segmentation": mask, "bbox": box}
-            record |= {"id": len(annotations) + 1, "area": float(mask_util.area(mask))}
-            annotations.append({**record, "iscrowd": 0})
+    areas = [float(mask_util.area(versions[0][0])) for versions in masks]
+    lesions = [
+        rng.integers(MASKS, size=rng.choice(3, p=(0.1, 0.81, 0.09))) for _ in range(int(num_images))
+    ]
+    images = (
+        {"id": i, "file_name": f"{i:07d}.png", "height": SIZE, "width": SIZE}
+        for i in range(1, len(lesions) + 1)
+    )
+    numbers = itertools.count(1)
+    with open(Path(folder, "gt.json"), "w", encoding="utf-8") as file:
+        file.write('{"categories": [{"id": 1, "name": "lesion"}], "images": ')
+        _write_list(file, images)
+        file.write(', "annotations": ')
+        records = (
+            {
+                "id": next(numbers),
+                "iscrowd": 0,
+                "area": areas[lesion],
+                **_record(i, masks[lesion][0]),
+            }
+            for i, those in enumerate(lesions, 1)
+            for lesion in those
+        )
+        _write_list(file, records)
+        file.write("}")
+    with open(Path(folder, "dt.json"), "w", encoding="utf-8") as file:
+        _write_list(file, _detections(rng, masks, lesions))
+
+
+def _detections(rng, masks, lesions):
+    for i, those in enumerate(lesions, 1):
         for number in range(DETECTIONS):
-            aims = number < len(lesions)
-            mask_index = lesions[number] if aims else rng.integers(MASKS)
-            mask, box = masks[mask_index][rng.integers(1, 1 + VERSIONS)]
+            aims = number < len(those)
+            mask_index = those[number] if aims else rng.integers(MASKS)
             score = rng.beta(5, 1.5) if aims else rng.beta(1, 5)
-            record = {"image_id": image_id, "category_id": 1, "segmentation": mask, "bbox": box}
-            results.append({**record, "score": round(float(score), 6)})
-    categories = [{"id": 1, "name": "lesion"}]
-    return {"images": images, "categories": categories, "annotations": annotations}, results
+            region = masks[mask_index][rng.integers(1, 1 + VERSIONS)]
+            yield _record(i, region) | {"score": round(float(score), 6)}
+
+
+def _record(image_id, region):
+    mask, box = region
+    return {"image_id": image_id, "category_id": 1, "segmentation": mask, "bbox": box}
+
+
+def _write_list(file, records):
+    """Write a JSON list record by record: there may be millions."""
+    for number, record in enumerate(records):
+        file.write(", " if number else "[")
+        file.write(json.dumps(record))
+    file.write("]")
 
 
 def write_coco(num_images: int, path: Path, seed: int = 0) -> None:
@@ -146,12 +178,10 @@ def measure_catalog(side: str, json_file: str) -> dict[str, float]:
     import imrcnn_d2.data.catalog  # noqa: F401  so that both hold the same libraries
 
     before = _memory()
-    start = time.process_time(), time.perf_counter()
+    start = time.process_time()
     dataset = CATALOGS[side](Path(json_file))
     measured = {
-        "s": time.process_time() - start[0],
-        "wall s": time.perf_counter() - start[1],
-        "MiB before": before[0],
+        "s": time.process_time() - start,
         "peak MiB": _memory()[1],
         "MiB more, kept": _memory()[0] - before[0],
         "MiB more, peak": _memory()[1] - before[0],
@@ -174,9 +204,7 @@ def measure_catalog(side: str, json_file: str) -> dict[str, float]:
         os.read(ready[0], 1)
         workers.append(worker)
         pipes.append(done[1])
-    memory = [_memory(process) for process in ["self", *workers]]
-    measured["MiB of workers, PSS"] = max(pss for _, _, pss in memory[1:])
-    measured["MiB of all, PSS"] = sum(pss for _, _, pss in memory)
+    measured["MiB of all, PSS"] = sum(_memory(process)[2] for process in ["self", *workers])
     for worker, pipe in zip(workers, pipes, strict=True):
         os.write(pipe, b"1")
         os.waitpid(worker, 0)
@@ -191,11 +219,6 @@ def measure_evaluation(side: str, folder: str) -> dict[str, float]:
         call()
         end = time.process_time(), time.perf_counter()
     return {"s": end[0] - start[0], "wall s": end[1] - start[1], "MiB": _memory()[1]}
-
-
-def write_evaluation(num_images: str, folder: str) -> None:
-    for name, content in zip(("gt", "dt"), synthesise(int(num_images)), strict=True):
-        Path(folder, f"{name}.json").write_text(json.dumps(content))
 
 
 def compare_evaluations(num_images: int, runs: int) -> dict[str, float]:
@@ -219,20 +242,15 @@ def compare_evaluations(num_images: int, runs: int) -> dict[str, float]:
     return {**measured, "ratio": statistics.median(ratios)}
 
 
-def compare_catalogs(num_images: int, baseline: bool) -> dict[str, float]:
+def compare_catalogs(num_images: int, baseline: bool) -> dict[str, dict[str, float]]:
     """Load a synthetic data set, each side in a process of its own; see `measure_catalog`.
 
     `baseline` includes Detectron2's side, where a million images take about 4 GiB.
     """
-    measured = {}
     with tempfile.TemporaryDirectory() as folder:
-        json_file = Path(folder) / "coco.json"
-        write_coco(num_images, json_file)
-        measured["file, MiB"] = json_file.stat().st_size / 2**20
-        for side in tqdm(list(CATALOGS)[: 1 + baseline], leave=False):
-            values = _in_a_process(measure_catalog, side, json_file)
-            measured |= {f"{side}, {key}": value for key, value in values.items()}
-    return measured
+        write_coco(num_images, json_file := Path(folder) / "coco.json")
+        sides = list(CATALOGS)[: 1 + baseline]
+        return {side: _in_a_process(measure_catalog, side, json_file) for side in sides}
 
 
 def _in_a_process(function, *args):

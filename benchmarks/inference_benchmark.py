@@ -3,16 +3,14 @@
 For benchmarks/benchmark.py.
 """
 
-import contextlib
 import json
 import math
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis
 from model_benchmark import stock_config
+from sides import environment, started
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from tqdm import tqdm
 
@@ -48,7 +47,7 @@ EXPORTED = {
     "OpenVINO int8": ("openvino", "int8"),
 }
 SIDE, PRODUCTS = 2048, 7  # matrices whose product gives the limit, and how often it is timed
-FEW = 20  # images that int8 is fitted to if the weights are random
+FEW = 10  # images that int8 is fitted to if accuracy does not count
 
 # Variables that restrict libraries to the instructions of an ordinary hospital PC.
 ISA = {
@@ -72,42 +71,46 @@ def compare_predictions(
     threads: int,
     runs: int,
     accuracy: int | None,
+    peers: dict[str, tuple] | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Predict with every side, each in a process of its own, in turns on the test images.
 
     Without `weights` they are random. `bf16` adds the runtimes in bf16, ten times as slow as fp32
     where it is emulated. Each side is timed on `runs` images, after two for warming up, and its
-    results are compared on `accuracy` images. Return, for each side, median ms per image (wall and
-    processor), the medians of how many times less than Detectron2's they are, the peak MiB, and
-    AP50_voc and iou or, for random weights, the largest differences from Detectron2's detections;
-    and `limit`.
+    results are compared on `accuracy` images. Return, for each side, median ms per image (wall,
+    processor, and of wall the network's call and the rest: reading, resizing, pasting masks), the
+    medians of how many times less than Detectron2's they are, the peak MiB, and AP50_voc and iou
+    or, for random weights, the largest differences from Detectron2's detections;
+    and `limit`. `peers` (builder and its arguments) are other networks, only timed.
     """
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     images = [record["file_name"] for record in records]
-    threaded = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    with tempfile.TemporaryDirectory() as folder, _environment({**threaded, **ISA[isa]}):
-        builders, best = _sides(cfg, weights, Path(folder), bf16, threads)
-        sides = {name: Side(*how) for name, how in builders.items()}
-        try:
+    with tempfile.TemporaryDirectory() as folder, environment(threads, ISA[isa]):
+        few = None if weights and accuracy is None else FEW
+        builders, best = _sides(cfg, weights, Path(folder), bf16, threads, few)
+        hows = {n: (_Predicting, *how) for n, how in {**builders, **(peers or {})}.items()}
+        with started(hows) as sides:
             seconds = _time_in_turns(sides, images, runs)
-            results = _results(sides, images[:accuracy])
-            sizes = {name: side.ask("size") for name, side in sides.items()}
-        finally:
-            for side in sides.values():
-                side.stop()
+            compared = {name: sides[name] for name in builders if name != TORCHVISION}
+            results = _results(compared, images[:accuracy])
+            sizes = {name: side.ask("largest_size") for name, side in sides.items()}
     metrics = {}
     for name in sides:
-        (clock, processor), (their_clock, their_processor) = (
+        (clock, processor, network), (their_clock, their_processor, their_network) = (
             zip(*seconds[side], strict=True) for side in (name, STOCK)
         )
+        rest = [whole - part for whole, part in zip(clock, network, strict=True)]
         metrics[name] = {
             "ms": 1000 * statistics.median(clock),
             "times as fast": _ratio(their_clock, clock),
+            "network ms": 1000 * statistics.median(network),
+            "network, times as fast": _ratio(their_network, network),
+            "rest ms": 1000 * statistics.median(rest),
             "processor ms": 1000 * statistics.median(processor),
             "times less processor time": _ratio(their_processor, processor),
             "MiB at most": sizes[name],
         }
-        if name == TORCHVISION:
+        if name not in compared:
             continue
         if weights:
             metrics[name] |= _accuracy(cfg, records[:accuracy], results[name])
@@ -116,71 +119,39 @@ def compare_predictions(
     return metrics, best
 
 
-class Side:
-    """One of the compared predictors, in a process that waits for its turns."""
+class _Predicting:
+    """One of the compared predictors."""
 
     def __init__(self, build: Callable, *args):
-        """`build(*args)` returns a predictor: path of an image -> Instances."""
-        self._args = args
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, build, args), daemon=True)
-        self._process.start()
-        other.close()
-
-    def ask(self, quantity, path=None):
-        """Return the "seconds" of a prediction (wall and processor), its "records", or the
-        process's peak "size" in MiB.
+        """`build(*args)` returns a predictor, path of an image -> Instances, perhaps with a
+        `network`, which is `_Timed`.
         """
-        try:
-            self._pipe.send((quantity, path))
-            answer = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise RuntimeError(
-                f"The process of {self._args} ended: perhaps there was too little memory"
-            ) from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        keep_freed_memory()
+        self._predict = build(*args)
 
-    def stop(self):
-        self._process.terminate()
-        self._process.join()
+    def seconds(self, path):
+        """Of a prediction: wall, processor, and its network's, NaN if it is not known."""
+        start = time.perf_counter(), time.process_time()
+        self._predict(path)
+        seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+        return *seconds, getattr(getattr(self._predict, "network", None), "seconds", math.nan)
 
+    def records(self, path):
+        instances = self._predict(path)
+        if instances.has("raw_scores"):  # Detectron2 has no map of scores
+            instances.scores = instances.raw_scores
+        return instances_to_coco_json(instances.to("cpu"), path)
 
-def _serve(pipe, build, args):
-    predict = None
-    with contextlib.suppress(EOFError):
-        while True:
-            quantity, path = pipe.recv()
-            try:
-                if predict is None:
-                    keep_freed_memory()
-                    predict = build(*args)
-                pipe.send(_answer(predict, quantity, path))
-            except Exception as error:
-                pipe.send(error)
+    def largest_size(self):
+        """Peak memory of this process in MiB; NaN except on Linux."""
+        status = Path("/proc/self/status")
+        if not status.is_file():
+            return math.nan
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 2**10
 
 
-def _answer(predict, quantity, path):
-    if quantity == "size":
-        return _largest_size()
-    start = time.perf_counter(), time.process_time()
-    instances = predict(path)
-    seconds = time.perf_counter() - start[0], time.process_time() - start[1]
-    return seconds if quantity == "seconds" else instances_to_coco_json(instances.to("cpu"), path)
-
-
-def _largest_size():
-    """Peak memory of this process in MiB; NaN except on Linux."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return math.nan
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) / 2**10
-
-
-def _sides(cfg, weights, folder, bf16, threads):
+def _sides(cfg, weights, folder, bf16, threads, few):
     """Builder and arguments of each side, with files written to `folder`; and the limit."""
     ours, exported = (
         {name: how for name, how in known.items() if bf16 or "bf16" not in name}
@@ -197,7 +168,7 @@ def _sides(cfg, weights, folder, bf16, threads):
         **{name: (_ours, config, trained, runtime) for name, runtime in ours.items()},
     }
     prepare = Predictor(config, trained, device="cpu").prepare
-    calibration = calibration_images(cfg)[: None if weights else FEW]
+    calibration = calibration_images(cfg)[:few]
     calibration = [prepare(read_image(path)) for path in calibration]
     for name, (format, precision) in tqdm(exported.items(), desc="Exporting", leave=False):
         path = folder / f"{precision}.{format}"
@@ -255,11 +226,37 @@ class _Spread:
         return layer(*inputs)
 
 
+class _Timed:
+    """A function that remembers how long its last call took."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, *args):
+        start = time.perf_counter()
+        result = self._function(*args)
+        self.seconds = time.perf_counter() - start
+        return result
+
+
 def _stock(cfg, weights):
     cfg = stock_config(cfg)
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.MODEL.TIMM.WEIGHTS = weights, "cpu", ""
     predictor = DefaultPredictor(cfg)
-    return lambda path: predictor(read_image_as(path, "BGR"))["instances"]
+    model = predictor.model
+    network = _Timed(partial(model.inference, do_postprocess=False))
+
+    def in_parts(inputs):
+        sizes = [tuple(item["image"].shape[1:]) for item in inputs]
+        return model._postprocess(network(inputs), inputs, sizes)
+
+    predictor.model = in_parts
+
+    def predict(path):
+        return predictor(read_image_as(path, "BGR"))["instances"]
+
+    predict.network = network
+    return predict
 
 
 def _torchvision(smallest, largest):
@@ -283,7 +280,9 @@ def _torchvision(smallest, largest):
 
 
 def _ours(config, weights, runtime):
-    return Predictor(config, weights, runtime=runtime, device="cpu")
+    predictor = Predictor(config, weights, runtime=runtime, device="cpu")
+    predictor.network = predictor.forward = _Timed(predictor.forward)
+    return predictor
 
 
 def _time_in_turns(sides, images, runs):
@@ -303,11 +302,10 @@ def _ratio(numerators, denominators):
 
 
 def _results(sides, images):
-    """Records of each side but torchvision's, which has other weights: (images, detections)."""
-    ours = {name: side for name, side in sides.items() if name != TORCHVISION}
-    results = {name: [] for name in ours}
-    with tqdm(total=len(ours) * len(images), desc="Comparing", unit="image") as bar:
-        for name, side in ours.items():
+    """Records of each side: (images, detections)."""
+    results = {name: [] for name in sides}
+    with tqdm(total=len(sides) * len(images), desc="Comparing", unit="image") as bar:
+        for name, side in sides.items():
             for path in images:
                 results[name].append(side.ask("records", path))
                 bar.update()
@@ -327,7 +325,6 @@ def _accuracy(cfg, records, results):
             **detection,
             "image_id": record["image_id"],
             "category_id": ids[detection["category_id"]],
-            "score": detection.get("raw_score", detection["score"]),
         }
         for record, predicted in zip(records, results, strict=True)
         for detection in predicted
@@ -350,43 +347,29 @@ def _agreement(images, reference, results):
     }
 
 
-@contextlib.contextmanager
-def _environment(values):
-    """Set variables for processes that are started within."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def limit(model, image, threads):
     """Multiply-adds of the network in G, those per second of a product of large fp32 matrices, and
     the ms that the network would take at that rate, without reading, resizing and pasting masks.
 
     `image` is (C, H, W) uint8, as the network sees it.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            counted = FlopCountAnalysis(model, ([{"image": image}],))
-            counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-            needed = counted.total() / 1e9
-            rate = SIDE**3 / _product_seconds() / 1e9
-    finally:
-        torch.set_num_threads(before)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counted = FlopCountAnalysis(model, ([{"image": image}],))
+        counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        needed = counted.total() / 1e9
+    rate = product_rate(torch.float32, threads) / 1e9
     return {"G multiply-adds": needed, "G a second": rate, "ms at best": 1000 * needed / rate}
 
 
-def _product_seconds():
-    matrix = torch.rand(SIDE, SIDE)
-    seconds = []
+def product_rate(dtype: torch.dtype, threads: int) -> float:
+    """Multiply-adds per second of a product of large matrices."""
+    matrix = torch.rand(SIDE, SIDE).to(dtype)
+    seconds, before = [], torch.get_num_threads()
+    torch.set_num_threads(threads)
     for _ in range(PRODUCTS + 2):
         start = time.perf_counter()
         matrix @ matrix
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])  # without the warm-up
+    torch.set_num_threads(before)
+    return SIDE**3 / statistics.median(seconds[2:])  # without the warm-up

@@ -5,6 +5,7 @@ For benchmarks/benchmark.py.
 
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,15 +22,18 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.solver import build_lr_scheduler
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
 from matplotlib import pyplot as plt
+from sides import environment, started
 from torch import nn
 from tqdm import tqdm
 
 from imrcnn_d2.data.loader import build_train_loader, seed_generators
+from imrcnn_d2.engine.config import register_root
 from imrcnn_d2.engine.schedule import build_optimizer
-from imrcnn_d2.engine.train_step import TrainStep
+from imrcnn_d2.engine.train_step import TrainStep, keep_freed_memory
 from imrcnn_d2.engine.trainer import Trainer
 from imrcnn_d2.modeling import PAFPN
 
@@ -60,28 +64,17 @@ class GivenFeatures(Backbone):
         return self._shapes
 
 
-def choose_clock(device: str, threads: int) -> Callable[[], float]:
-    """Processor time for one CPU thread, which ignores other load; else wall time, synchronised."""
-    if torch.device(device).type == "cuda":
-
-        def clock():
-            torch.cuda.synchronize(device)
-            return time.perf_counter()
-
-        return clock
-    return time.process_time if threads == 1 else time.perf_counter
-
-
-def time_in_turns(calls: list[Callable], runs: int, clock: Callable) -> list[list[float]]:
-    """Milliseconds of each call, run A B A B ... so that other load affects all; two warm-ups."""
+def time_in_turns(calls: list[Callable], runs: int) -> list[list[float]]:
+    """Milliseconds of processor time, which other load changes least, of each call, run A B A B ...
+    after two for warming up.
+    """
     times = [[] for _ in calls]
     for run in tqdm(range(-2, runs), leave=False):
         for call, milliseconds in zip(calls, times, strict=True):
-            start = clock()
+            start = time.process_time()
             call()
-            end = clock()
             if run >= 0:
-                milliseconds.append(1000 * (end - start))
+                milliseconds.append(1000 * (time.process_time() - start))
     return times
 
 
@@ -97,9 +90,7 @@ def compare_necks(
     out_channels: int,
     size: int,
     channels_last: bool,
-    device: str,
     runs: int,
-    clock: Callable[[], float],
 ) -> dict[str, float]:
     """Median ms and multiply-adds of both necks for images of `size` pixels, and their ratios.
 
@@ -109,22 +100,19 @@ def compare_necks(
     generator = torch.Generator().manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = [
-        torch.randn(1, c, size // 2**k, size // 2**k, generator=generator)
-        .to(device)
-        .to(memory_format=layout)
+        torch.randn(1, c, size // 2**k, size // 2**k, generator=generator).to(memory_format=layout)
         for k, c in enumerate(channels, start=2)
     ]
     names = [f"res{k}" for k, _ in enumerate(channels, start=2)]
     necks = [
         cls(GivenFeatures(channels), names, out_channels, top_block=LastLevelMaxPool(), **options)
         .eval()
-        .to(device)
         .to(memory_format=layout)
         for cls, options in ((FPN, {}), (PAFPN, {"attention": "cbam"}))
     ]
     fpn_adds, pafpn_adds = (count_multiply_adds(neck, features) for neck in necks)
     with torch.no_grad():
-        fpn, pafpn = time_in_turns([lambda n=n: n(features) for n in necks], runs, clock)
+        fpn, pafpn = time_in_turns([lambda n=n: n(features) for n in necks], runs)
     ratio = statistics.median(b / a for a, b in zip(fpn, pafpn, strict=True))
     return {
         "FPN, ms": statistics.median(fpn),
@@ -149,97 +137,138 @@ def stock_config(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.CHANNELS_LAST = False
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "RPN"
     cfg.MODEL.RPN.HEAD_NAME = "StandardRPNHead"
     cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
     return cfg
 
 
-class Side:
-    """A model in training."""
+def build_stock_model(cfg: CfgNode) -> nn.Module:
+    """The same model of Detectron2's and timm's parts, in training mode."""
+    model = build_model(stock_config(cfg)).train()
+    for module in model.modules():
+        vars(module).pop("forward", None)  # that of `fold_frozen_norms`
+    return model
 
-    def __init__(self, cfg: CfgNode, trainer: SimpleTrainer):
-        self.trainer, self.losses, self.seconds, self.processor = trainer, [], [], []
-        self._seed = max(cfg.SEED, 0)
-        self._scheduler = build_lr_scheduler(cfg, trainer.optimizer)
 
-    def step(self, iteration: int) -> None:
-        """One step of the schedule, with the same random numbers as the other side."""
-        self.trainer.iter = iteration
+def build_stock_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW as torch has them by default, with Detectron2's clipping."""
+    groups = [{**group, "fused": None} for group in build_optimizer(cfg, model).param_groups]
+    optimizer = {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}[cfg.SOLVER.OPTIMIZER]
+    return maybe_add_gradient_clipping(cfg, optimizer(groups, lr=cfg.SOLVER.BASE_LR))
+
+
+class _Training:
+    """A model in training, ours or Detectron2's, from the weights in a file."""
+
+    def __init__(self, build: Callable, cfg: CfgNode, weights: Path, iterations: int):
+        register_root(cfg)
+        loader = build_train_loader(cfg)
+        loader.batch_sampler.start_at(max(cfg.SEED, 0), 0)
+        batches = list(itertools.islice(iter(loader), iterations + 1))
+        self._cfg, self._trainer = cfg, build(cfg, torch.load(weights), batches)
+        self._scheduler = build_lr_scheduler(cfg, self._trainer.optimizer)
+
+    def step(self, iteration: int) -> tuple[float, float, float]:
+        """One step of the schedule, with the same random numbers as the other side: seconds,
+        seconds of processor time, and the loss.
+        """
+        self._trainer.iter = iteration
         with EventStorage(iteration) as storage:
-            seed_generators(self._seed, 1, iteration, 0)
+            seed_generators(max(self._cfg.SEED, 0), 1, iteration, 0)
             start = time.perf_counter(), time.process_time()
-            self.trainer.run_step()
-            self.seconds.append(time.perf_counter() - start[0])
-            self.processor.append(time.process_time() - start[1])
+            self._trainer.run_step()
+            seconds = time.perf_counter() - start[0], time.process_time() - start[1]
             self._scheduler.step()
-            self.losses.append(storage.latest()["total_loss"][0])
+            return *seconds, storage.latest()["total_loss"][0]
+
+    def bits(self) -> int:
+        return 32 if self._trainer.precision == "fp32" else 16
+
+    def data_share(self, iterations: int) -> float:
+        """Percent of the step that our trainer waits for one worker, the first batch left out."""
+        cfg, trainer = self._cfg.clone(), self._trainer
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 1
+        loader = build_train_loader(cfg)
+        loader.batch_sampler.start_at(max(cfg.SEED, 0), 0)
+        trainer.data_loader, trainer._data_loader_iter_obj = loader, iter(loader)
+        waited, taken = [], []
+        for iteration in range(iterations + 1):
+            trainer.iter = iteration
+            with EventStorage(iteration) as storage:
+                start = time.perf_counter()
+                trainer.run_step()
+                taken.append(time.perf_counter() - start)
+                waited.append(storage.latest()["data_time"][0])
+        return 100 * sum(waited[1:]) / sum(taken[1:])
+
+
+def _ours(cfg, weights, batches):
+    """As `imrcnn train` does it."""
+    keep_freed_memory()
+    model = Trainer.build_model(cfg)
+    model.load_state_dict(weights)
+    amp = cfg.SOLVER.AMP
+    trainer = TrainStep(
+        model.train(),
+        batches,
+        build_optimizer(cfg, model),
+        seed=cfg.SEED,
+        precision=amp.PRECISION if amp.ENABLED else "fp32",
+    )
+    trainer.choose_precision(0, cfg.SOLVER.MAX_ITER)
+    return trainer
+
+
+def _stock(cfg, weights, batches):
+    model = build_stock_model(cfg)
+    model.load_state_dict(weights)
+    return SimpleTrainer(model, batches, build_stock_optimizer(cfg, model))
 
 
 def compare_steps(
-    cfg: CfgNode, iterations: int, precision: str
+    cfg: CfgNode, iterations: int
 ) -> tuple[dict[str, float], list[float], list[float]]:
-    """Train both sides from the same weights on the same batches, in turns.
+    """Train both sides from the same weights on the same batches with the same random numbers, each
+    in a process of its own with as many threads as this one, taking turns step by step; ours as
+    `imrcnn train` does it, in the precision of a training with this config.
 
     The first step of each is not timed. Return metrics and the losses of ours and of Detectron2's.
     """
-    loader = build_train_loader(cfg)
-    loader.batch_sampler.start_at(max(cfg.SEED, 0), 0)
-    batches = list(itertools.islice(iter(loader), iterations + 1))
-    theirs = build_model(stock_config(cfg))
-    model = Trainer.build_model(cfg)
-    model.load_state_dict(theirs.state_dict())
-    ours = TrainStep(
-        model.train(), batches, build_optimizer(cfg, model), seed=cfg.SEED, precision=precision
-    )
-    theirs = SimpleTrainer(theirs.train(), batches, build_optimizer(cfg, theirs))
-    sides = Side(cfg, ours), Side(cfg, theirs)
-    for iteration in tqdm(range(iterations + 1), leave=False):
-        # The second side finds the batch in the cache: they take turns in that too.
-        for side in sides if iteration % 2 else reversed(sides):
-            side.step(iteration)
-    metrics = {}
-    for name, side in zip(("ours", "Detectron2"), sides, strict=True):
-        metrics[f"{name}, s"] = statistics.median(side.seconds[1:])
-        metrics[f"{name}, processor s"] = statistics.median(side.processor[1:])
-    ours, theirs = sides
-    metrics["times as fast"] = _ratio(theirs.seconds, ours.seconds)
-    metrics["times less processor time"] = _ratio(theirs.processor, ours.processor)
-    metrics["first loss, relative difference"] = abs(ours.losses[0] / theirs.losses[0] - 1)
-    smooth = [_smooth(side.losses) for side in sides]
+    names = ("ours", "Detectron2")
+    steps = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder, environment(torch.get_num_threads()):
+        torch.save(build_stock_model(cfg).state_dict(), weights := Path(folder) / "weights.pth")
+        builders = (_ours, _stock)
+        args = cfg, weights, iterations
+        hows = {n: (_Training, build, *args) for n, build in zip(names, builders, strict=True)}
+        with started(hows) as sides:
+            for iteration in tqdm(range(iterations + 1), leave=False):
+                for name in names if iteration % 2 else reversed(names):
+                    steps[name].append(sides[name].ask("step", iteration))
+            metrics = {
+                "bits": sides["ours"].ask("bits"),
+                "data time, % of ours": sides["ours"].ask("data_share", iterations),
+            }
+    ours, theirs = (np.array(steps[name]).T for name in names)
+    for name, (seconds, processor, _) in zip(names, (ours, theirs), strict=True):
+        metrics[f"{name}, s"] = float(np.median(seconds[1:]))
+        metrics[f"{name}, processor s"] = float(np.median(processor[1:]))
+    fast, less, _ = np.median(theirs[:, 1:] / ours[:, 1:], axis=1)
+    metrics["times as fast"], metrics["times less processor time"] = float(fast), float(less)
+    losses = ours[2].tolist(), theirs[2].tolist()
+    metrics["first loss, relative difference"] = abs(losses[0][0] / losses[1][0] - 1)
+    smooth = [_smooth(curve) for curve in losses]
     difference = np.abs(smooth[0] - smooth[1]).mean() / smooth[1].mean()
     metrics["loss curves, mean relative difference"] = float(difference)
-    metrics["data time, % of ours"] = _data_share(cfg, ours.trainer, iterations)
-    return metrics, ours.losses, theirs.losses
-
-
-def _ratio(numerators, denominators):
-    pairs = zip(numerators[1:], denominators[1:], strict=True)
-    return statistics.median(a / b for a, b in pairs)
+    return metrics, *losses
 
 
 def _smooth(losses):
     width = min(SMOOTHING, len(losses))
     return np.convolve(losses, np.ones(width) / width, mode="valid")
-
-
-def _data_share(cfg, trainer, iterations):
-    """Percent of the step that our trainer waits for one worker, the first batch left out."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = 1
-    loader = build_train_loader(cfg)
-    loader.batch_sampler.start_at(max(cfg.SEED, 0), 0)
-    trainer.data_loader, trainer._data_loader_iter_obj = loader, iter(loader)
-    waited, taken = [], []
-    for iteration in range(iterations + 1):
-        trainer.iter = iteration
-        with EventStorage(iteration) as storage:
-            start = time.perf_counter()
-            trainer.run_step()
-            taken.append(time.perf_counter() - start)
-            waited.append(storage.latest()["data_time"][0])
-    return 100 * sum(waited[1:]) / sum(taken[1:])
 
 
 def plot_losses(ours: list[float], theirs: list[float], path: Path) -> None:

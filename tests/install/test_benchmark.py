@@ -1,11 +1,15 @@
 import json
+import math
 import os
 
 import benchmark
 import data_benchmark
 import inference_benchmark
+import machine
 import model_benchmark
 import numpy as np
+import page
+import peers_benchmark
 import pytest
 import torch
 import video_benchmark
@@ -17,7 +21,7 @@ from imrcnn_d2.data.catalog import load_catalog
 from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.modeling import PAFPN
 
-LITE = f"{ROOT}/configs/imrcnn_lite.yaml"
+LITE = ROOT / "configs" / "imrcnn_lite.yaml"
 DATA = ["DATASETS.ROOT", "synthetic", "MODEL.TIMM.WEIGHTS", ""]
 SMALL = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
 
@@ -28,11 +32,6 @@ def prepared(tmp_path, monkeypatch):
     prepare_dataset.main(["synthetic", "--out", str(out), "--num-images", "10", "--size", "96"])
     monkeypatch.setenv("IMRCNN_DATASETS", str(out.parent))
     return out
-
-
-def run(command, *options, output):
-    status = benchmark.main([command, "--output", str(output), *options])
-    return status, json.loads(output.read_text())
 
 
 def test_multiply_adds_equal_a_count_by_hand():
@@ -51,7 +50,8 @@ def test_multiply_adds_equal_a_count_by_hand():
 
 
 def test_synthetic_data_have_the_stated_shares(tmp_path):
-    truth, results = data_benchmark.synthesise(200)
+    data_benchmark.write_evaluation("200", tmp_path)
+    truth, results = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("gt", "dt"))
     assert np.bincount([r["image_id"] for r in results])[1:].tolist() == [5] * 200
     scored = evaluate_lesions(truth, results)
     assert 60 < scored.segm["AP50_voc"] < 99 and 30 < scored.segm["AP"] < 80
@@ -62,14 +62,116 @@ def test_synthetic_data_have_the_stated_shares(tmp_path):
         assert np.mean(counts == 0) == pytest.approx(0.1, abs=0.06)
 
 
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """Two quick benchmarks in place of the real ones, and the rows that they return."""
+    rows = {
+        "training": {"IMR-CNN light": {"times as fast": 1.8}},
+        "neck": {"light": {"ms": math.nan}},
+    }
+
+    def run(name):
+        if isinstance(rows[name], Exception):
+            raise rows[name]
+        return rows[name]
+
+    runs = {name: lambda short, name=name: run(name) for name in rows}
+    monkeypatch.setattr(benchmark, "BENCHMARKS", runs)
+    monkeypatch.setattr(benchmark, "in_a_process", lambda run, short: run(short))
+    monkeypatch.setattr(benchmark, "data_set", lambda: tmp_path / "kvasir_seg")
+    monkeypatch.setattr(benchmark, "SHORT", tmp_path / "results")
+    return rows
+
+
+def record(folder):
+    return json.loads(next(folder.glob("*.json")).read_text())["benchmarks"]
+
+
+def test_the_page_is_what_the_command_makes_of_the_records(tmp_path, monkeypatch):
+    """It is not edited by hand."""
+    assert page.page(tmp_path).count("\nNot measured yet.\n") == len(benchmark.BENCHMARKS) + 1
+    monkeypatch.setattr(benchmark, "PAGE", tmp_path / "performance.md")
+    assert benchmark.main(["page"]) == 0
+    written = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert written == (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert "{{" not in written
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(suite, tmp_path, capsys):
+    suite["neck"] = RuntimeError("out of memory")
+    assert benchmark.main(["all", "--short"]) == 1
+    folder = tmp_path / "results"
+    assert list(record(folder)) == ["training"]
+    assert "out of memory" in capsys.readouterr().err
+
+    suite["neck"], suite["training"] = {"light": {"ms": math.nan}}, RuntimeError("is there already")
+    assert benchmark.main(["all", "--short"]) == 0
+    assert record(folder)["neck"]["rows"] == {"light": {}}
+    assert record(folder)["training"]["rows"]["IMR-CNN light"] == {"times as fast": 1.8}
+
+    suite["training"] = {"IMR-CNN light": {"times as fast": 1.2}}
+    assert benchmark.main(["all", "--short", "--only", "training"]) == 0
+    assert record(folder)["training"]["rows"]["IMR-CNN light"] == {"times as fast": 1.2}
+    assert list(record(folder)) == ["training", "neck"], "in one order, whatever was run last"
+
+
+def test_values_of_another_library_do_not_stay(suite, tmp_path, monkeypatch):
+    assert benchmark.main(["all", "--short"]) == 0
+    monkeypatch.setitem(machine.LIBRARIES, "torch", "not-a-package")
+    assert benchmark.main(["all", "--short", "--only", "neck"]) == 0
+    assert list(record(tmp_path / "results")) == ["neck"]
+
+
+def test_the_page_says_what_is_met_and_what_is_not_measured(suite, tmp_path):
+    def lines(speed):
+        suite["training"] = {"IMR-CNN light": {"times as fast": speed}}
+        assert benchmark.main(["all", "--short", "--only", "training"]) == 0
+        path, folder = next((tmp_path / "results").glob("*.json")), tmp_path / "two"
+        other = json.loads(path.read_text())
+        other["machine"] |= {"name": "intel-xeon-amx-4-cores", "instructions": ["AMX bf16"]}
+        folder.mkdir(exist_ok=True)
+        (folder / "a.json").write_bytes(path.read_bytes())
+        (folder / "b.json").write_text(json.dumps(other))
+        return page.page(folder).splitlines()
+
+    for speed, without, with_amx in ((1.69, "not met", "not met"), (1.8, "met", "not met")):
+        written = lines(speed)
+        training = next(line for line in written if line.startswith("| Training step"))
+        cells = [cell.strip() for cell in training.split("|")[2:5]]
+        assert cells == ["at least 1.7, 2 with AMX", f"{speed}, {without}", f"{speed}, {with_amx}"]
+    assert written.count("**intel-xeon-amx-4-cores**: not measured on this machine") >= 5
+    targets = [line for line in written if line.startswith("| ") and "at most" in line]
+    assert targets and all(line.count("not measured on this machine") == 2 for line in targets)
+
+
+@pytest.mark.parametrize(
+    ("model", "instructions", "cores", "expected"),
+    [
+        ("AMD EPYC", ["AVX2"], 2, "amd-epyc-avx2-2-cores"),
+        ("Intel(R) Xeon(R) Platinum 8488C", ["AVX-512", "AMX bf16"], 2, "intel-xeon-amx-2-cores"),
+        ("INTEL(R) XEON(R) CPU @ 2.30GHz", ["AVX2", "AVX-512"], 1, "intel-xeon-avx512-1-core"),
+        ("13th Gen Intel(R) Core(TM) i7-13700K", ["AVX2"], 16, "intel-core-avx2-16-cores"),
+        ("arm64", [], 8, "arm64-8-cores"),
+    ],
+)
+def test_the_name_of_a_machine(model, instructions, cores, expected):
+    assert machine.name(model, instructions, cores) == expected
+
+
+def test_without_pypi_the_table_says_so(monkeypatch):
+    ours = {"OpenVINO": {"ms": 80.0}}, {"G multiply-adds": 2.4, "ms at best": 34.0}
+    monkeypatch.setattr(benchmark, "compare_predictions", lambda *args, **options: ours)
+    monkeypatch.setattr(benchmark, "load_for_prediction", lambda *args: None)
+    monkeypatch.setattr(peers_benchmark, "install", lambda: False)
+    rows = benchmark.prediction(short=True)
+    assert rows["OpenVINO"] == {"ms": 80.0}
+    assert any("yolo11s-seg" in name and "PyPI" in name and not row for name, row in rows.items())
+
+
 @pytest.mark.slow
-def test_video(tmp_path, monkeypatch):
+def test_procedures(tmp_path):
     """Of REAL-Colon's 13 % of frames with a lesion; masks are matched where there are some."""
-    monkeypatch.setitem(benchmark.VIDEO_BOUNDS, "peak GiB", 0)
-    options = ["--frames", "3000", "--masks"]
-    status, document = run("video", *options, output=tmp_path / "video.json")
-    assert status == 1
-    measured = document["video"]["3000 frames"]
+    measured = video_benchmark.measure_sizes(3000, masks=True)
     assert 0 < measured["seconds"] and 0.1 < measured["peak GiB"] < 4
     video_benchmark.write_procedures(3000, tmp_path)
     truth = json.loads((tmp_path / "gt.json").read_text())
@@ -78,63 +180,64 @@ def test_video(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_evaluate_and_catalogue(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "BOUND_IMAGES", 20)
-    monkeypatch.setattr(benchmark, "EVALUATION_BOUND", 0.0)
-    monkeypatch.setattr(benchmark, "CATALOGUE_BOUND", -1.0)
-    options = ["--images", "20", "--runs", "1"]
-    status, document = run("evaluate", *options, output=tmp_path / "evaluate.json")
-    assert status == 1
-    measured = document["evaluate"]["20 images"]
+def test_evaluation_and_catalogue():
+    measured = data_benchmark.compare_evaluations(20, runs=1)
     assert measured["ratio"] == pytest.approx(measured["ours, s"] / measured["COCOeval, s"])
     assert all(50 < measured[f"{side}, MiB"] < 5000 for side in ("ours", "COCOeval"))
 
-    options = ["--images", "300", "--baseline-up-to", "300"]
-    status, document = run("catalogue", *options, output=tmp_path / "catalogue.json")
-    assert status == 1
-    measured = document["catalogue"]["300 images"]
-    for side in ("ours", "Detectron2"):
-        assert 50 < measured[f"{side}, MiB before"] <= measured[f"{side}, peak MiB"] < 5000
-        assert 0 <= measured[f"{side}, MiB more, peak"] < 200
+    measured = data_benchmark.compare_catalogs(300, baseline=True)
+    assert set(measured) == {"ours", "Detectron2"}
+    for side in measured.values():
+        assert 50 < side["peak MiB"] < 5000 and 0 <= side["MiB more, peak"] < 200
         # Two forked workers share nearly all pages.
-        assert measured[f"{side}, MiB of all, PSS"] < 1.5 * measured[f"{side}, peak MiB"]
+        assert side["MiB of all, PSS"] < 1.5 * side["peak MiB"]
 
 
-def test_train_compares_the_same_training(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "TRAIN_BOUND", 1000.0)
+@pytest.mark.slow
+def test_train_compares_the_same_training(prepared, tmp_path):
     torch.manual_seed(0)  # with some weights, rounding makes other proposals
-    plot = tmp_path / "losses.png"
-    options = ["--config-file", LITE, "--device", "cpu", "--iterations", "3", "--threads", "1"]
-    options += ["--precision", "fp32", "--plot", str(plot), *DATA, *SMALL]
-    options += ["INPUT.MIN_SIZE_TRAIN", "(96,)", "SOLVER.IMS_PER_BATCH", "2"]
-    status, document = run("train", *options, output=tmp_path / "train.json")
-    measured, losses = document["train"], document["losses"]
-    assert status == 1 and measured["ours, s"] > 0 and measured["Detectron2, processor s"] > 0
+    options = ["MODEL.DEVICE", "cpu", *DATA, *SMALL, "INPUT.MIN_SIZE_TRAIN", "(96,)"]
+    cfg = benchmark.load(
+        LITE, [*options, "SOLVER.IMS_PER_BATCH", "2", "SOLVER.AMP.PRECISION", "fp32"]
+    )
+    measured, ours, theirs = model_benchmark.compare_steps(cfg, 3)
+    assert measured["bits"] == 32
+    assert measured["ours, s"] > 0 and measured["Detectron2, processor s"] > 0
     # The same weights, batches and random numbers: only rounding differs.
-    assert measured["first loss, relative difference"] < 1e-4 and len(losses["ours"]) == 4
-    assert losses["ours"] == pytest.approx(losses["Detectron2"], rel=0.02)
+    assert measured["first loss, relative difference"] < 1e-4 and len(ours) == 4
+    assert ours == pytest.approx(theirs, rel=0.02)
     assert 0 <= measured["data time, % of ours"] < 100
+    model_benchmark.plot_losses(ours, theirs, plot := tmp_path / "losses.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_inference_compares_the_same_model(prepared, tmp_path, monkeypatch):
+def test_inference_compares_the_same_model(prepared, monkeypatch):
     # The other sides take another ten seconds of start each.
     monkeypatch.setattr(inference_benchmark, "TORCH", {})
     monkeypatch.setattr(inference_benchmark, "EXPORTED", {"OpenVINO": ("openvino", "fp32")})
-    monkeypatch.setattr(benchmark, "INFERENCE_BOUNDS", {"": 1000.0, "bf16": 1000.0})
-    options = ["--config-file", LITE, "--runs", "3", "--accuracy", "2", "--threads", "1"]
-    options += ["--isa", "avx2", *DATA, *SMALL, "INPUT.MIN_SIZE_TEST", "96"]
-    status, document = run("inference", *options, output=tmp_path / "inference.json")
-    assert status == 1, "it is not a thousand times as fast"
-    measured = document["inference"]
+    opts = [*DATA, *SMALL, "INPUT.MIN_SIZE_TEST", "96"]
+    measured, best = inference_benchmark.compare_predictions(
+        benchmark.load_for_prediction(LITE, "", opts),
+        "",
+        isa="avx2",
+        bf16=False,
+        threads=1,
+        runs=3,
+        accuracy=2,
+        peers={"network": (fixed_network,)},
+    )
     stock, torchvision, ours = (measured[k] for k in ("Detectron2", "torchvision R-50", "OpenVINO"))
-    assert document["isa"] == "avx2" and "ONEDNN_MAX_CPU_ISA" not in os.environ
+    assert "ONEDNN_MAX_CPU_ISA" not in os.environ
     assert stock["times as fast"] == stock["times less processor time"] == 1
-    assert torchvision["ms"] > ours["ms"] > 0
-    assert all(300 < side["MiB at most"] < 4000 for side in measured.values())
+    assert torchvision["ms"] > ours["ms"] > measured["network"]["ms"] > 0
+    assert "detections" not in measured["network"], "peers are only timed"
+    assert all(100 < side["MiB at most"] < 4000 for side in measured.values())
     assert stock["detections"] == ours["detections"] > 10  # random weights give distinct ones
     assert ours["in one only, %"] < 10 and ours["scores differ by"] < 1e-3
     assert ours["masks overlap"] > 0.99
-    best = document["limit"]
     assert best["ms at best"] == pytest.approx(1000 * best["G multiply-adds"] / best["G a second"])
+
+
+def fixed_network():
+    return lambda path: None
