@@ -21,11 +21,10 @@ a detection of at least tau whose "alarm", where the file has one, is true.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from imrcnn_d2.cli import add_tau, new_parser, one_line_errors
-from imrcnn_d2.utils.files import file_sha256, read_json, regular_file, write_atomically
+from imrcnn_d2.utils.files import file_sha256, regular_file, write_atomically
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,7 +45,7 @@ def score_lesions(args: argparse.Namespace) -> None:
     """Score, write, plot and print the lesions of images."""
     from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
     from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
-    from imrcnn_d2.evaluation.output import RESULTS, coco_results, prediction_info
+    from imrcnn_d2.evaluation.output import RESULTS, prediction_info, write_detections
     from imrcnn_d2.evaluation.subgroups import parse_by, with_groups
     from imrcnn_d2.report.plots import draw_all
 
@@ -55,9 +54,8 @@ def score_lesions(args: argparse.Namespace) -> None:
     extra = {"ignore_extra_images": args.ignore_extra_images}
     point = operating_point(args, {**options, **extra}) if args.tau_from else None
     gt = read_ground_truth(args.gt)
-    content = args.dt if args.dt.is_dir() else read_json(args.dt)
-    detections = read_results(content, gt, args.dt, **extra)
-    info = prediction_info(content)
+    detections = read_results(args.dt, gt, **extra)
+    info = prediction_info(detections.info)
     tau = threshold(args.tau, detections, info)
     columns = [parse_by(text) for text in args.by]
     bootstrap = None
@@ -66,8 +64,7 @@ def score_lesions(args: argparse.Namespace) -> None:
     resampled = {"operating_point": point, "bootstrap": bootstrap}
     results = evaluate_lesions(gt, detections, tau=tau, **resampled, **options)
     results = with_groups(results, columns, **resampled)
-    detections = coco_results(results.detections, results.ground_truth)
-    write_atomically(args.output / RESULTS, json.dumps(detections))
+    write_detections(args.output / RESULTS, results.detections, results.ground_truth)
     paths = [*write_and_log(results, args, info), args.output / RESULTS]
     paths += draw_all(results, args.output, args.images)
     print_lesions(results)

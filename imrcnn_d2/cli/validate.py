@@ -29,7 +29,7 @@ from detectron2.utils.logger import setup_logger
 
 from imrcnn_d2.cli import WEIGHTS_HELP, new_parser, one_line_errors, predictor_arguments
 from imrcnn_d2.cli.evaluate import print_subgroups
-from imrcnn_d2.utils.files import csv_lines, few, for_terminal, read_json, write_atomically
+from imrcnn_d2.utils.files import csv_lines, few, for_terminal, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,9 @@ def validate(args: argparse.Namespace) -> None:
     from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
     from imrcnn_d2.evaluation.output import (
         RESULTS,
-        coco_results,
         log_test_evaluation,
         prediction_info,
+        write_detections,
         write_evaluation,
     )
     from imrcnn_d2.evaluation.subgroups import By, group_values, parse_by, with_groups
@@ -123,14 +123,13 @@ def validate(args: argparse.Namespace) -> None:
     if done.failed:
         listed = few([f"{name} ({reason})" for name, reason in done.failed], separator="; ")
         raise ValueError(f"{len(done.failed)} images cannot be predicted: {listed}")
-    content = read_json(predictions)
-    detections = read_results(content, gt, predictions, ignore_extra_images=True)
+    detections = read_results(predictions, gt, ignore_extra_images=True)
     bootstrap = Bootstrap()
     results = evaluate_lesions(gt, detections, tau=predictor.tau, bootstrap=bootstrap)
     results = with_groups(results, columns, bootstrap=bootstrap)
 
-    write_atomically(args.output / RESULTS, json.dumps(coco_results(detections, gt)))
-    info = {"predictions": prediction_info(content), "image_root": root}
+    write_detections(args.output / RESULTS, detections, gt)
+    info = {"predictions": prediction_info(detections.info), "image_root": root}
     write_evaluation(results, args.output, gt=truth, dt=predictions, **info)
     digest = predictor.metadata["weights_sha256"]
     for folder in map(prepared_folder, args.data):

@@ -1,5 +1,6 @@
 """The files of an evaluation, written and read with every field checked; the log of test sets."""
 
+import json
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ import numpy as np
 
 from imrcnn_d2.utils.files import (
     BadInputError,
+    atomic_file,
     csv_line,
     csv_text,
     file_sha256,
@@ -22,6 +24,7 @@ from imrcnn_d2.utils.files import (
     strict_json,
     write_atomically,
 )
+from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -236,26 +239,33 @@ def transposed(columns: dict[str, np.ndarray]) -> tuple[list[dict], list[str]]:
     return [dict(zip(columns, row, strict=True)) for row in values], list(columns)
 
 
-def coco_results(detections, gt) -> list[dict]:
-    """Detections for a GroundTruth as a COCO results list; ``score`` is None where they have no
-    scores."""
+def coco_result(detections, gt, row: int) -> dict:
+    """One of the Detections for a GroundTruth as a COCO result; ``score`` is None where they have
+    no scores."""
     regions = detections.regions
-    records = []
-    for row, box in enumerate(regions.boxes.tolist()):
-        record = {
-            "image_id": gt.images[regions.image[row]]["id"],
-            "category_id": gt.categories[regions.category[row]]["id"],
-            "bbox": box,
-            "score": float(detections.score[row]) if detections.scored else None,
-        }
-        if detections.mapped:
-            record["raw_score"] = float(detections.raw_score[row])
-        if regions.masks is not None:
-            size, counts = regions.masks[row]["size"], regions.masks[row]["counts"]
-            text = counts if isinstance(counts, str) else counts.decode()
-            record["segmentation"] = {"size": list(size), "counts": text}
-        records.append(record)
-    return records
+    record = {
+        "image_id": gt.images[regions.image[row]]["id"],
+        "category_id": gt.categories[regions.category[row]]["id"],
+        "bbox": regions.boxes[row].tolist(),
+        "score": float(detections.score[row]) if detections.scored else None,
+    }
+    if detections.mapped:
+        record["raw_score"] = float(detections.raw_score[row])
+    if regions.masks is not None:
+        mask = regions.masks[row]
+        size, counts = mask["size"], mask["counts"]
+        text = counts if isinstance(counts, str) else counts.decode()
+        record["segmentation"] = {"size": list(size), "counts": text}
+    return record
+
+
+def write_detections(path: str | Path, detections, gt) -> None:
+    """Write a COCO results list of `coco_result`, of which there may be millions."""
+    with atomic_file(path) as file:
+        for row in tqdm(range(len(detections.score)), desc="Writing results", delay=2):
+            text = json.dumps(coco_result(detections, gt, row))
+            file.write(f"{', ' if row else '['}{text}".encode())
+        file.write(b"]" if len(detections.score) else b"[]")
 
 
 class Kind(NamedTuple):
@@ -443,9 +453,8 @@ def read_coco_records(path: str | Path) -> dict:
     return _read(path, COCO, "images")
 
 
-def prediction_info(content: object) -> dict | None:
-    """What the content of a predictions.json says of its model; None of anything else."""
-    info = content.get("info") if isinstance(content, dict) else None
+def prediction_info(info: object) -> dict | None:
+    """What the ``info`` of a predictions.json says of its model; None of anything else."""
     if not isinstance(info, dict) or "weights_sha256" not in info:
         return None
     return {key: info[key] for key, kind in PREDICTIONS.items() if kind.admits(info.get(key))}

@@ -310,7 +310,7 @@ def read_video_detections(
         notes["ignored_detections"] = extra
     score = np.frombuffer(score, dtype=float)[order]
     alarm = np.frombuffer(alarm, dtype=np.int8)[order].astype(bool)
-    return VideoDetections(regions, score, alarm, mapped, notes, info and {"info": info})
+    return VideoDetections(regions, score, alarm, mapped, notes, info)
 
 
 def _predicted_frames(path, truth):

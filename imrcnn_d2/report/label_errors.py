@@ -11,7 +11,7 @@ from imrcnn_d2.data.audit import KINDS, Finding
 from imrcnn_d2.data.formats.labelme import labelme_document
 from imrcnn_d2.data.images import image_inside, path_inside
 from imrcnn_d2.evaluation.label_errors import LabelError, find_label_errors, pool_label_errors
-from imrcnn_d2.evaluation.output import coco_results
+from imrcnn_d2.evaluation.output import coco_result
 from imrcnn_d2.report.plots import images
 from imrcnn_d2.report.plots.style import save_figure
 from imrcnn_d2.report.runs import Run, load_run
@@ -176,7 +176,7 @@ def _labelme(cases, path):
     names |= {offset + number: f"{name} (model)" for number, name in names.items()}
     for case in cases:
         if case.suspect.detection is not None:
-            record = coco_results(case.run.results.detections, truth)[case.suspect.detection]
+            record = coco_result(case.run.results.detections, truth, case.suspect.detection)
             shown.append({**record, "category_id": offset + record["category_id"]})
     photo = image_inside(run.image_root, image["file_name"], run.gt_path).resolve()
     relative = os.path.relpath(photo, path.parent.resolve())

@@ -68,7 +68,7 @@ def test_the_threshold_is_that_of_the_scores(case, tmp_path, capsys):
         (predictions, 0.5, 0.5, ("0.65", "0.5")),
     ):
         detections = read_results(content, read_ground_truth(gt))
-        assert evaluate.threshold(given, detections, prediction_info(content)) == tau
+        assert evaluate.threshold(given, detections, prediction_info(detections.info)) == tau
         printed = capsys.readouterr().out
         assert all(text in printed for text in texts) and bool(texts) == bool(printed)
     dt.write_text(json.dumps(predictions))

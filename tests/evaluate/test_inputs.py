@@ -35,10 +35,10 @@ from imrcnn_d2.evaluation.detection.inputs import (
     read_results,
 )
 from imrcnn_d2.evaluation.output import (
-    coco_results,
     log_test_evaluation,
     read_metrics,
     read_test_log,
+    write_detections,
     write_evaluation,
     write_results,
 )
@@ -606,7 +606,7 @@ def test_intervals_stand_next_to_their_metrics(dataset, region, tmp_path):
     assert float(row["recall_low"]) == small["recall_ci"][0]
 
 
-def test_raw_scores(dataset, region):
+def test_raw_scores(dataset, region, tmp_path):
     """The scores of the network next to mapped ones: in the order of the regions, kept in parts of
     the data set and in files, and those that the group of the paper goes by."""
     pairs = ((2, 0.8, 0.95), (1, 0.5, 0.7), (1, 0.6, 0.9))
@@ -615,7 +615,8 @@ def test_raw_scores(dataset, region):
     detections = read_results(results, gt)
     assert detections.score.tolist() == [0.5, 0.6, 0.8]
     assert detections.raw_score.tolist() == [0.7, 0.9, 0.95]
-    again = read_results(json.loads(json.dumps(coco_results(detections, gt))), gt)
+    write_detections(tmp_path / "dt.json", detections, gt)
+    again = read_results(tmp_path / "dt.json", gt)
     assert again.raw_score.tolist() == [0.7, 0.9, 0.95]
     scored = evaluate_lesions(gt, detections)
     assert (scored.lesion["FP"], scored.paper["FP"]) == (0, 2)
@@ -634,10 +635,11 @@ def test_a_wrong_raw_score(dataset, region, raw):
     assert "dt.json" in str(error.value)
 
 
-def test_coco_results_are_what_was_read(scored):
+def test_coco_results_are_what_was_read(scored, tmp_path):
     gt, detections = scored.ground_truth, scored.detections
     boxes = replace(detections, scored=False, regions=replace(detections.regions, masks=None))
-    again = read_results(json.loads(json.dumps(coco_results(boxes, gt))), gt)
+    write_detections(tmp_path / "dt.json", boxes, gt)
+    again = read_results(tmp_path / "dt.json", gt)
     assert not again.scored and again.score.tolist() == [1, 1, 1] and again.regions.masks is None
     assert again.regions.boxes.tolist() == detections.regions.boxes.tolist()
 

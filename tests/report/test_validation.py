@@ -9,7 +9,7 @@ from PIL import Image
 from rectangles import rectangle
 
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
-from imrcnn_d2.evaluation.output import coco_results
+from imrcnn_d2.evaluation.output import coco_result
 from imrcnn_d2.evaluation.pooling import pool
 from imrcnn_d2.evaluation.subgroups import By, with_groups
 from imrcnn_d2.report.validation import Validation, findings, write_validation
@@ -152,7 +152,11 @@ def test_the_page_in_a_browser(written):
 def test_masks_without_scores_say_nothing_of_scores(results):
     """Nor of AP and calibration, which need them."""
     truth = results.ground_truth
-    masks = [{**mask, "score": None} for mask in coco_results(results.detections, truth)]
+    detections = results.detections
+    masks = [
+        {**coco_result(detections, truth, row), "score": None}
+        for row in range(len(detections.score))
+    ]
     bare = evaluate_lesions(truth, masks, bootstrap=Bootstrap(20))
     validation = Validation.of(with_groups(bare, [By("centre")], bootstrap=Bootstrap(20)))
     headings = " ".join(validation.metrics.values())

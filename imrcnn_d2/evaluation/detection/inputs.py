@@ -4,9 +4,11 @@ Everything downstream (matching, counts, curves, COCO's AP) reads these arrays, 
 accepted as input is decided here, once.
 """
 
+import contextlib
 import logging
 import math
 import reprlib
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,6 +114,7 @@ class Detections:
     # (N,) float, the scores as the network gave them, where ``score`` is what the map of the
     # model's weights made of them; None where a file has no ``raw_score``.
     unmapped: np.ndarray | None = None
+    info: dict | None = None  # of a predictions.json
 
     @property
     def mapped(self) -> bool:
@@ -191,7 +194,7 @@ def read_results(
     those of the ground truth by ``file_name`` and ``name``, since its ids may have been given
     independently, and so are the images of a list whose records all have a ``file_name``; a single
     class is matched with a single class whatever the names. Or read a folder of masks, see
-    :func:`read_predicted_masks`. Where every ``score`` is null, as :func:`coco_results` has it for
+    :func:`read_predicted_masks`. Where every ``score`` is null, as :func:`coco_result` has it for
     such a folder, the results have no scores. A ``raw_score``, of the network before any map of
     scores, is read where all have one. Detections are returned as they are. ``source`` names them
     in errors, by default as the file; images that the ground truth lacks are an error unless
@@ -236,7 +239,8 @@ def read_results(
         scores[name][order] if name in scores else None for name in ("score", "raw_score")
     )
     score = np.ones(len(order)) if unscored else score
-    return Detections(regions, score, not unscored, {**notes, **image_notes}, raw)
+    notes, info = {**notes, **image_notes}, listed.get("info")
+    return Detections(regions, score, not unscored, notes, raw, info)
 
 
 def _read_scores(results, name, source):
@@ -245,12 +249,14 @@ def _read_scores(results, name, source):
     kinds = {
         kind for kind in set(map(type, scores)) if kind is not bool and issubclass(kind, NUMBER)
     }
-    sound = kinds == set(map(type, scores))
-    column = np.array(scores if sound else [], float)
-    if sound and ((column >= 0) & (column < math.inf)).all():
-        return column
+    if kinds == set(map(type, scores)):
+        with contextlib.suppress(OverflowError):  # of an integer beyond what a float can be
+            column = np.array(scores, float)
+            if ((column >= 0) & (column < math.inf)).all():
+                return column
+    largest = sys.float_info.max
     for number, score in enumerate(scores):
-        if not isinstance(score, NUMBER) or type(score) is bool or not 0 <= score < math.inf:
+        if not isinstance(score, NUMBER) or type(score) is bool or not 0 <= score <= largest:
             record = f"results[{number}], of image {results[number]['image_id']!r},"
             raise BadInputError(
                 source, f"{record} has the {name} {score!r:.40}, not a finite one from 0"
