@@ -38,7 +38,7 @@ from data_benchmark import compare_catalogs, compare_evaluations
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from inference_benchmark import ISA, compare_predictions, product_rate
-from model_benchmark import NECKS, compare_necks, compare_steps, native_precision, plot_losses
+from model_benchmark import NECKS, compare_necks, compare_steps, plot_losses
 from page import Rows, page, table
 from throughput_benchmark import compare_cold_starts, compare_throughput
 from video_benchmark import measure_sizes
@@ -55,11 +55,12 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md
 SHORT = ROOT / "output" / "benchmark"
 LITE, R50 = (ROOT / "configs" / f"imrcnn_{name}.yaml" for name in ("lite", "R_50"))
 CORES = machine.describe()["cores"]
+BF16 = machine.has_bf16(machine.describe()["instructions"])
 
 
 def rate(short: bool) -> Rows:
     """Multiply-adds of a product of large matrices: what a network can reach at most."""
-    types = {"fp32": torch.float32, **({"bf16": torch.bfloat16} if native_precision() else {})}
+    types = {"fp32": torch.float32, **({"bf16": torch.bfloat16} if BF16 else {})}
     return {
         name: {"G multiply-adds a second": product_rate(dtype, CORES) / 1e9}
         for name, dtype in types.items()
@@ -71,7 +72,7 @@ def prediction(short: bool) -> Rows:
     peers, failure = {}, {f"{' and '.join(names)}: PyPI could not be reached": {}}
     if peers_benchmark.install():
         sizes, failure = [352] if short else [352, 640], {}
-        peers = peers_benchmark.peers(names, sizes, bool(native_precision()))
+        peers = peers_benchmark.peers(names, sizes, BF16)
     runs, accuracy = (5, 10) if short else (25, None)
     return _predict(None, "demo", [], runs, accuracy, peers) | failure
 
@@ -86,7 +87,7 @@ def _predict(config_file, weights, opts, runs, accuracy, peers=None):
         load_for_prediction(config_file, weights, opts),
         weights,
         isa="native",
-        bf16=bool(native_precision()),
+        bf16=BF16,
         threads=CORES,
         runs=runs,
         accuracy=accuracy,
@@ -271,7 +272,7 @@ def inference(args: argparse.Namespace) -> None:
         load_for_prediction(args.config_file, args.weights, args.opts),
         args.weights,
         isa=args.isa,
-        bf16=bool(native_precision()) and args.isa == "native",
+        bf16=BF16 and args.isa == "native",
         threads=CORES,
         runs=args.runs,
         accuracy=args.accuracy,

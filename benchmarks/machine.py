@@ -59,6 +59,11 @@ def has_amx(instructions: list[str]) -> bool:
     return "AMX bf16" in instructions
 
 
+def has_bf16(instructions: list[str]) -> bool:
+    """Whether the processor multiplies in bf16; where it is emulated, it is slower than fp32."""
+    return bool({"AMX bf16", "AVX-512 bf16"} & set(instructions))
+
+
 def _widest(instructions):
     names = {"AVX-512": "avx512", "AVX2": "avx2"}
     return next((short for text, short in names.items() if text in instructions), "")

@@ -125,13 +125,6 @@ def compare_necks(
     }
 
 
-def native_precision() -> str:
-    """ "bf16" if the processor multiplies in it, else "" (fp32): emulated bf16 is slower."""
-    flags = Path("/proc/cpuinfo")
-    known = flags.read_text().split() if flags.is_file() else []
-    return "bf16" if {"amx_bf16", "avx512_bf16"} & set(known) else ""
-
-
 def stock_config(cfg: CfgNode) -> CfgNode:
     """The config of the same model with Detectron2's parts and memory format."""
     cfg = cfg.clone()

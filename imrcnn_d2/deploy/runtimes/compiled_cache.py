@@ -19,9 +19,9 @@ def cache_folder() -> Path:
     return Path(home, "imrcnn_d2", "openvino")
 
 
-def compile_model(core, model, content: bytes, options: dict):
+def compile_model(core, model, content_sha256: str, options: dict):
     """The openvino.CompiledModel of an openvino.Model on the CPU, and as it was kept, if it was;
-    ``content`` is of the file that the model is of.
+    ``content_sha256`` is of the file that the model is of.
 
     OpenVINO trusts what it reads. So entries begin with the SHA-256 of the rest, damaged ones are
     made anew, and the folder is used only if nobody but the user can write into it. Without such a
@@ -30,7 +30,7 @@ def compile_model(core, model, content: bytes, options: dict):
     import openvino
 
     facts = {
-        "content": hashlib.sha256(content).hexdigest(),
+        "content": content_sha256,
         "shape": str(model.input(0).partial_shape),
         "openvino": openvino.__version__,
         "processor": core.get_property("CPU", "FULL_DEVICE_NAME"),

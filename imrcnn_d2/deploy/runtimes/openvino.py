@@ -1,6 +1,7 @@
 """OpenVINO, and its files: zips of a graph, its weights and metadata."""
 
 import functools
+import hashlib
 import io
 import logging
 import os
@@ -56,7 +57,7 @@ class OpenVINORuntime(GraphRuntime):
             metadata = strict_loads(archive.read(METADATA_KEY)) if in_archive else None
         if not xml.startswith(_NET):
             raise UnsafeFileError(f"its {OPENVINO_PARTS[0]} is not of OpenVINO's own format")
-        core = _core()
+        core, digest = _core(), hashlib.sha256(content).hexdigest()
         model = core.read_model(xml, weights)
         hint = "bf16" if metadata and metadata["precision"] == "bf16" else "f32"
         if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -74,7 +75,7 @@ class OpenVINORuntime(GraphRuntime):
             for axis, length in zip((2, 3), size or (-1, -1), strict=True):
                 shape[axis] = length
             shaped.reshape(shape)
-            compiled = compile_model(core, shaped, content, options)
+            compiled = compile_model(core, shaped, digest, options)
             thread = threading.local()  # a request is of one thread
 
             def run(batch):

@@ -658,7 +658,7 @@ class DetectionMetrics(ResampledMetrics):
             if self.detections.scored:
                 auroc = 100 * weighted_auroc(counts.positive, counts.score, unit, weights)
             values[group]["auroc"] = auroc
-        images = sum(values["image"][name] for name in COUNTS)
+        images = sum(values["image"][name] for name in COUNTS)  # each image is one of the four
         values["froc"] = self.froc.read_off(weighed[self._all], images)
         return values
 
