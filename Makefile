@@ -1,13 +1,13 @@
 ## IMR-CNN on Detectron2. Targets:
 ##
 ##   make install   .venv with torch, Detectron2, this package and its tools
-##   make test      install, lint, then run the fast tests and some slow ones (about 8 minutes)
+##   make test      install, lint, then run the fast tests and some slow ones (7 to 15 minutes)
 ##   make test-all  install, lint, then run all tests; MIRROR=URL, as root, adds the image build
 ##   make test-fast install, then run the tests that train nothing and start no browser
 ##   make demo      install, then train, evaluate and report on synthetic images
 ##   make lint      install, then ruff, the import directions and the banned words
 ##   make docs      install, then write the documentation to site/
-##   make benchmark install, then measure this machine (about 10 minutes; docs/performance.md)
+##   make benchmark install, then measure this machine (docs/performance.md)
 ##   make bundle    collect everything that OFFLINE=DIR needs in the folder BUNDLE=DIR
 ##   make clean     remove .venv and caches
 ##

@@ -10,7 +10,7 @@ all runs every benchmark, each in a process of its own, and keeps the rows of ea
 benchmarks/results/MACHINE.json as soon as it ends: after an interruption it goes on with what is
 missing; if nothing is, or with another version of a library, it measures all anew. Then it writes
 docs/performance.md from the records of all machines, as page does alone. Images are those of
-Kvasir-SEG where it is prepared, else synthetic ones. --short takes at most ten minutes on two cores
+Kvasir-SEG where it is prepared, else synthetic ones. --short measures less
 and writes to output/benchmark.
 
 train compares the training step of another model with that of Detectron2's parts in fp32, and
@@ -286,7 +286,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("all", help="every benchmark, and the page")
-    command.add_argument("--short", action="store_true", help="at most ten minutes on two cores")
+    command.add_argument("--short", action="store_true", help="fewer runs and smaller sizes")
     text = "benchmarks to run (again); default: what the record of this machine lacks, else all"
     command.add_argument("--only", nargs="+", choices=BENCHMARKS, default=[], help=text)
     commands.add_parser("page", help="docs/performance.md of the records")
