@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pycocotools.mask as mask_util
-import scipy
+from scipy.optimize import linear_sum_assignment
 
 from imrcnn_d2.utils.files import BadInputError, read_json
 from imrcnn_d2.utils.progress import tqdm
@@ -142,9 +142,7 @@ class Tracker:
             last = np.array([box for box, _ in tracks.values()], float)
             overlap = mask_util.iou(np.asarray(boxes, float), last, [0] * len(known))
             overlap[overlap < self._iou] = 0
-            for row, column in zip(
-                *scipy.optimize.linear_sum_assignment(overlap, maximize=True), strict=True
-            ):
+            for row, column in zip(*linear_sum_assignment(overlap, maximize=True), strict=True):
                 if overlap[row, column]:
                     ids[row] = known[column]
         for row, box in enumerate(boxes):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import scipy
+from scipy import optimize, special
 
 from imrcnn_d2.utils.files import BadInputError
 
@@ -88,7 +88,7 @@ class Calibration:
         distance, deviation = np.abs(excess), np.sqrt(np.maximum(in_bin * rate * (1 - rate), 0))
         ratio = distance / np.maximum(deviation, 1e-12) / np.sqrt(2)
         folded = deviation * np.sqrt(2 / np.pi) * np.exp(-(ratio**2))
-        folded += distance * scipy.special.erf(ratio)
+        folded += distance * special.erf(ratio)
         error = (2 * distance - folded).sum(axis=-1)
         return {
             "n": number,
@@ -180,19 +180,19 @@ class ScoreMap(FittedMap):
 
         def loss(parameters):
             z = parameters[0] * logit + parameters[1]
-            excess = scipy.special.expit(z) - target
+            excess = special.expit(z) - target
             value = np.logaddexp(0, z) - target * z
             return value.mean(), np.array([(excess * logit).mean(), excess.mean()])
 
         bounds = [(LEAST_SLOPE, None), (None, None)]
-        slope, offset = scipy.optimize.minimize(loss, (1.0, 0.0), jac=True, bounds=bounds).x
+        slope, offset = optimize.minimize(loss, (1.0, 0.0), jac=True, bounds=bounds).x
         if slope == LEAST_SLOPE:
             logger.warning("Hits do not have higher scores than misses: the scores say nothing.")
         return cls(float(slope), float(offset), dataset)
 
     def __call__(self, score: np.ndarray) -> np.ndarray:
         """Probabilities of a hit, of scores in [0, 1] of any shape."""
-        return scipy.special.expit(self.slope * _logit(score) + self.offset)
+        return special.expit(self.slope * _logit(score) + self.offset)
 
     def inverse(self) -> "ScoreMap":
         """The map from mapped scores back to the network's."""
@@ -235,19 +235,19 @@ class Temperature(FittedMap):
 
         def loss(parameters):
             z = parameters[0] * logs
-            value = scipy.special.logsumexp(z, axis=1) - parameters[0] * true
-            slope = (scipy.special.softmax(z, axis=1) * logs).sum(axis=1) - true
+            value = special.logsumexp(z, axis=1) - parameters[0] * true
+            slope = (special.softmax(z, axis=1) * logs).sum(axis=1) - true
             return value.mean(), slope.mean(keepdims=True)
 
         # Convex in the reciprocal.
-        (factor,) = scipy.optimize.minimize(loss, 1.0, jac=True, bounds=[(LEAST_SLOPE, None)]).x
+        (factor,) = optimize.minimize(loss, 1.0, jac=True, bounds=[(LEAST_SLOPE, None)]).x
         if factor == LEAST_SLOPE:
             logger.warning("The likeliest class is no likelier than others to be the true one.")
         return cls(float(1 / factor), dataset)
 
     def __call__(self, probability: np.ndarray) -> np.ndarray:
         """Calibrated probabilities, of (..., K) probabilities of the classes."""
-        return scipy.special.softmax(_log(probability) / self.temperature, axis=-1)
+        return special.softmax(_log(probability) / self.temperature, axis=-1)
 
     def map_records(self, records: list[dict]) -> list[dict]:
         """Records of :func:`evaluate_classification` with calibrated ``scores``, and their own as
@@ -267,4 +267,4 @@ def _logit(score):
     # A graph's softmax may be above 1 by a rounding.
     if not ((score >= 0) & (score <= 1 + 1e-6)).all():
         raise ValueError("Scores must be from 0 to 1 to be mapped to probabilities.")
-    return scipy.special.logit(np.clip(score, 1e-9, 1 - 1e-9))
+    return special.logit(np.clip(score, 1e-9, 1 - 1e-9))

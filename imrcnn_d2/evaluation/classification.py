@@ -286,6 +286,19 @@ class ClassificationResults(EvaluationResults):
     def right(self, tau_val=False):
         return None if tau_val else self.metrics.predicted == self.ground_truth.label
 
+    @cached_property
+    def per_image(self):
+        truth, predicted = self.ground_truth, self.metrics.predicted
+        names = np.array(truth.classes, dtype=object)
+        columns = {
+            "label": names[truth.label],
+            "predicted": names[predicted],
+            "outcome": np.where(predicted == truth.label, "right", "wrong"),
+            "score": self.probability.max(axis=1),
+            **{f"score_{name}": self.probability[:, k] for k, name in enumerate(truth.classes)},
+        }
+        return rows_per_image(truth.images, columns)
+
     def _annotations(self):
         return self.ground_truth.classes, self.ground_truth.label.tolist()
 
@@ -318,7 +331,6 @@ def _evaluated(truth, probability, raw, bootstrap) -> ClassificationResults:
         calibration=values["calibration"],
         calibration_raw=values.get("calibration_raw"),
         confusion=ConfusionMatrix(classes, counts),
-        per_image=_image_rows(truth, probability, metrics.predicted),
         meta={
             "task": "recognition",
             "images": len(truth.images),
@@ -333,15 +345,3 @@ def _evaluated(truth, probability, raw, bootstrap) -> ClassificationResults:
         metrics=metrics,
     )
     return add_intervals(scored, bootstrap)
-
-
-def _image_rows(truth, probability, predicted):
-    names = np.array(truth.classes, dtype=object)
-    columns = {
-        "label": names[truth.label],
-        "predicted": names[predicted],
-        "outcome": np.where(predicted == truth.label, "right", "wrong"),
-        "score": probability.max(axis=1),
-        **{f"score_{name}": probability[:, k] for k, name in enumerate(truth.classes)},
-    }
-    return rows_per_image(truth.images, columns)

@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import product
 
 import numpy as np
-import scipy
+from scipy import optimize, stats
 
 from imrcnn_d2.evaluation.detection.counts import divide
 from imrcnn_d2.evaluation.detection.metrics import GroupFormulas, ResampledMetrics
@@ -81,7 +81,7 @@ class Difference:
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """The interval of another level, such as TOST's of 0.9 for a test at 5 %."""
-        half = self.se * scipy.stats.t.ppf((1 + level) / 2, self.df)
+        half = self.se * stats.t.ppf((1 + level) / 2, self.df)
         return float(self.estimate - half), float(self.estimate + half)
 
 
@@ -95,8 +95,8 @@ def difference_by_t(
     if se == 0:
         se, p = NAN, NAN if estimate else 1.0
     else:
-        p = float(2 * scipy.stats.t.sf(abs(estimate) / se, df))
-    half = se * float(scipy.stats.t.ppf((1 + LEVEL) / 2, df))
+        p = float(2 * stats.t.sf(abs(estimate) / se, df))
+    half = se * float(stats.t.ppf((1 + LEVEL) / 2, df))
     p = p if math.isnan(p) else min(1.0, max(p, least_p))
     return Difference(
         estimate, estimate - half, estimate + half, p, se, df, least_p=least_p, **parts
@@ -193,7 +193,7 @@ def equivalence(difference: Difference, margin: float) -> float:
 
 def _one_sided(difference, distance):
     """p of a difference that lies this far inside the margin, if that is 0."""
-    p = scipy.stats.t.sf(distance / difference.se, difference.df)
+    p = stats.t.sf(distance / difference.se, difference.df)
     return float(np.maximum(p, difference.least_p / 2))
 
 
@@ -238,12 +238,12 @@ class Plan:
             return NAN
         nodes, weights = np.polynomial.legendre.leggauss(20)
         levels = (1 + nodes[:, None]) / 2
-        estimated = variances * scipy.stats.chi2.ppf(levels, dfs) / dfs
+        estimated = variances * stats.chi2.ppf(levels, dfs) / dfs
         weights = np.prod([*product(weights / 2, repeat=len(dfs))], axis=1)
         se, df = _welch_satterthwaite(np.array([*product(*estimated.T)]), dfs)
-        bound = se * scipy.stats.t.isf(level / 2, df)
+        bound = se * stats.t.isf(level / 2, df)
         limits = np.array([-bound, bound]) - abs(effect)
-        low, high = scipy.stats.norm.cdf(limits / np.sqrt(variances.sum()))
+        low, high = stats.norm.cdf(limits / np.sqrt(variances.sum()))
         return float(1 - weights @ (high - low))
 
     def runs_needed(
@@ -291,7 +291,7 @@ def mcnemar_exact(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
     first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
     only_first, only_second = int(np.sum(first & ~second)), int(np.sum(~first & second))
     discordant, cases = only_first + only_second, len(first)
-    p = float(scipy.stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    p = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
     if not cases:
         return McNemar(NAN, NAN, NAN, p)
     low = _melded_low(only_first, only_second, cases)
@@ -321,19 +321,19 @@ def _melded_low(only_first, only_second, cases):
     def upper_share(level):
         if discordant == cases:
             return np.ones_like(level)
-        return scipy.stats.beta.ppf(level, discordant + 1, cases - discordant)
+        return stats.beta.ppf(level, discordant + 1, cases - discordant)
 
     if not only_first:  # beta is 0
         return -float(upper_share(1 - tail))
-    lower = scipy.stats.beta.ppf(levels, discordant, cases - discordant + 1)
+    lower = stats.beta.ppf(levels, discordant, cases - discordant + 1)
     upper = upper_share(levels)
 
     def below(limit):
         """Probability that the product is at most ``limit``."""
         beta = (1 + limit / (lower if limit > 0 else upper)) / 2
-        return float(weights @ scipy.stats.beta.cdf(beta, only_first, only_second + 1))
+        return float(weights @ stats.beta.cdf(beta, only_first, only_second + 1))
 
-    return scipy.optimize.brentq(lambda limit: below(limit) - tail, -1, 1)
+    return optimize.brentq(lambda limit: below(limit) - tail, -1, 1)
 
 
 def corrected_resampled_t_test(

@@ -55,7 +55,6 @@ class EvaluationResults:
             right; the diagram is ``metrics.calibration``.
         calibration_raw: the same of the scores before they were mapped; None where they were not.
         confusion (ConfusionMatrix):
-        per_image: one row per image by ascending id, with the fields of its record.
         meta: the settings, and the size of the data set.
         metrics (ResampledMetrics): as functions of how often each unit counts.
         intervals: group -> metric -> (low, high), see :func:`confidence_intervals`; empty without a
@@ -71,7 +70,6 @@ class EvaluationResults:
     calibration: dict[str, float]
     calibration_raw: dict[str, float] | None
     confusion: Any
-    per_image: list[dict]
     meta: dict
     metrics: Any
     intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
@@ -82,6 +80,11 @@ class EvaluationResults:
 
     def groups(self) -> dict[str, dict[str, float]]:
         """The groups of metrics, in the order of a report."""
+        raise NotImplementedError
+
+    @property
+    def per_image(self) -> list[dict]:
+        """One row per image by ascending id, with the fields of its record."""
         raise NotImplementedError
 
     def compared(self) -> dict[str, dict[str, float]]:

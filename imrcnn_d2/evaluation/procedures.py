@@ -13,7 +13,7 @@ import pycocotools.mask as mask_util
 
 from imrcnn_d2.data.formats.coco import is_box, to_rles
 from imrcnn_d2.evaluation.detection.inputs import Regions
-from imrcnn_d2.utils.files import BadInputError, few, read_records, regular_file
+from imrcnn_d2.utils.files import BadInputError, few, is_json_list, read_records
 from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
@@ -276,8 +276,7 @@ def read_video_detections(
         BadInputError: naming the record: a field is missing or malformed, or no frame matches.
     """
     path = Path(path)
-    with open(regular_file(path), "rb") as file:
-        is_list = file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    is_list = is_json_list(path)
     key, places, notes, info = "" if is_list else "annotations", truth.places, {}, None
     if not is_list:
         with open(path, "rb") as file:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy
+from scipy import special, stats
 from threadpoolctl import threadpool_limits
 
 from imrcnn_d2.evaluation.detection.metrics import CURVE_METRICS, ResampledMetrics, is_count
@@ -28,7 +28,7 @@ MOST_UNDEFINED = 0.2
 FEW = 30
 # Numbers held at a time while resampling, unless a chunk is given.
 CHUNK = 2_000_000
-LEAST_ROWS = 16  # resamples at a time: what they share is read once for all of them
+LEAST_ROWS = 8  # resamples at a time: what they share is read once for all of them
 NAN = math.nan
 
 
@@ -62,7 +62,7 @@ class Bootstrap:
 def clopper_pearson(part: int, whole: int) -> tuple[float, float]:
     """The exact 95 % interval of a binomial proportion (Clopper and Pearson 1934), in [0, 1], of
     ``part`` among ``whole`` independent cases, at least 1."""
-    interval = scipy.stats.binomtest(int(part), int(whole)).proportion_ci(LEVEL, method="exact")
+    interval = stats.binomtest(int(part), int(whole)).proportion_ci(LEVEL, method="exact")
     return float(interval.low), float(interval.high)
 
 
@@ -118,7 +118,7 @@ def _lower_end(successes, failures):
     effective = (binomial + PRIOR / units) / (variance + PRIOR / units**2)
     effective = np.minimum(np.maximum(cases, 1), effective)
     tail = (1 - LEVEL) / 2
-    return float(scipy.special.betaincinv(effective * (1 - q), effective * q + 1, tail).min())
+    return float(special.betaincinv(effective * (1 - q), effective * q + 1, tail).min())
 
 
 def _least_sum(number, amounts, values):
@@ -157,10 +157,8 @@ def rate_interval(number: np.ndarray, cases: np.ndarray) -> tuple[float, float]:
     number, cases = np.asarray(number, float), np.asarray(cases, float)
     effective = effective_cases(number, cases, share=False)
     events, tail = number.sum() / cases.sum() * effective, (1 - LEVEL) / 2
-    low = scipy.special.gammaincinv(events, tail) if events else 0.0
-    return float(low / effective), float(
-        scipy.special.gammaincinv(events + 1, 1 - tail) / effective
-    )
+    low = special.gammaincinv(events, tail) if events else 0.0
+    return float(low / effective), float(special.gammaincinv(events + 1, 1 - tail) / effective)
 
 
 def bootstrap_se(samples: np.ndarray, units: int) -> float:
@@ -195,7 +193,7 @@ def bootstrap_interval(
         return NAN, NAN
     lowest, highest = limits
     error = bootstrap_se(samples, units) * math.sqrt(units / (units - 1))
-    half = error * scipy.stats.t.ppf((1 + LEVEL) / 2, units - 1)
+    half = error * stats.t.ppf((1 + LEVEL) / 2, units - 1)
     above, below = value - lowest, highest - value
     if min(above, below) <= 0:
         return max(value - half, lowest), min(value + half, highest)
@@ -203,7 +201,7 @@ def bootstrap_interval(
     if np.isinf(below):
         return float(lowest + above * np.exp(-shift)), float(lowest + above * np.exp(shift))
     centre, width = np.log(above / below), highest - lowest
-    low, high = (lowest + width * scipy.special.expit(centre + s) for s in (-shift, shift))
+    low, high = (lowest + width * special.expit(centre + s) for s in (-shift, shift))
     return float(low), float(high)
 
 

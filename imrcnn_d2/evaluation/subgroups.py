@@ -20,8 +20,9 @@ from imrcnn_d2.evaluation.detection.metrics import (
     GroupFormulas,
     ResampledMetrics,
     denominator,
-    lesion_proportions,
-    size_metrics,
+    stratum_columns,
+    stratum_metrics,
+    stratum_proportions,
 )
 from imrcnn_d2.evaluation.detection.operating_point import OperatingPoint
 from imrcnn_d2.evaluation.detection.results import LesionResults
@@ -316,6 +317,8 @@ class StratumMetrics(ResampledMetrics):
     def __init__(self, strata: dict[str, UnitCounts], units: ResampledMetrics):
         super().__init__(units.units)
         self.columns = {
-            name: GroupFormulas(self.per_unit(counts.columns()), size_metrics, lesion_proportions)
+            name: GroupFormulas(
+                self.per_unit(stratum_columns(counts)), stratum_metrics, stratum_proportions
+            )
             for name, counts in strata.items()
         }

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import hashlib
 import io
 import json
@@ -205,6 +206,10 @@ _MOST_BYTES = 2**30
 _MOST_CONTAINERS = 20_000_000  # lists and objects; an empty one takes up to 60 times its text
 _LONGEST_INTEGER = 300  # digits: larger ones cannot become a float
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_OPENING = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*(\]?)")
+_SEPARATOR = re.compile(r"[ \t\r\n]*([,\]])")
+_BLOCK, _LONGEST_ITEM = 2**20, 2**26  # characters of a list: read at a time, of an item
 
 
 def read_json(path: Path) -> object:
@@ -215,30 +220,48 @@ def read_json(path: Path) -> object:
             cannot be written again: NaN, infinite numbers, broken text. Or it is too large.
     """
     regular_file(path)
-    try:
+    with _json_errors(path):
         if path.stat().st_size > _MOST_BYTES:
             raise BadInputError(path, f"is larger than {_MOST_BYTES:,} bytes; split it")
         text = path.read_text(encoding="utf-8-sig")
         if text.count("[") + text.count("{") > _MOST_CONTAINERS:
             reason = f"has more than {_MOST_CONTAINERS:,} lists and objects; split it"
             raise BadInputError(path, reason)
-        hooks = {"parse_constant": _refuse, "parse_float": _finite, "parse_int": _whole}
-        content = json.loads(text, object_pairs_hook=_unique, **hooks)
+        collects = gc.isenabled()
+        gc.disable()  # JSON has no cycles; looking for them takes half of the time
+        try:
+            content = json.loads(text, **_STRICT)
+        finally:
+            if collects:
+                gc.enable()
         if _HALF_CHARACTER.search(text):  # which JSON can spell, but no file can hold
             json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
+@contextlib.contextmanager
+def _json_errors(path):
+    """BadInputError for what goes wrong in reading."""
+    try:
+        yield
     except BadInputError:
         raise
     except OSError as error:
         raise BadInputError(path, f"cannot be opened: {error.strerror}") from error
     except UnicodeEncodeError as error:
         raise BadInputError(path, f"is no JSON (broken text: {error.reason})") from error
-    except ValueError as error:
+    except (ValueError, ijson.JSONError) as error:
         raise BadInputError(path, f"is no JSON ({error})") from error
     except MemoryError as error:
         raise BadInputError(path, "is too large for the memory of this machine") from error
     except RecursionError as error:
         raise BadInputError(path, "is nested too deeply to be read") from error
-    return content
+
+
+def is_json_list(path: str | Path) -> bool:
+    """Whether a JSON file begins as a list does; BadInputError if it is no file."""
+    with open(regular_file(Path(path)), "rb") as file:
+        return file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def read_records(path: Path, prefix: str) -> Iterator[dict]:
@@ -246,17 +269,53 @@ def read_records(path: Path, prefix: str) -> Iterator[dict]:
     `read_json` takes; `prefix` is the list's key, "" where the file is the list.
 
     Raises:
-        BadInputError: cannot be opened, is no JSON, or the list holds what is no object.
+        BadInputError: cannot be opened, is no JSON, or the list holds what is no object. Of a file
+            that is a list, as `read_json`.
     """
-    try:
-        with open(regular_file(path), "rb") as file:
-            for record in ijson.items(file, f"{prefix}.item" if prefix else "item", use_float=True):
-                if not isinstance(record, dict):
-                    where = prefix or "the list"
-                    raise BadInputError(path, f"{where} holds {record!r:.40}, not an object")
-                yield record
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise BadInputError(path, f"is no JSON ({error})") from error
+    regular_file(path)
+    with _json_errors(path):
+        if prefix:
+            with open(path, "rb") as file:
+                yield from map(_object, ijson.items(file, f"{prefix}.item", use_float=True))
+        else:
+            with open(path, encoding="utf-8-sig") as file:
+                yield from map(_object, _items(file))
+
+
+def _object(record):
+    if not isinstance(record, dict):
+        raise ValueError(f"a list of records holds {record!r:.40}, not an object")
+    return record
+
+
+def _items(file):
+    """The items of a list in an open file."""
+    decode = json.JSONDecoder(**_STRICT).raw_decode
+    text, number = file.read(_BLOCK), 0
+    opening = _OPENING.match(text)
+    if not opening:
+        raise ValueError("it is no list")
+    place, separator, is_broken = opening.end(), opening[1], _HALF_CHARACTER.search(text)
+    while separator != "]":
+        try:
+            item, end = decode(text, _SPACE.match(text, place).end())
+            following = _SEPARATOR.match(text, end)
+            if not following:
+                raise ValueError("Expecting ',' or ']'")
+        except ValueError as error:  # maybe because the text ends within the item
+            more = "" if len(text) - place > _LONGEST_ITEM else file.read(max(_BLOCK, len(text)))
+            if not more:
+                reason = getattr(error, "msg", error)
+                raise ValueError(f"{reason}: item {number} of the list") from error
+            text, place = text[place:] + more, 0
+            is_broken = _HALF_CHARACTER.search(text)
+            continue
+        if is_broken:
+            json.dumps(item, ensure_ascii=False).encode()
+        yield item
+        place, separator, number = following.end(), following[1], number + 1
+    if text[place:].strip() or file.read(_BLOCK).strip():
+        raise ValueError("Extra data after the list")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
@@ -283,6 +342,14 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text} is out of range")
     return value
+
+
+_STRICT = {
+    "object_pairs_hook": _unique,
+    "parse_constant": _refuse,
+    "parse_float": _finite,
+    "parse_int": _whole,
+}
 
 
 def strict_json(document: dict) -> str:

@@ -113,7 +113,7 @@ def test_undefined_froc(dataset, region, worked):
     assert list(evaluate_lesions(worked[0], []).froc.values()) == [0] * 8
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6), scores=st.sampled_from(["tied", "distinct"]))
 def test_froc_against_every_threshold(random_case, seed, scores):
     scored = evaluate_lesions(*random_case(seed, scores))
@@ -127,7 +127,7 @@ def test_froc_against_every_threshold(random_case, seed, scores):
         assert scored.froc[f"sensitivity_at_{rate:g}"] == pytest.approx(100 * best)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6), scores=st.sampled_from(["tied", "distinct"]))
 def test_calibration_is_scikit_learns(random_case, seed, scores):
     """Scores on the bins' edges, which "tied" ones all are, too; several classes and crowds."""

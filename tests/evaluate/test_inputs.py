@@ -42,6 +42,7 @@ from imrcnn_d2.evaluation.output import (
     write_evaluation,
     write_results,
 )
+from imrcnn_d2.utils import files
 from imrcnn_d2.utils.files import BadInputError, write_atomically
 
 SHAPE = (40, 50)
@@ -143,14 +144,14 @@ def test_a_coco_dict_is_matched_by_names(dataset, region, gt):
         read_results(results, read_ground_truth(data))
 
 
-def test_a_large_list_is_read_record_by_record(random_case, tmp_path, monkeypatch):
-    """As a small one is, in batches that images span; then with faults in the last batch."""
+def test_a_file_is_read_in_batches(random_case, tmp_path, monkeypatch):
+    """As the records in memory, in batches that images span; then with faults in the last batch."""
     data, results = random_case(1)
     path, gt = tmp_path / "results.json", read_ground_truth(data)
     elsewhere = {**results[0], "image_id": 99}
     path.write_text(json.dumps([elsewhere, *results]))
-    whole = read_results(path, gt, ignore_extra_images=True)
-    monkeypatch.setattr(inputs, "_STREAMED", 9)
+    whole = read_results([elsewhere, *results], gt, ignore_extra_images=True)
+    monkeypatch.setattr(files, "_BLOCK", 99)
     monkeypatch.setattr(inputs, "_BATCH", 3)
     parts = read_results(path, gt, ignore_extra_images=True)
     assert (parts.notes, whole.notes) == ({"ignored_images": [99]},) * 2
@@ -176,7 +177,7 @@ def test_a_large_list_is_read_record_by_record(random_case, tmp_path, monkeypatc
         json.dumps([{k: v for k, v in r.items() if k != "segmentation"} for r in results])
     )
     assert read_results(path, gt).regions.masks is None
-    monkeypatch.setattr(inputs, "_MOST_RESULTS", number - 1)
+    monkeypatch.setattr(inputs, "_MOST_RECORDS", number - 1)
     with pytest.raises(BadInputError, match=f"more than {number - 1} results; split it"):
         read_results(path, gt)
 

@@ -328,7 +328,7 @@ def copied(data, results, times):
     return {**data, "images": images, "annotations": annotations}, detected
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     seed=st.integers(0, 10**6),
     times=st.lists(st.integers(0, 3), min_size=6, max_size=6),

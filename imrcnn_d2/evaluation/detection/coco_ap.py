@@ -47,12 +47,8 @@ def coco_curves(
     size = regions.boxes[:, 2] * regions.boxes[:, 3]
     if iou_type == "segm":
         size = mask_areas(regions.masks)
-    order = np.argsort(-score, kind="stable")
-    score, unit, category = (
-        score[order],
-        unit_of_image[regions.image[order]],
-        regions.category[order],
-    )
+    everything = Ranking(score, unit_of_image[regions.image])
+    category = regions.category[everything.order]
     for a, (low, high) in enumerate(AREAS):
         ignored = gt.crowd | (gt.area < low) | (gt.area > high)
         inside = (size >= low) & (size <= high)
@@ -61,9 +57,7 @@ def coco_curves(
         for t, threshold in enumerate(IOUS):
             names = [name for name, (ious, area) in PARTS.items() if area == a and t in ious]
             matching = match(gt, counter.detections, counter.overlaps[iou_type], threshold, ignored)
-            evaluated = (matching.evaluated & (matching.hit | inside))[order]
-            hit = matching.hit[order]
+            evaluated = (matching.evaluated & (matching.hit | inside))[everything.order]
             for k in classes:
-                kept = evaluated & (category == k)
-                ranking = Ranking(score[kept], unit[kept])
-                yield names, RankedDetections(ranking, hit[kept], lesions[k])
+                ranking = everything.part(evaluated & (category == k))
+                yield names, RankedDetections(ranking, matching.hit, lesions[k])

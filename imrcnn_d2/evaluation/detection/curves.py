@@ -1,10 +1,11 @@
 """Precision-recall, receiver operating and free-response curves, also of many resamples at once."""
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import scipy
+from scipy.sparse import csr_array
 
 from imrcnn_d2.evaluation.detection.counts import divide
 
@@ -17,14 +18,27 @@ _LONGEST = 512  # detections of a part of a ranking, which are counted at once
 
 class Ranking:
     """N detections from the highest score down, given scores by image id and file order and the
-    unit in [0, U) that each belongs to."""
+    unit in [0, U) that each belongs to.
+
+    Attributes:
+        order: (N,) int, the detections in this order; those of equal scores as they were given.
+        unit: (N,) int, their units.
+        ends: (N,) int, place in the ranking of the last that has the score of each.
+    """
 
     def __init__(self, score: np.ndarray, unit: np.ndarray):
-        self.order = np.argsort(-score, kind="stable")  # ties stay in order
-        self.unit = unit[self.order]
-        falling = -score[self.order]
-        # (N,) int, place in the ranking of the last that has the score of each.
-        self.ends = np.searchsorted(falling, falling, side="right") - 1
+        self.order = np.argsort(-score, kind="stable")
+        self.unit, score = unit[self.order], score[self.order]
+        last = np.flatnonzero(np.diff(score, append=-1.0))
+        self.ends = np.repeat(last, np.diff(last, prepend=-1))
+
+    def part(self, kept: np.ndarray) -> "Ranking":
+        """That of the (N,) bool ``kept`` places; ``order`` still counts all detections."""
+        part = copy(self)
+        part.order, part.unit = self.order[kept], self.unit[kept]
+        through = np.cumsum(kept)
+        part.ends = through[self.ends[kept]] - 1
+        return part
 
 
 class RankedDetections:
@@ -42,16 +56,16 @@ class RankedDetections:
 
     @cached_property
     def _parts(self):
-        """(P, U) int, the detections of each unit in each part of the ranking, of which each hit,
-        and the last detection that has its score, is one: with few hits, that is far less than all
-        detections. And (H,) int, the parts of these hits and detections."""
+        """(P, U) int, the detections of each unit in each part of the ranking, which end with the
+        hits and with the last detection of the score of each: with few hits, these are far fewer
+        than detections. And (H,) int, the parts that end with these hits and detections."""
         places, number = np.append(self.hits, self.ranking.ends[self.hits]), len(self.ranking.unit)
-        limits = np.concatenate([places, places + 1, np.arange(0, number, _LONGEST), [number]])
+        limits = np.concatenate([places + 1, np.arange(0, number, _LONGEST), [0, number]])
         limits = np.unique(limits)
         counts = np.ones(number, dtype=np.int16)
         shape = len(limits) - 1, len(self.lesions)
-        parts = scipy.sparse.csr_array((counts, self.ranking.unit, limits), shape=shape)
-        return parts, *np.split(np.searchsorted(limits, places), 2)
+        parts = csr_array((counts, self.ranking.unit, limits), shape=shape)
+        return parts, *np.split(np.searchsorted(limits, places, side="right") - 1, 2)
 
     def weigh(self, weights: np.ndarray) -> "WeightedCurve":
         """The curves under (B, U) int weights, how often each resample holds each unit."""
@@ -59,15 +73,14 @@ class RankedDetections:
         # Of the smallest numbers that hold the sum of a part, most units stay in the cache.
         kind = np.int16 if weights.max(initial=0) * _LONGEST < 2**15 else np.int32
         copies = parts.astype(kind, copy=False) @ weights.T.astype(kind, order="C")
-        copies = np.ascontiguousarray(copies.T)
-        through = np.cumsum(copies, axis=1, dtype=np.int32)
+        through = np.cumsum(copies.T, axis=1, dtype=np.int32)
         at_hits = np.take(through, hits, axis=1)
         return WeightedCurve(
-            copies=np.take(copies, hits, axis=1),
+            copies=np.take(weights, self.ranking.unit[self.hits], axis=1),
             through=at_hits,
             last=np.searchsorted(hits, ends, side="right") - 1,
             through_last=at_hits if (ends == hits).all() else np.take(through, ends, axis=1),
-            total=copies.sum(axis=1, dtype=np.int64),
+            total=copies.sum(axis=0, dtype=np.int64),
             num_gt=weights @ self.lesions.astype(weights.dtype),
         )
 
@@ -253,7 +266,8 @@ def pr_curve(score: np.ndarray, hit: np.ndarray, num_gt: int) -> PRCurve:
     truths without crowds."""
     order = np.argsort(-score, kind="stable")
     hit = hit[order]
-    return PRCurve(score[order], np.cumsum(hit), np.cumsum(~hit), int(num_gt))
+    tp, fp = (np.cumsum(kind, dtype=np.int32) for kind in (hit, ~hit))
+    return PRCurve(score[order], tp, fp, int(num_gt))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,14 +4,14 @@ Everything downstream (matching, counts, curves, COCO's AP) reads these arrays, 
 accepted as input is decided here, once.
 """
 
-import contextlib
 import logging
 import math
 import reprlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -22,20 +22,26 @@ import pycocotools.mask as mask_util
 from imrcnn_d2.data.formats.coco import FARTHEST, NUMBER, check_records, first_wrong_box, to_rles
 from imrcnn_d2.data.images import read_values
 from imrcnn_d2.data.masks import check_size
-from imrcnn_d2.utils.files import BadInputError, few, file_in, read_json, read_records
+from imrcnn_d2.utils.files import (
+    BadInputError,
+    few,
+    file_in,
+    is_json_list,
+    read_json,
+    read_records,
+)
 from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
 # Detections considered per image and class, as in COCO.
 MAX_DETECTIONS = 100
-# A results list of more bytes is read record by record, twice, so that its text and its regions are
-# never in memory as a whole; regions in batches of so many, up to so many in all.
-_STREAMED, _BATCH, _MOST_RESULTS = 2**29, 500_000, 20_000_000
+# Records are turned into columns in batches of so many, so that those of a results list, of which
+# there may be so many, are never in memory as a whole.
+_BATCH, _MOST_RECORDS = 2_000, 20_000_000
 # The fields of an annotation that Regions holds.
 _REGION = ("segmentation", "bbox")
 _IDS = ("image_id", "category_id")
-_RESULT = {*_IDS, "file_name", "score", "raw_score"}  # what is kept of a record next to its region
 # Of each list of ground truth: required fields, and the types of others.
 GROUND_TRUTH = {
     "images": (("id",), {"file_name": str, "patient_id": (*NUMBER, str, type(None))}),
@@ -69,19 +75,26 @@ class Regions:
         return Regions(self.image[rows], self.category[rows], self.boxes[rows], masks)
 
 
-class _Rles(Sequence):
-    """N compressed RLEs in half the memory: (N, 2) int32 sizes, and their N texts as bytes."""
+class Rles(Sequence):
+    """N compressed RLEs in a third of the memory of a list: (N, 2) int32 heights and widths, and
+    one text, in which ``counts`` of each begin at (N,) int and have a (N,) int length."""
 
-    def __init__(self, sizes: np.ndarray, counts: list[bytes]):
-        self.sizes, self.counts = sizes, counts
+    def __init__(self, sizes: np.ndarray, text: bytearray, begin: np.ndarray, length: np.ndarray):
+        self.sizes, self.text, self.begin, self.length = sizes, text, begin, length
 
     def __len__(self):
-        return len(self.counts)
+        return len(self.begin)
 
     def __getitem__(self, key):
         if isinstance(key, slice):
             return [self[row] for row in range(*key.indices(len(self)))]
-        return {"size": self.sizes[key].tolist(), "counts": self.counts[key]}
+        begin = self.begin[key]
+        counts = bytes(self.text[begin : begin + self.length[key]])
+        return {"size": self.sizes[key].tolist(), "counts": counts}
+
+    def take(self, rows: np.ndarray) -> "Rles":
+        """Those at (K,) int positions, in this order, of the same text."""
+        return Rles(self.sizes[rows], self.text, self.begin[rows], self.length[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,16 +174,17 @@ def read_ground_truth(gt, source: str | Path | None = None) -> GroundTruth:
         return gt
     source = source or (gt if isinstance(gt, str | Path) else "the ground truth")
     dataset = _load(gt)
-    for key, (needed, kinds) in GROUND_TRUTH.items():
-        records = dataset.get(key) if isinstance(dataset, dict) else None
-        check_records(records, key, source, needed, kinds)
+    dataset = dataset if isinstance(dataset, dict) else {}
+    for key in ("images", "categories"):
+        check_records(dataset.get(key), key, source, *GROUND_TRUTH[key])
     images, categories = (by_id(dataset[key], key, source) for key in ("images", "categories"))
     for name, count in Counter(category["name"] for category in categories).items():
         if count > 1:
             raise BadInputError(source, f"has several categories {name!r}: rename them")
-    _, annotations, regions = _read_regions(
-        dataset["annotations"], "annotations", images, categories, source
-    )
+    reader = _RecordReader(source, "annotations", GROUND_TRUTH["annotations"][1])
+    reader.read(dataset.get("annotations"))
+    order, regions = reader.regions(images, categories)
+    annotations = [dataset["annotations"][row] for row in order.tolist()]
     for annotation in annotations:
         crowd, area = annotation.get("iscrowd", 0), annotation.get("area", 0)
         if crowd not in (0, 1) or not 0 <= area <= FARTHEST**2:
@@ -207,108 +221,260 @@ def read_results(
     if isinstance(results, Detections):
         return results
     source = source or (results if isinstance(results, str | Path) else "the results")
-    is_folder = isinstance(results, str | Path) and Path(results).is_dir()
-    large = Path(results) if not is_folder and _is_large_list(results) else None
-    if is_folder:
-        results = read_predicted_masks(results, gt)
+    is_path, listed, key, unscored = isinstance(results, str | Path), {}, "results", False
+    if is_path and Path(results).is_dir():
+        records, unscored = read_predicted_masks(results, gt), True
+    elif is_path and is_json_list(results):
+        records = read_records(Path(results), "")
     else:
-        results = _without_regions(large) if large else _load(results)
-    key = "annotations" if isinstance(results, dict) else "results"
-    listed = results if isinstance(results, dict) else {"annotations": results}
-    if "annotations" not in listed:
-        raise BadInputError(source, "has no 'annotations': give a COCO results list")
-    check_records(listed["annotations"], key, source, _IDS, {"file_name": str})
-    if key == "results" and results and all("file_name" in result for result in results):
-        names = {result["image_id"]: result["file_name"] for result in results}
-        listed["images"] = [{"id": id_, "file_name": name} for id_, name in names.items()]
+        records = _load(results)
+        if isinstance(records, dict):
+            listed, key = records, "annotations"
+            if key not in listed:
+                raise BadInputError(source, "has no 'annotations': give a COCO results list")
+            records = listed[key]
     for name in ("images", "categories"):
         check_records(listed.get(name, []), name, source, ("id",), {"file_name": str})
-    category_ids, notes = _category_ids(gt, listed, key, source)
-    image_ids, image_notes = _image_ids(gt, listed, key, source, ignore_extra_images)
-    results = [r for r in listed["annotations"] if r["image_id"] in image_ids]
-    mapped = any(result.get("raw_score") is not None for result in results)
-    unscored = is_folder or bool(results) and all(r.get("score", 0) is None for r in results)
-    fields = ("score", "raw_score") if mapped else () if unscored else ("score",)
-    scores = {name: _read_scores(results, name, source) for name in fields}
-    ids = image_ids, category_ids
-    if large:
-        order, regions = _regions_of_large(large, gt, source, ids)
-    else:
-        order, _, regions = _read_regions(results, "results", gt.images, gt.categories, source, ids)
-    score, raw = (
-        scores[name][order] if name in scores else None for name in ("score", "raw_score")
+    reader = _RecordReader(source, key, {"file_name": str})
+    reader.read(records)
+    if key == "results" and len(reader.file_names) == len(reader.ids["image_id"]):
+        names = reader.file_names.items()
+        listed = {"images": [{"id": id_, "file_name": name} for id_, name in names]}
+    category_ids, notes = _category_ids(gt, listed, reader)
+    image_ids, image_notes = _image_ids(gt, listed, reader, ignore_extra_images)
+    order, regions = reader.regions(gt.images, gt.categories, image_ids, category_ids)
+    score, raw = reader.scores
+    unscored = unscored or reader.number > 0 and not score.is_given
+    if raw.is_given or not unscored:
+        score.check(reader)
+    if raw.is_given:
+        raw.check(reader)
+    return Detections(
+        regions,
+        np.ones(len(order)) if unscored else score.values[order],
+        not unscored,
+        {**notes, **image_notes},
+        raw.values[order] if raw.is_given else None,
+        listed.get("info"),
     )
-    score = np.ones(len(order)) if unscored else score
-    notes, info = {**notes, **image_notes}, listed.get("info")
-    return Detections(regions, score, not unscored, notes, raw, info)
 
 
-def _read_scores(results, name, source):
-    """(N,) float, a column of the results."""
-    scores = [result.get(name) for result in results]
-    kinds = {
-        kind for kind in set(map(type, scores)) if kind is not bool and issubclass(kind, NUMBER)
-    }
-    if kinds == set(map(type, scores)):
-        with contextlib.suppress(OverflowError):  # of an integer beyond what a float can be
+class _Scores:
+    """A column of records; ``is_given`` says whether any is not null."""
+
+    def __init__(self, name: str, missing: str | None):
+        self.name, self.missing, self.is_given = name, missing, False
+        self._columns, self._wrong = [np.zeros(0)], None
+
+    def add(self, records, start):
+        scores = [record.get(self.name, self.missing) for record in records]
+        self.is_given = self.is_given or any(score is not None for score in scores)
+        if not set(map(type, scores)) <= {int, float}:
+            scores = [score if _is_score(score) else math.nan for score in scores]
+        try:
             column = np.array(scores, float)
-            if ((column >= 0) & (column < math.inf)).all():
-                return column
-    largest = sys.float_info.max
-    for number, score in enumerate(scores):
-        if not isinstance(score, NUMBER) or type(score) is bool or not 0 <= score <= largest:
-            record = f"results[{number}], of image {results[number]['image_id']!r},"
-            raise BadInputError(
-                source, f"{record} has the {name} {score!r:.40}, not a finite one from 0"
+        except OverflowError:  # an integer beyond what a float can be
+            column = np.array([score if _is_score(score) else math.nan for score in scores])
+        right = (column >= 0) & (column < math.inf)
+        if self._wrong is None and not right.all():
+            row = int(right.argmin())
+            self._wrong = start + row, records[row].get(self.name, self.missing)
+        self._columns.append(column)
+
+    def check(self, reader):
+        """BadInputError if one is no score."""
+        if self._wrong is not None:
+            number, score = self._wrong
+            reason = f"has the {self.name} {score!r:.40}, not a finite one from 0"
+            raise BadInputError(reader.source, f"{reader.name(number)}, {reason}")
+
+    @property
+    def values(self):
+        """(N,) float."""
+        return np.concatenate(self._columns)
+
+
+def _is_score(value):
+    return isinstance(value, NUMBER) and type(value) is not bool and value <= sys.float_info.max
+
+
+class _RecordReader:
+    """N COCO records, checked and turned into columns batch by batch.
+
+    Attributes:
+        number: N.
+        ids: of "image_id" and "category_id", {id: number of the first record that has it}.
+        file_names: {image id: file_name} of the images whose records have one.
+        scores: the columns "score" and "raw_score".
+    """
+
+    def __init__(self, source: str | Path, key: str, kinds: Mapping[str, type | tuple]):
+        self.source, self.key, self.kinds, self.number = source, key, kinds, 0
+        self.ids, self.file_names = {name: {} for name in _IDS}, {}
+        self.scores = _Scores("score", "missing"), _Scores("raw_score", None)
+        # Batch by batch, of each record: the first one with its ids; its box; the size of its RLE,
+        # and the length of its text, -1 where it has none.
+        self._first = {name: [np.zeros(0, int)] for name in _IDS}
+        self._boxes, self._sizes = [np.zeros((0, 4))], [np.zeros((0, 2), np.int32)]
+        self._lengths, self._text = [np.zeros(0, np.int32)], bytearray()
+        self._polygons = {}  # by record, which take the size of their image
+        self._lacking = []  # records that have no box
+
+    def read(self, records: Iterable[dict]) -> None:
+        """Read a list, or records one after the other."""
+        if not isinstance(records, Iterator):
+            check_records(records, self.key, self.source, ())
+        records = iter(tqdm(records, desc=self.key.capitalize(), delay=2))
+        while batch := list(islice(records, _BATCH)):
+            if self.number + len(batch) > _MOST_RECORDS:
+                reason = f"has more than {_MOST_RECORDS:,} {self.key}; split it"
+                raise BadInputError(self.source, reason)
+            self._add(batch, self.number)
+            self.number += len(batch)
+
+    def name(self, number: int) -> str:
+        """A record, for errors."""
+        first = np.concatenate(self._first["image_id"])[number]
+        image_id = next(id_ for id_, n in self.ids["image_id"].items() if n == first)
+        return f"{self.key}[{number}], of image {image_id!r}"
+
+    def _add(self, records, start):
+        check_records(records, self.key, self.source, _IDS, self.kinds, start)
+        for name, first in self.ids.items():
+            numbers = [first.setdefault(r[name], n) for n, r in enumerate(records, start)]
+            self._first[name].append(np.array(numbers))
+        self.file_names.update((r["image_id"], r["file_name"]) for r in records if "file_name" in r)
+        for scores in self.scores:
+            scores.add(records, start)
+        masks = {n: record.get("segmentation") for n, record in enumerate(records, start)}
+        rles = {n: mask for n, mask in masks.items() if isinstance(mask, dict)}
+        sizes, lengths = np.zeros((len(records), 2), np.int32), np.full(len(records), -1, np.int32)
+        if rles:
+            rows = [n - start for n in rles]
+            sizes[rows] = stated = [self._stated_size(n, rle) for n, rle in rles.items()]
+            lengths[rows] = self._append(rles, stated)
+        if len(rles) < len(records):
+            others = {n: mask for n, mask in masks.items() if n not in rles}
+            self._polygons |= {n: m for n, m in others.items() if m is not None and m != []}
+        self._sizes.append(sizes)
+        self._lengths.append(lengths)
+        boxes = [record.get("bbox") for record in records]
+        for n, box in enumerate(boxes, start):
+            if box is None or box == []:
+                if n not in rles and n not in self._polygons:
+                    reason = f"{self.name(n)} has neither bbox nor segmentation"
+                    raise BadInputError(self.source, reason)
+                self._lacking.append(n)
+                boxes[n - start] = [0, 0, 0, 0]
+        if (wrong := first_wrong_box(boxes)) is not None:
+            reason = f"has the bbox {reprlib.repr(boxes[wrong])}, not [x, y, width, height]"
+            raise BadInputError(self.source, f"{self.name(start + wrong)} {reason}")
+        self._boxes.append(np.array(boxes, float))
+
+    def _stated_size(self, number, rle):
+        size = rle.get("size")
+        try:
+            if not isinstance(size, list | tuple) or len(size) != 2:
+                raise ValueError(f"its RLE has the size {size!r:.40}, not [height, width]")
+            return _size(*size)
+        except ValueError as error:
+            raise BadInputError(self.source, f"{self.name(number)}: {error}") from error
+
+    def _append(self, masks, sizes):
+        """Append masks, {number: segmentation}, to the text; return the lengths of theirs."""
+        numbers = [*masks]
+        try:
+            rles = to_rles([*masks.values()], sizes, lambda place: self.name(numbers[place]))
+        except ValueError as error:
+            raise BadInputError(self.source, str(error)) from error
+        texts = [t if isinstance(t := rle["counts"], bytes) else t.encode() for rle in rles]
+        self._text += b"".join(texts)
+        return [len(text) for text in texts]
+
+    def regions(
+        self, images: list[dict], categories: list[dict], image_ids=None, category_ids=None
+    ) -> tuple[np.ndarray, Regions]:
+        """(M,) int, the numbers of the records by image, and their Regions. Where ids may differ
+        from those of the ground truth, {id in the records: id there}; records of other images are
+        left out.
+
+        Raises:
+            BadInputError: an id is none of the ground truth, or a mask none of its image.
+        """
+        image = self._positions("image_id", images, image_ids)
+        category = self._positions("category_id", categories, category_ids)
+        order = np.argsort(image, kind="stable")[np.count_nonzero(image < 0) :]
+        image_sizes = self._image_sizes(images)
+        sizes, lengths = np.concatenate(self._sizes), np.concatenate(self._lengths)
+        begin = np.cumsum(lengths.clip(0), dtype=np.int64) - lengths.clip(0)
+        expected = image_sizes[image]
+        wrong = (lengths >= 0) & (image >= 0) & (sizes != expected).any(axis=1)
+        wrong &= expected.all(axis=1)
+        if wrong.any():
+            number = int(wrong.argmax())
+            both = f"size {sizes[number].tolist()}, the image {expected[number].tolist()}"
+            raise BadInputError(self.source, f"{self.name(number)}: its RLE has {both}")
+        polygons = {n: mask for n, mask in self._polygons.items() if image[n] >= 0}
+        if polygons:
+            numbers = [*polygons]
+            sizes[numbers] = expected[numbers]
+            if not sizes[numbers].all():
+                number = numbers[int(sizes[numbers].all(axis=1).argmin())]
+                id_ = images[image[number]]["id"]
+                reason = f"image {id_!r} has no height and width for masks"
+                raise BadInputError(self.source, reason)
+            end = len(self._text)
+            lengths[numbers] = self._append(polygons, sizes[numbers].tolist())
+            begin[numbers] = end + np.cumsum(lengths[numbers]) - lengths[numbers]
+        masks, boxes = Rles(sizes, self._text, begin, lengths), np.concatenate(self._boxes)
+        for number in self._lacking:
+            if image[number] >= 0:
+                boxes[number] = mask_util.toBbox(masks[number])
+        has_mask = lengths[order] >= 0
+        if has_mask.any() and not has_mask.all():
+            without = images[image[order[has_mask.argmin()]]]["id"]
+            logger.warning(
+                f"{np.count_nonzero(~has_mask)} of {len(order)} {self.key} have no segmentation "
+                f"(the first is for image {without}), so that metrics of masks are undefined."
             )
+        masks = masks.take(order) if has_mask.all() else None
+        return order, Regions(image[order], category[order], boxes[order], masks)
+
+    def _positions(self, name, items, translation):
+        """(N,) int, positions in the items; -1 where an id has no translation."""
+        known = {item["id"]: position for position, item in enumerate(items)}
+        positions = np.full(self.number, -1)
+        for id_, number in self.ids[name].items():
+            if translation is not None and id_ not in translation:
+                continue
+            truth = id_ if translation is None else translation[id_]
+            if truth not in known:
+                reason = f"has the {name} {id_!r}, not in the ground truth"
+                raise BadInputError(self.source, f"{self.key}[{number}] {reason}")
+            positions[number] = known[truth]
+        return positions[np.concatenate(self._first[name])]
+
+    def _image_sizes(self, images):
+        """(number of images, 2) int, height and width; 0 where not known."""
+        sizes = np.zeros((len(images), 2), np.int32)
+        for row, image in enumerate(images):
+            if "height" in image or "width" in image:
+                try:
+                    sizes[row] = _size(image.get("height"), image.get("width"))
+                except ValueError as error:
+                    raise BadInputError(self.source, f"image {image['id']!r}: {error}") from error
+        return sizes
 
 
-def _is_large_list(source):
-    if not isinstance(source, str | Path) or not Path(source).is_file():
-        return False
-    with open(source, "rb") as file:
-        return Path(source).stat().st_size > _STREAMED and file.read(99).lstrip()[:1] == b"["
+_known_size = lru_cache(typed=True)(check_size)
 
 
-def _without_regions(path):
-    """The records of a list, without masks and boxes."""
-    results = []
-    for record in tqdm(read_records(path, ""), desc="Results", delay=2):
-        if len(results) == _MOST_RESULTS:
-            raise BadInputError(path, f"has more than {_MOST_RESULTS:,} results; split it")
-        results.append({k: v for k, v in record.items() if k in _RESULT})
-    return results
-
-
-def _regions_of_large(path, gt, source, ids):
-    """(N,) int, the order by image, and the Regions, as of `_read_regions`."""
-    progress = tqdm(read_records(path, ""), desc="Regions of results", delay=2)
-    records = (record for record in progress if record["image_id"] in ids[0])
-    places, images, classes, boxes, sizes, counts = [], [], [], [], [], []
-    have_masks = True
-    while batch := list(islice(records, _BATCH)):
-        start = sum(map(len, places))
-        order, _, regions = _read_regions(
-            batch, "results", gt.images, gt.categories, source, ids, start
-        )
-        places.append(start + order)
-        images.append(regions.image)
-        classes.append(regions.category)
-        boxes.append(regions.boxes)
-        have_masks = have_masks and regions.masks is not None
-        if have_masks:
-            sizes.append(np.array([mask["size"] for mask in regions.masks], np.int32))
-            texts = (mask["counts"] for mask in regions.masks)
-            counts += [text if isinstance(text, bytes) else text.encode() for text in texts]
-    image = np.concatenate(images)
-    rows = np.argsort(image, kind="stable")
-    masks = (
-        _Rles(np.concatenate(sizes)[rows], [counts[row] for row in rows]) if have_masks else None
-    )
-    regions = Regions(
-        image[rows], np.concatenate(classes)[rows], np.concatenate(boxes)[rows], masks
-    )
-    return np.concatenate(places)[rows], regions
+def _size(height, width):
+    """As `check_size`; most are the same."""
+    try:
+        return _known_size(height, width)
+    except TypeError:  # a list, say
+        return check_size(height, width)
 
 
 def _load(source):
@@ -329,42 +495,43 @@ def by_id(records: list[dict], key: str, source: str | Path) -> list[dict]:
     return records
 
 
-def _category_ids(gt, results, key, source):
+def _category_ids(gt, listed, reader):
     """{category id in a COCO dict: id in the ground truth}, by ``name``; ids without a name stay as
     they are. And a note where a single class has another name than that of the ground truth."""
-    categories, records = results.get("categories", []), results["annotations"]
+    categories = listed.get("categories", [])
     names = {category["id"]: category.get("name", category["id"]) for category in categories}
-    for record in records:
-        names.setdefault(record["category_id"], record["category_id"])
+    for id_ in reader.ids["category_id"]:
+        names.setdefault(id_, id_)
     ids = {id_: id_ for id_ in names} | _translation(categories, gt.categories, "name", "category")
     known = {category["id"]: category["name"] for category in gt.categories}
-    unknown = [n for n, record in enumerate(records) if ids[record["category_id"]] not in known]
-    if not unknown:
+    seen = reader.ids["category_id"]
+    id_ = next((id_ for id_ in seen if ids[id_] not in known), None)
+    if id_ is None:
         return ids, {}
-    id_ = records[unknown[0]]["category_id"]
+    number = seen[id_]
     if len(names) == len(known) == 1:
         ((truth_id, truth),) = known.items()
         logger.warning(
-            f"{source}: its class {names[id_]!r} is taken for {truth!r}, the only one of the "
-            "ground truth."
+            f"{reader.source}: its class {names[id_]!r} is taken for {truth!r}, the only one of "
+            "the ground truth."
         )
         return {id_: truth_id}, {"matched_classes": {str(names[id_]): truth}}
     predicted, annotated = (few([*classes.values()], 20) for classes in (names, known))
     raise BadInputError(
-        source,
-        f"{key}[{unknown[0]}] has the category_id {id_!r}, {names[id_]!r}: its classes are "
+        reader.source,
+        f"{reader.key}[{number}] has the category_id {id_!r}, {names[id_]!r}: its classes are "
         f"{predicted}, those of the ground truth {annotated}. Give both the same names, of masks "
         "by imrcnn prepare-dataset --classes.",
     )
 
 
-def _image_ids(gt, results, key, source, ignore_extra):
+def _image_ids(gt, listed, reader, ignore_extra):
     """{image id in a COCO dict: id in the ground truth}, by ``file_name``, without folders if need
     be; ids without a name stay as they are. And notes of the images that one of both lacks."""
-    images, records, notes = results.get("images", []), results["annotations"], {}
+    images, notes, source = listed.get("images", []), {}, reader.source
     names = {image["id"]: image.get("file_name", image["id"]) for image in images}
-    for record in records:
-        names.setdefault(record["image_id"], record["image_id"])
+    for id_ in reader.ids["image_id"]:
+        names.setdefault(id_, id_)
     ids = {id_: id_ for id_ in names} | _translation(images, gt.images, "file_name", "image")
     rest = [image for image in images if ids[image["id"]] is None]
     if rest:  # written with or without folders
@@ -374,14 +541,13 @@ def _image_ids(gt, results, key, source, ignore_extra):
     known = {image["id"]: image.get("file_name", image["id"]) for image in gt.images}
     extra = {id_: name for id_, name in names.items() if ids[id_] not in known}
     is_foreign = len(extra) == len(names)
-    for number, record in enumerate(records):
-        id_ = record["image_id"]
+    for id_, number in reader.ids["image_id"].items():
         if id_ in extra and (is_foreign or not ignore_extra):
             remedy = "leave such images out (--ignore-extra-images)"
             raise BadInputError(
                 source,
-                f"{key}[{number}] has the image_id {id_!r} ({extra[id_]}), not in the ground "
-                f"truth, which lacks {len(extra)} of {len(names)} images: "
+                f"{reader.key}[{number}] has the image_id {id_!r} ({extra[id_]}), not in the "
+                f"ground truth, which lacks {len(extra)} of {len(names)} images: "
                 f"{'score them on the data that they are of' if is_foreign else remedy}.",
             )
     if extra and ignore_extra:
@@ -392,7 +558,8 @@ def _image_ids(gt, results, key, source, ignore_extra):
         )
     paired = set(ids.values())
     missing = [name for id_, name in known.items() if id_ not in paired]
-    if key == "annotations" and images and missing:  # a list names no image without detections
+    # A list names no image without detections.
+    if reader.key == "annotations" and images and missing:
         notes["missing_images"] = missing
         logger.warning(
             f"{source} lacks {len(missing)} of {len(known)} images of the ground truth, which are "
@@ -418,89 +585,6 @@ def _translation(records, targets, field, kind, simplify=lambda name: name):
                 )
             translation[record["id"]] = candidates[0]
     return translation
-
-
-def _read_regions(records, key, images, categories, source, ids=(None, None), start=0):
-    """(N,) int, the order of the records by image; the records in this order, and their Regions.
-    ``ids`` are {id in the records: id in the ground truth} of images and categories, where these
-    may differ; ``start`` is the number of the first record, for errors."""
-    columns = []
-    fields = ("image_id", images), ("category_id", categories)
-    for (id_field, items), translation in zip(fields, ids, strict=True):
-        known = {item["id"]: position for position, item in enumerate(items)}
-        if translation is not None:
-            known = {id_: known.get(truth, -1) for id_, truth in translation.items()}
-        column = np.array([known.get(record[id_field], -1) for record in records], dtype=np.int64)
-        if (column < 0).any():
-            number = int((column < 0).argmax())
-            value = records[number][id_field]
-            reason = (
-                f"{key}[{start + number}] has the {id_field} {value!r}, not in the ground truth"
-            )
-            raise BadInputError(source, reason)
-        columns.append(column)
-    order = np.argsort(columns[0], kind="stable")
-    image, category = (column[order] for column in columns)
-    records = [records[number] for number in order.tolist()]
-
-    def name(row):
-        return f"{key}[{start + order[row]}], of image {records[row]['image_id']!r}"
-
-    masks = _read_masks(records, key, image, images, source, name)
-    boxes = [record.get("bbox") for record in records]
-    for row, box in enumerate(boxes):
-        if box is None or box == []:
-            if row not in masks:
-                raise BadInputError(source, f"{name(row)} has neither bbox nor segmentation")
-            boxes[row] = mask_util.toBbox(masks[row]).tolist()
-    if (wrong := first_wrong_box(boxes)) is not None:
-        box = reprlib.repr(boxes[wrong])
-        raise BadInputError(source, f"{name(wrong)} has the bbox {box}, not [x, y, width, height]")
-    boxes = np.array(boxes, float).reshape(-1, 4)
-    has_masks = len(masks) == len(records)
-    masks = list(masks.values()) if has_masks else None
-    return order, records, Regions(image, category, boxes, masks)
-
-
-def _read_masks(records, key, image, images, source, name):
-    """{row: RLE} of the records that have a mask."""
-    segmentations = {row: record.get("segmentation") for row, record in enumerate(records)}
-    segmentations = {row: s for row, s in segmentations.items() if s is not None and s != []}
-    rows, segmentations = list(segmentations), list(segmentations.values())
-    sizes = [  # also of those without a mask
-        _size(record, None, source) if "height" in record or "width" in record else None
-        for record in images
-    ]
-    positions = image[rows].tolist()
-    sizes = [
-        sizes[i] or _size(images[i], s, source)
-        for i, s in zip(positions, segmentations, strict=True)
-    ]
-    try:
-        masks = to_rles(segmentations, sizes, lambda number: name(rows[number]))
-    except ValueError as error:
-        raise BadInputError(source, str(error)) from error
-    if 0 < len(rows) < len(records):
-        without = min(set(range(len(records))) - set(rows))
-        logger.warning(
-            f"{len(records) - len(rows)} of {len(records)} {key} have no segmentation (the first "
-            f"is for image {records[without]['image_id']}), so that metrics of masks are undefined."
-        )
-    return dict(zip(rows, masks, strict=True))
-
-
-def _size(image, segmentation, source):
-    """Height and width of an image, by its record, else by the RLE."""
-    if "height" in image or "width" in image:
-        size = image.get("height"), image.get("width")
-    else:
-        size = segmentation.get("size") if isinstance(segmentation, dict) else None
-        if not isinstance(size, list | tuple) or len(size) != 2:
-            raise BadInputError(source, f"image {image['id']!r} has no height and width for masks")
-    try:
-        return check_size(*size)
-    except ValueError as error:
-        raise BadInputError(source, f"image {image['id']!r}: {error}") from error
 
 
 def read_predicted_masks(folder: str | Path, gt: GroundTruth) -> list[dict]:

@@ -80,16 +80,16 @@ def _box_overlaps(boxes, truths, crowd):
 def _mask_overlaps(regions, gt, dt, truth, key):
     """(P,) overlaps of masks: group by group, all of a group's detections and ground truths."""
     iou = np.zeros(len(dt))
-    limits = np.flatnonzero(np.diff(key, prepend=-1, append=-1)).tolist()
-    dt, truth, crowd = dt.tolist(), truth.tolist(), gt.crowd.tolist()
-    for start, end in tqdm([*pairwise(limits)], desc="Overlaps of masks", delay=2):
-        columns = 1  # ground truths of the group: the pairs of its first detection
-        while start + columns < end and dt[start + columns] == dt[start]:
-            columns += 1
-        group = truth[start : start + columns]
-        detected = [regions.masks[d] for d in dt[start:end:columns]]
+    limits = np.flatnonzero(np.diff(key, prepend=-1, append=-1))
+    # Ground truths of each group: the pairs of its first detection.
+    first = np.flatnonzero(np.diff(dt, prepend=-1))
+    numbers = np.diff(first, append=len(dt))[np.searchsorted(first, limits[:-1])]
+    groups = zip(pairwise(limits), numbers, strict=True)
+    for (start, end), number in tqdm(groups, "Overlaps of masks", len(numbers), delay=2):
+        group = truth[start : start + number]
+        detected = [regions.masks[d] for d in dt[start:end:number]]
         annotated = [gt.regions.masks[g] for g in group]
-        iou[start:end] = mask_util.iou(detected, annotated, [crowd[g] for g in group]).ravel()
+        iou[start:end] = mask_util.iou(detected, annotated, gt.crowd[group].tolist()).ravel()
     return iou
 
 

@@ -375,12 +375,24 @@ def unit_proportions(sums: np.ndarray) -> dict[str, tuple]:
     return {**shares, "localised_recall": (sums["positive_hit"], sums["positive"])}
 
 
-def size_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+def stratum_columns(counts: UnitCounts) -> np.ndarray:
+    """(U, 5) float, what :func:`stratum_metrics` are made of."""
+    columns = counts.tp, counts.fn, counts.iou, counts.iou_box, counts.dice
+    return np.stack(columns, axis=1).astype(float)
+
+
+def stratum_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
     """(...,) "n" (lesions), recall, iou, iou_box, iou_all and dice of a stratum of lesions, whose
-    false alarms are unknown."""
-    values = lesion_metrics(sums)
-    names = ("recall", "iou", "iou_box", "iou_all", "dice")
-    return {"n": values["TP"] + values["FN"], **{name: values[name] for name in names}}
+    false alarms are unknown, of (..., 5) sums of :func:`stratum_columns`."""
+    tp, fn, iou, iou_box, dice = np.moveaxis(sums, -1, 0)
+    shares = {"recall": (tp, tp + fn), "iou": (iou, tp), "iou_box": (iou_box, tp)}
+    shares |= {"iou_all": (iou, tp + fn), "dice": (dice, tp)}
+    return {"n": tp + fn, **{name: 100 * divide(*share) for name, share in shares.items()}}
+
+
+def stratum_proportions(sums: np.ndarray) -> dict[str, tuple]:
+    """As :func:`lesion_proportions`, of such sums."""
+    return {"recall": (sums[..., 0], sums[..., 0] + sums[..., 1])}
 
 
 class GroupFormulas(NamedTuple):
@@ -423,7 +435,7 @@ class ResampledMetrics:
             group: formulas(sums[:, places[group]])
             for group, (_, formulas, _) in self.columns.items()
         }
-        for group in self._calibrations:
+        for group in [group for group in places if group not in self.columns]:
             values[group] = Calibration.formulas(sums[:, places[group]])
         return values
 
@@ -433,19 +445,15 @@ class ResampledMetrics:
         columns}."""
         groups = {group: columns for group, (columns, *_) in self.columns.items()}
         distinct, places = {}, {}
-        for group, columns in {**groups, **self._calibrations}.items():
+        names = ("calibration", "calibration_raw")
+        scores = {name: getattr(self, name) for name in names}
+        calibrations = {k: self.per_unit(v.columns()) for k, v in scores.items() if v is not None}
+        for group, columns in {**groups, **calibrations}.items():
             keys = [hashlib.sha256(column.tobytes()).digest() for column in columns.T]
             for key, column in zip(keys, columns.T, strict=True):
                 distinct.setdefault(key, column)
             places[group] = [list(distinct).index(key) for key in keys]
         return np.stack([*distinct.values()], axis=1), places
-
-    @cached_property
-    def _calibrations(self):
-        """{group: (num_units, K) sums of the columns}."""
-        names = ("calibration", "calibration_raw")
-        scores = {name: getattr(self, name) for name in names}
-        return {k: self.per_unit(v.columns()) for k, v in scores.items() if v is not None}
 
     @property
     def width(self) -> int:
@@ -544,7 +552,8 @@ class DetectionMetrics(ResampledMetrics):
             merged = counts[""].merged(self.unit_of_image)
             self._score_groups["patient"] = (merged.take(patients), patients)
         self.columns = self._columns(above, paper, sizes)
-        self._rankings = {}
+        units = self.unit_of_image[detections.regions.image]
+        self._ranking = Ranking(detections.score, units)
         self._matchings = {
             kind: match(gt, detections, pairs, CURVE_IOU)
             for kind, pairs in counter.overlaps.items()
@@ -575,8 +584,9 @@ class DetectionMetrics(ResampledMetrics):
                 groups[f"{prefix}patient"] = (known, unit_metrics, unit_proportions)
         for scale, strata in sizes.items():
             for name, counts in strata.items():
-                columns = self.per_unit(counts.columns())
-                groups[f"by_size.{scale}.{name}"] = (columns, size_metrics, lesion_proportions)
+                columns = self.per_unit(stratum_columns(counts))
+                formulas = stratum_metrics, stratum_proportions
+                groups[f"by_size.{scale}.{name}"] = (columns, *formulas)
         for name, counts in self.classes.items():
             columns = self.per_unit(counts.columns())
             groups[f"by_class.{name}"] = (columns, lesion_metrics, lesion_proportions)
@@ -618,13 +628,9 @@ class DetectionMetrics(ResampledMetrics):
         regions, truth = self.detections.regions, self.gt.regions
         in_classes = matching.evaluated & np.isin(regions.category, classes)
         lesions = ~self.gt.crowd & np.isin(truth.category, classes)
-        key = in_classes.tobytes()
-        if key not in self._rankings:  # mostly shared by boxes and masks
-            unit = self.unit_of_image[regions.image[in_classes]]
-            self._rankings[key] = Ranking(self.detections.score[in_classes], unit)
         return RankedDetections(
-            self._rankings[key],
-            matching.hit[in_classes],
+            self._ranking.part(in_classes[self._ranking.order]),
+            matching.hit,
             np.bincount(self.unit_of_image[truth.image[lesions]], minlength=self.num_units),
         )
 

@@ -52,8 +52,8 @@ class LesionResults(EvaluationResults):
         froc: sensitivity_at_0.125 ... sensitivity_at_8 and mean: the largest recall with at most so
             many false alarms per image (of all images), at any threshold; the curve is
             ``metrics.froc``.
-        by_size: "share_of_image" and "coco" -> stratum -> see :func:`size_metrics`. The former is
-            left out where the size of an image is unknown.
+        by_size: "share_of_image" and "coco" -> stratum -> see :func:`stratum_metrics`. The former
+            is left out where the size of an image is unknown.
         by_class: class name -> as ``lesion``, without ``selection``, and AP50, AP50_voc and BEP of
             masks, of boxes where there are none. Empty for a single class.
         tau_val: the operating point's tau, rule and dataset, and ``lesion``, ``image`` and, where
@@ -182,6 +182,14 @@ class LesionResults(EvaluationResults):
         """Counts per image summed over those of each known patient."""
         return counts.merged(self.metrics.unit_of_image).take(self.metrics.units.patients)
 
+    @cached_property
+    def per_image(self):
+        counts = self.counts
+        columns = _outcomes(counts, self.detections.scored, "image_outcome")
+        for name in ("union_iou", "union_dice"):
+            columns[name] = np.where(counts.positive, 100 * getattr(counts, name), np.nan)
+        return rows_per_image(self.ground_truth.images, columns)
+
     @property
     def per_patient(self) -> list[dict]:
         """One row per known patient, in the order of their first images: patient_id, images, and
@@ -273,13 +281,6 @@ def _outcomes(counts, scored, outcome):
     }
 
 
-def _image_rows(images, counts, scored):
-    columns = _outcomes(counts, scored, "image_outcome")
-    for name in ("union_iou", "union_dice"):
-        columns[name] = np.where(counts.positive, 100 * getattr(counts, name), np.nan)
-    return rows_per_image(images, columns)
-
-
 def evaluate_lesions(
     gt,
     results,
@@ -338,6 +339,7 @@ def evaluate_lesions(
     confusion = counter.confusion_matrix(tau)
     paper = counter.matching.evaluated & (detections.raw_score >= PAPER_TAU)
     metrics = DetectionMetrics(counter, above, all_counts, paper, sizes, classes)
+    sizes = {scale: [*strata] for scale, strata in sizes.items()}  # counts of all images are large
     values, curves = metrics.once(), metrics.curves()
     for kind in ("bbox", "segm"):
         coco = coco_average_precision(counter, kind)
@@ -373,7 +375,6 @@ def evaluate_lesions(
         },
         by_class={name: values[f"by_class.{name}"] for name in classes},
         confusion=confusion,
-        per_image=_image_rows(gt.images, counts, detections.scored),
         curves=curves,
         counts=counts,
         meta={
