@@ -1,4 +1,4 @@
-"""Data, optimizer and schedule of the LazyConfigs: Base-RCNN.yaml in Python."""
+"""Data, optimizer and schedule of the LazyConfigs: 3,000 iterations of 4 images."""
 
 import detectron2.data.transforms as T
 import torch
@@ -21,6 +21,7 @@ def _test_loader(split):
         dataset=L(load_datasets)(names=f"${{train.dataset}}_{split}"),
         mapper=L(LesionMapper)(
             is_train=False,
+            crop_to_view="${dataloader.train.mapper.crop_to_view}",
             augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
             image_format="${dataloader.train.mapper.image_format}",
         ),
@@ -33,6 +34,7 @@ dataloader.train = L(build_train_loader)(
     dataset=L(load_datasets)(names="${train.dataset}_train"),
     mapper=L(LesionMapper)(
         is_train=True,
+        crop_to_view=True,  # as INPUT.CROP_TO_VIEW
         augmentations=[
             L(T.ResizeShortestEdge)(
                 short_edge_length=(640, 672, 704, 736, 768, 800),

@@ -12,6 +12,7 @@ from imrcnn_d2.utils.files import for_terminal, install_extra
 
 __all__ = [
     "WEIGHTS_HELP",
+    "add_crop_view",
     "add_tau",
     "new_parser",
     "one_line_errors",
@@ -49,6 +50,17 @@ def add_tau(parser: argparse.ArgumentParser, *, help: str, default: float | None
     parser.add_argument("--tau", "--score-threshold", type=float, default=default, help=help)
 
 
+def add_crop_view(parser: argparse.ArgumentParser) -> None:
+    """Add --crop-view and --no-crop-view, None if neither is given."""
+    parser.add_argument(
+        "--crop-view",
+        action=argparse.BooleanOptionalAction,
+        help="show the network the endoscope's view only, without the writing next to it and with "
+        "what lies over it blanked, or the whole frame (as the weights were trained, by "
+        "INPUT.CROP_TO_VIEW); results are of the whole frame",
+    )
+
+
 def output_file(text: str) -> Path:
     """The path of a file to write, for `type` of an argument: no folder, nor in a file."""
     path = Path(text)
@@ -81,12 +93,7 @@ def predictor_arguments() -> argparse.ArgumentParser:
         help="what runs the network: torch, torch-bf16, or onnxruntime or openvino, which an "
         "exported file is for; auto takes the fastest on this machine",
     )
-    parser.add_argument(
-        "--crop-view",
-        action="store_true",
-        help="show the network the endoscope's view only, without banners and insets, as in data "
-        "prepared with --deidentify; results refer to the whole frame",
-    )
+    add_crop_view(parser)
     return parser
 
 

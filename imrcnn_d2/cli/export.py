@@ -26,8 +26,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from imrcnn_d2.cli import WEIGHTS_HELP, new_parser, one_line_errors
-from imrcnn_d2.data.images import read_image
+from imrcnn_d2.cli import WEIGHTS_HELP, add_crop_view, new_parser, one_line_errors
 
 # What may differ: detections in one of the two only, in percent of all, those above τ and any;
 # scores, boxes in percent of the image's longer side, overlap of masks. Of two boxes that suppress
@@ -96,6 +95,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--score-map", metavar="DIR", help=score_map)
     calibration = f"images to fit int8 to, none that it is tested on; {MOST_CALIBRATION} at most"
     add("--calibration", nargs="+", metavar="PATH", help=calibration)
+    add_crop_view(parser)
     add("--output", required=True, type=Path, help="the file to write")
     return parser
 
@@ -113,7 +113,8 @@ def export(args):
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         path = Path(folder) / args.output.name
-        loaded = load_model(args.config_file, args.weights, device="cpu")
+        options = {"device": "cpu", "crop_view": args.crop_view}
+        loaded = load_model(args.config_file, args.weights, **options)
         if isinstance(loaded.model, Runtime):
             raise ValueError(f"{args.weights} is an export already: name the original weights")
         source = args.config_file, args.weights
@@ -121,12 +122,12 @@ def export(args):
             mapped = with_score_map(loaded, args.score_map)
             source = None, Path(folder) / "mapped.safetensors"
             TorchRuntime.export(mapped, source[1])
-            loaded = load_model(*source, device="cpu")
-        original = Predictor(*source, device="cpu")
+            loaded = load_model(*source, **options)
+        original = Predictor(*source, **options)
         int8 = args.precision == "int8"
         fitted = calibration_images(loaded.cfg, args.calibration) if int8 else ()
         bar = tqdm(fitted, desc="Reading images", disable=not fitted)
-        example, *calibration = (original.prepare(read_image(p)) for p in (images[0], *bar))
+        example, *calibration = (original.load(path)[1] for path in (images[0], *bar))
         options = {"precision": args.precision, "calibration": calibration}
         runtime.export(loaded, path, example=example, **options)
         exported = Predictor(None, path, device="cpu")

@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-from imrcnn_d2.cli import WEIGHTS_HELP, add_tau, new_parser, one_line_errors
+from imrcnn_d2.cli import WEIGHTS_HELP, add_crop_view, add_tau, new_parser, one_line_errors
 from imrcnn_d2.data.catalog import check_registered, data_set_name, register_data_set
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.data.images import read_image
@@ -71,6 +71,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "TEST.SCORE_THRESH)"
     )
     add_tau(parser, help=tau)
+    add_crop_view(parser)
     add("--batch-size", type=int, default=1, help="images that the network sees at once (1)")
     metric = "the metric that is plotted and printed (%(default)s)"
     add("--figure", default="lesion/f1", help=metric)
@@ -86,7 +87,8 @@ def evaluate(args):
     from imrcnn_d2.evaluation.robustness import evaluate_robustness, load_coco
     from imrcnn_d2.report.plots import plot_distortions
 
-    predictor = Predictor(args.config_file, args.weights, tau=args.tau)
+    options = {"tau": args.tau, "crop_view": args.crop_view}
+    predictor = Predictor(args.config_file, args.weights, **options)
     if not predictor.task.localises:
         raise ValueError(f"{args.weights}: a classifier finds no lesions")
     register_root(predictor.cfg)
@@ -105,9 +107,8 @@ def evaluate(args):
         )
 
     def predict(images):
-        items = [(image.shape[:2], predictor.prepare(image)) for image in images]
-        outputs = predictor.in_batches(items, args.batch_size)
-        results = [records(predictor, output, *size) for size, output in outputs]
+        outputs = predictor.in_batches(map(predictor.load, images), args.batch_size)
+        results = [records(predictor, output, *frame) for frame, output in outputs]
         for record in chain.from_iterable(results):
             record["category_id"] = category_ids[record["category_id"] - 1]
         return results

@@ -10,12 +10,15 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-_WORKING_SIDE = 512  # pixels of the longer side, to which larger frames are reduced
+_WORKING_SIDE = 384  # pixels of the longer side, to which larger frames are reduced
+_LEAST_SIDE = 0.3  # of the frame's shorter side: a smaller view is not cropped to
+_LEAST_LIT = 0.5  # of the view: a darker one is not cropped to
 _CORNER = 0.015  # of the shorter side: patches that show the background
 _LEAST_CONTRAST = 12  # of a lit pixel to the background, gray values
 _NOISE = 8  # of the background, above its mean
 _STROKE = 0.02  # of the shorter side: what is thinner is writing
-_SPECK = 0.005  # of the frame: what is smaller is no inset
+_SPECK = 0.005  # of the frame: what is smaller is no inset, and no part of the view
+_GAP = 0.08  # of the shorter side, that shadow separates parts of the view by
 _LARGEST_INSET = 0.35  # of the frame
 _FLAT = 8  # difference of neighbouring gray values within a flat area
 _BLUR = 3  # pixels
@@ -47,6 +50,7 @@ class View:
     mask: np.ndarray  # (H, W) bool, without the insets; empty in a frame where nothing is lit
     box: Box  # the smallest around `mask`; (0, 0, 0, 0) if that is empty
     insets: tuple[Box, ...]  # second images and blanked rectangles that lie over the view
+    lit: float = 0.0  # share of the view, insets included, that differs from the background
 
     @property
     def is_empty(self) -> bool:
@@ -69,7 +73,9 @@ class View:
         """Return the part in `box` of an (H, W) or (H, W, C) image of the frame's size, black, or
         false, where there is no view."""
         part, seen = image[self.box.slices], self.mask[self.box.slices]
-        return np.where(seen if image.ndim == 2 else seen[..., None], part, 0).astype(image.dtype)
+        if image.dtype == bool:
+            return part & seen
+        return cv2.bitwise_and(part, part, mask=seen.view(np.uint8))
 
 
 def find_view(image: np.ndarray) -> View:
@@ -78,30 +84,61 @@ def find_view(image: np.ndarray) -> View:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(f"a frame is (H, W, 3) uint8, not {image.dtype} of shape {image.shape}")
     height, width = image.shape[:2]
-    scale = min(1.0, _WORKING_SIDE / max(height, width))
-    small, insets = image, []
-    if scale < 1:
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    lit = _largest(_without_strokes(_lit(small)))
+    small, insets = _reduced(image), []
+    bright = _lit(small)
+    lit = _view_parts(small, _without_strokes(bright))
     if lit is not None:
         insets = _insets(small, _filled(lit, convex=True))
         for x0, y0, x1, y1 in insets:  # can have widened the hull; their blurred edges are no view
             lit[max(0, y0 - _BLUR) : y1 + _BLUR, max(0, x0 - _BLUR) : x1 + _BLUR] = False
-        lit = _largest(lit)
-    if lit is None:
+        if insets:
+            lit = _view_parts(small, lit)
+    # Compression blurs the hull's edge by a pixel; beyond it may be writing.
+    hull = None
+    if lit is not None:
+        hull = cv2.erode(_filled(lit, convex=True).view(np.uint8), np.ones((3, 3), np.uint8))
+    if hull is None or not hull.any():
         return View(np.zeros((height, width), bool), Box(0, 0, 0, 0), ())
 
-    # Compression blurs the hull's edge by a pixel; beyond it may be writing.
-    hull = cv2.erode(_filled(lit, convex=True).astype(np.uint8), np.ones((3, 3), np.uint8))
-    mask = cv2.resize(hull, (width, height), interpolation=cv2.INTER_NEAREST) > 0
+    share = np.count_nonzero(bright & hull.view(bool)) / np.count_nonzero(hull)
     factors = np.array([width / small.shape[1], height / small.shape[0]])
+    mask = _enlarged(hull, factors, (height, width))
     boxes = []
     for inset in insets:
         (x0, y0), (x1, y1) = np.floor(inset[:2] * factors), np.ceil(inset[2:] * factors)
         boxes.append(Box(int(x0), int(y0), min(int(x1), width), min(int(y1), height)))
         mask[boxes[-1].slices] = False
-    return View(mask, _box(mask), tuple(boxes))
+    return View(mask, _box(mask), tuple(boxes), share)
+
+
+def find_crop(image: np.ndarray) -> View | None:
+    """The view that a network is shown of a frame, see `find_view`. None, for the whole frame,
+    where it cannot be relied on: a side is shorter than 0.3 of the frame's shorter side, or less
+    than half of it is lit."""
+    view = find_view(image)
+    x0, y0, x1, y1 = view.box
+    is_small = min(x1 - x0, y1 - y0) < _LEAST_SIDE * min(image.shape[:2])
+    return None if is_small or view.lit < _LEAST_LIT else view
+
+
+def _reduced(image: np.ndarray) -> np.ndarray:
+    """An image of at most `_WORKING_SIDE`; halved at first, which is faster than in one step."""
+    while (largest := max(image.shape[:2])) > _WORKING_SIDE:
+        scale = max(0.5, _WORKING_SIDE / largest)
+        size = [max(1, round(scale * side)) for side in image.shape[1::-1]]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    return image
+
+
+def _enlarged(hull: np.ndarray, factors: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A convex mask (h, w) in (H, W) bool: the pixels that its own become, with straight edges."""
+    mask = np.zeros(size, np.uint8)
+    (contour,), _ = cv2.findContours(hull, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    ends = np.stack([contour * factors, (contour + 1) * factors - 1])  # of the pixels' sides
+    x, y = np.rint(ends).astype(np.int32)[:, :, 0].transpose(2, 0, 1)
+    corners = np.stack([(x[i], y[j]) for i in (0, 1) for j in (0, 1)]).transpose(0, 2, 1)
+    cv2.fillConvexPoly(mask, cv2.convexHull(corners.reshape(-1, 2)), 1)
+    return mask.view(bool)
 
 
 def _lit(image: np.ndarray) -> np.ndarray:
@@ -111,8 +148,10 @@ def _lit(image: np.ndarray) -> np.ndarray:
     corners = [image[y, x].reshape(-1, 3).astype(float) for y in ends for x in ends]
     colours = np.array([corner.mean(axis=0) for corner in corners])
     plain = max(corner.std(axis=0).max() for corner in corners) < _NOISE / 2
-    if plain and np.ptp(colours, axis=0).max() < _NOISE:
-        background, noise = colours.mean(axis=0), 0.0
+    red, green, blue = background = colours.mean(axis=0)
+    is_mucosa = red > max(green, blue) + 2 * _NOISE
+    if plain and np.ptp(colours, axis=0).max() < _NOISE and not is_mucosa:
+        noise = 0.0
     else:  # at least one corner is lit; what is not is black
         dark = [corner.max() for corner in corners if corner.max() < 3 * _NOISE]
         background, noise = np.zeros(3), max(dark, default=0.0)
@@ -141,6 +180,30 @@ def _largest(mask: np.ndarray) -> np.ndarray | None:
     """The largest connected part of a mask; None of an empty one."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     return labels == 1 + stats[1:, cv2.CC_STAT_AREA].argmax() if count > 1 else None
+
+
+def _view_parts(image: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
+    """The largest connected part of a mask, with those next to it that shadow separates from it,
+    which are as red as mucosa and no rectangles; None of an empty one."""
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    if count < 2:
+        return None
+    areas = stats[:, cv2.CC_STAT_AREA]
+    largest = 1 + int(areas[1:].argmax())
+    view = labels == largest
+    others = [i for i in range(1, count) if i != largest and areas[i] > _SPECK * mask.size]
+    if not others:
+        return view
+    kernel = np.ones((2 * round(_GAP * min(mask.shape)) + 1,) * 2, np.uint8)
+    near = cv2.dilate(view.view(np.uint8), kernel).view(bool)
+    for i in others:
+        _, _, width, height, area = stats[i]
+        part = labels == i
+        red, green, blue = np.median(image[part], axis=0)
+        is_mucosa = red > 1.2 * max(green, blue) and area < _STRAIGHT * width * height
+        if is_mucosa and (near & part).any():
+            view |= part
+    return view
 
 
 def _filled(mask: np.ndarray, convex: bool = False) -> np.ndarray:
@@ -180,7 +243,9 @@ def _coloured(image: np.ndarray, hull: np.ndarray) -> list[Box]:
 
 def _straight_parts(mask: np.ndarray, hull: np.ndarray) -> list[Box]:
     """Boxes of the connected parts that fill them as far as they lie in the hull."""
-    boxes = []
+    boxes: list[Box] = []
+    if np.count_nonzero(mask) < _SPECK * mask.size:
+        return boxes
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     for i in range(1, count):
         x, y, w, h, area = map(int, stats[i])
@@ -220,10 +285,13 @@ def _where_edges_meet(
 ) -> tuple[int, int] | None:
     """Row and column, if any, to which an upright edge leads from above, a level one from the left,
     seen along most of their way through the hull, of at least `least` pixels."""
+    edges = (upright & hull, 0), (level & hull, 1)
+    if any(np.count_nonzero(edge, axis).max() < _SEEN * least for edge, axis in edges):
+        return None  # no edge is long enough
     shares = []
-    for edge, along in ((upright, 0), (level, 1)):
+    for edge, along in edges:
         length = np.cumsum(hull, axis=along, dtype=np.float32)
-        seen = np.cumsum(edge & hull, axis=along, dtype=np.float32)
+        seen = np.cumsum(edge, axis=along, dtype=np.float32)
         shares.append(np.where(length >= least, seen / np.maximum(length, 1), 0))
     both = np.minimum(*shares)
     row, column = np.unravel_index(both.argmax(), both.shape)

@@ -95,7 +95,11 @@ class LoadedModel:
 
 
 def load_model(
-    config: CfgNode | str | Path | None, weights: str | Path, *, device: str | None = None
+    config: CfgNode | str | Path | None,
+    weights: str | Path,
+    *,
+    device: str | None = None,
+    crop_view: bool | None = None,
 ) -> LoadedModel:
     """Builds a model and loads its weights: none may be missing, too many or of another shape.
 
@@ -104,6 +108,7 @@ def load_model(
             else ``config.yaml`` in its folder.
         weights: what MODEL.WEIGHTS takes, see `find_weights`, or a file of `imrcnn export`.
         device: None for a usable GPU, else the CPU; the config's is of another machine perhaps.
+        crop_view: in place of the config's INPUT.CROP_TO_VIEW, unless None.
 
     Raises:
         FileNotFoundError: there are no such weights, or no config.
@@ -118,10 +123,10 @@ def load_model(
             "weights that it was made of, or a file of imrcnn export"
         )
     if path.suffix[1:] in EXPORTS and (runtime := EXPORTS[path.suffix[1:]].load(path)):
-        return _load_runtime(config, path, runtime)
+        return _load_runtime(config, path, runtime, crop_view)
     content = load_checkpoint_file(path)
     metadata = _metadata(path, content)
-    cfg = _config(config, path, metadata.get("config"))
+    cfg = _config(config, path, metadata.get("config"), crop_view)
     cfg.MODEL.DEVICE = device or choose_device()
     cfg.MODEL.CHANNELS_LAST = False  # the runtime's affair
     _check_demands(cfg, path)
@@ -145,13 +150,13 @@ def _metadata(path: Path, content: dict) -> dict:
     return {key: content[key] for key in keys}
 
 
-def _load_runtime(config, path: Path, runtime: Runtime) -> LoadedModel:
+def _load_runtime(config, path: Path, runtime: Runtime, crop_view) -> LoadedModel:
     if config is not None:
         raise ValueError(f"{path} brings its config along: leave out --config-file")
     metadata = runtime.metadata
     absent = {"score_map", training_images.KEY} - metadata.keys()  # of earlier versions
     _check_metadata(path, metadata, _METADATA.keys() - absent)
-    cfg = _config(None, path, metadata["config"])
+    cfg = _config(None, path, metadata["config"], crop_view)
     _check_demands(cfg, path)
     cfg.freeze()
     weights = Weights.of_file(str(path), metadata, not Task.of(cfg).localises)
@@ -232,15 +237,18 @@ def _checked(loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
-def _config(config, weights: Path, carried: str | None) -> CfgNode:
+def _config(config, weights: Path, carried: str | None, crop_view: bool | None) -> CfgNode:
+    overrides = [*_OVERRIDES]
+    if crop_view is not None:
+        overrides += ["INPUT.CROP_TO_VIEW", crop_view]
     if isinstance(config, CfgNode):
         cfg = config.clone()
         cfg.defrost()
-        cfg.merge_from_list(_OVERRIDES)
+        cfg.merge_from_list(overrides)
         return cfg
     if config is None and carried is not None:
         try:
-            return load_config_text(carried, weights, _OVERRIDES)
+            return load_config_text(carried, weights, overrides)
         except ValueError as error:
             raise ValueError(
                 f"{weights}: the config that it brings along is of another version or damaged "
@@ -252,7 +260,7 @@ def _config(config, weights: Path, carried: str | None) -> CfgNode:
             f"{weights} brings no config along and {path} does not exist: name the config that the "
             "weights were trained with (--config-file)"
         )
-    return load_config(path, _OVERRIDES)
+    return load_config(path, overrides)
 
 
 def _number_of_classes(cfg: CfgNode) -> int:

@@ -14,10 +14,12 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
 from torch import Tensor
 
+from imrcnn_d2.config import get_node
 from imrcnn_d2.data import training_images
 from imrcnn_d2.data.augmentation import build_augmentation
-from imrcnn_d2.data.endoscope_view import View, find_view
+from imrcnn_d2.data.endoscope_view import View, find_crop
 from imrcnn_d2.data.images import read_image
+from imrcnn_d2.data.mapper import CropToView
 from imrcnn_d2.data.masks import encode, parts_of_others
 from imrcnn_d2.deploy.loading import load_model
 from imrcnn_d2.deploy.runtimes import TorchRuntime, build_runtime
@@ -56,14 +58,13 @@ class FrameViews:
         self._brightest, self._view, self._left = None, None, FIRST_FRAMES
 
     def __call__(self, image: np.ndarray) -> View | None:
-        """Of the next frame, (H, W, 3) RGB, uint8; None while all frames have been dark."""
+        """Of the next frame, (H, W, 3) RGB, uint8; None while `find_crop` finds none."""
         if self._brightest is None or self._brightest.shape != image.shape:
             self.__init__()
             self._brightest = np.zeros_like(image)
         if self._left or self._view is None:
             self._brightest = np.maximum(self._brightest, image)
-            view = find_view(self._brightest)
-            self._view = None if view.is_empty else view
+            self._view = find_crop(self._brightest)
             self._left = max(0, self._left - 1)
         return self._view
 
@@ -94,23 +95,24 @@ class Predictor:
         runtime: str | None = None,
         tau: float | None = None,
         device: str | None = None,
-        crop_view: bool = False,
+        crop_view: bool | None = None,
         alarm_rule: AlarmRule | str | Path | None = None,
     ):
         """See `load_model` and `build_runtime`; ``tau`` None is that of the weights. ``crop_view``
-        shows the network the endoscope's view only, black outside it, as data prepared with
-        --deidentify are; predictions are still of the whole frame. ``alarm_rule``, or its file,
-        has its own ``tau``, and decides which detections in a video are alarms.
+        is whether the network sees the endoscope's view only, black outside it; None: as it was
+        trained, by INPUT.CROP_TO_VIEW. Predictions are of the whole frame. ``alarm_rule``, or its
+        file, has its own ``tau``, and decides which detections in a video are alarms.
 
         Raises:
             FileNotFoundError, ValueError: see there; a classification model is given a ``tau`` or
                 an ``alarm_rule``; both are given; or the rule was chosen for other weights.
         """
-        self._loaded = loaded = load_model(config, weights, device=device)
+        self._loaded = loaded = load_model(config, weights, device=device, crop_view=crop_view)
         cfg, stored = loaded.cfg, loaded.weights
         self.classes = loaded.classes
         self.cfg, self.task, self.has_masks = cfg, Task.of(cfg), cfg.MODEL.MASK_ON
-        self.tau, self.crop_view = loaded.tau if tau is None else tau, crop_view
+        self.tau = loaded.tau if tau is None else tau
+        self.crop_view = get_node(cfg, "INPUT.CROP_TO_VIEW")
         self.alarm_rule = self._checked_rule(alarm_rule, tau)
         if self.alarm_rule is not None:
             self.tau = self.alarm_rule.tau
@@ -136,7 +138,7 @@ class Predictor:
             self.metadata["score_map"] = vars(self.score_map)
         if self.suppress_parts:
             self.metadata["suppress_parts"] = True
-        if crop_view:
+        if self.crop_view:
             self.metadata["crop_view"] = True
         if self.alarm_rule is not None:
             self.alarm_rule.check_weights(self.metadata)
@@ -235,8 +237,8 @@ class Predictor:
         """
         if isinstance(images, str | Path) or getattr(images, "ndim", 0) == 3:
             return self([images])[0]
-        outputs = self.in_batches(map(self._load, images), batch_size)
-        finished = (self.finish(output, *size, view) for (size, view), output in outputs)
+        outputs = self.in_batches(map(self.load, images), batch_size)
+        finished = (self.finish(output, *frame) for frame, output in outputs)
         return [self._without_parts(item) if self.suppress_parts else item for item in finished]
 
     def _without_parts(self, instances):
@@ -244,10 +246,12 @@ class Predictor:
         columns = instances.scores.tolist(), instances.pred_classes.tolist()
         return instances[torch.from_numpy(~parts_of_others(masks, *columns))]
 
-    def _load(self, image):
+    def load(self, image: str | Path | np.ndarray) -> tuple[tuple[int, int, View | None], Tensor]:
+        """Of an image, a file or RGB (H, W, 3) uint8: its height, width and view, for `finish` and
+        `records`, and what the network sees of it, see `prepare`."""
         array = read_image(Path(image)) if isinstance(image, str | Path) else image
         view = self.views()(array)
-        return (array.shape[:2], view), self.prepare(array, view)
+        return (*array.shape[:2], view), self.prepare(array, view)
 
     def views(self) -> Callable[[np.ndarray], View | None]:
         """A function from an image, or the frames of a video in turn, to the view for `prepare`."""
@@ -319,15 +323,17 @@ class Predictor:
         """
         if self.score_map is not None:
             output.raw_scores, output.scores = output.scores, self._mapped(output.scores)
-        left, top, right, bottom = (0, 0, width, height) if view is None else view.box
-        size = bottom - top, right - left
+        crop = None if view is None else CropToView(view)
+        size, left, top = (height, width), 0, 0
+        if crop is not None:
+            size, left, top = (crop.h, crop.w), crop.x0, crop.y0
         fields = dict(output.get_fields())
         if self.has_masks:  # under another name Detectron2 does not paste them into the image
             fields["probabilities"] = fields.pop("pred_masks")
         cropped = detector_postprocess(Instances(output.image_size, **fields), *size)
-        instances = Instances((height, width), **cropped.get_fields())
-        instances.pred_boxes = cropped.pred_boxes.clone()
-        instances.pred_boxes.tensor += cropped.pred_boxes.tensor.new_tensor([left, top] * 2)
+        instances = Instances(size, **cropped.get_fields())
+        if crop is not None:
+            instances = crop.to_frame(instances)
         if not self.has_masks:
             return instances, iter(())
         instances.remove("probabilities")

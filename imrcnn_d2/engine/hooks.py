@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from imrcnn_d2.data.mapper import in_frame
 from imrcnn_d2.engine.checkpoint import Checkpointer, Weights, damage, load_weights
 from imrcnn_d2.evaluation.calibration import ScoreMap, Temperature
 from imrcnn_d2.evaluation.detection.operating_point import (
@@ -379,7 +380,7 @@ class SamplePredictions(HookBase):
         from detectron2.utils.visualizer import Visualizer  # here, since Matplotlib takes long
 
         image = detection_utils.read_image(sample["file_name"], "RGB")
-        instances = self._model([sample])[0]["instances"].to("cpu")
+        instances = in_frame(sample, self._model([sample])[0]["instances"].to("cpu"))
         if score_map is not None:
             instances.scores = torch.as_tensor(score_map(instances.scores.numpy()))
         tau = score_threshold(self._tau, mapped=score_map is not None)

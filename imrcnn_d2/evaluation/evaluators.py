@@ -13,6 +13,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from imrcnn_d2.data.mapper import in_frame
 from imrcnn_d2.data.masks import without_parts
 from imrcnn_d2.evaluation.calibration import ScoreMap, Temperature
 from imrcnn_d2.evaluation.classification import (
@@ -184,8 +185,13 @@ class LesionEvaluator(_Evaluator):
         self._coco.reset()
 
     def process(self, inputs, outputs):
-        """As COCOEvaluator: ``inputs`` with "image_id", ``outputs`` with "instances"."""
-        self._coco.process(inputs, outputs)
+        """As COCOEvaluator: ``inputs`` with "image_id", ``outputs`` with "instances", which are
+        evaluated in the whole frame where the model saw the endoscope's view."""
+        framed = [
+            {**output, "instances": in_frame(sample, output["instances"])}
+            for sample, output in zip(inputs, outputs, strict=True)
+        ]
+        self._coco.process(inputs, framed)
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """The groups "bbox", "segm", "lesion", "paper", "image" and, where the data set knows

@@ -18,21 +18,16 @@ from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
-from dicoms import write_dicom
-from endoscope_frames import draw_frame
 from PIL import Image
 from rectangles import rectangle
 
 from imrcnn_d2.cli import demo_app, export, predict
 from imrcnn_d2.data import masks
-from imrcnn_d2.data.endoscope_view import find_view
 from imrcnn_d2.deploy import Predictor, load_model, outputs, predict_files, pretrained
-from imrcnn_d2.deploy.live import predict_live
 from imrcnn_d2.deploy.outputs import draw_overlay
-from imrcnn_d2.deploy.predictor import FrameViews
 from imrcnn_d2.deploy.runtimes import TorchRuntime
 
-from .conftest import RETINANET, config, random_image, read_coco, read_table, same, write_video
+from .conftest import RETINANET, config, random_image, read_coco, read_table, same
 
 
 def test_it_is_what_the_evaluation_sees(predictor, loaded, kvasir_original):
@@ -260,82 +255,6 @@ def test_the_neck_of_the_package_s_weights_is_that_of_version_0_1_0():
     pyramid = neck(x)
     for level, expected in levels.items():
         assert torch.equal(pyramid[f"p{level}"], expected), level
-
-
-def frame(seed=0, shape="octagon"):
-    return draw_frame(shape, inset="map", seed=seed, height=120, width=160)[0]
-
-
-@pytest.fixture(scope="module")
-def cropping(weights):
-    return Predictor(None, weights, crop_view=True)
-
-
-def xywh(box):
-    return [box.x0, box.y0, box.x1 - box.x0, box.y1 - box.y0]
-
-
-def test_a_view_gives_what_the_crop_gives_at_its_place(predictor, cropping):
-    image = frame()
-    view = find_view(image)
-    x0, y0, x1, y1 = view.box
-    assert x0 > 20 and x1 < 160, "there is something to crop"
-    of_crop, of_frame = predictor(view.crop(image)), cropping(image)
-    assert len(of_crop) == len(of_frame) > 0 and of_frame.image_size == (120, 160)
-    moved = of_crop.pred_boxes.tensor + torch.tensor([x0, y0, x0, y0])
-    assert torch.equal(of_frame.pred_boxes.tensor, moved)
-    assert torch.equal(of_frame.scores, of_crop.scores)
-    assert torch.equal(of_frame.pred_masks[:, y0:y1, x0:x1], of_crop.pred_masks)
-    assert of_frame.pred_masks.sum() == of_crop.pred_masks.sum() > 0
-    assert not torch.equal(of_frame.scores, predictor(image).scores)
-    dark = np.full((60, 80, 3), 4, np.uint8)  # without a view, the whole frame is seen
-    assert torch.equal(cropping(dark).pred_boxes.tensor, predictor(dark).pred_boxes.tensor)
-
-
-def test_outputs_name_the_view(cropping, predictor, tmp_path):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    Image.fromarray(frame()).save(folder / "a.png")
-    write_dicom(folder / "b.dcm", frame(1))
-    predict_files(cropping, [folder], out, save=("masks", "overlays"))
-    coco = read_coco(out)
-    assert coco["info"]["crop_view"] is True
-    for image, seed in zip(coco["images"], (0, 1), strict=True):
-        view = find_view(frame(seed))
-        assert (image["width"], image["height"], image["view"]) == (160, 120, xywh(view.box))
-    for path in (out / "masks" / "a.png", out / "overlays" / "a.jpg"):
-        assert Image.open(path).size == (160, 120)
-    # Without it no output names one, and runs are not mixed.
-    options = {"save": ("masks", "overlays")}
-    pytest.raises(ValueError, predict_files, predictor, [folder], out, **options).match("crop_view")
-    predict_files(predictor, [folder], tmp_path / "whole")
-    assert "view" not in (tmp_path / "whole" / "predictions.json").read_text()
-
-
-def test_a_video_has_one_view(cropping, tmp_path):
-    """Frame 0 is black, 1 is dark at the left: later frames still see what is there."""
-    bright, half = frame(), frame()
-    half[:, :90] //= 20
-    black, expected = np.zeros_like(bright), find_view(bright).box
-    film = write_video(tmp_path / "v.mp4", [black, half, *[bright] * 3])
-    predict_files(cropping, [film], tmp_path / "out")
-    first, *images = read_coco(tmp_path / "out")["images"]
-    assert "view" not in first
-    assert images[0]["view"][2] < images[1]["view"][2]
-    assert images[1]["view"] == images[2]["view"] == images[3]["view"]
-    assert images[3]["view"] == pytest.approx(xywh(expected), abs=6), "H.264 blurs"
-    report = predict_live(cropping, str(film), tmp_path / "live")
-    assert report["about"]["crop_view"] is True
-    assert all("view" in image for image in read_coco(tmp_path / "live")["images"][2:])
-    views = FrameViews()
-    dim, kept = [views(half) for _ in range(9)][-1], views(bright)  # the tenth
-    assert views(frame(1, "square")) is views(black) is kept and kept.box == expected != dim.box
-    views = FrameViews()
-    assert views(bright).box == views(half).box == expected, "by all that the frames show"
-    assert views(np.zeros((240, 320, 3), np.uint8)) is None, "another size is another view"
-    late = FrameViews()
-    assert not any(late(black) for _ in range(20))
-    assert late(bright).box == expected, "looked for until something is lit"
 
 
 CLASSES = ["polyp", "ulcère"]

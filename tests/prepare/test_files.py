@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import re
 import socket
@@ -254,6 +255,31 @@ def test_json_that_is_strict_and_small(tmp_path, monkeypatch):
         with pytest.raises(BadInputError, match=f"a.json: .* than {number - 1}"):
             files.read_json(path)
         monkeypatch.undo()
+
+
+def test_a_list_is_as_strict_record_by_record(tmp_path, monkeypatch):
+    """Whatever the blocks of text are that it is read in."""
+    path = tmp_path / "a.json"
+    records = [{"a": [1, {"b": "]},é"}], "c": -2.5e-3}, {}, {"d": "😀\\"}]
+    bad = {b"[": "", b"[{}": "", b"[{},]": "", b"[{} {}]": "", b"[{}] x": "Extra", b"{}": "list"}
+    bad |= {b"[1]": "not an object", b'[{}, {"a": 1, "a": 2}]': "'a' is there 2.* item 1"}
+    lists = {data[1:-1]: text for data, text in BAD_JSON.items() if data[:1] == b"["}
+    bad |= {b'[{"a": ' + data + b"}]": message for data, message in lists.items()}
+    for block in (7, 20, 2**20):
+        monkeypatch.setattr(files, "_BLOCK", block)
+        for text in ("[]", " [ ] ", json.dumps(records), f" {json.dumps(records, indent=1)}\n"):
+            path.write_text(text, encoding="utf-8-sig")
+            assert files.is_json_list(path)
+            assert list(files.read_records(path, "")) == json.loads(text)
+        for data, message in bad.items():
+            path.write_bytes(data)
+            with pytest.raises(BadInputError, match=f"a.json: .*{message}"):
+                list(files.read_records(path, ""))
+    monkeypatch.setattr(files, "_LONGEST_ITEM", 10)
+    path.write_text(json.dumps(records))
+    with pytest.raises(BadInputError, match="item 0 of the list"):
+        monkeypatch.setattr(files, "_BLOCK", 8)
+        list(files.read_records(path, ""))
 
 
 FORMULAS = (
