@@ -11,6 +11,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances
 
 from imrcnn_d2.config import get_node
+from imrcnn_d2.data.distortions import DISTORTIONS, distort
 
 
 def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
@@ -36,6 +37,8 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         augmentations.append(T.RandomApply(RandomBlur(), aug.BLUR_PROB))
     if aug.JPEG_PROB > 0:
         augmentations.append(T.RandomApply(RandomJPEG(), aug.JPEG_PROB))
+    if aug.DISTORTION_PROB > 0:
+        augmentations.append(T.RandomApply(RandomDistortion(), aug.DISTORTION_PROB))
     return augmentations
 
 
@@ -85,6 +88,21 @@ class RandomJPEG(RandomColour):
     def apply(self, image: np.ndarray, quality: float) -> np.ndarray:
         _, code = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, round(quality)])
         return cv2.imdecode(code, cv2.IMREAD_COLOR)
+
+
+class RandomDistortion(T.Augmentation):
+    """One of `DISTORTIONS` but the rotation, each equally likely, of a random severity up to
+    `worst`; of an RGB or BGR image alike, but for the colours of the JPEG's."""
+
+    def __init__(self, worst: int = 3):
+        super().__init__()
+        self.worst = worst
+
+    def get_transform(self, image):
+        names = [name for name in DISTORTIONS if name != "rotation"]
+        name, severity = np.random.choice(names), np.random.randint(1, self.worst + 1)
+        seed = np.random.randint(2**31)
+        return T.ColorTransform(lambda image: distort(image, name, severity, seed))
 
 
 class CopyPaste:

@@ -59,7 +59,7 @@ def registered(prepared):
         register_coco_instances(f"strangers_{split}", {}, str(json_file), str(prepared / "images"))
 
 
-@pytest.mark.parametrize("trunk", ["resnet", "timm"])
+@pytest.mark.parametrize("trunk", [pytest.param("resnet", marks=pytest.mark.slow), "timm"])
 def test_detectron2s_training_script_trains_a_retinanet_with_our_neck(trunk, registered, tmp_path):
     script = example("retinanet/train_net.py")
     assert script.imrcnn_d2  # the one line: here others have imported it before

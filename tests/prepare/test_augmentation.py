@@ -81,7 +81,7 @@ def test_each_step_has_its_switch_and_quarter_turns_lose_no_pixel():
     off = {"INPUT.AUG.VFLIP_PROB": 0.0, "INPUT.AUG.ROT90": False, "INPUT.RANDOM_FLIP": "none"}
     assert steps(**off) == steps(is_train=False) == []
     on = {"ROT90": "Rotation", "VFLIP_PROB": "Flip", "COLOR": "Brightness Contrast Saturation"}
-    on |= {"HUE": "Hue", "BLUR_PROB": "Blur", "JPEG_PROB": "JPEG"}
+    on |= {"HUE": "Hue", "BLUR_PROB": "Blur", "JPEG_PROB": "JPEG", "DISTORTION_PROB": "Distortion"}
     for key, names in on.items():
         switched_on = steps(**off | {f"INPUT.AUG.{key}": key == "ROT90" or 0.2})
         types = [type(getattr(step, "aug", step)).__name__ for step in switched_on]

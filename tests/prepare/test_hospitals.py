@@ -270,6 +270,37 @@ def test_the_same_image_in_two_sets_is_taken_once_and_reported(run, tmp_path, pr
     assert "2 images of b are in a" in printed
 
 
+def test_near_duplicates_of_other_sets_and_splits_are_left_out(run, tmp_path):
+    """Test images stay, whichever data set is named first; within one split both do."""
+    kvasir = real_data("kvasir-seg-352")
+    one_frame = ["test_0033", "test_0051"]
+    others = [f"train_{number:04d}" for number in (5, 65, 125, 185)]
+
+    def prepared(name, names, split):
+        for folder in ("images", "masks"):
+            (tmp_path / "raw" / name / folder).mkdir(parents=True)
+            for image in names:
+                shutil.copy(kvasir / folder / f"{image}.jpg", tmp_path / "raw" / name / folder)
+        ratio = ("--ratio", "1:0:0") if split == "train" else ("--all-test",)
+        run("kvasir-seg", "--root", tmp_path / "raw" / name, "--out", tmp_path / name, *ratio)
+        return tmp_path / name
+
+    a = prepared("a", [one_frame[0], *others[:2]], "train")
+    b = prepared("b", [one_frame[1], *others[2:]], "test")
+    both = prepared("both", [*one_frame, *others], "train")
+    for roots in ((a, b), (b, a)):
+        out = tmp_path / f"{roots[0].name}_first"
+        printed = run("merge", *roots, "--out", out, "--without-near-duplicates")
+        splits = json.loads((out / "splits.json").read_text())
+        assert splits["train"] == [f"a/{name}.jpg" for name in others[:2]]
+        assert len(splits["test"]) == 3
+        assert "1 images show the same scene" in printed
+        (row,) = (out / "rejected.csv").read_text().splitlines()[1:]
+        assert "a/images/test_0033.jpg" in row.split(",")[0] and "b/images/test_0051.jpg" in row
+    run("merge", both, "--out", tmp_path / "alone", "--without-near-duplicates")
+    assert len(images(tmp_path / "alone")) == 6
+
+
 def test_classes_agree_or_the_way_out_is_named(run, tmp_path, prepared):
     a = prepared("a", ["1", "2"], "--classes", "polyp")
     b = prepared("b", ["3", "4"], "--classes", "adenoma", seed=20)

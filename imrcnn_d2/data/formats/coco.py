@@ -112,12 +112,14 @@ def check_records(
     source: str | Path,
     needed: Sequence[str],
     kinds: Mapping[str, type | tuple[type, ...]] | None = None,
+    start: int = 0,
 ) -> None:
     """Check what every reader of COCO records relies on.
 
     Args:
         records: the content of a file's `key`: images, annotations, categories or results.
         kinds: types of further fields; of numbers, truth values are none.
+        start: the number of the first record.
 
     Raises:
         BadInputError: no list of objects, one lacks a `needed` field, or one is of another type.
@@ -128,13 +130,13 @@ def check_records(
         for i, record in enumerate(records):
             if name not in record:
                 missing = ", ".join(name for name in needed if name not in record)
-                raise BadInputError(source, f"{key}[{i}] lacks {missing}")
+                raise BadInputError(source, f"{key}[{start + i}] lacks {missing}")
     for name, allowed in {**_KINDS, **(kinds or {})}.items():
         types = {type(record[name]) for record in records if name in record}
         if wrong := {kind for kind in types if kind is bool or not issubclass(kind, allowed)}:
             i = next(i for i, r in enumerate(records) if name in r and type(r[name]) in wrong)
             value = reprlib.repr(records[i][name])
-            raise BadInputError(source, f"{key}[{i}] has the {name} {value}")
+            raise BadInputError(source, f"{key}[{start + i}] has the {name} {value}")
     if key != "categories":
         return
     if len(records) > _MOST_CATEGORIES:

@@ -2,14 +2,15 @@
 
 import argparse
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from imrcnn_d2.data.formats import base
 from imrcnn_d2.data.formats.coco import read_coco
 from imrcnn_d2.data.images import pixel_sha256
 from imrcnn_d2.data.masks import named_categories
+from imrcnn_d2.data.prepare.duplicates import find_near_duplicates
 from imrcnn_d2.data.prepare.splits import SPLITS, check_prepared
 from imrcnn_d2.utils.files import BadInputError, Rejects
 
@@ -29,11 +30,20 @@ class Merge(base.Format):
             help="the classes in their order; one alone takes the lesions of all classes as it "
             "(default: those of the data sets, which must agree)",
         )
+        parser.add_argument(
+            "--without-near-duplicates",
+            action="store_true",
+            help="of images that show the same scene in two data sets or splits only one is taken: "
+            "that of test, else of val, else of the data set named first; rejected.csv lists the "
+            "others",
+        )
 
     def read(self, args: argparse.Namespace, rejects: Rejects, scratch: Path) -> base.Source:
         source = read_merged(args.roots, rejects, args.classes)
         if args.ratio or args.splits or args.leave_out:  # which assign the images anew
             source.splits = {}
+        if args.without_near_duplicates:
+            source.samples = _without_near_duplicates(source.samples, source, rejects)
         return source
 
 
@@ -170,6 +180,36 @@ def _samples(
         if len(names) > 1:
             text = "equal ids there are different patients, since ids are those of a data set"
             merged.notes.append(f"the centre {centre} is in {', '.join(names)}: {text}")
+
+
+def _without_near_duplicates(
+    samples: Iterable[base.Sample], merged: base.Source, rejects: Rejects
+) -> Iterator[base.Sample]:
+    """The samples but those that show the same scene as one of another data set or split which
+    ranks before them: test before val before train, then in the order of the data sets."""
+    samples = list(samples)
+    split_of = {name: split for split, names in merged.splits.items() for name in names}
+    places = [(split_of.get(s.file_name), s.defaults["centre"]) for s in samples]
+    near: dict[int, dict[int, float]] = defaultdict(dict)
+    for a, b, correlation in map(astuple, find_near_duplicates([s.image.path for s in samples])):
+        if places[a] != places[b]:
+            near[a][b] = near[b][a] = correlation
+    order = {split: rank for rank, split in enumerate((*SPLITS[::-1], None))}
+    kept = set(range(len(samples))) - near.keys()
+    for i in sorted(near, key=lambda i: order[places[i][0]]):  # stable: by data set within a split
+        if others := near[i].keys() & kept:
+            other = max(others, key=near[i].get)
+            reason = f"the same scene as {samples[other].image.path}, which is taken (correlation "
+            reason += f"{near[i][other]})"
+            rejects.leave_out(BadInputError(samples[i].image.path, reason))
+        else:
+            kept.add(i)
+    taken = {samples[i].file_name for i in kept}
+    for split, names in merged.splits.items():
+        merged.splits[split] = [name for name in names if name in taken]
+    text = "images show the same scene as one of another data set or split, and were left out"
+    merged.notes.append(f"{len(samples) - len(kept)} {text}: see rejected.csv")
+    yield from (samples[i] for i in sorted(kept))
 
 
 def _prefix_ids(sample: base.Sample, name: str) -> None:
