@@ -11,7 +11,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from imrcnn_d2.config import get_node
-from imrcnn_d2.modeling.timm_backbone import check_norm, create_timm_model, freeze_timm_layers
+from imrcnn_d2.modeling.timm_backbone import (
+    check_norm,
+    create_timm_model,
+    freeze_timm_layers,
+    graph_leaves,
+)
 from imrcnn_d2.utils.files import install_extra
 
 
@@ -107,7 +112,8 @@ class ImageClassifier(nn.Module):
             self.register_buffer(key, torch.tensor(known[key]).view(3, 1, 1))
         if freeze_at > 0:
             maps = self.trace_features()
-            freeze_timm_layers(self.backbone, [maps[k] for k in maps if k <= freeze_at])
+            frozen = graph_leaves(maps[k] for k in maps if k <= freeze_at)
+            freeze_timm_layers(self.backbone, frozen)
         if norm == "FrozenBN":
             self.backbone = freeze_batch_norm_2d(self.backbone)
 

@@ -1,5 +1,7 @@
 """Gradients and proposals that a CPU computes faster, the same up to rounding."""
 
+import math
+
 import torch
 from detectron2.layers import ROIAlign
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN_HEAD_REGISTRY
@@ -10,6 +12,7 @@ from torchvision.ops import nms, roi_align
 
 # On larger maps torchvision's gradient needs fewer multiplications and less memory.
 _MAX_POSITIONS = 128 * 128
+_FAST_COLUMNS = 3  # of a depthwise kernel
 
 
 @RPN_HEAD_REGISTRY.register()
@@ -82,6 +85,57 @@ class _SparseGradientHead(torch.autograd.Function):
             (grad_deltas.T @ hidden).view_as(deltas_weight),
             grad_deltas.sum(0),
         )
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int,
+) -> torch.Tensor:
+    """:func:`torch.nn.functional.conv2d`; on a CPU the weight's gradient of a depthwise convolution
+    with a kernel wider than 3 is computed three columns at a time: for these oneDNN has a fast
+    kernel, and none for wider ones, which take 10 to 20 times as long.
+    """
+    learns = torch.is_grad_enabled() and weight.requires_grad and x.device.type == "cpu"
+    is_wide = groups == len(weight) and weight.shape[1] == 1 and weight.shape[3] > _FAST_COLUMNS
+    if not (learns and is_wide):
+        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+    with torch.autocast("cpu", enabled=False):
+        return _DepthwiseConv.apply(x.to(weight.dtype), weight, bias, stride, padding)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+
+        def gradient(index, x, weight, padding):
+            settings = ctx.stride, padding, (1, 1), False, (0, 0), len(weight)
+            needed = index == 0, index == 1, False
+            return torch.ops.aten.convolution_backward(grad, x, weight, None, *settings, needed)[
+                index
+            ]
+
+        grad_x = gradient(0, x, weight, ctx.padding) if ctx.needs_input_grad[0] else None
+        columns, first = [], 0
+        for kernel in weight.tensor_split(math.ceil(weight.shape[-1] / _FAST_COLUMNS), dim=-1):
+            width = (grad.shape[-1] - 1) * ctx.stride[1] + kernel.shape[-1]
+            left = ctx.padding[1] - first
+            read = F.pad(x, (left, width - left - x.shape[-1]))  # what these columns read
+            columns.append(gradient(1, read, kernel, (ctx.padding[0], 0)))
+            first += kernel.shape[-1]
+        # With the sum for the bias, oneDNN would compute the weight's gradient once more.
+        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return grad_x, torch.cat(columns, dim=-1), grad_bias, None, None
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()

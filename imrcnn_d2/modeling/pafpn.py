@@ -14,9 +14,10 @@ from torch import nn
 from imrcnn_d2.config import get_node
 from imrcnn_d2.modeling.cbam import CBAM
 
-# Beginnings of the names of layers that no Mask R-CNN checkpoint has: SOLVER.NEW_LAYER_LR_FACTOR is
-# theirs. A variant adds its own in its file, and names its model as `PAFPN.model_name` does.
-NEW_LAYERS = ["pan_", "cbam"]
+# Beginnings of the names of layers that have no pretrained weights: SOLVER.NEW_LAYER_LR_FACTOR is
+# theirs. "simfp_" are those of a plain ViT's pyramid, see TimmBackbone. A variant adds its own in
+# its file, and names its model as `PAFPN.model_name` does.
+NEW_LAYERS = ["pan_", "cbam", "simfp_"]
 
 
 class PAFPN(FPN):

@@ -24,7 +24,7 @@ from imrcnn_d2.utils.files import BadInputError
 from .conftest import changed, load
 
 CPU = ["MODEL.DEVICE", "cpu"]
-SLOW = [pytest.param(*n, marks=pytest.mark.slow) for n in (("vgg19", 32), ("inception_v3", 96))]
+NETWORKS = ("resnet50", 32), ("vgg19", 32), ("inception_v3", 96)
 
 
 def images(count, size=64):
@@ -179,7 +179,8 @@ def test_balanced_weights_are_inverse_to_the_numbers_of_images(tiny_classifier_c
     assert resolve_class_weights(cfg) is cfg
 
 
-@pytest.mark.parametrize(("config", "size"), [("resnet50", 32), *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "size"), NETWORKS)
 def test_each_network_trains(tiny_classifier_opts, tiny_class_datasets, tmp_path, config, size):
     first = {"name": "one", "iterations": 1, "lr": 0.01, "trainable": "head"}
     # Two, since ResNet's residual branches begin with a factor of 0, which stops their gradient.

@@ -365,7 +365,7 @@ def settings(module):
     return plain
 
 
-@pytest.mark.parametrize("size", ["R_50", "lite"])
+@pytest.mark.parametrize("size", [pytest.param("R_50", marks=pytest.mark.slow), "lite"])
 def test_lazy_and_yaml_models_are_equal(size):
     lazy_cfg = LazyConfig.load(f"configs/lazy/imrcnn_{size}.py")
     opts = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]

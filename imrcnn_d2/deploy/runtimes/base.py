@@ -29,7 +29,6 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from imrcnn_d2.data import training_images
-from imrcnn_d2.data.images import read_image
 from imrcnn_d2.deploy.outputs import Differences, compare_records, records
 from imrcnn_d2.engine.checkpoint import METADATA_VERSION
 from imrcnn_d2.modeling.classifier import ImageClassifier
@@ -113,11 +112,11 @@ class Runtime(ABC):
         """Compares an exported file with its original."""
         sizes, results = [], ([], [])
         for path in images:
-            image = read_image(path)
-            sizes.append(image.shape[:2])
             for predictor, in_images in zip((original, exported), results, strict=True):
-                (output,) = predictor.forward([predictor.prepare(image)])
-                in_images.append(records(predictor, output, *sizes[-1]))
+                frame, prepared = predictor.load(path)
+                (output,) = predictor.forward([prepared])
+                in_images.append(records(predictor, output, *frame))
+            sizes.append(frame[:2])
         return compare_records(*results, sizes, original.tau)
 
 
@@ -217,26 +216,12 @@ class GraphRuntime(Runtime):
     @classmethod
     def _graph(cls, model, example, precision="fp32", calibration=()) -> bytes:
         """A file without metadata."""
-        import onnx  # noqa: F401  what torch needs to write it
-
         cls.check_precision(precision)
         if precision == "int8" and not len(calibration):
             raise ValueError("int8 needs images of the training set, for the ranges of its values")
-        is_classifier = isinstance(model, ImageClassifier)
-        graph = ClassifierGraph(model) if is_classifier else DetectorGraph(model)
-        # Two images: with one, an axis of length 1 could be taken for fixed.
-        batch = torch.stack([example, example.flip(-1)])
-        with torch.no_grad():
-            traced = torch.jit.trace(graph.eval(), (batch,), check_trace=False)
-        free = {name: {0: "detections"} for name in graph.outputs}
-        free[INPUT] = FREE_AXES
-        names = {"input_names": [INPUT], "output_names": list(graph.outputs), "dynamic_axes": free}
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            # The exporter by tracing is the one that knows torchvision's operators.
-            warnings.simplefilter("ignore")
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            options = {"opset_version": _OPSET, "dynamo": False, **names}
-            torch.onnx.export(traced, (batch,), str(path), **options)
+            write_onnx(model, example, path)
             return cls._convert(path, calibration if precision == "int8" else ())
 
     @classmethod
@@ -267,6 +252,62 @@ def _opening(path: Path) -> Iterator[None]:
     except Exception as error:  # each runtime raises its own
         text = " ".join(str(error).split())[:200]
         raise BadInputError(path, f"cannot be opened: {text}") from error
+
+
+def write_onnx(model: nn.Module, example: torch.Tensor, path: Path) -> None:
+    """Traces a model in evaluation mode and writes its graph as ONNX, for images of any number and
+    size; ``example`` is (C, H, W) uint8.
+
+    Raises:
+        ValueError: see `DetectorGraph`.
+        ModuleNotFoundError: onnx is missing.
+    """
+    import onnx  # noqa: F401  what torch needs to write it
+
+    graph = ClassifierGraph(model) if isinstance(model, ImageClassifier) else DetectorGraph(model)
+    # Two images: with one, an axis of length 1 could be taken for fixed.
+    batch = torch.stack([example, example.flip(-1)])
+    with torch.no_grad(), _bicubic_as_products():
+        traced = torch.jit.trace(graph.eval(), (batch,), check_trace=False)
+    free = {name: {0: "detections"} for name in graph.outputs}
+    free[INPUT] = FREE_AXES
+    names = {"input_names": [INPUT], "output_names": list(graph.outputs), "dynamic_axes": free}
+    with warnings.catch_warnings():
+        # The exporter by tracing is the one that knows torchvision's operators.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(traced, (batch,), str(path), opset_version=_OPSET, dynamo=False, **names)
+
+
+@contextlib.contextmanager
+def _bicubic_as_products() -> Iterator[None]:
+    """Has antialiased bicubic interpolation, by which timm resizes position embeddings, traced as
+    products of matrices: ONNX has no such operator in this opset.
+    """
+    name = "_upsample_bicubic2d_aa"
+    stock = getattr(torch._C._nn, name)
+
+    def interpolate(x, size, align_corners, scales=None):
+        rows, columns = map(_bicubic_weights, x.shape[2:], size)
+        return rows.to(x) @ x @ columns.to(x).T
+
+    setattr(torch._C._nn, name, interpolate)
+    try:
+        yield
+    finally:
+        setattr(torch._C._nn, name, stock)
+
+
+def _bicubic_weights(length, new_length):
+    """Of antialiased bicubic interpolation along an axis, as PyTorch's (Keys, 1981, a = -0.5):
+    (new_length, length).
+    """
+    scale = torch.as_tensor(length / new_length)
+    centers = (torch.arange(new_length) + 0.5) * scale
+    x = (torch.arange(length) + 0.5 - centers[:, None]).abs() / scale.clamp(min=1)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = near * (x < 1) + far * ((x >= 1) & (x < 2))
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 class DetectorGraph(nn.Module):
