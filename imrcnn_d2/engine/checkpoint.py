@@ -26,7 +26,7 @@ from imrcnn_d2.evaluation.detection.operating_point import OperatingPoint
 from imrcnn_d2.evaluation.output import log_test_evaluation
 from imrcnn_d2.evaluation.statistics import Bootstrap
 from imrcnn_d2.modeling import ImageClassifier
-from imrcnn_d2.modeling.timm_backbone import TimmBackbone
+from imrcnn_d2.modeling.timm_backbone import TimmBackbone, timm_key
 from imrcnn_d2.utils import hub  # noqa: F401  hf:// among the addresses of weights
 from imrcnn_d2.utils.files import atomic_file, few, file_sha256, write_atomically
 from imrcnn_d2.utils.safe_loading import load_checkpoint_file, open_stored
@@ -84,15 +84,14 @@ def classifier_backbone(
     prefix = _backbone_prefix(model)
     bottom_up = model.get_submodule(prefix[:-1])
     shapes = {k: v.shape for k, v in bottom_up.state_dict().items() if "num_batches" not in k}
-    # timm writes blocks.0 or blocks_0, depending on how it takes a model apart.
-    timm_names = {name.removeprefix("body.").replace("_", "."): name for name in shapes}
+    timm_names = {timm_key(name): name for name in shapes}
     weights, unused = {}, []
     for key, value in state.items():
         if not key.startswith("backbone.") or "num_batches" in key:
             continue
         name = key.removeprefix("backbone.")
         if isinstance(bottom_up, TimmBackbone):
-            name = timm_names.get(name.replace("_", "."))
+            name = timm_names.get(timm_key(name))
         else:
             for pattern, replacement in _RESNET:
                 name = re.sub(pattern, replacement, name)
@@ -194,9 +193,12 @@ def _check_whole(incompatible, source: str) -> None:
 
 
 def _check_backbone(model: nn.Module, incompatible, source: str) -> None:
-    """Weights to start from may lack heads and neck, but no part of the bottom-up backbone."""
+    """Weights to start from may lack heads and neck, and a plain ViT's pyramid, but no other part
+    of the bottom-up backbone.
+    """
     prefix, missing = _backbone_prefix(model), set(incompatible.missing_keys)
     names = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+    names = [name for name in names if ".simfp_" not in name]
     absent = [name for name in names if name in missing]
     if absent and (prefix or len(absent) == len(names)):
         raise ValueError(
@@ -505,6 +507,7 @@ class Weights:
     score_map: ScoreMap | Temperature | None = None  # of a detector; of a classifier
     model: tuple[str, str] | None = None  # its name and its backbone's
     iterations: int | None = None  # of its training, where its file has the config in iterations
+    crop_to_view: bool | None = None  # INPUT.CROP_TO_VIEW of its training, where its file has that
 
     @classmethod
     def of_file(cls, path: str, metadata: dict, classifies: bool = False) -> "Weights":
@@ -532,16 +535,18 @@ class Weights:
         return {**chosen, "bootstrap": Bootstrap(), "meta": meta}
 
 
-def _iterations(config, source):
-    """Of a training, by the YAML config in its weights, if they have one that can be read; None
-    where it is of epochs or phases."""
+def _training(config, source):
+    """What `Weights` has of a training, by the YAML config in its weights, if they have one that
+    can be read; no iterations where it is of epochs or phases."""
     if not isinstance(config, str):
-        return None
+        return {}
     try:
-        solver = load_config_text(config, source, ["MODEL.DEVICE", "cpu"]).SOLVER
+        cfg = load_config_text(config, source, ["MODEL.DEVICE", "cpu"])
     except ValueError:
-        return None
-    return None if solver.MAX_EPOCHS or solver.PHASES else solver.MAX_ITER
+        return {}
+    in_iterations = not cfg.SOLVER.MAX_EPOCHS and not cfg.SOLVER.PHASES
+    iterations = cfg.SOLVER.MAX_ITER if in_iterations else None
+    return {"iterations": iterations, "crop_to_view": cfg.INPUT.CROP_TO_VIEW}
 
 
 def load_weights(checkpointer: Checkpointer, path: str) -> Weights:
@@ -564,7 +569,7 @@ def last_weights(checkpointer: Checkpointer, ema=None) -> Weights:
 def _weights(path: str, metadata: dict, classifies: bool = False) -> Weights:
     local = os.path.abspath(PathManager.get_local_path(find_weights(path)))
     weights = Weights.of_file(local, metadata, classifies)
-    return replace(weights, iterations=_iterations(metadata.get("config"), local))
+    return replace(weights, **_training(metadata.get("config"), local))
 
 
 def log_test_evaluations(datasets: Iterable[str], output_dir: str, weights: Weights) -> None:

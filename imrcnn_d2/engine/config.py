@@ -164,9 +164,17 @@ def load_training_config(
         eval_only: DATASETS.TEST is needed, not DATASETS.TRAIN.
 
     Raises:
-        ValueError: no data set is named; or see :func:`load_config`.
+        ValueError: no data set is named; ``opts`` give iterations to a config of epochs; or see
+            :func:`load_config`.
     """
     cfg = load_config(config_file, opts)
+    given, epochs = opts[::2], 0 if eval_only else cfg.SOLVER.MAX_EPOCHS
+    if epochs > 0 and "SOLVER.MAX_ITER" in given and "SOLVER.MAX_EPOCHS" not in given:
+        raise ValueError(
+            f"SOLVER.MAX_ITER has no effect: {config_file} has SOLVER.MAX_EPOCHS {epochs}, and "
+            "warm-up and periods in epochs. Give SOLVER.MAX_EPOCHS, or 0 for it and "
+            "SOLVER.WARMUP_ITERS, SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD in iterations"
+        )
     names = cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN
     if not names:
         raise ValueError(

@@ -44,18 +44,24 @@ class RunRecord(HookBase):
         step: whose model and precision are recorded.
         config_hash: see `config_sha256`.
         phases: see `Phases.describe`.
+        plan: see `plan_record`.
     """
 
     FILE = "run.json"
 
     def __init__(
-        self, cfg: CfgNode, step: TrainStep, config_hash: str, phases: list[dict] | None = None
+        self,
+        cfg: CfgNode,
+        step: TrainStep,
+        config_hash: str,
+        phases: list[dict] | None = None,
+        plan: dict | None = None,
     ):
         self._path = Path(cfg.OUTPUT_DIR) / self.FILE
         sets = cfg.DATASETS
         self._datasets = list(dict.fromkeys([*sets.TRAIN, *sets.VAL, *sets.TEST]))
         self._seed = cfg.SEED if cfg.SEED >= 0 else None
-        self._step, self._config_hash, self._phases = step, config_hash, phases
+        self._step, self._config_hash, self._phases, self._plan = step, config_hash, phases, plan
         self._started, self._since, self._hours_before = None, None, 0.0
         self._cfg = cfg
 
@@ -88,6 +94,7 @@ class RunRecord(HookBase):
             "hours": self._hours_before,
             "iterations": self.trainer.max_iter,
             "phases": self._phases,
+            "plan": self._plan,
             "datasets": {name: _dataset_facts(name) for name in self._datasets},
             **_split_facts(self._datasets[0]),
         }
@@ -163,11 +170,12 @@ def describe_model(model: nn.Module) -> tuple[str, str]:
 
 def config_sha256(cfg: CfgNode) -> str:
     """Hash of a config as loaded, before epochs are turned into iterations: equal for runs that
-    differ only in OUTPUT_DIR, MODEL.DEVICE and DATASETS.ROOT.
+    differ only in OUTPUT_DIR, MODEL.DEVICE, DATASETS.ROOT and PLAN.
     """
     cfg = cfg.clone()
     cfg.defrost()
     del cfg["OUTPUT_DIR"], cfg.MODEL["DEVICE"], cfg.DATASETS["ROOT"]
+    cfg.pop("PLAN", None)  # facts, by which nothing is trained
     return hashlib.sha256(cfg.dump().encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from imrcnn_d2.data.catalog import load_datasets
 from imrcnn_d2.engine.train_step import distribute
 from imrcnn_d2.modeling.classifier import ImageClassifier
 from imrcnn_d2.modeling.pafpn import NEW_LAYERS
-from imrcnn_d2.modeling.timm_backbone import graph_leaves
+from imrcnn_d2.modeling.timm_backbone import TimmBackbone, graph_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ def check_trainable(text: str) -> int | None:
 def trainable_parameters(model: nn.Module, trainable: str) -> set[str]:
     """Names of the parameters that a phase trains, of those that have ``requires_grad`` now.
 
-    "head" is all outside the backbone (outside the ``bottom_up`` of one with a pyramid); "stages
-    from k" is also all of the backbone that the feature maps of stride 2^(k-1) and less do not
-    depend on (k = 4 for ResNet: res4 and res5); "all" is all.
+    "head" is all outside the backbone (outside the ``bottom_up`` of one with a pyramid, in a timm
+    model's the ``body``); "stages from k" is also all of the backbone that the feature maps of
+    stride 2^(k-1) and less do not depend on (k = 4 for ResNet: res4 and res5; for a plain ViT see
+    :meth:`TimmBackbone.first_parameters`); "all" is all.
 
     Raises:
         ValueError: for another ``trainable``, and for a stage that the backbone does not have.
@@ -54,17 +55,23 @@ def trainable_parameters(model: nn.Module, trainable: str) -> set[str]:
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if trainable == "all":
         return set(learning)
-    prefix = "backbone.bottom_up." if hasattr(model.backbone, "bottom_up") else "backbone."
-    head = {name for name in learning if not name.startswith(prefix)}
+    bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
+    is_timm = isinstance(bottom_up, TimmBackbone)
+    backbone = {id(p) for p in (bottom_up.body if is_timm else bottom_up).parameters()}
+    head = {name for name, p in learning.items() if id(p) not in backbone}
     if trainable == "head":
         return head
-    maps = _feature_maps(model)
-    if first not in maps:
+    if is_timm:
+        stages = [shape.stride.bit_length() - 1 for shape in bottom_up.output_shape().values()]
+        below = bottom_up.first_parameters(first - 1)
+    else:
+        maps = stages = _feature_maps(model)
+        below = graph_leaves(feature for level, feature in maps.items() if level < first)
+    if first not in stages:
         raise ValueError(
-            f"trainable is {trainable!r}, but the backbone has the stages {sorted(maps)} "
+            f"trainable is {trainable!r}, but the backbone has the stages {sorted(stages)} "
             "(k makes the feature map of stride 2^k)"
         )
-    below = graph_leaves(feature for level, feature in maps.items() if level < first)
     return head | {name for name, p in learning.items() if id(p) not in below}
 
 
@@ -307,21 +314,45 @@ def new_layer_lr_factor(factor: float) -> Callable[[str], float]:
     return lambda name: factor if new_layer.search(name) else 1.0
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW with Detectron2's parameter groups, SOLVER.NEW_LAYER_LR_FACTOR and, where
-    SOLVER.CLIP_GRADIENTS is enabled, clipped gradients.
+def layer_lr_factors(model: nn.Module, decay: float) -> dict[str, float]:
+    """SOLVER.LAYER_LR_DECAY's factors of the learning rates of a timm backbone's parameters, by
+    their names in the model, see :meth:`TimmBackbone.layer_lr_factors`; empty for a decay of 1.
 
     Raises:
-        ValueError: for an unknown SOLVER.OPTIMIZER.
+        ValueError: the decay is not in (0, 1], or the model has no such backbone.
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"SOLVER.LAYER_LR_DECAY is {decay}; give a number above 0, at most 1")
+    if decay == 1:
+        return {}
+    for name, module in model.named_modules():
+        if isinstance(module, TimmBackbone):
+            factors = module.layer_lr_factors(decay)
+            return {f"{name}.body.{key}": factor for key, factor in factors.items()}
+    raise ValueError(
+        f"SOLVER.LAYER_LR_DECAY is {decay}, but the model has no timm backbone, whose layers have "
+        "an order: set it to 1.0"
+    )
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW with Detectron2's parameter groups, SOLVER.NEW_LAYER_LR_FACTOR,
+    SOLVER.LAYER_LR_DECAY and, where SOLVER.CLIP_GRADIENTS is enabled, clipped gradients.
+
+    Raises:
+        ValueError: for an unknown SOLVER.OPTIMIZER; see :func:`layer_lr_factors`.
     """
     solver = cfg.SOLVER
+    new_layer = new_layer_lr_factor(solver.NEW_LAYER_LR_FACTOR)
+    factors = layer_lr_factors(model, solver.LAYER_LR_DECAY)
     params = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=new_layer_lr_factor(solver.NEW_LAYER_LR_FACTOR),
+        lr_factor_func=lambda name: new_layer(name) * factors.get(name, 1.0),
+        overrides={"pos_embed": {"weight_decay": 0.0}},  # as ViTDet
     )
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "fused": True}
     if solver.OPTIMIZER == "SGD":

@@ -32,6 +32,7 @@ from imrcnn_d2.engine.checkpoint import (
 )
 from imrcnn_d2.engine.config import resolve_class_weights
 from imrcnn_d2.engine.hooks import EMA, BestCheckpointer, EvalHook, Interruption, SamplePredictions
+from imrcnn_d2.engine.plan import plan_record
 from imrcnn_d2.engine.run_record import RunRecord, config_sha256, describe_model
 from imrcnn_d2.engine.schedule import (
     LRScheduler,
@@ -63,6 +64,7 @@ class _Trainer(DefaultTrainer):
 
     best: BestCheckpointer | None = None  # without validation
     _phases: Phases | None = None
+    _plan: dict | None = None
     _log_period = 10  # iterations
 
     def __init__(
@@ -150,7 +152,7 @@ class _Trainer(DefaultTrainer):
         """
         cfg, task, period = self.cfg, Task.of(self.cfg), self.cfg.TEST.EVAL_PERIOD
         phases = self._phases.describe() if self._phases else None
-        self._record = RunRecord(cfg, self._trainer, self._config_hash, phases)
+        self._record = RunRecord(cfg, self._trainer, self._config_hash, phases, self._plan)
         ret = [hooks.IterationTimer(), self._phases, self._lr_hook(), self._ema, self._record]
         if cfg.DATASETS.VAL:
             validation = EvalHook(period, self.validate)
@@ -219,13 +221,15 @@ class Trainer(_Trainer):
         config_hash, carried = config_sha256(cfg), cfg.clone()
         carried.defrost()
         carried.OUTPUT_DIR = "./output"  # the same training gives the same files, wherever it is
+        self._plan = plan_record(cfg)
+        cfg = resolve_epochs(cfg)  # before scaling, which rounds periods
         scaled = self.auto_scale_workers(cfg, comm.get_world_size())
         if cfg.SOLVER.PHASES and scaled is not cfg:
             raise ValueError(
                 f"SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE}, but the "
                 "learning rates in SOLVER.PHASES are not scaled: set it to 0"
             )
-        cfg = resolve_class_weights(resolve_epochs(scaled))
+        cfg = resolve_class_weights(scaled)
         _check_classes(cfg)
         model = self.build_model(cfg)
 

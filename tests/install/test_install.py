@@ -136,6 +136,7 @@ def test_environments_that_are_refused(install):
         assert done.returncode == 1 and re.search(message, done.stderr)
 
 
+@pytest.mark.slow
 def test_offline_only_the_pinned_file_is_taken(install, original, tmp_path):
     done = install("--offline", tmp_path, **PRESENT, detectron2=ABSENT)
     wheel = tmp_path / "detectron2-0.6+a59f0563-py3-none-any.whl"

@@ -289,7 +289,9 @@ def test_what_validation_chose_is_that_of_the_test(tiny_cfg, tiny_datasets, tmp_
         Trainer(tiny_cfg)
 
 
-@pytest.mark.parametrize("suppress", ["never", "always", "auto"])
+@pytest.mark.parametrize(
+    "suppress", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("never", "always")), "auto"]
+)
 def test_detections_inside_others_go_if_validation_says_so(
     tiny_cfg, tiny_datasets, tmp_path, monkeypatch, caplog, suppress
 ):
@@ -473,6 +475,7 @@ def test_what_does_not_fit_is_reported_or_refused(classifiers, caplog):
     assert "stem.conv1.weight" in caplog.text and "stem.conv1.norm.bias" in caplog.text
 
 
+@pytest.mark.slow
 def test_weights_to_start_from(tmp_path):
     """A detector's start one with other heads and another neck, on the same backbone alone."""
     heads = ("MODEL.ROI_HEADS.NUM_CLASSES", 7)

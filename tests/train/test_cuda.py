@@ -123,7 +123,9 @@ def check(cfg, expected_losses):
 
 @fake_card
 @pytest.mark.parametrize("backbone", ["lite", pytest.param("R_50", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("system", ["mrcnn", "ibmrcnn", "imrcnn"])
+@pytest.mark.parametrize(
+    "system", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("mrcnn", "ibmrcnn")), "imrcnn"]
+)
 def test_a_detector_trains_and_detects(system, backbone):
     opts = ["MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""]
     with FakeTensorMode():

@@ -32,7 +32,8 @@ CPU = ("MODEL.DEVICE", "cpu")
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96"),
     *("DATASETS.ROOT", "synthetic", "DATALOADER.NUM_WORKERS", "0"),
-    *(*CPU, "MODEL.TIMM.WEIGHTS", ""),
+    *(*CPU, "MODEL.TIMM.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
     *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "1"),
 ]
 
@@ -60,11 +61,15 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def trained(env, tmp_path_factory):
-    """The output folder of a training run."""
+def training(env, tmp_path_factory):
+    """A training run: its output folder, and what it printed."""
     output = tmp_path_factory.mktemp("run")
-    start(env, YAML, *SMALL, "OUTPUT_DIR", output)
-    return output
+    return output, start(env, YAML, *SMALL, "OUTPUT_DIR", output).stdout
+
+
+@pytest.fixture(scope="module")
+def trained(training):
+    return training[0]
 
 
 @pytest.mark.story
@@ -77,6 +82,39 @@ def test_training_writes_what_it_found(trained, env):
     assert metrics["meta"]["images"] == len(truth["images"]) == 5
     for name in ("per_image.csv", "pr_curve.png", "contact_sheet.png"):
         assert (trained / TEST / name).stat().st_size > 0, name
+
+
+@pytest.mark.story
+def test_the_end_of_a_training_is_what_to_look_at_and_run_next(training):
+    output, printed = training
+    for text in ("copypaste", "Running with full config", "GeneralizedRCNN("):
+        assert text not in printed, text
+    log = (output / "log.txt").read_text()
+    assert "copypaste" in log and "MAX_ITER: 2" in log
+    assert len(printed.splitlines()) < 60, printed
+    # One line says what is trained; the losses follow, and a table of the metrics ends it.
+    (first,) = (line for line in printed.splitlines() if "Training IMR-CNN" in line)
+    for text in (
+        "tf_efficientnet_lite0",
+        "cpu",
+        "fp32",
+        "2 per iteration",
+        "0 to 2",
+        str(output),
+    ):
+        assert text in first, first
+    metrics, end = read(output / TEST), printed.partition("synthetic_test: 5 images")[2]
+    point = metrics["tau_val"]
+    assert "synthetic_val" in end and f"{point['tau']:.3g}" in end
+    low, high = point["lesion"]["recall_ci"]
+    row = rf"lesion recall +{point['lesion']['recall']:.1f} +\[{low:.1f}, {high:.1f}\]"
+    assert re.search(row, end), end
+    for path in (output / "model_best.pth", (output / TEST).parent):
+        assert str(path) in end
+    commands = re.findall(r"imrcnn (\w+) (.*)", end)
+    assert [name for name, _ in commands] == ["report", "predict"]
+    report.argument_parser().parse_args(shlex.split(commands[0][1]))
+    predict.argument_parser().parse_args(shlex.split(commands[1][1]))
 
 
 def test_eval_only_repeats_the_metrics(trained, env):
@@ -248,35 +286,3 @@ def test_a_misspelt_key_of_a_lazy_config():
     added = "model.backbone.bottom_up.weights=''"
     cfg = train._lazy_config(train.argument_parser().parse_args([*args, added]))
     assert cfg.model.backbone.bottom_up.weights == ""
-
-
-def test_the_end_of_a_training_is_what_to_look_at_and_run_next(env, tmp_path):
-    done = start(env, YAML, *SMALL, "OUTPUT_DIR", tmp_path)
-    for text in ("copypaste", "Running with full config", "GeneralizedRCNN("):
-        assert text not in done.stdout, text
-    log = (tmp_path / "log.txt").read_text()
-    assert "copypaste" in log and "MAX_ITER: 2" in log
-    assert len(done.stdout.splitlines()) < 60, done.stdout
-    # One line says what is trained; the losses follow, and a table of the metrics ends it.
-    (first,) = (line for line in done.stdout.splitlines() if "Training IMR-CNN" in line)
-    for text in (
-        "tf_efficientnet_lite0",
-        "cpu",
-        "fp32",
-        "2 per iteration",
-        "0 to 2",
-        str(tmp_path),
-    ):
-        assert text in first, first
-    metrics, end = read(tmp_path / TEST), done.stdout.partition("synthetic_test: 5 images")[2]
-    point = metrics["tau_val"]
-    assert "synthetic_val" in end and f"{point['tau']:.3g}" in end
-    low, high = point["lesion"]["recall_ci"]
-    row = rf"lesion recall +{point['lesion']['recall']:.1f} +\[{low:.1f}, {high:.1f}\]"
-    assert re.search(row, end), end
-    for path in (tmp_path / "model_best.pth", (tmp_path / TEST).parent):
-        assert str(path) in end
-    commands = re.findall(r"imrcnn (\w+) (.*)", end)
-    assert [name for name, _ in commands] == ["report", "predict"]
-    report.argument_parser().parse_args(shlex.split(commands[0][1]))
-    predict.argument_parser().parse_args(shlex.split(commands[1][1]))

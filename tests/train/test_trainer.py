@@ -147,7 +147,11 @@ def test_sample_predictions_are_of_the_scores_that_the_threshold_is_of(
 
 @pytest.mark.parametrize(
     ("scores", "kept"),
-    [((50.0, 40.0), 1), ((40.0, 50.0), 3), ((25.0, 25.0), 3), ((math.nan, math.nan), None)],
+    [
+        *(((50.0, 40.0), 1), ((40.0, 50.0), 3)),
+        pytest.param((25.0, 25.0), 3, marks=pytest.mark.slow),
+        pytest.param((math.nan, math.nan), None, marks=pytest.mark.slow),
+    ],
 )
 def test_the_best_weights_are_kept_and_tested(scripted, output, weights, scores, kept):
     output.mkdir()
@@ -261,8 +265,8 @@ def test_without_validation_the_last_weights_are_tested(tiny_cfg, output, weight
     assert "tau_val" not in test and test["meta"]["checkpoint"] == path
     loader = DetectionCheckpointer(Trainer.build_model(tiny_cfg))
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    iterations = tiny_cfg.SOLVER.MAX_ITER
-    assert load_weights(loader, path) == Weights(path, sha256, iterations=iterations)
+    facts = {"iterations": tiny_cfg.SOLVER.MAX_ITER, "crop_to_view": tiny_cfg.INPUT.CROP_TO_VIEW}
+    assert load_weights(loader, path) == Weights(path, sha256, **facts)
     assert load_weights(loader, "") == Weights(None, None, None)
 
 
@@ -358,7 +362,7 @@ def former():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [SIGNALS[0], pytest.param(SIGNALS[1], marks=pytest.mark.slow)])
 def test_it_finishes_the_iteration_saves_and_leaves(tiny_cfg, output, former, number):
     tiny_cfg.SOLVER.CHECKPOINT_PERIOD = tiny_cfg.TEST.EVAL_PERIOD = 1000
     interrupted(tiny_cfg, 1, number)
@@ -412,7 +416,10 @@ def test_names_of_models():
         ("imrcnn_R_50", laterals, "IMR-CNN", "R-50"),
         ("imrcnn_R_50_residual", [], "IMR-CNN (residual)", "R-50"),
     ):
-        model = build_model(load_config(f"configs/{config}.yaml", ["MODEL.DEVICE", "cpu", *opts]))
+        with torch.device("meta"):  # without memory
+            model = build_model(
+                load_config(f"configs/{config}.yaml", ["MODEL.DEVICE", "meta", *opts])
+            )
         assert describe_model(model) == (name, backbone)
     assert describe_model(torch.nn.Linear(1, 1)) == ("Linear", "NoneType")
 
