@@ -5,6 +5,7 @@
     benchmarks/benchmark.py page
     benchmarks/benchmark.py train [--config-file FILE] [--plot losses.png] [KEY VALUE ...]
     benchmarks/benchmark.py inference [--config-file FILE] [--weights FILE] [KEY VALUE ...]
+    benchmarks/benchmark.py backbones [NAME ...]
 
 all runs every benchmark, each in a process of its own, and keeps the rows of each in
 benchmarks/results/MACHINE.json as soon as it ends: after an interruption it goes on with what is
@@ -15,6 +16,9 @@ and writes to output/benchmark.
 
 train compares the training step of another model with that of Detectron2's parts in fp32, and
 inference its prediction in each runtime with Detectron2's DefaultPredictor.
+
+backbones tries timm models as backbones, the named ones or one of each family, and puts them into
+the table of docs/guide/backbones.md; no times are measured.
 """
 
 import argparse
@@ -31,6 +35,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import backbones_benchmark
 import machine
 import peers_benchmark
 import torch
@@ -73,13 +78,13 @@ def prediction(short: bool) -> Rows:
     if peers_benchmark.install():
         sizes, failure = [352] if short else [352, 640], {}
         peers = peers_benchmark.peers(names, sizes, BF16)
-    runs, accuracy = (5, 10) if short else (25, None)
+    runs, accuracy = (2, 10) if short else (8, None)
     return _predict(None, "demo", [], runs, accuracy, peers) | failure
 
 
 def prediction_r50(short: bool) -> Rows:
     size = ["INPUT.MIN_SIZE_TEST", "800"]
-    return {} if short else _predict(R50, "", size, runs=3, accuracy=2)
+    return {} if short else _predict(R50, "", size, runs=1, accuracy=2)
 
 
 def _predict(config_file, weights, opts, runs, accuracy, peers=None):
@@ -115,8 +120,11 @@ def training(short: bool) -> Rows:
 
 
 def evaluation(short: bool) -> Rows:
-    sizes = {1000: 1} if short else {1000: 3, 10_000: 3, 100_000: 1}
-    return {f"{n:,} images": compare_evaluations(n, runs) for n, runs in sizes.items()}
+    sizes = {1000: 1} if short else {1000: 3, 10_000: 3, 100_000: 1, 1_000_000: 1}
+    return {
+        f"{n:,} images": compare_evaluations(n, runs, baseline=n <= 100_000)
+        for n, runs in sizes.items()
+    }
 
 
 def procedures(short: bool) -> Rows:
@@ -302,8 +310,12 @@ def argument_parser() -> argparse.ArgumentParser:
     option = command.add_argument
     option("--weights", default="", help="default: random ones")
     option("--isa", choices=ISA, default="native", help="instructions that may be used (native)")
-    option("--runs", type=int, default=25, help="images each side is timed on (25)")
+    option("--runs", type=int, default=8, help="turns of each side, of four images each (8)")
     option("--accuracy", type=int, metavar="IMAGES", help="to compare results on; default: all")
+    command = commands.add_parser("backbones", help="timm models as backbones")
+    command.add_argument(
+        "names", nargs="*", metavar="NAME", help="timm models; default: the table's"
+    )
     return parser
 
 
@@ -313,6 +325,8 @@ def main(argv: list[str] | None = None) -> int:
         return measure_all(args.only, args.short)
     if args.command == "page":
         write_page(RESULTS)
+    elif args.command == "backbones":
+        backbones_benchmark.write_page(args.names)
     else:
         {"train": train, "inference": inference}[args.command](args)
     return 0

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
+from machine import memory
 from tqdm import tqdm
 
 SIZE = 352  # of an image
@@ -125,10 +126,25 @@ def write_coco(num_images: int, path: Path, seed: int = 0) -> None:
 
 
 def evaluate_ours(gt: Path, dt: Path):
-    """A function that evaluates with the default intervals, reading included."""
+    """A function that evaluates with the default intervals, reading included, and returns the
+    processor seconds of what COCOeval has no like of: boundaries, for hd95 and nsd."""
     from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
+    from imrcnn_d2.evaluation.detection import counts
 
-    return lambda: evaluate_lesions(gt, dt, bootstrap=Bootstrap())
+    agreement, seconds = counts.boundary_agreement, []
+
+    def timed(*masks):
+        start = time.process_time()
+        values = agreement(*masks)
+        seconds.append(time.process_time() - start)
+        return values
+
+    def run():
+        counts.boundary_agreement = timed
+        evaluate_lesions(gt, dt, bootstrap=Bootstrap())
+        return sum(seconds)
+
+    return run
 
 
 def evaluate_coco(gt: Path, dt: Path):
@@ -144,6 +160,7 @@ def evaluate_coco(gt: Path, dt: Path):
     def run():
         evaluation.evaluate()
         evaluation.accumulate()
+        return 0.0
 
     return run
 
@@ -165,26 +182,18 @@ EVALUATIONS = {"ours": evaluate_ours, "COCOeval": evaluate_coco}
 CATALOGS = {"ours": load_ours, "Detectron2": load_detectron2}
 
 
-def _memory(process="self"):
-    """MiB: resident now, resident at most, and resident with shared pages divided (PSS)."""
-    status = Path(f"/proc/{process}/status").read_text()
-    rss, peak = (int(status.split(f"{key}:")[1].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
-    rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
-    return rss, peak, int(rollup.split("\nPss:")[1].split()[0]) / 1024
-
-
 def measure_catalog(side: str, json_file: str) -> dict[str, float]:
     """Time and memory of one side, in this process and its workers."""
     import imrcnn_d2.data.catalog  # noqa: F401  so that both hold the same libraries
 
-    before = _memory()
+    before = memory()
     start = time.process_time()
     dataset = CATALOGS[side](Path(json_file))
     measured = {
         "s": time.process_time() - start,
-        "peak MiB": _memory()[1],
-        "MiB more, kept": _memory()[0] - before[0],
-        "MiB more, peak": _memory()[1] - before[0],
+        "peak MiB": memory()["peak"],
+        "MiB more, kept": memory()["now"] - before["now"],
+        "MiB more, peak": memory()["peak"] - before["now"],
     }
     start = time.process_time()
     indices = range(0, len(dataset), max(len(dataset) // READ, 1))
@@ -204,7 +213,7 @@ def measure_catalog(side: str, json_file: str) -> dict[str, float]:
         os.read(ready[0], 1)
         workers.append(worker)
         pipes.append(done[1])
-    measured["MiB of all, PSS"] = sum(_memory(process)[2] for process in ["self", *workers])
+    measured["MiB of all, PSS"] = sum(memory(process)["PSS"] for process in ["self", *workers])
     for worker, pipe in zip(workers, pipes, strict=True):
         os.write(pipe, b"1")
         os.waitpid(worker, 0)
@@ -212,34 +221,40 @@ def measure_catalog(side: str, json_file: str) -> dict[str, float]:
 
 
 def measure_evaluation(side: str, folder: str) -> dict[str, float]:
-    """{processor seconds, seconds, MiB} of one side, in this process."""
+    """{processor seconds, those without boundaries, seconds, MiB} of one side, in this process;
+    imports are not timed."""
     with contextlib.redirect_stdout(io.StringIO()):
         call = EVALUATIONS[side](Path(folder, "gt.json"), Path(folder, "dt.json"))
         start = time.process_time(), time.perf_counter()
-        call()
-        end = time.process_time(), time.perf_counter()
-    return {"s": end[0] - start[0], "wall s": end[1] - start[1], "MiB": _memory()[1]}
+        boundaries = call()
+        seconds, wall = time.process_time() - start[0], time.perf_counter() - start[1]
+    measured = {"s": seconds, "s without boundaries": seconds - boundaries, "wall s": wall}
+    return measured | {"MiB": memory()["peak"]}
 
 
-def compare_evaluations(num_images: int, runs: int) -> dict[str, float]:
+def compare_evaluations(num_images: int, runs: int, baseline: bool = True) -> dict[str, float]:
     """Run ours, COCOeval, ours, COCOeval, ..., each in a process of its own, on the same files.
 
-    Return medians of processor and wall seconds and the peak MiB of each; and "ratio", the median
-    over pairs of the ratio of processor times.
+    Return medians of processor and wall seconds and the peak MiB of each; "ratio", the median over
+    pairs of the ratio of processor times, and "ratio without boundaries", the same but for the time
+    that hd95 and nsd take. Without `baseline`, those of ours alone.
     """
+    sides = [*EVALUATIONS][: 1 + baseline]
     with tempfile.TemporaryDirectory() as folder:
         _in_a_process(write_evaluation, num_images, folder)
         pairs = [
-            {side: _in_a_process(measure_evaluation, side, folder) for side in EVALUATIONS}
+            {side: _in_a_process(measure_evaluation, side, folder) for side in sides}
             for _ in tqdm(range(runs), desc=f"{num_images} images", leave=False)
         ]
     measured = {}
-    for side in EVALUATIONS:
+    for side in sides:
         for unit in ("s", "wall s"):
             measured[f"{side}, {unit}"] = statistics.median(pair[side][unit] for pair in pairs)
         measured[f"{side}, MiB"] = max(pair[side]["MiB"] for pair in pairs)
-    ratios = (pair["ours"]["s"] / pair["COCOeval"]["s"] for pair in pairs)
-    return {**measured, "ratio": statistics.median(ratios)}
+    for name in ("", " without boundaries") if baseline else ():
+        ratios = (pair["ours"][f"s{name}"] / pair["COCOeval"]["s"] for pair in pairs)
+        measured[f"ratio{name}"] = statistics.median(ratios)
+    return measured
 
 
 def compare_catalogs(num_images: int, baseline: bool) -> dict[str, dict[str, float]]:

@@ -22,6 +22,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis
+from machine import memory
 from model_benchmark import stock_config
 from sides import environment, started
 from torchvision.models.detection import maskrcnn_resnet50_fpn
@@ -47,6 +48,7 @@ EXPORTED = {
     "OpenVINO int8": ("openvino", "int8"),
 }
 SIDE, PRODUCTS = 2048, 7  # matrices whose product gives the limit, and how often it is timed
+IN_A_ROW = 4  # images that a side predicts in each turn
 FEW = 10  # images that int8 is fitted to if accuracy does not count
 
 # Variables that restrict libraries to the instructions of an ordinary hospital PC.
@@ -76,11 +78,12 @@ def compare_predictions(
     """Predict with every side, each in a process of its own, in turns on the test images.
 
     Without `weights` they are random. `bf16` adds the runtimes in bf16, ten times as slow as fp32
-    where it is emulated. Each side is timed on `runs` images, after two for warming up, and its
-    results are compared on `accuracy` images. Return, for each side, median ms per image (wall,
-    processor, and of wall the network's call and the rest: reading, resizing, pasting masks), the
-    medians of how many times less than Detectron2's they are, the peak MiB, and AP50_voc and iou
-    or, for random weights, the largest differences from Detectron2's detections;
+    where it is emulated. Each side has `runs` turns of `IN_A_ROW` images, after one for warming up;
+    the first image of a turn is not timed: it finds the processor idle, which costs half as much
+    again. Results are compared on `accuracy` images. Return, for each side, median ms per image
+    (wall, processor, and of wall the network's call and the rest: reading, resizing, pasting
+    masks), the medians of how many times less than Detectron2's they are, the peak MiB, and
+    AP50_voc and iou or, for random weights, the largest differences from Detectron2's detections;
     and `limit`. `peers` (builder and its arguments) are other networks, only timed.
     """
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
@@ -129,8 +132,13 @@ class _Predicting:
         keep_freed_memory()
         self._predict = build(*args)
 
-    def seconds(self, path):
-        """Of a prediction: wall, processor, and its network's, NaN if it is not known."""
+    def seconds(self, paths):
+        """Of each prediction but the first: wall, processor, and its network's, NaN if it is not
+        known.
+        """
+        return [self._seconds(path) for path in paths][1:]
+
+    def _seconds(self, path):
         start = time.perf_counter(), time.process_time()
         self._predict(path)
         seconds = time.perf_counter() - start[0], time.process_time() - start[1]
@@ -144,11 +152,7 @@ class _Predicting:
 
     def largest_size(self):
         """Peak memory of this process in MiB; NaN except on Linux."""
-        status = Path("/proc/self/status")
-        if not status.is_file():
-            return math.nan
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) / 2**10
+        return memory().get("peak", math.nan)
 
 
 def _sides(cfg, weights, folder, bf16, threads, few):
@@ -288,12 +292,13 @@ def _ours(config, weights, runtime):
 def _time_in_turns(sides, images, runs):
     seconds = {name: [] for name in sides}
     names = list(sides)
-    for i in tqdm(range(runs + 2), desc="Timing", unit="image"):
+    for i in tqdm(range(runs + 1), desc="Timing", unit="turn"):
         turn = i % len(names)
+        row = [images[(IN_A_ROW * i + k) % len(images)] for k in range(IN_A_ROW)]
         for name in names[turn:] + names[:turn]:
-            taken = sides[name].ask("seconds", images[i % len(images)])
-            if i >= 2:  # the first calls set up kernels
-                seconds[name].append(taken)
+            taken = sides[name].ask("seconds", row)
+            if i:  # the first turn sets up kernels
+                seconds[name].extend(taken)
     return seconds
 
 

@@ -69,6 +69,18 @@ def _widest(instructions):
     return next((short for text, short in names.items() if text in instructions), "")
 
 
+def memory(process: int | str = "self") -> dict[str, float]:
+    """MiB of a process: resident "now", at most ("peak"), and with shared pages divided ("PSS");
+    empty except on Linux.
+    """
+    folder, sizes = Path(f"/proc/{process}"), {}
+    keys = {"now": ("status", "VmRSS"), "peak": ("status", "VmHWM"), "PSS": ("smaps_rollup", "Pss")}
+    for name, (file, key) in keys.items() if folder.is_dir() else ():
+        text = (folder / file).read_text()
+        sizes[name] = int(re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)[1]) / 1024
+    return sizes
+
+
 def _processors():
     """A mapping of fields for each processor that this process may run on."""
     info = Path("/proc/cpuinfo")

@@ -142,7 +142,7 @@ def _measure(weights, inputs, number):
     _, sources = find_inputs([inputs])
     pairs = [[pair] for pair in batch._read(sources, predictor)]
     annotated = partial(batch._annotated, predictor)
-    for _ in batch.in_threads(annotated, pairs[:4], predictor):
+    for _ in batch.in_order(annotated, pairs[:4], is_on_cpu=True):
         pass  # warms each thread up
     columns = {}
 
@@ -153,7 +153,7 @@ def _measure(weights, inputs, number):
         return result
 
     stage("reading", lambda: sum(1 for _ in batch._read(sources, predictor)))
-    results = stage("network", lambda: list(batch.in_threads(annotated, pairs, predictor)))
+    results = stage("network", lambda: list(batch.in_order(annotated, pairs, is_on_cpu=True)))
     with tempfile.TemporaryDirectory() as folder:
         stage("writing", lambda: _write(predictor, results, Path(folder)))
     slowest = max(columns.values())

@@ -2,6 +2,7 @@ import json
 import math
 import os
 
+import backbones_benchmark
 import benchmark
 import data_benchmark
 import inference_benchmark
@@ -49,6 +50,40 @@ def test_multiply_adds_equal_a_count_by_hand():
     assert total == fpn + down_and_output + cbam
 
 
+def test_multiply_adds_of_attention_equal_a_count_by_hand():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = torch.nn.Conv2d(3, 8, 4, stride=4)
+
+        def forward(self, x):
+            x = self.patches(x).flatten(2).transpose(1, 2)[:, None]  # (1, 1, 16, 8)
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    convolution, attention = 16 * 8 * 3 * 4 * 4, 2 * 16 * 16 * 8
+    assert backbones_benchmark.multiply_adds(Attention(), 16) == convolution + attention
+
+
+def test_the_table_of_backbones_says_what_fails_and_why():
+    row, causes = backbones_benchmark.check_backbone("inception_v3")
+    assert set(row.values()) == {"–"} and "inception_v3" in causes["builds"]
+    entry = {"made with": "timm", "row": row, "causes": causes}
+    lines = backbones_benchmark.table({"inception_v3": entry}).split("\n")
+    assert lines[2].startswith("| `inception_v3` | – |")
+    assert lines[-1].startswith("- `inception_v3`, builds: ValueError: MODEL.TIMM.NAME")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
+def test_small_backbones_work_everywhere(name):
+    row, causes = backbones_benchmark.check_backbone(name)
+    assert (
+        not causes
+        and [row[c] for c in ("trains", "torch", "ONNX Runtime", "OpenVINO")] == ["yes"] * 4
+    )
+
+
+@pytest.mark.slow
 def test_synthetic_data_have_the_stated_shares(tmp_path):
     data_benchmark.write_evaluation("200", tmp_path)
     truth, results = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("gt", "dt"))
@@ -127,11 +162,13 @@ def test_the_page_says_what_is_met_and_what_is_not_measured(suite, tmp_path):
         suite["training"] = {"IMR-CNN light": {"times as fast": speed}}
         assert benchmark.main(["all", "--short", "--only", "training"]) == 0
         path, folder = next((tmp_path / "results").glob("*.json")), tmp_path / "two"
-        other = json.loads(path.read_text())
-        other["machine"] |= {"name": "intel-xeon-amx-4-cores", "instructions": ["AMX bf16"]}
         folder.mkdir(exist_ok=True)
-        (folder / "a.json").write_bytes(path.read_bytes())
-        (folder / "b.json").write_text(json.dumps(other))
+        ours = {"name": "here", "instructions": ["AVX2"]}  # whatever this processor has
+        other = {"name": "intel-xeon-amx-4-cores", "instructions": ["AMX bf16"]}
+        for file, names in (("a.json", ours), ("b.json", other)):
+            content = json.loads(path.read_text())
+            content["machine"] |= names
+            (folder / file).write_text(json.dumps(content))
         return page.page(folder).splitlines()
 
     for speed, without, with_amx in ((1.69, "not met", "not met"), (1.8, "met", "not met")):
@@ -184,6 +221,9 @@ def test_evaluation_and_catalogue():
     measured = data_benchmark.compare_evaluations(20, runs=1)
     assert measured["ratio"] == pytest.approx(measured["ours, s"] / measured["COCOeval, s"])
     assert all(50 < measured[f"{side}, MiB"] < 5000 for side in ("ours", "COCOeval"))
+    assert 0 < measured["ratio without boundaries"] < measured["ratio"]
+    alone = data_benchmark.compare_evaluations(20, runs=1, baseline=False)
+    assert set(alone) == {"ours, s", "ours, wall s", "ours, MiB"}
 
     measured = data_benchmark.compare_catalogs(300, baseline=True)
     assert set(measured) == {"ours", "Detectron2"}
