@@ -16,6 +16,8 @@ from processes import PRELOAD
 # Set before torch, OpenCV and numpy are imported.
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
+# Of the files without many slow tests those that take longest, longest first.
+LONGEST = ("test_runtimes.py", "test_trainer.py", "test_loading.py", "test_predictor.py")
 MINUTE = 5_000  # damaged files that a reader is given in one
 WORKER_GIB = 3  # a worker with the processes that its tests start
 
@@ -42,9 +44,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests first, so that no worker is left with one at the end."""
+    """Files that take long first, so that no worker is left with one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])  # stable
+    places = {name: place for place, name in enumerate(LONGEST)}
+    # stable
+    items.sort(key=lambda item: (places.get(item.path.name, len(places)), -slow[item.path]))
 
 
 @pytest.fixture(autouse=True)

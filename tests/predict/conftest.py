@@ -2,8 +2,10 @@
 
 import contextlib
 import csv
+import hashlib
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -22,7 +24,7 @@ from PIL import Image
 
 from imrcnn_d2.deploy import Predictor, load_model
 from imrcnn_d2.deploy.inputs import VideoWriter, public_name
-from imrcnn_d2.deploy.runtimes import RUNTIMES, compiled_cache
+from imrcnn_d2.deploy.runtimes import RUNTIMES, base, compiled_cache
 from imrcnn_d2.engine import load_config
 
 TAU, CLS_SCORE = 0.5, "roi_heads.box_predictor.cls_score"
@@ -30,6 +32,7 @@ MAP = {"slope": 1.5, "offset": -0.75, "dataset": "kvasir_seg_val"}
 ALL = ("overlays", "masks", "labelme")
 OPTS = [
     *("INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 128, "MODEL.DEVICE", "cpu"),
+    *("INPUT.CROP_TO_VIEW", False),  # test_view.py has it
     *("MODEL.TIMM.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
     *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.RPN.POST_NMS_TOPK_TEST", 10),
 ]
@@ -123,7 +126,30 @@ def loaded(weights):
 
 
 @pytest.fixture(scope="session")
-def exported(loaded, predictor, tmp_path_factory):
+def traced_once(tmp_path_factory):
+    """A function that runs another one, for which the graph of a model of the same layers and
+    weights is traced once in a session: it takes seconds."""
+    folder, write_onnx = tmp_path_factory.mktemp("graphs"), base.write_onnx
+
+    def write(model, example, path):
+        digest = hashlib.sha256(str(model).encode())
+        for tensor in model.state_dict().values():
+            digest.update(tensor.numpy().tobytes())
+        kept = folder / f"{digest.hexdigest()}.onnx"
+        if not kept.exists():
+            write_onnx(model, example, kept)
+        shutil.copy(kept, path)
+
+    def call(function, *args, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(base, "write_onnx", write)
+            return function(*args, **options)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def exported(loaded, predictor, traced_once, tmp_path_factory):
     """A function from runtime and precision to a file of the tiny detector."""
     folder = tmp_path_factory.mktemp("exports")
     images = [predictor.prepare(random_image(seed)) for seed in range(4)]
@@ -132,17 +158,16 @@ def exported(loaded, predictor, tmp_path_factory):
         path = folder / f"{precision}{RUNTIMES[name].suffix}"
         if not path.exists():
             options = {"example": images[0], "precision": precision, "calibration": images}
-            RUNTIMES[name].export(loaded, path, **options)
+            traced_once(RUNTIMES[name].export, loaded, path, **options)
         return path
 
     return make
 
 
 @pytest.fixture(scope="session")
-def metadata(exported):
-    import onnx
-
-    return json.loads(onnx.load(exported("onnxruntime")).metadata_props[0].value)
+def metadata(loaded):
+    """Of an exported file of the tiny detector, as JSON has them."""
+    return json.loads(json.dumps(base.export_metadata(loaded, "fp32")))
 
 
 def random_image(seed, height=60, width=80):

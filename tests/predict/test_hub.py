@@ -186,7 +186,7 @@ def test_what_is_not_in_the_hub_is_named_in_one_line(published, name, tmp_path, 
         assert not published.requested
 
 
-def test_without_a_network_what_was_fetched_is_there(published, monkeypatch, capfd):
+def test_without_a_network_what_was_fetched_is_there(published, predictor, monkeypatch, capfd):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts to connect
     Predictor.from_pretrained("me/polyps")
     published.requested.clear()
@@ -200,7 +200,7 @@ def test_without_a_network_what_was_fetched_is_there(published, monkeypatch, cap
                 Predictor.from_pretrained("me/others")
             assert "\n" not in str(refused.value) and "cache" in str(refused.value)
             with pytest.raises(OSError, match="hf://me/others: ") as refused:
-                Predictor.from_pretrained("demo").push_to_hub("me/others", token="t")
+                predictor.push_to_hub("me/others", token="t")
             assert "\n" not in str(refused.value)
     assert not published.requested and "Retrying" not in capfd.readouterr().err
 

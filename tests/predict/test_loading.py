@@ -169,7 +169,7 @@ VALUES = {
     "training_images": ["0123456789abcdef" * 5, [3], ["0123456789abcdef"], {}],
     **{"model": [None, 3], "precision": [3], "weights_sha256": [3, {}]},
     "classes": [[], "polyp", [1], ["a", "b"], [{}], ["\x1b[2J"], [""], ["a" * 201], None],
-    "artifact": ["1", None, [1], METADATA_VERSION + 1],
+    "artifact": [METADATA_VERSION + 1, "1", None, [1]],
     "config": [
         *(None, ["x"], "MODEL: {NOVEL: 1}\nVERSION: 2\n"),
         *(f"_BASE_: {URL}", "_BASE_: /etc/hostname", TIMM, f"DATASETS: {{TRAIN: ['{URL}']}}"),
@@ -179,8 +179,16 @@ OF_WEIGHTS = "artifact", "classes", "config", "operating_point", "precision", "w
 OF_WEIGHTS += ("score_map", "training_images")
 
 
-@pytest.mark.parametrize("key, value", [(key, v) for key, values in VALUES.items() for v in values])
-@pytest.mark.parametrize("suffix", SUFFIXES)
+# All values of the format that takes least time; the others are checked by the same function.
+WRONG = [
+    (suffix, key, value)
+    for suffix in SUFFIXES
+    for key, values in VALUES.items()
+    for value in (values if suffix == ".onnx" else values[:2])
+]
+
+
+@pytest.mark.parametrize("suffix, key, value", WRONG)
 def test_metadata_are_checked(exported, metadata, tmp_path, suffix, key, value):
     path, tensors = tmp_path / f"a{suffix}", safetensors.torch.load_file(exported("torch"))
     documents = [{**metadata, key: value}, {k: v for k, v in metadata.items() if k != key}]

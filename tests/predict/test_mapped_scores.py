@@ -196,6 +196,7 @@ def test_a_card_of_a_classifier_says_what_its_probabilities_are(classifier, temp
     assert "temperature" not in classifier._card("me/classes", "other")
 
 
+@pytest.mark.slow
 def test_the_raw_scores_of_the_package_s_weights_stay(kvasir_original, tmp_path):
     image = kvasir_original / "images" / "cju0roawvklrq0799vmjorwfv.jpg"
     loaded, predicted = load_model(None, "demo", device="cpu"), []

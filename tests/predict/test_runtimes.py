@@ -61,11 +61,15 @@ SIZES = ((60, 80), (64, 64), (90, 64))
 # Random weights make much of the small differences of bf16 and int8.
 TOLERANCES = {"fp32": (1e-4, 1e-2), "fp16": (0.02, 1), "bf16": (0.05, 2), "int8": (0.4, np.inf)}
 EXPORTED = [(name.name, precision) for name in EXPORTS.values() for precision in name.precisions]
-CASES = [*((runtime, None) for runtime in RUNTIMES), *EXPORTED]  # None: of a checkpoint
+INT8 = ("openvino", "int8")
+CASES = [
+    pytest.param(*case, marks=[pytest.mark.slow] if case[1] in ("bf16", "int8") else [])
+    for case in (*((runtime, None) for runtime in RUNTIMES), *EXPORTED)  # None: of a checkpoint
+]
 
 
 @pytest.mark.parametrize("runtime, precision", CASES)
-def test_detectors(exported, predictor, weights, runtime, precision):
+def test_detectors(exported, traced_once, predictor, weights, runtime, precision):
     expected, path = {**predictor.metadata, "runtime": runtime}, weights
     if precision is not None:
         path = exported(runtime, precision)
@@ -74,7 +78,8 @@ def test_detectors(exported, predictor, weights, runtime, precision):
             "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "source_sha256": predictor.metadata["weights_sha256"],
         }
-    other = Predictor(None, path, runtime=runtime)
+    other = traced_once(Predictor, None, path, runtime=runtime)
+    sizes = SIZES if path != weights or runtime == "torch" else SIZES[:1]  # a graph is the file's
     precision = "bf16" if runtime.endswith("bf16") else precision or "fp32"
     expected["precision"] = precision
     if runtime == "openvino" and "BF16" not in _core().get_property("CPU", CAPABILITIES):
@@ -88,7 +93,7 @@ def test_detectors(exported, predictor, weights, runtime, precision):
         if precision != "bf16" or runtime == "torch-bf16":  # not every CPU has bf16
             assert not np.array_equal(result.scores, reference.scores), "it was not rounded"
         return
-    for size, batch_size in itertools.product(SIZES, (1, 3)):
+    for size, batch_size in itertools.product(sizes, (1, 3)):
         images = [random_image(seed, *size) for seed in range(3)]
         results = predictor(images, batch_size), other(images, batch_size)
         for reference, result in zip(*results, strict=True):
@@ -114,14 +119,15 @@ def test_the_residual_neck_with_attention_everywhere(tmp_path, runtime):
     same(other(image), torch_predictor(image))
 
 
-@pytest.mark.parametrize("runtime, precision", [case for case in CASES if case[1] != "int8"])
-def test_classifiers(classifier, classifier_weights, tmp_path, runtime, precision):
-    path, example = classifier_weights, classifier.prepare(random_image(0))
+@pytest.mark.parametrize("runtime, precision", [case for case in CASES if case.values != INT8])
+def test_classifiers(classifier, classifier_weights, traced_once, tmp_path, runtime, precision):
+    path = classifier_weights
     if precision:
         path = tmp_path / f"model{RUNTIMES[runtime].suffix}"
-        options = {"example": example, "precision": precision}
-        RUNTIMES[runtime].export(load_model(None, classifier_weights), path, **options)
-    other = Predictor(None, path, runtime=runtime)
+        options = {"example": classifier.prepare(random_image(0)), "precision": precision}
+        original = load_model(None, classifier_weights)
+        traced_once(RUNTIMES[runtime].export, original, path, **options)
+    other = traced_once(Predictor, None, path, runtime=runtime)
     assert other.classes == classifier.classes and len(other.classes) == 3 and other.tau is None
     images = [random_image(seed) for seed in range(3)]
     atol = TOLERANCES["bf16" if runtime.endswith("bf16") else precision or "fp32"][0]
@@ -168,7 +174,7 @@ def test_safetensors(exported, loaded):
 
 
 def test_files_say_on_what_the_model_was_trained_but_not_where(
-    tiny_run, weights, predictor, tmp_path
+    tiny_run, weights, predictor, traced_once, tmp_path
 ):
     opts = ["DATASETS.ROOT", str(tmp_path / "data"), "OUTPUT_DIR", str(tmp_path / "out")]
     loaded = load_model(load_config(tiny_run / "config.yaml", opts), weights)
@@ -176,7 +182,7 @@ def test_files_say_on_what_the_model_was_trained_but_not_where(
     loaded = replace(loaded, metadata={"training_images": hashes})
     for form, runtime in EXPORTS.items():
         path = tmp_path / f"model.{form}"
-        runtime.export(loaded, path, example=predictor.prepare(random_image(0)))
+        traced_once(runtime.export, loaded, path, example=predictor.prepare(random_image(0)))
         assert load_model(None, path).metadata["training_images"] == hashes
         content = path.read_bytes()
         assert b"data_train" in content, "the config can be read in the bytes"
@@ -184,8 +190,9 @@ def test_files_say_on_what_the_model_was_trained_but_not_where(
         assert load_model(None, path).facts["config_sha256"] == loaded.facts["config_sha256"]
 
 
+@pytest.mark.slow
 def test_what_int8_leaves_alone(exported):
-    with zipfile.ZipFile(exported("openvino", "int8")) as archive:
+    with zipfile.ZipFile(exported(*INT8)) as archive:
         graph = ElementTree.fromstring(archive.read(OPENVINO_PARTS[0]))
     layers = list(graph.iter("layer"))
     fake = {layer.get("id") for layer in layers if layer.get("type") == "FakeQuantize"}
@@ -203,12 +210,12 @@ def test_what_int8_leaves_alone(exported):
 
 
 def test_which_runtime_and_what_cannot_be_exported(
-    exported, predictor, tiny_run, weights, tmp_path, capsys, monkeypatch
+    exported, traced_once, predictor, tiny_run, weights, tmp_path, capsys, monkeypatch
 ):
     path = exported("onnxruntime")
     seconds = iter([[3], [1], [2], [4]])
     monkeypatch.setattr("timeit.repeat", lambda *_, **__: next(seconds))
-    auto = Predictor(None, weights, runtime="auto")  # the fastest
+    auto = traced_once(Predictor, None, weights, runtime="auto")  # the fastest
     assert auto.metadata["runtime"] == [*RUNTIMES][1] and len(auto(random_image(0)))
     for *arguments, runtime, match in (
         (None, weights, "tensorrt", "'tensorrt'.*onnxruntime"),
@@ -259,6 +266,7 @@ def prepared(predictor, tmp_path):
     return tmp_path / "ours"
 
 
+@pytest.mark.slow
 def test_a_map_of_scores_is_fitted_to_existing_weights(
     weights, loaded, predictor, prepared, tmp_path, capsys
 ):

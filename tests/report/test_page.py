@@ -78,6 +78,7 @@ def test_metrics_by_centre_with_their_number_of_cases(text, runs, parse):
     assert "†" in section and f"n {names.count('Bonn')}" in section
 
 
+@pytest.mark.slow
 def test_older_runs_lack_records(runs, show, parse):
     old = dataclasses.replace(recorded(runs[0], "tau_val"), record={}, config={})
     text = show([recorded(old, meta={**old.meta, "bootstrap": None}), runs[2]], max_images=5)
@@ -168,6 +169,7 @@ def test_evaluated_weights_are_not_their_evaluation_s_config(runs, show, parse):
     assert section.count("ot recorded") == 1 and "; iterations;" in section
 
 
+@pytest.mark.slow
 def test_evaluated_predictions_name_their_model(home, parse):
     """`imrcnn evaluate` of a predictions.json, and of a list of results that names nothing."""
     info = {"model": "IMR-CNN", "backbone": "lite0", "weights_sha256": "a1" * 32, "tau": 0.956366}
@@ -342,6 +344,7 @@ def test_differences_are_those_of_a_comparison(runs):
     assert tables.differences(runs[:1]) is None
 
 
+@pytest.mark.slow
 def test_runs_of_one_fold_are_reported(write_gt, write_run, tmp_path, show, parse):
     gt = write_gt(tmp_path / "gt.json", images=6)
     runs = [load_run(write_run(name, gt, model=name, fold=(0, 3))) for name in ("MR", "IMR")]

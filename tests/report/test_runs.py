@@ -273,6 +273,7 @@ def test_a_config_that_is_none_is_left_out(home):
         assert home.load().config == {}, text
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_detections(home):
     """Not those of metrics.json, of which the page says that they are others."""
     true = everything(home)

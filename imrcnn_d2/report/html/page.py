@@ -121,6 +121,7 @@ def _detection(runs, prevalences, max_images):
     if meta["lesion_free_images"]:
         lead += f"; {plural(meta['lesion_free_images'], 'image')} without a lesion"
     shown = f"the ground truth and each model’s detections at a {tables.at_threshold(runs)}"
+    gallery = _gallery_section(lesion_gallery, runs, max_images, shown)  # its errors first
     return {
         "lead": f"{lead}.",
         "lines": contour_lines(CONTOURS),
@@ -141,7 +142,7 @@ def _detection(runs, prevalences, max_images):
         "screening": tables.screening(runs, prevalences),
         "centre_tables": _centre_tables(runs),
         "lesion_free_images": meta["lesion_free_images"],
-        **_gallery_section(lesion_gallery, runs, max_images, shown),
+        **gallery,
     }
 
 
@@ -173,6 +174,7 @@ def _classification(runs, max_images):
     sizes = zip(meta["images_of_class"], classes, strict=True)
     notes = [*REMARKS, f"Published: {CLASSIFICATION_CITATION}."] if published else []
     shown = "their class and the probabilities that each model gives"
+    gallery = _gallery_section(classification_gallery, runs, max_images, shown)
     return {
         "lead": f"{_sizes(runs)}: {', '.join(f'{number:,} {name}' for number, name in sizes)}.",
         "lines": {},
@@ -186,7 +188,7 @@ def _classification(runs, max_images):
         "plots": _class_plots(runs),
         "confusions": tables.confusions(runs),
         "grad_cams": grad_cams(runs),
-        **_gallery_section(classification_gallery, runs, max_images, shown),
+        **gallery,
     }
 
 
