@@ -32,7 +32,7 @@ from imrcnn_d2.engine.config import (
     load_training_config,
     shipped_configs,
 )
-from imrcnn_d2.engine.plan import MEMORY_SHARE, Facts, as_yaml, make_plan
+from imrcnn_d2.engine.plan import MEMORY_SHARE, Facts, as_yaml, make_plan, plain, significant
 from imrcnn_d2.engine.precision import MIN_ITERATIONS
 from imrcnn_d2.engine.schedule import build_optimizer
 from imrcnn_d2.engine.train_step import TrainStep, keep_freed_memory, use_channels_last
@@ -170,9 +170,6 @@ def describe_weights(weights: str) -> dict:
 def _model_keys(cfg: CfgNode) -> dict:
     """Key -> value of what belongs to a model's weights, tuples as lists."""
 
-    def plain(value):
-        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
     def leaves(node, prefix):
         for name, value in node.items():
             if isinstance(value, CfgNode):
@@ -272,10 +269,10 @@ def measure_step(config_file: str) -> dict:
     timed = step.precision_seconds or {}
     short = next((s for name, s in timed.items() if name != "fp32"), None)
     return {
-        "step_seconds": _rounded(statistics.median(seconds[1:])),
+        "step_seconds": significant(statistics.median(seconds[1:]), 3),
         "step_memory": round(_most_memory(cfg.MODEL.DEVICE) / _GIB, 1),
-        "fp32_seconds": _rounded(timed.get("fp32")),
-        "short_seconds": _rounded(short),
+        "fp32_seconds": significant(timed.get("fp32") or 0, 3),
+        "short_seconds": significant(short or 0, 3),
     }
 
 
@@ -285,7 +282,3 @@ def _most_memory(device: str) -> int:
         return torch.cuda.max_memory_reserved()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _rounded(seconds: float | None) -> float:
-    return float(f"{seconds or 0:.3g}")

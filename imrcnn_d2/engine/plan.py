@@ -237,16 +237,16 @@ def batch(f: Facts, c: Chosen) -> Entries:
 def rate(f: Facts, c: Chosen) -> Entries:
     images = c["SOLVER.IMS_PER_BATCH"]
     if f.light:
-        value = _digits(0.0005 * math.sqrt(images / 4), 2)
+        value = significant(0.0005 * math.sqrt(images / 4), 2)
         why = "AdamW: 0.0005 for 4 images, with the square root of the batch"
     else:
-        value = _digits(0.01 * images / 16, 3)
+        value = significant(0.01 * images / 16, 3)
         why = "SGD: 0.01 for 16 images, in proportion to the batch"
     if f.weights_base:
         why += "; fine-tuning on PolypGen, once, a fifth of it had less F1"
         if not f.light:
             why = "SGD: 0.01 for 16 images, halved for fine-tuning"
-            value = _digits(value / 2, 3)
+            value = significant(value / 2, 3)
     yield "SOLVER.BASE_LR", value, why
     if f.weights_base and not f.light:
         yield "SOLVER.NEW_LAYER_LR_FACTOR", 1.0, "no layer is new to the weights"
@@ -354,7 +354,8 @@ def _multiple(pixels: float) -> int:
     return round(pixels / 32) * 32
 
 
-def _digits(value: float, number: int) -> float:
+def significant(value: float, number: int) -> float:
+    """A value rounded to a number of significant digits."""
     return float(f"{value:.{number}g}")
 
 
@@ -425,11 +426,11 @@ def plan_record(cfg: CfgNode) -> dict | None:
         node = cfg
         for name in key.split("."):
             node = node.get(name) if isinstance(node, dict) else None
-        if key == "_BASE_" or _plain(node) == _plain(value):
+        if key == "_BASE_" or plain(node) == plain(value):
             kept[key] = {"value": value, "reason": reason}
     return {"facts": asdict(facts), "choices": kept}
 
 
-def _plain(value):
-    """Tuples as lists."""
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+def plain(value):
+    """A config's value with its tuples as lists."""
+    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
