@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import PathManager
 
@@ -35,7 +34,8 @@ from imrcnn_d2.engine.config import (
 from imrcnn_d2.engine.plan import MEMORY_SHARE, Facts, as_yaml, make_plan, plain, significant
 from imrcnn_d2.engine.precision import MIN_ITERATIONS
 from imrcnn_d2.engine.schedule import build_optimizer
-from imrcnn_d2.engine.train_step import TrainStep, keep_freed_memory, use_channels_last
+from imrcnn_d2.engine.train_step import TrainStep, keep_freed_memory
+from imrcnn_d2.engine.trainer import Trainer
 from imrcnn_d2.task import DETECTION, Task
 from imrcnn_d2.utils.files import write_atomically
 from imrcnn_d2.utils.safe_loading import load_checkpoint_file
@@ -250,8 +250,7 @@ def measure_step(config_file: str) -> dict:
     logging.getLogger("timm").setLevel(logging.ERROR)  # it lists what a backbone leaves out
     cfg = load_training_config(config_file)
     register_data_set(cfg.DATASETS.ROOT)
-    model = build_model(cfg).train()
-    model = use_channels_last(model) if cfg.MODEL.CHANNELS_LAST else model
+    model = Trainer.build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
     step = TrainStep(model, build_train_loader(cfg), optimizer, seed=0, precision="auto")
     seconds = []
