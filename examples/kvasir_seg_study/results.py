@@ -1,284 +1,200 @@
 #!/usr/bin/env python
-"""Make docs/results.md, its tables and its plots from the runs of the Makefile in this folder.
+"""Make docs/results.md, its table of runs and its plot from the records in runs/.
 
-    python examples/kvasir_seg_study/results.py output/study datasets
+    python examples/kvasir_seg_study/results.py
 
-The text is in results.md.j2; every value in a table or a plot comes from a run's files. A
-section whose runs are not all there, or not finished, stays on the page as it is, and is named.
-Tests of runs that are gone are made of what recorded.json still has of them.
+The text is in results.md.j2; every value of the study comes from a record.
 """
 
 import argparse
-import json
-import math
-import re
-import statistics
-import sys
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pandas as pd
-from leakage import kvasir, recorded_value, synthetic
+from analysis import ARMS, MARGINS, MINIMUM, PAIRS, PAPER, Study
+from matplotlib.figure import Figure
+from records import ENDPOINTS, RECORDS
 
-from imrcnn_d2.evaluation.comparison import difference_from_parts, holm
-from imrcnn_d2.evaluation.detection.metrics import is_count, is_percent
-from imrcnn_d2.evaluation.robustness import ROBUSTNESS
-from imrcnn_d2.evaluation.statistics import Bootstrap
-from imrcnn_d2.report.comparison import compare, gather
-from imrcnn_d2.report.comparison.models import Test
-from imrcnn_d2.report.comparison.pages import (
-    median_runs,
-    table_3,
-    table_4,
-    table_5,
-    table_of_tests,
-)
-from imrcnn_d2.report.plots import plot_pr_panels, plot_robustness
-from imrcnn_d2.report.runs import load_run
-from imrcnn_d2.report.tables import format_value, markdown_table
-from imrcnn_d2.utils.files import write_atomically
+from imrcnn_d2.evaluation.comparison import corrected_resampled_t_test
+from imrcnn_d2.report.names import PUBLISHED_TRAININGS, published_values
+from imrcnn_d2.report.plots.style import DOT, LEGEND, line_style, save_figure, tidy
+from imrcnn_d2.report.tables import format_value, markdown_table, p_text
+from imrcnn_d2.utils.files import csv_text, write_atomically
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-# Tests that the page always shows, next to those with an adjusted p below 0.05.
-JUDGED = ("segm/AP50_voc", "lesion/iou", "tau_val.lesion/f1", "image/miou")
+PLOT, PLOT_DATA = "study.png", "study.csv"
+# Of the paper's Table 4: 1,120 images, of which a fifth each is for testing and for validation.
+TRAINED, TESTED = 672, 224
 
 
-class Study:
-    """What the page's template uses. Runs are named by patterns of paths within their folder."""
+def number(value, decimals=1):
+    return format_value("", value, None, decimals)
 
-    def __init__(self, folder, data, plots):
-        self._folder, self._data, self._plots = folder, data, plots
-        self._recorded = json.loads((HERE / "recorded.json").read_text(encoding="utf-8"))
-        self._compared = {}
 
-    def paths(self, *patterns):
-        """The folders of runs, in order.
+def interval(difference, decimals=1):
+    limits = difference.low, difference.high
+    return format_value("", difference.estimate, limits, decimals)
 
-        Raises:
-            FileNotFoundError: a pattern has none, or one that has not finished.
-        """
-        paths = []
-        for pattern in patterns:
-            matches = sorted(self._folder.glob(pattern))
-            unfinished = [str(path) for path in matches if not _is_finished(path)]
-            if unfinished or not matches:
-                raise FileNotFoundError(", ".join(unfinished) or str(self._folder / pattern))
-            paths += matches
-        return paths
 
-    def comparison(self, *patterns):
-        """The Comparison of the models of these runs."""
-        paths = tuple(self.paths(*patterns))
-        if paths not in self._compared:
-            self._compared[paths] = compare(gather(list(map(load_run, paths))), Bootstrap())
-        return self._compared[paths]
-
-    def table(self, compared, number):
-        """The paper's table 3, 4 or 5."""
-        return {3: table_3, 4: table_4, 5: table_5}[number](compared).markdown()
-
-    def tests(self, title, *patterns):
-        """A table of tests between the models of these runs; without them, of recorded.json."""
-        try:
-            compared = self.comparison(*patterns)
-        except FileNotFoundError:
-            if title not in self._recorded:
-                raise
-            tests, notes = recorded_tests(**self._recorded[title]), [RECORDED]
-        else:
-            tests, notes = compared.fold_tests or compared.tests, []
-            tests = [test for test in tests if test.endpoint in JUDGED or test.p_holm < 0.05]
-        return table_of_tests(tests, "tests", title, *notes).markdown()
-
-    def pr_curves(self, compared, stem):
-        """Plot the curves of each model's masks, for its median seed."""
-        shown = median_runs(compared, lambda run: run.results.segm["AP50_voc"])
-        curves = {
-            label: next(curve for kind, _, curve in run.results.curves if kind == "segm")
-            for label, run in shown.items()
+def claims(study: Study) -> str:
+    """Each test with its verdict on the published advantage."""
+    rows = []
+    for test in study.tests:
+        claimed = test.published is not None
+        row = {
+            "difference": f"{ARMS[test.first]} − {ARMS[test.second]}",
+            "metric": test.endpoint + (" (primary)" if test.primary else ""),
+            "published": number(test.published) if claimed else "",
+            "here": interval(test.difference),
+            "p": p_text(test.p),
+            "claim": test.verdict,
+            "power for it": number(100 * test.power(test.published), 0) if claimed else "",
+            "by folds": interval(test.by_folds),
+            "SE": number(test.difference.se, 2),
+            "SE of images": number(test.se_images, 2),
         }
-        panels = {"Masks, precision and recall at IoU 0.5": curves}
-        path = self._plots / f"{stem}.png"
-        plot_pr_panels(panels, path, tau=compared.settings["tau"])
-        return _link(path, "Precision-recall curves")
+        rows.append(row)
+    return markdown_table(pd.DataFrame(rows), 2)
 
-    def metrics(self, rows, columns):
-        """A table of single runs: label -> path of the run, heading -> group/key of metrics.json.
 
-        "tau_val." before the group is the operating point that was chosen on validation images.
-        """
-        cells = []
-        for label, path in rows.items():
-            metrics = load_run(*self.paths(path)).recorded
-            texts = {heading: _text(metrics, name) for heading, name in columns.items()}
-            cells.append({"": label, **texts})
-        return markdown_table(pd.DataFrame(cells))
-
-    def means(self, rows, columns, dataset=None):
-        """Likewise, the mean over the runs of a pattern, and their smallest and largest.
-
-        `dataset` is the data set they were evaluated on, if not their test images.
-        """
-        cells = []
-        for label, pattern in rows.items():
-            every = [load_run(path, dataset=dataset).recorded for path in self.paths(pattern)]
-            texts = {}
-            for heading, name in columns.items():
-                values = [recorded_value(metrics, name)[0] for metrics in every]
-                key = name.rpartition("/")[2]
-                mean, low, high = (
-                    format_value(key, value, decimals=1 if is_percent(key) or is_count(key) else 2)
-                    for value in (statistics.mean(values), min(values), max(values))
-                )
-                texts[heading] = f"{mean} ({low}–{high})"
-            cells.append({"": label, "runs": str(len(every)), **texts})
-        return markdown_table(pd.DataFrame(cells))
-
-    def leakage(self):
-        """Two tables, of synthetic patients and of near-identical images."""
-        self.paths("leakage/*", "groups/imrcnn", "main/imrcnn_seed0")
-        tables = synthetic(self._folder), kvasir(self._folder, self._data)
-        return "\n\n".join(markdown_table(pd.DataFrame(rows)) for rows in tables)
-
-    def robustness(self, rows, stem):
-        """Curves of the evaluations that robustness.py wrote: label -> folder."""
-        documents = {
-            label: json.loads((folder / ROBUSTNESS).read_text(encoding="utf-8"))
-            for label, path in rows.items()
-            for folder in self.paths(path)
+def margins(study: Study) -> str:
+    """Equivalence in AP50_voc."""
+    rows = [
+        {
+            "difference": f"{ARMS[test.first]} − {ARMS[test.second]}",
+            "margin": f"±{margin}",
+            "90 % interval": " to ".join(map(number, test.difference.interval(0.9))),
+            "p": p_text(test.equivalence(margin)),
+            "power if equal": number(100 * test.power_of_equivalence(margin), 0),
         }
-        path = self._plots / f"{stem}.png"
-        plot_robustness(documents, path)
-        return _link(path, "Metrics under distortions")
-
-    def runs(self, *patterns):
-        """A table of runs: the config's hash, the revision and the hours."""
-        cells = []
-        for path in self.paths(*patterns):
-            record = _record(path)
-            cells.append(
-                {
-                    "run": path.relative_to(self._folder).as_posix(),
-                    "config": record["config_sha256"][:12],
-                    "revision": record["git"]["revision"][:7],
-                    "iterations": f"{record['iterations']:,}",
-                    "hours": f"{record['hours']:.2f}",
-                }
-            )
-        return markdown_table(pd.DataFrame(cells), 3)
+        for test in study.tests
+        if test.endpoint == "AP50_voc"
+        for margin in MARGINS
+    ]
+    return markdown_table(pd.DataFrame(rows), 1)
 
 
-RECORDED = (
-    "The runs are gone: these tests are made of the rounded values of recorded.json. The standard "
-    "error over images is the width of the bootstrap interval of the difference / (2 · 1.96); that "
-    "over trainings comes from the three values of each model, or their population standard "
-    "deviation. Tests that are not shown count in Holm's method as if their p were 1."
-)
+def components(study: Study) -> str:
+    """Standard deviations of the mixed model."""
+    rows = []
+    for endpoint in ENDPOINTS:
+        mixed = study.mixed(endpoint)
+        deviations = np.sqrt([mixed.seed_variance, mixed.cell_variance])
+        names = ("between seeds", "fold:neck")
+        rows.append({"metric": endpoint, **dict(zip(names, map(number, deviations), strict=True))})
+    return markdown_table(pd.DataFrame(rows))
 
 
-def recorded_tests(
-    images: int, runs: int, tests: int, values: dict, population_sd: dict, differences: list
-) -> list[Test]:
-    """Tests of models of which each was trained ``runs`` times.
+def arms(study: Study) -> str:
+    """Mean of each arm over folds and seeds, and the sd of fold means."""
+    rows = []
+    for place, arm in enumerate(study.arms):
+        cells = {name: study.mixed(name).cells[place] for name in ENDPOINTS}
+        texts = {
+            k: format_value("", values.mean(), sd=values.std(ddof=1)) for k, values in cells.items()
+        }
+        rows.append({"arm": ARMS[arm], **texts})
+    return markdown_table(pd.DataFrame(rows))
 
-    Args:
-        images: in the test set.
-        tests: how many there were; those that are not recorded are taken to have a p of 1.
-        values: model -> "group/metric" -> the value of each run.
-        population_sd: the same, the standard deviation over the runs, where the values are gone.
-        differences: first and second model, "group/metric", the difference and its 95 % interval
-            of resampled images.
-    """
 
-    def seed_sd(model, endpoint):
-        if endpoint in values[model]:
-            return statistics.stdev(values[model][endpoint])
-        return population_sd[model][endpoint] * math.sqrt(runs / (runs - 1))
+def as_table_5(study: Study) -> str:
+    """The paper's Table 5 and, of a complete study, the mean of each arm's runs read likewise."""
+    published = {
+        row.figure.partition("/")[2]: number(row.value) for row in published_values("egc", "5")
+    }
+    rows = [{"": "IMR-CNN, published: gastric images", **published}]
+    for arm in study.arms if study.complete else ():
+        of_arm = [r.metrics.once()["paper"] for (a, *_), r in study.records.items() if a == arm]
+        texts = {name: number(np.mean([values[name] for values in of_arm])) for name in published}
+        rows.append({"": f"{ARMS[arm]}, here: polyps", **texts})
+    return markdown_table(pd.DataFrame(rows))
 
-    made = []
-    for first, second, endpoint, estimate, low, high in differences:
-        sds = seed_sd(first, endpoint), seed_sd(second, endpoint)
-        se_images = (high - low) / (2 * 1.96)
-        made.append(difference_from_parts(estimate, se_images, images, sds, (runs, runs)))
-    adjusted = holm([difference.p for difference in made] + [1.0] * (tests - len(made)))
+
+def as_table_4() -> str:
+    """The paper's five trainings through the corrected resampled t-test."""
+    rows = []
+    for metric, endpoint in (("AP", "segm/AP50_voc"), ("IoU", "lesion/iou")):
+        for first, second in ([ARMS[arm] for arm in pair] for pair in PAIRS):
+            values = (PUBLISHED_TRAININGS[model, endpoint] for model in (first, second))
+            test = corrected_resampled_t_test(np.subtract(*values), TRAINED, TESTED)
+            pair = {"difference": f"{first} − {second}", "metric": metric}
+            rows.append({**pair, "of five trainings": interval(test), "p": p_text(test.p)})
+    return markdown_table(pd.DataFrame(rows), 2)
+
+
+def runs(study: Study) -> list[dict]:
+    """One row per finished run."""
     return [
-        Test(
-            **vars(difference),
-            first=first,
-            second=second,
-            endpoint=endpoint,
-            test="paired t (images, seeds)",
-            p_holm=float(p_holm),
-        )
-        for (first, second, endpoint, *_), difference, p_holm in zip(
-            differences, made, adjusted, strict=False
-        )
+        {
+            "arm": ARMS[arm],
+            "fold": fold,
+            "seed": seed,
+            **{name: number(value) for name, value in record.values.items()},
+            "tau_val": f"{record.content['operating_point']['tau']:.2f}",
+            "config": record.content["config_sha256"][:12],
+            "hours": f"{record.content['hours']:.2f}",
+        }
+        for (arm, fold, seed), record in study.records.items()
     ]
 
 
-def _is_finished(path):
-    if (path / "run.json").is_file():
-        return bool(_record(path)["finished"])
-    return (path / "done").is_file()  # of the Makefile, for an evaluation alone
+def plot(rows: list[dict], path: Path) -> None:
+    """AP50_voc of the runs of each fold, side by side by arm."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for place, arm in enumerate(ARMS.values()):
+        points = [(r["fold"], float(r["AP50_voc"])) for r in rows if r["arm"] == arm]
+        if points:
+            x, y = np.transpose(points)
+            colour = line_style(place)["color"]
+            x = x + 0.16 * (place - 1.5)
+            style = {**DOT, "markersize": 7, "marker": "os^D"[place], "linestyle": "none"}
+            axes.plot(x, y, color=colour, label=arm, **style)
+    axes.set(xlabel="fold", ylabel="AP50_voc (%)", xticks=range(5))
+    axes.legend(**LEGEND, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
+    tidy(axes)
+    save_figure(figure, path)
 
 
-def _record(path):
-    return json.loads((path / "run.json").read_text(encoding="utf-8"))
-
-
-def _text(metrics, name):
-    return format_value(name.rpartition("/")[2], *recorded_value(metrics, name))
-
-
-def _link(path, text):
-    return f"![{text}](images/{path.parent.name}/{path.name})"
-
-
-def sections(text):
-    """A page's sections by heading; "" is the text before the first."""
-    parts = re.split(r"^(?=##+ )", text, flags=re.MULTILINE)
-    return {part.split("\n", 1)[0] if part.startswith("##") else "": part for part in parts}
-
-
-def render(template, study, page):
-    """Return the new page, and the reason for each heading whose runs are missing.
-
-    Sections are rendered one by one; those without runs are taken from `page`, the page as it is.
-    """
+def render(study: Study) -> str:
+    """The page."""
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    present = sections(page)
-    made, missing = [], {}
-    for heading, section in sections(template).items():
-        try:
-            made.append(environment.from_string(section).render(study=study))
-        except FileNotFoundError as error:
-            missing[heading] = str(error)
-            made.append(present.get(heading, ""))
-    return "".join(made), missing
+    rows = runs(study)
+    return environment.from_string((HERE / "results.md.j2").read_text(encoding="utf-8")).render(
+        study=study,
+        minimum=MINIMUM,
+        number=number,
+        interval=interval,
+        p_text=p_text,
+        plot_name=PLOT,
+        verdicts=[test.verdict for test in study.tests if test.verdict] if study.complete else [],
+        runs=markdown_table(pd.DataFrame(rows), 1) if rows else "",
+        table_4=as_table_4(),
+        table_5=as_table_5(study),
+        **{f.__name__: f(study) for f in (claims, margins, components, arms) if study.complete},
+    )
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, help="folder of the runs")
-    parser.add_argument("data", type=Path, help="folder of the splits")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the records")
     parser.add_argument("--output", type=Path, default=DOCS / "results.md", help="the page")
     args = parser.parse_args(argv)
+    study = Study(args.records)
     plots = args.output.parent / "images" / "results"
     plots.mkdir(parents=True, exist_ok=True)
-    study = Study(args.runs, args.data, plots)
-    before = args.output.read_text(encoding="utf-8") if args.output.is_file() else ""
-    template = (HERE / "results.md.j2").read_text(encoding="utf-8")
-    page, missing = render(template, study, before)
-    write_atomically(args.output, page)
-    for heading, runs in missing.items():
-        state = "as it was" if heading in sections(before) else "left out"
-        print(f'"{heading}" is {state}: no finished run {runs}', file=sys.stderr)
-    print(f"Written: {args.output}")
+    if study.complete:
+        rows = runs(study)
+        plot(rows, plots / PLOT)
+        write_atomically(plots / PLOT_DATA, csv_text(rows, list(rows[0])))
+    write_atomically(args.output, render(study))
+    print(f"Written: {args.output}, {study.paper_runs} runs of {', '.join(PAPER.values())}")
 
 
 if __name__ == "__main__":

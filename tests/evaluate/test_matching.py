@@ -30,7 +30,7 @@ def pycocotools(data, results, iou_type):
         yield COCOeval(truth, truth.loadRes([dict(r) for r in results]), iou_type)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6), iou_type=st.sampled_from(["segm", "bbox"]))
 def test_matching_is_pycocotools(random_case, seed, iou_type):
     """At IoU 0.5 over all sizes."""
@@ -109,7 +109,7 @@ def test_a_hundred_detections_per_image_and_class(dataset, region):
     assert not scored.matching.hit.any()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6), tau=st.sampled_from([0.0, 0.5, 0.7]))
 def test_overlaps_are_those_of_pixels(random_case, seed, tau):
     scored = evaluate_lesions(*random_case(seed), tau=tau)
@@ -182,7 +182,7 @@ def test_means_over_hits_of_boundary_agreement(dataset, region):
     assert (empty["hd95"], empty["nsd"]) == (pytest.approx(np.hypot(40, 50)), 0)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 10**6), num_images=st.integers(1, 8))
 def test_metrics_of_images_are_scikit_learns(random_case, seed, num_images):
     """And those that have exact intervals are the shares of cases which these are made of."""
@@ -237,7 +237,7 @@ def test_confusion_by_hand(dataset, region):
     assert matrix.rows() == [[0, 1, 0], [0, 0, 0], [1, 0, None]]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6), classes=st.integers(1, 3))
 def test_sums_of_a_confusion_matrix(random_case, seed, classes):
     data, results = random_case(seed, num_classes=classes)

@@ -1,147 +1,346 @@
-"""examples/kvasir_seg_study/results.py on simulated runs."""
+"""examples/kvasir_seg_study: records of runs, the registered analysis, and the page."""
 
+import dataclasses
 import importlib
 import json
 import math
 import re
-import statistics
 import sys
 from itertools import product
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+
+from imrcnn_d2.evaluation.calibration import ScoreMap
+from imrcnn_d2.evaluation.comparison import difference_by_t
+from imrcnn_d2.utils.files import BadInputError, csv_text
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "kvasir_seg_study"
-MODELS = {"mrcnn": ("MR-CNN", 0.6), "ibmrcnn": ("IBMR-CNN", 0.75), "imrcnn": ("IMR-CNN", 0.9)}
+SKILLS = {"mrcnn_lite": 0.6, "ibmrcnn_lite": 0.7, "imrcnn_lite": 0.9}
 
 
-@pytest.fixture
-def results(monkeypatch):
-    """The script, which finds leakage.py next to it as it does when it is run."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    yield importlib.import_module("results")
-    for name in ("results", "leakage"):
-        del sys.modules[name]
+@pytest.fixture(scope="module", autouse=True)
+def _scripts():
+    """The scripts find each other as when they are run."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+    for name in ("records", "analysis", "results"):
+        sys.modules.pop(name, None)
 
 
-@pytest.fixture
-def runs(tmp_path, write_gt, write_run):
-    gt = write_gt(tmp_path / "test.json")
-    for (name, (model, skill)), seed in product(MODELS.items(), range(3)):
-        options = {"skill": skill, "seed": seed, "model": model, "tau_val": 0.6}
-        write_run(f"main/{name}_seed{seed}", gt, **options)
-    return tmp_path / "runs"
+@pytest.fixture(scope="module")
+def records():
+    return importlib.import_module("records")
 
 
-@pytest.fixture
-def study(results, runs, tmp_path):
-    (tmp_path / "images").mkdir()
-    return results.Study(runs, tmp_path, tmp_path / "images")
+@pytest.fixture(scope="module")
+def analysis():
+    return importlib.import_module("analysis")
 
 
-def metrics(run):
-    return json.loads((run / "inference/kvasir_seg_test/metrics.json").read_text())
+@pytest.fixture(scope="module")
+def results():
+    return importlib.import_module("results")
 
 
-def last_row(table):
-    return [cell.strip() for cell in table.splitlines()[-1].split("|")][1:-1]
+def log_line(iteration, **values):
+    return json.dumps({"iteration": iteration, **values}) + "\n"
 
 
-def test_tables_have_the_values_of_the_runs_files(study, runs):
-    columns = {"IoU": "lesion/iou", "F1": "tau_val.lesion/f1"}
-    table = study.metrics({"seed 1": "main/imrcnn_seed1"}, columns)
-    read = metrics(runs / "main/imrcnn_seed1")
-    values = read["lesion"]["iou"], read["tau_val"]["lesion"]["f1"]
-    assert last_row(table) == ["seed 1", *(f"{value:.1f}" for value in values)]
-    table = study.means({"IMR-CNN": "main/imrcnn_*"}, {"alarms": "lesion/fp_per_image"})
-    values = [metrics(path)["lesion"]["fp_per_image"] for path in runs.glob("main/imrcnn_*")]
-    mean = f"{statistics.fmean(values):.2f} ({min(values):.2f}–{max(values):.2f})"
-    assert last_row(table) == ["IMR-CNN", "3", mean]
+def finished_run(write_run, gt, arm, fold, seed, **options):
+    """A run folder as a fold's training leaves it."""
+    record = {"iterations": 1500, "config_sha256": f"{seed}" * 64, "versions": {"torch": "2"}}
+    record |= {"git": {"revision": "0123abc" * 5, "dirty": False}, "device": "cpu", "hours": 0.5}
+    record |= {"precision": "fp32", "splits_sha256": "s" * 64}
+    record["datasets"] = {"kvasir_seg_train": {"images": 64}, "kvasir_seg_val": {"images": 16}}
+    options = {"skill": SKILLS[arm], "tau_val": 0.6, "tau": 0.5, "record": record, **options}
+    place = f"kvasir_seg/{arm}/seed{seed}/fold{fold}"
+    run = write_run(place, gt, seed=seed, fold=(fold, 5), model=arm, **options)
+    validation = {"segm/AP50_voc": 80 + seed, "lesion/tau_val": float("nan"), "segm/AP": 50.04321}
+    log = log_line(9, total_loss=2.5, loss_mask=0.71234567) + log_line(19, total_loss=9.0)
+    log += log_line(19, total_loss=2.0, loss_mask=0.5) + log_line(19, **validation)
+    (run / "metrics.json").write_text(log)
+    return run
 
 
-def test_models_are_compared_over_their_seeds(results, study, tmp_path):
-    patterns = [f"main/{name}_*" for name in MODELS]
-    compared = study.comparison(*patterns)
-    assert all(f"| {model}" in study.table(compared, 3) for model, _ in MODELS.values())
-    tests = [line for line in study.tests("x", *patterns).splitlines() if " − " in line]
-    assert {t.endpoint for t in compared.tests if t.p_holm < 0.05} - set(results.JUDGED)
-    shown = [t for t in compared.tests if t.endpoint in results.JUDGED or t.p_holm < 0.05]
-    assert len(tests) == len(shown)
-    assert "images/pr.png)" in study.pr_curves(compared, "pr")
-    assert (tmp_path / "images" / "pr.png").stat().st_size > 10_000
+@pytest.mark.parametrize("score_map", [None, ScoreMap(0.6, -0.4, "kvasir_seg_val")])
+def test_a_record_gives_the_metrics_of_the_run(records, write_gt, write_run, tmp_path, score_map):
+    gt = write_gt(tmp_path / "test.json", images=40)
+    run = finished_run(write_run, gt, "ibmrcnn_lite", 2, 1, score_map=score_map)
+    records.main([str(run), "--output", str(tmp_path / "records")])
+    path = tmp_path / "records" / "ibmrcnn_lite" / "fold2_seed1.json.gz"
+    record, packed = records.Record.read(path), path.read_bytes()
+    metrics = json.loads((run / "inference/kvasir_seg_test/metrics.json").read_text())
+    at_tau_val = metrics["tau_val"]["lesion"]
+    expected = {"AP50_voc": metrics["segm"]["AP50_voc"]}
+    expected |= {"IoU": at_tau_val["iou"], "F1": at_tau_val["f1"]}
+    assert all(0 < value < 100 for value in expected.values())
+    assert record.content["metrics"] == pytest.approx(expected)
+    assert record.values == pytest.approx(expected, abs=1e-4)
+    once = record.metrics.once()
+    for name in ("TP", "FP", "FN"):
+        assert once["lesion"][name] == at_tau_val[name]
+    for name, value in once["paper"].items():
+        assert value == pytest.approx(metrics["paper"][name], nan_ok=True), name
+    curves = record.content["curves"]
+    assert curves["training"]["total_loss"] == [2.5, 2.0]
+    assert curves["training"]["loss_mask"] == [0.71235, 0.5]
+    (validation,) = curves["validation"]
+    assert validation["segm/AP50_voc"] == 81 and validation["lesion/tau_val"] is None
+    records.main([str(run), "--output", str(tmp_path / "records")])
+    assert path.read_bytes() == packed
 
 
-TITLE = "Differences on the 250 test images"
+def test_images_of_a_group_are_one_unit(records, write_gt, write_run, tmp_path):
+    gt = write_gt(tmp_path / "test.json", images=12)
+    content = json.loads(gt.read_text())
+    for image in content["images"][:3]:
+        image["group_id"] = 7
+    gt.write_text(json.dumps(content))
+    run = finished_run(write_run, gt, "mrcnn_lite", 0, 0)
+    assert records.Record(records.make_record(run)).metrics.num_units == 10
 
 
-@pytest.fixture
-def recorded(results, tmp_path):
-    """Of the tests whose runs are gone: (models, metric) -> difference, p and Holm's p as text."""
-    table = results.Study(tmp_path, tmp_path, tmp_path).tests(TITLE, "main/mrcnn_*")
-    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()]
-    return {(row[0], row[1]): (row[3], *row[4:6]) for row in cells if row and " − " in row[0]}
+def test_only_finished_runs_are_recorded(records, write_gt, write_run, tmp_path):
+    gt = write_gt(tmp_path / "test.json", images=12)
+    run = finished_run(write_run, gt, "mrcnn_lite", 0, 0, tau_val=None)
+    with pytest.raises(ValueError, match="tau_val"):
+        records.make_record(run)
+    run = finished_run(write_run, gt, "mrcnn_lite", 0, 0)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"finished": None}))
+    with pytest.raises(ValueError, match="not finished"):
+        records.make_record(run)
+    (run / "run.json").write_text(json.dumps(facts))
+    gt.write_text(gt.read_text() + " ")
+    with pytest.raises(ValueError, match="changed"):
+        records.make_record(run)
+    (tmp_path / "no.json.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(BadInputError, match="no.json.gz"):
+        records.Record.read(tmp_path / "no.json.gz")
 
 
-def test_trainings_that_are_gone_still_count_in_the_tests(recorded, results, study):
-    at_tau_val = [
-        (f"{model} − MR-CNN", f"{metric} (lesions) at tau_val")
-        for model in ("IBMR-CNN", "IMR-CNN")
-        for metric in ("precision", "recall")
-    ]
-    assert all(0.07 <= float(recorded[row][1]) <= 0.21 for row in at_tau_val)
-    assert recorded["IBMR-CNN − MR-CNN", "IoU (masks)"][0] == "0.2 [−1.2, 1.6]"
-    assert min(float(p_holm) for _, _, p_holm in recorded.values()) > 0.05
-    # By hand: of 250 images, and of three trainings with a population sd of 2.6 and of 2.1.
-    terms = [((5.7 - 1.7) / 3.92) ** 2, 2.6**2 / 2, 2.1**2 / 2]
-    df = sum(terms) ** 2 / (terms[0] ** 2 / 249 + terms[1] ** 2 / 2 + terms[2] ** 2 / 2)
-    t = stats.t(df, scale=math.sqrt(sum(terms)))
-    difference, p, _ = recorded["IBMR-CNN − MR-CNN", "recall (lesions) at tau_val"]
-    low, high = 3.7 + t.ppf([0.025, 0.975])
-    assert difference == f"3.7 [{low:.1f}, {high:.1f}]".replace("-", "−")
-    assert float(p) == pytest.approx(2 * t.sf(3.7), abs=5e-4)
-    with pytest.raises(FileNotFoundError):
-        study.tests("not recorded", "main/nothing_*")
+def test_every_committed_record_has_the_metrics_of_its_run(records, analysis):
+    """These are of real runs: the values of their metrics.json are computed again."""
+    paths = sorted(records.RECORDS.rglob("*.json.gz"))
+    assert all(path.stat().st_size <= records.MOST_BYTES for path in paths)
+    assert sum(path.stat().st_size for path in paths) <= 20e6
+    for (config, fold, seed), record in analysis.Study(records.RECORDS).records.items():
+        content = record.content
+        assert (content["fold"], content["seed"], content["iterations"]) == (fold, seed, 1500)
+        assert content["precision"] == "fp32", config
+        assert record.values == pytest.approx(content["metrics"], abs=1e-3), (config, fold, seed)
 
 
-def test_the_page_is_what_its_command_makes_of_the_record(results, recorded, tmp_path):
-    page = (results.DOCS / "results.md").read_text(encoding="utf-8")
-    template = (SCRIPTS / "results.md.j2").read_text(encoding="utf-8")
-    gone = results.Study(tmp_path / "gone", tmp_path, tmp_path)
-    assert results.render(template, gone, page)[0] == page
-    findings = results.sections(page)["## Findings"]
-    for models in ("IMR-CNN − MR-CNN", "IBMR-CNN − MR-CNN"):
-        (sentence,) = re.findall(rf"(?<!\w){models} is[^:]*:", findings)
-        metrics = ("AP50_voc (masks)", "IoU (masks)")
-        intervals = [recorded[models, metric][0].partition(" ")[2] for metric in metrics]
-        assert re.findall(r"\[.*?\]", sentence) == intervals
+def simulated(rng, arms=3, folds=5, seeds=3, cell=0.5, seed=0.7):
+    """Values without a difference between the arms."""
+    fold = rng.normal(scale=2, size=(folds, 1))
+    cells = rng.normal(scale=cell, size=(arms, folds, 1))
+    return 90 + fold + cells + rng.normal(scale=seed, size=(arms, folds, seeds))
 
 
-def test_a_section_stays_where_a_run_of_it_is_missing_or_has_not_finished(results, study, runs):
-    kept, absent, made = "main/imrcnn_seed2", "long/imrcnn", "main/imrcnn_seed1"
-    template = "# New\n\n## Words\n\nnew\n\n" + "".join(
-        f"## {heading}\n\n{{{{ study.metrics({{'x': '{run}'}}, {{'TP': 'lesion/TP'}}) }}}}\n\n"
-        for heading, run in (("Kept", kept), ("Absent", absent), ("Made", made))
+def test_mean_squares_are_those_of_an_analysis_of_variance(analysis):
+    values = simulated(np.random.default_rng(0))
+    places = [axis.ravel() for axis in np.indices(values.shape)]
+    frame = pd.DataFrame({"arm": places[0], "fold": places[1], "y": values.ravel()})
+    table = anova_lm(ols("y ~ C(arm) * C(fold)", frame).fit())
+    mean_squares, mixed = table["mean_sq"], analysis.Mixed(values)
+    assert mixed.ms_cell == pytest.approx(mean_squares["C(arm):C(fold)"])
+    assert mixed.ms_seed == pytest.approx(mean_squares["Residual"])
+    # The test of all arms at once is that of the model: of two arms F is the square of t.
+    two = analysis.Mixed(values[:2])
+    frame = frame[frame["arm"] < 2]
+    means = anova_lm(ols("y ~ C(arm) * C(fold)", frame).fit())["mean_sq"]
+    t = two.difference(0, 1).estimate / two.difference(0, 1).se
+    assert t**2 == pytest.approx(means["C(arm)"] / means["C(arm):C(fold)"])
+    paired = stats.ttest_rel(*values[:2].mean(axis=2))
+    assert two.difference(0, 1).p == pytest.approx(paired.pvalue)
+
+
+def test_intervals_and_power_hold_in_simulated_studies(analysis):
+    rng, studies = np.random.default_rng(1), 1500
+    mixed = [analysis.Mixed(simulated(rng)) for _ in range(studies)]
+    tests = [m.difference(2, 0) for m in mixed]
+    error = math.sqrt(0.25 / studies)
+    assert np.mean([d.p < 0.05 for d in tests]) == pytest.approx(0.05, abs=0.018)
+    se = math.sqrt(2 * (0.5**2 + 0.7**2 / 3) / 5)
+    share = np.mean([abs(d.estimate + 1.2) / d.se > stats.t.isf(0.025, 8) for d in tests])
+    assert analysis.power(se, 8, 1.2) == pytest.approx(share, abs=3 * error)
+    shown = np.mean([analysis.equivalence(d, 1.0) < 0.05 for d in tests])
+    assert analysis.power_of_equivalence(se, 8, 1.0) == pytest.approx(shown, abs=3 * error)
+    assert 0.1 < shown < 0.9 and 0.1 < share < 0.9
+    components = np.mean([(m.cell_variance, m.seed_variance) for m in mixed], axis=0)
+    assert components == pytest.approx([0.25, 0.49], rel=0.1)
+
+
+def test_verdicts(analysis):
+    # Half width of the 90 % interval: 1.86 standard errors.
+    cases = {
+        (1.5, 0.4): "held",
+        (0.9, 0.2): "held, but smaller",
+        (0.4, 0.5): "not held",
+        (-3.0, 0.5): "not held",
+        (0.6, 1.0): "undecided",
+        (1.9, 1.5): "undecided",
+    }
+    for (estimate, se), expected in cases.items():
+        difference = difference_by_t(estimate, se, 8)
+        assert analysis.verdict(difference, difference.p, 1.8) == expected, estimate
+    significant = difference_by_t(1.5, 0.4, 8)
+    assert analysis.verdict(significant, 0.06, 1.8) == "undecided"  # adjusted
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, write_gt, write_run_in, records):
+    """Records of the paper's arms, five folds and two seeds; of fold 0 a third."""
+    root = tmp_path_factory.mktemp("runs")
+    for fold in range(5):
+        gt = write_gt(root / f"test{fold}.json", images=30, first=1 + 30 * fold)
+        for arm, seed in product(SKILLS, range(3 if fold == 0 else 2)):
+            options = {"seed": seed, "skill": SKILLS[arm] - 0.04 * fold + 0.02 * seed}
+            run = finished_run(write_run_in(root), gt, arm, fold, **options)
+            records.main([str(run), "--output", str(root / "records")])
+    return root / "records"
+
+
+@pytest.fixture(scope="module")
+def study(analysis, folder):
+    return analysis.Study(folder)
+
+
+def test_the_analysis_of_a_complete_study(study):
+    assert (study.paper_runs, study.seeds, study.complete) == (33, 2, True)
+    primary, *others = study.tests
+    assert primary.primary and len(others) == 8 and not any(test.primary for test in others)
+    values = np.array(
+        [
+            [[study.records[arm, k, s].values["AP50_voc"] for s in (0, 1)] for k in range(5)]
+            for arm in ("imrcnn_lite", "mrcnn_lite")
+        ]
     )
-    page = "# Old\n\n## Made\n\nold\n\n## Kept\n\nold values\n\n"
-    record = runs / kept / "run.json"
-    finished = record.read_text()
-    record.write_text(finished.replace('"2026"', "null"))
-    text, missing = results.render(template, study, page)
-    assert missing == {"## Kept": str(runs / kept), "## Absent": str(runs / absent)}
-    assert text.startswith("# New\n\n## Words\n\nnew\n\n## Kept\n\nold values\n\n## Made\n\n")
-    assert last_row(text.rstrip()) == ["x", f"{metrics(runs / made)['lesion']['TP']:.0f}"]
+    differences = -np.diff(values.mean(axis=2), axis=0)[0]
+    assert primary.difference.estimate == pytest.approx(differences.mean())
+    assert primary.difference.df == 8 and primary.published == 1.8
+    # Nadeau and Bengio's variance: 1/5 + n_test / n_train.
+    variance = differences.var(ddof=1) * (1 / 5 + 30 / 64)
+    assert primary.by_folds.se == pytest.approx(math.sqrt(variance))
+    assert primary.p == primary.difference.p
+    raw = sorted(test.difference.p for test in others)
+    assert min(test.p for test in others) == pytest.approx(min(1, 8 * raw[0]))
+    assert {test.published for test in others} == {0.9, 1.4, 1.3, 0.1, None}
+    ranks = study.mixed("AP50_voc").cells[[0, 1, 2]].T
+    assert study.trend == stats.page_trend_test(ranks).pvalue
+    sd, se, number = study.seeds_needed
+    assert number == min(5, max(2, math.ceil(2 * sd**2 / se**2)))
 
-    record.write_text(finished)
-    again, missing = results.render(template, study, text)
-    assert missing.keys() == {"## Absent"} and "old values" not in again
-    assert results.render(template, study, again)[0] == again
+
+def test_the_standard_error_over_images_is_that_of_differences_of_images(study):
+    """Of F1 it is near that of a linear approximation, image by image."""
+    variances = []
+    for fold in range(5):
+        influences = 0
+        for arm, sign in (("imrcnn_lite", 1), ("mrcnn_lite", -1)):
+            for seed in range(2):
+                metrics = study.records[arm, fold, seed].metrics
+                counts = metrics.counts[""]
+                tp, whole = 2 * counts.tp, 2 * counts.tp + counts.fp + counts.fn
+                ratio = tp.sum() / whole.sum()
+                influences = influences + sign * (tp - ratio * whole) / whole.mean() / 2
+        variances.append(np.var(influences) / len(influences))
+    expected = 100 * math.sqrt(sum(variances)) / 5
+    se = study.se_images("imrcnn_lite", "mrcnn_lite", "F1")
+    assert se == pytest.approx(expected, rel=0.1)
 
 
-def test_every_section_of_the_page_is_one_of_its_template(results):
-    paths = results.DOCS / "results.md", SCRIPTS / "results.md.j2"
-    page, template = (results.sections(path.read_text(encoding="utf-8")) for path in paths)
-    assert [heading for heading in template if heading in page] == list(page)
-    for heading, words in template.items():
-        if heading in page and "study." not in words:
-            assert page[heading] == words
+def test_the_page_of_a_complete_study(results, study, folder, tmp_path):
+    page = tmp_path / "docs" / "results.md"
+    results.main(["--records", str(folder), "--output", str(page)])
+    text = page.read_text(encoding="utf-8")
+    assert "Undecided:" not in text
+    verdicts = [test.verdict for test in study.tests if test.verdict]
+    held, excluded, undecided = (
+        sum(verdict.startswith(name) for verdict in verdicts)
+        for name in ("held", "not held", "undecided")
+    )
+    counts = f"held {held}, not held {excluded}, undecided {undecided}."
+    assert counts in text and len(verdicts) == 6
+    row = next(line for line in text.splitlines() if "AP50_voc (primary)" in line)
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[3] == results.interval(study.tests[0].difference)
+    assert cells[5] == study.tests[0].verdict
+    plots = page.parent / "images" / "results"
+    plotted = pd.read_csv(plots / results.PLOT_DATA)
+    assert len(plotted) == 33 and (plots / results.PLOT).stat().st_size > 10_000
+    value = study.records["mrcnn_lite", 3, 1].values["AP50_voc"]
+    at = (plotted["arm"] == "MR-CNN") & (plotted["fold"] == 3) & (plotted["seed"] == 1)
+    assert plotted[at]["AP50_voc"].item() == round(value, 1)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "se", "answer", "advice"),
+    [
+        (2.0, 0.3, "is seen here**", "IMR-CNN is the better choice"),
+        (0.9, 0.2, "is seen here, but smaller than published**", "IMR-CNN is the better choice"),
+        (0.1, 0.3, "is not seen here**", "are equivalent within one point"),
+        (-0.8, 0.4, "is not seen here**", "decides for no model"),
+        (0.9, 0.9, "is neither shown nor excluded here**", "decides for no model"),
+    ],
+)
+def test_three_sentences_answer(results, study, monkeypatch, estimate, se, answer, advice):
+    primary, *others = study.tests
+    difference = difference_by_t(estimate, se, 8)
+    primary = dataclasses.replace(primary, difference=difference, p=difference.p)
+    monkeypatch.setattr(study, "tests", [primary, *others])
+    text = results.render(study).partition("## Claims")[0]
+    assert answer in text and advice in text and results.interval(difference) in text
+
+
+def test_an_incomplete_study_says_nothing_of_the_arms(results, analysis, folder, tmp_path):
+    for path in folder.glob("*/fold[0-3]_*"):
+        copy = tmp_path / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    study = analysis.Study(tmp_path)
+    assert not study.complete and study.seeds == 0 and study.seeds_needed
+    text = results.render(study)
+    assert "**Undecided: 27 of 30 runs.**" in text and "## Claims" not in text
+    before = text.partition("## The earlier study")[0].partition("## What the paper's")[0]
+    assert not re.search(r"\bp\b|\[−?\d", before)
+
+
+def test_runs_of_two_commits_are_no_study(records, analysis, folder, tmp_path):
+    content = records.Record.read(folder / "mrcnn_lite/fold0_seed0.json.gz").content
+    for seed in (0, 1):
+        content = {**content, "seed": seed, "git": {"revision": str(seed), "dirty": False}}
+        records.write_record(content, tmp_path / "mrcnn_lite" / f"fold0_seed{seed}.json.gz")
+    with pytest.raises(ValueError, match="commits"):
+        analysis.Study(tmp_path)
+
+
+def test_a_longer_training_is_compared_on_validation_images(records, analysis, folder, tmp_path):
+    for arm in ("imrcnn_lite", "mrcnn_lite"):
+        content = records.Record.read(folder / arm / "fold0_seed0.json.gz").content
+        records.write_record(content, tmp_path / arm / "fold0_seed0.json.gz")
+        assert analysis.Study(tmp_path).gain_of_length is None
+        content["curves"]["validation"].append({"segm/AP50_voc": 83.0})
+        content = {**content, "images": None}
+        records.write_record(content, tmp_path / "length" / arm / "fold0_seed0.json.gz")
+    assert analysis.Study(tmp_path).gain_of_length == pytest.approx(3.0)
+
+
+def test_the_page_and_its_plot_are_what_the_records_give(results, analysis, records):
+    study = analysis.Study(records.RECORDS)
+    page = (results.DOCS / "results.md").read_text(encoding="utf-8")
+    assert results.render(study) == page
+    plots = results.DOCS / "images" / "results"
+    assert (plots / results.PLOT).is_file() == study.complete
+    if study.complete:
+        rows = results.runs(study)
+        plotted = (plots / results.PLOT_DATA).read_text(encoding="utf-8")
+        assert plotted == csv_text(rows, list(rows[0]))

@@ -22,7 +22,12 @@ from imrcnn_d2.report.cohort import cohort
 from imrcnn_d2.report.comparison import compare, gather, write_comparison
 from imrcnn_d2.report.html import render_report
 from imrcnn_d2.report.model_card import write_model_card
-from imrcnn_d2.report.names import metric_name, published_accuracy, published_values
+from imrcnn_d2.report.names import (
+    PUBLISHED_TRAININGS,
+    metric_name,
+    published_accuracy,
+    published_values,
+)
 from imrcnn_d2.report.tables import Table, format_value, metrics_table, p_text, write_table
 from imrcnn_d2.utils.files import Rejects
 
@@ -141,25 +146,14 @@ def test_the_published_table_5_follows_from_whole_counts():
     assert len(values) == 5
 
 
-# Of Table 4: five trainings each, in percent.
-PUBLISHED_FOLDS = {
-    ("MR-CNN", "segm/AP50_voc"): (91.2, 90.6, 90.3, 90.8, 89.9),
-    ("IBMR-CNN", "segm/AP50_voc"): (91.3, 90.8, 91.6, 92.0, 91.8),
-    ("IMR-CNN", "segm/AP50_voc"): (93.7, 93.5, 93.1, 94.2, 92.9),
-    ("MR-CNN", "lesion/iou"): (78.2, 78.5, 78.1, 78.7, 78.6),
-    ("IBMR-CNN", "lesion/iou"): (79.3, 78.4, 79.0, 78.7, 78.8),
-    ("IMR-CNN", "lesion/iou"): (79.5, 78.9, 78.8, 78.6, 79.2),
-}
-
-
 def test_what_the_published_table_4_shows():
     values = published("egc", "4")
-    for row, folds in PUBLISHED_FOLDS.items():
+    for row, folds in PUBLISHED_TRAININGS.items():
         mean, sd = np.mean(folds), np.std(folds)
         assert values[row] == pytest.approx((mean, sd), abs=0.06)
     difference = {}
     for figure in ("segm/AP50_voc", "lesion/iou"):
-        imr, mr = (np.array(PUBLISHED_FOLDS[model, figure]) for model in ("IMR-CNN", "MR-CNN"))
+        imr, mr = (np.array(PUBLISHED_TRAININGS[model, figure]) for model in ("IMR-CNN", "MR-CNN"))
         # Of 1,120 images a fifth each for testing and for validation.
         difference[figure] = corrected_resampled_t_test(imr - mr, n_train=672, n_test=224)
     ap, iou = difference["segm/AP50_voc"], difference["lesion/iou"]

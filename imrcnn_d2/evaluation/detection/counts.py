@@ -13,7 +13,7 @@ from imrcnn_d2.data.formats.coco import run_lengths
 from imrcnn_d2.data.masks import union
 from imrcnn_d2.data.units import Units
 from imrcnn_d2.evaluation.detection.inputs import Detections, GroundTruth
-from imrcnn_d2.evaluation.detection.matching import match, overlaps
+from imrcnn_d2.evaluation.detection.matching import Overlaps, match, overlaps
 from imrcnn_d2.utils.progress import tqdm
 
 # The columns that every metric at a threshold is made of, in the order of UnitCounts.columns.
@@ -276,22 +276,35 @@ class LesionCounter:
     """Counts what happened in each image, for any selection of R lesions and N detections, which
     are matched by "segm" or "bbox" at a least overlap in (0, 1].
 
+    Args:
+        mask_overlaps: of detections and ground truths whose masks are not at hand: hd95, nsd and
+            the unions are then NaN.
+
     Attributes:
-        overlaps: by "bbox" and, where there are masks, by "segm".
+        overlaps: by "bbox" and, where there are masks or their overlaps, by "segm".
         matching: of all detections.
         unique_lesions: where known.
     """
 
-    def __init__(self, gt: GroundTruth, detections: Detections, iou_type: str, threshold: float):
+    def __init__(
+        self,
+        gt: GroundTruth,
+        detections: Detections,
+        iou_type: str,
+        threshold: float,
+        mask_overlaps: Overlaps | None = None,
+    ):
         self.gt, self.detections = gt, detections
         self._iou_type, self._threshold = iou_type, threshold
         has_masks = gt.regions.masks is not None and detections.regions.masks is not None
         kinds = ("bbox", "segm") if has_masks else ("bbox",)
         self.overlaps = {kind: overlaps(gt, detections, kind) for kind in kinds}
+        if mask_overlaps is not None:
+            self.overlaps["segm"] = mask_overlaps
         self.matching = match(gt, detections, self.overlaps[iou_type], threshold)
         self.unique_lesions = unique_lesions(gt)
         # (N,) IoU in [0, 1] of each detection with the ground truth it hits; NaN without one.
-        self._iou = {kind: np.full(len(detections.score), np.nan) for kind in kinds}
+        self._iou = {kind: np.full(len(detections.score), np.nan) for kind in self.overlaps}
         for kind, pairs in self.overlaps.items():
             hits = self.matching.gt[pairs.dt] == pairs.gt
             self._iou[kind][pairs.dt[hits]] = pairs.iou[hits]

@@ -1,0 +1,271 @@
+"""The analysis that PROTOCOL.md registers, on records."""
+
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+from records import ENDPOINTS, Record
+from scipy import stats
+
+from imrcnn_d2.evaluation.comparison import (
+    Difference,
+    difference_by_t,
+    equivalence,
+    fold_difference,
+    holm,
+)
+from imrcnn_d2.evaluation.statistics import Bootstrap, bootstrap_se, resampled_metrics
+from imrcnn_d2.report.names import published_values
+
+# Configs of the arms, the paper's in the order that it claims.
+PAPER = {"mrcnn_lite": "MR-CNN", "ibmrcnn_lite": "IBMR-CNN", "imrcnn_lite": "IMR-CNN"}
+ARMS = {**PAPER, "imrcnn_lite_residual": "IMR-CNN, residual"}
+PAIRS = (
+    ("imrcnn_lite", "mrcnn_lite"),
+    ("ibmrcnn_lite", "mrcnn_lite"),
+    ("imrcnn_lite", "ibmrcnn_lite"),
+)
+PRIMARY = ("imrcnn_lite", "mrcnn_lite", "AP50_voc")
+FOLDS, LEAST_SEEDS, MOST_SEEDS = 5, 2, 5
+MINIMUM = len(PAPER) * FOLDS * LEAST_SEEDS
+MARGINS = (1.0, 1.8)
+LEVEL = 0.05
+# Endpoint -> what the paper's table 3 has in its place.
+_PUBLISHED = {"AP50_voc": "segm/AP50_voc", "IoU": "lesion/iou"}
+
+
+class Mixed:
+    """metric ~ arm + (1 | fold) + (1 | fold:arm), seeds as residual, of (A, K, N) values: arms,
+    folds and seeds, two or more of each. The closed solution of a balanced design.
+
+    Attributes:
+        cells: (A, K) means over seeds.
+        ms_cell, ms_seed: mean squares of fold:arm and of seeds.
+        df: degrees of freedom of ms_cell.
+    """
+
+    def __init__(self, values: np.ndarray):
+        arms, folds, self.seeds = values.shape
+        self.cells, self.df = values.mean(axis=2), (arms - 1) * (folds - 1)
+        centred = self.cells - self.cells.mean(axis=0) - self.cells.mean(axis=1, keepdims=True)
+        self.ms_cell = self.seeds * ((centred + values.mean()) ** 2).sum() / self.df
+        self.ms_seed = values.var(axis=2, ddof=1).mean()
+
+    @property
+    def seed_variance(self) -> float:
+        return float(self.ms_seed)
+
+    @property
+    def cell_variance(self) -> float:
+        return float(max(0.0, (self.ms_cell - self.ms_seed) / self.seeds))
+
+    def difference(self, first: int, second: int) -> Difference:
+        """Of two arms by their places, with Student's t."""
+        se = math.sqrt(2 * self.ms_cell / (self.cells.shape[1] * self.seeds))
+        means = self.cells.mean(axis=1)
+        return difference_by_t(means[first] - means[second], se, self.df)
+
+
+def power(se: float, df: float, effect: float) -> float:
+    """Probability in [0, 1] that a two-sided t-test at 5 % finds a true difference, ``effect``."""
+    t = stats.t.isf(LEVEL / 2, df)
+    return float(stats.nct.sf(t, df, effect / se) + stats.nct.cdf(-t, df, effect / se))
+
+
+def power_of_equivalence(se: float, df: float, margin: float) -> float:
+    """Probability in [0, 1] that two one-sided tests at 5 % show a difference within ± ``margin``
+    where the truth is 0: over the chi-squared distribution of the estimated variance."""
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    estimated = se * np.sqrt(stats.chi2.ppf((1 + nodes) / 2, df) / df)
+    room = (margin - stats.t.isf(LEVEL, df) * estimated) / se
+    shown = np.where(room > 0, 2 * stats.norm.cdf(room) - 1, 0)
+    return float(weights @ shown / 2)
+
+
+def verdict(difference: Difference, p: float, published: float) -> str:
+    """What a test, whose ``p`` is adjusted, says of a published advantage."""
+    high = difference.interval(1 - 2 * LEVEL)[1]
+    if difference.estimate > 0 and p < LEVEL:
+        return "held" if high >= published else "held, but smaller"
+    return "not held" if high < published else "undecided"
+
+
+@dataclass(frozen=True)
+class Test:
+    """A pair of arms and an endpoint."""
+
+    first: str
+    second: str
+    endpoint: str
+    difference: Difference  # of the mixed model
+    p: float  # adjusted by Holm's method, but for the primary test
+    by_folds: Difference  # Nadeau and Bengio's
+    se_images: float
+    published: float | None  # the advantage in the paper
+
+    @property
+    def primary(self) -> bool:
+        return (self.first, self.second, self.endpoint) == PRIMARY
+
+    @property
+    def verdict(self) -> str:
+        if self.published is None:
+            return ""
+        return verdict(self.difference, self.p, self.published)
+
+    def equivalence(self, margin: float) -> float:
+        """p of two one-sided tests."""
+        return equivalence(self.difference, margin)
+
+    def power(self, effect: float) -> float:
+        return power(self.difference.se, self.difference.df, effect)
+
+    def power_of_equivalence(self, margin: float) -> float:
+        return power_of_equivalence(self.difference.se, self.difference.df, margin)
+
+
+class Study:
+    """The records in a folder: CONFIG/foldK_seedS.json.gz, and length/ with longer trainings.
+
+    Attributes:
+        records: by config, in the order of ARMS, fold and seed.
+        longer: of the longer trainings, by config.
+    """
+
+    def __init__(self, folder: Path):
+        records = {}
+        for config in ARMS:
+            for path in sorted((folder / config).glob("fold*_seed*.json.gz")):
+                record = Record.read(path)
+                records[config, record.content["fold"], record.content["seed"]] = record
+        self.records = records
+        paths = (folder / "length").glob("*/fold0_seed0.json.gz")
+        self.longer = {path.parent.name: Record.read(path) for path in sorted(paths)}
+        states = [r.content["git"] for r in (*records.values(), *self.longer.values())]
+        if len({str(state) for state in states}) > 1 or any(state["dirty"] for state in states):
+            raise ValueError(f"{folder}: runs of several commits, or of changed files: {states}")
+        self._values = cache(lambda *key: self.records[key].values)
+        self._resampled = cache(self._resample)
+
+    @property
+    def paper_runs(self) -> int:
+        """Finished runs of the paper's arms."""
+        return sum(config in PAPER for config, *_ in self.records)
+
+    @cached_property
+    def seeds(self) -> int:
+        """How many seeds, from 0 on, all folds of the paper's arms have."""
+        return self._common_seeds(PAPER)
+
+    def _common_seeds(self, arms):
+        seeds = 0
+        while all((arm, fold, seeds) in self.records for arm in arms for fold in range(FOLDS)):
+            seeds += 1
+        return seeds
+
+    @property
+    def complete(self) -> bool:
+        return self.seeds >= LEAST_SEEDS
+
+    @cached_property
+    def arms(self) -> list[str]:
+        """The arms of the analysis."""
+        return [*ARMS] if self._common_seeds(ARMS) >= self.seeds else [*PAPER]
+
+    def mixed(self, endpoint: str) -> Mixed:
+        return Mixed(np.array([self._cells(arm, endpoint) for arm in self.arms]))
+
+    def _cells(self, arm, endpoint):
+        """A list of seeds for each fold."""
+        seeds = range(self.seeds)
+        return [[self._values(arm, k, s)[endpoint] for s in seeds] for k in range(FOLDS)]
+
+    def _resample(self, arm, fold, seeds):
+        """{endpoint: (B,) means over the seeds}; the same resamples for all arms."""
+        runs = [self.records[arm, fold, seed].metrics for seed in range(seeds)]
+        values = [resampled_metrics(metrics, Bootstrap(seed=fold)) for metrics in runs]
+        return {
+            endpoint: np.mean([run[group][key] for run in values], axis=0)
+            for endpoint, (group, key) in ENDPOINTS.items()
+        }
+
+    def se_images(self, first, second, endpoint, folds=range(FOLDS), seeds=None) -> float:
+        """Standard error of the difference over clusters of images, which are resampled within
+        folds."""
+        seeds, differences = seeds or self.seeds, []
+        for fold in folds:
+            pair = (self._resampled(arm, fold, seeds)[endpoint] for arm in (first, second))
+            differences.append(np.subtract(*pair))
+        units = sum(self.records[first, fold, 0].metrics.num_units for fold in folds)
+        differences = np.mean(differences, axis=0)
+        return bootstrap_se(differences[np.isfinite(differences)], units)
+
+    @cached_property
+    def tests(self) -> list[Test]:
+        """The primary test, then the others."""
+        planned = [(*pair, endpoint) for endpoint in ENDPOINTS for pair in PAIRS]
+        values = {(row.model, row.figure): row.value for row in published_values("kvasir_seg", "3")}
+        parts = [self._test(*key, values) for key in planned]
+        adjusted = holm(
+            [np.nan if key == PRIMARY else d.p for key, (d, *_) in zip(planned, parts, strict=True)]
+        )
+        return [
+            Test(*key, d, d.p if key == PRIMARY else float(p), *rest)
+            for key, (d, *rest), p in zip(planned, parts, adjusted, strict=True)
+        ]
+
+    def _test(self, first, second, endpoint, values):
+        mixed = self.mixed(endpoint)
+        places = self.arms.index(first), self.arms.index(second)
+        cells = [self._cells(arm, endpoint) for arm in (first, second)]
+        records = [self.records[first, fold, 0].content for fold in range(FOLDS)]
+        sizes = (
+            np.mean([record["train_images"] for record in records]),
+            np.mean([len(record["images"]) for record in records]),
+        )
+        published = None
+        if name := _PUBLISHED.get(endpoint):
+            published = round(values[ARMS[first], name] - values[ARMS[second], name], 1)
+        return (
+            mixed.difference(*places),
+            fold_difference(*cells, *sizes),
+            self.se_images(first, second, endpoint),
+            published,
+        )
+
+    @property
+    def trend(self) -> float:
+        """p of Page's test of the paper's order, one-sided, with folds as blocks."""
+        places = [self.arms.index(arm) for arm in PAPER]
+        return float(stats.page_trend_test(self.mixed("AP50_voc").cells[places].T).pvalue)
+
+    @cached_property
+    def seeds_needed(self) -> tuple[float, float, int] | None:
+        """After fold 0: standard deviation over seeds, standard error over images, and the number
+        of seeds by the protocol's rule; None before."""
+        values = []
+        for arm in PAPER:
+            if not all((arm, 0, seed) in self.records for seed in range(3)):
+                return None
+            values.append([self._values(arm, 0, seed)["AP50_voc"] for seed in range(3)])
+        variance = float(np.var(values, axis=1, ddof=1).mean())
+        se = self.se_images(*PRIMARY, folds=[0], seeds=3)
+        number = math.ceil(2 * variance / se**2)
+        return math.sqrt(variance), se, min(max(number, LEAST_SEEDS), MOST_SEEDS)
+
+    @property
+    def gain_of_length(self) -> float | None:
+        """Mean over two arms of how much validation AP50_voc a longer training adds; None before
+        its runs are there."""
+        gains = []
+        for arm in ("imrcnn_lite", "mrcnn_lite"):
+            if arm not in self.longer or (arm, 0, 0) not in self.records:
+                return None
+            last = (
+                record.content["curves"]["validation"][-1]["segm/AP50_voc"]
+                for record in (self.longer[arm], self.records[arm, 0, 0])
+            )
+            gains.append(float(np.subtract(*last)))
+        return float(np.mean(gains))
