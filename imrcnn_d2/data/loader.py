@@ -114,7 +114,8 @@ class ResumableBatchSampler(Sampler):
 
 class SeededDataset(Dataset):
     """Training samples whose augmentation is a function of the seed and the sample's position. The
-    mapper samples from the generators of ``random``, NumPy and torch, and keeps no state."""
+    mapper samples from the generators of ``random``, NumPy and torch, and keeps no state that
+    changes what it returns."""
 
     def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict]):
         self._records, self._mapper = records, mapper

@@ -18,13 +18,15 @@ from imrcnn_d2.data.augmentation import build_augmentation
 from imrcnn_d2.data.endoscope_view import View, find_crop
 from imrcnn_d2.data.images import open_image
 
+_KEPT_VIEWS = 50_000  # in each process of a loader, of about two kilobytes
+
 
 class CropToView(T.CropTransform):
     """From a frame to the box of the view in it; images are cropped by `View.crop`, which blanks
     what is not of the view as well."""
 
     def __init__(self, view: View):
-        (x0, y0, x1, y1), (height, width) = view.box, view.mask.shape
+        (x0, y0, x1, y1), (height, width) = view.box, view.size
         super().__init__(x0, y0, x1 - x0, y1 - y0, width, height)
 
     def apply_polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
@@ -48,16 +50,31 @@ def in_frame(sample: dict, instances: Instances) -> Instances:
     return sample["view"].to_frame(instances) if "view" in sample else instances
 
 
-def _read(record: dict, image_format: str, crop_to_view: bool) -> tuple[np.ndarray, View | None]:
-    """The image of a record, (H, W, C), and the view that it was cropped to, if any."""
-    name, reversed_ = record["file_name"], image_format == "BGR"
-    with open_image(Path(name)):  # Detectron2 would open any format
-        image = detection_utils.read_image(name, "RGB" if reversed_ else image_format)
-    detection_utils.check_image_size(record, image)
-    view = find_crop(image) if crop_to_view else None
-    if view is not None:
-        image = view.crop(image)
-    return image[:, :, ::-1] if reversed_ else image, view
+class ImageReader:
+    """Reads the images of records; of each file it finds the view once, as long as it lives."""
+
+    def __init__(self, image_format: str, crop_to_view: bool):
+        self._image_format, self._crop_to_view = image_format, crop_to_view
+        self._views: dict[str, View | None] = {}
+
+    def __call__(self, record: dict) -> tuple[np.ndarray, View | None]:
+        """The image of a record, (H, W, C), and the view that it was cropped to, if any."""
+        name, reversed_ = record["file_name"], self._image_format == "BGR"
+        with open_image(Path(name)):  # Detectron2 would open any format
+            image = detection_utils.read_image(name, "RGB" if reversed_ else self._image_format)
+        detection_utils.check_image_size(record, image)
+        view = self._view(name, image) if self._crop_to_view else None
+        if view is not None:
+            image = view.crop(image)
+        return image[:, :, ::-1] if reversed_ else image, view
+
+    def _view(self, name: str, image: np.ndarray) -> View | None:
+        if name in self._views:
+            return self._views[name]
+        view = find_crop(image)
+        if len(self._views) < _KEPT_VIEWS:
+            self._views[name] = view
+        return view
 
 
 class LesionMapper(DatasetMapper):
@@ -72,7 +89,7 @@ class LesionMapper(DatasetMapper):
     @configurable
     def __init__(self, is_train: bool, *, crop_to_view: bool = False, **options):
         super().__init__(is_train, **options)
-        self.crop_to_view = crop_to_view
+        self._read = ImageReader(self.image_format, crop_to_view)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -85,7 +102,7 @@ class LesionMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         record = copy.deepcopy(dataset_dict)
-        image, view = _read(record, self.image_format, self.crop_to_view)
+        image, view = self._read(record)
         sample = T.AugInput(image)
         transforms = self.augmentations(sample)
         record["image"] = torch.as_tensor(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))
@@ -118,12 +135,12 @@ class LesionMapper(DatasetMapper):
 
 def _in_view(record: dict, view: View) -> list[dict]:
     """The annotations of a record whose box shows some of the view; the others are logged once."""
-    kept = []
+    kept, seen = [], view.mask
     for annotation in record["annotations"]:
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         x0, y0 = np.floor(np.maximum(box[:2], 0)).astype(int)
         x1, y1 = np.ceil(box[2:]).astype(int)
-        if view.mask[y0:y1, x0:x1].any():
+        if seen[y0:y1, x0:x1].any():
             kept.append(annotation)
     if lost := len(record["annotations"]) - len(kept):
         text = f"{record['file_name']}: annotations outside the endoscope's view, as far as it is "
@@ -149,7 +166,7 @@ class ClassificationMapper:
         crop_to_view: bool = False,
     ):
         self._augmentations = T.AugmentationList(augmentations)
-        self._image_format, self._crop_to_view = image_format, crop_to_view
+        self._read = ImageReader(image_format, crop_to_view)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -169,7 +186,7 @@ class ClassificationMapper:
 
     def __call__(self, record: dict) -> dict:
         """Return the record with "image": (3, H, W) uint8 tensor."""
-        image, _ = _read(record, self._image_format, self._crop_to_view)
+        image, _ = self._read(record)
         sample = T.AugInput(image)
         self._augmentations(sample)
         pixels = np.ascontiguousarray(sample.image.transpose(2, 0, 1))

@@ -17,8 +17,10 @@ from PIL import Image
 
 from imrcnn_d2 import model_zoo
 from imrcnn_d2.cli import demo_app, export, predict, robustness, train, validate
+from imrcnn_d2.data import mapper
 from imrcnn_d2.data.catalog import register_lesion_dataset
 from imrcnn_d2.data.endoscope_view import Box, View, find_crop, find_view
+from imrcnn_d2.data.loader import SeededDataset, build_train_loader
 from imrcnn_d2.data.mapper import ClassificationMapper, CropToView, LesionMapper, in_frame
 from imrcnn_d2.data.masks import annotation_from_mask
 from imrcnn_d2.deploy import Predictor, load_model, outputs, predict_files
@@ -126,7 +128,11 @@ def ordered(sides):
 def test_there_and_back(sides, seed):
     """Cropped and put back, masks, RLE, boxes and polygons are what they were within the view."""
     box, rng = ordered(sides), np.random.default_rng(seed)
-    crop = CropToView(View(box_mask(box).view(bool), box, ()))
+    x0, y0, x1, y1 = box
+    corners = np.array([(x0, y0), (x1 - 1, y0), (x1 - 1, y1 - 1), (x0, y1 - 1)], np.int32)
+    view = View((HEIGHT, WIDTH), corners)
+    assert view.box == box and np.array_equal(view.mask, box_mask(box))
+    crop = CropToView(view)
     masks = rng.random((3, HEIGHT, WIDTH)) > 0.5
     corners = rng.uniform(0, HEIGHT, (3, 4)).astype(np.float32)
     cropped = Instances((crop.h, crop.w))
@@ -206,6 +212,35 @@ def test_frames_without_a_lesion_or_a_view(screen, tmp_path):
         assert "view" not in sample and (sample["height"], sample["width"]) == (240, 320)
 
 
+def test_a_training_finds_the_view_of_a_file_once(screen, tmp_path, monkeypatch):
+    _, record = screen
+    Image.fromarray(frame(1, "square")).save(tmp_path / "other.png")
+    other = {"file_name": str(tmp_path / "other.png"), "image_id": 2, "annotations": []}
+    cfg, records = config("INPUT.CROP_TO_VIEW", True), [record, other]
+    searched = set()
+
+    def search_once(image):
+        assert image.tobytes() not in searched
+        searched.add(image.tobytes())
+        return find_crop(image)
+
+    monkeypatch.setattr(mapper, "find_crop", search_once)
+    loader = build_train_loader(
+        records, mapper=LesionMapper(cfg, is_train=True), total_batch_size=2, num_workers=1
+    )
+    loader.batch_sampler.start_at(seed=3, iteration=0)
+    epochs = list(zip(loader.batch_sampler, loader, range(3), strict=False))
+    monkeypatch.setattr(mapper, "find_crop", find_crop)
+    for keys, samples, _ in epochs:
+        assert {key[2] for key in keys} == {0, 1}
+        for key, sample in zip(keys, samples, strict=True):
+            anew = SeededDataset(records, LesionMapper(cfg, is_train=True))[key]
+            assert torch.equal(sample["image"], anew["image"])
+            assert (sample["height"], sample["width"]) == (anew["height"], anew["width"])
+            boxes = (each["instances"].gt_boxes.tensor for each in (sample, anew))
+            assert torch.equal(*boxes)
+
+
 def test_which_views_are_not_relied_on():
     frame, truth, _ = draw_frame("disc")
     assert find_crop(frame).box == find_view(frame).box
@@ -256,8 +291,9 @@ def test_an_evaluation_is_of_the_whole_frame(screen, tmp_path):
     (tmp_path / "gt.json").write_text(json.dumps({**coco, "annotations": annotations}))
     name = f"view {tmp_path}"
     register_lesion_dataset(name, tmp_path / "gt.json", tmp_path)
-    mapper = LesionMapper(config("INPUT.CROP_TO_VIEW", True), is_train=False)
-    sample = mapper(DatasetCatalog.get(name)[0])
+    sample = LesionMapper(config("INPUT.CROP_TO_VIEW", True), is_train=False)(
+        DatasetCatalog.get(name)[0]
+    )
     crop = sample["view"]
     output = Instances((sample["height"], sample["width"]))
     part = crop.apply_segmentation(mask_util.decode(record["annotations"][0]["segmentation"]))
@@ -281,20 +317,19 @@ def test_the_weights_say_what_they_see_and_a_switch_what_they_shall(tiny_run, we
     key = "  CROP_TO_VIEW: false\n"
     assert text.count(key) == 1
     state = torch.load(weights, weights_only=True)
+    content, path = {**state, "artifact": 1, "classes": ["polyp"]}, tmp_path / "model.pth"
     # Weights of before the key see whole frames.
-    for stored, expected in ((key, False), ("", False), (key.replace("false", "true"), True)):
-        path = tmp_path / "model.pth"
-        content = {
-            **state,
-            "artifact": 1,
-            "config": text.replace(key, stored),
-            "classes": ["polyp"],
-        }
-        torch.save(content, path)
-        for switch, seen in ((None, expected), (True, True), (False, False)):
-            assert load_model(None, path, crop_view=switch).cfg.INPUT.CROP_TO_VIEW is seen
-    assert Predictor(None, path).crop_view and Predictor(None, path).metadata["crop_view"] is True
-    assert "crop_view" not in Predictor(None, path, crop_view=False).metadata
+    for stored, switch, seen in (
+        (key, None, False),
+        ("", None, False),
+        ("", True, True),
+        (key.replace("false", "true"), None, True),
+    ):
+        torch.save({**content, "config": text.replace(key, stored)}, path)
+        assert load_model(None, path, crop_view=switch).cfg.INPUT.CROP_TO_VIEW is seen
+    sees_view, sees_all = (Predictor(None, path, crop_view=switch) for switch in (None, False))
+    assert sees_view.crop_view and sees_view.metadata["crop_view"] is True
+    assert not sees_all.crop_view and "crop_view" not in sees_all.metadata
     common = {
         predict: ["--weights", "w", "--input", "i", "--output", "o"],
         validate: ["--weights", "w", "--output", "o"],
@@ -308,14 +343,14 @@ def test_the_weights_say_what_they_see_and_a_switch_what_they_shall(tiny_run, we
             assert args.crop_view is expected, command
 
 
-def test_an_export_keeps_what_the_switch_says(weights, tmp_path, monkeypatch):
+def test_an_export_keeps_what_the_switch_says(weights, cropping, tmp_path):
     Image.fromarray(frame()).save(tmp_path / "a.png")
     path = tmp_path / "model.safetensors"
     arguments = ["--format", "safetensors", "--images", tmp_path / "a.png", "--crop-view"]
     export.main([str(a) for a in ("--weights", weights, *arguments, "--output", path)])
     exported = Predictor(None, path)
     assert exported.crop_view and exported.cfg.INPUT.CROP_TO_VIEW
-    same(exported(frame()), Predictor(None, weights, crop_view=True)(frame()))
+    same(exported(frame()), cropping(frame()))
 
 
 def test_an_evaluation_sees_as_the_weights_were_trained():

@@ -293,7 +293,7 @@ def _moved(sample: Sample, view: View) -> tuple[list[tuple[dict, dict]], int]:
         fields = {"category_id": old["category_id"], "iscrowd": old["iscrowd"]}
         new, before = None, old["area"]
         if "segmentation" in old:
-            mask = mask_util.decode(to_rle(old["segmentation"], *view.mask.shape))
+            mask = mask_util.decode(to_rle(old["segmentation"], *view.size))
             inside, before = view.crop(mask), mask.sum()
             if inside.any():
                 new = annotation_from_mask(inside, **fields)
