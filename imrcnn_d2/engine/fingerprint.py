@@ -22,7 +22,9 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import PathManager
 
 from imrcnn_d2.data.catalog import data_set_name, prepared_folder, register_data_set
+from imrcnn_d2.data.images import in_threads
 from imrcnn_d2.data.loader import build_train_loader
+from imrcnn_d2.data.mapper import ImageReader
 from imrcnn_d2.engine.checkpoint import find_weights
 from imrcnn_d2.engine.config import (
     choose_device,
@@ -42,6 +44,7 @@ from imrcnn_d2.utils.safe_loading import load_checkpoint_file
 
 logger = logging.getLogger(__name__)
 
+MEASURED = 2000  # images with lesions, at equal distances, at most
 ITERATIONS = 5  # that are timed, after one that is not
 _GIB = 2**30
 # Keys of a model that its weights do not depend on, or that a training sets.
@@ -67,31 +70,36 @@ def describe_data(data: str) -> dict:
                 f"{data} has no images in its split {split}: prepare it with a share for each, "
                 "such as --ratio 12:3:5"
             )
-    sides, sizes, masks, lesion_free = [], [], True, 0
+    number, masks, with_lesions = 0, True, []
     named = {"centre": set(), "patient_id": set()}
-    for record in records:
-        sides.append(sorted((record["width"], record["height"])))
-        lesions = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
-        lesion_free += not lesions
-        for lesion in lesions:
-            if "bbox" not in lesion:
-                raise ValueError(
-                    f"{file} is of image classes: a plan is for detectors of lesions. The configs "
-                    "of classifiers are in docs/guide/classification.md"
-                )
-            sizes.append(100 * math.sqrt(lesion["bbox"][2] * lesion["bbox"][3]) / sides[-1][0])
-            masks &= bool(lesion.get("segmentation"))
+    for row, record in enumerate(records):
+        if lesions := _lesions(record):
+            with_lesions.append(row)
+        if any("bbox" not in lesion for lesion in lesions):
+            raise ValueError(
+                f"{file} is of image classes: a plan is for detectors of lesions. The configs "
+                "of classifiers are in docs/guide/classification.md"
+            )
+        number += len(lesions)
+        masks &= all(lesion.get("segmentation") for lesion in lesions)
         for key, values in named.items():
             values.add(record.get(key))
-    if not sizes:
+    if not with_lesions:
         raise ValueError(f"{file} has no lesion in any of its {len(records)} images: annotate some")
-    sides = np.array(sides)
+    places = np.linspace(0, len(with_lesions), min(len(with_lesions), MEASURED), endpoint=False)
+    some = [records[with_lesions[int(place)]] for place in places]
+    sides = np.sort(in_threads(_seen_size, some, "Measuring images"), axis=1)
+    sizes = [
+        100 * math.sqrt(lesion["bbox"][2] * lesion["bbox"][3]) / short
+        for record, short in zip(some, sides[:, 0], strict=True)
+        for lesion in _lesions(record)
+    ]
     small, median, large = (round(float(q), 1) for q in np.percentile(sizes, (5, 50, 95)))
     return {
         "images": len(records),
         "validation_images": len(validation),
-        "lesions": len(sizes),
-        "lesion_free": round(100 * lesion_free / len(records), 1),
+        "lesions": number,
+        "lesion_free": round(100 - 100 * len(with_lesions) / len(records), 1),
         "classes": list(records.categories.values()),
         "masks": masks,
         "centres": len(named["centre"] - {None}),
@@ -102,6 +110,16 @@ def describe_data(data: str) -> dict:
         "median_lesion": median,
         "large_lesion": large,
     }
+
+
+def _lesions(record: dict) -> list[dict]:
+    return [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+
+
+def _seen_size(record: dict) -> tuple[int, int]:
+    """Height and width of what a network is shown of an image."""
+    image, _ = ImageReader("RGB", crop_to_view=True)(record)
+    return image.shape[:2]
 
 
 def describe_machine(memory: float | None = None) -> dict:
@@ -159,9 +177,11 @@ def describe_weights(weights: str) -> dict:
             if Task.of(shipped) is DETECTION:
                 base = _model_keys(shipped)
                 differs = {key: value for key, value in theirs.items() if base.get(key) != value}
-                if nearest is None or len(differs) < len(nearest[1]):
-                    nearest = name, differs, shipped
-    base, differs, shipped = nearest
+                # Of equally near ones that of the same model, which the neck tells.
+                rank = len(differs), "MODEL.PAFPN.ATTENTION" in differs
+                if nearest is None or rank < nearest[0]:
+                    nearest = rank, name, differs, shipped
+    _, base, differs, shipped = nearest
     if cfg.INPUT.MIN_SIZE_TEST != shipped.INPUT.MIN_SIZE_TEST:
         differs["INPUT.MIN_SIZE_TEST"] = cfg.INPUT.MIN_SIZE_TEST
     return {"weights": weights, "weights_base": base, "weights_keys": differs}
@@ -224,9 +244,11 @@ def _with_measured_step(facts: Facts, data: str, trial: Path) -> Facts:
         if measured["step_memory"] <= MEMORY_SHARE * facts.memory:
             return replace(facts, **measured)
         if batch == 1:
+            fault = f"takes {measured['step_memory']:.3g} GiB, more than {MEMORY_SHARE:.0%} of"
+            if measured["step_memory"] == math.inf:  # or of an error, which it has printed
+                fault = "ended the process that tried it, mostly a sign of more than the"
             raise ValueError(
-                f"One image takes {measured['step_memory']:.3g} GiB, more than {MEMORY_SHARE:.0%} "
-                f"of {facts.memory:g} GiB: free memory, or give more (--memory)"
+                f"One image {fault} {facts.memory:g} GiB: free memory, or give more (--memory)"
             )
         facts = replace(facts, largest_batch=batch // 2)
 

@@ -3,7 +3,7 @@
 All rules are in this file, each a small function of the facts and of what earlier rules chose;
 `RULES` is their order. A plan is a function of its `Facts` alone, which its file holds, measured
 times included. The numbers below are rules of thumb from this project's and Detectron2's recipes;
-no experiment here shows that a plan beats a config chosen by hand.
+docs/guide/training.md has the one comparison with a config chosen by hand.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import yaml
 from detectron2.config import CfgNode
 
-TRAINING_SHARE = 0.8  # of the hours; the rest is for validation and the final test
+TRAINING_SHARE = 0.9  # of the hours; the rest is for validation and the final test
 VALIDATION_COST = 1 / 3  # of an image, in images of training: a forward pass without a backward one
 MEMORY_SHARE = 0.9  # of the memory that a step may take
 VALIDATIONS = 20  # in a training, if they fit into their share of the hours
@@ -36,8 +36,9 @@ def _fact(meaning: str, **options):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan is made of, PLAN in its file. Sizes of lesions are of their boxes: the square
-    root of the area in percent of the image's shorter side."""
+    """What a plan is made of, PLAN in its file. Images are as a network sees them, cropped to the
+    endoscope's view. Sizes of lesions are of their boxes: the square root of the area in percent of
+    the image's shorter side."""
 
     images: int = _fact("of the training split")
     validation_images: int = _fact("of the validation split")
@@ -47,7 +48,7 @@ class Facts:
     masks: bool = _fact("every lesion has a mask, not a box alone")
     centres: int = _fact("named in the training images; 0: none is")
     patients: int = _fact("named in the training images; 0: none is")
-    short_side: int = _fact("of an image, in pixels, median")
+    short_side: int = _fact("of the view in an image, in pixels, median")
     aspect: float = _fact("long side / short side, 95th percentile")
     small_lesion: float = _fact("5th percentile of sizes, percent of the image's shorter side")
     median_lesion: float = _fact("of sizes, percent of the image's shorter side")
@@ -135,6 +136,7 @@ def test_size(f: Facts, c: Chosen) -> Entries:
     """The light model: 352 pixels, more where small lesions need it, as many as images have. The
     ResNet: as many as the images have, from 640 to 1024, and fewer where its largest anchors, of
     512 pixels, would not reach large lesions."""
+    yield "INPUT.CROP_TO_VIEW", True, "the endoscope's view alone, of which all sizes here are"
     key, small = "INPUT.MIN_SIZE_TEST", f.small_lesion / 100
     if f.weights_base:
         yield key, c.get(key, 352 if f.light else 800), "the size that those weights are for"
@@ -157,6 +159,9 @@ def test_size(f: Facts, c: Chosen) -> Entries:
             why += "; fewer than 640 are far from what COCO weights know"
         elif fits < min(1024, f.short_side):
             why += f"; at {value} a large lesion has {f.large_lesion / 100 * value:.0f}"
+        elif value < _multiple(f.short_side):
+            why += f"; a small lesion still has {f.small_lesion / 100 * value:.0f}, and memory and "
+            why += "time grow with the square"
         yield key, value, f"pixels of the shorter side; {why}"
 
 
@@ -179,7 +184,7 @@ def training_sizes(f: Facts, c: Chosen) -> Entries:
     for key, shortest, usual in (("TRAIN", sizes[-1], 4 / 3), ("TEST", size, 16 / 9)):
         ratio = min(max(f.aspect, usual), 2.5)
         longest = math.ceil(shortest * ratio / 32) * 32
-        why = f"{ratio:.3g} times the shorter side; nearly all images here have up to {f.aspect:g}"
+        why = f"{ratio:.3g} times the shorter side; nearly all images need at most {f.aspect:g}"
         yield f"INPUT.MAX_SIZE_{key}", longest, why
 
 
@@ -274,15 +279,12 @@ def schedule(f: Facts, c: Chosen) -> Entries:
     elif epochs * f.images > most:
         epochs, why = most / f.images, f"{most:,} images, enough of a large data set"
     hours = epochs * per_epoch * f.step_seconds / 3600
-    if hours > TRAINING_SHARE * f.hours:
+    if is_limited := hours > TRAINING_SHARE * f.hours:
         why = f"what fits into {f.hours:g} hours, where {epochs:.3g} epochs take"
         why += f" {hours / TRAINING_SHARE:.3g}"
         epochs *= TRAINING_SHARE * f.hours / hours
-        hours = TRAINING_SHARE * f.hours
-    if f.step_seconds:
-        why += f"; {f.step_seconds:g} s an iteration make {hours:.2g} hours, without validation"
     iterations = max(round(epochs * per_epoch), 1)
-    if iterations < SHORTEST and f.step_seconds and hours >= TRAINING_SHARE * f.hours:
+    if iterations < SHORTEST and is_limited:
         raise ValueError(
             f"{f.hours:g} hours (--hours) are {iterations} iterations of {f.step_seconds:g} s, "
             f"and {SHORTEST} are the fewest that train a model: give at least "
@@ -292,6 +294,10 @@ def schedule(f: Facts, c: Chosen) -> Entries:
     unit, total = "epochs", math.floor(epochs)
     if total >= FEWEST_EPOCHS:
         iterations = round(total * per_epoch)
+    if f.step_seconds:
+        hours = iterations * f.step_seconds / 3600
+        why += f"; {f.step_seconds:g} s an iteration make {hours:.2g} hours, without validation"
+    if total >= FEWEST_EPOCHS:
         yield "SOLVER.MAX_EPOCHS", total, f"{iterations:,} iterations: {why}"
     else:
         unit, total = "iterations", iterations
@@ -301,19 +307,23 @@ def schedule(f: Facts, c: Chosen) -> Entries:
 
     warmup = min(50 if f.light else 200, iterations // 10)
     value = warmup if unit == "iterations" else max(1, round(warmup / per_epoch))
-    why = f"{unit} of warm-up: about {warmup} iterations, at most a tenth of all"
+    length = f", {math.ceil(value * per_epoch):,} iterations," if unit == "epochs" else ""
+    why = f"{unit}{length} of warm-up: at most a tenth of all"
     yield "SOLVER.WARMUP_ITERS", value, why
 
-    horizons = [n for n in (1000, 500, 200) if n <= iterations / 20]
-    decay = 1 - 1 / (horizons or [100])[0]
-    why = f"mean of about {round(1 / (1 - decay))} iterations' weights, of {iterations:,}"
+    longer = (n for n in (1000, 500, 200) if n <= iterations / 20)
+    horizon = next(longer, min(100, max(iterations // 10, 2)))
+    decay = round(1 - 1 / horizon, 4)
+    why = f"mean of about {horizon} iterations' weights, of {iterations:,}"
     yield "SOLVER.EMA_DECAY", decay, why
 
     seen = iterations * c["SOLVER.IMS_PER_BATCH"]
     affordable = (1 / TRAINING_SHARE - 1) * seen / VALIDATION_COST / max(f.validation_images, 1)
-    number = max(2, min(VALIDATIONS, int(affordable)))
-    period = max(1, round(total / number))
-    limit = "" if number == VALIDATIONS else f", on {f.validation_images:,} images no more"
+    number = max(2, min(VALIDATIONS, int(affordable) - 1))  # and the final test
+    period = math.ceil(total / number)
+    limit = (
+        "" if number == VALIDATIONS else f", the most that fit on {f.validation_images:,} images"
+    )
     why = f"{unit}: about {round(total / period)} validations{limit}; the best weights are kept"
     yield "TEST.EVAL_PERIOD", period, why
     yield "SOLVER.CHECKPOINT_PERIOD", period, f"{unit}: what a crash may cost"
