@@ -12,7 +12,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from imrcnn_d2.data.formats.coco import is_box, to_rles
-from imrcnn_d2.evaluation.detection.inputs import Regions
+from imrcnn_d2.evaluation.detection.inputs import Regions, recorded_size, stated_size
 from imrcnn_d2.utils.files import BadInputError, few, is_json_list, read_records
 from imrcnn_d2.utils.progress import tqdm
 
@@ -121,25 +121,27 @@ class _RegionReader:
             self._convert()
 
     def _convert(self):
-        sizes, rows = [], [row for row, *_ in self._waiting]
-        for row, mask, name, *_ in self._waiting:
-            size = self.sizes[self.frame[row]].tolist()
-            if not all(size):
-                size = mask.get("size") if isinstance(mask, dict) else None
-                if not isinstance(size, list) or len(size) != 2:
-                    raise BadInputError(self.path, f"{name}: its image has no height and width")
-            sizes.append(size)
+        waiting, self._waiting = self._waiting, []
+        sizes = [self._size(row, mask, name) for row, mask, name, *_ in waiting]
         try:
-            masks = [mask for _, mask, *_ in self._waiting]
-            rles = to_rles(masks, sizes, lambda number: self._waiting[number][2])
+            masks = [mask for _, mask, *_ in waiting]
+            rles = to_rles(masks, sizes, lambda number: waiting[number][2])
         except ValueError as error:
             raise BadInputError(self.path, str(error)) from error
-        for row, rle, (*_, keep, lacks_box) in zip(rows, rles, self._waiting, strict=True):
+        for rle, (row, *_, keep, lacks_box) in zip(rles, waiting, strict=True):
             if keep:
                 self.masks[row] = rle
             if lacks_box:
                 self.boxes[4 * row : 4 * row + 4] = array("d", mask_util.toBbox(rle).tolist())
-        self._waiting = []
+
+    def _size(self, row, mask, name):
+        """Height and width of the image, else of the RLE."""
+        size = self.sizes[self.frame[row]].tolist()
+        try:
+            return size if all(size) else stated_size(mask)
+        except (AttributeError, ValueError) as error:  # polygons state none
+            reason = f"{name}: its image has no height and width, and neither has its segmentation"
+            raise BadInputError(self.path, reason) from error
 
     def regions(self) -> tuple[np.ndarray, Regions]:
         """(N,) int, the order that regions were read in, and the regions by frame."""
@@ -183,8 +185,7 @@ def read_procedures(path: str | Path, fps: float | None = None) -> Procedures:
         places[image_id] = place
         procedure.append(numbers[sequence])
         frame.append(number)
-        size = image.get("height"), image.get("width")
-        sizes.extend(size if all(map(_is_frame, size)) else (0, 0))
+        sizes.extend(recorded_size(image, path))
     if not facts or len(places) < len(frame):
         raise BadInputError(path, "lists no images" if not facts else "has two images of one id")
     procedure, frame = (np.frombuffer(column, dtype=np.int64) for column in (procedure, frame))

@@ -369,6 +369,8 @@ def test_predictions_of_videos_are_matched_by_sequence_and_frame(tmp_path, caplo
         (lambda gt, dt: dt[5].update(image_id=None), ("dt.json", "[5]", "None")),
         (lambda gt, dt: gt["annotations"][2].update(image_id=7777), ("annotations[2]", "7777")),
         (lambda gt, dt: gt["annotations"][2].update(bbox=[1, 2]), ("annotations[2]", "[1, 2]")),
+        (lambda gt, dt: gt["images"][3].update(height=-5), ("gt.json", "-5")),
+        (lambda gt, dt: gt["annotations"][2].update(segmentation=[[1, 1]]), ("annotations[2]",)),
         (lambda gt, dt: dt[5].update(score=-1), ("dt.json", "[5]", "-1")),
         (lambda gt, dt: dt[5].update(image_id=8888), ("dt.json", "8888", "--ignore-extra-images")),
     ],
@@ -481,7 +483,7 @@ def test_a_matched_threshold_keeps_its_limit(tmp_path):
         match_operating_point(results, "recall>=95")
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, real_plots):
     story, other = (random_story(np.random.default_rng(s), videos=6) for s in (7, 8))
     gt, dt = story.write(tmp_path / "test")
     val_gt, val_dt = other.write(tmp_path / "val")

@@ -4,6 +4,7 @@ Everything downstream (matching, counts, curves, COCO's AP) reads these arrays, 
 accepted as input is decided here, once.
 """
 
+import contextlib
 import logging
 import math
 import reprlib
@@ -269,12 +270,7 @@ class _Scores:
     def add(self, records, start):
         scores = [record.get(self.name, self.missing) for record in records]
         self.is_given = self.is_given or any(score is not None for score in scores)
-        if not set(map(type, scores)) <= {int, float}:
-            scores = [score if _is_score(score) else math.nan for score in scores]
-        try:
-            column = np.array(scores, float)
-        except OverflowError:  # an integer beyond what a float can be
-            column = np.array([score if _is_score(score) else math.nan for score in scores])
+        column = _as_column(scores)
         right = (column >= 0) & (column < math.inf)
         if self._wrong is None and not right.all():
             row = int(right.argmin())
@@ -292,6 +288,14 @@ class _Scores:
     def values(self):
         """(N,) float."""
         return np.concatenate(self._columns)
+
+
+def _as_column(scores):
+    """(N,) float, NaN for what is no number."""
+    if set(map(type, scores)) <= {int, float}:
+        with contextlib.suppress(OverflowError):  # of an integer beyond what a float can be
+            return np.array(scores, float)
+    return np.array([score if _is_score(score) else math.nan for score in scores], float)
 
 
 def _is_score(value):
@@ -372,11 +376,8 @@ class _RecordReader:
         self._boxes.append(np.array(boxes, float))
 
     def _stated_size(self, number, rle):
-        size = rle.get("size")
         try:
-            if not isinstance(size, list | tuple) or len(size) != 2:
-                raise ValueError(f"its RLE has the size {size!r:.40}, not [height, width]")
-            return _size(*size)
+            return stated_size(rle)
         except ValueError as error:
             raise BadInputError(self.source, f"{self.name(number)}: {error}") from error
 
@@ -404,10 +405,10 @@ class _RecordReader:
         image = self._positions("image_id", images, image_ids)
         category = self._positions("category_id", categories, category_ids)
         order = np.argsort(image, kind="stable")[np.count_nonzero(image < 0) :]
-        image_sizes = self._image_sizes(images)
+        image_sizes = np.array([recorded_size(i, self.source) for i in images], np.int32)
         sizes, lengths = np.concatenate(self._sizes), np.concatenate(self._lengths)
         begin = np.cumsum(lengths.clip(0), dtype=np.int64) - lengths.clip(0)
-        expected = image_sizes[image]
+        expected = image_sizes.reshape(-1, 2)[image]
         wrong = (lengths >= 0) & (image >= 0) & (sizes != expected).any(axis=1)
         wrong &= expected.all(axis=1)
         if wrong.any():
@@ -454,17 +455,6 @@ class _RecordReader:
             positions[number] = known[truth]
         return positions[np.concatenate(self._first[name])]
 
-    def _image_sizes(self, images):
-        """(number of images, 2) int, height and width; 0 where not known."""
-        sizes = np.zeros((len(images), 2), np.int32)
-        for row, image in enumerate(images):
-            if "height" in image or "width" in image:
-                try:
-                    sizes[row] = _size(image.get("height"), image.get("width"))
-                except ValueError as error:
-                    raise BadInputError(self.source, f"image {image['id']!r}: {error}") from error
-        return sizes
-
 
 _known_size = lru_cache(typed=True)(check_size)
 
@@ -475,6 +465,28 @@ def _size(height, width):
         return _known_size(height, width)
     except TypeError:  # a list, say
         return check_size(height, width)
+
+
+def recorded_size(image: dict, source: str | Path) -> tuple[int, int]:
+    """Height and width of an image's record; 0 where it has neither.
+
+    Raises:
+        BadInputError: they are the size of no image.
+    """
+    if "height" not in image and "width" not in image:
+        return 0, 0
+    try:
+        return _size(image.get("height"), image.get("width"))
+    except ValueError as error:
+        raise BadInputError(source, f"image {image['id']!r}: {error}") from error
+
+
+def stated_size(rle: dict) -> tuple[int, int]:
+    """Height and width that an RLE states; ValueError if they are the size of no image."""
+    size = rle.get("size")
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise ValueError(f"its RLE has the size {size!r:.40}, not [height, width]")
+    return _size(*size)
 
 
 def _load(source):
