@@ -147,6 +147,11 @@ class TrainStep(SimpleTrainer):
             self._data_loader_iter_obj = iter(self.data_loader)
         return self._data_loader_iter_obj
 
+    def stop_loading(self) -> None:
+        """End the loader's workers. They ignore signals, so that a process that still has them at
+        its end, as one of a training that a circle of references keeps, would wait for them."""
+        self._data_loader_iter_obj = None
+
     def run_step(self):
         assert self.model.training, "the model was changed to eval mode"
         start = time.perf_counter()

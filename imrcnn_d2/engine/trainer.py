@@ -196,8 +196,11 @@ class _Trainer(DefaultTrainer):
             records = (record for name in names for record in DatasetCatalog.get(name))
             self.checkpointer.note_images(r["file_name"] for r in records if "file_name" in r)
         learning = self._phases.of_longest() if self._phases else None
-        self._trainer.choose_precision(self.start_iter, self.max_iter, learning)
-        super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
+        try:
+            self._trainer.choose_precision(self.start_iter, self.max_iter, learning)
+            super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
+        finally:
+            self._trainer.stop_loading()
         best = self.best.load_best() if self.best else None
         weights = best or last_weights(self.checkpointer, self._ema)
         metrics, self.test_results = self.final_test(self._given, self.evaluated_model, weights)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import multiprocessing
 import subprocess
 import sys
 
@@ -147,7 +148,28 @@ def test_each_phase_changes_exactly_what_it_names(tiny_classifier_cfg, tmp_path,
     assert rates == pytest.approx(expected)
 
 
-def test_a_resumed_training_is_the_uninterrupted_one(tiny_classifier_cfg, tmp_path):
+def test_the_workers_of_a_training_end_with_it(tiny_classifier_cfg, monkeypatch):
+    """Also while it is not freed; they ignore signals, and a process waits for them at its end."""
+    tiny_classifier_cfg.DATALOADER.NUM_WORKERS = 1
+    trainer = Trainer(tiny_classifier_cfg)
+    trainer.train()
+    assert multiprocessing.active_children() == []
+
+    def stopped(step, *args):
+        assert step._next_batches(1) and multiprocessing.active_children()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_step.TrainStep, "choose_precision", stopped)
+    tiny_classifier_cfg.OUTPUT_DIR += "/stopped"
+    trainer = Trainer(tiny_classifier_cfg)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert multiprocessing.active_children() == []
+
+
+# Between the phases, and inside the second.
+@pytest.mark.parametrize("stop", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_resumed_training_is_the_uninterrupted_one(tiny_classifier_cfg, tmp_path, stop):
     class Stopping(Trainer):
         def run_step(self):
             if self.iter == stop:
@@ -158,15 +180,14 @@ def test_a_resumed_training_is_the_uninterrupted_one(tiny_classifier_cfg, tmp_pa
     cfg.SOLVER.EMA_DECAY = 0.5
     train(cfg)
     whole = facts(load(tmp_path / "output" / "model_final.pth"))
-    for stop in (3, 5):  # between the phases, and inside the second
-        cfg.OUTPUT_DIR = str(tmp_path / f"stopped_{stop}")
-        with pytest.raises(KeyboardInterrupt):
-            train(cfg, Stopping)
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=True)
-        assert trainer.start_iter == stop
-        trainer.train()
-        assert facts(load(tmp_path / f"stopped_{stop}" / "model_final.pth")) == whole, stop
+    cfg.OUTPUT_DIR = str(tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, Stopping)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == stop
+    trainer.train()
+    assert facts(load(tmp_path / "stopped" / "model_final.pth")) == whole
 
 
 WRONG = {  # in the second phase: what an error names
