@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from detectron2.engine import DefaultTrainer, default_argument_parser
 from detectron2.modeling import RetinaNet, build_model
 
 from imrcnn_d2.cli.prepare_dataset import main as prepare_dataset
+from imrcnn_d2.data.prepare.metadata import read_table
 from imrcnn_d2.engine import Trainer
 from imrcnn_d2.evaluation import LesionEvaluator
 from imrcnn_d2.modeling import PAFPN, TimmBackbone
@@ -131,3 +133,24 @@ def test_the_lazy_configs_of_the_zoo_take_our_classes(registered, tmp_path):
     for record in DatasetCatalog.get("strangers_val"):
         evaluator.process([record], [output])
     assert evaluator.evaluate()["lesion"]["TP"] == 0
+
+
+def test_the_classes_say_nothing_of_the_centre(tmp_path):
+    """Images of 100 pixels; lesions of 4 and 5 cover 4 and 5 % of them, two of 4 are large."""
+    areas = {"A": [[], [], [4], [4], [4], [5], [4, 4]], "B": [[], [4], [9]], "C": [[4], [9]]}
+    images, annotations = [], []
+    for centre, number, lesions in ((c, n, x) for c in areas for n, x in enumerate(areas[c])):
+        images.append({"id": len(images), "file_name": f"{centre}/{number}.jpg", "centre": centre})
+        images[-1] |= {"width": 10, "height": 10}
+        annotations += [{"image_id": images[-1]["id"], "area": area} for area in lesions]
+    (tmp_path / "annotations").mkdir()
+    content = json.dumps({"images": images, "annotations": annotations})
+    (tmp_path / "annotations" / "train.json").write_text(content)
+    example("classification/labels.py").main(str(tmp_path), str(tmp_path / "labels.csv"))
+    rows = [row.cells for row in read_table(tmp_path / "labels.csv", needed=("file",)).rows]
+    classes = ("no polyp", "small polyp", "large polyp")
+    expected = {("A", name): 2 for name in classes} | {("B", name): 1 for name in classes}
+    assert Counter((row["centre"], row["label"]) for row in rows) == expected
+    assert {row["file"] for row in rows if row["label"] == "large polyp"} == {
+        *("A/5.jpg", "A/6.jpg", "B/2.jpg")
+    }
