@@ -1,6 +1,6 @@
 """Validate a model on data of other hospitals, with nothing chosen on them.
 
-    imrcnn validate --weights demo --data datasets/polypgen --output validation
+    imrcnn validate --weights demo --data datasets/cvc_clinicdb --output validation
     imrcnn validate --weights output/imrcnn/model_best.pth --data clinic_a clinic_b --output ... \\
         --by device --by size_mm:5,10,20
     imrcnn validate --weights demo --images clinic/images --masks clinic/masks --output validation

@@ -407,7 +407,7 @@ def test_what_is_tested(comparison):
     assert mcnemar.estimate == pytest.approx(top1[0] - top1[1])
 
 
-def test_the_files(comparison, tmp_path):
+def test_the_files(comparison, tmp_path, real_plots):
     page, document, *files = write_comparison(comparison, tmp_path)
     text = page.read_text()
     assert "ResNet50, published" in text and "the best of its three models" in text

@@ -23,6 +23,8 @@ from imrcnn_d2 import add_imrcnn_config
 from imrcnn_d2.cli import export, predict
 from imrcnn_d2.deploy.outputs import OUTPUTS
 from imrcnn_d2.deploy.runtimes import EXPORTS, RUNTIMES
+from imrcnn_d2.engine.checkpoint import pretrained
+from imrcnn_d2.utils.files import file_sha256
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 READMES = [ROOT / "README.md", ROOT / "datasets/README.md", ROOT / "examples/README.md"]
@@ -64,6 +66,14 @@ def test_links_lead_to_files_of_the_repository(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
         if not re.match(r"#|\w+:", target):
             assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_demo_weights_have_the_card_of_their_evaluations():
+    card = runpy.run_path(str(ROOT / "examples" / "demo_weights" / "card.py"))
+    recorded = card["read_json"](card["RECORDED"])
+    assert recorded["file"]["sha256"] == file_sha256(pretrained("demo"))
+    for page, text in card["pages"](recorded).items():
+        assert page.read_text(encoding="utf-8") == text, page
 
 
 @pytest.mark.slow

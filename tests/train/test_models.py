@@ -126,7 +126,10 @@ def expected_pyramid(neck, form, before, gate, fuse_type):
 
 @torch.no_grad()
 @pytest.mark.parametrize("before", PLACES)
-@pytest.mark.parametrize("form, gate", [("panet", "sigmoid"), ("residual", "double_sigmoid")])
+@pytest.mark.parametrize(
+    "form, gate",
+    [("panet", "sigmoid"), ("residual", "double_sigmoid"), ("affine", "double_sigmoid")],
+)
 @pytest.mark.parametrize("fuse_type", ["sum", "avg"])
 def test_pafpn_agrees_with_its_formulas(before, form, gate, fuse_type):
     options = {"attention": "cbam", "attention_before": before} if before else {}
