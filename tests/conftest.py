@@ -3,6 +3,7 @@
 These lie in the folder that IMRCNN_TEST_DATA names, outside of this repository. Without it tests
 are skipped, or fail under IMRCNN_REQUIRE_TEST_DATA=1."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_configure(config):
     from hypothesis import settings
 
+    gc.disable()
     # A busy machine is no failure. In CI the same examples every time.
     settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
     # For tests/prepare/test_fuzz.py: about a minute a test.
@@ -51,6 +53,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (places.get(item.path.name, len(places)), -slow[item.path]))
 
 
+def pytest_collection_finish():
+    """What was imported stays: to search its millions of objects for garbage takes seconds."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def _loggers_of_one_test():
     """What commands log goes to the streams of their test, which pytest closes after it."""
@@ -62,6 +70,32 @@ def _loggers_of_one_test():
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)
     setup_logger.cache_clear()  # which otherwise adds none again
+
+
+@pytest.fixture
+def real_plots():
+    """For tests that look at plots."""
+
+
+@pytest.fixture(autouse=True)
+def _blank_plots(request, monkeypatch):
+    """Plots are blank, as PNG, but in tests of reports, in slow ones and with `real_plots`: they
+    would take most of the time of an evaluation."""
+    is_slow = request.node.get_closest_marker("slow")
+    if request.path.parent.name == "report" or is_slow or "real_plots" in request.fixturenames:
+        return
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    draw = Figure.savefig
+
+    def savefig(figure, file, *, format, **options):
+        if format == "png":
+            Image.new("L", (8, 6)).save(file, format)
+        else:
+            draw(figure, file, format=format, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 def real_data(name):

@@ -60,7 +60,7 @@ def test_worked_example(two):
     assert compare_two(*two, iou_threshold=1)["f1"] == 100 * 2 / 8
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 10**6))
 def test_nobody_comes_first(random_case, seed):
     """Metrics are the same the other way round, whatever overlaps what, and 100 with oneself; where
@@ -291,7 +291,7 @@ def run(files, *options, annotators=("anna", "ben", "eva")):
     return json.loads((files / "out" / "agreement.json").read_text())
 
 
-def test_command_with_a_model(files, capsys):
+def test_command_with_a_model(files, capsys, real_plots):
     options = ("--dt", files / "dt.json", "--tau", 0.5, "--model-name", "net", "--images", files)
     document = run(files, *options)
     printed = capsys.readouterr().out

@@ -80,7 +80,7 @@ def binary(truth, predicted):
 @given(
     st.integers(0, 2**32), st.integers(2, 5), st.integers(5, 60), st.booleans(), st.integers(1, 4)
 )
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_metrics_are_those_of_scikit_learn(seed, classes, number, tied, cancers):
     labels, probability = random_case(seed, max(number, classes), classes, tied)
     names = [f"class {k}" for k in range(classes)]

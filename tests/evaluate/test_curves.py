@@ -215,7 +215,7 @@ def test_areas_of_tied_scores_are_those_of_all_orders(detections, missed):
     assert ranked.tied_areas() == pytest.approx((min(areas), max(areas)))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6))
 def test_ap_per_image_is_that_of_matterports_mask_rcnn(random_case, seed):
     """utils.compute_ap of detections from 0.7, mean over the images with a lesion. A raw score

@@ -82,7 +82,7 @@ def test_the_threshold_is_that_of_the_scores(case, tmp_path, capsys):
     assert again["meta"]["tau"] == 0.5 and again["paper"]["FP"] == metrics["paper"]["FP"] == 0
 
 
-def test_scores_results(case, tmp_path, capsys):
+def test_scores_results(case, tmp_path, capsys, real_plots):
     (gt, dt), out = case, tmp_path / "out"
     metrics = run(gt, dt, out, "--ci-all", "--seed", 3)
     assert table(metrics) == [1, 0, 1, 1]

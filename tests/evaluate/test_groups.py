@@ -15,7 +15,7 @@ from imrcnn_d2.evaluation.statistics import clopper_pearson
 from imrcnn_d2.evaluation.subgroups import UNKNOWN, By, group_values, parse_by, with_groups
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(seed=st.integers(0, 10**6), per_patient=st.booleans())
 def test_a_group_of_images_is_a_data_set_of_its_own(random_case, seed, per_patient):
     data, results = random_case(seed, num_images=8)

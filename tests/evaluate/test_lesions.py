@@ -370,7 +370,7 @@ def test_size_is_the_annotated_area(sizes):
     assert list(evaluate_lesions(data, results).by_size) == ["coco"]
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(seed=st.integers(0, 10**6))
 def test_thresholds_are_evaluations(random_case, seed):
     data, results = random_case(seed, num_images=4)

@@ -121,7 +121,7 @@ def write_csv(study, path, changes=()):
     return path
 
 
-def test_readers_are_better_with_ai(tmp_path, capsys):
+def test_readers_are_better_with_ai(tmp_path, capsys, real_plots):
     study = simulated(np.random.default_rng(1), readers=4, cases=60, effect=1.5)
     table = write_csv(study, tmp_path / "ratings.csv")
     model = tmp_path / "model"

@@ -62,8 +62,9 @@ SIZES = ((60, 80), (64, 64), (90, 64))
 TOLERANCES = {"fp32": (1e-4, 1e-2), "fp16": (0.02, 1), "bf16": (0.05, 2), "int8": (0.4, np.inf)}
 EXPORTED = [(name.name, precision) for name in EXPORTS.values() for precision in name.precisions]
 INT8 = ("openvino", "int8")
+RARE = [case for case in EXPORTED if case[1] in ("bf16", "int8")] + [("onnxruntime", None)]
 CASES = [
-    pytest.param(*case, marks=[pytest.mark.slow] if case[1] in ("bf16", "int8") else [])
+    pytest.param(*case, marks=[pytest.mark.slow] if case in RARE else [])
     for case in (*((runtime, None) for runtime in RUNTIMES), *EXPORTED)  # None: of a checkpoint
 ]
 

@@ -24,7 +24,7 @@ SIZE = 100
 
 def test_every_planted_fault_is_found(tmp_path):
     planted = Planted(tmp_path)
-    planted.plant_all(50)  # thresholds were chosen on Kvasir-SEG, not on synthetic images
+    planted.plant_all(25)  # thresholds were chosen on Kvasir-SEG, not on synthetic images
     audited = audit(read_entries("planted", planted.write(), planted.images))
     areas = ("files", "annotations", "leakage")
     assert dict(planted.faults).keys() == {k for k, kind in KINDS.items() if kind.area in areas}
