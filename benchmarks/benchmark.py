@@ -36,7 +36,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import backbones_benchmark
+import cv2
 import machine
+import numpy as np
 import peers_benchmark
 import torch
 from data_benchmark import compare_catalogs, compare_evaluations
@@ -50,6 +52,8 @@ from video_benchmark import measure_sizes
 
 from imrcnn_d2.cli import prepare_dataset
 from imrcnn_d2.data.catalog import prepared_folder
+from imrcnn_d2.data.endoscope_view import find_crop
+from imrcnn_d2.data.images import read_image
 from imrcnn_d2.data.prepare.splits import check_prepared
 from imrcnn_d2.deploy.loading import load_model
 from imrcnn_d2.engine.config import choose_device, load_training_config, register_root
@@ -106,6 +110,24 @@ def cold_start(short: bool) -> Rows:
     return compare_cold_starts("demo", test_images()[0], runs=1 if short else 3)
 
 
+def view(short: bool) -> Rows:
+    """The endoscope's view, found and cropped to, on one thread."""
+    cv2.setNumThreads(1)
+    images, rows = [read_image(path) for path in test_images()[: 10 if short else 50]], {}
+    for size in ((352, 352), (1920, 1080)):
+        times = []
+        for image in 3 * [cv2.resize(image, size) for image in images]:
+            start = time.perf_counter()
+            crop = find_crop(image)
+            times.append([time.perf_counter() - start] * 2)
+            if crop is not None:
+                crop.crop(image)
+            times[-1][1] = time.perf_counter() - start
+        found, cropped = 1000 * np.median(times, axis=0)
+        rows["{}x{}".format(*size)] = {"found, ms": found, "found and cropped, ms": cropped}
+    return rows
+
+
 def files(short: bool) -> Rows:
     if short:
         return compare_throughput("demo", test_images()[:12], ["OpenVINO"])
@@ -156,6 +178,7 @@ BENCHMARKS = {
         prediction,
         prediction_r50,
         cold_start,
+        view,
         files,
         training,
         evaluation,
@@ -175,14 +198,17 @@ def load(config_file: Path, opts: list[str], eval_only: bool = False) -> CfgNode
 
 
 def load_for_prediction(config_file: Path | None, weights: str, opts: list[str]) -> CfgNode:
-    """Without a config file, the config in the weights' file, else that of the light model."""
+    """Without a config file, the config in the weights' file, else that of the light model.
+    Whole frames: Detectron2 does not crop them.
+    """
     cfg = load(config_file or LITE, ["MODEL.DEVICE", "cpu", *opts], eval_only=True)
-    if config_file or not weights:
-        return cfg
-    datasets, cfg = cfg.DATASETS, load_model(None, weights, device="cpu").cfg.clone()
+    if weights and not config_file:
+        datasets, cfg = cfg.DATASETS, load_model(None, weights, device="cpu").cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_list(opts)
+        cfg.DATASETS = datasets
     cfg.defrost()
-    cfg.merge_from_list(opts)
-    cfg.DATASETS = datasets
+    cfg.INPUT.CROP_TO_VIEW = False
     return cfg
 
 

@@ -41,7 +41,7 @@ def describe() -> dict:
         "instructions": instructions,
         "cores": cores,
         "threads": count,
-        "memory, GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory, GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": {library: _version(package) for library, package in LIBRARIES.items()},
     }
