@@ -8,13 +8,12 @@ centre as many images of every class are taken, at random, so that a centre's eq
 of the class; centres that lack a class are left out.
 """
 
-import csv
 import random
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-from imrcnn_d2.utils.files import read_json
+from imrcnn_d2.utils.files import csv_text, read_json, write_atomically
 
 CLASSES = ("no polyp", "small polyp", "large polyp")
 LARGE = 0.05  # of the frame, all lesions together
@@ -38,10 +37,9 @@ def main(data: str, table: str) -> None:
         for label in CLASSES:
             images = sorted(groups[centre, label], key=lambda image: image["file_name"])
             for image in generator.sample(images, number):
-                fields = [image.get(field, "") for field in FIELDS]
-                rows.append([image["file_name"], label, *fields])
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file", "label", *FIELDS), *rows])
+                fields = {field: image.get(field) for field in FIELDS}
+                rows.append({"file": image["file_name"], "label": label, **fields})
+    write_atomically(Path(table), csv_text(rows, ("file", "label", *FIELDS)))
 
 
 if __name__ == "__main__":

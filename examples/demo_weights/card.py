@@ -14,12 +14,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.evaluation.detection.metrics import is_count
 from imrcnn_d2.evaluation.robustness import ROBUSTNESS
+from imrcnn_d2.report.html.page import template_environment
 from imrcnn_d2.report.tables import format_value, markdown_table
 from imrcnn_d2.utils.files import file_sha256, read_json, write_atomically
 from imrcnn_d2.utils.safe_loading import load_safetensors
@@ -212,13 +212,7 @@ def cell(groups: dict, name: str) -> str:
 
 def pages(recorded: dict) -> dict[Path, str]:
     """The text of each page by its file."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment(HERE, keep_trailing_newline=True)
     return {
         page: environment.get_template(template).render(records=Records(recorded))
         for template, page in PAGES.items()

@@ -9,7 +9,6 @@ The text is in results.md.j2; every value of the study comes from a record.
 import argparse
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import pandas as pd
 from analysis import ARMS, MARGINS, MINIMUM, PAIRS, PAPER, Study
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from records import ENDPOINTS, RECORDS
 
 from imrcnn_d2.evaluation.comparison import corrected_resampled_t_test
+from imrcnn_d2.report.html.page import template_environment
 from imrcnn_d2.report.names import PUBLISHED_TRAININGS, published_values
 from imrcnn_d2.report.plots.style import DOT, LEGEND, line_style, save_figure, tidy
 from imrcnn_d2.report.tables import format_value, markdown_table, p_text
@@ -160,11 +160,9 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def render(study: Study) -> str:
     """The page."""
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
+    environment = template_environment(HERE, keep_trailing_newline=True)
     rows = runs(study)
-    return environment.from_string((HERE / "results.md.j2").read_text(encoding="utf-8")).render(
+    return environment.get_template("results.md.j2").render(
         study=study,
         minimum=MINIMUM,
         number=number,

@@ -208,7 +208,7 @@ def _write_splits_and_annotations(
         for i, fold in enumerate(make_folds(items, options.folds, options.seed)):
             fold_info = {"fold": i, "folds": options.folds, **_fold_settings(settings)}
             write_splits(stage / "folds" / f"fold{i}.json", fold, fold_info)
-    contents = _write_split_files(stage, splits, {**settings, **options.sizes}, coco)
+    contents = write_split_files(stage, splits, {**settings, **options.sizes}, coco)
     if samples[0].label is not None:
         _check_classes(contents)
     return contents
@@ -240,7 +240,7 @@ def write_splits(path: Path, splits: Mapping[str, Sequence[str]], settings: dict
     _write_json(path, {**splits, **settings, "sha256": sha256(splits)}, indent=1)
 
 
-def _write_split_files(
+def write_split_files(
     folder: Path, splits: Mapping[str, Sequence[str]], settings: dict, coco: Mapping
 ) -> dict[str, dict]:
     """Write splits.json and the part of the COCO content of each split; return the parts."""
@@ -410,7 +410,7 @@ def write_folds(prepared: Path, folds: int | str) -> list[Path]:
             folder = stage / f"fold{i}" / prepared.name
             folder.mkdir(parents=True)
             (folder / "images").symlink_to(Path("..", "..", "..", prepared.name, "images"))
-            _write_split_files(folder, part, {**settings, **fact, "fold": i, "folds": count}, coco)
+            write_split_files(folder, part, {**settings, **fact, "fold": i, "folds": count}, coco)
             _copy_rejected(prepared, folder)
         if not out.exists():
             os.replace(stage, out)
@@ -502,7 +502,7 @@ def write_fixed_splits(
         replaced = (*SPLITS, "sha256", "fold", "folds")
         settings = {key: value for key, value in settings.items() if key not in replaced}
         settings |= {"split_by": "group", "fixed_from": sha256(old)}
-        _write_split_files(stage, new, settings, coco)
+        write_split_files(stage, new, settings, coco)
         listed = {"groups": groups, "pairs": list(pairs)}
         _write_json(stage / "near_duplicates.json", listed, indent=1)
         _copy_rejected(prepared, stage)

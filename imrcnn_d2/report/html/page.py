@@ -584,9 +584,10 @@ def svg_path(lines: list[np.ndarray], scale: float) -> str:
     return "".join(parts)
 
 
-def template_environment(**options) -> jinja2.Environment:
-    """Jinja with the templates of this package."""
-    loader = jinja2.PackageLoader("imrcnn_d2.report.html")
+def template_environment(folder: Path | None = None, **options) -> jinja2.Environment:
+    """Jinja with the templates of this package, or of a folder."""
+    package = jinja2.PackageLoader("imrcnn_d2.report.html")
+    loader = jinja2.FileSystemLoader(folder) if folder else package
     options |= {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     return jinja2.Environment(loader=loader, **options)
 
