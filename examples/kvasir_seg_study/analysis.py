@@ -1,8 +1,10 @@
 """The analysis that PROTOCOL.md registers, on records."""
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from scipy import stats
 from imrcnn_d2.evaluation.comparison import (
     Difference,
     difference_by_t,
+    difference_from_parts,
     equivalence,
     fold_difference,
     holm,
@@ -126,12 +129,25 @@ class Test:
         return power_of_equivalence(self.difference.se, self.difference.df, margin)
 
 
+def resampled_means(records: list[Record], bootstrap_seed: int = 0) -> dict[str, np.ndarray]:
+    """Endpoint -> (B,) means over records of runs on the same images."""
+    bootstrap = Bootstrap(seed=bootstrap_seed)
+    values = [resampled_metrics(record.metrics, bootstrap) for record in records]
+    return {
+        endpoint: np.mean([run[group][key] for run in values], axis=0)
+        for endpoint, (group, key) in ENDPOINTS.items()
+    }
+
+
 class Study:
-    """The records in a folder: CONFIG/foldK_seedS.json.gz, and length/ with longer trainings.
+    """The records in a folder: CONFIG/foldK_seedS.json.gz; length/ with longer trainings,
+    polypgen/ with the runs of fold 0 in other hospitals, placement/ with attention elsewhere.
 
     Attributes:
         records: by config, in the order of ARMS, fold and seed.
         longer: of the longer trainings, by config.
+        hospitals: by centre and config, of each seed.
+        placements: by where attention is, of each seed.
     """
 
     def __init__(self, folder: Path):
@@ -143,11 +159,22 @@ class Study:
         self.records = records
         paths = (folder / "length").glob("*/fold0_seed0.json.gz")
         self.longer = {path.parent.name: Record.read(path) for path in sorted(paths)}
-        states = [r.content["git"] for r in (*records.values(), *self.longer.values())]
+        self.hospitals, self.placements = defaultdict(dict), {}
+        for config in ARMS:
+            for path in sorted((folder / "polypgen" / config).glob("*_seed*.json.gz")):
+                record = Record.read(path)
+                self.hospitals[record.content["centre"]].setdefault(config, []).append(record)
+        for path in sorted((folder / "placement").glob("*/imrcnn_lite/fold0_seed*.json.gz")):
+            self.placements.setdefault(path.parts[-3], []).append(Record.read(path))
+        more = [*self.placements.values()]
+        more += [runs for configs in self.hospitals.values() for runs in configs.values()]
+        everything = chain(records.values(), self.longer.values(), *more)
+        states = [record.content["git"] for record in everything]
         if len({str(state) for state in states}) > 1 or any(state["dirty"] for state in states):
             raise ValueError(f"{folder}: runs of several commits, or of changed files: {states}")
         self._values = cache(lambda *key: self.records[key].values)
         self._resampled = cache(self._resample)
+        self._in_hospital = cache(lambda *key: resampled_means(self.hospitals[key[0]][key[1]]))
 
     @property
     def paper_runs(self) -> int:
@@ -184,12 +211,7 @@ class Study:
 
     def _resample(self, arm, fold, seeds):
         """{endpoint: (B,) means over the seeds}; the same resamples for all arms."""
-        runs = [self.records[arm, fold, seed].metrics for seed in range(seeds)]
-        values = [resampled_metrics(metrics, Bootstrap(seed=fold)) for metrics in runs]
-        return {
-            endpoint: np.mean([run[group][key] for run in values], axis=0)
-            for endpoint, (group, key) in ENDPOINTS.items()
-        }
+        return resampled_means([self.records[arm, fold, seed] for seed in range(seeds)], fold)
 
     def se_images(self, first, second, endpoint, folds=range(FOLDS), seeds=None) -> float:
         """Standard error of the difference over clusters of images, which are resampled within
@@ -269,3 +291,19 @@ class Study:
             )
             gains.append(float(np.subtract(*last)))
         return float(np.mean(gains))
+
+    def in_hospital(self, centre: str, first: str, second: str, endpoint: str) -> Difference:
+        """Of two arms with several seeds each, trained on fold 0, in a hospital of PolypGen."""
+        runs = [self.hospitals[centre][arm] for arm in (first, second)]
+        values = [[record.values[endpoint] for record in records] for records in runs]
+        pair = (self._in_hospital(centre, arm)[endpoint] for arm in (first, second))
+        samples, units = np.subtract(*pair), runs[0][0].metrics.num_units
+        samples = samples[np.isfinite(samples)]
+        return difference_from_parts(
+            np.mean(values[0]) - np.mean(values[1]),
+            bootstrap_se(samples, units),
+            units,
+            tuple(np.std(v, ddof=1) for v in values),
+            tuple(map(len, values)),
+            resamples=len(samples),
+        )

@@ -7,6 +7,8 @@ It holds what was trained and with what, the curves, and each detection on the t
 score, area and box of the mask, IoU with each lesion. A record is written to
 runs/CONFIG/foldK_seedS.json.gz next to this script, or under --output; the same run gives the same
 bytes. The record of a run without test images, such as one of another length, ends with its curves.
+With --validation, a folder that imrcnn validate wrote for this run's weights, there is one record
+per centre, CONFIG/CENTRE_seedS.json.gz, with the centre's images in place of the test images.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from imrcnn_d2.evaluation.detection.matching import overlaps
 from imrcnn_d2.evaluation.detection.metrics import CURVE_IOU, DetectionMetrics
 from imrcnn_d2.evaluation.detection.operating_point import PAPER_TAU
 from imrcnn_d2.evaluation.output import RESULTS, read_metrics, read_run_record
-from imrcnn_d2.utils.files import BadInputError, file_sha256, write_atomically
+from imrcnn_d2.utils.files import BadInputError, file_sha256, read_json, write_atomically
 
 RECORDS = Path(__file__).parent / "runs"
 MOST_BYTES = 100_000
@@ -63,8 +65,8 @@ class Record:
 
     @cached_property
     def metrics(self) -> DetectionMetrics:
-        """Those of masks, ``lesion`` at tau_val; units are clusters of near-duplicates. Metrics of
-        boxes are approximate: a record has them to a tenth of a pixel."""
+        """Those of masks, ``lesion`` at tau_val; units are clusters of near-duplicates, or
+        sequences. Metrics of boxes are approximate: a record has them to a tenth of a pixel."""
         images, annotations, records, ious = [], [], [], []
         for number, image in enumerate(self.content["images"]):
             facts = {"file_name": image["file_name"], "sequence_id": image["group"]}
@@ -96,14 +98,7 @@ def make_record(run: Path) -> dict:
     Raises:
         ValueError: it is not finished, or its test has no operating point, or other annotations.
     """
-    facts = read_run_record(run / "run.json")
-    if not facts["finished"]:
-        raise ValueError(f"{run} is not finished: the same training goes on with --resume")
-    record = {key: facts[key] for key in _KEPT.split()}
-    record["fold"] = facts["fold"] and facts["fold"]["index"]
-    data_sets = facts["datasets"].items()
-    record["train_images"] = sum(d["images"] for name, d in data_sets if name.endswith("_train"))
-    record["curves"] = _curves(run / "metrics.json")
+    record = _training(run)
     tests = sorted(run.glob("inference/*_test/metrics.json"))
     if not tests:
         return {**record, "images": None}
@@ -113,22 +108,65 @@ def make_record(run: Path) -> dict:
         raise ValueError(f"{tests[0]} has no tau_val: no threshold was chosen on validation images")
     if file_sha256(meta["gt"]) != meta["gt_sha256"]:
         raise ValueError(f"{meta['gt']} was changed after {run} was tested")
-    groups = {**metrics, "lesion": metrics["tau_val"]["lesion"]}
     return {
         **record,
         "gt_sha256": meta["gt_sha256"],
         "score_map": meta.get("score_map"),
         "operating_point": vars(point),
-        "metrics": {name: groups[group][key] for name, (group, key) in ENDPOINTS.items()},
+        "metrics": _endpoints({**metrics, "lesion": metrics["tau_val"]["lesion"]}),
         "images": _images(Path(meta["gt"]), tests[0].with_name(RESULTS)),
     }
 
 
-def _images(truth, results):
+def validation_records(run: Path, folder: Path) -> dict[str, dict]:
+    """The record of each centre of what imrcnn validate wrote to a folder.
+
+    Raises:
+        ValueError: the run is not finished, or the validation is of other weights.
+    """
+    record, metrics = _training(run), read_metrics(folder / "metrics.json")
+    predictions, coco = metrics["meta"]["predictions"], read_json(folder / "ground_truth.json")
+    if predictions["config_sha256"] != record["config_sha256"]:
+        raise ValueError(f"{folder} has predictions of another config than {run}")
+    records = {}
+    for centre, groups in metrics["by_group"]["centre"]["groups"].items():
+        images = [image for image in coco["images"] if image["centre"] == centre]
+        ids = {image["id"] for image in images}
+        annotations = [a for a in coco["annotations"] if a["image_id"] in ids]
+        truth = {**coco, "images": images, "annotations": annotations}
+        records[centre] = {
+            **record,
+            "centre": centre,
+            "score_map": predictions["score_map"],
+            "operating_point": {"tau": metrics["meta"]["tau"]},
+            "metrics": _endpoints(groups),
+            "images": _images(truth, folder / "predictions/predictions.json", part=True),
+        }
+    return records
+
+
+def _training(run):
+    """What was trained and with what, and the curves."""
+    facts = read_run_record(run / "run.json")
+    if not facts["finished"]:
+        raise ValueError(f"{run} is not finished: the same training goes on with --resume")
+    record = {key: facts[key] for key in _KEPT.split()}
+    record["fold"] = facts["fold"] and facts["fold"]["index"]
+    data_sets = facts["datasets"].items()
+    record["train_images"] = sum(d["images"] for name, d in data_sets if name.endswith("_train"))
+    return {**record, "curves": _curves(run / "metrics.json")}
+
+
+def _endpoints(groups):
+    return {name: groups[group][key] for name, (group, key) in ENDPOINTS.items()}
+
+
+def _images(truth, results, part=False):
     """Per image its name, size and group, its lesions as [area, x, y, width, height] and its
-    detections as [raw score, area, x, y, width, height, IoU with each lesion]."""
+    detections as [raw score, area, x, y, width, height, IoU with each lesion]. With `part` results
+    of other images are left out."""
     gt = read_ground_truth(truth)
-    detections = read_results(results, gt)
+    detections = read_results(results, gt, ignore_extra_images=part)
     pairs = overlaps(gt, detections, "segm")
     areas = mask_areas(detections.regions.masks).tolist()
     boxes = np.round(detections.regions.boxes, 1).tolist()
@@ -136,7 +174,7 @@ def _images(truth, results):
         {
             "file_name": image["file_name"],
             "size": [image["width"], image["height"]],
-            "group": image.get("group_id"),
+            "group": image.get("group_id", image.get("sequence_id")),
             "lesions": [],
             "detections": [],
         }
@@ -197,12 +235,18 @@ def main(argv=None):
     )
     parser.add_argument("run", type=Path, help="OUTPUT_DIR: .../CONFIG/seedS/foldK")
     parser.add_argument("--output", type=Path, default=RECORDS, help="folder of the records")
+    parser.add_argument("--validation", type=Path, help="folder of imrcnn validate")
     args = parser.parse_args(argv)
-    record = make_record(args.run)
+    if args.validation:
+        records = validation_records(args.run, args.validation)
+    else:
+        record = make_record(args.run)
+        records = {f"fold{record['fold']}": record}
     config = args.run.resolve().parents[1].name
-    path = args.output / config / f"fold{record['fold']}_seed{record['seed']}.json.gz"
-    write_record(record, path)
-    print(f"{path}: {path.stat().st_size:,} bytes")
+    for name, record in records.items():
+        path = args.output / config / f"{name}_seed{record['seed']}.json.gz"
+        write_record(record, path)
+        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,40 @@ def arms(study: Study) -> str:
     return markdown_table(pd.DataFrame(rows))
 
 
+def over_seeds(records, endpoint: str) -> str:
+    values = [record.values[endpoint] for record in records]
+    return format_value("", np.mean(values), sd=np.std(values, ddof=1))
+
+
+def hospitals(study: Study) -> str:
+    """Arms trained on fold 0 in the hospitals of PolypGen, those with two seeds or more."""
+    rows = []
+    for endpoint in ("AP50_voc", "F1"):
+        for centre, runs in study.hospitals.items():
+            arms = [arm for arm in ARMS if len(runs.get(arm, ())) > 1]
+            row = {"metric": endpoint, "centre": centre}
+            row |= {ARMS[arm]: over_seeds(runs[arm], endpoint) for arm in arms}
+            for pair in PAIRS:
+                if {*pair} <= {*arms}:
+                    name = " − ".join(ARMS[arm] for arm in pair)
+                    row[name] = interval(study.in_hospital(centre, *pair, endpoint))
+            rows.append(row)
+    return markdown_table(pd.DataFrame(rows).fillna(""), 2)
+
+
+def placements(study: Study) -> str:
+    """IMR-CNN of fold 0 by where its attention is, those with two seeds or more."""
+    ours = [r for (arm, fold, _), r in study.records.items() if (arm, fold) == ("imrcnn_lite", 0)]
+    places = {"bottom_up (the paper's)": ours, **study.placements}
+    rows = [
+        {"attention before": place, "trainings": len(runs)}
+        | {endpoint: over_seeds(runs, endpoint) for endpoint in ENDPOINTS}
+        for place, runs in places.items()
+        if len(runs) > 1
+    ]
+    return markdown_table(pd.DataFrame(rows))
+
+
 def as_table_5(study: Study) -> str:
     """The paper's Table 5 and, of a complete study, the mean of each arm's runs read likewise."""
     published = {
@@ -173,6 +207,8 @@ def render(study: Study) -> str:
         runs=markdown_table(pd.DataFrame(rows), 1) if rows else "",
         table_4=as_table_4(),
         table_5=as_table_5(study),
+        hospitals=hospitals(study) if study.hospitals and study.complete else "",
+        placements=placements(study) if study.placements and study.complete else "",
         **{f.__name__: f(study) for f in (claims, margins, components, arms) if study.complete},
     )
 

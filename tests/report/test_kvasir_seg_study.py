@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import sys
 from itertools import product
 from pathlib import Path
@@ -16,8 +17,11 @@ from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
+from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.calibration import ScoreMap
 from imrcnn_d2.evaluation.comparison import difference_by_t
+from imrcnn_d2.evaluation.output import RESULTS, write_results
+from imrcnn_d2.evaluation.subgroups import By, with_groups
 from imrcnn_d2.utils.files import BadInputError, csv_text
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "kvasir_seg_study"
@@ -97,11 +101,58 @@ def test_a_record_gives_the_metrics_of_the_run(records, write_gt, write_run, tmp
     assert path.read_bytes() == packed
 
 
-def test_images_of_a_group_are_one_unit(records, write_gt, write_run, tmp_path):
+CENTRES = {"C1": slice(0, 14), "C2": slice(14, 40)}
+
+
+def validated(run, gt, detections):
+    """What imrcnn validate writes for a run, of images in two centres."""
+    content = json.loads(gt.read_text())
+    for name, part in CENTRES.items():
+        for image in content["images"][part]:
+            image["centre"] = name
+    folder = run / "hospitals"
+    results = evaluate_lesions(content, detections, tau=0.6)
+    facts = json.loads((run / "run.json").read_text())
+    predictions = {"config_sha256": facts["config_sha256"], "score_map": None}
+    write_results(with_groups(results, [By("centre")]), folder, predictions=predictions)
+    (folder / "ground_truth.json").write_text(json.dumps(content))
+    (folder / "predictions").mkdir()
+    (folder / "predictions" / "predictions.json").write_text(json.dumps(detections))
+    return folder
+
+
+def test_a_record_of_another_hospital(records, write_gt, write_run, tmp_path):
+    """Each centre has the metrics of its images alone."""
+    gt = write_gt(tmp_path / "hospitals.json", images=40)
+    run = finished_run(write_run, gt, "mrcnn_lite", 0, 2)
+    detections = json.loads((run / "inference/kvasir_seg_test" / RESULTS).read_text())
+    folder = validated(run, gt, detections)
+    records.main([str(run), "--output", str(tmp_path), "--validation", str(folder)])
+    content = json.loads(gt.read_text())
+    for centre, part in CENTRES.items():
+        images = content["images"][part]
+        ids = {image["id"] for image in images}
+        annotations = [a for a in content["annotations"] if a["image_id"] in ids]
+        truth = {**content, "images": images, "annotations": annotations}
+        inside = [d for d in detections if d["image_id"] in ids]
+        expected = evaluate_lesions(truth, inside, tau=0.6).groups()
+        record = records.Record.read(tmp_path / "mrcnn_lite" / f"{centre}_seed2.json.gz")
+        assert record.content["centre"] == centre and record.metrics.num_units == len(images)
+        for name, (group, key) in records.ENDPOINTS.items():
+            assert record.values[name] == pytest.approx(expected[group][key], abs=1e-4), name
+        assert record.content["metrics"] == pytest.approx(record.values, abs=1e-4)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "config_sha256": "other"}))
+    with pytest.raises(ValueError, match="hospitals"):
+        records.validation_records(run, folder)
+
+
+@pytest.mark.parametrize("column", ["group_id", "sequence_id"])
+def test_images_of_a_group_are_one_unit(records, column, write_gt, write_run, tmp_path):
     gt = write_gt(tmp_path / "test.json", images=12)
     content = json.loads(gt.read_text())
     for image in content["images"][:3]:
-        image["group_id"] = 7
+        image[column] = "7"
     gt.write_text(json.dumps(content))
     run = finished_run(write_run, gt, "mrcnn_lite", 0, 0)
     assert records.Record(records.make_record(run)).metrics.num_units == 10
@@ -312,6 +363,35 @@ def test_an_incomplete_study_says_nothing_of_the_arms(results, analysis, folder,
     assert "**Undecided: 27 of 30 runs.**" in text and "## Claims" not in text
     before = text.partition("## The earlier study")[0].partition("## What the paper's")[0]
     assert not re.search(r"\bp\b|\[−?\d", before)
+
+
+def test_exploratory_parts_of_the_page(results, records, analysis, folder, tmp_path):
+    """Fold 0 in two hospitals, here its own test images, and two trainings of another placement."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for arm, seed in product(SKILLS, range(3)):
+        content = records.Record.read(folder / arm / f"fold0_seed{seed}.json.gz").content
+        for centre in ("C1", "C2"):
+            path = tmp_path / "polypgen" / arm / f"{centre}_seed{seed}.json.gz"
+            records.write_record({**content, "centre": centre}, path)
+    for seed in range(2):
+        name = f"fold0_seed{seed}.json.gz"
+        path = tmp_path / "placement" / "backbone" / "imrcnn_lite" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / "mrcnn_lite" / name, path)
+    study = analysis.Study(tmp_path)
+    text = results.render(study)
+    arms = "imrcnn_lite", "mrcnn_lite"
+    values = [[study.records[a, 0, s].values["F1"] for s in range(3)] for a in arms]
+    difference = study.in_hospital("C2", *arms, "F1")
+    assert difference.estimate == pytest.approx(np.mean(values[0]) - np.mean(values[1]))
+    se = study.se_images(*arms, "F1", folds=[0], seeds=3)
+    variance = se**2 + sum(np.var(v, ddof=1) / 3 for v in values)
+    assert difference.se == pytest.approx(math.sqrt(variance))
+    row = next(line for line in text.splitlines() if line.startswith("| F1") and "C2" in line)
+    assert results.interval(difference) in row
+    row = next(line for line in text.splitlines() if line.startswith("| backbone"))
+    values = [study.records["mrcnn_lite", 0, s].values["AP50_voc"] for s in range(2)]
+    assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in row
 
 
 def test_runs_of_two_commits_are_no_study(records, analysis, folder, tmp_path):
