@@ -9,16 +9,22 @@ Evaluations whose files are not in the folder of runs stay as they were recorded
 """
 
 import json
+import math
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 
 from imrcnn_d2.data.distortions import DISTORTIONS
+from imrcnn_d2.evaluation import evaluate_lesions
+from imrcnn_d2.evaluation.comparison import ModelMetrics, model_figures, paired_difference
 from imrcnn_d2.evaluation.detection.metrics import is_count
 from imrcnn_d2.evaluation.robustness import ROBUSTNESS
+from imrcnn_d2.evaluation.statistics import Bootstrap
+from imrcnn_d2.evaluation.subgroups import By, with_groups
 from imrcnn_d2.report.html.page import template_environment
 from imrcnn_d2.report.tables import format_value, markdown_table
 from imrcnn_d2.utils.files import file_sha256, read_json, write_atomically
@@ -45,12 +51,12 @@ ROBUSTNESS_OF = {"robustness": "robustness/demo", "robustness, earlier": "robust
 GROUPS = ("segm", "lesion", "image", "calibration", "calibration_raw")
 KEYS = "AP50 AP50_voc AP precision recall f1 iou miou specificity ece brier TP FP FN TN".split()
 NAMES = {"kvasir_seg": "Kvasir-SEG"}
-# Label -> group, key and the sign of what is better.
+# Metrics whose difference is tested: label -> group and key. More is better.
 COMPARED = {
-    "AP50": ("segm", "AP50", 1),
-    "precision": ("lesion", "precision", 1),
-    "recall": ("lesion", "recall", 1),
-    "ECE": ("calibration", "ece", -1),
+    "AP50": ("segm", "AP50"),
+    "precision": ("lesion", "precision"),
+    "recall": ("lesion", "recall"),
+    "silent": ("image", "specificity"),
 }
 
 
@@ -76,6 +82,27 @@ def recorded_evaluation(path: Path) -> dict:
     }
 
 
+def figures_in(centre: str, folder: Path) -> ModelMetrics:
+    """Metrics at 0.5 on the images of a centre, of the predictions of imrcnn validate."""
+    predictions = folder / "predictions/predictions.json"
+    results = evaluate_lesions(folder / "ground_truth.json", predictions, tau=0.5)
+    group = with_groups(results, [By("centre")]).by_group["centre"].groups[centre]
+    return model_figures([group.results], Bootstrap())
+
+
+def differences(centre: str, runs: Path) -> dict[str, list[float | None]]:
+    """Label -> what leave-one-centre-out has in a centre above the weights before, and the interval
+    of this by a bootstrap of pairs, None where it is undefined."""
+    ours = figures_in(centre, runs / f"leave_out/{centre}/validation")
+    theirs = figures_in(centre, runs / "earlier")
+    ret = {}
+    for label, name in COMPARED.items():
+        pair = paired_difference(ours, theirs, *name)
+        limits = (None if math.isnan(x) else x for x in (pair.low, pair.high))
+        ret[label] = [pair.estimate, *limits]
+    return ret
+
+
 def images_of(data: Path) -> list[dict]:
     """Number of images by split and centre."""
     rows = []
@@ -96,6 +123,11 @@ def record(runs: Path, data: Path) -> dict:
     for name, folder in EVALUATIONS.items():
         if (path := runs / folder / "metrics.json").is_file():
             recorded[name] = recorded_evaluation(path)
+    for centre in CENTRES:
+        if (path := runs / "leave_out" / centre / "run.json").is_file():
+            recorded[f"without {centre}"]["iterations"] = read_json(path)["iterations"]
+    if (runs / "earlier").is_dir():
+        recorded["differences"] = {centre: differences(centre, runs) for centre in CENTRES[:-1]}
     for name, folder in ROBUSTNESS_OF.items():
         if (path := runs / folder / ROBUSTNESS).is_file():
             document = read_json(path)
@@ -134,18 +166,36 @@ class Records:
         score of 0.5 or, with "", at the models' own thresholds."""
         return {NAMES.get(c, c): self[f"without {c}{at}"]["groups"]["all"] for c in CENTRES}
 
-    def worse(self, at=", at 0.5"):
-        """Where models of leave-one-centre-out are worse than the weights before, which did not see
-        these centres either, such as "ECE in C1 (+0.3)"."""
-        worse = []
-        for centre in CENTRES[:-1]:
-            ours = self[f"without {centre}{at}"]["groups"]["all"]
-            theirs = self[f"earlier{at}"]["groups"][centre]
-            for label, (group, key, sign) in COMPARED.items():
-                change = round(ours[group][key] - theirs[group][key], 1)
-                if sign * change < 0:
-                    worse.append(f"{label} in {centre} ({change:+.1f})".replace("-", "−"))
-        return worse
+    def differences(self):
+        """What leave-one-centre-out has above the weights before, which did not see these centres
+        either, as a table with intervals."""
+        cells = []
+        for centre, labels in self["differences"].items():
+            texts = {
+                label: format_value(label, value, None if None in interval else interval)
+                for label, (value, *interval) in labels.items()
+            }
+            cells.append({"": centre, **texts})
+        return markdown_table(pd.DataFrame(cells))
+
+    def changed(self, sign, beyond_chance=False):
+        """What is more (sign 1) or less (-1) than with the weights before, such as "recall in C1":
+        by its value or, with `beyond_chance`, by the whole interval."""
+        return [
+            f"{label} in {centre}"
+            for centre, labels in self["differences"].items()
+            for label, (value, *ends) in labels.items()
+            if all(x is not None and sign * x > 0 for x in (ends if beyond_chance else [value]))
+        ]
+
+    def higher_ece(self):
+        """Centres in which leave-one-centre-out has a higher ECE than the weights before."""
+        before, ece = self["earlier, at 0.5"]["groups"], lambda groups: groups["calibration"]["ece"]
+        return [
+            c
+            for c, groups in self.left_out().items()
+            if c in before and ece(groups) > ece(before[c])
+        ]
 
     def value(self, name, metric):
         """A metric of all images of an evaluation, with its interval."""
@@ -178,18 +228,22 @@ class Records:
         return markdown_table(pd.DataFrame([{"": k, **v} for k, v in cells.items()]))
 
     def trials(self):
-        """trials.csv as a table."""
-        table = pd.read_csv(TRIALS)
-        texts = {
-            name: [format_value(name, value).replace("n/a", "–") for value in table[name]]
-            for name in table.columns
-            if table[name].dtype == float
-        }
-        return markdown_table(table.assign(**texts).astype(str).drop(columns="options"), 3)
+        """Of trials.csv all sources together, and between what limits 95 % of further trainings of
+        the recipe are expected, by its seeds and Student's t."""
+        table = pd.read_csv(TRIALS).query("source == 'all'").drop(columns=["source", "options"])
+        metrics = table.columns.drop(["trial", "iterations"])
+        seeds = table[table.trial.str.match(r"recipe_\d")][metrics]
+        half = stats.t.ppf(0.975, len(seeds) - 1) * seeds.std() * math.sqrt(1 + 1 / len(seeds))
+        low, high = ((seeds.mean() + sign * half).clip(0, 100) for sign in (-1, 1))
+        texts = {k: [format_value(k, value) for value in table[k]] for k in metrics}
+        limits = {k: f"{low[k]:.1f} to {high[k]:.1f}" for k in metrics}
+        expected = {"trial": "recipe, 95 % of trainings", "iterations": "", **limits}
+        cells = table.astype({"iterations": str}).assign(**texts)
+        return markdown_table(pd.concat([cells, pd.DataFrame([expected])]), 1)
 
     def not_run(self):
         """Trials that the Makefile has and trials.csv lacks."""
-        names = re.findall(r"call trial,([a-z_]+)", (HERE / "Makefile").read_text("utf-8"))
+        names = re.findall(r"call trial,([a-z_\d]+),", (HERE / "Makefile").read_text("utf-8"))
         return [name for name in names if name not in self.options()]
 
     def options(self):

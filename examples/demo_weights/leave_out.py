@@ -10,6 +10,7 @@ folders are OUT/others, with train and val, and OUT/CENTRE, all of it test, for 
 import sys
 from pathlib import Path
 
+from imrcnn_d2.data.images import link_or_copy
 from imrcnn_d2.data.prepare.data_set import write_split_files
 from imrcnn_d2.utils.files import read_json, staged
 
@@ -30,8 +31,10 @@ def main(sources: Path, centre: str, out: Path) -> None:
             coco = {**contents["train"], "images": [image for _, image in chosen]}
             coco["annotations"] = [a for a in annotations if a["image_id"] in ids]
             folder = stage / name
-            folder.mkdir()
-            (folder / "images").symlink_to((sources / "images").resolve())
+            for _, image in chosen:
+                target = folder / "images" / image["file_name"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(sources / "images" / image["file_name"], target)
             write_split_files(folder, splits, {"split_by": "centre"}, coco)
         stage.rename(out)
 

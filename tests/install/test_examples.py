@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from imrcnn_d2.data.prepare.metadata import read_table
 from imrcnn_d2.engine import Trainer
 from imrcnn_d2.evaluation import LesionEvaluator
 from imrcnn_d2.modeling import PAFPN, TimmBackbone
+from imrcnn_d2.utils.files import leads_out
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RETINANET = EXAMPLES / "retinanet" / "retinanet_R_50_PAFPN.yaml"
@@ -154,3 +156,33 @@ def test_the_classes_say_nothing_of_the_centre(tmp_path):
     assert {row["file"] for row in rows if row["label"] == "large polyp"} == {
         *("A/5.jpg", "A/6.jpg", "B/2.jpg")
     }
+
+
+def test_a_centre_is_left_out(prepared, tmp_path):
+    """Its images of training and validation become a test set, and no test image is seen."""
+    sources, out = tmp_path / "sources", tmp_path / "without" / "A"
+    shutil.copytree(prepared, sources)
+    expected = {}
+    for path in sorted((sources / "annotations").glob("*.json")):
+        coco = json.loads(path.read_text())
+        for image in coco["images"]:
+            image["centre"] = "AB"[image["id"] % 2]
+        path.write_text(json.dumps(coco))
+        expected[path.stem] = {i["file_name"]: i["centre"] for i in coco["images"]}
+    out.parent.mkdir()
+    example("demo_weights/leave_out.py").main(sources, "A", out)
+
+    def images(folder, split):
+        coco = json.loads((out / folder / "annotations" / f"{split}.json").read_text())
+        names = {image["file_name"] for image in coco["images"]}
+        paths = [out / folder / "images" / name for name in names]
+        assert all(path.is_file() for path in paths)
+        assert not any(leads_out(out, path) for path in paths)  # which commands refuse
+        return names
+
+    for split in ("train", "val"):
+        others = {name for name, centre in expected[split].items() if centre == "B"}
+        assert images("others", split) == others and others
+    left_out = {n for s in ("train", "val") for n, c in expected[s].items() if c == "A"}
+    assert images("A", "test") == left_out and left_out
+    assert not images("others", "test")
