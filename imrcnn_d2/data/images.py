@@ -106,15 +106,14 @@ def _check_scans(name: str | Path, file: BinaryIO) -> None:
         )
 
 
-def open_image(
-    file: Path | BinaryIO, formats: Sequence[str] = IMAGE_FORMATS, name: str | Path = "image"
-) -> Image.Image:
-    """Open an image, of a path or of bytes that errors call `name`, without decoding it.
+def open_image(file: Path | BinaryIO, formats: Sequence[str] = IMAGE_FORMATS) -> Image.Image:
+    """Open an image, of a path or of bytes that errors call "image", without decoding it.
 
     Raises:
         FileNotFoundError: there is none.
         BadInputError: it is no regular file, of none of the formats, damaged, or too large.
     """
+    name: str | Path = "image"
     if isinstance(file, Path):
         file.stat()
         name = image_file(file)

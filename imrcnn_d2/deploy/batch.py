@@ -622,7 +622,7 @@ def predict_files(
     if "masks" in save and not predictor.has_masks:
         raise ValueError(f"{predictor.metadata['model']} gives no masks")
     output = Path(output)
-    leave_out = [Path(output) / kind for kind in outputs.OUTPUTS]
+    leave_out = [output / kind for kind in outputs.OUTPUTS]
     root, sources = find_inputs(inputs, leave_out=leave_out, follow_links=follow_links)
     run = run_record(predictor, root, save)
     with contextlib.closing(Journal(output, run, outputs.OUTPUTS)) as journal:

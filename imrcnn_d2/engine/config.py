@@ -185,7 +185,7 @@ def load_training_config(
         )
     key = Task.of(cfg).num_classes_key(cfg)
     splits_of_root = {name for split in _split_names(cfg.DATASETS.ROOT).values() for name in split}
-    if key and key not in opts[::2] and splits_of_root.issuperset(names):
+    if key and key not in given and splits_of_root.issuperset(names):
         if classes := read_classes(cfg.DATASETS.ROOT):
             cfg.merge_from_list([key, len(classes)])
     return cfg

@@ -25,8 +25,8 @@ LIGHT, LARGE = "imrcnn_lite.yaml", "imrcnn_R_50.yaml"
 # Epochs, and how many images a training sees at least and at most, from weights of other images
 # and from weights of lesions.
 TRAINING, FINE_TUNING = (50, 12_000, 500_000), (10, 1_000, 100_000)
-# GiB of a training: what is there without images, of a megapixel of image and of an image's
-# regions. From the table in docs/scaling.md; a step that is measured replaces it.
+# GiB of a training (of the ResNet with FREEZE_AT 2): what is there without images, of a megapixel
+# of image and of an image's regions. A step that is measured replaces it.
 GIB = {LARGE: (2.5, 0.66, 0.25), LIGHT: (1.5, 0.7, 0.1)}
 
 
@@ -291,25 +291,23 @@ def schedule(f: Facts, c: Chosen) -> Entries:
             f"{SHORTEST * f.step_seconds / 3600 / TRAINING_SHARE:.2g}"
         )
 
-    unit, total = "epochs", math.floor(epochs)
-    if total >= FEWEST_EPOCHS:
+    if (total := math.floor(epochs)) >= FEWEST_EPOCHS:
         iterations = round(total * per_epoch)
+        unit, key, length = "epochs", "SOLVER.MAX_EPOCHS", f"{iterations:,} iterations"
+    else:
+        total = iterations
+        unit, key, length = "iterations", "SOLVER.MAX_ITER", f"{epochs:.2g} epochs"
+        yield "SOLVER.MAX_EPOCHS", 0, f"fewer than {FEWEST_EPOCHS} epochs are counted in iterations"
     if f.step_seconds:
         hours = iterations * f.step_seconds / 3600
         why += f"; {f.step_seconds:g} s an iteration make {hours:.2g} hours, without validation"
-    if total >= FEWEST_EPOCHS:
-        yield "SOLVER.MAX_EPOCHS", total, f"{iterations:,} iterations: {why}"
-    else:
-        unit, total = "iterations", iterations
-        short = f"fewer than {FEWEST_EPOCHS} epochs are counted in iterations"
-        yield "SOLVER.MAX_EPOCHS", 0, short
-        yield "SOLVER.MAX_ITER", iterations, f"{epochs:.2g} epochs: {why}"
+    yield key, total, f"{length}: {why}"
 
-    warmup = min(50 if f.light else 200, iterations // 10)
-    value = warmup if unit == "iterations" else max(1, round(warmup / per_epoch))
-    length = f", {math.ceil(value * per_epoch):,} iterations," if unit == "epochs" else ""
-    why = f"{unit}{length} of warm-up: at most a tenth of all"
-    yield "SOLVER.WARMUP_ITERS", value, why
+    warmup, length = min(50 if f.light else 200, iterations // 10), ""
+    if unit == "epochs":
+        warmup = max(1, round(warmup / per_epoch))
+        length = f", {math.ceil(warmup * per_epoch):,} iterations,"
+    yield "SOLVER.WARMUP_ITERS", warmup, f"{unit}{length} of warm-up: at most a tenth of all"
 
     longer = (n for n in (1000, 500, 200) if n <= iterations / 20)
     horizon = next(longer, min(100, max(iterations // 10, 2)))

@@ -5,7 +5,7 @@ detected in k of the last n frames. Causal, so that it is the same live and on a
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -297,10 +297,8 @@ class Candidate:
         return self.lesion_sensitivity, -delay, -rule.n, -rule.k, rule.tau
 
 
-def candidates(
-    truth: "Procedures", detections: "VideoDetections", taus: Iterable[float] = TAUS
-) -> list[Candidate]:
-    """What the rules of WINDOWS give at thresholds above 0, by the definitions of
+def candidates(truth: "Procedures", detections: "VideoDetections") -> list[Candidate]:
+    """What the rules of WINDOWS give at the thresholds TAUS, by the definitions of
     `evaluation.video`; raises a ValueError without a lesion.
     """
     from imrcnn_d2.evaluation.video import at_threshold, outcomes  # not needed to predict
@@ -310,7 +308,7 @@ def candidates(
     units = np.arange(len(truth.names))  # of intervals, which are not needed here
     procedure, frame = _places(truth, detections)
     ret = []
-    for tau in tqdm(taus, desc="Alarm rules", unit="threshold"):
+    for tau in tqdm(TAUS, desc="Alarm rules", unit="threshold"):
         rows = np.flatnonzero(detections.score >= tau)
         place = procedure[rows], frame[rows]
         tracks = link(*place, detections.regions.boxes[rows])

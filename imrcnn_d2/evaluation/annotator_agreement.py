@@ -24,7 +24,7 @@ from imrcnn_d2.evaluation.detection.metrics import ResampledMetrics
 from imrcnn_d2.evaluation.detection.operating_point import DEFAULT_TAU, score_threshold
 from imrcnn_d2.evaluation.output import interleave_intervals, package_versions
 from imrcnn_d2.evaluation.statistics import Bootstrap, add_intervals
-from imrcnn_d2.utils.files import csv_text, read_json, strict_json, write_atomically
+from imrcnn_d2.utils.files import csv_text, read_json, strict_json, write_texts
 
 # Of a pair; in percent but for kappa, which lies in [-1, 1].
 PAIR_METRICS = ("f1", "iou", "dice", "union_iou", "union_dice", "kappa", "same_call")
@@ -383,9 +383,7 @@ def write_agreement(result: AnnotatorAgreement, folder: str | Path, **meta) -> l
         "per_image.csv": csv_text(_image_rows(result), ["file_name"]),
         "missing.csv": csv_text(missing, ["file_name", "missing_in"]),
     }
-    for name, text in texts.items():
-        write_atomically(Path(folder) / name, text)
-    return [Path(folder) / name for name in texts]
+    return write_texts(folder, texts)
 
 
 def _image_rows(result):

@@ -223,10 +223,8 @@ class Plan:
         """The plan of another comparison like this one."""
         return cls(difference.se_images, difference.units, difference.seed_sd)
 
-    def power(
-        self, effect: float, runs: int, units: int | None = None, level: float = 0.05
-    ) -> float:
-        """Probability in [0, 1] that a two-sided test at ``level`` finds a true difference of
+    def power(self, effect: float, runs: int, units: int | None = None) -> float:
+        """Probability in [0, 1] that a two-sided test at 0.05 finds a true difference of
         ``effect``, with this many runs of each model and units (the present number if None); NaN
         where a spread that it needs is not known, or 0."""
         units = units or self.units
@@ -241,17 +239,15 @@ class Plan:
         estimated = variances * stats.chi2.ppf(levels, dfs) / dfs
         weights = np.prod([*product(weights / 2, repeat=len(dfs))], axis=1)
         se, df = _welch_satterthwaite(np.array([*product(*estimated.T)]), dfs)
-        bound = se * stats.t.isf(level / 2, df)
+        bound = se * stats.t.isf(0.025, df)
         limits = np.array([-bound, bound]) - abs(effect)
         low, high = stats.norm.cdf(limits / np.sqrt(variances.sum()))
         return float(1 - weights @ (high - low))
 
-    def runs_needed(
-        self, effect: float, power: float = 0.8, units: int | None = None
-    ) -> int | None:
+    def runs_needed(self, effect: float, power: float = 0.8) -> int | None:
         """Runs of each model, at least 2, that give this power; None where no number does, since
         images add an error of their own, or where the power is not known."""
-        return _smallest(lambda runs: self.power(effect, runs, units) >= power, 2)
+        return _smallest(lambda runs: self.power(effect, runs) >= power, 2)
 
     def units_needed(self, effect: float, runs: int, power: float = 0.8) -> int | None:
         """Units (patients or images) that give this power; None where no number does, since

@@ -22,7 +22,7 @@ from imrcnn_d2.utils.files import (
     read_json,
     read_rows,
     strict_json,
-    write_atomically,
+    write_texts,
 )
 from imrcnn_d2.utils.progress import tqdm
 
@@ -180,10 +180,7 @@ def write_results(results: EvaluationResults, folder: str | Path, **meta) -> dic
     document["meta"] = {**meta, **results.meta, "versions": package_versions()}
     texts = {"metrics.json": strict_json(document)}
     texts.update({name: csv_text(*table) for name, table in results.tables().items()})
-    paths = {name: Path(folder) / name for name in texts}
-    for name, path in paths.items():
-        write_atomically(path, texts[name])
-    return paths
+    return dict(zip(texts, write_texts(folder, texts), strict=True))
 
 
 def write_evaluation(

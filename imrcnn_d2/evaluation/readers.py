@@ -19,7 +19,7 @@ from imrcnn_d2.evaluation.comparison import Difference, difference_by_t, non_inf
 from imrcnn_d2.evaluation.detection.counts import divide
 from imrcnn_d2.evaluation.output import package_versions
 from imrcnn_d2.evaluation.statistics import LEVEL, NAN
-from imrcnn_d2.utils.files import BadInputError, csv_text, few, strict_json, write_atomically
+from imrcnn_d2.utils.files import BadInputError, csv_text, few, strict_json, write_texts
 
 COLUMNS = ("reader", "modality", "case", "truth", "rating")
 # Optional: of the lesions of a case, those that the reader marked, and marks elsewhere.
@@ -334,6 +334,4 @@ def write_readers(
         "readers.json": strict_json({"metrics": document, "meta": meta}),
         "readers.csv": csv_text(rows, ["metric", "modality", "reader", "value"]),
     }
-    for name, text in texts.items():
-        write_atomically(Path(folder) / name, text)
-    return [Path(folder) / name for name in texts]
+    return write_texts(folder, texts)

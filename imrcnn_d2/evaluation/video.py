@@ -70,7 +70,6 @@ class Outcomes:
     at least τ. -1 is a score of nothing.
 
     Attributes:
-        region_score: (R,) highest score of an alarm that hits the annotation.
         claimed_score: (R,) score of the detection that takes it where each takes one at most
             (AFROC).
         frame_score: (F,) highest score of an alarm that hits a lesion, in clean frames of any.
@@ -87,7 +86,6 @@ class Outcomes:
     iou_type: str
     rank: np.ndarray  # (N,) int, place of each by falling score in its frame, from 0
     ranked: list[RankedDetections]  # at each of COCO_IOUS
-    region_score: np.ndarray
     claimed_score: np.ndarray
     frame_score: np.ndarray
     has_lesion: np.ndarray  # (F,) bool
@@ -172,7 +170,6 @@ def outcomes(
         iou_type=iou_type,
         rank=pairs.rank,
         ranked=ranked,
-        region_score=np.where(is_lesion, region_score, -1),
         claimed_score=claimed_score,
         frame_score=frame_score,
         has_lesion=has_lesion,
@@ -341,20 +338,20 @@ def _lesion_proportions(sums):
 
 
 def _split(sums):
-    return sums[..., : len(_FROM_LESIONS)], sums[..., len(_FROM_LESIONS) :]
+    """The columns of _FROM_LESIONS, and those of _FROM_FRAMES by name."""
+    lesions, frames = np.split(sums, [len(_FROM_LESIONS)], axis=-1)
+    return lesions, dict(zip(_FROM_FRAMES, np.moveaxis(frames, -1, 0), strict=True))
 
 
 def _video_formulas(sums):
-    lesions, sums = _split(sums)
-    counts = dict(zip(_FROM_FRAMES, np.moveaxis(sums, -1, 0), strict=True))
+    lesions, counts = _split(sums)
     values = {name: 100 * divide(*cases) for name, cases in _frame_shares(counts).items()}
     rates = {name: divide(*cases) for name, cases in _rates(counts).items()}
     return {**_lesion_formulas(lesions), **values, **counts, **rates}
 
 
 def _video_proportions(sums):
-    lesions, sums = _split(sums)
-    counts = dict(zip(_FROM_FRAMES, np.moveaxis(sums, -1, 0), strict=True))
+    lesions, counts = _split(sums)
     # Of thousands of frames of a procedure, the interval of a proportion would say as little as of
     # one: resamples say more, unless none or all of the frames have it.
     shares = {
@@ -462,8 +459,7 @@ class VideoResults:
         """File name -> rows and columns: of each procedure, lesion and false alarm at τ, and the
         curves over thresholds."""
         truth, at = self.outcomes.truth, self.at[""]
-        sums = _per_procedure(truth, at)
-        lesions, counts = _split(sums)
+        lesions, _ = _split(_per_procedure(truth, at))
         rates = {name: divide(*cases) for name, cases in _rates(at.procedures).items()}
         columns = {
             "sequence_id": np.array(truth.names, dtype=object),

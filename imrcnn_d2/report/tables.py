@@ -14,7 +14,7 @@ from imrcnn_d2.evaluation import ClassificationResults, LesionResults
 from imrcnn_d2.evaluation.detection.metrics import FEW_CASES, is_count, without_masks
 from imrcnn_d2.evaluation.subgroups import Group
 from imrcnn_d2.report.names import metric_name, threshold_name
-from imrcnn_d2.utils.files import csv_text, for_terminal, write_atomically
+from imrcnn_d2.utils.files import csv_text, for_terminal, write_texts
 
 # What would be a link, an image, HTML, code or emphasis, or end a cell. Brackets around numbers,
 # signs between them and underscores within names are none of these, and stay readable.
@@ -81,14 +81,11 @@ class Table:
 def write_table(table: Table, folder: str | Path) -> list[Path]:
     """Write a table as Markdown, CSV and LaTeX; returns the files."""
     texts = {
-        ".md": table.markdown(),
-        ".csv": csv_text(table.data.to_dict("records"), list(table.data)),
-        ".tex": table.latex(),
+        f"{table.stem}.md": table.markdown(),
+        f"{table.stem}.csv": csv_text(table.data.to_dict("records"), list(table.data)),
+        f"{table.stem}.tex": table.latex(),
     }
-    paths = [Path(folder) / f"{table.stem}{suffix}" for suffix in texts]
-    for path, text in zip(paths, texts.values(), strict=True):
-        write_atomically(path, text)
-    return paths
+    return write_texts(folder, texts)
 
 
 def markdown_table(cells: pd.DataFrame, text_columns: int = 1) -> str:

@@ -408,6 +408,13 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_texts(folder: str | Path, texts: Mapping[str, str]) -> list[Path]:
+    """Write files by name, each atomically, into a folder; returns them."""
+    for name, text in texts.items():
+        write_atomically(Path(folder) / name, text)
+    return [Path(folder) / name for name in texts]
+
+
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """Yield a new folder next to `out`, to be renamed to it when complete, else removed."""

@@ -332,11 +332,6 @@ def test_copies_and_duplicates_stand_out(kvasir_352, tmp_path):
     assert {places: pair.correlation for places, pair in turned.items()} == {
         (pair.a, pair.b): pair.correlation for pair in pairs
     }
-    # of one list among another: neither the frames nor the copies with each other
-    of_copies = find_near_duplicates(frames, paths[-len(changes) :])
-    assert {(p.a, [*changes.values()][p.b][0]) for p in of_copies} == {
-        (frames.index(frame), name) for frame, (name, _) in changes.items()
-    }
 
 
 def test_frames_moments_apart_are_found_whichever_comes_first(polypgen_4):

@@ -320,7 +320,7 @@ def test_what_masks_cannot_keep(described, tmp_path):
 
 
 def test_prepared_data_open_in_supervision(kvasir_original, tmp_path, run):
-    """Without glue code: the lines of datasets/README.md."""
+    """Without glue code: the lines of docs/guide/annotation-tools.md."""
     sv = pytest.importorskip("supervision")
     args = "--root", kvasir_original, "--out", tmp_path / "out", "--ratio", "1:0:0"
     run("kvasir-seg", *args, "--min-area", 1, "--seed", 3)

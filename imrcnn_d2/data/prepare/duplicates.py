@@ -55,8 +55,7 @@ _BLOCK = 512  # images that are looked up at once
 
 @dataclass(frozen=True)
 class Pair:
-    """Two near-duplicates: the positions of the images, and their correlation once aligned. Within
-    one list, a < b; between two, `a` is of the first and `b` of the other."""
+    """Two near-duplicates: the images' positions a < b, and their correlation once aligned."""
 
     a: int
     b: int
@@ -72,36 +71,25 @@ class Features:
     fingerprint: str  # see `fingerprint`
 
 
-def find_near_duplicates(
-    paths: Sequence[Path],
-    others: Sequence[Path] | None = None,
-    min_correlation: float = MIN_CORRELATION,
-) -> list[Pair]:
+def find_near_duplicates(paths: Sequence[Path]) -> list[Pair]:
     """Find pairs of images that show the same scene, turned and mirrored copies among them.
 
     Pixels are compared, so images of one lesion from two sides are no pair. The same set of images
     gives the same pairs, whatever their names and order. Time grows with the number of images, but
     for the look-up of candidates, whose share is small up to some 10,000. About 1 MB of memory for
     ten images.
-
-    Args:
-        others: images to find those of `paths` among; None looks for pairs within `paths`.
-        min_correlation: of the aligned images, in (0, 1]; see `MIN_CORRELATION`.
     """
-    count, images = len(paths), [*paths, *(others or ())]
-    if len(images) < 2:
+    if len(paths) < 2:
         return []
-    described = in_threads(describe_image, images, "Describing images")
+    described = in_threads(describe_image, paths, "Describing images")
     # an order that depends on nothing but the pixels
-    order = sorted(range(len(images)), key=lambda i: _order(described[i]))
+    order = sorted(range(len(paths)), key=lambda i: _order(described[i]))
     features = [described[i] for i in order]
-    is_first = np.array([others is None or i < count for i in order], dtype=bool)
-    is_other = np.array([others is None or i >= count for i in order], dtype=bool)
     vectors = [_root_sift(image.descriptors) for image in features]
 
     def compare(candidate: tuple[int, int, bool]) -> float:
         a, b, is_mirrored = candidate
-        files = images[order[a]], images[order[b]]
+        files = paths[order[a]], paths[order[b]]
         value = -1.0
         if fingerprint_distance(features[a].fingerprint, features[b].fingerprint) <= MOST_DIFFERENT:
             value = _overlap_correlation(np.eye(2, 3), *files)
@@ -115,17 +103,16 @@ def find_near_duplicates(
                 value = max(value, _correlation(*files, *matched))
         return value
 
-    candidates = sorted(_candidates(features, vectors, is_first, is_other))
+    candidates = sorted(_candidates(features, vectors))
     correlations: dict[tuple[int, int], float] = {}
     compared = in_threads(compare, candidates, "Comparing images")
     for (i, j, _), value in zip(candidates, compared, strict=True):
         a, b = sorted((order[i], order[j]))
         correlations[a, b] = max(value, correlations.get((a, b), -1.0))
-    shift = 0 if others is None else count
     return [
-        Pair(a, b - shift, round(value, 3))
+        Pair(a, b, round(value, 3))
         for (a, b), value in sorted(correlations.items())
-        if value >= min_correlation
+        if value >= MIN_CORRELATION
     ]
 
 
@@ -205,13 +192,9 @@ def _root_sift(descriptors: np.ndarray) -> np.ndarray:
 
 
 def _candidates(
-    features: Sequence[Features],
-    vectors: Sequence[np.ndarray],
-    is_first: np.ndarray,
-    is_other: np.ndarray,
+    features: Sequence[Features], vectors: Sequence[np.ndarray]
 ) -> set[tuple[int, int, bool]]:
-    """Pairs of images that may be near-duplicates, of one that is first and one of the others, and
-    whether one is to be mirrored."""
+    """Pairs of images that may be near-duplicates, and whether one is to be mirrored."""
     words = _vocabulary(vectors)
     upright = np.stack([_vlad(rows, words) for rows in vectors])
     mirrored = np.stack([_vlad(_mirrored(rows), words) for rows in vectors])
@@ -224,11 +207,10 @@ def _candidates(
     pairs = set()
     for start in range(0, len(features), _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, len(features)))
-        allowed = np.outer(is_first[rows], is_other) | np.outer(is_other[rows], is_first)
-        allowed[np.arange(len(rows)), rows] = False
         for queries, number, least in tables:
             table = bits if queries is bits else upright
-            alike = np.where(allowed, queries[rows] @ table.T, -np.inf)
+            alike = queries[rows] @ table.T
+            alike[np.arange(len(rows)), rows] = -np.inf
             number = min(number, len(features))
             columns = np.argpartition(-alike, number - 1, axis=1)[:, :number]
             good = np.take_along_axis(alike, columns, axis=1) >= least
