@@ -40,6 +40,7 @@ PAGES = {
 CENTRES = ("C1", "C2", "C3", "C4", "kvasir_seg")
 EVALUATIONS = {
     "validation": "val/by_centre",
+    "validation, whole frames": "whole_frames/by_centre",
     "test": "test/inference/kvasir_seg_test",
     # By imrcnn validate, at the thresholds that the weights have, and its predictions at 0.5.
     "earlier": "earlier",
