@@ -126,8 +126,8 @@ def validation_records(run: Path, folder: Path) -> dict[str, dict]:
     """
     record, metrics = _training(run), read_metrics(folder / "metrics.json")
     predictions, coco = metrics["meta"]["predictions"], read_json(folder / "ground_truth.json")
-    if predictions["config_sha256"] != record["config_sha256"]:
-        raise ValueError(f"{folder} has predictions of another config than {run}")
+    if predictions["weights_sha256"] != file_sha256(run / "model_best.pth"):
+        raise ValueError(f"{folder} has predictions of other weights than {run}/model_best.pth")
     records = {}
     for centre, groups in metrics["by_group"]["centre"]["groups"].items():
         images = [image for image in coco["images"] if image["centre"] == centre]

@@ -22,7 +22,7 @@ from imrcnn_d2.evaluation.calibration import ScoreMap
 from imrcnn_d2.evaluation.comparison import difference_by_t
 from imrcnn_d2.evaluation.output import RESULTS, write_results
 from imrcnn_d2.evaluation.subgroups import By, with_groups
-from imrcnn_d2.utils.files import BadInputError, csv_text
+from imrcnn_d2.utils.files import BadInputError, csv_text, file_sha256
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "kvasir_seg_study"
 SKILLS = {"mrcnn_lite": 0.6, "ibmrcnn_lite": 0.7, "imrcnn_lite": 0.9}
@@ -112,8 +112,8 @@ def validated(run, gt, detections):
             image["centre"] = name
     folder = run / "hospitals"
     results = evaluate_lesions(content, detections, tau=0.6)
-    facts = json.loads((run / "run.json").read_text())
-    predictions = {"config_sha256": facts["config_sha256"], "score_map": None}
+    (run / "model_best.pth").write_bytes(b"weights")
+    predictions = {"weights_sha256": file_sha256(run / "model_best.pth"), "score_map": None}
     write_results(with_groups(results, [By("centre")]), folder, predictions=predictions)
     (folder / "ground_truth.json").write_text(json.dumps(content))
     (folder / "predictions").mkdir()
@@ -141,8 +141,7 @@ def test_a_record_of_another_hospital(records, write_gt, write_run, tmp_path):
         for name, (group, key) in records.ENDPOINTS.items():
             assert record.values[name] == pytest.approx(expected[group][key], abs=1e-4), name
         assert record.content["metrics"] == pytest.approx(record.values, abs=1e-4)
-    facts = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**facts, "config_sha256": "other"}))
+    (run / "model_best.pth").write_bytes(b"other weights")
     with pytest.raises(ValueError, match="hospitals"):
         records.validation_records(run, folder)
 
