@@ -83,24 +83,25 @@ def recorded_evaluation(path: Path) -> dict:
     }
 
 
-def figures_in(centre: str, folder: Path) -> ModelMetrics:
-    """Metrics at 0.5 on the images of a centre, of the predictions of imrcnn validate."""
+def figures_by_centre(folder: Path) -> dict[str, ModelMetrics]:
+    """Metrics at 0.5 on the images of each centre, of the predictions of imrcnn validate."""
     predictions = folder / "predictions/predictions.json"
     results = evaluate_lesions(folder / "ground_truth.json", predictions, tau=0.5)
-    group = with_groups(results, [By("centre")]).by_group["centre"].groups[centre]
-    return model_figures([group.results], Bootstrap())
+    groups = with_groups(results, [By("centre")]).by_group["centre"].groups
+    return {name: model_figures([group.results], Bootstrap()) for name, group in groups.items()}
 
 
-def differences(centre: str, runs: Path) -> dict[str, list[float | None]]:
-    """Label -> what leave-one-centre-out has in a centre above the weights before, and the interval
-    of this by a bootstrap of pairs, None where it is undefined."""
-    ours = figures_in(centre, runs / f"leave_out/{centre}/validation")
-    theirs = figures_in(centre, runs / "earlier")
+def differences(runs: Path) -> dict[str, dict[str, list[float | None]]]:
+    """Centre -> label -> what leave-one-centre-out has there above the weights before, and the
+    interval of this by a bootstrap of pairs, None where it is undefined."""
     ret = {}
-    for label, name in COMPARED.items():
-        pair = paired_difference(ours, theirs, *name)
-        limits = (None if math.isnan(x) else x for x in (pair.low, pair.high))
-        ret[label] = [pair.estimate, *limits]
+    for centre, theirs in figures_by_centre(runs / "earlier").items():
+        ours = figures_by_centre(runs / f"leave_out/{centre}/validation")[centre]
+        pairs = {label: paired_difference(ours, theirs, *name) for label, name in COMPARED.items()}
+        ret[centre] = {
+            label: [None if math.isnan(x) else x for x in (pair.estimate, pair.low, pair.high)]
+            for label, pair in pairs.items()
+        }
     return ret
 
 
@@ -128,7 +129,7 @@ def record(runs: Path, data: Path) -> dict:
         if (path := runs / "leave_out" / centre / "run.json").is_file():
             recorded[f"without {centre}"]["iterations"] = read_json(path)["iterations"]
     if (runs / "earlier").is_dir():
-        recorded["differences"] = {centre: differences(centre, runs) for centre in CENTRES[:-1]}
+        recorded["differences"] = differences(runs)
     for name, folder in ROBUSTNESS_OF.items():
         if (path := runs / folder / ROBUSTNESS).is_file():
             document = read_json(path)

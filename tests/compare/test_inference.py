@@ -272,7 +272,7 @@ def test_how_many_runs_or_images_a_difference_needs():
     assert (plan.se_images, plan.units, plan.seed_sd) == (0.8, 250, pytest.approx(np.sqrt(4.25)))
     runs = plan.runs_needed(4.0)
     assert plan.power(4.0, runs) >= 0.8 > plan.power(4.0, runs - 1)
-    assert plan.runs_needed(4.0, 0.9) > runs
+    assert plan.runs_needed(4.0, 0.9) > runs and plan.power(4.0, runs, units=1000) >= 0.8
     units = plan.units_needed(2.0, runs=1)
     assert plan.power(2.0, 1, units) >= 0.8 > plan.power(2.0, 1, units - 1)
     # The normal approximation: G = G_0 (SE (1.96 + 0.84) / effect)^2.
