@@ -172,6 +172,10 @@ class Study:
         states = [record.content["git"] for record in everything]
         if len({str(state) for state in states}) > 1 or any(state["dirty"] for state in states):
             raise ValueError(f"{folder}: runs of several commits, or of changed files: {states}")
+        keys = "fold", "splits_sha256", "gt_sha256"
+        splits = {tuple(record.content[key] for key in keys) for record in records.values()}
+        if len(splits) > len({fold for fold, *_ in splits}):
+            raise ValueError(f"{folder}: runs of one fold with other images: {sorted(splits)}")
         self._values = cache(lambda *key: self.records[key].values)
         self._resampled = cache(self._resample)
         self._in_hospital = cache(lambda *key: resampled_means(self.hospitals[key[0]][key[1]]))

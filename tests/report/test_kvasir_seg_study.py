@@ -402,6 +402,15 @@ def test_runs_of_two_commits_are_no_study(records, analysis, folder, tmp_path):
         analysis.Study(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["splits_sha256", "gt_sha256"])
+def test_runs_of_a_fold_with_other_images_are_no_study(key, records, analysis, folder, tmp_path):
+    for arm, value in (("mrcnn_lite", "a" * 64), ("imrcnn_lite", "b" * 64)):
+        content = records.Record.read(folder / arm / "fold0_seed0.json.gz").content
+        records.write_record(content | {key: value}, tmp_path / arm / "fold0_seed0.json.gz")
+    with pytest.raises(ValueError, match="b" * 64):
+        analysis.Study(tmp_path)
+
+
 def test_a_longer_training_is_compared_on_validation_images(records, analysis, folder, tmp_path):
     for arm in ("imrcnn_lite", "mrcnn_lite"):
         content = records.Record.read(folder / arm / "fold0_seed0.json.gz").content
