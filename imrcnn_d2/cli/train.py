@@ -215,8 +215,8 @@ def _config(args):
     check_named_splits(cfg, splits)
     if args.resume:
         check_resumable(cfg)
-    if args.eval_only or cfg.MODEL.WEIGHTS:
-        cfg.MODEL.TIMM.WEIGHTS = ""  # MODEL.WEIGHTS has the whole backbone
+    if args.eval_only:
+        cfg.MODEL.TIMM.WEIGHTS = ""  # the weights that are evaluated have the whole backbone
     cfg.freeze()
     return cfg
 

@@ -158,7 +158,8 @@ def load_config(config_file: str | Path = "", opts: Sequence = ()) -> CfgNode:
 def load_training_config(
     config_file: str | Path = "", opts: Sequence = (), eval_only: bool = False
 ) -> CfgNode:
-    """As :func:`load_config`, with as many classes as the data set has unless ``opts`` say so.
+    """As :func:`load_config`, with as many classes as the data set has unless ``opts`` say so, and
+    without MODEL.TIMM.WEIGHTS where MODEL.WEIGHTS replaces them.
 
     Args:
         eval_only: DATASETS.TEST is needed, not DATASETS.TRAIN.
@@ -188,6 +189,8 @@ def load_training_config(
     if key and key not in given and splits_of_root.issuperset(names):
         if classes := read_classes(cfg.DATASETS.ROOT):
             cfg.merge_from_list([key, len(classes)])
+    if cfg.MODEL.WEIGHTS:
+        cfg.MODEL.TIMM.WEIGHTS = ""
     return cfg
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.visualizer import Visualizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from imrcnn_d2.cli import train
 from imrcnn_d2.data.catalog import register_lesion_dataset
 from imrcnn_d2.engine import Trainer, hooks, load_config, load_weights, run_record
 from imrcnn_d2.engine.checkpoint import Weights
@@ -502,6 +504,15 @@ def run(tmp_path):
     (run.folder / "run.json").write_text(json.dumps(record))
     run.metrics_file.write_text(json.dumps(METRICS))
     return run
+
+
+def test_a_run_that_started_from_other_weights_is_finished(run):
+    run = replace(run, opts=(*run.opts, "MODEL.WEIGHTS", "demo"))
+    command = ["--config-file", str(run.config_file), "--data", "synthetic", *run._overrides()]
+    trained = train._config(train.argument_parser().parse_args(command))
+    record = {"config_sha256": config_sha256(trained), "datasets": {}, "finished": "2026"}
+    (run.folder / "run.json").write_text(json.dumps(record))
+    assert run.state() == "finished"
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "run.json"])
