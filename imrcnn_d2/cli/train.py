@@ -23,6 +23,7 @@ from detectron2.config import CfgNode, LazyConfig
 from detectron2.engine.defaults import default_argument_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from imrcnn_d2.cli import WEIGHTS_HELP
 from imrcnn_d2.utils.files import write_atomically
@@ -66,10 +67,11 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def _choose_weights(args: argparse.Namespace) -> None:
     """--weights is short for MODEL.WEIGHTS, or train.init_checkpoint of a LazyConfig."""
-    if args.weights:
-        lazy = args.config_file.endswith(".py")
-        key = f"train.init_checkpoint={args.weights}" if lazy else "MODEL.WEIGHTS"
-        args.opts = [key, *([] if lazy else [args.weights]), *args.opts]
+    if args.weights and args.config_file.endswith(".py"):
+        quoted = args.weights.replace("'", r"\'")
+        args.opts = [f"train.init_checkpoint='{quoted}'", *args.opts]
+    elif args.weights:
+        args.opts = ["MODEL.WEIGHTS", args.weights, *args.opts]
 
 
 def _plan(args: argparse.Namespace) -> str:
@@ -233,7 +235,7 @@ def _lazy_config(args):
     _check_keys(cfg, args.opts)
     try:
         cfg = LazyConfig.apply_overrides(cfg, args.opts)
-    except (HydraException, KeyError) as error:
+    except (HydraException, OmegaConfBaseException, KeyError, NotImplementedError) as error:
         reason = str(error.args[0]).partition("\n")[0]
         raise ValueError(f"{' '.join(args.opts)}: {reason}") from error
     if data := args.data or cfg.train.get("dataset", ""):

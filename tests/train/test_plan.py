@@ -299,6 +299,11 @@ def test_weights_is_short_for_the_key():
     args = train.argument_parser().parse_args(["--weights", "demo", "SEED", "1"])
     train._choose_weights(args)
     assert args.opts == ["MODEL.WEIGHTS", "demo", "SEED", "1"]
+    lazy = ["--config-file", "lazy/imrcnn_lite.py", "--data", "synthetic"]
+    for path in ("hf://user/repo", r"C:\new\a.pth", "/Müller (1)/lr=0.1, it's.pth"):
+        args = train.argument_parser().parse_args([*lazy, "--weights", path, "train.device=cpu"])
+        train._choose_weights(args)
+        assert train._lazy_config(args).train.init_checkpoint == path
 
 
 def test_iterations_for_a_config_of_epochs_are_refused(tiny_opts):

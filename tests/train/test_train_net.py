@@ -280,6 +280,7 @@ def test_a_misspelt_key_of_a_lazy_config():
     for text, named in (
         *(("train.max_iters=2", "max_iter"), ("trian.max_iter=2", "train")),
         *(("dataloader.trian.x=2", "train"), ("train.max_iter=[2", "'\\[2'")),
+        *(("train.max_iter=1,2", "type"), ("~train.amp", "deletion")),
     ):
         with pytest.raises(ValueError, match=rf"^.*{re.escape(text)}: .*{named}[^\n]*$"):
             train._lazy_config(train.argument_parser().parse_args([*args, text]))
