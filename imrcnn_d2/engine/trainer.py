@@ -167,7 +167,9 @@ class _Trainer(DefaultTrainer):
                 sampled = self._validation_loader(), cfg.DATASETS.VAL[0], period
                 tau = cfg.TEST.SCORE_THRESH
                 ret.append(SamplePredictions(self.evaluated_model, *sampled, tau))
-            ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+            # 0: after the last iteration alone, as TEST.EVAL_PERIOD.
+            every = cfg.SOLVER.CHECKPOINT_PERIOD or self.max_iter + 1
+            ret.append(hooks.PeriodicCheckpointer(self.checkpointer, every))
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=self._log_period))
         ret.append(Interruption(self.checkpointer))
         return [hook for hook in ret if hook is not None]

@@ -296,12 +296,15 @@ def test_without_validation_images_or_annotations_the_remedy_is_named(tiny_cfg, 
         Trainer(tiny_cfg)
 
 
-def test_without_test_images_it_ends_well(tiny_cfg, output, changed_set):
+def test_without_test_images_and_periodic_checkpoints(tiny_cfg, output, changed_set):
+    tiny_cfg.SOLVER.CHECKPOINT_PERIOD = tiny_cfg.TEST.EVAL_PERIOD = 0
     tiny_cfg.DATASETS.TEST = changed_set(images=[], annotations=[])
     trainer = Trainer(tiny_cfg)
     assert trainer.train() == {} and trainer.test_results == {}
     assert read(output / "run.json")["finished"]
     assert trainer.final_weights.path == str(output / "model_best.pth")
+    names = {path.name for path in output.glob("*.pth")}
+    assert names == {"model_best.pth", "model_final.pth"}
 
 
 def test_without_any_annotation_it_trains_with_a_warning(tiny_cfg, changed_set, caplog):
