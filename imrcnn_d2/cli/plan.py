@@ -37,7 +37,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory",
         type=_positive,
-        metavar="GB",
+        metavar="GiB",
         help="that the training may take; by default the GPU's free memory or the machine's",
     )
     parser.add_argument(

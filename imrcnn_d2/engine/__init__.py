@@ -1,7 +1,8 @@
 """Training. ``trainer`` builds it from a config and runs it: ``train_step`` is one step, ``hooks``
-come between steps, ``schedule`` sets optimizer and learning rate, ``checkpoint`` saves and loads,
-``run_record`` writes run.json. ``config`` reads configs, ``launch`` starts processes, ``embedding``
-describes images, and ``cross_validation`` trains many models.
+come between steps, ``schedule`` sets optimizer and learning rate, ``precision`` chooses 16 or 32
+bits, ``checkpoint`` saves and loads, ``run_record`` writes run.json. ``config`` reads configs,
+``fingerprint`` and ``plan`` make one, ``launch`` starts processes, and ``cross_validation`` trains
+many models.
 """
 
 from imrcnn_d2.engine.checkpoint import load_weights
