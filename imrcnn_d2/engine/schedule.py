@@ -358,6 +358,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if solver.OPTIMIZER == "SGD":
         common |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
         optimizer = torch.optim.SGD(params, **common)
+        # GradScaler then skips a step that overflows in fp16. Left to the fused kernel, the first
+        # one would leave momentum that nobody has written.
+        optimizer._step_supports_amp_scaling = False
     elif solver.OPTIMIZER == "ADAMW":
         optimizer = torch.optim.AdamW(params, **common)
     else:

@@ -221,7 +221,8 @@ class TrainStep(SimpleTrainer):
         if self.precision is None:
             self.precision_seconds = state_dict.get("precision_seconds")
             self._set_precision(state_dict.get("precision"))
-        self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
+        if scale := state_dict.get("grad_scaler"):  # else the training had no fp16 before
+            self.grad_scaler.load_state_dict(scale)
 
 
 @contextlib.contextmanager

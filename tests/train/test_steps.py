@@ -319,6 +319,31 @@ def test_fp16_scaling_leaves_the_gradient_true():
         loss = model(next(batches()))["loss"]
     true = torch.autograd.grad(loss, model.linear.weight)[0]
     torch.testing.assert_close(seen[0], true, rtol=1e-2, atol=1e-3)
+    step.load_state_dict(make_step(Regression()).state_dict())  # of a training in fp32
+    assert step.grad_scaler.get_scale() == 1024.0
+    other = make_step(Regression())
+    other.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    step.load_state_dict(other.state_dict())
+    assert step.grad_scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize("name", ["SGD", "ADAMW"])
+def test_a_step_whose_scaled_gradient_overflows_changes_nothing(monkeypatch, name):
+    # What nobody has written to is not a number.
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, float("nan")))
+    cfg = get_cfg()
+    add_imrcnn_config(cfg)
+    cfg.SOLVER.update(OPTIMIZER=name, BASE_LR=0.01)
+    plain = Regression()
+    model = Regression(state=plain.state_dict())
+    data = batches()
+    for each, scale, steps in ((plain, None, 3), (model, 2.0, 4)):
+        step = train_step.TrainStep(each, data, schedule.build_optimizer(cfg, each), seed=0)
+        if scale:  # the first of the four overflows
+            each.linear.weight.register_hook(lambda g: g / min(model.calls - 1, 1))
+            step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        run(step, range(steps))
+    torch.testing.assert_close(model.linear.weight, plain.linear.weight)
 
 
 def _skip_together(rank, store):
