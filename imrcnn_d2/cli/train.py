@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if late := [text for text in args.opts if text.startswith("--")]:
         parser.error(f"{late[0]} comes before {args.opts[0]}: options first, KEY VALUE ... last")
+    if not (args.config_file or args.auto):  # Detectron2's defaults would be trained
+        parser.error("name a model, such as --config-file imrcnn_lite.yaml, or give --auto")
     from imrcnn_d2.engine.launch import launch_script, one_line_refusals
 
     with one_line_refusals(OSError, RuntimeError, ValueError):

@@ -408,6 +408,10 @@ def test_the_command_line_of_a_training(capsys):
     with pytest.raises(SystemExit):  # argparse takes it for a value
         train.main([*command, "demo", "--eval-only"])
     assert "--eval-only comes before MODEL.WEIGHTS" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--data", "synthetic"])
+    error = capsys.readouterr().err
+    assert "--config-file" in error and "--auto" in error
 
 
 LITE0 = "tf_efficientnet_lite0"
