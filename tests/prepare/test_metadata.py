@@ -59,11 +59,12 @@ def test_types():
     for texts, values in (
         (["1", "", "-20", "9" * 15], [1, None, -20, 10**15 - 1]),
         (["1", "2.5", "1e3", ".5", "6.", "+3"], [1.0, 2.5, 1000.0, 0.5, 6.0, 3.0]),
-        (["1", "9" * 16], [1.0, 1e16]),
+        (["1", "9" * 16 + ".0"], [1.0, 1e16]),
         (["True", "false", ""], [True, False, None]),
         (["yes", "", ""], ["yes", None, None]),
         (["", ""], [None, None]),
-        *((texts, texts) for texts in (*CODES, ["9" * 5000], ["3,5"], [])),
+        *((texts, texts) for texts in (*CODES, ["2023110100000017", "2023110100000018"])),
+        *((texts, texts) for texts in (["9" * 5000], ["3,5"], [])),
     ):
         typed = metadata.typed(texts)
         assert typed == values and list(map(type, typed)) == list(map(type, values))

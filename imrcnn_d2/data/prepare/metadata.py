@@ -17,9 +17,12 @@ from imrcnn_d2.data.images import hide_details, list_files, read_header
 from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS
 from imrcnn_d2.utils.files import BadInputError, Rejects, few, plain_cell, regular_file
 
-# No leading zeros: 007 is a code. More digits than this are the number of an object as well.
+# No leading zeros: 007 is a code. More digits than these are the number of an object, such as a
+# study, of which a float would not keep the last ones.
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d{0,14})", re.ASCII)
-_DECIMAL = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_DECIMAL = re.compile(
+    r"[+-]?((0|[1-9]\d*)\.\d*|0|[1-9]\d{0,14}|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII
+)
 _BOOLEAN = {"true": True, "false": False}
 # Columns that identify a row, in the order in which tables are joined, and what they are the id of.
 _KEYS = {"file": "images", "patient_id": "patients", "lesion_id": "lesions"}
