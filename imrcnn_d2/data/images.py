@@ -52,15 +52,20 @@ _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # thos
 
 class _Tiff(TiffImagePlugin.TiffImageFile):
     """Reads three samples a pixel as RGB where they are tagged as gray, as CVC-ClinicDB's are:
-    Pillow refuses these, and OpenCV reads the red channel alone."""
+    Pillow refuses these, and OpenCV reads the red channel alone.
 
-    is_mistagged = False
+    Pillow turns a TIFF by its orientation as it is decoded, and Detectron2 then turns it again.
+    """
+
+    misread = ""  # why other programs would misread it
 
     def _setup(self):
         tags = self.tag_v2
+        if tags.get(ExifTags.Base.Orientation) in range(2, 9):
+            self.misread = "TIFF with an orientation"
         gray = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 1
         if gray and tags.get(TiffImagePlugin.SAMPLESPERPIXEL) == 3:
-            self.is_mistagged = True
+            self.misread = "TIFF of colours tagged as gray"
             tags[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] = 2
             tags.pop(TiffImagePlugin.EXTRASAMPLES, None)
         super()._setup()
@@ -409,9 +414,7 @@ def inspect_image(path: Path) -> SourceImage:
     """Decode an image whole, so that a truncated file is found now and not while training; raise
     as `read_image`."""
     image, orientation, sha256 = _decode(path)
-    mode = "DICOM" if image.format == "DICOM" else image.mode
-    if getattr(image, "is_mistagged", False):
-        mode = "TIFF of colours tagged as gray"
+    mode = "DICOM" if image.format == "DICOM" else getattr(image, "misread", "") or image.mode
     needs_conversion = mode not in _READ_RIGHTLY or image.has_transparency_data
     if needs_conversion:
         _to_rgb(image, path)  # to fail now if at all

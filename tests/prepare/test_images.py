@@ -159,12 +159,14 @@ def test_cmyk_by_its_profile_or_without(tmp_path, as_trained_on):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, noise, rotated, as_trained_on, orientation):
     stored = noise(16, 24)
-    rotated(tmp_path / "turned.png", orientation, stored)
+    for name in ("turned.png", "turned.tif"):
+        rotated(tmp_path / name, orientation, stored)
     # EXIF 2.3: where the stored first row and first column are shown
     shown = [stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1], stored.swapaxes(0, 1)]
     shown += [np.rot90(stored, -1), stored[::-1, ::-1].swapaxes(0, 1), np.rot90(stored)]
     expected = shown[orientation - 1]
     assert np.array_equal(as_trained_on(tmp_path / "turned.png"), expected)
+    assert np.array_equal(as_trained_on(tmp_path / "turned.tif"), expected)
     assert np.array_equal(images.orient(stored[..., 0] > 127, orientation), expected[..., 0] > 127)
 
     image = images.inspect_image(tmp_path / "turned.png")
