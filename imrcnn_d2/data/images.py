@@ -327,8 +327,9 @@ def list_files(folder: Path, rejects: Rejects | None = None) -> list[Path]:
     where they are.
 
     Args:
-        rejects: takes links that lead out of the folder, unless it says to follow them, and pipes,
-            sockets and devices. None follows links to files, and leaves out the others.
+        rejects: takes links that lead out of the folder, unless it says to follow them, pipes,
+            sockets, devices and folders that cannot be opened. None follows links to files, and
+            leaves out the others.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -338,10 +339,12 @@ def list_files(folder: Path, rejects: Rejects | None = None) -> list[Path]:
     checks = rejects or Rejects("reject", follow_links=True)
     files, folders, followed = [], [folder], set()
     while folders:
-        try:
-            paths = sorted(folders.pop().iterdir())
-        except PermissionError:
-            continue
+        place, paths = folders.pop(), []
+        with checks.catch():
+            try:
+                paths = sorted(place.iterdir())
+            except PermissionError as error:
+                raise BadInputError(place, f"cannot be opened: {error.strerror}") from error
         for path in paths:
             if path.name.startswith("."):
                 continue

@@ -353,8 +353,8 @@ def _in_folder(folder: Path, follow_links: bool) -> dict[Path, str]:
     files = images.list_files(folder, rejects)
     if rejects.errors:
         logger.warning(
-            "%s: %d links that lead out of it, pipes or devices left out: put copies there "
-            "(imrcnn predict takes --follow-links)",
+            "%s: left out: %d links that lead out of it, pipes, devices or folders that cannot be "
+            "opened: put copies there (imrcnn predict takes --follow-links)",
             folder,
             len(rejects.errors),
         )

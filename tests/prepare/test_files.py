@@ -195,6 +195,22 @@ def test_what_never_ends_is_never_opened(folder, reader, monkeypatch):
             reader(path)
 
 
+def test_a_folder_that_cannot_be_opened(tmp_path, monkeypatch):
+    def iterdir(folder):
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return map(folder.joinpath, os.listdir(folder))
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.png").touch()
+    with pytest.raises(BadInputError, match=f"{tmp_path}/closed: "):
+        images.list_files(tmp_path, Rejects())
+    rejects = Rejects("reject")
+    assert images.list_files(tmp_path, rejects) == [tmp_path / "a.png"]
+    assert [error.file for error in rejects.errors] == [str(tmp_path / "closed")]
+
+
 def test_links_out_of_a_folder(tmp_path):
     """Links to files and folders inside it and outside, in circles, to nothing; and a pipe."""
     for name in "in/a/1.png in/.a/6.png in/.7.png out/b/2.png out/b/3.png out/4.png".split():
