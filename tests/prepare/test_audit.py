@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from dicoms import write_dicom
+from PIL import Image
 from planted_faults import Planted
 from rectangles import rectangle
 
@@ -62,9 +64,10 @@ def test_a_processors_writing_is_one_finding_and_a_name_in_few_images_another():
     north += [shown(f"name{i}", text=[unit, name], centre="north") for i in range(2)]
     # of a small centre nothing is usual
     others = [shown(f"s{i}", text=[unit], centre="south") for i in range(3)] + [shown("none")]
+    others.append(shown("null", text=[name], centre=None))
     findings = [*checks.overlay_findings(north + others)]
     single = [f.images for f in findings if f.kind == "text_outside_view"]
-    assert single == [("name0",), ("name1",), ("s0",), ("s1",), ("s2",)]
+    assert single == [("name0",), ("name1",), ("s0",), ("s1",), ("s2",), ("null",)]
     (usual,) = (f for f in findings if f.kind == "overlay")
     assert (usual.images, usual.score) == (("n0",), 42) and "north" in usual.detail
 
@@ -190,6 +193,26 @@ def test_classes_of_very_different_size_and_repeated_ids(coco_folder):
     file, images = coco_folder(lambda coco: coco["images"][0].update(patient_id=["p"]))
     with pytest.raises(BadInputError, match=f"{file.name}: 1.png"):
         read_entries("own", {"": file}, images)
+
+
+def test_images_and_sizes_of_every_kind(coco_folder):
+    """A DICOM file and 16 bits next to a copy each, a size in fractions, a centre of null."""
+
+    def edit(coco):
+        for image, name in zip(coco["images"], ("1.png", "1.dcm", "16.png"), strict=True):
+            image.update(file_name=name, width=60.0, height=40.0, centre=None)
+        coco["annotations"][0]["segmentation"] = [[1, 1, 3, 1, 3, 3, 1, 3]]
+
+    file, images = coco_folder(edit)
+    with Image.open(images / "1.png") as image:
+        gray = np.asarray(image.convert("L"))
+    Image.fromarray(gray).save(images / "1.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(images / "16.png")
+    write_dicom(images / "1.dcm", gray)
+    audited = audit(read_entries("own", {"": file}, images))
+    copies = [f.images for f in audited.findings if f.kind == "exact_duplicate"]
+    assert copies == [("1.dcm", "1.png"), ("1.png", "16.png")]
+    assert audited.images_of("tiny") == {("", "1.png")}
 
 
 @pytest.fixture(scope="module")

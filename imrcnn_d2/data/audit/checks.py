@@ -20,7 +20,7 @@ from imrcnn_d2.data.images import (
     pixels_sha256,
     read_image,
 )
-from imrcnn_d2.data.masks import box_rle, cut_box, encode
+from imrcnn_d2.data.masks import box_rle, check_size, cut_box, encode
 from imrcnn_d2.data.prepare.duplicates import find_near_duplicates, joined_groups, positions
 from imrcnn_d2.data.units import units_of
 from imrcnn_d2.utils.files import BadInputError
@@ -287,8 +287,11 @@ def _examine(entry: Entry, category_ids: set | None) -> Examined:
             findings.append(entry.finding("wrong_size", f"It {error.reason}."))
             view = None
     annotations = []
-    sizes_known = all(type(side) is int and side > 0 for side in (width, height))
-    if category_ids is not None and sizes_known:
+    try:
+        height, width = check_size(height, width)
+    except ValueError:  # a finding of the image, which is another or missing
+        category_ids = None
+    if category_ids is not None:
         annotations, malformed = decode_annotations(entry, width, height, category_ids)
         findings += malformed
         if view is not None:
@@ -388,7 +391,8 @@ _CELLS = 40  # of a side; lines begin at the same place if they begin in adjacen
 def overlay_findings(examined: Sequence[Examined]) -> Iterator[Finding]:
     """Yield each centre whose images have writing at the same place next to the view, with an
     example, and each image with writing where hardly another of its centre has any."""
-    centres = positions(image.entry.record.get("centre", "") for image in examined)
+    names = (image.entry.record.get("centre") for image in examined)
+    centres = positions("" if name is None else str(name) for name in names)
     for centre, places in centres.items():
         images = [examined[i] for i in places if examined[i].measures is not None]
         having = defaultdict(set)  # images with a line that begins in or next to a cell

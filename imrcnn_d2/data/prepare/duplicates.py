@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from imrcnn_d2.data.images import in_threads, open_image
+from imrcnn_d2.data.images import in_threads, read_image
 
 # Chosen by looking at the pairs of Kvasir-SEG: above 0.31 all show the same scene, under 0.25
 # hardly any does. Between them both occur, and a pair too many harms a split less than one missed.
@@ -356,8 +356,7 @@ def _tissue(gray: np.ndarray, margin: int) -> np.ndarray:
 def _read(path: Path) -> np.ndarray:
     """Gray values, (S, S) uint8; 0 where the processor's own display covers the view, such as the
     green one of the scope's position, which is the same in images that show nothing else alike."""
-    with open_image(path) as image:
-        small = image.convert("RGB").resize((_SIZE, _SIZE), Image.Resampling.BOX)
+    small = Image.fromarray(read_image(path)).resize((_SIZE, _SIZE), Image.Resampling.BOX)
     gray = np.array(small.convert("L"))
     red, green, _ = (np.asarray(channel) for channel in small.split())
     covered = cv2.subtract(green, red) > _GREEN
