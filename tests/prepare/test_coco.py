@@ -72,6 +72,17 @@ def test_what_passes_through(coco):
     assert source.notes == []
 
 
+def test_empty_ids_are_not_known(coco):
+    def edit(content):
+        content["images"][0].update(patient_id="", sequence_id="")
+        content["images"][1].update(patient_id=0, note="")
+        content["annotations"][0].update(lesion_id="")
+
+    (first, second, _), _, _ = coco(edit)
+    assert (first.fields, second.fields) == ({}, {"patient_id": 0, "note": ""})
+    assert "lesion_id" not in first.annotations[0]
+
+
 @given(arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40))), st.integers(0, 1600))
 def test_rle_is_decoded_and_empty_runs_are_left_out(mask, at):
     """With them pycocotools loses pixels where it merges masks."""

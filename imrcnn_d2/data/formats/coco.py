@@ -78,7 +78,8 @@ def read_coco(json_file: Path, image_root: Path, rejects: Rejects) -> Source:
 
 
 def read_coco_json(path: Path) -> dict:
-    """Read a COCO instance file, checked as a whole but not record by record.
+    """Read a COCO instance file, checked as a whole but not record by record. An id of a patient,
+    sequence or lesion that is an empty text is left out: it is not known, as in a table.
 
     Raises:
         BadInputError: it cannot be read or is no such file.
@@ -93,6 +94,10 @@ def read_coco_json(path: Path) -> dict:
         if not values or max(values.values()) > 1:
             reason = f"no categories, or two of the same {key}: {content['categories']}"
             raise BadInputError(path, reason)
+    for record in (*content["images"], *content["annotations"]):
+        for key in ("patient_id", "sequence_id", "lesion_id"):
+            if record.get(key) == "":
+                del record[key]
     return content
 
 
