@@ -52,9 +52,11 @@ def lesions(sample):
     return [(a["category_id"], a["bbox"], a["area"]) for a in sample.annotations]
 
 
-@pytest.mark.parametrize("kind", ["1", "255", "bool", "1 bit", "grey"])
+@pytest.mark.parametrize("kind", ["1", "255", "bool", "1 bit", "grey", "video"])
 def test_binary(folder, masks, kind):
     mask, nothing = (TWO > 0).astype(np.uint8), NOTHING.copy()
+    if kind == "video":
+        mask = np.uint8([16, 235])[mask]
     mask *= {"255": 255, "grey": 128}.get(kind, 1)
     if kind == "grey":  # as a scaled mask has it, and a JPEG of two values by chance
         mask[15, 5:25], nothing[0, 0] = 127, 9
@@ -68,6 +70,15 @@ def test_binary(folder, masks, kind):
     # smaller ones on demand
     counts = [len(masks(folder({}), min_area=n)[0][0].annotations) for n in (1, 6, 7)]
     assert counts == [3, 3, 2]
+
+
+def test_masks_without_a_lesion_or_without_a_background(folder, masks):
+    for full in (np.full((40, 60), 255, np.uint8), np.ones((40, 60), bool)):
+        (a, _), _, _ = masks(folder({"a.png": full, "b.png": NOTHING}))
+        assert lesions(a) == [(1, [0, 0, 60, 40], 40 * 60)]
+    for other in (np.full((40, 60), 16, np.uint8), 1 + (TWO > 0).astype(np.uint8)):
+        with pytest.raises(BadInputError, match=f"a.png: .*{other.max()}"):
+            masks(folder({"a.png": other}))
 
 
 def test_classes_and_instances(folder, masks):

@@ -120,8 +120,9 @@ def read_mask_folder(
 ) -> base.Source:
     """Read images with masks of the same name, but for the file type and `suffix`.
 
-    - binary: white is lesion. In a JPEG, and where there are grey values, that is 128 or more;
-      else everything but 0. Each connected component (8-connectivity) is an instance.
+    - binary: white is lesion. In a JPEG, and where there are grey values (a video's black and
+      white are 16 and 235), that is 128 or more; else everything but 0. Each connected component
+      (8-connectivity) is an instance.
     - classes: pixels are 0 for background, 1 for the first class, and so on; each connected
       component of a class is an instance.
     - instances: pixels are 0 for background, each other value is an instance.
@@ -296,6 +297,12 @@ def _image_and_label(path: Path, stem: str, images: Collection[str]) -> tuple[st
     return starts[0], _NUMBER.sub("", stem.removeprefix(starts[0]).strip(_SEPARATORS))
 
 
+def _is_gray(values: np.ndarray) -> bool:
+    """Whether there are more numbers than 0 and one other; a video's black is 16."""
+    numbers = np.unique(values)
+    return len(numbers[numbers > 0]) > 1 or numbers[0] > 1
+
+
 class _Reader:
     """Reads the masks of one image after the other, and counts what is left out."""
 
@@ -321,7 +328,7 @@ class _Reader:
     def _values(self, path: Path, image: SourceImage) -> np.ndarray:
         """(H, W) of the mask in the frame of the image as read."""
         values, lossy = read_values(path)
-        if self.kind in ("binary", "files") and (lossy or len(np.unique(values)) > 2):
+        if self.kind in ("binary", "files") and (lossy or _is_gray(values)):
             if not lossy and (highest := values.max()) < 128:
                 reason = f"no pixel is 128 or brighter, the highest is {highest}; if they number "
                 raise BadInputError(path, f"{reason}classes or instances, give --kind")
