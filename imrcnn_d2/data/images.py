@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO
 
 import cv2
@@ -367,14 +367,20 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
+def without_suffix(path: PurePath) -> PurePath:
+    """A path without its file type. A number is none: it ends the UID by which a DICOM file that
+    has no type is named."""
+    return path if path.suffix[1:].isdecimal() else path.with_suffix("")
+
+
 def by_stem(
     folder: Path, rejects: Rejects, taken: Callable[[Path], bool] = lambda path: True
 ) -> dict[str, Path]:
-    """Return files by their path in `folder` without suffix, in which image and mask may differ;
+    """Return files by their path in `folder` `without_suffix`, in which image and mask may differ;
     of all files those that are `taken`."""
     files: dict[str, Path] = {}
     for path in filter(taken, list_files(folder, rejects)):
-        stem = path.relative_to(folder).with_suffix("").as_posix()
+        stem = without_suffix(path.relative_to(folder)).as_posix()
         with rejects.catch():
             if stem in files:
                 reason = f"duplicate: same name as {files[stem]} but for the suffix"
@@ -390,6 +396,15 @@ def check_name(file_name: object, source: Path) -> None:
     name = file_name.encode("utf-8", "surrogatepass")
     if len(name) > _LONGEST_PATH or max(map(len, name.split(b"/"))) > LONGEST_NAME:
         raise BadInputError(source, f"file_name {file_name[:50]!r}... is too long for a file name")
+
+
+def check_utf8(file_name: str, source: Path) -> None:
+    """Raise BadInputError, blaming `source`, for a name in another encoding, as old archives hold:
+    no JSON file can have it."""
+    try:
+        file_name.encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError(source, "has a name that is no UTF-8; rename it") from error
 
 
 def path_inside(folder: Path, file_name: object, source: Path, follow_links: bool = False) -> Path:

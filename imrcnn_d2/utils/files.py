@@ -78,7 +78,7 @@ def read_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
 def _cell(value: object) -> object:
     if value is None or isinstance(value, bool | int | float):
         return value
-    text = str(value)
+    text = str(value).encode(errors="backslashreplace").decode()  # names that are no UTF-8
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
 

@@ -1,11 +1,13 @@
 """The command as users give it, from arguments to printed counts and exit status."""
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+from dicoms import write_dicom
 from PIL import Image
 from recognition_runs import CLASSES, draw_classes, write_classifier
 
@@ -56,6 +58,39 @@ def test_reasons_are_given_and_only_what_helps_is_advised(run, tmp_path, kvasir_
         message = run(*coco, *more, fails=True)
         assert "no.json" in message and "--on-error" not in message
     assert not out.exists()
+
+
+def test_dicom_files_that_are_named_by_their_uid(run, tmp_path, noise):
+    """Without a file type: the end of a UID is none."""
+    images, masks, out = tmp_path / "images", tmp_path / "masks", tmp_path / "out"
+    for folder in (images, masks):
+        folder.mkdir()
+    for i in (1, 2, 10):
+        write_dicom(images / f"1.2.840.{i}", noise(40, 60, i))
+        Image.new("L", (60, 40), 255).save(masks / f"1.2.840.{i}.png")
+    names = [f"1.2.840.{i}.png" for i in (1, 10, 2)]
+    run("masks", "--images", images, "--masks", masks, "--out", out, "--split-by", "image")
+    assert sorted(path.name for path in (out / "images").iterdir()) == names
+    again = "--splits", out / "splits.json"
+    assert "are gone" not in run("lesion-free", "--root", images, "--out", tmp_path / "b", *again)
+    assert sorted(path.name for path in (tmp_path / "b" / "images").iterdir()) == names
+
+
+def test_names_in_another_encoding(run, tmp_path, noise):
+    """As archives of old systems have them: no JSON file can hold them, so that no command could
+    read the data set."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in (b"a.png", b"Gr\xf6\xdfe.png"):
+        Image.fromarray(noise(40, 60, len(name))).save(root / os.fsdecode(name))
+    key = "--deidentify", "--key", tmp_path / "key"
+    for i, more in enumerate(((), key)):
+        args = "lesion-free", "--root", root, "--out", tmp_path / f"out{i}", *more
+        assert "Gr\\udcf6\\udcdfe.png: " in run(*args, fails=True)
+        run(*args, "--on-error", "reject")
+        assert len(list((tmp_path / f"out{i}" / "images").iterdir())) == 1
+    for table in (tmp_path / "out0" / "rejected.csv", tmp_path / "key.out1.rejected.csv"):
+        assert "Gr\\udcf6\\udcdfe.png" in table.read_text(encoding="utf-8")
 
 
 def test_nothing_given_twice_is_dropped(run, tmp_path, kvasir_folder, kvasir_original, no_polyp):

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from imrcnn_d2.data.images import SourceImage, inspect_image, is_image_name, list_files
+from imrcnn_d2.data.images import (
+    SourceImage,
+    inspect_image,
+    is_image_name,
+    list_files,
+    without_suffix,
+)
 from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS, MIN_AREA, named_categories
 from imrcnn_d2.data.prepare.splits import DEFAULT_RATIO, FixedTest
 from imrcnn_d2.utils.files import BadInputError, Rejects, few, is_archive, is_empty, staged
@@ -31,8 +37,8 @@ class Sample:
     @property
     def installed_name(self) -> str:
         """Its name in a prepared data set: of a PNG where the image is converted."""
-        path = PurePosixPath(self.file_name)
-        return str(path.with_suffix(".png")) if self.image.needs_conversion else self.file_name
+        stem = without_suffix(PurePosixPath(self.file_name))
+        return f"{stem}.png" if self.image.needs_conversion else self.file_name
 
 
 @dataclass

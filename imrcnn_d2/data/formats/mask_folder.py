@@ -20,6 +20,7 @@ from imrcnn_d2.data.images import (
     inspect_image,
     list_files,
     read_values,
+    without_suffix,
 )
 from imrcnn_d2.data.masks import (
     ANNOTATION_FIELDS,
@@ -223,7 +224,7 @@ def _centres(names: Sequence[str]) -> dict[str, str]:
 
 
 def _stem(root: Path, path: Path) -> str:
-    return path.relative_to(root).with_suffix("").as_posix()
+    return without_suffix(path.relative_to(root)).as_posix()
 
 
 def _guess_affixes(masks: Sequence[str], images: Collection[str]) -> tuple[str, str]:

@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 
 from imrcnn_d2.data.formats.base import Sample, Source, is_repeated_frame
-from imrcnn_d2.data.images import install_image, link_or_copy
+from imrcnn_d2.data.images import check_utf8, install_image, link_or_copy, without_suffix
 from imrcnn_d2.data.prepare import duplicates
 from imrcnn_d2.data.prepare.duplicates import joined_groups, positions
 from imrcnn_d2.data.prepare.splits import (
@@ -148,6 +148,7 @@ def _install(
     for sample in samples:
         with rejects.catch():
             image = sample.image
+            check_utf8(sample.file_name, image.path)
             name = sample.file_name = sample.installed_name
             if name in origins:
                 reason = f"duplicate: {name} was already made from {origins[name].image.path}"
@@ -262,8 +263,8 @@ def _of_converted(
 ) -> dict[str, list[str]]:
     """The splits with the present names of images that were converted to PNG."""
 
-    def stem(name: str) -> PurePosixPath:
-        return PurePosixPath(name).with_suffix("")
+    def stem(name: str) -> PurePath:
+        return without_suffix(PurePosixPath(name))
 
     names = {stem(s.file_name): s.file_name for s in samples if s.image.needs_conversion}
     return {split: [names.get(stem(name), name) for name in part] for split, part in splits.items()}

@@ -29,7 +29,7 @@ from PIL import Image
 from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.formats.base import Sample, Source
 from imrcnn_d2.data.formats.coco import to_rle
-from imrcnn_d2.data.images import inspect_image, read_image
+from imrcnn_d2.data.images import check_utf8, inspect_image, read_image
 from imrcnn_d2.data.masks import (
     ANNOTATION_FIELDS,
     IMAGE_FIELDS,
@@ -231,6 +231,7 @@ def _samples(
     for sample in source.samples:
         with rejects.catch():
             path = sample.image.path
+            check_utf8(sample.file_name, path)
             pixels = read_image(path)
             view = find_view(pixels)
             if view.is_empty:
