@@ -237,7 +237,7 @@ def test_a_field_without_its_values(frames, deidentify):
         assert sample.fields["size_mm"] == 4.5
     with pytest.raises(ValueError, match="site"):  # named twice
         parse_keep(["site=antrum"], ["site"], frames(["within"]))
-    for field in ("patient_id", "area", "width", "group_id"):
+    for field in ("patient_id", "sequence_id", "area", "width", "group_id"):
         with pytest.raises(ValueError, match=field):  # made anew
             deidentify(frames(["within"]), keep={field: None})
 
@@ -370,6 +370,35 @@ def test_nothing_leads_back(sources, tmp_path, capsys):
     assert {image["date_captured"] for image in images} == {"2012-08-01 12:00"}
     names = [{path.name for path in (tmp_path / o / "images").iterdir()} for o in ("out", "out2")]
     assert len(names[1]) == 7 and not names[0] & names[1]
+
+
+def test_a_sequence_stays_together(tmp_path, capsys):
+    """Under a new id, and with a frame that stands still."""
+    images = tmp_path / "in"
+    images.mkdir()
+    records = []
+    for video in range(3):
+        for i in range(4):
+            Image.fromarray(frame(10 * video + max(i, 1))).save(images / f"{video}_{i}.png")
+            record = {"file_name": f"{video}_{i}.png", "sequence_id": f"Erika {video}", "frame": i}
+            records.append({"id": len(records), **record})
+    records[-1]["sequence_id"] = "3"  # the number of its frame
+    content = {"images": records, "annotations": [], "categories": [{"id": 1, "name": "polyp"}]}
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    private = "--deidentify", "--key", tmp_path / "key", "--keep", "frame=0:99"
+    where = "--annotations", tmp_path / "own.json", "--images", images, "--out", tmp_path / "out"
+    run("coco", *where, *private, "--ratio", "1:1:1")
+    with open(tmp_path / "key.names.csv", encoding="utf-8") as file:
+        old = {row["new"]: row["old"] for row in csv.DictReader(file)}
+    splits = {}
+    for split in SPLITS:
+        for image in annotations(tmp_path / "out", split)["images"]:
+            name, sequence = old[image["file_name"].removesuffix(".png")], old[image["sequence_id"]]
+            assert {"file_name": name, "sequence_id": sequence, "frame": image["frame"]} in [
+                {key: record[key] for key in record if key != "id"} for record in records
+            ]
+            splits.setdefault(sequence, set()).add(split)
+    assert len(splits) == 4 and all(len(parts) == 1 for parts in splits.values())
 
 
 def test_published_splits_by_old_names(sources, tmp_path, capsys):

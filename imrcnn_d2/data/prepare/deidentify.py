@@ -19,7 +19,7 @@ import shlex
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import pycocotools.mask as mask_util
 from PIL import Image
 
 from imrcnn_d2.data.endoscope_view import View, find_view
-from imrcnn_d2.data.formats.base import Sample, Source
+from imrcnn_d2.data.formats.base import Sample, Source, is_repeated_frame
 from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import check_utf8, inspect_image, read_image
 from imrcnn_d2.data.masks import (
@@ -49,7 +49,7 @@ _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER}):({_NUMBER})", re.ASCII)
 _SHOWN_VALUES, _EXAMINED_IMAGES = 12, 1000  # of a field whose rule is missing
 _CATEGORY_FIELDS = ("id", "name", "supercategory")
-_IDS = {"patient_id": "patient", "lesion_id": "lesion"}
+_IDS = {"patient_id": "patient", "sequence_id": "sequence", "lesion_id": "lesion"}
 _NEVER_KEPT = {*_IDS, *IMAGE_FIELDS, *ANNOTATION_FIELDS, "group_id"}
 _INFO = {
     "description": "De-identified: cropped to the endoscope's view, all else blanked, names and "
@@ -58,7 +58,7 @@ _INFO = {
 
 
 class Pseudonyms:
-    """New names for images, patients and lesions, by HMAC-SHA256 (RFC 2104) with a key.
+    """New names for images, patients, sequences and lesions, by HMAC-SHA256 (RFC 2104) with a key.
 
     The same name gets the same new one with the same key. Which became which is written to
     a table next to the key: either one identifies the patients. The key has 64 hexadecimal digits;
@@ -78,7 +78,7 @@ class Pseudonyms:
         self._new: dict[tuple[str, str], str] = {}
 
     def __call__(self, kind: str, name: str) -> str:
-        """Sixteen hexadecimal digits for a name; "image", "patient" and "lesion" are kinds."""
+        """Sixteen hexadecimal digits for a name; kinds are "image" and those of ids."""
         digest = hmac.new(self._key, f"{kind}:{name}".encode(), hashlib.sha256).hexdigest()
         new = self._new[kind, name] = digest[:_HEX_DIGITS]
         return new
@@ -225,7 +225,7 @@ def _samples(
     source: Source, folder: Path, pseudonyms: Pseudonyms, rejects: Rejects, keep: Mapping
 ) -> Iterator[Sample]:
     folder.mkdir(parents=True, exist_ok=True)
-    origins: dict[str, Path] = {}  # by new name, and by hash of the cropped image
+    origins: dict[str, Sample] = {}  # by new name, and by hash of the cropped image
     cut = whole = num_insets = 0
     left_out = set(source.extra) | set(source.info) - {"description"}
     for sample in source.samples:
@@ -239,7 +239,7 @@ def _samples(
             moved, num_cut = _moved(sample, view)
             names = {*sample.fields, *(key for record in sample.annotations for key in record)}
             left_out |= names - keep.keys() - {*_IDS, *ANNOTATION_FIELDS}
-            image_ids = _ids(sample.fields).values()
+            image_ids = _ids(sample.fields)
             annotations = [
                 {**new, **_passed(old, pseudonyms, keep, path, image_ids)} for old, new in moved
             ]
@@ -247,15 +247,16 @@ def _samples(
             name = sample.installed_name  # as in the other data set, whose splits can be kept
             new_name = pseudonyms.of_file(name)
             if new_name in origins:  # whose file may be linked already
-                reason = f"duplicate: {name} was already made from {origins[new_name]}"
-                raise BadInputError(path, reason)
+                first = origins[new_name].image.path
+                raise BadInputError(path, f"duplicate: {name} was already made from {first}")
             Image.fromarray(view.crop(pixels)).save(folder / new_name)
             image = inspect_image(folder / new_name)
-            if image.sha256 in origins:
+            other = origins.setdefault(image.sha256, sample)
+            if other is not sample and not is_repeated_frame(sample, other):
                 image.path.unlink()
-                reason = f"duplicate: cropped, it is the same image as {origins[image.sha256]}"
+                reason = f"duplicate: cropped, it is the same image as {other.image.path}"
                 raise BadInputError(path, reason)
-            origins[image.sha256] = origins[new_name] = path
+            origins[new_name] = sample
             cut, whole = cut + num_cut, whole + view.is_whole
             num_insets += bool(view.insets)
             yield replace(
@@ -323,7 +324,7 @@ def _passed(
     pseudonyms: Pseudonyms,
     keep: Mapping[str, Rule],
     path: Path,
-    other_ids: Collection[str] = (),
+    other_ids: Mapping[str, str] | None = None,
 ) -> dict:
     """Of a record, the fields that may pass, ids replaced; none may hold `other_ids` either."""
     ids = _ids(record)
@@ -335,7 +336,13 @@ def _passed(
         if not _admits(keep[field], value):
             reason = f"{field} is {value!r}, which --keep {field} does not admit; list it, or leave"
             raise BadInputError(path, f"{reason} the field out")
-        if any(_reveals(value, name) for name in (*ids.values(), *other_ids)):
+        names = [
+            name
+            for key, name in (*ids.items(), *(other_ids or {}).items())
+            # a number that is a sequence's as well, such as that of a frame, tells nothing
+            if key != "sequence_id" or isinstance(value, str)
+        ]
+        if any(_reveals(value, name) for name in names):
             raise BadInputError(path, f"{field} is {value!r}, an id, which cannot pass")
         passed[field] = value
     return passed
