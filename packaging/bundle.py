@@ -26,7 +26,8 @@ from urllib.parse import urlparse
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMS = "SHA256SUMS"
-MODEL_ZOO = "https://dl.fbaipublicfiles.com/detectron2/"  # detectron2://...
+ZOO = "https://dl.fbaipublicfiles.com/"  # its files lie in the cache without their host
+MODEL_ZOO = f"{ZOO}detectron2/"  # detectron2://...
 
 
 def sha256(path: Path) -> str:
@@ -139,7 +140,9 @@ def fetch_weights(url: str, folder: Path) -> None:
     """
     url, _, expected = url.partition("#sha256=")
     address = url.replace("detectron2://", MODEL_ZOO, 1)
-    path = folder / urlparse(address).path.lstrip("/")
+    parts = urlparse(address)
+    host = "" if address.startswith(ZOO) else parts.netloc
+    path = (folder / host / parts.path.lstrip("/")).with_name(address.rpartition("/")[2])
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"Fetching {address}", flush=True)
     try:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import bundle
 import pytest
-from fvcore.common.file_io import HTTPURLHandler
 from processes import ROOT, run_script
 
 from imrcnn_d2.cli import install_detectron2
+from imrcnn_d2.utils.safe_loading import DownloadHandler
 
 METADATA = """\
 Metadata-Version: 2.1
@@ -230,12 +230,24 @@ def test_weights_are_checked_and_lie_where_detectron2_looks(tmp_path, capsys, mo
         with pytest.raises(SystemExit, match=named):
             bundle.fetch_weights(url, weights)
 
-    monkeypatch.setattr(bundle, "MODEL_ZOO", tmp_path.as_uri() + "/")
-    bundle.fetch_weights(f"detectron2://model_final.pkl#sha256={digest}", tmp_path / "cache")
+    zoo = "https://dl.fbaipublicfiles.com/detectron2/a/model_final.pkl"
+    addresses = {"detectron2://a/model_final.pkl": zoo}
+    addresses |= {url: url for url in (zoo, "http://localhost:9/a/b.pth", "https://x.org/c?d=1")}
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: path_opened(path))
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    # Nothing answers at this address: only the cache can.
-    local = HTTPURLHandler()._get_local_path(f"http://localhost:9{path}")
-    assert Path(local).read_bytes() == b"published weights"
+    for url, address in addresses.items():
+        bundle.fetch_weights(f"{url}#sha256={digest}", tmp_path / "cache")
+        monkeypatch.setattr("iopath.common.file_io.download", None)  # only the cache can answer
+        local = DownloadHandler()._get_local_path(address)
+        assert Path(local).read_bytes() == b"published weights"
+        shutil.rmtree(tmp_path / "cache")
+
+
+def path_opened(path):
+    """As `urlopen` answers."""
+    file = open(path, "rb")
+    file.headers = {}
+    return file
 
 
 def test_make_installs_only_from_a_complete_bundle(tmp_path, folder):
