@@ -272,6 +272,8 @@ def _at_corners(image: np.ndarray, hull: np.ndarray) -> list[Box]:
     """Rectangles of any content over a corner of the view, found by two straight edges."""
     hull_box = _box(hull)
     hull, part = hull[hull_box.slices], image[hull_box.slices]
+    if min(hull.shape) < 3:  # an edge is between two pixels
+        return []
     edges = [np.zeros(hull.shape, bool) for _ in range(2)]
     edges[0][:, 1:-1] = brightest(cv2.absdiff(part[:, 2:], part[:, :-2])) > _EDGE
     edges[1][1:-1] = brightest(cv2.absdiff(part[2:], part[:-2])) > _EDGE

@@ -248,6 +248,9 @@ def test_which_views_are_not_relied_on():
     small[200:300, 300:400] = cv2.resize(frame, (100, 100))
     for other in (small, np.zeros_like(frame)):
         assert find_crop(other) is None
+    for shape in ((1, 1), (2, 5), (1, 500), (6, 1000)):
+        thin = np.full((*shape, 3), (200, 100, 90), np.uint8)
+        assert find_crop(thin) is None or find_crop(thin).is_whole
     strip = np.zeros_like(frame)
     strip[20:120] = (200, 120, 100)
     assert find_crop(strip) is None, "a banner"
