@@ -30,7 +30,7 @@ from imrcnn_d2.engine.config import choose_device, load_config, load_config_text
 from imrcnn_d2.engine.run_record import config_sha256, describe_model
 from imrcnn_d2.evaluation.detection.operating_point import score_threshold
 from imrcnn_d2.task import Task
-from imrcnn_d2.utils.files import BadInputError
+from imrcnn_d2.utils.files import BadInputError, for_terminal
 from imrcnn_d2.utils.safe_loading import UnsafeFileError, load_checkpoint_file
 
 logger = logging.getLogger(__name__)
@@ -212,11 +212,22 @@ def _check_demands(cfg: CfgNode, path: Path) -> None:
 
 
 def _check_size(cfg: CfgNode, path: Path) -> None:
-    """Refuses a config whose model is far larger than the weights, before it takes memory."""
+    """Refuses a config of no model, or of one that is far larger than the weights, before it takes
+    memory.
+    """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        model = build_model(cfg)
+    try:
+        with torch.device("meta"):
+            model = build_model(cfg)
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:  # impossible values make Detectron2's and timm's raise anything
+        reason = for_terminal(error.args[0] if error.args else error, one_line=True)[:200]
+        raise ValueError(
+            f"{path}: no model can be built of its config ({type(error).__name__}: {reason}): give "
+            "the config that it was trained with (--config-file)"
+        ) from error
     numbers = sum(tensor.numel() for tensor in model.state_dict().values())
     if numbers > path.stat().st_size:
         raise ValueError(

@@ -235,6 +235,20 @@ def test_what_a_config_demands_is_bounded(tiny_run, weights, metadata, tmp_path,
         pytest.raises(ValueError, load_model, None, path).match(f"a{suffix}: .*{key}")
 
 
+NO_MODELS = {
+    **{"MODEL.META_ARCHITECTURE": "Nope", "MODEL.TIMM.NAME": "nope", "MODEL.FPN.NORM": "XX"},
+    **{"MODEL.FPN.OUT_CHANNELS": -5, "MODEL.PIXEL_MEAN": [1.0]},
+}
+
+
+@pytest.mark.parametrize("key, value", NO_MODELS.items())
+def test_a_config_of_no_model_is_refused(tiny_run, weights, key, value):
+    cfg = load_config(tiny_run / "config.yaml", [key, value])
+    with pytest.raises(ValueError, match="model_best.pth") as refused:
+        load_model(cfg, weights)
+    assert isinstance(value, list) or str(value) in str(refused.value)
+
+
 def test_nothing_is_written_where_a_config_says(
     tiny_run, weights, exported, metadata, image_folder, tmp_path
 ):
