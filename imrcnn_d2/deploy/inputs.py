@@ -98,6 +98,7 @@ def decode_video(file: str | Path | BinaryIO, path: str | Path) -> Iterator[Fram
                     elif number and stream.average_rate:
                         time += 1 / stream.average_rate
                     end.add_frame(frame)
+                    images.check_pixels(path, frame.width, frame.height)
                     image, aspect = upright(stream, frame)
                     yield Frame(image, number, time, stream.time_base, aspect)
                     number += 1

@@ -218,6 +218,14 @@ def test_cut_files_give_their_frames_and_then_an_error(tmp_path, suffix, sound, 
     assert error.value.file == str(path) and 10 < len(seen) < 75
 
 
+def test_a_frame_has_no_more_pixels_than_an_image(tmp_path, monkeypatch):
+    path = film(tmp_path / "v.mp4", STEADY[:3])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80 * 60)
+    assert len(list(decode_video(path, path))) == 3
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80 * 60 - 1)
+    pytest.raises(BadInputError, list, decode_video(path, path)).match("v.mp4: has 80x60 = 4800")
+
+
 # What FFmpeg, which goes by the content, takes for a list of other files in the same folder.
 PLAYLISTS = {
     "list.mp4": "ffconcat version 1.0\nfile secret.ts\n",
