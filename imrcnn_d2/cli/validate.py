@@ -78,6 +78,7 @@ def validate(args: argparse.Namespace) -> None:
     """Check the data, predict, evaluate by centre, write and print."""
     from imrcnn_d2.data.catalog import prepared_folder
     from imrcnn_d2.data.external import read_folders, read_prepared
+    from imrcnn_d2.data.images import check_utf8
     from imrcnn_d2.deploy import Predictor
     from imrcnn_d2.deploy.batch import PREDICTIONS, predict_files
     from imrcnn_d2.deploy.inputs import find_inputs
@@ -113,6 +114,7 @@ def validate(args: argparse.Namespace) -> None:
     names = {source.path: source.name for source in sources}
     for image, path in zip(data.coco["images"], data.paths, strict=True):
         image["file_name"] = names[Path(os.path.abspath(path))]
+        check_utf8(image["file_name"], path)
     truth, predictions = args.output / GROUND_TRUTH, args.output / FOLDER / PREDICTIONS
     gt = read_ground_truth(data.coco, truth)
     for by in columns:

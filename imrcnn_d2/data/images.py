@@ -399,8 +399,8 @@ def check_name(file_name: object, source: Path) -> None:
 
 
 def check_utf8(file_name: str, source: Path) -> None:
-    """Raise BadInputError, blaming `source`, for a name in another encoding, as old archives hold:
-    no JSON file can have it."""
+    """Raise BadInputError, naming `source`, for a file name in another encoding, as old archives
+    have them: JSON cannot hold it."""
     try:
         file_name.encode()
     except UnicodeEncodeError as error:

@@ -34,6 +34,7 @@ from imrcnn_d2.deploy.predictor import Predictor, batches
 from imrcnn_d2.evaluation.alarms import Alarms
 from imrcnn_d2.utils.files import (
     BadInputError,
+    as_utf8,
     atomic_file,
     csv_line,
     file_sha256,
@@ -303,7 +304,8 @@ class Journal:
         """Yields the image record with its ``id``, and the annotations, of all inputs by name."""
         lines = (line for _, done in sorted(self._done.items()) for line in self._lines(done))
         for number, line in enumerate((line for line in lines if "image" in line), 1):
-            yield {"id": number, **line["image"]}, line["annotations"]
+            texts = {k: as_utf8(v) for k, v in line["image"].items() if isinstance(v, str)}
+            yield {"id": number, **line["image"], **texts}, line["annotations"]
 
     def failed(self) -> list[tuple[str, str]]:
         """Name and reason of each input that was not, or not wholly, read."""

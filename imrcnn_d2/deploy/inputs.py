@@ -201,7 +201,10 @@ class VideoWriter(contextlib.ExitStack):
         if self._last is not None:  # containers refuse two frames at once
             frame.pts = max(frame.pts, self._last + 1)
         self._last = frame.pts
-        self._container.mux(self._stream.encode(frame))
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except av.error.ExternalError as error:  # of x264
+            raise OSError(f"H.264 takes no frame of {width}x{height}") from error
 
     def _open(self, height, width, pixel_aspect):
         import av

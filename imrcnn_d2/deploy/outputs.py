@@ -361,9 +361,13 @@ class InputOutputs:
             if "labelme" in self._kinds and (shown or frame.number is None):
                 self._add_labelme(frame, shown)
         except OSError as error:
-            if error.errno not in _NAME_ERRORS:
+            if error.errno in _NAME_ERRORS:
+                self.error = f"its files cannot be written ({error.strerror}): rename it"
+            elif error.errno is None:  # of an encoder, of what its format cannot hold
+                height, width = frame.image.shape[:2]
+                self.error = f"no overlay of {width}x{height} pixels ({error}): scale it down"
+            else:
                 raise
-            self.error = f"its files cannot be written ({error.strerror}): rename it"
 
     def _add_overlay(self, frame, shown):
         metadata, classes = self._folder.metadata, self._folder.classes

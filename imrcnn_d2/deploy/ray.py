@@ -29,7 +29,7 @@ from imrcnn_d2.deploy.inputs import Source, find_inputs, input_key
 from imrcnn_d2.deploy.outputs import OUTPUTS, frame_record
 from imrcnn_d2.deploy.predictor import Predictor
 from imrcnn_d2.engine.train_step import keep_freed_memory
-from imrcnn_d2.utils.files import atomic_file, for_terminal, lock_folder
+from imrcnn_d2.utils.files import as_utf8, atomic_file, for_terminal, lock_folder
 from imrcnn_d2.utils.progress import tqdm
 
 PARTS = "predictions.parquet"
@@ -93,9 +93,7 @@ def write_part(folder: Path, run: dict, sources: list[Source], rows: Iterable[di
     with _part(folder / name, run) as part:
         waiting = []
         for row in rows:
-            # Not all file names are UTF-8.
-            file_name = row["file_name"].encode(errors="backslashreplace").decode()
-            waiting.append({**row, "file_name": file_name, **shared})
+            waiting.append({**row, "file_name": as_utf8(row["file_name"]), **shared})
             if len(waiting) == ROWS:
                 part.write_table(pa.Table.from_pylist(waiting, _SCHEMA))
                 waiting = []

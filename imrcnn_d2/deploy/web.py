@@ -30,6 +30,7 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from imrcnn_d2.data.images import is_dicom, read_image
@@ -48,6 +49,7 @@ LEAST_SCORE = 0.05  # Detectron2's, of all detections, before scores are mapped
 
 MAX_FILE_MB = 50
 MAX_FILES, MAX_UPLOAD_MB = 50, 500  # at once
+MAX_REQUEST_MB = 1  # of any other request: names of files, and τ
 UPLOADS_AT_ONCE, UPLOAD_SECONDS = 4, 600  # the others wait for one of them to end
 KEPT = 3600  # seconds at most, where nothing comes and reads an upload
 MAX_WAITING, MAX_WAITING_MB = 1000, 2000  # uploads, and all of them together: then the oldest go
@@ -448,9 +450,22 @@ class _Fence:
             return await PlainTextResponse("Not found", 404)(scope, receive, send)
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc != host
-        if foreign or (self.local and urlsplit(f"//{host}").hostname not in _LOCAL):
+        try:
+            foreign = origin is not None and urlsplit(origin).netloc != host
+            foreign = foreign or (self.local and urlsplit(f"//{host}").hostname not in _LOCAL)
+        except ValueError:  # neither is a name
+            foreign = True
+        if foreign:
             return await PlainTextResponse("Not from here", 403)(scope, receive, send)
+        size, most = 0, MAX_UPLOAD_MB if path == f"{_API}/upload" else MAX_REQUEST_MB
+
+        async def bounded():
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > 2**20 * most:
+                raise _TooLargeError(f"Over {most} MB at once")
+            return message
 
         async def with_headers(message):
             if message["type"] == "http.response.start":
@@ -458,7 +473,7 @@ class _Fence:
                 message["headers"] = [*message.get("headers", ()), *headers]
             await send(message)
 
-        await self.app(scope, receive, with_headers)
+        await self.app(scope, bounded, with_headers)
 
 
 def _app(predictor, uploads):
@@ -473,8 +488,10 @@ def _app(predictor, uploads):
             return await take(request)
 
     async def take(request):
-        stream = _bounded(request.stream())
-        parser = MultiPartParser(request.headers, stream, max_files=MAX_FILES, max_fields=0)
+        if "content-type" not in request.headers:
+            return PlainTextResponse("No form of files", 400)
+        options = {"max_files": MAX_FILES, "max_fields": 0}
+        parser = MultiPartParser(request.headers, request.stream(), **options)
         try:
             form = await asyncio.wait_for(parser.parse(), UPLOAD_SECONDS)
         except MultiPartException as error:
@@ -483,6 +500,8 @@ def _app(predictor, uploads):
             return PlainTextResponse(str(error), 413)
         except asyncio.TimeoutError:
             return PlainTextResponse(f"It took longer than {UPLOAD_SECONDS} s", 408)
+        except ClientDisconnect:  # the tab was closed
+            return PlainTextResponse("It broke off", 400)
         try:
             files = form.getlist("files")
             if any(file.size > 2**20 * MAX_FILE_MB for file in files):
@@ -516,15 +535,6 @@ class _Server(uvicorn.Server):
 
 class _TooLargeError(Exception):
     pass
-
-
-async def _bounded(stream):
-    size = 0
-    async for chunk in stream:
-        size += len(chunk)
-        if size > 2**20 * MAX_UPLOAD_MB:
-            raise _TooLargeError(f"The files have more than {MAX_UPLOAD_MB} MB together")
-        yield chunk
 
 
 @contextlib.contextmanager

@@ -62,18 +62,19 @@ def choose_device() -> str:
     """The MODEL.DEVICE of a config that names none: "cuda" with a usable NVIDIA card, else "cpu".
 
     Raises:
-        RuntimeError: this torch cannot use the card, and training on the CPU unasked takes days.
-            A card hidden with ``CUDA_VISIBLE_DEVICES=""`` counts as absent.
+        OSError: this torch cannot use the card, and training on the CPU unasked takes days. A
+            card hidden with ``CUDA_VISIBLE_DEVICES=""`` counts as absent.
     """
     if torch.cuda.is_available():
         return "cuda"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if _NVIDIA_DRIVER.exists() and not hidden:
         driver = _NVIDIA_DRIVER.read_text().splitlines()[0]
-        raise RuntimeError(
+        raise OSError(
             f"An NVIDIA card is present ({driver}), but torch {torch.__version__} (built for CUDA "
             f"{torch.version.cuda}) cannot use it. Install a torch build for this driver "
-            "(make install TORCH=...), update the driver, or ask for the CPU: MODEL.DEVICE cpu"
+            "(make install TORCH=...), update the driver, or ask for the CPU by the variable "
+            "CUDA_VISIBLE_DEVICES=''"
         )
     return "cpu"
 

@@ -78,7 +78,7 @@ def read_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
 def _cell(value: object) -> object:
     if value is None or isinstance(value, bool | int | float):
         return value
-    text = str(value).encode(errors="backslashreplace").decode()  # names that are no UTF-8
+    text = as_utf8(str(value))
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
 
@@ -91,6 +91,11 @@ def for_terminal(text: object, one_line: bool = False) -> str:
     """Escape control characters, which names in files can hold, as ``\\x1b`` and so on."""
     escaped = _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
     return escaped.replace("\n", r"\n") if one_line else escaped
+
+
+def as_utf8(text: str) -> str:
+    """Escape the bytes of a file name that are no UTF-8, which no JSON or Parquet file can hold."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def few(values: Sequence, number: int = 3, separator: str = ", ") -> str:

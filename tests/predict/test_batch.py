@@ -29,6 +29,7 @@ from imrcnn_d2.deploy.batch import Journal, predictions
 from imrcnn_d2.deploy.inputs import Source, decode_video, public_name
 from imrcnn_d2.evaluation import evaluate_lesions
 from imrcnn_d2.evaluation.detection.inputs import read_ground_truth, read_results
+from imrcnn_d2.utils.files import read_json
 
 from .conftest import (
     ALL,
@@ -301,6 +302,40 @@ def test_no_name_stops_a_run(predictor, tmp_path, inputs):
         assert sum(path.is_file() for path in (output / kind).rglob("*")) == len(inputs)
     assert (output / "masks" / LONGEST).is_file() == (LONGEST in inputs)
     assert predict_files(predictor, [folder], output, save=ALL).skipped == len(inputs)
+
+
+def test_a_name_that_is_no_utf8_is_escaped(predictor, tmp_path):
+    """So that other programs can read the tables."""
+    for seed, name in enumerate((b"\xff.png", b"b.png")):
+        save_image(tmp_path / "in" / os.fsdecode(name), seed)
+    for skipped in (0, 2):
+        assert predict_files(predictor, [tmp_path / "in"], output := tmp_path / "out").skipped == (
+            skipped
+        )
+        assert names(output) == ["b.png", r"\udcff.png"]
+        assert isinstance(read_json(output / "predictions.json"), dict)
+        file_names = {record["file_name"] for record in read_json(output / "results.json")}
+        assert file_names == set(names(output))
+
+
+def test_an_overlay_that_its_format_cannot_hold_fails_its_input_alone(
+    predictor, image_folder, tmp_path, monkeypatch
+):
+    save_image(image_folder / "a.png", 0, 50, 50)
+    write_video(image_folder / "v.mp4", [random_image(n, 40, 40) for n in range(2)])
+    too_wide, whole = {50: 66_000, 40: 17_000}, outputs.draw_overlay  # for JPEG, for H.264
+
+    def draw(image, *args):
+        width = too_wide.get(len(image))
+        return np.zeros((2, width, 3), np.uint8) if width else whole(image, *args)
+
+    monkeypatch.setattr(outputs, "draw_overlay", draw)
+    done = predict_files(predictor, [image_folder], output := tmp_path / "out", save=["overlays"])
+    assert done.images == 5
+    (still, why), (film, why_too) = done.failed
+    assert (still, film) == ("a.png", "v.mp4") and "50x50" in why and "40x40" in why_too
+    written = {path.name for path in (output / "overlays").rglob("*") if path.is_file()}
+    assert written == {"c.jpg", "d.jpg"}
 
 
 def test_each_input_has_its_files(predictor, image_folder, tmp_path):

@@ -323,6 +323,19 @@ def test_errors_are_a_line(weights, tiny_run, image_folder, tmp_path, capsys, mo
         fails(capsys, *call)
 
 
+def test_a_card_that_torch_cannot_use_is_a_line(
+    weights, image_folder, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "version").write_text("NVRM version: 390.157\n")
+    monkeypatch.setattr("imrcnn_d2.engine.config._NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    arguments = ["--weights", weights, "--input", image_folder, "--output", tmp_path / "out"]
+    fails(capsys, predict, arguments, 1, "390.157")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the line says
+    run(predict, *arguments)
+
+
 def test_exports_are_checked(weights, image_folder, tmp_path, capsys, monkeypatch):
     target, none = tmp_path / "exports", tmp_path / "none"
     target.mkdir()

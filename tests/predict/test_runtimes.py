@@ -33,6 +33,7 @@ from imrcnn_d2.deploy.runtimes import (
     OnnxRuntime,
     OpenVINORuntime,
     TorchRuntime,
+    build_runtime,
     compiled_cache,
 )
 from imrcnn_d2.deploy.runtimes.base import METADATA_KEY, DetectorGraph
@@ -246,6 +247,26 @@ def test_which_runtime_and_what_cannot_be_exported(
     with pytest.raises(SystemExit):
         export.main([*map(str, command), "--output", str(tmp_path / "m.safetensors")])
     assert str(path) in capsys.readouterr().err
+
+
+def test_auto_tries_each_runtime_on_a_model_of_its_own(monkeypatch):
+    """A graph's goes to the CPU, and bf16 changes the heads."""
+    given = []
+
+    def leave_out(model, example):
+        given.append(model)
+        raise ValueError("not here")
+
+    for runtime in (OnnxRuntime, OpenVINORuntime):
+        monkeypatch.setattr(runtime, "from_model", leave_out)
+    seconds = iter([[1], [2]])
+    monkeypatch.setattr("timeit.repeat", lambda *_, **__: next(seconds))
+    model = build_model(config(*FOREIGN[:4])).eval()
+    runtime = build_runtime("auto", model, torch.zeros(3, 64, 64, dtype=torch.uint8))
+    assert type(runtime) is TorchRuntime and len(given) == 2
+    assert all(other is not runtime.model for other in given)
+    assert isinstance(runtime.model.roi_heads.box_pooler, ROIPooler)
+    assert "forward" not in vars(runtime.model.roi_heads.box_predictor)
 
 
 @pytest.fixture

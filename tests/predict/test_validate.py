@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -258,3 +259,11 @@ def test_data_without_any_lesion(hashed, tmp_path):
     data = prepared(tmp_path / "data", {"test": (3, 6, 9)})
     run(hashed(save_image(tmp_path / "own.png", 99)), tmp_path / "out", "--data", data)
     assert "specificity" in (tmp_path / "out" / "centres.md").read_text()
+
+
+def test_a_name_that_no_table_can_hold_is_refused(weights, tmp_path, capsys):
+    for folder in ("images", "masks"):
+        save_image(tmp_path / folder / os.fsdecode(b"\xff.png"), 1)
+    folders = ["--images", tmp_path / "images", "--masks", tmp_path / "masks"]
+    assert r"\udcff.png: " in refused(capsys, weights, tmp_path / "out", *folders)
+    assert not (tmp_path / "out" / "predictions").exists()

@@ -5,10 +5,12 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import re
 import socket
 import tempfile
 import threading
+import time
 import zipfile
 from types import SimpleNamespace
 
@@ -291,6 +293,22 @@ def test_nothing_is_kept_and_uploads_are_bounded(site, paths, monkeypatch):
         path.unlink()
 
 
+def test_odd_requests_are_refused_without_a_traceback(site, monkeypatch):
+    errors, handler = [], logging.Handler()
+    monkeypatch.setattr(handler, "emit", errors.append)
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [handler])
+    api, connection = f"{site.url}gradio_api", (site.address, httpx.URL(site.url).port)
+    with socket.create_connection(connection) as upload:  # a tab that is closed on its way
+        upload.sendall(UPLOAD)
+    assert httpx.post(f"{api}/upload", content=b"no form").status_code == 400
+    monkeypatch.setattr(app, "MAX_REQUEST_MB", 0.01)
+    for size, status in ((100, 200), (20_000, 400)):
+        body = {"data": [None, TAU], "session_hash": "s", "more": "x" * size}
+        assert httpx.post(f"{api}/run/show", json=body).status_code == status
+    time.sleep(0.5)
+    assert not errors and not list(site.folder.iterdir())
+
+
 def test_sessions_are_apart_and_tabs_that_never_close_are_bounded(site, client, paths, monkeypatch):
     """The oldest is forgotten, by what is kept of all; and one alone cannot take it all."""
     with session(site.url) as second, session(site.url) as third:
@@ -348,7 +366,8 @@ def test_it_answers_this_computer_and_asks_no_other(site, client, tmp_path):
 def test_other_sites_in_the_same_browser_are_refused(site):
     port, foreign = httpx.URL(site.url).port, "http://example.com"
     both = {"host": "example.com", "origin": foreign}  # a name that leads to 127.0.0.1
-    for headers in ({"origin": foreign}, {"origin": "null"}, {"host": "example.com"}, both):
+    odd = {"origin": "http://["}, {"host": "["}
+    for headers in ({"origin": foreign}, {"origin": "null"}, {"host": "example.com"}, both, *odd):
         answer = httpx.post(f"{site.url}gradio_api/upload", files={"files": b"a"}, headers=headers)
         assert answer.status_code == 403, headers
     assert not list(site.folder.iterdir())

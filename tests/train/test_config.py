@@ -334,7 +334,7 @@ def test_the_device_where_nobody_names_one(monkeypatch, tmp_path, driver):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if driver:
         version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  390.157\nGCC: 12\n")
-        with pytest.raises(RuntimeError, match=f"390.157.*{re.escape(torch.__version__)}"):
+        with pytest.raises(OSError, match=f"390.157.*{re.escape(torch.__version__)}"):
             load_config("imrcnn_lite.yaml")
         assert load_config("imrcnn_lite.yaml", CPU).MODEL.DEVICE == "cpu"
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

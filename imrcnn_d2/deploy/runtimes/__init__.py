@@ -4,6 +4,7 @@
 here. `EXPORTS` has those that write files, by the file's format, which is its suffix.
 """
 
+import copy
 import logging
 import statistics
 import timeit
@@ -50,7 +51,8 @@ def build_runtime(name: str | None, model: nn.Module | Runtime, example: Tensor 
     seconds = {}
     for candidate, runtime in RUNTIMES.items():
         try:
-            built = runtime.from_model(model, example)
+            # A copy each: graphs are traced on the CPU, and bf16 changes the heads.
+            built = runtime.from_model(copy.deepcopy(model), example)
         except (ModuleNotFoundError, ValueError) as error:
             logger.info("Runtime %s is left out: %s", candidate, error)
             continue
