@@ -32,6 +32,8 @@ from imrcnn_d2.evaluation.statistics import (
 
 # Numbers of runs or units up to which a plan is searched.
 MOST = 1_000_000
+# Differences of folds that are this close are the same: metrics have fewer digits.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -353,7 +355,7 @@ def corrected_resampled_t_test(
         raise ValueError(f"{folds} fold cannot be tested: at least two are needed.")
     if not (n_train > 0 and n_test > 0):
         raise ValueError(f"n_train = {n_train}, n_test = {n_test}: both must be above 0.")
-    sd = 0.0 if np.ptp(differences) == 0 else differences.std(ddof=1)
+    sd = 0.0 if np.ptp(differences) < ROUNDING else differences.std(ddof=1)
     return difference_by_t(
         differences.mean(), sd * np.sqrt(1 / folds + n_test / n_train), folds - 1
     )

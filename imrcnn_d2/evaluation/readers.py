@@ -26,6 +26,8 @@ COLUMNS = ("reader", "modality", "case", "truth", "rating")
 MARKS = ("lesions", "hits", "false_marks")
 # The metrics in percent, of which more is better: a margin in points is for them.
 PERCENT = ("auc", "sensitivity", "specificity", "lesion_sensitivity")
+# Of the variance of a reader's metric; a difference with less has none but by rounding.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,6 +276,8 @@ def obuchowski_rockette(
     interaction = (rest**2).sum() / (readers - 1)
     between = 2 * by_reader.var(ddof=1)
     variance = interaction + readers * max(cov2 - cov3, 0)
+    if variance < ROUNDING * error:
+        variance = interaction = 0.0
     df = variance**2 / (interaction**2 / (readers - 1)) if interaction else np.inf
     se = np.sqrt(2 * variance / readers)
     intervals = []

@@ -145,7 +145,7 @@ def _copy(ground_truth, image_root, record, name, severity, seed):
 def _turned(ground_truth, annotations, size, distortion):
     turned = []
     for annotation in annotations:
-        if has_mask := "segmentation" in annotation:
+        if has_mask := bool(annotation.get("segmentation")):
             before = ground_truth.annToMask(annotation).astype(bool)
         else:  # what turns with the image is the box that is filled
             before = mask_util.decode(box_rle(annotation["bbox"], *size)).astype(bool)

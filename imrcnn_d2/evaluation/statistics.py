@@ -10,7 +10,12 @@ import numpy as np
 from scipy import special, stats
 from threadpoolctl import threadpool_limits
 
-from imrcnn_d2.evaluation.detection.metrics import CURVE_METRICS, ResampledMetrics, is_count
+from imrcnn_d2.evaluation.detection.metrics import (
+    CURVE_METRICS,
+    METRICS,
+    ResampledMetrics,
+    is_count,
+)
 from imrcnn_d2.utils.progress import tqdm
 
 logger = logging.getLogger(__name__)
@@ -144,7 +149,9 @@ def effective_cases(part: np.ndarray, whole: np.ndarray, *, share: bool = True) 
     return float(min(cases, (of_one + PRIOR / units) / (variance + PRIOR / units**2)))
 
 
-def rate_interval(number: np.ndarray, cases: np.ndarray) -> tuple[float, float]:
+def rate_interval(
+    number: np.ndarray, cases: np.ndarray, *, of_time: bool = False
+) -> tuple[float, float]:
     """The 95 % interval of a number per case, such as of false alarms per image, whose cases lie in
     units: Garwood's for a Poisson distribution (1936, doi 10.1093/biomet/28.3-4.437) on the
     effective number of cases, from the variance over units shrunk as in :func:`proportion_interval`
@@ -153,9 +160,12 @@ def rate_interval(number: np.ndarray, cases: np.ndarray) -> tuple[float, float]:
 
     Args:
         number, cases: (U,) of each unit; 1 case or more in all.
+        of_time: the cases are a duration. One case is then the mean duration of a unit, so that
+            minutes and seconds give the same interval.
     """
     number, cases = np.asarray(number, float), np.asarray(cases, float)
-    effective = effective_cases(number, cases, share=False)
+    case = cases.sum() / np.count_nonzero(cases) if of_time else 1.0
+    effective = case * effective_cases(number, cases / case, share=False)
     events, tail = number.sum() / cases.sum() * effective, (1 - LEVEL) / 2
     low = special.gammaincinv(events, tail) if events else 0.0
     return float(low / effective), float(special.gammaincinv(events + 1, 1 - tail) / effective)
@@ -279,7 +289,11 @@ def confidence_intervals(
                 if cases is None or is_rate or group == "froc" or name in CURVE_METRICS:
                     interval = bootstrap_interval(value, samples, metrics.num_units, limits)
                 if cases is not None:
-                    exact = rate_interval(*cases) if is_rate else proportion_interval(*cases)
+                    if is_rate:
+                        of_time = METRICS[name].unit == "per minute"
+                        exact = rate_interval(*cases, of_time=of_time)
+                    else:
+                        exact = proportion_interval(*cases)
                     if name.startswith("f1"):
                         exact = [2 * s / (1 + s) for s in exact]
                     low, high = exact if is_rate else (100 * share for share in exact)

@@ -67,9 +67,8 @@ def plot_agreement(agreement: AnnotatorAgreement, path: str | Path) -> Figure:
         axes.set_title(title, fontsize=10)
         axes.spines[:].set_visible(False)
     title = f"{agreement.meta['images']} images"
-    if agreement.meta["bootstrap"]:
-        unit = "patients" if agreement.meta["patients"] else "images"
-        title += f"; 95 % intervals by resampling {unit}"
+    if bootstrap := agreement.meta["bootstrap"]:
+        title += f"; 95 % intervals over {bootstrap['unit']}s"
     figure.suptitle(title, fontsize=9)
     return save_figure(figure, path, dpi=170)
 

@@ -148,7 +148,8 @@ def test_nadeau_bengio_by_hand():
     assert result.p == pytest.approx(1 - x * (3 - x**2) / 2, rel=1e-6)
     same = corrected_resampled_t_test([0, 0, 0], 2, 1)
     assert (same.estimate, same.p) == (0, 1) and np.isnan([same.low, same.high]).all()
-    for differences in ([1.1, 1.1, 1.1], [1, np.nan, 2]):
+    sevenths = 100 * np.array([5, 4, 3]) / 7 - 100 * np.array([4, 3, 2]) / 7  # in floats, not alike
+    for differences in ([1.1, 1.1, 1.1], sevenths, [1, np.nan, 2]):
         assert np.isnan(corrected_resampled_t_test(differences, 2, 1).p)
     for differences, sizes, named in (
         *(([1.0], (2, 1), "1 fold"), ([1.0, 2.0], (0, 1), "n_train = 0")),

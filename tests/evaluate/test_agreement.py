@@ -25,6 +25,7 @@ from imrcnn_d2.evaluation.annotator_agreement import (
     write_agreement,
 )
 from imrcnn_d2.evaluation.label_errors import LabelError, find_label_errors, pool_label_errors
+from imrcnn_d2.report.agreement import plot_agreement
 
 
 def compare(*data, model=None, **options):
@@ -174,6 +175,13 @@ def test_intervals_resample_patients(dataset, region, t_interval):
         kappas.append(reference_kappa(*answers[:, images]))
     expected = t_interval(reference_kappa(*answers), kappas, 11, -1, 1)
     assert result.intervals["a vs b"]["kappa"] == pytest.approx(expected)
+
+
+def test_the_plot_states_the_units(two, tmp_path):
+    for image in two[0]["images"]:
+        image["sequence_id"] = image["id"] % 2
+    figure = plot_agreement(compare(*two, bootstrap=Bootstrap(5)), tmp_path / "agreement.png")
+    assert "sequences" in figure.get_suptitle()
 
 
 def test_perfect_agreement_has_exact_intervals_of_shares(dataset, region):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rectangles import rectangles
-from scipy.stats import beta, poisson
+from scipy.stats import beta, chi2, poisson
 from statsmodels.stats.proportion import proportion_confint
 
 from imrcnn_d2.data.units import Units
@@ -98,6 +98,12 @@ def test_false_alarms_are_as_rare_as_so_few_patients_can_tell():
     low, high = rate_interval(number, np.ones(4000))
     assert poisson.sf(number.sum() - 1, 4000 * low) == pytest.approx(0.025, rel=0.2)
     assert poisson.cdf(number.sum(), 4000 * high) == pytest.approx(0.025, rel=0.2)
+    # 40 in ten procedures of 20 minutes, as many in each: whatever the unit of time.
+    for duration in (20, 20 * 60):
+        ends = rate_interval(np.full(10, 4), np.full(10, duration), of_time=True)
+        assert np.multiply(ends, 10 * duration) == pytest.approx(
+            chi2.ppf((0.025, 0.975), (80, 82)) / 2
+        )
     # All in one patient: far less is known.
     in_one = rate_interval(np.repeat([100, 0], [1, 39]), np.full(40, 25))
     spread = rate_interval(np.full(40, 2.5), np.full(40, 25))

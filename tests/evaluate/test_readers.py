@@ -166,10 +166,24 @@ def test_yes_and_no_alone_are_enough(tmp_path):
     metrics = reader_metrics(read_readers(write_csv(study, tmp_path / "ratings.csv")))
     shares = (metrics[name].values for name in ("sensitivity", "specificity"))
     assert metrics["auc"].values == pytest.approx(sum(shares) / 2)
-    same = np.repeat(study.rating[:1], 2, axis=0)
-    study.rating[:] = same
-    alike = reader_metrics(study)["auc"].difference
-    assert alike.estimate == 0 and alike.p == 1
+
+
+def test_readers_that_do_not_vary_show_nothing():
+    """By rounding errors their variance is 1e-28 or so, with which p was 1e-16."""
+    study = simulated(np.random.default_rng(2), cases=12)
+    study.rating[:] = study.rating > 0.6
+    for values in (study.rating, study.hits, study.false_marks):
+        values[:] = values[:1]
+    for name, metric in reader_metrics(study).items():
+        alike = metric.difference
+        assert alike.estimate == 0 and alike.p == 1, name
+        assert np.isnan([alike.low, alike.high, non_inferiority(alike, 5)]).all(), name
+    # Both readers set one mark less, each in a case of their own.
+    study = simulated(np.random.default_rng(0), readers=2, cases=12)
+    study.false_marks[:] = study.false_marks[0, 0]
+    study.false_marks[1, [0, 1], [0, 1]] -= 1
+    difference = reader_metrics(study)["false_marks"].difference
+    assert difference.estimate == pytest.approx(-1 / 12) and np.isnan(difference.p)
 
 
 @pytest.mark.parametrize(

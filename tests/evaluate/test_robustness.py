@@ -98,10 +98,12 @@ def test_an_unknown_data_set_and_absent_weights_are_one_line(weights, tmp_path, 
         assert "kvasir_seg_test" in line or named != weights, "the similar name"
 
 
-def test_lesions_that_are_cut(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("without", [{}, {"segmentation": []}], ids=["masks", "boxes"])
+def test_lesions_that_are_cut(without, dataset, tmp_path, monkeypatch):
     """What half of stays is a lesion, of what less stays a crowd; a crowd stays one."""
     text = "1 0 0 10 10; 1 15 10 10 10; 1 16 20 9 10; 1 30 0 10 10; 1 0 30 10 10 crowd"
-    (tmp_path / "gt.json").write_text(json.dumps(dataset(1, rectangles(text))))
+    lesions = [{**lesion, **without} for lesion in rectangles(text)]
+    (tmp_path / "gt.json").write_text(json.dumps(dataset(1, lesions)))
     Image.new("RGB", (50, 40)).save(tmp_path / "1.png")
     module, left = "imrcnn_d2.evaluation.robustness", np.arange(50) < 20
     monkeypatch.setattr(f"{module}.distort", lambda image, *_: image)

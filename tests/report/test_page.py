@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from recognition_runs import draw_classes, prepare_classes, write_classifier
 
 from imrcnn_d2.cli import evaluate, report
-from imrcnn_d2.evaluation import Bootstrap
+from imrcnn_d2.evaluation import Bootstrap, evaluate_classification
 from imrcnn_d2.evaluation.calibration import ScoreMap, Temperature
 from imrcnn_d2.report import load_run
 from imrcnn_d2.report.comparison import compare, gather
@@ -25,6 +26,7 @@ from imrcnn_d2.report.html import page, render_report, tables
 from imrcnn_d2.report.html.page import classification_gallery
 from imrcnn_d2.report.plots.images import region_contours
 from imrcnn_d2.report.tables import p_text, summary
+from imrcnn_d2.utils.files import strict_json
 
 
 @pytest.fixture(scope="module")
@@ -576,6 +578,23 @@ def test_the_page_is_sound_and_has_the_values_of_the_evaluation(class_runs, clas
         ("data", "12 gastric cancer"),
     ):
         assert words in sections[name]
+
+
+def test_what_is_undefined_of_a_class_has_no_reason_of_detectors():
+    """None of four images is of the third class, and none is predicted as the second."""
+    names = ("cancer", "ulcer", "gastritis")
+    truth = {
+        "images": [{"id": i} for i in range(4)],
+        "annotations": [{"image_id": i, "category_id": 1 + i // 2} for i in range(4)],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(names, 1)],
+    }
+    results = [{"image_id": i, "scores": [0.9, 0.05, 0.05]} for i in range(4)]
+    document = json.loads(strict_json(evaluate_classification(truth, results).document()))
+    shown = tables.class_metric_tables([SimpleNamespace(metrics=document)], names, [])
+    rows = {(table["title"], row["label"]): row for table in shown for row in table["rows"]}
+    assert rows["Class: ulcer", "precision"]["cells"][0]["text"] == "–"
+    assert rows["Class: gastritis", "AUROC"]["cells"][0]["text"] == "–"
+    assert not any("detections" in row["hint"] for row in rows.values())
 
 
 def test_probabilities_before_and_after_a_temperature(class_runs, tmp_path, show, parse):

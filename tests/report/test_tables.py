@@ -385,11 +385,13 @@ def test_how_the_data_were_split(home):
 def test_numbers_of_rejected_files_and_no_patients(home):
     (home.gt.parents[1] / "rejected.csv").write_text("number,reason\n7,mask is empty\n")
     for path in home.gt.parent.iterdir():
-        path.write_text(path.read_text().replace("patient_id", "other"))
+        path.write_text(path.read_text().replace("patient_id", "sequence_id"))
     home.change_data(lambda content: None)
     data = cohort(home.load())
     assert data["rejected"] == [("7", "mask is empty")]
     assert data["patients"] is data["splits"][2]["patients"] is None
+    card = write_model_card(home.load(), home.path / "card.md").read_text()
+    assert "Patients are not known" in card and "take sequences for independent" in card
 
 
 def test_splits_that_were_given(tmp_path):

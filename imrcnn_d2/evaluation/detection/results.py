@@ -45,10 +45,10 @@ class LesionResults(EvaluationResults):
         lesion: see :func:`lesion_metrics`, and ``selection``.
         paper: see :func:`paper_metrics`, at 0.7 of the scores as the network gives them.
         image: see :func:`image_metrics`, and ``auroc``.
-        patient: see :func:`unit_metrics`, and ``auroc``. None unless every image record has a
-            ``patient_id``.
-        unique_lesion: see :func:`unique_lesion_metrics`. None unless every image record has a
-            ``patient_id`` and every lesion a ``lesion_id``.
+        patient: see :func:`unit_metrics`, and ``auroc``, of the images whose patient is known; None
+            without any.
+        unique_lesion: see :func:`unique_lesion_metrics`; None without a lesion, and unless every
+            lesion has a ``lesion_id`` and its image a patient or a ``sequence_id``.
         froc: sensitivity_at_0.125 ... sensitivity_at_8 and mean: the largest recall with at most so
             many false alarms per image (of all images), at any threshold; the curve is
             ``metrics.froc``.

@@ -281,12 +281,11 @@ def metric_tables(runs):
 
 def _calibration_table(caption, metrics, runs):
     """Of the scores; where a map was applied to them, of those before it and after it."""
-    table = _metric_table(
-        "Calibration", caption, metrics, [run.metrics["calibration"] for run in runs]
-    )
+    groups = [run.metrics["calibration"] for run in runs]
+    table = _metric_table("Calibration", caption, metrics, groups, runs=runs)
     raw = [run.metrics.get("calibration_raw") or {} for run in runs]
     if any(raw):
-        pairs = zip(metric_rows(metrics, raw), table["rows"], strict=True)
+        pairs = zip(metric_rows(metrics, raw, runs=runs), table["rows"], strict=True)
         whens = "before the map", "after it"
         table["rows"] = [
             {**row, "hint": ", ".join(filter(None, (row["hint"], when)))}
@@ -301,7 +300,8 @@ def metric_rows(
 ) -> list[dict]:
     """Label, hint and a cell for each group, of the metrics that some group has; ``suffix`` follows
     on their names there. Cells of groups without it are empty. Of those that are undefined in all
-    groups the hint says why; ``unit`` is the name of the groups in metrics.json.
+    groups the hint says why, given the ``runs``, of detectors; ``unit`` is the name of the groups
+    in metrics.json.
     """
     rows = []
     for name, hint, *label in metrics:
@@ -315,10 +315,10 @@ def metric_rows(
 
 
 def _hint(hint, cells, unit, name, runs):
-    """The hint of a metric; where it is undefined in all cells, the reason."""
-    if any(cell["text"] not in ("–", "") for cell in cells):
+    """The hint of a metric; where it is undefined in all cells of detectors, the reason."""
+    if not runs or any(cell["text"] not in ("–", "") for cell in cells):
         return hint
-    meta = runs[0].results.meta if runs else {}
+    meta = runs[0].results.meta
     needs_free = unit in ("image", "patient") and name in OF_LESION_FREE
     if needs_free and not meta.get("lesion_free_images", 1):
         return "undefined: the test set has no image without a lesion"
