@@ -219,8 +219,6 @@ def _config(args):
     check_named_splits(cfg, splits)
     if args.resume:
         check_resumable(cfg)
-    if args.eval_only:
-        cfg.MODEL.TIMM.WEIGHTS = ""  # the weights that are evaluated have the whole backbone
     cfg.freeze()
     return cfg
 

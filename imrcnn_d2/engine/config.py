@@ -160,10 +160,10 @@ def load_training_config(
     config_file: str | Path = "", opts: Sequence = (), eval_only: bool = False
 ) -> CfgNode:
     """As :func:`load_config`, with as many classes as the data set has unless ``opts`` say so, and
-    without MODEL.TIMM.WEIGHTS where MODEL.WEIGHTS replaces them.
+    without MODEL.TIMM.WEIGHTS where other weights replace them.
 
     Args:
-        eval_only: DATASETS.TEST is needed, not DATASETS.TRAIN.
+        eval_only: DATASETS.TEST is needed, not DATASETS.TRAIN, and whole weights will be loaded.
 
     Raises:
         ValueError: no data set is named; ``opts`` give iterations to a config of epochs; or see
@@ -190,7 +190,7 @@ def load_training_config(
     if key and key not in given and splits_of_root.issuperset(names):
         if classes := read_classes(cfg.DATASETS.ROOT):
             cfg.merge_from_list([key, len(classes)])
-    if cfg.MODEL.WEIGHTS:
+    if eval_only or cfg.MODEL.WEIGHTS:  # which have the whole backbone
         cfg.MODEL.TIMM.WEIGHTS = ""
     return cfg
 
