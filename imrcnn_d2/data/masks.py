@@ -275,6 +275,8 @@ def _turned(vectors: np.ndarray, degrees: float) -> np.ndarray:
 # Fields of COCO itself, which annotation tools cannot set by a flag or attribute.
 IMAGE_FIELDS = ("id", "file_name", "width", "height")
 ANNOTATION_FIELDS = ("id", "image_id", "category_id", "segmentation", "bbox", "area", "iscrowd")
+# Fields of ours that identify what images and annotations are of.
+IDS = ("patient_id", "sequence_id", "lesion_id")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from imrcnn_d2.data.images import (
     list_files,
     without_suffix,
 )
-from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IMAGE_FIELDS, MIN_AREA, named_categories
+from imrcnn_d2.data.masks import ANNOTATION_FIELDS, IDS, IMAGE_FIELDS, MIN_AREA, named_categories
 from imrcnn_d2.data.prepare.splits import DEFAULT_RATIO, FixedTest
 from imrcnn_d2.utils.files import BadInputError, Rejects, few, is_archive, is_empty, staged
 from imrcnn_d2.utils.progress import tqdm
@@ -320,7 +320,7 @@ def distinct_names(folders: Sequence[Path], option: str) -> list[str]:
 def prefix_ids(record: dict, prefix: str) -> dict:
     """Begin the ids of a record of images or annotations that are unique in its data set only, with
     a prefix of that data set; returns the record."""
-    for key in ("patient_id", "sequence_id", "lesion_id"):
+    for key in IDS:
         if record.get(key) is not None:
             record[key] = f"{prefix}{record[key]}"
     return record

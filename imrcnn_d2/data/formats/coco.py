@@ -95,7 +95,7 @@ def read_coco_json(path: Path) -> dict:
             reason = f"no categories, or two of the same {key}: {content['categories']}"
             raise BadInputError(path, reason)
     for record in (*content["images"], *content["annotations"]):
-        for key in ("patient_id", "sequence_id", "lesion_id"):
+        for key in masks.IDS:
             if record.get(key) == "":
                 del record[key]
     return content

@@ -32,6 +32,7 @@ from imrcnn_d2.data.formats.coco import to_rle
 from imrcnn_d2.data.images import check_utf8, inspect_image, read_image
 from imrcnn_d2.data.masks import (
     ANNOTATION_FIELDS,
+    IDS,
     IMAGE_FIELDS,
     annotation_from_box,
     annotation_from_mask,
@@ -49,7 +50,7 @@ _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER}):({_NUMBER})", re.ASCII)
 _SHOWN_VALUES, _EXAMINED_IMAGES = 12, 1000  # of a field whose rule is missing
 _CATEGORY_FIELDS = ("id", "name", "supercategory")
-_IDS = {"patient_id": "patient", "sequence_id": "sequence", "lesion_id": "lesion"}
+_IDS = {key: key.removesuffix("_id") for key in IDS}
 _NEVER_KEPT = {*_IDS, *IMAGE_FIELDS, *ANNOTATION_FIELDS, "group_id"}
 _INFO = {
     "description": "De-identified: cropped to the endoscope's view, all else blanked, names and "
