@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
     of_readers = ("baseline", "positive_from", "margin", "model")
-    of_annotators = ("names", "dt", "tau", "images")
+    of_annotators = ("names", "dt", "tau", "model_name", "iou", "resamples", "seed", "images")
     for name in of_annotators if args.readers else of_readers:
-        if getattr(args, name) is not None:
+        if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} does not go with the other options")
     with one_line_errors(parser):
         (compare_readers if args.readers else compare_annotators)(args)

@@ -56,9 +56,10 @@ def choose(args: argparse.Namespace) -> None:
         del row["rule"]
     table = args.output.with_suffix(".csv")
     write_atomically(table, csv_text(rows, parts))
+    delay = f"after {chosen.seconds_to_detection:.2f} s on average, "
     print(
         f"{chosen.rule}: {chosen.lesion_sensitivity:.1f} % of {len(truth.lesions)} lesions found, "
-        f"after {chosen.seconds_to_detection:.2f} s on average, "
+        f"{delay if chosen.lesion_sensitivity > 0 else ''}"
         f"{chosen.false_alarms_per_minute:.2f} false alarms per minute"
     )
     print(f"Written to {args.output}; what all rules give to {table}")

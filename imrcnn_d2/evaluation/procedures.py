@@ -11,7 +11,7 @@ import ijson
 import numpy as np
 import pycocotools.mask as mask_util
 
-from imrcnn_d2.data.formats.coco import is_box, to_rles
+from imrcnn_d2.data.formats.coco import is_box, to_rles, without_empty_ids
 from imrcnn_d2.evaluation.detection.inputs import Regions, recorded_size, stated_size
 from imrcnn_d2.utils.files import BadInputError, few, is_json_list, read_records
 from imrcnn_d2.utils.progress import tqdm
@@ -167,7 +167,8 @@ def read_procedures(path: str | Path, fps: float | None = None) -> Procedures:
     path = Path(path)
     numbers, facts, places = {}, [], {}
     procedure, frame, sizes = array("q"), array("q"), array("q")
-    for place, image in enumerate(tqdm(read_records(path, "images"), desc="Frames", delay=2)):
+    images = map(without_empty_ids, read_records(path, "images"))
+    for place, image in enumerate(tqdm(images, desc="Frames", delay=2)):
         sequence, number, image_id = (image.get(k) for k in ("sequence_id", "frame", "id"))
         if not (_is_id(sequence) and _is_frame(number) and _is_id(image_id)):
             raise BadInputError(

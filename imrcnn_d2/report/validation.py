@@ -164,7 +164,7 @@ def write_validation(
         "centres": centre_table(validation, "centre", centres),
         "pooled": pooled_table(validation),
         "calibration": calibration_table(validation),
-        **{column: centre_table(validation, column, by) for column, by in subgroups.items()},
+        **{f"by {name}": centre_table(validation, name, by) for name, by in subgroups.items()},
     }
     files = [path for table in tables.values() for path in write_table(table, output)]
     labels, panels = _forest(validation)
@@ -470,8 +470,11 @@ def _write_page(validation, path, tables, plots, sheets):
         jpeg, (width, height), _ = embed(sheet, long_side=1600)
         worst.append({"name": name, "jpeg": jpeg, "width": width, "height": height})
     subgroups = [
-        {**html.group_table(column, groups, centre_metrics(groups)), "notes": tables[column].notes}
-        for column, groups in validation.subgroups.items()
+        {
+            **html.group_table(name, groups, centre_metrics(groups)),
+            "notes": tables[f"by {name}"].notes,
+        }
+        for name, groups in validation.subgroups.items()
     ]
     cards = [
         {

@@ -80,6 +80,16 @@ def test_where_no_rule_keeps_the_limit_a_warning_says_so(known, caplog):
     assert "0.5" in caplog.text
 
 
+def test_a_rule_that_finds_no_lesion_has_no_delay(files, tmp_path, capsys):
+    gt, dt = files
+    content = json.loads(dt.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["bbox"] == THERE]
+    (nothing := tmp_path / "nothing.json").write_text(json.dumps(content))
+    main(["--gt", str(gt), "--dt", str(nothing), "--output", str(tmp_path / "rule.json")])
+    printed = capsys.readouterr().out
+    assert "0.0 % of 1 lesions found, " in printed and "nan" not in printed
+
+
 def test_a_rule_is_written_and_evaluated_but_not_on_what_it_was_chosen_on(
     files, tmp_path, capsys, monkeypatch
 ):

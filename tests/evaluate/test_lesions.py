@@ -127,14 +127,15 @@ def test_one_row_per_patient(dataset):
     assert evaluate_lesions(dataset(2), []).patient is None
 
 
-def test_a_sequence_belongs_to_the_patient_whom_one_of_its_frames_names(dataset):
+@pytest.mark.parametrize("unknown", [None, ""])
+def test_a_sequence_belongs_to_the_patient_whom_one_of_its_frames_names(dataset, unknown):
     """An earlier frame without a patient comes before those of another patient; a sequence of two
     patients, say a number that both have, is of neither."""
     data = dataset(7, rectangles("1 0 0 10 10; 2 0 0 10 10; 3 0 0 10 10"))
-    names = zip("ssstttt", (None, None, "a", "b", "c", None, None), strict=True)
+    names = zip("ssstttt", (unknown, unknown, "a", "b", "c", unknown, unknown), strict=True)
     for image, (sequence, patient) in zip(data["images"], names, strict=True):
         image |= {"sequence_id": sequence, "patient_id": patient}
-    data["images"][1] |= {"sequence_id": None, "patient_id": "b"}
+    data["images"][1] |= {"sequence_id": unknown, "patient_id": "b"}
     for annotation in data["annotations"]:
         annotation["lesion_id"] = f"l{annotation['image_id']}"
     scored = evaluate_lesions(data, rectangles("1 0 0 10 10 @0.9"))

@@ -149,7 +149,7 @@ def test_readers_are_better_with_ai(tmp_path, capsys, real_plots):
     assert "non_inferiority_p" not in runs[None]["false_marks"]  # which is not in points
     rows = list(csv.DictReader((tmp_path / "None" / "readers.csv").open()))
     assert len(rows) == 5 * 2 * 4
-    for option in ("--names=anna", "--dt=x.json", "--tau=0.5", "--images=x"):
+    for option in "--names=anna --dt=x.json --tau=0.5 --images=x --iou=0.3 --resamples=9".split():
         with pytest.raises(SystemExit) as error:
             agreement.main(["--readers", str(table), "--output", str(tmp_path / "x"), option])
         assert error.value.code == 2 and option.split("=")[0] in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_dicom_files_that_are_named_by_their_uid(run, tmp_path, noise):
     for folder in (images, masks):
         folder.mkdir()
     for i in (1, 2, 10):
-        write_dicom(images / f"1.2.840.{i}", noise(40, 60, i))
+        write_dicom(images / f"1.2.840.{i}", noise(40, 60, i), PatientID=f"p{i}")
         Image.new("L", (60, 40), 255).save(masks / f"1.2.840.{i}.png")
     names = [f"1.2.840.{i}.png" for i in (1, 10, 2)]
     run("masks", "--images", images, "--masks", masks, "--out", out, "--split-by", "image")
@@ -74,6 +74,10 @@ def test_dicom_files_that_are_named_by_their_uid(run, tmp_path, noise):
     again = "--splits", out / "splits.json"
     assert "are gone" not in run("lesion-free", "--root", images, "--out", tmp_path / "b", *again)
     assert sorted(path.name for path in (tmp_path / "b" / "images").iterdir()) == names
+    options = "--patients-from-dicom", images, "--all-test", "--out", tmp_path / "c"
+    run("lesion-free", "--root", images, *options)
+    test = json.loads((tmp_path / "c" / "annotations" / "test.json").read_text())
+    assert [image["patient_id"] for image in test["images"]] == ["p1", "p10", "p2"]
 
 
 def test_names_in_another_encoding(run, tmp_path, noise):

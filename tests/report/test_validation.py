@@ -28,7 +28,8 @@ def results():
         for place in range(number):
             image = len(images) + 1
             record = {"id": image, "file_name": f"{image}.png", "height": 40, "width": 50}
-            images.append({**record, "centre": centre, "sex": "mf"[place % 2]})
+            # The column "pooled" is named as a table of the report.
+            images.append({**record, "centre": centre, "pooled": "mf"[place % 2]})
             if place % (12 if centre == "Rome" else 4) == 0:
                 if rng.random() > share:
                     detections.append(rectangle(image, 5, 5, 9, 9, score=0.6))
@@ -40,7 +41,7 @@ def results():
     data = {"images": images, "annotations": annotations}
     data["categories"] = [{"id": 1, "name": "polyp"}]
     whole = evaluate_lesions(data, detections, tau=0.5, bootstrap=BOOTSTRAP)
-    return with_groups(whole, [By("centre"), By("sex")], bootstrap=BOOTSTRAP)
+    return with_groups(whole, [By("centre"), By("pooled")], bootstrap=BOOTSTRAP)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def rows_of(path):
 
 
 def test_files(written):
-    tables = ("centres", "pooled", "calibration_by_centre", "by_sex")
+    tables = ("centres", "pooled", "calibration_by_centre", "by_pooled")
     plots = {"forest.png", "calibration_by_centre.png"}
     plots |= {f"worst_{n}_{name}.png" for n, name in enumerate(CENTRES, 1)}
     texts = {f"{table}{suffix}" for table in tables for suffix in (".md", ".csv", ".tex")}
@@ -126,7 +127,7 @@ def test_the_page(results, written, parse):
     assert "Sensitivity (lesions found, n 101) differs between centres" in sections["results"]
     assert "in Oslo" in sections["results"] and "specificity in Rome (1)" in sections["results"]
     assert "n 1†" in sections["centres"] and "a further centre" in sections["pooled"]
-    assert "sex" in sections["by-1"] and all(name in sections["worst"] for name in CENTRES)
+    assert "By pooled" in sections["by-1"] and all(name in sections["worst"] for name in CENTRES)
 
 
 @pytest.mark.slow

@@ -35,10 +35,14 @@ class Sample:
     defaults: dict = field(default_factory=dict)  # of fields that nothing else gives
 
     @property
+    def stem(self) -> str:
+        """Its name without the file type, with its folders."""
+        return without_suffix(PurePosixPath(self.file_name)).as_posix()
+
+    @property
     def installed_name(self) -> str:
         """Its name in a prepared data set: of a PNG where the image is converted."""
-        stem = without_suffix(PurePosixPath(self.file_name))
-        return f"{stem}.png" if self.image.needs_conversion else self.file_name
+        return f"{self.stem}.png" if self.image.needs_conversion else self.file_name
 
 
 @dataclass
@@ -330,10 +334,10 @@ def unique_samples(source: Source) -> Iterator[Sample]:
     """The samples; BadInputError for two whose names differ in the file type alone."""
     seen: dict[str, Path] = {}
     for sample in source.samples:
-        stem = str(PurePosixPath(sample.file_name).with_suffix(""))
-        if stem in seen:
+        if sample.stem in seen:
             raise BadInputError(
-                sample.image.path, f"would share its file with {seen[stem]}; rename one of them"
+                sample.image.path,
+                f"would share its file with {seen[sample.stem]}; rename one of them",
             )
-        seen[stem] = sample.image.path
+        seen[sample.stem] = sample.image.path
         yield sample

@@ -94,11 +94,16 @@ def read_coco_json(path: Path) -> dict:
         if not values or max(values.values()) > 1:
             reason = f"no categories, or two of the same {key}: {content['categories']}"
             raise BadInputError(path, reason)
-    for record in (*content["images"], *content["annotations"]):
-        for key in masks.IDS:
-            if record.get(key) == "":
-                del record[key]
+    for key in ("images", "annotations"):
+        content[key] = [*map(without_empty_ids, content[key])]
     return content
+
+
+def without_empty_ids(record: dict) -> dict:
+    """The record of an image or annotation without the ids of patients, sequences and lesions that
+    are "": they would make one of all that have none."""
+    empty = {key for key in masks.IDS if record.get(key) == ""}
+    return {k: v for k, v in record.items() if k not in empty} if empty else record
 
 
 def read_lesions(path: Path) -> dict:

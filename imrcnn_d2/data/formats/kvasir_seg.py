@@ -33,7 +33,7 @@ class KvasirSeg(PublicMasks):
         def compared() -> Iterator[base.Sample]:
             num_compared = 0
             for sample in source.samples:
-                entry = boxes.get(Path(sample.file_name).with_suffix("").as_posix())
+                entry = boxes.get(sample.stem)
                 if entry is not None:
                     num_compared += 1
                     if problem := _compare_boxes(sample, entry):

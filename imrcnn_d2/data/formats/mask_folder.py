@@ -89,7 +89,7 @@ class MaskFolder(base.Format):
                 )
         lost: set[str] = set()
         for sample in base.unique_samples(source):
-            folder = stage / PurePosixPath(sample.file_name).with_suffix("")
+            folder = stage / sample.stem
             folder.mkdir(parents=True)
             size = sample.image.height, sample.image.width
             if not sample.annotations:

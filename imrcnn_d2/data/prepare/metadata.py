@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from imrcnn_d2.data.formats.base import Sample, Source
 from imrcnn_d2.data.images import hide_details, list_files, read_header
@@ -418,10 +418,9 @@ def patients_from_dicom(folder: Path | None = None, rejects: Rejects | None = No
     def patient_of(sample: Sample) -> str | None:
         path = sample.image.path
         if folder is not None:
-            stem = PurePosixPath(sample.file_name).with_suffix("").as_posix()
-            if stem not in files:
-                raise BadInputError(path, f"there is no DICOM file {stem}.dcm in {folder}")
-            path = files[stem]
+            if sample.stem not in files:
+                raise BadInputError(path, f"there is no DICOM file {sample.stem}.dcm in {folder}")
+            path = files[sample.stem]
         header = read_header(path, specific_tags=["PatientID"])
         with hide_details(path, "its PatientID cannot be read"):
             return str(header.get("PatientID") or "").strip() or None

@@ -10,7 +10,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -298,9 +298,9 @@ def _mask(annotation, sample):
 
 def _annotation(mask, sample, place):
     record = sample.annotations[place]
-    made = annotation_from_mask(mask, record["category_id"])
-    stem = PurePosixPath(sample.file_name).with_suffix("").as_posix()
-    return {"lesion_id": f"{stem}_{place}", **record, **made, "iscrowd": record.get("iscrowd", 0)}
+    crowd = record.get("iscrowd", 0)
+    made = annotation_from_mask(mask, record["category_id"], iscrowd=crowd)
+    return {"lesion_id": f"{sample.stem}_{place}", **record, **made}
 
 
 def _wave(rng: np.random.Generator) -> Callable[[float], float]:

@@ -20,7 +20,14 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
-from imrcnn_d2.data.formats.coco import FARTHEST, NUMBER, check_records, first_wrong_box, to_rles
+from imrcnn_d2.data.formats.coco import (
+    FARTHEST,
+    NUMBER,
+    check_records,
+    first_wrong_box,
+    to_rles,
+    without_empty_ids,
+)
 from imrcnn_d2.data.images import read_values
 from imrcnn_d2.data.masks import check_size
 from imrcnn_d2.utils.files import (
@@ -185,7 +192,7 @@ def read_ground_truth(gt, source: str | Path | None = None) -> GroundTruth:
     reader = _RecordReader(source, "annotations", GROUND_TRUTH["annotations"][1])
     reader.read(dataset.get("annotations"))
     order, regions = reader.regions(images, categories)
-    annotations = [dataset["annotations"][row] for row in order.tolist()]
+    annotations = [without_empty_ids(dataset["annotations"][row]) for row in order.tolist()]
     for annotation in annotations:
         crowd, area = annotation.get("iscrowd", 0), annotation.get("area", 0)
         if crowd not in (0, 1) or not 0 <= area <= FARTHEST**2:
@@ -496,9 +503,9 @@ def _load(source):
 
 
 def by_id(records: list[dict], key: str, source: str | Path) -> list[dict]:
-    """Images or categories by ascending id."""
+    """Images or categories by ascending id; an empty id of a patient or sequence is left out."""
     try:
-        records = sorted(records, key=lambda record: record["id"])
+        records = sorted(map(without_empty_ids, records), key=lambda record: record["id"])
     except TypeError as error:
         raise BadInputError(source, f"the ids of its {key} are numbers and texts mixed") from error
     for record, following in zip(records, records[1:], strict=False):
