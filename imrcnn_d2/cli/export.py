@@ -26,7 +26,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from imrcnn_d2.cli import WEIGHTS_HELP, add_crop_view, new_parser, one_line_errors
+from imrcnn_d2.cli import WEIGHTS_HELP, add_crop_view, new_parser, one_line_errors, output_file
 
 # What may differ: detections in one of the two only, in percent of all, those above τ and any;
 # scores, boxes in percent of the image's longer side, overlap of masks. Of two boxes that suppress
@@ -96,7 +96,7 @@ def argument_parser() -> argparse.ArgumentParser:
     calibration = f"images to fit int8 to, none that it is tested on; {MOST_CALIBRATION} at most"
     add("--calibration", nargs="+", metavar="PATH", help=calibration)
     add_crop_view(parser)
-    add("--output", required=True, type=Path, help="the file to write")
+    add("--output", required=True, type=output_file, help="the file to write")
     return parser
 
 
