@@ -181,9 +181,9 @@ class Study:
         self._in_hospital = cache(lambda *key: resampled_means(self.hospitals[key[0]][key[1]]))
 
     @property
-    def paper_runs(self) -> int:
-        """Finished runs of the paper's arms."""
-        return sum(config in PAPER for config, *_ in self.records)
+    def runs_of_minimum(self) -> int:
+        """Finished runs of the MINIMUM."""
+        return sum(arm in PAPER and seed < LEAST_SEEDS for arm, _, seed in self.records)
 
     @cached_property
     def seeds(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from analysis import ARMS, MARGINS, MINIMUM, PAIRS, PAPER, Study
+from analysis import ARMS, MARGINS, MINIMUM, PAIRS, Study
 from matplotlib.figure import Figure
 from records import ENDPOINTS, RECORDS
 
@@ -228,7 +228,7 @@ def main(argv=None):
         plot(rows, plots / PLOT)
         write_atomically(plots / PLOT_DATA, csv_text(rows, list(rows[0])))
     write_atomically(args.output, render(study))
-    print(f"Written: {args.output}, {study.paper_runs} runs of {', '.join(PAPER.values())}")
+    print(f"Written: {args.output}, {study.runs_of_minimum} of {MINIMUM} runs")
 
 
 if __name__ == "__main__":
