@@ -10,8 +10,8 @@ from types import ModuleType
 INTRODUCTION = """# Commands
 
 `imrcnn COMMAND --help` prints the same. `python tools/COMMAND.py` in a checkout is the same command
-(`tools/train_net.py` for `train`). Metrics are printed in percent, except counts, scores and
-thresholds, which lie between 0 and 1.
+(`tools/train_net.py` for `train`). Metrics are printed in percent, except counts, rates, times
+and distances. Scores and thresholds lie between 0 and 1.
 """
 # Scripts of a checkout, in benchmarks/ and packaging/.
 SCRIPTS = {"benchmark": "benchmarks/benchmark.py", "bundle": "packaging/bundle.py"}

@@ -225,7 +225,7 @@ class Records:
             for row in self[name]["rows"]:
                 label = "none"
                 if distortion := DISTORTIONS.get(row["distortion"]):
-                    label = f"{distortion.title}: {row['level']} {distortion.unit}"
+                    label = f"{distortion.title} ({distortion.unit}): {row['level']}"
                 cells.setdefault(label, {})[heading] = format_value("f1", row["lesion/f1"])
         return markdown_table(pd.DataFrame([{"": k, **v} for k, v in cells.items()]))
 
