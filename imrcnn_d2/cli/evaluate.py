@@ -34,6 +34,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--fps and --against are for --video")
     if args.alarm_rule and (args.tau is not None or args.tau_from or not args.video):
         parser.error("--alarm-rule is for --video, and has its own τ: no --tau or --tau-from")
+    if args.tau_rule and not args.tau_from:
+        parser.error("--tau-rule is how --tau-from chooses: give --tau-from too")
+    of_lesions = ("tau", "tau_from", "iou", "iou_type", "ci_all", "ignore_extra_images")
+    for name in of_lesions if args.recognition else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is for lesions, not for --recognition")
     with one_line_errors(parser):
         if args.video:
             score_video(args)
@@ -52,9 +58,16 @@ def score_lesions(args: argparse.Namespace) -> None:
     iou = 0.5 if args.iou is None else args.iou
     options = {"iou_threshold": iou, "iou_type": args.iou_type}
     extra = {"ignore_extra_images": args.ignore_extra_images}
-    point = operating_point(args, {**options, **extra}) if args.tau_from else None
+    point, mapped = None, None
+    if args.tau_from:
+        point, mapped = operating_point(args, {**options, **extra})
     gt = read_ground_truth(args.gt)
     detections = read_results(args.dt, gt, **extra)
+    if mapped not in (None, detections.mapped):
+        raise ValueError(
+            f"Only one of {args.dt} and {args.tau_from[1]} has a raw_score: a threshold of mapped "
+            "scores says nothing of raw ones. Give two files of the same weights."
+        )
     info = prediction_info(detections.info)
     tau = threshold(args.tau, detections, info)
     columns = [parse_by(text) for text in args.by]
@@ -324,15 +337,15 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def operating_point(args, options):
-    """The threshold chosen on the validation set of --tau-from."""
+    """The threshold chosen on the validation set of --tau-from; whether it is of mapped scores."""
     from imrcnn_d2.evaluation import evaluate_lesions
     from imrcnn_d2.evaluation.detection.operating_point import choose_operating_point
 
     check_no_test_set(args)
     gt, dt = args.tau_from
-    return choose_operating_point(
-        evaluate_lesions(gt, dt, **options), args.tau_rule or "f1", str(gt)
-    )
+    results = evaluate_lesions(gt, dt, **options)
+    point = choose_operating_point(results, args.tau_rule or "f1", str(gt))
+    return point, results.detections.mapped
 
 
 def check_no_test_set(args):

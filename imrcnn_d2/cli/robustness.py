@@ -23,7 +23,7 @@ from imrcnn_d2.cli import WEIGHTS_HELP, add_crop_view, add_tau, new_parser, one_
 from imrcnn_d2.data.catalog import check_registered, data_set_name, register_data_set
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.data.images import read_image
-from imrcnn_d2.utils.files import file_sha256, for_terminal
+from imrcnn_d2.utils.files import file_sha256, for_terminal, lock_folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,7 +118,11 @@ def evaluate(args):
     names = ("distortions", "num_images", "seed", "batch_size")
     options = {"tau": predictor.tau, "meta": meta, **{n: getattr(args, n) for n in names}}
     folders = metadata.image_root, args.output
-    document = evaluate_robustness(predict, ground_truth, *folders, **options)
+    lock = lock_folder(args.output, "--output")
+    try:
+        document = evaluate_robustness(predict, ground_truth, *folders, **options)
+    finally:
+        lock.release()
     digest = predictor.metadata["weights_sha256"]
     log_test_evaluation(metadata.json_file, source=args.weights, sha256=digest, output=args.output)
     first = min(ground_truth.dataset["images"], key=lambda image: image["id"])
@@ -134,7 +138,7 @@ def read_documents(folders):
 
     documents = {}
     for text in folders:
-        name, _, folder = text.rpartition("=")
+        name, _, folder = ("", "", text) if Path(text).exists() else text.rpartition("=")
         document = read_robustness(Path(folder) / ROBUSTNESS)
         name = name or document["meta"]["model"]
         if name in documents:

@@ -43,6 +43,7 @@ _RESNET = (  # timm's names and Detectron2's
 )
 _OF_AN_ITERATION = re.compile(r"model_(\d+)\.pth")
 FINAL = "model_final"
+EARLIER = "earlier_"  # begins the folder of what a training that began anew has moved aside
 # Of what files of weights say of themselves; a larger one is of a later version of this package.
 # 2: thresholds are of scores that `score_map` has mapped; files of 1 have no map.
 METADATA_VERSION = 2
@@ -406,7 +407,7 @@ class Checkpointer(DetectionCheckpointer):
         earlier = [*self._resumable(), *(folder / name for name in names)]
         earlier = [path for path in earlier if path.exists()]
         if earlier:
-            aside = folder / f"earlier_{time.strftime('%Y%m%d-%H%M%S')}"
+            aside = folder / f"{EARLIER}{time.strftime('%Y%m%d-%H%M%S')}"
             aside.mkdir()
             others = [folder / name for name in ("run.json", "inference")]
             for path in (*earlier, *(path for path in others if path.exists())):

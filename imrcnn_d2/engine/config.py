@@ -177,6 +177,12 @@ def load_training_config(
             "warm-up and periods in epochs. Give SOLVER.MAX_EPOCHS, or 0 for it and "
             "SOLVER.WARMUP_ITERS, SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD in iterations"
         )
+    of_steps = ("SOLVER.MAX_ITER", "SOLVER.MAX_EPOCHS", "SOLVER.BASE_LR")
+    if cfg.SOLVER.PHASES and not eval_only and (lost := [key for key in of_steps if key in given]):
+        raise ValueError(
+            f"{lost[0]} has no effect: {config_file} has SOLVER.PHASES, each with its own length "
+            'and rate. Give SOLVER.PHASES, or "[]" for none'
+        )
     names = cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN
     if not names:
         raise ValueError(

@@ -108,10 +108,10 @@ class FoldRun:
         with self._lock() as lock:
             if lock is None:
                 return "running"
-            try:
-                return "finished" if self._is_finished() else "broken"
-            except (OSError, ValueError, KeyError):  # the log has it
-                return "broken"
+        try:  # without the lock, which would keep the run from starting
+            return "finished" if self._is_finished() else "broken"
+        except (OSError, ValueError, KeyError):  # the log has it
+            return "broken"
 
     def train(self) -> None:
         """Train and evaluate, from the last checkpoint where there is one; nothing if that is done.
@@ -129,16 +129,22 @@ class FoldRun:
                     return
                 code = self._run(lock)
                 problem = f"exit code {code}" if code else None
+                if problem is None and not self._is_finished():
+                    problem = f"{RunRecord.FILE} or {self.metrics_file.name} is missing"
             except (OSError, ValueError, KeyError) as error:
                 problem = type(error).__name__
                 with open(self.log, "a", encoding="utf-8") as log:
                     log.write(f"{problem}: {error}\n")
-            if problem is None and not self._is_finished():
-                problem = f"{RunRecord.FILE} or {self.metrics_file.name} is missing"
         if problem is None:
             logger.info(f"{self.name}: finished.")
         else:
             logger.error(f"{self.name}: broken ({problem}). {self.tail()}")
+
+    @property
+    def model(self) -> tuple[str | None, str | None]:
+        """The names of a finished run's model and backbone, by which it is compared."""
+        record = read_run_record(self.folder / RunRecord.FILE)
+        return record.get("model"), record.get("backbone")
 
     def tail(self) -> str:
         """The name of the log and its last lines."""
@@ -296,7 +302,10 @@ def describe_runs(runs: Sequence[FoldRun]) -> tuple[str, bool]:
             "continues them."
         )
     for dataset in dict.fromkeys(run.dataset for run in finished):
-        folders = [str(run.folder) for run in finished if run.dataset == dataset]
+        done = [run for run in finished if run.dataset == dataset]
+        folders = [str(run.folder) for run in done]
+        if len({run.config_file for run in done}) > len({run.model for run in done}):
+            folders = [f"{run.config_file.stem}={run.folder}" for run in done]
         output = str(finished[0].output / dataset / "comparison")
         command = shlex.join(["imrcnn", "compare", *folders, "--output", output])
         parts.append(f"Table 4 and its companions:\n{command}")

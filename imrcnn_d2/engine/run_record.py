@@ -60,7 +60,6 @@ class RunRecord(HookBase):
         self._path = Path(cfg.OUTPUT_DIR) / self.FILE
         sets = cfg.DATASETS
         self._datasets = list(dict.fromkeys([*sets.TRAIN, *sets.VAL, *sets.TEST]))
-        self._seed = cfg.SEED if cfg.SEED >= 0 else None
         self._step, self._config_hash, self._phases, self._plan = step, config_hash, phases, plan
         self._started, self._since, self._hours_before = None, None, 0.0
         self._cfg = cfg
@@ -80,7 +79,7 @@ class RunRecord(HookBase):
             "model": name,
             "backbone": backbone,
             "input": _input_facts(model),
-            "seed": self._seed,
+            "seed": self._step.seed,
             "command": f"{program} {shlex.join(arguments)}".strip(),
             "git": git_state(),
             "versions": {"python": sys.version.split()[0], **package_versions()},
@@ -230,9 +229,11 @@ def _dataset_facts(name):
 
 
 def _split_facts(name):
-    """``splits_sha256`` and ``fold`` of the prepared data set that a name stands for."""
+    """``splits_sha256``, ``fold`` and what that ``left_out`` of the prepared data set that a name
+    stands for."""
     json_file = MetadataCatalog.get(name).get("json_file")
     path = Path(json_file).parent.parent / "splits.json" if json_file else None
     splits = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
     fold = {"index": splits["fold"], "of": splits["folds"]} if "fold" in splits else None
-    return {"splits_sha256": splits.get("sha256"), "fold": fold}
+    left_out = splits.get("left_out") if fold else None
+    return {"splits_sha256": splits.get("sha256"), "fold": fold, "left_out": left_out}

@@ -23,6 +23,7 @@ from imrcnn_d2.evaluation.detection.metrics import GroupFormulas, ResampledMetri
 from imrcnn_d2.evaluation.output import EvaluationResults
 from imrcnn_d2.evaluation.statistics import (
     LEVEL,
+    MOST_UNDEFINED,
     NAN,
     Bootstrap,
     bootstrap_se,
@@ -489,21 +490,25 @@ def paired_difference(
 ) -> Difference:
     """First minus second of a metric, such as "segm", "AP50_voc", of two models with the same
     bootstrap on the same units; see :func:`difference_from_parts`. SE_images is that of the paired
-    bootstrap differences. NaN where either model has no such metric."""
+    bootstrap differences. NaN where either model has no such metric, and without an interval where
+    :func:`bootstrap_interval` gives none: of two units, or if more than MOST_UNDEFINED of the
+    resamples are undefined."""
     models = first, second
     values = [model.values.get(group, {}).get(metric, NAN) for model in models]
     samples = [model.resampled.get(group, {}).get(metric) for model in models]
     differences = np.zeros(0) if any(s is None for s in samples) else np.subtract(*samples)
     defined = differences[np.isfinite(differences)]
     units = first.metrics.num_units
+    undefined_share = 1 - len(defined) / len(differences) if len(differences) else NAN
+    is_known = units >= 3 and undefined_share <= MOST_UNDEFINED
     return difference_from_parts(
         values[0] - values[1],
-        bootstrap_se(defined, units),
+        bootstrap_se(defined, units) if is_known else NAN,
         units,
         tuple(model.sd(group, metric, sample=True) for model in models),
         tuple(len(model.runs) for model in models),
         resamples=len(defined),
-        undefined_share=1 - len(defined) / len(differences) if len(differences) else NAN,
+        undefined_share=undefined_share,
     )
 
 

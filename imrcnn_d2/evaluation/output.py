@@ -365,7 +365,7 @@ LESIONS = {
 RUN = {
     **dict.fromkeys(("model", "backbone"), NAME),
     **dict.fromkeys(("command", "device", "started", "finished"), TEXT),
-    **dict.fromkeys(("config_sha256", "splits_sha256"), TEXT),
+    **dict.fromkeys(("config_sha256", "splits_sha256", "left_out"), TEXT),
     "seed": WHOLE,
     "fold": {"index": _range(0, FOLDS - 1).always(), "of": _range(2, FOLDS).always()},
     "input": {"size": COUNT},
@@ -386,7 +386,7 @@ COCO = {
 }
 SPLITS = {
     "ratio": [NUMBER],
-    **dict.fromkeys(("split_by", "sha256", "fixed_from"), TEXT),
+    **dict.fromkeys(("split_by", "sha256", "fixed_from", "left_out"), TEXT),
     **dict.fromkeys(("seed", "fold", "folds", "given", "test_per_class"), WHOLE),
 }
 ROBUSTNESS = {

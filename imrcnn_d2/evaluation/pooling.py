@@ -11,8 +11,9 @@ Counts: tau by the likelihood adjusted for the estimation of mu (Cox and Reid 19
 doi 10.1111/j.2517-6161.1987.tb01422.x), the interval of mu by likelihood ratio against Student's t.
 Others: tau² by Paule and Mandel (1982, doi 10.6028/jres.087.022), the interval by Hartung and Knapp
 (2001, doi 10.1002/sim.791). A further centre lies in the interval of Higgins, Thompson and
-Spiegelhalter (2009, doi 10.1111/j.1467-985X.2008.00552.x). I² is that of Higgins and Thompson
-(2002, doi 10.1002/sim.1186), of counts with Pearson's chi-squared.
+Spiegelhalter (2009, doi 10.1111/j.1467-985X.2008.00552.x); of counts the error of mu is read off
+its likelihood, on each side. I² is that of Higgins and Thompson (2002, doi 10.1002/sim.1186), of
+counts with Pearson's chi-squared.
 """
 
 import math
@@ -114,15 +115,21 @@ def random_intercepts(
 
     tau = min(_least(adjusted, LEAST_TAU, MOST_TAU), LEAST_TAU, key=adjusted)
     mean = best(tau)
-    quantile, highest = stats.t.ppf((1 + LEVEL) / 2, k - 1), likelihood(mean, tau)
+    highest = likelihood(mean, tau)
 
-    def excess(value):
-        return 2 * (highest - likelihood(value, tau)) - quantile**2
+    def ends_at(quantile):
+        """Of the interval of mu by likelihood ratio."""
 
-    ends = [optimize.brentq(excess, mean, end) if excess(end) > 0 else end for end in (-MOST, MOST)]
-    # Each side on its own: near 100 % the two differ.
+        def excess(value):
+            return 2 * (highest - likelihood(value, tau)) - quantile**2
+
+        limits = -MOST, MOST
+        return [optimize.brentq(excess, mean, end) if excess(end) > 0 else end for end in limits]
+
+    ends = ends_at(stats.t.ppf((1 + LEVEL) / 2, k - 1))
     t = stats.t.ppf((1 + LEVEL) / 2, k - 2)
-    low, high = (math.hypot(t * tau, t / quantile * (end - mean)) for end in ends)
+    # Each side on its own: near 100 % the two differ.
+    low, high = (math.hypot(t * tau, end - mean) for end in ends_at(t))
     pooled = events.sum() / cases.sum()
     variance = cases * pooled * (1 - pooled if share else 1)
     q = float(((events - cases * pooled) ** 2 / variance).sum()) if variance.all() else 0.0

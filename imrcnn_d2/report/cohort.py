@@ -1,14 +1,17 @@
 """Patients, images and lesions of each split, and what was left out."""
 
+import re
 from collections import Counter
 from pathlib import PurePath
 
+from imrcnn_d2.data.formats.coco import without_empty_ids
 from imrcnn_d2.evaluation.output import read_coco_records, read_split_settings
 from imrcnn_d2.report.runs import Run
 from imrcnn_d2.report.tables import plural
 from imrcnn_d2.utils.files import read_rows
 
 SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
+_OF_ANNOTATION = re.compile(r"^(annotation \S+|an annotation without id): ")
 
 
 def patients_text(images: list[dict]) -> str:
@@ -39,6 +42,8 @@ def cohort(run: Run) -> dict:
     missing = [path.name for path in files if not path.is_file()]
     files = [path for path in files if path.is_file()] if prepared else [tested]
     contents = {path: read_coco_records(path) for path in files}
+    for content in contents.values():
+        content["images"] = [*map(without_empty_ids, content["images"])]
     images = [image for content in contents.values() for image in content["images"]]
     patients = [_patients(content["images"]) for content in contents.values()]
     splits = [
@@ -59,7 +64,8 @@ def cohort(run: Run) -> dict:
         )
         return {**data, "caption": "The images that were evaluated.", "notes": [note]}
     rejected = _rejected(root / "rejected.csv")
-    reasons = Counter(reason.partition(":")[0] for _, reason in rejected).most_common()
+    reasons = [_OF_ANNOTATION.sub("", reason).partition(":")[0] for _, reason in rejected]
+    reasons = Counter(reasons).most_common()
     data |= {"offered": data["images"] + len(rejected), "excluded": len(rejected)}
     settings = {k: v for k, v in read_split_settings(record).items() if k not in SPLITS}
     data |= {"reasons": reasons, "rejected": rejected, "settings": settings}
@@ -121,8 +127,12 @@ def _caption(settings, images, identified):
     """How the images were split, of which so many have a patient_id."""
     split_by, given = settings.get("split_by"), settings.get("given") or 0
     seed = f", seed {settings.get('seed', 'not recorded')}"
-    if "fold" in settings:
-        caption = f"Fold {settings['fold']} of {settings.get('folds', '?')}{seed}"
+    fold = f"Fold {settings['fold']} of {settings.get('folds', '?')}" if "fold" in settings else ""
+    if left_out := settings.get("left_out"):
+        caption = f"{fold}{': t' if fold else 'T'}he test images are all of {left_out}"
+        caption += f"; the others were split at random{seed}"
+    elif fold:
+        caption = f"{fold}{seed}"
     elif split_by == "prefix":
         caption = "Split as the file names state"
     elif given >= images:

@@ -10,6 +10,7 @@ from pathlib import Path
 from imrcnn_d2.data.audit import KINDS, Finding
 from imrcnn_d2.data.formats.labelme import labelme_document
 from imrcnn_d2.data.images import image_inside, path_inside
+from imrcnn_d2.engine.checkpoint import EARLIER
 from imrcnn_d2.evaluation.label_errors import LabelError, find_label_errors, pool_label_errors
 from imrcnn_d2.evaluation.output import coco_result
 from imrcnn_d2.report.plots import images
@@ -78,6 +79,8 @@ def gather_label_errors(root: str | Path) -> tuple[list[Case], list[Run]]:
     """
     root = Path(root)
     folders = {path.parents[2] for path in root.rglob("inference/*/metrics.json")}
+    # What a training that was begun anew has moved aside was of other weights.
+    folders = {folder for folder in folders if not folder.name.startswith(EARLIER)}
     groups = {}
     for folder in tqdm(sorted(folders), desc="Reading runs", unit="run"):
         try:

@@ -7,7 +7,13 @@ from pathlib import Path
 from imrcnn_d2 import __version__
 from imrcnn_d2.evaluation.output import read_test_log
 from imrcnn_d2.report.cohort import cohort, is_external
-from imrcnn_d2.report.html.page import UNKNOWN, facts, known_facts, template_environment
+from imrcnn_d2.report.html.page import (
+    UNKNOWN,
+    facts,
+    known_facts,
+    of_training,
+    template_environment,
+)
 from imrcnn_d2.report.html.tables import (
     CALIBRATION_METRICS,
     CURVE_METRICS,
@@ -18,6 +24,8 @@ from imrcnn_d2.report.html.tables import (
     cell,
     curve_group,
     metric_rows,
+    of_boxes,
+    of_classes,
 )
 from imrcnn_d2.report.names import PAPER_THRESHOLD, threshold_name
 from imrcnn_d2.report.runs import Run
@@ -37,6 +45,7 @@ def write_model_card(run: Run, path: str | Path) -> Path:
         ValueError: they are not the files that were scored, or a file of the data set is damaged.
     """
     data = cohort(run)
+    data["notes"] += filter(None, [of_training(run, data)])
     rows = facts([run], data["settings"])
     known, (shown, unknown) = dict(rows), known_facts(rows)
 
@@ -59,6 +68,7 @@ def write_model_card(run: Run, path: str | Path) -> Path:
         cohort=data,
         prepared=data["excluded"] is not None,
         external=is_external(run, data["settings"]),
+        left_out=data["settings"].get("left_out"),
         with_config=bool(run.config),
         best_metric=run.settings.get("TEST.BEST_METRIC"),
         groups=_groups(run),
@@ -66,18 +76,19 @@ def write_model_card(run: Run, path: str | Path) -> Path:
         meta=run.metrics["meta"],
         chosen=chosen,
         recorded=bool(run.record),
+        validated=bool(run.settings.get("DATASETS.VAL", True)),
+        has_masks=run.results.has_masks,
         weights=run.settings.get("MODEL.WEIGHTS") or run.settings.get("MODEL.TIMM.WEIGHTS"),
         remarks=run.remarks,
         log=read_test_log(run.gt_path),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         version=__version__,
     )
-    kind, curve = curve_group(run)
-    lesion = run.metrics["lesion"]
+    curve, lesion = curve_group(run)[1], run.metrics["lesion"]
     values = {name: curve.get(name) for name in ("AP50_voc", "AP")}
     values |= {name: lesion.get(name) for name in ("recall", "precision", "f1", "iou", "dice")}
     front_matter = hub.front_matter(
-        "image-segmentation" if kind == "mask" else "object-detection",
+        "image-segmentation" if run.results.has_masks else "object-detection",
         run.model,
         dataset=run.dataset or "",
         metrics={name: value for name, value in values.items() if value is not None},
@@ -94,8 +105,11 @@ def _groups(run):
     tables = [("Over all scores", [""], CURVE_METRICS, "", [curve_group(run)[1]])]
     for unit, (title, names) in UNIT_METRICS.items():
         if metrics.get(unit):
+            names = names if run.results.has_masks else of_boxes(unit, names)
             points = [metrics[unit], *([chosen.get(unit) or {}] if chosen else [])]
             tables.append((title, columns, names, unit, points))
+    for title, names, points in of_classes([run]):
+        tables.append((title, columns[:1], names, "", points))
     tables.append((PAPER, [PAPER_THRESHOLD], PAPER_METRICS, "paper", [metrics["paper"]]))
     calibration, names = [metrics["calibration"]], [""]
     if before := metrics.get("calibration_raw"):

@@ -24,7 +24,8 @@ def metric_name(endpoint: str) -> str:
         return label + (", mean of classes" if metric in ("f1", "auroc") else "")
     if group == "cancer":
         return f"{'sensitivity' if metric == 'recall' else label} (cancer against benign)"
-    group, at = group.removeprefix("tau_val."), " at tau_val" if "." in group else ""
+    at = " at tau_val" if group.startswith("tau_val.") else ""
+    group = group.removeprefix("tau_val.")
     if group == "video":
         return f"{label}{at}"
     cases = {"segm": "masks", "bbox": "boxes", "unique_lesion": "unique lesions", **LEVELS}

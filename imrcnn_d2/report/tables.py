@@ -199,7 +199,9 @@ def markdown_text(text: object) -> str:
 
 def latex_text(text: object) -> str:
     """LaTeX that shows the text of data: one line without a command."""
-    return " ".join(str(text).split()).translate(str.maketrans(LATEX))
+    line = " ".join(str(text).split()).translate(str.maketrans(LATEX))
+    # At the start of a row they would be an argument of the end of the one before.
+    return f"{{}}{line}" if line[:1] in ("[", "*") else line
 
 
 # "group/metric" in the order of a table.

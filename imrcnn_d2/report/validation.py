@@ -58,7 +58,7 @@ READING = {
     "detections for precision and ECE, lesion-free images for specificity, images for false "
     f"alarms, images with a lesion for mIoU, lesions found for Dice and HD95. {FEW_NOTE}",
     "[low, high]": "95 % interval, over patients where they are known, else sequences, else "
-    "images: how another sample of the same centre might have turned out.",
+    "images: for the choice of images; with others of the same centre the value would differ.",
     "Pooled": "Random-effects mean: the centre in the middle of centres like these, with its 95 % "
     "interval. Shares and numbers per image are pooled as counts, other metrics as they are.",
     "A further centre": "95 % prediction interval: where the value of another centre of this kind "
@@ -335,7 +335,7 @@ def findings(validation: Validation) -> list[str]:
     if KEY_METRICS["image/specificity"] not in validation.key_metrics.values():
         sentences.append(
             "Specificity cannot be measured: no image is free of lesions. Nothing is known of how "
-            "often the model raises an alarm in a healthy bowel."
+            "often the model raises an alarm in healthy mucosa."
         )
     sentences += filter(None, (_small(validation), _scores(validation), _units(validation)))
     return sentences
@@ -365,8 +365,11 @@ def _of_metric(validation, endpoint, name, meaning):
             f"Pooled it is {pooled} %; {further}."
         )
     if width <= WIDE:
+        of = "all centres"
+        if summary.left_out:
+            of = f"the {len(summary.centres)} centres that have such cases"
         return (
-            f"{name} is alike in all centres: pooled {pooled} %, {spans}, no more than chance "
+            f"{name} is alike in {of}: pooled {pooled} %, {spans}, no more than chance "
             f"explains ({chance}); {further}."
         )
     return (

@@ -258,6 +258,7 @@ def test_endpoints_and_baselines_that_there_are_not(three):
     for options, named in (
         ({"primary": "segm/AP"}, "'segm/AP'.*--ci-all"),
         ({"primary": "recall"}, "'recall'"),
+        ({"primary": "calibration/ece"}, "'calibration/ece'"),
         ({"baseline": "X"}, "'X' among MR-CNN, IBMR-CNN, IMR-CNN"),
         ({"pair": "IMR-CNN:X"}, "'IMR-CNN:X'.* IBMR-CNN:MR-CNN"),
         ({"baseline": "MR-CNN", "pair": "IMR-CNN:IBMR-CNN"}, "'IMR-CNN:IBMR-CNN'"),
@@ -283,6 +284,10 @@ def test_folds_are_tested_with_their_sizes(fold_gts, make):
     differences = np.subtract(values["IMR-CNN"], values["MR-CNN"])
     expected = corrected_resampled_t_test(differences, 64, 13)
     assert (test.estimate, test.p) == pytest.approx((expected.estimate, expected.p))
+    assert not any("leaves out" in text for text in compared.remarks)
+    for fold, run in enumerate(runs):
+        run.record["left_out"] = f"centre=C{fold // 2 + 1}"
+    assert any("(centre=C1, centre=C2, centre=C3)" in text for text in gather(runs).remarks)
     for run in runs:
         run.record["datasets"] = {}
     unknown = compare(gather(runs), BOOTSTRAP)

@@ -140,7 +140,12 @@ def test_what_has_no_variation_or_no_value_is_undefined():
     assert same.p == 1 and np.isnan([same.low, same.high, equivalence(same, 1)]).all()
     # Resamples without the metric are left out, and their share is given.
     some = np.append(np.random.default_rng(0).normal(size=75), np.full(25, np.nan))
-    assert recalls(trained([0.0], some), trained([0.0], 0 * some)).undefined_share == 0.25
+    undefined = recalls(trained([0.0], some), trained([0.0], 0 * some))
+    assert undefined.undefined_share == 0.25
+    # As a model's own interval: too many are undefined, or there are two units.
+    two = recalls(trained([9.0], some[:75], units=2), trained([0.0], 0 * some[:75], units=2))
+    assert np.isnan([undefined.p, undefined.low, two.p, two.high]).all()
+    assert recalls(trained([9.0], some[:75]), trained([0.0], 0 * some[:75])).p < 0.05
 
 
 def test_the_differences_of_three_seeds_on_kvasir_seg():

@@ -123,6 +123,8 @@ def test_a_threshold_from_a_validation_set(case, tmp_path, capsys):
     val.write_text(json.dumps(json.loads(gt.read_text()) | {"annotations": [region(1, 0)]}))
     val_dt.write_text(json.dumps([region(1, 0, score=0.6), region(2, 0, score=0.3)]))
     chosen = ("--tau-from", val, val_dt)
+    mapped = tmp_path / "mapped.json"
+    mapped.write_text(json.dumps([region(1, 0, score=0.6) | {"raw_score": 0.8}]))
     metrics = run(gt, dt, tmp_path / "out", *chosen, "--tau-rule", "recall>=90")
     assert metrics["lesion"]["FP"] == 0 and metrics["tau_val"]["lesion"]["FP"] == 1
     point = {"tau": 0.6, "rule": "recall>=90", "dataset": str(val)}
@@ -132,6 +134,9 @@ def test_a_threshold_from_a_validation_set(case, tmp_path, capsys):
     for options, message in (
         ((*chosen, "--tau-rule", "best"), "'best'"),
         (("--tau-from", gt, dt), f"--tau-from {gt}"),
+        (("--tau-from", val, mapped), "raw_score"),
+        (("--tau-rule", "f1"), "--tau-from"),
+        (("--recognition", "--iou", 0.3), "--iou"),
     ):
         with pytest.raises(SystemExit):
             run(gt, dt, tmp_path / "refused", *options)

@@ -112,6 +112,12 @@ def test_centres_without_a_failure_are_100_percent():
     assert summary.value == pytest.approx(100, abs=0.1)
     assert 90 < summary.interval[0] < 98 and summary.interval[1] == pytest.approx(100, abs=0.01)
     assert summary.i2 == 0
+    # 120 hits have the likelihood p^120; by likelihood ratio, with t of 2 degrees of freedom.
+    lowest = 100 * math.exp(-(stats.t.isf(0.025, 2) ** 2) / 240)
+    assert summary.predicted[0] == pytest.approx(lowest, abs=0.05)
+    alarms = pooled([centre([0] * 30, [1] * 30, "fp_per_image")] * 4, "fp_per_image")
+    highest = stats.t.isf(0.025, 2) ** 2 / 240
+    assert alarms.predicted[1] == pytest.approx(highest, rel=0.01)
 
 
 def test_how_many_cases_a_centre_has():

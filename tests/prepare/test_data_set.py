@@ -156,6 +156,15 @@ def test_splits_from_file_names(kvasir_folder, tmp_path):
     assert [len(splits[s]) for s in SPLITS] == [2, 1, 8] and splits["val"] == ["valid_a.png"]
     assert (splits["split_by"], "ratio" in splits) == ("prefix", False)
     assert read_json(write_folds(out, 2)[0] / "out" / "splits.json")["split_by"] == "image"
+    for path in (out / "annotations").iterdir():  # a patient is a letter: a has three images
+        content = read_json(path)
+        for image in content["images"]:
+            image["patient_id"] = image["file_name"][-5]
+        path.write_text(json.dumps(content))
+    for fold in write_folds(out, 3):
+        splits = read_json(fold / "out" / "splits.json")
+        letters = [{name[-5] for name in splits[s]} for s in SPLITS]
+        assert splits["split_by"] == "patient" and sum(map(len, letters)) == 8
     with pytest.raises(ValueError, match="earlier"):
         prepare(root, tmp_path / "other", split_by="prefix", earlier={"train": ["test_a.png"]})
 

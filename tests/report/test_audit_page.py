@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -208,7 +209,8 @@ def runs(tmp_path, write_run):
 
 
 def test_planted_faults_come_first(runs, tmp_path, capsys):
-    out = tmp_path / "out"
+    out, again = tmp_path / "out", runs / "mrcnn" / "fold0"
+    shutil.copytree(again, again / "earlier_20260101-120000")  # began anew: moved aside
     main(["--runs", str(runs), "--output", str(out), "--number", "3"])
     assert "4 runs" in capsys.readouterr().out
     with open(out / "suspects.csv", newline="") as file:

@@ -24,6 +24,7 @@ from imrcnn_d2.report import load_run
 from imrcnn_d2.report.comparison import compare, gather
 from imrcnn_d2.report.html import page, render_report, tables
 from imrcnn_d2.report.html.page import classification_gallery
+from imrcnn_d2.report.model_card import write_model_card
 from imrcnn_d2.report.plots.images import region_contours
 from imrcnn_d2.report.tables import p_text, summary
 from imrcnn_d2.utils.files import strict_json
@@ -426,6 +427,29 @@ def test_boxes_alone_of_two_classes(write_gt, write_run, tmp_path):
     assert gallery["overlap"] == "box IoU"
     hits = [outcome for entry in gallery["images"] for outcome in entry["runs"] if outcome["tp"]]
     assert hits and None not in [outcome["iou"] for outcome in hits]
+    of_class = {table["title"]: table["rows"] for table in tables.metric_tables([run])}
+    for name in ("polyp", "cancer"):
+        cells = {row["label"]: row["cells"][0] for row in of_class[f"Class: {name}"]}
+        assert cells["sensitivity (recall)"] == tables.cell(run.metrics["by_class"][name], "recall")
+    card = write_model_card(run, tmp_path / "card.md").read_text(encoding="utf-8")
+    assert "### Class: cancer" in card and "Deep learning: object detection." in card
+    assert "Dice" not in card and "mIoU" not in card and "| Boxes with scores" in card
+
+
+def test_masks_without_scores_have_the_metrics_of_masks(write_gt, write_run, tmp_path):
+    gt = write_gt(tmp_path / "gt.json", images=6)
+    keys = "image_id", "category_id", "bbox", "segmentation"
+    truth = json.loads(gt.read_text())["annotations"]
+    dt = [{"score": None} | {key: annotation[key] for key in keys} for annotation in truth]
+    folder = write_run("a", gt, dt=dt) / "inference" / "kvasir_seg_test"
+    content = json.loads((folder / "metrics.json").read_text())
+    content["meta"]["dt"] = str(folder / "coco_instances_results.json")
+    (folder / "metrics.json").write_text(json.dumps(content))
+    rows = [row for table in tables.metric_tables([load_run(folder)]) for row in table["rows"]]
+    shown = {row["label"]: row["cells"][0] for row in rows}
+    for label in ("Dice", "IoU", "mIoU", "mDice", "IoU, all lesions"):
+        assert shown[label]["text"] == "100.0", label
+    assert shown["AP50"]["text"] == "–"
 
 
 def test_the_command(home, capsys):

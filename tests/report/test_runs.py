@@ -380,6 +380,7 @@ def test_latex_shows_data_as_data():
     escaped = r"\\textbackslash\{\}|\\textascii(tilde|circum)\{\}|\\[&%$#_{}]"
     for text in LATEX_COMMANDS:
         assert not set(re.sub(escaped, "", latex_text(text))) & set("\\{}$&#^_%~")
+    assert [latex_text(text) for text in ("[2]", "*", "a[2]")] == ["{}[2]", "{}*", "a[2]"]
 
 
 def test_markup_in_names(home):

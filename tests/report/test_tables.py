@@ -20,7 +20,7 @@ from imrcnn_d2.evaluation.output import log_test_evaluation
 from imrcnn_d2.report import load_run
 from imrcnn_d2.report.cohort import cohort
 from imrcnn_d2.report.comparison import compare, gather, write_comparison
-from imrcnn_d2.report.html import render_report
+from imrcnn_d2.report.html import render_report, tables
 from imrcnn_d2.report.model_card import write_model_card
 from imrcnn_d2.report.names import (
     PUBLISHED_TRAININGS,
@@ -218,12 +218,13 @@ def test_a_card_says_what_its_scores_mean(write_gt, write_run, tmp_path):
     positive = {annotation["image_id"] for annotation in content["annotations"]}
     content["images"] = [image for image in content["images"] if image["id"] in positive]
     gt.write_text(json.dumps(content))
-    texts = {}
+    texts, runs = {}, {}
     for name, options in (
         ("mapped", {"score_map": ScoreMap(0.5, -1, "polyps_val"), "tau": 0.5, "tau_val": 0.4}),
         ("raw", {"tau_val": 0.8}),
     ):
-        run = load_run(write_run(name, gt, bootstrap=Bootstrap(20), **options))
+        folder = write_run(name, gt, bootstrap=Bootstrap(20), **options)
+        run = runs[name] = load_run(f"IMR-CNN of {name}={folder}")
         texts[name] = write_model_card(run, tmp_path / "card.md").read_text(encoding="utf-8")
         if name == "mapped":
             before, after = run.metrics["calibration_raw"], run.metrics["calibration"]
@@ -249,6 +250,8 @@ def test_a_card_says_what_its_scores_mean(write_gt, write_run, tmp_path):
     assert shown[f"specificity: {reason}"] == ["–", "–"]
     assert shown[f"AUROC: {reason}"] == ["–", ""]  # over all scores
     assert "| | score ≥ 0.7 | score ≥ 0.8 (τ_val) |" in texts["raw"]
+    at = "mapped score ≥ 0.5 (IMR-CNN of mapped), score ≥ 0.7 (IMR-CNN of raw)"
+    assert tables.at_threshold(list(runs.values())) == at
     assert "mapped" not in texts["raw"] and "| | raw score ≥ 0.7 |\n" in texts["raw"]
 
 
@@ -294,6 +297,20 @@ def test_what_is_not_recorded_stays_open(write):
     assert {answers[item] for item in ("1", "22", "24", "25", "26", "42")} == {OPEN}
     assert "not recorded" not in text.split("\n## CLAIM\n")[1]
     assert "no record of the training" in text
+
+
+def test_weights_that_no_validation_chose(run, write):
+    config = {**run.config, "DATASETS": {**run.config["DATASETS"], "VAL": []}}
+    answers = {row[0]: row[2] for row in rows(write(config=config), "CLAIM")}
+    assert answers["26"] == "The last weights: there were no validation data."
+
+
+def test_patients_who_all_have_a_lesion(write_gt, write_run, tmp_path):
+    run = load_run(write_run("a", write_gt(tmp_path / "gt.json", images=11, per_patient=3)))
+    assert run.results.meta["lesion_free_images"]
+    card = write_model_card(run, tmp_path / "card.md").read_text(encoding="utf-8")
+    assert "specificity: undefined: the test set has no patient without a lesion" in card
+    assert "no image without a lesion" not in card
 
 
 def test_looks_at_the_test_set_are_counted_and_text_is_no_markup(run, write, tmp_path):
@@ -370,6 +387,15 @@ def test_how_the_data_were_split(home):
             {"split_by": "image", "fold": ..., "folds": ..., "test_per_class": ...},
             "Split at random",
         ),
+        (
+            {"split_by": "patient", "left_out": "centre=Rome"},
+            "The test images are all of centre=Rome; the others were split at random, seed 4; ima",
+        ),
+        (
+            {**group, "left_out": "centre=Rome", "fold": 1, "folds": 5},
+            "Fold 1 of 5: the test images are all of centre=Rome; the others",
+        ),
+        ({"left_out": ..., "fold": ..., "folds": ..., "split_by": "image"}, "Split at random"),
         ({"given": 30}, "Split at random 1:1:3, seed 4, but for 30 of 40 images, which a list"),
         ({"given": 40}, "Split as a list of files gave it."),
         (
@@ -383,12 +409,14 @@ def test_how_the_data_were_split(home):
 
 
 def test_numbers_of_rejected_files_and_no_patients(home):
-    (home.gt.parents[1] / "rejected.csv").write_text("number,reason\n7,mask is empty\n")
+    reasons = "7,mask is empty\n8,annotation 3: listed twice\n9,annotation 5: listed twice\n"
+    (home.gt.parents[1] / "rejected.csv").write_text(f"number,reason\n{reasons}")
     for path in home.gt.parent.iterdir():
         path.write_text(path.read_text().replace("patient_id", "sequence_id"))
     home.change_data(lambda content: None)
     data = cohort(home.load())
-    assert data["rejected"] == [("7", "mask is empty")]
+    assert data["rejected"][0] == ("7", "mask is empty")
+    assert data["reasons"] == [("listed twice", 2), ("mask is empty", 1)]
     assert data["patients"] is data["splits"][2]["patients"] is None
     card = write_model_card(home.load(), home.path / "card.md").read_text()
     assert "Patients are not known" in card and "take sequences for independent" in card
@@ -455,6 +483,12 @@ def test_whether_the_test_set_is_external(home):
         card = write_model_card(home.load(), home.path / "card.md").read_text()
         items = {row[0]: row[2] for row in rows(card, "CLAIM")}
         assert all(a in items[n] for n, a in zip(("32", "33"), answers, strict=True))
+    home.change_data(lambda content: content.update(left_out="centre=Rome"), "splits.json")
+    home.change("run.json", {"splits_sha256": splits})
+    card = write_model_card(home.load(), home.path / "card.md").read_text()
+    items = {row[0]: row[2] for row in rows(card, "CLAIM")}
+    assert items["32"] == OPEN and "centre=Rome were left out of training" in items["33"]
+    assert "all images of centre=Rome, of which none was in training" in card
     home.change("run.json", {"splits_sha256": ...})
     card = write_model_card(home.load(), home.path / "card.md").read_text()
     items = {row[0]: row[2] for row in rows(card, "CLAIM")}

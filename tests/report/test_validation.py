@@ -1,6 +1,7 @@
 """The report of external validation, of centres whose values are known."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from rectangles import rectangle
 
 from imrcnn_d2.evaluation import Bootstrap, evaluate_lesions
 from imrcnn_d2.evaluation.output import coco_result
-from imrcnn_d2.evaluation.pooling import pool
+from imrcnn_d2.evaluation.pooling import Pooled, pool
 from imrcnn_d2.evaluation.subgroups import By, with_groups
 from imrcnn_d2.report.validation import Validation, findings, write_validation
 
@@ -128,6 +129,16 @@ def test_the_page(results, written, parse):
     assert "in Oslo" in sections["results"] and "specificity in Rome (1)" in sections["results"]
     assert "n 1†" in sections["centres"] and "a further centre" in sections["pooled"]
     assert "By pooled" in sections["by-1"] and all(name in sections["worst"] for name in CENTRES)
+
+
+def test_centres_that_are_alike_are_those_that_have_such_cases(results):
+    validation = Validation.of(results, title="a.pth", facts={}, marks=[], notes=[])
+    alike = {"value": 90, "interval": (88, 92), "predicted": (85, 94), "i2": 0, "p": 0.8}
+    for left_out, of in (((), "in all centres"), (("Rome",), "in the 3 centres that have such")):
+        pooled = Pooled(("Bonn", "Lyon", "Oslo"), left_out, "logit", **alike)
+        pooled = {**validation.pooled, "image/specificity": pooled}
+        texts = findings(dataclasses.replace(validation, pooled=pooled))
+        assert any("Specificity" in text and f"is alike {of}" in text for text in texts)
 
 
 @pytest.mark.slow

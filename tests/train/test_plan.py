@@ -310,6 +310,9 @@ def test_iterations_for_a_config_of_epochs_are_refused(tiny_opts):
     at = tiny_opts.index("SOLVER.MAX_ITER")
     with pytest.raises(ValueError, match="SOLVER.MAX_ITER.*SOLVER.MAX_EPOCHS 50"):
         load_training_config("imrcnn_R_50.yaml", tiny_opts[:at] + tiny_opts[at:])
+    for key in ("SOLVER.MAX_ITER", "SOLVER.MAX_EPOCHS", "SOLVER.BASE_LR"):
+        with pytest.raises(ValueError, match=f"{key}.*SOLVER.PHASES"):
+            load_training_config("resnet50.yaml", [key, 3.0 if key.endswith("LR") else 3])
 
 
 def test_epochs_are_iterations_before_processes_scale_them(tiny_cfg):

@@ -473,7 +473,8 @@ def test_patients_crowds_and_rejects_of_a_prepared_fold(tmp_path):
     test_json.parent.mkdir()
     test_json.write_text("{}")
     (tmp_path / "rejected.csv").write_text('file,reason\na.jpg,"two\nlines"\nb.jpg,torn\n')
-    (tmp_path / "splits.json").write_text('{"sha256": "abc", "fold": 1, "folds": 5}')
+    splits = {"sha256": "abc", "fold": 1, "folds": 5, "left_out": "centre=Rome"}
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
     annotations = [{"iscrowd": 1}], [{"iscrowd": 0}, {}]
     records = [{"patient_id": "p", "annotations": group} for group in annotations]
     records.append({"patient_id": "q"})
@@ -482,7 +483,7 @@ def test_patients_crowds_and_rejects_of_a_prepared_fold(tmp_path):
     expected = {"gt": str(test_json), "gt_sha256": hashlib.sha256(b"{}").hexdigest(), "images": 3}
     expected |= {"lesion_free_images": 2, "lesions": 2, "patients": 2, "rejected": 2}
     assert run_record._dataset_facts("fold") == expected
-    fold = {"splits_sha256": "abc", "fold": {"index": 1, "of": 5}}
+    fold = {"splits_sha256": "abc", "fold": {"index": 1, "of": 5}, "left_out": "centre=Rome"}
     assert run_record._split_facts("fold") == fold
     DatasetCatalog.remove("fold")
     MetadataCatalog.remove("fold")
@@ -516,6 +517,18 @@ def test_a_run_that_started_from_other_weights_is_finished(run):
     record = {"config_sha256": config_sha256(trained), "datasets": {}, "finished": "2026"}
     (run.folder / "run.json").write_text(json.dumps(record))
     assert run.state() == "finished"
+
+
+def test_models_of_one_architecture_are_compared_by_their_configs(run, monkeypatch):
+    other = replace(run, config_file=run.config_file.with_stem("other"))
+    shutil.copytree(run.folder, other.folder)
+    monkeypatch.setattr(FoldRun, "state", lambda self: "finished")
+    (record := run.folder / "run.json").write_text('{"model": "IMR-CNN", "backbone": "R-50"}')
+    (other.folder / "run.json").write_text('{"model": "IBMR-CNN", "backbone": "R-50"}')
+    assert f"imrcnn compare {run.folder} {other.folder}" in describe_runs([run, other])[0]
+    shutil.copyfile(record, other.folder / "run.json")
+    named = f"{run.config_file.stem}={run.folder} other={other.folder}"
+    assert f"imrcnn compare {named}" in describe_runs([run, other])[0]
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "run.json"])

@@ -206,8 +206,10 @@ def _write_splits_and_annotations(
     if given and split_by != "prefix":
         settings["given"] = len(given) - len(gone)  # images whose split was not chosen here
     if options.folds:
+        of_folds = _fold_settings(settings, coco["images"])
+        items = _items(coco, of_folds["split_by"], options.stratify_by)
         for i, fold in enumerate(make_folds(items, options.folds, options.seed)):
-            fold_info = {"fold": i, "folds": options.folds, **_fold_settings(settings)}
+            fold_info = {"fold": i, "folds": options.folds, **of_folds}
             write_splits(stage / "folds" / f"fold{i}.json", fold, fold_info)
     contents = write_split_files(stage, splits, {**settings, **options.sizes}, coco)
     if samples[0].label is not None:
@@ -339,10 +341,12 @@ def _items(coco: Mapping, split_by: str, stratify_by: str | None = None) -> list
     return [item(image, unit) for image, unit in zip(images, units, strict=True)]
 
 
-def _fold_settings(settings: Mapping) -> dict:
-    """Seed and split_by of a data set's folds; file names state no folds."""
+def _fold_settings(settings: Mapping, images: Sequence[Mapping]) -> dict:
+    """Seed and split_by of a data set's folds; file names state no folds, but patients do."""
     split_by = settings["split_by"]
-    return {"seed": settings["seed"], "split_by": "image" if split_by == "prefix" else split_by}
+    if split_by == "prefix":
+        split_by = "patient" if any(units_of(images)) else "image"
+    return {"seed": settings["seed"], "split_by": split_by}
 
 
 def folds_folder(prepared: Path, folds: int | str) -> Path:
@@ -386,9 +390,9 @@ def write_folds(prepared: Path, folds: int | str) -> list[Path]:
             see `left_out_by`.
     """
     check_prepared(prepared)
-    settings = _fold_settings(read_json(prepared / "splits.json"))
     coco = _merged(prepared, _read_contents(prepared))
     coco["images"].sort(key=lambda image: image["file_name"])
+    settings = _fold_settings(read_json(prepared / "splits.json"), coco["images"])
     items = _items(coco, settings["split_by"])
     if isinstance(folds, int):
         parts = make_folds(items, folds, settings["seed"])

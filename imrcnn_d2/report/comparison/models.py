@@ -80,6 +80,12 @@ def gather(runs: list[Run]) -> Gathered:
     check_test_sets(run for members in split.values() for run in members)
     _check_folds(folds)
     remarks = [remark for item in models.items() for remark in _config_remarks(*item)]
+    if left_out := {run.record.get("left_out") for run in runs if run.fold} - {None}:
+        remarks.append(
+            f"Each fold leaves out a part of the data of its own ({', '.join(sorted(left_out))}): "
+            "± over folds is mostly how these differ, and the t-test, which is for random folds of "
+            "one size, is approximate."
+        )
     return Gathered(split, folds, remarks)
 
 
@@ -391,7 +397,7 @@ def compare(
 
 def _check_primary(primary, models, folds, endpoints):
     group, _, metric = primary.partition("/")
-    available = [model.resampled for model in models.values()]
+    available = [groups for m in models.values() for groups in (m.resampled, m.values)]
     available += [fold.values for model in folds.values() for fold in model]
     if not all(metric in groups.get(group, ()) for groups in available):
         raise ValueError(

@@ -61,8 +61,7 @@ DEFINITIONS = {
     "Intervals": "95 %. Of proportions Clopper and Pearson's on the effective number of cases, "
     "which is smaller where those of one {unit} are alike; F1 by way of TP / (TP + FP + FN). Of "
     "others Student's t with the standard error of {resamples} resamples of {unit}s with seed "
-    "{seed}. They say how much the metrics would vary with other test data, not with another "
-    "training.",
+    "{seed}. They are for the choice of test data: another training would differ too.",
     "Differences": "of the means over the runs of each model. SE² = SE²_images + s₁²/n₁ + s₂²/n₂: "
     "SE_images by paired bootstrap (both models on the same resamples), s the standard deviation "
     "over the n runs of a model; interval and p by Student's t with Welch and Satterthwaite's "
@@ -615,10 +614,11 @@ def class_table(comparison: Comparison) -> Table:
 def difference_table(comparison: Comparison) -> Table:
     """The tests of models on the same images."""
     notes = ["First model minus second, in percentage points unless the metric has another unit."]
-    if comparison.clustered:
+    if comparison.clustered and any(t.test.startswith("McNemar") for t in comparison.tests):
+        unit = comparison.settings["unit"]
         notes.append(
-            "Patients have several images each: McNemar's test takes images for independent and "
-            "is too sure; the bootstrap resamples patients."
+            f"Some {unit}s have several images: McNemar's test takes images for independent and "
+            f"is too sure; the bootstrap resamples {unit}s."
         )
     title = "Differences between models on the same test images"
     return table_of_tests(comparison.tests, "differences", title, *notes)

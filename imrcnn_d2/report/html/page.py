@@ -60,7 +60,7 @@ def render_report(
     check_settings(runs)
     runs = _named_runs(runs)
     data = cohort(runs[0])
-    data["notes"] += filter(None, (_of_training(run, data) for run in runs))
+    data["notes"] += filter(None, (of_training(run, data) for run in runs))
     known, unknown = known_facts(facts(runs, data["settings"]))
     classifiers = runs[0].task is CLASSIFICATION
     bootstraps = [run.metrics["meta"].get("bootstrap") for run in runs]
@@ -92,8 +92,9 @@ def render_report(
     )
 
 
-def _of_training(run, data):
-    """A note, where the training part of the data set need not be what the model was trained on."""
+def of_training(run: Run, data: dict) -> str | None:
+    """A note on a run and its `cohort`, where the training part of the data set need not be what
+    the model was trained on."""
     training = next((split for split in data["splits"] if split["name"] == "Training"), None)
     if not training or not training["images"]:
         return None

@@ -103,6 +103,7 @@ CALIBRATION_METRICS = (
     *(("ece", "", "expected calibration error"), ("brier", "", "Brier score")),
     *(("mean_score", "", "mean score"), ("hit_rate", "", "share of hits")),
 )
+OF_CLASS = ("AP50_voc", "recall", "precision", "f1", "iou", "TP", "FP", "FN")
 # Of images and patients, undefined where none is free of lesions.
 OF_LESION_FREE = ("precision", "specificity", "accuracy", "f1", "auroc")
 # Group, metric, title and hint of the values on top.
@@ -223,8 +224,15 @@ def key_threshold(runs):
 
 
 def at_threshold(runs):
-    """The threshold of the evaluation of runs, which is one."""
-    return threshold_name(runs[0].metrics["meta"]["tau"], runs[0].maps_scores)
+    """The threshold of the evaluation of runs; where some have mapped scores and others raw ones,
+    with the names of the runs."""
+    names = {}
+    for run in runs:
+        name = threshold_name(run.metrics["meta"]["tau"], run.maps_scores)
+        names.setdefault(name, []).append(run.name)
+    if len(names) == 1:
+        return next(iter(names))
+    return ", ".join(f"{name} ({', '.join(of)})" for name, of in names.items())
 
 
 def _chosen(runs):
@@ -235,19 +243,30 @@ def _chosen(runs):
 
 def curve_group(run: Run) -> tuple[str, dict]:
     """ "mask" or "box", and the metrics of its curve."""
-    segm = run.metrics.get("segm") or {}
-    if segm.get("AP50_voc") is not None:
-        return "mask", segm
+    if run.results.has_masks:
+        return "mask", run.metrics.get("segm") or {}
     return "box", run.metrics.get("bbox") or {}
 
 
-def _without_masks(unit, metrics):
-    """The metrics of a table that there are without masks."""
+def of_boxes(unit: str, metrics: tuple) -> tuple:
+    """Those metrics of a table of UNIT_METRICS that there are without masks."""
     return tuple(
         (endpoint.partition("/")[2], *texts)
         for name, *texts in metrics
         for endpoint in without_masks([f"{unit}/{name}"])
     )
+
+
+def of_classes(runs: Sequence[Run]) -> list[tuple[str, tuple, list[dict]]]:
+    """Title, metrics and a group for each run of each class of detectors that have several."""
+    names = [category["name"] for category in runs[0].results.ground_truth.categories]
+    metrics = tuple(row for row in (*CURVE_METRICS, *LESION_METRICS) if row[0] in OF_CLASS)
+    if not any(run.results.has_masks for run in runs):
+        metrics = of_boxes("lesion", metrics)
+    if len(names) < 2:
+        return []
+    groups = [run.metrics.get("by_class") or {} for run in runs]
+    return [(f"Class: {name}", metrics, [of.get(name) or {} for of in groups]) for name in names]
 
 
 def metric_tables(runs):
@@ -263,7 +282,7 @@ def metric_tables(runs):
         if not any(groups):
             continue
         if "mask" not in kinds:
-            metrics = _without_masks(unit, metrics)
+            metrics = of_boxes(unit, metrics)
         tables.append(_metric_table(title, at_threshold(runs), metrics, groups, unit, runs))
         if any(chosen):
             points = [point.get(unit) or {} for point in chosen]
@@ -273,6 +292,8 @@ def metric_tables(runs):
             caption = "At the threshold that was chosen on validation data"
             table = _metric_table(f"{title}, τ_val", caption, metrics, points, unit, runs)
             tables.append({**table, "rows": [row, *table["rows"]]})
+    for title, metrics, groups in of_classes(runs):
+        tables.append(_metric_table(title, at_threshold(runs), metrics, groups, runs=runs))
     caption = "Of all scores, as probabilities of a hit; in percent"
     tables.append(_calibration_table(caption, CALIBRATION_METRICS, runs))
     paper = [run.metrics["paper"] for run in runs]
@@ -318,11 +339,11 @@ def _hint(hint, cells, unit, name, runs):
     """The hint of a metric; where it is undefined in all cells of detectors, the reason."""
     if not runs or any(cell["text"] not in ("–", "") for cell in cells):
         return hint
-    meta = runs[0].results.meta
-    needs_free = unit in ("image", "patient") and name in OF_LESION_FREE
-    if needs_free and not meta.get("lesion_free_images", 1):
-        return "undefined: the test set has no image without a lesion"
-    if not meta.get("lesions", 1):
+    if unit in ("image", "patient") and name in OF_LESION_FREE:
+        outcomes = runs[0].metrics[unit]
+        if not outcomes["TN"] + outcomes["FP"]:
+            return f"undefined: the test set has no {unit} without a lesion"
+    if not runs[0].results.meta.get("lesions", 1):
         return "undefined: the test set has no lesion"
     return "undefined: too few detections, or none with a score"
 
