@@ -365,11 +365,11 @@ def _of_metric(validation, endpoint, name, meaning):
             f"Pooled it is {pooled} %; {further}."
         )
     if width <= WIDE:
-        of = "all centres"
+        centres = "all centres"
         if summary.left_out:
-            of = f"the {len(summary.centres)} centres that have such cases"
+            centres = f"the {len(summary.centres)} centres that have such cases"
         return (
-            f"{name} is alike in {of}: pooled {pooled} %, {spans}, no more than chance "
+            f"{name} is alike in {centres}: pooled {pooled} %, {spans}, no more than chance "
             f"explains ({chance}); {further}."
         )
     return (

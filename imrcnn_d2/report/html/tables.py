@@ -265,8 +265,8 @@ def of_classes(runs: Sequence[Run]) -> list[tuple[str, tuple, list[dict]]]:
         metrics = of_boxes("lesion", metrics)
     if len(names) < 2:
         return []
-    groups = [run.metrics.get("by_class") or {} for run in runs]
-    return [(f"Class: {name}", metrics, [of.get(name) or {} for of in groups]) for name in names]
+    every = [run.metrics.get("by_class") or {} for run in runs]
+    return [(f"Class: {name}", metrics, [run.get(name) or {} for run in every]) for name in names]
 
 
 def metric_tables(runs):
