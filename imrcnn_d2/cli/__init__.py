@@ -5,7 +5,7 @@ What takes long to import is imported where it is used, so that `--help` is quic
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from imrcnn_d2.utils.files import for_terminal, install_extra
@@ -19,6 +19,7 @@ __all__ = [
     "output_file",
     "output_folder",
     "predictor_arguments",
+    "refuse_options",
 ]
 
 WEIGHTS_HELP = (
@@ -59,6 +60,16 @@ def add_crop_view(parser: argparse.ArgumentParser) -> None:
         "what lies over it blanked, or the whole frame (as the weights were trained, by "
         "INPUT.CROP_TO_VIEW); results are of the whole frame",
     )
+
+
+def refuse_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str], reason: str
+) -> None:
+    """End with an error that names an option, of these names in `args`, whose value is not its
+    default, and the reason."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} {reason}")
 
 
 def output_file(text: str) -> Path:

@@ -22,7 +22,7 @@ other cases (Obuchowski and Rockette); writes readers.json, readers.csv and a pl
 import argparse
 from pathlib import Path
 
-from imrcnn_d2.cli import add_tau, new_parser, one_line_errors
+from imrcnn_d2.cli import add_tau, new_parser, one_line_errors, refuse_options
 from imrcnn_d2.utils.files import file_sha256, for_terminal
 
 
@@ -64,9 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     of_readers = ("baseline", "positive_from", "margin", "model")
     of_annotators = ("names", "dt", "tau", "model_name", "iou", "resamples", "seed", "images")
-    for name in of_annotators if args.readers else of_readers:
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} does not go with the other options")
+    others = of_annotators if args.readers else of_readers
+    refuse_options(parser, args, others, "does not go with the other options")
     with one_line_errors(parser):
         (compare_readers if args.readers else compare_annotators)(args)
 

@@ -23,7 +23,7 @@ a detection of at least tau whose "alarm", where the file has one, is true.
 import argparse
 from pathlib import Path
 
-from imrcnn_d2.cli import add_tau, new_parser, one_line_errors
+from imrcnn_d2.cli import add_tau, new_parser, one_line_errors, refuse_options
 from imrcnn_d2.utils.files import file_sha256, regular_file, write_atomically
 
 
@@ -37,9 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.tau_rule and not args.tau_from:
         parser.error("--tau-rule is how --tau-from chooses: give --tau-from too")
     of_lesions = ("tau", "tau_from", "iou", "iou_type", "ci_all", "ignore_extra_images")
-    for name in of_lesions if args.recognition else ():
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} is for lesions, not for --recognition")
+    if args.recognition:
+        refuse_options(parser, args, of_lesions, "is for lesions, not for --recognition")
     with one_line_errors(parser):
         if args.video:
             score_video(args)
