@@ -57,12 +57,9 @@ class Task:
         metric = cfg.TEST.BEST_METRIC or self.best_metric
         return {"metric": metric, "dataset": cfg.DATASETS.VAL[0]}
 
-    def evaluator(
-        self, cfg: CfgNode, dataset_name: str, output_dir: str, final: Mapping | None = None
-    ) -> DatasetEvaluator:
-        """The evaluator of a data set, whose files go to `output_dir`. `final` are
-        `Weights.evaluator_arguments` of a final evaluation; without them a map of scores is fitted
-        and an operating point chosen on the sets of DATASETS.VAL, and never on others.
+    def evaluator(self, cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
+        """The evaluator of a data set, whose files go to `output_dir`. On the sets of DATASETS.VAL,
+        and never on others, it fits a map of scores and chooses an operating point.
         """
         raise NotImplementedError
 
@@ -110,15 +107,13 @@ class _Detection(Task):
             )
         return {**super().best_checkpoint(cfg), "tau_rule": cfg.TEST.TAU_RULE}
 
-    def evaluator(self, cfg, dataset_name, output_dir, final=None):
-        if final is None:
-            validates = dataset_name in get_node(cfg, "DATASETS.VAL")
-            keys = ("tau_rule", "suppress_parts", "best_metric") if validates else ()
-            final = {key: get_node(cfg, f"TEST.{key.upper()}") for key in keys}
-            if validates and not final["best_metric"]:
-                final["best_metric"] = self.best_metric
-        tau = get_node(cfg, "TEST.SCORE_THRESH")
-        return LesionEvaluator(dataset_name, tau=tau, output_dir=output_dir, **final)
+    def evaluator(self, cfg, dataset_name, output_dir):
+        options = {"tau": get_node(cfg, "TEST.SCORE_THRESH"), "output_dir": output_dir}
+        if dataset_name in get_node(cfg, "DATASETS.VAL"):
+            for key in ("tau_rule", "suppress_parts", "best_metric"):
+                options[key] = get_node(cfg, f"TEST.{key.upper()}")
+            options["best_metric"] = options["best_metric"] or self.best_metric
+        return LesionEvaluator(dataset_name, **options)
 
     def score(self, gt, predictions, recorded):
         settings = {key: recorded["meta"][key] for key in ("tau", "iou_threshold", "iou_type")}
@@ -147,12 +142,9 @@ class _Classification(Task):
     def num_classes_key(self, cfg):
         return "MODEL.CLASSIFIER.NUM_CLASSES"
 
-    def evaluator(self, cfg, dataset_name, output_dir, final=None):
-        if final is None:
-            arguments = {"fits_map": dataset_name in get_node(cfg, "DATASETS.VAL")}
-        else:
-            arguments = {key: final[key] for key in ("score_map", "bootstrap", "meta")}
-        return ClassificationEvaluator(dataset_name, output_dir=output_dir, **arguments)
+    def evaluator(self, cfg, dataset_name, output_dir):
+        validates = dataset_name in get_node(cfg, "DATASETS.VAL")
+        return ClassificationEvaluator(dataset_name, output_dir=output_dir, fits_map=validates)
 
     def score(self, gt, predictions, recorded):
         return evaluate_classification(gt, predictions)

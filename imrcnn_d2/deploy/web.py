@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import ipaddress
 import json
 import math
 import os
@@ -76,7 +77,6 @@ _BELOW = (
     *(f"{_API}/{name}" for name in ("upload", "info", "app_id", "queue/", "run/", "call/")),
     *(f"{_API}/{name}" for name in ("heartbeat/", "cancel", "reset", "startup-events")),
 )
-_LOCAL = ("127.0.0.1", "::1", "localhost")
 _HEADERS = {
     # The browser requests nothing from other hosts, whatever a part of Gradio would like.
     "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
@@ -432,6 +432,14 @@ class Uploads:
                 Path(path).unlink(missing_ok=True)
 
 
+def _is_local(host):
+    """Whether only this computer has this name or address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class _Fence:
     """Serves the page's routes, to the page only, and forbids the browser requests to other hosts.
 
@@ -452,7 +460,7 @@ class _Fence:
         host, origin = headers.get("host", ""), headers.get("origin")
         try:
             foreign = origin is not None and urlsplit(origin).netloc != host
-            foreign = foreign or (self.local and urlsplit(f"//{host}").hostname not in _LOCAL)
+            foreign = foreign or (self.local and not _is_local(urlsplit(f"//{host}").hostname))
         except ValueError:  # neither is a name
             foreign = True
         if foreign:
@@ -553,7 +561,7 @@ def server_of(
             raise OSError(f"Cannot listen at {host}, port {port}: {error.strerror}") from error
         folder = stack.enter_context(upload_folder())
         os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where Gradio's components look for them
-        fence = _Fence(_app(predictor, Uploads(folder)), host in _LOCAL)
+        fence = _Fence(_app(predictor, Uploads(folder)), _is_local(host))
         limits = {"limit_concurrency": CONNECTIONS, "timeout_graceful_shutdown": GOODBYE}
         config = uvicorn.Config(fence, log_level="warning", access_log=False, **limits)
         address = f"[{host}]" if ":" in host else host

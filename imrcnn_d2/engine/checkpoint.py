@@ -526,7 +526,7 @@ class Weights:
         )
 
     def evaluator_arguments(self) -> dict:
-        """What an evaluator takes for a final evaluation, which has intervals."""
+        """What an evaluator's ``for_final_test`` takes; a final evaluation has intervals."""
         meta = {"checkpoint": self.path, "checkpoint_sha256": self.sha256}
         if self.model:
             meta["model"], meta["backbone"] = self.model

@@ -275,9 +275,8 @@ class Trainer(_Trainer):
         cfg = given.clone()
         cfg.defrost()
         cfg.DATASETS.TEST = _with_images(cfg.DATASETS[split.upper()])
-        evaluators = {
-            name: cls.build_evaluator(cfg, name, weights=weights) for name in cfg.DATASETS.TEST
-        }
+        evaluators = {name: cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST}
+        _use(weights, evaluators.values())
         return cls.test(cfg, model, list(evaluators.values())), evaluators
 
     @classmethod
@@ -294,13 +293,21 @@ class Trainer(_Trainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name, output_folder=None, weights=None):
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         """The task's evaluator, also for a config without our keys. Its files go to a folder, by
-        default OUTPUT_DIR/inference/DATASET; `weights` as for `evaluate`.
+        default OUTPUT_DIR/inference/DATASET.
         """
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        final = weights.evaluator_arguments() if weights is not None else None
-        return Task.of(cfg).evaluator(cfg, dataset_name, folder, final)
+        return Task.of(cfg).evaluator(cfg, dataset_name, folder)
+
+
+def _use(weights, evaluators):
+    """Let the evaluators of a final evaluation have what these weights' validation chose."""
+    if weights is None:
+        return
+    for evaluator in evaluators:
+        if hasattr(evaluator, "for_final_test"):  # those of other projects lack it
+            evaluator.for_final_test(**weights.evaluator_arguments())
 
 
 def _with_images(names: Iterable[str]) -> tuple[str, ...]:
@@ -317,8 +324,8 @@ def _check_data_sets(cfg):
             raise ValueError(
                 f"Data set {name} ({MetadataCatalog.get(name).get('json_file')}) has no {lacks}, "
                 "by which the best weights and their threshold are chosen: prepare it with others "
-                "in --ratio, such as 12:3:5, or train without and keep the last weights: "
-                'DATASETS.VAL "()"'
+                "in --ratio, such as 12:3:5; or, with a YAML config, train without and keep the "
+                'last weights: DATASETS.VAL "()"'
             )
     training = [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     if not any(record.get("annotations", True) for data_set in training for record in data_set):
@@ -378,19 +385,18 @@ class LazyTrainer(_Trainer):
         name = given.dataloader[f"{split}_evaluator"].dataset_name
         if not _with_images([name]):
             return {}, {}
-        evaluator = cls._build_evaluator(given, split, weights)
+        evaluator = cls._build_evaluator(given, split)
+        _use(weights, [evaluator])
         metrics = inference_on_dataset(model, instantiate(given.dataloader[split]), evaluator)
         if comm.is_main_process():
             print_csv_format(metrics)
         return metrics, {name: evaluator}
 
     @classmethod
-    def _build_evaluator(cls, given, split, weights=None):
+    def _build_evaluator(cls, given, split):
         evaluator_cfg = given.dataloader[f"{split}_evaluator"].copy()
         name = evaluator_cfg.dataset_name
         evaluator_cfg.output_dir = os.path.join(given.train.output_dir, "inference", name)
-        if weights is not None:
-            evaluator_cfg.update(weights.evaluator_arguments())
         return instantiate(evaluator_cfg)
 
 

@@ -68,6 +68,19 @@ class _Evaluator(DatasetEvaluator):
         self.score_map = score_map  # given, or of the last validation on the main process
         self.results = None  # of the last evaluation, on the main process
 
+    def for_final_test(
+        self,
+        *,
+        operating_point: OperatingPoint | None,
+        score_map: ScoreMap | Temperature | None,
+        bootstrap: Bootstrap,
+        meta: dict,
+    ) -> None:
+        """Evaluate with what a validation chose, see :meth:`Weights.evaluator_arguments`, and
+        choose nothing, on validation images neither."""
+        self._operating_point, self.score_map = operating_point, score_map
+        self._bootstrap, self._meta = bootstrap, meta
+
     def _gather(self, predictions):
         """One prediction per image, on the main process; on others None."""
         if self._distributed:
@@ -180,6 +193,10 @@ class LesionEvaluator(_Evaluator):
         )
         ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
         self._class_to_id = {index: id_ for id_, index in ids.items()}
+
+    def for_final_test(self, **chosen):
+        super().for_final_test(**chosen)
+        self._tau_rule = None
 
     def reset(self):
         self._coco.reset()
@@ -329,6 +346,10 @@ class ClassificationEvaluator(_Evaluator):
                 "register_classification_dataset."
             )
         self._predictions = []
+
+    def for_final_test(self, **chosen):
+        super().for_final_test(**chosen)
+        self._fits_map = False
 
     def reset(self):
         self._predictions = []

@@ -34,9 +34,11 @@ def metric_name(endpoint: str) -> str:
     return f"{label} ({cases}){at}"
 
 
-def threshold_name(tau: float, mapped: bool) -> str:
+def threshold_name(tau: float, mapped: bool, scored: bool = True) -> str:
     """A threshold in words: of scores as the network gives them, or of those that the map in the
-    weights made of them."""
+    weights made of them. Detections without scores have none."""
+    if not scored:
+        return "all detections, without scores"
     return f"{'mapped ' if mapped else ''}score ≥ {tau:.3g}"
 
 

@@ -103,6 +103,11 @@ class Run:
         return bool(self.meta.get("score_map") or self.recorded.get("calibration_raw"))
 
     @property
+    def has_scores(self) -> bool:
+        """False for a folder of masks, of which each is a detection."""
+        return self.meta.get("scored") is not False
+
+    @property
     def seed(self) -> int | None:
         return self.record.get("seed")
 
@@ -200,7 +205,7 @@ class Run:
         """
         places = [Path(self.meta["dt"])] if self.meta.get("dt") else []
         # A folder of masks has no scores; the list of results that was written for it has.
-        if self.meta.get("scored") is not False or self.task.predictions_file != RESULTS:
+        if self.has_scores or self.task.predictions_file != RESULTS:
             places.insert(0, self.folder / self.task.predictions_file)
         predictions = next((path for path in places if path.is_file() or path.is_dir()), None)
         if predictions is None:

@@ -273,13 +273,13 @@ def summary(results: LesionResults | ClassificationResults) -> str:
             rows.append([endpoint.replace("/", " "), text[0], text[2]])
     title = f"{results.meta['images']} images"
     if lesions:
-        point = results.tau_val or {"tau": results.meta["tau"]}
-        title += f", {threshold_name(point['tau'], results.detections.mapped)}"
+        point, detections = results.tau_val or results.meta, results.detections
+        title += f", {threshold_name(point['tau'], detections.mapped, detections.scored)}"
         if results.tau_val:
             title += " (tau_val: stored in the weights; chosen on {dataset} by {rule})".format(
                 **point
             )
-            fixed = threshold_name(results.meta["tau"], results.detections.mapped)
+            fixed = threshold_name(results.meta["tau"], detections.mapped)
             title += f"; the values on top of a report are at {fixed} (TEST.SCORE_THRESH)"
     columns, align = ("metric", "value", "95 % interval"), ("left", "right", "right")
     return f"{title}\n\n{tabulate(rows, columns, disable_numparse=True, colalign=align)}\n"

@@ -371,7 +371,8 @@ def test_other_sites_in_the_same_browser_are_refused(site):
         answer = httpx.post(f"{site.url}gradio_api/upload", files={"files": b"a"}, headers=headers)
         assert answer.status_code == 403, headers
     assert not list(site.folder.iterdir())
-    for headers in ({"origin": site.url.rstrip("/")}, {"host": f"localhost:{port}"}):
+    names = "localhost", "127.0.0.2", "[::1]"
+    for headers in ({"origin": site.url.rstrip("/")}, *({"host": f"{n}:{port}"} for n in names)):
         assert httpx.get(site.url, headers=headers).status_code == 200
 
 

@@ -445,7 +445,10 @@ def test_masks_without_scores_have_the_metrics_of_masks(write_gt, write_run, tmp
     content = json.loads((folder / "metrics.json").read_text())
     content["meta"]["dt"] = str(folder / "coco_instances_results.json")
     (folder / "metrics.json").write_text(json.dumps(content))
-    rows = [row for table in tables.metric_tables([load_run(folder)]) for row in table["rows"]]
+    runs = [load_run(folder)]
+    of_curves, at_tau, *others = tables.metric_tables(runs)
+    assert "≥" not in at_tau["caption"] + tables.key_threshold(runs)
+    rows = [row for table in (of_curves, at_tau, *others) for row in table["rows"]]
     shown = {row["label"]: row["cells"][0] for row in rows}
     for label in ("Dice", "IoU", "mIoU", "mDice", "IoU, all lesions"):
         assert shown[label]["text"] == "100.0", label

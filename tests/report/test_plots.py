@@ -512,14 +512,14 @@ def test_pr_curve_and_its_points(tmp_path):
         x, y = steps_of(axes)[0].get_data()
         # The area under the plotted steps is what the legend says.
         assert np.sum(np.diff(x) * y[1:]) / 100 == pytest.approx(100 * pr.area)
-    (axes,) = plot_pr_panels({curves.PR_TITLE: {}}, tmp_path / "pr.png").axes
+    (axes,) = plot_pr_panels({curves.PR_TITLE: {}}, tmp_path / "pr.png", tau=0.7).axes
     assert [text.get_text() for text in axes.texts] == ["No detections"]
 
 
 def test_pr_panels(tmp_path):
     """One for each class, four of them in rows of three; the same figure in two formats."""
     panels = {f"class {i}": {"one": CURVE, "two": CURVE} for i in range(4)}
-    figure = plot_pr_panels(panels, tmp_path / "pr.png", tmp_path / "pr.svg")
+    figure = plot_pr_panels(panels, tmp_path / "pr.png", tmp_path / "pr.svg", tau=0.7)
     assert [axes.get_title() for axes in figure.axes] == list(panels)
     for axes in figure.axes:
         first, second = steps_of(axes)
@@ -653,10 +653,10 @@ def test_thresholds(tmp_path):
     assert axes.lines[0].get_xydata() == pytest.approx(np.array([[0.1, 90], [0.5, 50], [0.9, 10]]))
     assert legend(axes) == ["Precision", "Recall", "F1", "threshold 0.6"]  # one is undefined
     assert "IMR-CNN" in axes.get_title()
-    curves.plot_thresholds({"masks": []}, tmp_path / "t.png")
+    curves.plot_thresholds({"masks": []}, tmp_path / "t.png", tau=0.7)
     for defined, words in ((50, []), (np.nan, ["undefined"])):
         tables = {"a": rows(defined), "b": rows(np.nan)}
-        panels = curves.plot_thresholds(tables, tmp_path / "t.svg").axes
+        panels = curves.plot_thresholds(tables, tmp_path / "t.svg", tau=0.7).axes
         assert [axes.get_title() for axes in panels] == list(curves.THRESHOLD_COLUMNS.values())
         assert legend(panels[0]) == ["a", "b", "threshold 0.7"]
         assert [text.get_text() for text in panels[3].texts] == words

@@ -1,6 +1,7 @@
 """Epochs, optimizers, phases, mixed precision, distributed training, and averaged weights."""
 
 import copy
+import json
 import logging
 import multiprocessing
 import subprocess
@@ -126,6 +127,10 @@ def test_each_phase_changes_exactly_what_it_names(tiny_classifier_cfg, tmp_path,
     rates = []
 
     class Watching(Trainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name, output_folder=None):  # as Detectron2 has it
+            return super().build_evaluator(cfg, dataset_name, output_folder)
+
         def run_step(self):
             rates.extend({group["lr"] for group in self.optimizer.param_groups})
             super().run_step()
@@ -146,6 +151,9 @@ def test_each_phase_changes_exactly_what_it_names(tiny_classifier_cfg, tmp_path,
     # Half a cosine over three iterations: 1, 3/4 and 1/4 of the phase's rate.
     expected = [0.01, 0.0075, 0.0025, 0.001, 0.00075, 0.00025]
     assert rates == pytest.approx(expected)
+    (tested,) = (tmp_path / "output" / "inference").glob("*test/metrics.json")
+    tested = json.loads(tested.read_text())
+    assert tested["meta"]["checkpoint_sha256"] and tested["meta"]["bootstrap"]["resamples"]
 
 
 def test_the_workers_of_a_training_end_with_it(tiny_classifier_cfg, monkeypatch):

@@ -673,6 +673,11 @@ def power_table(comparison: Comparison) -> Table:
             "With one run of each, this is about two checkpoints: how trainings vary is not known. "
             "Give at least two runs of each model, which differ by seed."
         )
+    if any(len(set(test.runs)) > 1 for test in of_primary(comparison.tests, comparison.primary)):
+        notes.append(
+            "Where two models have different numbers of runs, the plan has the smaller number of "
+            "each, and at least 2."
+        )
     name = names.metric_name(comparison.primary)
     title = (
         f"Plan: to find a true difference of {effect:g} {unit_text(comparison.primary)} in {name}"

@@ -121,7 +121,7 @@ def _detection(runs, prevalences, max_images):
     lead = f"{_sizes(runs)}, with {plural(meta['lesions'], 'lesion')}"
     if meta["lesion_free_images"]:
         lead += f"; {plural(meta['lesion_free_images'], 'image')} without a lesion"
-    shown = f"the ground truth and each model’s detections at a {tables.at_threshold(runs)}"
+    shown = f"the ground truth and each model’s detections ({tables.at_threshold(runs)})"
     gallery = _gallery_section(lesion_gallery, runs, max_images, shown)  # its errors first
     return {
         "lead": f"{lead}.",

@@ -170,7 +170,7 @@ def centre_table(run: Run, results: LesionResults) -> dict:
     groups = results.by_group["centre"].groups
     metrics = centre_metrics(groups)
     tau = run.meta["tau"] if results.tau_val is None else results.tau_val["tau"]
-    caption = f"{run.name}, {threshold_name(tau, run.maps_scores)}"
+    caption = f"{run.name}, {threshold_name(tau, run.maps_scores, run.has_scores)}"
     table = group_table("centre", groups, metrics)
     return {**table, "caption": caption, "notes": few_notes(groups, metrics)}
 
@@ -213,7 +213,8 @@ def key_threshold(runs):
     """The threshold of the values on top, of matrices and of test images, as text, and those that
     were chosen on validation data, which are those of a training's summary."""
     points = [point for run in runs if (point := run.metrics.get("tau_val"))]
-    text = f"{at_threshold(runs)} (fixed: TEST.SCORE_THRESH or --tau)"
+    fixed = " (fixed: TEST.SCORE_THRESH or --tau)" * any(run.has_scores for run in runs)
+    text = f"{at_threshold(runs)}{fixed}"
     if not points:
         return text
     chosen = ", ".join(dict.fromkeys(f"{point['tau']:.3g}" for point in points))
@@ -228,7 +229,7 @@ def at_threshold(runs):
     with the names of the runs."""
     names = {}
     for run in runs:
-        name = threshold_name(run.metrics["meta"]["tau"], run.maps_scores)
+        name = threshold_name(run.meta["tau"], run.maps_scores, run.has_scores)
         names.setdefault(name, []).append(run.name)
     if len(names) == 1:
         return next(iter(names))
@@ -559,7 +560,7 @@ def differences(runs: list[Run]) -> dict | None:
     primary, tests = comparison.primary, comparison.tests
     caption = "First model minus second, in percentage points"
     if runs[0].task.localises:
-        caption += f"; at a {at_threshold(runs)}, where it matters and nothing else is named"
+        caption += f"; where nothing else is named: {at_threshold(runs)}"
     return {
         "columns": ["models", "metric", "difference", "95 % interval", "p", "test"],
         "rows": [_row(test) for test in tests if test.endpoint in (primary, *AT_A_GLANCE)],

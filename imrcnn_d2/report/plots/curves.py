@@ -45,7 +45,7 @@ from imrcnn_d2.report.tables import (
 def plot_pr_panels(
     panels: Mapping[str, Mapping[str, PRCurve]],
     *paths: str | Path,
-    tau: float | None = 0.7,
+    tau: float | None,
     mapped: bool = False,
 ) -> Figure:
     """Plot panels, by title, with each curve (thin) and its envelope, whose area is AP50_voc, the
@@ -116,7 +116,7 @@ LOWEST_RATE = 1 / 32  # false alarms per image, where the logarithmic axis begin
 
 
 def plot_froc(
-    curves: Mapping[str, FROC], path: str | Path, *, tau: float = 0.7, mapped: bool = False
+    curves: Mapping[str, FROC], path: str | Path, *, tau: float, mapped: bool = False
 ) -> Figure:
     """Plot sensitivity for lesions against false alarms per image, with the operating point at
     ``tau`` of scores that are ``mapped`` or not (dot), and the seven values that the mean is of
@@ -149,7 +149,7 @@ def plot_froc(
 
 
 def plot_roc_curves(
-    counts: Mapping[str, UnitCounts], path: str | Path, *, tau: float = 0.7, mapped: bool = False
+    counts: Mapping[str, UnitCounts], path: str | Path, *, tau: float, mapped: bool = False
 ) -> Figure:
     """Plot sensitivity against false alarms on lesion-free images, by an image's highest score,
     with the operating point at ``tau`` of scores that are ``mapped`` or not (dot). There must be
@@ -298,7 +298,7 @@ THRESHOLD_COLUMNS = {
 
 
 def plot_thresholds(
-    tables: Mapping[str, list[dict]], path: str | Path, *, tau: float = 0.7, mapped: bool = False
+    tables: Mapping[str, list[dict]], path: str | Path, *, tau: float, mapped: bool = False
 ) -> Figure:
     """Plot the rows of `LesionResults.thresholds` against the threshold: in one panel for one
     model, in one panel per metric for several. ``tau`` is marked; scores are ``mapped`` or not.
