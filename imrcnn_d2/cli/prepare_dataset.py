@@ -223,7 +223,6 @@ def _prepare(args: argparse.Namespace) -> None:
                     "--split-by prefix reads file names, which --deidentify replaces: prepare the "
                     "data set without it elsewhere, and give its splits.json as --splits"
                 )
-            earlier = earlier and names.of_splits(earlier)
         options = SplitOptions(
             ratio,
             args.seed,
@@ -232,6 +231,7 @@ def _prepare(args: argparse.Namespace) -> None:
             args.folds,
             leave_out=args.leave_out,
             stratify_by=args.stratify_by,
+            renamed=names.of_splits if names else dict,
         )
         prepared = prepare_dataset(source, args.out, options, rejects, args.dry_run)
     ratio = None if source.splits else options.sizes.get("ratio")

@@ -45,6 +45,10 @@ IMAGE_SUFFIXES = (
     *(".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 )
+VIDEO_SUFFIXES = (
+    *(".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"),
+    *(".ts", ".webm", ".wmv"),
+)
 _BYTES_PER_PIXEL = 8  # of the largest file: RGBA of 16 bits, not compressed
 MAX_SCANS = 100  # of a JPEG; encoders make about ten, and each takes time, however few its bytes
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # those with a length
@@ -506,16 +510,25 @@ def read_values(path: Path) -> tuple[np.ndarray, bool]:
     """Return a mask image whose pixels hold numbers, as shown: (H, W) integers or bool, of a
     palette image its indices; and whether the file's format changes numbers (JPEG).
 
+    Where an alpha channel is below 128, it is 0.
+
     Raises:
-        BadInputError: missing, damaged, several images in one file, in colour or with fractions.
+        BadInputError: missing, damaged, several images in one file, in colour or with fractions; or
+            the transparency leaves nothing of what is there.
     """
     image, orientation, _ = _decode(path)
     values = np.asarray(image)
     if values.ndim == 3:
+        opaque = values[..., -1] >= 128 if image.mode in ("RGBA", "LA") else np.True_
         colours = values[..., : 3 if image.mode in ("RGB", "RGBA") else 1]
         values = colours[..., 0]
         if not (colours == values[..., None]).all():
             raise BadInputError(path, "is in colour: save it with one channel, or with a palette")
+        if not opaque.all():
+            beneath, values = values, np.where(opaque, values, 0)
+            if not values.any() and (opaque.any() or len(np.unique(beneath)) > 1):
+                reason = "is black where it is not transparent: save it with one channel, on black"
+                raise BadInputError(path, reason)
     if values.dtype.kind not in "biu" or values.min() < 0:
         raise BadInputError(path, "its pixels are no whole numbers from 0 on")
     return orient(values, orientation), image.format == "JPEG"

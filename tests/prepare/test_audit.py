@@ -260,6 +260,9 @@ def test_patients_are_brought_together(synthetic_data, tmp_path, capsys, monkeyp
     image = next((tmp_path / "synthetic" / "images").iterdir())
     image.rename(tmp_path / "private.png")
     image.symlink_to(tmp_path / "private.png")
+    settings = read(tmp_path / "synthetic" / "splits.json")
+    text = json.dumps({**settings, "left_out": "centre=C4"})  # of which images may move
+    (tmp_path / "synthetic" / "splits.json").write_text(text)
     fixed, output = tmp_path / "fixed" / "synthetic", tmp_path / "audit"
     arguments = ["--dataset", "synthetic", "--output", str(output), "--fix-splits", str(fixed)]
     with pytest.raises(SystemExit):
@@ -267,6 +270,7 @@ def test_patients_are_brought_together(synthetic_data, tmp_path, capsys, monkeyp
     assert f"{image.name}: is a link" in capsys.readouterr().err and not fixed.exists()
     audit_dataset.main([*arguments, "--follow-links"])
     assert (fixed / "images" / image.name).is_file()
+    assert "left_out" not in read(fixed / "splits.json")
     printed, document = capsys.readouterr().out, read(output / "audit.json")
     across = [f for f in document["findings"] if f["kind"] == "patient_across_splits"]
     assert len(across) == len(torn(synthetic_data)) > 0

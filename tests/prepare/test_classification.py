@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imrcnn_d2.data.formats import read_class_folders, read_label_csv
+from imrcnn_d2.cli import prepare_dataset as command
+from imrcnn_d2.data.formats import classification, read_class_folders, read_label_csv
 from imrcnn_d2.data.formats.classification import carve_validation
 from imrcnn_d2.data.prepare.data_set import SplitOptions, prepare_dataset
 from imrcnn_d2.data.prepare.splits import FixedTest
@@ -127,6 +128,7 @@ def test_a_table_of_patients_that_gives_the_splits(root, table, tmp_path, separa
     Image.fromarray(values).save(root / "ulcer" / "deep.tiff")
     more = [[*row, "A"] for row in (*rows, ["ulcer/deep.tiff", "ulcer", "", "test"])]
     source = table(more, "file,label,patient_id,split,centre", separator)
+    assert "ulcer/deep.tiff" in {sample.file_name for sample in source.samples}  # as tables have it
     data_set = prepared(source, tmp_path / "out", earlier=source.splits)
     coco = data_set.coco
     assert any("deep.tiff: " in note for note in data_set.notes)
@@ -139,7 +141,9 @@ def test_a_table_of_patients_that_gives_the_splits(root, table, tmp_path, separa
     assert {image["centre"] for c in coco.values() for image in c["images"]} == {"A"}
 
 
-def test_validation_is_carved_from_training_and_never_from_the_test_set(root, table, tmp_path):
+def test_validation_is_carved_from_training_and_never_from_the_test_set(
+    root, table, tmp_path, monkeypatch
+):
     rows = all_rows(root, lambda i: f"p{i // 2}", lambda i: "train" if i // 2 % 4 else "test")
     source = table(rows)
     given = source.splits
@@ -148,10 +152,17 @@ def test_validation_is_carved_from_training_and_never_from_the_test_set(root, ta
     assert sorted(carved["train"] + carved["val"]) == sorted(given["train"])
     assert len(carved["val"]) == pytest.approx(len(given["train"]) / 4, abs=2)
     patient = {row[0]: row[2] for row in rows}
-    by_image = carve_validation(source, 50, by_patient=False)
-    for splits in (carved, by_image):
+    by_image = carve_validation(source, 50, split_by="image")
+    by_group = carve_validation(source, 25, split_by="group")
+    for splits in (carved, by_image, by_group):
         train, val = ({patient[name] for name in splits[split]} for split in ("train", "val"))
-        assert train.isdisjoint(val) == (splits is carved)
+        assert train.isdisjoint(val) == (splits is not by_image)
+    # Near-duplicates stay together too: here each image and the one 16 after it.
+    far = [[i, i + 16] for i in range(16)]
+    monkeypatch.setattr(classification, "find_groups", lambda files, fields: ([], far))
+    by_group = carve_validation(source, 50, split_by="group")
+    train = [s.file_name for s in source.samples if s.file_name in {*given["train"]}]
+    assert all((train[i] in by_group["val"]) == (train[j] in by_group["val"]) for i, j in far)
     coco = prepared(source, tmp_path / "out", earlier=carved).coco
     assert sorted(labels(coco["test"])) == sorted(given["test"])
     for wrong in (0, 100):
@@ -163,6 +174,14 @@ def test_validation_is_carved_from_training_and_never_from_the_test_set(root, ta
     with_val = {**given, "val": given["train"][:3], "train": given["train"][3:]}
     for source.splits in (with_val, {"test": given["test"]}):
         assert carve_validation(source, 25) == source.splits
+
+
+def test_requested_sizes_win_over_the_splits_of_a_table(root, table, tmp_path, capsys):
+    table(all_rows(root, split=lambda i: ("train", "test")[i % 2]))
+    options = ["--root", root, "--csv", root.parent / "labels.csv", "--out", tmp_path / "out"]
+    command.main(["classification", *map(str, options), "--all-test"])
+    tested = json.loads((tmp_path / "out" / "annotations" / "test.json").read_text())
+    assert len(labels(tested)) == 48 and "as requested" in capsys.readouterr().out
 
 
 def put(root, name, content):

@@ -414,6 +414,14 @@ def test_published_splits_by_old_names(sources, tmp_path, capsys):
     for split in SPLITS:
         assert sorted(new[name] for name in splits[0][split]) == sorted(splits[1][split])
         assert splits[1][split] == splits[2][split]
+    # By the names of the files as they are, before the conversion of one.
+    names = {split: [n.replace("_7.png", "_7.dcm") for n in splits[0][split]] for split in SPLITS}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    capsys.readouterr()
+    run(*sources, *private, "--splits", tmp_path / "names.json", "--out", tmp_path / "third")
+    assert "are gone" not in capsys.readouterr().out
+    third = json.loads((tmp_path / "third" / "splits.json").read_text())
+    assert all(third[split] == splits[1][split] for split in SPLITS)
 
 
 def test_options_that_do_not_fit(sources, tmp_path, capsys):

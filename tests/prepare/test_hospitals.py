@@ -1,5 +1,6 @@
 """Several hospitals: their folders as they come, prepared sets merged, and centres left out."""
 
+import csv
 import json
 import shutil
 from collections import Counter
@@ -249,6 +250,16 @@ def test_merged_sets_keep_splits_centres_and_patients_apart(run, tmp_path, prepa
     by_name = images(tmp_path / "without_a")
     patients = [{by_name[n]["patient_id"] for n in splits[split]} for split in SPLITS]
     assert not patients[0] & patients[1]
+    # Under new names too.
+    private = "--deidentify", "--key", tmp_path / "key"
+    run("merge", a, b, "--out", tmp_path / "private", *private)
+    with open(tmp_path / "key.names.csv", encoding="utf-8") as file:
+        old = {f"{row['new']}.png": row["old"] for row in csv.DictReader(file)}
+    known, new = (
+        json.loads((tmp_path / name / "splits.json").read_text()) for name in ("out", "private")
+    )
+    for split in SPLITS:
+        assert sorted(old[name] for name in new[split]) == sorted(known[split])
 
 
 def test_the_same_image_in_two_sets_is_taken_once_and_reported(run, tmp_path, prepared):

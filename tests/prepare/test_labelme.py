@@ -103,6 +103,14 @@ def test_old_files_of_other_computers_and_fields_of_others(folder, labelme, path
     assert annotation["area"] == pytest.approx(30, abs=4)
 
 
+def test_an_empty_id_is_none(folder, labelme):
+    def edit(content):
+        content["patient_id"] = content["shapes"][0]["lesion_id"] = ""
+
+    (sample,), _, _ = labelme(folder(edit))
+    assert "patient_id" not in sample.fields and "lesion_id" not in sample.annotations[0]
+
+
 def test_parts_and_equal_areas_of_a_rotated_image(folder, rotated, labelme):
     def edit(content):
         (shape,) = content["shapes"]
@@ -295,8 +303,10 @@ def changed(tmp_path, name, *replaced):
 
 
 def test_images(images, cvat):
-    more = [f"more{i}.png" for i in range(5)]
+    more = [f"more{i}.png" for i in range(4)]
     save_images(images, more)
+    other = images / f"{NAMES[0]}.json"  # as programs leave them next to an image
+    other.write_text("{}")
     (a, c, d), source, _ = cvat(CVAT / "images.xml", images)
     assert [sample.file_name for sample in (a, c, d)] == list(NAMES)
     assert [c["name"] for c in source.categories] == ["adenoma", "cancer"]
@@ -317,7 +327,9 @@ def test_images(images, cvat):
     assert (parts["bbox"], parts["area"], parts["size_mm"]) == ([0, 0, 10, 4], 32, 0)
     assert parts["ulcerated"] is False and "occluded" not in parts
     assert d.annotations == [] and d.fields == {}
-    assert len(source.notes) == 1 and source.notes[0].endswith(f": {', '.join(more)}")
+    assert len(source.notes) == 1 and source.notes[0].endswith(
+        f": {', '.join([other.name, *more])}"
+    )
 
 
 BOX = '<box label="cancer" occluded="0" xtl="8" ytl="5" xbr="30" ybr="15" z_order="0"/>'

@@ -72,6 +72,24 @@ def test_binary(folder, masks, kind):
     assert counts == [3, 3, 2]
 
 
+def test_what_is_transparent_is_background(folder, masks):
+    """Whatever colour it has beneath, as Photoshop writes white; black on it could be either."""
+    lesion = TWO > 0
+    white = np.full((40, 60, 4), 255, np.uint8)
+    white[..., 3] = 255 * lesion
+    for image in (white, white[..., [0, 3]]):
+        (a, b), _, _ = masks(folder({"a.png": image, "b.png": NOTHING}))
+        assert (lesions(a), lesions(b)) == (SQUARES, [])
+    nothing = np.zeros((40, 60, 4), np.uint8)
+    assert not lesions(masks(folder({"a.png": nothing}))[0][0])
+    black, hidden = nothing.copy(), nothing.copy()
+    black[..., 3] = 255 * lesion
+    hidden[..., :3] = 255 * lesion[..., None]
+    for image in (black, hidden):
+        with pytest.raises(BadInputError, match="a.png: .*transparent"):
+            masks(folder({"a.png": image}))
+
+
 def test_masks_without_a_lesion_or_without_a_background(folder, masks):
     for full in (np.full((40, 60), 255, np.uint8), np.ones((40, 60), bool)):
         (a, _), _, _ = masks(folder({"a.png": full, "b.png": NOTHING}))

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 from dicoms import write_dicom
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imrcnn_d2.data.formats import FORMATS, read_coco
+from imrcnn_d2.data.formats.base import Sample, Source
 from imrcnn_d2.data.prepare import metadata
 from imrcnn_d2.data.prepare.metadata import read_metadata, read_table, with_metadata, with_patients
 from imrcnn_d2.utils.files import BadInputError, Rejects
@@ -302,3 +304,12 @@ def test_dicom(root, tmp_path, noise):
             metadata.patients_from_dicom(folder)(sample)
     with pytest.raises(FileNotFoundError, match="none"):
         metadata.patients_from_dicom(tmp_path / "none")
+
+
+def test_a_null_is_not_known():
+    sample = Sample("p01_a.png", Mock(), [], {"patient_id": None, "centre": None})
+    sample.defaults["centre"] = "north"
+    source = Source([sample], [], {})
+    source = metadata.with_pattern(source, r"(?P<patient_id>p\d+)_", Rejects())
+    (sample,) = metadata.with_defaults(source).samples
+    assert sample.fields == {"patient_id": "p01", "centre": "north"}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from imrcnn_d2.data.formats.base import Format, Names, Sample, Source
 from imrcnn_d2.data.images import inspect_image, list_files, path_inside
+from imrcnn_d2.data.prepare.duplicates import find_groups
 from imrcnn_d2.data.prepare.metadata import read_table
 from imrcnn_d2.data.prepare.splits import SPLITS, FixedTest, Item, make_splits
 from imrcnn_d2.data.units import units_of
@@ -69,8 +70,10 @@ class Classification(Format):
         source = read_label_csv(args.csv, args.root, rejects, args.classes, args.cancer)
         if source.splits and args.splits:
             raise ValueError(f"{args.csv} has a split column: empty it, or leave out --splits")
-        by_patient = args.split_by != "image"
-        source.splits = carve_validation(source, args.val_percent, args.seed, by_patient)
+        if source.splits and (args.ratio or args.test_per_class):
+            source.notes.append(f"other splits than those of {args.csv}, as requested")
+            source.splits = {}
+        source.splits = carve_validation(source, args.val_percent, args.seed, args.split_by)
         return source
 
     def ratio(self, args: argparse.Namespace) -> Sequence[int] | FixedTest:
@@ -159,9 +162,10 @@ def read_label_csv(
 
 
 def carve_validation(
-    source: Source, percent: int, seed: int = 0, by_patient: bool = True
+    source: Source, percent: int, seed: int = 0, split_by: str = "patient"
 ) -> dict[str, list[str]]:
-    """The stated splits, with validation images out of the training images where none are stated.
+    """The stated splits, with validation images out of the training images where none are stated;
+    ``split_by`` "patient", "image" or "group", which parts no near-duplicates either.
 
     Raises:
         ValueError: the percentage is no share of the training images.
@@ -173,7 +177,13 @@ def carve_validation(
     if splits.get("val") or not train:
         return splits
     samples = [sample for sample in source.samples if sample.file_name in train]
-    units = units_of([sample.fields if by_patient else {} for sample in samples])
+    units = units_of([{} if split_by == "image" else sample.fields for sample in samples])
+    if split_by == "group":
+        files, fields = zip(*((s.image.path, s.fields) for s in samples), strict=True)
+        _, groups = find_groups(files, fields)
+        for number, group in enumerate(groups):
+            for position in group:
+                units[position] = "group", str(number)
     items = [Item(s.file_name, s.label, unit) for s, unit in zip(samples, units, strict=True)]
     carved = make_splits(items, (100 - percent, percent, 0), seed)
     return {**splits, "train": carved["train"], "val": carved["val"]}
@@ -205,11 +215,9 @@ def read_labelled_files(
         with rejects.catch():
             _check_copies(file, copies[image.sha256])
             label = ids[file.label]
-            sample = Sample(file.name, image, [{"category_id": label}], file.fields, label)
-            sample.file_name = sample.installed_name
-            samples.append(sample)
+            samples.append(Sample(file.name, image, [{"category_id": label}], file.fields, label))
             if file.split is not None:
-                splits[file.split].append(sample.file_name)
+                splits[file.split].append(file.name)
     if without := sorted(set(names) - {file.label for file in files}):
         raise BadInputError(where, f"empty class: no image of {', '.join(without)}")
     cancer = [c["name"] for c in categories if c.get("supercategory") == "cancer"]

@@ -19,7 +19,7 @@ from defusedxml.ElementTree import parse
 from imrcnn_d2.data import masks
 from imrcnn_d2.data.formats import base
 from imrcnn_d2.data.formats.coco import to_rle
-from imrcnn_d2.data.images import inspect_image, list_files, path_inside
+from imrcnn_d2.data.images import inspect_image, is_image_name, list_files, path_inside
 from imrcnn_d2.utils.files import BadInputError, Rejects, regular_file
 from imrcnn_d2.utils.progress import tqdm
 
@@ -249,13 +249,14 @@ def _read(
     modes = {mode.text for mode in root.iterfind("meta//mode")}  # of the tasks, or of the job
     if has_tracks or (not has_images and modes == {"interpolation"}):
         return _read_video(root, xml_file, image_root, files, types)
-    by_stem = {path.with_suffix(""): path for path in files}
+    by_stem = {path.with_suffix(""): path for path in filter(is_image_name, files)}
     entries = []
     for element in root.iterfind("image"):
         with rejects.catch():
             entry = _read_image(element, xml_file, image_root, types, rejects.follow_links)
             # frames of a video in the format for images have names without a suffix
-            entry.path = by_stem.get(entry.path, entry.path)
+            if not entry.path.is_file():
+                entry.path = by_stem.get(entry.path, entry.path)
             entries.append(entry)
     return entries
 

@@ -1,5 +1,6 @@
 """HyperKvasir's labelled images: 10,662 images of 23 classes, in official splits."""
 
+import argparse
 from pathlib import Path
 
 from imrcnn_d2.data.formats.base import PublicDataSet, Source
@@ -29,7 +30,10 @@ class HyperKvasirLabels(PublicDataSet):
     )
     published = {"labeled-images/*-gi-tract/*/*": 10662, "*-gi-tract/*/*": 10662}
 
-    def read_layout(self, root: Path, rejects: Rejects) -> Source:
+    def options(self, args: argparse.Namespace) -> dict:
+        return {} if args.ratio or args.splits else {"split_by": args.split_by}
+
+    def read_layout(self, root: Path, rejects: Rejects, split_by: str = "patient") -> Source:
         """Read the class folders. With 2_fold_split.csv of github.com/simula/hyper-kvasir in the
         folder, fold 1 is for the test and a quarter of fold 0 for
         validation."""
@@ -53,7 +57,7 @@ class HyperKvasirLabels(PublicDataSet):
                 split = split_of_fold.get(fold_of.get(name))
                 files.append(LabelledFile(path, f"{label}/{name}", label, split, fields))
         source = read_labelled_files(files, images, rejects)
-        source.splits = carve_validation(source, _VAL_PERCENT)
+        source.splits = carve_validation(source, _VAL_PERCENT, split_by=split_by)
         if source.splits:
             source.notes.append(f"splits of {split_file}: fold 1 is for the test")
         else:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from imrcnn_d2.data import masks
 from imrcnn_d2.data.formats import base
-from imrcnn_d2.data.formats.coco import to_rle
+from imrcnn_d2.data.formats.coco import to_rle, without_empty_ids
 from imrcnn_d2.data.images import check_name, inspect_image, list_files, open_image
 from imrcnn_d2.utils.files import BadInputError, Rejects, check_inside, read_json
 from imrcnn_d2.utils.progress import tqdm
@@ -261,7 +261,7 @@ def _sample(
     regions = (_region(file.path, i, shape, *size) for i, shape in enumerate(content["shapes"]))
     annotations = masks.annotate(image, size, regions, ids, notes)
     fields = masks.further_fields(content, (*masks.IMAGE_FIELDS, *_FILE_KEYS))
-    fields |= content.get("flags") or {}
+    fields = without_empty_ids(fields | (content.get("flags") or {}))
     return base.Sample(path.relative_to(folder).as_posix(), image, annotations, fields)
 
 
@@ -295,7 +295,8 @@ def _region(path: Path, number: int, shape: dict, width: int, height: int) -> ma
     if shape.get("shape_type") == "rectangle":
         (x, y), (x_end, y_end) = shape["points"]
         box = min(x, x_end), min(y, y_end), abs(x_end - x), abs(y_end - y)
-    return masks.Region(label, rle, group, {**fields, **(shape.get("flags") or {})}, box)
+    fields = without_empty_ids({**fields, **(shape.get("flags") or {})})
+    return masks.Region(label, rle, group, fields, box)
 
 
 def _shape_rle(shape: Mapping, height: int, width: int) -> dict:

@@ -19,7 +19,8 @@ class Piccolo(PublicMasks):
     folders = (tuple(Folders(f"{d}/polyps", f"{d}/masks", d, split=s) for d, s in _SPLITS.items()),)
     mask_names = ("{}_Corrected", "{}")
     note = (
-        "patients are not named, and the official splits keep them apart; clinical facts by "
+        "patients are not named, and the official splits keep them apart: other splits, and folds, "
+        "may part the clips of a lesion; clinical facts by "
         "lesion: save their table as CSV with a column lesion_id, and give it by --metadata"
     )
 

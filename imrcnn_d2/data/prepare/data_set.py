@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path, PurePath, PurePosixPath
@@ -60,6 +60,8 @@ class SplitOptions:
     folds: int = 0  # of cross-validation, 0 for none
     leave_out: Sequence[Where] = ()  # images that are the test split, all of it
     stratify_by: str | None = None  # a field of images, whose values every split gets its share of
+    # The present names in `earlier`, once all images were read: before, no new name is known.
+    renamed: Callable[[Mapping], Mapping] = dict
 
     @property
     def sizes(self) -> dict:
@@ -170,7 +172,8 @@ def _write_splits_and_annotations(
     stage: Path, samples: list[Sample], source: Source, options: SplitOptions
 ) -> dict[str, dict]:
     """Write everything but the images; return the COCO contents by split."""
-    split_by, earlier = options.split_by, _of_converted(options.earlier or {}, samples)
+    split_by, earlier = options.split_by, options.renamed(options.earlier or {})
+    earlier = _of_converted(earlier, samples)
     if split_by == "prefix":
         if earlier:
             raise ValueError("file names cannot state the splits where earlier ones are given")
@@ -275,9 +278,8 @@ def _of_converted(
 def _group(stage: Path, samples: list[Sample], notes: list[str]) -> None:
     """Set ``group_id`` of images with a near-duplicate or a unit; list them in a file."""
     names = [sample.file_name for sample in samples]
-    pairs = duplicates.find_near_duplicates([stage / "images" / name for name in names])
-    units = positions(units_of([sample.fields for sample in samples]))
-    groups = joined_groups(len(names), [*((pair.a, pair.b) for pair in pairs), *units.values()])
+    fields = [sample.fields for sample in samples]
+    pairs, groups = duplicates.find_groups([stage / "images" / name for name in names], fields)
     for number, group in enumerate(groups, start=1):
         for i in group:
             samples[i].fields["group_id"] = number
@@ -504,7 +506,7 @@ def write_fixed_splits(
                 target = stage / path.relative_to(prepared)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(path, target)
-        replaced = (*SPLITS, "sha256", "fold", "folds")
+        replaced = (*SPLITS, "sha256", "fold", "folds", "left_out")
         settings = {key: value for key, value in settings.items() if key not in replaced}
         settings |= {"split_by": "group", "fixed_from": sha256(old)}
         write_split_files(stage, new, settings, coco)

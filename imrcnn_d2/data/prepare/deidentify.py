@@ -21,7 +21,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pycocotools.mask as mask_util
 from PIL import Image
@@ -29,7 +29,7 @@ from PIL import Image
 from imrcnn_d2.data.endoscope_view import View, find_view
 from imrcnn_d2.data.formats.base import Sample, Source, is_repeated_frame
 from imrcnn_d2.data.formats.coco import to_rle
-from imrcnn_d2.data.images import check_utf8, inspect_image, read_image
+from imrcnn_d2.data.images import check_utf8, inspect_image, read_image, without_suffix
 from imrcnn_d2.data.masks import (
     ANNOTATION_FIELDS,
     IDS,
@@ -89,12 +89,20 @@ class Pseudonyms:
         return f"{self('image', name)}.png"
 
     def of_splits(self, splits: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        """Splits of old names as splits of new ones; names that are new already stay."""
+        """Splits of old names as splits of new ones, once all images have theirs; names that are
+        new already stay, and of an image that was converted the old name is as it was before."""
         new = re.compile(rf"[0-9a-f]{{{_HEX_DIGITS}}}\.png")
-        return {
-            split: [name if new.fullmatch(name) else self.of_file(name) for name in names]
-            for split, names in splits.items()
-        }
+
+        def renamed(name):
+            if new.fullmatch(name):
+                return name
+            converted = f"{without_suffix(PurePosixPath(name))}.png"
+            was_converted = ("image", name) not in self._new and ("image", converted) in self._new
+            return self.of_file(converted if was_converted else name)
+
+        new_splits = {split: [*map(renamed, names)] for split, names in splits.items()}
+        self.write_table()  # with the names of files that are gone
+        return new_splits
 
     def write_table(self) -> None:
         """Add the names given so far to the table: kind, old, new."""

@@ -11,7 +11,7 @@ share, and it misses the same image stored with another frame.
 
 import functools
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from imrcnn_d2.data.images import in_threads, read_image
+from imrcnn_d2.data.units import units_of
 
 # Chosen by looking at the pairs of Kvasir-SEG: above 0.31 all show the same scene, under 0.25
 # hardly any does. Between them both occur, and a pair too many harms a split less than one missed.
@@ -114,6 +115,16 @@ def find_near_duplicates(paths: Sequence[Path]) -> list[Pair]:
         for (a, b), value in sorted(correlations.items())
         if value >= MIN_CORRELATION
     ]
+
+
+def find_groups(
+    paths: Sequence[Path], fields: Sequence[Mapping]
+) -> tuple[list[Pair], list[list[int]]]:
+    """Pairs of near-duplicates among images with these COCO fields, and the positions of those that
+    are to stay together: near-duplicates, and images of a unit."""
+    pairs = find_near_duplicates(paths)
+    units = positions(units_of(fields)).values()
+    return pairs, joined_groups(len(paths), [*((pair.a, pair.b) for pair in pairs), *units])
 
 
 def joined_groups(count: int, groups: Iterable[Sequence[int]]) -> list[list[int]]:

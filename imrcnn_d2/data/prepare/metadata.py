@@ -302,7 +302,9 @@ def with_pattern(source: Source, pattern: str, rejects: Rejects) -> Source:
                         unknown[field].append(sample.file_name)
                         continue
                     value = int(text) if field == "frame" and text.isdecimal() else text
-                    present = sample.fields.setdefault(field, value)
+                    if sample.fields.get(field) is None:
+                        sample.fields[field] = value
+                    present = sample.fields[field]
                     if str(present) != str(value) or (field == "frame" and value == text):
                         reason = f"{field} is {present!r}, {text!r} in the name {sample.file_name}"
                         raise BadInputError(sample.image.path, reason)
@@ -318,11 +320,12 @@ def with_pattern(source: Source, pattern: str, rejects: Rejects) -> Source:
 
 
 def with_defaults(source: Source) -> Source:
-    """Give images the default of each field that they lack."""
+    """Give images the default of each field that they lack, or of which it is null."""
 
     def samples() -> Iterator[Sample]:
         for sample in source.samples:
-            sample.fields = {**sample.defaults, **sample.fields}
+            known = {k: v for k, v in sample.fields.items() if v is not None}
+            sample.fields = {**sample.fields, **sample.defaults, **known}
             yield sample
 
     return replace(source, samples=samples())
