@@ -81,6 +81,7 @@ def _plan(args: argparse.Namespace) -> str:
     from imrcnn_d2.data.catalog import data_set_name
     from imrcnn_d2.engine import choose_device
     from imrcnn_d2.engine.fingerprint import plan_training
+    from imrcnn_d2.engine.launch import locked_output
 
     if args.config_file or args.eval_only or not args.data:
         raise ValueError("--auto plans a training: it takes --data, and no --config-file")
@@ -94,7 +95,8 @@ def _plan(args: argparse.Namespace) -> str:
     folder = Path(opts.get("OUTPUT_DIR", Path("output", data_set_name(args.data), "plan")))
     file = folder / "plan.yaml"
     if not (args.resume and file.is_file()):
-        plan_training(args.data, file, args.weights)
+        with locked_output(str(folder)):  # not the plan of a job that is running
+            plan_training(args.data, file, args.weights)
         print(f"Planned: {file}\n\n{file.read_text()}")
     return str(file)
 
@@ -125,7 +127,7 @@ def run(args: argparse.Namespace) -> dict:
     from imrcnn_d2.engine.checkpoint import Checkpointer
     from imrcnn_d2.engine.launch import locked_output, one_line_refusals, set_up
     from imrcnn_d2.engine.train_step import keep_freed_memory
-    from imrcnn_d2.engine.trainer import LazyTrainer
+    from imrcnn_d2.engine.trainer import LazyTrainer, check_class_order, class_names
     from imrcnn_d2.report.plots import plot_test_grad_cams
     from imrcnn_d2.task import Task
 
@@ -145,7 +147,15 @@ def run(args: argparse.Namespace) -> dict:
                 resumed = args.resume and checkpointer.has_checkpoint()
                 initial = cfg.train.init_checkpoint if lazy else cfg.MODEL.WEIGHTS
                 path = checkpointer.get_checkpoint_file() if resumed else initial
+                if not path:
+                    key = "train.init_checkpoint=FILE" if lazy else "MODEL.WEIGHTS FILE"
+                    raise ValueError(
+                        f"--eval-only evaluates weights: give --weights FILE, or {key}"
+                    )
                 weights = load_weights(checkpointer, path)
+                tested = [cfg.dataloader.test_evaluator.dataset_name] if lazy else cfg.DATASETS.TEST
+                for name in tested if weights.classes else ():
+                    check_class_order(name, class_names(name), weights.classes, path)
                 if not lazy:
                     cfg = written = _seeing_as_trained(cfg, weights.crop_to_view, args.opts)
             else:

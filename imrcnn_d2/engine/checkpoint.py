@@ -509,6 +509,7 @@ class Weights:
     model: tuple[str, str] | None = None  # its name and its backbone's
     iterations: int | None = None  # of its training, where its file has the config in iterations
     crop_to_view: bool | None = None  # INPUT.CROP_TO_VIEW of its training, where its file has that
+    classes: tuple[str, ...] = ()  # by index, where its file has them
 
     @classmethod
     def of_file(cls, path: str, metadata: dict, classifies: bool = False) -> "Weights":
@@ -569,7 +570,9 @@ def last_weights(checkpointer: Checkpointer, ema=None) -> Weights:
 
 def _weights(path: str, metadata: dict, classifies: bool = False) -> Weights:
     local = os.path.abspath(PathManager.get_local_path(find_weights(path)))
-    weights = Weights.of_file(local, metadata, classifies)
+    weights, classes = Weights.of_file(local, metadata, classifies), metadata.get("classes")
+    if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
+        weights = replace(weights, classes=tuple(classes))
     return replace(weights, **_training(metadata.get("config"), local))
 
 

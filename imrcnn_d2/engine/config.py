@@ -183,6 +183,16 @@ def load_training_config(
             f"{lost[0]} has no effect: {config_file} has SOLVER.PHASES, each with its own length "
             'and rate. Give SOLVER.PHASES, or "[]" for none'
         )
+    in_epochs = ("SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
+    lacking = [key for key in in_epochs if key not in given]
+    if epochs > 0 and "SOLVER.MAX_EPOCHS" in given and lacking:
+        of_file = load_config(config_file, ["MODEL.DEVICE", "cpu"]).SOLVER
+        if not of_file.MAX_EPOCHS and not of_file.PHASES:
+            raise ValueError(
+                "SOLVER.MAX_EPOCHS makes epochs of the iterations in "
+                f"{config_file or 'the default config'}: give "
+                f"{', '.join(lacking)} in epochs too, or the length as SOLVER.MAX_ITER"
+            )
     names = cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN
     if not names:
         raise ValueError(

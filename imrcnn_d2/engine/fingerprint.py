@@ -182,8 +182,9 @@ def describe_weights(weights: str) -> dict:
                 if nearest is None or rank < nearest[0]:
                     nearest = rank, name, differs, shipped
     _, base, differs, shipped = nearest
-    if cfg.INPUT.MIN_SIZE_TEST != shipped.INPUT.MIN_SIZE_TEST:
-        differs["INPUT.MIN_SIZE_TEST"] = cfg.INPUT.MIN_SIZE_TEST
+    for key in ("MIN_SIZE_TEST", "FORMAT"):
+        if cfg.INPUT[key] != shipped.INPUT[key]:
+            differs[f"INPUT.{key}"] = cfg.INPUT[key]
     return {"weights": weights, "weights_base": base, "weights_keys": differs}
 
 

@@ -120,7 +120,7 @@ class Interruption(HookBase):
 
     def __init__(self, checkpointer: Checkpointer):
         self._checkpointer = checkpointer
-        self._saved = False
+        self._requests, self._saved = None, False
 
     def before_train(self):
         self._restores = _of_process is None
@@ -143,6 +143,8 @@ class Interruption(HookBase):
         raise SystemExit(EXIT_INTERRUPTED)
 
     def after_train(self):
+        if self._requests is None:  # another hook failed before the training began
+            return
         self._requests.defer = False
         if self._restores:
             self._requests.restore()
@@ -386,6 +388,9 @@ class SamplePredictions(HookBase):
         tau = score_threshold(self._tau, mapped=score_map is not None)
         kept = instances[instances.scores >= tau]
         truth, prediction = Visualizer(image, self._metadata), Visualizer(image, self._metadata)
+        if not all(annotation.get("segmentation") for annotation in annotations):
+            # The visualizer takes masks of all or of none.
+            annotations = [{k: v for k, v in a.items() if k != "segmentation"} for a in annotations]
         panels = [
             truth.draw_dataset_dict({"annotations": annotations}).get_image(),
             prediction.draw_instance_predictions(kept).get_image(),

@@ -70,6 +70,14 @@ def distribute(model: nn.Module, **kwargs) -> nn.Module:
     return create_ddp_model(model, **{"broadcast_buffers": learns, **kwargs})
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's statistics of batch norms, which checkpoints store. After
+    a training step each process has those of its own last batch."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 def training_seed(seed: int) -> int:
     """SEED; where that is negative, a random one, the same in all processes."""
     if seed < 0:
@@ -103,6 +111,12 @@ class TrainStep(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.seed, self.skipped, self._max_skipped = seed, 0, max_skipped
         self._device_type = next(model.parameters()).device.type
+        self._statistics = [  # that a forward pass changes
+            buffer
+            for module in model.modules()
+            if isinstance(module, _NormBase) and module.track_running_stats
+            for buffer in module.buffers(recurse=False)
+        ]
         self.precision_seconds: dict[str, float | None] | None = None
         self._set_precision(None if precision == "auto" else precision)
 
@@ -160,16 +174,26 @@ class TrainStep(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         seed_generators(self.seed, 1, self.iter, comm.get_rank())
+        may_skip = self.skipped < self._max_skipped
+        before = [buffer.clone() for buffer in self._statistics if may_skip]
         with _advice_if_out_of_memory():
-            with autocast(self.precision or "fp32", self._device_type):
-                loss_dict = self.model(data)
-                losses = sum(loss_dict.values())
+            try:
+                with autocast(self.precision or "fp32", self._device_type):
+                    loss_dict = self.model(data)
+                    losses = sum(loss_dict.values())
+            except FloatingPointError as error:  # an RPN's, before there is a loss
+                problem = f"{str(error).rstrip('.')}, {_images(data)}"
+                # Other processes wait for this one's gradients.
+                self._refuse_or_skip(problem, can_skip=comm.get_world_size() == 1)
+                self._restore(before)
+                return
             self.optimizer.zero_grad()
             self.grad_scaler.scale(losses).backward()
         # Not before, and all at once: a GPU has nothing to do until its values are here.
         values = torch.stack([loss.detach() for loss in loss_dict.values()]).cpu()
         loss_dict = dict(zip(loss_dict, values, strict=True))
         if not self._all_finite(loss_dict, data):
+            self._restore(before)
             return
         # Clipping happens inside optimizer.step(): it must see true gradients.
         self.grad_scaler.unscale_(self.optimizer)
@@ -183,22 +207,28 @@ class TrainStep(SimpleTrainer):
         problem = None
         values = {name: value.item() for name, value in loss_dict.items()}
         if not math.isfinite(sum(values.values())):
-            problem = f"images {[sample.get('file_name') for sample in data]}, losses {values}"
+            problem = f"{_images(data)}, losses {values}"
         problems = [text for text in comm.all_gather(problem) if text is not None]
-        if not problems:
-            return True
-        text = f"Loss is not finite at iteration {self.iter}: " + "; ".join(problems)
-        if self.skipped >= self._max_skipped:
+        if problems:
+            self._refuse_or_skip("; ".join(problems))
+        return not problems
+
+    def _refuse_or_skip(self, problem, can_skip=True):
+        text = f"Loss is not finite at iteration {self.iter}: {problem}"
+        if self.skipped >= self._max_skipped or not can_skip:
             raise FloatingPointError(
                 f"{text}. Weights and checkpoints are as before this batch. Look at these images "
                 "and their annotations, lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, enable "
                 "SOLVER.CLIP_GRADIENTS, or skip such batches: SOLVER.MAX_SKIPPED_BATCHES "
-                f"(now {self._max_skipped}, all used)"
+                f"(now {self._max_skipped}; what fails before its loss, in a single process only)"
             )
         self.skipped += 1
         get_event_storage().put_scalar("skipped_batches", self.skipped)
         logger.warning("%s. Skipped, %d of at most %d", text, self.skipped, self._max_skipped)
-        return False
+
+    def _restore(self, statistics):
+        for buffer, value in zip(self._statistics, statistics, strict=True):
+            buffer.copy_(value)
 
     def state_dict(self):
         return {
@@ -223,6 +253,10 @@ class TrainStep(SimpleTrainer):
             self._set_precision(state_dict.get("precision"))
         if scale := state_dict.get("grad_scaler"):  # else the training had no fp16 before
             self.grad_scaler.load_state_dict(scale)
+
+
+def _images(data):
+    return f"images {[sample.get('file_name') for sample in data]}"
 
 
 @contextlib.contextmanager

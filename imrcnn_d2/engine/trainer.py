@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from detectron2.config import CfgNode, get_cfg, instantiate
@@ -42,7 +42,13 @@ from imrcnn_d2.engine.schedule import (
     read_phases,
     resolve_epochs,
 )
-from imrcnn_d2.engine.train_step import TrainStep, distribute, training_seed, use_channels_last
+from imrcnn_d2.engine.train_step import (
+    TrainStep,
+    distribute,
+    share_buffers,
+    training_seed,
+    use_channels_last,
+)
 from imrcnn_d2.task import Task
 
 logger = logging.getLogger(__name__)
@@ -146,6 +152,22 @@ class _Trainer(DefaultTrainer):
         results = {name: getattr(e, "results", None) for name, e in evaluators.items()}
         return metrics, {name: scored for name, scored in results.items() if scored is not None}
 
+    def state_dict(self):
+        return {**super().state_dict(), "images_per_batch": self.cfg.SOLVER.IMS_PER_BATCH}
+
+    def load_state_dict(self, state_dict):
+        """Raises ValueError for a training with batches of another size, whose iterations and
+        learning rates mean something else."""
+        now = self.cfg.SOLVER.IMS_PER_BATCH
+        before = state_dict.get("images_per_batch", now)  # earlier checkpoints do not say
+        if before != now:
+            raise ValueError(
+                f"The training to resume has {before} images in a batch, not {now}: resume it with "
+                "SOLVER.IMS_PER_BATCH, SOLVER.REFERENCE_WORLD_SIZE and as many processes as "
+                "before, or train anew in another OUTPUT_DIR"
+            )
+        super().load_state_dict(state_dict)
+
     def build_hooks(self):
         """Validation and the best checkpoint come before the periodic checkpoint, which carries
         their state.
@@ -203,6 +225,7 @@ class _Trainer(DefaultTrainer):
             super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
         finally:
             self._trainer.stop_loading()
+        share_buffers(self.evaluated_model)
         best = self.best.load_best() if self.best else None
         weights = best or last_weights(self.checkpointer, self._ema)
         metrics, self.test_results = self.final_test(self._given, self.evaluated_model, weights)
@@ -212,6 +235,7 @@ class _Trainer(DefaultTrainer):
 
     def validate(self) -> dict:
         """The metrics on the validation sets."""
+        share_buffers(self.evaluated_model)
         return self.evaluate(self._given, self.evaluated_model, "val")[0]
 
 
@@ -235,7 +259,8 @@ class Trainer(_Trainer):
                 "learning rates in SOLVER.PHASES are not scaled: set it to 0"
             )
         cfg = resolve_class_weights(scaled)
-        _check_classes(cfg)
+        key = Task.of(cfg).num_classes_key(cfg)
+        _check_classes(cfg, key, key and functools.reduce(getattr, key.split("."), cfg))
         model = self.build_model(cfg)
 
         def build_solver(cfg):
@@ -306,8 +331,9 @@ def _use(weights, evaluators):
     if weights is None:
         return
     for evaluator in evaluators:
-        if hasattr(evaluator, "for_final_test"):  # those of other projects lack it
-            evaluator.for_final_test(**weights.evaluator_arguments())
+        for each in getattr(evaluator, "_evaluators", [evaluator]):  # of DatasetEvaluators
+            if hasattr(each, "for_final_test"):  # those of other projects lack it
+                each.for_final_test(**weights.evaluator_arguments())
 
 
 def _with_images(names: Iterable[str]) -> tuple[str, ...]:
@@ -334,19 +360,43 @@ def _check_data_sets(cfg):
         logger.warning(text, sum(map(len, training)), names)
 
 
-def _check_classes(cfg):
-    key = Task.of(cfg).num_classes_key(cfg)
-    if key is None:
-        return
-    expected = functools.reduce(getattr, key.split("."), cfg)
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL):
-        DatasetCatalog.get(name)  # class names are known once the file was read
-        classes = MetadataCatalog.get(name).get("thing_classes", [])
+def _check_classes(cfg, key, expected):
+    """Refuse data sets with another number of classes than `expected`, if that is not None, or with
+    the classes of the first in another order."""
+    first, *others = cfg.DATASETS.TRAIN
+    names = {name: class_names(name) for name in (first, *others, *cfg.DATASETS.VAL)}
+    for name, classes in names.items() if expected is not None else ():
         if len(classes) != expected:
             raise ValueError(
                 f"Data set {name} has {len(classes)} classes {classes}, but {key} is {expected}; "
                 f"set it to {len(classes)}"
             )
+    names |= {name: class_names(name) for name in cfg.DATASETS.TEST if name not in names}
+    for name, classes in names.items():
+        check_class_order(name, classes, names[first], f"data set {first}")
+
+
+def class_names(data_set: str) -> list[str]:
+    """Of a registered data set, by class index."""
+    DatasetCatalog.get(data_set)  # they are known once the file was read
+    return list(MetadataCatalog.get(data_set).get("thing_classes", []))
+
+
+def check_class_order(
+    data_set: str, names: Sequence[str], expected: Sequence[str], owner: str
+) -> None:
+    """Raises ValueError where the classes of a data set are the expected, of `owner`, in another
+    order: a model knows a class by its position alone. Other names are taken by position, with a
+    warning."""
+    names, expected = [*names], [*expected]
+    if len(names) == len(expected) > 1 and sorted(names) != sorted(expected):
+        text = "Data set %s has the classes %s, %s has %s: they are taken by position"
+        logger.warning(text, data_set, names, owner, expected)
+    elif names != expected and sorted(names) == sorted(expected):
+        raise ValueError(
+            f"Data set {data_set} has the classes {names}, {owner} has them in another order, "
+            f"{expected}: prepare it again with that order (--classes, or the ids in COCO files)"
+        )
 
 
 class LazyTrainer(_Trainer):
@@ -357,10 +407,12 @@ class LazyTrainer(_Trainer):
     def __init__(self, lazy: DictConfig):
         self._log_period = lazy.train.log_period
         config_hash = _lazy_config_sha256(lazy)
+        settings, expected = _settings(lazy), OmegaConf.select(lazy, "model.roi_heads.num_classes")
+        _check_classes(settings, "model.roi_heads.num_classes", expected)
         lazy.optimizer.params.model = model = self.build_model(lazy)
         optimizer, loader = instantiate(lazy.optimizer), instantiate(lazy.dataloader.train)
         ddp = lazy.train.ddp
-        super().__init__(_settings(lazy), lazy, config_hash, model, optimizer, loader, **ddp)
+        super().__init__(settings, lazy, config_hash, model, optimizer, loader, **ddp)
 
     def _lr_hook(self):
         return hooks.LRScheduler(scheduler=instantiate(self._given.lr_multiplier))

@@ -400,6 +400,9 @@ def test_a_lazy_config_trains_resumes_and_evaluates(tiny_lazy_opts, tmp_path):
     opts = ["train.eval_period=1", "train.checkpointer.period=1", "train.max_iter=2"]
     opts += tiny_lazy_opts
     cfg = LazyConfig.apply_overrides(LazyConfig.load("configs/lazy/imrcnn_lite.py"), opts)
+    wrong = LazyConfig.apply_overrides(copy.deepcopy(cfg), ["model.roi_heads.num_classes=3"])
+    with pytest.raises(ValueError, match="1 classes.*roi_heads.num_classes is 3"):
+        LazyTrainer(wrong)
     trainer = LazyTrainer(cfg)
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     trainer.resume_or_load(resume=False)

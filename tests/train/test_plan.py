@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from endoscope_frames import draw_frame
 from PIL import Image
@@ -254,6 +255,15 @@ def test_packaged_weights_are_planned_with_their_own_network():
     assert facts["weights_keys"] == {"MODEL.CBAM.REDUCTION": 16}
 
 
+def test_weights_of_a_timm_backbone_keep_their_colour_order(tmp_path):
+    keys = ["MODEL.BACKBONE.NAME", "build_timm_pafpn_backbone", "INPUT.FORMAT", "RGB"]
+    cfg = load_config("imrcnn_R_50.yaml", [*keys, "MODEL.DEVICE", "cpu"])
+    torch.save({"model": {}, "config": cfg.dump()}, tmp_path / "model.pth")
+    facts = fingerprint.describe_weights(str(tmp_path / "model.pth"))
+    assert facts["weights_base"] == "imrcnn_R_50.yaml"
+    assert facts["weights_keys"]["INPUT.FORMAT"] == "RGB"
+
+
 def test_the_batch_is_halved_until_a_step_fits_into_a_gpu(tmp_path, monkeypatch):
     """On a made-up card: 10 GiB are free, an image takes 1.5, and 8 of them run out of memory."""
     tried = []
@@ -313,6 +323,11 @@ def test_iterations_for_a_config_of_epochs_are_refused(tiny_opts):
     for key in ("SOLVER.MAX_ITER", "SOLVER.MAX_EPOCHS", "SOLVER.BASE_LR"):
         with pytest.raises(ValueError, match=f"{key}.*SOLVER.PHASES"):
             load_training_config("resnet50.yaml", [key, 3.0 if key.endswith("LR") else 3])
+    epochs = [*tiny_opts, "SOLVER.MAX_EPOCHS", 3]  # with warm-up and periods
+    assert load_training_config("imrcnn_lite.yaml", epochs).SOLVER.MAX_EPOCHS == 3
+    at = epochs.index("SOLVER.CHECKPOINT_PERIOD")
+    with pytest.raises(ValueError, match="SOLVER.CHECKPOINT_PERIOD in epochs"):
+        load_training_config("imrcnn_lite.yaml", epochs[:at] + epochs[at + 2 :])
 
 
 def test_epochs_are_iterations_before_processes_scale_them(tiny_cfg):

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import multiprocessing
 import subprocess
 import sys
@@ -221,6 +222,12 @@ def test_what_does_not_fit_the_model_or_job_is_refused(tiny_classifier_cfg):
     solver.update(REFERENCE_WORLD_SIZE=0, PHASES=[{**HEAD, "trainable": "stages from 7"}])
     with pytest.raises(ValueError, match=r"stages \[1, 2, 3, 4, 5\]"):
         Trainer(tiny_classifier_cfg)
+    solver.PHASES = []
+    trainer = Trainer(tiny_classifier_cfg)
+    state = trainer.state_dict()
+    assert state["images_per_batch"] == solver.IMS_PER_BATCH
+    with pytest.raises(ValueError, match="99 images.*IMS_PER_BATCH"):
+        trainer.load_state_dict({**state, "images_per_batch": 99})
 
 
 def named(model, *prefixes):
@@ -363,6 +370,11 @@ def _skip_together(rank, store):
     step, _ = fit(model, 4, batches(4 * rank, 4 * rank + 4), max_skipped=1)
     weights = comm.all_gather(model.module.linear.weight.detach())
     assert torch.equal(*weights) and torch.isfinite(weights[0]).all() and step.skipped == 1
+    norm = nn.BatchNorm1d(1)
+    norm(torch.full((4, 1), float(rank)))
+    assert norm.running_mean.item() == pytest.approx(0.1 * rank)
+    train_step.share_buffers(norm)
+    assert norm.running_mean.item() == 0
     leave_process_groups()
 
 
@@ -392,6 +404,38 @@ def test_batches_are_skipped_up_to_the_number_allowed_and_errors_name_the_remedy
     model.forward = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("9 GiB"))
     with pytest.raises(RuntimeError, match="9 GiB(?s:.*)SOLVER.AMP(?s:.*)SOLVER.IMS_PER_BATCH"):
         fit(model, 1)
+
+
+class Diverging(Regression):
+    """With a batch norm, which sees infinity in the calls that Regression has NaN in; these end in
+    a NaN loss or, as in Detectron2's RPN, before there is one."""
+
+    def __init__(self, nan_calls=(), raises=False):
+        super().__init__(nan_calls)
+        self.norm, self.raises = nn.BatchNorm1d(4), raises
+
+    def forward(self, batch):
+        fails = self.calls in self.nan_calls
+        self.norm(torch.stack([sample["x"] for sample in batch]) * (math.inf if fails else 1))
+        losses = super().forward(batch)
+        if fails and self.raises:
+            raise FloatingPointError("Predicted boxes are not finite.")
+        return losses
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_skipped_batch_leaves_no_trace_in_batch_norms(raises):
+    plain, spoilt = Diverging(), Diverging({1, 3}, raises)
+    spoilt.load_state_dict(plain.state_dict())
+    start = plain.norm.running_mean.clone()
+    fit(spoilt, 6, max_skipped=2)
+    fit(plain, 4)
+    assert not torch.equal(plain.norm.running_mean, start)
+    assert all(map(torch.equal, spoilt.buffers(), plain.buffers()))
+    assert torch.equal(spoilt.linear.weight, plain.linear.weight)
+    with pytest.raises(FloatingPointError, match="boxes" if raises else "nan") as error:
+        fit(Diverging({0}, raises), 1)
+    assert "'0.png'" in str(error.value) and "SOLVER.MAX_SKIPPED_BATCHES" in str(error.value)
 
 
 def test_a_step_repeats_its_random_numbers():

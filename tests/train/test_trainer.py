@@ -26,6 +26,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.visualizer import Visualizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from imrcnn_d2 import engine
 from imrcnn_d2.cli import train
 from imrcnn_d2.data.catalog import register_lesion_dataset
 from imrcnn_d2.engine import Trainer, hooks, load_config, load_weights, run_record
@@ -145,6 +146,11 @@ def test_sample_predictions_are_of_the_scores_that_the_threshold_is_of(
         storage.iter = 1  # a later one, without a map
         hook.after_step()
         assert plotted == [pytest.approx([0.9, 0.75])] * 4
+        sample, (lesion, *_) = next(sample for sample in hook._samples if sample[1])
+        box = {key: value for key, value in lesion.items() if key != "segmentation"}
+        hook._samples = [(sample, [lesion, box])]  # a mask is not known of all
+        hook.after_step()
+        assert lesion["segmentation"] and len(plotted) == 5
 
 
 @pytest.mark.parametrize(
@@ -325,6 +331,22 @@ def test_a_run_that_breaks_has_no_end(tiny_cfg, output, monkeypatch):
         Trainer(tiny_cfg).train()
     run = read(output / "run.json")
     assert run["started"] and run["finished"] is None
+    trainer = Trainer(tiny_cfg)
+    trainer._hooks.insert(0, Mock(before_train=Mock(side_effect=ValueError("torn file"))))
+    with pytest.raises(ValueError, match="torn file"):
+        trainer.train()
+
+
+def test_classes_in_another_order_are_refused(tiny_classifier_cfg, monkeypatch, caplog):
+    """A model knows them by their position alone."""
+    names, (val,) = engine.trainer.class_names, tiny_classifier_cfg.DATASETS.VAL
+    monkeypatch.setattr(
+        engine.trainer, "class_names", lambda name: names(name)[:: -1 if name == val else 1]
+    )
+    with pytest.raises(ValueError, match=f"{val}.*another order.*--classes"):
+        Trainer(tiny_classifier_cfg)
+    engine.trainer.check_class_order(val, names(val), ["EGC", "ulcer", "gastritis"], "a.pth")
+    assert "a.pth" in caplog.text and "by position" in caplog.text
 
 
 def test_a_wrong_number_of_classes_is_reported(tiny_cfg, tiny_classifier_cfg):
