@@ -42,7 +42,7 @@ def choose(args: argparse.Namespace) -> None:
     chosen = choose_alarm_rule(known, args.false_alarms)
     rule = replace(
         chosen.rule,
-        fps=float(truth.fps.mean()),
+        fps=float((truth.fps / truth.step).mean()),  # of the frames that are evaluated
         rule=f"false_alarms_per_minute<={args.false_alarms:g}",
         dataset=str(args.gt),
         gt_sha256=file_sha256(args.gt),

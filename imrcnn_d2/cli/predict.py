@@ -33,6 +33,7 @@ from imrcnn_d2.cli import (
     new_parser,
     one_line_errors,
     predictor_arguments,
+    refuse_options,
 )
 from imrcnn_d2.utils.files import for_terminal
 
@@ -47,6 +48,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--engine ray writes Parquet files: no --overlays, --masks, --labelme, --live")
     if args.live and (save or args.batch_size > 1):
         parser.error("--live writes live.mp4: no --overlays, --masks, --labelme or --batch-size")
+    if args.engine != "ray":
+        refuse_options(parser, args, ["actors"], "is for --engine ray")
+    if args.live:
+        refuse_options(parser, args, ["follow_links"], "is for --input")
     from imrcnn_d2.deploy import Predictor
     from imrcnn_d2.deploy.batch import FAILED, predict_files
     from imrcnn_d2.deploy.live import predict_live

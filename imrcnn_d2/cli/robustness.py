@@ -19,7 +19,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-from imrcnn_d2.cli import WEIGHTS_HELP, add_crop_view, add_tau, new_parser, one_line_errors
+from imrcnn_d2.cli import (
+    WEIGHTS_HELP,
+    add_crop_view,
+    add_tau,
+    new_parser,
+    one_line_errors,
+    refuse_options,
+)
 from imrcnn_d2.data.catalog import check_registered, data_set_name, register_data_set
 from imrcnn_d2.data.distortions import DISTORTIONS
 from imrcnn_d2.data.images import read_image
@@ -31,6 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.weights and not args.dataset:
         parser.error("--weights needs --dataset")
+    if args.plot:
+        evaluated = ("dataset", "config_file", "distortions", "num_images", "seed", "batch_size")
+        refuse_options(
+            parser, args, (*evaluated, "tau", "crop_view"), "is for --weights, not for --plot"
+        )
     positive = args.batch_size > 0 and (args.num_images is None or args.num_images > 0)
     if not positive or not 0 <= (args.tau or 0) <= 1:
         parser.error("--batch-size and --num-images are at least 1, and --tau from 0 to 1")

@@ -29,7 +29,7 @@ from detectron2.utils.logger import setup_logger
 
 from imrcnn_d2.cli import WEIGHTS_HELP, new_parser, one_line_errors, predictor_arguments
 from imrcnn_d2.cli.evaluate import print_subgroups
-from imrcnn_d2.utils.files import csv_lines, few, for_terminal, write_atomically
+from imrcnn_d2.utils.files import BadInputError, csv_lines, few, for_terminal, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,12 @@ def validate(args: argparse.Namespace) -> None:
         data = read_folders(args.images, args.masks, predictor.classes)
     marks = check_unseen(data.paths, predictor.training_images, args)
     root, sources = find_inputs(data.paths)
+    if dicom := [source.path for source in sources if source.kind == "dicom"]:
+        raise BadInputError(
+            dicom[0],
+            "is DICOM, whose name and pixels may be a patient's: prepare the data with imrcnn "
+            "prepare-dataset masks --all-test, and give it as --data",
+        )
     names = {source.path: source.name for source in sources}
     for image, path in zip(data.coco["images"], data.paths, strict=True):
         image["file_name"] = names[Path(os.path.abspath(path))]

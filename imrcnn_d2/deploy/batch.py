@@ -4,6 +4,7 @@ import collections
 import contextlib
 import itertools
 import json
+import logging
 import math
 import os
 import queue
@@ -37,12 +38,15 @@ from imrcnn_d2.utils.files import (
     as_utf8,
     atomic_file,
     csv_line,
+    few,
     file_sha256,
     for_terminal,
     install_extra,
     lock_folder,
 )
 from imrcnn_d2.utils.progress import tqdm
+
+logger = logging.getLogger(__name__)
 
 # Of journals. Format 1 had DICOM files by their names, and not the files that were written.
 FORMAT = 2
@@ -272,6 +276,18 @@ class Journal:
     def targets(self) -> dict[str, str]:
         """Names of the inputs that are done -> names of their files, see `OutputFolder.target`."""
         return {done.name: done.target for done in self._done.values() if done.target}
+
+    def warn_of_others(self, sources: Iterable[Source]) -> None:
+        """Log which inputs that are done are not among these; their predictions stay. Another
+        medium in the place of the first may have the same number of the folder."""
+        names = {source.name for source in sources}
+        predicted = [name for name, done in self._done.items() if done.frames]
+        if others := [name for name in predicted if name not in names]:
+            logger.warning(
+                "%s also holds the predictions of inputs that are not among these (%d): %s. If "
+                "they are another patient's, choose another --output",
+                *(self.folder, len(others), few([for_terminal(name) for name in others], 3)),
+            )
 
     def forget_outdated(self, sources: Iterable[Source]) -> None:
         """Deletes the files and records of inputs that are `outdated` among all sources."""
@@ -629,6 +645,7 @@ def predict_files(
     run = run_record(predictor, root, save)
     with contextlib.closing(Journal(output, run, outputs.OUTPUTS)) as journal:
         journal.forget_outdated(sources)
+        journal.warn_of_others(sources)
         todo = [source for source in sources if not journal.is_done(source)]
         names = [source.name for source in sources]
         folder = outputs.OutputFolder(output, save, names, journal.targets(), predictor)

@@ -42,10 +42,6 @@ _LARGEST_VIDEO = 2**31  # bytes of a DICOM file, which are held in memory
 _TIME_BASE = Fraction(1, 1_000_000)
 _LONGEST_STEP = 86_400  # seconds between frames
 
-VIDEOS = (
-    *(".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"),
-    *(".ts", ".webm", ".wmv"),
-)
 DICOM = (".dcm", ".dicom")
 
 
@@ -89,12 +85,13 @@ def decode_video(file: str | Path | BinaryIO, path: str | Path) -> Iterator[Fram
                 raise BadInputError(path, "holds no video")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
+            start = _start(container)
             end = _EndOfVideo(container, stream)
             for packet in container.demux():  # all streams: only the longest tells the file's end
                 end.add_packet(packet)
                 for frame in packet.decode() if packet.stream is stream else ():
                     if frame.pts is not None:
-                        time = frame.pts * frame.time_base
+                        time = frame.pts * frame.time_base - start
                     elif number and stream.average_rate:
                         time += 1 / stream.average_rate
                     end.add_frame(frame)
@@ -110,6 +107,15 @@ def decode_video(file: str | Path | BinaryIO, path: str | Path) -> Iterator[Fram
         position = f"after {number} frames ({float(time):.2f} s)" if number else "from the start"
         reason = getattr(error, "strerror", "a packet is of no stream")
         raise BadInputError(path, f"cannot be decoded {position}: {reason}") from error
+
+
+def _start(container):
+    """Seconds at which a stream of packets begins, such as ten hours in a recorder's; other
+    formats count from 0, and what comes before the first frame is shown as a pause."""
+    if container.format.name not in ("mpegts", "mpeg"):
+        return Fraction(0)
+    starts = [s.start_time * s.time_base for s in container.streams if s.start_time is not None]
+    return min(starts, default=Fraction(0))
 
 
 def upright(stream, frame) -> tuple[np.ndarray, Fraction | None]:
@@ -392,6 +398,6 @@ def _kind(path: Path) -> str | None:
     # By its content first: DICOM files have any name, which must not be published.
     if suffix in DICOM or images.is_dicom(path):
         return "dicom"
-    if suffix in VIDEOS:
+    if suffix in images.VIDEO_SUFFIXES:
         return "video"
     return "image" if suffix in images.IMAGE_SUFFIXES else None

@@ -124,9 +124,10 @@ def predict_live(
     show: Callable[[np.ndarray], None] | None = None,
 ) -> dict:
     """Predicts on the newest frame of a source of `LiveFrames` until it ends or Ctrl-C is pressed:
-    that lets the current frame be finished, a second one does not. ``show`` is called with each
-    overlay. Writes ``live.mp4``, the tables of `Journal.write_tables`, and ``live.json``, whose
-    content is returned, with percentiles of the time from a frame, decoded, to its overlay.
+    that, or SIGTERM, lets the current frame be finished, a second one does not. ``show`` is called
+    with each overlay. Writes ``live.mp4``, the tables of `Journal.write_tables`, and ``live.json``,
+    whose content is returned, with percentiles of the time from a frame, decoded, to its overlay.
+    An error of the network or of ``show`` is raised once the frames before it are in these files.
 
     Raises:
         BadInputError: the source cannot be opened, or gave no frame.
@@ -146,13 +147,14 @@ def predict_live(
         contextlib.closing(Journal(output, run, (LIVE_VIDEO, LIVE_REPORT))) as journal,
     ):
         try:
-            _predict(predictor, frames, output / LIVE_VIDEO, journal, latencies, show)
+            failure = _predict(predictor, frames, output / LIVE_VIDEO, journal, latencies, show)
         finally:
             if not latencies:  # no results that another run could harm
                 (output / Journal.FILE).unlink()
         if not latencies:
-            raise BadInputError(source, frames.error or "gave no frame")
-        journal.finish(LIVE_VIDEO, None, len(latencies), frames.error, None)
+            raise failure or BadInputError(source, frames.error or "gave no frame")
+        ended = frames.error if failure is None else f"{type(failure).__name__}: {failure}"
+        journal.finish(LIVE_VIDEO, None, len(latencies), ended, None)
         journal.write_tables(metadata, predictor.classes)
         received, predicted = frames.received, len(latencies)  # the first may still grow
         milliseconds = (1000 * np.percentile(latencies, PERCENTILES)).tolist()
@@ -163,33 +165,42 @@ def predict_live(
             "dropped": received - predicted,
             "dropped_percent": round(100 * (received - predicted) / received, 2),
             "latency_ms": {f"p{p}": round(ms, 1) for p, ms in latency},
-            "error": frames.error,
+            "error": ended,
             "about": metadata,
         }
         write_atomically(output / LIVE_REPORT, json.dumps(report, indent=2) + "\n")
+    if failure is not None:
+        raise failure
     return report
 
 
 @contextlib.contextmanager
 def _first_interrupt_calls(stop):
-    """The first Ctrl-C within calls ``stop``; the next raises KeyboardInterrupt."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # Ctrl-C does not come here
-        return
+    """The first Ctrl-C or SIGTERM within calls ``stop``; the next has its default effect."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if threading.current_thread() is not threading.main_thread():
+        defaults = {}  # signals do not come here
+    # Those that someone else handles, or ignores, are theirs.
+    ours = {number: to for number, to in defaults.items() if signal.getsignal(number) is to}
+
+    def restore():
+        for number, default in ours.items():
+            signal.signal(number, default)
 
     def handle(*_):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        restore()
         stop()
 
-    signal.signal(signal.SIGINT, handle)
+    for number in ours:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        restore()
 
 
 def _predict(predictor, frames, path, journal, latencies, show):
+    """Predict until the frames end; returns the error of the network or of ``show`` that did so."""
     metadata, first, views = predictor.metadata, None, predictor.views()
     alarms = Alarms(predictor.alarm_rule) if predictor.alarm_rule else None
     with (
@@ -197,24 +208,28 @@ def _predict(predictor, frames, path, journal, latencies, show):
         tqdm(desc="Live", unit="image") as bar,
         contextlib.suppress(KeyboardInterrupt),  # the second one: finished frames are kept
     ):
-        for image, number, arrived in frames:
+        for image, _, arrived in frames:
             first = arrived if first is None else first
-            view = views(image)
-            (prediction,) = predictor.forward([predictor.prepare(image, view)])
-            annotations = outputs.records(predictor, prediction, *image.shape[:2], view)
-            if alarms is not None:
-                alarms.annotate(annotations, arrived)
-            shown = outputs.above_threshold(annotations, predictor.tau)
-            overlay = outputs.draw_overlay(
-                image, shown, predictor.classes, outputs.footer(metadata)
-            )
-            if show is not None:
-                show(overlay)
+            try:
+                view = views(image)
+                (prediction,) = predictor.forward([predictor.prepare(image, view)])
+                annotations = outputs.records(predictor, prediction, *image.shape[:2], view)
+                if alarms is not None:
+                    alarms.annotate(annotations, arrived)
+                shown = outputs.above_threshold(annotations, predictor.tau)
+                overlay = outputs.draw_overlay(
+                    image, shown, predictor.classes, outputs.footer(metadata)
+                )
+                if show is not None:
+                    show(overlay)
+            except Exception as error:  # such as of the GPU, or of `show`
+                return error
             latency = time.perf_counter() - arrived
             seconds = Fraction(round(1000 * (arrived - first)), 1000)
             video.write(overlay, seconds, frames.pixel_aspect)
-            frame = Frame(image, number, seconds, view=view)
+            frame = Frame(image, len(latencies), seconds, view=view)  # numbered as in the video
             journal.add(outputs.frame_record(path.name, frame), annotations)
             latencies.append(latency)  # once the frame is written
             bar.set_postfix(ms=round(1000 * latency), dropped=frames.dropped)
             bar.update()
+    return None

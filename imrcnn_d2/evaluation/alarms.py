@@ -5,6 +5,7 @@ detected in k of the last n frames. Causal, so that it is the same live and on a
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 LEAST_IOU = 0.3  # of the boxes of a lesion in two frames
 MEMORY = 25  # frames after which a track that was not detected again has ended
-LONGEST_GAP = 1.0  # seconds between frames: after a longer one, or a step back, tracks start anew
+# Seconds between frames, or times the usual if that is more: after a longer gap, or a step back,
+# tracks start anew.
+LONGEST_GAP, TIMES_USUAL = 1.0, 3
 OTHER_RATE = 1.5  # times the frames per second that a rule was chosen at
 # Of rules to choose from: n and k, and score thresholds.
 WINDOWS = [
@@ -50,7 +53,7 @@ class AlarmRule:
     k: int = 1
     n: int = 1  # at most MEMORY
     iou: float = LEAST_IOU  # of a track's last box and its next
-    fps: float | None = None  # frames per second of the video that it was chosen on
+    fps: float | None = None  # evaluated frames per second of the videos that it was chosen on
     rule: str | None = None  # how it was chosen, see `choose_alarm_rule`
     dataset: str | None = None  # that it was chosen on, and the SHA-256 of its ground truth
     gt_sha256: str | None = None
@@ -164,6 +167,7 @@ class Alarms:
     def __init__(self, rule: AlarmRule):
         self.rule, self.tracker, self._frame = rule, Tracker(rule.iou), -1
         self._first = self._last = None
+        self._gaps = deque(maxlen=MEMORY)  # seconds between the last frames
 
     def __call__(self, boxes: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of the next frame's D detections, see `Tracker`, with their scores (D,): the tracks (D,)
@@ -193,8 +197,11 @@ class Alarms:
             annotation["alarm"] = bool(alarm)
 
     def _check(self, time):
-        if self._last is not None and not 0 <= time - self._last <= LONGEST_GAP:
-            self.tracker.restart()
+        if self._last is not None:
+            gap, usual = time - self._last, np.median(self._gaps) if self._gaps else 0.0
+            if not 0 <= gap <= max(LONGEST_GAP, TIMES_USUAL * usual):
+                self.tracker.restart()
+            self._gaps.append(max(gap, 0.0))
         self._first = time if self._first is None else self._first
         self._last = time
         if self._frame + 1 != MEMORY or self.rule.fps is None or time <= self._first:

@@ -12,6 +12,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from imrcnn_d2.data.formats.coco import is_box, to_rles, without_empty_ids
+from imrcnn_d2.data.images import VIDEO_SUFFIXES
 from imrcnn_d2.evaluation.detection.inputs import Regions, recorded_size, stated_size
 from imrcnn_d2.utils.files import BadInputError, few, is_json_list, read_records
 from imrcnn_d2.utils.progress import tqdm
@@ -314,13 +315,32 @@ def read_video_detections(
     return VideoDetections(regions, score, alarm, mapped, notes, info)
 
 
+def _procedures_of(sequences, names):
+    """(S,) int, the position of each sequence in the names, -1 where it is none of them: by its
+    name or, of those that no sequence has, the only one that is alike but for the suffix of a
+    video or for folders above."""
+    numbers = {name: number for number, name in enumerate(names)}
+    free = [name for name in names if name not in sequences]
+    positions = np.full(len(sequences), -1)
+    for place, sequence in enumerate(sequences):
+        alike = [name for name in free if _is_one_video(sequence, name)]
+        name = sequence if sequence in numbers else alike[0] if len(alike) == 1 else None
+        positions[place] = numbers.get(name, -1)
+    return positions
+
+
+def _is_one_video(first, second):
+    paths = []
+    for path in (PurePosixPath(str(first)), PurePosixPath(str(second))):
+        is_file = path.suffix.lower() in VIDEO_SUFFIXES
+        paths.append((path.with_suffix("") if is_file else path).parts)
+    length = min(map(len, paths))
+    return paths[0][-length:] == paths[1][-length:]
+
+
 def _predicted_frames(path, truth):
     """{image id in the file: position of the frame, -1 where it is not evaluated}, and notes."""
-    numbers = {name: number for number, name in enumerate(truth.names)}
-    stems = {}
-    for name, number in numbers.items():
-        stems.setdefault(PurePosixPath(str(name)).stem, []).append(number)
-    known, ids, by_name = {}, [], {}
+    known, ids, by_name = {}, [], {}  # the first: sequence -> its number
     procedure, frame = array("q"), array("q")
     for image in tqdm(read_records(path, "images"), desc="Predicted frames", delay=2):
         sequence, number, name = (image.get(k) for k in ("sequence_id", "frame", "file_name"))
@@ -332,14 +352,11 @@ def _predicted_frames(path, truth):
         if not (_is_frame(number) and _is_id(sequence)):
             by_name[len(ids)] = str(name)
             sequence, number = None, 0
-        elif sequence not in known:
-            same_stem = stems.get(PurePosixPath(str(sequence)).stem, [])
-            alike = same_stem[0] if len(same_stem) == 1 else -1
-            known[sequence] = numbers.get(sequence, alike)
         ids.append(image.get("id"))
-        procedure.append(known.get(sequence, -1))
+        procedure.append(-1 if sequence is None else known.setdefault(sequence, len(known)))
         frame.append(number)
     procedure, frame = (np.frombuffer(column, dtype=np.int64) for column in (procedure, frame))
+    procedure = np.append(_procedures_of(known, truth.names), -1)[procedure]
     places = np.full(len(ids), -1)
     if len(ids):
         size = max(truth.frame.max(), frame.max()) + 1

@@ -18,8 +18,9 @@ _ADDRESS = re.compile(rf"hf://{_REPOSITORY}(?:/(.+))?")
 
 
 def is_repository(name: str) -> bool:
-    """Whether it has the form USER/REPO or USER/REPO@REVISION."""
-    return re.fullmatch(_REPOSITORY, name) is not None
+    """Whether it has the form USER/REPO or USER/REPO@REVISION, and not that of a file."""
+    is_file = name.endswith((".pth", ".pt", ".pkl", ".safetensors", ".onnx", ".openvino"))
+    return re.fullmatch(_REPOSITORY, name) is not None and not is_file
 
 
 class HubHandler(PathHandler):

@@ -127,3 +127,16 @@ def test_a_rule_is_written_and_evaluated_but_not_on_what_it_was_chosen_on(
         with pytest.raises(SystemExit):
             evaluate([*options, *fault])
         assert named in capsys.readouterr().err
+
+
+def test_its_rate_is_that_of_the_frames_that_are_evaluated(files, tmp_path):
+    """Here every fifth."""
+    paths = [tmp_path / path.name for path in files]
+    for path, source in zip(paths, files, strict=True):
+        content = json.loads(source.read_text())
+        for image in content["images"]:
+            image["frame"] *= 5
+        path.write_text(json.dumps(content))
+    gt, dt = map(str, paths)
+    main(["--gt", gt, "--dt", dt, "--output", str(tmp_path / "rule.json")])
+    assert AlarmRule.of_file(tmp_path / "rule.json").fps == FPS / 5

@@ -10,7 +10,7 @@ import pycocotools.mask as mask_util
 import pytest
 
 from imrcnn_d2.cli.evaluate import main
-from imrcnn_d2.evaluation import Bootstrap
+from imrcnn_d2.evaluation import Bootstrap, procedures
 from imrcnn_d2.evaluation.procedures import read_procedures, read_video_detections
 from imrcnn_d2.evaluation.subgroups import By
 from imrcnn_d2.evaluation.true_colon import true_colon_result
@@ -525,3 +525,20 @@ def test_the_command_refuses(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*command[1:], "--fps", "25"])
     assert "--video" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "sequences", "positions"),
+    [
+        (["case.01"], ["case.01", "case.02"], [0, -1]),  # .01 is no suffix of a video
+        (["case.01"], ["case.02"], [-1]),
+        (["a", "b.mp4"], ["clips/a.MP4", "b"], [0, 1]),
+        (["C1/001"], ["C2/001"], [-1]),
+        (["C1/001"], ["001"], [0]),
+        (["C1/001", "C2/001"], ["001"], [-1]),
+        (["001"], ["001", "C2/001"], [0, -1]),  # the first is it
+        ([7], ["7"], [0]),
+    ],
+)
+def test_which_video_is_which(names, sequences, positions):
+    assert procedures._procedures_of(dict.fromkeys(sequences), names).tolist() == positions

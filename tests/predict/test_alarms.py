@@ -131,6 +131,15 @@ def test_after_a_gap_or_a_step_back_the_tracks_start_anew():
     assert seen == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
 
 
+def test_a_rule_of_several_frames_works_where_each_takes_seconds():
+    """As of a large network on a processor; what is long is relative to that."""
+    alarms, raised = Alarms(AlarmRule(0.5, 3, 5)), []
+    for time in np.cumsum([4.0, 4, 4.5, 4, 30, 4]):
+        alarms.annotate([annotation := {"bbox": [10, 10, 30, 30], "score": 0.8}], time)
+        raised.append(annotation["alarm"])
+    assert raised == [False, False, False, True, False, False]  # what is usual, the first shows
+
+
 @pytest.mark.parametrize("rate, warned", [(10, False), (14, False), (25, True), (3, True)])
 def test_frames_that_come_at_another_rate_are_warned_of_once(caplog, rate, warned):
     alarms = Alarms(RULE)

@@ -120,7 +120,7 @@ def test_bad_inputs_are_listed_and_the_others_go_on(
     assert no_names == len(reasons) - 1, "without a frame no names are taken"
 
 
-def test_finished_inputs_are_not_redone(predictor, weights, image_folder):
+def test_finished_inputs_are_not_redone(predictor, weights, image_folder, caplog):
     output = image_folder  # whose outputs are no inputs
 
     def predict(inputs=(image_folder,), predictor=predictor):
@@ -159,6 +159,10 @@ def test_finished_inputs_are_not_redone(predictor, weights, image_folder):
         os.truncate(journal, max(int(left * journal.stat().st_size), len(first) + 5))
         assert (predict().skipped == 5) == (left == 1)
         assert (output / "predictions.json").read_bytes() == whole
+    assert "not among these" not in caplog.text
+    (image_folder / "f.png").unlink()  # or it's another stick of that name
+    assert predict().skipped == 4 and "that are not among these (1): f.png" in caplog.text
+    assert (output / "predictions.json").read_bytes() == whole
 
 
 # What is predicted first, then what is not mixed in: runtime and precision of a file, None for the

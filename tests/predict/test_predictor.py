@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from rectangles import rectangle
 
-from imrcnn_d2.cli import demo_app, export, predict
+from imrcnn_d2.cli import demo_app, export, predict, robustness
 from imrcnn_d2.data import masks
 from imrcnn_d2.deploy import Predictor, load_model, outputs, predict_files, pretrained
 from imrcnn_d2.deploy.outputs import draw_overlay
@@ -375,3 +375,19 @@ def test_the_page_is_served_until_it_is_ended(weights, tmp_path, monkeypatch):
         assert not list(tmp_path.glob("imrcnn-uploads-*"))
     finally:
         process.kill()
+
+
+REFUSED = [
+    (predict, ["--input", "i", "--actors", "3"], "--actors"),
+    (predict, ["--live", "v.mp4", "--follow-links"], "--follow-links"),
+    (robustness, ["--plot", "a", "--dataset", "b"], "--dataset"),
+    (robustness, ["--plot", "a", "--distortions", "jpeg"], "--distortions"),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments", "named"), REFUSED)
+def test_options_without_effect_are_refused(command, arguments, named, capsys):
+    weights = ["--weights", "w"] if command is predict else []
+    with pytest.raises(SystemExit):
+        command.main([*weights, *arguments, "--output", "o"])
+    assert f"error: {named} is for" in capsys.readouterr().err

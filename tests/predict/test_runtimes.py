@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,8 +20,10 @@ import pytest
 import safetensors.torch
 import torch
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import CascadeROIHeads
 
 from imrcnn_d2.cli import export
 from imrcnn_d2.data.masks import annotation_from_mask
@@ -638,3 +641,11 @@ def test_the_cache_stays_small(cache):
         os.utime(cache / f"{number}.blob", (number, number))
     names = {int(entry.stem) for entry in cache.iterdir()}
     assert names == set(range(2, compiled_cache.KEPT + 2))
+
+
+def test_a_cascade_is_named_as_what_cannot_be_exported():
+    heads = Mock(spec=CascadeROIHeads, keypoint_on=False, mask_on=False)
+    rpn = Mock(spec=RPN)
+    model = Mock(spec=GeneralizedRCNN, proposal_generator=rpn, roi_heads=heads)
+    with pytest.raises(ValueError, match="cascades"):
+        DetectorGraph(model)

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from dicoms import write_dicom
 from PIL import Image
 
 from imrcnn_d2.cli import validate
@@ -259,6 +260,17 @@ def test_data_without_any_lesion(hashed, tmp_path):
     data = prepared(tmp_path / "data", {"test": (3, 6, 9)})
     run(hashed(save_image(tmp_path / "own.png", 99)), tmp_path / "out", "--data", data)
     assert "specificity" in (tmp_path / "out" / "centres.md").read_text()
+
+
+def test_dicom_is_to_be_prepared_first(weights, tmp_path, capsys):
+    for folder in ("images", "masks"):
+        save_image(tmp_path / folder / "a.png", 1)
+    dicom = write_dicom(tmp_path / "images" / "b.dcm")
+    save_image(tmp_path / "masks" / "b.png", 1)
+    folders = ["--images", tmp_path / "images", "--masks", tmp_path / "masks"]
+    error = refused(capsys, weights, tmp_path / "out", *folders)
+    assert str(dicom) in error and "prepare-dataset masks" in error
+    assert not (tmp_path / "out" / "predictions").exists()
 
 
 def test_a_name_that_no_table_can_hold_is_refused(weights, tmp_path, capsys):

@@ -22,7 +22,7 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.nn import functional as F
@@ -325,12 +325,14 @@ class DetectorGraph(nn.Module):
             not isinstance(model, GeneralizedRCNN)
             or not isinstance(model.proposal_generator, RPN)
             or not isinstance(heads, StandardROIHeads)
+            or isinstance(heads, CascadeROIHeads)
             or heads.keypoint_on
             or (heads.mask_on and heads.mask_pooler is None)
         ):
             raise ValueError(
-                f"{type(model).__name__} cannot be exported: only detectors with an RPN and "
-                "StandardROIHeads for boxes and masks can, and image classifiers"
+                f"{type(model).__name__} with {type(heads).__name__} cannot be exported: only "
+                "detectors with an RPN and StandardROIHeads for boxes and masks can, none in "
+                "cascades, and image classifiers"
             )
         self.model = model
         self.outputs = OUTPUTS if heads.mask_on else OUTPUTS[:-1]
