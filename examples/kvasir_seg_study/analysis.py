@@ -30,6 +30,7 @@ PAIRS = (
     ("ibmrcnn_lite", "mrcnn_lite"),
     ("imrcnn_lite", "ibmrcnn_lite"),
 )
+OURS = (("imrcnn_lite_residual", "mrcnn_lite"), ("imrcnn_lite_residual", "imrcnn_lite"))
 PRIMARY = ("imrcnn_lite", "mrcnn_lite", "AP50_voc")
 FOLDS, LEAST_SEEDS, MOST_SEEDS = 5, 2, 5
 MINIMUM = len(PAPER) * FOLDS * LEAST_SEEDS
@@ -103,7 +104,7 @@ class Test:
     second: str
     endpoint: str
     difference: Difference  # of the mixed model
-    p: float  # adjusted by Holm's method, but for the primary test
+    p: float  # adjusted by Holm's method, but for the primary test and those of OURS
     by_folds: Difference  # Nadeau and Bengio's
     se_images: float
     published: float | None  # the advantage in the paper
@@ -230,16 +231,18 @@ class Study:
 
     @cached_property
     def tests(self) -> list[Test]:
-        """The primary test, then the others."""
+        """The primary test, the others of the paper's pairs, then those of the residual arm."""
         planned = [(*pair, endpoint) for endpoint in ENDPOINTS for pair in PAIRS]
+        if len(self.arms) == len(ARMS):
+            planned += [(*pair, endpoint) for endpoint in ENDPOINTS for pair in OURS]
         values = {(row.model, row.figure): row.value for row in published_values("kvasir_seg", "3")}
         parts = [self._test(*key, values) for key in planned]
-        adjusted = holm(
-            [np.nan if key == PRIMARY else d.p for key, (d, *_) in zip(planned, parts, strict=True)]
-        )
+        p = {key: difference.p for key, (difference, *_) in zip(planned, parts, strict=True)}
+        family = [key for key in planned if key != PRIMARY and key[:2] in PAIRS]
+        p |= zip(family, map(float, holm([p[key] for key in family])), strict=True)
         return [
-            Test(*key, d, d.p if key == PRIMARY else float(p), *rest)
-            for key, (d, *rest), p in zip(planned, parts, adjusted, strict=True)
+            Test(*key, difference, p[key], *rest)
+            for key, (difference, *rest) in zip(planned, parts, strict=True)
         ]
 
     def _test(self, first, second, endpoint, values):
@@ -252,7 +255,7 @@ class Study:
             np.mean([len(record["images"]) for record in records]),
         )
         published = None
-        if name := _PUBLISHED.get(endpoint):
+        if (name := _PUBLISHED.get(endpoint)) and (first, second) in PAIRS:
             published = round(values[ARMS[first], name] - values[ARMS[second], name], 1)
         return (
             mixed.difference(*places),

@@ -290,6 +290,24 @@ def test_the_analysis_of_a_complete_study(study):
     assert number == min(5, max(2, math.ceil(2 * sd**2 / se**2)))
 
 
+def test_the_residual_arm_is_compared_outside_the_papers_family(study, analysis, folder, tmp_path):
+    """Here with the trainings of MR-CNN in its place."""
+    more = tmp_path / "more"
+    shutil.copytree(folder, more)
+    shutil.copytree(more / "mrcnn_lite", more / "imrcnn_lite_residual")
+    tests, before = analysis.Study(more).tests, study.tests
+    assert [test.p for test in tests[1:9]] != [test.p for test in before[1:]]  # 12 df
+    assert tests[0].difference.df == 12 and len(tests) == 15
+    for test in tests[9:]:
+        assert test.first == "imrcnn_lite_residual" and test.verdict == ""
+        assert test.p == test.difference.p or math.isnan(test.p)
+    estimates = {(t.second, t.endpoint): t.difference.estimate for t in tests[9:]}
+    assert estimates["mrcnn_lite", "F1"] == 0
+    assert estimates["imrcnn_lite", "IoU"] == -next(
+        t.difference.estimate for t in before if (t.first, t.endpoint) == ("imrcnn_lite", "IoU")
+    )
+
+
 def test_the_standard_error_over_images_is_that_of_differences_of_images(study):
     """Of F1 it is near that of a linear approximation, image by image."""
     variances = []
