@@ -324,7 +324,9 @@ def argument_parser() -> argparse.ArgumentParser:
         "be given several times",
     )
     parser.add_argument(
-        "--images", type=Path, help="folder that file_name is relative to, for contact sheets"
+        "--images",
+        type=Path,
+        help="folder that file_name is relative to, for contact sheets and imrcnn report",
     )
     parser.add_argument(
         "--ignore-extra-images",

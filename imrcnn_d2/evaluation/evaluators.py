@@ -77,7 +77,7 @@ class _Evaluator(DatasetEvaluator):
         meta: dict,
     ) -> None:
         """Evaluate with what a validation chose, see :meth:`Weights.evaluator_arguments`, and
-        choose nothing, on validation images neither."""
+        choose nothing more, whatever the data set."""
         self._operating_point, self.score_map = operating_point, score_map
         self._bootstrap, self._meta = bootstrap, meta
 

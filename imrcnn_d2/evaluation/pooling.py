@@ -190,7 +190,7 @@ class Pooled:
     """A metric over centres, on its own scale."""
 
     centres: tuple[str, ...]  # those that it is of
-    left_out: tuple[str, ...]  # in which it, or its variance, is undefined
+    left_out: tuple[str, ...]  # in which it, or its interval, is undefined, or of few cases
     scale: str  # that it is pooled on
     value: float = NAN
     interval: tuple[float, float] = (NAN, NAN)
@@ -207,7 +207,8 @@ def pool(centres: Mapping[str, Group], endpoints: Iterable[str]) -> dict[str, Po
 
     Shares of cases (of F1 = 2s / (1 + s) that share is s) and numbers per case are pooled as counts
     of `effective_cases`; what is read off a precision-recall curve likewise, of as few cases as its
-    variance by bootstrap asks for. Other metrics are pooled as they are, with that variance.
+    variance by bootstrap asks for. Other metrics are pooled as they are, with that variance;
+    centres without an interval, or with fewer than FEW_CASES cases, are left out.
     """
     proportions = {name: group.results.metrics.proportions() for name, group in centres.items()}
     pooled = {}
@@ -221,8 +222,10 @@ def pool(centres: Mapping[str, Group], endpoints: Iterable[str]) -> dict[str, Po
             error = group.standard_errors.get(level, {}).get(metric, NAN)
             if counted:
                 pair = _counts(value, error, shares[name], metric)
-            else:
-                pair = value, error**2
+            else:  # its variance is its weight, and that of few cases may be 0 by chance
+                interval = group.intervals.get(level, {}).get(metric, (NAN, NAN))
+                is_known = np.isfinite(interval).all() and not group.is_few(endpoint)
+                pair = value, error**2 if is_known else NAN
             if np.isfinite(pair).all() and pair[1] > 0:
                 pairs[name] = pair
         left_out = tuple(name for name in centres if name not in pairs)

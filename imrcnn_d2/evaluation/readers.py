@@ -52,7 +52,8 @@ class ReaderMetric:
     Attributes:
         values: (2, J) of each modality and reader.
         means: of each modality, over the readers.
-        intervals: the 95 % intervals of the means, for other readers and other cases.
+        intervals: the 95 % intervals of the means, for other readers and other cases; NaN where
+            neither varies.
         difference: of the means, the other modality minus the baseline.
         components: variances and covariances, in the squared unit of the metric: ``reader``,
             ``reader_modality``, ``error``, ``cov1`` (one reader, two modalities), ``cov2`` (two
@@ -286,6 +287,9 @@ def obuchowski_rockette(
         square = values[modality].var(ddof=1)
         total = square + readers * max(float(of_pairs.mean()), 0)
         freedom = total**2 / (square**2 / (readers - 1)) if square else np.inf
+        if total <= ROUNDING * error:  # readers and cases that do not vary tell of no others
+            intervals.append((np.nan, np.nan))
+            continue
         half = np.sqrt(total / readers) * stats.t.ppf((1 + LEVEL) / 2, freedom)
         intervals.append((float(max(mean - half, 0)), float(min(mean + half, highest))))
     return ReaderMetric(

@@ -248,7 +248,7 @@ def pooled_table(validation: Validation) -> Table:
         if summary.left_out:
             heading = validation.metrics[endpoint].partition(",")[0]
             names = ", ".join(summary.left_out)
-            notes.append(f"{heading}: without {names}, where it or its variance is undefined.")
+            notes.append(f"{heading}: without {names}, where it is undefined or of few cases.")
     groups = validation.centres.values()
     if any(group.is_few(endpoint) for group in groups for endpoint in validation.metrics):
         notes.append(f"Lowest to highest: of centres with {FEW_CASES} cases or more, if any.")

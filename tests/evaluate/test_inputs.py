@@ -230,6 +230,26 @@ def test_images_that_one_side_lacks(dataset, region, caplog):
         read_results(foreign, gt, ignore_extra_images=True)
 
 
+def test_images_of_other_folders_are_others(dataset, region):
+    """A name alone, or a path below more folders, is the same image; one in another folder is not,
+    and two are not one."""
+    data, detected = dataset(2), [region(i, 0, 0, 5, 5, score=0.5) for i in (7, 8)]
+
+    def read(*names):
+        images = [{"id": 7 + i, "file_name": name} for i, name in enumerate(names)]
+        gt = read_ground_truth(data)
+        return read_results({"images": images, "annotations": detected}, gt).regions.image.tolist()
+
+    assert read("A/1.png", "A/2.png") == [0, 1]
+    with pytest.raises(BadInputError, match="A/1.png and B/1.png"):
+        read("A/1.png", "B/1.png")
+    for image in data["images"]:
+        image["file_name"] = f"C/{image['file_name']}"
+    assert read("2.png", "D/C/1.png") == [0, 1]
+    with pytest.raises(BadInputError, match="B/1.png"):
+        read("B/1.png", "C/2.png")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -18,7 +18,7 @@ from imrcnn_d2.evaluation.pooling import (
 from imrcnn_d2.evaluation.statistics import effective_cases
 
 
-def centre(part, whole, metric="recall", value=None, error=math.nan):
+def centre(part, whole, metric="recall", value=None, error=math.nan, few=False):
     """A group of which only one metric of lesions is known, by units."""
     part, whole = np.array(part, float), np.array(whole, float)
     value = 100 * part.sum() / whole.sum() if value is None else value
@@ -27,6 +27,8 @@ def centre(part, whole, metric="recall", value=None, error=math.nan):
     return SimpleNamespace(
         values={"lesion": {metric: value}},
         standard_errors={"lesion": {metric: error}},
+        intervals={"lesion": {metric: (value - error, value + error)}},
+        is_few=lambda endpoint: few,
         results=SimpleNamespace(metrics=metrics),
     )
 
@@ -149,6 +151,8 @@ def test_what_cannot_be_pooled():
     assert pooled(overlaps, "iou").value == pytest.approx(81)
     alone = centre([0], [0], "iou", value=95.0)  # of one image: no standard error
     assert pooled([*overlaps, alone], "iou").left_out == ("3",)
+    alike = centre([0], [0], "iou", value=90.0, error=0.01, few=True)  # two that agree by chance
+    assert pooled([*overlaps, alike], "iou").left_out == ("3",)
     with pytest.raises(ValueError, match="2 centres"):
         random_effects([1, 2], [1, 1])
 

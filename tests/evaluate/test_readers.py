@@ -178,6 +178,13 @@ def test_readers_that_do_not_vary_show_nothing():
         alike = metric.difference
         assert alike.estimate == 0 and alike.p == 1, name
         assert np.isnan([alike.low, alike.high, non_inferiority(alike, 5)]).all(), name
+    # All find everything with AI: that does not show that others would.
+    study = simulated(np.random.default_rng(2), cases=12)
+    study.rating[1] = study.positive
+    for name in ("sensitivity", "specificity", "auc"):
+        metric = reader_metrics(study, 0.5)[name]
+        assert metric.means[1] == 100 and np.isnan(metric.intervals[1]).all(), name
+        assert np.isfinite(metric.intervals[0]).all(), name
     # Both readers set one mark less, each in a case of their own.
     study = simulated(np.random.default_rng(0), readers=2, cases=12)
     study.false_marks[:] = study.false_marks[0, 0]

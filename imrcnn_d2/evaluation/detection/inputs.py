@@ -7,6 +7,7 @@ accepted as input is decided here, once.
 import contextlib
 import logging
 import math
+import operator
 import reprlib
 import sys
 from collections import Counter, defaultdict
@@ -545,8 +546,9 @@ def _category_ids(gt, listed, reader):
 
 
 def _image_ids(gt, listed, reader, ignore_extra):
-    """{image id in a COCO dict: id in the ground truth}, by ``file_name``, without folders if need
-    be; ids without a name stay as they are. And notes of the images that one of both lacks."""
+    """{image id in a COCO dict: id in the ground truth}, by ``file_name``, of which one may have
+    more folders above it; ids without a name stay as they are. And notes of the images that one of
+    both lacks."""
     images, notes, source = listed.get("images", []), {}, reader.source
     names = {image["id"]: image.get("file_name", image["id"]) for image in images}
     for id_ in reader.ids["image_id"]:
@@ -556,7 +558,15 @@ def _image_ids(gt, listed, reader, ignore_extra):
     if rest:  # written with or without folders
         paired = set(ids.values())
         free = [image for image in gt.images if image["id"] not in paired]
-        ids |= _translation(rest, free, "file_name", "image", lambda n: PurePosixPath(n).name)
+        ids |= _translation(rest, free, "file_name", "image", _end_alike)
+    named = {}
+    for id_, target in ids.items():
+        if target is not None and (first := named.setdefault(target, names[id_])) != names[id_]:
+            raise BadInputError(
+                source,
+                f"{first} and {names[id_]} would be one image of the ground truth: give each image "
+                "the same file_name in both.",
+            )
     known = {image["id"]: image.get("file_name", image["id"]) for image in gt.images}
     extra = {id_: name for id_, name in names.items() if ids[id_] not in known}
     is_foreign = len(extra) == len(names)
@@ -587,23 +597,31 @@ def _image_ids(gt, listed, reader, ignore_extra):
     return {id_: ids[id_] for id_ in names if id_ not in extra}, notes
 
 
-def _translation(records, targets, field, kind, simplify=lambda name: name):
+def _translation(records, targets, field, kind, is_alike=operator.eq):
     """{id in the results: id in the ground truth, or None} for the records that have a name."""
-    ids = defaultdict(list)
+    known = defaultdict(list)  # by what two names that are alike have in common
     for target in targets:
         if field in target:
-            ids[simplify(target[field])].append(target["id"])
+            known[PurePosixPath(str(target[field])).name].append(target)
     translation = {}
     for record in records:
         if field in record:
-            candidates = ids.get(simplify(record[field]), [None])
-            if len(candidates) > 1:
+            candidates = known[PurePosixPath(str(record[field])).name]
+            ids = [t["id"] for t in candidates if is_alike(record[field], t[field])]
+            if len(ids) > 1:
                 raise ValueError(
                     f"The {kind} '{record[field]}' of the results could be any of the ground "
-                    f"truth's ids {candidates}: give it the same {field} in both."
+                    f"truth's ids {ids}: give it the same {field} in both."
                 )
-            translation[record["id"]] = candidates[0]
+            translation[record["id"]] = ids[0] if ids else None
     return translation
+
+
+def _end_alike(first, second):
+    """Whether one path is the other, below more folders."""
+    first, second = PurePosixPath(first).parts, PurePosixPath(second).parts
+    length = min(len(first), len(second))
+    return first[-length:] == second[-length:]
 
 
 def read_predicted_masks(folder: str | Path, gt: GroundTruth) -> list[dict]:

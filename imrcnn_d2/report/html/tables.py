@@ -213,8 +213,9 @@ def key_threshold(runs):
     """The threshold of the values on top, of matrices and of test images, as text, and those that
     were chosen on validation data, which are those of a training's summary."""
     points = [point for run in runs if (point := run.metrics.get("tau_val"))]
-    fixed = " (fixed: TEST.SCORE_THRESH or --tau)" * any(run.has_scores for run in runs)
-    text = f"{at_threshold(runs)}{fixed}"
+    text = at_threshold(runs)
+    if any(run.has_scores for run in runs):
+        text += " (fixed: TEST.SCORE_THRESH or --tau)"
     if not points:
         return text
     chosen = ", ".join(dict.fromkeys(f"{point['tau']:.3g}" for point in points))
