@@ -403,7 +403,7 @@ def test_scores_before_and_after_their_map(write_gt, write_run, tmp_path, parse,
         "mapped score ≥ 0.4 (tau_val" in both and "mapped score ≥ 0.5 (TEST.SCORE_THRESH)" in both
     )
     for name, expected in (
-        ("results", f"matrices and test images: at a {at} (fixed"),
+        ("results", f"matrices and test images: {at} (fixed"),
         ("results", "chosen on validation data (τ_val) is 0.4"),
         ("metrics", f"Lesions {at}"),
         ("metrics", "As the paper’s Table 5 raw score ≥ 0.7"),

@@ -274,6 +274,7 @@ def test_without_validation_the_last_weights_are_tested(tiny_cfg, output, weight
     loader = DetectionCheckpointer(Trainer.build_model(tiny_cfg))
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     facts = {"iterations": tiny_cfg.SOLVER.MAX_ITER, "crop_to_view": tiny_cfg.INPUT.CROP_TO_VIEW}
+    facts["classes"] = ("lesion",)
     assert load_weights(loader, path) == Weights(path, sha256, **facts)
     assert load_weights(loader, "") == Weights(None, None, None)
 
