@@ -28,6 +28,9 @@ from imrcnn_d2.cli import new_parser
 from imrcnn_d2.utils.files import check_no_way_out
 
 WAIT_SECONDS = 5
+# Hydra's options with which it starts nothing.
+_SHOWING = {"--cfg", "-c", "--info", "-i", "--version", "--hydra-help"}
+_SHOWING |= {"--shell-completion", "-sc"}
 _FOLDER = resources.files("imrcnn_d2") / "configs" / "cross_validation"
 
 
@@ -46,8 +49,8 @@ def main(argv: list[str] | None = None) -> int | str | None:
     if {"-h", "--help"} & {*sys.argv[1:]}:
         argument_parser().print_help()
         return None
-    if any(a.startswith("-") and a not in ("-m", "--multirun") for a in sys.argv[1:]):
-        return application(train)()  # --cfg job and the like start nothing
+    if _SHOWING & {argument.partition("=")[0] for argument in sys.argv[1:]}:
+        return application(train)()
     from imrcnn_d2.engine.hooks import interruptible
 
     with interruptible():

@@ -148,6 +148,11 @@ def score_video(args: argparse.Namespace) -> None:
             tau, detections = alarm_rule.tau, with_alarms(alarm_rule, truth, detections)
         if validation is not None:
             known = read_video_detections(val_dt, validation, args.ignore_extra_images)
+            if known.mapped != detections.mapped:
+                raise ValueError(
+                    f"One of {dt} and {val_dt} has mapped scores, the other raw ones: a threshold "
+                    "of the one says nothing of the other. Predict both with the same weights"
+                )
             if known.alarm.all() != detections.alarm.all():
                 raise ValueError(
                     f"One of {dt} and {val_dt} has detections that an alarm rule makes no alarm, "

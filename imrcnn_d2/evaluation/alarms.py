@@ -15,7 +15,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from scipy.optimize import linear_sum_assignment
 
-from imrcnn_d2.utils.files import BadInputError, read_json
+from imrcnn_d2.utils.files import BadInputError, few, read_json
 from imrcnn_d2.utils.progress import tqdm
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Alarms:
         if self._frame + 1 != MEMORY or self.rule.fps is None or time <= self._first:
             return
         fps = MEMORY / (time - self._first)
-        if not 1 / OTHER_RATE < fps / self.rule.fps < OTHER_RATE:
+        if _is_other(fps, self.rule.fps):
             logger.warning(
                 "The video has %.1f frames per second, but the alarm rule was chosen at %.1f: its "
                 "%d of the last %d are frames, not seconds. Choose one at this rate",
@@ -273,18 +273,34 @@ def with_alarms(
     rule: AlarmRule, truth: "Procedures", detections: "VideoDetections"
 ) -> "VideoDetections":
     """The detections in procedures with the ``alarm`` that the rule gives them, which ``notes``
-    state. Its frames are those that the ground truth lists.
+    state. Its frames are those that the ground truth lists; after a long gap between these, tracks
+    start anew, as in `Alarms`.
     """
+    rates = truth.fps / truth.step
+    if others := [n for n, r in zip(truth.names, rates, strict=True) if _is_other(r, rule.fps)]:
+        text = (
+            "%d of %d procedures have another rate than the %.1f frames per second that the alarm "
+        )
+        text += "rule was chosen at, such as %s: its frames are no seconds. Choose one at this rate"
+        logger.warning(text, len(others), len(rates), rule.fps, few([*map(str, others)], 3))
     place = *_places(truth, detections), detections.regions.boxes
     _, alarms = raise_alarms(rule, *place, detections.score)
     return replace(detections, alarm=alarms, notes={**detections.notes, "alarms_by": vars(rule)})
 
 
+def _is_other(rate, fps):
+    """Whether a rule that was chosen at ``fps``, None: not known, is for another rate."""
+    return fps is not None and not 1 / OTHER_RATE < rate / fps < OTHER_RATE
+
+
 def _places(truth, detections):
-    """Procedure and place among its frames of each detection."""
-    procedure = truth.procedure[detections.regions.image]
-    starts = np.searchsorted(truth.procedure, procedure)
-    return procedure, detections.regions.image - starts
+    """Procedure and place among its frames of each detection; farther than tracks last after a gap
+    that is long."""
+    longest = np.maximum(LONGEST_GAP * truth.fps, TIMES_USUAL * truth.step)[truth.procedure]
+    gaps = np.where(np.diff(truth.procedure, prepend=-1) == 0, np.diff(truth.frame, prepend=0), 0)
+    place = np.arange(len(gaps)) + (MEMORY + 1) * np.cumsum(gaps > longest)
+    image = detections.regions.image
+    return truth.procedure[image], place[image]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ FARTHEST = 10**9  # frame that a video may have
 _FRAME_FIELDS = {"id", "file_name", "sequence_id", "frame", "time", "width", "height", "view"}
 _REGION_FIELDS = {"id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"}
 
+USUAL = 1.5  # times the usual step, within which two evaluated frames follow each other
+
 
 @dataclass(frozen=True, eq=False)
 class Procedures:
@@ -52,20 +54,22 @@ class Procedures:
 
     @property
     def step(self) -> np.ndarray:
-        """(P,) frame numbers from one evaluated frame to the next, as most are: the median; 1 for
-        all frames of a video."""
+        """(P,) frame numbers from one evaluated frame to the next, 1 for all frames of a video: the
+        mean of those up to USUAL of the median, so that 2, 3, 2, 3, ... is 2.5."""
         steps = np.ones(len(self.names))
         limits = np.searchsorted(self.procedure, np.arange(len(self.names) + 1))
         for number, (start, end) in enumerate(zip(limits, limits[1:], strict=False)):
             if end - start > 1:
-                steps[number] = np.median(np.diff(self.frame[start:end]))
+                differences = np.diff(self.frame[start:end])
+                usual = differences <= USUAL * np.median(differences)
+                steps[number] = differences[usual].mean()
         return steps
 
     @property
     def followed(self) -> np.ndarray:
-        """(F,) bool, the next frame of the video is evaluated too, at most a step later."""
+        """(F,) bool, the next frame of the video is evaluated too, at most USUAL steps later."""
         same = np.diff(self.procedure, append=-1) == 0
-        return same & (np.diff(self.frame, append=0) <= self.step[self.procedure])
+        return same & (np.diff(self.frame, append=0) <= USUAL * self.step[self.procedure])
 
     @property
     def minutes(self) -> np.ndarray:
@@ -202,15 +206,17 @@ def read_procedures(path: str | Path, fps: float | None = None) -> Procedures:
         row = int(np.argmax(twice))
         sequence = [*numbers][procedure[row]]
         raise BadInputError(path, f"lists frame {frame[row]} of {sequence!r} twice: keep one")
-    videos = {r["id"]: r for r in read_records(path, "videos") if _is_id(r.get("id"))}
+    videos = map(without_empty_ids, read_records(path, "videos"))
+    videos = {record["id"]: record for record in videos if _is_id(record.get("id"))}
     rates = _frame_rates(path, numbers, videos, fps)
     for sequence, number in numbers.items():
-        stated = {k: v for k, v in videos.get(sequence, {}).items() if k != "id"}
+        stated = videos.get(sequence, {}).items()
+        stated = {k: v for k, v in stated if k != "id" and v is not None}
         facts[number] = {**facts[number], **stated}
 
     reader, lesions, lesion, crowd = _RegionReader(path, "annotations", sizes), {}, [], []
-    records = tqdm(read_records(path, "annotations"), desc="Annotations", delay=2)
-    for number, record in enumerate(records):
+    records = map(without_empty_ids, read_records(path, "annotations"))
+    for number, record in enumerate(tqdm(records, desc="Annotations", delay=2)):
         image, lesion_id = record.get("image_id"), record.get("lesion_id")
         place = places.get(image) if _is_id(image) else None
         if place is None:

@@ -480,7 +480,7 @@ class VideoResults:
         names = np.array(truth.names, dtype=object)[alarms.pop("procedure")]
         tables = {
             "per_procedure.csv": (
-                [{**row, **f} for row, f in zip(procedures[0], truth.facts, strict=True)],
+                [_with_facts(row, f) for row, f in zip(procedures[0], truth.facts, strict=True)],
                 procedures[1],
             ),
             "per_lesion.csv": (per_lesion, ["sequence_id", "lesion_id", *lesion_names]),
@@ -494,6 +494,13 @@ class VideoResults:
             ]
             tables["by_group.csv"] = (rows, ["column"])
         return tables
+
+
+def _with_facts(row, facts):
+    """A row with the fields of its video; one with the name of a column, and another value, keeps
+    both."""
+    others = {k: v for k, v in facts.items() if row.get(k) != v}
+    return {**row, **{(f"videos.{k}" if k in row else k): v for k, v in others.items()}}
 
 
 def _per_procedure(truth, at, lesions=slice(None)):

@@ -2,13 +2,14 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
 from imrcnn_d2.cli.alarm_rule import main
 from imrcnn_d2.cli.evaluate import main as evaluate
 from imrcnn_d2.evaluation import alarms
-from imrcnn_d2.evaluation.alarms import AlarmRule, candidates, choose_alarm_rule
+from imrcnn_d2.evaluation.alarms import AlarmRule, candidates, choose_alarm_rule, with_alarms
 from imrcnn_d2.evaluation.procedures import read_procedures, read_video_detections
 
 FPS, FRAMES = 10, 600  # a minute
@@ -127,6 +128,23 @@ def test_a_rule_is_written_and_evaluated_but_not_on_what_it_was_chosen_on(
         with pytest.raises(SystemExit):
             evaluate([*options, *fault])
         assert named in capsys.readouterr().err
+
+
+def test_of_frames_at_another_rate_or_after_a_gap(files, tmp_path, caplog):
+    """Tracks start anew after a gap of three usual steps and more than a second, as live."""
+    truth = read_procedures(files[0])
+    detections = read_video_detections(files[1], truth)
+    rule = AlarmRule(0.3, 2, 2, fps=FPS)
+    raised = with_alarms(rule, truth, detections)
+    assert "Choose one" not in caplog.text and raised.alarm.any()
+    late = replace(truth, frame=truth.frame * 100)  # the step with it
+    assert (with_alarms(rule, late, detections).alarm == raised.alarm).all()
+    assert f"{len(truth.names)} of {len(truth.names)} procedures" in caplog.text
+    second = LESION[0] + 1  # of the lesion's frames, with the first alarm
+    apart = truth.frame + 100 * (truth.frame >= second)
+    gapped = with_alarms(rule, replace(truth, frame=apart), detections)
+    rows = truth.frame[detections.regions.image] == second
+    assert raised.alarm[rows].any() and not gapped.alarm[rows].any()
 
 
 def test_its_rate_is_that_of_the_frames_that_are_evaluated(files, tmp_path):

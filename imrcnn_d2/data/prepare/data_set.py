@@ -344,11 +344,13 @@ def _items(coco: Mapping, split_by: str, stratify_by: str | None = None) -> list
 
 
 def _fold_settings(settings: Mapping, images: Sequence[Mapping]) -> dict:
-    """Seed and split_by of a data set's folds; file names state no folds, but patients do."""
+    """Seed, split_by and stratify_by, if any, of a data set's folds; file names state no folds, but
+    patients do."""
     split_by = settings["split_by"]
     if split_by == "prefix":
         split_by = "patient" if any(units_of(images)) else "image"
-    return {"seed": settings["seed"], "split_by": split_by}
+    stratify_by = {k: settings[k] for k in ("stratify_by",) if k in settings}
+    return {"seed": settings["seed"], "split_by": split_by, **stratify_by}
 
 
 def folds_folder(prepared: Path, folds: int | str) -> Path:
@@ -381,9 +383,9 @@ def write_folds(prepared: Path, folds: int | str) -> list[Path]:
     """Write ``fold<i>/<name>/`` into `folds_folder` next to a prepared data set, once: so many
     folds, or one per value of a field of images, such as the centre, whose images it tests.
 
-    Each is a prepared data set, with the ids, seed and ``split_by`` of the original, and ``images``
-    as a relative link to the original's. Equal folds that are already there stay as they are.
-    Return for each fold the folder to use as ``$IMRCNN_DATASETS``.
+    Each is a prepared data set, with the ids, seed, ``split_by`` and ``stratify_by`` of the
+    original, and ``images`` as a relative link to the original's. Equal folds that are already
+    there stay as they are. Return for each fold the folder to use as ``$IMRCNN_DATASETS``.
 
     Raises:
         FileNotFoundError: no prepared data set.
@@ -395,7 +397,7 @@ def write_folds(prepared: Path, folds: int | str) -> list[Path]:
     coco = _merged(prepared, _read_contents(prepared))
     coco["images"].sort(key=lambda image: image["file_name"])
     settings = _fold_settings(read_json(prepared / "splits.json"), coco["images"])
-    items = _items(coco, settings["split_by"])
+    items = _items(coco, settings["split_by"], settings.get("stratify_by"))
     if isinstance(folds, int):
         parts = make_folds(items, folds, settings["seed"])
         facts = [{} for _ in parts]

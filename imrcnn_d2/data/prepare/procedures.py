@@ -300,7 +300,14 @@ def _annotation(mask, sample, place):
     record = sample.annotations[place]
     crowd = record.get("iscrowd", 0)
     made = annotation_from_mask(mask, record["category_id"], iscrowd=crowd)
-    return {"lesion_id": f"{sample.stem}_{place}", **record, **made}
+    # A procedure shows several patients, of whom each may have a lesion 1.
+    unit = sample.fields.get("patient_id", sample.fields.get("sequence_id"))
+    lesion = record.get("lesion_id")
+    if lesion is None:
+        lesion = f"{sample.stem}_{place}"
+    elif unit is not None:
+        lesion = f"{unit}/{lesion}"
+    return {**record, "lesion_id": lesion, **made}
 
 
 def _wave(rng: np.random.Generator) -> Callable[[float], float]:
