@@ -20,8 +20,6 @@ from imrcnn_d2.engine.cross_validation import FoldRun
 from imrcnn_d2.evaluation.output import read_test_log
 from imrcnn_d2.utils.files import read_rows
 
-pytestmark = pytest.mark.slow
-
 SUBMITIT = importlib.util.find_spec("submitit") is not None
 MODEL = "imrcnn_lite"
 OPTS = [
@@ -95,6 +93,7 @@ def modified(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix != ".lock"}
 
 
+@pytest.mark.slow
 def test_the_broken_runs_are_named_and_the_others_go_on(sweep, env):
     output, done, killed = sweep
     model = output / "synthetic" / MODEL / "seed0"
@@ -124,6 +123,7 @@ def test_the_broken_runs_are_named_and_the_others_go_on(sweep, env):
     assert sorted(tested) == sorted(images)
 
 
+@pytest.mark.slow
 def test_runs_that_are_not_run_again(sweep, env, caplog):
     """Finished, with other settings, and trained by another process."""
     output, _, _ = sweep
@@ -149,6 +149,7 @@ def test_runs_that_are_not_run_again(sweep, env, caplog):
     assert run.state() == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
 def test_a_request_lets_the_training_save(env, tmp_path, send):
     endless = [*OPTS, "SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000"]
@@ -164,6 +165,7 @@ def test_a_request_lets_the_training_save(env, tmp_path, send):
     assert (fold / "last_checkpoint").is_file()
 
 
+@pytest.mark.slow
 def test_each_centre_is_tested_by_the_model_that_had_not_seen_it(env, tmp_path):
     """At the threshold that this model has stored; the page is that of external validation."""
     data = tmp_path / "hospitals"
@@ -202,6 +204,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.story)]
 )
@@ -221,6 +224,7 @@ def test_no_training_outlives_the_cross_validation(env, tmp_path, number):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_jobs_went_through_submitit(sweep):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     assert list(sweep[0].glob("sweeps/*/.submitit/*/*_result.pkl"))

@@ -235,7 +235,9 @@ def test_a_video_and_its_frames(predictor, weights, tmp_path):
     images = [(image["file_name"], image["time"]) for image in read_coco(output)["images"]]
     assert images == [(f"v.mp4#{n:06d}", float(time)) for n, time in enumerate(times)]
     assert len(list((output / "masks" / "v.mp4").iterdir())) == 4
-    for path in (output / "labelme" / "v.mp4").glob("*.json"):
+    documents = list((output / "labelme" / "v.mp4").glob("*.json"))
+    assert documents
+    for path in documents:
         assert (path.parent / json.loads(path.read_text())["imagePath"]).is_file()
     # The files of what an input was are deleted; those of the user stay.
     write_video(film, 1)

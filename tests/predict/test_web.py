@@ -305,7 +305,7 @@ def test_odd_requests_are_refused_without_a_traceback(site, monkeypatch):
     for size, status in ((100, 200), (20_000, 400)):
         body = {"data": [None, TAU], "session_hash": "s", "more": "x" * size}
         assert httpx.post(f"{api}/run/show", json=body).status_code == status
-    time.sleep(0.5)
+    time.sleep(0.5)  # of an error that would come
     assert not errors and not list(site.folder.iterdir())
 
 
@@ -330,6 +330,12 @@ def test_sessions_are_apart_and_tabs_that_never_close_are_bounded(site, client, 
         assert client.session_hash not in site.state()
         pytest.raises(AppError, look, third, *paths).match("drop fewer")
     assert not list(site.folder.iterdir())
+
+
+def test_which_addresses_are_this_computer(predictor):
+    for host, local in (("127.0.0.2", True), ("localhost", True), ("0.0.0.0", False)):
+        with app.server_of(predictor, host, 0) as (server, *_):
+            assert server.config.app.local is local, host
 
 
 def test_it_answers_this_computer_and_asks_no_other(site, client, tmp_path):

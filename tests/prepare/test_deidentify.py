@@ -441,5 +441,6 @@ def test_options_that_do_not_fit(sources, tmp_path, capsys):
         with pytest.raises(SystemExit) as error:
             run(*sources, "--out", out, *options)
         assert code in (None, error.value.code)
-        assert named in (capsys.readouterr().err if code else error.value.code)
+        message = capsys.readouterr().err.splitlines()[-1] if code else error.value.code
+        assert named in message
     assert not out.exists()

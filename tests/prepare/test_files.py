@@ -166,10 +166,10 @@ def test_pages_are_not_counted(folder):
     """Which takes quadratic time."""
     tags = {256: 4, 257: 4, 258: 8, 262: 1, 273: 0, 277: 1, 278: 4, 279: 16}
     (folder / "slow.tif").write_bytes(tiff(200_000, tags))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(BadInputError, match="slow.tif: holds several images"):
         images.read_image(folder / "slow.tif")
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 READERS = {

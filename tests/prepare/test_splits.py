@@ -21,6 +21,7 @@ def items(draw, of_patients=False):
     """Images with a lesion or without, of patients with one to seven images or of none."""
     counts = st.lists(st.integers(1, 7), max_size=25)
     patients = [f"p{i}" for i, n in enumerate(draw(counts)) for _ in range(n)]
+    patients += [None] * draw(st.integers(0, 7))
     lesions = draw(st.lists(st.booleans(), min_size=len(patients), max_size=len(patients)))
     known = [("patient", p) if of_patients and p is not None else None for p in patients]
     return [Item(f"{i:03d}.jpg", *item) for i, item in enumerate(zip(lesions, known, strict=True))]
@@ -116,7 +117,7 @@ def test_patients_stay_together_and_folds_test_every_image_once(images, ratio, c
     assert all(share or not part for share, part in zip(ratio, by_ratio.values(), strict=True))
     for splits in (by_ratio, *folds):
         assert names(splits) == everything
-        homes = [{patient_of[name] for name in part} for part in splits.values()]
+        homes = [{*filter(None, map(patient_of.get, part))} for part in splits.values()]
         assert sum(map(len, homes)) == len(set.union(*homes))
 
 

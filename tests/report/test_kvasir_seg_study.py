@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import sys
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -181,11 +181,16 @@ def test_every_committed_record_has_the_metrics_of_its_run(records, analysis):
     paths = sorted(records.RECORDS.rglob("*.json.gz"))
     assert all(path.stat().st_size <= records.MOST_BYTES for path in paths)
     assert sum(path.stat().st_size for path in paths) <= 20e6
-    for (config, fold, seed), record in analysis.Study(records.RECORDS).records.items():
+    study = analysis.Study(records.RECORDS)
+    for (config, fold, seed), record in study.records.items():
         content = record.content
         assert (content["fold"], content["seed"], content["iterations"]) == (fold, seed, 1500)
         assert content["precision"] == "fp32", config
-        assert record.values == pytest.approx(content["metrics"], abs=1e-3), (config, fold, seed)
+    elsewhere = [runs for arms in study.hospitals.values() for runs in arms.values()]
+    tested = [*study.records.values(), *chain(*elsewhere, *study.placements.values())]
+    assert len(tested) + len(study.longer) == len(paths) > 40
+    for record in tested:
+        assert record.values == pytest.approx(record.content["metrics"], abs=1e-3), record.content
 
 
 def simulated(rng, arms=3, folds=5, seeds=3, cell=0.5, seed=0.7):

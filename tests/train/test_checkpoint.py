@@ -410,7 +410,7 @@ def test_the_command_line_of_a_training(capsys):
     assert "--eval-only comes before MODEL.WEIGHTS" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train.main(["--data", "synthetic"])
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
     assert "--config-file" in error and "--auto" in error
 
 

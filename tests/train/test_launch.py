@@ -25,8 +25,6 @@ from .conftest import changed, load
 from .distributed_job import gradients
 from .test_chaos import facts
 
-pytestmark = pytest.mark.slow
-
 JOB = Path(__file__).with_name("distributed_job.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 KILLED = ("wait", 1, signal.SIGKILL, [1, 128 + signal.SIGKILL])
@@ -100,6 +98,7 @@ def machines():
     return (*command, "0"), (*command, "1")
 
 
+@pytest.mark.slow
 def test_two_machines_compute_what_one_does(job, machines, tiny_opts, tmp_path):
     codes, texts = job("step", machines, more=EQUAL_COUNTS).ended()
     assert codes == [0, 0], texts
@@ -113,6 +112,7 @@ def test_two_machines_compute_what_one_does(job, machines, tiny_opts, tmp_path):
     assert max(largest.values()) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "rank", "number", "expected"), [KILLED, STOPPED])
 def test_a_signal_to_one_process_ends_the_job(job, machines, action, rank, number, expected):
     running = job(action, machines)
@@ -124,6 +124,7 @@ def test_a_signal_to_one_process_ends_the_job(job, machines, action, rank, numbe
     assert all(bool(re.search(end, text)) == (rank == 1) for text in texts), texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["while they start", "before", "wait", "after"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_the_launch_ends_all(job, moment, number):
@@ -143,6 +144,7 @@ def test_a_request_to_the_launch_ends_all(job, moment, number):
         assert (running.folder / "last_checkpoint").read_text().startswith("model_")
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_exactly(job, tmp_path):
     final = {}
     for name, starts in (("undisturbed", ["0"]), ("disturbed", ["0", "2"])):
@@ -191,6 +193,7 @@ def lock_and_fork(folder, pids):
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_killed_job_leaves_its_folder_to_others(tmp_path):
     context = multiprocessing.get_context("spawn")
     pids, sent = context.Pipe(duplex=False)

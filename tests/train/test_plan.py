@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from imrcnn_d2.cli import plan as plan_command
 from imrcnn_d2.cli import train
-from imrcnn_d2.engine import Trainer, fingerprint, load_config
+from imrcnn_d2.engine import Trainer, fingerprint, launch, load_config
 from imrcnn_d2.engine.config import load_training_config
 from imrcnn_d2.engine.plan import (
     TRAINING_SHARE,
@@ -339,6 +340,15 @@ def test_epochs_are_iterations_before_processes_scale_them(tiny_cfg):
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (1, rate / 2)
     # 6 images in batches of 2: an epoch has 3 iterations, of single images 6.
     assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.WARMUP_ITERS) == (18, 6, 6)
+
+
+def test_the_plan_of_a_job_that_is_running_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "LOCK_TIMEOUT", 0)
+    monkeypatch.setattr(fingerprint, "plan_training", planned := Mock())
+    folder = str(tmp_path / "run")
+    with launch.locked_output(folder), pytest.raises(SystemExit, match=folder):
+        train.main(["--auto", "--data", "synthetic", "OUTPUT_DIR", folder])
+    assert not planned.called
 
 
 @pytest.mark.slow

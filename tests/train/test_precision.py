@@ -123,7 +123,10 @@ def test_the_16_bits_of_devices(monkeypatch):
     for expected in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", Mock(return_value=expected))
         assert precision.native_16_bits(cuda) == ("bf16" if expected else "fp16")
-    assert precision.native_16_bits(cpu) in ("bf16", None)
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_is_mkldnn_bf16_supported", Mock(return_value=expected)
+        )
+        assert precision.native_16_bits(cpu) == ("bf16" if expected else None)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert precision.native_16_bits(cpu) is None
 

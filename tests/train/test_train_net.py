@@ -23,8 +23,6 @@ from imrcnn_d2.evaluation.output import read_test_log
 
 from .conftest import changed, load
 
-pytestmark = pytest.mark.slow
-
 YAML = "configs/imrcnn_lite.yaml"
 LAZY = "configs/lazy/imrcnn_lite.py"
 TEST = "inference/synthetic_test"
@@ -72,6 +70,7 @@ def trained(training):
     return training[0]
 
 
+@pytest.mark.slow
 @pytest.mark.story
 def test_training_writes_what_it_found(trained, env):
     truth = json.loads(Path(env["IMRCNN_DATASETS"], "synthetic/annotations/test.json").read_text())
@@ -84,6 +83,7 @@ def test_training_writes_what_it_found(trained, env):
         assert (trained / TEST / name).stat().st_size > 0, name
 
 
+@pytest.mark.slow
 @pytest.mark.story
 def test_the_end_of_a_training_is_what_to_look_at_and_run_next(training):
     output, printed = training
@@ -117,6 +117,7 @@ def test_the_end_of_a_training_is_what_to_look_at_and_run_next(training):
     predict.argument_parser().parse_args(shlex.split(commands[1][1]))
 
 
+@pytest.mark.slow
 def test_eval_only_repeats_the_metrics(trained, env):
     best, again = trained / "model_best.pth", trained / "again"
     command = (YAML, "--eval-only", *SMALL, "MODEL.WEIGHTS", best, "OUTPUT_DIR", again)
@@ -138,6 +139,7 @@ def test_eval_only_repeats_the_metrics(trained, env):
     assert "verification failed" in start(env, *command, *impossible, fails=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
 def test_what_is_refused_is_one_line(env, tmp_path, number):
     nowhere = {**env, "IMRCNN_DATASETS": str(tmp_path)}
@@ -153,6 +155,7 @@ def test_what_is_refused_is_one_line(env, tmp_path, number):
         assert "kvasir_seg_train" in done.stderr or "coco_2017_train" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_image_that_a_loader_s_worker_misses_is_one_line(env, tmp_path):
     data = tmp_path / "synthetic"
     shutil.copytree(Path(env["IMRCNN_DATASETS"], "synthetic"), data)
@@ -165,6 +168,7 @@ def test_an_image_that_a_loader_s_worker_misses_is_one_line(env, tmp_path):
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_a_training_of_version_0_1_is_evaluated_but_not_resumed(env, trained, tmp_path):
     text = (trained / "config.yaml").read_text()
     assert "    FORM: panet\n" in text and "    GATE: sigmoid\n" in text
@@ -186,6 +190,7 @@ def test_a_training_of_version_0_1_is_evaluated_but_not_resumed(env, trained, tm
     assert load(tmp_path / "model_final.pth").keys() == weights.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "number"), [("log.txt", signal.SIGINT), ("model_final.pth", signal.SIGTERM)]
 )
@@ -219,6 +224,7 @@ def test_a_folder_of_another_job_is_left_alone(tmp_path, monkeypatch, config, ar
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_the_lazy_script_trains(env, tmp_path, lazy_opts):
     opts = [*lazy_opts, "train.max_iter=1", f"train.output_dir={tmp_path}"]
     start(env, LAZY, "--data", "synthetic", *opts, script="lazyconfig_train_net.py")
@@ -230,6 +236,7 @@ def test_the_lazy_script_trains(env, tmp_path, lazy_opts):
     assert run["datasets"].keys() == {f"synthetic_{split}" for split in ("train", "val", "test")}
 
 
+@pytest.mark.slow
 def test_a_classifier_trains_in_phases_in_two_processes(env, tmp_path):
     phase = "{{'name': '{}', 'iterations': 2, 'lr': 0.003, 'trainable': '{}'}}".format
     config = "configs/efficientnet_lite0.yaml"

@@ -328,10 +328,13 @@ def test_a_warm_up_that_takes_all_iterations_is_warned_of(tiny_cfg, caplog):
 
 def test_a_run_that_breaks_has_no_end(tiny_cfg, output, monkeypatch):
     monkeypatch.setattr(Trainer, "run_step", Mock(side_effect=RuntimeError("out of something")))
+    tiny_cfg.SEED = -1
+    trainer = Trainer(tiny_cfg)
     with pytest.raises(RuntimeError, match="out of something"):
-        Trainer(tiny_cfg).train()
+        trainer.train()
     run = read(output / "run.json")
     assert run["started"] and run["finished"] is None
+    assert run["seed"] == trainer._trainer.seed >= 0  # that was chosen for -1
     trainer = Trainer(tiny_cfg)
     trainer._hooks.insert(0, Mock(before_train=Mock(side_effect=ValueError("torn file"))))
     with pytest.raises(ValueError, match="torn file"):
@@ -348,6 +351,18 @@ def test_classes_in_another_order_are_refused(tiny_classifier_cfg, monkeypatch, 
         Trainer(tiny_classifier_cfg)
     engine.trainer.check_class_order(val, names(val), ["EGC", "ulcer", "gastritis"], "a.pth")
     assert "a.pth" in caplog.text and "by position" in caplog.text
+
+
+def test_an_evaluation_needs_weights_of_these_classes(tiny_classifier_opts, monkeypatch):
+    command = ["--config-file", "efficientnet_lite0.yaml", "--eval-only"]
+    args = train.argument_parser().parse_args([*command, *map(str, tiny_classifier_opts)])
+    with pytest.raises(SystemExit, match="--eval-only evaluates weights"):
+        train.run(args)
+    args.opts += ["MODEL.WEIGHTS", "a.pth"]
+    reversed_ = Weights("a.pth", classes=("gastritis", "ulcer", "cancer"))
+    monkeypatch.setattr(engine, "load_weights", lambda checkpointer, path: reversed_)
+    with pytest.raises(SystemExit, match="a.pth has them in another order"):
+        train.run(args)
 
 
 def test_a_wrong_number_of_classes_is_reported(tiny_cfg, tiny_classifier_cfg):
