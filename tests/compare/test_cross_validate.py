@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from processes import ROOT, run_script
@@ -267,3 +268,19 @@ def test_models_seeds_and_folds_are_multiplied(plan, tmp_path):
 def test_what_cannot_be_run_is_named_before_anything_runs(plan, overrides, named):
     with pytest.raises((FileNotFoundError, ValueError), match=named):
         plan(*overrides)
+
+
+def test_options_of_hydra(plan, tmp_path, monkeypatch):
+    """Those that show something start nothing; with the others it's a sweep as without."""
+    own = tmp_path / "own" / "length"
+    own.mkdir(parents=True)
+    (own / "short.yaml").write_text("# @package _global_\nopts: [SOLVER.MAX_ITER, 7]\n")
+    (run,) = plan("--config-dir", str(own.parent), "+length=short", "fold=0")
+    assert load_config(str(run.config_file), run.opts).SOLVER.MAX_ITER == 7
+    monkeypatch.setattr(cross_validate, "_cross_validate", swept := Mock())
+    monkeypatch.setattr(cross_validate, "application", lambda action: shown)
+    for argument, shows in (("--config-dir=x", False), ("-m", False), ("--cfg=job", True)):
+        shown = Mock()
+        cross_validate.main([argument])
+        assert (shown.called, swept.called) == (shows, not shows), argument
+        swept.reset_mock()
