@@ -272,10 +272,10 @@ def test_what_cannot_be_run_is_named_before_anything_runs(plan, overrides, named
 
 def test_options_of_hydra(plan, tmp_path, monkeypatch):
     """Those that show something start nothing; with the others it's a sweep as without."""
-    own = tmp_path / "own" / "length"
-    own.mkdir(parents=True)
-    (own / "short.yaml").write_text("# @package _global_\nopts: [SOLVER.MAX_ITER, 7]\n")
-    (run,) = plan("--config-dir", str(own.parent), "+length=short", "fold=0")
+    folder = tmp_path / "own" / "length"
+    folder.mkdir(parents=True)
+    (folder / "short.yaml").write_text("# @package _global_\nopts: [SOLVER.MAX_ITER, 7]\n")
+    (run,) = plan("--config-dir", str(folder.parent), "+length=short", "fold=0")
     assert load_config(str(run.config_file), run.opts).SOLVER.MAX_ITER == 7
     monkeypatch.setattr(cross_validate, "_cross_validate", swept := Mock())
     monkeypatch.setattr(cross_validate, "application", lambda action: shown)
