@@ -123,7 +123,7 @@ def test_eval_only_repeats_the_metrics(trained, env):
     command = (YAML, "--eval-only", *SMALL, "MODEL.WEIGHTS", best, "OUTPUT_DIR", again)
     log = start(env, *command).stdout
     before, after = read(trained / TEST), read(again / TEST)
-    assert f"score ≥ {before['tau_val']['tau']:.3g} (stored in the weights" in log
+    assert f"score ≥ {before['tau_val']['tau']:.3g} (tau_val: stored in the weights" in log
     assert before["tau_val"]["dataset"] == "synthetic_val"
     assert after["meta"]["checkpoint"] == str(best)
     logged = read_test_log(Path(env["IMRCNN_DATASETS"], "synthetic/annotations/test.json"))[-1]
