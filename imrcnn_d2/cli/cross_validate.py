@@ -29,8 +29,10 @@ from imrcnn_d2.utils.files import check_no_way_out
 
 WAIT_SECONDS = 5
 # Hydra's options with which it starts nothing.
-_SHOWING = {"--cfg", "-c", "--info", "-i", "--version", "--hydra-help"}
-_SHOWING |= {"--shell-completion", "-sc"}
+_SHOWING = {
+    *("--cfg", "-c", "--info", "-i", "--version", "--hydra-help"),
+    *("--shell-completion", "-sc"),
+}
 _FOLDER = resources.files("imrcnn_d2") / "configs" / "cross_validation"
 
 

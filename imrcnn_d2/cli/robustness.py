@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.weights and not args.dataset:
         parser.error("--weights needs --dataset")
     if args.plot:
-        evaluated = ("dataset", "config_file", "distortions", "num_images", "seed", "batch_size")
-        refuse_options(
-            parser, args, (*evaluated, "tau", "crop_view"), "is for --weights, not for --plot"
-        )
+        of_model = ("dataset", "config_file", "tau", "crop_view")
+        of_evaluation = ("distortions", "num_images", "seed", "batch_size")
+        options = (*of_model, *of_evaluation)
+        refuse_options(parser, args, options, "is for --weights, not for --plot")
     positive = args.batch_size > 0 and (args.num_images is None or args.num_images > 0)
     if not positive or not 0 <= (args.tau or 0) <= 1:
         parser.error("--batch-size and --num-images are at least 1, and --tau from 0 to 1")

@@ -66,8 +66,18 @@ def distribute(model: nn.Module, **kwargs) -> nn.Module:
         kwargs["device_ids"] = None  # DDP refuses device_ids for a model on the CPU
     # Where batch norms learn statistics, all processes take over those of the first, which
     # checkpoints store.
-    learns = any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
+    learns = bool(_statistics(model))
     return create_ddp_model(model, **{"broadcast_buffers": learns, **kwargs})
+
+
+def _statistics(model):
+    """The buffers of batch norms, which each forward pass in training changes."""
+    return [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _NormBase) and module.track_running_stats
+        for buffer in module.buffers(recurse=False)
+    ]
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -111,12 +121,7 @@ class TrainStep(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.seed, self.skipped, self._max_skipped = seed, 0, max_skipped
         self._device_type = next(model.parameters()).device.type
-        self._statistics = [  # that a forward pass changes
-            buffer
-            for module in model.modules()
-            if isinstance(module, _NormBase) and module.track_running_stats
-            for buffer in module.buffers(recurse=False)
-        ]
+        self._statistics = _statistics(model)
         self.precision_seconds: dict[str, float | None] | None = None
         self._set_precision(None if precision == "auto" else precision)
 

@@ -371,7 +371,8 @@ def _check_classes(cfg, key, expected):
                 f"Data set {name} has {len(classes)} classes {classes}, but {key} is {expected}; "
                 f"set it to {len(classes)}"
             )
-    names |= {name: class_names(name) for name in cfg.DATASETS.TEST if name not in names}
+    if len(names[first]) > 1:  # else there is no order, for which test sets need not be read
+        names |= {name: class_names(name) for name in cfg.DATASETS.TEST if name not in names}
     for name, classes in names.items():
         check_class_order(name, classes, names[first], f"data set {first}")
 

@@ -280,8 +280,8 @@ def with_alarms(
     if others := [n for n, r in zip(truth.names, rates, strict=True) if _is_other(r, rule.fps)]:
         text = (
             "%d of %d procedures have another rate than the %.1f frames per second that the alarm "
+            "rule was chosen at, such as %s: its frames are no seconds. Choose one at this rate"
         )
-        text += "rule was chosen at, such as %s: its frames are no seconds. Choose one at this rate"
         logger.warning(text, len(others), len(rates), rule.fps, few([*map(str, others)], 3))
     place = *_places(truth, detections), detections.regions.boxes
     _, alarms = raise_alarms(rule, *place, detections.score)

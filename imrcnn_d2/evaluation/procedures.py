@@ -5,6 +5,7 @@ import logging
 import math
 from array import array
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import ijson
@@ -13,7 +14,12 @@ import pycocotools.mask as mask_util
 
 from imrcnn_d2.data.formats.coco import is_box, to_rles, without_empty_ids
 from imrcnn_d2.data.images import VIDEO_SUFFIXES
-from imrcnn_d2.evaluation.detection.inputs import Regions, recorded_size, stated_size
+from imrcnn_d2.evaluation.detection.inputs import (
+    Regions,
+    ends_alike,
+    recorded_size,
+    stated_size,
+)
 from imrcnn_d2.utils.files import BadInputError, few, is_json_list, read_records
 from imrcnn_d2.utils.progress import tqdm
 
@@ -52,7 +58,7 @@ class Procedures:
         pairs = zip(self.names, self.facts, strict=True)
         return [{"sequence_id": name, **facts} for name, facts in pairs]
 
-    @property
+    @cached_property
     def step(self) -> np.ndarray:
         """(P,) frame numbers from one evaluated frame to the next, 1 for all frames of a video: the
         mean of those up to USUAL of the median, so that 2, 3, 2, 3, ... is 2.5."""
@@ -326,22 +332,19 @@ def _procedures_of(sequences, names):
     name or, of those that no sequence has, the only one that is alike but for the suffix of a
     video or for folders above."""
     numbers = {name: number for number, name in enumerate(names)}
-    free = [name for name in names if name not in sequences]
+    free = {name: _without_suffix(name) for name in names if name not in sequences}
     positions = np.full(len(sequences), -1)
     for place, sequence in enumerate(sequences):
-        alike = [name for name in free if _is_one_video(sequence, name)]
+        path = _without_suffix(sequence)
+        alike = [name for name, other in free.items() if ends_alike(path, other)]
         name = sequence if sequence in numbers else alike[0] if len(alike) == 1 else None
         positions[place] = numbers.get(name, -1)
     return positions
 
 
-def _is_one_video(first, second):
-    paths = []
-    for path in (PurePosixPath(str(first)), PurePosixPath(str(second))):
-        is_file = path.suffix.lower() in VIDEO_SUFFIXES
-        paths.append((path.with_suffix("") if is_file else path).parts)
-    length = min(map(len, paths))
-    return paths[0][-length:] == paths[1][-length:]
+def _without_suffix(name):
+    path = PurePosixPath(str(name))
+    return path.with_suffix("") if path.suffix.lower() in VIDEO_SUFFIXES else path
 
 
 def _predicted_frames(path, truth):

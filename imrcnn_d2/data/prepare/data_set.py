@@ -349,8 +349,10 @@ def _fold_settings(settings: Mapping, images: Sequence[Mapping]) -> dict:
     split_by = settings["split_by"]
     if split_by == "prefix":
         split_by = "patient" if any(units_of(images)) else "image"
-    stratify_by = {k: settings[k] for k in ("stratify_by",) if k in settings}
-    return {"seed": settings["seed"], "split_by": split_by, **stratify_by}
+    of_folds = {"seed": settings["seed"], "split_by": split_by}
+    if "stratify_by" in settings:
+        of_folds["stratify_by"] = settings["stratify_by"]
+    return of_folds
 
 
 def folds_folder(prepared: Path, folds: int | str) -> Path:

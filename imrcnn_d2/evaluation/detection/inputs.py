@@ -558,7 +558,7 @@ def _image_ids(gt, listed, reader, ignore_extra):
     if rest:  # written with or without folders
         paired = set(ids.values())
         free = [image for image in gt.images if image["id"] not in paired]
-        ids |= _translation(rest, free, "file_name", "image", _end_alike)
+        ids |= _translation(rest, free, "file_name", "image", ends_alike)
     named = {}
     for id_, target in ids.items():
         if target is not None and (first := named.setdefault(target, names[id_])) != names[id_]:
@@ -617,7 +617,7 @@ def _translation(records, targets, field, kind, is_alike=operator.eq):
     return translation
 
 
-def _end_alike(first, second):
+def ends_alike(first: str | PurePosixPath, second: str | PurePosixPath) -> bool:
     """Whether one path is the other, below more folders."""
     first, second = PurePosixPath(first).parts, PurePosixPath(second).parts
     length = min(len(first), len(second))
